@@ -1,0 +1,68 @@
+"""Writing a file whole or not at all."""
+
+import os
+import secrets
+from pathlib import Path
+
+
+def open_folder(folder: Path) -> Path:
+    """Create `folder` where it is missing and prove that files can be written and renamed in it.
+
+    An audit calls this first, so that an unwritable `--out` fails in the first second and not in the last.
+    Raises ValueError with one line naming the folder and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise _cannot_write(folder, error) from error
+    probe = folder / f".kvfloor-{secrets.token_hex(8)}"
+    replace_file(probe, "")
+    probe.unlink()
+    return folder
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 so that `path` holds either all of it or what it held before.
+
+    The text goes to a temporary file in the same folder, is flushed to the disk, and takes the name by
+    rename; the folder's own entry is flushed after it. On any failure the temporary file is removed.
+    Raises ValueError with one line naming the path and the reason (no folder, no permission, no space left).
+    """
+    temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from error
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a rename to the disk where the file system can; the file itself is already whole."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: Exception) -> ValueError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ValueError(
+        f"cannot write {str(path)!r}: {reason}; choose a folder you can write to that has space left"
+    )

@@ -1,0 +1,260 @@
+"""One measured cell of an audit, and the forms it is written in: `rows.jsonl` and the `--json` document."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from kvfloor.audit.files import replace_file
+from kvfloor.audit.names import is_baseline
+from kvfloor.audit.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
+
+Protocol = Literal["visible", "after"]
+"""`visible`: the question stands in the context while that is compressed. `after`: it comes afterwards."""
+
+SCHEMA = 1
+
+
+class Cell(NamedTuple):
+    """What a setting is measured on: rows of one cell share their samples and are compared in pairs."""
+
+    task: str
+    context: int
+    protocol: str
+
+    def __str__(self) -> str:
+        place = "question visible" if self.protocol == "visible" else "question after"
+        return f"{self.task} at {self.context:,} tokens, {place}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting measured on one cell. Bytes are of the whole cache: all layers and heads of one sequence.
+
+    method                 the setting, budget included, as `str(method)` gives it
+    budget_tokens          tokens kept per row after budget resolution; None for an unbounded method
+    task, context          the task's name; tokens of context
+    protocol               `visible` or `after`, see `Protocol`
+    n                      samples, at least 32
+    score                  share of exactly right answers, with its 95 % Wilson interval
+                           `score_low`..`score_high`
+    exact_score            the exact cache's share on the same samples
+    diff_low, diff_high    95 % Tango interval of the paired difference score - exact_score
+    state_bytes            measured at the end of the context; `peak_state_bytes` at the highest moment
+    exact_bytes            what the exact cache holds at the end of the same context
+    floor_bytes            lower bound for attention as a data structure, worst case over keys and values
+    token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
+    bytes_read_per_token   bytes of state read to produce one token
+    output_error           mean of `output_error_by_layer`
+    prefill_ms             time to take in the context; `decode_ms_per_token` is None where no step was timed
+    output_tokens          mean length of the answers, in tokens
+    baseline               one of the methods every audit compares with
+    output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
+    output_error_by_head   the same per layer and kv head: (layers, kv heads)
+    outcomes               one 0 or 1 per sample, in the samples' order
+    gained, lost           samples only this setting has right; samples only exact has right
+    """
+
+    method: str
+    budget_tokens: int | None
+    task: str
+    context: int
+    protocol: Protocol
+    n: int
+    score: float
+    score_low: float
+    score_high: float
+    exact_score: float
+    diff_low: float
+    diff_high: float
+    state_bytes: int
+    peak_state_bytes: int
+    exact_bytes: int
+    floor_bytes: int
+    bytes_read_per_token: float
+    output_error: float
+    prefill_ms: float
+    decode_ms_per_token: float | None
+    output_tokens: float
+    token_id_bytes: int
+    baseline: bool
+    output_error_by_layer: tuple[float, ...]
+    output_error_by_head: tuple[tuple[float, ...], ...]
+    outcomes: tuple[int, ...]
+    gained: int
+    lost: int
+
+    def __post_init__(self) -> None:
+        where = f"row {self.method!r} on {self.task!r}"
+        if self.protocol not in get_args(Protocol):
+            raise ValueError(
+                f"{where}: protocol {self.protocol!r} is not one of {', '.join(get_args(Protocol))}"
+            )
+        if self.n < MIN_SAMPLES or self.n != len(self.outcomes):
+            raise ValueError(
+                f"{where}: n = {self.n} with {len(self.outcomes)} outcomes; a row needs at least "
+                f"{MIN_SAMPLES} "
+                "samples and one outcome for each: raise the number of samples"
+            )
+        if any(outcome not in (0, 1) for outcome in self.outcomes):
+            raise ValueError(f"{where}: outcomes are 0 (wrong) or 1 (right), one per sample")
+        if round(self.score * self.n) != sum(self.outcomes) or round(self.exact_score * self.n) != (
+            sum(self.outcomes) - self.gained + self.lost
+        ):
+            raise ValueError(f"{where}: score, exact_score, gained and lost do not follow from the outcomes")
+        for name, value in vars(self).items():
+            if (name == "context" or name.endswith("_bytes")) and not (isinstance(value, int) and value >= 0):
+                raise ValueError(f"{where}: {name} = {value!r}; give a whole number >= 0")
+        if self.exact_bytes == 0 or self.peak_state_bytes < self.state_bytes:
+            raise ValueError(
+                f"{where}: exact_bytes = {self.exact_bytes}, state_bytes = {self.state_bytes}, "
+                f"peak_state_bytes = {self.peak_state_bytes}; exact holds something, and the peak is at "
+                "least the end"
+            )
+        for name, number in self._numbers():
+            if not math.isfinite(number):
+                raise ValueError(
+                    f"{where}: {name} = {number}; give a finite number, or None where it was not measured"
+                )
+
+    def _numbers(self) -> Iterable[tuple[str, float]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float):
+                yield field.name, value
+        yield from (("output_error_by_layer", error) for error in self.output_error_by_layer)
+        yield from (("output_error_by_head", error) for layer in self.output_error_by_head for error in layer)
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.task, self.context, self.protocol)
+
+    @property
+    def below_floor(self) -> bool:
+        """Whether the state is smaller than the worst-case floor: the data was easier than the worst case."""
+        return self.state_bytes < self.floor_bytes
+
+
+CONTRACT_FIELDS = tuple(field.name for field in fields(Row))[:21]
+"""The fields of a row in the `--json` document, which scripts rely on; `rows.jsonl` has the others too."""
+
+
+def measured_row(
+    *,
+    method: str,
+    budget_tokens: int | None,
+    task: str,
+    context: int,
+    protocol: Protocol,
+    outcomes: Sequence[int],
+    exact_outcomes: Sequence[int],
+    state_bytes: int,
+    peak_state_bytes: int,
+    exact_bytes: int,
+    floor_bytes: int,
+    token_id_bytes: int,
+    bytes_read_per_token: float,
+    output_error_by_layer: Sequence[float],
+    output_error_by_head: Sequence[Sequence[float]],
+    prefill_ms: float,
+    decode_ms_per_token: float | None,
+    output_tokens: float,
+) -> Row:
+    """A row from what was measured: scores, intervals and the paired difference are worked out here.
+
+    `exact_outcomes` are the exact cache's on the same samples in the same order; for the exact row they are
+    `outcomes`.
+    Raises ValueError where fewer than 32 samples were run, the two do not pair, or a number is not finite.
+    """
+    n = len(outcomes)
+    gained, lost = paired_counts(outcomes, exact_outcomes)
+    if n < MIN_SAMPLES:
+        raise ValueError(
+            f"{method!r} on {task!r} ran {n} samples; a row needs at least {MIN_SAMPLES}: raise the number"
+        )
+    score_low, score_high = wilson_interval(sum(outcomes), n)
+    same = method == "exact"
+    diff_low, diff_high = (0.0, 0.0) if same else paired_difference_interval(gained, lost, n)
+    return Row(
+        method=method,
+        budget_tokens=budget_tokens,
+        task=task,
+        context=context,
+        protocol=protocol,
+        n=n,
+        score=sum(outcomes) / n,
+        score_low=score_low,
+        score_high=score_high,
+        exact_score=sum(exact_outcomes) / n,
+        diff_low=diff_low,
+        diff_high=diff_high,
+        state_bytes=state_bytes,
+        peak_state_bytes=peak_state_bytes,
+        exact_bytes=exact_bytes,
+        floor_bytes=floor_bytes,
+        bytes_read_per_token=float(bytes_read_per_token),
+        output_error=math.fsum(output_error_by_layer) / max(1, len(output_error_by_layer)),
+        prefill_ms=float(prefill_ms),
+        decode_ms_per_token=None if decode_ms_per_token is None else float(decode_ms_per_token),
+        output_tokens=float(output_tokens),
+        token_id_bytes=token_id_bytes,
+        baseline=is_baseline(method),
+        output_error_by_layer=tuple(float(error) for error in output_error_by_layer),
+        output_error_by_head=tuple(tuple(float(error) for error in layer) for layer in output_error_by_head),
+        outcomes=tuple(int(outcome) for outcome in outcomes),
+        gained=gained,
+        lost=lost,
+    )
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write `rows.jsonl`, one row with all its fields per line, whole or not at all (ValueError)."""
+    replace_file(path, "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows `write_rows` wrote. Raises ValueError naming the file and line that is not a row."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"cannot read {str(path)!r}: {error}; give a rows.jsonl that an audit wrote"
+        ) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(_row_from(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{str(path)!r} line {number} is not an audit row: {error}") from error
+    return rows
+
+
+def document(
+    *, model: str, seed: int, rows: Iterable[Row], method: str | None, why: str, report: str
+) -> dict[str, Any]:
+    """The one JSON document of `kvfloor audit --json`; `method` is None where no setting is safe."""
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "seed": seed,
+        "rows": [{name: getattr(row, name) for name in CONTRACT_FIELDS} for row in rows],
+        "recommendation": {"method": method, "why": why},
+        "report": report,
+    }
+
+
+def _row_from(record: dict[str, Any]) -> Row:
+    names = {field.name for field in fields(Row)}
+    if not isinstance(record, dict) or set(record) != names:
+        given = set(record) if isinstance(record, dict) else set()
+        raise ValueError(f"missing fields {sorted(names - given)}, unknown fields {sorted(given - names)}")
+    return Row(
+        **{
+            **record,
+            "output_error_by_layer": tuple(record["output_error_by_layer"]),
+            "output_error_by_head": tuple(tuple(layer) for layer in record["output_error_by_head"]),
+            "outcomes": tuple(record["outcomes"]),
+        }
+    )

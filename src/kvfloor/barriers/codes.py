@@ -1,0 +1,89 @@
+"""Key families from codes over prime fields: explicit, deterministic, with a coherence known in closed form."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.coherence import mu_chirp, mu_reed_solomon
+
+
+def primes_up_to(limit: int) -> list[int]:
+    """All primes <= limit, ascending."""
+    return [p for p in range(2, limit + 1) if all(p % q for q in range(2, math.isqrt(p) + 1))]
+
+
+def digits_needed(n: int, p: int) -> int:
+    """The least m with p^m >= n (at least 1)."""
+    m, reach = 1, p
+    while reach < n:
+        m, reach = m + 1, reach * p
+    return m
+
+
+def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
+    """(p, m) of the least coherent chirp code with n keys in d dimensions, or None: the largest prime p <= d/2."""
+    for p in reversed(primes_up_to(d // 2)):
+        m = digits_needed(n, p)
+        if p > m and mu_chirp(p, m) < 1.0:
+            return p, m
+    return None
+
+
+def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
+    """(p, b, m) of the least coherent one-hot Reed-Solomon code with n keys in d dimensions, or None."""
+
+    def fitting() -> Iterator[tuple[int, int, int]]:
+        for p in primes_up_to(d):
+            b, m = min(p, d // p), digits_needed(n, p)
+            if m <= b:
+                yield p, b, m
+
+    return min(fitting(), key=lambda code: mu_reed_solomon(code[1], code[2]), default=None)
+
+
+def chirp(n: int, d: int, seed: int = 0) -> Tensor:
+    """n unit keys (n, d), float64: cosine and sine of 2 pi f(x)/p over the points x, f(x) = a_1 x + ... + a_m x^m.
+
+    Inner products are at most (m-1)/sqrt(p) (Weil). `seed` is not used: the code is explicit.
+    Raises ValueError where no chirp code has n keys in d dimensions.
+    """
+    del seed
+    code = chirp_parameters(n, d)
+    if code is None:
+        raise ValueError(f"no chirp code has n={n} keys in d={d} dimensions; raise d or take another family")
+    p, m = code
+    points = torch.arange(p)
+    phase = _evaluate(n, p, m, points, first_power=1)
+    turn = [2.0 * math.pi * step / p for step in range(p)]
+    cosine = torch.tensor([math.cos(angle) for angle in turn], dtype=torch.float64)
+    sine = torch.tensor([math.sin(angle) for angle in turn], dtype=torch.float64)
+    keys = torch.zeros(n, d, dtype=torch.float64)
+    keys[:, : 2 * p] = torch.cat([cosine[phase], sine[phase]], dim=1) / math.sqrt(p)
+    return keys
+
+
+def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
+    """n unit keys (n, d), float64: a polynomial's value at each of b points, one-hot, over sqrt(b).
+
+    Inner products lie in [0, (m-1)/b]. `seed` is not used: the code is explicit.
+    Raises ValueError where no such code has n keys in d dimensions.
+    """
+    del seed
+    code = reed_solomon_parameters(n, d)
+    if code is None:
+        raise ValueError(f"no Reed-Solomon code has n={n} keys in d={d} dimensions; raise d or take another family")
+    p, b, m = code
+    place = _evaluate(n, p, m, torch.arange(b), first_power=0) + p * torch.arange(b)
+    keys = torch.zeros(n, d, dtype=torch.float64)
+    return keys.scatter_(1, place, 1.0 / math.sqrt(b))
+
+
+def _evaluate(n: int, p: int, m: int, points: Tensor, first_power: int) -> Tensor:
+    """Values mod p (n, points) of the first n polynomials; the base-p digits of l are the coefficients of the l-th."""
+    number, value, power = torch.arange(n), torch.zeros(n, len(points), dtype=torch.int64), points**first_power
+    for _ in range(m):
+        value = (value + (number % p).unsqueeze(1) * power) % p
+        number, power = number // p, power * points % p
+    return value

@@ -1,0 +1,143 @@
+"""The INDEX game, played literally: Alice streams, her state's bytes cross to a fresh process, Bob answers there."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.barriers.instance import Hidden, Instance
+from kvfloor.budget import resolve
+from kvfloor.method import Method, call_text
+from kvfloor.registry import parse
+from kvfloor.state import State
+
+NOT_REBUILT = 3  # Bob's exit status when the public half fails: an error of the set-up, not of the state
+_TOKENS_AT_ONCE = 1024
+_QUERIES_AT_ONCE = 256
+_INTERPRETER_NEEDS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # to find its own libraries
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.barriers.bob import main; main()"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What came out of one game. `restored` is None where the fresh process got no answer; `why` says the cause."""
+
+    rows: Tensor  # (m,) queried rows
+    hidden: Tensor  # (m, dv) their hidden levels
+    live: Tensor  # (m, dv) float32, from Alice's own state
+    restored: Tensor | None  # (m, dv) float32, from the message alone
+    message_bytes: int
+    state_bytes: int
+    worst_gap: float
+    why: str = ""
+
+    @property
+    def agree(self) -> bool:
+        """Both sides gave the same bits."""
+        return self.restored is not None and self.live.numpy().tobytes() == self.restored.numpy().tobytes()
+
+
+def method_text(method: Method) -> str:
+    """Text from which a fresh process rebuilds the method: its own, or `module:Class(...)` for a third party's.
+
+    Raises ValueError where neither parses back to an equal method.
+    """
+    own = type(method)
+    for text in (str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
+        try:
+            if parse(text) == method:
+                return text
+        except ValueError:
+            continue
+    raise ValueError(
+        f"{method} cannot be rebuilt from text in a fresh process: define {own.__qualname__} at the top level of an "
+        "importable module, as a frozen dataclass whose arguments are numbers or words"
+    )
+
+
+def play_index(method: Method | str, instance: Instance, hidden: Hidden, sampled: int | None) -> Answers:
+    """Hide the values, stream them, send the message, ask for every row (or `sampled` ones) on both sides.
+
+    Bob's request (method, code path, spec, instance) is fixed before the first value is streamed; rows are drawn
+    after the message is. Raises ValueError for a method that cannot be opened or rebuilt.
+    """
+    method = parse(method) if isinstance(method, str) else method
+    method = resolve(method, instance.spec(), length=instance.n)
+    request = _request(method, instance)
+    keys, levels = instance.keys(), hidden.levels(instance)
+    state = method.open(instance.spec())
+    _stream(state, keys, levels.float() / (2**instance.bits - 1))
+    try:
+        state_bytes, message, why = state.nbytes, state.to_bytes(), ""
+    except TypeError as cause:  # the core's refusal of a state that holds what it can neither size nor send
+        state_bytes, message, why = 0, b"", f"the state has no message: {cause}"
+
+    rows = torch.arange(instance.n) if sampled is None else hidden.rows(instance.n, sampled)
+    queries, gaps = instance.queries(keys, rows)
+    live = ask(state, queries)
+    restored = None
+    if not why:
+        request["rows"] = None if sampled is None else rows.tolist()
+        restored, why = _ask_fresh_process(request, message, live.shape)
+    return Answers(rows, levels[rows], live, restored, len(message), state_bytes, gaps.min().item(), why)
+
+
+def ask(state: State, queries: Tensor) -> Tensor:
+    """The answers (m, dv), float32, to queries (m, d), a fixed number at a time. Asking changes nothing."""
+    parts = [state.read(part.unsqueeze(0)).mean[0] for part in queries.split(_QUERIES_AT_ONCE)]
+    return torch.cat(parts).float().contiguous()
+
+
+def _stream(state: State, keys: Tensor, values: Tensor) -> None:
+    """Alice's part: all tokens in order, then the prompt's end. Her state is given nothing to ask with."""
+    for k, v in zip(keys.split(_TOKENS_AT_ONCE), values.split(_TOKENS_AT_ONCE), strict=True):
+        state.append(k.unsqueeze(0), v.unsqueeze(0))
+    state.seal()
+
+
+def _request(method: Method, instance: Instance) -> dict[str, Any]:
+    """Everything public that Bob gets; a third party's code is found where this process finds it."""
+    text = method_text(method)
+    third_party = ":" in text.split("(")[0].split("@")[0] or type(method).__module__.split(".")[0] != "kvfloor"
+    return {
+        "method": text,
+        "code_path": [os.path.abspath(entry) for entry in sys.path] if third_party else [],
+        "instance": dataclasses.asdict(instance),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
+    """Bob's answers from a new interpreter: isolated, in an empty directory, with an empty environment.
+
+    It receives the request and the message on stdin and nothing else. Returns (answers, "") or (None, why).
+    """
+    package = importlib.util.find_spec("kvfloor")
+    assert package is not None and package.origin is not None
+    header = json.dumps(request).encode()
+    environment = {name: os.environ[name] for name in _INTERPRETER_NEEDS if name in os.environ}
+    with tempfile.TemporaryDirectory(prefix="kvfloor-bob-") as empty:
+        bob = subprocess.run(
+            [sys.executable, "-I", "-c", _BOOT, str(Path(package.origin).parents[1])],
+            input=len(header).to_bytes(8, "little") + header + message,
+            capture_output=True,
+            cwd=empty,
+            env=environment,
+            check=False,
+        )
+    last_words = (bob.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+    if bob.returncode == NOT_REBUILT:
+        raise ValueError(f"the fresh process could not rebuild {request['method']}: {last_words}")
+    if bob.returncode != 0:
+        return None, f"the fresh process could not answer from the message: {last_words}"
+    if len(bob.stdout) != 4 * shape.numel():
+        return None, f"the fresh process answered with {len(bob.stdout)} bytes, {4 * shape.numel()} were asked for"
+    return torch.frombuffer(bytearray(bob.stdout), dtype=torch.float32).view(shape), ""

@@ -1,0 +1,59 @@
+"""Predictive distributions over the hidden levels, for the log-loss certificate.
+
+Every distribution here sums to 1 over all levels by construction: level s gets the logistic mass between s - 1/2 and
+s + 1/2, the two end levels the tails, mixed with a uniform share; a row is a mixture of that product and of pure
+guessing. None of it looks at the hidden values, which only pick the entry that is scored.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_UNIFORM_SHARES = (2.0**-14, 2.0**-5)
+_CERTAIN_AND_NOT = (1.0 - 2.0**-7, 2.0**-7)  # belief in a trusted and in an untrusted row
+_EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
+
+
+def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
+    """log2 of the probability of `level` when the answer, in level spacings, is `centre`; same shape as both."""
+    top = 2**bits - 1
+    below = torch.where(level == 0, -math.inf, (level - 0.5 - centre) / width)
+    above = torch.where(level == top, math.inf, (level + 0.5 - centre) / width)
+    right = below + above > 0  # sigmoid loses nothing on the negative side
+    low, high = torch.where(right, -above, below), torch.where(right, -below, above)
+    mass = torch.sigmoid(high) - torch.sigmoid(low)
+    return torch.log2((1.0 - uniform_share) * mass + uniform_share / 2**bits)
+
+
+def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
+    """Gain of believing a row's prediction with probability `belief` and guessing otherwise: (m,) and (m,) to (m,)."""
+    return torch.logaddexp2(row_gain + torch.log2(belief), torch.log2(1.0 - belief))
+
+
+def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
+    """Gain sum (bits + log2 p(x)) of every predictor on a public grid, for answers and hidden levels (m, dv).
+
+    The grid: answers as they are or scaled by the row's largest; widths from 1/64 of a level to half the range; two
+    uniform shares; belief by row following `trusted` (m,) or equal for all.
+    """
+    m = hidden.shape[0]
+    beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]
+    beliefs += [torch.full((m,), b, dtype=torch.float64) for b in _EQUAL_BELIEFS]
+    gains = []
+    for centre in _centres(answers, bits):
+        for width in (2.0**power for power in range(-6, bits)):
+            for uniform_share in _UNIFORM_SHARES:
+                entries = log2_level_probability(centre, hidden, bits, width, uniform_share)
+                row_gain = (bits + entries).sum(dim=1)
+                gains += [log2_row_gain(row_gain, belief).sum().item() for belief in beliefs]
+    return gains
+
+
+def _centres(answers: Tensor, bits: int) -> Iterator[Tensor]:
+    """The answers in level spacings, as they are and with every row's largest moved to the top level."""
+    top = 2**bits - 1
+    answers = torch.nan_to_num(answers.double(), nan=0.5, posinf=1.0, neginf=0.0)
+    yield answers * top
+    yield answers / answers.amax(dim=1, keepdim=True).clamp_min(1e-3) * top

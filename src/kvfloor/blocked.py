@@ -1,0 +1,121 @@
+"""Blocked: a state that acts at every `block`-th token of a row, whatever the caller's chunking."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from kvfloor.method import Method, Spec
+from kvfloor.partial import Partial
+from kvfloor.slots import Slots
+from kvfloor.state import State
+
+
+class Blocked(State):
+    """New tokens wait in `slots`, exactly readable; `_close` acts once a row's clock reaches a multiple of `block`.
+
+    Each row has its own clock, so rows of different length close at different calls. A variant writes `_close`,
+    `_rest` (what is remembered outside the slots) and, if it looks at queries, `_notice`.
+    """
+
+    def __init__(self, method: Method, spec: Spec, slots: Slots, block: int) -> None:
+        super().__init__(method, spec)
+        self.slots = slots
+        self.block = block
+
+    # ---- what a variant writes -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _close(self, rows: Tensor | None) -> None:
+        """The block of these rows (None: all) is complete."""
+
+    def _rest(self, q: Tensor) -> Partial | None:
+        """Attention over what is remembered outside the slots, or None if there is nothing."""
+        del q
+        return None
+
+    def _hide(self, q: Tensor, hide: Tensor | None, width: int) -> Tensor | None:
+        """The slots a query may not see, grown by what the variant chooses not to read."""
+        del q, width
+        return hide
+
+    def _notice(self, q: Tensor, before: Tensor, take: Tensor) -> None:
+        """Queries q (rows, g, a, d) were answered; `before` tokens were held when their block-mates arrived."""
+
+    # ---- written once --------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> Tensor:
+        return self.slots.held.clone()
+
+    def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        self._feed(k, v, None, take)
+
+    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
+        out = torch.zeros(*q.shape[:3], self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
+        self._feed(k, v, q, take, out)
+        return out
+
+    def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, out: Tensor | None = None) -> None:
+        """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
+        done = torch.zeros_like(count)
+        while bool((done < count).any()):
+            take = torch.minimum(count - done, self.block - self.seen % self.block)
+            a, start = int(take.max()), int(done[0])
+            level = bool((done == start).all()) and bool((take == a).all())
+            index = slice(start, start + a) if level else (done.unsqueeze(1) + torch.arange(a)).to(k.device)
+            before = self.slots.held
+            new_k, new_v = _cut(k, index), _cut(v, index)
+            position = (self.seen.unsqueeze(1) + torch.arange(a)).to(k.device)
+            self.slots.push(new_k, new_v, position, take)
+            if q is not None and out is not None:
+                piece = _cut(q, index)
+                mean = self._answer(piece, before).mean.view(*piece.shape[:3], -1)
+                if level:
+                    out[:, :, index] = mean
+                else:
+                    row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
+                    out[row, :, (done[row] + j)] = mean[row, :, j]
+                self._notice(piece, before, take)
+            self.seen = self.seen + take
+            done = done + take
+            full = (self.seen % self.block == 0) & (take > 0)
+            if bool(full.any()):
+                self._close(None if bool(full.all()) else full.nonzero().squeeze(1))
+
+    def _answer(self, q: Tensor, before: Tensor) -> Partial:
+        """Answers to q (rows, g, a, d), whose tokens are the `a` newest: each sees what came up to itself."""
+        rows, g, a, d = q.shape
+        flat = q.reshape(rows, g * a, d)
+        view = self.slots.view()
+        width = view.k.shape[1]
+        limit = before.unsqueeze(1) + torch.arange(a)  # last slot each query may see, by row
+        if bool((before == before[0]).all()):
+            limit = limit[:1]
+        hide = None
+        if a > 1 or bool((before + a != width).any()):
+            hide = (torch.arange(width) > limit.unsqueeze(-1)).to(q.device)
+            hide = hide.unsqueeze(1).expand(-1, g, -1, -1).reshape(hide.shape[0], g * a, width)
+        part = Partial.over(flat, view.k, view.v, self.spec, hide=self._hide(flat, hide, width))
+        rest = self._rest(flat)
+        return part if rest is None else part.merge(rest)
+
+    def _read(self, q: Tensor) -> Partial:
+        view = self.slots.view()
+        width = view.k.shape[1]
+        hide = None if view.live is None else ~view.live.unsqueeze(1)
+        part = Partial.over(q, view.k, view.v, self.spec, hide=self._hide(q, hide, width))
+        rest = self._rest(q)
+        return part if rest is None else part.merge(rest)
+
+
+def _cut(x: Tensor, index: slice | Tensor) -> Tensor:
+    """Tokens `index` of x (rows, [g,] t, d): one slice for all rows, or (rows, a) indices, clamped."""
+    if isinstance(index, slice):
+        return x[..., index, :]
+    index = index.clamp_max(x.shape[-2] - 1)
+    if x.ndim == 4:
+        index = index.unsqueeze(1).expand(-1, x.shape[1], -1)
+    return x.gather(x.ndim - 2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))

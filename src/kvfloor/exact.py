@@ -1,0 +1,94 @@
+"""Exact: every token kept. The oracle, and the base of the methods that only choose what to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.blocked import Blocked
+from kvfloor.method import Guarantee, Method, Spec, Traits, call_text
+from kvfloor.partial import Partial
+from kvfloor.selectors.everything import Everything
+from kvfloor.selectors.selector import Selector
+from kvfloor.slots import Slots
+
+_FIRST_SLOTS = 64
+_QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
+
+
+@dataclass(frozen=True)
+class Exact(Method):
+    """All keys and values in growing storage; exact attention, read through `selector`."""
+
+    name: ClassVar[str] = "exact"
+    paper: ClassVar[str] = "Vaswani et al. 2017"
+    selector: Selector = field(default_factory=Everything)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(constant_memory=False)
+
+    def open(self, spec: Spec) -> ExactState:
+        return ExactState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        del n, prompt, pinned
+        return None
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        del spec
+        if not isinstance(self.selector, Everything):
+            return None
+        return Guarantee(0.0, 0.0, "max norm, up to rounding", "every query", (), "the definition of attention")
+
+    def __str__(self) -> str:
+        return (
+            "exact"
+            if isinstance(self.selector, Everything)
+            else f"exact|{call_text(self.selector.name, self.selector)}"
+        )
+
+
+class ExactState(Blocked):
+    """Slots that grow by doubling; a block here is only how many queries are answered in one product."""
+
+    def __init__(self, method: Exact, spec: Spec) -> None:
+        super().__init__(method, spec, Slots(spec, [_FIRST_SLOTS] * spec.rows), _QUERIES_AT_ONCE)
+
+    @property
+    def _selector(self) -> Selector:
+        assert isinstance(self.method, Exact)
+        return self.method.selector
+
+    def _close(self, rows: Tensor | None) -> None:
+        """Nothing ever leaves."""
+
+    def _hide(self, q: Tensor, hide: Tensor | None, width: int) -> Tensor | None:
+        return self._selector.hide(q, self.slots.view(), self.spec, hide)
+
+    def _answer(self, q: Tensor, before: Tensor) -> Partial:
+        """Without a selector and with rows in step, the causal part needs no mask: past and chunk merge."""
+        rows, g, a, d = q.shape
+        past = int(before[0])
+        level = self.slots.stride and a > 1 and bool((self.slots.held == past + a).all())
+        if not (level and isinstance(self._selector, Everything)):
+            return super()._answer(q, before)
+        view = self.slots.view()
+        new = self._chunk(q, view.k[:, past:], view.v[:, past:])
+        if past == 0:
+            return new
+        old = Partial.over(q.reshape(rows, g * a, d), view.k[:, :past], view.v[:, :past], self.spec)
+        return old.merge(new)
+
+    def _chunk(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        """The chunk against itself: one causal mask for all rows."""
+        rows, g, a, d = q.shape
+        hide = torch.ones(a, a, dtype=torch.bool, device=q.device).triu(1)
+        return Partial.over(q.reshape(rows, g * a, d), k, v, self.spec, hide=hide.repeat(g, 1).unsqueeze(0))
+
+    @property
+    def bytes_read(self) -> int:
+        return self._selector.bytes_read(self.slots.held, self.spec)

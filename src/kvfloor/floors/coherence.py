@@ -1,0 +1,101 @@
+"""How nearly orthogonal n keys can be in d dimensions: inner products `mu_*` and one-sided gaps `gap_*` of key families.
+
+The game needs only the one-sided gap g_i = |k_i|^2 - max_{j != i} <k_i, k_j>; for unit keys, g >= 1 - mu.
+"""
+
+import math
+
+from kvfloor.floors.domain import whole, within
+
+
+def jl_dim_paper(n: int, eps: float) -> float:
+    """Dimension the paper's Gaussian keys need: 12 ln n / (eps^2 - eps^3), for all pairs within eps w.p. 1 - 1/n.
+
+    Source: Haris & Onak (COLT 2025), Lemma 3 and Lemma 22. At eps = 0.1 it is 1333 ln n, too large for real heads,
+    hence the other families.
+    """
+    eps = within("eps", eps, 0.0, 1.0, low_open=True, high_open=True)
+    return 12.0 * math.log(whole("n", n)) / (eps**2 - eps**3)
+
+
+def mu_rademacher(n: int, d: int, delta: float) -> float:
+    """Largest inner product of `n` random keys in {±1/sqrt(d)}^d, exceeded with probability at most `delta`.
+
+    Law: sqrt((4 ln n + 2 ln(1/(2 delta))) / d), Hoeffding's tail exp(-d t^2/2) over fewer than n^2/2 pairs. Derived.
+    """
+    delta = within("delta", delta, 0.0, 1.0, low_open=True)
+    bound = 4.0 * math.log(whole("n", n)) + 2.0 * math.log(1.0 / (2.0 * delta))
+    return math.sqrt(max(0.0, bound) / whole("d", d))
+
+
+def mu_sphere(n: int, d: int) -> float:
+    """An inner product that `n` uniform unit keys all stay below with positive probability (so such keys exist).
+
+    Law: sqrt(1 - (4/n^2)^(2/(d-1))), a cap of angle theta <= pi/2 has share at most sin(theta)^(d-1)/2. Derived; d >= 2.
+    """
+    n, d = whole("n", n), whole("d", d, least=2)
+    return math.sqrt(max(0.0, 1.0 - (4.0 / n**2) ** (2.0 / (d - 1))))
+
+
+def mu_chirp(p: int, m: int) -> float:
+    """Largest inner product of the n <= p^m chirp keys (p prime, p > m, d >= 2p): (m-1)/sqrt(p), Weil's bound."""
+    p, m = whole("p", p), whole("m", m)
+    if p <= m:
+        raise ValueError(f"p must be above m (the degree), got p={p}, m={m}")
+    return (m - 1) / math.sqrt(p)
+
+
+def mu_reed_solomon(b: int, m: int) -> float:
+    """Largest inner product of the n <= p^m one-hot Reed-Solomon keys (p prime, b <= p, d >= b p): (m-1)/b.
+
+    Two polynomials of degree below m agree on at most m - 1 of the b points.
+    """
+    return (whole("m", m) - 1) / whole("b", b)
+
+
+def gap_hypercube(d: int) -> float:
+    """Gap of all n <= 2^d sign vectors {±1/sqrt(d)}^d: exactly 2/d, the neighbours differ in one sign."""
+    return 2.0 / whole("d", d)
+
+
+def gap_circle(n: int) -> float:
+    """Gap of `n` equally spaced points of a circle: 1 - cos(2 pi / n); so d >= 2 has room for every n."""
+    n = whole("n", n, least=2)
+    return 2.0 * math.sin(math.pi / n) ** 2
+
+
+def log_packing_count(d: int, gap: float) -> float:
+    """Natural logarithm of the number of unit keys that exist in d >= 2 dimensions with pairwise gap >= `gap`.
+
+    Law: at least 2 / sin(theta)^(d-1) with cos(theta) = 1 - gap; caps of angle theta around a maximal packing cover
+    the sphere. Beyond theta = pi/2 the cap bound fails, so gap > 1 is refused. Derived.
+    """
+    d = whole("d", d, least=2)
+    gap = within("gap", gap, 0.0, 1.0, low_open=True)
+    return math.log(2.0) - 0.5 * (d - 1) * math.log(gap * (2.0 - gap))
+
+
+def gap_packing(n: int, d: int) -> float:
+    """A gap with which `n` unit keys exist in d >= 2 dimensions: 1 - sqrt(1 - (2/n)^(2/(d-1))), the inverse of
+    `log_packing_count`."""
+    n, d = whole("n", n), whole("d", d, least=2)
+    if n <= 2:
+        return 1.0
+    sine_squared = math.exp(2.0 / (d - 1) * math.log(2.0 / n))
+    return sine_squared / (1.0 + math.sqrt(1.0 - sine_squared))
+
+
+def gap_known(n: int, d: int) -> float:
+    """The best gap that the closed forms here promise for `n` unit keys in `d` dimensions, at most 1.
+
+    1 when the 2d vectors ±e_i suffice; else the best of a circle, the hypercube's own and a maximal packing.
+    0 when d = 1 and n > 2: no query can favour a key that lies between two others.
+    """
+    n, d = whole("n", n), whole("d", d)
+    if n <= 2 * d:
+        return 1.0
+    if d == 1:
+        return 0.0
+    signs = math.ceil(math.log2(n))
+    cube = gap_hypercube(signs) if signs <= d else 0.0
+    return min(1.0, max(gap_packing(n, d), gap_circle(n), cube))

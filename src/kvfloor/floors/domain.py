@@ -1,0 +1,42 @@
+"""Argument checks shared by the floors: every refusal names the argument, what was given and what is allowed."""
+
+import math
+import operator
+
+
+def whole(name: str, value: int, least: int = 1) -> int:
+    """`value` as an int of at least `least`; raises ValueError otherwise."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
+def within(
+    name: str, value: float, low: float, high: float, *, low_open: bool = False, high_open: bool = False
+) -> float:
+    """`value` as a float in the interval from `low` to `high`; raises ValueError otherwise."""
+    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+    refusal = f"{name} must lie in {interval}, got {value!r}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(refusal) from None
+    above = number > low if low_open else number >= low
+    below = number < high if high_open else number <= high
+    if not (above and below):
+        raise ValueError(refusal)
+    return number
+
+
+def positive(name: str, value: float) -> float:
+    """`value` as a finite float above 0; raises ValueError otherwise."""
+    return within(name, value, 0.0, math.inf, low_open=True, high_open=True)
+
+
+def relative_error(eta: float) -> float:
+    """`eta` as a relative error in [0, 1); 0 is exact attention."""
+    return within("eta", eta, 0.0, 1.0, high_open=True)

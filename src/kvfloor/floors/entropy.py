@@ -1,0 +1,48 @@
+"""How many bits a message must hold when its receiver can answer questions about hidden bits. All results in bits."""
+
+import math
+
+from kvfloor.floors.domain import whole, within
+
+
+def H2(p: float) -> float:
+    """Binary entropy of `p` in bits: -p log2 p - (1-p) log2(1-p), and 0 at both ends."""
+    p = within("p", p, 0.0, 1.0)
+    if p in (0.0, 1.0):
+        return 0.0
+    return -p * math.log2(p) - (1.0 - p) * math.log2(1.0 - p)
+
+
+def index_bits(N: int, p: float) -> float:
+    """Least message length, in bits, for INDEX over `N` hidden bits.
+
+    Law: S >= N (1 - H2(1-p)), where `p` is the chance of answering a uniformly drawn bit right, over uniform
+    hidden bits, index and public coins; 0 for p <= 1/2, which guessing reaches.
+    Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the
+    concavity of H2 (derived here: docs/floors.md, "INDEX").
+    """
+    N = whole("N", N, least=0)
+    p = within("p", p, 0.0, 1.0)
+    return 0.0 if p <= 0.5 else N * (1.0 - H2(1.0 - p))
+
+
+def row_bits(n: int, dv: int, p: float) -> float:
+    """Least message length, in bits, when whole rows of `dv` hidden bits come back right.
+
+    Law: S >= n (p dv - H2(p)), clamped at 0, where `p` is the chance (average over the `n` rows) that a row is
+    decoded without any error.
+    Source: Haris & Onak (COLT 2025), Remark 7 has Bob recover a whole row; the constant is Fano's inequality per row
+    (derived here: docs/floors.md, "Whole rows").
+    """
+    n, dv = whole("n", n, least=0), whole("dv", dv)
+    p = within("p", p, 0.0, 1.0, low_open=True)
+    return max(0.0, n * (p * dv - H2(p)))
+
+
+def token_ids(n: int, vocabulary: int) -> float:
+    """Bits that always suffice for a finite-vocabulary model: store the `n` token ids and recompute.
+
+    Law: n log2(vocabulary). It may lie below `space`: the floors hold for attention as a data structure, for which
+    keys and values are arbitrary, not for a fixed model whose keys and values are functions of its tokens.
+    """
+    return whole("n", n, least=0) * math.log2(whole("vocabulary", vocabulary))

@@ -1,0 +1,44 @@
+"""How many keys a query of bounded length can tell apart."""
+
+import math
+
+from kvfloor.floors.coherence import log_packing_count
+from kvfloor.floors.domain import positive, relative_error, whole
+
+_LARGEST_LOG = 700.0  # exp of it is still a float
+
+
+def N_dr(d: int, r: float, eta: float) -> float:
+    """Number of keys that spikes of logit radius `r` separate in `d` dimensions at relative error `eta`.
+
+    Law: the largest whole m with m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and
+    theta <= pi/2 (so m <= (1-eta) e^r / 4); 1 where that leaves nothing; and at least 2d, the vectors ±e_i,
+    when ln(8d/(1-eta)) <= r. It is a lower estimate of the true number, so the floor built on it is valid.
+    `r` = scale * max|q| * max|k| in nats. Returns a whole number as a float, `inf` beyond e^700.
+    d = 1 has no packing, only ±1. Derived here (docs/floors.md, "Bounded norms").
+    """
+    d, r, eta = whole("d", d), positive("r", r), relative_error(eta)
+    offset = math.log(4.0 / (1.0 - eta))  # ln(4m/(1-eta)) = ln m + offset
+    count = max(1.0, _packed(d, r, offset)) if d >= 2 else 1.0
+    return max(count, 2.0 * d) if math.log(2.0 * d) + offset <= r else count
+
+
+def _packed(d: int, r: float, offset: float) -> float:
+    """The largest whole m of the packing argument, or 0. Feasibility falls with m, so bisection on ln m finds it."""
+
+    def feasible(log_m: float) -> bool:
+        gap = (log_m + offset) / r
+        return gap <= 1.0 and log_m <= log_packing_count(d, gap)
+
+    low, high = 0.0, max(0.0, r - offset)
+    if not feasible(low):
+        return 0.0
+    if feasible(high):
+        low = high
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if feasible(middle) else (low, middle)
+    if low >= _LARGEST_LOG:
+        return math.inf
+    m = float(math.floor(math.exp(low)))
+    return m + 1.0 if feasible(math.log(m + 1.0)) else m

@@ -1,0 +1,46 @@
+"""How long the query must be for one key to own the softmax. Logits are natural (nats), as in exp(q.k)."""
+
+import math
+
+from kvfloor.floors.domain import positive, relative_error, whole, within
+
+
+def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
+    """Length C of the query q = C k_i that gives key i all but `eps_s` (a ratio) of the softmax mass.
+
+    Law: C = ln((n_eff - 1 + z) / eps_s) / min(g, gamma), for n_eff - 1 other keys with one-sided gap
+    |k_i|^2 - <k_i, k_j> >= g, z tokens of logit 0 (Bob's own, padding, those outside a window) and
+    gamma = |k_i|^2. Then w_i >= 1/(1 + eps_s). 0 when there is nothing to compete with.
+    Source: the proof of Haris & Onak (COLT 2025), Theorems 6 and 8, made exact (docs/floors.md, "The spike").
+    """
+    others = whole("n_eff", n_eff) - 1 + whole("z", z, least=0)
+    slope = min(positive("g", g), positive("gamma", gamma))
+    eps_s = within("eps_s", eps_s, 0.0, 1.0, low_open=True)
+    return math.log(others / eps_s) / slope if others else 0.0
+
+
+def paper_C(n: int, eta: float, coherence: float) -> float:
+    """The paper's C for two-sided coherence: (ln n + ln((1+eta)/(1-eta))) / (1 - 2 coherence); exceed it strictly.
+
+    Source: Haris & Onak (COLT 2025), Theorem 8, for |<k_i,k_j>| <= coherence and ||k_i|^2 - 1| <= coherence.
+    """
+    eta = relative_error(eta)
+    coherence = within("coherence", coherence, 0.0, 0.5, high_open=True)
+    return (math.log(whole("n", n)) + math.log((1.0 + eta) / (1.0 - eta))) / (1.0 - 2.0 * coherence)
+
+
+def window_C(W: int, n: int, z: int, g: float, eps_s: float, gamma: float = 1.0) -> float:
+    """C for a sliding window of `W` keys whose n - W older tokens keep logit 0 instead of leaving the softmax.
+
+    Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma), half the ratio for each kind of competitor;
+    ln 0 counts as -inf. When `n` excludes Bob's token and he appends before he asks, z = 2: his own token and the
+    row that it pushes out.
+    Source: Haris & Onak (COLT 2025), Theorem 25; its printed constant is too small (docs/floors.md, "Window").
+    """
+    W, n, z = whole("W", W), whole("n", n), whole("z", z, least=0)
+    g, gamma = positive("g", g), positive("gamma", gamma)
+    eps_s = within("eps_s", eps_s, 0.0, 1.0, low_open=True)
+    inside, outside = W - 1, max(0, n - W) + z
+    from_inside = math.log(2.0 * inside / eps_s) / g if inside else 0.0
+    from_outside = math.log(2.0 * outside / eps_s) / gamma if outside else 0.0
+    return max(from_inside, from_outside, 0.0)

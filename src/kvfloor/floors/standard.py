@@ -1,0 +1,130 @@
+"""The space floor of standard softmax attention and of its sliding window."""
+
+import dataclasses
+import math
+from typing import Any
+
+from kvfloor.floors.coherence import gap_known
+from kvfloor.floors.domain import positive, relative_error, whole, within
+from kvfloor.floors.entropy import H2, row_bits
+from kvfloor.floors.norm_bounded import N_dr
+from kvfloor.floors.separation import eps_s, tau
+from kvfloor.floors.spike import spike_C
+
+_WHOLE_ROW = "whole rows by Fano's inequality (derived, docs/floors.md)"
+_THEOREMS = {
+    "near-orthogonal": f"Haris & Onak (COLT 2025), Theorem 8 with Remark 7; {_WHOLE_ROW}",
+    "low-dimensional, unbounded norm": f"points on a circle, stronger than Haris & Onak (COLT 2025), Theorem 1; {_WHOLE_ROW}",
+    "line": f"the two keys ±1; {_WHOLE_ROW}",
+    "norm-bounded": f"N(d, r, eta) separable keys, the norm-aware form of Haris & Onak (COLT 2025), Theorem 1; {_WHOLE_ROW}",
+    "sliding window": f"Haris & Onak (COLT 2025), Theorem 17 for W - 1 rows (append, then attend); {_WHOLE_ROW}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """A space floor: any method that answers within eta, a whole row at a time with probability p, holds `bits`.
+
+    `bytes` is `bits` in whole bytes; `upper_bits` is what suffices when the keys are public and the values are single
+    bits, so the floor is tight up to p - H2(p)/dv; `regime` and `theorem` say which argument gave the number, and
+    `constants` holds everything that entered it.
+    """
+
+    bits: float
+    bytes: int
+    upper_bits: float
+    regime: str
+    theorem: str
+    constants: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types; a constant that is not finite becomes None."""
+        fields = dataclasses.asdict(self)
+        fields["constants"] = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in self.constants.items()
+        }
+        return fields
+
+
+def space(
+    n: int,
+    d: int,
+    dv: int | None = None,
+    *,
+    eta: float = 0.5,
+    p: float = 0.9,
+    radius: float | None = None,
+    window: int | None = None,
+    heads: int = 1,
+    layers: int = 1,
+) -> Floor:
+    """Bits that any streaming method must hold after `n` tokens to answer attention within a factor 1±eta.
+
+    Law: S >= heads layers m (p dv - H2(p)), clamped at 0. m = n; min(n, N_dr(d, radius, eta)) under `radius`, the
+    largest scale |q| |k| in nats; at most W - 1 under `window` = W (append, then attend); at most 2 for d = 1.
+    `heads` counts KV heads. The bound is over worst-case keys and values: attention as a data structure.
+    Raises ValueError naming the argument, what was given and what is allowed.
+    """
+    n, d = whole("n", n), whole("d", d)
+    dv = d if dv is None else whole("dv", dv)
+    eta = relative_error(eta)
+    p = within("p", p, 0.0, 1.0, low_open=True)
+    copies = whole("heads", heads) * whole("layers", layers)
+    held = n if window is None else min(n, whole("window", window))
+
+    limits: dict[str, float] = {"n": n}
+    if window is not None:
+        limits["W - 1"] = window - 1
+    if radius is not None:
+        limits["N(d, r, eta)"] = N_dr(d, positive("radius", radius), eta)
+    elif d == 1:
+        limits["d = 1"] = 2
+    rows_bound_by = min(limits, key=lambda name: limits[name])
+    rows = int(limits[rows_bound_by])
+
+    bits = copies * row_bits(rows, dv, p)
+    regime = _regime(n, d, bounded=radius is not None, windowed=window is not None)
+    constants: dict[str, Any] = {
+        "n": n, "d": d, "dv": dv, "eta": eta, "p": p, "H2_p": H2(p), "heads": heads, "layers": layers,
+        "bits_per_row": row_bits(1, dv, p), "rows": rows, "rows_bound_by": rows_bound_by,
+        "exact_bytes_fp16": 2 * copies * held * (d + dv),
+        "exact_bytes_fp32": 4 * copies * held * (d + dv),
+    }  # fmt: skip
+    if window is not None:
+        constants["window"] = window
+    if radius is not None:
+        constants |= {"radius": float(radius), "N": limits["N(d, r, eta)"]}
+    if rows:
+        constants |= _spike(n, d, rows, eta, copied=radius is not None and rows < held)
+    return Floor(
+        bits=bits,
+        bytes=math.ceil(bits / 8.0 * (1.0 - 1e-12)),  # the factor keeps float noise from adding a byte
+        upper_bits=float(copies * held * dv),
+        regime=regime if bits > 0.0 else f"vacuous ({regime})",
+        theorem=_THEOREMS[regime],
+        constants=constants,
+    )
+
+
+def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
+    if windowed:
+        return "sliding window"
+    if bounded:
+        return "norm-bounded"
+    if d == 1:
+        return "line"
+    return "near-orthogonal" if d > 4.0 * math.log(n) else "low-dimensional, unbounded norm"
+
+
+def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
+    """The separation constants of the instance with `rows` distinct keys, Bob's own token included (z = 1).
+
+    Under a norm bound every key is `copied` n/rows times; when that is not whole, the leak grows by ceil/floor.
+    """
+    ratio = eps_s(eta)
+    gap = gap_known(rows, d)
+    length = spike_C(rows, 1, gap, 1.0, ratio)
+    if copied:
+        ratio *= math.ceil(n / rows) / (n // rows)
+    return {"eps_s": ratio, "tau": tau(eta, ratio), "gap": gap, "C": length}

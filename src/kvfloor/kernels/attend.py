@@ -1,0 +1,105 @@
+"""Softmax attention that also returns its log-mass: the eager definition and torch's fused CPU path."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "eager", "flash"]
+
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Logits, masses and means live in float32, or in float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    log_weight: Tensor | None = None,
+    hide: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mean (rows, m, dv) and log-mass (rows, m) of softmax(scale q k^T + log_weight) v, in the compute dtype.
+
+    q (rows, m, d), k (rows, s, d), v (rows, s, dv); log_weight (rows, s); hide (rows or 1, m or 1, s) bool.
+    A query that sees nothing gets mean 0 and log-mass -inf. `backend="flash"` raises where the fused path
+    does not apply; "auto" takes it where it does.
+    """
+    fused = _flash_applies(q, k, v, softcap)
+    if backend == "flash" and not fused:
+        raise ValueError(f"the fused path needs CPU tensors, d == dv and no softcap; got {q.device}, {k.shape}")
+    if fused and backend != "eager":
+        return _flash(q, k, v, scale, log_weight, hide)
+    mean, log_mass, _ = weigh(q, k, v, scale, softcap, log_weight, hide)
+    return mean, log_mass
+
+
+def weigh(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    log_weight: Tensor | None = None,
+    hide: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition: mean (rows, m, dv), log-mass (rows, m) and the softmax weights (rows, m, s)."""
+    dtype = compute_dtype(k.dtype)
+    logits = torch.matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if log_weight is not None:
+        logits = logits + log_weight.to(dtype).unsqueeze(-2)
+    if hide is not None:
+        logits = logits.masked_fill(hide, -torch.inf)
+    if logits.shape[-1] == 0:
+        mean = v.new_zeros(*logits.shape[:-1], v.shape[-1], dtype=dtype)
+        return mean, logits.new_full(logits.shape[:-1], -torch.inf), logits
+    top = logits.amax(-1, keepdim=True)
+    top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / total.clamp_min(torch.finfo(dtype).tiny)
+    return torch.matmul(weights, v.to(dtype)), (top + torch.log(total)).squeeze(-1), weights
+
+
+def _flash_applies(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
+    return (
+        _FLASH is not None
+        and softcap is None
+        and q.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype
+        and k.dtype in (torch.float32, torch.bfloat16)
+        and k.shape[-1] == v.shape[-1]
+        and min(q.shape) > 0
+        and min(k.shape) > 0
+    )
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | None, hide: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    bias, blind = None, None
+    if log_weight is not None or hide is not None:
+        # The additive mask stays float32 even for bfloat16 keys: log-weights would lose their precision.
+        bias = torch.zeros(1, 1, k.shape[1]) if log_weight is None else log_weight.float().unsqueeze(1)
+        if hide is not None:
+            blind = hide.all(-1)
+            bias = bias.masked_fill(hide, -torch.inf)
+        bias = bias.expand(q.shape[0], q.shape[1], -1).unsqueeze(1)
+    assert _FLASH is not None
+    out, log_mass = _FLASH(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), 0.0, False, attn_mask=bias, scale=scale)
+    mean, log_mass = out.squeeze(1).float(), log_mass.squeeze(1).float()
+    if blind is not None and bool(blind.any()):
+        # The fused kernel reports log-mass 0 for a query that sees nothing.
+        log_mass = log_mass.masked_fill(blind, -torch.inf)
+        mean = mean.masked_fill(blind.unsqueeze(-1), 0.0)
+    return mean, log_mass

@@ -1,0 +1,88 @@
+"""Memory: what a state holds, measured by walking it, copied, and packed for the message.
+
+No variant declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
+every storage once, and raises on what it cannot size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PUBLIC = frozenset({"method", "spec", "shared"})  # fixed before the stream, known to both sides: not memory
+SCALAR_BYTES = 8
+
+
+class Memory:
+    """A part of a state: its attributes are tensors, numbers, None, or further `Memory`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages reachable from here, each counted once; raises TypeError on the unsizable."""
+        storages: dict[int, int] = {}
+        scalars = _walk(self, storages, "state")
+        return sum(storages.values()) + scalars
+
+    def export(self) -> dict[str, Any]:
+        """The attributes to send: tensors, numbers, None, or nested dicts of them."""
+        return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
+
+    def adopt(self, fields: dict[str, Any]) -> None:
+        """Take over what `export` of an equal part gave."""
+        for name, value in fields.items():
+            mine = getattr(self, name)
+            if isinstance(mine, Memory):
+                mine.adopt(value)
+            else:
+                setattr(self, name, value)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index` (r,), repeats allowed. Every tensor here has rows as its first axis."""
+        for name, value in vars(self).items():
+            if name in PUBLIC:
+                continue
+            if isinstance(value, Memory):
+                value.select_rows(index)
+            elif isinstance(value, Tensor):
+                setattr(self, name, value.index_select(0, index.to(value.device)))
+
+    def copied(self) -> Any:
+        """A copy that shares no storage with this one, except what is public."""
+        keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
+        return copy.deepcopy(self, keep)
+
+
+def _export(value: Any, name: str) -> Any:
+    if isinstance(value, Memory):
+        return value.export()
+    if value is None or isinstance(value, (Tensor, bool, int, float)):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}: a state sends tensors, numbers, None and Memory only")
+
+
+def _walk(value: Any, storages: dict[int, int], path: str) -> int:
+    """Record each storage in `storages` by address; return the bytes of what is not a tensor."""
+    if value is None:
+        return 0
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized:
+            raise TypeError(f"{path} is a {value.layout} tensor; only dense ones can be sized")
+        storage = value.untyped_storage()
+        storages[storage.data_ptr() or id(storage)] = storage.nbytes()
+        return 0
+    if isinstance(value, (bool, int, float)):
+        return max(SCALAR_BYTES, (int(value).bit_length() + 7) // 8 if isinstance(value, int) else 0)
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return SCALAR_BYTES + sum(_walk(item, storages, f"{path}[]") for item in value)
+    if isinstance(value, dict):
+        return SCALAR_BYTES + sum(
+            _walk(key, storages, path) + _walk(item, storages, f"{path}[{key!r}]") for key, item in value.items()
+        )
+    if isinstance(value, Memory):
+        return sum(_walk(item, storages, f"{path}.{name}") for name, item in vars(value).items() if name not in PUBLIC)
+    raise TypeError(f"{path} is a {type(value).__name__}, which cannot be sized: keep tensors, numbers or Memory")

@@ -1,0 +1,117 @@
+"""The message: a state as bytes. What Alice sends Bob in the lower bounds' proofs, and what is saved.
+
+Layout: 8 bytes magic and version, 8 bytes header length (little-endian), a JSON header (method, spec, one entry
+per field), the tensors' raw bytes, and a SHA-256 over everything before it. Nothing is unpickled; a message
+that is truncated, flipped or of another version raises `CorruptState` before anything is allocated from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAGIC = b"KVFLOOR\x01"
+HEADER_LIMIT_BYTES = 1 << 20
+_DIGEST_BYTES = 32
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.uint8,
+        torch.bool,
+    )
+}
+
+
+class CorruptState(ValueError):
+    """The bytes are not an intact message of this version."""
+
+
+def pack(method: str, spec: dict[str, Any], fields: dict[str, Any]) -> bytes:
+    """Bytes of a state: `fields` as `Memory.export` gives them."""
+    entries: list[list[Any]] = []
+    chunks: list[bytes] = []
+    _flatten(fields, "", entries, chunks)
+    header = json.dumps({"method": method, "spec": spec, "entries": entries}, separators=(",", ":")).encode()
+    if len(header) > HEADER_LIMIT_BYTES:
+        raise ValueError(f"the state's header takes {len(header)} bytes, more than {HEADER_LIMIT_BYTES}")
+    body = b"".join([MAGIC, len(header).to_bytes(8, "little"), header, *chunks])
+    return body + hashlib.sha256(body).digest()
+
+
+def unpack(data: bytes) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Method text, spec and fields of a message; CorruptState if it is not intact."""
+    prefix = len(MAGIC) + 8
+    if len(data) < prefix + _DIGEST_BYTES:
+        raise CorruptState(f"a message has at least {prefix + _DIGEST_BYTES} bytes, this one {len(data)}: truncated")
+    if data[: len(MAGIC) - 1] != MAGIC[:-1]:
+        raise CorruptState("these bytes do not start as a kvfloor message does")
+    if data[len(MAGIC) - 1] != MAGIC[-1]:
+        raise CorruptState(f"message version {data[len(MAGIC) - 1]}; this release reads version {MAGIC[-1]}")
+    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != digest:
+        raise CorruptState("the digest does not match: the message was truncated or changed")
+    size = int.from_bytes(body[len(MAGIC) : prefix], "little")
+    if size > HEADER_LIMIT_BYTES or prefix + size > len(body):
+        raise CorruptState(f"the header claims {size} bytes, more than the message holds or than is allowed")
+    try:
+        header = json.loads(body[prefix : prefix + size])
+        fields = _gather(header["entries"], memoryview(body)[prefix + size :])
+        return header["method"], header["spec"], fields
+    except CorruptState:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError) as cause:
+        raise CorruptState(f"the header is not one that this release writes: {cause}") from None
+
+
+def _flatten(fields: dict[str, Any], path: str, entries: list[list[Any]], chunks: list[bytes]) -> None:
+    for name, value in fields.items():
+        full = f"{path}/{name}" if path else name
+        if isinstance(value, dict):
+            entries.append([full, "part"])
+            _flatten(value, full, entries, chunks)
+        elif isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+            entries.append([full, str(value.dtype).removeprefix("torch."), list(value.shape)])
+            chunks.append(raw)
+        else:
+            entries.append([full, "value", value])
+
+
+def _gather(entries: list[list[Any]], payload: memoryview) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    offset = 0
+    for full, kind, *rest in entries:
+        *parents, name = full.split("/")
+        into = fields
+        for parent in parents:
+            into = into[parent]
+        if kind == "part":
+            into[name] = {}
+        elif kind == "value":
+            into[name] = rest[0]
+        else:
+            dtype, shape = _DTYPES[kind], [int(size) for size in rest[0]]
+            size = math.prod(shape) * dtype.itemsize
+            if min(shape, default=0) < 0 or offset + size > len(payload):
+                raise CorruptState(f"field {full} reaches past the end of the message")
+            raw = bytearray(payload[offset : offset + size])
+            into[name] = (
+                torch.frombuffer(raw, dtype=dtype).reshape(shape).clone() if size else torch.zeros(shape, dtype=dtype)
+            )
+            offset += size
+    if offset != len(payload):
+        raise CorruptState(f"{len(payload) - offset} bytes are left over after the last field")
+    return fields

@@ -1,0 +1,1 @@
+"""Policies: which held token leaves when the budget is exceeded."""

@@ -1,0 +1,68 @@
+"""Heavy hitters (H2O): the tokens that received the most attention stay, beside the newest ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvfloor.method import count
+from kvfloor.policies.policy import Ledger, Policy
+
+
+@dataclass(frozen=True)
+class HeavyHitters(Policy):
+    """Accumulated attention decides (Zhang et al. 2023, H2O, Algorithm 1 with the heavy/recent split of section 5).
+
+    score   "sum":   the paper's running sum of softmax weights over held tokens
+            "mean":  the sum divided by the number of tokens since, so that age is no advantage
+            "decay": a running sum that forgets by `decay` per query
+    recent  newest tokens that never leave; half the budget unless given
+    sinks   first tokens that never leave; 4 unless given
+    group   how the weights of a GQA group's queries join: "mean" or "max"
+    Scores are float32 whatever the cache's dtype: bfloat16 sums stall at 256.
+    """
+
+    name: ClassVar[str] = "h2o"
+    paper: ClassVar[str] = "Zhang et al. 2023, H2O (arXiv 2306.14048)"
+    observes: ClassVar[bool] = True
+    columns: ClassVar[dict[str, torch.dtype]] = {"score": torch.float32}
+
+    score: Literal["sum", "mean", "decay"] = "sum"
+    recent: int | None = None
+    sinks: int = 4
+    decay: float = 0.98
+    group: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        count("h2o", recent=self.recent, sinks=self.sinks)
+        if self.score not in ("sum", "mean", "decay"):
+            raise ValueError(f"h2o: score must be sum, mean or decay, got {self.score!r}")
+        if self.group not in ("mean", "max"):
+            raise ValueError(f"h2o: group must be mean or max, got {self.group!r}")
+        if not (isinstance(self.decay, float) and 0 < self.decay < 1):
+            raise ValueError(f"h2o: decay must lie in (0, 1), got {self.decay!r}")
+
+    def protected_first(self) -> int:
+        return self.sinks
+
+    def protected_last(self, budget: int) -> int:
+        return budget // 2 if self.recent is None else self.recent
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        total = ledger.columns["score"]
+        if self.score != "mean":
+            return total
+        return total / (ledger.seen - ledger.position).clamp_min(1)
+
+    def observe(self, ledger: Ledger, weights: Tensor) -> dict[str, Tensor]:
+        joined = weights.mean(1) if self.group == "mean" else weights.amax(1)  # (r, b, s)
+        total = ledger.columns["score"]
+        if self.score == "decay":
+            b = joined.shape[1]
+            fading = self.decay ** torch.arange(b - 1, -1, -1, dtype=joined.dtype, device=joined.device)
+            joined = joined * fading[:, None]
+            total = total * self.decay**b
+        return {"score": total + joined.sum(1).to(torch.float32)}

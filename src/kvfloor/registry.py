@@ -1,0 +1,203 @@
+"""The one table of methods, and the text grammar over it.
+
+    METHOD  =  policy(args) + summary(args) | selector(args) @ budget
+            |  method(args) | selector(args) @ budget
+
+CLI choices, the docs' tables, the conformance matrix and the report all follow from `TABLE`. A part may also be
+`module:Class`, which is imported: that is how third parties bring their own.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import re
+from dataclasses import fields
+from typing import Any
+
+from kvfloor.bounded import Bounded
+from kvfloor.budget import parse_budget
+from kvfloor.exact import Exact
+from kvfloor.method import Method
+from kvfloor.policies.heavy_hitters import HeavyHitters
+from kvfloor.policies.policy import Policy
+from kvfloor.policies.random import Random
+from kvfloor.policies.sinks import Sinks
+from kvfloor.policies.window import Window
+from kvfloor.selectors.everything import Everything
+from kvfloor.selectors.selector import Selector
+from kvfloor.selectors.top_k import TopK
+from kvfloor.sketches.quantized import Quantized
+from kvfloor.sketches.subgen import SubGen
+from kvfloor.summaries.drop import Drop
+from kvfloor.summaries.summary import Summary
+from kvfloor.summaries.value_sum import ValueSum
+
+KINDS: dict[str, type] = {"method": Method, "policy": Policy, "summary": Summary, "selector": Selector}
+
+TABLE: dict[str, type] = {
+    part.name: part
+    for part in (
+        Exact,
+        Window,
+        Sinks,
+        Random,
+        HeavyHitters,
+        Drop,
+        ValueSum,
+        Everything,
+        TopK,
+        Quantized,
+        SubGen,
+    )
+}
+
+ALIASES: dict[str, str] = {
+    "recency": "window",
+    "streaming_llm": "sinks",
+    "heavy_hitters": "h2o",
+    "unmasked": "value_sum",
+    "clustergen": "subgen",
+    "kivi": "quant",
+}
+
+_OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's arguments
+
+
+def kind(part: type) -> str:
+    """method, policy, summary or selector."""
+    for name, base in KINDS.items():
+        if issubclass(part, base):
+            return name
+    raise ValueError(f"{part.__module__}:{part.__qualname__} is no Method, Policy, Summary or Selector")
+
+
+def parse(text: str) -> Method:
+    """The method that the text describes; `str(method)` parses back to an equal one.
+
+    Raises ValueError naming the part that is unknown, malformed or out of place, and what is allowed.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a method is text such as 'h2o(recent=64)@512', got {text!r}")
+    body, at, budget_text = _rsplit(text.strip(), "@")
+    body, bar, selector_text = _rsplit(body, "|")
+    body, plus, summary_text = _rsplit(body, "+")
+    options: dict[str, Any] = {}
+    head = _build(body, ("policy", "method"), text, options)
+    selector = _build(selector_text, ("selector",), text) if bar else None
+    summary = _build(summary_text, ("summary",), text) if plus else None
+    if isinstance(head, Policy):
+        method: Method = Bounded(head, summary or Drop(), selector or Everything(), **options)
+    else:
+        method = _whole(head, summary, selector, options, text)
+    if not at:
+        return method
+    parts = budget_text.split(":")
+    budget = parse_budget(parts[0]) if len(parts) == 1 else tuple(_whole_number(p, text) for p in parts)
+    bounded = method.with_budget(budget)
+    if bounded is None:
+        raise ValueError(f"{method} keeps every token, so '@{budget_text}' cannot bound it: leave the budget out")
+    return bounded
+
+
+def _whole(head: Method, summary: Any, selector: Any, options: dict[str, Any], text: str) -> Method:
+    if summary is not None:
+        raise ValueError(f"in {text!r}: {head} is a whole method; '+' adds a summary to an eviction policy only")
+    if options:
+        raise ValueError(f"in {text!r}: {', '.join(options)} are options of eviction policies, not of {head}")
+    if selector is None:
+        return head
+    if not isinstance(head, Exact):
+        raise ValueError(f"in {text!r}: '|' needs exact or an eviction policy before it, not {head}")
+    return Exact(selector)
+
+
+def _whole_number(text: str, whole: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"in {whole!r}: budgets per row are whole numbers >= 1 joined by ':', got {text!r}")
+    return int(text)
+
+
+def _rsplit(text: str, mark: str) -> tuple[str, str, str]:
+    """Split at the first `mark` outside parentheses: (before, mark or "", after)."""
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if c == mark and depth == 0:
+            return text[:i].strip(), mark, text[i + 1 :].strip()
+    return text, "", ""
+
+
+def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any] | None = None) -> Any:
+    match = re.fullmatch(r"([\w.:-]+)\s*(?:\((.*)\))?", text, re.DOTALL)
+    if match is None:
+        raise ValueError(f"in {whole!r}: {text!r} is not name or name(arg=value, ...)")
+    name, arguments = match[1], match[2] or ""
+    part: Any = lookup(name, kinds)
+    positional, named = _arguments(arguments, text)
+    if options is not None and issubclass(part, Policy):
+        options.update({key: named.pop(key) for key in _OPTIONS if key in named})
+    allowed = [f.name for f in fields(part) if f.init and f.name not in ("selector", "budget")]
+    unknown = [key for key in named if key not in allowed]
+    if unknown or len(positional) > len(allowed):
+        takes = ", ".join(allowed + (list(_OPTIONS) if issubclass(part, Policy) else [])) or "no arguments"
+        raise ValueError(f"{name} does not take {', '.join(unknown) or f'{len(positional)} values'}; it takes {takes}")
+    try:
+        return part(*positional, **named)
+    except TypeError as cause:
+        raise ValueError(f"in {text!r}: {cause}") from None
+
+
+def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
+    if not text.strip():
+        return [], {}
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        named = {k.arg: _value(k.value) for k in call.keywords if k.arg is not None}
+        return [_value(a) for a in call.args], named
+    except (SyntaxError, ValueError, AssertionError):
+        raise ValueError(f"in {whole!r}: the arguments must be numbers or words, as in recent=64, score=mean") from None
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, or a bare word as a string: score=mean."""
+    if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
+        return node.id
+    return ast.literal_eval(node)
+
+
+def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
+    """The class behind a name, an alias or `module:Class`; ValueError listing what there is."""
+    if ":" in name:
+        part = _imported(name)
+    else:
+        found = TABLE.get(ALIASES.get(name, name))
+        if found is None:
+            names = sorted(n for n, p in TABLE.items() if kind(p) in kinds)
+            near = difflib.get_close_matches(name, [*TABLE, *ALIASES], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown {' or '.join(kinds)} {name!r}; there are {', '.join(names)}{hint}")
+        part = found
+    if kind(part) not in kinds:
+        raise ValueError(f"{name} is a {kind(part)}; a {' or '.join(kinds)} is needed here")
+    return part
+
+
+def _imported(name: str) -> type:
+    module, _, attribute = name.partition(":")
+    try:
+        part = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as cause:
+        raise ValueError(f"{name} cannot be imported: {cause}") from None
+    if not isinstance(part, type):
+        raise ValueError(f"{name} is a {type(part).__name__}; give a class")
+    return part
+
+
+def default_method(name: str, budget: int = 64) -> Method:
+    """A runnable method around one entry of the table: what tests, docs and the conformance matrix iterate."""
+    part = lookup(name)
+    texts = {"policy": "{0}@{1}", "summary": "window+{0}@{1}", "selector": "exact|{0}", "method": "{0}"}
+    return parse(texts[kind(part)].format(name, budget))

@@ -1,0 +1,62 @@
+"""One colour and one marker per method, the same in every figure of a report and told apart without colour."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvfloor.audit.names import split_setting
+from kvfloor.audit.rows import Row
+
+COLOURS = 8
+"""Series colours that the style sheet defines, as classes `s0`..`s7`."""
+
+
+def _polygon(corners: int, radius: float, turn: float = 0.0) -> str:
+    angles = [turn - math.pi / 2 + 2 * math.pi * corner / corners for corner in range(corners)]
+    points = (f"{radius * math.cos(angle):.2f} {radius * math.sin(angle):.2f}" for angle in angles)
+    return "M" + "L".join(points) + "Z"
+
+
+_CROSS = "M-5-2H-2V-5H2V-2H5V2H2V5H-2V2H-5Z"
+SHAPES = (
+    "M-4.6 0a4.6 4.6 0 1 0 9.2 0a4.6 4.6 0 1 0-9.2 0Z",
+    "M-4.2-4.2H4.2V4.2H-4.2Z",
+    _polygon(3, 5.8),
+    _polygon(4, 5.8),
+    _polygon(3, 5.8, turn=math.pi),
+    _CROSS,
+    _polygon(5, 5.4),
+    "M0-5.8L1.7-1.7L5.8 0L1.7 1.7L0 5.8L-1.7 1.7L-5.8 0L-1.7-1.7Z",
+)
+"""SVG paths around the origin, about 10 units wide."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one method is drawn: `s0`..`s7`, an SVG path, and hollow and dashed where it is a baseline."""
+
+    method: str
+    colour: str
+    shape: str
+    baseline: bool
+
+
+def marks(rows: Sequence[Row]) -> dict[str, Mark]:
+    """Method (a setting without its budget) -> mark, in the rows' order, `exact` left out: it has its own.
+
+    The first 64 methods get different pairs of colour and marker.
+    """
+    methods: dict[str, bool] = {}
+    for row in rows:
+        if row.method != "exact":
+            methods.setdefault(split_setting(row.method)[0], row.baseline)
+    ordered = sorted(methods.items(), key=lambda item: item[1])
+    return {
+        method: Mark(
+            method=method,
+            colour=f"s{index % COLOURS}",
+            shape=SHAPES[(index + index // COLOURS) % len(SHAPES)],
+            baseline=baseline,
+        )
+        for index, (method, baseline) in enumerate(ordered)
+    }

@@ -1,0 +1,146 @@
+"""The report's tables as plain data, from which both the page and the terminal draw."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from kvfloor.audit.names import split_setting
+from kvfloor.audit.rows import Cell, Row
+from kvfloor.audit.standard import Standard, Verdict
+
+VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"}
+"""A sign beside the colour, so that a verdict is read without colour."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One setting on one cell; `row` is None where it was not measured."""
+
+    row: Row | None
+    verdict: Verdict | None
+
+    @property
+    def sign(self) -> str:
+        return VERDICT_SIGNS[self.verdict] if self.verdict else ""
+
+
+@dataclass(frozen=True)
+class SettingScores:
+    """One line of the scoreboard: a setting and its score on every cell."""
+
+    setting: str
+    baseline: bool
+    state_bytes: float
+    exact_bytes: float
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One setting's bytes at one context; each the largest over its tasks and protocols."""
+
+    setting: str
+    baseline: bool
+    context: int
+    budget_tokens: int | None
+    state_bytes: int
+    peak_state_bytes: int
+    exact_bytes: int
+    floor_bytes: int
+    token_id_bytes: int
+    bytes_read_per_token: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One setting's times at one context; medians over its tasks and protocols. None: not measured."""
+
+    setting: str
+    baseline: bool
+    context: int
+    prefill_ms: float
+    decode_ms_per_token: float | None
+    output_tokens: float
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """Exact first, then method by method as the rows have them, each from its largest bytes down."""
+    methods = list(dict.fromkeys(split_setting(row.method)[0] for row in rows))
+    baseline_last = {row.method: row.baseline for row in rows}
+
+    def place(row: Row) -> tuple[bool, bool, int, int, str, Cell]:
+        method = split_setting(row.method)[0]
+        size = max(other.state_bytes for other in rows if other.method == row.method)
+        return row.method != "exact", baseline_last[row.method], methods.index(method), -size, row.method, row.cell
+
+    return sorted(rows, key=place)
+
+
+def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...], tuple[SettingScores, ...]]:
+    """The cells, sorted, and one line per setting in `ordered` order."""
+    cells = tuple(sorted({row.cell for row in rows}))
+    found = {(row.method, row.cell): row for row in rows}
+    lines = []
+    for setting, group in _settings(rows).items():
+        measured = [found.get((setting, cell)) for cell in cells]
+        lines.append(
+            SettingScores(
+                setting=setting,
+                baseline=group[0].baseline,
+                state_bytes=sum(row.state_bytes for row in group) / len(group),
+                exact_bytes=sum(row.exact_bytes for row in group) / len(group),
+                scores=tuple(Score(row, standard.verdict(row) if row else None) for row in measured),
+            )
+        )
+    return cells, tuple(lines)
+
+
+def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
+    """The bytes table."""
+    return tuple(
+        Sizes(
+            setting=setting,
+            baseline=group[0].baseline,
+            context=context,
+            budget_tokens=group[0].budget_tokens,
+            state_bytes=max(row.state_bytes for row in group),
+            peak_state_bytes=max(row.peak_state_bytes for row in group),
+            exact_bytes=max(row.exact_bytes for row in group),
+            floor_bytes=max(row.floor_bytes for row in group),
+            token_id_bytes=max(row.token_id_bytes for row in group),
+            bytes_read_per_token=max(row.bytes_read_per_token for row in group),
+        )
+        for (setting, context), group in _by_context(rows).items()
+    )
+
+
+def speeds(rows: Sequence[Row]) -> tuple[Speed, ...]:
+    """The speed table."""
+    table = []
+    for (setting, context), group in _by_context(rows).items():
+        decode = [row.decode_ms_per_token for row in group if row.decode_ms_per_token is not None]
+        table.append(
+            Speed(
+                setting=setting,
+                baseline=group[0].baseline,
+                context=context,
+                prefill_ms=median(row.prefill_ms for row in group),
+                decode_ms_per_token=median(decode) if decode else None,
+                output_tokens=median(row.output_tokens for row in group),
+            )
+        )
+    return tuple(table)
+
+
+def _settings(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in ordered(rows):
+        groups.setdefault(row.method, []).append(row)
+    return groups
+
+
+def _by_context(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in ordered(rows):
+        groups.setdefault((row.method, row.context), []).append(row)
+    return groups

@@ -1,0 +1,1 @@
+"""Whole-state methods whose memory is not a set of whole tokens."""

@@ -1,0 +1,205 @@
+"""Slots: the one token store. A flat arena of keys and values with an offset and a capacity per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.memory import Memory
+from kvfloor.method import Spec
+
+
+@dataclass(frozen=True)
+class View:
+    """Some rows' slots side by side: k (r, s, d), v (r, s, dv), position (r, s), live (r, s) or None if all are."""
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    live: Tensor | None
+
+
+class Slots(Memory):
+    """Held tokens of every row, packed at the front of the row's stretch of the arena.
+
+    A row's slots carry no order; `position` says when a token came. Rows may have different capacities (per-head
+    budgets free real bytes) and different fill (`held`). `columns` are per-slot numbers that a policy keeps.
+    Clocks and counts live on the CPU, so that control flow never waits for a device.
+    """
+
+    def __init__(self, spec: Spec, capacities: Sequence[int], columns: dict[str, torch.dtype] | None = None) -> None:
+        self.spec = spec
+        self.held = torch.zeros(spec.rows, dtype=torch.int64)
+        self.columns = Columns()
+        self._lay_out(torch.tensor(list(capacities), dtype=torch.int64))
+        total = int(self.capacity.sum())
+        self.k = torch.zeros(total, spec.d, dtype=spec.dtype, device=spec.device)
+        self.v = torch.zeros(total, spec.dv, dtype=spec.dtype, device=spec.device)
+        self.position = torch.zeros(total, dtype=torch.int64, device=spec.device)
+        for name, dtype in (columns or {}).items():
+            setattr(self.columns, name, torch.zeros(total, dtype=dtype, device=spec.device))
+
+    def _lay_out(self, capacity: Tensor) -> None:
+        self.capacity = capacity
+        self.offset = torch.cumsum(capacity, 0) - capacity
+        self.stride = int(capacity[0]) if bool((capacity == capacity[0]).all()) else 0  # 0: ragged
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(vars(self.columns))
+
+    def _arrays(self) -> list[tuple[Any, str, Tensor]]:
+        """Every per-slot tensor, as (owner, attribute, tensor)."""
+        own = [(self, name, getattr(self, name)) for name in ("k", "v", "position")]
+        return own + [(self.columns, name, tensor) for name, tensor in vars(self.columns).items()]
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    def view(self, rows: Tensor | None = None, width: int | None = None) -> View:
+        """The slots of `rows` (all if None), `width` wide (default: the fullest row). Copies only if ragged."""
+        held = self.held if rows is None else self.held[rows]
+        if width is None:
+            width = int(held.max()) if held.numel() else 0
+        live = None
+        if not bool((held >= width).all()):
+            live = torch.arange(width) < held.unsqueeze(1)
+            live = live.to(self.k.device)
+        k, v, position = (self.across(x, rows, width) for x in (self.k, self.v, self.position))
+        return View(k, v, position, live)
+
+    def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
+        """A per-slot tensor as (rows, width, ...)."""
+        if self.stride:
+            table = x.view(self.spec.rows, self.stride, *x.shape[1:])[:, :width]
+            return table if rows is None else table[rows.to(x.device)]
+        return x[self._index(rows, width)]
+
+    def column(self, name: str, rows: Tensor | None, width: int) -> Tensor:
+        return self.across(getattr(self.columns, name), rows, width)
+
+    def _index(self, rows: Tensor | None, width: int) -> Tensor:
+        offset = self.offset if rows is None else self.offset[rows]
+        index = (offset.unsqueeze(1) + torch.arange(width)).clamp_max(self.k.shape[0] - 1)
+        return index.to(self.k.device)
+
+    def live_index(self) -> Tensor:
+        """Arena indices of all held tokens, row by row, in slot order."""
+        width = int(self.held.max()) if self.held.numel() else 0
+        live = torch.arange(width) < self.held.unsqueeze(1)
+        return (self.offset.unsqueeze(1) + torch.arange(width))[live].to(self.k.device)
+
+    # ---- writing -------------------------------------------------------------------------------------------
+
+    def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor) -> None:
+        """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a)."""
+        self._reserve(self.held + take)
+        a, at = k.shape[1], int(self.held[0])
+        if self.stride and bool((self.held == at).all()) and bool((take == a).all()):
+            for store, new in ((self.k, k), (self.v, v), (self.position, position)):
+                store.view(self.spec.rows, self.stride, *store.shape[1:])[:, at : at + a] = new
+        else:
+            wanted = torch.arange(a) < take.unsqueeze(1)
+            slot = (self.offset + self.held).unsqueeze(1) + torch.arange(a)
+            slot, wanted = slot[wanted].to(self.k.device), wanted.to(self.k.device)
+            for store, new in ((self.k, k), (self.v, v), (self.position, position)):
+                store[slot] = new[wanted]
+        for store in vars(self.columns).values():
+            self._fill_new(store, take)
+        self.held = self.held + take
+
+    def _fill_new(self, store: Tensor, take: Tensor) -> None:
+        """New tokens start at zero in every column (a reused slot still has its last tenant's number)."""
+        wanted = torch.arange(int(take.max())) < take.unsqueeze(1)
+        slot = ((self.offset + self.held).unsqueeze(1) + torch.arange(wanted.shape[1]))[wanted]
+        store[slot.to(store.device)] = 0
+
+    def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
+        """Write a column back for `rows`: values (r, width)."""
+        store = getattr(self.columns, name)
+        held = self.held if rows is None else self.held[rows]
+        live = (torch.arange(values.shape[1]) < held.unsqueeze(1)).to(store.device)
+        store[self._index(rows, values.shape[1])[live]] = values[live].to(store.dtype)
+
+    def evict(self, leaving: Tensor) -> None:
+        """Drop the slots marked in leaving (rows, width), bool, live ones only.
+
+        Survivors from the end of a row move into the holes further front, so a row stays packed and at most as
+        many tokens move as leave.
+        """
+        leaving = leaving.cpu()
+        slot = torch.arange(leaving.shape[1])
+        held = self.held - leaving.sum(1)
+        behind = slot >= held.unsqueeze(1)
+        movers = ~leaving & behind & (slot < self.held.unsqueeze(1))
+        source = (self.offset.unsqueeze(1) + slot)[movers].to(self.k.device)
+        target = (self.offset.unsqueeze(1) + slot)[leaving & ~behind].to(self.k.device)
+        for _, _, store in self._arrays():
+            store[target] = store[source]
+        self.held = held
+
+    def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, k, v) of the slots marked in (rows, width): row (e,), k (e, d), v (e, dv), in slot order."""
+        row, slot = marked.cpu().nonzero(as_tuple=True)
+        index = (self.offset[row] + slot).to(self.k.device)
+        return row.to(self.k.device), self.k[index], self.v[index]
+
+    # ---- size ----------------------------------------------------------------------------------------------
+
+    def _reserve(self, needed: Tensor) -> None:
+        if bool((needed > self.capacity).any()):
+            wanted = torch.maximum(needed, 2 * self.capacity)
+            # Rows in step stay in step: one stride for all keeps every view free of copies.
+            self.resize(
+                wanted.max().expand_as(wanted)
+                if self.stride
+                else torch.where(needed > self.capacity, wanted, self.capacity)
+            )
+
+    def resize(self, capacity: Tensor) -> None:
+        """Move the held tokens to an arena with these capacities (rows,), each at least what the row holds."""
+        source = self.live_index()
+        self._lay_out(capacity.clone())
+        target = self.live_index()
+        for owner, name, store in self._arrays():
+            moved = store.new_zeros(int(capacity.sum()), *store.shape[1:])
+            moved[target] = store[source]
+            setattr(owner, name, moved)
+
+    # ---- as a part of a state ------------------------------------------------------------------------------
+
+    def export(self) -> dict[str, Any]:
+        """Only held tokens travel: an evicted token's bytes still in the arena never reach the message."""
+        index = self.live_index()
+        live = {name: tensor[index] for owner, name, tensor in self._arrays() if owner is self}
+        columns = {name: tensor[index] for name, tensor in vars(self.columns).items()}
+        return {"held": self.held, "capacity": self.capacity, "columns": columns, **live}
+
+    def adopt(self, fields: dict[str, Any]) -> None:
+        self.held = fields["held"]
+        self._lay_out(fields["capacity"])
+        index = self.live_index()
+        for owner, name, store in self._arrays():
+            sent = fields[name] if owner is self else fields["columns"][name]
+            placed = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
+            placed[index] = sent.to(store.device)
+            setattr(owner, name, placed)
+
+    def select_rows(self, index: Tensor) -> None:
+        sources = [int(self.offset[row]) + torch.arange(int(self.held[row])) for row in index.tolist()]
+        source = torch.cat(sources).to(self.k.device)
+        self.held = self.held[index]
+        self.spec = self.spec.select(index)
+        self._lay_out(self.capacity[index])
+        target = self.live_index()
+        for owner, name, store in self._arrays():
+            moved = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
+            moved[target] = store[source]
+            setattr(owner, name, moved)
+
+
+class Columns(Memory):
+    """Per-slot tensors (total slots,) that a policy keeps beside the keys and values."""

@@ -1,0 +1,207 @@
+"""State: the living memory of a method. Validation, padding, clocks, the message: written once, here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvfloor import message
+from kvfloor.memory import Memory
+from kvfloor.method import Guarantee, Method, Spec
+from kvfloor.partial import Partial
+
+Self = TypeVar("Self", bound="State")
+
+
+class State(Memory, ABC):
+    """What a method remembers of `rows` independent streams.
+
+    A variant writes `_append` and `_read`, and `_step` where it can do better than token by token. Shapes:
+    k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group, queries
+    of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the state as
+    it was.
+    """
+
+    def __init__(self, method: Method, spec: Spec) -> None:
+        self.method = method
+        self.spec = spec
+        self.shared: dict[str, Tensor] = {}  # tensors fixed by (method, spec) alone: public, uncounted
+        self.seen = torch.zeros(spec.rows, dtype=torch.int64)  # tokens per row; on the CPU, as all clocks
+        self.sealed = False
+
+    # ---- what a variant writes -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        """Take in the first take[r] tokens of row r, and advance `seen` by `take`."""
+
+    @abstractmethod
+    def _read(self, q: Tensor) -> Partial:
+        """Attention of q (rows, m, d) over everything seen; changes nothing."""
+
+    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
+        """Token i is taken in, then answered: (rows, g, t, dv). This form is the law; it goes token by token."""
+        rows, g, t, _ = q.shape
+        out = torch.zeros(rows, g, t, self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
+        for i in range(t):
+            self._append(k[:, i : i + 1], v[:, i : i + 1], (take > i).to(torch.int64))
+            out[:, :, i] = self._read(q[:, :, i]).mean
+        return out
+
+    def _attend(self, q: Tensor) -> Partial:
+        """As `_read` for q (rows, g, m, d), flattened to (rows, g*m); a policy may learn from it."""
+        return self._read(q.flatten(1, 2))
+
+    def _seal(self) -> None:
+        """React to the prompt's end."""
+
+    # ---- what users call -----------------------------------------------------------------------------------
+
+    def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
+        """Take in tokens without asking anything. present (rows, t), bool, marks the real ones."""
+        k, v = self._checked(k, "k", self.spec.d), self._checked(v, "v", self.spec.dv)
+        take, order = self._arrange(k, v, None, present)
+        if order is not None:
+            k, v = _pack(k, order), _pack(v, order)
+        if k.shape[1]:
+            self._append(k, v, take)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
+        """The law of autoregression: token i attends to everything up to and including itself.
+
+        q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
+        """
+        k, v = self._checked(k, "k", self.spec.d), self._checked(v, "v", self.spec.dv)
+        q = self._checked(q, "q", self.spec.d, axes=4)
+        take, order = self._arrange(k, v, q, present)
+        if k.shape[1] == 0:
+            return q.new_zeros(*q.shape[:3], self.spec.dv)
+        if order is None:
+            return self._step(k, v, q, take).to(self.spec.dtype)
+        g = q.shape[1]
+        out = self._step(_pack(k, order), _pack(v, order), _pack(q, order.unsqueeze(1).expand(-1, g, -1)), take)
+        # Unpack: the answer of a row's j-th real token goes back to where that token stood; pads get zero.
+        real = (torch.arange(out.shape[2]) < take.unsqueeze(1)).to(out.device)
+        out = out * real[:, None, :, None]
+        place = order.unsqueeze(1).unsqueeze(-1).expand(-1, g, -1, out.shape[-1])
+        return torch.zeros_like(out).scatter(2, place, out).to(self.spec.dtype)
+
+    def read(self, q: Tensor) -> Partial:
+        """Attention of q (rows, m, d) over what is remembered: a `Partial` (rows, m). Pure."""
+        return self._read(self._checked(q, "q", self.spec.d, finite=True))
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Answers (rows, g, m, dv) to q (rows, g, m, d) without new tokens; a policy may learn from them."""
+        q = self._checked(q, "q", self.spec.d, axes=4, finite=True)
+        mean = self._attend(q).mean
+        return mean.view(*q.shape[:3], self.spec.dv).to(self.spec.dtype)
+
+    def seal(self) -> None:
+        """Mark the end of the prompt, once; methods that compress there do so now."""
+        if not self.sealed:
+            self._seal()
+            self.sealed = True
+
+    def guarantee(self) -> Guarantee | None:
+        """The method's guarantee, withdrawn (`holds` False) where what was seen breaks an assumption."""
+        return self.method.guarantee(self.spec)
+
+    @property
+    def held(self) -> Tensor:
+        """Whole tokens kept per row (rows,), int64."""
+        return torch.zeros_like(self.seen)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that answering one query token touches, over all rows; everything unless a variant reads less."""
+        return self.nbytes
+
+    def to_bytes(self) -> bytes:
+        """The message: everything that answering and continuing needs beyond method and public randomness."""
+        return message.pack(str(self.method), self.spec.as_dict(), self.export())
+
+    def clone(self: Self) -> Self:
+        """An independent copy."""
+        return self.copied()
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index` (r,), int64, in that order; repeats are allowed (beams). Rows keep their ids."""
+        index = torch.as_tensor(index).to("cpu")
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or index.numel() == 0:
+            raise ValueError(
+                f"select_rows needs a non-empty 1-d integer tensor, got {index.dtype} {tuple(index.shape)}"
+            )
+        if int(index.min()) < 0 or int(index.max()) >= self.spec.rows:
+            raise ValueError(f"row indices must lie in 0..{self.spec.rows - 1}, got {index.tolist()}")
+        super().select_rows(index.to(torch.int64))
+        self.spec = self.spec.select(index)
+
+    # ---- input ---------------------------------------------------------------------------------------------
+
+    def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
+        shape = f"(rows={self.spec.rows}, t, {width})" if axes == 3 else f"(rows={self.spec.rows}, g, t, {width})"
+        if x.ndim != axes or x.shape[0] != self.spec.rows or x.shape[-1] != width:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+        if x.layout != torch.strided or x.is_quantized or x.is_meta:
+            raise TypeError(f"{name} must be a dense tensor with data, got layout {x.layout} on {x.device}")
+        if x.dtype != self.spec.dtype:
+            raise TypeError(f"{name} must be {self.spec.dtype} as the spec says, got {x.dtype}: convert it first")
+        if x.device.type != torch.device(self.spec.device).type:
+            raise ValueError(f"{name} is on {x.device}, the state on {self.spec.device}: move it first")
+        if finite and not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name} has NaN or infinite entries; the state was not changed")
+        return x.detach()
+
+    def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens per row, and the order that packs real tokens first (None if all are real)."""
+        rows, t = k.shape[:2]
+        if v.shape[1] != t:
+            raise ValueError(f"k has {t} tokens and v has {v.shape[1]}; they must match")
+        if q is not None and (q.shape[2] != t or q.shape[1] < 1):
+            raise ValueError(f"q must be (rows, g, {t}, d) with g >= 1 for {t} tokens, got {tuple(q.shape)}")
+        if present is not None:
+            if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != (rows, t):
+                got = (present.dtype, tuple(present.shape)) if isinstance(present, Tensor) else type(present).__name__
+                raise ValueError(f"present must be a bool tensor (rows={rows}, t={t}), got {got}")
+            if bool(present.all()):
+                present = None
+        for name, x in (("k", k), ("v", v), ("q", q)):
+            if x is not None and not bool(torch.isfinite(x).all()):
+                bad = ~torch.isfinite(x).all(-1)
+                bad = bad.any(1) if bad.ndim == 3 else bad
+                if present is None or bool((bad & present).any()):
+                    raise ValueError(f"{name} has NaN or infinite entries; the state was not changed")
+        if present is None:
+            return torch.full((rows,), t, dtype=torch.int64), None
+        order = torch.argsort((~present).to(torch.int8), dim=1, stable=True)
+        return present.sum(1).cpu(), order
+
+
+def _pack(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder the token axis (the last but one) of x by `order`."""
+    return x.gather(x.ndim - 2, order.unsqueeze(-1).expand_as(x))
+
+
+def restore(data: bytes, method: Method, device: str | torch.device = "cpu") -> State:
+    """Open `method` for the message's spec and take over its fields; CorruptState if the message is not intact."""
+    text, plain, fields = message.unpack(data)
+    if text != str(method):
+        raise message.CorruptState(f"this is a state of {text!r}, not of {str(method)!r}")
+    state = method.open(Spec.from_dict(plain, device))
+    missing = set(state.export()) ^ set(fields)
+    if missing:
+        raise message.CorruptState(f"the state's fields differ from this release's in {sorted(missing)}")
+    state.adopt(_to(fields, device))
+    return state
+
+
+def _to(fields: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
+    if torch.device(device).type == "cpu":
+        return fields
+    # Clocks and layout stay on the CPU; adopt() of each part moves what belongs on the device.
+    return fields

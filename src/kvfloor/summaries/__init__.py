@@ -1,0 +1,1 @@
+"""Summaries: what stays of the tokens that left, as one more partial."""

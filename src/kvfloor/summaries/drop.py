@@ -1,0 +1,19 @@
+"""Drop: evicted tokens are forgotten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvfloor.method import Spec
+from kvfloor.summaries.summary import Summary
+
+
+@dataclass(frozen=True)
+class Drop(Summary):
+    """The default: nothing stays, so the summary's partial is empty."""
+
+    name: ClassVar[str] = "drop"
+
+    def open(self, spec: Spec) -> None:
+        del spec

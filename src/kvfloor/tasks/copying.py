@@ -1,0 +1,32 @@
+"""Copying: a marked passage of random words somewhere in filler, to be repeated word for word."""
+
+from __future__ import annotations
+
+import random
+
+from .lexicon import Lexicon
+from .sample import Question
+from .task import Task, Woven
+from .weave import Plot
+
+
+def plot(rng: random.Random, words: int, lexicon: Lexicon) -> Plot:
+    """A passage of two thirds of `words` up to `words` words, drawn with replacement."""
+    n = rng.randint(max(1, words * 2 // 3), words)
+    passage = " ".join(rng.choice(lexicon.things) for _ in range(n))
+    return Plot(
+        [[f"begin passage {passage} end passage."]],
+        [(Question("repeat the passage. begin passage", passage), 0)],
+    )
+
+
+COPY = Task(
+    name="copy",
+    about="a marked passage of 32 to 48 words, repeated word for word",
+    unit="words",
+    lowest=1,
+    highest=256,
+    default=lambda length: max(3, min(48, length // 6)),
+    make=Woven(plot),
+    depth_moves="the passage",
+)

@@ -1,0 +1,32 @@
+"""Key-value retrieval: four-digit keys and four-digit values, each of two tokens that other pairs share."""
+
+from __future__ import annotations
+
+import random
+
+from .lexicon import Lexicon
+from .sample import Question
+from .task import Task, Woven
+from .weave import Plot
+
+
+def plot(rng: random.Random, pairs: int, lexicon: Lexicon) -> Plot:
+    """`pairs` facts "4821 = 9043." with different keys; the question is "4821 ="."""
+    keys = lexicon.numbers(rng, 4, pairs)
+    values = [lexicon.number(rng, 4) for _ in keys]
+    return Plot(
+        [[f"{key} = {value}."] for key, value in zip(keys, values, strict=True)],
+        [(Question(f"{key} =", value), i) for i, (key, value) in enumerate(zip(keys, values, strict=True))],
+    )
+
+
+KV = Task(
+    name="kv",
+    about="two-token keys and values among pairs that share their halves",
+    unit="pairs",
+    lowest=1,
+    highest=1024,
+    default=lambda length: max(2, min(64, length // 16)),
+    make=Woven(plot),
+    depth_moves="the asked pair",
+)

@@ -1,0 +1,50 @@
+"""Pass keys: one number hidden in filler, short (5 or 6 digits) or long (64 digits, 32 tokens to copy)."""
+
+from __future__ import annotations
+
+import random
+
+from .lexicon import Lexicon
+from .sample import Question
+from .task import Task, Woven
+from .weave import Plot
+
+
+def hide(rng: random.Random, digits: int, lexicon: Lexicon, kind: str) -> Plot:
+    """One fact "the pass key is 48213."; the question ends in the same words."""
+    number = lexicon.number(rng, digits)
+    ask = f"what is the {kind} key? the {kind} key is"
+    return Plot([[f"the {kind} key is {number}."]], [(Question(ask, number), 0)])
+
+
+def short(rng: random.Random, digits: int, lexicon: Lexicon) -> Plot:
+    """A number of `digits` digits, or one fewer: both counts come up, so that the end has to be read, too."""
+    return hide(rng, digits - (digits > 2 and rng.random() < 0.5), lexicon, "pass")
+
+
+def long(rng: random.Random, digits: int, lexicon: Lexicon) -> Plot:
+    """A number of exactly `digits` digits."""
+    return hide(rng, digits, lexicon, "vault")
+
+
+PASSKEY = Task(
+    name="passkey",
+    about="one short number in filler",
+    unit="digits (or one fewer)",
+    lowest=2,
+    highest=12,
+    default=lambda length: 2 if length < 40 else 4 if length < 80 else 6,
+    make=Woven(short),
+    depth_moves="the key",
+)
+
+PASSKEY64 = Task(
+    name="passkey64",
+    about="one 64-digit number in filler: 32 tokens to copy without a slip",
+    unit="digits",
+    lowest=2,
+    highest=128,
+    default=lambda length: max(4, min(64, length // 12 * 2)),
+    make=Woven(long),
+    depth_moves="the key",
+)

@@ -1,0 +1,74 @@
+"""A register machine: a long run of assignments; all current values are asked at the end.
+
+Register speeds differ by powers: the fastest is written every other line, the slowest twice in the whole
+program; so some current values are recent and others are very old, and every register has stale values.
+"""
+
+from __future__ import annotations
+
+import random
+
+from .lexicon import REGISTERS
+from .sample import Question, Sample
+from .task import Request, Task
+
+JITTER = 0.2  # a period varies by this share: the next write is not known from the last
+
+
+def make(request: Request) -> Sample:
+    """Lines "r3 = 47." until the length is reached; answer "47 r1 = 12 ..." in the registers' order."""
+    rng, k = request.rng, request.difficulty
+    empty = request.count("")
+    size = request.count("r0 = 00.") - empty
+    lines = (request.length - empty) // size
+    while True:
+        if lines < 2 * k:
+            raise ValueError(
+                f"length={request.length}: {k} registers need at least {2 * k} lines of {size} tokens"
+            )
+        names = list(REGISTERS[:k])
+        writes = schedule(rng, names, lines)
+        values = [request.lexicon.number(rng, 2) for _ in writes]
+        context = " ".join(f"{name} = {value}." for name, value in zip(writes, values, strict=True))
+        surplus = request.count(context) - request.length
+        if surplus <= 0:
+            break
+        lines -= -(-surplus // size)
+    current = dict(zip(writes, values, strict=True))
+    answer = f"{current[names[0]]}" + "".join(f" {name} = {current[name]}" for name in names[1:])
+    return Sample(context, (Question(f"list r0 to {names[-1]}. r0 =", answer),))
+
+
+def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
+    """Which register each of `lines` lines writes: jittered clocks whose numbers of writes grow geometrically."""
+    times: list[tuple[float, str]] = []
+    for name, writes in zip(rng.sample(names, len(names)), speeds(len(names), lines), strict=True):
+        phase = rng.random()
+        for beat in range(writes):
+            times.append(((beat + phase + JITTER * (rng.random() - 0.5)) / writes, name))
+    return [name for _, name in sorted(times)]
+
+
+def speeds(k: int, lines: int) -> list[int]:
+    """Numbers of writes 2, 2q, 2q^2, ... of `k` registers, with q chosen so that they sum to `lines`."""
+    low, high = 1.0, float(lines)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(2 * middle**i for i in range(k)) < lines:
+            low = middle
+        else:
+            high = middle
+    writes = [max(2, int(2 * low**i)) for i in range(k)]
+    writes[-1] += lines - sum(writes)
+    return writes
+
+
+REGISTERS_TASK = Task(
+    name="registers",
+    about="many assignments to registers of very different speeds, all current values asked",
+    unit="registers",
+    lowest=2,
+    highest=len(REGISTERS),
+    default=lambda length: max(2, min(8, length // 24)),
+    make=make,
+)

@@ -1,0 +1,40 @@
+"""Variable tracking: scattered chains of assignments; the answer walks one chain, hop by hop, to its number."""
+
+from __future__ import annotations
+
+import random
+
+from .lexicon import Lexicon
+from .sample import Question
+from .task import Task, Woven
+from .weave import Plot
+
+CHAINS = 4
+
+
+def plot(rng: random.Random, hops: int, lexicon: Lexicon) -> Plot:
+    """Chains of `hops` hops from "let fox = 4821." on; the question starts at a chain's last name."""
+    chains = min(CHAINS, len(lexicon.things) // (hops + 1))
+    if chains < 1:
+        raise ValueError(f"difficulty={hops}: a chain of {hops} hops needs {hops + 1} names")
+    names = rng.sample(lexicon.things, chains * (hops + 1))
+    threads: list[list[str]] = []
+    questions: list[tuple[Question, int]] = []
+    for i in range(chains):
+        chain = names[i * (hops + 1) : (i + 1) * (hops + 1)]
+        sources = [lexicon.number(rng, 4), *chain[:-1]]
+        threads.append([f"let {name} = {source}." for name, source in zip(chain, sources, strict=True)])
+        questions.append((Question(f"follow {chain[-1]}. {chain[-1]} =", " = ".join(reversed(sources))), i))
+    return Plot(threads, questions)
+
+
+VARTRACK = Task(
+    name="vartrack",
+    about=f"{CHAINS} chains of assignments, one followed to its value",
+    unit="hops",
+    lowest=1,
+    highest=8,
+    default=lambda length: 1 if length < 96 else 2 if length < 160 else 3 if length < 256 else 4,
+    make=Woven(plot),
+    depth_moves="the first assignment of the asked chain",
+)

@@ -1,0 +1,60 @@
+"""Frequent words: a long list of words, three of which come up clearly more often than all others."""
+
+from __future__ import annotations
+
+from .sample import Question, Sample
+from .task import Request, Task
+
+SHARES = (0.16, 0.11, 0.075)
+MARGIN = 0.6  # the fourth word comes up at most this often, relative to the third
+
+
+def make(request: Request) -> Sample:
+    """Three words at SHARES of the list, the others with counts falling as 1/rank below the margin, shuffled."""
+    rng, things = request.rng, request.lexicon.things
+    if len(things) < 4:
+        raise ValueError(f"words needs at least 4 different words, this lexicon has {len(things)}")
+    room = request.length - request.count("")
+    ask = "the three most frequent words are"
+    while True:
+        if room < 24:
+            raise ValueError(f"length={request.length}: words needs room for 24 words")
+        names = rng.sample(things, min(len(things), request.difficulty + 3))
+        counts = [round(share * room) for share in SHARES]
+        most = max(1, int(counts[2] * MARGIN))
+        others = spread(room - sum(counts), len(names) - 3, most)
+        text = [w for w, n in zip(names, counts + others, strict=False) for _ in range(n)]
+        rng.shuffle(text)
+        context = " ".join(text)
+        surplus = request.count(context) - request.length
+        if surplus <= 0:
+            return Sample(context, (Question(ask, " ".join(names[:3])),))
+        room -= surplus
+
+
+def spread(total: int, kinds: int, most: int) -> list[int]:
+    """`total` split over `kinds` words as 1/rank, none above `most`; what does not fit is left out."""
+    weights = [1 / (rank + 1) for rank in range(kinds)]
+    counts = [0] * kinds
+    left = min(total, most * kinds)
+    while left > 0:
+        live = [i for i in range(kinds) if counts[i] < most]
+        mass = sum(weights[i] for i in live)
+        for i in live:
+            more = min(most - counts[i], left, max(1, int(left * weights[i] / mass)))
+            counts[i] += more
+            left -= more
+            if left == 0:
+                break
+    return counts
+
+
+WORDS = Task(
+    name="words",
+    about="the three most frequent words of a list, most frequent first",
+    unit="other words",
+    lowest=1,
+    highest=256,
+    default=lambda length: max(16, min(120, length // 8)),
+    make=make,
+)
