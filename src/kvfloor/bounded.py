@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfloor.blocked import Blocked
 from kvfloor.budget import Budget, tokens
 from kvfloor.kernels.attend import weigh
-from kvfloor.method import Guarantee, Method, Spec, Traits, call_text, positive
+from kvfloor.method import Guarantee, Method, Spec, Traits, count, part_text
 from kvfloor.partial import Partial
 from kvfloor.policies.policy import Ledger, Policy
 from kvfloor.selectors.everything import Everything
@@ -42,22 +42,33 @@ class Bounded(Method):
     prefill: Literal["stream", "dense"] = "stream"
 
     def __post_init__(self) -> None:
-        positive(self.policy.name, block=self.block)
-        if not isinstance(self.block, int):
-            raise ValueError(f"{self.policy.name}: block must be a whole number, got {self.block!r}")
+        for name, part in (("policy", Policy), ("summary", Summary), ("selector", Selector)):
+            if not isinstance(getattr(self, name), part):
+                raise TypeError(f"{name} must be a {part.__name__}, got {getattr(self, name)!r}")
+        count(self.policy.name, least=1, block=self.block)
         if self.prefill not in ("stream", "dense"):
             raise ValueError(f"{self.policy.name}: prefill must be stream or dense, got {self.prefill!r}")
-        for tokens_per_row in self.budget if isinstance(self.budget, tuple) else (self.budget,):
-            if isinstance(tokens_per_row, int):
+        if isinstance(self.budget, tuple) and len(self.budget) == 1:  # one number is written and parsed as a number
+            object.__setattr__(self, "budget", self.budget[0])
+        if self.budget is not None and not isinstance(self.budget, str):
+            for tokens_per_row in self.budget if isinstance(self.budget, tuple) else (self.budget,):
+                count(self.policy.name, least=1, budget=tokens_per_row)
                 self._check_room(tokens_per_row, pinned=0)
 
     def _check_room(self, budget: int, pinned: int) -> None:
         first, last = self.policy.protected_first(), self.policy.protected_last(budget)
-        if budget < 1 or first + last + pinned >= budget:
+        if first + last + pinned >= budget:
             raise ValueError(
                 f"a budget of {budget} tokens is too small for {self.policy.name}: it protects {first} first, {last} "
-                f"newest and {pinned} pinned tokens, and needs at least {max(1, first + last + pinned + 1)}"
+                f"newest and {pinned} pinned tokens, and needs at least {self._least_budget(budget, pinned)}"
             )
+
+    def _least_budget(self, budget: int, pinned: int) -> int:
+        """The smallest budget from here on that leaves room for one free token; `last` may grow with the budget."""
+        first = self.policy.protected_first()
+        while (needed := first + self.policy.protected_last(budget) + pinned + 1) > budget:
+            budget = needed
+        return budget
 
     @property
     def traits(self) -> Traits:
@@ -94,13 +105,13 @@ class Bounded(Method):
             )
             if value != default
         ]
-        text = call_text(self.policy.name, self.policy)
+        text = part_text(self.policy)
         if options:
             text = f"{text[:-1]},{','.join(options)})" if text.endswith(")") else f"{text}({','.join(options)})"
         if not isinstance(self.summary, Drop):
-            text += f"+{call_text(self.summary.name, self.summary)}"
+            text += f"+{part_text(self.summary)}"
         if not isinstance(self.selector, Everything):
-            text += f"|{call_text(self.selector.name, self.selector)}"
+            text += f"|{part_text(self.selector)}"
         if isinstance(self.budget, tuple):
             return f"{text}@{':'.join(map(str, self.budget))}"
         return text if self.budget is None else f"{text}@{self.budget}"
@@ -145,6 +156,11 @@ class BoundedState(Blocked):
             raise ValueError(f"some tokens of {start}..{stop} have left already: pin spans before they can be evicted")
         span = torch.tensor([start, stop]).expand(self.spec.rows, 1, 2)
         self.pins = torch.cat([self.pins, span], dim=1)
+
+    def select_rows(self, index: Tensor) -> None:
+        super().select_rows(index)
+        if isinstance(self._plan.budget, tuple):  # so that the message names a method which opens for these rows
+            self.method = replace(self._plan, budget=tuple(self.budget.tolist()))
 
     @property
     def bytes_read(self) -> int:

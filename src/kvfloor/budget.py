@@ -6,10 +6,12 @@ import re
 
 import torch
 
-from kvfloor.method import Method, Spec
+from kvfloor.method import Method, Spec, count
 
 Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one number of tokens per row
 
+_PROBE = 1024
+_MOST_TOKENS = 2**40
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FORMS = "a number of tokens (512), a share of the context (25%) or bytes (64MiB, 8MB)"
 
@@ -63,31 +65,48 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     budget = getattr(method, "budget", None)
     if not isinstance(budget, str):
         return method
+    count("resolve", least=1, layers=layers, g=g, **({} if length is None else {"length": length}))
+    parse_budget(budget)
     if budget.endswith("%"):
         if length is None:
             raise ValueError(f"@{budget} is a share of the context, whose length is not known here: give tokens")
         return _with(method, max(1, int(length * float(budget[:-1]) / 100)))
     total = size_bytes(budget)
-    if total is None:
-        raise ValueError(f"{budget!r} is not a budget: give {_FORMS}")
+    assert total is not None
     per_row = total / (layers * spec.rows)
-    small, large = _row_bytes(method, 256, spec, g), _row_bytes(method, 512, spec, g)
-    slope = (large - small) / 256
-    affordable = int((per_row - (small - 256 * slope)) / slope)
-    while affordable > 0 and not _fits(method, affordable, spec, g, per_row):
-        affordable -= 1
-    if affordable < 1:
+    least = _least(method)
+    floor = _row_bytes(method, least, spec, g)
+    if floor > per_row:
         raise ValueError(
-            f"@{budget} leaves {per_row:.0f} bytes for each of {layers} x {spec.rows} rows, less than {method} "
-            f"needs for one token ({small - 255 * slope:.0f}); raise the budget"
+            f"@{budget} leaves {per_row:.0f} bytes for each of {layers} x {spec.rows} rows; {method} needs {floor} for "
+            f"its smallest budget of {least} tokens: raise the budget"
         )
+    # Memory is a line in the tokens, but for what a method rounds off (SubGen's clusters): walk down from the line.
+    slope = (_row_bytes(method, least + _PROBE, spec, g) - floor) / _PROBE
+    affordable = least + int((per_row - floor) / slope)
+    while affordable > least and _row_bytes(method, affordable, spec, g) > per_row:
+        affordable -= 1
     return _with(method, affordable)
 
 
-def _fits(method: Method, tokens: int, spec: Spec, g: int, per_row: float) -> bool:
+def _least(method: Method) -> int:
+    """The smallest budget that the method accepts; what it protects may be most of it."""
+    high = 1
+    while not _accepts(method, high):
+        high *= 2
+        if high > _MOST_TOKENS:
+            _with(method, high)  # raises, and says why
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _accepts(method, middle) else (middle, high)
+    return high
+
+
+def _accepts(method: Method, tokens: int) -> bool:
     try:
-        return _row_bytes(method, tokens, spec, g) <= per_row
-    except ValueError:  # protected tokens do not fit
+        return _with(method, tokens) is not None
+    except ValueError:  # what it protects does not fit
         return False
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.blocked import Blocked
-from kvfloor.method import Guarantee, Method, Spec, Traits, call_text
+from kvfloor.method import Guarantee, Method, Spec, Traits, part_text
 from kvfloor.partial import Partial
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.selector import Selector
@@ -26,6 +26,10 @@ class Exact(Method):
     name: ClassVar[str] = "exact"
     paper: ClassVar[str] = "Vaswani et al. 2017"
     selector: Selector = field(default_factory=Everything)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selector, Selector):
+            raise TypeError(f"exact: selector must be a Selector, got {self.selector!r}")
 
     @property
     def traits(self) -> Traits:
@@ -45,11 +49,7 @@ class Exact(Method):
         return Guarantee(0.0, 0.0, "max norm, up to rounding", "every query", (), "the definition of attention")
 
     def __str__(self) -> str:
-        return (
-            "exact"
-            if isinstance(self.selector, Everything)
-            else f"exact|{call_text(self.selector.name, self.selector)}"
-        )
+        return "exact" if isinstance(self.selector, Everything) else f"exact|{part_text(self.selector)}"
 
 
 class ExactState(Blocked):

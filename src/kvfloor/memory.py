@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PUBLIC = frozenset({"method", "spec", "shared"})  # fixed before the stream, known to both sides: not memory
+# Not memory: what is fixed before the stream and known to both sides, and the record of past sizes.
+PUBLIC = frozenset({"method", "spec", "shared", "peak"})
 SCALAR_BYTES = 8
 
 
 class Memory:
     """A part of a state: its attributes are tensors, numbers, None, or further `Memory`."""
+
+    peak = 0  # most bytes this part's own tensors took so far, set where storage is moved (old and new at once)
 
     @property
     def nbytes(self) -> int:
@@ -25,6 +28,23 @@ class Memory:
         storages: dict[int, int] = {}
         scalars = _walk(self, storages, "state")
         return sum(storages.values()) + scalars
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes held at any time so far, the copies made while growing or shrinking included."""
+        return self.nbytes + self._excess()
+
+    def _excess(self) -> int:
+        parts = [value for name, value in vars(self).items() if name not in PUBLIC and isinstance(value, Memory)]
+        inside = sum(part._excess() for part in parts)
+        own = sum(x.untyped_storage().nbytes() for x in vars(self).values() if isinstance(x, Tensor))
+        return inside + max(0, self.peak - own)
+
+    def move(self, name: str, new: Tensor) -> None:
+        """Replace the tensor `name` by its copy in other storage, while both are alive."""
+        tensors = [x for key, x in vars(self).items() if isinstance(x, Tensor) and key not in PUBLIC]
+        self.peak = max(self.peak, sum(x.untyped_storage().nbytes() for x in tensors) + new.untyped_storage().nbytes())
+        setattr(self, name, new)
 
     def export(self) -> dict[str, Any]:
         """The attributes to send: tensors, numbers, None, or nested dicts of them."""
@@ -36,15 +56,19 @@ class Memory:
             mine = getattr(self, name)
             if isinstance(mine, Memory):
                 mine.adopt(value)
+            elif isinstance(value, Tensor):  # clocks are on the CPU from the start, and stay there
+                setattr(self, name, value.to(mine.device if isinstance(mine, Tensor) else vars(self)["spec"].device))
             else:
                 setattr(self, name, value)
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index` (r,), repeats allowed. Every tensor here has rows as its first axis."""
         for name, value in vars(self).items():
-            if name in PUBLIC:
+            if name == "spec":
+                self.spec = value.select(index)
+            elif name in PUBLIC:
                 continue
-            if isinstance(value, Memory):
+            elif isinstance(value, Memory):
                 value.select_rows(index)
             elif isinstance(value, Tensor):
                 setattr(self, name, value.index_select(0, index.to(value.device)))

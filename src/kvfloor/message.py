@@ -71,7 +71,7 @@ def unpack(data: bytes) -> tuple[str, dict[str, Any], dict[str, Any]]:
         return header["method"], header["spec"], fields
     except CorruptState:
         raise
-    except (KeyError, TypeError, ValueError, IndexError) as cause:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
         raise CorruptState(f"the header is not one that this release writes: {cause}") from None
 
 
@@ -82,6 +82,8 @@ def _flatten(fields: dict[str, Any], path: str, entries: list[list[Any]], chunks
             entries.append([full, "part"])
             _flatten(value, full, entries, chunks)
         elif isinstance(value, Tensor):
+            if value.dtype not in _DTYPES.values():
+                raise TypeError(f"{full} is a {value.dtype} tensor; a message holds {', '.join(_DTYPES)}")
             flat = value.detach().cpu().contiguous().reshape(-1)
             raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
             entries.append([full, str(value.dtype).removeprefix("torch."), list(value.shape)])

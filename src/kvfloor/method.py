@@ -58,6 +58,8 @@ class Spec:
             raise ValueError(f"Spec.softcap must be None or a positive number, got {self.softcap!r}")
         if self.dtype not in _DTYPES.values():
             raise ValueError(f"Spec.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"Spec.seed must be an integer, got {self.seed!r}")
         ids = tuple(range(self.rows)) if self.row_ids is None else tuple(int(i) for i in self.row_ids)
         if len(ids) != self.rows:
             raise ValueError(f"Spec.row_ids must have one id per row: {self.rows} rows, {len(ids)} ids")
@@ -162,9 +164,7 @@ class Method(ABC):
 
     def __str__(self) -> str:
         """The text that parses back to this method; a third party's class is written `module:Class`."""
-        kind = type(self)
-        own = kind.__module__.partition(".")[0] == "kvfloor"
-        text = call_text(self.name if own else f"{kind.__module__}:{kind.__qualname__}", self, skip=("budget",))
+        text = part_text(self, skip=("budget",))
         budget = getattr(self, "budget", None)
         return text if budget is None else f"{text}@{budget}"
 
@@ -185,17 +185,22 @@ def _literal(value: Any) -> str:
     return str(value)
 
 
-def positive(owner: str, **values: int | float | None) -> None:
-    """Raise ValueError for any given value that is not a positive finite number; None is let through."""
+def part_text(part: Any, skip: tuple[str, ...] = ()) -> str:
+    """The text that parses back to this part; a third party's class is written `module:Class`."""
+    kind = type(part)
+    own = kind.__module__.partition(".")[0] == "kvfloor"
+    return call_text(kind.name if own else f"{kind.__module__}:{kind.__qualname__}", part, skip)
+
+
+def positive(owner: str, **values: int | float) -> None:
+    """Raise ValueError for any given value that is not a positive finite number."""
     for name, value in values.items():
-        if value is None:
-            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{owner}: {name} must be a positive number, got {value!r}")
 
 
-def count(owner: str, **values: int | None) -> None:
-    """Raise ValueError for any given value that is not a whole number >= 0; None is let through."""
+def count(owner: str, least: int = 0, **values: int) -> None:
+    """Raise ValueError for any given value that is not a whole number >= `least`."""
     for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(f"{owner}: {name} must be a whole number >= 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{owner}: {name} must be a whole number >= {least}, got {value!r}")

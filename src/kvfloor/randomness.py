@@ -39,7 +39,7 @@ def row_keys(seed: int, row_ids: Tensor, purpose: str) -> Tensor:
 def uniform(keys: Tensor, counters: Tensor) -> Tensor:
     """Float64 uniforms in (0, 1): `keys` and int64 `counters` broadcast, one draw per element."""
     bits = _mix(_mix(keys + counters * _GOLDEN) ^ counters)
-    return (_shift(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
+    return (_shift(bits, 12).to(torch.float64) + 0.5) * 2.0**-52  # 52 bits: the half must not round up to 1
 
 
 def exponential(keys: Tensor, counters: Tensor) -> Tensor:

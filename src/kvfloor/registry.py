@@ -13,8 +13,8 @@ import ast
 import difflib
 import importlib
 import re
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
 
 from kvfloor.bounded import Bounded
 from kvfloor.budget import parse_budget
@@ -138,7 +138,7 @@ def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any
     positional, named = _arguments(arguments, text)
     if options is not None and issubclass(part, Policy):
         options.update({key: named.pop(key) for key in _OPTIONS if key in named})
-    allowed = [f.name for f in fields(part) if f.init and f.name not in ("selector", "budget")]
+    allowed = [f.name for f in fields(cast(Any, part)) if f.init and f.name not in ("selector", "budget")]
     unknown = [key for key in named if key not in allowed]
     if unknown or len(positional) > len(allowed):
         takes = ", ".join(allowed + (list(_OPTIONS) if issubclass(part, Policy) else [])) or "no arguments"
@@ -154,11 +154,16 @@ def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
         return [], {}
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        named = {k.arg: _value(k.value) for k in call.keywords if k.arg is not None}
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):  # a parenthesis closed early
+            raise ValueError("not one list of arguments")
+        named = {k.arg or "**": _value(k.value) for k in call.keywords}
+        if len(named) != len(call.keywords):
+            raise ValueError("an argument is given twice")
         return [_value(a) for a in call.args], named
-    except (SyntaxError, ValueError, AssertionError):
-        raise ValueError(f"in {whole!r}: the arguments must be numbers or words, as in recent=64, score=mean") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(
+            f"in {whole!r}: the arguments must be numbers or words, each once, as in recent=64, score=mean"
+        ) from None
 
 
 def _value(node: ast.expr) -> Any:
@@ -182,6 +187,8 @@ def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
         part = found
     if kind(part) not in kinds:
         raise ValueError(f"{name} is a {kind(part)}; a {' or '.join(kinds)} is needed here")
+    if not is_dataclass(part):
+        raise ValueError(f"{name} must be a frozen dataclass, whose fields are its arguments")
     return part
 
 
@@ -189,7 +196,7 @@ def _imported(name: str) -> type:
     module, _, attribute = name.partition(":")
     try:
         part = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as cause:
+    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as cause:
         raise ValueError(f"{name} cannot be imported: {cause}") from None
     if not isinstance(part, type):
         raise ValueError(f"{name} is a {type(part).__name__}; give a class")

@@ -50,12 +50,15 @@ class Slots(Memory):
 
     @property
     def column_names(self) -> list[str]:
-        return list(vars(self.columns))
+        return list(self._columns())
+
+    def _columns(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self.columns).items() if isinstance(value, Tensor)}
 
     def _arrays(self) -> list[tuple[Any, str, Tensor]]:
         """Every per-slot tensor, as (owner, attribute, tensor)."""
         own = [(self, name, getattr(self, name)) for name in ("k", "v", "position")]
-        return own + [(self.columns, name, tensor) for name, tensor in vars(self.columns).items()]
+        return own + [(self.columns, name, tensor) for name, tensor in self._columns().items()]
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -107,7 +110,7 @@ class Slots(Memory):
             slot, wanted = slot[wanted].to(self.k.device), wanted.to(self.k.device)
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
                 store[slot] = new[wanted]
-        for store in vars(self.columns).values():
+        for store in self._columns().values():
             self._fill_new(store, take)
         self.held = self.held + take
 
@@ -167,7 +170,7 @@ class Slots(Memory):
         for owner, name, store in self._arrays():
             moved = store.new_zeros(int(capacity.sum()), *store.shape[1:])
             moved[target] = store[source]
-            setattr(owner, name, moved)
+            owner.move(name, moved)
 
     # ---- as a part of a state ------------------------------------------------------------------------------
 
@@ -175,7 +178,7 @@ class Slots(Memory):
         """Only held tokens travel: an evicted token's bytes still in the arena never reach the message."""
         index = self.live_index()
         live = {name: tensor[index] for owner, name, tensor in self._arrays() if owner is self}
-        columns = {name: tensor[index] for name, tensor in vars(self.columns).items()}
+        columns = {name: tensor[index] for name, tensor in self._columns().items()}
         return {"held": self.held, "capacity": self.capacity, "columns": columns, **live}
 
     def adopt(self, fields: dict[str, Any]) -> None:
@@ -203,3 +206,7 @@ class Slots(Memory):
 
 class Columns(Memory):
     """Per-slot tensors (total slots,) that a policy keeps beside the keys and values."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Column name -> tensor."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

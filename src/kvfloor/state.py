@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +16,29 @@ from kvfloor.method import Guarantee, Method, Spec
 from kvfloor.partial import Partial
 
 Self = TypeVar("Self", bound="State")
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
-class State(Memory, ABC):
+def _plain(call: Call) -> Call:
+    """Run outside autograd and outside inference mode, whose tensors could not be written to later."""
+
+    @wraps(call)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return call(*args, **kwargs)
+
+    return inside  # type: ignore[return-value]
+
+
+class _Plain(ABCMeta):
+    """States are born outside inference mode too, wherever they are opened."""
+
+    @_plain
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+class State(Memory, metaclass=_Plain):
     """What a method remembers of `rows` independent streams.
 
     A variant writes `_append` and `_read`, and `_step` where it can do better than token by token. Shapes:
@@ -60,6 +82,7 @@ class State(Memory, ABC):
 
     # ---- what users call -----------------------------------------------------------------------------------
 
+    @_plain
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
         """Take in tokens without asking anything. present (rows, t), bool, marks the real ones."""
         k, v = self._checked(k, "k", self.spec.d), self._checked(v, "v", self.spec.dv)
@@ -69,6 +92,7 @@ class State(Memory, ABC):
         if k.shape[1]:
             self._append(k, v, take)
 
+    @_plain
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         """The law of autoregression: token i attends to everything up to and including itself.
 
@@ -85,20 +109,23 @@ class State(Memory, ABC):
         out = self._step(_pack(k, order), _pack(v, order), _pack(q, order.unsqueeze(1).expand(-1, g, -1)), take)
         # Unpack: the answer of a row's j-th real token goes back to where that token stood; pads get zero.
         real = (torch.arange(out.shape[2]) < take.unsqueeze(1)).to(out.device)
-        out = out * real[:, None, :, None]
+        out = out.masked_fill(~real[:, None, :, None], 0.0)  # not a product: a pad's answer may be NaN
         place = order.unsqueeze(1).unsqueeze(-1).expand(-1, g, -1, out.shape[-1])
         return torch.zeros_like(out).scatter(2, place, out).to(self.spec.dtype)
 
+    @_plain
     def read(self, q: Tensor) -> Partial:
         """Attention of q (rows, m, d) over what is remembered: a `Partial` (rows, m). Pure."""
         return self._read(self._checked(q, "q", self.spec.d, finite=True))
 
+    @_plain
     def attend(self, q: Tensor) -> Tensor:
         """Answers (rows, g, m, dv) to q (rows, g, m, d) without new tokens; a policy may learn from them."""
         q = self._checked(q, "q", self.spec.d, axes=4, finite=True)
         mean = self._attend(q).mean
         return mean.view(*q.shape[:3], self.spec.dv).to(self.spec.dtype)
 
+    @_plain
     def seal(self) -> None:
         """Mark the end of the prompt, once; methods that compress there do so now."""
         if not self.sealed:
@@ -123,10 +150,12 @@ class State(Memory, ABC):
         """The message: everything that answering and continuing needs beyond method and public randomness."""
         return message.pack(str(self.method), self.spec.as_dict(), self.export())
 
+    @_plain
     def clone(self: Self) -> Self:
         """An independent copy."""
         return self.copied()
 
+    @_plain
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index` (r,), int64, in that order; repeats are allowed (beams). Rows keep their ids."""
         index = torch.as_tensor(index).to("cpu")
@@ -137,7 +166,6 @@ class State(Memory, ABC):
         if int(index.min()) < 0 or int(index.max()) >= self.spec.rows:
             raise ValueError(f"row indices must lie in 0..{self.spec.rows - 1}, got {index.tolist()}")
         super().select_rows(index.to(torch.int64))
-        self.spec = self.spec.select(index)
 
     # ---- input ---------------------------------------------------------------------------------------------
 
@@ -196,12 +224,5 @@ def restore(data: bytes, method: Method, device: str | torch.device = "cpu") -> 
     missing = set(state.export()) ^ set(fields)
     if missing:
         raise message.CorruptState(f"the state's fields differ from this release's in {sorted(missing)}")
-    state.adopt(_to(fields, device))
+    state.adopt(fields)
     return state
-
-
-def _to(fields: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
-    if torch.device(device).type == "cpu":
-        return fields
-    # Clocks and layout stay on the CPU; adopt() of each part moves what belongs on the device.
-    return fields

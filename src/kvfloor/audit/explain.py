@@ -45,8 +45,7 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
     if answer.weak:
         cells = "; ".join(str(row.cell) for row in answer.weak)
         sentences.append(
-            f"Exact itself scores below {percent_text(WEAK_EXACT_SCORE)} on {cells}: a loss is hard to see "
-            "there."
+            f"Exact itself scores below {percent_text(WEAK_EXACT_SCORE)} on {cells}: a loss is hard to see there."
         )
     if answer.chosen and answer.chosen.peak_state_bytes >= max(row.exact_bytes for row in answer.exact):
         sentences.append(
@@ -58,19 +57,21 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
 
 def _why_chosen(answer: Recommendation, chosen: Judged) -> str:
     standard = answer.standard
+    if chosen.weakest.score < chosen.weakest.exact_score:
+        weakest = f"its weakest cell is {chosen.weakest.cell}: {_scores(chosen)}"
+    else:
+        weakest = "no cell scores below exact"
     sentences = [
         f"{chosen.setting} holds {bytes_text(chosen.state_bytes)} where exact holds "
         f"{bytes_text(chosen.exact_bytes)}, {smaller_text(chosen.exact_bytes, chosen.state_bytes)} smaller "
         f"(mean of {counted(len(answer.exact), 'cell')}).",
         f"It loses less than {points_text(standard.margin)} to exact on every cell, with "
         f"{percent_text(standard.confidence)} confidence over the {counted(standard.methods, 'method')} "
-        f"judged; its weakest cell is {chosen.weakest.cell}: {_scores(chosen)}.",
+        f"judged; {weakest}.",
     ]
     smaller = [one for one in answer.judged if one.state_bytes < chosen.state_bytes]
     if smaller:
-        sentences.append(
-            f"The next smaller setting is {smaller[-1].setting}: {_weakness(smaller[-1], standard)}."
-        )
+        sentences.append(f"The next smaller setting is {smaller[-1].setting}: {_weakness(smaller[-1], standard)}.")
     else:
         sentences.append("No smaller setting was audited.")
     return " ".join(sentences)
@@ -92,9 +93,7 @@ def _why_none(answer: Recommendation) -> str:
     if all(one.verdict == "falls" for one in answer.judged):
         reason = "quality falls under every setting"
     elif closest.verdict == "holds":
-        reason = (
-            "the settings that hold are not believed, because a larger budget of the same method does not"
-        )
+        reason = "the settings that hold are not believed, because a larger budget of the same method does not"
     else:
         reason = f"no interval excludes a loss of {points_text(standard.margin)} on every cell"
     weakness = f"{closest.setting}: {_weakness(closest, standard)}"

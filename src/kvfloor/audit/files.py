@@ -63,6 +63,4 @@ def _flush_folder(folder: Path) -> None:
 
 def _cannot_write(path: Path, error: Exception) -> ValueError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return ValueError(
-        f"cannot write {str(path)!r}: {reason}; choose a folder you can write to that has space left"
-    )
+    return ValueError(f"cannot write {str(path)!r}: {reason}; choose a folder you can write to that has space left")

@@ -73,12 +73,8 @@ def shortfalls(clauses: Sequence[Clause], rows: Sequence[Row], asked: Collection
     for clause in clauses:
         about = [row for row in rows if clause.is_about(row, asked)]
         if not about:
-            settings, tasks = (
-                ", ".join(sorted(names)) for names in ({r.method for r in rows}, {r.task for r in rows})
-            )
-            raise ValueError(
-                f"{clause.text!r} is about no row: the settings are {settings}; the tasks are {tasks}"
-            )
+            settings, tasks = (", ".join(sorted(names)) for names in ({r.method for r in rows}, {r.task for r in rows}))
+            raise ValueError(f"{clause.text!r} is about no row: the settings are {settings}; the tasks are {tasks}")
         for row in about:
             if not clause.holds(row):
                 value = getattr(row, clause.figure)

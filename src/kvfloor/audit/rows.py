@@ -89,9 +89,7 @@ class Row:
     def __post_init__(self) -> None:
         where = f"row {self.method!r} on {self.task!r}"
         if self.protocol not in get_args(Protocol):
-            raise ValueError(
-                f"{where}: protocol {self.protocol!r} is not one of {', '.join(get_args(Protocol))}"
-            )
+            raise ValueError(f"{where}: protocol {self.protocol!r} is not one of {', '.join(get_args(Protocol))}")
         if self.n < MIN_SAMPLES or self.n != len(self.outcomes):
             raise ValueError(
                 f"{where}: n = {self.n} with {len(self.outcomes)} outcomes; a row needs at least "
@@ -115,9 +113,7 @@ class Row:
             )
         for name, number in self._numbers():
             if not math.isfinite(number):
-                raise ValueError(
-                    f"{where}: {name} = {number}; give a finite number, or None where it was not measured"
-                )
+                raise ValueError(f"{where}: {name} = {number}; give a finite number, or None where it was not measured")
 
     def _numbers(self) -> Iterable[tuple[str, float]]:
         for field in fields(self):
@@ -219,9 +215,7 @@ def read_rows(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"cannot read {str(path)!r}: {error}; give a rows.jsonl that an audit wrote"
-        ) from error
+        raise ValueError(f"cannot read {str(path)!r}: {error}; give a rows.jsonl that an audit wrote") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

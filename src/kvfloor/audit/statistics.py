@@ -36,17 +36,14 @@ def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[in
     """
     if len(outcomes) != len(reference):
         raise ValueError(
-            f"{len(outcomes)} outcomes cannot be paired with {len(reference)}: run both methods on the same "
-            "samples"
+            f"{len(outcomes)} outcomes cannot be paired with {len(reference)}: run both methods on the same samples"
         )
     gained = sum(1 for a, b in zip(outcomes, reference, strict=True) if a and not b)
     lost = sum(1 for a, b in zip(outcomes, reference, strict=True) if b and not a)
     return gained, lost
 
 
-def paired_difference_interval(
-    gained: int, lost: int, n: int, confidence: float = 0.95
-) -> tuple[float, float]:
+def paired_difference_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided interval for (share right) - (reference's share right) over `n` paired samples.
 
     `gained` of them only the method has right, `lost` only the reference; the agreeing pairs carry no other
@@ -61,9 +58,7 @@ def paired_difference_interval(
     Raises ValueError where the counts or the confidence are impossible.
     """
     if n < 1 or gained < 0 or lost < 0 or gained + lost > n:
-        raise ValueError(
-            f"{gained} gained and {lost} lost of {n} pairs is impossible: the two must sum to at most n"
-        )
+        raise ValueError(f"{gained} gained and {lost} lost of {n} pairs is impossible: the two must sum to at most n")
     z = _quantile(confidence)
     estimate = (gained - lost) / n
 
@@ -106,7 +101,5 @@ def _bisect(falling: Callable[[float], float], low: float, high: float, target: 
 def _quantile(confidence: float) -> float:
     """The z of a two-sided interval at `confidence`, which lies strictly between 0 and 1."""
     if not 0 < confidence < 1:
-        raise ValueError(
-            f"confidence {confidence} is impossible: give a share strictly between 0 and 1, e.g. 0.95"
-        )
+        raise ValueError(f"confidence {confidence} is impossible: give a share strictly between 0 and 1, e.g. 0.95")
     return NormalDist().inv_cdf((1 + confidence) / 2)

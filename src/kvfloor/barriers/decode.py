@@ -5,10 +5,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kvfloor.floors.separation import eps_s, level_eps_s, tau
 from kvfloor.barriers import certificates
 from kvfloor.barriers.predict import predictor_gains
+from kvfloor.floors.separation import eps_s, level_eps_s, tau
 
+_ROUNDING = 2.0**-20  # what float32 arithmetic may add to an answer in [0, 1], also at eta = 0
 _LARGEST_ANSWER = 0.3  # below it a row is no spike, whatever its pattern
 _OFF_LEVEL = 0.15  # mean distance to the nearest level, in level spacings, from which a row is a blur
 _SPREAD = 0.15  # standard deviation in [0, 1] below which a row is an average of many
@@ -61,14 +62,16 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
     """Rows (m,), bool, that a (1±eta)-accurate method could have returned.
 
     For single bits: the whole row decodes right. For finer values x: every coordinate lies between (1-eta) times the
-    least and (1+eta) times the most that exact attention gives when the spike leaks at most `leak_ratio`.
+    least and (1+eta) times the most that exact attention gives when the spike leaks at most `leak_ratio`, give or
+    take float32 rounding.
     """
     if bits == 1:
         return (nearest_levels(answers, bits, eta) == hidden).all(dim=1)
     leak, x = leak_ratio(bits, eta), hidden.double() / (2**bits - 1)
     least, most = (1.0 - leak) * x, x + leak * (1.0 - x)
     answers = answers.double()
-    return ((answers >= (1.0 - eta) * least) & (answers <= (1.0 + eta) * most)).all(dim=1)
+    inside = (answers >= (1.0 - eta) * least - _ROUNDING) & (answers <= (1.0 + eta) * most + _ROUNDING)
+    return inside.all(dim=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kvfloor.floors.coherence import gap_hypercube, mu_chirp, mu_rademacher, mu_reed_solomon, mu_sphere
 from kvfloor.barriers.codes import chirp_parameters, reed_solomon_parameters
 from kvfloor.barriers.keys import FAMILIES
+from kvfloor.floors.coherence import gap_hypercube, mu_chirp, mu_rademacher, mu_reed_solomon, mu_sphere
 
 _MEASURED_UP_TO = 16_384  # keys; beyond it the quadratic measurement gives way to the formulas
 _PACKED_UP_TO_D, _PACKED_UP_TO_N = 16, 4_096  # beyond either, greedy packing is slow and no better than a random code
@@ -13,7 +13,7 @@ _PRODUCTS_AT_ONCE = 2**24
 
 
 def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
-    """|k_i|^2 - max_{j != i} <k_i, k_j> for the given rows (all by default): float64 (m,); inf for a single key.
+    """|k_i|^2 - max_{j != i} <k_i, k_j> for the given rows (all by default): float64 (m,); |k_i|^2 for a single key.
 
     keys (n, d) of any float type. Time n m d, memory bounded by chunks.
     """
@@ -28,7 +28,7 @@ def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
         own = torch.arange(len(part))
         norm = products[own, part].clone()
         products[own, part] = -torch.inf
-        gaps[start : start + step] = norm - products.amax(dim=1)
+        gaps[start : start + step] = norm - products.amax(dim=1) if n > 1 else norm
     return gaps
 
 

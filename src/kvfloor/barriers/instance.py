@@ -43,9 +43,7 @@ class Instance:
     method_seed: int
 
     @classmethod
-    def agree(
-        cls, n: int, d: int, dv: int | None, bits: int, eta: float, seed: int, family: str | None
-    ) -> "Instance":
+    def agree(cls, n: int, d: int, dv: int | None, bits: int, eta: float, seed: int, family: str | None) -> "Instance":
         """An instance from a user's arguments; ValueError names the one that is out of its domain."""
         n, d = whole("n", n), whole("d", d)
         dv = d if dv is None else whole("dv", dv)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvfloor.floors.coherence import jl_dim_paper
 from kvfloor.barriers.codes import chirp, reed_solomon
+from kvfloor.floors.coherence import jl_dim_paper
 
 _CANDIDATES_PER_KEY = 8
 

@@ -1,4 +1,4 @@
-"""How nearly orthogonal n keys can be in d dimensions: inner products `mu_*` and one-sided gaps `gap_*` of key families.
+"""How nearly orthogonal n keys can be in d dimensions: inner products `mu_*` and one-sided gaps `gap_*` of families.
 
 The game needs only the one-sided gap g_i = |k_i|^2 - max_{j != i} <k_i, k_j>; for unit keys, g >= 1 - mu.
 """
@@ -31,7 +31,8 @@ def mu_rademacher(n: int, d: int, delta: float) -> float:
 def mu_sphere(n: int, d: int) -> float:
     """An inner product that `n` uniform unit keys all stay below with positive probability (so such keys exist).
 
-    Law: sqrt(1 - (4/n^2)^(2/(d-1))), a cap of angle theta <= pi/2 has share at most sin(theta)^(d-1)/2. Derived; d >= 2.
+    Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, as a cap of angle theta <= pi/2 has share at most
+    sin(theta)^(d-1)/2. Derived.
     """
     n, d = whole("n", n), whole("d", d, least=2)
     return math.sqrt(max(0.0, 1.0 - (4.0 / n**2) ** (2.0 / (d - 1))))

@@ -14,9 +14,9 @@ from kvfloor.floors.spike import spike_C
 _WHOLE_ROW = "whole rows by Fano's inequality (derived, docs/floors.md)"
 _THEOREMS = {
     "near-orthogonal": f"Haris & Onak (COLT 2025), Theorem 8 with Remark 7; {_WHOLE_ROW}",
-    "low-dimensional, unbounded norm": f"points on a circle, stronger than Haris & Onak (COLT 2025), Theorem 1; {_WHOLE_ROW}",
+    "low-dimensional, unbounded norm": f"Haris & Onak (COLT 2025), Theorem 1, with keys on a circle; {_WHOLE_ROW}",
     "line": f"the two keys ±1; {_WHOLE_ROW}",
-    "norm-bounded": f"N(d, r, eta) separable keys, the norm-aware form of Haris & Onak (COLT 2025), Theorem 1; {_WHOLE_ROW}",
+    "norm-bounded": f"Haris & Onak (COLT 2025), Theorem 1, with N(d, r, eta) separable keys; {_WHOLE_ROW}",
     "sliding window": f"Haris & Onak (COLT 2025), Theorem 17 for W - 1 rows (append, then attend); {_WHOLE_ROW}",
 }
 

@@ -92,10 +92,12 @@ def _flash(
         # The additive mask stays float32 even for bfloat16 keys: log-weights would lose their precision.
         bias = torch.zeros(1, 1, k.shape[1]) if log_weight is None else log_weight.float().unsqueeze(1)
         if hide is not None:
-            blind = hide.all(-1)
             bias = bias.masked_fill(hide, -torch.inf)
+        blind = (bias == -torch.inf).all(-1)
         bias = bias.expand(q.shape[0], q.shape[1], -1).unsqueeze(1)
     assert _FLASH is not None
+    # The fused kernel takes a last axis of stride 1 for granted: on a transposed input it reads other numbers.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, log_mass = _FLASH(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), 0.0, False, attn_mask=bias, scale=scale)
     mean, log_mass = out.squeeze(1).float(), log_mass.squeeze(1).float()
     if blind is not None and bool(blind.any()):

@@ -9,7 +9,7 @@ from typing import Any
 from kvfloor.tasks import FULL, TASKS, Lexicon
 from kvfloor.tasks.mixture import mix, mixable
 
-from .examples import Example, Span, example
+from .examples import STOP_ID, Example, Span, example
 from .tokenizer import count_tokens, encode
 
 LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 4608)
@@ -19,7 +19,10 @@ WINDOW = 48
 FRONTIER = 0.6  # share of batches at the focused task's longest length; the others revisit shorter ones
 MIXED = 0.6  # share of long sequences that hold several tasks' facts
 MIX_FROM = 256
-ECHO_UP_TO, ECHO = 192, 0.15  # plain repetition, in short sequences only: it forms the copying heads
+EXERCISE_UP_TO, ECHO, DRILL = 192, 0.25, 0.35  # shares of short sequences that are bare repetition or bare facts
+FIRST_TASKS = ("recall", "kv", "passkey", "copy")  # the others join when these have reached JOIN_AT
+JOIN_AT = 64
+EXERCISES = ("echo", "drill")
 
 
 class Curriculum:
@@ -28,11 +31,12 @@ class Curriculum:
     def __init__(self, longest: int) -> None:
         self.longest = max(i for i, n in enumerate(LENGTHS) if n <= longest)
         self.level = {name: LENGTHS.index(FIRST_LENGTH.get(name, LENGTHS[0])) for name in TASKS}
-        self.recent = {name: deque[bool](maxlen=WINDOW) for name in TASKS}
+        self.recent = {name: deque[bool](maxlen=WINDOW) for name in (*TASKS, *EXERCISES)}
 
     def draw(self, seed: int, step: int, rng: random.Random, tokens: int) -> tuple[int, list[Example]]:
         """Context length and the examples of one step, about `tokens` tokens in all."""
-        names = list(TASKS)
+        joined = all(LENGTHS[self.level[n]] >= JOIN_AT for n in FIRST_TASKS)
+        names = list(TASKS) if joined else list(FIRST_TASKS)
         ahead = max(self.level.values())
         needs = [1.0 + 0.5 * (ahead - self.level[n]) + (self.score(n) < PASS) for n in names]
         focus = rng.choices(names, needs)[0]
@@ -44,13 +48,16 @@ class Curriculum:
         ready = [n for n in names if self.level[n] >= level and FIRST_LENGTH.get(n, 0) <= length]
         weights = [needs[names.index(n)] for n in ready]
         lexicon = FULL.shrink(max(16, length // 2))
-        rows = max(1, round(tokens / (length * 1.25)))
         examples: list[Example] = []
-        for row in range(rows):
+        while sum(len(e.ids) for e in examples) < tokens * 0.9:
+            row = len(examples)
             index = step * 1000 + row
             name = focus if row == 0 else rng.choices(ready, weights)[0]
-            if length <= ECHO_UP_TO and rng.random() < ECHO:
+            dice = rng.random() if length <= EXERCISE_UP_TO else 1.0
+            if dice < ECHO:
                 examples.append(echo(rng, length, lexicon))
+            elif dice < ECHO + DRILL:
+                examples.append(drill(rng, length, lexicon))
             elif length >= MIX_FROM and name in mixable() and rng.random() < MIXED:
                 examples.append(self.blend(name, ready, rng, seed, index, length, lexicon))
             else:
@@ -83,6 +90,9 @@ class Curriculum:
 
     def record(self, name: str, length: int, right: bool) -> None:
         """Notes one answer; the task grows where its window is full and good enough."""
+        if name in EXERCISES:
+            self.recent[name].append(right)
+            return
         if length != LENGTHS[self.level[name]]:
             return
         self.recent[name].append(right)
@@ -104,12 +114,34 @@ class Curriculum:
 
 def echo(rng: random.Random, length: int, lexicon: Lexicon) -> Example:
     """A few random words and numbers said again and again; every token after the first round can be known."""
-    period = rng.randint(2, max(6, length // 4))
-    unit = " ".join(
-        rng.choice(lexicon.things if rng.random() < 0.5 else lexicon.pairs) for _ in range(period)
-    )
-    ids = encode(unit)
-    body = ids[1:]
+    period = rng.randint(2, max(6, length // 6))
+    body = [token for _ in range(period) for token in encode(symbol(rng, lexicon), bos=False)]
+    ids = encode("") + body
     while len(ids) < length:
         ids += body
     return Example(ids, [Span("echo", 1 + len(body), len(ids))])
+
+
+def drill(rng: random.Random, length: int, lexicon: Lexicon) -> Example:
+    """Key-value facts of recall or kv said in random order until the length is reached; known values count."""
+    n = rng.randint(2, max(3, length // 12))
+    long = rng.random() < 0.5
+    keys = [f"{k} =" for k in lexicon.numbers(rng, 4, n)] if long else rng.sample(lexicon.things, n)
+    facts = [
+        (encode(key, bos=False), encode(lexicon.number(rng, 4 if long else 2), bos=False)) for key in keys
+    ]
+    ids, spans, told = encode(""), list[Span](), set[int]()
+    while len(ids) < length:
+        i = rng.randrange(n)
+        key, value = facts[i]
+        ids += key
+        if i in told:
+            spans.append(Span("drill", len(ids), len(ids) + len(value)))
+        ids += [*value, STOP_ID]
+        told.add(i)
+    return Example(ids, spans)
+
+
+def symbol(rng: random.Random, lexicon: Lexicon) -> str:
+    """A thing or a two-digit number."""
+    return rng.choice(lexicon.things if rng.random() < 0.5 else lexicon.pairs)

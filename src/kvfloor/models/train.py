@@ -23,9 +23,10 @@ from kvfloor.tasks import TASKS
 from kvfloor.tasks.randomness import stream
 
 from .architecture import small_llama
-from .curriculum import LENGTHS, Curriculum
+from .curriculum import EXERCISES, LENGTHS, Curriculum
 from .examples import Batch, batch
 from .forward import answer_logits
+from .initial import initialise
 from .tokenizer import build_tokenizer
 
 BF16_FROM = 256  # tokens from which bfloat16 products win over float32 on a CPU that has them
@@ -89,8 +90,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for task, right in answers(logits, data):
-            if task in TASKS:
-                self.curriculum.record(task, length, right)
+            self.curriculum.record(task, length, right)
         self.done += 1
         self.seen += data.ids.numel()
         self.seconds += time.perf_counter() - started
@@ -142,7 +142,9 @@ def new_model(tokenizer: Any, recipe: Recipe) -> LlamaForCausalLM:
         layers=recipe.layers,
         hidden=recipe.hidden,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    initialise(model)
+    return model
 
 
 def answers(logits: torch.Tensor, data: Batch) -> list[tuple[str, bool]]:
@@ -189,6 +191,7 @@ def report(trainer: Trainer, mean: float) -> None:
     """One line of progress on stderr."""
     state = trainer.curriculum
     levels = " ".join(f"{n}:{LENGTHS[state.level[n]]}:{100 * state.score(n):.0f}" for n in TASKS)
+    levels += " " + " ".join(f"{n}:{100 * state.score(n):.0f}" for n in EXERCISES)
     print(
         f"step {trainer.done} loss {mean:.3f} tokens {trainer.seen / 1e6:.2f}M min {trainer.seconds / 60:.1f} {levels}",
         file=sys.stderr,

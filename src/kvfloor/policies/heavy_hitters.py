@@ -37,7 +37,7 @@ class HeavyHitters(Policy):
     group: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
-        count("h2o", recent=self.recent, sinks=self.sinks)
+        count("h2o", sinks=self.sinks, **({} if self.recent is None else {"recent": self.recent}))
         if self.score not in ("sum", "mean", "decay"):
             raise ValueError(f"h2o: score must be sum, mean or decay, got {self.score!r}")
         if self.group not in ("mean", "max"):
@@ -61,8 +61,8 @@ class HeavyHitters(Policy):
         joined = weights.mean(1) if self.group == "mean" else weights.amax(1)  # (r, b, s)
         total = ledger.columns["score"]
         if self.score == "decay":
-            b = joined.shape[1]
-            fading = self.decay ** torch.arange(b - 1, -1, -1, dtype=joined.dtype, device=joined.device)
-            joined = joined * fading[:, None]
-            total = total * self.decay**b
+            asked = (joined.sum(-1) > 0).to(joined.dtype)  # (r, b); places of the block without a query fade nothing
+            later = asked.sum(1, keepdim=True) - asked.cumsum(1)
+            joined = joined * (self.decay**later).unsqueeze(2)
+            total = total * self.decay ** asked.sum(1, keepdim=True)
         return {"score": total + joined.sum(1).to(torch.float32)}

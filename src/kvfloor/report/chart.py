@@ -140,9 +140,7 @@ def _shifts(rows: Sequence[Row], axis: _Axis) -> dict[str, float]:
         else:
             clusters.append([row])
     return {
-        row.method: 6.0 * (index - (len(cluster) - 1) / 2)
-        for cluster in clusters
-        for index, row in enumerate(cluster)
+        row.method: 6.0 * (index - (len(cluster) - 1) / 2) for cluster in clusters for index, row in enumerate(cluster)
     }
 
 

@@ -64,14 +64,15 @@ class Speed:
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Exact first, then method by method as the rows have them, each from its largest bytes down."""
+    """Exact first, then the methods as the rows have them, baselines last; each from its largest bytes down."""
     methods = list(dict.fromkeys(split_setting(row.method)[0] for row in rows))
-    baseline_last = {row.method: row.baseline for row in rows}
+    largest: dict[str, int] = {}
+    for row in rows:
+        largest[row.method] = max(row.state_bytes, largest.get(row.method, 0))
 
     def place(row: Row) -> tuple[bool, bool, int, int, str, Cell]:
-        method = split_setting(row.method)[0]
-        size = max(other.state_bytes for other in rows if other.method == row.method)
-        return row.method != "exact", baseline_last[row.method], methods.index(method), -size, row.method, row.cell
+        method = methods.index(split_setting(row.method)[0])
+        return row.method != "exact", row.baseline, method, -largest[row.method], row.method, row.cell
 
     return sorted(rows, key=place)
 

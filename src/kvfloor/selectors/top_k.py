@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfloor.method import Spec, positive
+from kvfloor.method import Spec, count
 from kvfloor.selectors.selector import Selector
 from kvfloor.slots import View
 
@@ -25,7 +25,7 @@ class TopK(Selector):
     k: int = 64
 
     def __post_init__(self) -> None:
-        positive("top_k", k=self.k)
+        count("top_k", least=1, k=self.k)
 
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
         if view.k.shape[1] <= self.k:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfloor.blocked import Blocked
 from kvfloor.memory import Memory
-from kvfloor.method import Method, Spec, Traits
+from kvfloor.method import Method, Spec, Traits, count
 from kvfloor.partial import Partial
 from kvfloor.slots import Slots
 
@@ -29,10 +29,9 @@ class Quantized(Method):
     group: int = 32
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 4, 2):
+        if not isinstance(self.bits, int) or self.bits not in (8, 4, 2):
             raise ValueError(f"quant: bits must be 8, 4 or 2, got {self.bits!r}")
-        if not isinstance(self.group, int) or self.group < 1:
-            raise ValueError(f"quant: group must be a whole number of tokens >= 1, got {self.group!r}")
+        count("quant", least=1, group=self.group)
 
     @property
     def traits(self) -> Traits:
@@ -137,4 +136,4 @@ class Codes(Memory):
             old: Tensor = getattr(self, name)
             grown = old.new_zeros(old.shape[0], max(needed, 2 * have), *old.shape[2:])
             grown[:, :have] = old
-            setattr(self, name, grown)
+            self.move(name, grown)

@@ -12,12 +12,13 @@ from torch import Tensor
 from kvfloor.blocked import Blocked
 from kvfloor.budget import Budget, tokens
 from kvfloor.kernels.attend import attend
-from kvfloor.method import Guarantee, Method, Spec, Traits, positive
+from kvfloor.method import Guarantee, Method, Spec, Traits, count, positive
 from kvfloor.partial import Partial
 from kvfloor.randomness import exponential, row_keys, uniform
 from kvfloor.slots import Slots
 
 _FIRST_CENTRES = 16
+_LOG_RATIO_LIMIT = 60.0
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,23 @@ class SubGen(Method):
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        positive("subgen", delta=self.delta, t=self.t, s=self.s, centres=self.centres, block=self.block)
-        positive("subgen", radius=self.radius, failure=self.failure)
-        for name in ("t", "s", "block"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"subgen: {name} must be a whole number, got {getattr(self, name)!r}")
+        positive("subgen", delta=self.delta, failure=self.failure)
+        count("subgen", least=1, t=self.t, s=self.s, block=self.block)
+        if self.centres is not None:
+            count("subgen", least=1, centres=self.centres)
+        if self.radius is not None:
+            positive("subgen", radius=self.radius)
         if self.failure >= 1:
             raise ValueError(f"subgen: failure must lie in (0, 1), got {self.failure}")
         if isinstance(self.budget, tuple):
             raise ValueError("subgen takes one budget for all rows, not one per row")
-        if isinstance(self.budget, int) and self.budget < self.block + 2 + self.t:
-            raise ValueError(
-                f"a budget of {self.budget} tokens is too small for subgen: it needs at least {self.block + 2 + self.t} "
-                f"(block + 2 + t)"
-            )
+        if self.budget is not None and not isinstance(self.budget, str):
+            count("subgen", least=1, budget=self.budget)
+            least = self.block + 2 + self.t
+            if self.budget < least:
+                raise ValueError(
+                    f"a budget of {self.budget} tokens is too small for subgen: it needs at least {least} (block + 2 + t)"
+                )
 
     @property
     def traits(self) -> Traits:
@@ -180,7 +184,8 @@ class SubGenState(Blocked):
         _, log_tau = attend(
             q, keys, nothing, spec.scale, spec.softcap, share.masked_fill(unused[:, 0], 0.0).to(wide), unused
         )
-        ratio = torch.where(log_tau == -torch.inf, 0.0, torch.exp(log_z - log_tau))
+        # Past the cap on centres the two estimates may differ without bound; the answer stays finite.
+        ratio = torch.where(log_tau == -torch.inf, 0.0, torch.exp((log_z - log_tau).clamp_max(_LOG_RATIO_LIMIT)))
         return Partial(mean * ratio.unsqueeze(-1), log_tau)
 
     # ---- learning ------------------------------------------------------------------------------------------
@@ -272,4 +277,4 @@ class SubGenState(Blocked):
         for name, fill in (("centre", 0), ("count", 0), ("sample", 0), ("sample_key", torch.inf)):
             old: Tensor = getattr(self, name)
             new = old.new_full((old.shape[0], extra, *old.shape[2:]), fill)
-            setattr(self, name, torch.cat([old, new], 1))
+            self.move(name, torch.cat([old, new], 1))

@@ -1,0 +1,163 @@
+"""One row of an audit: a setting on a cell's samples, decoded greedily by the real model."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvfloor import floors
+from kvfloor.audit import traces
+from kvfloor.audit.plan import Work
+from kvfloor.audit.rows import Row, measured_row
+from kvfloor.hf.cache import CompressedCache
+from kvfloor.hf.decode import Dialogue
+from kvfloor.method import Method
+
+CHUNK_SLOTS = 256  # prefill goes in chunks of this many slots, so that staged tokens do not dominate the peak
+TRACED_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A cell's samples as tokens, and what the exact cache did on them.
+
+    contexts are taken in before the seal, asks after it (in the visible protocol: the last token only).
+    """
+
+    work: Work
+    contexts: list[list[int]]
+    asks: list[list[int]]
+    answers: list[list[int]]
+    traces: list[traces.Trace]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What running one setting on one cell gave; bytes are of one sequence, times of one sequence in the batch."""
+
+    right: tuple[int, ...]
+    state_bytes: int
+    peak_state_bytes: int
+    bytes_read: float
+    prefill_ms: float
+    decode_ms_per_token: float | None
+    output_tokens: float
+    budget_tokens: int | None
+
+
+class Bench:
+    """A prepared model, its tokenizer, and the measurements on it."""
+
+    def __init__(self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4) -> None:
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self._extra_tokens = extra_tokens  # room to be wrong by going on after the answer
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, special ones included."""
+        return len(self.tokenizer(text).input_ids)
+
+    def prepare(self, work: Work) -> Prepared:
+        """Tokens of the samples, split at the seal, and the traces of the first few."""
+        plain = self._plain
+        contexts, asks, answers = [], [], []
+        for item in work.items:
+            context, ask = self.tokenizer(item.context).input_ids, plain(" " + item.question if item.question else "")
+            if work.cell.protocol == "visible":
+                whole = context + ask
+                contexts.append(whole[:-1])
+                asks.append(whole[-1:])
+            else:
+                contexts.append(context)
+                asks.append(ask)
+            answers.append(plain(" " + item.answer))
+        few = slice(0, TRACED_SAMPLES)
+        spoken = [ask + answer for ask, answer in zip(asks[few], answers[few], strict=True)]
+        return Prepared(work, contexts, asks, answers, traces.record(self.model, contexts[few], spoken))
+
+    def run(self, method: Method, prepared: Prepared) -> Outcome:
+        """Prefill, seal, ask, answer: all samples in one batch."""
+        batch = len(prepared.contexts)
+        cache = CompressedCache(
+            self.model.config, method, context=prepared.work.cell.context, seed=self.seed, requests=range(batch)
+        )
+        dialogue = Dialogue.start(self.model, cache, batch)
+        begin = time.perf_counter()
+        dialogue.feed(prepared.contexts, CHUNK_SLOTS)
+        cache.seal()
+        prefill_ms = (time.perf_counter() - begin) * 1e3
+        state_bytes, bytes_read = cache.nbytes, cache.bytes_read
+        dialogue.feed(prepared.asks)
+        most = max(len(answer) for answer in prepared.answers) + self._extra_tokens
+        said, steps_ms = dialogue.answer(most, self.tokenizer.eos_token_id)
+        state = cache.compressed[0].state
+        budget = getattr(state.method, "budget", None) if state is not None else None
+        return Outcome(
+            right=tuple(int(self._is_right(*pair)) for pair in zip(prepared.work.items, said, strict=True)),
+            state_bytes=math.ceil(state_bytes / batch),
+            peak_state_bytes=math.ceil(cache.peak_nbytes / batch),
+            bytes_read=bytes_read / batch,
+            prefill_ms=prefill_ms / batch,
+            decode_ms_per_token=statistics.median(steps_ms) / batch if steps_ms else None,
+            output_tokens=statistics.fmean(len(tokens) for tokens in said),
+            budget_tokens=budget if isinstance(budget, int) else None,
+        )
+
+    def row(self, method: Method, prepared: Prepared, outcome: Outcome, exact: Outcome) -> Row:
+        """The row of a setting, beside what exact did on the same samples."""
+        cell = prepared.work.cell
+        by_head = traces.errors(prepared.traces, method, cell.context)
+        trace = prepared.traces[0]
+        floor = floors.space(
+            cell.context, trace.k.shape[2], trace.v.shape[2], heads=trace.kv_heads, layers=len(prepared.traces)
+        )
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        return measured_row(
+            method=str(method),
+            budget_tokens=outcome.budget_tokens,
+            task=cell.task,
+            context=cell.context,
+            protocol=cell.protocol,  # type: ignore[arg-type]
+            outcomes=outcome.right,
+            exact_outcomes=exact.right,
+            state_bytes=outcome.state_bytes,
+            peak_state_bytes=outcome.peak_state_bytes,
+            exact_bytes=exact.state_bytes,
+            floor_bytes=math.ceil(floor.bytes),
+            token_id_bytes=math.ceil(cell.context * math.log2(vocabulary) / 8),
+            bytes_read_per_token=outcome.bytes_read,
+            output_error_by_layer=[statistics.fmean(heads) for heads in by_head],
+            output_error_by_head=by_head,
+            prefill_ms=outcome.prefill_ms,
+            decode_ms_per_token=outcome.decode_ms_per_token,
+            output_tokens=outcome.output_tokens,
+        )
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def _is_right(self, item: Any, said: Sequence[int]) -> bool:
+        """Exact match after white space is normalised. A user's prompt has no agreed end, so there a right answer
+        may be followed by more."""
+        text = self.tokenizer.decode(said, skip_special_tokens=True).split()
+        wanted = self.tokenizer.decode(self._plain(" " + item.answer), skip_special_tokens=True).split()
+        return text == wanted if item.ends else text[: len(wanted)] == wanted
+
+
+def run_cells(
+    bench: Bench, settings: Sequence[Method], work: Sequence[Work], progress: Callable[[str], None]
+) -> list[Row]:
+    """Every setting on every cell; exact first, because the others are compared with it."""
+    rows = []
+    for one in work:
+        prepared = bench.prepare(one)
+        exact: Outcome | None = None
+        for method in settings:
+            progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: {method}")
+            outcome = bench.run(method, prepared)
+            exact = outcome if exact is None else exact
+            rows.append(bench.row(method, prepared, outcome, exact))
+    return rows

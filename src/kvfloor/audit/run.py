@@ -1,0 +1,122 @@
+"""The audit from start to end: plan, measure, recommend, write `rows.jsonl` and `report.html`."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from kvfloor.audit.explain import why
+from kvfloor.audit.files import open_folder
+from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, prompt_work, settings, task_work
+from kvfloor.audit.recommend import Recommendation, recommend
+from kvfloor.audit.rows import Row, document, write_rows
+from kvfloor.audit.statistics import MIN_SAMPLES
+
+DEFAULT_SAMPLES = 40
+DEFAULT_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an audit is asked: every field has the command line's default.
+
+    model     "builtin" or a local folder        methods   method texts, without the baselines
+    budgets   texts; tokens, shares or bytes     tasks     built-in task names, unless `prompts` is given
+    contexts  tokens of context per task         n         samples per row, at least 32
+    protocols "after": the question follows the compression; "visible": it is compressed with the context
+    """
+
+    model: str = "builtin"
+    methods: Sequence[str] = METHODS
+    budgets: Sequence[str] = BUDGETS
+    tasks: Sequence[str] = TASKS
+    prompts: Path | None = None
+    contexts: Sequence[int] = (DEFAULT_CONTEXT,)
+    protocols: Sequence[str] = ("after",)
+    n: int = DEFAULT_SAMPLES
+    seed: int = 0
+    out: Path = Path("out/audit")
+    command: str = "kvfloor audit"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an audit gives; `asked` are the settings beside the baselines, as the rows write them."""
+
+    rows: list[Row]
+    recommendation: Recommendation
+    report: Path
+    asked: frozenset[str]
+    question: Question
+
+    def as_dict(self) -> dict:
+        """The `--json` document."""
+        return document(
+            model=self.question.model,
+            seed=self.question.seed,
+            rows=self.rows,
+            method=self.recommendation.method,
+            why=why(self.recommendation),
+            report=str(self.report),
+        )
+
+
+def run(question: Question, track: Callable[[int, str], None]) -> Answer:
+    """Run an audit; `track(total, text)` is called before each of `total` measurements.
+
+    Raises ValueError with one line for anything in the question that cannot be done; nothing is written then.
+    """
+    begin = time.perf_counter()
+    if question.n < MIN_SAMPLES:
+        raise ValueError(f"--n {question.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
+    unknown = [p for p in question.protocols if p not in ("after", "visible")]
+    if unknown or not question.protocols:
+        raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from after, visible")
+    plan = settings(question.methods, question.budgets)
+    open_folder(question.out)
+
+    from kvfloor.audit.measure import Bench, run_cells
+    from kvfloor.hf import prepare
+    from kvfloor.models import load
+    from kvfloor.report.html import render
+    from kvfloor.report.meta import Meta
+
+    model, tokenizer = load(question.model)
+    bench = Bench(prepare(model), tokenizer, question.seed)
+    if question.prompts is not None:
+        work = prompt_work(question.prompts, question.protocols, question.n, bench.count)
+    else:
+        work = task_work(question.tasks, question.contexts, question.protocols, question.n, question.seed, bench.count)
+    total = len(plan) * len(work)
+    rows = run_cells(bench, plan, work, lambda text: track(total, text))
+    answer = recommend(rows)
+    asked = frozenset(str(method) for method in settings(question.methods, question.budgets)) - {
+        row.method for row in rows if row.baseline
+    }
+    report = question.out / "report.html"
+    meta = Meta(
+        model=question.model,
+        seed=question.seed,
+        command=question.command,
+        versions={
+            "kvfloor": version("kvfloor"),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        machine=f"{platform.machine()}, {_threads()} torch threads",
+        duration_s=time.perf_counter() - begin,
+    )
+    write_rows(question.out / "rows.jsonl", rows)
+    render(rows, answer, meta, report)
+    return Answer(rows, answer, report, asked, question)
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()

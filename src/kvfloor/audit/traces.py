@@ -1,0 +1,92 @@
+"""Attention-output error: a method's answers against exact attention, on the queries a real model asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvfloor.budget import resolve
+from kvfloor.exact import Exact
+from kvfloor.hf.cache import CompressedCache
+from kvfloor.hf.decode import Dialogue
+from kvfloor.method import Method, Spec
+
+
+@dataclass
+class Trace:
+    """One layer's stream for a few samples: q (rows, g, n, d), k and v (rows, n, .), present (rows, n).
+
+    The last `asked` slots are the question's and the answer's; the ones before them the context's.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    present: Tensor
+    scale: float
+    softcap: float | None
+    kv_heads: int
+    asked: int
+    exact: Tensor  # (rows, g, asked, dv), float32
+
+
+def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
+    """Run the model exactly over context and question (with the right answer) and keep what each layer saw."""
+    cache = CompressedCache(model.config, "exact")
+    seen: dict[int, list[tuple[Tensor, Tensor, Tensor, float, float | None]]] = {}
+    for layer in cache.compressed:
+        layer.tap = lambda q, k, v, scale, softcap, i=layer.index: seen.setdefault(i, []).append(
+            (q.clone(), k.clone(), v.clone(), scale, softcap)
+        )
+    dialogue = Dialogue.start(model, cache, len(contexts))
+    dialogue.feed(contexts)
+    dialogue.feed(asks)
+    traces = []
+    for parts in seen.values():
+        q, k, v = (torch.cat([part[i] for part in parts], dim=2) for i in range(3))
+        batch, kv_heads, n, d = k.shape
+        rows = batch * kv_heads
+        trace = Trace(
+            q.reshape(rows, -1, n, d),
+            k.reshape(rows, n, d),
+            v.reshape(rows, n, -1),
+            dialogue.mask.to(torch.bool).repeat_interleave(kv_heads, 0),
+            parts[0][3],
+            parts[0][4],
+            kv_heads,
+            parts[-1][0].shape[2],
+            torch.empty(0),
+        )
+        trace.exact = replay(trace, Exact(), layers=1, context=n)
+        traces.append(trace)
+    return traces
+
+
+def replay(trace: Trace, method: Method, layers: int, context: int) -> Tensor:
+    """The method's answers (rows, g, asked, dv), float32, to the trace's last queries; sealed before them."""
+    spec = Spec(trace.k.shape[0], trace.k.shape[2], trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype)
+    state = resolve(method, spec, layers=layers, length=context, g=trace.q.shape[1]).open(spec)
+    cut = trace.k.shape[1] - trace.asked
+    state.step(trace.q[:, :, :cut], trace.k[:, :cut], trace.v[:, :cut], trace.present[:, :cut])
+    state.seal()
+    return state.step(trace.q[:, :, cut:], trace.k[:, cut:], trace.v[:, cut:], trace.present[:, cut:]).float()
+
+
+def errors(traces: Sequence[Trace], method: Method, context: int) -> list[list[float]]:
+    """Relative l2 error of the attention output per layer and kv head: ||answers - exact|| / ||exact||.
+
+    Norms run over the samples, the group's heads, the question's and answer's tokens and the head width.
+    """
+    table = []
+    for trace in traces:
+        answers = replay(trace, method, len(traces), context)
+        real = trace.present[:, -trace.asked :, None].unsqueeze(1)
+        shape = (-1, trace.kv_heads, *answers.shape[1:])
+        wrong = ((answers - trace.exact) * real).view(shape).square().sum((0, 2, 3, 4))
+        whole = (trace.exact * real).view(shape).square().sum((0, 2, 3, 4))
+        table.append((wrong / whole.clamp_min(1e-30)).sqrt().tolist())
+    return table

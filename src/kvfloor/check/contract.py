@@ -1,0 +1,122 @@
+"""Contract: what a method is, and what its calls take, give back and leave alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from kvfloor.check.ground import play, probes, prompt_length, spec_for, stream_for
+from kvfloor.check.law import Broken, Setting, require
+from kvfloor.check.tolerance import require_agreement
+from kvfloor.method import Guarantee, Method
+from kvfloor.registry import parse
+
+
+def check_text(method: Method, at: Setting) -> None:
+    """A method is a frozen value, and its text parses back to it."""
+    del at
+    text = str(method)
+    try:
+        again = parse(text)
+    except ValueError as cause:
+        raise Broken(f"{text!r} does not parse back to the method: {cause}") from None
+    require(again == method, f"{text!r} parses to another method, {again!r}")
+    require(str(again) == text, f"the text {text!r} becomes {str(again)!r} after parsing")
+    require(hash(again) == hash(method), f"equal methods {text!r} have different hashes")
+    require(
+        type(method).__name__ in repr(method), f"repr gives {method!r}, which does not name {type(method).__name__}"
+    )
+    fields: Any = getattr(method, "__dataclass_fields__", None)
+    require(fields is not None, f"{type(method).__name__} is not a dataclass")
+    for name in fields:
+        try:
+            setattr(method, name, getattr(method, name))
+        except AttributeError:
+            continue
+        raise Broken(f"{text} is not frozen: {name} can be set")
+
+
+def check_documented(method: Method, at: Setting) -> None:
+    """A method and its parts have a docstring, and name a source."""
+    del at
+    parts = [method, *(getattr(method, name) for name in ("policy", "summary", "selector") if hasattr(method, name))]
+    for part in parts:
+        text = type(part).__doc__ or ""
+        generated = text.startswith(f"{type(part).__name__}(")  # what a dataclass writes for want of a docstring
+        require(bool(text) and not generated, f"{type(part).__name__} has no docstring")
+    require(any(part.paper for part in parts), f"{method} names no source: set `paper` on the class")
+
+
+def check_guarantee(method: Method, at: Setting) -> None:
+    """A stated guarantee says its error, probability, norm, quantifier and source, and why it was withdrawn."""
+    state, spec = method.open(spec_for(method, at)), spec_for(method, at)
+    play(state, stream_for(method, at))
+    for stated, where in ((method.guarantee(spec), "the method"), (state.guarantee(), "the state")):
+        if stated is None:
+            continue
+        require(isinstance(stated, Guarantee), f"{where} states a {type(stated).__name__}, not a Guarantee")
+        require(stated.epsilon >= 0 and 0 <= stated.delta < 1, f"{where} states {stated.epsilon=}, {stated.delta=}")
+        for name in ("norm", "quantifier", "source"):
+            require(bool(getattr(stated, name)), f"{where} states a guarantee without its {name}")
+        require(stated.holds or bool(stated.why), f"{where} withdraws its guarantee and does not say why")
+
+
+def check_empty(method: Method, at: Setting) -> None:
+    """Before the first token a read is the empty partial, and calls without a token change nothing."""
+    spec = spec_for(method, at)
+    state, stream = method.open(spec), stream_for(method, at, n=4)
+    fresh = state.to_bytes()
+    for moment in ("before the first token", "after calls without a token"):
+        part = state.read(probes(spec))
+        require(bool((part.mean == 0).all()), f"{moment} the mean is not 0: {part.mean.flatten()[:3].tolist()}")
+        require(bool((part.log_mass == -torch.inf).all()), f"{moment} the log-mass is not -inf")
+        answers = state.attend(stream.q)
+        require(bool((answers == 0).all()), f"{moment} `attend` does not answer 0")
+        state.append(stream.k[:, :0], stream.v[:, :0])
+        outputs = state.step(stream.q[:, :, :0], stream.k[:, :0], stream.v[:, :0])
+        require(outputs.shape == (spec.rows, at.g, 0, spec.dv), f"a step of 0 tokens gives {tuple(outputs.shape)}")
+        absent = torch.zeros(spec.rows, stream.n, dtype=torch.bool)
+        outputs = state.step(stream.q, stream.k, stream.v, absent)
+        require(bool((outputs == 0).all()), "a step of absent tokens only does not answer 0")
+    require(state.seen.tolist() == [0] * spec.rows, f"absent tokens were counted as seen: {state.seen.tolist()}")
+    require(state.read(probes(spec, 0)).mean.shape == (spec.rows, 0, spec.dv), "a read of 0 queries has another shape")
+    require(state.to_bytes() == fresh, "calls without a token changed the message")
+
+
+def check_shapes(method: Method, at: Setting) -> None:
+    """Answers have the shapes and dtypes that the spec and the queries give them."""
+    spec = dataclasses.replace(spec_for(method, at), dv=24)
+    state, stream = method.open(spec), stream_for(method, at, spec)
+    outputs = play(state, stream)
+    part, asked = state.read(probes(spec, 7)), state.attend(stream.q[:, :, :3])
+    clock = (spec.rows,)
+    for name, tensor, shape, dtype in (
+        ("step", outputs, (spec.rows, at.g, stream.n, 24), spec.dtype),
+        ("attend", asked, (spec.rows, at.g, 3, 24), spec.dtype),
+        ("read's mean", part.mean, (spec.rows, 7, 24), spec.compute_dtype),
+        ("read's log-mass", part.log_mass, (spec.rows, 7), spec.compute_dtype),
+        ("seen", state.seen, clock, torch.int64),
+        ("held", state.held, clock, torch.int64),
+    ):
+        require(tensor.shape == shape, f"{name} has shape {tuple(tensor.shape)}, not {shape}")
+        require(tensor.dtype == dtype, f"{name} is {tensor.dtype}, not {dtype}")
+        require(not tensor.requires_grad, f"{name} carries a gradient")
+        require(bool(torch.isfinite(tensor).all()), f"{name} has NaN or infinite entries")
+    require(state.seen.tolist() == [stream.n] * spec.rows, f"{stream.n} tokens went in, seen is {state.seen.tolist()}")
+
+
+def check_read_pure(method: Method, at: Setting) -> None:
+    """`read` changes nothing, and asking twice gives the same bits; `attend` answers as `read` does."""
+    spec = spec_for(method, at)
+    state, stream = method.open(spec), stream_for(method, at)
+    play(state, stream, stop=prompt_length(method) + 5)
+    before, nbytes, size = state.to_bytes(), state.nbytes, 3
+    first, second = state.read(probes(spec)), state.read(probes(spec))
+    require(torch.equal(first.mean, second.mean), "asking the same twice gives different bits")
+    asked = stream.q[:, :, :size]
+    expected = state.read(asked.reshape(spec.rows, at.g * size, spec.d)).mean.view(spec.rows, at.g, size, spec.dv)
+    require(state.to_bytes() == before, "`read` changed the state: its message differs before and after")
+    require(state.nbytes == nbytes, f"`read` changed nbytes from {nbytes} to {state.nbytes}")
+    require_agreement(state.attend(asked), expected.to(at.dtype), at.dtype, "`attend` and `read` on the same queries")

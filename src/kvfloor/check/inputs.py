@@ -1,0 +1,185 @@
+"""Contract: what the calls refuse, and what they never do to their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvfloor.check.ground import play, probes, prompt_length, require_same_memory, spec_for, stream_for
+from kvfloor.check.law import Broken, Setting, require
+from kvfloor.check.tolerance import require_agreement, require_same_bits
+from kvfloor.method import Method
+from kvfloor.state import State
+
+Call = Callable[[], object]
+
+
+def _require_refusal(state: State, calls: dict[str, Call], kinds: tuple[type[Exception], ...]) -> None:
+    """Every call must raise one of `kinds` and leave the state as it was."""
+    before = state.to_bytes()
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    for what, call in calls.items():
+        try:
+            call()
+        except kinds as cause:
+            require(bool(str(cause)), f"{what} was refused without a word")
+        except Exception as cause:
+            raise Broken(f"{what} must raise {wanted}, it raised {type(cause).__name__}: {cause}") from cause
+        else:
+            raise Broken(f"{what} was accepted; it must raise {wanted}")
+        require(state.to_bytes() == before, f"{what} was refused, but the state has changed")
+
+
+def check_wrong_input(method: Method, at: Setting) -> None:
+    """Wrong input raises ValueError or TypeError and leaves the state unchanged."""
+    state, stream = method.open(spec_for(method, at)), stream_for(method, at)
+    middle = prompt_length(method) + 5
+    play(state, stream, stop=middle)
+    q, k, v = stream.q[:, :, middle : middle + 3], stream.k[:, middle : middle + 3], stream.v[:, middle : middle + 3]
+    flat = q[:, 0]
+    other = torch.float64 if at.dtype != torch.float64 else torch.float32
+    present = torch.ones(k.shape[:2], dtype=torch.bool)
+    calls: dict[str, Call] = {}
+    for name, bad in (
+        ("a list", k.tolist()),
+        ("two axes", k[0]),
+        ("four axes", k.unsqueeze(1)),
+        ("too few rows", k[1:]),
+        ("too many rows", torch.cat([k, k])),
+        ("another width", k[..., 1:]),
+        ("more tokens than v", torch.cat([k, k], 1)),
+        ("another float dtype", k.to(other)),
+        ("integers", k.to(torch.int64)),
+        ("complex numbers", k.to(torch.complex64)),
+        ("a sparse tensor", k.to_sparse()),
+        ("a tensor without data", k.to("meta")),
+    ):
+        calls[f"append with k as {name}"] = lambda bad=bad: state.append(bad, v)  # type: ignore[arg-type]
+        calls[f"append with v as {name}"] = lambda bad=bad: state.append(k, bad)  # type: ignore[arg-type]
+        calls[f"step with k as {name}"] = lambda bad=bad: state.step(q, bad, v)  # type: ignore[arg-type]
+        calls[f"step with v as {name}"] = lambda bad=bad: state.step(q, k, bad)  # type: ignore[arg-type]
+    for name, bad in (
+        ("a list", flat.tolist()),
+        ("two axes", flat[0]),
+        ("four axes", q),
+        ("too few rows", flat[1:]),
+        ("another width", flat[..., 1:]),
+        ("another float dtype", flat.to(other)),
+        ("integers", flat.to(torch.int64)),
+        ("a tensor without data", flat.to("meta")),
+    ):
+        calls[f"read with q as {name}"] = lambda bad=bad: state.read(bad)  # type: ignore[arg-type]
+    for name, bad in (
+        ("three axes", flat),
+        ("too few rows", q[1:]),
+        ("another width", q[..., 1:]),
+        ("another float dtype", q.to(other)),
+        ("a tensor without data", q.to("meta")),
+    ):
+        calls[f"attend with q as {name}"] = lambda bad=bad: state.attend(bad)
+        calls[f"step with q as {name}"] = lambda bad=bad: state.step(bad, k, v)
+    calls["step with fewer queries than tokens"] = lambda: state.step(q[:, :, :2], k, v)
+    calls["step with an empty group"] = lambda: state.step(q[:, :0], k, v)
+    for name, bad in (
+        ("a list", present.tolist()),
+        ("numbers", present.to(torch.int64)),
+        ("too few rows", present[1:]),
+        ("too few tokens", present[:, 1:]),
+    ):
+        calls[f"append with present as {name}"] = lambda bad=bad: state.append(k, v, bad)  # type: ignore[arg-type]
+        calls[f"step with present as {name}"] = lambda bad=bad: state.step(q, k, v, bad)  # type: ignore[arg-type]
+    for name, bad in (
+        ("nothing", torch.zeros(0, dtype=torch.int64)),
+        ("fractions", torch.zeros(2)),
+        ("a matrix", torch.zeros(1, 1, dtype=torch.int64)),
+        ("a row below 0", torch.tensor([-1])),
+        ("a row too high", torch.tensor([state.spec.rows])),
+    ):
+        calls[f"select_rows with {name}"] = lambda bad=bad: state.select_rows(bad)
+    _require_refusal(state, calls, (ValueError, TypeError))
+
+
+def check_non_finite(method: Method, at: Setting) -> None:
+    """NaN and infinities in keys, values or queries raise ValueError and leave the state unchanged."""
+    state, stream = method.open(spec_for(method, at)), stream_for(method, at)
+    middle = prompt_length(method) + 5
+    play(state, stream, stop=middle)
+    q, k, v = stream.q[:, :, middle : middle + 3], stream.k[:, middle : middle + 3], stream.v[:, middle : middle + 3]
+    calls: dict[str, Call] = {}
+    for number in (torch.nan, torch.inf, -torch.inf):
+        bad_q, bad_k, bad_v = q.clone(), k.clone(), v.clone()
+        for bad in (bad_q, bad_k, bad_v):
+            bad[-1, ..., -1, 0] = number
+        calls[f"append with {number} in k"] = lambda bad=bad_k: state.append(bad, v)
+        calls[f"append with {number} in v"] = lambda bad=bad_v: state.append(k, bad)
+        calls[f"step with {number} in q"] = lambda bad=bad_q: state.step(bad, k, v)
+        calls[f"step with {number} in k"] = lambda bad=bad_k: state.step(q, bad, v)
+        calls[f"step with {number} in v"] = lambda bad=bad_v: state.step(q, k, bad)
+        calls[f"attend with {number} in q"] = lambda bad=bad_q: state.attend(bad)
+        calls[f"read with {number} in q"] = lambda bad=bad_q: state.read(bad[:, 0])
+    _require_refusal(state, calls, (ValueError,))
+
+
+def check_inputs_untouched(method: Method, at: Setting) -> None:
+    """Calls neither change their inputs nor keep hold of them, and answers do not reach into the state."""
+    spec = spec_for(method, at)
+    state, stream = method.open(spec), stream_for(method, at)
+    middle = prompt_length(method)
+    play(state, stream, stop=middle)
+    ask = probes(spec)
+    for size in (1, 7):
+        q, k, v = (x[..., middle : middle + size, :].clone() for x in (stream.q, stream.k, stream.v))
+        present = torch.ones(k.shape[:2], dtype=torch.bool)
+        given = {"q": q, "k": k, "v": v, "present": present, "the queries of read": ask}
+        copies = {name: x.clone() for name, x in given.items()}
+        outputs = state.step(q, k, v, present)
+        state.append(k, v)
+        part = state.read(ask)
+        asked = state.attend(q)
+        for name, x in given.items():
+            require(torch.equal(x, copies[name]), f"{name} was changed by the call it was given to")
+        message, mean = state.to_bytes(), part.mean.clone()
+        for x in (q, k, v, outputs, asked):
+            x.fill_(3.0)
+        part.mean.copy_(torch.full_like(part.mean, 3.0))
+        part.log_mass.copy_(torch.full_like(part.log_mass, 3.0))
+        require(
+            state.to_bytes() == message, "overwriting inputs and answers changed the state: it shares their storage"
+        )
+        require_same_bits(state.read(ask).mean, mean, "answers before and after the inputs were overwritten")
+
+
+def check_input_forms(method: Method, at: Setting) -> None:
+    """Transposed, expanded, gradient-carrying and inference-mode inputs are as good as plain ones."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    middle = prompt_length(method)
+    plain = method.open(spec)
+    play(plain, stream, stop=middle)
+    start = plain.clone()
+    q, k, v = (x[..., middle : middle + 40, :] for x in (stream.q, stream.k, stream.v))
+    outputs = plain.step(q, k, v)
+    with torch.inference_mode():
+        inference = [x.clone() for x in (q, k, v)]
+    forms: dict[str, list[Tensor]] = {
+        "transposed": [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)],
+        "gradient-carrying": [x.clone().requires_grad_() for x in (q, k, v)],
+        "inference-mode": inference,
+    }
+    for name, (form_q, form_k, form_v) in forms.items():
+        state = start.clone()
+        answer = state.step(form_q, form_k, form_v)
+        require(not answer.requires_grad, f"the answer to {name} inputs carries a gradient")
+        _require_twin(state, plain, answer, outputs, at, f"{name} and plain inputs")
+        mine, theirs = state.read(form_q[:, 0]).mean.detach(), plain.read(q[:, 0]).mean
+        require_agreement(mine, theirs, at.dtype, f"the answers of `read` to {name} and plain queries")
+    one = [x[..., :1, :].expand(*x.shape[:-2], 9, x.shape[-1]) for x in (q, k, v)]
+    expanded, written_out = start.clone(), start.clone()
+    answer, outputs = expanded.step(*one), written_out.step(*(x.contiguous() for x in one))
+    _require_twin(expanded, written_out, answer, outputs, at, "expanded and plain inputs")
+
+
+def _require_twin(a: State, b: State, answer: Tensor, outputs: Tensor, at: Setting, what: str) -> None:
+    require_agreement(answer.detach(), outputs, at.dtype, f"the outputs of {what}")
+    require_same_memory(a, b, at, f"the states after {what}")

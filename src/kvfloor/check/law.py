@@ -1,0 +1,55 @@
+"""What a check is: a plain function of a method and a setting that raises `Broken` where the law does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kvfloor.method import Method
+
+
+class Broken(AssertionError):
+    """A law does not hold. Raised explicitly, never by `assert`: the verdict is the same under `python -O`."""
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Raise Broken with the sentence `otherwise` unless `holds`."""
+    if not holds:
+        raise Broken(otherwise)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a law is tried under: the cache's dtype, the size of the GQA group, the seed of data and states."""
+
+    dtype: torch.dtype = torch.float32
+    g: int = 4
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}, g={self.g}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A law of the contract.
+
+    run           raises Broken where it does not hold
+    not_claimed   why the method does not claim this law, or None if it does
+    everywhere    False: neither dtype nor g matters to it, one setting is enough
+    """
+
+    run: Callable[[Method, Setting], None]
+    not_claimed: Callable[[Method], str | None]
+    everywhere: bool
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__.removeprefix("check_")
+
+    @property
+    def law(self) -> str:
+        """The law in one sentence: the first line of the function's docstring."""
+        return (self.run.__doc__ or "").strip().partition("\n")[0]

@@ -1,0 +1,87 @@
+"""Row laws: rows are independent streams that happen to be held side by side."""
+
+from __future__ import annotations
+
+import torch
+
+from kvfloor.check.ground import of_rows, play, require_same_memory, rows_of, spec_for, stream_for
+from kvfloor.check.law import Setting, require
+from kvfloor.check.tolerance import require_agreement, require_same_bits
+from kvfloor.method import Method
+from kvfloor.state import State
+
+
+def _row(state: State, *index: int) -> State:
+    """A copy of the state with these rows only."""
+    part = state.clone()
+    part.select_rows(torch.tensor(index))
+    return part
+
+
+def check_row_order(method: Method, at: Setting) -> None:
+    """Permuting rows permutes answers and memory."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    order = [(r + 1) % spec.rows for r in range(spec.rows)]
+    state = method.open(spec)
+    outputs = play(state, stream)
+    other = of_rows(method, order).open(spec.select(torch.tensor(order)))
+    permuted = play(other, stream.rows(order))
+    require_agreement(permuted, outputs[order], at.dtype, "the outputs of rows in another order")
+    require_same_memory(other, _row(state, *order), at, "rows in another order")
+
+
+def check_row_isolation(method: Method, at: Setting) -> None:
+    """Changing one row never changes a bit of another."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    changed, intruder = spec.rows - 1, stream_for(method, at, salt=1)
+    other = stream_for(method, at)
+    other.q[changed], other.k[changed], other.v[changed] = (
+        intruder.q[changed],
+        3.0 * intruder.k[changed],
+        intruder.v[changed],
+    )
+    one, two = method.open(spec), method.open(spec)
+    outputs, beside = play(one, stream), play(two, other)
+    for row in range(spec.rows - 1):
+        require_same_bits(outputs[row], beside[row], f"the outputs of row {row} beside two different neighbours")
+        same = _row(one, row).to_bytes() == _row(two, row).to_bytes()
+        require(same, f"what row {row} remembers depends on its neighbour")
+
+
+def check_row_alone(method: Method, at: Setting) -> None:
+    """A row alone keeps the tokens that it keeps in a batch, given its id."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    state = method.open(spec)
+    outputs = play(state, stream)
+    for row in range(spec.rows):
+        alone = of_rows(method, [row]).open(spec.select(torch.tensor([row])))
+        answers = play(alone, stream.rows([row]))
+        require_agreement(answers, outputs[row : row + 1], at.dtype, f"the outputs of row {row} alone and in a batch")
+        require_same_memory(alone, _row(state, row), at, f"row {row} alone and in a batch")
+
+
+def check_select_rows(method: Method, at: Setting) -> None:
+    """Selected rows go on as they would have in the batch, and a repeated row becomes two independent ones."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    last = rows_of(method) - 1
+    index, middle = [last, 0, last], stream.prompt + 5
+    state = method.open(spec)
+    play(state, stream, stop=middle)
+    chosen = _row(state, *index)
+    assert spec.row_ids is not None
+    expected = [spec.row_ids[i] for i in index]
+    require(
+        list(chosen.spec.row_ids or ()) == expected,
+        f"rows {index} should have ids {expected}, not {chosen.spec.row_ids}",
+    )
+    fork = stream.rows(index)
+    fork.k[2, middle:], fork.v[2, middle:] = -fork.k[2, middle:], -fork.v[2, middle:]
+    answers, outputs = play(chosen, fork, start=middle), play(state, stream, start=middle)
+    for place, row in enumerate(index[:2]):
+        require_agreement(
+            answers[place], outputs[row], at.dtype, f"the outputs of row {row}, selected and in its batch"
+        )
+        require_same_memory(_row(chosen, place), _row(state, row), at, f"row {row}, selected and in its batch")
+    beam = of_rows(method, [last]).open(spec.select(torch.tensor([last])))
+    play(beam, fork.rows([2]))
+    require_same_memory(_row(chosen, 2), beam, at, "the second copy of a repeated row and the stream it was fed")

@@ -1,0 +1,119 @@
+"""Memory laws: bytes are what is really there, and the message is all of it, intact or refused."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.check.ground import play, probes, small_pieces, some_absent, spec_for, stream_for
+from kvfloor.check.law import Broken, Setting, require
+from kvfloor.check.tolerance import require_same_bits
+from kvfloor.message import CorruptState
+from kvfloor.method import Method, Spec
+from kvfloor.state import State
+
+_SAMPLED = 24
+_SLACK_BYTES = 8  # what a count, a flag or a container may be charged
+
+
+def storages(state: State) -> tuple[dict[int, int], int]:
+    """Bytes of every tensor storage reachable from the state, by address, and the bytes of all other objects.
+
+    Independent of `Memory`: it follows every attribute and container. Left out, because both sides of a message
+    know them: the method, specs and `state.shared`.
+    """
+    found: dict[int, int] = {}
+    others, met = 0, set()
+    waiting: list[Any] = [value for name, value in vars(state).items() if name != "shared"]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (Method, Spec)):
+            continue
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, (str, bytes, bytearray)):
+            others += _SLACK_BYTES + len(item)
+        elif isinstance(item, int):
+            others += _SLACK_BYTES + item.bit_length() // 8
+        elif id(item) not in met:
+            met.add(id(item))
+            others += _SLACK_BYTES
+            if isinstance(item, dict):
+                waiting += [*item.keys(), *item.values()]
+            elif isinstance(item, (list, tuple, set, frozenset)):
+                waiting += item
+            elif hasattr(item, "__dict__"):
+                waiting += vars(item).values()
+    found.pop(0, None)  # the address of every empty storage
+    return found, others
+
+
+def check_nbytes(method: Method, at: Setting) -> None:
+    """At every step nbytes is the bytes of the storages that an independent walk finds."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    state = method.open(spec)
+
+    def look(i: int) -> None:
+        found, others = storages(state)
+        tensors, stated = sum(found.values()), state.nbytes
+        within = tensors <= stated <= tensors + others
+        require(within, f"after {i} tokens nbytes is {stated}, a walk finds {tensors} in tensors and {others} beside")
+
+    look(0)
+    play(state, stream, cuts=small_pieces(stream.n), after=look)
+
+
+def check_message_round_trip(method: Method, at: Setting) -> None:
+    """A state restored from its message answers and goes on with the same bits."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    present = some_absent(stream, at.seed)
+    live = method.open(spec)
+    edges = [1, stream.prompt // 2, stream.prompt, stream.prompt + 5, stream.n]
+    _require_twin(method, live, spec, "before the first token")
+    at_token = 0
+    for edge in edges:
+        restored = method.from_bytes(live.to_bytes())
+        here = play(live, stream, start=at_token, stop=edge, present=present)
+        there = play(restored, stream, start=at_token, stop=edge, present=present)
+        where = f"between tokens {at_token} and {edge}"
+        require_same_bits(there, here, f"the outputs of a restored state and the live one {where}")
+        require(restored.to_bytes() == live.to_bytes(), f"a restored state and the live one part ways {where}")
+        _require_twin(method, live, spec, f"after {edge} tokens")
+        at_token = edge
+    live.select_rows(torch.tensor([spec.rows - 1, 0]))
+    _require_twin(method, live, live.spec, "after rows were selected")
+
+
+def _require_twin(method: Method, live: State, spec: Spec, when: str) -> None:
+    message = live.to_bytes()
+    restored = method.from_bytes(message)
+    require(restored.to_bytes() == message, f"{when} the message of a restored state is another one")
+    mine, theirs = live.read(probes(spec)), restored.read(probes(spec))
+    require_same_bits(theirs.mean, mine.mean, f"{when} the answers of a restored state and the live one")
+    require_same_bits(theirs.log_mass, mine.log_mass, f"{when} the log-masses of a restored state and the live one")
+
+
+def check_corrupt_message(method: Method, at: Setting) -> None:
+    """A message that was truncated, lengthened or changed in one bit raises CorruptState."""
+    state = method.open(spec_for(method, at))
+    play(state, stream_for(method, at))
+    message = state.to_bytes()
+    size, rng = len(message), random.Random(at.seed)
+    damaged = {"lengthened by a byte": message + b"\0", "empty": b"", "doubled": message + message}
+    for cut in (1, 8, 16, 31, 33, size - 1, *rng.sample(range(size), _SAMPLED)):
+        damaged[f"truncated to {cut} of {size} bytes"] = message[:cut]
+    for place in (*range(0, 24, 3), size - 32, size - 1, *rng.sample(range(size), _SAMPLED)):
+        bit = 1 << rng.randrange(8)
+        damaged[f"changed in byte {place}"] = message[:place] + bytes([message[place] ^ bit]) + message[place + 1 :]
+    for how, data in damaged.items():
+        try:
+            method.from_bytes(data)
+        except CorruptState:
+            continue
+        except Exception as cause:
+            raise Broken(f"a message {how} raises {type(cause).__name__}, not CorruptState: {cause}") from cause
+        raise Broken(f"a message {how} is accepted")

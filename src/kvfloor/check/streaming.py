@@ -1,0 +1,113 @@
+"""Stream laws: how a stream is cut, what comes later and who else asks must not matter."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+
+from kvfloor.check.ground import (
+    block_of,
+    long_enough,
+    of_rows,
+    play,
+    probes,
+    require_same_memory,
+    slots_of,
+    some_absent,
+    spec_for,
+    stream_for,
+)
+from kvfloor.check.law import Setting, require
+from kvfloor.check.tolerance import require_agreement, require_same_bits
+from kvfloor.method import Method
+
+
+def check_chunking(method: Method, at: Setting) -> None:
+    """Any split of a stream into calls keeps the same tokens and gives the same answers.
+
+    Across 20 block ends, with and without pads, by random pieces and token by token. Where memory never grows and
+    whole tokens wait for their block's end, the messages are the same bytes too.
+    """
+    spec, n = spec_for(method, at), long_enough(method)
+    stream = stream_for(method, at, n=n)
+    rng = random.Random(at.seed)
+    few = rng.sample(range(1, n), n // 24)
+    slow = (*range(1, 6), *range(stream.prompt + 1, min(n, stream.prompt + block_of(method) + 4)))
+    for present in (None, some_absent(stream, at.seed)):
+        whole = method.open(spec)
+        outputs = play(whole, stream, present=present)
+        split = method.open(spec)
+        cuts = [*few, *slow] if present is None else few
+        pieces = play(split, stream, cuts=cuts, present=present)
+        what = "a stream in one call and in pieces" + ("" if present is None else ", with pads")
+        require_agreement(pieces, outputs, at.dtype, f"the outputs of {what}")
+        require_same_memory(split, whole, at, what)
+        if method.traits.constant_memory and slots_of(whole) is not None:
+            require(split.to_bytes() == whole.to_bytes(), f"the messages of {what} differ")
+
+
+def check_causality(method: Method, at: Setting) -> None:
+    """What comes later does not change an earlier answer."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    outputs = play(method.open(spec), stream)
+    future = stream_for(method, at, salt=1)
+    future = replace(future, v=-8.0 * future.v)
+    for cut in (stream.prompt // 2, stream.n - 3):
+        settled = cut - cut % block_of(method) if method.traits.block_causal else cut
+        early = outputs[:, :, :settled]
+        prefix = play(method.open(spec), stream, stop=cut)[:, :, :settled]
+        require_agreement(
+            prefix, early, at.dtype, f"the answers of the first {settled} tokens, alone and in a longer call"
+        )
+        changed = play(method.open(spec), stream.with_tail(future, cut))[:, :, :settled]
+        require_agreement(changed, early, at.dtype, f"the answers of the first {settled} tokens, under two futures")
+
+
+def check_queries_independent(method: Method, at: Setting) -> None:
+    """A query's answer does not depend on which other queries are asked with it."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    state = method.open(spec)
+    play(state, stream)
+    together = probes(spec, 6)
+    part = state.read(together)
+    for i in (0, 3, 5):
+        alone = state.read(together[:, i : i + 1])
+        require_agreement(alone.mean[:, 0], part.mean[:, i], at.dtype, f"answer {i}, alone and among others")
+        require_agreement(
+            alone.log_mass[:, 0], part.log_mass[:, i], at.dtype, f"log-mass {i}, alone and among others", 4.0
+        )
+    crowd = torch.cat([together[:, :1], -5.0 * together[:, 1:]], 1)
+    require_agreement(state.read(crowd).mean[:, 0], part.mean[:, 0], at.dtype, "an answer among two sets of others")
+
+
+def check_pads(method: Method, at: Setting) -> None:
+    """Absent tokens never enter: whatever stands there, a padded row is the row of its real tokens."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    present = some_absent(stream, at.seed)
+    absent = ~present
+    kept, answers = [], []
+    for garbage in (torch.nan, 100.0):
+        k = stream.k.masked_fill(absent.unsqueeze(-1), garbage)
+        v = stream.v.masked_fill(absent.unsqueeze(-1), garbage)
+        q = stream.q.masked_fill(absent[:, None, :, None], garbage)
+        state = method.open(spec)
+        answers.append(play(state, replace(stream, q=q, k=k, v=v), present=present))
+        kept.append(state)
+    at_pads = answers[0].transpose(1, 2)[absent]
+    require(bool((at_pads == 0).all()), f"outputs at absent positions are not 0: {at_pads.flatten()[:3].tolist()}")
+    require_same_bits(answers[0], answers[1], "outputs with two kinds of garbage at absent positions")
+    require(kept[0].to_bytes() == kept[1].to_bytes(), "garbage at absent positions changed the state")
+    require(
+        torch.equal(kept[0].seen, present.sum(1)),
+        f"{present.sum(1).tolist()} real tokens, seen {kept[0].seen.tolist()}",
+    )
+    for row in range(spec.rows):
+        alone = of_rows(method, [row]).open(spec.select(torch.tensor([row])))
+        outputs = play(alone, stream.rows([row]).packed(present[row]))
+        padded = kept[0].clone()
+        padded.select_rows(torch.tensor([row]))
+        what = f"row {row} with pads and without"
+        require_agreement(answers[0][row][:, present[row]], outputs[0], at.dtype, f"the outputs of {what}")
+        require_same_memory(padded, alone, at, what)

@@ -1,0 +1,170 @@
+"""The table of laws, and how a method is tried against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvfloor.check import chance, contract, holding, index_floor, inputs, rows, storage, streaming, truth
+from kvfloor.check.ground import slots_of, spec_for
+from kvfloor.check.law import Broken, Check, Setting
+from kvfloor.method import Method
+from kvfloor.state import State
+
+
+def _always(method: Method) -> str | None:
+    del method
+    return None
+
+
+def _opened(method: Method) -> State:
+    return method.open(spec_for(method, Setting()))
+
+
+def _keeps_tokens(method: Method) -> str | None:
+    return None if slots_of(_opened(method)) is not None else "it keeps no store of whole tokens"
+
+
+def _pins(method: Method) -> str | None:
+    return None if hasattr(_opened(method), "pin") else "its state cannot pin tokens"
+
+
+def _absorbs(method: Method) -> str | None:
+    absorbs = holding.takes_summary(method) or method.traits.reference == "unmasked"
+    return None if absorbs else "it has no summary and does not claim the unmasked law"
+
+
+def _selects(method: Method) -> str | None:
+    return None if hasattr(method, "selector") else "it has no selector"
+
+
+def _single_queries(method: Method) -> str | None:
+    return "it claims block_causal: a query may be answered with its block" if method.traits.block_causal else None
+
+
+def _exact_at_first(method: Method) -> str | None:
+    if not method.traits.lossy_values or truth.waits_whole(method):
+        return None
+    return "it claims lossy_values, from the first token on"
+
+
+def _attends_to_held(method: Method) -> str | None:
+    if method.traits.lossy_values:
+        return "it claims lossy_values: more than whole tokens answers"
+    if method.traits.reference != "unmasked" and getattr(_opened(method), "summary", None) is not None:
+        return "its summary approximates the tokens that left"
+    return _keeps_tokens(method)
+
+
+def _claims(trait: str) -> Callable[[Method], str | None]:
+    return lambda method: None if getattr(method.traits, trait) else f"it does not claim {trait}"
+
+
+CHECKS: dict[str, Check] = {
+    check.name: check
+    for check in (
+        Check(contract.check_text, _always, everywhere=False),
+        Check(contract.check_documented, _always, everywhere=False),
+        Check(contract.check_guarantee, _always, everywhere=False),
+        Check(contract.check_empty, _always, everywhere=True),
+        Check(contract.check_shapes, _always, everywhere=True),
+        Check(contract.check_read_pure, _always, everywhere=True),
+        Check(inputs.check_wrong_input, _always, everywhere=False),
+        Check(inputs.check_non_finite, _always, everywhere=False),
+        Check(inputs.check_inputs_untouched, _always, everywhere=True),
+        Check(inputs.check_input_forms, _always, everywhere=True),
+        Check(streaming.check_chunking, _always, everywhere=True),
+        Check(streaming.check_causality, _always, everywhere=True),
+        Check(streaming.check_queries_independent, _single_queries, everywhere=True),
+        Check(streaming.check_pads, _always, everywhere=True),
+        Check(holding.check_capacity, _always, everywhere=False),
+        Check(holding.check_held_tokens, _keeps_tokens, everywhere=True),
+        Check(holding.check_pinned, _pins, everywhere=False),
+        Check(holding.check_absorbed_once, _absorbs, everywhere=True),
+        Check(holding.check_selector_subset, _selects, everywhere=True),
+        Check(rows.check_row_order, _always, everywhere=True),
+        Check(rows.check_row_isolation, _always, everywhere=True),
+        Check(rows.check_row_alone, _always, everywhere=True),
+        Check(rows.check_select_rows, _always, everywhere=True),
+        Check(truth.check_reference, _exact_at_first, everywhere=True),
+        Check(truth.check_attends_to_held, _attends_to_held, everywhere=True),
+        Check(truth.check_hull, _claims("normalised"), everywhere=True),
+        Check(truth.check_value_linear, _claims("value_linear"), everywhere=True),
+        Check(truth.check_constant_memory, _claims("constant_memory"), everywhere=True),
+        Check(chance.check_seeded, _always, everywhere=False),
+        Check(chance.check_shared, _always, everywhere=False),
+        Check(chance.check_clone, _always, everywhere=True),
+        Check(storage.check_nbytes, _always, everywhere=True),
+        Check(storage.check_message_round_trip, _always, everywhere=True),
+        Check(storage.check_corrupt_message, _always, everywhere=False),
+        Check(index_floor.check_index_floor, _always, everywhere=False),
+    )
+}
+
+
+@dataclass
+class Outcome:
+    """What a method's trial showed: names of laws that hold, and why others fail or are not claimed."""
+
+    method: str
+    passed: list[str] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return {"method": self.method, "passed": self.passed, "failed": self.failed, "skipped": self.skipped}
+
+
+def run_checks(
+    method: Method,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    groups: Sequence[int] = (1, 4),
+    seed: int = 0,
+) -> Outcome:
+    """Try every law that the method claims, under every dtype and GQA group where these matter.
+
+    A law that fails is listed with its first failure; a check that ends in any other exception has failed as well.
+    """
+    settings = [Setting(dtype, g, seed) for dtype in dtypes for g in reversed(groups)]
+    outcome = Outcome(str(method))
+    for name, check in CHECKS.items():
+        try:
+            reason = check.not_claimed(method)
+            if reason is not None:
+                outcome.skipped.append({"check": name, "why": reason})
+                continue
+            for at in settings if check.everywhere else settings[:1]:
+                _try(check, method, at)
+        except Broken as broken:
+            outcome.failed.append({"check": name, "why": str(broken)})
+        else:
+            outcome.passed.append(name)
+    return outcome
+
+
+def _try(check: Check, method: Method, at: Setting) -> None:
+    try:
+        check.run(method, at)
+    except Broken as broken:
+        raise Broken(f"{broken} [{at}]") from broken
+    except Exception as crash:
+        raise Broken(f"it crashed with {type(crash).__name__}: {crash} [{at}]") from crash
+
+
+def check_method(
+    method: Method,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    groups: Sequence[int] = (1, 4),
+    seed: int = 0,
+) -> None:
+    """Raise Broken listing every law that the method breaks; return None if it keeps them all."""
+    outcome = run_checks(method, dtypes=dtypes, groups=groups, seed=seed)
+    if outcome.failed:
+        lines = [f"- {failure['check']}: {failure['why']}" for failure in outcome.failed]
+        raise Broken(f"{outcome.method} breaks {len(lines)} of its laws\n" + "\n".join(lines))

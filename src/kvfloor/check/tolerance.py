@@ -1,0 +1,45 @@
+"""How far two answers may be apart, in one table by dtype. Every check draws values of size at most 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfloor.check.law import require
+
+# Two answers to the same question from products of different shape: each is rounded to the dtype once (half a unit
+# in the last place of 1) and its weights were rounded inside the product, float32 logits of size 10 by about 1e-6.
+AGREE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+
+# Against float64, an answer may err 1.5 times as much as plain attention in the same dtype does (the rule of
+# FlashAttention's tests is 2), plus one rounding of an answer of size 1 where plain attention happens to be exact.
+TIMES_PLAIN = 1.5
+ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference between a and b; equal infinities differ by 0, NaN by infinity."""
+    a, b = a.to(torch.float64), b.to(torch.float64)
+    difference = torch.where(a == b, 0.0, (a - b).abs())
+    return float(torch.nan_to_num(difference, nan=torch.inf).max()) if difference.numel() else 0.0
+
+
+def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:
+    """Raise Broken unless a and b agree within the dtype's tolerance for numbers of this size."""
+    require(a.shape == b.shape, f"{what}: the shapes are {tuple(a.shape)} and {tuple(b.shape)}")
+    difference, allowed = apart(a, b), AGREE[dtype] * size
+    require(difference <= allowed, f"{what}: they differ by {difference:.3g}, allowed is {allowed:.3g}")
+
+
+def require_accuracy(answer: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Raise Broken unless `answer` is as close to the float64 `truth` as `plain`, the same-dtype reference, allows."""
+    error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + ROUNDING[dtype]
+    require(error <= allowed, f"{what}: the error is {error:.3g}, allowed is {allowed:.3g}")
+
+
+def require_same_bits(a: Tensor, b: Tensor, what: str) -> None:
+    """Raise Broken unless a and b are equal bit for bit."""
+    same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    require(
+        same, f"{what}: they are not the same bits (largest difference {apart(a, b) if a.shape == b.shape else '?'})"
+    )

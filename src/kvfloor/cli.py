@@ -1,0 +1,253 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` is quick.
+
+Exit codes: 0 fine; 1 the thing checked falls short; 2 bad input, told in one line on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvfloor import __version__
+
+app = typer.Typer(
+    name="kvfloor",
+    help="Streaming attention in bounded memory, beside the proof of how little memory is possible.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
+
+
+def main() -> None:
+    """Entry point: bad input becomes one line on stderr and exit code 2."""
+    sys.path.insert(0, os.getcwd())  # so that module:Class finds the user's own files
+    try:
+        app()
+    except (ValueError, TypeError) as error:
+        message = str(error) if os.environ.get("KVFLOOR_DEBUG") is None else repr(error)
+        print(f"kvfloor: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvfloor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, allow_nan=False))
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Option(help="builtin, or the folder of a transformers model.")] = "builtin",
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated methods; the baselines run beside them in any case.")
+    ] = None,
+    budgets: Annotated[str | None, typer.Option(help="Comma-separated budgets: 64, 25%, 8MiB.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated built-in tasks, or all.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with prompt and answer (or context, question, answer).")
+    ] = None,
+    contexts: Annotated[str | None, typer.Option(help="Comma-separated context lengths in tokens.")] = None,
+    protocols: Annotated[
+        str, typer.Option(help="after: the question follows the compression; visible: it is compressed too.")
+    ] = "after",
+    n: Annotated[int, typer.Option("--n", help="Samples per row, at least 32.")] = 40,
+    seed: Annotated[int, typer.Option(help="Seeds the samples and the methods.")] = 0,
+    require: Annotated[
+        str | None, typer.Option(help="Exit 1 unless this holds, e.g. 'h2o@192:recall.score>=0.9'.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and report.html.")] = Path("out/audit"),
+    as_json: Json = False,
+) -> None:
+    """What each method costs and breaks at each budget, on a real model, beside the provable floor."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from kvfloor.audit.plan import split_list
+    from kvfloor.audit.require import parse_requirement, shortfalls
+    from kvfloor.audit.run import Question, run
+    from kvfloor.report.terminal import print_report
+    from kvfloor.report.text import visible
+
+    clauses = parse_requirement(require) if require else ()
+    chosen: dict[str, Any] = {}
+    for name, text in (("methods", methods), ("budgets", budgets), ("tasks", tasks), ("protocols", protocols)):
+        if text is not None:
+            chosen[name] = tuple(split_list(text))
+    if chosen.get("tasks") == ("all",):
+        from kvfloor.tasks import TASKS
+
+        chosen["tasks"] = tuple(TASKS)
+    if contexts is not None:
+        if not all(part.isdigit() and int(part) > 0 for part in split_list(contexts)):
+            raise ValueError(f"--contexts {contexts!r}: give numbers of tokens joined by commas, such as 1024,2048")
+        chosen["contexts"] = tuple(int(part) for part in split_list(contexts))
+    question = Question(model=model, prompts=prompts, n=n, seed=seed, out=out, command=_command_line(), **chosen)
+    stderr = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        bar = progress.add_task("loading the model", total=None)
+
+        def track(total: int, text: str) -> None:
+            started = progress.tasks[0].total is not None
+            progress.update(bar, total=total, advance=1 if started else 0, description=visible(text))
+
+        answer = run(question, track)
+    if as_json:
+        _print_json(answer.as_dict())
+    else:
+        print_report(answer.rows, answer.recommendation, Console())
+        print(f"\nreport: {answer.report}")
+    if clauses:
+        missed = shortfalls(clauses, answer.rows, answer.asked)
+        for line in missed:
+            stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)
+        if missed:
+            raise typer.Exit(1)
+
+
+def _command_line() -> str:
+    return shlex.join(["kvfloor", *sys.argv[1:]])
+
+
+@app.command()
+def floors(
+    n: Annotated[int, typer.Option("--n", help="Tokens in the stream.")],
+    d: Annotated[int, typer.Option("--d", help="Width of a key.")],
+    dv: Annotated[int | None, typer.Option("--dv", help="Width of a value; d unless given.")] = None,
+    eta: Annotated[float, typer.Option(help="Relative error that answers may have, in (0, 1).")] = 0.5,
+    p: Annotated[float, typer.Option("--p", help="Probability that a whole answer is right, in (0, 1].")] = 0.9,
+    radius: Annotated[float | None, typer.Option(help="Bound on the logits: scale * max|q| * max|k|.")] = None,
+    window: Annotated[int | None, typer.Option(help="Sliding window, in tokens.")] = None,
+    heads: Annotated[int, typer.Option(help="Kv heads.")] = 1,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Bits of memory that attention needs in the worst case, by theorem, with explicit constants."""
+    from kvfloor.floors import space
+
+    floor = space(n, d, dv, eta=eta, p=p, radius=radius, window=window, heads=heads, layers=layers)
+    if as_json:
+        _print_json({"schema": 1, **floor.as_dict()})
+        return
+    _print_pairs(floor.as_dict())
+
+
+def _print_pairs(pairs: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        if isinstance(value, dict):
+            for inner, number in value.items():
+                table.add_row(f"  {inner}", _number(number))
+        else:
+            table.add_row(name, _number(value))
+    Console().print(table, markup=False, highlight=False)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@app.command("break")
+def break_(
+    method: Annotated[str, typer.Argument(help="A method, e.g. 'window@256', or module:Class.")],
+    barrier: Annotated[str, typer.Option(help="Which hard instance to play, or all.")] = "spike",
+    n: Annotated[int, typer.Option("--n", help="Tokens that hide bits.")] = 1024,
+    d: Annotated[int, typer.Option("--d", help="Width of a key.")] = 64,
+    dv: Annotated[int | None, typer.Option("--dv", help="Width of a value; d unless given.")] = None,
+    bits: Annotated[int, typer.Option(help="Hidden bits per value coordinate.")] = 1,
+    eta: Annotated[float, typer.Option(help="Relative error that answers may have, in (0, 1).")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seeds the public keys and the method, never the hidden bits alone.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for result.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Play a lower bound's hard instance against a method: what it certifies against what it spends."""
+    from kvfloor.audit.files import open_folder, replace_file
+    from kvfloor.barriers import BARRIERS, play
+    from kvfloor.registry import parse
+
+    names = list(BARRIERS) if barrier == "all" else [barrier]
+    if out is not None:
+        open_folder(out)
+    results = [
+        play(parse(method), barrier=name, n=n, d=d, dv=dv, bits=bits, eta=eta, seed=seed).as_dict() for name in names
+    ]
+    document = {"schema": 1, "rows": results} if barrier == "all" else {"schema": 1, **results[0]}
+    if out is not None:
+        replace_file(out / "result.json", json.dumps(document, indent=1) + "\n")
+    if as_json:
+        _print_json(document)
+        return
+    for result in results:
+        _print_pairs(result)
+
+
+@app.command()
+def check(
+    method: Annotated[str, typer.Argument(help="A method, e.g. 'h2o@64', or module:Class.")],
+    as_json: Json = False,
+) -> None:
+    """Run the conformance suite on a method; exit code 1 if a law is broken."""
+    from kvfloor.check import run_checks
+    from kvfloor.registry import parse
+
+    outcome = run_checks(parse(method))
+    if as_json:
+        _print_json({"schema": 1, **outcome.as_dict()})
+    else:
+        print(f"{outcome.method}: {len(outcome.passed)} laws hold, {len(outcome.failed)} broken")
+        for failure in outcome.failed:
+            print(f"  broken: {failure['check']}: {failure['why']}")
+        for skip in outcome.skipped:
+            print(f"  not claimed: {skip['check']}: {skip['why']}")
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """The table of methods: policies, summaries, selectors and whole methods."""
+    from kvfloor.catalogue import rows
+
+    table = rows()
+    if as_json:
+        _print_json({"schema": 1, "rows": table})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for name in table[0]:
+        shown.add_column(name, overflow="fold", no_wrap=name in ("name", "kind"))
+    for row in table:
+        shown.add_row(*(", ".join(v) if isinstance(v, list) else str(v) for v in row.values()))
+    Console().print(shown, markup=False, highlight=False)

@@ -1,0 +1,81 @@
+"""Greedy answers from a prepared model and a cache: a context, the prompt's end, a question, the answer.
+
+A plain loop over the model's forward, so that an audit can time its parts, read the cache in between and put
+the question after the compression. Rows of different length are left-padded; pads never enter a state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvfloor.hf.cache import CompressedCache
+
+
+@dataclass
+class Dialogue:
+    """A batch in progress: the cache, the mask over all slots so far, and the last token's logits."""
+
+    model: PreTrainedModel
+    cache: CompressedCache | Cache
+    mask: Tensor  # (batch, slots) int64
+    logits: Tensor | None = None  # (batch, vocabulary)
+
+    @classmethod
+    def start(cls, model: PreTrainedModel, cache: CompressedCache | Cache, batch: int) -> Dialogue:
+        return cls(model, cache, torch.zeros(batch, 0, dtype=torch.int64, device=model.device))
+
+    @torch.inference_mode()
+    def feed(self, token_ids: Sequence[Sequence[int]], chunk: int | None = None) -> None:
+        """Take in one list of tokens per batch item, left-padded, `chunk` slots per forward (None: all at once)."""
+        width = max(len(ids) for ids in token_ids)
+        batch = torch.zeros(len(token_ids), width, dtype=torch.int64)
+        real = torch.zeros_like(batch)
+        for row, ids in enumerate(token_ids):
+            if len(ids):
+                batch[row, width - len(ids) :] = torch.tensor(list(ids))
+                real[row, width - len(ids) :] = 1
+        for start in range(0, width, chunk or width):
+            stop = min(width, start + (chunk or width))
+            self._forward(batch[:, start:stop], real[:, start:stop])
+
+    @torch.inference_mode()
+    def answer(self, most: int, stop: int | None) -> tuple[list[list[int]], list[float]]:
+        """Greedy tokens per batch item, up to `stop` or `most` of them, and milliseconds per step of the batch."""
+        assert self.logits is not None
+        batch = self.mask.shape[0]
+        done = torch.zeros(batch, dtype=torch.bool)
+        said: list[list[int]] = [[] for _ in range(batch)]
+        steps_ms: list[float] = []
+        for _ in range(most):
+            token = self.logits.argmax(-1).cpu()
+            if stop is not None:
+                done |= token == stop
+            if bool(done.all()):
+                break
+            for row in (~done).nonzero().flatten().tolist():
+                said[row].append(int(token[row]))
+            begin = time.perf_counter()
+            self._forward(token.unsqueeze(1), torch.ones(batch, 1, dtype=torch.int64))
+            steps_ms.append((time.perf_counter() - begin) * 1e3)
+        return said, steps_ms
+
+    def _forward(self, token_ids: Tensor, real: Tensor) -> None:
+        device = self.model.device
+        self.mask = torch.cat([self.mask, real.to(device)], dim=1)
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -token_ids.shape[1] :]
+        output = self.model(
+            input_ids=token_ids.to(device),
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1]

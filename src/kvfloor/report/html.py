@@ -1,0 +1,114 @@
+"""The report page: one file, no script, nothing fetched, every field escaped."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from kvfloor.audit.explain import cautions, what_breaks, why
+from kvfloor.audit.files import replace_file
+from kvfloor.audit.names import BASELINES, split_setting
+from kvfloor.audit.recommend import Recommendation
+from kvfloor.audit.rows import Row
+from kvfloor.audit.statistics import MIN_SAMPLES
+from kvfloor.audit.words import bytes_text, percent_text, points_text, smaller_text
+from kvfloor.report import chart, heatmap, tables
+from kvfloor.report.marks import marks
+from kvfloor.report.meta import Meta
+from kvfloor.report.text import visible
+
+
+def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path) -> None:
+    """Write the report of an audit to `path`, whole or not at all.
+
+    Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
+    """
+    replace_file(path, page(rows, answer, meta))
+
+
+def page(rows: Sequence[Row], answer: Recommendation, meta: Meta) -> str:
+    """The report as HTML text."""
+    if not rows:
+        raise ValueError("there is nothing to report: give at least the rows of 'exact'")
+    drawn = marks(rows)
+    cells, lines = tables.scoreboard(rows, answer.standard)
+    figures: dict[str, list[chart.Chart]] = {}
+    for cell in sorted(cells, key=lambda cell: (cell.task, cell.context, cell.protocol != "visible")):
+        figures.setdefault(cell.task, []).append(chart.chart([r for r in rows if r.cell == cell], drawn))
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            meta=meta,
+            answer=answer,
+            why=why(answer),
+            what_breaks=what_breaks(answer),
+            cautions=cautions(answer),
+            paste=_pasted_setting(rows, answer),
+            rows=tables.ordered(rows),
+            cells=cells,
+            scores=lines,
+            sizes=tables.sizes(rows),
+            speeds=tables.speeds(rows),
+            figures=figures,
+            marks=drawn,
+            heatmaps=heatmap.heatmaps(rows),
+            frame=chart,
+            baselines=BASELINES,
+            min_samples=MIN_SAMPLES,
+        )
+    )
+
+
+def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, Any] | None:
+    """The recommended setting as a Python string literal, a share of the context made tokens.
+
+    A cache opened for a stream of unknown length takes no share, so the largest audited number of tokens
+    stands for it.
+    """
+    if answer.method is None:
+        return None
+    method, budget = split_setting(answer.method)
+    share = budget is not None and budget.endswith("%")
+    if not share:
+        return {"literal": json.dumps(answer.method), "share": None}
+    tokens = max(row.budget_tokens or 0 for row in rows if row.method == answer.method)
+    return {"literal": json.dumps(f"{method}@{tokens}"), "share": budget}
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("kvfloor", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters |= {
+        "bytes": bytes_text,
+        "percent": percent_text,
+        "points": points_text,
+        "whole": "{:,}".format,
+        "milliseconds": _milliseconds,
+        "error": "{:.2g}".format,
+        "below_floor": chart.note_below_floor,
+    }
+    environment.globals |= {"smaller": smaller_text}
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    """Text has its controls written out before it is escaped; markup that the templates made is left alone."""
+    return value if isinstance(value, Markup) else visible(str(value))
+
+
+def _milliseconds(time: float | None) -> str:
+    if time is None:
+        return "not measured"
+    return f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
