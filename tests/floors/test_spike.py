@@ -86,7 +86,7 @@ def test_numbers_by_hand():
 
 
 def test_the_printed_window_constant_is_too_small():
-    """Haris & Onak, Appendix F, prints (2 ln n - ln((1-eta)/(1+eta))) / (2 (1-2 eps)); the proof needs all of the log."""
+    """Haris & Onak, Appendix F, halves the second logarithm; the proof needs all of it."""
     n, eta, eps = 1000, 0.5, 0.1
     printed = (2 * math.log(n) - math.log((1 - eta) / (1 + eta))) / (2 * (1 - 2 * eps))
     for C, separates in ((printed * 1.0001, False), (floors.paper_C(n, eta, eps) * 1.0001, True)):

@@ -1,17 +1,23 @@
 """Barriers: one hard instance per theorem, each played against any method. docs/floors.md has the proofs."""
 
 from collections.abc import Callable
+from typing import Any
 
-from kvfloor.barriers.spike import Result, play
+from kvfloor.barriers import spike
+from kvfloor.barriers.spike import Result
+from kvfloor.method import Method
 
-BARRIERS: dict[str, Callable[..., Result]] = {"spike": play}
-
-
-def barrier(name: str) -> Callable[..., Result]:
-    """The function that plays the named barrier; ValueError listing what there is."""
-    if name not in BARRIERS:
-        raise ValueError(f"barrier must be one of {', '.join(BARRIERS)}, got {name!r}")
-    return BARRIERS[name]
+BARRIERS: dict[str, Callable[..., Result]] = {"spike": spike.play}
 
 
-__all__ = ["BARRIERS", "Result", "barrier", "play"]
+def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
+    """Play the named barrier with its own arguments (`kvfloor.barriers.spike.play` lists them).
+
+    Raises ValueError listing the barriers there are, and whatever the barrier refuses.
+    """
+    if barrier not in BARRIERS:
+        raise ValueError(f"barrier must be one of {', '.join(BARRIERS)}, got {barrier!r}")
+    return BARRIERS[barrier](method, **arguments)
+
+
+__all__ = ["BARRIERS", "Result", "play"]

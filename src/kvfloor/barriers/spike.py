@@ -92,12 +92,9 @@ def play(
     """
     started = time.perf_counter()
     instance = Instance.agree(n, d, dv, bits, eta, whole("seed", seed, least=0), family)
-    if rows is not None and whole("rows", rows) >= n:
-        sampled = None
-    elif rows is not None:
-        sampled = rows
-    else:
-        sampled = None if n <= _ALL_ROWS_UP_TO else _ROWS_SAMPLED
+    if rows is None:
+        rows = n if n <= _ALL_ROWS_UP_TO else _ROWS_SAMPLED
+    sampled = rows if whole("rows", rows) < n else None
     hidden = Hidden(hidden_seed)
     answers = play_index(method, instance, hidden, sampled)
 

@@ -72,31 +72,36 @@ def spec_for(method: Method, at: Setting) -> Spec:
     return Spec(rows=rows, d=WIDTH, dv=WIDTH, scale=WIDTH**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
 
 
-def prompt_length(method: Method) -> int:
-    """A prompt that overflows the method's bound, and ends inside a block."""
-    bound = method.capacity(_LONG, prompt=0)
-    return 33 + (64 if bound is None else bound)
-
-
 def block_of(method: Method) -> int:
+    """Tokens between two decisions of the method; a method that does not say gets the usual 32."""
     return getattr(method, "block", 32)
 
 
-def long_enough(method: Method) -> int:
-    """Tokens that cross 20 block ends and overflow the method's bound."""
-    return max(prompt_length(method) + 71, _BLOCK_ENDS * block_of(method) + block_of(method) // 2 + 1)
+def prompt_length(method: Method) -> int:
+    """A prompt that overflows the method's bound by a block, and ends inside one."""
+    bound = method.capacity(_LONG, prompt=0)
+    return block_of(method) + 5 + (64 if bound is None else bound)
+
+
+def stream_length(method: Method) -> int:
+    """The prompt, and more than a block after it."""
+    return prompt_length(method) + block_of(method) + 14
+
+
+def long_stream_length(method: Method) -> int:
+    """As `stream_length`, and across 20 block ends at least."""
+    return max(stream_length(method), _BLOCK_ENDS * block_of(method) + block_of(method) // 2 + 1)
 
 
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
-    """A stream for this method: n tokens (by default 71 past the prompt) of normal keys and values in [-1, 1]."""
+    """A stream for this method: n tokens of normal keys and values in [-1, 1]."""
     spec = spec_for(method, at) if spec is None else spec
-    prompt = prompt_length(method)
-    n = prompt + 71 if n is None else n
+    n = stream_length(method) if n is None else n
     source = torch.Generator().manual_seed(1000 * at.seed + salt)
     q = 2.0 * torch.randn(spec.rows, at.g, n, spec.d, generator=source)
     k = torch.randn(spec.rows, n, spec.d, generator=source)
     v = 2.0 * torch.rand(spec.rows, n, spec.dv, generator=source) - 1.0
-    return Stream(q.to(at.dtype), k.to(at.dtype), v.to(at.dtype), prompt)
+    return Stream(q.to(at.dtype), k.to(at.dtype), v.to(at.dtype), prompt_length(method))
 
 
 def probes(spec: Spec, m: int = 5) -> Tensor:

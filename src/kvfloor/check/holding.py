@@ -174,7 +174,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
         require(error <= AGREE[at.dtype], f"after {i} values of 1 a query of zeros is answered 1 ± {error:.3g}")
         mass = part.log_mass.double().exp()
         error = apart(mass / i, torch.ones_like(mass))
-        require(error <= AGREE[torch.float32], f"after {i} tokens a query of zeros sees a mass of {mass.max():.6g}")
+        require(error <= AGREE[at.dtype], f"after {i} tokens a query of zeros sees a mass of {mass.max():.6g}")
 
     play(state, stream, cuts=range(0, stream.n, 17), after=look)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -38,12 +39,12 @@ class Check:
 
     run           raises Broken where it does not hold
     not_claimed   why the method does not claim this law, or None if it does
-    everywhere    False: neither dtype nor g matters to it, one setting is enough
+    over          what the law is tried over, of "dtype" and "g": where one does not matter, a single value will do
     """
 
     run: Callable[[Method, Setting], None]
     not_claimed: Callable[[Method], str | None]
-    everywhere: bool
+    over: tuple[Literal["dtype", "g"], ...]
 
     @property
     def name(self) -> str:

@@ -73,7 +73,7 @@ def check_message_round_trip(method: Method, at: Setting) -> None:
     present = some_absent(stream, at.seed)
     live = method.open(spec)
     edges = [1, stream.prompt // 2, stream.prompt, stream.prompt + 5, stream.n]
-    _require_twin(method, live, spec, "before the first token")
+    _require_twin(live, spec, "before the first token")
     at_token = 0
     for edge in edges:
         restored = method.from_bytes(live.to_bytes())
@@ -82,15 +82,15 @@ def check_message_round_trip(method: Method, at: Setting) -> None:
         where = f"between tokens {at_token} and {edge}"
         require_same_bits(there, here, f"the outputs of a restored state and the live one {where}")
         require(restored.to_bytes() == live.to_bytes(), f"a restored state and the live one part ways {where}")
-        _require_twin(method, live, spec, f"after {edge} tokens")
+        _require_twin(live, spec, f"after {edge} tokens")
         at_token = edge
     live.select_rows(torch.tensor([spec.rows - 1, 0]))
-    _require_twin(method, live, live.spec, "after rows were selected")
+    _require_twin(live, live.spec, "after rows were selected")
 
 
-def _require_twin(method: Method, live: State, spec: Spec, when: str) -> None:
+def _require_twin(live: State, spec: Spec, when: str) -> None:
     message = live.to_bytes()
-    restored = method.from_bytes(message)
+    restored = live.method.from_bytes(message)
     require(restored.to_bytes() == message, f"{when} the message of a restored state is another one")
     mine, theirs = live.read(probes(spec)), restored.read(probes(spec))
     require_same_bits(theirs.mean, mine.mean, f"{when} the answers of a restored state and the live one")

@@ -9,7 +9,7 @@ import torch
 
 from kvfloor.check.ground import (
     block_of,
-    long_enough,
+    long_stream_length,
     of_rows,
     play,
     probes,
@@ -30,7 +30,7 @@ def check_chunking(method: Method, at: Setting) -> None:
     Across 20 block ends, with and without pads, by random pieces and token by token. Where memory never grows and
     whole tokens wait for their block's end, the messages are the same bytes too.
     """
-    spec, n = spec_for(method, at), long_enough(method)
+    spec, n = spec_for(method, at), long_stream_length(method)
     stream = stream_for(method, at, n=n)
     rng = random.Random(at.seed)
     few = rng.sample(range(1, n), n // 24)

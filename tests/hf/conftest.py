@@ -1,0 +1,47 @@
+"""Tiny random models: they say what the plug-in does, not which method is good."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
+
+FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
+
+
+def tiny(family: str = "llama", **changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 99,
+    }
+    if family == "mistral":
+        sizes["sliding_window"] = None
+    config = FAMILIES[family](**(sizes | changes))
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny(request.param)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny()
+
+
+@pytest.fixture
+def prompt() -> dict[str, torch.Tensor]:
+    """Two prompts of 70 and 50 tokens; the shorter one is left-padded."""
+    ids = torch.randint(2, 98, (2, 70), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,160 @@
+"""Compressed caches: bounded bytes from the first token, rows alone equal rows in a batch, loud refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+
+from kvfloor.hf import CompressedCache, prepare
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
+METHODS = ["window@24", "sinks(4)@24", "h2o@32", "random@24", "window+value_sum@24", "quant(bits=4)", "subgen@64"]
+
+
+def held_positions(cache: CompressedCache, item: int) -> list[list[int]]:
+    """Sorted positions kept for one batch item, per compressed layer and kv head."""
+    kept = []
+    for layer in cache.compressed:
+        assert layer.state is not None
+        slots = layer.state.slots  # type: ignore[attr-defined]
+        heads = layer.state.spec.rows // layer.batch
+        view = slots.view()
+        for row in range(item * heads, (item + 1) * heads):
+            kept.append(sorted(view.position[row, : int(slots.held[row])].tolist()))
+    return kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_padded_row_equals_the_row_alone(
+    llama: PreTrainedModel, prompt: dict[str, torch.Tensor], method: str
+) -> None:
+    prepare(llama)
+    together = CompressedCache(llama.config, method, requests=[7, 8])
+    both = llama.generate(**prompt, **GREEDY, past_key_values=together)
+    alone = CompressedCache(llama.config, method, requests=[7])
+    only = llama.generate(prompt["input_ids"][:1, 20:], **GREEDY, past_key_values=alone)
+    assert torch.equal(both[0, 70:], only[0, 50:])
+    assert held_positions(together, 0) == held_positions(alone, 0)
+
+
+@pytest.mark.parametrize("method", ["window@24", "h2o@32", "random@24"])
+def test_chunked_prefill_keeps_the_same_tokens(
+    llama: PreTrainedModel, prompt: dict[str, torch.Tensor], method: str
+) -> None:
+    prepare(llama)
+    caches = [CompressedCache(llama.config, method) for _ in range(2)]
+    whole = llama.generate(**prompt, **GREEDY, past_key_values=caches[0])
+    parts = llama.generate(**prompt, **GREEDY, past_key_values=caches[1], prefill_chunk_size=7)
+    assert torch.equal(whole, parts)
+    for item in range(2):
+        assert held_positions(caches[0], item) == held_positions(caches[1], item)
+
+
+def test_bytes_stay_bounded_over_a_long_stream(llama: PreTrainedModel) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, "sinks(4)@64")
+    sizes = set()
+    with torch.no_grad():
+        for start in range(0, 512, 32):
+            ids = torch.randint(2, 98, (1, 32), generator=torch.Generator().manual_seed(start))
+            llama(ids, past_key_values=cache)
+            sizes.add(cache.nbytes)
+            assert all(max(entry["held"]) <= 64 + 31 for entry in cache.report())
+    assert len(sizes) == 1
+    assert cache.get_seq_length() == 512
+    assert cache.peak_nbytes >= cache.nbytes
+
+
+def test_a_byte_budget_bounds_the_whole_cache(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    prepare(llama)
+    for method in ("window@128KiB", "h2o@128KiB"):
+        cache = CompressedCache(llama.config, method)
+        llama.generate(**prompt, **GREEDY, past_key_values=cache)
+        assert 0.9 * 131072 < cache.nbytes <= 131072
+
+
+def test_a_share_needs_the_context_and_uses_it(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    prepare(llama)
+    with pytest.raises(ValueError, match="share of the context"):
+        llama(**prompt, past_key_values=CompressedCache(llama.config, "window@50%"))
+    cache = CompressedCache(llama.config, "window@50%", context=64)
+    llama(**prompt, past_key_values=cache)
+    assert str(cache.compressed[0].state.method) == "window@32"  # type: ignore[union-attr]
+
+
+def test_dense_prefill_compresses_at_the_first_decoded_token(
+    llama: PreTrainedModel, prompt: dict[str, torch.Tensor]
+) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, "h2o(prefill=dense)@32")
+    with torch.no_grad():
+        llama(**prompt, past_key_values=cache)
+        assert cache.report()[0]["held"] == [50, 50, 70, 70]
+        mask = torch.cat([prompt["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+        llama(torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=cache)
+    assert max(cache.report()[0]["held"]) <= 33
+
+
+def test_an_unprepared_model_is_told(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    cache = CompressedCache(llama.config, "window@32")
+    with pytest.raises(RuntimeError, match=r"prepare\(model\)"):
+        llama.generate(**prompt, **GREEDY, past_key_values=cache)
+
+
+def test_a_family_that_ignores_the_interface_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="BloomForCausalLM"):
+        prepare(BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2)))
+
+
+def test_what_cannot_be_done_is_refused(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, "window@32")
+    llama(**prompt, past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-3)
+    with pytest.raises(TypeError, match="Method or its text"):
+        CompressedCache(llama.config, 512)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one per item"):
+        llama(**prompt, past_key_values=CompressedCache(llama.config, "window@32", requests=[1]))
+    with pytest.raises(ValueError, match="too small"):
+        llama(**prompt, past_key_values=CompressedCache(llama.config, "sinks(8)@4"))
+    mask = torch.zeros(2, 1, 70, 70)
+    with pytest.raises(ValueError, match="2-d attention mask"):
+        llama(prompt["input_ids"], attention_mask=mask, past_key_values=CompressedCache(llama.config, "exact"))
+
+
+def test_reset_forgets(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, "h2o@32")
+    first = llama.generate(**prompt, **GREEDY, past_key_values=cache)
+    cache.reset()
+    assert cache.nbytes == 0 and cache.get_seq_length() == 0
+    assert torch.equal(llama.generate(**prompt, **GREEDY, past_key_values=cache), first)
+
+
+def test_two_caches_on_one_model_do_not_touch(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    prepare(llama)
+    alone = CompressedCache(llama.config, "h2o@32")
+    with torch.no_grad():
+        llama(prompt["input_ids"][1:], past_key_values=alone)
+        a, b = CompressedCache(llama.config, "h2o@32"), CompressedCache(llama.config, "window@16")
+        for start in range(0, 70, 10):
+            llama(prompt["input_ids"][1:, start : start + 10], past_key_values=a)
+            llama(prompt["input_ids"][:1, start : start + 10], past_key_values=b)
+    assert held_positions(a, 0) == held_positions(alone, 0)
+
+
+def test_importing_registers_nothing() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import kvfloor.hf\n"
+        "from transformers import AttentionInterface\n"
+        "from transformers.masking_utils import AttentionMaskInterface\n"
+        "assert 'kvfloor' not in AttentionInterface() and 'kvfloor' not in AttentionMaskInterface()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
