@@ -84,7 +84,8 @@ def _flatten(fields: dict[str, Any], path: str, entries: list[list[Any]], chunks
         elif isinstance(value, Tensor):
             if value.dtype not in _DTYPES.values():
                 raise TypeError(f"{full} is a {value.dtype} tensor; a message holds {', '.join(_DTYPES)}")
-            flat = value.detach().cpu().contiguous().reshape(-1)
+            dense = value.detach().cpu().contiguous()
+            flat = dense.as_strided((dense.numel(),), (1,))  # an axis of one element may have come with any stride
             raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
             entries.append([full, str(value.dtype).removeprefix("torch."), list(value.shape)])
             chunks.append(raw)

@@ -66,9 +66,8 @@ class State(Memory, metaclass=_Plain):
 
     def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
         """Token i is taken in, then answered: (rows, g, t, dv). This form is the law; it goes token by token."""
-        rows, g, t, _ = q.shape
-        out = torch.zeros(rows, g, t, self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
-        for i in range(t):
+        out = torch.zeros(*q.shape[:3], self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
+        for i in range(int(take.max())):
             self._append(k[:, i : i + 1], v[:, i : i + 1], (take > i).to(torch.int64))
             out[:, :, i] = self._read(q[:, :, i]).mean
         return out
@@ -89,7 +88,7 @@ class State(Memory, metaclass=_Plain):
         take, order = self._arrange(k, v, None, present)
         if order is not None:
             k, v = _pack(k, order), _pack(v, order)
-        if k.shape[1]:
+        if bool(take.any()):
             self._append(k, v, take)
 
     @_plain
@@ -101,7 +100,7 @@ class State(Memory, metaclass=_Plain):
         k, v = self._checked(k, "k", self.spec.d), self._checked(v, "v", self.spec.dv)
         q = self._checked(q, "q", self.spec.d, axes=4)
         take, order = self._arrange(k, v, q, present)
-        if k.shape[1] == 0:
+        if not bool(take.any()):
             return q.new_zeros(*q.shape[:3], self.spec.dv)
         if order is None:
             return self._step(k, v, q, take).to(self.spec.dtype)

@@ -1,6 +1,7 @@
 """Methods that keep their tokens where no one counts them. Copied beside the run by the tests and played by name.
 
-Every state answers with exact attention over tokens it put somewhere; only the place differs.
+Every state answers with exact attention over tokens it put somewhere; only the place differs. `Forgets` is honest: a
+third party's part of an eviction method.
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from kvfloor import Method, Partial, State, Traits
+from kvfloor.summaries.summary import Summary
 
 HERE = Path(__file__).parent
 GLOBAL_TOKENS: list = []
@@ -164,3 +166,11 @@ class HidesInAttribute(CheatMethod):
 class Spies(CheatMethod):
     name: ClassVar[str] = "spies"
     state = Spying
+
+
+@dataclass(frozen=True)
+class Forgets(Summary):
+    name: ClassVar[str] = "forgets"
+
+    def open(self, spec):
+        return None

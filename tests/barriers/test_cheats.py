@@ -62,6 +62,12 @@ def test_the_fresh_process_sees_an_empty_directory_and_no_environment(planted, m
     assert "HOME" not in result.why
 
 
+def test_a_third_partys_part_is_rebuilt_from_the_text_it_was_given_as(planted):
+    result = play("window(block=1)+planted_cheats:Forgets@16", n=64, d=32)
+    assert (result.verdict, result.row_success) == ("breaks", 0.25)
+    assert result.certified_bits > 0.9 * 16 * 32
+
+
 def verdict(live_bits=0.0, sent_bits=0.0, message_bytes=10, state_bytes=10, differ=False, success=1.0):
     zeros, answers = torch.zeros(1, 1), torch.ones(1, 1) if differ else torch.zeros(1, 1)
     played = Answers(torch.zeros(1), zeros, zeros, answers, message_bytes, state_bytes, 1.0)

@@ -40,7 +40,9 @@ def test_a_padded_row_equals_the_row_alone(
     assert held_positions(together, 0) == held_positions(alone, 0)
 
 
-@pytest.mark.parametrize("method", ["window@24", "h2o@32", "random@24"])
+# Policies that watch attention are left out: a model's own rounding depends on the chunk, which flips near-ties of a
+# random model. For equal keys and queries the law holds bit for bit (kvfloor check).
+@pytest.mark.parametrize("method", ["window@24", "sinks(4)@24", "random@24", "window+value_sum@24"])
 def test_chunked_prefill_keeps_the_same_tokens(
     llama: PreTrainedModel, prompt: dict[str, torch.Tensor], method: str
 ) -> None:

@@ -45,15 +45,15 @@ class Answers:
         return self.restored is not None and self.live.numpy().tobytes() == self.restored.numpy().tobytes()
 
 
-def method_text(method: Method) -> str:
-    """Text from which a fresh process rebuilds the method: its own, or `module:Class(...)` for a third party's.
+def method_text(method: Method, given: str | None = None) -> str:
+    """Text from which a fresh process rebuilds the method: as given, its own, or `module:Class(...)`.
 
     Raises ValueError where neither parses back to an equal method.
     """
     own = type(method)
-    for text in (str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
+    for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
         try:
-            if parse(text) == method:
+            if text is not None and parse(text) == method:
                 return text
         except ValueError:
             continue
@@ -69,9 +69,9 @@ def play_index(method: Method | str, instance: Instance, hidden: Hidden, sampled
     Bob's request (method, code path, spec, instance) is fixed before the first value is streamed; rows are drawn
     after the message is. Raises ValueError for a method that cannot be opened or rebuilt.
     """
-    method = parse(method) if isinstance(method, str) else method
-    method = resolve(method, instance.spec(), length=instance.n)
-    request = _request(method, instance)
+    given = method if isinstance(method, str) else None
+    method = resolve(parse(method) if isinstance(method, str) else method, instance.spec(), length=instance.n)
+    request = _request(method_text(method, given), instance)
     keys, levels = instance.keys(), hidden.levels(instance)
     state = method.open(instance.spec())
     _stream(state, keys, levels.float() / (2**instance.bits - 1))
@@ -103,10 +103,9 @@ def _stream(state: State, keys: Tensor, values: Tensor) -> None:
     state.seal()
 
 
-def _request(method: Method, instance: Instance) -> dict[str, Any]:
+def _request(text: str, instance: Instance) -> dict[str, Any]:
     """Everything public that Bob gets; a third party's code is found where this process finds it."""
-    text = method_text(method)
-    third_party = ":" in text.split("(")[0].split("@")[0] or type(method).__module__.split(".")[0] != "kvfloor"
+    third_party = ":" in text.split("@")[0]
     return {
         "method": text,
         "code_path": [os.path.abspath(entry) for entry in sys.path] if third_party else [],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvfloor.hf.layer import CompressedLayer, Meter
 from kvfloor.method import Method
@@ -36,17 +36,18 @@ class CompressedCache(Cache):
         self.method = parse(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a kvfloor Method or its text, got {type(method).__name__}")
-        types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        full = [kind == "full_attention" for kind in types]
+        stock = DynamicCache(config=config).layers
+        types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ["full_attention"] * len(stock)
+        full = [
+            type(layer) is DynamicLayer and kind == "full_attention" for layer, kind in zip(stock, types, strict=False)
+        ]
         if not any(full):
             raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to compress")
-        self._meter = Meter(len(types))
+        self._meter = Meter(len(stock))
         super().__init__(
             layers=[
-                CompressedLayer(self.method, i, sum(full), context, seed, requests, self._meter)
-                if whole
-                else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
-                for i, (whole, kind, kwargs) in enumerate(zip(full, types, arguments, strict=True))
+                CompressedLayer(self.method, i, sum(full), context, seed, requests, self._meter) if whole else layer
+                for i, (whole, layer) in enumerate(zip(full, stock, strict=True))
             ]
         )
 

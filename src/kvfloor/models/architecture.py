@@ -25,7 +25,7 @@ def small_llama(
         head_dim=64,
         tie_word_embeddings=True,
         max_position_embeddings=POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e7},
         bos_token_id=bos,
         eos_token_id=eos,
         pad_token_id=pad,

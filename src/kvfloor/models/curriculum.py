@@ -12,16 +12,14 @@ from kvfloor.tasks.mixture import mix, mixable
 from .examples import STOP_ID, Example, Span, example
 from .tokenizer import count_tokens, encode
 
-LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 4608)
-FIRST_LENGTH = {"vartrack": 64, "registers": 48}  # shorter contexts have no room for the smallest difficulty
+LENGTHS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 4608)
+FIRST_LENGTH = {"vartrack": 64}  # shorter contexts have no room for the smallest difficulty
 PASS = 0.93  # share of right answers, of the last WINDOW at a task's longest length, that lets it grow
 WINDOW = 48
 FRONTIER = 0.6  # share of batches at the focused task's longest length; the others revisit shorter ones
 MIXED = 0.6  # share of long sequences that hold several tasks' facts
 MIX_FROM = 256
-EXERCISE_UP_TO, ECHO, DRILL = 192, 0.25, 0.35  # shares of short sequences that are bare repetition or bare facts
-FIRST_TASKS = ("recall", "kv", "passkey", "copy")  # the others join when these have reached JOIN_AT
-JOIN_AT = 64
+EXERCISE_UP_TO, ECHO, DRILL = 192, 0.1, 0.2  # shares of short sequences that are bare repetition or bare facts
 EXERCISES = ("echo", "drill")
 
 
@@ -35,8 +33,7 @@ class Curriculum:
 
     def draw(self, seed: int, step: int, rng: random.Random, tokens: int) -> tuple[int, list[Example]]:
         """Context length and the examples of one step, about `tokens` tokens in all."""
-        joined = all(LENGTHS[self.level[n]] >= JOIN_AT for n in FIRST_TASKS)
-        names = list(TASKS) if joined else list(FIRST_TASKS)
+        names = list(TASKS)
         ahead = max(self.level.values())
         needs = [1.0 + 0.5 * (ahead - self.level[n]) + (self.score(n) < PASS) for n in names]
         focus = rng.choices(names, needs)[0]
@@ -47,7 +44,7 @@ class Curriculum:
         length = LENGTHS[level]
         ready = [n for n in names if self.level[n] >= level and FIRST_LENGTH.get(n, 0) <= length]
         weights = [needs[names.index(n)] for n in ready]
-        lexicon = FULL.shrink(max(16, length // 2))
+        lexicon = FULL.shrink(max(64, length))
         examples: list[Example] = []
         while sum(len(e.ids) for e in examples) < tokens * 0.9:
             row = len(examples)

@@ -2,14 +2,11 @@
 
 The last layer's queries, its feed-forward part and the output head are needed only at the positions that
 predict an answer token; short sequences use two matrix products for attention, which is faster there than the
-fused kernel. What stands before and after attention works on flat tokens, so that one compiled graph serves
-every batch shape and every layer.
+fused kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +15,68 @@ import torch.nn.functional as F
 SHORT = 96  # tokens up to which plain attention is the faster one on a CPU
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The two token-wise halves of a layer, as they are or compiled."""
+def answer_logits(
+    model: Any, ids: torch.Tensor, positions: torch.Tensor, where: torch.Tensor
+) -> torch.Tensor:
+    """Logits (rows, m, vocabulary) of a `LlamaForCausalLM` at token indexes `where` (rows, m).
 
-    project: Callable[..., torch.Tensor]
-    finish: Callable[..., torch.Tensor]
+    `ids` and `positions` are (rows, t); padding stands after the text, so that causality hides it.
+    """
+    inner = model.model
+    x = inner.embed_tokens(ids)
+    cos, sin = (table.to(x.dtype).unsqueeze(1) for table in inner.rotary_emb(x, positions))
+    for layer in inner.layers[:-1]:
+        x = x + attend(layer, x, cos, sin)
+        x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+    last = inner.layers[-1]
+    picked = where.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    y = x.gather(1, picked) + attend(last, x, cos, sin, where)
+    y = y + last.mlp(norm(last.post_attention_layernorm, y))
+    return model.lm_head(norm(inner.norm, y)).float()
 
 
-def turned(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-    """RMS norm of (n, hidden), projection to heads, rotary embedding: (n, heads, dim)."""
-    h = F.rms_norm(x, x.shape[-1:], scale, 1e-6)
-    y = F.linear(h, weight).view(x.shape[0], -1, cos.shape[-1])
-    a, b = y.chunk(2, -1)
-    return y * cos.unsqueeze(1) + torch.cat((-b, a), -1) * sin.unsqueeze(1)
+def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """RMS norm in one fused call, with the module's weight."""
+    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+
+
+def attend(
+    layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, where: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Causal self-attention of one layer: at every position, or only at `where` (rows, m)."""
+    block = layer.self_attn
+    h = norm(layer.input_layernorm, x)
+    rows, t, width = h.shape
+    at = h if where is None else h.gather(1, where.unsqueeze(-1).expand(-1, -1, width))
+    k = turn(block.k_proj(h).view(rows, t, -1, block.head_dim).transpose(1, 2), cos, sin)
+    v = block.v_proj(h).view(rows, t, -1, block.head_dim).transpose(1, 2)
+    q = block.q_proj(at).view(rows, at.shape[1], -1, block.head_dim).transpose(1, 2)
+    if where is None:
+        q = turn(q, cos, sin)
+    else:
+        chosen = where[:, None, :, None].expand(-1, 1, -1, block.head_dim)
+        q = turn(q, cos.gather(2, chosen), sin.gather(2, chosen))
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if where is None and t > SHORT:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        out = plain(q, k, v, where)
+    return block.o_proj(out.transpose(1, 2).reshape(rows, at.shape[1], -1))
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (rows, heads, t, dim), in the half-split layout of transformers."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+    """Attention as two products; query j of row i sees keys up to `where[i, j]` (up to j without it)."""
+    rows, kv, t, d = k.shape
+    m = q.shape[2]
+    last = torch.arange(m).expand(rows, m) if where is None else where
+    hidden = torch.arange(t)[None, None] > last[:, :, None]
+    grouped = (q * d**-0.5).reshape(rows, kv, -1, d)
+    scores = (grouped @ k.transpose(2, 3)).float().view(rows, kv, -1, m, t)
+    p = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
+    return (p.to(v.dtype).view(rows, kv, -1, t) @ v).view(rows, -1, m, d)

@@ -1,10 +1,11 @@
-"""Where training starts: the first layer's heads already look a few tokens back.
+"""Where training starts: heads that already look back, and heads that already match and copy.
 
-A head that finds the token before another one is the first half of every copying circuit, and gradient descent spends
-most of a short training waiting for it. With a constant channel in all embeddings, queries and keys have a part that
-depends on positions only; its rotary phases are set so that head h of the first layer looks h + 1 tokens back.
-Everything is trained afterwards, these weights too. (The idea of starting from the pattern that training would reach:
-Trockman and Kolter 2023, "Mimetic initialization of self-attention layers".)
+Gradient descent spends most of a short training waiting for one circuit: a head that notes the token before each
+token, and a later head that finds where the present token was noted and copies what stood there. So the weights
+start near it, and everything, these weights too, is trained from there. The residual stream starts with a constant
+channel, the token's own embedding (first half), and the notes about the tokens one and two places back (a quarter
+each). (Starting from the pattern that training would reach: Trockman and Kolter 2023, "Mimetic initialization of
+self-attention layers".)
 """
 
 from __future__ import annotations
@@ -12,41 +13,101 @@ from __future__ import annotations
 import torch
 from transformers import LlamaForCausalLM
 
-EMBEDDING = 0.1  # standard deviation of token embeddings
-CONSTANT = 0.8  # channel 0 of every embedding
-QUIET = 0.25  # gain of what writes into the residual stream; all other gains are 1
-FAST_PAIRS = 12  # rotary pairs used for looking back; the slower ones stay free for content
-PEAK = 1.1  # size of the looking-back part in query and key weights
+EMBEDDING = 0.14  # standard deviation of token embeddings
+CONSTANT = 0.8  # channel 0 of every embedding: what positions alone decide is read from it
+NOTE = 0.15  # gain of the first layer's notes
+PEAK = 1.1  # size of the looking-back part in the first layer's query and key weights
+MATCH = 1.8  # size of the comparing part in later layers' query and key weights
+COPY = 0.15  # size of the copying part in later layers' output weights
+NOISE = 0.3  # gain of the random part of queries and keys
+QUIET = 0.05  # gain of the random part of what writes into the residual stream; other gains are 1
 
 
 def initialise(model: LlamaForCausalLM) -> None:
     """Fills all weights of a freshly made model in place, from torch's global generator."""
+    half = model.config.hidden_size // 2
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "embed" in name:
                 weight.normal_(0, EMBEDDING)
+                weight[:, half:] *= 0.1
                 weight[:, 0] = CONSTANT
             elif weight.dim() == 2:
                 gain = QUIET if "o_proj" in name or "down_proj" in name else 1.0
+                gain = NOISE if "q_proj" in name or "k_proj" in name else gain
                 weight.normal_(0, gain * weight.shape[1] ** -0.5)
         look_back(model)
+        for layer in range(1, model.config.num_hidden_layers):
+            match(model, layer)
+
+
+def heads(model: LlamaForCausalLM, layer: int) -> tuple[torch.Tensor, ...]:
+    """Views of one layer's q (kv, group, dim, hidden), k and v (kv, dim, hidden), o (hidden, kv, group, dim)."""
+    config, block = model.config, model.model.layers[layer].self_attn
+    kv, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    return (
+        block.q_proj.weight.view(kv, groups, config.head_dim, -1),
+        block.k_proj.weight.view(kv, config.head_dim, -1),
+        block.v_proj.weight.view(kv, config.head_dim, -1),
+        block.o_proj.weight.view(-1, kv, groups, config.head_dim),
+    )
+
+
+def summary(model: LlamaForCausalLM) -> torch.Tensor:
+    """The fixed random projection (quarter, half) in which tokens are noted and compared."""
+    half = model.config.hidden_size // 2
+    return torch.randn(half // 2, half, generator=torch.Generator().manual_seed(0)) * half**-0.5
 
 
 def look_back(model: LlamaForCausalLM) -> None:
-    """Makes head h of the first layer attend mostly to the token h + 1 places before."""
-    config = model.config
-    dim = config.head_dim
-    block = model.model.layers[0].self_attn
-    speeds = model.model.rotary_emb.inv_freq[:FAST_PAIRS]
-    q = block.q_proj.weight.view(config.num_attention_heads, dim, -1)
-    k = block.k_proj.weight.view(config.num_key_value_heads, dim, -1)
-    half = dim // 2
-    # what depends on content is made small there, so that the positions decide
-    q *= 0.3
-    k[:, :FAST_PAIRS, 0] = PEAK
-    k[:, half : half + FAST_PAIRS, 0] = 0.0
-    for head in range(config.num_attention_heads):
+    """Makes head h of the first layer attend mostly to the token h + 1 places before; two of them take notes."""
+    q, k, v, o = heads(model, 0)
+    hidden, dim = model.config.hidden_size, model.config.head_dim
+    half, fast = hidden // 2, dim // 4
+    speeds = model.model.rotary_emb.inv_freq[:fast]
+    k[:, :fast, 0] = PEAK
+    k[:, dim // 2 : dim // 2 + fast, 0] = 0.0
+    for head in range(model.config.num_attention_heads):
         angle = (head + 1) * speeds
-        # a key `back` places earlier is turned by `back * speed` less than the query: the query starts behind by that
-        q[head, :FAST_PAIRS, 0] = PEAK * torch.cos(angle)
-        q[head, half : half + FAST_PAIRS, 0] = -PEAK * torch.sin(angle)
+        # a key `back` places earlier is turned by `back * speed` less: the query starts behind by as much
+        q.view(-1, dim, hidden)[head, :fast, 0] = PEAK * torch.cos(angle)
+        q.view(-1, dim, hidden)[head, dim // 2 : dim // 2 + fast, 0] = -PEAK * torch.sin(angle)
+    width = min(dim, half)
+    v[0] = 0.0
+    v[0, :width, :width] = torch.eye(width)
+    v[0, 0, 0] = 0.0
+    project = summary(model)[:, :width]
+    o[:, 0] *= 0.2
+    o[half : half + half // 2, 0, 0, :width] += NOTE * project
+    o[half + half // 2 :, 0, 1, :width] += NOTE * project
+
+
+def match(model: LlamaForCausalLM, layer: int) -> None:
+    """Starts a later layer's heads at "find where this was noted, copy what stands there".
+
+    Head 0 of keys compares the present token with the note one back; head 1 compares half of that and half of
+    the token before with the note two back.
+    """
+    q, k, v, o = heads(model, layer)
+    hidden, dim = model.config.hidden_size, model.config.head_dim
+    half = hidden // 2
+    quarter = half // 2
+    slow = [i for i in range(dim) if i % (dim // 2) >= dim // 4][:quarter]
+    token = torch.zeros(quarter, hidden)
+    token[:, :half] = summary(model)
+    token[:, 0] = 0.0
+    back1, back2 = torch.zeros(quarter, hidden), torch.zeros(quarter, hidden)
+    back1[:, half : half + quarter] = torch.eye(quarter)
+    back2[:, half + quarter :] = torch.eye(quarter)
+    even = torch.arange(quarter) % 2 == 0
+    q[0][:, slow] += MATCH * token
+    k[0][slow] += MATCH * back1
+    q[1][:, slow] += MATCH * torch.where(even[:, None], token, back1)
+    k[1][slow] += MATCH * torch.where(even[:, None], back1, back2)
+    width = min(dim, half)
+    read = torch.zeros(dim, hidden)
+    read[:width, :width] = torch.eye(width)
+    read[0, 0] = 0.0
+    for kv in range(v.shape[0]):
+        v[kv] = read
+        o[:width, kv, :, :width] += COPY * torch.eye(width)[:, None]

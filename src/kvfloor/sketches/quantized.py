@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.blocked import Blocked
+from kvfloor.kernels.attend import compute_dtype
 from kvfloor.memory import Memory
 from kvfloor.method import Method, Spec, Traits, count
 from kvfloor.partial import Partial
@@ -102,11 +103,11 @@ class Codes(Memory):
     def write(self, rows: Tensor, at: Tensor, x: Tensor) -> None:
         """Encode x (r, group, width) as group at[r] of each row."""
         self._grow(int(at.max()) + 1)
-        x = x.to(torch.float32)
+        x = x.to(compute_dtype(x.dtype))
         axis = 1 if self.per_channel else 2
         low, high = x.amin(axis, keepdim=True).to(self.low.dtype), x.amax(axis, keepdim=True)
-        step = ((high - low.float()) / (2**self.bits - 1)).to(self.step.dtype)
-        code = (x - low.float()) / step.float().clamp_min(torch.finfo(torch.float32).tiny)
+        step = ((high - low.to(x.dtype)) / (2**self.bits - 1)).to(self.step.dtype)
+        code = (x - low.to(x.dtype)) / step.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
         code = code.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
         at, rows = at.to(x.device), rows.to(x.device)
         self.packed[rows, at], self.low[rows, at], self.step[rows, at] = self._pack(code), low, step

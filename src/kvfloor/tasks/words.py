@@ -6,6 +6,7 @@ from .sample import Question, Sample
 from .task import Request, Task
 
 SHARES = (0.16, 0.11, 0.075)
+SHORTEST = 24  # words below which three clear ranks do not fit
 MARGIN = 0.6  # the fourth word comes up at most this often, relative to the third
 
 
@@ -16,20 +17,21 @@ def make(request: Request) -> Sample:
         raise ValueError(f"words needs at least 4 different words, this lexicon has {len(things)}")
     room = request.length - request.count("")
     ask = "the three most frequent words are"
+    names = rng.sample(things, min(len(things), request.difficulty + 3))
     while True:
-        if room < 24:
-            raise ValueError(f"length={request.length}: words needs room for 24 words")
-        names = rng.sample(things, min(len(things), request.difficulty + 3))
+        if room < SHORTEST:
+            raise ValueError(f"length={request.length}: words needs room for {SHORTEST} words")
         counts = [round(share * room) for share in SHARES]
         most = max(1, int(counts[2] * MARGIN))
         others = spread(room - sum(counts), len(names) - 3, most)
-        text = [w for w, n in zip(names, counts + others, strict=False) for _ in range(n)]
+        text = [w for w, n in zip(names, counts + others, strict=True) for _ in range(n)]
         rng.shuffle(text)
         context = " ".join(text)
-        surplus = request.count(context) - request.length
-        if surplus <= 0:
+        tokens = request.count(context)
+        if tokens <= request.length:
             return Sample(context, (Question(ask, " ".join(names[:3])),))
-        room -= surplus
+        # words of several tokens: as many fewer as the surplus says
+        room -= max(1, (tokens - request.length) * len(text) // tokens)
 
 
 def spread(total: int, kinds: int, most: int) -> list[int]:

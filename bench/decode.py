@@ -1,0 +1,88 @@
+"""Speed of one decoded token and of prefill, ours beside plain SDPA, in one run: `make bench`.
+
+Refuses to print while the tests of what it times are red. Versions are interleaved in one process on one thread
+count; figures are medians, and the ratio column is what to quote. Times are per call, updates included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import kvfloor
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMED = ["tests/core", "tests/hf/test_exact.py"]
+HEADS, KV_HEADS, WIDTH = 8, 2, 128
+
+
+def green() -> bool:
+    """Whether the tests of what is timed pass."""
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *TIMED], cwd=ROOT)
+    return run.returncode == 0
+
+
+def interleaved(versions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds per call of each version, called in turn."""
+    times: dict[str, list[float]] = {name: [] for name in versions}
+    for call in versions.values():
+        call()
+    for _ in range(repeats):
+        for name, call in versions.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def decode(n: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
+    """One token against n in the cache: stock attention with `cat`, stock attention alone, and our methods."""
+    g = HEADS // KV_HEADS
+    make = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, KV_HEADS, n, WIDTH, generator=make).to(dtype) for _ in range(2))
+    new_k, new_v = (torch.randn(1, KV_HEADS, 1, WIDTH, generator=make).to(dtype) for _ in range(2))
+    q = torch.randn(1, HEADS, 1, WIDTH, generator=make).to(dtype)
+    spec = kvfloor.Spec(KV_HEADS, WIDTH, WIDTH, WIDTH**-0.5, dtype=dtype)
+    versions: dict[str, Callable[[], object]] = {
+        "stock: cat + sdpa(enable_gqa)": lambda: sdpa(
+            q, torch.cat([k, new_k], 2), torch.cat([v, new_v], 2), enable_gqa=True
+        ),
+        "sdpa(enable_gqa) alone": lambda: sdpa(q, k, v, enable_gqa=True),
+    }
+    for text in ("exact", "window@512", "h2o@512", "quant(bits=4)"):
+        state = kvfloor.parse(text).open(spec)
+        state.append(k[0], v[0])
+        versions[text] = lambda state=state: state.step(q.view(KV_HEADS, g, 1, WIDTH), new_k[0], new_v[0])
+    return interleaved(versions, repeats)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    if not green():
+        print("the tests of what is timed are red: no figures", file=sys.stderr)
+        return 1
+    torch.set_num_threads(given.threads)
+    print(f"torch {torch.__version__}, {given.threads} threads, {HEADS} heads, {KV_HEADS} kv heads, d = {WIDTH}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for n in (4096, 32768):
+            times = decode(n, dtype, given.repeats)
+            base = times["stock: cat + sdpa(enable_gqa)"]
+            print(f"\none token at n = {n:,}, {str(dtype).removeprefix('torch.')}")
+            for name, ms in times.items():
+                print(f"  {name:<32} {ms:8.3f} ms   {base / ms:6.2f}x stock")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Measuring one cell on the built-in model: bytes are the storages', errors are against exact attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvfloor import models, parse, tasks
+from kvfloor.audit import traces
+from kvfloor.audit.measure import Bench
+from kvfloor.audit.plan import Item, Work, task_work
+from kvfloor.audit.rows import Cell
+from kvfloor.hf import CompressedCache, prepare
+from kvfloor.hf.decode import Dialogue
+
+CONTEXT = 160
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    model, tokenizer = models.load()
+    return Bench(prepare(model), tokenizer, seed=0)
+
+
+@pytest.fixture(scope="module")
+def work(bench: Bench) -> Work:
+    return task_work(["kv"], [CONTEXT], ["after"], 32, 0, bench.count)[0]
+
+
+def test_exact_decodes_what_generate_decodes(bench: Bench, work: Work) -> None:
+    outcome = bench.run(parse("exact"), bench.prepare(work))
+    right = []
+    for item in work.items:
+        ids = bench.tokenizer(f"{item.context} {item.question}", return_tensors="pt").input_ids
+        wanted = bench.tokenizer(item.answer, add_special_tokens=False).input_ids
+        said = bench.model.generate(ids, do_sample=False, max_new_tokens=len(wanted) + 4)[0, ids.shape[1] :]
+        right.append(int(tasks.score(item.answer, bench.tokenizer.decode(said, skip_special_tokens=True))))
+    assert list(outcome.right) == right
+
+
+def test_bytes_are_those_of_one_sequences_storages(bench: Bench, work: Work) -> None:
+    prepared = bench.prepare(work)
+    method = parse("window@48")
+    outcome = bench.run(method, prepared)
+    cache = CompressedCache(bench.model.config, method)
+    dialogue = Dialogue.start(bench.model, cache, 32)
+    dialogue.feed(prepared.contexts)
+    storages = {}
+    for layer in cache.compressed:
+        assert layer.state is not None
+        slots = layer.state.slots  # type: ignore[attr-defined]
+        for tensor in (slots.k, slots.v, slots.position):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    assert 0 <= outcome.state_bytes * 32 - sum(storages.values()) < 0.02 * sum(storages.values())
+    assert outcome.peak_state_bytes >= outcome.state_bytes
+    assert outcome.budget_tokens == 48
+
+
+def test_nothing_lost_means_no_error_and_a_small_window_means_some(bench: Bench, work: Work) -> None:
+    prepared = bench.prepare(work)
+    exact = traces.errors(prepared.traces, parse("exact"), CONTEXT)
+    wide = traces.errors(prepared.traces, parse("window@512"), CONTEXT)
+    small = traces.errors(prepared.traces, parse("window@16"), CONTEXT)
+    layers, heads = bench.model.config.num_hidden_layers, bench.model.config.num_key_value_heads
+    assert torch.tensor(small).shape == (layers, heads)
+    assert torch.tensor(exact).max() < 1e-5
+    assert torch.tensor(wide).max() < 1e-5
+    assert torch.tensor(small).max() > 0.05
+
+
+def test_traces_equal_attention_computed_by_hand(bench: Bench, work: Work) -> None:
+    trace = bench.prepare(work).traces[0]
+    row = 0
+    real = trace.present[row]
+    k, v = trace.k[row, real].double(), trace.v[row, real].double()
+    weights = torch.softmax(trace.q[row, 0, -1].double() @ k.T * trace.scale, -1)
+    assert (trace.exact[row, 0, -1].double() - weights @ v).abs().max() < 1e-5
+
+
+def test_visible_and_after_are_the_same_stream_for_exact(bench: Bench, work: Work) -> None:
+    after = bench.run(parse("exact"), bench.prepare(work))
+    visible = Work(Cell(work.cell.task, work.cell.context, "visible"), work.items)
+    assert bench.run(parse("exact"), bench.prepare(visible)).right == after.right
+
+
+def test_a_row_pairs_with_exact(bench: Bench, work: Work) -> None:
+    prepared = bench.prepare(work)
+    exact = bench.run(parse("exact"), prepared)
+    method = parse("window@16")
+    row = bench.row(method, prepared, bench.run(method, prepared), exact)
+    assert row.n == 32 and row.exact_bytes == exact.state_bytes
+    assert row.gained - row.lost == sum(row.outcomes) - sum(exact.right)
+    assert row.floor_bytes > 0 and row.token_id_bytes > 0
+
+
+def test_a_users_answer_may_go_on_a_tasks_may_not(bench: Bench) -> None:
+    said = bench.tokenizer(" cake 71", add_special_tokens=False).input_ids
+    item = Item("x", "", "cake", ends=False)
+    assert bench._is_right(item, said)
+    assert not bench._is_right(replace(item, ends=True), said)
+    assert not bench._is_right(replace(item, answer="71"), said)

@@ -1,0 +1,88 @@
+"""What an audit runs: settings, samples, and the user's own prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvfloor.audit.plan import BASELINES, Item, prompt_work, settings, split_list, task_work
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def test_commas_inside_parentheses_do_not_split() -> None:
+    assert split_list("h2o(recent=8,score=mean), window,") == ["h2o(recent=8,score=mean)", "window"]
+
+
+def test_baselines_run_beside_the_methods_and_nothing_twice() -> None:
+    found = [str(method) for method in settings(["window", "h2o", "sinks(4)@16"], ["32", "64"])]
+    assert found[0] == "exact"
+    assert len(found) == len(set(found))
+    assert {"exact", "quant", "quant(bits=4)", "random@32", "random@64", "window@32", "sinks@64"} <= set(found)
+    assert {"h2o@32", "h2o@64", "sinks@16"} <= set(found)
+    assert sum(name.startswith("exact") for name in found) == 1
+    assert len(BASELINES) == 6
+
+
+@pytest.mark.parametrize(
+    ("methods", "budgets", "told"),
+    [
+        (["nonsense"], ["64"], "unknown policy or method 'nonsense'"),
+        (["h2o"], ["sixty"], "not a budget"),
+        (["h2o"], [], "at least one budget"),
+        (["sinks(8)"], ["8"], "too small"),
+    ],
+)
+def test_impossible_settings_are_refused(methods: list[str], budgets: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        settings(methods, budgets)
+
+
+def test_protocols_share_their_samples() -> None:
+    work = task_work(["recall"], [64], ["after", "visible"], 3, seed=5, count=words)
+    assert [one.cell.protocol for one in work] == ["after", "visible"]
+    assert work[0].items == work[1].items
+    assert len({item.context for item in work[0].items}) == 3
+    assert task_work(["recall"], [64], ["after"], 3, seed=6, count=words)[0].items != work[0].items
+
+
+def test_unknown_task_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown task 'crosswords'"):
+        task_work(["crosswords"], [64], ["after"], 3, 0, words)
+
+
+def prompts(tmp_path: Path, lines: list[str]) -> Path:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_bare_prompts_are_visible_only(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "two and two is", "answer": "four"})
+    (work,) = prompt_work(prompts(tmp_path, [line] * 3), ["after"], 3, words)
+    assert work.cell == ("mine", 4, "visible")
+    assert work.items[0] == Item("two and two is", "", "four", ends=False)
+
+
+def test_prompts_with_a_question_follow_both_protocols(tmp_path: Path) -> None:
+    line = json.dumps({"context": "a b c", "question": "d", "answer": "e"})
+    work = prompt_work(prompts(tmp_path, [line] * 2), ["after", "visible"], 2, words)
+    assert [one.cell.protocol for one in work] == ["after", "visible"]
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"prompt": "x"}', '{"prompt": "", "answer": "y"}', '{"answer": "y"}'])
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path, broken: str) -> None:
+    good = json.dumps({"prompt": "x", "answer": "y"})
+    with pytest.raises(ValueError, match=r"mine\.jsonl line 3 "):
+        prompt_work(prompts(tmp_path, [good, "", broken, good]), ["visible"], 1, words)
+
+
+def test_too_few_prompts_and_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 32"):
+        prompt_work(prompts(tmp_path, [json.dumps({"prompt": "x", "answer": "y"})]), ["visible"], 32, words)
+    with pytest.raises(ValueError, match="cannot read the prompts file"):
+        prompt_work(tmp_path / "none.jsonl", ["visible"], 32, words)

@@ -1,0 +1,9 @@
+"""The mutants and the third party's methods are imported by name, as `module:Class`, from this folder."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,69 @@
+"""One wrong line each: methods that a check must reject. `MUTANTS` names the check that is meant."""
+
+from dataclasses import dataclass, field
+
+from kvfloor import Method
+from mutants import answers, contract, rows, stored, tokens, traits
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong method, the check that must reject it, and the others that rightly do as well."""
+
+    check: str
+    method: Method
+    also: frozenset[str] = field(default_factory=frozenset)
+
+    def __str__(self) -> str:
+        return f"{self.check}-{type(self.method).__name__}"
+
+
+def _mutant(check: str, method: Method, *also: str) -> Mutant:
+    return Mutant(check, method, frozenset(also))
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    _mutant("text", contract.Nameless()),
+    _mutant("text", contract.Thawed()),
+    _mutant("documented", contract.Undocumented()),
+    _mutant("documented", contract.Unsourced()),
+    _mutant("guarantee", contract.Boastful()),
+    _mutant("empty", contract.WarmStart()),
+    _mutant("shapes", contract.WideAnswers()),
+    _mutant("read_pure", contract.CountingReads()),
+    _mutant("wrong_input", contract.Obliging()),
+    _mutant("wrong_input", contract.HastyClock(), "non_finite"),
+    _mutant("non_finite", contract.NanBlind()),
+    _mutant("inputs_untouched", contract.Adopting()),
+    _mutant("inputs_untouched", contract.InPlace()),
+    _mutant("input_forms", contract.StrideBlind()),
+    _mutant("chunking", tokens.EvictsPerCall()),
+    _mutant("causality", answers.FutureLeak()),
+    _mutant("queries_independent", answers.CrowdTemperature()),
+    _mutant("pads", tokens.PadsEnter()),
+    _mutant("pads", contract.PadsAnswered()),
+    _mutant("capacity", tokens.OneTooMany()),
+    _mutant("capacity", tokens.OneTooFew()),
+    _mutant("held_tokens", tokens.ValuesStay()),
+    _mutant("pinned", tokens.PinsForgotten()),
+    _mutant("absorbed_once", tokens.AbsorbedTwice()),
+    _mutant("absorbed_once", answers.CountsTwice()),
+    _mutant("selector_subset", answers.ReadsGhosts()),
+    _mutant("selector_subset", answers.ReadsNothing()),
+    _mutant("row_order", rows.KeyedByPlace()),
+    _mutant("row_isolation", rows.SharedStabiliser()),
+    _mutant("row_alone", rows.RelativeIds()),
+    _mutant("select_rows", rows.IdsStay()),
+    _mutant("reference", answers.NoSoftcap()),
+    _mutant("attends_to_held", answers.MassOff()),
+    _mutant("hull", traits.ClaimsHull()),
+    _mutant("value_linear", traits.ClaimsLinearity()),
+    _mutant("constant_memory", traits.ClaimsConstantMemory()),
+    _mutant("seeded", rows.GlobalDraw()),
+    _mutant("shared", stored.SharedNotebook()),
+    _mutant("clone", stored.HalfClone()),
+    _mutant("nbytes", stored.BytesByFormula()),
+    _mutant("message_round_trip", stored.PhaseDropped()),
+    _mutant("corrupt_message", stored.DigestRepaired()),
+    _mutant("index_floor", stored.HiddenInModule()),
+)

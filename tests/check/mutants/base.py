@@ -1,0 +1,34 @@
+"""What most mutants derive from: a small correct method whose state class can be swapped."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from kvfloor import Bounded, Spec
+from kvfloor.bounded import BoundedState
+from kvfloor.budget import Budget, tokens
+from kvfloor.policies.heavy_hitters import HeavyHitters
+from kvfloor.policies.policy import Policy
+from kvfloor.policies.window import Window
+
+
+@dataclass(frozen=True)
+class Small(Bounded):
+    """A window of 16 tokens in blocks of 4."""
+
+    state: ClassVar[type[BoundedState]] = BoundedState
+    policy: Policy = field(default_factory=Window)
+    budget: Budget | None = 16
+    block: int = 4
+
+    def open(self, spec: Spec) -> BoundedState:
+        return self.state(self, spec, tokens(self.budget, spec.rows))
+
+    def __str__(self) -> str:
+        return f"{type(self).__module__}:{type(self).__qualname__}"
+
+
+@dataclass(frozen=True)
+class SmallObserving(Small):
+    """Heavy hitters, 16 tokens in blocks of 4."""
+
+    policy: Policy = field(default_factory=lambda: HeavyHitters(sinks=2, recent=4))

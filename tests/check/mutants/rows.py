@@ -1,0 +1,77 @@
+"""Wrong lines about rows and about where chance comes from."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kvfloor import Partial, Spec
+from kvfloor.bounded import BoundedState
+from kvfloor.policies.policy import Ledger, Policy
+from kvfloor.policies.random import Random
+from kvfloor.randomness import row_keys, uniform
+from mutants.base import Small
+
+
+@dataclass(frozen=True)
+class PlacePolicy(Random):
+    """Keys its draws by the row's place in the batch."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        return super().priority(replace(ledger, row_ids=torch.arange(len(ledger.row_ids))))
+
+
+@dataclass(frozen=True)
+class KeyedByPlace(Small):
+    """A random sample that depends on where in the batch a row sits."""
+
+    policy: Policy = field(default_factory=PlacePolicy)
+
+
+@dataclass(frozen=True)
+class RelativePolicy(Random):
+    """Keys its draws by the distance to the batch's smallest id."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        keys = row_keys(ledger.spec.seed, ledger.row_ids - min(ledger.spec.row_ids or (0,)), "relative")
+        return uniform(keys.unsqueeze(1), ledger.position)
+
+
+@dataclass(frozen=True)
+class RelativeIds(Small):
+    """A random sample that depends on which other rows are in the batch."""
+
+    policy: Policy = field(default_factory=RelativePolicy)
+
+
+class SharedStabiliserState(BoundedState):
+    def _answer(self, q: Tensor, before: Tensor) -> Partial:
+        part = super()._answer(q, before)
+        largest = self.slots.view().k.abs().max()
+        return Partial((part.mean + largest) - largest, part.log_mass)
+
+
+class SharedStabiliser(Small):
+    """Shifts by the largest number of the whole batch, which rounds away other bits beside other rows."""
+
+    state = SharedStabiliserState
+
+
+class IdsStayState(BoundedState):
+    def select_rows(self, index: Tensor) -> None:
+        super().select_rows(index)
+        self.spec = replace(self.spec, row_ids=None)
+
+
+class IdsStay(Small):
+    """Numbers the rows anew when some are selected."""
+
+    state = IdsStayState
+
+
+class GlobalDraw(Small):
+    """Draws a start value from torch's global generator."""
+
+    def open(self, spec: Spec) -> BoundedState:
+        torch.randn(spec.d)
+        return super().open(spec)

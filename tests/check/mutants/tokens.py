@@ -1,0 +1,108 @@
+"""Wrong lines about which tokens are held and what becomes of the others."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvfloor import Spec
+from kvfloor.bounded import Bounded, BoundedState
+from kvfloor.policies.policy import Ledger
+from kvfloor.slots import Slots
+from mutants.base import Small
+
+
+class EvictsPerCallState(BoundedState):
+    def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, out: Tensor | None = None) -> None:
+        super()._feed(k, v, q, count, out)
+        self._evict(torch.arange(self.spec.rows))
+
+
+class EvictsPerCall(Small):
+    """Evicts at the end of every call rather than at the end of every block."""
+
+    state = EvictsPerCallState
+
+
+class PadsEnterState(BoundedState):
+    def _arrange(
+        self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        take, order = super()._arrange(k, v, q, present)
+        return torch.full_like(take, k.shape[1]), order
+
+
+class PadsEnter(Small):
+    """Packs the real tokens first and then takes in the pads behind them too."""
+
+    state = PadsEnterState
+
+
+class OneTooManyState(BoundedState):
+    def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
+        super().__init__(method, spec, budgets)
+        self.budget = self.budget - 1
+
+
+class OneTooMany(Small):
+    """Evicts one token too many."""
+
+    state = OneTooManyState
+
+
+class OneTooFewState(BoundedState):
+    def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
+        super().__init__(method, spec, budgets)
+        self.budget = self.budget + 1
+
+
+class OneTooFew(Small):
+    """Evicts one token too few."""
+
+    state = OneTooFewState
+
+
+class LazySlots(Slots):
+    def evict(self, leaving: Tensor) -> None:
+        values = self.v.clone()
+        super().evict(leaving)
+        self.v = values
+
+
+class ValuesStayState(BoundedState):
+    def __init__(self, method: Bounded, spec: Spec, budgets: Sequence[int]) -> None:
+        super().__init__(method, spec, list(budgets))
+        self.slots = LazySlots(spec, [budget + method.block for budget in budgets])
+
+
+class ValuesStay(Small):
+    """Moves keys and positions into the holes that eviction leaves, and forgets the values."""
+
+    state = ValuesStayState
+
+
+class PinsForgottenState(BoundedState):
+    def _protected(self, ledger: Ledger) -> Tensor:
+        return torch.zeros_like(ledger.position, dtype=torch.bool)
+
+
+class PinsForgotten(Small):
+    """Protects nothing, whatever was pinned."""
+
+    state = PinsForgottenState
+
+
+class AbsorbedTwiceState(BoundedState):
+    def _evict(self, rows: Tensor) -> None:
+        if self.summary is not None:
+            slots = self.slots
+            oldest = slots.position.view(self.spec.rows, -1) == (self.seen - 16).unsqueeze(1)
+            held = torch.arange(oldest.shape[1]) < slots.held.unsqueeze(1)
+            self.summary.absorb(*slots.flat(oldest & held))
+        super()._evict(rows)
+
+
+class AbsorbedTwice(Small):
+    """The token at the window's edge is absorbed before it leaves, and again when it does."""
+
+    state = AbsorbedTwiceState

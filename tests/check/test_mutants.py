@@ -1,0 +1,28 @@
+"""Every check rejects a method with one wrong line, and no check rejects more than that line breaks."""
+
+import pytest
+import torch
+from mutants import MUTANTS, Mutant
+from mutants.base import Small, SmallObserving
+from third_party import Diary
+
+from kvfloor import Method
+from kvfloor.check import CHECKS, run_checks
+
+
+def test_every_check_has_a_mutant() -> None:
+    assert {mutant.check for mutant in MUTANTS} == set(CHECKS)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_the_mutant_breaks_its_law(mutant: Mutant) -> None:
+    outcome = run_checks(mutant.method, dtypes=(torch.float32,), groups=(2,))
+    why = {failure["check"]: failure["why"] for failure in outcome.failed}
+    assert mutant.check in why, f"{mutant} passes"
+    assert set(why) == {mutant.check, *mutant.also}, why
+    assert "crashed" not in why[mutant.check]
+
+
+@pytest.mark.parametrize("method", [Small(), SmallObserving(), Diary()], ids=lambda method: type(method).__name__)
+def test_what_mutants_derive_from_keeps_every_law(method: Method) -> None:
+    assert run_checks(method, dtypes=(torch.float32,), groups=(2,)).failed == []

@@ -1,0 +1,142 @@
+"""The command line as scripts see it: JSON on stdout and nothing else, exit codes, one line on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvfloor import models
+
+
+def kvfloor(*arguments: str, cwd: Path | None = None, optimise: bool = False) -> subprocess.CompletedProcess[str]:
+    code = "from kvfloor.cli import main; main()"
+    flags = ["-O"] if optimise else []
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "100"},
+        timeout=300,
+    )
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys; import kvfloor.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_version() -> None:
+    assert kvfloor("--version").stdout.startswith("kvfloor 0.")
+
+
+def test_floors_json() -> None:
+    run = kvfloor("floors", "--n", "1024", "--d", "64", "--json")
+    document = json.loads(run.stdout)
+    assert run.returncode == 0 and document["schema"] == 1
+    assert set(document) == {"schema", "bits", "bytes", "upper_bits", "regime", "theorem", "constants"}
+    assert document["bits"] == pytest.approx(1024 * (0.9 * 64 - 0.4689955935892812))
+
+
+def test_methods_json() -> None:
+    document = json.loads(kvfloor("methods", "--json").stdout)
+    names = {row["name"] for row in document["rows"]}
+    assert {"exact", "window", "sinks", "random", "h2o", "value_sum", "subgen", "everything", "top_k"} <= names
+    assert {"name", "kind", "paper", "guarantee", "memory", "traits"} <= set(document["rows"][0])
+
+
+def test_break_json_certifies_every_bit_of_exact() -> None:
+    document = json.loads(kvfloor("break", "exact", "--n", "256", "--d", "32", "--json").stdout)
+    assert document["hidden_bits"] == 256 * 32
+    assert document["certified_bits"] >= 0.99 * document["hidden_bits"]
+    assert document["verdict"] == "holds"
+    assert document["certified_bits"] <= 8 * document["message_bytes"]
+
+
+def test_check_json_and_exit_code(tmp_path: Path) -> None:
+    run = kvfloor("check", "window@32", "--json")
+    document = json.loads(run.stdout)
+    assert run.returncode == 0 and document["failed"] == [] and len(document["passed"]) > 20
+    broken = """
+from dataclasses import dataclass
+from typing import ClassVar
+from kvfloor.policies.policy import Policy
+
+@dataclass(frozen=True)
+class Moody(Policy):
+    name: ClassVar[str] = "moody"
+    def priority(self, ledger):
+        import torch
+        return torch.rand(ledger.position.shape)
+"""
+    (tmp_path / "mine.py").write_text(broken)
+    run = kvfloor("check", "mine:Moody@32", "--json", cwd=tmp_path)
+    assert run.returncode == 1
+    assert json.loads(run.stdout)["failed"]
+
+
+BAD = {
+    "unknown method": (("break", "windw@3"), "did you mean 'window'"),
+    "impossible budget": (("audit", "--methods", "sinks(9)", "--budgets", "8"), "too small"),
+    "unknown task": (("audit", "--tasks", "chess"), "unknown task 'chess'"),
+    "no such model": (("audit", "--model", "/nowhere"), "no model at '/nowhere'"),
+    "too few samples": (("audit", "--n", "5"), "at least 32"),
+    "bad requirement": (("audit", "--require", "score>>1"), "is no condition"),
+    "bad contexts": (("audit", "--contexts", "many"), "--contexts"),
+    "unknown protocol": (("audit", "--protocols", "later"), "after, visible"),
+    "unknown barrier": (("break", "exact", "--barrier", "wall"), "wall"),
+    "negative n": (("floors", "--n", "-1", "--d", "4"), "n"),
+    "bad probability": (("floors", "--n", "8", "--d", "4", "--p", "1.5"), "p"),
+    "no class": (("check", "nowhere:Nothing"), "cannot be imported"),
+}
+
+
+@pytest.mark.parametrize("optimise", [False, True], ids=["", "-O"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case: str, optimise: bool, tmp_path: Path) -> None:
+    arguments, told = BAD[case]
+    run = kvfloor(*arguments, cwd=tmp_path, optimise=optimise)
+    assert run.returncode == 2, run.stderr
+    assert run.stdout == ""
+    assert told in run.stderr and run.stderr.startswith("kvfloor: ") and run.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_unwritable_out_is_found_before_anything_runs(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    run = kvfloor("audit", "--out", str(blocker / "inside"))
+    assert run.returncode == 2 and "cannot write" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_model_that_ignores_the_attention_interface_is_refused(tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=2000, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "m")
+    for file in models.builtin_path().glob("tokenizer*"):
+        (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
+    run = kvfloor("audit", "--model", str(tmp_path / "m"), cwd=tmp_path)
+    assert run.returncode == 2 and "BloomForCausalLM" in run.stderr
+
+
+def test_audit_json_report_and_require(tmp_path: Path) -> None:
+    arguments = ("--tasks", "kv", "--contexts", "96", "--budgets", "24", "--methods", "h2o", "--n", "32", "--json")
+    run = kvfloor("audit", *arguments, "--require", "h2o:state_bytes<=1 and score>=0", cwd=tmp_path)
+    assert run.returncode == 1, run.stderr
+    assert "not met" in run.stderr
+    document = json.loads(run.stdout)
+    assert set(document) == {"schema", "model", "seed", "rows", "recommendation", "report"}
+    assert set(document["recommendation"]) == {"method", "why"}
+    by_method = {row["method"]: row for row in document["rows"]}
+    assert set(by_method) == {"exact", "quant", "quant(bits=4)", "random@24", "window@24", "sinks@24", "h2o@24"}
+    assert by_method["h2o@24"]["state_bytes"] < by_method["exact"]["state_bytes"]
+    assert all(row["n"] == 32 and row["floor_bytes"] > 0 for row in document["rows"])
+    report = (tmp_path / document["report"]).read_text(encoding="utf-8")
+    assert "<script" not in report and "h2o@24" in report
+    lines = (tmp_path / "out/audit/rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(document["rows"])
