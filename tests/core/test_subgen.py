@@ -287,9 +287,9 @@ def test_a_withdrawn_guarantee_stays_withdrawn_in_a_restored_state(draw: Draw) -
 
 
 def test_errors_beyond_the_stated_epsilon_are_rarer_than_the_stated_failure(draw: Draw) -> None:
-    """One fixed stream and query, fresh randomness in each of 2000 rows."""
+    """One fixed stream and query, fresh randomness in each of 400 rows."""
     method = "subgen(delta=0.3,radius=1.0,t=4,s=200,failure=0.5)"
-    rows, n = 2000, 64
+    rows, n = 400, 48
     k, v, q = clustered(draw, 1, n)[0] * 0.4, draw(n, 1), torch.tensor([[[0.5, 0.5, -0.5, 0.5]]], dtype=torch.float64)
     state = many(method, k, v, rows)
     stated = state.guarantee()

@@ -47,9 +47,10 @@ def test_chunked_prefill_keeps_the_same_tokens(
     llama: PreTrainedModel, prompt: dict[str, torch.Tensor], method: str
 ) -> None:
     prepare(llama)
+    ids = prompt["input_ids"]
     caches = [CompressedCache(llama.config, method) for _ in range(2)]
-    whole = llama.generate(**prompt, **GREEDY, past_key_values=caches[0])
-    parts = llama.generate(**prompt, **GREEDY, past_key_values=caches[1], prefill_chunk_size=7)
+    whole = llama.generate(ids, **GREEDY, past_key_values=caches[0])
+    parts = llama.generate(ids, **GREEDY, past_key_values=caches[1], prefill_chunk_size=7)
     assert torch.equal(whole, parts)
     for item in range(2):
         assert held_positions(caches[0], item) == held_positions(caches[1], item)

@@ -17,8 +17,8 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
 def test_padded_batch_one_shot_and_chunked(
     model: PreTrainedModel, prompt: dict[str, torch.Tensor], chunk: int | None
 ) -> None:
-    stock = model.generate(**prompt, **GREEDY)
     options = {} if chunk is None else {"prefill_chunk_size": chunk}
+    stock = model.generate(**prompt, **GREEDY, **options)
     ours = prepare(model).generate(
         **prompt, **GREEDY, **options, past_key_values=CompressedCache(model.config, "exact")
     )

@@ -26,7 +26,8 @@ EXERCISES = ("echo", "drill")
 class Curriculum:
     """Each task's level (index into LENGTHS) and its last results there."""
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, focus: float = 1.0) -> None:
+        self.focus = focus
         self.longest = max(i for i, n in enumerate(LENGTHS) if n <= longest)
         self.level = {name: LENGTHS.index(FIRST_LENGTH.get(name, LENGTHS[0])) for name in TASKS}
         self.recent = {name: deque[bool](maxlen=WINDOW) for name in (*TASKS, *EXERCISES)}
@@ -35,7 +36,7 @@ class Curriculum:
         """Context length and the examples of one step, about `tokens` tokens in all."""
         names = list(TASKS)
         ahead = max(self.level.values())
-        needs = [1.0 + 0.5 * (ahead - self.level[n]) + (self.score(n) < PASS) for n in names]
+        needs = [1 + 0.5 * (ahead - self.level[n]) ** self.focus + (self.score(n) < PASS) for n in names]
         focus = rng.choices(names, needs)[0]
         level = self.level[focus]
         lowest = LENGTHS.index(FIRST_LENGTH.get(focus, LENGTHS[0]))

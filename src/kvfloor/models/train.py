@@ -47,6 +47,7 @@ class Recipe:
     longest: int = LENGTHS[-1]
     layers: int = 4
     hidden: int = 128
+    focus: float = 1.0
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up, constant, linear decay to zero over the last `decay` steps."""
@@ -66,7 +67,8 @@ class Trainer:
         plain = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-        self.curriculum = Curriculum(recipe.longest)
+        self.curriculum = Curriculum(recipe.longest, recipe.focus)
+        self.stages = [(0, " ".join(flags(recipe)))]
         self.done = 0
         self.seen = 0
         self.seconds = 0.0
@@ -103,6 +105,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "curriculum": self.curriculum.state(),
             "progress": (self.done, self.seen, self.seconds),
+            "stages": self.stages,
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -115,6 +118,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.curriculum.restore(state["curriculum"])
         self.done, self.seen, self.seconds = state["progress"]
+        self.stages = [*state.get("stages", [(0, " ".join(flags(Recipe(steps=100000))))]), (self.done, self.stages[0][1])]
 
     def export(self, out: Path) -> None:
         """Model, tokenizer and `training.json` in the layout of transformers."""
@@ -155,7 +159,7 @@ def answers(logits: torch.Tensor, data: Batch) -> list[tuple[str, bool]]:
 
 def flags(recipe: Recipe) -> list[str]:
     """The command-line flags that give this recipe."""
-    names = ("seed", "steps", "decay", "warmup", "lr", "tokens", "longest", "layers", "hidden")
+    names = ("seed", "steps", "decay", "warmup", "lr", "tokens", "longest", "layers", "hidden", "focus")
     return [f"--{name} {getattr(recipe, name)}" for name in names]
 
 
@@ -169,7 +173,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
     for name in ("seed", "steps", "decay", "warmup", "tokens", "longest", "layers", "hidden"):
         parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
-    parser.add_argument("--lr", type=float, default=usual.lr)
+    for name in ("lr", "focus"):
+        parser.add_argument(f"--{name}", type=float, default=getattr(usual, name))
     given = vars(parser.parse_args())
     out, resume, threads, every = (given.pop(key) for key in ("out", "resume", "threads", "every"))
     torch.set_num_threads(threads)

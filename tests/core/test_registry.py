@@ -1,0 +1,272 @@
+"""The text grammar: every configuration is written and read back equal, every mistake is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvfloor import Bounded, Exact, Method, Spec, parse
+from kvfloor.policies.heavy_hitters import HeavyHitters
+from kvfloor.policies.policy import Ledger, Policy
+from kvfloor.policies.random import Random
+from kvfloor.policies.sinks import Sinks
+from kvfloor.policies.window import Window
+from kvfloor.registry import ALIASES, TABLE, default_method, kind, lookup
+from kvfloor.selectors.everything import Everything
+from kvfloor.selectors.top_k import TopK
+from kvfloor.sketches.quantized import Quantized
+from kvfloor.sketches.subgen import SubGen
+from kvfloor.summaries.drop import Drop
+from kvfloor.summaries.value_sum import ValueSum
+
+small = st.integers(0, 20)
+fractions = st.floats(0.01, 0.99)
+budgets = st.one_of(
+    st.none(),
+    st.integers(500, 10**6),
+    st.lists(st.integers(500, 9999), min_size=1, max_size=4).map(tuple),
+    st.sampled_from(["25%", "12.5%", "64MiB", "8MB"]),
+)
+policies = st.one_of(
+    st.just(Window()),
+    st.builds(Sinks, small),
+    st.builds(Random, small, small),
+    st.builds(
+        HeavyHitters,
+        st.sampled_from(["sum", "mean", "decay"]),
+        st.none() | small,
+        small,
+        fractions,
+        st.sampled_from(["mean", "max"]),
+    ),
+)
+selectors = st.one_of(st.just(Everything()), st.builds(TopK, st.integers(1, 999)))
+methods = st.one_of(
+    st.builds(
+        Bounded,
+        policies,
+        st.sampled_from([Drop(), ValueSum()]),
+        selectors,
+        budgets,
+        st.integers(1, 128),
+        st.sampled_from(["stream", "dense"]),
+    ),
+    st.builds(Exact, selectors),
+    st.builds(Quantized, st.sampled_from([8, 4, 2]), st.integers(1, 256)),
+    st.builds(
+        SubGen,
+        st.floats(1e-6, 1e6),
+        st.integers(1, 9),
+        st.integers(1, 999),
+        st.none() | st.integers(1, 999),
+        st.integers(1, 64),
+        st.none() | st.floats(0.1, 9),
+        fractions,
+        st.none() | st.integers(200, 9999) | st.just("64MiB"),
+    ),
+)
+
+
+@given(methods)
+def test_every_configuration_is_read_back_equal(method: Method) -> None:
+    assert parse(str(method)) == method
+
+
+@given(methods)
+def test_spaces_between_parts_do_not_matter(method: Method) -> None:
+    text = str(method)
+    spaced = "".join(f" {c} " if c in "@|+,()" else c for c in text)
+    assert parse(spaced) == method
+
+
+@pytest.mark.parametrize("name", [*TABLE, *ALIASES])
+def test_every_name_makes_a_method_that_opens(name: str) -> None:
+    method = default_method(name)
+    assert parse(str(method)) == method
+    method.open(Spec(1, 4, 4))
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_an_alias_means_its_part(alias: str, name: str) -> None:
+    assert lookup(alias) is TABLE[name]
+
+
+@pytest.mark.parametrize("part", TABLE.values())
+def test_every_part_of_the_table_has_a_kind_and_a_source(part: type) -> None:
+    assert kind(part) in ("method", "policy", "summary", "selector")
+    assert part.__doc__
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("h2o(mean)@64", "h2o(score=mean)@64"),
+        ("streaming_llm(2)@64", "sinks(count=2)@64"),
+        ("window+drop|everything@64", "window@64"),
+        ("h2o(score='mean')@64", "h2o(score=mean)@64"),
+        ("window()@64", "window@64"),
+        ("kvfloor.policies.sinks:Sinks(2)@64", "sinks(2)@64"),
+    ],
+)
+def test_two_ways_of_writing_the_same(text: str, same: str) -> None:
+    assert parse(text) == parse(same)
+
+
+@dataclass(frozen=True)
+class Oldest(Policy):
+    """A third party's policy: what came first stays."""
+
+    name: ClassVar[str] = "oldest"
+    factor: float = 1.0
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        return -ledger.position * self.factor
+
+
+class NotFrozen(Policy):
+    """No dataclass, so its arguments cannot be written."""
+
+    name: ClassVar[str] = "bare"
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        return ledger.position
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name under which this module can be imported."""
+    monkeypatch.setitem(sys.modules, Oldest.__module__, sys.modules[Oldest.__module__])
+    return Oldest.__module__
+
+
+def test_a_third_partys_policy_is_imported_and_read_back(here: str) -> None:
+    method = parse(f"{here}:Oldest(factor=2.0,block=4)+value_sum@16")
+    assert isinstance(method, Bounded) and method.policy == Oldest(2.0) and method.block == 4
+    assert str(method) == f"{here}:Oldest(factor=2.0,block=4)+value_sum@16"
+    assert parse(str(method)) == method
+
+
+def test_a_part_that_is_no_dataclass_is_refused(here: str) -> None:
+    with pytest.raises(ValueError, match="must be a frozen dataclass"):
+        parse(f"{here}:NotFrozen@8")
+
+
+BAD = [
+    ("", "a method is text such as"),
+    ("   ", "a method is text such as"),
+    ("nonsense@8", "unknown policy or method 'nonsense'; there are exact, h2o, quant, random, sinks, subgen, window"),
+    ("windw@8", "did you mean 'window'?"),
+    ("window+nothing@8", "unknown summary 'nothing'; there are drop, value_sum"),
+    ("window|all@8", "unknown selector 'all'; there are everything, top_k"),
+    ("drop@8", "drop is a summary; a policy or method is needed here"),
+    ("window+top_k@8", "top_k is a selector; a summary is needed here"),
+    ("exact+value_sum", "'+' adds a summary to an eviction policy only"),
+    ("subgen|top_k", "'|' needs exact or an eviction policy before it"),
+    ("exact@8", "leave the budget out"),
+    ("window(3)@8", "window does not take 1 values; it takes block, prefill"),
+    ("h2o(rcent=3)@8", "h2o does not take rcent; it takes score, recent, sinks, decay, group, block, prefill"),
+    ("top_k(k=3)@8", "top_k is a selector"),
+    ("window(block=4,block=5)@8", "each once"),
+    ("window(1),(2)@8", "the arguments must be numbers or words"),
+    ("window(**{})@8", "does not take **"),
+    ("window(*[1])@8", "the arguments must be numbers or words"),
+    ("sinks(1+1)@8", "the arguments must be numbers or words"),
+    ("sinks(open)@8", "count must be a whole number >= 0, got 'open'"),
+    ("sinks(__import__(os))@8", "the arguments must be numbers or words"),
+    ("sinks(" + "(" * 500 + ")@8", "is not name or name(arg=value, ...)"),
+    ("sinks(" + "-" * 9000 + "1)@8", "the arguments must be numbers or words"),
+    ("window(@8", "is not name or name(arg=value, ...)"),
+    ("window)@8", "is not name or name(arg=value, ...)"),
+    ("window@", "is not a budget"),
+    ("window@@8", "is not a budget"),
+    ("window@8@9", "is not a budget"),
+    ("window@8:", "budgets per row are whole numbers >= 1"),
+    ("window@8:x", "budgets per row are whole numbers >= 1"),
+    ("subgen(block=4,prefill=dense)", "subgen does not take prefill"),
+    ("exact(block=4)", "exact does not take block; it takes no arguments"),
+    ("quant(bits=3)", "bits must be 8, 4 or 2"),
+    ("quant(bits=4.0)", "bits must be 8, 4 or 2"),
+    ("exact|top_k(k=2.5)", "k must be a whole number >= 1"),
+    ("exact|top_k(k=0)", "k must be a whole number >= 1"),
+    ("h2o(score=best)@64", "score must be sum, mean or decay"),
+    ("h2o(group=min)@64", "group must be mean or max"),
+    ("h2o(decay=1.0)@64", "decay must lie in (0, 1)"),
+    ("h2o(sinks=None)@64", "sinks must be a whole number >= 0"),
+    ("h2o(sum,score=sum)@64", "score"),
+    ("random(recent=-1)@64", "recent must be a whole number >= 0"),
+    ("window(prefill=lazy)@64", "prefill must be stream or dense"),
+    ("h2o@8", "needs at least 9"),
+    ("no.such.module:Thing@8", "no.such.module:Thing cannot be imported"),
+    ("math:nothing@8", "math:nothing cannot be imported"),
+    (":Thing@8", ":Thing cannot be imported"),
+    (".relative:Thing@8", ".relative:Thing cannot be imported"),
+    ("math:pi@8", "math:pi is a float; give a class"),
+    ("collections:OrderedDict@8", "is no Method, Policy, Summary or Selector"),
+    ("kvfloor.policies.policy:Policy@8", "must be a frozen dataclass"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), BAD, ids=[text[:40] or "empty" for text, _ in BAD])
+def test_a_mistake_is_named(text: str, said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(text)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("given_", [None, 3, b"window@8", ["window@8"]])
+def test_what_is_not_text_is_refused(given_: object) -> None:
+    with pytest.raises(ValueError, match="a method is text"):
+        parse(given_)  # type: ignore[arg-type]
+
+
+PROGRAM = """
+import json, sys
+from kvfloor import parse
+import torch
+from kvfloor import Spec
+found = []
+def attempt(call):
+    try:
+        call()
+        found.append("accepted")
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+for text in json.loads(sys.argv[1]):
+    attempt(lambda: parse(text))
+state = parse("h2o@16").open(Spec(2, 4, 4))
+x = torch.zeros(2, 3, 4)
+for q, k, v in (
+    (x, x, x), (x[:, None], x * torch.nan, x), (x[:, None], x, x[:1]), (x[:, None], x[..., :2], x),
+    (x[:, None].double(), x, x), (x[:, None, :2], x, x), (None, x, x), (x[:, None], x.to_sparse(), x),
+):
+    attempt(lambda: state.step(q, k, v))
+attempt(lambda: state.pin(4, 2))
+attempt(lambda: state.select_rows(torch.tensor([5])))
+attempt(lambda: state.method.from_bytes(b"nonsense" * 20))
+attempt(lambda: Spec(0, 1, 1))
+attempt(lambda: Spec(1, 1, 1, row_ids=[1, 2]))
+attempt(lambda: Spec(1, 1, 1, seed="x"))
+print(json.dumps([__debug__, found]))
+"""
+
+
+def test_errors_are_the_same_without_assertions() -> None:
+    import json
+
+    texts = json.dumps([text for text, _ in BAD])
+    answers = []
+    for flags in ([], ["-O"]):
+        command = [sys.executable, *flags, "-c", PROGRAM, texts]
+        answers.append(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+    (debug, plain), (no_debug, optimised) = answers
+    assert debug and not no_debug
+    assert plain == optimised
+    assert "accepted" not in plain
+    assert all(error.startswith(("ValueError", "TypeError", "CorruptState")) for error in plain)
