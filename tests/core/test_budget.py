@@ -9,7 +9,15 @@ from kvfloor.budget import parse_budget, size_bytes
 
 @pytest.mark.parametrize(
     ("text", "budget"),
-    [("512", 512), (" 7 ", 7), ("25%", "25%"), ("12.5%", "12.5%"), ("100%", "100%"), ("64MiB", "64MiB"), ("8 MB", "8 MB")],
+    [
+        ("512", 512),
+        (" 7 ", 7),
+        ("25%", "25%"),
+        ("12.5%", "12.5%"),
+        ("100%", "100%"),
+        ("64MiB", "64MiB"),
+        ("8 MB", "8 MB"),
+    ],
 )
 def test_the_three_forms_are_read(text: str, budget: int | str) -> None:
     assert parse_budget(text) == budget
@@ -17,7 +25,15 @@ def test_the_three_forms_are_read(text: str, budget: int | str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1B", 1), ("2KB", 2000), ("2KiB", 2048), ("1.5MiB", 3 << 19), ("3mb", 3_000_000), ("1GiB", 1 << 30), ("1 GB", 10**9)],
+    [
+        ("1B", 1),
+        ("2KB", 2000),
+        ("2KiB", 2048),
+        ("1.5MiB", 3 << 19),
+        ("3mb", 3_000_000),
+        ("1GiB", 1 << 30),
+        ("1 GB", 10**9),
+    ],
 )
 def test_sizes_mean_their_units(text: str, size: int) -> None:
     assert size_bytes(text) == size
@@ -47,7 +63,16 @@ def measured(method: Method, spec: Spec, g: int) -> int:
 
 @pytest.mark.parametrize(
     "head",
-    ["window", "sinks(4)", "random", "h2o", "h2o(recent=700,sinks=2)", "window+value_sum", "h2o(block=1)", "window|top_k(k=8)"],
+    [
+        "window",
+        "sinks(4)",
+        "random",
+        "h2o",
+        "h2o(recent=700,sinks=2)",
+        "window+value_sum",
+        "h2o(block=1)",
+        "window|top_k(k=8)",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("g", [1, 4])

@@ -52,7 +52,9 @@ scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan
 names = st.text("abcdefgh_", min_size=1, max_size=4)
 
 
-@given(st.recursive(st.dictionaries(names, scalars, max_size=4), lambda inner: st.dictionaries(names, inner, max_size=3)))
+@given(
+    st.recursive(st.dictionaries(names, scalars, max_size=4), lambda inner: st.dictionaries(names, inner, max_size=3))
+)
 def test_nested_numbers_come_back_equal(fields: dict) -> None:
     assert unpack(pack("text", {"rows": 2}, fields)) == ("text", {"rows": 2}, fields)
 

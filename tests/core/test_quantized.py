@@ -25,7 +25,8 @@ def encoded(x: Tensor, bits: int, per_channel: bool) -> tuple[Tensor, Tensor]:
 
 # Offset and step are rounded to the cache's dtype, and so is the result: relative to the numbers' own size.
 @pytest.mark.parametrize(
-    ("dtype", "epsilon"), [(torch.float64, 1e-15), (torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)]
+    ("dtype", "epsilon"),
+    [(torch.float64, 1e-15), (torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)],
 )
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -95,7 +96,11 @@ def test_answers_equal_attention_over_the_decoded_tokens(draw: Draw, dtype: torc
 
 
 def test_rows_of_different_length_equal_each_row_alone(draw: Draw) -> None:
-    k, v, q = draw(3, 30, 4, dtype=torch.float32), draw(3, 30, 4, dtype=torch.float32), draw(3, 2, 4, dtype=torch.float32)
+    k, v, q = (
+        draw(3, 30, 4, dtype=torch.float32),
+        draw(3, 30, 4, dtype=torch.float32),
+        draw(3, 2, 4, dtype=torch.float32),
+    )
     length = torch.tensor([30, 3, 17])
     state = parse("quant(bits=8,group=8)").open(Spec(3, 4, 4))
     state.append(k, v, torch.arange(30) < length.unsqueeze(1))

@@ -53,7 +53,6 @@ def test_golden_values_never_change() -> None:
     assert drawn == GOLDEN
 
 
-
 @pytest.mark.parametrize("seed", range(5))
 def test_draws_along_the_stream_are_uniform(seed: int) -> None:
     assert kolmogorov_distance(sample(20_000, seed)) < 1.95  # exceeded with probability 1e-3

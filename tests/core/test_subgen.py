@@ -190,9 +190,7 @@ def test_the_denominator_is_unbiased_with_the_variance_of_uniform_samples(draw: 
     """Var tau = sum over clusters of n'^2 / t times the variance of e^{q.k} within the cluster."""
     _, tau, weight, _, joined = moments(draw, 2, t)
     assert_mean(tau.unsqueeze(1), weight.sum())
-    wanted = sum(
-        (joined == j).sum() ** 2 / t * weight[joined == j].var(correction=0) for j in joined.unique().tolist()
-    )
+    wanted = sum((joined == j).sum() ** 2 / t * weight[joined == j].var(correction=0) for j in joined.unique().tolist())
     assert_mean((tau - weight.sum()).square().unsqueeze(1), torch.as_tensor(wanted))
 
 

@@ -85,9 +85,7 @@ def test_the_trainers_forward_pass_is_the_models(t: int) -> None:
     where = torch.randint(0, t, (2, 5), generator=generator)
     with torch.no_grad():
         mine = answer_logits(model, ids, positions, where)
-        rows = [
-            model(ids[i : i + 1], position_ids=positions[i : i + 1]).logits[0, where[i]] for i in range(2)
-        ]
+        rows = [model(ids[i : i + 1], position_ids=positions[i : i + 1]).logits[0, where[i]] for i in range(2)]
     torch.testing.assert_close(mine, torch.stack(rows), atol=2e-5, rtol=0)
 
 

@@ -77,8 +77,7 @@ def test_depth_moves_the_evidence(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_DEPTH)
 def test_without_depth_the_evidence_is_spread(name: str) -> None:
     shares = [
-        evidence(name, sample) / len(sample.context)
-        for sample in (TASKS[name].generate(7, i, 600) for i in range(24))
+        evidence(name, sample) / len(sample.context) for sample in (TASKS[name].generate(7, i, 600) for i in range(24))
     ]
     assert min(shares) < 0.3
     assert max(shares) > (0.35 if name == "vartrack" else 0.6)
@@ -99,7 +98,7 @@ def test_difficulty_is_kept(name: str) -> None:
         "vartrack": lambda s: s.questions[0].answer.count("="),
         "words": lambda s: len(set(s.context.split())) - 3,
         "copy": lambda s: len(s.questions[0].answer.split()),
-        "registers": lambda s: len(set(word for word in s.context.split() if word.startswith("r"))),
+        "registers": lambda s: len({word for word in s.context.split() if word.startswith("r")}),
     }
     size = sizes[name](hard)
     lowest = {"passkey": 7, "copy": 5}.get(name, 8)

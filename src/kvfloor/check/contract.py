@@ -28,14 +28,14 @@ def check_text(method: Method, at: Setting) -> None:
     require(
         type(method).__name__ in repr(method), f"repr gives {method!r}, which does not name {type(method).__name__}"
     )
-    fields: Any = getattr(method, "__dataclass_fields__", None)
-    require(fields is not None, f"{type(method).__name__} is not a dataclass")
-    for name in fields:
+    require(dataclasses.is_dataclass(method), f"{type(method).__name__} is not a dataclass")
+    value: Any = method
+    for field in dataclasses.fields(value):
         try:
-            setattr(method, name, getattr(method, name))
+            setattr(method, field.name, getattr(method, field.name))
         except AttributeError:
             continue
-        raise Broken(f"{text} is not frozen: {name} can be set")
+        raise Broken(f"{text} is not frozen: {field.name} can be set")
 
 
 def check_documented(method: Method, at: Setting) -> None:

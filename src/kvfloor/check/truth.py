@@ -121,7 +121,8 @@ def check_attends_to_held(method: Method, at: Setting) -> None:
 def check_hull(method: Method, at: Setting) -> None:
     """Normalised weights: every coordinate of an answer lies between the least and the most value given so far."""
     spec, stream = spec_for(method, at), stream_for(method, at)
-    stream = replace(stream, v=stream.v + 5.0)  # far from 0, so that weights that do not sum to 1 show
+    # Far from 0, so that weights that do not sum to 1 show; every coordinate elsewhere, so that mixing them does.
+    stream = replace(stream, v=stream.v / 4.0 + torch.linspace(2.0, 6.0, spec.dv).to(at.dtype))
     outputs = play(method.open(spec), stream).double()
     low, high = stream.v.double().cummin(1).values.unsqueeze(1), stream.v.double().cummax(1).values.unsqueeze(1)
     beyond = float(torch.maximum(low - outputs, outputs - high).max())

@@ -7,9 +7,7 @@ from transformers import LlamaConfig
 POSITIONS = 8192
 
 
-def small_llama(
-    vocab_size: int, bos: int, eos: int, pad: int, *, layers: int = 4, hidden: int = 128
-) -> LlamaConfig:
+def small_llama(vocab_size: int, bos: int, eos: int, pad: int, *, layers: int = 4, hidden: int = 128) -> LlamaConfig:
     """Heads of 64, two query heads per key-value head, tied embeddings.
 
     The rotary base is high, so that half of each head turns so slowly that matching by content works over

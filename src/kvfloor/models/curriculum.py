@@ -125,9 +125,7 @@ def drill(rng: random.Random, length: int, lexicon: Lexicon) -> Example:
     n = rng.randint(2, max(3, length // 12))
     long = rng.random() < 0.5
     keys = [f"{k} =" for k in lexicon.numbers(rng, 4, n)] if long else rng.sample(lexicon.things, n)
-    facts = [
-        (encode(key, bos=False), encode(lexicon.number(rng, 4 if long else 2), bos=False)) for key in keys
-    ]
+    facts = [(encode(key, bos=False), encode(lexicon.number(rng, 4 if long else 2), bos=False)) for key in keys]
     ids, spans, told = encode(""), list[Span](), set[int]()
     while len(ids) < length:
         i = rng.randrange(n)

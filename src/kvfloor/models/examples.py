@@ -89,7 +89,7 @@ def batch(examples: Sequence[Example], reach: int = 0, rng: random.Random | None
 
 
 def stretch(rng: random.Random, ids: list[int], t: int, reach: int) -> torch.Tensor:
-    """Added positions (t,): up to three jumps, after sentence ends, so that short texts show far distances."""
+    """Added positions (t,): up to three jumps, after sentence ends: short texts then show far distances."""
     stops = [i + 1 for i, token in enumerate(ids) if token == STOP_ID and i + 1 < t]
     jumps = torch.zeros(t, dtype=torch.long)
     room = rng.randint(0, max(0, reach - t))

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 SHORT = 96  # tokens up to which plain attention is the faster one on a CPU
 
 
-def answer_logits(
-    model: Any, ids: torch.Tensor, positions: torch.Tensor, where: torch.Tensor
-) -> torch.Tensor:
+def answer_logits(model: Any, ids: torch.Tensor, positions: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """Logits (rows, m, vocabulary) of a `LlamaForCausalLM` at token indexes `where` (rows, m).
 
     `ids` and `positions` are (rows, t); padding stands after the text, so that causality hides it.

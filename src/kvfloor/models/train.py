@@ -118,7 +118,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.curriculum.restore(state["curriculum"])
         self.done, self.seen, self.seconds = state["progress"]
-        self.stages = [*state.get("stages", [(0, " ".join(flags(Recipe(steps=100000))))]), (self.done, self.stages[0][1])]
+        self.stages = [
+            *state.get("stages", [(0, " ".join(flags(Recipe(steps=100000))))]),
+            (self.done, self.stages[0][1]),
+        ]
 
     def export(self, out: Path) -> None:
         """Model, tokenizer and `training.json` in the layout of transformers."""

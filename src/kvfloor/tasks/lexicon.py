@@ -105,13 +105,13 @@ class Lexicon:
         return Lexicon(self.things[:symbols], self.traits[:symbols], self.pairs[:symbols])
 
     def split(self, rng: random.Random, sizes: Sequence[int]) -> list[Lexicon]:
-        """Lexicons with `sizes[i]` things each, none shared, so that several tasks can live in one context."""
+        """Lexicons with `sizes[i]` things each, none shared: several tasks can live in one context."""
         things = rng.sample(self.things, sum(sizes))
         ends = list(accumulate(sizes, initial=0))
         return [Lexicon(tuple(things[a:b]), self.traits, self.pairs) for a, b in pairwise(ends)]
 
     def number(self, rng: random.Random, digits: int) -> str:
-        """`digits` random digits made of two-digit groups, and one single digit last where the count is odd."""
+        """`digits` random digits: two-digit groups, and one single digit last where the count is odd."""
         groups = "".join(rng.choice(self.pairs) for _ in range(digits // 2))
         return groups + (rng.choice("0123456789") if digits % 2 else "")
 
@@ -119,9 +119,7 @@ class Lexicon:
         """`n` different numbers of `digits` digits."""
         room = len(self.pairs) ** (digits // 2) * (10 if digits % 2 else 1)
         if n > room:
-            raise ValueError(
-                f"{n} different numbers of {digits} digits asked, only {room} exist in this lexicon"
-            )
+            raise ValueError(f"{n} different numbers of {digits} digits asked, only {room} exist in this lexicon")
         found: dict[str, None] = {}
         while len(found) < n:
             found[self.number(rng, digits)] = None

@@ -11,13 +11,11 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, needles: int, lexicon: Lexicon) -> Plot:
-    """`needles` facts "the code of the pale fox is 4821."; few traits and things, so that both words are needed."""
+    """`needles` facts "the code of the pale fox is 4821.", of so few words that both words of a key count."""
     side = max(2, min(needles, len(lexicon.traits), len(lexicon.things)))
     traits, things = rng.sample(lexicon.traits, side), rng.sample(lexicon.things, side)
     if needles > side * side:
-        raise ValueError(
-            f"difficulty={needles}: only {side * side} keys can be made of {side} traits and things"
-        )
+        raise ValueError(f"difficulty={needles}: only {side * side} keys can be made of {side} traits and things")
     # a square of a few names holds all keys: most traits and most things come up more than once
     narrow = next(s for s in range(1, side + 1) if s * s >= needles)
     keys = rng.sample([f"{trait} {thing}" for trait in traits[:narrow] for thing in things[:narrow]], needles)

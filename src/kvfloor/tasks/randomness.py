@@ -7,6 +7,6 @@ import random
 
 
 def stream(*names: str | int) -> random.Random:
-    """A generator keyed by `names`, e.g. `stream("recall", seed, index)`; the global generator is never touched."""
+    """A generator keyed by `names`, e.g. `stream("recall", seed, index)`; no global one is touched."""
     key = hashlib.sha256(repr(names).encode()).digest()
     return random.Random(int.from_bytes(key[:16], "big"))

@@ -1,4 +1,4 @@
-"""Associative recall (MQAR): distinct keys, each followed by its value; every pair is equally likely to be asked."""
+"""Associative recall (MQAR): distinct keys, each followed by its value; all pairs are asked equally often."""
 
 from __future__ import annotations
 

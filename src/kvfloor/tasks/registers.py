@@ -23,9 +23,7 @@ def make(request: Request) -> Sample:
     lines = (request.length - empty) // size
     while True:
         if lines < 2 * k:
-            raise ValueError(
-                f"length={request.length}: {k} registers need at least {2 * k} lines of {size} tokens"
-            )
+            raise ValueError(f"length={request.length}: {k} registers need at least {2 * k} lines of {size} tokens")
         names = list(REGISTERS[:k])
         writes = schedule(rng, names, lines)
         values = [request.lexicon.number(rng, 2) for _ in writes]
@@ -40,7 +38,7 @@ def make(request: Request) -> Sample:
 
 
 def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
-    """Which register each of `lines` lines writes: jittered clocks whose numbers of writes grow geometrically."""
+    """Which register each line writes: jittered clocks whose numbers of writes grow geometrically."""
     times: list[tuple[float, str]] = []
     for name, writes in zip(rng.sample(names, len(names)), speeds(len(names), lines), strict=True):
         phase = rng.random()

@@ -13,6 +13,5 @@ from .vartrack import VARTRACK
 from .words import WORDS
 
 TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (RECALL, KV, PASSKEY, PASSKEY64, NEEDLES, VARTRACK, WORDS, COPY, REGISTERS_TASK)
+    task.name: task for task in (RECALL, KV, PASSKEY, PASSKEY64, NEEDLES, VARTRACK, WORDS, COPY, REGISTERS_TASK)
 }

@@ -67,23 +67,19 @@ class Task:
         if questions < 1:
             raise ValueError(f"questions={questions}: ask for at least one")
         if depth is not None and self.depth_moves is None:
-            raise ValueError(
-                f"depth={depth}: {self.name} spreads its evidence over the context; leave depth out"
-            )
+            raise ValueError(f"depth={depth}: {self.name} spreads its evidence over the context; leave depth out")
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth={depth}: a share of the context, from 0 (first) to 1 (last)")
         size = self.default(length) if difficulty is None else difficulty
         if not self.lowest <= size <= self.highest:
-            raise ValueError(
-                f"difficulty={size}: {self.name} takes {self.lowest} to {self.highest} {self.unit}"
-            )
+            raise ValueError(f"difficulty={size}: {self.name} takes {self.lowest} to {self.highest} {self.unit}")
         rng = stream(self.name, seed, index)
         counter = builtin_count() if count is None else count
         return self.make(Request(rng, length, size, depth, questions, counter, lexicon))
 
 
 def builtin_count() -> Count:
-    """The built-in tokenizer's count; imported late, since the tokenizer is made from the tasks' own words."""
+    """The built-in tokenizer's count; imported late, since the tokenizer is made from the tasks' words."""
     from kvfloor.models.tokenizer import count_tokens
 
     return count_tokens
@@ -91,7 +87,7 @@ def builtin_count() -> Count:
 
 @dataclass(frozen=True)
 class Woven:
-    """The generator of a task whose facts stand in filler: `plot(rng, difficulty, lexicon)` says what they are."""
+    """The generator of a task whose facts stand in filler: `plot(rng, difficulty, lexicon)` says which."""
 
     plot: Callable[[random.Random, int, Lexicon], Plot]
 

@@ -1,4 +1,4 @@
-"""Variable tracking: scattered chains of assignments; the answer walks one chain, hop by hop, to its number."""
+"""Variable tracking: scattered chains of assignments; the answer walks one chain, hop by hop."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ MARGIN = 0.6  # the fourth word comes up at most this often, relative to the thi
 
 
 def make(request: Request) -> Sample:
-    """Three words at SHARES of the list, the others with counts falling as 1/rank below the margin, shuffled."""
+    """Three words at SHARES of the list, the others at counts that fall as 1/rank below the margin; shuffled."""
     rng, things = request.rng, request.lexicon.things
     if len(things) < 4:
         raise ValueError(f"words needs at least 4 different words, this lexicon has {len(things)}")

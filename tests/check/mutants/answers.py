@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kvfloor import Partial, Spec
 from kvfloor.bounded import BoundedState
-from kvfloor.budget import Budget
 from kvfloor.selectors.selector import Selector
 from kvfloor.selectors.top_k import TopK
 from kvfloor.slots import View
@@ -29,8 +28,8 @@ class FutureLeak(Small):
 
 class CrowdTemperatureState(BoundedState):
     def _read(self, q: Tensor) -> Partial:
-        together = q.abs().amax((1, 2), keepdim=True).clamp_min(8.0)
-        return super()._read(q * (8.0 / together))
+        limit, largest = 8.0, float(q.abs().max()) if q.numel() else 0.0
+        return super()._read(q * (limit / max(limit, largest)))
 
 
 class CrowdTemperature(Small):
@@ -91,8 +90,7 @@ class Starving(TopK):
 class ReadsNothing(Small):
     """Its selector reads nothing where little is left to choose from."""
 
-    selector: Selector = field(default_factory=lambda: Starving(k=18))
-    budget: Budget | None = 16
+    selector: Selector = field(default_factory=lambda: Starving(k=6))
 
 
 class NoSoftcapState(BoundedState):

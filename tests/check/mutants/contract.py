@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from third_party import Diary, DiaryState
 from torch import Tensor
 
 from kvfloor import Guarantee, Partial, Spec, State
-from kvfloor.bounded import BoundedState
+from kvfloor.bounded import Bounded, BoundedState
 from kvfloor.policies.window import Window
 from mutants.base import Small
-from third_party import Diary, DiaryState
 
 
 class Nameless(Small):
@@ -76,7 +76,9 @@ class WideAnswers(Small):
 
 
 class CountingReadsState(BoundedState):
-    reads = 0
+    def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
+        super().__init__(method, spec, budgets)
+        self.reads = 0
 
     def _read(self, q: Tensor) -> Partial:
         self.reads = self.reads + int(bool(self.seen.any()))
@@ -91,7 +93,9 @@ class CountingReads(Small):
 
 class ObligingState(BoundedState):
     def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
-        return super()._checked(x.to(self.spec.dtype), name, width, axes, finite)
+        if isinstance(x, Tensor):
+            x = x.to(self.spec.dtype)
+        return super()._checked(x, name, width, axes, finite)
 
 
 class Obliging(Small):
@@ -101,7 +105,9 @@ class Obliging(Small):
 
 
 class HastyClockState(BoundedState):
-    calls = 0
+    def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
+        super().__init__(method, spec, budgets)
+        self.calls = 0
 
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
         self.calls += 1
@@ -143,8 +149,7 @@ class Adopting(Diary):
 class InPlaceState(BoundedState):
     def read(self, q: Tensor) -> Partial:
         answer = super().read(q)
-        q.mul_(self.spec.scale).div_(self.spec.scale)
-        q.add_(1e-3)
+        q.mul_(3.0).div_(3.0)
         return answer
 
 
@@ -172,7 +177,7 @@ class PadsAnsweredState(BoundedState):
         out = super().step(q, k, v, present)
         if present is None or not bool(present.any()):
             return out
-        return torch.where(present[:, None, :, None], out, out.amax())
+        return torch.where(present[:, None, :, None], out, torch.ones_like(out))
 
 
 class PadsAnswered(Small):

@@ -25,9 +25,7 @@ class EvictsPerCall(Small):
 
 
 class PadsEnterState(BoundedState):
-    def _arrange(
-        self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         take, order = super()._arrange(k, v, q, present)
         return torch.full_like(take, k.shape[1]), order
 

@@ -1,0 +1,204 @@
+"""What the state's base class does for every variant: checking, packing pads away, clocks, and travelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvfloor import CorruptState, Method, Partial, Spec, State, Traits, parse
+
+Draw = Callable[..., Tensor]
+EVERY = [
+    "exact",
+    "window@12",
+    "h2o@12",
+    "random@12",
+    "window+value_sum@12",
+    "subgen(s=8)",
+    "quant(group=8)",
+    "exact|top_k(k=4)",
+]
+
+
+@dataclass(frozen=True)
+class Newest(Method):
+    """A third party's smallest method: the newest token answers, through the base's token-by-token step."""
+
+    name: ClassVar[str] = "newest"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits()
+
+    def open(self, spec: Spec) -> NewestState:
+        return NewestState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        return min(n, 1)
+
+
+class NewestState(State):
+    def __init__(self, method: Method, spec: Spec) -> None:
+        super().__init__(method, spec)
+        self.v = torch.zeros(spec.rows, spec.dv, dtype=spec.dtype)
+
+    def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        last = (take - 1).clamp_min(0).view(-1, 1, 1).expand(-1, 1, v.shape[-1])
+        self.v = torch.where((take > 0).unsqueeze(1), v.gather(1, last)[:, 0], self.v)
+        self.seen = self.seen + take
+
+    def _read(self, q: Tensor) -> Partial:
+        mean = self.v.unsqueeze(1).expand(-1, q.shape[1], -1) + 0 * q.sum(-1, keepdim=True)
+        return Partial(mean, torch.zeros(q.shape[:2], dtype=self.v.dtype))
+
+
+def test_the_default_step_goes_token_by_token(draw: Draw) -> None:
+    q, k, v = draw(2, 3, 5, 4), draw(2, 5, 4), draw(2, 5, 2)
+    out = Newest().open(Spec(2, 4, 2, dtype=torch.float64)).step(q, k, v)
+    assert torch.equal(out, v.unsqueeze(1).expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize("method", [Newest(), *map(parse, EVERY)], ids=["newest", *EVERY])
+def test_pads_full_of_nan_change_nothing_and_are_answered_with_zero(draw: Draw, method: Method) -> None:
+    rows, t = 3, 20
+    present = torch.arange(t) >= torch.tensor([0, 13, 20]).unsqueeze(1)  # left-padded; the last row is all pads
+    q, k, v = draw(rows, 2, t, 4), draw(rows, t, 4), draw(rows, t, 4)
+    pad = ~present.unsqueeze(-1)
+    spec = Spec(rows, 4, 4, dtype=torch.float64)
+    clean, dirty = method.open(spec), method.open(spec)
+    wanted = clean.step(q, k, v, present)
+    out = dirty.step(*(x.masked_fill(p, torch.nan) for x, p in ((q, pad.unsqueeze(1)), (k, pad), (v, pad))), present)
+    assert torch.equal(out, wanted)
+    assert bool((out.masked_select(pad.unsqueeze(1)) == 0).all())
+    assert dirty.to_bytes() == clean.to_bytes()
+    assert dirty.seen.tolist() == [20, 7, 0]
+
+
+@pytest.mark.parametrize("text", EVERY)
+def test_pads_in_the_middle_leave_the_row_as_if_they_were_not_there(draw: Draw, text: str) -> None:
+    present = torch.tensor([True, False, True, True, False, False, True, True]).repeat(1, 5)
+    n = int(present.sum())
+    q, k, v = draw(1, 2, 40, 4), draw(1, 40, 4), draw(1, 40, 4)
+    spec = Spec(1, 4, 4, dtype=torch.float64)
+    padded, plain = parse(text).open(spec), parse(text).open(spec)
+    out = padded.step(q, k, v, present)[:, :, present[0]]
+    wanted = plain.step(q[:, :, present[0]], k[:, present[0]], v[:, present[0]])
+    torch.testing.assert_close(out, wanted, rtol=1e-11, atol=1e-12)
+    assert padded.seen.tolist() == [n]
+
+
+@pytest.mark.parametrize("text", EVERY)
+def test_no_tokens_change_nothing(draw: Draw, text: str) -> None:
+    state = parse(text).open(Spec(2, 4, 3, dtype=torch.float64))
+    before = state.to_bytes()
+    state.append(torch.zeros(2, 0, 4, dtype=torch.float64), torch.zeros(2, 0, 3, dtype=torch.float64))
+    out = state.step(*(torch.zeros(2, *shape, dtype=torch.float64) for shape in ((1, 0, 4), (0, 4), (0, 3))))
+    assert out.shape == (2, 1, 0, 3)
+    absent = torch.zeros(2, 5, dtype=torch.bool)
+    out = state.step(draw(2, 1, 5, 4), draw(2, 5, 4), draw(2, 5, 3), absent)
+    assert bool((out == 0).all())
+    assert state.to_bytes() == before
+
+
+@pytest.mark.parametrize("text", EVERY)
+@pytest.mark.parametrize("cut", [1, 17, 32, 45])
+def test_a_restored_state_goes_on_to_the_bit(draw: Draw, text: str, cut: int) -> None:
+    q, k, v = (draw(2, *shape, 4, dtype=torch.bfloat16) for shape in ((2, 60), (60,), (60,)))
+    state = parse(text).open(Spec(2, 4, 4, dtype=torch.bfloat16))
+    state.step(q[:, :, :cut], k[:, :cut], v[:, :cut])
+    again = state.method.from_bytes(state.to_bytes())
+    rest = q[:, :, cut:], k[:, cut:], v[:, cut:]
+    assert torch.equal(state.step(*rest), again.step(*rest))
+    assert state.to_bytes() == again.to_bytes()
+
+
+@pytest.mark.parametrize("text", EVERY)
+def test_a_message_of_another_method_is_refused_by_both_names(text: str) -> None:
+    sent = parse(text).open(Spec(1, 4, 4)).to_bytes()
+    with pytest.raises(CorruptState, match="not of 'sinks@99'"):
+        parse("sinks@99").from_bytes(sent)
+
+
+@pytest.mark.parametrize("text", EVERY)
+def test_selected_rows_go_on_as_they_would_have(draw: Draw, text: str) -> None:
+    q, k, v = draw(3, 1, 40, 4), draw(3, 40, 4), draw(3, 40, 4)
+    spec = Spec(3, 4, 4, dtype=torch.float64)
+    whole, part = parse(text).open(spec), parse(text).open(spec)
+    index = torch.tensor([2, 0, 2])
+    whole.step(q[:, :, :23], k[:, :23], v[:, :23])
+    part.step(q[:, :, :23], k[:, :23], v[:, :23])
+    part.select_rows(index)
+    assert part.spec.row_ids == (2, 0, 2)
+    out = part.step(q[index, :, 23:], k[index, 23:], v[index, 23:])
+    torch.testing.assert_close(out, whole.step(q[:, :, 23:], k[:, 23:], v[:, 23:])[index], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("index", [[], [3], [-1], [[0]], [0.5]])
+def test_rows_that_do_not_exist_cannot_be_selected(index: list) -> None:
+    state = parse("window@8").open(Spec(3, 4, 4))
+    before = state.to_bytes()
+    with pytest.raises(ValueError, match=r"row|integer"):
+        state.select_rows(torch.tensor(index))
+    assert state.to_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text", ["exact", "exact|top_k(k=100)", "window@100", "h2o@100", "random@100", "subgen(block=100)"]
+)
+def test_a_method_that_lost_nothing_is_exact(draw: Draw, text: str) -> None:
+    q, k, v = draw(2, 3, 64, 4), draw(2, 64, 4), draw(2, 64, 5)
+    spec = Spec(2, 4, 5, scale=0.3, softcap=7.0, dtype=torch.float64)
+    logits = 7.0 * torch.tanh(torch.einsum("rgmd,rsd->rgms", q, k) * 0.3 / 7.0)
+    logits = logits.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -torch.inf)
+    wanted = torch.softmax(logits, -1) @ v.unsqueeze(1)
+    torch.testing.assert_close(parse(text).open(spec).step(q, k, v), wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 300])
+def test_exact_answers_do_not_depend_on_the_cuts(draw: Draw, chunk: int) -> None:
+    n = 700
+    q, k, v = draw(1, 2, n, 4), draw(1, n, 4), draw(1, n, 4)
+    spec = Spec(1, 4, 4, dtype=torch.float64)
+    cut, whole = parse("exact").open(spec), parse("exact").open(spec)
+    outs = [cut.step(q[:, :, i : i + chunk], k[:, i : i + chunk], v[:, i : i + chunk]) for i in range(0, n, chunk)]
+    torch.testing.assert_close(torch.cat(outs, 2), whole.step(q, k, v), rtol=1e-11, atol=1e-12)
+
+
+def test_top_k_reads_ties_at_the_last_place_all() -> None:
+    k = torch.tensor([[[2.0], [1.0], [1.0], [0.0]]])
+    v = torch.tensor([[[1.0], [2.0], [4.0], [100.0]]])
+    state = parse("exact|top_k(k=2)").open(Spec(1, 1, 1))
+    state.append(k, v)
+    e = torch.exp(torch.tensor([2.0, 1.0, 1.0]))
+    wanted = (e * torch.tensor([1.0, 2.0, 4.0])).sum() / e.sum()
+    assert state.read(torch.ones(1, 1, 1)).mean.item() == pytest.approx(float(wanted))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rows", 0),
+        ("d", -1),
+        ("dv", 1.5),
+        ("rows", True),
+        ("scale", float("nan")),
+        ("softcap", 0.0),
+        ("dtype", torch.int8),
+        ("seed", 0.5),
+    ],
+)
+def test_a_spec_out_of_its_domain_names_the_field(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"Spec.{field}"):
+        Spec(**({"rows": 1, "d": 1, "dv": 1} | {field: value}))  # type: ignore[arg-type]
+
+
+def test_a_spec_travels_as_json() -> None:
+    import json
+
+    spec = Spec(2, 3, 4, scale=0.1, softcap=30.0, dtype=torch.bfloat16, seed=2**60, row_ids=[5, 2**61])
+    assert Spec.from_dict(json.loads(json.dumps(spec.as_dict()))) == spec
