@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvfloor.method import Method, Spec
 from kvfloor.partial import Partial
-from kvfloor.slots import Slots
+from kvfloor.slots import Slots, View
 from kvfloor.state import State
 
 
@@ -36,9 +36,9 @@ class Blocked(State):
         del q
         return None
 
-    def _hide(self, q: Tensor, hide: Tensor | None, width: int) -> Tensor | None:
-        """The slots a query may not see, grown by what the variant chooses not to read."""
-        del q, width
+    def _hide(self, q: Tensor, view: View, hide: Tensor | None) -> Tensor | None:
+        """What q may not see of `view`, grown by what the variant chooses not to read."""
+        del q, view
         return hide
 
     def _notice(self, q: Tensor, before: Tensor, take: Tensor) -> None:
@@ -98,15 +98,14 @@ class Blocked(State):
         if a > 1 or bool((before + a != width).any()):
             hide = (torch.arange(width) > limit.unsqueeze(-1)).to(q.device)
             hide = hide.unsqueeze(1).expand(-1, g, -1, -1).reshape(hide.shape[0], g * a, width)
-        part = Partial.over(flat, view.k, view.v, self.spec, hide=self._hide(flat, hide, width))
+        part = Partial.over(flat, view.k, view.v, self.spec, hide=self._hide(flat, view, hide))
         rest = self._rest(flat)
         return part if rest is None else part.merge(rest)
 
     def _read(self, q: Tensor) -> Partial:
         view = self.slots.view()
-        width = view.k.shape[1]
         hide = None if view.live is None else ~view.live.unsqueeze(1)
-        part = Partial.over(q, view.k, view.v, self.spec, hide=self._hide(q, hide, width))
+        part = Partial.over(q, view.k, view.v, self.spec, hide=self._hide(q, view, hide))
         rest = self._rest(q)
         return part if rest is None else part.merge(rest)
 

@@ -16,7 +16,7 @@ from kvfloor.partial import Partial
 from kvfloor.policies.policy import Ledger, Policy
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.selector import Selector
-from kvfloor.slots import Slots
+from kvfloor.slots import Slots, View
 from kvfloor.summaries.drop import Drop
 from kvfloor.summaries.summary import Summary
 
@@ -174,8 +174,8 @@ class BoundedState(Blocked):
             raise ValueError(f"the GQA group was {self.queries.shape[1]} so far and is {q.shape[1]} now: it is fixed")
         return super()._step(k, v, q, take)
 
-    def _hide(self, q: Tensor, hide: Tensor | None, width: int) -> Tensor | None:
-        return self._plan.selector.hide(q, self.slots.view(width=width), self.spec, hide)
+    def _hide(self, q: Tensor, view: View, hide: Tensor | None) -> Tensor | None:
+        return self._plan.selector.hide(q, view, self.spec, hide)
 
     def _rest(self, q: Tensor) -> Partial | None:
         return None if self.summary is None else self.summary.read(q)
@@ -186,6 +186,11 @@ class BoundedState(Blocked):
         rows, g, a, d = q.shape
         if self.queries is None:
             self.queries = torch.zeros(rows, g, self.block, d, dtype=q.dtype, device=q.device)
+        start = int(self.seen[0]) % self.block
+        if bool((self.seen % self.block == start).all()) and bool((take == a).all()):
+            self.queries[:, :, start : start + a] = q
+            self.asked[:, start : start + a] = True
+            return
         row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
         place = (self.seen % self.block)[row] + j
         self.queries[row, :, place] = q[row, :, j]

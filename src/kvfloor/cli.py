@@ -105,9 +105,10 @@ def audit(
             raise ValueError(f"--contexts {contexts!r}: give numbers of tokens joined by commas, such as 1024,2048")
         chosen["contexts"] = tuple(int(part) for part in split_list(contexts))
     question = Question(model=model, prompts=prompts, n=n, seed=seed, out=out, command=_command_line(), **chosen)
+    _quiet_transformers()
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         bar = progress.add_task("loading the model", total=None)
 
         def track(total: int, text: str) -> None:
@@ -126,6 +127,14 @@ def audit(
             stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)
         if missed:
             raise typer.Exit(1)
+
+
+def _quiet_transformers() -> None:
+    """Its own progress bars would break ours, and the promise of one line on stderr."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _command_line() -> str:
@@ -193,14 +202,11 @@ def break_(
     """Play a lower bound's hard instance against a method: what it certifies against what it spends."""
     from kvfloor.audit.files import open_folder, replace_file
     from kvfloor.barriers import BARRIERS, play
-    from kvfloor.registry import parse
 
     names = list(BARRIERS) if barrier == "all" else [barrier]
     if out is not None:
         open_folder(out)
-    results = [
-        play(parse(method), barrier=name, n=n, d=d, dv=dv, bits=bits, eta=eta, seed=seed).as_dict() for name in names
-    ]
+    results = [play(method, barrier=name, n=n, d=d, dv=dv, bits=bits, eta=eta, seed=seed).as_dict() for name in names]
     document = {"schema": 1, "rows": results} if barrier == "all" else {"schema": 1, **results[0]}
     if out is not None:
         replace_file(out / "result.json", json.dumps(document, indent=1) + "\n")
@@ -235,7 +241,7 @@ def check(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """The table of methods: policies, summaries, selectors and whole methods."""
+    """The table of methods: policies, summaries, selectors and whole methods; --json has all columns."""
     from kvfloor.catalogue import rows
 
     table = rows()
@@ -246,8 +252,8 @@ def methods(as_json: Json = False) -> None:
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False)
-    for name in table[0]:
+    for name in ("name", "kind", "memory", "about"):
         shown.add_column(name, overflow="fold", no_wrap=name in ("name", "kind"))
     for row in table:
-        shown.add_row(*(", ".join(v) if isinstance(v, list) else str(v) for v in row.values()))
+        shown.add_row(*(row[name] for name in ("name", "kind", "memory", "about")))
     Console().print(shown, markup=False, highlight=False)

@@ -13,7 +13,7 @@ from kvfloor.method import Guarantee, Method, Spec, Traits, part_text
 from kvfloor.partial import Partial
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.selector import Selector
-from kvfloor.slots import Slots
+from kvfloor.slots import Slots, View
 
 _FIRST_SLOTS = 64
 _QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
@@ -66,8 +66,8 @@ class ExactState(Blocked):
     def _close(self, rows: Tensor | None) -> None:
         """Nothing ever leaves."""
 
-    def _hide(self, q: Tensor, hide: Tensor | None, width: int) -> Tensor | None:
-        return self._selector.hide(q, self.slots.view(), self.spec, hide)
+    def _hide(self, q: Tensor, view: View, hide: Tensor | None) -> Tensor | None:
+        return self._selector.hide(q, view, self.spec, hide)
 
     def _answer(self, q: Tensor, before: Tensor) -> Partial:
         """Without a selector and with rows in step, the causal part needs no mask: past and chunk merge."""

@@ -98,27 +98,26 @@ class Slots(Memory):
     # ---- writing -------------------------------------------------------------------------------------------
 
     def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor) -> None:
-        """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a)."""
+        """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a).
+
+        They start at zero in every column: a reused slot still has its last tenant's number.
+        """
         self._reserve(self.held + take)
         a, at = k.shape[1], int(self.held[0])
         if self.stride and bool((self.held == at).all()) and bool((take == a).all()):
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
                 store.view(self.spec.rows, self.stride, *store.shape[1:])[:, at : at + a] = new
+            for store in self._columns().values():
+                store.view(self.spec.rows, self.stride)[:, at : at + a] = 0
         else:
             wanted = torch.arange(a) < take.unsqueeze(1)
             slot = (self.offset + self.held).unsqueeze(1) + torch.arange(a)
             slot, wanted = slot[wanted].to(self.k.device), wanted.to(self.k.device)
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
                 store[slot] = new[wanted]
-        for store in self._columns().values():
-            self._fill_new(store, take)
+            for store in self._columns().values():
+                store[slot] = 0
         self.held = self.held + take
-
-    def _fill_new(self, store: Tensor, take: Tensor) -> None:
-        """New tokens start at zero in every column (a reused slot still has its last tenant's number)."""
-        wanted = torch.arange(int(take.max())) < take.unsqueeze(1)
-        slot = ((self.offset + self.held).unsqueeze(1) + torch.arange(wanted.shape[1]))[wanted]
-        store[slot.to(store.device)] = 0
 
     def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
         """Write a column back for `rows`: values (r, width)."""

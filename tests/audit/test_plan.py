@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfloor.audit.plan import BASELINES, Item, prompt_work, settings, split_list, task_work
+from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, split_list, task_work
 
 
 def words(text: str) -> int:
@@ -63,14 +63,14 @@ def prompts(tmp_path: Path, lines: list[str]) -> Path:
 
 def test_bare_prompts_are_visible_only(tmp_path: Path) -> None:
     line = json.dumps({"prompt": "two and two is", "answer": "four"})
-    (work,) = prompt_work(prompts(tmp_path, [line] * 3), ["after"], 3, words)
+    (work,) = prompt_work("mine", read_prompts(prompts(tmp_path, [line] * 3), 3), ["after"], words)
     assert work.cell == ("mine", 4, "visible")
     assert work.items[0] == Item("two and two is", "", "four", ends=False)
 
 
 def test_prompts_with_a_question_follow_both_protocols(tmp_path: Path) -> None:
     line = json.dumps({"context": "a b c", "question": "d", "answer": "e"})
-    work = prompt_work(prompts(tmp_path, [line] * 2), ["after", "visible"], 2, words)
+    work = prompt_work("mine", read_prompts(prompts(tmp_path, [line] * 2), 2), ["after", "visible"], words)
     assert [one.cell.protocol for one in work] == ["after", "visible"]
 
 
@@ -78,11 +78,11 @@ def test_prompts_with_a_question_follow_both_protocols(tmp_path: Path) -> None:
 def test_a_broken_line_is_named_by_its_number(tmp_path: Path, broken: str) -> None:
     good = json.dumps({"prompt": "x", "answer": "y"})
     with pytest.raises(ValueError, match=r"mine\.jsonl line 3 "):
-        prompt_work(prompts(tmp_path, [good, "", broken, good]), ["visible"], 1, words)
+        read_prompts(prompts(tmp_path, [good, "", broken, good]), 1)
 
 
 def test_too_few_prompts_and_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 32"):
-        prompt_work(prompts(tmp_path, [json.dumps({"prompt": "x", "answer": "y"})]), ["visible"], 32, words)
+        read_prompts(prompts(tmp_path, [json.dumps({"prompt": "x", "answer": "y"})]), 32)
     with pytest.raises(ValueError, match="cannot read the prompts file"):
-        prompt_work(tmp_path / "none.jsonl", ["visible"], 32, words)
+        read_prompts(tmp_path / "none.jsonl", 32)

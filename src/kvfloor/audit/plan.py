@@ -75,6 +75,15 @@ def _under(method: Method, sizes: Sequence[Budget]) -> list[Method]:
     return [m for m in bounded if m is not None] or [method]
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise ValueError for a name that is no built-in task."""
+    from kvfloor.tasks import TASKS as KNOWN
+
+    unknown = [name for name in tasks if name not in KNOWN]
+    if unknown or not tasks:
+        raise ValueError(f"unknown task {(unknown or [''])[0]!r}; the tasks are {', '.join(KNOWN)}")
+
+
 def task_work(
     tasks: Sequence[str],
     contexts: Sequence[int],
@@ -83,12 +92,10 @@ def task_work(
     seed: int,
     count: Callable[[str], int],
 ) -> list[Work]:
-    """Cells of the built-in tasks; samples are the same for every protocol. ValueError for an unknown task."""
+    """Cells of the built-in tasks; samples are the same for every protocol."""
     from kvfloor.tasks import TASKS as KNOWN
 
-    unknown = [name for name in tasks if name not in KNOWN]
-    if unknown:
-        raise ValueError(f"unknown task {unknown[0]!r}; the tasks are {', '.join(KNOWN)}")
+    check_tasks(tasks)
     work = []
     for task in tasks:
         for context in contexts:
@@ -98,23 +105,29 @@ def task_work(
     return work
 
 
-def prompt_work(path: Path, protocols: Sequence[Any], n: int, count: Callable[[str], int]) -> list[Work]:
-    """Cells of a user's JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
+def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
+    """A user's JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
 
-    A bare prompt has no separate question, so only the `visible` protocol applies to it. Raises ValueError
-    naming the file and the line that is broken, or the number of samples if it is below `n`.
+    Raises ValueError naming the file and the line that is broken, or how many samples there are if fewer than `n`.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as cause:
         raise ValueError(f"cannot read the prompts file {str(path)!r}: {cause}") from None
-    items = [_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    items = tuple(_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip())
     if len(items) < n:
         raise ValueError(f"{path} has {len(items)} samples; an audit row needs at least {n}: add prompts")
+    return items
+
+
+def prompt_work(
+    name: str, items: tuple[Item, ...], protocols: Sequence[Any], count: Callable[[str], int]
+) -> list[Work]:
+    """Cells of a user's prompts; a bare prompt has no separate question, so only `visible` applies to it."""
     split = all(item.question for item in items)
     allowed = [p for p in protocols if split or p == "visible"] or ["visible"]
     context = max(count(item.context) for item in items)
-    return [Work(Cell(path.stem, context, protocol), tuple(items)) for protocol in allowed]
+    return [Work(Cell(name, context, protocol), items) for protocol in allowed]
 
 
 def _item(line: str, where: str) -> Item:

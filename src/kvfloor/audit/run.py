@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvfloor.audit.explain import why
 from kvfloor.audit.files import open_folder
-from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, prompt_work, settings, task_work
+from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, check_tasks, prompt_work, read_prompts, settings, task_work
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Row, document, write_rows
 from kvfloor.audit.statistics import MIN_SAMPLES
@@ -77,6 +77,8 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
     if unknown or not question.protocols:
         raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from after, visible")
     plan = settings(question.methods, question.budgets)
+    check_tasks(question.tasks)
+    items = None if question.prompts is None else read_prompts(question.prompts, question.n)
     open_folder(question.out)
 
     from kvfloor.audit.measure import Bench, run_cells
@@ -87,8 +89,8 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
 
     model, tokenizer = load(question.model)
     bench = Bench(prepare(model), tokenizer, question.seed)
-    if question.prompts is not None:
-        work = prompt_work(question.prompts, question.protocols, question.n, bench.count)
+    if question.prompts is not None and items is not None:
+        work = prompt_work(question.prompts.stem, items, question.protocols, bench.count)
     else:
         work = task_work(question.tasks, question.contexts, question.protocols, question.n, question.seed, bench.count)
     total = len(plan) * len(work)

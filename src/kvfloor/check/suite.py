@@ -128,7 +128,8 @@ def run_checks(
 ) -> Outcome:
     """Try every law that the method claims, under every dtype and GQA group where these matter to it.
 
-    Elsewhere the first dtype and the last group stand for all. A law that fails is listed with its first failure; a check that ends in any other exception has failed as well.
+    Elsewhere the first dtype and the last group stand for all. A law that fails is listed with its first failure;
+    a check that ends in any other exception has failed as well.
     Raises ValueError where the method cannot be opened at all (no budget, say).
     """
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law

@@ -10,8 +10,9 @@ self-attention layers".)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import LlamaForCausalLM
 
 EMBEDDING = 0.14  # standard deviation of token embeddings
 CONSTANT = 0.8  # channel 0 of every embedding: what positions alone decide is read from it
@@ -23,7 +24,7 @@ NOISE = 0.3  # gain of the random part of queries and keys
 QUIET = 0.05  # gain of the random part of what writes into the residual stream; other gains are 1
 
 
-def initialise(model: LlamaForCausalLM) -> None:
+def initialise(model: Any) -> None:
     """Fills all weights of a freshly made model in place, from torch's global generator."""
     half = model.config.hidden_size // 2
     with torch.no_grad():
@@ -41,7 +42,7 @@ def initialise(model: LlamaForCausalLM) -> None:
             match(model, layer)
 
 
-def heads(model: LlamaForCausalLM, layer: int) -> tuple[torch.Tensor, ...]:
+def heads(model: Any, layer: int) -> tuple[torch.Tensor, ...]:
     """Views of one layer's q (kv, group, dim, hidden), k and v (kv, dim, hidden), o (hidden, kv, group, dim)."""
     config, block = model.config, model.model.layers[layer].self_attn
     kv, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
@@ -53,13 +54,13 @@ def heads(model: LlamaForCausalLM, layer: int) -> tuple[torch.Tensor, ...]:
     )
 
 
-def summary(model: LlamaForCausalLM) -> torch.Tensor:
+def summary(model: Any) -> torch.Tensor:
     """The fixed random projection (quarter, half) in which tokens are noted and compared."""
     half = model.config.hidden_size // 2
     return torch.randn(half // 2, half, generator=torch.Generator().manual_seed(0)) * half**-0.5
 
 
-def look_back(model: LlamaForCausalLM) -> None:
+def look_back(model: Any) -> None:
     """Makes head h of the first layer attend mostly to the token h + 1 places before; two of them take notes."""
     q, k, v, o = heads(model, 0)
     hidden, dim = model.config.hidden_size, model.config.head_dim
@@ -82,7 +83,7 @@ def look_back(model: LlamaForCausalLM) -> None:
     o[half + half // 2 :, 0, 1, :width] += NOTE * project
 
 
-def match(model: LlamaForCausalLM, layer: int) -> None:
+def match(model: Any, layer: int) -> None:
     """Starts a later layer's heads at "find where this was noted, copy what stands there".
 
     Head 0 of keys compares the present token with the note one back; head 1 compares half of that and half of

@@ -118,17 +118,24 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.curriculum.restore(state["curriculum"])
         self.done, self.seen, self.seconds = state["progress"]
-        self.stages = [
-            *state.get("stages", [(0, " ".join(flags(Recipe(steps=100000))))]),
-            (self.done, self.stages[0][1]),
-        ]
+        self.stages = [*state["stages"], (self.done, self.stages[0][1])]
+
+    def command(self) -> str:
+        """What makes these weights, typed after one another: a resumed run names the steps it was stopped at."""
+        ends = [start for start, _ in self.stages[1:]] + [self.done]
+        starts = ["python -m kvfloor.models.train --out OUT"] + [
+            "python -m kvfloor.models.train --out OUT --resume"
+        ] * (len(ends) - 1)
+        return " && ".join(
+            f"{start} {given} --stop {end}" for start, (_, given), end in zip(starts, self.stages, ends, strict=True)
+        )
 
     def export(self, out: Path) -> None:
         """Model, tokenizer and `training.json` in the layout of transformers."""
         self.model.save_pretrained(out)
         self.tokenizer.save_pretrained(out)
         facts = {
-            "command": "python -m kvfloor.models.train " + " ".join(flags(self.recipe)),
+            "command": self.command(),
             "seed": self.recipe.seed,
             "steps": self.done,
             "tokens": self.seen,
@@ -178,19 +185,21 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
     for name in ("lr", "focus"):
         parser.add_argument(f"--{name}", type=float, default=getattr(usual, name))
+    parser.add_argument("--stop", type=int, help="steps after which to stop early, for a resumption")
     given = vars(parser.parse_args())
-    out, resume, threads, every = (given.pop(key) for key in ("out", "resume", "threads", "every"))
+    out, resume, threads, every, stop = (given.pop(key) for key in ("out", "resume", "threads", "every", "stop"))
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(Recipe(**given))
     if resume:
         trainer.resume(out / "checkpoint.pt")
     mean = 0.0
-    while trainer.done < trainer.recipe.steps:
+    last = trainer.recipe.steps if stop is None else min(stop, trainer.recipe.steps)
+    while trainer.done < last:
         mean += (trainer.step() - mean) / min(50, trainer.done)
         if trainer.done % 50 == 0:
             report(trainer, mean)
-        if trainer.done % every == 0 or trainer.done == trainer.recipe.steps:
+        if trainer.done % every == 0 or trainer.done == last:
             trainer.save(out / "checkpoint.pt")
             trainer.export(out)
 

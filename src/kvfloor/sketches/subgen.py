@@ -66,7 +66,8 @@ class SubGen(Method):
             least = self.block + 2 + self.t
             if self.budget < least:
                 raise ValueError(
-                    f"a budget of {self.budget} tokens is too small for subgen: it needs at least {least} (block + 2 + t)"
+                    f"a budget of {self.budget} tokens is too small for subgen: it needs at least {least}, which is "
+                    "block + 2 + t"
                 )
 
     @property
