@@ -1,16 +1,14 @@
 """The suite as a user meets it: outcomes, reasons, errors, and the yardsticks behind the laws."""
 
+import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from mutants.stored import BytesByFormula
 from mutants.tokens import OneTooMany
 
+import kvfloor.check
 from kvfloor import Spec, check_method, parse
 from kvfloor.check import CHECKS, Broken, Setting, run_checks
 from kvfloor.check.ground import play, probes, slots_of, small_pieces, spec_for, stream_for, tokens_of
@@ -47,31 +45,17 @@ def test_every_law_is_one_sentence() -> None:
         assert check.law.endswith(".") and len(check.law) < 120, check.name
 
 
-def test_a_law_is_enforced_without_assert_statements() -> None:
-    here = Path(__file__).parent
-    program = (
-        "from mutants.stored import BytesByFormula\n"
-        "from kvfloor.check import CHECKS, Broken, Setting\n"
-        "try:\n    CHECKS['nbytes'].run(BytesByFormula(), Setting())\n"
-        "except Broken as broken:\n    print(broken)\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-O", "-c", program],
-        env=os.environ | {"PYTHONPATH": str(here)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "a walk finds" in run.stdout
-    with pytest.raises(Broken, match="a walk finds"):
-        CHECKS["nbytes"].run(BytesByFormula(), Setting())
+def test_no_verdict_rests_on_an_assert_statement_which_python_o_would_drop() -> None:
+    for file in Path(kvfloor.check.__file__).parent.glob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        assert not any(isinstance(node, ast.Assert) for node in nodes), file.name
 
 
 def test_apart_counts_nan_as_infinitely_far_and_equal_infinities_as_equal() -> None:
     minus = torch.tensor([-torch.inf, 1.0])
     assert apart(minus, minus) == 0.0
     assert apart(minus, torch.tensor([-torch.inf, 1.5])) == 0.5
-    assert apart(minus, torch.tensor([0.0, 1.0])) == float("inf") or apart(minus, torch.tensor([0.0, 1.0])) > 1e300
+    assert apart(minus, torch.tensor([0.0, 1.0])) == float("inf")
     assert apart(torch.tensor([torch.nan]), torch.tensor([1.0])) == float("inf")
 
 
@@ -125,4 +109,5 @@ def test_probes_belong_to_the_seed() -> None:
 
 
 def test_tolerances_do_not_grow_unnoticed() -> None:
-    assert AGREE == {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+    pinned = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+    assert pinned == AGREE

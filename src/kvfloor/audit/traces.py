@@ -47,7 +47,9 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
     dialogue.feed(asks)
     traces = []
     for parts in seen.values():
-        q, k, v = (torch.cat([part[i] for part in parts], dim=2) for i in range(3))
+        q = torch.cat([part[0] for part in parts], dim=2)
+        k = torch.cat([part[1] for part in parts], dim=2)
+        v = torch.cat([part[2] for part in parts], dim=2)
         batch, kv_heads, n, d = k.shape
         rows = batch * kv_heads
         trace = Trace(

@@ -68,8 +68,7 @@ def check_select_rows(method: Method, at: Setting) -> None:
     state = method.open(spec)
     play(state, stream, stop=middle)
     chosen = _row(state, *index)
-    assert spec.row_ids is not None
-    expected = [spec.row_ids[i] for i in index]
+    expected = list(spec.select(torch.tensor(index)).row_ids or ())
     require(
         list(chosen.spec.row_ids or ()) == expected,
         f"rows {index} should have ids {expected}, not {chosen.spec.row_ids}",

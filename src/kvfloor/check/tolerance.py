@@ -21,7 +21,7 @@ def apart(a: Tensor, b: Tensor) -> float:
     """The largest difference between a and b; equal infinities differ by 0, NaN by infinity."""
     a, b = a.to(torch.float64), b.to(torch.float64)
     difference = torch.where(a == b, 0.0, (a - b).abs())
-    return float(torch.nan_to_num(difference, nan=torch.inf).max()) if difference.numel() else 0.0
+    return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
 
 
 def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:

@@ -26,8 +26,9 @@ EXERCISES = ("echo", "drill")
 class Curriculum:
     """Each task's level (index into LENGTHS) and its last results there."""
 
-    def __init__(self, longest: int, focus: float = 1.0) -> None:
+    def __init__(self, longest: int, focus: float = 1.0, share: float = 0.0) -> None:
         self.focus = focus
+        self.share = share
         self.longest = max(i for i, n in enumerate(LENGTHS) if n <= longest)
         self.level = {name: LENGTHS.index(FIRST_LENGTH.get(name, LENGTHS[0])) for name in TASKS}
         self.recent = {name: deque[bool](maxlen=WINDOW) for name in (*TASKS, *EXERCISES)}
@@ -50,7 +51,8 @@ class Curriculum:
         while sum(len(e.ids) for e in examples) < tokens * 0.9:
             row = len(examples)
             index = step * 1000 + row
-            name = focus if row == 0 else rng.choices(ready, weights)[0]
+            chosen = row == 0 or (self.share > 0 and rng.random() < self.share)
+            name = focus if chosen else rng.choices(ready, weights)[0]
             dice = rng.random() if length <= EXERCISE_UP_TO else 1.0
             if dice < ECHO:
                 examples.append(echo(rng, length, lexicon))

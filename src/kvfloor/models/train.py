@@ -48,6 +48,7 @@ class Recipe:
     layers: int = 4
     hidden: int = 128
     focus: float = 1.0
+    share: float = 0.0
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up, constant, linear decay to zero over the last `decay` steps."""
@@ -67,7 +68,7 @@ class Trainer:
         plain = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-        self.curriculum = Curriculum(recipe.longest, recipe.focus)
+        self.curriculum = Curriculum(recipe.longest, recipe.focus, recipe.share)
         self.stages = [(0, " ".join(flags(recipe)))]
         self.done = 0
         self.seen = 0
@@ -169,7 +170,7 @@ def answers(logits: torch.Tensor, data: Batch) -> list[tuple[str, bool]]:
 
 def flags(recipe: Recipe) -> list[str]:
     """The command-line flags that give this recipe."""
-    names = ("seed", "steps", "decay", "warmup", "lr", "tokens", "longest", "layers", "hidden", "focus")
+    names = ("seed", "steps", "decay", "warmup", "lr", "tokens", "longest", "layers", "hidden", "focus", "share")
     return [f"--{name} {getattr(recipe, name)}" for name in names]
 
 
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
     for name in ("seed", "steps", "decay", "warmup", "tokens", "longest", "layers", "hidden"):
         parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
-    for name in ("lr", "focus"):
+    for name in ("lr", "focus", "share"):
         parser.add_argument(f"--{name}", type=float, default=getattr(usual, name))
     parser.add_argument("--stop", type=int, help="steps after which to stop early, for a resumption")
     given = vars(parser.parse_args())
