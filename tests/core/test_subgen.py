@@ -330,3 +330,16 @@ def test_a_budget_bounds_what_is_stored_whatever_comes(draw: Draw, budget: int) 
     s, centres = state.method.sizes()  # type: ignore[attr-defined]
     assert int(state.clusters[0]) == centres
     assert s + centres * (1 + 4) / 2 + 16 <= budget + 0.5
+
+
+def test_the_guarantee_is_withdrawn_when_a_longer_query_is_asked(draw: Draw) -> None:
+    state = opened("subgen(delta=0.05,radius=2.0,t=4,s=5000,failure=0.5)", d=2, dv=1)
+    k, v, q = draw(1, 4, 2), draw(1, 4, 1), torch.zeros(1, 1, 4, 2, dtype=torch.float64)
+    q[..., 0] = 1.9
+    state.step(q, k, v)
+    kept = state.guarantee()
+    assert kept is not None and kept.holds
+    q[0, 0, 2, 0] = 2.1
+    state.step(q, k, v)
+    withdrawn = state.guarantee()
+    assert withdrawn is not None and not withdrawn.holds and "2.1" in withdrawn.why

@@ -140,6 +140,7 @@ class SubGenState(Blocked):
         self.pair_v = torch.zeros(rows, s, spec.dv, **like)
         self.pair_key = torch.full((rows, s), torch.inf, **wide)
         self.mu = torch.zeros(rows, **wide)
+        self.longest_query = torch.zeros(rows, **wide)  # |q| of the queries that came with tokens
         self.overfull = torch.zeros(rows, dtype=torch.bool, device=spec.device)
 
     @property
@@ -154,9 +155,23 @@ class SubGenState(Blocked):
 
     def guarantee(self) -> Guarantee | None:
         stated = self._plan.guarantee(self.spec)
-        if stated is not None and bool(self.overfull.any()):
+        if stated is None:
+            return None
+        longest = float(self.longest_query.max()) * abs(self.spec.scale)
+        if bool(self.overfull.any()):
             return replace(stated, holds=False, why="the cap on centres was reached: a key joined beyond delta")
+        if self._plan.radius is not None and longest > self._plan.radius:
+            return replace(stated, holds=False, why=f"a query of |q| * scale = {longest:.4g} was asked")
         return stated
+
+    def _notice(self, q: Tensor, before: Tensor, take: Tensor) -> None:
+        real = torch.arange(q.shape[2]) < take.unsqueeze(1)
+        norms = q.to(torch.float64).norm(dim=-1).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
+        self.longest_query = torch.maximum(self.longest_query, norms.amax((1, 2)))
+
+    def _attend(self, q: Tensor) -> Partial:
+        self._notice(q, self.slots.held, torch.full_like(self.seen, q.shape[2]))
+        return super()._attend(q)
 
     # ---- reading -------------------------------------------------------------------------------------------
 
