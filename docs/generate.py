@@ -50,18 +50,20 @@ def cli_page() -> str:
 
 
 def file_map() -> str:
-    """One line per module: its path and the first sentence of its docstring."""
-    lines, folder = ["```"], None
-    for path in sorted((ROOT / "src/kvfloor").rglob("*.py"), key=lambda p: (p.parent != ROOT / "src/kvfloor", p)):
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        sentence = re.split(r"(?<=[.:])\s", (ast.get_docstring(module) or "").strip(), maxsplit=1)[0].rstrip(":.")
-        sentence = " ".join(sentence.split())
-        inside = path.relative_to(ROOT / "src/kvfloor")
-        if inside.parent != folder:
-            folder = inside.parent
-            lines.append(f"src/kvfloor/{'' if folder == Path('.') else f'{folder.as_posix()}/'}")
-        lines.append(f"  {inside.name:<18} {sentence}")
+    """One line per folder and module: the first sentence of its docstring."""
+    package = ROOT / "src/kvfloor"
+    folders = sorted({path.parent for path in package.rglob("*.py")}, key=lambda p: (p != package, p))
+    lines = ["```"]
+    for folder in folders:
+        lines.append(f"{folder.relative_to(ROOT).as_posix() + '/':<22} {first_sentence(folder / '__init__.py')}")
+        modules = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
+        lines += [f"  {path.name:<20} {first_sentence(path)}" for path in modules]
     return "\n".join([*lines, "```"])
+
+
+def first_sentence(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(re.split(r"(?<=\.)\s", text.strip(), maxsplit=1)[0].split()).rstrip(".")
 
 
 def between(text: str, name: str, inside: str) -> str:

@@ -12,9 +12,10 @@ from kvfloor.check.law import require
 AGREE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
 # Against float64, an answer may err 1.5 times as much as plain attention in the same dtype does (the rule of
-# FlashAttention's tests is 2), plus one rounding of an answer of size 1 where plain attention happens to be exact.
+# FlashAttention's tests is 2), plus what rounding does where plain attention happens to be exact: in half precision to
+# one answer of size 1, otherwise to the few float32 or float64 sums behind a log-mass of size 8.
 TIMES_PLAIN = 1.5
-ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def apart(a: Tensor, b: Tensor) -> float:
