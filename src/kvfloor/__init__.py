@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kvfloor.registry import parse
     from kvfloor.state import State
 
-__all__ = [  # noqa: F822  (served by __getattr__)
+__all__ = [
     "Bounded",
     "CorruptState",
     "Exact",

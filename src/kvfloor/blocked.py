@@ -9,7 +9,9 @@ from torch import Tensor
 
 from kvfloor.method import Method, Spec
 from kvfloor.partial import Partial
-from kvfloor.slots import Slots, View
+from kvfloor.selectors.everything import Everything
+from kvfloor.selectors.selector import Selector
+from kvfloor.slots import Slots
 from kvfloor.state import State
 
 
@@ -36,10 +38,10 @@ class Blocked(State):
         del q
         return None
 
-    def _hide(self, q: Tensor, view: View, hide: Tensor | None) -> Tensor | None:
-        """What q may not see of `view`, grown by what the variant chooses not to read."""
-        del q, view
-        return hide
+    @property
+    def _selector(self) -> Selector:
+        """Which of the held tokens a query reads."""
+        return Everything()
 
     def _notice(self, q: Tensor, before: Tensor, take: Tensor) -> None:
         """Queries q (rows, g, a, d) were answered; `before` tokens were held when their block-mates arrived."""
@@ -68,11 +70,14 @@ class Blocked(State):
             index = slice(start, start + a) if level else (done.unsqueeze(1) + torch.arange(a)).to(k.device)
             before = self.slots.held
             new_k, new_v = _cut(k, index), _cut(v, index)
+            if not level:  # what lies beyond a row's own tokens may be anything, NaN too
+                beyond = (torch.arange(a) >= take.unsqueeze(1)).unsqueeze(-1).to(k.device)
+                new_k, new_v = new_k.masked_fill(beyond, 0), new_v.masked_fill(beyond, 0)
             position = (self.seen.unsqueeze(1) + torch.arange(a)).to(k.device)
             self.slots.push(new_k, new_v, position, take)
             if q is not None and out is not None:
                 piece = _cut(q, index)
-                mean = self._answer(piece, before).mean.view(*piece.shape[:3], -1)
+                mean = self._answer(piece, new_k, new_v, before).mean.view(*piece.shape[:3], -1)
                 if level:
                     out[:, :, index] = mean
                 else:
@@ -85,27 +90,48 @@ class Blocked(State):
             if bool(full.any()):
                 self._close(None if bool(full.all()) else full.nonzero().squeeze(1))
 
-    def _answer(self, q: Tensor, before: Tensor) -> Partial:
-        """Answers to q (rows, g, a, d), whose tokens are the `a` newest: each sees what came up to itself."""
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+        """Answers to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself.
+
+        Where everything held is read, the tokens from before (`before` of them per row) and the new ones are two
+        partials: neither needs a mask of rows x queries x slots.
+        """
         rows, g, a, d = q.shape
         flat = q.reshape(rows, g * a, d)
+        if a == 1 or not isinstance(self._selector, Everything):
+            part = self._among_all(flat, g, before)
+        else:
+            later = torch.ones(a, a, dtype=torch.bool, device=q.device).triu(1).repeat(g, 1).unsqueeze(0)
+            part = Partial.over(flat, new_k, new_v, self.spec, hide=later)
+            past = int(before.max())
+            if past > 0:
+                view = self.slots.view(width=past)
+                gone = torch.arange(past) >= before.unsqueeze(1)  # the rows' own new tokens, or nothing yet
+                hide = gone.unsqueeze(1).to(q.device) if bool(gone.any()) else None
+                part = Partial.over(flat, view.k, view.v, self.spec, hide=hide).merge(part)
+        rest = self._rest(flat)
+        return part if rest is None else part.merge(rest)
+
+    def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
+        """One product over all slots, the causal rule as a mask: queries (rows, g*a, d), the selector choosing."""
+        m = flat.shape[1]
         view = self.slots.view()
-        width = view.k.shape[1]
+        width, a = view.k.shape[1], m // g
         limit = before.unsqueeze(1) + torch.arange(a)  # last slot each query may see, by row
         if bool((before == before[0]).all()):
             limit = limit[:1]
         hide = None
         if a > 1 or bool((before + a != width).any()):
-            hide = (torch.arange(width) > limit.unsqueeze(-1)).to(q.device)
-            hide = hide.unsqueeze(1).expand(-1, g, -1, -1).reshape(hide.shape[0], g * a, width)
-        part = Partial.over(flat, view.k, view.v, self.spec, hide=self._hide(flat, view, hide))
-        rest = self._rest(flat)
-        return part if rest is None else part.merge(rest)
+            hide = (torch.arange(width) > limit.unsqueeze(-1)).to(flat.device)
+            if a > 1:
+                hide = hide.unsqueeze(1).expand(-1, g, -1, -1).reshape(hide.shape[0], m, width)
+        hide = self._selector.hide(flat, view, self.spec, hide)
+        return Partial.over(flat, view.k, view.v, self.spec, hide=hide)
 
     def _read(self, q: Tensor) -> Partial:
         view = self.slots.view()
         hide = None if view.live is None else ~view.live.unsqueeze(1)
-        part = Partial.over(q, view.k, view.v, self.spec, hide=self._hide(q, view, hide))
+        part = Partial.over(q, view.k, view.v, self.spec, hide=self._selector.hide(q, view, self.spec, hide))
         rest = self._rest(q)
         return part if rest is None else part.merge(rest)
 

@@ -16,7 +16,7 @@ from kvfloor.partial import Partial
 from kvfloor.policies.policy import Ledger, Policy
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.selector import Selector
-from kvfloor.slots import Slots, View
+from kvfloor.slots import Slots
 from kvfloor.summaries.drop import Drop
 from kvfloor.summaries.summary import Summary
 
@@ -174,8 +174,9 @@ class BoundedState(Blocked):
             raise ValueError(f"the GQA group was {self.queries.shape[1]} so far and is {q.shape[1]} now: it is fixed")
         return super()._step(k, v, q, take)
 
-    def _hide(self, q: Tensor, view: View, hide: Tensor | None) -> Tensor | None:
-        return self._plan.selector.hide(q, view, self.spec, hide)
+    @property
+    def _selector(self) -> Selector:
+        return self._plan.selector
 
     def _rest(self, q: Tensor) -> Partial | None:
         return None if self.summary is None else self.summary.read(q)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvfloor.blocked import Blocked
 from kvfloor.method import Guarantee, Method, Spec, Traits, part_text
-from kvfloor.partial import Partial
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.selector import Selector
-from kvfloor.slots import Slots, View
+from kvfloor.slots import Slots
 
 _FIRST_SLOTS = 64
 _QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
@@ -65,29 +63,6 @@ class ExactState(Blocked):
 
     def _close(self, rows: Tensor | None) -> None:
         """Nothing ever leaves."""
-
-    def _hide(self, q: Tensor, view: View, hide: Tensor | None) -> Tensor | None:
-        return self._selector.hide(q, view, self.spec, hide)
-
-    def _answer(self, q: Tensor, before: Tensor) -> Partial:
-        """Without a selector and with rows in step, the causal part needs no mask: past and chunk merge."""
-        rows, g, a, d = q.shape
-        past = int(before[0])
-        level = self.slots.stride and a > 1 and bool((self.slots.held == past + a).all())
-        if not (level and isinstance(self._selector, Everything)):
-            return super()._answer(q, before)
-        view = self.slots.view()
-        new = self._chunk(q, view.k[:, past:], view.v[:, past:])
-        if past == 0:
-            return new
-        old = Partial.over(q.reshape(rows, g * a, d), view.k[:, :past], view.v[:, :past], self.spec)
-        return old.merge(new)
-
-    def _chunk(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
-        """The chunk against itself: one causal mask for all rows."""
-        rows, g, a, d = q.shape
-        hide = torch.ones(a, a, dtype=torch.bool, device=q.device).triu(1)
-        return Partial.over(q.reshape(rows, g * a, d), k, v, self.spec, hide=hide.repeat(g, 1).unsqueeze(0))
 
     @property
     def bytes_read(self) -> int:

@@ -72,7 +72,7 @@ def check_empty(method: Method, at: Setting) -> None:
         part = state.read(probes(spec))
         require(bool((part.mean == 0).all()), f"{moment} the mean is not 0: {part.mean.flatten()[:3].tolist()}")
         require(bool((part.log_mass == -torch.inf).all()), f"{moment} the log-mass is not -inf")
-        answers = state.attend(stream.q)
+        answers = state.clone().attend(stream.q)  # of a clone: a policy may learn from it
         require(bool((answers == 0).all()), f"{moment} `attend` does not answer 0")
         state.append(stream.k[:, :0], stream.v[:, :0])
         outputs = state.step(stream.q[:, :, :0], stream.k[:, :0], stream.v[:, :0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from kvfloor.tasks import FULL, TASKS, Lexicon
@@ -26,7 +27,10 @@ EXERCISES = ("echo", "drill")
 class Curriculum:
     """Each task's level (index into LENGTHS) and its last results there."""
 
-    def __init__(self, longest: int, focus: float = 1.0, share: float = 0.0) -> None:
+    def __init__(
+        self, longest: int, focus: float = 1.0, share: float = 0.0, tasks: Sequence[str] = tuple(TASKS)
+    ) -> None:
+        self.tasks = [name for name in TASKS if name in tasks]
         self.focus = focus
         self.share = share
         self.longest = max(i for i, n in enumerate(LENGTHS) if n <= longest)
@@ -35,8 +39,8 @@ class Curriculum:
 
     def draw(self, seed: int, step: int, rng: random.Random, tokens: int) -> tuple[int, list[Example]]:
         """Context length and the examples of one step, about `tokens` tokens in all."""
-        names = list(TASKS)
-        ahead = max(self.level.values())
+        names = self.tasks
+        ahead = max(self.level[n] for n in names)
         needs = [1 + 0.5 * (ahead - self.level[n]) ** self.focus + (self.score(n) < PASS) for n in names]
         focus = rng.choices(names, needs)[0]
         level = self.level[focus]

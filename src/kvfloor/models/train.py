@@ -49,6 +49,7 @@ class Recipe:
     hidden: int = 128
     focus: float = 1.0
     share: float = 0.0
+    tasks: str = ",".join(TASKS)
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up, constant, linear decay to zero over the last `decay` steps."""
@@ -68,7 +69,7 @@ class Trainer:
         plain = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-        self.curriculum = Curriculum(recipe.longest, recipe.focus, recipe.share)
+        self.curriculum = Curriculum(recipe.longest, recipe.focus, recipe.share, recipe.tasks.split(","))
         self.stages = [(0, " ".join(flags(recipe)))]
         self.done = 0
         self.seen = 0
@@ -81,6 +82,8 @@ class Trainer:
         rng = stream("training", recipe.seed, n)
         length, examples = self.curriculum.draw(recipe.seed + TRAINING_SEED, n, rng, recipe.tokens)
         stretched = length >= STRETCH_FROM and rng.random() < STRETCH
+        # "which came last" is about distance itself: stretched positions would make it unanswerable
+        stretched = stretched and not any(span.task == "registers" for e in examples for span in e.spans)
         data = batch(examples, recipe.longest + recipe.longest // 8, rng if stretched else None)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(n)
@@ -170,7 +173,7 @@ def answers(logits: torch.Tensor, data: Batch) -> list[tuple[str, bool]]:
 
 def flags(recipe: Recipe) -> list[str]:
     """The command-line flags that give this recipe."""
-    names = ("seed", "steps", "decay", "warmup", "lr", "tokens", "longest", "layers", "hidden", "focus", "share")
+    names = ("seed", "steps", "decay", "warmup", "lr", "tokens", "longest", "layers", "hidden", "focus", "share", "tasks")
     return [f"--{name} {getattr(recipe, name)}" for name in names]
 
 
@@ -186,6 +189,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
     for name in ("lr", "focus", "share"):
         parser.add_argument(f"--{name}", type=float, default=getattr(usual, name))
+    parser.add_argument("--tasks", default=usual.tasks, help="tasks to draw, with commas")
     parser.add_argument("--stop", type=int, help="steps after which to stop early, for a resumption")
     given = vars(parser.parse_args())
     out, resume, threads, every, stop = (given.pop(key) for key in ("out", "resume", "threads", "every", "stop"))

@@ -29,7 +29,7 @@ def make(request: Request) -> Sample:
         context = " ".join(text)
         tokens = request.count(context)
         if tokens <= request.length:
-            return Sample(context, (Question(ask, " then ".join(names[:3])),))
+            return Sample(context, (Question(ask, " ".join(names[:3])),))
         # words of several tokens: as many fewer as the surplus says
         room -= max(1, (tokens - request.length) * len(text) // tokens)
 
