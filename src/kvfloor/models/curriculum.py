@@ -108,6 +108,14 @@ class Curriculum:
         """For a checkpoint."""
         return {"level": dict(self.level), "recent": {n: list(r) for n, r in self.recent.items()}}
 
+    def raise_to(self, length: int) -> None:
+        """Lifts every trained task to at least this context length, passed or not."""
+        floor = max((i for i, n in enumerate(LENGTHS) if n <= length), default=0)
+        for name in self.tasks:
+            if self.level[name] < floor:
+                self.level[name] = floor
+                self.recent[name].clear()
+
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up a checkpoint's levels and windows."""
         self.level = {n: min(level, self.longest) for n, level in state["level"].items()}

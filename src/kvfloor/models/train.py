@@ -49,6 +49,7 @@ class Recipe:
     hidden: int = 128
     focus: float = 1.0
     share: float = 0.0
+    floor: int = 0
     tasks: str = ",".join(TASKS)
 
     def rate(self, step: int) -> float:
@@ -121,6 +122,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curriculum.restore(state["curriculum"])
+        self.curriculum.raise_to(self.recipe.floor)
         self.done, self.seen, self.seconds = state["progress"]
         self.stages = [*state["stages"], (self.done, self.stages[0][1])]
 
@@ -173,7 +175,7 @@ def answers(logits: torch.Tensor, data: Batch) -> list[tuple[str, bool]]:
 
 def flags(recipe: Recipe) -> list[str]:
     """The command-line flags that give this recipe."""
-    names = ("seed", "steps", "decay", "warmup", "lr", "tokens", "longest", "layers", "hidden", "focus", "share", "tasks")
+    names = ("seed", "steps", "decay", "warmup", "lr", "tokens", "longest", "layers", "hidden", "focus", "share", "floor", "tasks")
     return [f"--{name} {getattr(recipe, name)}" for name in names]
 
 
@@ -185,7 +187,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (results depend on it)")
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
-    for name in ("seed", "steps", "decay", "warmup", "tokens", "longest", "layers", "hidden"):
+    for name in ("seed", "steps", "decay", "warmup", "tokens", "longest", "layers", "hidden", "floor"):
         parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
     for name in ("lr", "focus", "share"):
         parser.add_argument(f"--{name}", type=float, default=getattr(usual, name))

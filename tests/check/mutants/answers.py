@@ -16,8 +16,8 @@ from mutants.base import Small
 
 
 class FutureLeakState(BoundedState):
-    def _answer(self, q: Tensor, before: Tensor) -> Partial:
-        return super()._answer(q, before + 1)
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+        return self._among_all(q.flatten(1, 2), q.shape[1], before + 1)
 
 
 class FutureLeak(Small):
@@ -94,10 +94,10 @@ class ReadsNothing(Small):
 
 
 class NoSoftcapState(BoundedState):
-    def _answer(self, q: Tensor, before: Tensor) -> Partial:
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         capped, self.spec = self.spec, replace(self.spec, softcap=None)
         try:
-            return super()._answer(q, before)
+            return super()._answer(q, new_k, new_v, before)
         finally:
             self.spec = capped
 

@@ -45,8 +45,8 @@ class RelativeIds(Small):
 
 
 class SharedStabiliserState(BoundedState):
-    def _answer(self, q: Tensor, before: Tensor) -> Partial:
-        part = super()._answer(q, before)
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+        part = super()._answer(q, new_k, new_v, before)
         largest = self.slots.view().k.abs().max()
         return Partial((part.mean + largest) - largest, part.log_mass)
 
