@@ -135,3 +135,25 @@ def test_a_task_grows_exactly_when_it_passes_its_bar() -> None:
     for _ in range(5 * WINDOW):
         curriculum.record("kv", LENGTHS[curriculum.level["kv"]], True)
     assert curriculum.level["kv"] == 2, "never past the longest length"
+
+
+def test_raising_lifts_the_trained_tasks_only() -> None:
+    curriculum = Curriculum(LENGTHS[-1], tasks=("kv", "copy"))
+    start = curriculum.level["recall"]
+    curriculum.raise_to(LENGTHS[4])
+    assert curriculum.level["kv"] == curriculum.level["copy"] == 4
+    assert curriculum.level["recall"] == start
+    curriculum.raise_to(LENGTHS[2])
+    assert curriculum.level["kv"] == 4, "never lowered"
+
+
+def test_the_note_of_a_resumed_run_names_every_command(tmp_path: Path) -> None:
+    first = Trainer(TINY)
+    first.step()
+    first.save(tmp_path / "checkpoint.pt")
+    second = Trainer(Recipe(**(vars(TINY) | {"focus": 2.0})))
+    second.resume(tmp_path / "checkpoint.pt")
+    second.step()
+    start, end = second.command().split(" && ")
+    assert "--focus 1.0" in start and start.endswith("--stop 1")
+    assert "--resume" in end and "--focus 2.0" in end and end.endswith("--stop 2")

@@ -14,9 +14,9 @@ from kvfloor.method import Method
 from kvfloor.registry import parse
 
 BASELINES = ("exact", "quant(bits=8)", "quant(bits=4)", "random", "window", "sinks")
-METHODS = ("h2o", "h2o(score=mean)", "subgen")
+METHODS = ("h2o", "subgen")
 BUDGETS = ("64", "192")
-TASKS = ("recall", "passkey64", "words", "registers")
+TASKS = ("recall", "passkey64", "vartrack", "registers")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kvfloor.audit.rows import Row, document, write_rows
 from kvfloor.audit.statistics import MIN_SAMPLES
 
 DEFAULT_SAMPLES = 40
-DEFAULT_CONTEXT = 1024
+DEFAULT_CONTEXT = 512
 
 
 @dataclass(frozen=True)

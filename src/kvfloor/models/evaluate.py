@@ -23,6 +23,7 @@ from kvfloor.tasks import TASKS, Sample
 
 from .load import BUILTIN, builtin_path, load
 
+BAR = {2048: 0.95, 4096: 0.90}  # what the built-in model is meant to reach on every task
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
@@ -80,6 +81,12 @@ def evaluate(
     return scores
 
 
+def falls_short(scores: Sequence[dict[str, Any]]) -> list[str]:
+    """Tasks whose measured score is below the bar at some length, in the table's order."""
+    short = {s["task"] for s in scores if s["score"] < BAR.get(s["length"], 0.0)}
+    return [name for name in TASKS if name in short]
+
+
 def main() -> None:
     """Command line; `--record` writes the scores into the model folder's `training.json`."""
     parser = argparse.ArgumentParser(prog="python -m kvfloor.models.evaluate", description=__doc__)
@@ -103,7 +110,12 @@ def main() -> None:
     if given.record:
         folder = builtin_path() if given.model == BUILTIN else Path(given.model)
         note = folder / "training.json"
-        facts = json.loads(note.read_text()) | {"evaluation_seed": given.seed, "scores": scores}
+        old = json.loads(note.read_text())
+        # a task or length that is not measured again keeps its figures
+        fresh = {(s["task"], s["length"]) for s in scores}
+        kept = [s for s in old.get("scores", []) if (s["task"], s["length"]) not in fresh]
+        both = sorted(kept + scores, key=lambda s: (s["length"], list(TASKS).index(s["task"])))
+        facts = old | {"evaluation_seed": given.seed, "scores": both, "falls_short": falls_short(both)}
         note.write_text(json.dumps(facts, indent=1) + "\n")
     if given.json:
         print(json.dumps({"schema": 1, "model": given.model, "seed": given.seed, "rows": scores}))

@@ -175,7 +175,21 @@ def answers(logits: torch.Tensor, data: Batch) -> list[tuple[str, bool]]:
 
 def flags(recipe: Recipe) -> list[str]:
     """The command-line flags that give this recipe."""
-    names = ("seed", "steps", "decay", "warmup", "lr", "tokens", "longest", "layers", "hidden", "focus", "share", "floor", "tasks")
+    names = (
+        "seed",
+        "steps",
+        "decay",
+        "warmup",
+        "lr",
+        "tokens",
+        "longest",
+        "layers",
+        "hidden",
+        "focus",
+        "share",
+        "floor",
+        "tasks",
+    )
     return [f"--{name} {getattr(recipe, name)}" for name in names]
 
 
