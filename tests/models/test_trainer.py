@@ -155,5 +155,5 @@ def test_the_note_of_a_resumed_run_names_every_command(tmp_path: Path) -> None:
     second.resume(tmp_path / "checkpoint.pt")
     second.step()
     start, end = second.command().split(" && ")
-    assert "--focus 1.0" in start and start.endswith("--stop 1")
+    assert "--focus 1.5" in start and start.endswith("--stop 1")
     assert "--resume" in end and "--focus 2.0" in end and end.endswith("--stop 2")

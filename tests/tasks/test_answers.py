@@ -45,7 +45,7 @@ def from_words(context: str, question: Question) -> str:
     counts = Counter(context.split()).most_common(4)
     assert counts[0][1] > counts[1][1] > counts[2][1], "the order of the first three must be clear"
     assert len(counts) < 4 or counts[3][1] <= 0.75 * counts[2][1], "the fourth word must be clearly rarer"
-    return " ".join(word for word, _ in counts[:3])
+    return counts[0][0]
 
 
 def from_copy(context: str, question: Question) -> str:

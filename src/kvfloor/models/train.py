@@ -39,16 +39,16 @@ class Recipe:
     """All that decides the weights."""
 
     seed: int = 0
-    steps: int = 12000
-    decay: int = 3000
+    steps: int = 9000
+    decay: int = 1500
     warmup: int = 100
     lr: float = 2e-3
     tokens: int = 2048
     longest: int = LENGTHS[-1]
     layers: int = 4
     hidden: int = 128
-    focus: float = 1.0
-    share: float = 0.0
+    focus: float = 1.5
+    share: float = 0.7
     floor: int = 0
     tasks: str = ",".join(TASKS)
 

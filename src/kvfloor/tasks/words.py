@@ -1,4 +1,4 @@
-"""Frequent words: a long list of words, three of which come up clearly more often than all others."""
+"""Frequent words: a long list of words, three of which come up more often than the others; the first is asked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def make(request: Request) -> Sample:
     if len(things) < 4:
         raise ValueError(f"words needs at least 4 different words, this lexicon has {len(things)}")
     room = request.length - request.count("")
-    ask = "the three most frequent words are"
+    ask = "the most frequent of the words is"
     names = rng.sample(things, min(len(things), request.difficulty + 3))
     while True:
         if room < SHORTEST:
@@ -29,7 +29,7 @@ def make(request: Request) -> Sample:
         context = " ".join(text)
         tokens = request.count(context)
         if tokens <= request.length:
-            return Sample(context, (Question(ask, " ".join(names[:3])),))
+            return Sample(context, (Question(ask, names[0]),))
         # words of several tokens: as many fewer as the surplus says
         room -= max(1, (tokens - request.length) * len(text) // tokens)
 
@@ -53,7 +53,7 @@ def spread(total: int, kinds: int, most: int) -> list[int]:
 
 WORDS = Task(
     name="words",
-    about="the three most frequent words of a list, most frequent first",
+    about="the most frequent word of a list, with two close rivals",
     unit="other words",
     lowest=1,
     highest=256,
