@@ -114,13 +114,13 @@ class Codes(Memory):
 
     def decode(self, groups: int, spec: Spec) -> Tensor:
         """The first `groups` groups of every row: (rows, groups * group, width) in the spec's dtype."""
-        per_byte = 8 // self.bits
-        packed = self.packed[:, :groups].unsqueeze(-1)
-        shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * self.bits
-        code = (packed >> shifts) & (2**self.bits - 1)
-        code = code.flatten(-2)[..., : self.width].to(spec.compute_dtype)
-        x = code * self.step[:, :groups].to(code.dtype) + self.low[:, :groups].to(code.dtype)
-        return x.to(spec.dtype).flatten(1, 2)
+        code = self.packed[:, :groups]
+        if self.bits < 8:
+            shifts = torch.arange(8 // self.bits, dtype=torch.uint8, device=code.device) * self.bits
+            code = ((code.unsqueeze(-1) >> shifts) & (2**self.bits - 1)).flatten(-2)[..., : self.width]
+        dtype = spec.compute_dtype
+        low, step = self.low[:, :groups].to(dtype), self.step[:, :groups].to(dtype)
+        return torch.addcmul(low, code.to(dtype), step).to(spec.dtype).flatten(1, 2)
 
     def _pack(self, code: Tensor) -> Tensor:
         per_byte = 8 // self.bits
