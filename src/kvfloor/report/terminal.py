@@ -38,7 +38,8 @@ def _table(rows: Sequence[Row], answer: Recommendation) -> Table:
     cells, lines = scoreboard(rows, answer.standard)
     asked = "question visible" if cells[0].protocol == "visible" else "question after"
     samples = min(row.n for row in rows)
-    table = Table(title=Text(f"{asked}, {cells[0].context:,} tokens, n = {samples} per score"), title_justify="left")
+    title = Text(f"{asked}, {cells[0].context:,} tokens, n = {samples} per score")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("setting", no_wrap=True)
     table.add_column("state", justify="right", no_wrap=True)
     table.add_column("smaller", justify="right", no_wrap=True)

@@ -1,0 +1,49 @@
+"""Rows made by hand, one number at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kvfloor.audit.rows import Protocol, Row, measured_row
+
+Maker = Callable[..., Row]
+
+
+@pytest.fixture
+def row() -> Maker:
+    """row(method, right=..., task=..., size=...): a row with `right` of n samples right, exact all right."""
+
+    def make(
+        method: str,
+        right: int = 40,
+        task: str = "recall",
+        size: int = 1000,
+        n: int = 40,
+        exact_right: int = 40,
+        protocol: Protocol = "after",
+        peak: int | None = None,
+    ) -> Row:
+        return measured_row(
+            method=method,
+            budget_tokens=None,
+            task=task,
+            context=512,
+            protocol=protocol,
+            outcomes=[1] * right + [0] * (n - right),
+            exact_outcomes=[1] * exact_right + [0] * (n - exact_right),
+            state_bytes=size,
+            peak_state_bytes=size if peak is None else peak,
+            exact_bytes=10_000,
+            floor_bytes=500,
+            token_id_bytes=100,
+            bytes_read_per_token=size,
+            output_error_by_layer=[0.1, 0.3],
+            output_error_by_head=[[0.1, 0.1], [0.2, 0.4]],
+            prefill_ms=1.0,
+            decode_ms_per_token=0.5,
+            output_tokens=3.0,
+        )
+
+    return make

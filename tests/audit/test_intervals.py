@@ -1,0 +1,78 @@
+"""Intervals keep their promise by exact enumeration: no simulation, no noise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kvfloor.audit.statistics import paired_counts, paired_difference_interval, wilson_interval
+
+
+def test_wilson_covers_its_share_on_average() -> None:
+    n, shares = 32, [i / 40 for i in range(1, 40)]
+    intervals = [wilson_interval(right, n) for right in range(n + 1)]
+    covered = []
+    for share in shares:
+        mass = [math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1)]
+        covered.append(sum(m for m, (low, high) in zip(mass, intervals, strict=True) if low <= share <= high))
+    assert 0.94 < sum(covered) / len(covered) < 0.97
+    assert min(covered) > 0.89
+
+
+def test_wilson_has_width_at_the_ends() -> None:
+    low, high = wilson_interval(0, 32)
+    assert low == pytest.approx(0.0) and 0.1 < high < 0.11
+    low, high = wilson_interval(32, 32)
+    assert high == pytest.approx(1.0) and 0.89 < low < 0.9
+
+
+def multinomial(n: int, gain: float, loss: float) -> dict[tuple[int, int], float]:
+    """Probability of (gained, lost) among n pairs."""
+    rest = 1 - gain - loss
+    return {
+        (g, b): math.comb(n, g) * math.comb(n - g, b) * gain**g * loss**b * rest ** (n - g - b)
+        for g in range(n + 1)
+        for b in range(n + 1 - g)
+    }
+
+
+@pytest.mark.parametrize(("gain", "loss"), [(0.02, 0.02), (0.05, 0.2), (0.1, 0.1), (0.01, 0.3)])
+def test_the_paired_interval_covers_the_true_difference(gain: float, loss: float) -> None:
+    n = 32
+    covered = 0.0
+    for (gained, lost), mass in multinomial(n, gain, loss).items():
+        low, high = paired_difference_interval(gained, lost, n)
+        covered += mass * (low <= gain - loss <= high)
+    assert covered > 0.93
+
+
+def test_the_paired_interval_is_not_empty_without_discordant_pairs() -> None:
+    low, high = paired_difference_interval(0, 0, 40)
+    assert -0.1 < low < -0.05 and high == pytest.approx(-low)
+
+
+def test_the_paired_interval_is_mirrored_and_monotone() -> None:
+    low, high = paired_difference_interval(3, 9, 40)
+    other_low, other_high = paired_difference_interval(9, 3, 40)
+    assert low == pytest.approx(-other_high) and high == pytest.approx(-other_low)
+    lows = [paired_difference_interval(0, lost, 40)[0] for lost in range(41)]
+    assert lows == sorted(lows, reverse=True)
+    assert paired_difference_interval(0, 40, 40)[0] == -1.0
+
+
+def test_a_wider_confidence_gives_a_wider_interval() -> None:
+    narrow, wide = paired_difference_interval(1, 4, 40, 0.9), paired_difference_interval(1, 4, 40, 0.99)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_counts_of_pairs() -> None:
+    assert paired_counts([1, 0, 1, 0], [1, 1, 0, 0]) == (1, 1)
+    with pytest.raises(ValueError, match="pair"):
+        paired_counts([1, 0], [1])
+
+
+@pytest.mark.parametrize(("right", "n"), [(-1, 5), (6, 5), (0, 0)])
+def test_impossible_counts_are_refused(right: int, n: int) -> None:
+    with pytest.raises(ValueError, match="impossible"):
+        wilson_interval(right, n)

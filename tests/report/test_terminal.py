@@ -1,0 +1,37 @@
+"""The terminal table shows every setting and cannot be steered by a name."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+from kvfloor.audit.recommend import recommend
+from kvfloor.audit.rows import Row
+from kvfloor.report.terminal import print_report
+
+
+def printed(rows: list[Row], width: int = 160) -> str:
+    out = io.StringIO()
+    print_report(rows, recommend(rows), Console(file=out, width=width, force_terminal=False))
+    return out.getvalue()
+
+
+def test_every_setting_and_the_recommendation_are_there(rows: list[Row]) -> None:
+    some = [row for row in rows if row.task in ("recall", "words")]
+    text = printed(some)
+    assert all(row.method in text for row in some)
+    assert f"Use: {recommend(some).method}" in text
+
+
+def test_names_cannot_colour_or_steer_the_terminal(rows: list[Row]) -> None:
+    some = [replace(row, task="re\x1b[31mcall\r[bold]x[/bold]") for row in rows if row.task == "recall"]
+    text = printed(some)
+    assert "\x1b" not in text and "\r" not in text and "[bold]" in text
+
+
+def test_numbers_are_whole_at_eighty_columns(rows: list[Row]) -> None:
+    tasks = ("recall", "passkey64", "vartrack", "registers")
+    some = [replace(row, method=row.method.replace("(recent=32)", "")) for row in rows if row.task in tasks]
+    assert "…" not in printed(some, width=80)
