@@ -60,9 +60,9 @@ def test_bytes_are_those_of_one_sequences_storages(bench: Bench, work: Work) -> 
 
 def test_nothing_lost_means_no_error_and_a_small_window_means_some(bench: Bench, work: Work) -> None:
     prepared = bench.prepare(work)
-    exact = traces.errors(prepared.traces, parse("exact"), CONTEXT)
-    wide = traces.errors(prepared.traces, parse("window@512"), CONTEXT)
-    small = traces.errors(prepared.traces, parse("window@16"), CONTEXT)
+    exact = traces.errors(prepared.traces, parse("exact"))
+    wide = traces.errors(prepared.traces, parse("window@512"))
+    small = traces.errors(prepared.traces, parse("window@16"))
     layers, heads = bench.model.config.num_hidden_layers, bench.model.config.num_key_value_heads
     assert torch.tensor(small).shape == (layers, heads)
     assert torch.tensor(exact).max() < 1e-5
@@ -101,3 +101,10 @@ def test_a_users_answer_may_go_on_a_tasks_may_not(bench: Bench) -> None:
     assert bench._is_right(item, said)
     assert not bench._is_right(replace(item, ends=True), said)
     assert not bench._is_right(replace(item, answer="71"), said)
+
+
+def test_a_byte_budget_is_of_one_sequence_and_a_share_of_the_context(bench: Bench, work: Work) -> None:
+    prepared = bench.prepare(work)
+    outcome = bench.run(parse("window@512KiB"), prepared)
+    assert 0.9 * 524288 < outcome.state_bytes <= 524288
+    assert bench.run(parse("window@25%"), prepared).budget_tokens == CONTEXT // 4

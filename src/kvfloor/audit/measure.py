@@ -13,9 +13,10 @@ from kvfloor import floors
 from kvfloor.audit import traces
 from kvfloor.audit.plan import Work
 from kvfloor.audit.rows import Row, measured_row
+from kvfloor.budget import resolve
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-from kvfloor.method import Method
+from kvfloor.method import Method, Spec
 
 CHUNK_SLOTS = 256  # prefill goes in chunks of this many slots, so that staged tokens do not dominate the peak
 TRACED_SAMPLES = 4
@@ -78,12 +79,16 @@ class Bench:
         spoken = [ask + answer for ask, answer in zip(asks[few], answers[few], strict=True)]
         return Prepared(work, contexts, asks, answers, traces.record(self.model, contexts[few], spoken))
 
+    def resolved(self, method: Method, prepared: Prepared) -> Method:
+        """The method with its budget in tokens; a share is of the context, bytes are of one sequence's cache."""
+        trace, layers = prepared.traces[0], len(prepared.traces)
+        spec = Spec(trace.kv_heads, trace.k.shape[2], trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype)
+        return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
+
     def run(self, method: Method, prepared: Prepared) -> Outcome:
         """Prefill, seal, ask, answer: all samples in one batch."""
-        batch = len(prepared.contexts)
-        cache = CompressedCache(
-            self.model.config, method, context=prepared.work.cell.context, seed=self.seed, requests=range(batch)
-        )
+        batch, method = len(prepared.contexts), self.resolved(method, prepared)
+        cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
         dialogue = Dialogue.start(self.model, cache, batch)
         begin = time.perf_counter()
         dialogue.feed(prepared.contexts, CHUNK_SLOTS)
@@ -93,8 +98,7 @@ class Bench:
         dialogue.feed(prepared.asks)
         most = max(len(answer) for answer in prepared.answers) + self._extra_tokens
         said, steps_ms = dialogue.answer(most, self.tokenizer.eos_token_id)
-        state = cache.compressed[0].state
-        budget = getattr(state.method, "budget", None) if state is not None else None
+        budget = getattr(method, "budget", None)
         return Outcome(
             right=tuple(int(self._is_right(*pair)) for pair in zip(prepared.work.items, said, strict=True)),
             state_bytes=math.ceil(state_bytes / batch),
@@ -109,7 +113,7 @@ class Bench:
     def row(self, method: Method, prepared: Prepared, outcome: Outcome, exact: Outcome) -> Row:
         """The row of a setting, beside what exact did on the same samples."""
         cell = prepared.work.cell
-        by_head = traces.errors(prepared.traces, method, cell.context)
+        by_head = traces.errors(prepared.traces, self.resolved(method, prepared))
         trace = prepared.traces[0]
         floor = floors.space(
             cell.context, trace.k.shape[2], trace.v.shape[2], heads=trace.kv_heads, layers=len(prepared.traces)

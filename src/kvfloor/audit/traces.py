@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfloor.budget import resolve
 from kvfloor.exact import Exact
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
@@ -63,29 +62,29 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
             parts[-1][0].shape[2],
             torch.empty(0),
         )
-        trace.exact = replay(trace, Exact(), layers=1, context=n)
+        trace.exact = replay(trace, Exact())
         traces.append(trace)
     return traces
 
 
-def replay(trace: Trace, method: Method, layers: int, context: int) -> Tensor:
-    """The method's answers (rows, g, asked, dv), float32, to the trace's last queries; sealed before them."""
+def replay(trace: Trace, method: Method) -> Tensor:
+    """Answers (rows, g, asked, dv), float32, of a method with a resolved budget to the trace's last queries."""
     spec = Spec(trace.k.shape[0], trace.k.shape[2], trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype)
-    state = resolve(method, spec, layers=layers, length=context, g=trace.q.shape[1]).open(spec)
+    state = method.open(spec)
     cut = trace.k.shape[1] - trace.asked
     state.step(trace.q[:, :, :cut], trace.k[:, :cut], trace.v[:, :cut], trace.present[:, :cut])
     state.seal()
     return state.step(trace.q[:, :, cut:], trace.k[:, cut:], trace.v[:, cut:], trace.present[:, cut:]).float()
 
 
-def errors(traces: Sequence[Trace], method: Method, context: int) -> list[list[float]]:
+def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:
     """Relative l2 error of the attention output per layer and kv head: ||answers - exact|| / ||exact||.
 
     Norms run over the samples, the group's heads, the question's and answer's tokens and the head width.
     """
     table = []
     for trace in traces:
-        answers = replay(trace, method, len(traces), context)
+        answers = replay(trace, method)
         real = trace.present[:, -trace.asked :, None].unsqueeze(1)
         shape = (-1, trace.kv_heads, *answers.shape[1:])
         wrong = ((answers - trace.exact) * real).view(shape).square().sum((0, 2, 3, 4))
