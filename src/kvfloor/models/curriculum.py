@@ -17,7 +17,9 @@ LENGTHS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 409
 FIRST_LENGTH = {"vartrack": 64}  # shorter contexts have no room for the smallest difficulty
 PASS = 0.93  # share of right answers, of the last WINDOW at a task's longest length, that lets it grow
 WINDOW = 48
+HUNGER = 4.0  # extra weight of a task that does not pass at its present level
 FRONTIER = 0.6  # share of batches at the focused task's longest length; the others revisit shorter ones
+ONE_ANSWER = {"words": 0.2}  # the same for tasks with one answer per sequence, however long: short ones teach more
 MIXED = 0.6  # share of long sequences that hold several tasks' facts
 MIX_FROM = 256
 EXERCISE_UP_TO, ECHO, DRILL = 192, 0.1, 0.2  # shares of short sequences that are bare repetition or bare facts
@@ -41,11 +43,11 @@ class Curriculum:
         """Context length and the examples of one step, about `tokens` tokens in all."""
         names = self.tasks
         ahead = max(self.level[n] for n in names)
-        needs = [1 + 0.5 * (ahead - self.level[n]) ** self.focus + (self.score(n) < PASS) for n in names]
+        needs = [1 + 0.5 * (ahead - self.level[n]) ** self.focus + HUNGER * (self.score(n) < PASS) for n in names]
         focus = rng.choices(names, needs)[0]
         level = self.level[focus]
         lowest = LENGTHS.index(FIRST_LENGTH.get(focus, LENGTHS[0]))
-        if rng.random() > FRONTIER:
+        if rng.random() > ONE_ANSWER.get(focus, FRONTIER):
             level = rng.randint(lowest, level)
         length = LENGTHS[level]
         ready = [n for n in names if self.level[n] >= level and FIRST_LENGTH.get(n, 0) <= length]

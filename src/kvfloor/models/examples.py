@@ -14,6 +14,8 @@ from .tokenizer import encode, vocabulary
 
 _VOCABULARY = vocabulary()
 EOS_ID, PAD_ID, STOP_ID = _VOCABULARY["<eos>"], _VOCABULARY["<pad>"], _VOCABULARY["."]
+BY_AGE = ("registers",)  # tasks that ask which of several facts is the latest: a lone jump would hide it
+NEAR = 96  # tokens at the end whose positions `widen` leaves alone
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Batch:
 
 
 def batch(examples: Sequence[Example], reach: int = 0, rng: random.Random | None = None) -> Batch:
-    """Pads `examples` to one length. With `rng`, positions are stretched to end at up to `reach`."""
+    """Pads `examples` to one length. With `rng`, positions are spread out to end at up to `reach`."""
     t = max(len(e.ids) for e in examples)
     m = max(sum(s.end - s.start for s in e.spans) for e in examples)
     ids = torch.full((len(examples), t), PAD_ID)
@@ -74,7 +76,8 @@ def batch(examples: Sequence[Example], reach: int = 0, rng: random.Random | None
     for i, e in enumerate(examples):
         ids[i, : len(e.ids)] = torch.tensor(e.ids)
         if rng is not None:
-            positions[i] += stretch(rng, e.ids, t, reach)
+            spread = widen if any(s.task in BY_AGE for s in e.spans) else jump
+            positions[i] += spread(rng, e.ids, t, reach)
         at, row = 0, []
         for s in e.spans:
             n = s.end - s.start
@@ -88,14 +91,28 @@ def batch(examples: Sequence[Example], reach: int = 0, rng: random.Random | None
     return Batch(ids, positions, where, targets, weights, columns)
 
 
-def stretch(rng: random.Random, ids: list[int], t: int, reach: int) -> torch.Tensor:
-    """Added positions (t,): up to three jumps, after sentence ends: short texts then show far distances."""
-    stops = [i + 1 for i, token in enumerate(ids) if token == STOP_ID and i + 1 < t]
+def jump(rng: random.Random, ids: list[int], t: int, reach: int) -> torch.Tensor:
+    """Added positions (t,): up to three jumps, after sentence ends (anywhere in a text without any)."""
+    stops = sentence_ends(ids, t) or list(range(1, t))
     jumps = torch.zeros(t, dtype=torch.long)
     room = rng.randint(0, max(0, reach - t))
     cuts = sorted(rng.sample(stops, min(len(stops), rng.randint(1, 3))))
     for cut in cuts:
-        jump = rng.randint(0, room)
-        jumps[cut] = jump
-        room -= jump
+        size = rng.randint(0, room)
+        jumps[cut] = size
+        room -= size
     return jumps.cumsum(0)
+
+
+def widen(rng: random.Random, ids: list[int], t: int, reach: int) -> torch.Tensor:
+    """Added positions (t,): the same gap after every sentence but the last few, so that ages keep their ratios."""
+    stops = [i for i in sentence_ends(ids, t) if i < len(ids) - NEAR]
+    jumps = torch.zeros(t, dtype=torch.long)
+    if stops:
+        jumps[stops] = rng.randint(0, max(0, reach - t) // len(stops))
+    return jumps.cumsum(0)
+
+
+def sentence_ends(ids: list[int], t: int) -> list[int]:
+    """Indexes below `t` that come right after a full stop."""
+    return [i + 1 for i, token in enumerate(ids) if token == STOP_ID and i + 1 < t]

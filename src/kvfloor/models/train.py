@@ -83,8 +83,6 @@ class Trainer:
         rng = stream("training", recipe.seed, n)
         length, examples = self.curriculum.draw(recipe.seed + TRAINING_SEED, n, rng, recipe.tokens)
         stretched = length >= STRETCH_FROM and rng.random() < STRETCH
-        # "which came last" is about distance itself: stretched positions would make it unanswerable
-        stretched = stretched and not any(span.task == "registers" for e in examples for span in e.spans)
         data = batch(examples, recipe.longest + recipe.longest // 8, rng if stretched else None)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(n)
