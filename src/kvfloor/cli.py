@@ -143,25 +143,61 @@ def _command_line() -> str:
 
 @app.command()
 def floors(
-    n: Annotated[int, typer.Option("--n", help="Tokens in the stream.")],
+    n: Annotated[int, typer.Option("--n", help="Tokens in the stream; visual: side of the last map.")],
     d: Annotated[int, typer.Option("--d", help="Width of a key.")],
     dv: Annotated[int | None, typer.Option("--dv", help="Width of a value; d unless given.")] = None,
-    eta: Annotated[float, typer.Option(help="Relative error that answers may have, in (0, 1).")] = 0.5,
+    attention: Annotated[str, typer.Option(help="standard, window, tensor or visual.")] = "standard",
+    metric: Annotated[
+        str, typer.Option(help="entrywise (takes --eta), or max, frobenius, operator (take --epsilon).")
+    ] = "entrywise",
+    epsilon: Annotated[
+        float | None, typer.Option(help="L2 error of max, frobenius, operator, relative to the values' norm.")
+    ] = None,
+    eta: Annotated[float, typer.Option(help="Relative error that answers may have, in [0, 1).")] = 0.5,
     p: Annotated[float, typer.Option("--p", help="Probability that a whole answer is right, in (0, 1].")] = 0.9,
     radius: Annotated[float | None, typer.Option(help="Bound on the logits: scale * max|q| * max|k|.")] = None,
     window: Annotated[int | None, typer.Option(help="Sliding window, in tokens.")] = None,
+    caches: Annotated[int | None, typer.Option(help="tensor: 4 (tokens arrive; the default) or 2 (pairs do).")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="visual: how much smaller the map before is; 2 if not given.")
+    ] = None,
     heads: Annotated[int, typer.Option(help="Kv heads.")] = 1,
     layers: Annotated[int, typer.Option(help="Layers.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Bits of memory that attention needs in the worst case, by theorem, with explicit constants."""
+    """Bits of memory that attention needs in the worst case, by theorem, beside what is known to suffice."""
     from kvfloor.floors import space
 
-    floor = space(n, d, dv, eta=eta, p=p, radius=radius, window=window, heads=heads, layers=layers)
+    floor = space(
+        n, d, dv, attention=attention, metric=metric, epsilon=epsilon, eta=eta, p=p, radius=radius, window=window,
+        caches=caches, ratio=ratio, heads=heads, layers=layers,
+    )  # fmt: skip
+    document = floor.as_dict()
     if as_json:
-        _print_json({"schema": 1, **floor.as_dict()})
+        _print_json({"schema": 1, **document})
         return
-    _print_pairs(floor.as_dict())
+    possible = document.pop("possible")
+    _print_pairs(document)
+    _print_possible(floor.bits, floor.bytes, possible)
+
+
+def _print_possible(bits: float, size: int, possible: list[dict[str, Any]]) -> None:
+    """The floor and every memory that suffices, with how many times the floor it is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memory", overflow="fold")
+    for name in ("bits", "bytes", "x floor"):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("when", overflow="fold")
+    table.add_row("impossible below", _number(bits), _number(size), "1" if bits else "-", "the worst case")
+    for memory in possible:
+        cells = ["-" if memory[name] is None else _number(memory[name]) for name in ("bits", "bytes", "ratio")]
+        told = "vacuous; " if memory["vacuous"] and "vacuous" not in memory["condition"] else ""
+        table.add_row(f"possible: {memory['name']}", *cells, told + memory["condition"])
+    Console().print()
+    Console().print(table, markup=False, highlight=False)
 
 
 def _print_pairs(pairs: dict[str, Any]) -> None:
@@ -188,33 +224,56 @@ def _number(value: Any) -> str:
 
 @app.command("break")
 def break_(
-    method: Annotated[str, typer.Argument(help="A method, e.g. 'window@256', or module:Class.")],
-    barrier: Annotated[str, typer.Option(help="Which hard instance to play, or all.")] = "spike",
-    n: Annotated[int, typer.Option("--n", help="Tokens that hide bits.")] = 1024,
-    d: Annotated[int, typer.Option("--d", help="Width of a key.")] = 64,
-    dv: Annotated[int | None, typer.Option("--dv", help="Width of a value; d unless given.")] = None,
-    bits: Annotated[int, typer.Option(help="Hidden bits per value coordinate.")] = 1,
-    eta: Annotated[float, typer.Option(help="Relative error that answers may have, in (0, 1).")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Seeds the public keys and the method, never the hidden bits alone.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for result.json.")] = None,
+    method: Annotated[str, typer.Argument(help="A method, e.g. 'window@256', module:Class, or optimum.")],
+    barrier: Annotated[
+        str, typer.Option(help="spike, packing, sparse, window, probing, tensor, visual, or all.")
+    ] = "spike",
+    n: Annotated[int | None, typer.Option("--n", help="Tokens of the stream; 1024 unless given.")] = None,
+    d: Annotated[int | None, typer.Option("--d", help="Width of a key; 64 (packing: 8) unless given.")] = None,
+    dv: Annotated[int | None, typer.Option("--dv", help="Width of a value; d (packing: 64) unless given.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Hidden bits per value coordinate, 1 to 24.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Relative error that answers may have, in [0, 1).")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the public keys and the method, never the hidden bits.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    heads: Annotated[int | None, typer.Option(help="spike: kv heads, independent instances in one state.")] = None,
+    layers: Annotated[int | None, typer.Option(help="spike: layers, likewise.")] = None,
+    codebook: Annotated[int | None, typer.Option(help="spike: hide which n of so many public keys come.")] = None,
+    radius: Annotated[float | None, typer.Option(help="packing: the largest logit.")] = None,
+    window: Annotated[int | None, typer.Option(help="window: coded tokens at the end.")] = None,
+    caches: Annotated[int | None, typer.Option(help="tensor: 4 (tokens are kept) or 2 (pairs are).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for result.json and barriers.html with its sweeps.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Play a lower bound's hard instance against a method: what it certifies against what it spends."""
+    """Play lower bounds' hard instances against a method: what it certifies against what it spends."""
     from kvfloor.audit.files import open_folder, replace_file
-    from kvfloor.barriers import BARRIERS, play
+    from kvfloor.barriers import play, play_all
 
-    names = list(BARRIERS) if barrier == "all" else [barrier]
+    given = {
+        "n": n, "d": d, "dv": dv, "bits": bits, "eta": eta, "dtype": dtype, "heads": heads, "layers": layers,
+        "codebook": codebook, "radius": radius, "window": window, "caches": caches,
+    }  # fmt: skip
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if out is not None:
         open_folder(out)
-    results = [play(method, barrier=name, n=n, d=d, dv=dv, bits=bits, eta=eta, seed=seed).as_dict() for name in names]
-    document = {"schema": 1, "rows": results} if barrier == "all" else {"schema": 1, **results[0]}
+    if barrier == "all":
+        results = play_all(method, seed=seed, **arguments)
+    else:
+        results = [play(method, barrier=barrier, seed=seed, **arguments)]
+    plain = [result.as_dict() for result in results]
+    document = {"schema": 1, "rows": plain} if barrier == "all" else {"schema": 1, **plain[0]}
     if out is not None:
+        from kvfloor.report.barriers import render
+
+        render(results, _command_line(), out / "barriers.html")
         replace_file(out / "result.json", json.dumps(document, indent=1) + "\n")
     if as_json:
         _print_json(document)
         return
-    for result in results:
-        _print_pairs(result)
+    from kvfloor.report.terminal import print_barriers
+
+    print_barriers(results)
+    if out is not None:
+        print(f"\nreport: {out / 'barriers.html'}")
 
 
 @app.command()

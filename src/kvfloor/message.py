@@ -75,6 +75,12 @@ def unpack(data: bytes) -> tuple[str, dict[str, Any], dict[str, Any]]:
         raise CorruptState(f"the header is not one that this release writes: {cause}") from None
 
 
+def payload_bytes(data: bytes) -> int:
+    """Bytes of a message that are tensors: what is left without magic, header and digest."""
+    prefix = len(MAGIC) + 8
+    return len(data) - prefix - int.from_bytes(data[len(MAGIC) : prefix], "little") - _DIGEST_BYTES
+
+
 def _flatten(fields: dict[str, Any], path: str, entries: list[list[Any]], chunks: list[bytes]) -> None:
     for name, value in fields.items():
         full = f"{path}/{name}" if path else name

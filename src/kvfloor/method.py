@@ -94,7 +94,8 @@ class Spec:
 class Traits:
     """What a method promises; a conformance law runs where its trait is claimed.
 
-    reference       the attention law it approximates: "softmax", or "unmasked" (evicted tokens keep logit 0)
+    reference       the attention law it approximates: "softmax", "unmasked" (evicted tokens keep logit 0), or
+                    "tensor" (softmax over pairs of tokens)
     normalised      answers are convex combinations of the values it was given (they stay in their hull)
     value_linear    answers are linear in the values, for fixed keys and queries
     lossy_values    values are stored with an error even while nothing was dropped
@@ -102,7 +103,7 @@ class Traits:
     constant_memory nbytes never grows once opened
     """
 
-    reference: Literal["softmax", "unmasked"] = "softmax"
+    reference: Literal["softmax", "unmasked", "tensor"] = "softmax"
     normalised: bool = True
     value_linear: bool = True
     lossy_values: bool = False
@@ -167,6 +168,15 @@ class Method(ABC):
         text = part_text(self, skip=("budget",))
         budget = getattr(self, "budget", None)
         return text if budget is None else f"{text}@{budget}"
+
+
+def standard_law(method: Method, place: str) -> Method:
+    """`method`, if it is one of standard attention; ValueError names `place`, where only such methods go."""
+    if method.traits.reference == "tensor":
+        raise ValueError(
+            f"{method} is tensor attention, over pairs of tokens; {place} takes methods of standard attention"
+        )
+    return method
 
 
 def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:

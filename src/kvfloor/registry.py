@@ -62,6 +62,12 @@ ALIASES: dict[str, str] = {
     "kivi": "quant",
 }
 
+# Not for a model's cache, so not in the table: another attention law, and what a barrier's floor is tight against.
+VARIANTS: dict[str, str] = {
+    "tensor": "kvfloor.variants.tensor:TensorAttention",
+    "public_bits": "kvfloor.barriers.optimum:PublicBits",
+}
+
 _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's arguments
 
 
@@ -167,16 +173,18 @@ def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _value(node: ast.expr) -> Any:
-    """A literal, or a bare word as a string: score=mean."""
+    """A literal, or as a string a bare word (score=mean) or a method (store=sinks(4)@32)."""
     if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
         return node.id
+    if isinstance(node, (ast.Call, ast.BinOp)):
+        return ast.unparse(node)
     return ast.literal_eval(node)
 
 
 def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
     """The class behind a name, an alias or `module:Class`; ValueError listing what there is."""
-    if ":" in name:
-        part = _imported(name)
+    if ":" in name or name in VARIANTS:
+        part = _imported(VARIANTS.get(name, name))
     else:
         found = TABLE.get(ALIASES.get(name, name))
         if found is None:

@@ -56,6 +56,16 @@ class State(Memory, metaclass=_Plain):
 
     # ---- what a variant writes -----------------------------------------------------------------------------
 
+    @property
+    def key_width(self) -> int:
+        """Numbers per token in `k`; the spec's d, unless the attention law takes more than one key."""
+        return self.spec.d
+
+    @property
+    def value_width(self) -> int:
+        """Numbers per token in `v`; the spec's dv, unless the attention law takes more than one value."""
+        return self.spec.dv
+
     @abstractmethod
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         """Take in the first take[r] tokens of row r, and advance `seen` by `take`."""
@@ -84,7 +94,7 @@ class State(Memory, metaclass=_Plain):
     @_plain
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
         """Take in tokens without asking anything. present (rows, t), bool, marks the real ones."""
-        k, v = self._checked(k, "k", self.spec.d), self._checked(v, "v", self.spec.dv)
+        k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         take, order = self._arrange(k, v, None, present)
         if order is not None:
             k, v = _pack(k, order), _pack(v, order)
@@ -97,7 +107,7 @@ class State(Memory, metaclass=_Plain):
 
         q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
         """
-        k, v = self._checked(k, "k", self.spec.d), self._checked(v, "v", self.spec.dv)
+        k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         q = self._checked(q, "q", self.spec.d, axes=4)
         take, order = self._arrange(k, v, q, present)
         if not bool(take.any()):

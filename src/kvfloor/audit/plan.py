@@ -10,7 +10,7 @@ from typing import Any
 
 from kvfloor.audit.rows import Cell
 from kvfloor.budget import Budget, parse_budget
-from kvfloor.method import Method
+from kvfloor.method import Method, standard_law
 from kvfloor.registry import parse
 
 BASELINES = ("exact", "quant(bits=8)", "quant(bits=4)", "random", "window", "sinks")
@@ -63,7 +63,7 @@ def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Method]:
         raise ValueError("an audit needs at least one budget, for example --budgets 64,256")
     found: dict[str, Method] = {}
     for text in (*BASELINES, *methods):
-        method = parse(text)
+        method = standard_law(parse(text), "an audit")
         options = [method] if getattr(method, "budget", None) is not None else _under(method, sizes)
         for option in options:
             found.setdefault(str(option), option)

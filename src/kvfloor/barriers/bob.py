@@ -11,8 +11,8 @@ import traceback
 
 import torch
 
-from kvfloor.barriers.game import NOT_REBUILT, ask
-from kvfloor.barriers.instance import Instance
+from kvfloor.barriers import INSTANCES
+from kvfloor.barriers.game import NOT_REBUILT
 from kvfloor.registry import parse
 
 
@@ -27,13 +27,11 @@ def main() -> None:
         torch.set_num_threads(request["threads"])
         sys.path += [entry for entry in request["code_path"] if entry not in sys.path]
         method = parse(request["method"])
-        instance = Instance(**request["instance"])
-        keys = instance.keys()
-        rows = torch.arange(instance.n) if request["rows"] is None else torch.tensor(request["rows"])
-        queries, _ = instance.queries(keys, rows)
+        instance = INSTANCES[request["kind"]](**request["instance"])
+        rows = None if request["rows"] is None else torch.tensor(request["rows"])
     except Exception:
         traceback.print_exc()
         sys.exit(NOT_REBUILT)
-    answers = ask(method.from_bytes(message), queries)
+    answers = instance.ask(method.from_bytes(message), rows)
     with answer_stream:
         answer_stream.write(answers.numpy().tobytes())

@@ -7,36 +7,42 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfloor.barriers.instance import Hidden, Instance
+from kvfloor import message as wire
+from kvfloor.barriers.hidden import Hidden
+from kvfloor.barriers.instance import Instance
 from kvfloor.budget import resolve
 from kvfloor.method import Method, call_text
 from kvfloor.registry import parse
-from kvfloor.state import State
 
+OPTIMUM = "optimum"  # in place of a method: what the instance's floor is tight against
 NOT_REBUILT = 3  # Bob's exit status when the public half fails: an error of the set-up, not of the state
-_TOKENS_AT_ONCE = 1024
-_QUERIES_AT_ONCE = 256
 _INTERPRETER_NEEDS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # to find its own libraries
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.barriers.bob import main; main()"
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """What came out of one game. `restored` is None where the fresh process got no answer; `why` says the cause."""
+class Played:
+    """What came out of one game. `restored` is None where nothing could answer from the message; `why` says why."""
 
-    rows: Tensor  # (m,) queried rows
+    method: str
+    rows: Tensor  # (m,) asked rows, numbered across streams
+    sampled: bool
     hidden: Tensor  # (m, dv) their hidden levels
     live: Tensor  # (m, dv) float32, from Alice's own state
     restored: Tensor | None  # (m, dv) float32, from the message alone
     message_bytes: int
+    payload_bytes: int
     state_bytes: int
-    worst_gap: float
+    bytes_read: int = 0  # what answering one query token touches, over all streams
+    hidden_seed: str = ""
+    seconds: float = 0.0
     why: str = ""
 
     @property
@@ -63,44 +69,55 @@ def method_text(method: Method, given: str | None = None) -> str:
     )
 
 
-def play_index(method: Method | str, instance: Instance, hidden: Hidden, sampled: int | None) -> Answers:
+def play_index(
+    method: Method | str, instance: Instance, hidden: Hidden, sampled: int | None = None, *, isolated: bool = True
+) -> Played:
     """Hide the values, stream them, send the message, ask for every row (or `sampled` ones) on both sides.
 
-    Bob's request (method, code path, spec, instance) is fixed before the first value is streamed; rows are drawn
-    after the message is. Raises ValueError for a method that cannot be opened or rebuilt.
+    Bob's request (method, code path, instance) is fixed before the first value is streamed; rows are drawn after the
+    message is. Not `isolated`, the message is restored in this process. Raises ValueError for a method that cannot be
+    opened or rebuilt.
     """
+    started = time.perf_counter()
+    if method == OPTIMUM:
+        method = instance.optimum()
     given = method if isinstance(method, str) else None
-    method = resolve(parse(method) if isinstance(method, str) else method, instance.spec(), length=instance.n)
+    lifted = instance.lift(parse(method) if isinstance(method, str) else method)
+    method = resolve(lifted, instance.spec(), length=instance.length)
     request = _request(method_text(method, given), instance)
-    keys, levels = instance.keys(), hidden.levels(instance)
+    levels = hidden.levels(instance.copies * instance.rows, instance.dv, instance.bits)
     state = method.open(instance.spec())
-    _stream(state, keys, levels.float() / (2**instance.bits - 1))
+    instance.feed(state, levels, hidden)
+    payload_bytes = 0
     try:
         state_bytes, message, why = state.nbytes, state.to_bytes(), ""
+        payload_bytes = wire.payload_bytes(message)
     except TypeError as cause:  # the core's refusal of a state that holds what it can neither size nor send
         state_bytes, message, why = 0, b"", f"the state has no message: {cause}"
 
-    rows = torch.arange(instance.n) if sampled is None else hidden.rows(instance.n, sampled)
-    queries, gaps = instance.queries(keys, rows)
-    live = ask(state, queries)
+    rows = None if sampled is None else hidden.rows(len(levels), sampled)
+    live = instance.ask(state, rows)
+    bytes_read = state.bytes_read if message else 0
     restored = None
     if not why:
-        request["rows"] = None if sampled is None else rows.tolist()
-        restored, why = _ask_fresh_process(request, message, live.shape)
-    return Answers(rows, levels[rows], live, restored, len(message), state_bytes, gaps.min().item(), why)
+        request["rows"] = None if rows is None else rows.tolist()
+        if isolated:
+            restored, why = _ask_fresh_process(request, message, live.shape)
+        else:
+            restored, why = _ask_here(method, instance, message, rows)
+    return Played(
+        method=str(method), rows=torch.arange(len(levels)) if rows is None else rows, sampled=rows is not None,
+        hidden=levels if rows is None else levels[rows], live=live, restored=restored, message_bytes=len(message),
+        payload_bytes=payload_bytes, state_bytes=state_bytes, bytes_read=bytes_read, hidden_seed=hidden.seed,
+        seconds=time.perf_counter() - started, why=why,
+    )  # fmt: skip
 
 
-def ask(state: State, queries: Tensor) -> Tensor:
-    """The answers (m, dv), float32, to queries (m, d), a fixed number at a time. Asking changes nothing."""
-    parts = [state.read(part.unsqueeze(0)).mean[0] for part in queries.split(_QUERIES_AT_ONCE)]
-    return torch.cat(parts).float().contiguous()
-
-
-def _stream(state: State, keys: Tensor, values: Tensor) -> None:
-    """Alice's part: all tokens in order, then the prompt's end. Her state is given nothing to ask with."""
-    for k, v in zip(keys.split(_TOKENS_AT_ONCE), values.split(_TOKENS_AT_ONCE), strict=True):
-        state.append(k.unsqueeze(0), v.unsqueeze(0))
-    state.seal()
+def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor | None) -> tuple[Tensor | None, str]:
+    try:
+        return instance.ask(method.from_bytes(message), rows), ""
+    except Exception as cause:
+        return None, f"nothing could answer from the message: {cause}"
 
 
 def _request(text: str, instance: Instance) -> dict[str, Any]:
@@ -109,6 +126,7 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
     return {
         "method": text,
         "code_path": [os.path.abspath(entry) for entry in sys.path] if third_party else [],
+        "kind": type(instance).__name__,
         "instance": dataclasses.asdict(instance),
         "threads": torch.get_num_threads(),
     }

@@ -2,21 +2,23 @@
 
 import dataclasses
 import hashlib
-import math
-import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kvfloor.barriers.decode import leak_ratio
 from kvfloor.barriers.gaps import best_family, one_sided_gaps
+from kvfloor.barriers.hidden import Hidden
 from kvfloor.barriers.keys import FAMILIES, jl_dimension
 from kvfloor.floors.domain import relative_error, whole
-from kvfloor.floors.spike import spike_C
-from kvfloor.method import Spec
+from kvfloor.method import Method, Spec, standard_law
+from kvfloor.state import State
 
-MOST_BITS = 16
-_LENGTH_STEP = 64.0  # query lengths are rounded up to 1/64, so that float noise in a gap cannot change a query
+MOST_BITS = 24  # of a hidden value: a float32 has no more
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TOKENS_AT_ONCE = 1024
 
 
 def derived_seed(purpose: str, seed: int | str) -> int:
@@ -25,93 +27,114 @@ def derived_seed(purpose: str, seed: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Instance:
-    """A spike instance: n public keys in d dimensions, rows of dv values of `bits` bits, answered within 1±eta.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instance(ABC):
+    """One hard instance: `copies` independent streams, each hiding `rows` rows of dv values of `bits` bits.
 
-    key_seed and method_seed are public and derive from the run's seed by `derived_seed`; neither tells the run's seed
-    nor the hidden values.
+    A barrier writes `rows`, `length`, `keys`, `stream` and `answers`. All fields are public and plain: Bob's process
+    gets them as JSON and nothing else about the instance. key_seed and method_seed derive from the run's seed by
+    `derived_seed`; neither tells the run's seed nor the hidden values.
     """
 
-    n: int
+    barrier: ClassVar[str]
     d: int
     dv: int
     bits: int
     eta: float
-    family: str
     key_seed: int
     method_seed: int
+    dtype: str = "float32"
+    copies: int = 1
 
-    @classmethod
-    def agree(cls, n: int, d: int, dv: int | None, bits: int, eta: float, seed: int, family: str | None) -> "Instance":
-        """An instance from a user's arguments; ValueError names the one that is out of its domain."""
-        n, d = whole("n", n), whole("d", d)
-        dv = d if dv is None else whole("dv", dv)
-        if whole("bits", bits) > MOST_BITS:
-            raise ValueError(f"bits must lie in 1..{MOST_BITS}, got {bits}")
-        key_seed = derived_seed("keys", seed)
-        if family is None:
-            family = best_family(n, d, key_seed)
-        elif family not in FAMILIES:
-            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
-        return cls(n, d, dv, bits, relative_error(eta), family, key_seed, derived_seed("method", seed))
+    # ---- what a barrier writes -----------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Hidden rows per stream."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens per stream, Bob's own not counted."""
+
+    @abstractmethod
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        """Alice's tokens in order: k (copies, t, d), v (copies, t, dv), from hidden values (copies, rows, dv)."""
+
+    @abstractmethod
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        """What the state says when asked for hidden row row[i] of stream copy[i]: (m, dv), float32, in [0, 1]."""
+
+    def lift(self, method: Method) -> Method:
+        """The method that plays when this one is asked to; another one only where the attention law differs."""
+        return standard_law(method, f"barrier {self.barrier!r}")
+
+    def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
+        """One piece of Alice's stream; nothing is asked unless the barrier says so."""
+        state.append(k, v)
+
+    def optimum(self) -> Method:
+        """The smallest method that answers this instance, where one is known; ValueError elsewhere."""
+        raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
+
+    def details(self) -> dict[str, Any]:
+        """Numbers about the instance for the result, computed from public data alone."""
+        return {}
+
+    # ---- written once --------------------------------------------------------------------------------------
 
     @property
     def hidden_bits(self) -> int:
-        """Bits that Alice hides in the values."""
-        return self.n * self.dv * self.bits
+        """Bits that Alice hides."""
+        return self.copies * self.rows * self.dv * self.bits
 
     def spec(self) -> Spec:
-        """What the method is opened for: one row, the papers' scale 1."""
-        return Spec(rows=1, d=self.d, dv=self.dv, scale=1.0, seed=self.method_seed)
+        """What the method is opened for: the papers' scale 1."""
+        return Spec(rows=self.copies, d=self.d, dv=self.dv, scale=1.0, seed=self.method_seed, dtype=DTYPES[self.dtype])
 
-    def keys(self) -> Tensor:
-        """The public keys (n, d), float32."""
-        return FAMILIES[self.family](self.n, self.d, self.key_seed).float()
+    def feed(self, state: State, levels: Tensor, hidden: Hidden) -> None:
+        """Alice's part: all tokens in order, then the prompt's end."""
+        values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
+        for k, v in self.stream(values, hidden):
+            self.take_in(state, k, v)
+        state.seal()
 
-    def queries(self, keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """One spike query per row (m, d), float32, and the rows' one-sided gaps (m,).
-
-        q = C_i k_i / scale with the row's own gap, no token of logit 0 (Bob asks without appending).
-        Raises ValueError where a key does not stand out from the others.
-        """
-        gaps = one_sided_gaps(keys, rows)
-        if not bool((gaps > 0.0).all()):
-            needs = f"; its theorem needs d >= {jl_dimension(self.n)}" if self.family == "jl" else ""
-            raise ValueError(
-                f"family {self.family!r} has keys that no query singles out at n={self.n}, d={self.d} "
-                f"(worst gap {gaps.min().item():.3g}){needs}; leave the family out to get the best one"
-            )
-        ratio = leak_ratio(self.bits, self.eta)
-        norms = keys[rows].double().square().sum(dim=1)
-        lengths = [
-            math.ceil(_LENGTH_STEP * spike_C(self.n, 0, min(gap, norm), norm, ratio)) / _LENGTH_STEP
-            for gap, norm in zip(gaps.tolist(), norms.tolist(), strict=True)
-        ]
-        scaled = torch.tensor(lengths, dtype=torch.float64) / self.spec().scale
-        return (keys[rows].double() * scaled.unsqueeze(1)).float(), gaps
+    def ask(self, state: State, rows: Tensor | None) -> Tensor:
+        """Answers (m, dv) to hidden rows (m,), numbered across streams; all of them in order if None."""
+        rows = torch.arange(self.copies * self.rows) if rows is None else rows
+        return self.answers(state, rows // self.rows, rows % self.rows).float().contiguous()
 
 
-class Hidden:
-    """The private half: values and sampled rows that neither the method nor Bob's process is ever given the source of.
+def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: str = "float32") -> dict[str, Any]:
+    """The fields that all instances share, from a user's arguments; ValueError names the one out of its domain."""
+    d = whole("d", d)
+    if whole("bits", bits) > MOST_BITS:
+        raise ValueError(f"bits must lie in 1..{MOST_BITS}, got {bits}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    seed = whole("seed", seed, least=0)
+    return {
+        "d": d, "dv": d if dv is None else whole("dv", dv), "bits": bits, "eta": relative_error(eta), "dtype": dtype,
+        "key_seed": derived_seed("keys", seed), "method_seed": derived_seed("method", seed),
+    }  # fmt: skip
 
-    Both come from SHAKE-256 over a domain-separated string with `seed`; by default 128 fresh bits from the operating
-    system. A given seed repeats a run; the method is shown neither it nor anything that it derives from.
-    """
 
-    def __init__(self, seed: int | str | None = None) -> None:
-        self.seed = secrets.token_hex(16) if seed is None else str(seed)
+def agreed_family(family: str | None, n: int, d: int, key_seed: int) -> str:
+    """The key family asked for, or the best one at (n, d); ValueError if there is none, or none of that name."""
+    if family is None:
+        return best_family(n, d, key_seed)
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    if family == "jl" and one_sided_gaps(FAMILIES["jl"](n, d, key_seed)).min() <= 0.0:
+        raise ValueError(
+            f"family 'jl' has keys that no query singles out at n={n}, d={d}; its theorem needs d >= "
+            f"{jl_dimension(n)}; leave the family out to get the best one"
+        )
+    return family
 
-    def levels(self, instance: Instance) -> Tensor:
-        """The hidden levels (n, dv), int64, independent and uniform in [0, 2^bits)."""
-        size = instance.n * instance.dv
-        words = torch.frombuffer(bytearray(self._stream("values", 2 * size)), dtype=torch.int16)
-        return (words.long() & (2**instance.bits - 1)).view(instance.n, instance.dv)
 
-    def rows(self, n: int, count: int) -> Tensor:
-        """`count` rows (count,), int64, drawn uniformly from n with replacement. Call it once the message is fixed."""
-        words = torch.frombuffer(bytearray(self._stream("rows", 8 * count)), dtype=torch.int64)
-        return (words & (2**63 - 1)) % n
-
-    def _stream(self, purpose: str, size_bytes: int) -> bytes:
-        return hashlib.shake_256(f"kvfloor/barriers/v1/hidden {purpose}/{self.seed}".encode()).digest(size_bytes)
+def pieces(k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same keys (n, d) for every stream with its own values (copies, n, dv), a bounded number at a time."""
+    k = k.unsqueeze(0).expand(v.shape[0], -1, -1)
+    yield from zip(k.split(_TOKENS_AT_ONCE, dim=1), v.split(_TOKENS_AT_ONCE, dim=1), strict=True)

@@ -1,70 +1,74 @@
 """The spike: one hidden row per public key, each read back by a query that gives its key nearly all the softmax mass.
 
-It is the hard instance of Haris & Onak (COLT 2025), Theorems 6 and 8, with exact constants (docs/floors.md).
+It is the hard instance of Haris & Onak (COLT 2025), Theorems 6 (eta = 0) and 8, with exact constants (docs/floors.md).
+Independent copies in one state are the direct sum over kv heads and layers.
 """
 
 import dataclasses
-import time
-from typing import Any, Literal
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, ClassVar
 
-from kvfloor.barriers.certificates import ALPHA
-from kvfloor.barriers.decode import Decoded, judge
-from kvfloor.barriers.game import Answers, play_index
-from kvfloor.barriers.instance import Hidden, Instance
+from torch import Tensor
+
+from kvfloor.barriers.aim import aim
+from kvfloor.barriers.asking import by_reading
+from kvfloor.barriers.codebook import play as play_codebook
+from kvfloor.barriers.decode import leak_ratio
+from kvfloor.barriers.game import play_index
+from kvfloor.barriers.hidden import Hidden
+from kvfloor.barriers.instance import DTYPES, Instance, agreed, agreed_family, pieces
+from kvfloor.barriers.keys import FAMILIES
+from kvfloor.barriers.optimum import PublicBits
+from kvfloor.barriers.result import SUCCESS, Result, conclude
+from kvfloor.floors import space
 from kvfloor.floors.domain import whole
-from kvfloor.floors.standard import space
+from kvfloor.floors.spike import spike_C
 from kvfloor.method import Method
+from kvfloor.state import State
 
-SUCCESS = 0.9  # p of the theorems
-_ALL_ROWS_UP_TO = 16_384
-_ROWS_SAMPLED = 2_048
-
-Verdict = Literal["holds", "breaks", "cheats"]
+ALL_ROWS_UP_TO = 16_384
+ROWS_SAMPLED = 2_048
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One game. Sizes in bytes, information in bits.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spike(Instance):
+    """n public keys of one family, each with a hidden row; Bob asks without appending."""
 
-    certified_bits       what the message provably carries; live_certified_bits the same for Alice's own state
-    bit_error            share of hidden bits decoded wrong, and row_success share of rows answered within 1±eta,
-                         both from the restored state (from the live one where nothing could be restored)
-    floor_bits           what any method that answers within 1±eta must hold (`kvfloor.floors.space`)
-    verdict              cheats: more is certified than the bytes can hold, or the two sides answer differently;
-                         breaks: row_success < 0.9; else holds
-    certificate, family  the certificate that won and the key family; worst_gap over the queried rows
-    hidden_seed          repeats the run's hidden values
-    """
-
-    method: str
-    barrier: str
+    barrier: ClassVar[str] = "spike"
     n: int
-    d: int
-    dv: int
-    bits: int
-    eta: float
-    seed: int
-    alpha: float
-    hidden_bits: int
-    bit_error: float
-    certified_bits: float
-    live_certified_bits: float
-    message_bytes: int
-    state_bytes: int
-    floor_bits: float
-    verdict: Verdict
-    why: str
-    row_success: float
-    rows_asked: int
-    certificate: str
     family: str
-    worst_gap: float
-    hidden_seed: str
-    seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
-        return dataclasses.asdict(self)
+    @property
+    def rows(self) -> int:
+        return self.n
+
+    @property
+    def length(self) -> int:
+        return self.n
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """The public keys (n, d), in the spec's dtype."""
+        return FAMILIES[self.family](self.n, self.d, self.key_seed).to(DTYPES[self.dtype])
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        del hidden
+        yield from pieces(self.keys, values)
+
+    def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """The spike queries (m, d) of rows (m,), and the rows' gaps (m,)."""
+        ratio = leak_ratio(self.bits, self.eta)
+        return aim(self.keys, row, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        return by_reading(state, copy, self.queries(row)[0])
+
+    def optimum(self) -> Method:
+        return PublicBits(self.family, self.n, self.key_seed, self.bits)
+
+    def details(self) -> dict[str, Any]:
+        return {"family": self.family}
 
 
 def play(
@@ -76,58 +80,47 @@ def play(
     bits: int = 1,
     eta: float = 0.5,
     seed: int = 0,
+    heads: int = 1,
+    layers: int = 1,
+    dtype: str = "float32",
     rows: int | None = None,
     hidden_seed: int | str | None = None,
     family: str | None = None,
+    codebook: int | None = None,
+    isolated: bool = True,
 ) -> Result:
     """Play the spike against a method and certify what it really carries.
 
-    n, d, dv     keys, their width, the values' width (dv = d by default); `bits` per value, 1 to 16
+    method       or the word "optimum": public keys and packed levels, against which the floor is tight
+    n, d, dv     keys, their width, the values' width (dv = d by default); `bits` per value, 1 to 24: with many bits
+                 the certificate reads out the precision that a method keeps (`bits_per_value` of the result)
+    heads        kv heads, and `layers`: heads * layers independent instances side by side in one state
+    dtype        float32, float16 or bfloat16: what the method is opened for
     rows         how many rows to ask, drawn with replacement; by default all up to n = 16,384, else 2,048
     seed         gives the public keys and, by a one-way derivation, the seed that the method sees
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive
                  from anything that the method sees, also where hidden_seed equals seed
     family       of keys, by default the one that separates best at (n, d)
+    codebook     hide bits in the keys too: n of this many public keys, in secret (`kvfloor.barriers.codebook`)
+    isolated     False: restore the message in this process; quick, but blind to what outlives a state elsewhere
     Raises ValueError naming the argument that is out of its domain, or what keeps the method from being rebuilt.
     """
-    started = time.perf_counter()
-    instance = Instance.agree(n, d, dv, bits, eta, whole("seed", seed, least=0), family)
+    if codebook is not None:
+        if heads != 1 or layers != 1 or rows is not None:
+            raise ValueError("codebook plays one head and asks for every key: leave heads, layers and rows out")
+        return play_codebook(
+            method, codebook=codebook, n=n, d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype,
+            hidden_seed=hidden_seed, family=family, isolated=isolated,
+        )  # fmt: skip
+    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
+    n, copies = whole("n", n), whole("heads", heads) * whole("layers", layers)
+    family = agreed_family(family, n, shared["d"], shared["key_seed"])
+    instance = Spike(**shared, n=n, family=family, copies=copies)
     if rows is None:
-        rows = n if n <= _ALL_ROWS_UP_TO else _ROWS_SAMPLED
-    sampled = rows if whole("rows", rows) < n else None
-    hidden = Hidden(hidden_seed)
-    answers = play_index(method, instance, hidden, sampled)
-
-    drawn_from = None if sampled is None else n
-    live = judge(answers.live, answers.hidden, bits, eta, sampled_from=drawn_from)
-    sent = live
-    if answers.restored is not None and not answers.agree:
-        sent = judge(answers.restored, answers.hidden, bits, eta, sampled_from=drawn_from)
-    certified = 0.0 if answers.restored is None else sent.certified_bits
-    verdict, why = _verdict(answers, live, sent, certified)
-    return Result(
-        method=str(method), barrier="spike", n=n, d=d, dv=instance.dv, bits=bits, eta=eta, seed=seed, alpha=ALPHA,
-        hidden_bits=instance.hidden_bits, bit_error=sent.bit_error, certified_bits=certified,
-        live_certified_bits=live.certified_bits, message_bytes=answers.message_bytes, state_bytes=answers.state_bytes,
-        floor_bits=space(n, d, instance.dv, eta=eta, p=SUCCESS).bits, verdict=verdict, why=why,
-        row_success=sent.row_success, rows_asked=len(answers.rows), certificate=sent.certificate,
-        family=instance.family, worst_gap=answers.worst_gap, hidden_seed=hidden.seed,
-        seconds=time.perf_counter() - started,
-    )  # fmt: skip
-
-
-def _verdict(answers: Answers, live: Decoded, sent: Decoded, certified: float) -> tuple[Verdict, str]:
-    """The verdict and its reason in words."""
-    message_bits, state_bits = 8 * answers.message_bytes, 8 * answers.state_bytes
-    if answers.restored is None:
-        return "cheats", answers.why
-    if live.certified_bits > state_bits:
-        return "cheats", f"the live state carries {live.certified_bits:.0f} bits, its bytes hold {state_bits}"
-    if max(live.certified_bits, certified) > message_bits:
-        most = max(live.certified_bits, certified)
-        return "cheats", f"{most:.0f} bits were answered, the message holds {message_bits}"
-    if not answers.agree:
-        return "cheats", "the live state and the one restored from the message answer differently"
-    if sent.row_success < SUCCESS:
-        return "breaks", f"{sent.row_success:.3f} of the rows are answered, {SUCCESS} are asked for"
-    return "holds", f"{sent.row_success:.3f} of the rows are answered"
+        rows = copies * n if copies * n <= ALL_ROWS_UP_TO else ROWS_SAMPLED
+    sampled = rows if whole("rows", rows) < copies * n else None
+    floor = space(n, d, instance.dv, eta=eta, p=SUCCESS, heads=heads, layers=layers)
+    played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
+    row = played.rows % n
+    worst = instance.queries(row)[1].min().item()
+    return conclude(played, instance, seed=seed, floor_bits=floor.bits, worst_gap=worst)

@@ -11,7 +11,7 @@ import torch
 from kvfloor.check import chance, contract, holding, index_floor, inputs, rows, storage, streaming, truth
 from kvfloor.check.ground import slots_of, spec_for
 from kvfloor.check.law import Broken, Check, Setting
-from kvfloor.method import Method
+from kvfloor.method import Method, standard_law
 from kvfloor.state import State
 
 
@@ -130,8 +130,9 @@ def run_checks(
 
     Elsewhere the first dtype and the last group stand for all. A law that fails is listed with its first failure;
     a check that ends in any other exception has failed as well.
-    Raises ValueError where the method cannot be opened at all (no budget, say).
+    Raises ValueError where the method cannot be opened at all (no budget, say) or follows another attention law.
     """
+    standard_law(method, "the conformance suite")
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law
     outcome = Outcome(str(method))
     for name, check in CHECKS.items():

@@ -46,3 +46,11 @@ def token_ids(n: int, vocabulary: int) -> float:
     keys and values are arbitrary, not for a fixed model whose keys and values are functions of its tokens.
     """
     return whole("n", n, least=0) * math.log2(whole("vocabulary", vocabulary))
+
+
+def log2_choose(n: int, k: int) -> float:
+    """log2 of the number of k-subsets of n things: the bits of a secret subset. 0 <= k <= n."""
+    n, k = whole("n", n, least=0), whole("k", k, least=0)
+    if k > n:
+        raise ValueError(f"k must be at most n = {n}, got {k}")
+    return math.log2(math.comb(n, k))

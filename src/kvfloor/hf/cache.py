@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvfloor.hf.layer import CompressedLayer, Meter
-from kvfloor.method import Method
+from kvfloor.method import Method, standard_law
 from kvfloor.registry import parse
 
 
@@ -36,6 +36,7 @@ class CompressedCache(Cache):
         self.method = parse(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a kvfloor Method or its text, got {type(method).__name__}")
+        standard_law(self.method, "a model's cache")
         stock = DynamicCache(config=config).layers
         types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ["full_attention"] * len(stock)
         full = [

@@ -52,13 +52,13 @@ class Curriculum:
         length = LENGTHS[level]
         ready = [n for n in names if self.level[n] >= level and FIRST_LENGTH.get(n, 0) <= length]
         weights = [needs[names.index(n)] for n in ready]
-        lexicon = FULL.shrink(max(64, length))
         examples: list[Example] = []
         while sum(len(e.ids) for e in examples) < tokens * 0.9:
             row = len(examples)
             index = step * 1000 + row
             chosen = row == 0 or (self.share > 0 and rng.random() < self.share)
             name = focus if chosen else rng.choices(ready, weights)[0]
+            lexicon = self.lexicon(name)
             dice = rng.random() if length <= EXERCISE_UP_TO else 1.0
             if dice < ECHO:
                 examples.append(echo(rng, length, lexicon))
@@ -72,6 +72,10 @@ class Curriculum:
                 )
                 examples.append(example(sample.context, [(name, q) for q in sample.questions]))
         return length, examples
+
+    def lexicon(self, name: str) -> Lexicon:
+        """The words that a task has met: they grow with its level, and short revisits use all of them."""
+        return FULL.shrink(max(64, LENGTHS[self.level[name]]))
 
     def blend(
         self,

@@ -2,12 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.files import replace_file
@@ -15,11 +11,10 @@ from kvfloor.audit.names import BASELINES, split_setting
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.audit.statistics import MIN_SAMPLES
-from kvfloor.audit.words import bytes_text, percent_text, points_text, smaller_text
 from kvfloor.report import chart, heatmap, tables
+from kvfloor.report.environment import environment
 from kvfloor.report.marks import marks
 from kvfloor.report.meta import Meta
-from kvfloor.report.text import visible
 
 
 def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path) -> None:
@@ -40,7 +35,7 @@ def page(rows: Sequence[Row], answer: Recommendation, meta: Meta) -> str:
     for cell in sorted(cells, key=lambda cell: (cell.task, cell.context, cell.protocol != "visible")):
         figures.setdefault(cell.task, []).append(chart.chart([r for r in rows if r.cell == cell], drawn))
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             meta=meta,
@@ -78,37 +73,3 @@ def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, An
         return {"literal": json.dumps(answer.method), "share": None}
     tokens = max(row.budget_tokens or 0 for row in rows if row.method == answer.method)
     return {"literal": json.dumps(f"{method}@{tokens}"), "share": budget}
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("kvfloor", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    environment.filters |= {
-        "bytes": bytes_text,
-        "percent": percent_text,
-        "points": points_text,
-        "whole": "{:,}".format,
-        "milliseconds": _milliseconds,
-        "error": "{:.2g}".format,
-        "below_floor": chart.note_below_floor,
-    }
-    environment.globals |= {"smaller": smaller_text}
-    return environment
-
-
-def _shown(value: Any) -> Any:
-    """Text has its controls written out before it is escaped; markup that the templates made is left alone."""
-    return value if isinstance(value, Markup) else visible(str(value))
-
-
-def _milliseconds(time: float | None) -> str:
-    if time is None:
-        return "not measured"
-    return f"{time:,.0f}" if time >= 100 else f"{time:.3g}"

@@ -1,6 +1,7 @@
 """The audit as tables for the terminal; names from outside can neither colour nor steer it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,9 +12,11 @@ from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.audit.words import bytes_text, percent_text, points_text, smaller_text
+from kvfloor.barriers.result import Result
 from kvfloor.report.tables import Score, scoreboard
 from kvfloor.report.text import visible
 
+_VERDICTS = {"holds": "green", "breaks": "yellow", "cheats": "red"}
 _COLOURS = {"holds": "green", "open": "yellow", "falls": "red", None: "dim"}
 
 
@@ -32,6 +35,34 @@ def print_report(rows: Sequence[Row], answer: Recommendation, console: Console) 
     console.print(_line("", why(answer)))
     for sentence in (*what_breaks(answer), *cautions(answer)):
         console.print(_line("- ", sentence))
+
+
+def print_barriers(results: Sequence[Result]) -> None:
+    """One line per game, or all fields of a single one."""
+    console = Console()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("barrier", "verdict", "rows", "hidden", "certified", "floor", "message", "state"):
+        table.add_column(name, justify="left" if name in ("barrier", "verdict") else "right", no_wrap=True)
+    for one in results:
+        sizes = (one.hidden_bits, one.certified_bits, one.floor_bits, 8 * one.message_bytes, 8 * one.state_bytes)
+        table.add_row(
+            one.barrier, Text(one.verdict, style=_VERDICTS[one.verdict]), percent_text(one.row_success),
+            *(f"{size:,.0f}" for size in sizes),
+        )  # fmt: skip
+    console.print(_line("", results[0].method, style="bold"))
+    console.print(table)
+    console.print(Text("sizes in bits; rows: answered within 1±eta; floor at p = 0.9", style="dim"))
+    for one in results:
+        console.print(_line(f"{one.barrier}: ", f"{one.why}; {details_text(one.details)}"))
+
+
+def details_text(details: Mapping[str, Any]) -> str:
+    """A barrier's own numbers in one line; lists are left to the JSON and the page."""
+    shown = {name: value for name, value in details.items() if isinstance(value, (str, int, float))}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:,.4g}' if isinstance(value, float) else value}"
+        for name, value in shown.items()
+    )
 
 
 def _table(rows: Sequence[Row], answer: Recommendation) -> Table:

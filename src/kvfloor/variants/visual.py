@@ -1,0 +1,66 @@
+"""Visual autoregression: an image is predicted scale by scale, a whole scale of queries at once.
+
+Scale k is a map of h_k x h_k tokens. Its queries see all earlier scales and all of their own (block-wise causal), and
+any Method keeps the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvfloor.bounded import Bounded
+from kvfloor.floors.domain import whole
+from kvfloor.partial import Partial
+from kvfloor.state import State
+
+
+def tokens_in(sides: Sequence[int]) -> int:
+    """Tokens of a pyramid with maps of these sides: the sum of their squares."""
+    return sum(whole("side", side) ** 2 for side in sides)
+
+
+class NextScale:
+    """A state of any method, driven a scale at a time.
+
+    `step` answers a scale from the remembered past and from the scale itself, and only then lets the state take the
+    scale in: every token is readable by its own scale, whatever the budget. The new scale's tokens are alive during
+    the call only, as the tokens of any forward pass are.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Answers (rows, g, t, dv) to the scale's queries q (rows, g, t, d) with its tokens k, v (rows, t, ...).
+
+        A policy that watches attention sees these queries ask the past. Raises what `State.append` raises, with the
+        state as it was.
+        """
+        spec = self.state.spec
+        rows, g, t, d = q.shape
+        if k.ndim != 3 or v.ndim != 3 or k.shape[1] != t or v.shape[1] != t:
+            raise ValueError(
+                f"a scale of {t} queries needs as many keys and values, got {k.shape[1:]} and {v.shape[1:]}"
+            )
+        flat = q.reshape(rows, g * t, d)
+        past = self.state.read(flat)
+        self.state.append(k, v)
+        if self._watches:
+            self.state.attend(q)
+        return past.merge(Partial.over(flat, k, v, spec)).mean.view(rows, g, t, spec.dv).to(spec.dtype)
+
+    @property
+    def _watches(self) -> bool:
+        method = self.state.method
+        return isinstance(method, Bounded) and method.policy.observes
+
+
+def scale_by_scale(sides: Sequence[int], x: Tensor) -> list[Tensor]:
+    """Cut tokens (..., t, width) of a whole pyramid into its scales; ValueError unless t is `tokens_in(sides)`."""
+    sizes = [side**2 for side in sides]
+    if sum(sizes) != x.shape[-2]:
+        raise ValueError(f"scales {tuple(sides)} have {sum(sizes)} tokens, got {x.shape[-2]}")
+    return list(torch.split(x, sizes, dim=-2))
