@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from kvfloor.models.curriculum import LENGTHS, PASS, WINDOW, Curriculum
-from kvfloor.models.examples import PAD_ID, STOP_ID, batch, example, stretch
+from kvfloor.models.examples import NEAR, PAD_ID, STOP_ID, batch, example, jump, widen
 from kvfloor.models.forward import SHORT, answer_logits
 from kvfloor.models.load import load
 from kvfloor.models.tokenizer import encode
 from kvfloor.models.train import Recipe, Trainer
-from kvfloor.tasks import TASKS
+from kvfloor.tasks import FULL, TASKS
 
 TINY = Recipe(seed=3, steps=60, decay=10, warmup=5, tokens=400, longest=96, layers=2, hidden=64)
 
@@ -114,10 +114,50 @@ def test_a_batch_asks_for_the_answers_only() -> None:
 def test_stretched_positions_jump_after_sentences_only() -> None:
     ids = encode(TASKS["recall"].generate(0, 0, 200).context)
     for seed in range(20):
-        jumps = stretch(random.Random(seed), ids, len(ids), 2000)
+        jumps = jump(random.Random(seed), ids, len(ids), 2000)
         steps = jumps.diff()
         assert (steps >= 0).all() and len(ids) + int(jumps[-1]) <= 2000
         assert all(ids[i] == STOP_ID for i in steps.nonzero().flatten().tolist())
+
+
+def test_words_without_sentences_may_jump_anywhere() -> None:
+    ids = encode(TASKS["words"].generate(0, 0, 200).context)
+    assert STOP_ID not in ids
+    assert len({int(jump(random.Random(seed), ids, len(ids), 2000).diff().argmax()) for seed in range(8)}) > 4
+
+
+def test_widened_positions_keep_which_fact_is_the_latest_and_how_old_it_is() -> None:
+    ids = encode(TASKS["registers"].generate(0, 0, 400).context)
+    reached = []
+    for seed in range(10):
+        added = widen(random.Random(seed), ids, len(ids), 3000)
+        reached.append(len(ids) + int(added[-1]))
+        assert (added[-1] - added[-NEAR:] == 0).all(), "the newest facts stay as near as they are"
+        steps = added.diff()
+        assert len(set(steps[steps > 0].tolist())) <= 1, "one gap everywhere"
+        age, widened = (
+            (len(ids) - 1) - torch.arange(len(ids)),
+            (len(ids) - 1 + added[-1]) - (torch.arange(len(ids)) + added),
+        )
+        old = age > 2 * NEAR
+        doubled = widened[old] / age[old]
+        assert (doubled.diff() <= 0.02).all(), "the older a fact, the more it is moved away"
+    assert max(reached) > 2000 and max(reached) <= 3000
+
+
+def test_a_task_keeps_its_words_when_it_revisits_short_texts() -> None:
+    curriculum = Curriculum(4096)
+    few = len(curriculum.lexicon("words").things)
+    curriculum.raise_to(2048)
+    assert few == 64 < len(curriculum.lexicon("words").things) == len(FULL.things)
+
+
+def test_every_task_is_lifted_to_the_floor_at_its_step() -> None:
+    trainer = Trainer(Recipe(**(vars(TINY) | {"floor": 96, "lift": 2})))
+    trainer.step(), trainer.step()
+    assert min(LENGTHS[level] for level in trainer.curriculum.level.values()) < 96
+    trainer.step()
+    assert min(LENGTHS[level] for level in trainer.curriculum.level.values()) == 96
 
 
 def test_a_task_grows_exactly_when_it_passes_its_bar() -> None:

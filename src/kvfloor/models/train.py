@@ -39,8 +39,8 @@ class Recipe:
     """All that decides the weights."""
 
     seed: int = 0
-    steps: int = 9000
-    decay: int = 1500
+    steps: int = 9500
+    decay: int = 2500
     warmup: int = 100
     lr: float = 2e-3
     tokens: int = 2048
@@ -49,7 +49,8 @@ class Recipe:
     hidden: int = 128
     focus: float = 1.5
     share: float = 0.7
-    floor: int = 0
+    floor: int = 3072  # tokens of context that every task is trained at, at least, from step `lift` on
+    lift: int = 6000
     tasks: str = ",".join(TASKS)
 
     def rate(self, step: int) -> float:
@@ -81,6 +82,8 @@ class Trainer:
         started = time.perf_counter()
         recipe, n = self.recipe, self.done
         rng = stream("training", recipe.seed, n)
+        if n >= recipe.lift:
+            self.curriculum.raise_to(recipe.floor)
         length, examples = self.curriculum.draw(recipe.seed + TRAINING_SEED, n, rng, recipe.tokens)
         stretched = length >= STRETCH_FROM and rng.random() < STRETCH
         data = batch(examples, recipe.longest + recipe.longest // 8, rng if stretched else None)
@@ -120,7 +123,6 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curriculum.restore(state["curriculum"])
-        self.curriculum.raise_to(self.recipe.floor)
         self.done, self.seen, self.seconds = state["progress"]
         self.stages = [*state["stages"], (self.done, self.stages[0][1])]
 
@@ -186,6 +188,7 @@ def flags(recipe: Recipe) -> list[str]:
         "focus",
         "share",
         "floor",
+        "lift",
         "tasks",
     )
     return [f"--{name} {getattr(recipe, name)}" for name in names]
@@ -199,7 +202,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (results depend on it)")
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
-    for name in ("seed", "steps", "decay", "warmup", "tokens", "longest", "layers", "hidden", "floor"):
+    for name in ("seed", "steps", "decay", "warmup", "tokens", "longest", "layers", "hidden", "floor", "lift"):
         parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
     for name in ("lr", "focus", "share"):
         parser.add_argument(f"--{name}", type=float, default=getattr(usual, name))
