@@ -178,24 +178,31 @@ def floors(
         return
     possible = document.pop("possible")
     _print_pairs(document)
-    _print_possible(floor.bits, floor.bytes, possible)
+    _print_possible(floor.bytes, possible)
 
 
-def _print_possible(bits: float, size: int, possible: list[dict[str, Any]]) -> None:
-    """The floor and every memory that suffices, with how many times the floor it is."""
+def _print_possible(size: int, possible: list[dict[str, Any]]) -> None:
+    """The floor and every memory that suffices, in bytes, and how many times the floor it is."""
     from rich.console import Console
     from rich.table import Table
 
+    def short(number: float | None) -> str:
+        return "-" if number is None else _number(number) if number < 1e12 else f"{number:.3g}"
+
     table = Table(box=None, pad_edge=False)
-    table.add_column("memory", overflow="fold")
-    for name in ("bits", "bytes", "x floor"):
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column("when", overflow="fold")
-    table.add_row("impossible below", _number(bits), _number(size), "1" if bits else "-", "the worst case")
+    for name in ("memory", "bytes", "x floor", "when"):
+        numeric = name in ("bytes", "x floor")
+        table.add_column(
+            name, justify="right" if numeric else "left", no_wrap=numeric, min_width=None if numeric else 16
+        )
+    table.add_row("impossible below", short(size), "1" if size else "-", "the worst case")
     for memory in possible:
-        cells = ["-" if memory[name] is None else _number(memory[name]) for name in ("bits", "bytes", "ratio")]
-        told = "vacuous; " if memory["vacuous"] and "vacuous" not in memory["condition"] else ""
-        table.add_row(f"possible: {memory['name']}", *cells, told + memory["condition"])
+        vacuous = "vacuous; " if memory["vacuous"] and "vacuous" not in memory["condition"] else ""
+        ratio = memory["ratio"]
+        ratio = ratio if ratio is None or ratio >= 1e12 else float(f"{ratio:.4g}")
+        table.add_row(
+            f"possible: {memory['name']}", short(memory["bytes"]), short(ratio), vacuous + memory["condition"]
+        )
     Console().print()
     Console().print(table, markup=False, highlight=False)
 

@@ -55,8 +55,30 @@ def test_floors_json() -> None:
     run = kvfloor("floors", "--n", "1024", "--d", "64", "--json")
     document = json.loads(run.stdout)
     assert run.returncode == 0 and document["schema"] == 1
-    assert set(document) == {"schema", "bits", "bytes", "upper_bits", "regime", "theorem", "constants"}
+    assert set(document) == {"schema", "bits", "bytes", "upper_bits", "regime", "theorem", "constants", "possible"}
     assert document["bits"] == pytest.approx(1024 * (0.9 * 64 - 0.4689955935892812))
+
+
+FLOORS = {
+    "window": (("--n", "1024", "--attention", "window", "--window", "64"), "sliding window"),
+    "tensor": (("--n", "64", "--attention", "tensor"), "tensor, four caches"),
+    "two caches": (("--n", "64", "--attention", "tensor", "--caches", "2"), "tensor, two caches"),
+    "visual": (("--n", "16", "--attention", "visual", "--ratio", "4"), "visual pyramid"),
+    "max": (("--n", "1024", "--metric", "max", "--epsilon", "0.1"), "max norm"),
+    "frobenius": (("--n", "1024", "--metric", "frobenius", "--epsilon", "0.1", "--radius", "9"), "frobenius norm"),
+    "operator": (("--n", "1024", "--metric", "operator", "--epsilon", "0.1"), "operator norm"),
+}
+
+
+@pytest.mark.parametrize("case", FLOORS)
+def test_floors_of_every_attention_and_metric(case: str) -> None:
+    arguments, regime = FLOORS[case]
+    document = json.loads(kvfloor("floors", "--d", "32", *arguments, "--json").stdout)
+    assert document["schema"] == 1 and document["regime"] == regime and document["bits"] > 0
+    told = kvfloor("floors", "--d", "32", *arguments).stdout
+    assert "impossible below" in told and told.count("possible:") == len(document["possible"]) > 0
+    for memory in document["possible"]:
+        assert memory["ratio"] == pytest.approx(memory["bits"] / document["bits"]) and memory["ratio"] >= 1
 
 
 def test_methods_json() -> None:
@@ -107,6 +129,12 @@ BAD = {
     "unknown protocol": (("audit", "--protocols", "later"), "after, visible"),
     "unknown barrier": (("break", "exact", "--barrier", "wall"), "wall"),
     "negative n": (("floors", "--n", "-1", "--d", "4"), "n"),
+    "unknown attention": (
+        ("floors", "--n", "8", "--d", "4", "--attention", "cube"),
+        "standard, window, tensor, visual",
+    ),
+    "window without size": (("floors", "--n", "8", "--d", "4", "--attention", "window"), "needs window"),
+    "norm without error": (("floors", "--n", "8", "--d", "4", "--metric", "max"), "needs epsilon"),
     "bad probability": (("floors", "--n", "8", "--d", "4", "--p", "1.5"), "p"),
     "no class": (("check", "nowhere:Nothing"), "cannot be imported"),
 }

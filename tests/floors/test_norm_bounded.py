@@ -19,7 +19,8 @@ def scanned(d: int, r: float, eta: float, most: int = 20_000) -> int:
         gap = math.log(4 * m / (1 - eta)) / r
         if gap <= 1 and d >= 2 and m <= 2 / math.sin(math.acos(1 - gap)) ** (d - 1):
             best = m
-    return max(best, 2 * d) if math.log(8 * d / (1 - eta)) <= r else best
+    axes = max((m for m in range(1, 2 * d + 1) if math.log(4 * m / (1 - eta)) <= r), default=1)
+    return max(best, axes)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 8, 16])
@@ -71,6 +72,35 @@ def test_beyond_a_right_angle_the_mutant_claims_keys_that_cannot_be_separated():
     leak = 1 - torch.softmax(best_possible, dim=1).diagonal().min().item()  # the simplex: no family spreads better
     assert mutant > floors.N_dr(d, r, eta)
     assert (1 + eta) * leak > (1 - eta) * (1 - leak)
+
+
+def test_some_of_the_axes_serve_where_all_are_too_many():
+    """At r = 10, eta = 0.9609375 there is room for 215 keys of gap 1: 200 axes in d = 100, 215 of 216 in d = 108.
+
+    The mutant that takes all 2d axes or none has fewer keys in the larger space.
+    """
+    r, eta = 10.0, 0.9609375
+    assert math.floor((1 - eta) * math.exp(r) / 4) == 215
+    assert [floors.N_dr(d, r, eta) for d in (100, 107, 108, 120)] == [200, 214, 215, 215]
+    all_or_none = floors.log_packing_count(108, math.log(4 * 200 / (1 - eta)) / r)
+    assert math.log(216) + math.log(4 / (1 - eta)) > r and all_or_none < math.log(200)
+
+
+@given(st.integers(1, 64), st.floats(0.1, 300.0), st.floats(0.001, 0.999), st.floats(1.0, 3.0))
+def test_keys_by_ratio_are_the_same_law(d, r, ratio, factor):
+    assert floors.N_dr(d, r, 0.5) == floors.separable_keys(d, r, 0.125)
+    here = floors.separable_keys(d, r, ratio)
+    assert floors.separable_keys(d, r, ratio / factor) <= here <= floors.separable_keys(d, r * factor, ratio)
+    assert floors.separable_keys(d + 1, r, ratio) >= here >= 1
+
+
+def test_refusals_name_the_argument():
+    with pytest.raises(ValueError, match=r"ratio must lie in \(0, 1\), got 0.0"):
+        floors.separable_keys(4, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"r must lie in \(0, inf\), got 0.0"):
+        floors.separable_keys(4, 0.0, 0.5)
+    with pytest.raises(ValueError, match="d must be a whole number of at least 1, got 0"):
+        floors.separable_keys(0, 1.0, 0.5)
 
 
 def test_far_beyond_floats_is_infinite():

@@ -42,10 +42,10 @@ def from_vartrack(context: str, question: Question) -> str:
 
 
 def from_words(context: str, question: Question) -> str:
-    counts = Counter(context.split()).most_common(4)
-    assert counts[0][1] > counts[1][1] > counts[2][1], "the order of the first three must be clear"
-    assert len(counts) < 4 or counts[3][1] <= 0.75 * counts[2][1], "the fourth word must be clearly rarer"
-    return counts[0][0]
+    counts = [count for _, count in Counter(context.split()).most_common()]
+    assert all(abs(count * rank - counts[0]) < rank + 1 for rank, count in enumerate(counts, 1)), "Zipf's law"
+    assert counts[0] >= 1.5 * counts[1], "the first must be clear"
+    return Counter(context.split()).most_common(1)[0][0]
 
 
 def from_copy(context: str, question: Question) -> str:

@@ -1,7 +1,7 @@
 """The scale pyramid: all scales of an image hide bits, and one further scale reads them, a whole map of spikes at once.
 
-Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881),
-Theorems 4.5 and 4.6, Omega(n^2 d) for a last map of n x n. Instance and constants: docs/floors.md.
+Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881)
+state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
 """
 
 import dataclasses

@@ -15,36 +15,78 @@ from kvfloor.floors.coherence import (
     mu_reed_solomon,
     mu_sphere,
 )
+from kvfloor.floors.covering import clusters, covering_balls, greedy_centres
 from kvfloor.floors.entropy import H2, index_bits, row_bits, token_ids
-from kvfloor.floors.norm_bounded import N_dr
+from kvfloor.floors.floor import Floor, Possible
+from kvfloor.floors.metric import ball_bits, metric_space, noisy_row_bits, sign_norm, wrong_share
+from kvfloor.floors.norm_bounded import N_dr, separable_keys
+from kvfloor.floors.question import ATTENTIONS, METRICS, space
+from kvfloor.floors.sampling import lazy_gumbel_tokens, subgen_numbers, subgen_plan, subgen_s, subgen_t
 from kvfloor.floors.separation import eps_s, eps_s_limit, level_eps_s, level_tolerance, tau
 from kvfloor.floors.spike import paper_C, spike_C, window_C
-from kvfloor.floors.standard import Floor, space
+from kvfloor.floors.taylor import taylor_degree, taylor_numbers
+from kvfloor.floors.tensor import mu_tensor, tensor_C, tensor_rows, tensor_space
+from kvfloor.floors.time import probing_success, time_operations, time_probes
+from kvfloor.floors.upper import exact_bytes, running_sum_numbers
+from kvfloor.floors.visual import pyramid, pyramid_tokens, visual_C, visual_rows, visual_space
 
 __all__ = [
+    "ATTENTIONS",
     "H2",
+    "METRICS",
     "Floor",
     "N_dr",
+    "Possible",
+    "ball_bits",
+    "clusters",
+    "covering_balls",
     "eps_s",
     "eps_s_limit",
+    "exact_bytes",
     "gap_circle",
     "gap_hypercube",
     "gap_known",
     "gap_packing",
+    "greedy_centres",
     "index_bits",
     "jl_dim_paper",
+    "lazy_gumbel_tokens",
     "level_eps_s",
     "level_tolerance",
     "log_packing_count",
+    "metric_space",
     "mu_chirp",
     "mu_rademacher",
     "mu_reed_solomon",
     "mu_sphere",
+    "mu_tensor",
+    "noisy_row_bits",
     "paper_C",
+    "probing_success",
+    "pyramid",
+    "pyramid_tokens",
     "row_bits",
+    "running_sum_numbers",
+    "separable_keys",
+    "sign_norm",
     "space",
     "spike_C",
+    "subgen_numbers",
+    "subgen_plan",
+    "subgen_s",
+    "subgen_t",
     "tau",
+    "taylor_degree",
+    "taylor_numbers",
+    "tensor_C",
+    "tensor_rows",
+    "tensor_space",
+    "time_operations",
+    "time_probes",
     "token_ids",
+    "visual_C",
+    "visual_rows",
+    "visual_space",
     "window_C",
+    "wrong_share",
 ]

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Sequence
 
 
 def whole(name: str, value: int, least: int = 1) -> int:
@@ -40,3 +41,10 @@ def positive(name: str, value: float) -> float:
 def relative_error(eta: float) -> float:
     """`eta` as a relative error in [0, 1); 0 is exact attention."""
     return within("eta", eta, 0.0, 1.0, high_open=True)
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """`value`, which must be one of `allowed`; raises ValueError otherwise."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value

@@ -3,7 +3,7 @@
 import math
 
 from kvfloor.floors.coherence import log_packing_count
-from kvfloor.floors.domain import positive, relative_error, whole
+from kvfloor.floors.domain import positive, relative_error, whole, within
 
 _LARGEST_LOG = 700.0  # exp of it is still a float
 
@@ -12,15 +12,29 @@ def N_dr(d: int, r: float, eta: float) -> float:
     """Number of keys that spikes of logit radius `r` separate in `d` dimensions at relative error `eta`.
 
     Law: the largest whole m with m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and
-    theta <= pi/2 (so m <= (1-eta) e^r / 4); 1 where that leaves nothing; and at least 2d, the vectors ±e_i,
-    when ln(8d/(1-eta)) <= r. It is a lower estimate of the true number, so the floor built on it is valid.
+    theta <= pi/2 (so m <= (1-eta) e^r / 4); 1 where that leaves nothing; and at least min(2d, (1-eta) e^r / 4)
+    rounded down, some of the vectors ±e_i. It is a lower estimate of the true number: the floor built on it is valid.
     `r` = scale * max|q| * max|k| in nats. Returns a whole number as a float, `inf` beyond e^700.
     d = 1 has no packing, only ±1. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r, eta = whole("d", d), positive("r", r), relative_error(eta)
-    offset = math.log(4.0 / (1.0 - eta))  # ln(4m/(1-eta)) = ln m + offset
-    count = max(1.0, _packed(d, r, offset)) if d >= 2 else 1.0
-    return max(count, 2.0 * d) if math.log(2.0 * d) + offset <= r else count
+    return _count(d, r, math.log(4.0 / (1.0 - eta)))
+
+
+def separable_keys(d: int, r: float, ratio: float) -> float:
+    """Number of keys in `d` dimensions whose spikes of logit radius `r` leak at most `ratio` of their own mass.
+
+    Law: as `N_dr`, with gap ln(m / ratio) / r for m keys; N_dr(d, r, eta) is the case ratio = (1-eta)/4.
+    Derived here (docs/floors.md, "Bounded norms").
+    """
+    d, r = whole("d", d), positive("r", r)
+    return _count(d, r, -math.log(within("ratio", ratio, 0.0, 1.0, low_open=True, high_open=True)))
+
+
+def _count(d: int, r: float, offset: float) -> float:
+    """The number of keys, given the logarithm of 1/ratio."""
+    packed = _packed(d, r, offset) if d >= 2 else 0.0
+    return max(1.0, packed, min(2.0 * d, _whole_exp(r - offset)))  # ±e_i have gap 1
 
 
 def _packed(d: int, r: float, offset: float) -> float:
@@ -42,3 +56,8 @@ def _packed(d: int, r: float, offset: float) -> float:
         return math.inf
     m = float(math.floor(math.exp(low)))
     return m + 1.0 if feasible(math.log(m + 1.0)) else m
+
+
+def _whole_exp(x: float) -> float:
+    """e^x rounded down to a whole number."""
+    return float(math.floor(math.exp(min(x, _LARGEST_LOG)) * (1.0 + 1e-12)))

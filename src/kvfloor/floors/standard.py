@@ -1,12 +1,13 @@
 """The space floor of standard softmax attention and of its sliding window."""
 
-import dataclasses
 import math
 from typing import Any
 
+from kvfloor.floors import upper
 from kvfloor.floors.coherence import gap_known
 from kvfloor.floors.domain import positive, relative_error, whole, within
 from kvfloor.floors.entropy import H2, row_bits
+from kvfloor.floors.floor import Floor
 from kvfloor.floors.norm_bounded import N_dr
 from kvfloor.floors.separation import eps_s, tau
 from kvfloor.floors.spike import spike_C
@@ -19,32 +20,6 @@ _THEOREMS = {
     "norm-bounded": f"Haris & Onak (COLT 2025), Theorem 1, with N(d, r, eta) separable keys; {_WHOLE_ROW}",
     "sliding window": f"Haris & Onak (COLT 2025), Theorem 17 for W - 1 rows (append, then attend); {_WHOLE_ROW}",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Floor:
-    """A space floor: any method that answers within eta, a whole row at a time with probability p, holds `bits`.
-
-    `bytes` is `bits` in whole bytes; `upper_bits` is what suffices when the keys are public and the values are single
-    bits, so the floor is tight up to p - H2(p)/dv; `regime` and `theorem` say which argument gave the number, and
-    `constants` holds everything that entered it.
-    """
-
-    bits: float
-    bytes: int
-    upper_bits: float
-    regime: str
-    theorem: str
-    constants: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types; a constant that is not finite becomes None."""
-        fields = dataclasses.asdict(self)
-        fields["constants"] = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in self.constants.items()
-        }
-        return fields
 
 
 def space(
@@ -88,8 +63,8 @@ def space(
     constants: dict[str, Any] = {
         "n": n, "d": d, "dv": dv, "eta": eta, "p": p, "H2_p": H2(p), "heads": heads, "layers": layers,
         "bits_per_row": row_bits(1, dv, p), "rows": rows, "rows_bound_by": rows_bound_by,
-        "exact_bytes_fp16": 2 * copies * held * (d + dv),
-        "exact_bytes_fp32": 4 * copies * held * (d + dv),
+        "exact_bytes_fp16": copies * upper.exact_bytes(held, d, dv, "fp16"),
+        "exact_bytes_fp32": copies * upper.exact_bytes(held, d, dv, "fp32"),
     }  # fmt: skip
     if window is not None:
         constants["window"] = window
@@ -97,14 +72,10 @@ def space(
         constants |= {"radius": float(radius), "N": limits["N(d, r, eta)"]}
     if rows:
         constants |= _spike(n, d, rows, eta, copied=radius is not None and rows < held)
-    return Floor(
-        bits=bits,
-        bytes=math.ceil(bits / 8.0 * (1.0 - 1e-12)),  # the factor keeps float noise from adding a byte
-        upper_bits=float(copies * held * dv),
-        regime=regime if bits > 0.0 else f"vacuous ({regime})",
-        theorem=_THEOREMS[regime],
-        constants=constants,
-    )
+    possible = upper.beside(copies, n, held, d, dv, windowed=window is not None)
+    if radius is not None and window is None:
+        possible += upper.within_radius(copies, held, d, dv, float(radius), eta)
+    return Floor.of(bits, float(copies * held * dv), regime, _THEOREMS[regime], constants, possible)
 
 
 def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:

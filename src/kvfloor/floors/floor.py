@@ -1,0 +1,88 @@
+"""What a floor tells: the bits that are needed, and beside them the memories that are known to suffice."""
+
+import dataclasses
+import math
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Possible:
+    """A memory that suffices: `bits`, under `condition`, by `source`.
+
+    `vacuous` where the method keeps at least as much as all tokens are, so that nothing is gained.
+    """
+
+    name: str
+    bits: float
+    condition: str
+    source: str
+    vacuous: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """A space floor: any method that answers as accurately as asked, a row at a time with probability p, holds `bits`.
+
+    `bytes` is `bits` in whole bytes; `upper_bits` is what suffices when the keys are public and the values are single
+    bits, so the floor is tight up to p - H2(p)/dv; `regime` and `theorem` say which argument gave the number, and
+    `constants` holds everything that entered it; `possible` lists memories that suffice, smallest first.
+    """
+
+    bits: float
+    bytes: int
+    upper_bits: float
+    regime: str
+    theorem: str
+    constants: dict[str, Any]
+    possible: tuple[Possible, ...] = ()
+
+    @staticmethod
+    def of(
+        bits: float,
+        upper_bits: float,
+        regime: str,
+        theorem: str,
+        constants: dict[str, Any],
+        possible: list[Possible],
+    ) -> "Floor":
+        """A floor of `bits`: whole bytes counted, the regime marked vacuous at 0, `possible` sorted by size."""
+        return Floor(
+            bits=bits,
+            bytes=whole_bytes(bits),
+            upper_bits=upper_bits,
+            regime=regime if bits > 0.0 else f"vacuous ({regime})",
+            theorem=theorem,
+            constants=constants,
+            possible=tuple(sorted(possible, key=lambda memory: memory.bits)),
+        )
+
+    def ratio(self, memory: Possible) -> float:
+        """How many times the floor `memory` holds; infinite beside a floor of 0."""
+        return memory.bits / self.bits if self.bits > 0.0 else math.inf
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types; a number that is not finite becomes None."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["constants"] = {name: _finite(value) for name, value in self.constants.items()}
+        fields["possible"] = [
+            {
+                "name": memory.name,
+                "bits": _finite(memory.bits),
+                "bytes": whole_bytes(memory.bits) if math.isfinite(memory.bits) else None,
+                "ratio": _finite(self.ratio(memory)),
+                "vacuous": memory.vacuous,
+                "condition": memory.condition,
+                "source": memory.source,
+            }
+            for memory in self.possible
+        ]
+        return fields
+
+
+def whole_bytes(bits: float) -> int:
+    """`bits` in whole bytes."""
+    return math.ceil(bits / 8.0 * (1.0 - 1e-12))  # the factor keeps float noise from adding a byte
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

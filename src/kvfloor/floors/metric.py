@@ -1,0 +1,204 @@
+"""What error guarantees in a norm imply: the answer may get some signs wrong, so a row tells fewer hidden bits.
+
+Values are ±1, and Bob reads signs. A guarantee |z - A|_2 <= epsilon * size allows a share rho of wrong signs per row; a
+row then tells p (dv - log2 of a Hamming ball) - H2(p) bits. docs/floors.md, "Other error guarantees", has the proofs.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from kvfloor.floors import upper
+from kvfloor.floors.coherence import gap_known
+from kvfloor.floors.domain import one_of, positive, whole, within
+from kvfloor.floors.entropy import H2
+from kvfloor.floors.floor import Floor
+
+NORMS = ("max", "frobenius", "operator")
+_GUARANTEES = {
+    "max": "||z - A||_2 <= epsilon max |v_i|_2",
+    "frobenius": "||z - A||_2 <= epsilon ||softmax||_2 ||V||_F",
+    "operator": "||z - A||_2 <= epsilon ||softmax||_2 ||V||_op",
+}
+_THEOREMS = {
+    "max": "sign rows under an error relative to the largest value (derived, docs/floors.md)",
+    "frobenius": "sign rows under BalanceKV's guarantee (Kochetkova et al. 2025, eq. 2); derived, docs/floors.md",
+    "operator": "sign rows under SubGen's guarantee (Zandieh et al. 2024); derived, docs/floors.md",
+}
+
+
+def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0, norm: float | None = None) -> float:
+    """Share rho of the dv signs of a row that an answer within the guarantee may get wrong, of `m` hidden sign rows.
+
+    Law, with `leak` = x, (mass off the spike)/(mass on it), so that the weight on the spike is at least 1/(1+x):
+        max         epsilon^2 ((1+x)/(1-x))^2
+        frobenius   epsilon^2 m (1+x^2)/(1-x)^2
+        operator    epsilon^2 ||X||_op^2 / dv (1+x^2)/(1-x)^2      ||X||_op: `norm`, or `sign_norm(m, dv)`
+    Each coordinate of the exact answer is at least (1-x)/(1+x) in size, a wrong sign costs that much, and
+    ||softmax||_2^2 <= (1+x^2)/(1+x)^2. Infinite for leak >= 1. Derived here.
+    """
+    one_of("metric", metric, NORMS)
+    epsilon = within("epsilon", epsilon, 0.0, math.inf, high_open=True)
+    norm = None if norm is None else positive("norm", norm)
+    return _share(metric, epsilon, whole("m", m), whole("dv", dv), within("leak", leak, 0.0, math.inf), norm)
+
+
+def sign_norm(m: int, dv: int) -> float:
+    """An operator norm that at least half of all m x dv sign matrices do not exceed; about sqrt(m) + sqrt(dv).
+
+    Law: B^2 = min(m dv, min over whole k of (2 min(m, dv))^(1/k) s^2 e^(2k/s^2)), s = sqrt(m) + sqrt(dv). For signs R
+    and Gaussians G: E||R||^2k <= E tr(RR')^k <= E tr(GG')^k, as every monomial's mean is 0 or 1 for signs and at
+    least that for Gaussians; and tr(GG')^k <= min(m, dv) ||G||^2k, E e^(u||G||) <= e^(us + u^2/2) (Gordon; Gaussian
+    concentration), x^2k <= (2k/(eu))^2k e^(ux), u = 2k/s. Markov at 1/2. Derived here; the k used are the two whole
+    numbers at the best real one, s sqrt(ln(2 min(m, dv))/2).
+    """
+    return math.sqrt(_squared_norm(whole("m", m), whole("dv", dv)))
+
+
+def ball_bits(dv: int, wrong: int) -> float:
+    """log2 of the number of strings of `dv` bits within Hamming distance `wrong` of one: at most dv H2(wrong/dv)."""
+    dv, wrong = whole("dv", dv), whole("wrong", wrong, least=0)
+    return math.log2(sum(math.comb(dv, j) for j in range(min(wrong, dv) + 1)))
+
+
+def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
+    """Least message length, in bits, when each of `m` rows of `dv` bits comes back with at most `wrong` errors w.p. p.
+
+    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0; no less than m [p dv (1 - H2(rho)) - H2(p)] for
+    rho = wrong/dv <= 1/2, and `row_bits` for wrong = 0. Derived here: Fano's inequality with a list.
+    """
+    m, p = whole("m", m, least=0), within("p", p, 0.0, 1.0, low_open=True)
+    return max(0.0, m * (p * (dv - ball_bits(dv, wrong)) - H2(p)))
+
+
+def metric_space(
+    n: int,
+    d: int,
+    dv: int | None = None,
+    *,
+    metric: str,
+    epsilon: float,
+    p: float = 0.9,
+    radius: float | None = None,
+    window: int | None = None,
+    norm: float | None = None,
+    heads: int = 1,
+    layers: int = 1,
+) -> Floor:
+    """Bits that any streaming method must hold to meet `metric`'s guarantee at every step, each w.p. `p`.
+
+    Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), rho = `wrong_share` of m
+    rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else 0. The instance is
+    a stream that is m tokens long so far, m <= n, or W - 1 under `window`, with signs in w <= dv coordinates. m unit
+    keys with gap g = `gap_known`(m, d) leak x = m e^(-radius g), Bob's own token included; without `radius` the leak
+    is as small as is wanted.
+    `norm`: the operator norm that half of all n x dv sign matrices stay below, where it was measured.
+    Raises ValueError naming the argument, what was given and what is allowed.
+    """
+    n, d = whole("n", n), whole("d", d)
+    dv = d if dv is None else whole("dv", dv)
+    one_of("metric", metric, NORMS)
+    epsilon = within("epsilon", epsilon, 0.0, math.inf, high_open=True)
+    p = within("p", p, 0.0, 1.0, low_open=True)
+    radius = None if radius is None else positive("radius", radius)
+    copies = whole("heads", heads) * whole("layers", layers)
+    held = n if window is None else min(n, whole("window", window))
+    most = n if window is None else min(n, window - 1)
+    norm = _norm(norm, metric, most, dv)
+
+    @functools.cache
+    def leak(m: int) -> float:
+        return _leak(m, d, radius)
+
+    def wrong(m: int, width: int) -> int:
+        share = _share(metric, epsilon, m, width, leak(m), norm)
+        return width if share >= 1.0 else math.floor(share * width * (1.0 + 1e-12) + 1e-12)
+
+    m, width, errors, told = best_rows(most, dv, p, wrong)
+    bits = copies * max(0.0, told - (1.0 if metric == "operator" else 0.0))
+    regime = f"{metric} norm" if window is None else f"{metric} norm, sliding window"
+    constants: dict[str, Any] = {
+        "n": n, "d": d, "dv": dv, "metric": metric, "guarantee": _GUARANTEES[metric], "epsilon": epsilon, "p": p,
+        "H2_p": H2(p), "heads": heads, "layers": layers, "rows": m, "row_width": width, "wrong_per_row": errors,
+        "bits_per_row": told / m if m else 0.0,
+        "exact_bytes_fp16": copies * upper.exact_bytes(held, d, dv, "fp16"),
+        "exact_bytes_fp32": copies * upper.exact_bytes(held, d, dv, "fp32"),
+    }  # fmt: skip
+    if m:
+        constants |= {"gap": gap_known(m, d), "leak_ratio": leak(m)}
+        constants["rho"] = wrong_share(metric, epsilon, m, width, leak(m), norm)
+    if radius is not None:
+        constants["radius"] = radius
+    if window is not None:
+        constants["window"] = window
+    if metric == "operator" and m:
+        constants["operator_norm"] = sign_norm(m, width) if norm is None else norm
+    possible = upper.beside(copies, n, held, d, dv, windowed=window is not None)
+    if radius is not None and window is None:
+        possible += upper.within_radius(copies, n, d, dv, radius, epsilon)
+        possible += upper.sampled(copies, n, d, dv, metric, epsilon, radius, 1.0 - p)
+    return Floor.of(bits, float(copies * held * dv), regime, _THEOREMS[metric], constants, possible)
+
+
+def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:
+    """The (m, width, errors, bits) of most `noisy_row_bits`, over m <= `most` rows of width <= `dv` values.
+
+    `wrong`(m, width) errors are allowed per row; it must not fall with m. For each width and number of errors the
+    largest m that allows no more is found by bisection, so the maximum is exact, and no argument can lower it.
+    (0, 0, 0, 0.0) where nothing positive is left.
+    """
+    best = (0, 0, 0, 0.0)
+    for width in range(dv, 0, -1):
+        ball, term = 0, 1  # strings within `errors` of one, strings at one error more
+        for errors in range(width + 1):
+            ball += term
+            term = term * (width - errors) // (errors + 1)
+            gain = p * (width - math.log2(ball)) - H2(p)
+            if most * gain <= best[3]:
+                break  # gain only falls
+            low, high = math.floor(best[3] / gain) + 1, most
+            if low > most or wrong(low, width) > errors:
+                continue
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if wrong(middle, width) <= errors else (low, middle - 1)
+            if low * gain > best[3]:
+                best = (low, width, errors, low * gain)
+    return best
+
+
+def _share(metric: str, epsilon: float, m: int, dv: int, leak: float, norm: float | None) -> float:
+    if leak >= 1.0:
+        return math.inf
+    if metric == "max":
+        return epsilon * epsilon * ((1.0 + leak) / (1.0 - leak)) ** 2
+    size = m if metric == "frobenius" else (_squared_norm(m, dv) if norm is None else norm**2) / dv
+    return epsilon * epsilon * size * (1.0 + leak**2) / (1.0 - leak) ** 2
+
+
+def _squared_norm(m: int, dv: int) -> float:
+    s, log_factor = math.sqrt(m) + math.sqrt(dv), math.log(2 * min(m, dv))
+    best = s * math.sqrt(log_factor / 2.0)
+    low, high = max(1, math.floor(best)), math.ceil(best)
+    exponent = min(log_factor / low + 2.0 * low / s**2, log_factor / high + 2.0 * high / s**2)
+    return min(float(m * dv), s**2 * math.exp(exponent))
+
+
+def _leak(m: int, d: int, radius: float | None) -> float:
+    """(Mass off the spike)/(mass on it) for `m` unit keys and Bob's own token, at logit radius `radius`."""
+    gap = gap_known(m, d)
+    if radius is None:
+        return 0.0 if gap > 0.0 else math.inf
+    return math.exp(min(700.0, math.log(m) - radius * gap))
+
+
+def _norm(norm: float | None, metric: str, rows: int, dv: int) -> float | None:
+    if norm is None:
+        return None
+    if metric != "operator":
+        raise ValueError(f"norm belongs to metric='operator', got norm={norm!r} with metric={metric!r}")
+    least = math.sqrt(max(rows, dv))
+    if not positive("norm", norm) >= least * (1.0 - 1e-12):
+        raise ValueError(f"norm must be at least {least:g}, as that of any {rows} x {dv} sign matrix is, got {norm!r}")
+    return float(norm)

@@ -1,0 +1,72 @@
+"""The question users ask: how many bits must attention hold, by its law, its error guarantee and its sizes."""
+
+from kvfloor.floors.domain import one_of
+from kvfloor.floors.floor import Floor
+from kvfloor.floors.metric import NORMS, metric_space
+from kvfloor.floors.standard import space as standard_space
+from kvfloor.floors.tensor import tensor_space
+from kvfloor.floors.visual import visual_space
+
+ATTENTIONS = ("standard", "window", "tensor", "visual")
+METRICS = ("entrywise", *NORMS)
+
+
+def space(
+    n: int,
+    d: int,
+    dv: int | None = None,
+    *,
+    attention: str = "standard",
+    metric: str = "entrywise",
+    epsilon: float | None = None,
+    eta: float = 0.5,
+    p: float = 0.9,
+    radius: float | None = None,
+    window: int | None = None,
+    caches: int | None = None,
+    ratio: float | None = None,
+    heads: int = 1,
+    layers: int = 1,
+) -> Floor:
+    """Bits that any streaming method must hold to answer attention, with what is possible beside it.
+
+    attention  standard, window (needs `window`), tensor (`caches` 4 or 2) or visual, where `n` is the side of the last
+               map, and maps shrink by `ratio` (2): tokens are the sum of their squares. `window` alone means a window
+    metric     entrywise: a factor 1±`eta` in every coordinate. max, frobenius, operator: an l2 error of at most
+               `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2 ||V||_op (standard and window)
+    p          probability that an answer is as accurate as asked; radius: bound on |logit|, not for visual
+    heads, layers   KV heads and layers, which multiply
+    Laws: `standard.space`, `metric_space`, `tensor_space`, `visual_space`. The bound is over worst-case keys and
+    values: attention as a data structure. Raises ValueError naming the argument, what was given and what is allowed.
+    """
+    one_of("attention", attention, ATTENTIONS)
+    one_of("metric", metric, METRICS)
+    _belongs("window", window, attention, ("standard", "window"))
+    _belongs("radius", radius, attention, ("standard", "window", "tensor"))
+    _belongs("caches", caches, attention, ("tensor",))
+    _belongs("ratio", ratio, attention, ("visual",))
+    if attention == "window" and window is None:
+        raise ValueError("attention='window' needs window, the number of tokens that it holds")
+    if (metric == "entrywise") != (epsilon is None):
+        raise ValueError(
+            f"metric={metric!r} needs epsilon, the error allowed" if epsilon is None
+            else f"epsilon belongs to the metrics {', '.join(NORMS)}; entrywise takes eta, got epsilon={epsilon!r}"
+        )  # fmt: skip
+    if epsilon is not None:
+        if attention in ("tensor", "visual"):
+            raise ValueError(f"metric must be entrywise with attention={attention!r}, got {metric!r}")
+        return metric_space(
+            n, d, dv, metric=metric, epsilon=epsilon, p=p, radius=radius, window=window, heads=heads, layers=layers
+        )
+    if attention == "tensor":
+        return tensor_space(
+            n, d, dv, caches=4 if caches is None else caches, eta=eta, p=p, radius=radius, heads=heads, layers=layers
+        )
+    if attention == "visual":
+        return visual_space(n, d, dv, ratio=2.0 if ratio is None else ratio, eta=eta, p=p, heads=heads, layers=layers)
+    return standard_space(n, d, dv, eta=eta, p=p, radius=radius, window=window, heads=heads, layers=layers)
+
+
+def _belongs(name: str, value: object, attention: str, to: tuple[str, ...]) -> None:
+    if value is not None and attention not in to:
+        raise ValueError(f"{name} belongs to attention {' or '.join(to)}, got {name}={value!r} with {attention!r}")

@@ -1,0 +1,94 @@
+"""What sampling methods keep: SubGen's constants and stored numbers, and lazy Gumbel sampling for keys on a line."""
+
+import math
+
+from kvfloor.floors.covering import greedy_centres
+from kvfloor.floors.domain import one_of, positive, whole, within
+
+_LARGEST_LOG = 700.0  # exp of it is still a float
+
+
+def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator") -> float:
+    """Value samples with which SubGen's numerator errs by more than (epsilon/3) |exp(Kq)|_2 ||V|| w.p. <= `failure`.
+
+    Law: 9 dv / (epsilon^2 failure) for the operator norm, as ||V||_F^2 <= dv ||V||_op^2; 9 / (epsilon^2 failure) for
+    `norm` = "frobenius". By Chebyshev from E|z - Ez|^2 = (||V||_F^2 |e^(Kq)|^2 - |Ez|^2)/s, for one fixed query; the
+    1/failure is real for a plain mean. Source: Zandieh et al. 2024 (SubGen); constants derived here.
+    """
+    dv, epsilon, failure = whole("dv", dv), _accuracy(epsilon), _failure(failure)
+    rank = dv if one_of("norm", norm, ("operator", "frobenius")) == "operator" else 1
+    return 9.0 * rank / failure / epsilon / epsilon
+
+
+def subgen_t(delta: float, r: float, epsilon: float, failure: float, *, centres: float | None = None) -> float:
+    """Key samples per cluster with which SubGen's denominator errs by more than epsilon/3 of itself w.p. <= `failure`.
+
+    Law, with R = exp(2 delta r), keys within `delta` of their centre and |q| <= `r`:
+        9 (R-1)^2 / (4 R epsilon^2 failure)            Chebyshev on the sum of all clusters (the default)
+        27 R ln(2 centres / failure) / epsilon^2       Chernoff in each of the `centres` clusters, if they are given
+    `inf` where R is beyond the floats. Source: Zandieh et al. 2024 (SubGen); constants derived here: samples of mean u
+    in [a, R a] have variance at most u^2 (R-1)^2 / (4R), and a mean of at least 1/R of their largest value.
+    """
+    delta, r = positive("delta", delta), positive("r", r)
+    epsilon, failure = _accuracy(epsilon), _failure(failure)
+    if 2.0 * delta * r >= _LARGEST_LOG:
+        return math.inf
+    ratio = math.exp(2.0 * delta * r)
+    if centres is None:
+        return 2.25 * (ratio - 1.0) * ((ratio - 1.0) / ratio) / failure / epsilon / epsilon
+    centres = within("centres", centres, 1.0, math.inf)
+    return 27.0 * ratio * math.log(2.0 * centres / failure) / epsilon / epsilon
+
+
+def subgen_numbers(d: int, dv: int, s: int, t: int, centres: int) -> int:
+    """Numbers that SubGen holds: s pairs, per centre its key, its count and t sampled keys, and the sum of all |v|^2.
+
+    Law: s (d + dv) + centres (d (1 + t) + 1) + 1.
+    """
+    d, dv, centres = whole("d", d), whole("dv", dv), whole("centres", centres)
+    return whole("s", s) * (d + dv) + centres * (d * (1 + whole("t", t)) + 1) + 1
+
+
+def subgen_plan(
+    n: int, d: int, dv: int, epsilon: float, r: float, failure: float, *, norm: str = "operator"
+) -> tuple[float, int, int, int] | None:
+    """The (delta, s, t, centres) of fewest numbers that guarantee `epsilon` with probability 1 - `failure`.
+
+    For `n` unit-ball keys and |q| <= `r`; half of `failure` goes to each of numerator and denominator, t is the
+    smaller of the two forms, and centres = min(n, greedy_centres). delta is the best of 2^(-j/4), j from -4 to 40.
+    None where s or every t is beyond the floats. Then |z/tau - attention|_2 <= (2 epsilon/3)/(1 - epsilon/3)
+    |softmax|_2 ||V|| <= epsilon |softmax|_2 ||V|| for epsilon <= 1, for one query fixed before the stream.
+    """
+    n, failure = whole("n", n), _failure(failure)
+    pairs = subgen_s(dv, epsilon, failure / 2.0, norm=norm)
+    if not math.isfinite(pairs):
+        return None
+    s, plans = math.ceil(pairs), []
+    for delta in (2.0 ** (-j / 4.0) for j in range(-4, 41)):
+        centres = int(min(float(n), greedy_centres(delta, d)))
+        forms = (subgen_t(delta, r, epsilon, failure / 2.0, centres=count) for count in (None, centres))
+        t = min(forms)
+        if math.isfinite(t):
+            plans.append((delta, s, max(1, math.ceil(t)), centres))
+    return min(plans, key=lambda plan: subgen_numbers(d, dv, *plan[1:]), default=None)
+
+
+def lazy_gumbel_tokens(n: int) -> float:
+    """Tokens that lazy Gumbel sampling holds for one unbiased draw when d = 1, in expectation: O(sqrt n).
+
+    Law: the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled ones in expectation; never
+    more than n. Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; the constant is derived here: given B,
+    (n - k)(1 - exp(-e^-B)) <= (n - k) e^-B are sampled, and B is at least the largest of k Gumbels, so that e^-B is
+    at most an exponential variable of mean 1/k.
+    """
+    n = whole("n", n)
+    k = math.isqrt(n - 1) + 1
+    return min(float(n), 2.0 * k + (n - k) / k)
+
+
+def _accuracy(epsilon: float) -> float:
+    return within("epsilon", epsilon, 0.0, 1.0, low_open=True)
+
+
+def _failure(failure: float) -> float:
+    return within("failure", failure, 0.0, 1.0, low_open=True, high_open=True)

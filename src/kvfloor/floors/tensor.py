@@ -1,0 +1,144 @@
+"""The space floor of tensor attention: a token brings two keys and two values, and every pair of tokens is a key.
+
+score(j1, j2) = sum_l q_l K1[j1, l] K2[j2, l], value(j1, j2) = V1[j1] * V2[j2] entry by entry (Alman and Song 2023).
+"""
+
+import math
+from typing import Any
+
+from kvfloor.floors import upper
+from kvfloor.floors.coherence import gap_known
+from kvfloor.floors.domain import positive, relative_error, whole, within
+from kvfloor.floors.entropy import H2, row_bits
+from kvfloor.floors.floor import Floor
+from kvfloor.floors.norm_bounded import separable_keys
+from kvfloor.floors.separation import eps_s, tau
+from kvfloor.floors.spike import spike_C
+
+CACHES = (4, 2)
+_LEAST_WIDTH = 4  # of keys that split into two planes
+_THEOREMS = {
+    4: "Chen et al. 2025 (arXiv 2503.11108), Omega(n d) for four caches; both value caches are read (derived, "
+    "docs/floors.md)",
+    2: "Chen et al. 2025 (arXiv 2503.11108), Omega(n^2 d) for two caches, where a pair's value is arbitrary (derived, "
+    "docs/floors.md)",
+}
+
+
+def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
+    """An inner product, over d, that product keys of ±1 rows stay below with positive probability (so they exist).
+
+    Law: four caches ask for 2(n-1) pairs, each against n^2 - 1: sqrt((6 ln n + 2 ln 2)/d), Hoeffding over fewer than
+    2 n^3. Two caches ask for all n^2: sqrt((8 ln n - 2 ln 2)/d) over fewer than n^4/2; 0 for n = 1. Derived here.
+    """
+    n, d = whole("n", n), whole("d", d)
+    pairs = 3.0 * math.log(n) + math.log(2.0) if _caches(caches) == 4 else 4.0 * math.log(n) - math.log(2.0)
+    return math.sqrt(max(0.0, 2.0 * pairs) / d)
+
+
+def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
+    """Length C of the query q = (C/d) K1[i1] * K2[i2] that gives a pair of ±1 keys all but `eps_s` of the mass.
+
+    Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if Bob appends a zero token before he asks, as it makes 2n + 1 pairs of
+    score 0; ln((n^2 - 1)/eps_s) / g if he only asks. g is 1 less the largest inner product over d. Derived here.
+    """
+    n, g = whole("n", n), positive("g", g)
+    return spike_C(n**2, 2 * n + 1, g, 1.0, eps_s) if append else spike_C(n**2, 0, g, g, eps_s)
+
+
+def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
+    """Hidden rows that tensor attention over `n` tokens lets Bob read, norms unbounded.
+
+    Four caches: 2(n-1) for d >= 4, X1[i] at pair (i, 0) and X2[i] at pair (0, i); else those of standard attention,
+    n for d >= 2 and min(n, 2) for d = 1, with K2 = V2 = 1. Two caches: n^2 for d >= 4, else n or min(n, 2).
+    ±1 keys read as many for d > 6 ln n + 2 ln 2 (two caches: 8 ln n - 2 ln 2). Derived here.
+    """
+    n, d = whole("n", n), whole("d", d)
+    plain = n if d >= 2 else min(n, 2)
+    if d < _LEAST_WIDTH:
+        return plain
+    return max(plain, 2 * (n - 1)) if _caches(caches) == 4 else n**2
+
+
+def tensor_space(
+    n: int,
+    d: int,
+    dv: int | None = None,
+    *,
+    caches: int = 4,
+    eta: float = 0.5,
+    p: float = 0.9,
+    radius: float | None = None,
+    heads: int = 1,
+    layers: int = 1,
+) -> Floor:
+    """Bits that tensor attention over `n` tokens needs to be answered within a factor 1±eta.
+
+    Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `tensor_rows`. caches = 4: tokens arrive with K1,
+    K2, V1, V2; 2: pairs arrive with values of their own, not products (else 2 n dv numbers describe them all).
+    Under `radius`, the largest |score| in nats, n is at most `separable_keys`(floor(d/2), radius/2, e) with
+    e = sqrt(1 + eps_s) - 1, or the keys that standard attention separates, whichever tells more rows.
+    Raises ValueError naming the argument, what was given and what is allowed.
+    """
+    n, d = whole("n", n), whole("d", d)
+    dv = d if dv is None else whole("dv", dv)
+    caches, eta = _caches(caches), relative_error(eta)
+    p = within("p", p, 0.0, 1.0, low_open=True)
+    copies = whole("heads", heads) * whole("layers", layers)
+    rows = tensor_rows(n, d, caches=caches)
+    constants: dict[str, Any] = {
+        "n": n, "d": d, "dv": dv, "caches": caches, "pairs": n**2, "eta": eta, "p": p, "H2_p": H2(p), "heads": heads,
+        "layers": layers, "bits_per_row": row_bits(1, dv, p), "eps_s": eps_s(eta), "tau": tau(eta, eps_s(eta)),
+    }  # fmt: skip
+    if radius is None:
+        constants |= _keys(n, d, caches, eps_s(eta))
+    else:
+        constants["radius"] = positive("radius", radius)
+        rows = _rows_within(n, d, caches, constants["radius"], eps_s(eta))
+    constants["rows"] = rows
+    values = 2 * n * dv if caches == 4 else n**2 * dv  # numbers
+    possible = upper.caches(copies, 2 * n * d + values, "four caches" if caches == 4 else "key factors and pair values")
+    possible.append(upper.public_keys(copies, values // dv, dv))
+    return Floor.of(
+        copies * row_bits(rows, dv, p),
+        float(copies * values),
+        f"tensor, {'four' if caches == 4 else 'two'} caches" + ("" if radius is None else ", norm-bounded"),
+        _THEOREMS[caches],
+        constants,
+        possible,
+    )
+
+
+def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
+    """Public keys that exist, and the length of a spike with Bob's own token in the stream.
+
+    ±1 rows where d is large enough; else K1 = (a, 1) and K2 = (1, b), whose products (a, b) separate each half on its
+    own; else K2 = V2 = 1, also for Bob's token, which is then one zero token of standard attention.
+    """
+    mu = mu_tensor(n, d, caches=caches)
+    if mu < 1.0:
+        return {"keys": "signs", "gap": 1.0 - mu, "C": tensor_C(n, 1.0 - mu, ratio)}
+    if d >= _LEAST_WIDTH:
+        gap = gap_known(n, d // 2)
+        return {"keys": "halves (a, 1) and (1, b)", "gap": gap, "C": spike_C(n, 1, gap, 1.0, _half_ratio(ratio))}
+    gap = gap_known(min(n, 2) if d == 1 else n, d)
+    return {"keys": "K2 = V2 = 1", "gap": gap, "C": spike_C(n, 1, gap, 1.0, ratio)}
+
+
+def _rows_within(n: int, d: int, caches: int, radius: float, ratio: float) -> int:
+    plain = min(float(n), separable_keys(d, radius, ratio))
+    if d < _LEAST_WIDTH:
+        return int(plain)
+    halves = min(float(n), separable_keys(d // 2, radius / 2.0, _half_ratio(ratio)))
+    return int(max(plain, 2.0 * (halves - 1.0) if caches == 4 else halves**2))
+
+
+def _half_ratio(ratio: float) -> float:
+    """Ratio for each half so that both together stay below `ratio`: (1 + x)^2 <= 1 + ratio."""
+    return math.sqrt(1.0 + ratio) - 1.0
+
+
+def _caches(caches: int) -> int:
+    if caches not in CACHES:
+        raise ValueError(f"caches must be 4 (K1, K2, V1, V2 arrive) or 2 (pairs arrive), got {caches!r}")
+    return int(caches)

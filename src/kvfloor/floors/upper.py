@@ -1,0 +1,118 @@
+"""What is possible: memories that are known to suffice, to stand beside a floor."""
+
+import math
+
+from kvfloor.floors.domain import one_of, whole
+from kvfloor.floors.floor import Possible
+from kvfloor.floors.sampling import lazy_gumbel_tokens, subgen_numbers, subgen_plan
+from kvfloor.floors.taylor import LARGEST_RADIUS, taylor_degree, taylor_numbers
+
+FORMATS = {"fp32": 32, "fp16": 16, "bf16": 16}  # bits of a number
+_SIGNIFICANT = {"fp32": "24 significant bits", "fp16": "11 significant bits", "bf16": "8 significant bits"}
+_SUMS_AT = 32  # bits of a number that a sampling method keeps
+_MOMENTS_AT = 64  # of a moment, whose signs cancel
+_LARGEST_LOG = 600.0  # exp of it, times any sizes, is still a float
+_DERIVED = "derived, docs/floors.md"
+
+
+def exact_bytes(tokens: int, d: int, dv: int, dtype: str = "fp16") -> int:
+    """Bytes of keys and values of `tokens` tokens kept whole: tokens (d + dv) numbers of fp32, fp16 or bf16."""
+    size = FORMATS[one_of("dtype", dtype, tuple(FORMATS))]
+    return whole("tokens", tokens, least=0) * (whole("d", d) + whole("dv", dv)) * size // 8
+
+
+def running_sum_numbers(W: int, d: int, dv: int) -> int:
+    """Numbers that exact attention over a window of `W` tokens holds when older tokens keep logit 0.
+
+    Law: W (d + dv) for the window, dv for the sum of the values that left it, 1 for their count.
+    Derived here: the answer is (sum + the window's weighted values) / (count + the window's mass).
+    """
+    W, d, dv = whole("W", W), whole("d", d), whole("dv", dv)
+    return W * (d + dv) + dv + 1
+
+
+def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") -> list[Possible]:
+    """Exact attention from `numbers` stored numbers per copy, in each of the three usual formats."""
+    return [
+        Possible(
+            f"{name}, {dtype}",
+            float(copies * numbers * bits),
+            f"inputs of {_SIGNIFICANT[dtype]}{proviso}",
+            "by definition",
+        )
+        for dtype, bits in FORMATS.items()
+    ]
+
+
+def public_keys(copies: int, rows: int, dv: int) -> Possible:
+    """One bit per value coordinate when both sides know the keys: what the hard instance itself needs."""
+    return Possible("public keys", float(copies * rows * dv), "keys known to both sides, values of one bit", _DERIVED)
+
+
+def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -> list[Possible]:
+    """What suffices for standard attention whatever the error: exact caches, public keys, the window's running sum."""
+    slides = windowed and n > held
+    proviso = "; old tokens leave the softmax" if slides else ""
+    possible = [*caches(copies, held * (d + dv), proviso=proviso), public_keys(copies, held, dv)]
+    if slides:
+        numbers = running_sum_numbers(held, d, dv)
+        carry = math.ceil(math.log2(n - held))
+        condition = f"old tokens keep logit 0; an exact sum takes {carry} bits a coordinate more"
+        possible.append(Possible("window and running sum, fp32", float(copies * numbers * 32), condition, _DERIVED))
+    if d == 1 and not windowed:
+        tokens = lazy_gumbel_tokens(n)
+        possible.append(
+            Possible(
+                "lazy Gumbel, fp32",
+                copies * tokens * (d + dv) * 32.0,
+                "d = 1; in expectation, for one unbiased draw, of which an average is taken",
+                "Haris & Onak (COLT 2025), Appendix D",
+                vacuous=tokens >= n,
+            )
+        )
+    return possible
+
+
+def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: float) -> list[Possible]:
+    """Taylor moments that meet a relative `error` (or a norm's epsilon) over `n` tokens at logit radius `radius`.
+
+    [] at error 0 and where the radius is beyond `LARGEST_RADIUS`.
+    """
+    if error <= 0.0 or radius > LARGEST_RADIUS:
+        return []
+    degree = taylor_degree(radius, error)
+    log_count = math.lgamma(d + degree + 1) - math.lgamma(d + 1) - math.lgamma(degree + 1)
+    numbers = taylor_numbers(d, dv, degree) if log_count < _LARGEST_LOG else math.inf
+    return [
+        Possible(
+            f"Taylor moments to degree {degree}, fp64",
+            float(copies * numbers * _MOMENTS_AT),
+            f"logits within {radius:g}, real arithmetic; a relative error needs values >= 0",
+            _DERIVED,
+            vacuous=numbers >= n * (d + dv),
+        )
+    ]
+
+
+def sampled(
+    copies: int, n: int, d: int, dv: int, metric: str, epsilon: float, radius: float, failure: float
+) -> list[Possible]:
+    """SubGen with the best delta, for its own guarantee (operator) and for BalanceKV's (Frobenius); [] elsewhere."""
+    if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:
+        return []
+    plan = subgen_plan(n, d, dv, epsilon, radius, failure, norm=metric)
+    if plan is None:
+        return []
+    delta, s, t, centres = plan
+    numbers = subgen_numbers(d, dv, s, t, centres)
+    why = [text for text, holds in ((f"s = {s:,} >= n", s >= n), (f"t = {t:,} >= n", t >= n)) if holds]
+    says = f"; vacuous: {' and '.join(why)}" if why else ""
+    return [
+        Possible(
+            f"SubGen(delta={delta:.3g}, s={s:,}, t={t:,}), fp32",
+            float(copies * numbers * _SUMS_AT),
+            f"keys of norm 1, |q| <= {radius:g}, at most {centres:,} clusters, one query fixed beforehand{says}",
+            f"Zandieh et al. 2024; constants {_DERIVED}",
+            vacuous=bool(why) or numbers >= n * (d + dv),
+        )
+    ]

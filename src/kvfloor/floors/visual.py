@@ -1,0 +1,111 @@
+"""The space floor of visual autoregression: an image is predicted map by map, a whole map of queries at once.
+
+Map k is h_k x h_k tokens; its queries see all maps up to and including it (block-wise causal).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from kvfloor.floors import upper
+from kvfloor.floors.coherence import gap_known
+from kvfloor.floors.domain import relative_error, whole, within
+from kvfloor.floors.entropy import H2, row_bits
+from kvfloor.floors.floor import Floor
+from kvfloor.floors.separation import eps_s, tau
+from kvfloor.floors.spike import spike_C
+
+_THEOREM = (
+    "Cao et al. 2025 (arXiv 2503.14881), Omega(n^2 d) for a last map of n x n; a whole map of spikes asks (derived, "
+    "docs/floors.md)"
+)
+
+
+def pyramid(n: int, ratio: float = 2.0) -> tuple[int, ...]:
+    """Sides of the maps up to one of side `n`, ascending: each is the floor of the next over `ratio`, down to 1."""
+    side, ratio = whole("n", n), within("ratio", ratio, 1.0, math.inf, low_open=True, high_open=True)
+    sides = [side]
+    while side > 1:
+        side = max(1, min(side - 1, math.floor(side / ratio)))
+        sides.append(side)
+    return tuple(reversed(sides))
+
+
+def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> float:
+    """Tokens of maps of sides 1, a, a^2, .., n, a = `ratio`: (a^2 n^2 - 1)/(a^2 - 1), or (n^2 - 1)/(a^2 - 1) before n.
+
+    Exact where n is a power of a whole ratio; else the sum over `pyramid` is what counts, at most n^2 a^2/(a^2 - 1).
+    """
+    n, ratio = whole("n", n), within("ratio", ratio, 1.0, math.inf, low_open=True, high_open=True)
+    square = ratio**2
+    return ((n**2 - 1.0) if before_last else (square * n**2 - 1.0)) / (square - 1.0)
+
+
+def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
+    """Rows that a pyramid hides: sum h_k^2 if a further map asks, the sum before the last map if that one must ask."""
+    squares = [whole("side", side) ** 2 for side in sides]
+    if not squares:
+        raise ValueError("sides must hold the side of at least one map, got none")
+    return sum(squares[:-1] if last_asks else squares)
+
+
+def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
+    """Length of the spikes of a map of `asking` zero tokens, all aimed at once at `rows` unit keys with gap >= `g`.
+
+    Law: ln((rows - 1 + asking)/eps_s) / min(g, 1): the asking map's own tokens have logit 0. Derived here.
+    """
+    return spike_C(rows, whole("asking", asking), g, 1.0, eps_s)
+
+
+def visual_space(
+    n: int,
+    d: int,
+    dv: int | None = None,
+    *,
+    ratio: float = 2.0,
+    sides: Sequence[int] | None = None,
+    last_asks: bool = False,
+    eta: float = 0.5,
+    p: float = 0.9,
+    heads: int = 1,
+    layers: int = 1,
+) -> Floor:
+    """Bits that visual autoregression holds after a pyramid whose last map is `n` x `n`, answering within 1±eta.
+
+    Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `visual_rows`(sides, last_asks); m <= 2 for d = 1.
+    sides: ascending, the last of them n; by default `pyramid`(n, ratio). last_asks: no map follows, so that the last
+    one asks and hides nothing. A further map is taken as large as the last. Norms are unbounded.
+    Raises ValueError naming the argument, what was given and what is allowed.
+    """
+    n, d = whole("n", n), whole("d", d)
+    dv = d if dv is None else whole("dv", dv)
+    eta, p = relative_error(eta), within("p", p, 0.0, 1.0, low_open=True)
+    copies = whole("heads", heads) * whole("layers", layers)
+    sides = pyramid(n, ratio) if sides is None else tuple(whole("side", side) for side in sides)
+    if list(sides) != sorted(sides) or not sides or sides[-1] != n:
+        raise ValueError(f"sides must ascend and end in n = {n}, got {sides}")
+
+    tokens = visual_rows(sides)
+
+    def bits(last: bool) -> float:
+        return copies * row_bits(_readable(sides, d, last), dv, p)
+
+    rows = _readable(sides, d, last_asks)
+    constants: dict[str, Any] = {
+        "n": n, "d": d, "dv": dv, "sides": list(sides), "tokens": tokens, "last_asks": last_asks, "eta": eta, "p": p,
+        "H2_p": H2(p), "heads": heads, "layers": layers, "bits_per_row": row_bits(1, dv, p), "rows": rows,
+        "rows_asked_at_once": n**2, "bits_if_the_last_map_asks": bits(True), "eps_s": eps_s(eta),
+        "tau": tau(eta, eps_s(eta)), "exact_bytes_fp16": copies * upper.exact_bytes(tokens, d, dv, "fp16"),
+        "exact_bytes_fp32": copies * upper.exact_bytes(tokens, d, dv, "fp32"),
+    }  # fmt: skip
+    if rows:
+        gap = gap_known(rows, d)
+        constants |= {"gap": gap, "C": visual_C(rows, n**2, gap, eps_s(eta))}
+    possible = [*upper.caches(copies, tokens * (d + dv)), upper.public_keys(copies, tokens, dv)]
+    return Floor.of(bits(last_asks), float(copies * tokens * dv), "visual pyramid", _THEOREM, constants, possible)
+
+
+def _readable(sides: Sequence[int], d: int, last_asks: bool) -> int:
+    """Hidden rows, of which a spike reads the two ends only where d = 1."""
+    rows = visual_rows(sides, last_asks=last_asks)
+    return min(rows, 2) if d == 1 else rows
