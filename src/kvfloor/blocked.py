@@ -10,7 +10,7 @@ from torch import Tensor
 from kvfloor.method import Method, Spec
 from kvfloor.partial import Partial
 from kvfloor.selectors.everything import Everything
-from kvfloor.selectors.selector import Selector
+from kvfloor.selectors.selector import Chosen, Indexed, Selector, SelectorState
 from kvfloor.slots import Slots
 from kvfloor.state import State
 
@@ -19,13 +19,17 @@ class Blocked(State):
     """New tokens wait in `slots`, exactly readable; `_close` acts once a row's clock reaches a multiple of `block`.
 
     Each row has its own clock, so rows of different length close at different calls. A variant writes `_close`,
-    `_rest` (what is remembered outside the slots) and, if it looks at queries, `_notice`.
+    `_rest` (what is remembered outside the slots) and, if it looks at queries, `_notice`. A selector that keeps an
+    index is told of every token that comes; a variant from whose slots tokens leave tells it of those.
     """
 
-    def __init__(self, method: Method, spec: Spec, slots: Slots, block: int) -> None:
+    def __init__(self, method: Method, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
         super().__init__(method, spec)
         self.slots = slots
         self.block = block
+        self.selection: SelectorState | None = None
+        if isinstance(self._selector, Indexed):
+            self.selection = self._selector.open(spec, slots, self.shared, in_order)
 
     # ---- what a variant writes -----------------------------------------------------------------------------
 
@@ -75,6 +79,8 @@ class Blocked(State):
                 new_k, new_v = new_k.masked_fill(beyond, 0), new_v.masked_fill(beyond, 0)
             position = (self.seen.unsqueeze(1) + torch.arange(a)).to(k.device)
             self.slots.push(new_k, new_v, position, take)
+            if self.selection is not None:
+                self.selection.append(self.slots, before)
             if q is not None and out is not None:
                 piece = _cut(q, index)
                 mean = self._answer(piece, new_k, new_v, before).mean.view(*piece.shape[:3], -1)
@@ -88,7 +94,10 @@ class Blocked(State):
             done = done + take
             full = (self.seen % self.block == 0) & (take > 0)
             if bool(full.any()):
-                self._close(None if bool(full.all()) else full.nonzero().squeeze(1))
+                rows = None if bool(full.all()) else full.nonzero().squeeze(1)
+                self._close(rows)
+                if self.selection is not None:
+                    self.selection.close(self.slots, rows)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Answers to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself.
@@ -98,7 +107,9 @@ class Blocked(State):
         """
         rows, g, a, d = q.shape
         flat = q.reshape(rows, g * a, d)
-        if a == 1 or not isinstance(self._selector, Everything):
+        if self.selection is not None:
+            part = self._among_chosen(q, before)
+        elif a == 1 or not isinstance(self._selector, Everything):
             part = self._among_all(flat, g, before)
         else:
             later = torch.ones(a, a, dtype=torch.bool, device=q.device).triu(1).repeat(g, 1).unsqueeze(0)
@@ -128,10 +139,63 @@ class Blocked(State):
         hide = self._selector.hide(flat, view, self.spec, hide)
         return Partial.over(flat, view.k, view.v, self.spec, hide=hide)
 
-    def _read(self, q: Tensor) -> Partial:
+    def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
+        """As `_among_all` for q (rows, g, a, d), the selector choosing by its index."""
+        assert self.selection is not None
+        arrived = torch.arange(q.shape[2])
+        visible = before.unsqueeze(1) + arrived + 1
+        real = visible <= self.slots.held.unsqueeze(1)
+        position = (self.seen.unsqueeze(1) + arrived).masked_fill(~real, -1)
+        if not bool(real.all()):  # beyond a row's own tokens may stand anything, NaN too
+            q = q.masked_fill(~real.to(q.device)[:, None, :, None], 0)
+        visible = torch.minimum(visible, self.slots.held.unsqueeze(1))
+        chosen = self.selection.follow(q, self.slots, visible.to(q.device), position.to(q.device))
+        return self._over(q.flatten(1, 2), chosen)
+
+    def _over(self, q: Tensor, chosen: Chosen) -> Partial:
+        """Attention of q (rows, m, d) over the slots chosen for each query: fetched where few, masked where many."""
+        (rows, m, c), width = chosen.index.shape, int(self.slots.held.max())
+        if m * c > width:
+            view = self.slots.view()
+            return Partial.over(q, view.k, view.v, self.spec, hide=chosen.unread(width))
+        index = chosen.index.masked_fill(chosen.dead, 0)
+        k, v = (self.slots.fetch(x, index).flatten(0, 1) for x in (self.slots.k, self.slots.v))
+        alone = q.reshape(rows * m, 1, self.spec.d)
+        part = Partial.over(alone, k, v, self.spec, hide=chosen.dead.flatten(0, 1).unsqueeze(1))
+        return Partial(part.mean.view(rows, m, self.spec.dv), part.log_mass.view(rows, m))
+
+    def unread(self, q: Tensor) -> Tensor | None:
+        """The slots (rows or 1, m or 1, s) that `read` leaves unread for q (rows, m, d); None if it reads them all."""
         view = self.slots.view()
-        hide = None if view.live is None else ~view.live.unsqueeze(1)
-        part = Partial.over(q, view.k, view.v, self.spec, hide=self._selector.hide(q, view, self.spec, hide))
+        if self.selection is not None:
+            return self._choose(q).unread(view.k.shape[1])
+        return self._selector.hide(q, view, self.spec, None if view.live is None else ~view.live.unsqueeze(1))
+
+    def _choose(self, q: Tensor) -> Chosen:
+        assert self.selection is not None
+        if q.shape[1] == 0 or not bool(self.slots.held.any()):
+            nothing = torch.zeros(*q.shape[:2], 0, dtype=torch.int64, device=q.device)
+            return Chosen(nothing, nothing.bool())
+        visible = self.slots.held.unsqueeze(1).expand(-1, q.shape[1])
+        return self.selection.choose(q, self.slots, visible.to(q.device))
+
+    @property
+    def slot_bytes_read(self) -> int:
+        """Bytes of index, keys and values in the slots that one query per row touches."""
+        if self.selection is not None:
+            return self.selection.bytes_read(self.slots.held)
+        return self._selector.bytes_read(self.slots.held, self.spec)
+
+    def _seal(self) -> None:
+        if self.selection is not None:
+            self.selection.seal()
+
+    def _read(self, q: Tensor) -> Partial:
+        if self.selection is not None:
+            part = self._over(q, self._choose(q))
+        else:
+            view = self.slots.view()
+            part = Partial.over(q, view.k, view.v, self.spec, hide=self.unread(q))
         rest = self._rest(q)
         return part if rest is None else part.merge(rest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kvfloor.blocked import Blocked
-from kvfloor.budget import Budget, tokens
-from kvfloor.kernels.attend import weigh
+from kvfloor.budget import Budget, size_bytes, tokens
+from kvfloor.kernels.tiles import weights_by_tile
 from kvfloor.method import Guarantee, Method, Spec, Traits, count, part_text
 from kvfloor.partial import Partial
-from kvfloor.policies.policy import Ledger, Policy
+from kvfloor.policies.policy import Asked, Ledger, Policy
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.selector import Selector
 from kvfloor.slots import Slots
@@ -21,6 +22,7 @@ from kvfloor.summaries.drop import Drop
 from kvfloor.summaries.summary import Summary
 
 DEFAULT_BLOCK = 32
+TILE_SLOTS = 4096  # bounds the weights that a policy is shown at once: block x group x so many per row
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Bounded(Method):
     policy    which held token leaves           summary   what stays of those that left
     selector  which held tokens a query reads   budget    tokens per row (one number, or one per row)
     block     1 is the papers' rule: evict after every token. Larger blocks decide `block` evictions at once.
-    prefill   "stream": the budget holds from the first token; "dense": everything is kept until `seal`.
+    prefill   "stream": the budget holds from the first token; "dense": everything is kept until `seal`. Unless
+              given it is the policy's usual one.
     """
 
     name: ClassVar[str] = "bounded"
@@ -39,15 +42,25 @@ class Bounded(Method):
     selector: Selector = field(default_factory=Everything)
     budget: Budget | None = None
     block: int = DEFAULT_BLOCK
-    prefill: Literal["stream", "dense"] = "stream"
+    prefill: Literal["stream", "dense"] | None = None
 
     def __post_init__(self) -> None:
         for name, part in (("policy", Policy), ("summary", Summary), ("selector", Selector)):
             if not isinstance(getattr(self, name), part):
                 raise TypeError(f"{name} must be a {part.__name__}, got {getattr(self, name)!r}")
         count(self.policy.name, least=1, block=self.block)
+        if self.prefill is None:
+            object.__setattr__(self, "prefill", self.policy.usual_prefill)
         if self.prefill not in ("stream", "dense"):
             raise ValueError(f"{self.policy.name}: prefill must be stream or dense, got {self.prefill!r}")
+        if self.policy.spares == "prompt" and self.prefill == "stream":
+            raise ValueError(f"{self.policy.name} keeps the whole prompt, so its prefill is dense, not stream")
+        if self.policy.spares != "nothing" and isinstance(self.budget, str) and size_bytes(self.budget) is not None:
+            spared = {"prompt": "the whole prompt", "answer": "every token after the prompt"}[self.policy.spares]
+            raise ValueError(
+                f"{part_text(self.policy)} keeps {spared} beside its budget, so '@{self.budget}' cannot bound its "
+                f"bytes: give a number of tokens or a share"
+            )
         if isinstance(self.budget, tuple) and len(self.budget) == 1:  # one number is written and parsed as a number
             object.__setattr__(self, "budget", self.budget[0])
         if self.budget is not None and not isinstance(self.budget, str):
@@ -72,7 +85,9 @@ class Bounded(Method):
 
     @property
     def traits(self) -> Traits:
-        return replace(self.summary.traits, constant_memory=self.prefill == "stream")
+        constant = self.prefill == "stream" and self.policy.spares == "nothing"
+        linear = self.summary.traits.value_linear and not self.policy.weighs_values
+        return replace(self.summary.traits, value_linear=linear, constant_memory=constant)
 
     def open(self, spec: Spec) -> BoundedState:
         budgets = tokens(self.budget, spec.rows)
@@ -84,7 +99,11 @@ class Bounded(Method):
         del pinned  # pinned tokens live inside the budget
         if isinstance(self.budget, str) or self.budget is None:
             raise ValueError(f"the capacity of {self} is known once its budget is in tokens")
+        if self.policy.spares == "answer":
+            return None
         largest = max(self.budget) if isinstance(self.budget, tuple) else self.budget
+        if self.policy.spares == "prompt":
+            largest += n if prompt is None else prompt
         bounded = min(n, largest + self.block - 1)
         if self.prefill == "stream":
             return bounded
@@ -94,14 +113,14 @@ class Bounded(Method):
         return replace(self, budget=budget)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        return self.summary.guarantee() if isinstance(self.selector, Everything) else None
+        return self.summary.guarantee(spec) if isinstance(self.selector, Everything) else None
 
     def __str__(self) -> str:
         options = [
             f"{name}={value}"
             for name, value, default in (
                 ("block", self.block, DEFAULT_BLOCK),
-                ("prefill", self.prefill, "stream"),
+                ("prefill", self.prefill, self.policy.usual_prefill),
             )
             if value != default
         ]
@@ -120,8 +139,8 @@ class Bounded(Method):
 class BoundedState(Blocked):
     """Slots of budget + block tokens per row, allocated once; before the seal of a dense prefill they grow.
 
-    A policy that watches attention gets it at block ends, from one product of fixed shape over the block's
-    buffered queries: what leaves does not depend on how the stream was cut into calls.
+    A policy that watches attention or queries gets them at block ends, in one product of fixed shape over the
+    block's buffered queries: what leaves does not depend on how the stream was cut into calls.
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -129,6 +148,14 @@ class BoundedState(Blocked):
         super().__init__(method, spec, slots, method.block)
         self.budget = torch.tensor(budgets, dtype=torch.int64)
         self.summary = method.summary.open(spec)
+        if self.summary is not None:
+            self.shared.update(self.summary.shared)
+            self.summary.shared = self.shared
+        self.shared.update(method.policy.shared(spec))
+        self.memory = method.policy.open(spec, self.shared)
+        self.prompt: Tensor | None = None  # tokens per row before the seal, -1 until then; if the policy spares some
+        if method.policy.spares != "nothing":
+            self.prompt = torch.full((spec.rows,), -1, dtype=torch.int64)
         self.queries: Tensor | None = None  # (rows, g, block, d) of the open block, if the policy watches
         self.asked = torch.zeros(spec.rows, method.block, dtype=torch.bool)  # which of them were really asked
         self.pins = torch.zeros(spec.rows, 0, 2, dtype=torch.int64)  # pinned spans [from, to) of positions
@@ -162,17 +189,25 @@ class BoundedState(Blocked):
         if isinstance(self._plan.budget, tuple):  # so that the message names a method which opens for these rows
             self.method = replace(self._plan, budget=tuple(self.budget.tolist()))
 
+    def guarantee(self) -> Guarantee | None:
+        stated = super().guarantee()
+        return stated if stated is None or self.summary is None else self.summary.guarantee(stated)
+
     @property
     def bytes_read(self) -> int:
         summary = 0 if self.summary is None else self.summary.nbytes
-        return self._plan.selector.bytes_read(self.slots.held, self.spec) + summary
+        return self.slot_bytes_read + summary
 
     # ---- answering -----------------------------------------------------------------------------------------
 
     def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
-        if self.queries is not None and self.queries.shape[1] != q.shape[1]:
-            raise ValueError(f"the GQA group was {self.queries.shape[1]} so far and is {q.shape[1]} now: it is fixed")
+        self._require_group(q.shape[1])
         return super()._step(k, v, q, take)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the policy learns from the queries that are asked now."""
+        return self._plan.policy.observes or self._plan.policy.hears(self.sealed)
 
     @property
     def _selector(self) -> Selector:
@@ -182,11 +217,15 @@ class BoundedState(Blocked):
         return None if self.summary is None else self.summary.read(q)
 
     def _notice(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        if not self._plan.policy.observes:
-            return
         rows, g, a, d = q.shape
+        if self.summary is not None:
+            real = (torch.arange(a) < take.unsqueeze(1)).to(q.device)[:, None, :, None]
+            self.summary.notice(q if bool(real.all()) else q.masked_fill(~real, 0))  # the rest may be NaN
+        if not self.watches:
+            return
         if self.queries is None:
-            self.queries = torch.zeros(rows, g, self.block, d, dtype=q.dtype, device=q.device)
+            self._reserve_queries(g)
+            assert self.queries is not None
         start = int(self.seen[0]) % self.block
         if bool((self.seen % self.block == start).all()) and bool((take == a).all()):
             self.queries[:, :, start : start + a] = q
@@ -197,28 +236,75 @@ class BoundedState(Blocked):
         self.queries[row, :, place] = q[row, :, j]
         self.asked[row, place] = True
 
+    def _reserve_queries(self, g: int) -> None:
+        spec = self.spec
+        self.queries = torch.zeros(spec.rows, g, self.block, spec.d, dtype=spec.dtype, device=spec.device)
+        if self.memory is not None:
+            self.memory.group(g)
+
+    def _require_group(self, g: int) -> None:
+        if self.queries is not None and self.queries.shape[1] != g:
+            raise ValueError(f"the GQA group was {self.queries.shape[1]} so far and is {g} now: it is fixed")
+
     def _attend(self, q: Tensor) -> Partial:
         rows, g, m, d = q.shape
         flat = q.reshape(rows, g * m, d)
-        if self._plan.policy.observes:
-            self._learn(torch.arange(rows), flat, g, self.slots.held.unsqueeze(1).expand(-1, m), None)
+        if self.memory is not None:
+            self._require_group(g)
+        if self.summary is not None:
+            self.summary.notice(q)
+        if self.watches and m > 0:
+            if self.memory is not None and self.queries is None:
+                self._reserve_queries(g)
+            made = torch.ones(rows, m, dtype=torch.bool, device=q.device)
+            newest = (self.seen - 1).unsqueeze(1).expand(-1, m)
+            asked = Asked(q, made, newest.to(q.device))
+            self._tell(torch.arange(rows), asked, self.slots.held.unsqueeze(1).expand(-1, m))
         return self._read(flat)
 
     # ---- learning and evicting -----------------------------------------------------------------------------
 
     def _close(self, rows: Tensor | None) -> None:
         rows = torch.arange(self.spec.rows) if rows is None else rows
+        self._meet(rows)
         self._watch(rows, self.block)
         if self.sealed or self._plan.prefill == "stream":
             self._evict(rows)
 
     def _seal(self) -> None:
-        every = torch.arange(self.spec.rows)
+        every, policy = torch.arange(self.spec.rows), self._plan.policy
+        self._meet(every)
         for fill in (self.seen % self.block).unique().tolist():
             self._watch(every[(self.seen % self.block) == fill], fill)
-        if self._plan.prefill == "dense":
+        if self.prompt is not None:
+            self.prompt = self.seen.clone()
+        if self._plan.prefill == "dense" or policy.spares == "answer":  # what comes now is not weighed any more
             self._evict(every)
-            self.slots.resize(self.budget + self.block)
+        if self._plan.prefill == "dense":
+            self.slots.resize(self._limit() + self.block)
+            if self.selection is not None:
+                self.selection.resize(self.slots)
+        if self.memory is not None:
+            self.memory.seal()
+        if not (policy.observes or policy.hears(True)):
+            self.queries = None
+        super()._seal()
+
+    def _limit(self) -> Tensor:
+        """Tokens per row (rows,) that may stay now: the budget, and what the policy spares beside it."""
+        if self.prompt is None:
+            return self.budget
+        spared = self.prompt if self._plan.policy.spares == "prompt" else self.seen - self.prompt
+        return self.budget + spared.masked_fill(self.prompt < 0, 0)
+
+    def _meet(self, rows: Tensor) -> None:
+        """Show the policy's memory the newest tokens of these rows, which all are still where they were pushed."""
+        if self.memory is None or not self._plan.policy.meets:
+            return
+        slot = self.slots.held[rows].unsqueeze(1) - self.block + torch.arange(self.block)
+        index = (self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0)).to(self.slots.k.device)
+        live = (slot >= 0).to(index.device)
+        self.memory.meet(rows, self.slots.k[index], self.slots.position[index], live)
 
     def _watch(self, rows: Tensor, fill: int) -> None:
         """Let the policy see what the last `fill` tokens' queries of these rows attended to."""
@@ -227,63 +313,101 @@ class BoundedState(Blocked):
             return
         everyone = len(rows) == self.spec.rows
         queries = self.queries if everyone else self.queries[rows.to(self.queries.device)]
-        r, g, b, d = queries.shape
-        limit = (self.slots.held[rows] - fill).unsqueeze(1) + torch.arange(b)
-        self._learn(rows, queries.reshape(r, g * b, d), g, limit + 1, self.asked[rows])
+        place, device = torch.arange(self.block), queries.device
+        position = (self.seen[rows] - fill).unsqueeze(1) + place
+        visible = (self.slots.held[rows] - fill).unsqueeze(1) + place + 1
+        self._tell(rows, Asked(queries, self.asked[rows].to(device), position.to(device)), visible)
         self.asked[rows] = False
 
-    def _learn(self, rows: Tensor, flat: Tensor, g: int, visible: Tensor, asked: Tensor | None) -> None:
-        """Weights of queries (r, g*b, d), which see the first visible (r, b) slots, go to the policy.
+    def _tell(self, rows: Tensor, asked: Asked, visible: Tensor) -> None:
+        """Queries of these rows, which see their first visible (r, b) slots, go to the policy.
 
-        The product is as wide as the arena, not as the fill: its shape, and so its rounding, is the same for
+        Its products are as wide as the arena, not as the fill: their shape, and so their rounding, is the same for
         every chunking and every neighbour row.
         """
-        width = int(self.slots.capacity.max())
+        policy, width = self._plan.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows
-        view = self.slots.view(every, width)
-        hide = (torch.arange(width) >= visible.unsqueeze(-1)).to(flat.device)
-        hide = hide.unsqueeze(1).expand(-1, g, -1, -1).reshape(len(rows), -1, width)
-        chosen = self._plan.selector.hide(flat, view, self.spec, hide)
-        _, _, weights = weigh(flat, view.k, view.v, self.spec.scale, self.spec.softcap, hide=chosen)
-        weights = weights.view(len(rows), g, -1, width)
-        if asked is not None:
-            weights = weights * asked.to(weights.device)[:, None, :, None]
-        learnt = self._plan.policy.observe(self._ledger(every, width), weights)
+        learnt = policy.hear(self._ledger(every, width), asked) if policy.hears(self.sealed) else {}
+        if policy.observes:
+            learnt = learnt | self._observed(every, asked, visible, width)
         for name, values in learnt.items():
             self.slots.put_column(name, every, values)
 
+    def _observed(self, rows: Tensor | None, asked: Asked, visible: Tensor, width: int) -> dict[str, Tensor]:
+        """What the policy's columns become, tile by tile, once it sees which slots the queries attended to."""
+        r, g, b, d = asked.q.shape
+        flat, ledger = asked.q.reshape(r, g * b, d), self._ledger(rows, width)
+        unread = self._unread(rows, flat, visible.repeat(1, g).to(flat.device), width)
+        made = asked.made.view(r, 1, b, 1)
+        parts: list[dict[str, Tensor]] = []
+        for at, weights in weights_by_tile(flat, ledger.k, self.spec.scale, self.spec.softcap, unread, TILE_SLOTS):
+            parts.append(self._plan.policy.observe(ledger.part(at), weights.view(r, g, b, -1) * made, asked))
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+
+    def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
+        """What q (r, m, d) leaves unread of the slots `at`, as a function: beyond visible (r, m), or not chosen."""
+        if isinstance(self._selector, Everything):
+            slot = torch.arange(width, device=q.device)
+            return lambda at: slot[at] >= visible.unsqueeze(-1)
+        if self.selection is not None:
+            held = (self.slots.held if rows is None else self.slots.held[rows]).unsqueeze(1).to(q.device)
+            hide = self.selection.choose(q, self.slots, torch.minimum(visible, held), rows).unread(width)
+        else:
+            beyond = torch.arange(width, device=q.device) >= visible.unsqueeze(-1)
+            chosen = self._selector.hide(q, self.slots.view(rows, width), self.spec, beyond)
+            hide = beyond if chosen is None else chosen.expand_as(beyond)
+        return lambda at: hide[..., at]
+
     def _ledger(self, rows: Tensor | None, width: int) -> Ledger:
-        policy, ids = self._plan.policy, self.spec.ids()
-        columns = {name: self.slots.column(name, rows, width) for name in policy.columns}
-        seen = (self.seen if rows is None else self.seen[rows]).unsqueeze(1).to(ids.device)
-        position = self.slots.across(self.slots.position, rows, width)
-        return Ledger(position, columns, seen, ids if rows is None else ids[rows.to(ids.device)], self.spec)
+        policy, slots, ids = self._plan.policy, self.slots, self.spec.ids()
+
+        def clock(x: Tensor) -> Tensor:
+            return (x if rows is None else x[rows]).unsqueeze(1).to(ids.device)
+
+        return Ledger(
+            position=slots.across(slots.position, rows, width),
+            columns={name: slots.column(name, rows, width) for name in policy.columns},
+            seen=clock(self.seen),
+            row_ids=ids if rows is None else ids[rows.to(ids.device)],
+            spec=self.spec,
+            held=clock(slots.held),
+            budget=clock(self.budget),
+            fetch=lambda name: slots.across(getattr(slots, name), rows, width),
+            rows=rows,
+            prompt=None if self.prompt is None else clock(self.prompt),
+            memory=self.memory,
+            shared=self.shared,
+        )
 
     def _evict(self, rows: Tensor) -> None:
         """Bring these rows down to their budget: the lowest priorities leave, the summary absorbs them."""
         excess = torch.zeros_like(self.budget)
-        excess[rows] = (self.slots.held - self.budget).clamp_min(0)[rows]
-        if not bool((excess > 0).any()):
+        excess[rows] = (self.slots.held - self._limit()).clamp_min(0)[rows]
+        due = excess.nonzero().squeeze(1)
+        if not len(due):
             return
-        width = int(self.slots.held.max())
-        ledger = self._ledger(None, width)
+        width = int(self.slots.capacity.max())
+        ledger = self._ledger(None if len(due) == self.spec.rows else due, width)
         priority = self._plan.policy.priority(ledger).to(torch.float64)
-        priority = priority.masked_fill(self._protected(ledger), torch.inf)
-        dead = torch.arange(width) >= self.slots.held.unsqueeze(1)
-        priority = priority.masked_fill(dead.to(priority.device), torch.inf)
+        priority = priority.masked_fill(self._protected(ledger) | ~ledger.live, torch.inf)
         by_age = torch.argsort(ledger.position, dim=1, stable=True)  # so that ties let the older token go
         order = by_age.gather(1, torch.argsort(priority.gather(1, by_age), dim=1, stable=True))
         rank = torch.empty_like(order).scatter(1, order, torch.arange(width, device=order.device).expand_as(order))
-        leaving = rank.cpu() < excess.unsqueeze(1)
+        leaving = torch.zeros(self.spec.rows, width, dtype=torch.bool)
+        leaving[due] = rank.cpu() < excess[due].unsqueeze(1)
         if self.summary is not None:
             self.summary.absorb(*self.slots.flat(leaving))
         self.slots.evict(leaving)
+        if self.selection is not None:
+            self.selection.evict(self.slots, leaving)
 
     def _protected(self, ledger: Ledger) -> Tensor:
-        policy = self._plan.policy
-        last = torch.tensor([policy.protected_last(budget) for budget in self.budget.tolist()]).unsqueeze(1)
-        position = ledger.position
-        safe = (position < policy.protected_first()) | (position >= ledger.seen - last.to(position.device))
-        for span in self.pins.to(position.device).unbind(1):
+        policy, position, rows = self._plan.policy, ledger.position, ledger.rows
+        budgets, pins = (x if rows is None else x[rows] for x in (self.budget, self.pins))
+        last = torch.tensor([policy.protected_last(budget) for budget in budgets.tolist()]).unsqueeze(1)
+        safe = policy.protected(ledger, last.to(position.device))
+        if policy.spares == "prompt" and ledger.prompt is not None:
+            safe = safe | (position < ledger.prompt)
+        for span in pins.to(position.device).unbind(1):
             safe = safe | ((position >= span[:, :1]) & (position < span[:, 1:]))
         return safe

@@ -119,8 +119,10 @@ def _with(method: Method, tokens: int) -> Method:
 
 def _row_bytes(method: Method, tokens: int, spec: Spec, g: int) -> int:
     """Bytes that one row allocates under this budget, measured on a state with one token."""
-    one = Spec(rows=1, d=spec.d, dv=spec.dv, scale=spec.scale, dtype=spec.dtype)
+    places = None if spec.places is None else spec.places[:1]
+    one = Spec(rows=1, d=spec.d, dv=spec.dv, scale=spec.scale, dtype=spec.dtype, places=places)
     state = _with(method, tokens).open(one)
-    q, k, v = torch.zeros(1, g, 1, spec.d), torch.zeros(1, 1, spec.d), torch.zeros(1, 1, spec.dv)
+    q = torch.zeros(1, g, 1, spec.d)
+    k, v = torch.zeros(1, 1, state.key_width), torch.zeros(1, 1, state.value_width)
     state.step(q.to(spec.dtype), k.to(spec.dtype), v.to(spec.dtype))
     return state.nbytes

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvfloor.blocked import Blocked
 from kvfloor.method import Guarantee, Method, Spec, Traits, part_text
 from kvfloor.selectors.everything import Everything
-from kvfloor.selectors.selector import Selector
+from kvfloor.selectors.selector import Indexed, Selector
 from kvfloor.slots import Slots
 
 _FIRST_SLOTS = 64
@@ -54,7 +54,9 @@ class ExactState(Blocked):
     """Slots that grow by doubling; a block here is only how many queries are answered in one product."""
 
     def __init__(self, method: Exact, spec: Spec) -> None:
-        super().__init__(method, spec, Slots(spec, [_FIRST_SLOTS] * spec.rows), _QUERIES_AT_ONCE)
+        block = method.selector.block() if isinstance(method.selector, Indexed) else None
+        slots = Slots(spec, [_FIRST_SLOTS] * spec.rows)
+        super().__init__(method, spec, slots, block or _QUERIES_AT_ONCE, in_order=True)
 
     @property
     def _selector(self) -> Selector:
@@ -66,4 +68,4 @@ class ExactState(Blocked):
 
     @property
     def bytes_read(self) -> int:
-        return self._selector.bytes_read(self.slots.held, self.spec)
+        return self.slot_bytes_read

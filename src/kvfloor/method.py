@@ -34,6 +34,8 @@ class Spec:
     scale     the factor on q.k (the papers use 1, models d**-0.5)
     softcap   c in c*tanh(logit/c), or None
     row_ids   one identity per row, which keys its randomness; 0, 1, 2, ... unless given
+    places    where in a model each row stands, as (layer, kv head), for methods whose trained parameters differ from
+              head to head; None outside a model
     Raises ValueError naming the field that is out of its domain.
     """
 
@@ -46,6 +48,7 @@ class Spec:
     device: str | torch.device = "cpu"
     seed: int = 0
     row_ids: Sequence[int] | None = None
+    places: Sequence[tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "d", "dv"):
@@ -64,6 +67,11 @@ class Spec:
         if len(ids) != self.rows:
             raise ValueError(f"Spec.row_ids must have one id per row: {self.rows} rows, {len(ids)} ids")
         object.__setattr__(self, "row_ids", ids)
+        if self.places is not None:
+            places = tuple((int(layer), int(head)) for layer, head in self.places)
+            if len(places) != self.rows:
+                raise ValueError(f"Spec.places must name one place per row: {self.rows} rows, {len(places)} places")
+            object.__setattr__(self, "places", places)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -75,10 +83,11 @@ class Spec:
         return torch.tensor(self.row_ids, dtype=torch.int64, device=self.device)
 
     def select(self, index: Tensor) -> Spec:
-        """The spec of the rows at `index`, which keep their ids."""
+        """The spec of the rows at `index`, which keep their ids and places."""
         assert self.row_ids is not None
         chosen = [self.row_ids[i] for i in index.tolist()]
-        return replace(self, rows=len(chosen), row_ids=chosen)
+        places = None if self.places is None else [self.places[i] for i in index.tolist()]
+        return replace(self, rows=len(chosen), row_ids=chosen, places=places)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, without the device: where a state lives is not part of what it is."""
@@ -101,6 +110,7 @@ class Traits:
     lossy_values    values are stored with an error even while nothing was dropped
     block_causal    a query may be answered by its block rather than alone
     constant_memory nbytes never grows once opened
+    trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it fits any model
     """
 
     reference: Literal["softmax", "unmasked", "tensor"] = "softmax"
@@ -109,6 +119,7 @@ class Traits:
     lossy_values: bool = False
     block_causal: bool = False
     constant_memory: bool = True
+    trained_for: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,9 +201,9 @@ def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
 
 
 def _literal(value: Any) -> str:
-    if isinstance(value, float):
-        return repr(value)
-    return str(value)
+    if isinstance(value, str):  # a bare word, unless it would be read as something else
+        return value if value.isidentifier() and value not in ("True", "False", "None") else repr(value)
+    return repr(value) if isinstance(value, float) else str(value)
 
 
 def part_text(part: Any, skip: tuple[str, ...] = ()) -> str:

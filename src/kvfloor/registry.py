@@ -20,18 +20,33 @@ from kvfloor.bounded import Bounded
 from kvfloor.budget import parse_budget
 from kvfloor.exact import Exact
 from kvfloor.method import Method
+from kvfloor.policies.expected import Expected
 from kvfloor.policies.heavy_hitters import HeavyHitters
+from kvfloor.policies.key_difference import KeyDifference
+from kvfloor.policies.key_norm import KeyNorm
+from kvfloor.policies.last_query import LastQuery
+from kvfloor.policies.leverage import RidgeLeverage
+from kvfloor.policies.milestones import Milestones
+from kvfloor.policies.observation import Observation
 from kvfloor.policies.policy import Policy
 from kvfloor.policies.random import Random
 from kvfloor.policies.sinks import Sinks
 from kvfloor.policies.window import Window
 from kvfloor.selectors.everything import Everything
+from kvfloor.selectors.hierarchical import Hierarchical
+from kvfloor.selectors.pages import Pages
 from kvfloor.selectors.selector import Selector
 from kvfloor.selectors.top_k import TopK
+from kvfloor.selectors.zcurve import ZCurve
 from kvfloor.sketches.quantized import Quantized
 from kvfloor.sketches.subgen import SubGen
+from kvfloor.sketches.window_sample import WindowSample
 from kvfloor.summaries.drop import Drop
+from kvfloor.summaries.low_rank import Less
+from kvfloor.summaries.moments import Moments
 from kvfloor.summaries.summary import Summary
+from kvfloor.summaries.taylor import Taylor
+from kvfloor.summaries.value_sample import ValueSample
 from kvfloor.summaries.value_sum import ValueSum
 
 KINDS: dict[str, type] = {"method": Method, "policy": Policy, "summary": Summary, "selector": Selector}
@@ -44,12 +59,27 @@ TABLE: dict[str, type] = {
         Sinks,
         Random,
         HeavyHitters,
+        LastQuery,
+        Observation,
+        Milestones,
+        KeyNorm,
+        KeyDifference,
+        RidgeLeverage,
+        Expected,
         Drop,
         ValueSum,
+        ValueSample,
+        Less,
+        Moments,
+        Taylor,
         Everything,
         TopK,
+        Pages,
+        Hierarchical,
+        ZCurve,
         Quantized,
         SubGen,
+        WindowSample,
     )
 }
 
@@ -57,7 +87,21 @@ ALIASES: dict[str, str] = {
     "recency": "window",
     "streaming_llm": "sinks",
     "heavy_hitters": "h2o",
+    "last_query": "tova",
+    "observation": "snapkv",
+    "milestones": "raas",
+    "key_norm": "knorm",
+    "key_difference": "keydiff",
+    "leverage": "ridge_leverage",
+    "expected_attention": "expected",
     "unmasked": "value_sum",
+    "algorithm_1": "window_sample",
+    "low_rank": "less",
+    "momentkv": "moments",
+    "one_pass": "taylor",
+    "quest": "pages",
+    "hierarchical": "hip",
+    "zcurve": "zeta",
     "clustergen": "subgen",
     "kivi": "quant",
 }
@@ -68,6 +112,7 @@ VARIANTS: dict[str, str] = {
     "public_bits": "kvfloor.barriers.optimum:PublicBits",
 }
 
+_QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")  # a file's path among the arguments
 _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's arguments
 
 
@@ -126,9 +171,9 @@ def _whole_number(text: str, whole: str) -> int:
 
 
 def _rsplit(text: str, mark: str) -> tuple[str, str, str]:
-    """Split at the first `mark` outside parentheses: (before, mark or "", after)."""
+    """Split at the first `mark` outside parentheses and quotes: (before, mark or "", after)."""
     depth = 0
-    for i, c in enumerate(text):
+    for i, c in enumerate(_QUOTED.sub(lambda quoted: "_" * len(quoted[0]), text)):
         depth += (c == "(") - (c == ")")
         if c == mark and depth == 0:
             return text[:i].strip(), mark, text[i + 1 :].strip()
@@ -144,15 +189,28 @@ def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any
     positional, named = _arguments(arguments, text)
     if options is not None and issubclass(part, Policy):
         options.update({key: named.pop(key) for key in _OPTIONS if key in named})
-    allowed = [f.name for f in fields(cast(Any, part)) if f.init and f.name not in ("selector", "budget")]
+    own = [f for f in fields(cast(Any, part)) if f.init and f.name not in ("selector", "budget")]
+    allowed = [f.name for f in own]
     unknown = [key for key in named if key not in allowed]
     if unknown or len(positional) > len(allowed):
         takes = ", ".join(allowed + (list(_OPTIONS) if issubclass(part, Policy) else [])) or "no arguments"
         raise ValueError(f"{name} does not take {', '.join(unknown) or f'{len(positional)} values'}; it takes {takes}")
+    takes_methods = {f.name for f in own if "Method" in str(f.type)}
+    given = dict(zip(allowed, positional, strict=False)) | named
+    if any(isinstance(value, _Nested) and name not in takes_methods for name, value in given.items()):
+        raise ValueError(_malformed(text))
     try:
         return part(*positional, **named)
     except TypeError as cause:
         raise ValueError(f"in {text!r}: {cause}") from None
+
+
+class _Nested(str):
+    """An argument that is more than a literal or a word: the text of a method."""
+
+
+def _malformed(text: str) -> str:
+    return f"in {text!r}: the arguments must be numbers or words, each once, as in recent=64, score=mean"
 
 
 def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
@@ -167,9 +225,7 @@ def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
             raise ValueError("an argument is given twice")
         return [_value(a) for a in call.args], named
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(
-            f"in {whole!r}: the arguments must be numbers or words, each once, as in recent=64, score=mean"
-        ) from None
+        raise ValueError(_malformed(whole)) from None
 
 
 def _value(node: ast.expr) -> Any:
@@ -177,7 +233,7 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
         return node.id
     if isinstance(node, (ast.Call, ast.BinOp)):
-        return ast.unparse(node)
+        return _Nested(ast.unparse(node))
     return ast.literal_eval(node)
 
 

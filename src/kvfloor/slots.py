@@ -81,6 +81,12 @@ class Slots(Memory):
             return table if rows is None else table[rows.to(x.device)]
         return x[self._index(rows, width)]
 
+    def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
+        """A per-slot tensor at slot (r, m, c) of each of `rows`, copied: (r, m, c, ...)."""
+        offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
+        index = (offset + slot).clamp_max(x.shape[0] - 1).flatten()
+        return x.index_select(0, index).view(*slot.shape, *x.shape[1:])
+
     def column(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         return self.across(getattr(self.columns, name), rows, width)
 
@@ -143,11 +149,11 @@ class Slots(Memory):
             store[target] = store[source]
         self.held = held
 
-    def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(row, k, v) of the slots marked in (rows, width): row (e,), k (e, d), v (e, dv), in slot order."""
+    def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(row, k, v, position) of the slots marked in (rows, width): (e,), (e, d), (e, dv), (e,), in slot order."""
         row, slot = marked.cpu().nonzero(as_tuple=True)
         index = (self.offset[row] + slot).to(self.k.device)
-        return row.to(self.k.device), self.k[index], self.v[index]
+        return row.to(self.k.device), self.k[index], self.v[index], self.position[index]
 
     # ---- size ----------------------------------------------------------------------------------------------
 

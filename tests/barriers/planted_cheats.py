@@ -1,7 +1,8 @@
 """Methods that keep their tokens where no one counts them. Copied beside the run by the tests and played by name.
 
-Every state answers with exact attention over tokens it put somewhere; only the place differs. `Forgets` is honest: a
-third party's part of an eviction method.
+Every state answers with exact attention over tokens it put somewhere; only the place differs. What Bob appends on his
+copies of the state stays in the copy, so the cheats play every game. `Forgets` and `Oldest` are honest: a third party's
+parts of an eviction method.
 """
 
 import os
@@ -13,7 +14,9 @@ from typing import ClassVar
 import torch
 
 from kvfloor import Method, Partial, State, Traits
+from kvfloor.policies.policy import Policy
 from kvfloor.summaries.summary import Summary
+from kvfloor.variants.tensor import TensorAttention, products
 
 HERE = Path(__file__).parent
 GLOBAL_TOKENS: list = []
@@ -21,7 +24,12 @@ PADDING_TOKENS: list = []
 
 
 class Cheat(State):
-    """Keeps nothing itself; `_put` and `_all` are the hiding place."""
+    """Keeps nothing of Alice's itself; `_put` and `_all` are the hiding place."""
+
+    def __init__(self, method, spec):
+        super().__init__(method, spec)
+        self.late_k = torch.zeros(spec.rows, 0, self.key_width, dtype=spec.dtype)
+        self.late_v = torch.zeros(spec.rows, 0, self.value_width, dtype=spec.dtype)
 
     def _put(self, k, v):
         raise NotImplementedError
@@ -30,14 +38,21 @@ class Cheat(State):
         raise NotImplementedError
 
     def _append(self, k, v, take):
-        self._put(k.clone(), v.clone())
+        if self.sealed:
+            self.late_k, self.late_v = torch.cat([self.late_k, k], 1), torch.cat([self.late_v, v], 1)
+        else:
+            self._put(k.clone(), v.clone())
         self.seen = self.seen + take
 
     def _read(self, q):
+        part = self._over(q, self.late_k, self.late_v)
         tokens = self._all()
-        if not tokens:
-            return Partial.empty(*q.shape[:2], dv=self.spec.dv, dtype=q.dtype)
-        k, v = (torch.cat(parts, dim=1) for parts in zip(*tokens, strict=True))
+        if tokens:
+            k, v = (torch.cat(parts, dim=1).expand(len(q), -1, -1) for parts in zip(*tokens, strict=True))
+            part = part.merge(self._over(q, k, v))
+        return part
+
+    def _over(self, q, k, v):
         return Partial.over(q, k, v, self.spec)
 
 
@@ -105,6 +120,21 @@ class InGlobalPadded(Cheat):
         return PADDING_TOKENS
 
 
+class PairsInGlobal(InGlobal):
+    """Tensor attention by the explicit n^2 products of tokens with two keys and two values each."""
+
+    @property
+    def key_width(self):
+        return 2 * self.spec.d
+
+    @property
+    def value_width(self):
+        return 2 * self.spec.dv
+
+    def _over(self, q, k, v):
+        return Partial.over(q, products(*k.chunk(2, -1)), products(*v.chunk(2, -1)), self.spec)
+
+
 class InAttribute(Cheat):
     """A plain list on the state: counted, but no message can carry it."""
 
@@ -136,6 +166,14 @@ class HidesInList(CheatMethod):
 class HidesInGlobal(CheatMethod):
     name: ClassVar[str] = "hides_in_global"
     state = InGlobal
+
+
+@dataclass(frozen=True)
+class HidesPairs(TensorAttention):
+    name: ClassVar[str] = "hides_pairs"
+
+    def open(self, spec):
+        return PairsInGlobal(self, spec)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -174,3 +212,11 @@ class Forgets(Summary):
 
     def open(self, spec):
         return None
+
+
+@dataclass(frozen=True)
+class Oldest(Policy):
+    name: ClassVar[str] = "oldest"
+
+    def priority(self, ledger):
+        return -ledger.position

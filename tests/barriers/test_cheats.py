@@ -1,35 +1,52 @@
-"""Planted cheats are named as such, each by the rule that is there for it."""
-
-import shutil
-import sys
-from pathlib import Path
+"""Planted cheats are named as such, each by the rule that is there for it, in every game."""
 
 import pytest
 import torch
 
 from kvfloor.barriers import play
 from kvfloor.barriers.decode import Decoded
-from kvfloor.barriers.game import Answers
-from kvfloor.barriers.spike import _verdict
-
-
-@pytest.fixture
-def planted(tmp_path, monkeypatch):
-    """Plays a class of planted_cheats.py, importable here and in the fresh process, at a small size."""
-    shutil.copy(Path(__file__).with_name("planted_cheats.py"), tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "planted_cheats", raising=False)
-    yield lambda name: play(f"planted_cheats:{name}", n=128, d=32)
-    sys.modules.pop("planted_cheats", None)
+from kvfloor.barriers.game import Played
+from kvfloor.barriers.result import judge_bytes
 
 
 @pytest.mark.parametrize("name", ["HidesInList", "HidesInGlobal", "HidesInShared"])
 def test_memory_that_the_walk_does_not_see_exceeds_the_state_bytes(planted, name):
-    result = planted(name)
+    result = planted(name, isolated=False)
     assert result.verdict == "cheats"
     assert result.live_certified_bits > 0.99 * result.hidden_bits > 8 * result.state_bytes
     assert "the live state carries" in result.why
-    assert result.certified_bits == 0.0
+    assert result.certified_bits == (0.0 if name != "HidesInGlobal" else result.live_certified_bits)
+
+
+GAMES = {
+    "spike": {"heads": 1},
+    "codebook": {"barrier": "spike", "codebook": 160},
+    "packing": {"barrier": "packing", "d": 8},
+    "sparse": {"barrier": "sparse"},
+    "window": {"barrier": "window"},
+    "window, appending": {"barrier": "window", "append": True},
+    "probing": {"barrier": "probing"},
+    "two caches": {"barrier": "tensor"},
+    "visual": {"barrier": "visual"},
+}
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_a_cheat_is_named_in_every_game(planted, game):
+    """Tokens in a list that hangs on the method: alive at Alice's, gone where the message is restored."""
+    result = planted("HidesInList", isolated=False, **GAMES[game])
+    assert result.live_certified_bits > 0.75 * result.hidden_bits, "the cheat does not play this game well"
+    assert (result.verdict, result.certified_bits) == ("cheats", 0.0)
+    # 256 clocks are more than probing's 256 bits, so there only the second answer gives the cheat away
+    assert result.why.startswith("the live state " + ("and" if game == "probing" else "carries"))
+
+
+def test_a_cheat_with_two_keys_and_two_values_a_token_is_named_with_four_caches(planted):
+    result = planted("HidesPairs", barrier="tensor", n=48, isolated=False)
+    assert result.details["caches"] == 4
+    assert result.live_certified_bits > 0.99 * result.hidden_bits > 8 * result.state_bytes
+    assert result.verdict == "cheats"
+    assert "the live state carries" in result.why
 
 
 def test_a_file_that_outlives_the_process_exceeds_the_message(planted):
@@ -68,11 +85,25 @@ def test_a_third_partys_part_is_rebuilt_from_the_text_it_was_given_as(planted):
     assert result.certified_bits > 0.9 * 16 * 32
 
 
-def verdict(live_bits=0.0, sent_bits=0.0, message_bytes=10, state_bytes=10, differ=False, success=1.0):
+def test_a_third_partys_policy_is_rebuilt_as_a_store_of_tensor_attention(planted):
+    """The oldest 16 of 64 tokens stay, token 0 among them: 30 of 126 rows."""
+    result = play("planted_cheats:Oldest(block=1)@16", barrier="tensor", n=64, d=64, isolated=False)
+    assert result.details["caches"] == 4
+    assert (result.verdict, result.row_success) == ("breaks", pytest.approx(30 / 126))
+
+
+# ---- the rules, one by one ------------------------------------------------------------------------------------------
+
+
+def verdict(live_bits=0.0, sent_bits=0.0, message_bytes=10, state_bytes=10, differ=False, success=1.0, restored=True):
     zeros, answers = torch.zeros(1, 1), torch.ones(1, 1) if differ else torch.zeros(1, 1)
-    played = Answers(torch.zeros(1), zeros, zeros, answers, message_bytes, state_bytes, 1.0)
+    played = Played(
+        method="a method", rows=torch.zeros(1), sampled=False, hidden=zeros, live=zeros,
+        restored=answers if restored else None, message_bytes=message_bytes, payload_bytes=0, state_bytes=state_bytes,
+        why="" if restored else "nobody could answer",
+    )  # fmt: skip
     live, sent = (Decoded(bits, "hard", 0.0, success) for bits in (live_bits, sent_bits))
-    return _verdict(played, live, sent, sent_bits)[0]
+    return judge_bytes(played, live, sent, sent_bits)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +115,18 @@ def verdict(live_bits=0.0, sent_bits=0.0, message_bytes=10, state_bytes=10, diff
         ({"live_bits": 81.0, "state_bytes": 100}, "cheats"),
         ({"sent_bits": 81.0, "state_bytes": 100}, "cheats"),
         ({"differ": True}, "cheats"),
+        ({"restored": False}, "cheats"),
         ({"success": 0.899}, "breaks"),
         ({"success": 0.9}, "holds"),
         ({"differ": True, "success": 0.1}, "cheats"),
     ],
 )
 def test_every_rule_of_the_verdict_stands_alone(played, expected):
-    assert verdict(**played) == expected
+    assert verdict(**played)[0] == expected
+
+
+def test_the_reason_says_which_rule_it_was():
+    assert verdict(live_bits=81.0, message_bytes=100)[1] == "the live state carries 81 bits, its bytes hold 80"
+    assert verdict(sent_bits=81.0, state_bytes=100)[1] == "81 bits were answered, the message holds 80"
+    assert verdict(restored=False)[1] == "nobody could answer"
+    assert verdict(success=0.5)[1] == "0.500 of the rows are answered, 0.9 are asked for"

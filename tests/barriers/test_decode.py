@@ -10,7 +10,7 @@ def hidden_rows(m, dv, bits, seed=0):
     return torch.randint(0, 2**bits, (m, dv), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("bits", [1, 3, 8, 12])
+@pytest.mark.parametrize("bits", [1, 3, 8, 12, 24])
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_answers_within_the_allowed_error_decode_right(bits, eta):
     hidden = hidden_rows(50, 16, bits)
@@ -52,6 +52,8 @@ def test_neighbouring_levels_differ_in_one_bit():
     levels = torch.arange(255)
     assert wrong_bits(levels.unsqueeze(1), levels.unsqueeze(1) + 1, 8).tolist() == [1] * 255
     assert wrong_bits(torch.tensor([[5, 5]]), torch.tensor([[5, 5]]), 8).tolist() == [0]
+    fine = torch.tensor([[0], [2**23 - 1], [2**24 - 2]])
+    assert wrong_bits(fine, fine + 1, 24).tolist() == [1, 1, 1]
 
 
 def test_a_scaled_row_is_recovered_where_the_threshold_fails():

@@ -1,6 +1,8 @@
 """What every test of the core shares: one thread, no global seed, and one source of seeded numbers."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import settings
 from torch import Tensor
 
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))  # literal.py
 settings.register_profile("core", deadline=None, derandomize=True)
 settings.load_profile("core")
 

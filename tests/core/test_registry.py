@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvfloor import Bounded, Exact, Method, Spec, parse
+from kvfloor.policies.expected import Expected
 from kvfloor.policies.heavy_hitters import HeavyHitters
+from kvfloor.policies.key_difference import KeyDifference
+from kvfloor.policies.key_norm import KeyNorm
+from kvfloor.policies.last_query import LastQuery
+from kvfloor.policies.leverage import RidgeLeverage
+from kvfloor.policies.milestones import Milestones
+from kvfloor.policies.observation import Observation
 from kvfloor.policies.policy import Ledger, Policy
 from kvfloor.policies.random import Random
 from kvfloor.policies.sinks import Sinks
@@ -46,6 +53,32 @@ policies = st.one_of(
         fractions,
         st.sampled_from(["mean", "max"]),
     ),
+    *(st.builds(part, small, st.none() | small) for part in (LastQuery, KeyNorm, KeyDifference)),
+    st.builds(Expected, small, st.none() | small, st.sampled_from(["pool", "each"]), fractions),
+    st.builds(
+        RidgeLeverage,
+        small,
+        st.none() | small,
+        fractions,
+        st.integers(1, 99),
+        st.sampled_from(["gaussian", "count"]),
+        st.sampled_from(["seen", "held"]),
+        st.booleans(),
+    ),
+    st.builds(
+        Observation,
+        st.integers(1, 99),
+        st.integers(0, 9).map(lambda half: 2 * half + 1),
+        st.sampled_from(["max", "avg"]),
+        st.just("evict"),  # a method that keeps the answer or the prompt takes no bytes: see `sparing` below
+        small,
+    ),
+    st.builds(Milestones, st.integers(1, 64), fractions, st.none() | fractions, st.just("evict"), small),
+)
+sparing = st.one_of(
+    st.builds(Bounded, st.just(Observation()), budget=st.none() | st.integers(500, 999), block=st.integers(1, 128)),
+    st.builds(Bounded, st.just(Observation()), prefill=st.just("stream")),
+    st.builds(Bounded, st.builds(Milestones, st.integers(1, 64)), budget=st.sampled_from([None, "25%", (500, 600)])),
 )
 selectors = st.one_of(st.just(Everything()), st.builds(TopK, st.integers(1, 999)))
 methods = st.one_of(
@@ -56,8 +89,9 @@ methods = st.one_of(
         selectors,
         budgets,
         st.integers(1, 128),
-        st.sampled_from(["stream", "dense"]),
+        st.sampled_from([None, "stream", "dense"]),
     ),
+    sparing,
     st.builds(Exact, selectors),
     st.builds(Quantized, st.sampled_from([8, 4, 2]), st.integers(1, 256)),
     st.builds(
@@ -161,7 +195,7 @@ def test_a_part_that_is_no_dataclass_is_refused(here: str) -> None:
 BAD = [
     ("", "a method is text such as"),
     ("   ", "a method is text such as"),
-    ("nonsense@8", "unknown policy or method 'nonsense'; there are exact, h2o, quant, random, sinks, subgen, window"),
+    ("nonsense@8", "unknown policy or method 'nonsense'; there are exact, expected, h2o, keydiff, knorm, quant"),
     ("windw@8", "did you mean 'window'?"),
     ("window+nothing@8", "unknown summary 'nothing'; there are drop, value_sum"),
     ("window|all@8", "unknown selector 'all'; there are everything, top_k"),

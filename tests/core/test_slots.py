@@ -165,13 +165,14 @@ def test_an_evicted_token_is_not_in_what_travels() -> None:
     assert slots.export()["position"].numel() == 0
 
 
-def test_flat_names_row_key_and_value_of_each_marked_slot() -> None:
+def test_flat_names_row_key_value_and_position_of_each_marked_slot() -> None:
     slots, model = opened([3, 5]), Model(2)
     push(slots, model, [3, 2], torch.Generator().manual_seed(0))
-    row, k, v = slots.flat(torch.tensor([[False, True, True], [True, False, False]]))
+    row, k, v, position = slots.flat(torch.tensor([[False, True, True], [True, False, False]]))
     assert row.tolist() == [0, 0, 1]
     chosen = [model.rows[0][1], model.rows[0][2], model.rows[1][0]]
     assert k.tolist() == [token.k for token in chosen] and v.tolist() == [token.v for token in chosen]
+    assert position.tolist() == [token.position for token in chosen]
 
 
 def test_a_view_of_level_rows_is_no_copy() -> None:

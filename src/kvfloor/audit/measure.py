@@ -11,6 +11,7 @@ from typing import Any
 
 from kvfloor import floors
 from kvfloor.audit import traces
+from kvfloor.audit.heads import HeadFloor, head_floors
 from kvfloor.audit.plan import Work
 from kvfloor.audit.rows import Row, measured_row
 from kvfloor.budget import resolve
@@ -82,7 +83,9 @@ class Bench:
     def resolved(self, method: Method, prepared: Prepared) -> Method:
         """The method with its budget in tokens; a share is of the context, bytes are of one sequence's cache."""
         trace, layers = prepared.traces[0], len(prepared.traces)
-        spec = Spec(trace.kv_heads, trace.k.shape[2], trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype)
+        heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
+        places = [(trace.layer, head) for head in range(heads)]
+        spec = Spec(heads, d, dv, trace.scale, trace.softcap, trace.k.dtype, places=places)
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
     def run(self, method: Method, prepared: Prepared) -> Outcome:
@@ -153,15 +156,17 @@ class Bench:
 
 def run_cells(
     bench: Bench, settings: Sequence[Method], work: Sequence[Work], progress: Callable[[str], None]
-) -> list[Row]:
-    """Every setting on every cell; exact first, because the others are compared with it."""
-    rows = []
+) -> tuple[list[Row], list[HeadFloor]]:
+    """Every setting on every cell, exact first, because the others are compared with it; and every head's floor."""
+    rows, floors = [], []
     for one in work:
         prepared = bench.prepare(one)
+        progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: floors of the heads")
+        floors += head_floors(one.cell, prepared.traces)
         exact: Outcome | None = None
         for method in settings:
             progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: {method}")
             outcome = bench.run(method, prepared)
             exact = outcome if exact is None else exact
             rows.append(bench.row(method, prepared, outcome, exact))
-    return rows
+    return rows, floors

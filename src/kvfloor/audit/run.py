@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvfloor.audit.explain import why
 from kvfloor.audit.files import open_folder
+from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, check_tasks, prompt_work, read_prompts, settings, task_work
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Row, document, write_rows
@@ -48,6 +49,7 @@ class Answer:
     """What an audit gives; `asked` are the settings beside the baselines, as the rows write them."""
 
     rows: list[Row]
+    heads: list[Head]
     recommendation: Recommendation
     report: Path
     asked: frozenset[str]
@@ -55,7 +57,7 @@ class Answer:
 
     def as_dict(self) -> dict:
         """The `--json` document."""
-        return document(
+        plain = document(
             model=self.question.model,
             seed=self.question.seed,
             rows=self.rows,
@@ -63,6 +65,7 @@ class Answer:
             why=why(self.recommendation),
             report=str(self.report),
         )
+        return plain | {"heads": [head.as_dict() for head in self.heads]}
 
 
 def run(question: Question, track: Callable[[int, str], None]) -> Answer:
@@ -93,8 +96,9 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
         work = prompt_work(question.prompts.stem, items, question.protocols, bench.count)
     else:
         work = task_work(question.tasks, question.contexts, question.protocols, question.n, question.seed, bench.count)
-    total = len(plan) * len(work)
-    rows = run_cells(bench, plan, work, lambda text: track(total, text))
+    total = (len(plan) + 1) * len(work)
+    rows, floors = run_cells(bench, plan, work, lambda text: track(total, text))
+    by_head = heads(floors, rows)
     answer = recommend(rows)
     asked = frozenset(str(method) for method in settings(question.methods, question.budgets)) - {
         row.method for row in rows if row.baseline
@@ -114,8 +118,8 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
         duration_s=time.perf_counter() - begin,
     )
     write_rows(question.out / "rows.jsonl", rows)
-    render(rows, answer, meta, report)
-    return Answer(rows, answer, report, asked, question)
+    render(rows, answer, meta, report, by_head)
+    return Answer(rows, by_head, answer, report, asked, question)
 
 
 def _threads() -> int:

@@ -22,6 +22,7 @@ class Trace:
     The last `asked` slots are the question's and the answer's; the ones before them the context's.
     """
 
+    layer: int
     q: Tensor
     k: Tensor
     v: Tensor
@@ -45,13 +46,14 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
     dialogue.feed(contexts)
     dialogue.feed(asks)
     traces = []
-    for parts in seen.values():
+    for layer, parts in seen.items():
         q = torch.cat([part[0] for part in parts], dim=2)
         k = torch.cat([part[1] for part in parts], dim=2)
         v = torch.cat([part[2] for part in parts], dim=2)
         batch, kv_heads, n, d = k.shape
         rows = batch * kv_heads
         trace = Trace(
+            layer,
             q.reshape(rows, -1, n, d),
             k.reshape(rows, n, d),
             v.reshape(rows, n, -1),
@@ -69,7 +71,9 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
 def replay(trace: Trace, method: Method) -> Tensor:
     """Answers (rows, g, asked, dv), float32, of a method with a resolved budget to the trace's last queries."""
-    spec = Spec(trace.k.shape[0], trace.k.shape[2], trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype)
+    rows, _, d = trace.k.shape
+    places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
+    spec = Spec(rows, d, trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype, places=places)
     state = method.open(spec)
     cut = trace.k.shape[1] - trace.asked
     state.step(trace.q[:, :, :cut], trace.k[:, :cut], trace.v[:, :cut], trace.present[:, :cut])

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvfloor.barriers import certificates
 from kvfloor.barriers.aim import aim
 from kvfloor.barriers.asking import by_appending
-from kvfloor.barriers.decode import Decoded, answered_rows, leak_ratio, nearest_levels, wrong_bits
+from kvfloor.barriers.decode import Decoded, leak_ratio, nearest_levels, wrong_bits
 from kvfloor.barriers.game import Played, play_index
 from kvfloor.barriers.hidden import Hidden
 from kvfloor.barriers.instance import DTYPES, Instance, agreed, agreed_family, pieces
@@ -25,7 +25,7 @@ from kvfloor.barriers.keys import FAMILIES
 from kvfloor.barriers.predict import log2_level_probability, log2_row_gain
 from kvfloor.barriers.result import SUCCESS, Result, conclude
 from kvfloor.floors.domain import whole
-from kvfloor.floors.entropy import H2, log2_choose
+from kvfloor.floors.entropy import H2, log2_choose, row_bits
 from kvfloor.floors.spike import spike_C
 from kvfloor.method import Method
 from kvfloor.state import State
@@ -99,10 +99,10 @@ class Codebook(Instance):
         certified = certificates.certified([certificates.log_loss(gains)])
         wrong = wrong_bits(nearest_levels(answers, self.bits, self.eta), levels, self.bits)
         wrong_values = wrong[both].sum() + self.dv * self.bits * (present & ~believed).sum()
-        fine = right & (~present | answered_rows(answers, levels, self.bits, self.eta))
-        return Decoded(
-            certified, "log-loss", int(wrong_values) / (self.n * self.dv * self.bits), fine.double().mean().item()
-        )
+        # Markers answer below 0, where (1±eta) means nothing: a row is right if all its bits are.
+        shares = [(believed & (wrong == 0))[present], ~believed[~present]]
+        success = min(share.double().mean().item() for share in shares if len(share))
+        return Decoded(certified, "log-loss", int(wrong_values) / (self.n * self.dv * self.bits), success)
 
     def details(self) -> dict[str, Any]:
         return {
@@ -130,7 +130,8 @@ def play(
 ) -> Result:
     """Play the spike with bits in the keys too: a secret n of `codebook` public keys (n <= codebook <= 16,384).
 
-    row_success of the result is the share of codebook keys whose presence, and values if present, come back right.
+    row_success of the result is the lesser of two shares: of streamed keys that come back with all their bits, and of
+    the other keys that are told to be missing. bits_per_value leaves out what the keys hide.
     Arguments otherwise as for the spike; raises ValueError naming the one that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
@@ -146,7 +147,18 @@ def play(
     def judged(answers: Tensor, played: Played) -> Decoded:
         return instance.judge(answers, played.hidden, present)
 
-    # Fano on all that is hidden: one wrong entry of the codebook and the whole answer counts as lost.
-    floor = max(0.0, SUCCESS * (log2_choose(codebook, n) + n * instance.dv * bits) - H2(SUCCESS))
+    floor = subset_bits(codebook, n, SUCCESS) + row_bits(n, instance.dv * bits, SUCCESS)
     result = conclude(played, instance, seed=seed, floor_bits=floor, judge=judged)
-    return dataclasses.replace(result, n=n, bits_per_value=result.certified_bits / (n * instance.dv))
+    values = max(0.0, result.certified_bits - log2_choose(codebook, n))
+    return dataclasses.replace(result, n=n, bits_per_value=values / (n * instance.dv))
+
+
+def subset_bits(codebook: int, n: int, p: float) -> float:
+    """Least message length, in bits, when a share p >= 1/2 of a secret n-subset, and of the rest, is told right.
+
+    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), f = n/M, clamped at 0: what is left open about one
+    key, given what is told about it, is at most that of a binary channel with error 1-p, and entropy is concave.
+    """
+    f = n / codebook
+    left_open = H2(f) + H2(p) - H2(f * p + (1.0 - f) * (1.0 - p))
+    return max(0.0, log2_choose(codebook, n) - codebook * left_open)

@@ -35,8 +35,13 @@ class ScoreOracle:
 
 
 def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Distinct uniform tokens of 1..n-1 (token 0 has no key in either case): the best there is."""
-    return 1 + torch.rand(runs, n - 1, generator=generator).argsort(dim=1)[:, :probes]
+    """Distinct tokens of 1..n-1, each as likely as any other (token 0 has no key in either case): the best there is.
+
+    A random order that every run enters at a place of its own.
+    """
+    order = 1 + torch.randperm(n - 1, generator=generator)
+    start = torch.randint(n - 1, (runs, 1), generator=generator)
+    return order[(start + torch.arange(probes)) % (n - 1)]
 
 
 def recent(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
@@ -52,6 +57,7 @@ def strided(n: int, probes: int, runs: int, generator: torch.Generator) -> Tenso
 
 
 NON_ADAPTIVE = {"uniform": uniform, "recent": recent, "strided": strided}
+_SCORES_AT_ONCE = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +84,23 @@ def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -
     points = []
     for name, commit in NON_ADAPTIVE.items():
         for t in probes:
-            index = commit(n, t, runs, torch.Generator().manual_seed(seed))  # before the data is there
-            oracle = ScoreOracle(n, place, planted)
-            points.append(_scored(name, n, oracle, oracle.score(index).amax(dim=1) > 0.0, planted))
+            generator, found, told = torch.Generator().manual_seed(seed), [], []
+            for part in torch.arange(runs).split(max(1, _SCORES_AT_ONCE // t)):
+                index = commit(n, t, len(part), generator)  # before the data is there
+                oracle = ScoreOracle(n, place[part], planted[part])
+                found.append(oracle.score(index).amax(dim=1) > 0.0)
+                told.append(oracle.probes)
+            points.append(_scored(name, n, torch.cat(told), torch.cat(found), planted))
     oracle = ScoreOracle(n, place, planted)
     # A reader that may look at keys as they arrive keeps the place of the longest one, and probes only that.
     longest = torch.where(planted, place, 1).unsqueeze(1)
-    points.append(_scored("index made on arrival", n, oracle, oracle.score(longest)[:, 0] > 0.0, planted))
+    found = oracle.score(longest)[:, 0] > 0.0
+    points.append(_scored("index made on arrival", n, oracle.probes, found, planted))
     return points
 
 
-def _scored(name: str, n: int, oracle: ScoreOracle, found: Tensor, planted: Tensor) -> Point:
-    right, runs, probes = int((found == planted).sum()), len(planted), int(oracle.probes.max())
+def _scored(name: str, n: int, told: Tensor, found: Tensor, planted: Tensor) -> Point:
+    right, runs, probes = int((found == planted).sum()), len(planted), int(told.max())
     interval = wilson_interval(right, runs)
     return Point(name, probes, runs, right / runs, interval[0], interval[1], success_bound(n, probes))
 

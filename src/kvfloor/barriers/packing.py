@@ -81,7 +81,7 @@ def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tu
     m competitors). One key is always separable.
     """
     best = ("sphere", 1)
-    names = [name for name in ("chirp", "reed_solomon", "hypercube", "sphere", "rademacher") if d >= 2]
+    names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
     if 2 <= d <= _PACKED_UP_TO:
         names.insert(0, "packing")
     for name in names:

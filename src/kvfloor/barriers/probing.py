@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvfloor.audit.statistics import wilson_interval
 from kvfloor.barriers.asking import by_reading
+from kvfloor.barriers.decode import leak_ratio
 from kvfloor.barriers.game import play_index
 from kvfloor.barriers.hidden import Hidden
 from kvfloor.barriers.instance import DTYPES, Instance, agreed
@@ -23,12 +24,14 @@ from kvfloor.barriers.oracle import as_rows, curve, success_bound
 from kvfloor.barriers.result import SUCCESS, Result, conclude
 from kvfloor.floors.domain import whole
 from kvfloor.floors.entropy import row_bits
+from kvfloor.floors.separation import tau
 from kvfloor.method import Method
 from kvfloor.state import State
 
 _TOKENS_AT_ONCE = 1024
 _NUMBERS_AT_MOST = 2**25  # keys and values of all streams together
 _RUNS, _RUNS_OF_READERS = 256, 2048
+_PROBES_OF_READERS = 2**24  # in all runs together, roughly
 _SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at which the readers are measured
 
 
@@ -84,13 +87,18 @@ def play(
     """
     shared = agreed(d=d, dv=1, bits=1, eta=eta, seed=seed)
     n = whole("n", n, least=16)
+    # A (1±eta) answer to the heavy case, at most (1+eta)/(n-1), must stay below the threshold.
+    least = 1 + math.ceil((1.0 + shared["eta"]) / tau(shared["eta"], leak_ratio(1, shared["eta"])))
+    if n < least:
+        raise ValueError(f"n must be at least {least} for barrier 'probing' at eta={eta}, got {n}")
     if runs is None:
         runs = max(16, min(_RUNS, _NUMBERS_AT_MOST // (n * (shared["d"] + 1))))
     instance, hidden = Probing(**shared, n=n, copies=whole("runs", runs)), Hidden(hidden_seed)
     played = play_index(method, instance, hidden, isolated=isolated)
     token_bytes = (shared["d"] + 1) * DTYPES[instance.dtype].itemsize
     probes = played.bytes_read / (instance.copies * token_bytes)
-    readers = curve(n, sorted({max(1, round(share * (n - 1))) for share in _SHARES}), _RUNS_OF_READERS, hidden, seed)
+    shares = sorted({max(1, round(share * (n - 1))) for share in _SHARES})
+    readers = curve(n, shares, max(_RUNS, min(_RUNS_OF_READERS, _PROBES_OF_READERS // n)), hidden, seed)
     result = conclude(
         played, instance, seed=seed, floor_bits=row_bits(instance.copies, 1, SUCCESS),
         probes_per_query=probes, bound=success_bound(n, probes), floor_probes=(2.0 - 1.0 / SUCCESS) * (n - 1),

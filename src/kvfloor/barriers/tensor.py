@@ -174,8 +174,8 @@ def play(
 
 
 def _keeps_tokens(method: Method | str) -> bool:
-    method = parse(method) if isinstance(method, str) else method
     try:
+        method = parse(method) if isinstance(method, str) else method
         return isinstance(method, TensorAttention) or TensorAttention(method) is not None
     except ValueError:
         return False

@@ -67,9 +67,23 @@ def of_rows(method: Method, index: Sequence[int]) -> Method:
 
 def spec_for(method: Method, at: Setting) -> Spec:
     """Rows whose ids are not their places, so that the two cannot be mistaken for each other."""
-    rows = rows_of(method)
+    rows, d = rows_of(method), width_of(method)
     ids = [11 + 5 * ((r + 1) % rows) for r in range(rows)]
-    return Spec(rows=rows, d=WIDTH, dv=WIDTH, scale=WIDTH**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
+    plain = Spec(rows=rows, d=d, dv=WIDTH, scale=d**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
+    return placed(method, plain)
+
+
+def width_of(method: Method, otherwise: int = WIDTH) -> int:
+    """The key width to try a method at: what its parameters were trained for, or any."""
+    return otherwise if method.traits.trained_for is None else method.traits.trained_for[2]
+
+
+def placed(method: Method, spec: Spec) -> Spec:
+    """The spec with a place for every row, if the method has trained parameters: heads first, then layers."""
+    if method.traits.trained_for is None:
+        return spec
+    layers, heads, _ = method.traits.trained_for
+    return replace(spec, places=[(r // heads % layers, r % heads) for r in range(spec.rows)])
 
 
 def block_of(method: Method) -> int:

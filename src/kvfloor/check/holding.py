@@ -21,6 +21,7 @@ from kvfloor.check.ground import (
 )
 from kvfloor.check.law import Setting, require
 from kvfloor.check.tolerance import AGREE, apart, require_same_bits
+from kvfloor.check.truth import unread
 from kvfloor.method import Method, Spec
 from kvfloor.partial import Partial
 from kvfloor.state import State
@@ -111,12 +112,13 @@ class Tally(Summary):
 
 class TallyState(SummaryState):
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+        super().__init__(spec)
         self.count = torch.zeros(spec.rows, dtype=torch.int64)
         self.k = torch.zeros(spec.rows, spec.d, dtype=torch.float64)
         self.v = torch.zeros(spec.rows, spec.dv, dtype=torch.float64)
 
-    def absorb(self, row: Tensor, k: Tensor, v: Tensor) -> None:
+    def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+        del position
         self.count = self.count.index_add(0, row, torch.ones_like(row))
         self.k = self.k.index_add(0, row, k.to(torch.float64))
         self.v = self.v.index_add(0, row, v.to(torch.float64))
@@ -164,16 +166,20 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 
 
 def _check_weight(state: State, stream: Stream, at: Setting) -> None:
-    """Under the unmasked law a query of zeros weighs every token seen alike: constant values, and a mass of n."""
+    """Under the unmasked law a query of zeros weighs every token seen alike, but for held ones that it does not read.
+
+    So constant values are answered, with a mass of one per token.
+    """
     stream = replace(stream, v=torch.ones_like(stream.v))
     nothing = torch.zeros_like(probes(state.spec, 1))
 
     def look(i: int) -> None:
-        part = state.read(nothing)
+        part, hide = state.read(nothing), unread(state.method, state, nothing)
+        unread_tokens = 0 if hide is None else state.held.unsqueeze(1) - (~hide).sum(-1)
         error = apart(part.mean, torch.ones_like(part.mean))
         require(error <= AGREE[at.dtype], f"after {i} values of 1 a query of zeros is answered 1 ± {error:.3g}")
         mass = part.log_mass.double().exp()
-        error = apart(mass / i, torch.ones_like(mass))
+        error = apart(mass / (i - unread_tokens), torch.ones_like(mass))
         require(error <= AGREE[at.dtype], f"after {i} tokens a query of zeros sees a mass of {mass.max():.6g}")
 
     play(state, stream, cuts=range(0, stream.n, 17), after=look)
@@ -185,20 +191,46 @@ def check_selector_subset(method: Method, at: Setting) -> None:
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
     slots: Any = slots_of(state)
-    q, view = probes(spec), slots.view()
-    width = view.k.shape[1]
-    source = torch.Generator().manual_seed(at.seed)
-    for hidden_share in (0.0, 0.5, 0.9):
-        hide = torch.rand(spec.rows, q.shape[1], width, generator=source) < hidden_share
-        hide[:, :, 0] = False
-        hide = hide if view.live is None else hide | ~view.live.unsqueeze(1)
-        unread = method.selector.hide(q, view, spec, hide)  # type: ignore[attr-defined]
-        require(unread is not None, f"asked to hide {int(hide.sum())} slots, the selector reads everything")
-        unread = unread.expand(hide.shape)
-        require(bool((unread | ~hide).all()), "the selector reads slots that it was told to hide")
-        require(bool((~unread).any(-1).all()), "the selector reads nothing at all for some query")
+    q, source = probes(spec), torch.Generator().manual_seed(at.seed)
+    if state.selection is None:
+        _check_hiding(method, state, q, source)
+    else:
+        _check_choosing(state, q, source)
     before = state.read(q).mean
     held = torch.zeros(slots.k.shape[0], dtype=torch.bool)
     held[slots.live_index()] = True
     slots.k[~held], slots.v[~held] = 50.0, 50.0
     require_same_bits(state.read(q).mean, before, "answers before and after slots that hold no token were overwritten")
+
+
+def _check_hiding(method: Method, state: Any, q: Tensor, source: torch.Generator) -> None:
+    """A selector without an index hides all that it is told to hide, and not all that there is."""
+    view = state.slots.view()
+    width = view.k.shape[1]
+    for hidden_share in (0.0, 0.5, 0.9):
+        hide = torch.rand(*q.shape[:2], width, generator=source) < hidden_share
+        hide[:, :, 0] = False
+        hide = hide if view.live is None else hide | ~view.live.unsqueeze(1)
+        unread = method.selector.hide(q, view, state.spec, hide)  # type: ignore[attr-defined]
+        require(unread is not None, f"asked to hide {int(hide.sum())} slots, the selector reads everything")
+        unread = unread.expand(hide.shape)
+        require(bool((unread | ~hide).all()), "the selector reads slots that it was told to hide")
+        require(bool((~unread).any(-1).all()), "the selector reads nothing at all for some query")
+
+
+def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
+    """A selector with an index chooses, for every query, among the first slots that it may see, each once.
+
+    A query comes with a token of the open block, and sees at least what is older.
+    """
+    held = state.slots.held.unsqueeze(1)
+    newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))
+    for share in (1.0, 0.5, 0.1):
+        visible = held - (share * torch.rand(q.shape[:2], generator=source) * newest).floor().long()
+        chosen = state.selection.choose(q, state.slots, visible)
+        live, width = ~chosen.dead, int(state.slots.held.max())
+        inside = (chosen.index >= 0) & (chosen.index < visible.unsqueeze(-1))
+        require(bool((inside | chosen.dead).all()), "the selector reads slots beyond those that a query may see")
+        read = (~chosen.unread(width)).sum(-1)
+        require(torch.equal(read, live.sum(-1)), "the selector reads a slot twice for some query")
+        require(bool((read > 0).all()), "the selector reads nothing at all for some query")

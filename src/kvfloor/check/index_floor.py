@@ -8,7 +8,7 @@ from kvfloor.barriers.decode import judge
 from kvfloor.barriers.hidden import Hidden
 from kvfloor.barriers.instance import agreed, agreed_family
 from kvfloor.barriers.spike import Spike
-from kvfloor.check.ground import of_rows
+from kvfloor.check.ground import of_rows, placed, width_of
 from kvfloor.check.law import Setting, require
 from kvfloor.method import Method
 
@@ -25,12 +25,13 @@ def check_index_floor(method: Method, at: Setting) -> None:
     literal game, where a fresh process answers, is `kvfloor break`.
     """
     method = of_rows(method, [0])
-    empty = method.open(_spike(_LEAST, at.seed).spec())
+    d = width_of(method, _D)
+    empty = method.open(placed(method, _spike(d, _LEAST, at.seed).spec()))
     # Enough tokens that the hidden bits outnumber those of a memory that does not grow.
-    n = min(_MOST, max(_LEAST, math.ceil(1.5 * 8 * empty.nbytes / (_D * _BITS))))
-    instance, hidden = _spike(n, at.seed), Hidden()
-    levels = hidden.levels(n, _D, _BITS)
-    state = method.open(instance.spec())
+    n = min(_MOST, max(_LEAST, math.ceil(1.5 * 8 * empty.nbytes / (d * _BITS))))
+    instance, hidden = _spike(d, n, at.seed), Hidden()
+    levels = hidden.levels(n, d, _BITS)
+    state = method.open(placed(method, instance.spec()))
     instance.feed(state, levels, hidden)
     message = state.to_bytes()
     for side in (state, method.from_bytes(message)):
@@ -41,6 +42,6 @@ def check_index_floor(method: Method, at: Setting) -> None:
             require(enough, f"{where} answers {carried:.0f} hidden bits, its {what} holds {8 * size}")
 
 
-def _spike(n: int, seed: int) -> Spike:
-    shared = agreed(d=_D, dv=None, bits=_BITS, eta=_ETA, seed=seed)
-    return Spike(**shared, n=n, family=agreed_family(None, n, _D, shared["key_seed"]))
+def _spike(d: int, n: int, seed: int) -> Spike:
+    shared = agreed(d=d, dv=None, bits=_BITS, eta=_ETA, seed=seed)
+    return Spike(**shared, n=n, family=agreed_family(None, n, d, shared["key_seed"]))

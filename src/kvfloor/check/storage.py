@@ -26,7 +26,7 @@ def storages(state: State) -> tuple[dict[int, int], int]:
     know them: the method, specs and `state.shared`.
     """
     found: dict[int, int] = {}
-    others, met = 0, set()
+    others, met = 0, {id(state.shared)}  # a part may hold the same dictionary
     waiting: list[Any] = [value for name, value in vars(state).items() if name != "shared"]
     while waiting:
         item = waiting.pop()

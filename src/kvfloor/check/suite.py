@@ -54,8 +54,10 @@ def _exact_at_first(method: Method) -> str | None:
 def _attends_to_held(method: Method) -> str | None:
     if method.traits.lossy_values:
         return "it claims lossy_values: more than whole tokens answers"
-    if method.traits.reference != "unmasked" and getattr(_opened(method), "summary", None) is not None:
-        return "its summary approximates the tokens that left"
+    if method.traits.reference == "unmasked" or getattr(_opened(method), "summary", None) is not None:
+        stated = getattr(method, "summary", method).guarantee(spec_for(method, Setting()))
+        if method.traits.reference != "unmasked" or stated is None or stated.epsilon > 0:
+            return "it approximates the tokens that left: it does not state that they answer without error"
     return _keeps_tokens(method)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfloor.blocked import Blocked
 from kvfloor.check.ground import (
     Stream,
     play,
@@ -26,13 +27,12 @@ from kvfloor.state import State
 
 
 def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
-    """The held slots (rows, m, s) that the method's selector leaves unread for q (rows, m, d); None if it has none."""
-    slots, selector = slots_of(state), getattr(method, "selector", None)
-    if slots is None or selector is None:
+    """The slots (rows, m, s) that the method's selector leaves unread for q (rows, m, d); None if it has none."""
+    slots = slots_of(state)
+    if slots is None or not hasattr(method, "selector") or not isinstance(state, Blocked):
         return None
-    view = slots.view()
-    hide = selector.hide(q, view, state.spec, None)
-    return None if hide is None else hide.expand(q.shape[0], q.shape[1], view.k.shape[1])
+    hide = state.unread(q)
+    return None if hide is None else hide.expand(q.shape[0], q.shape[1], int(slots.held.max()))
 
 
 def waits_whole(method: Method) -> bool:

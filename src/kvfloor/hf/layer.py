@@ -176,7 +176,18 @@ class CompressedLayer(CacheLayerMixin):
         if len(requests) != batch:
             raise ValueError(f"{len(requests)} request ids were given for a batch of {batch}; give one per item")
         ids = [_row_id(request, self.index, head) for request in requests for head in range(kv_heads)]
-        spec = Spec(batch * kv_heads, d, dv, scale, softcap, key.dtype, key.device, seed=self._seed, row_ids=ids)
+        spec = Spec(
+            batch * kv_heads,
+            d,
+            dv,
+            scale,
+            softcap,
+            key.dtype,
+            key.device,
+            seed=self._seed,
+            row_ids=ids,
+            places=[(self.index, head) for _ in requests for head in range(kv_heads)],
+        )
         return resolve(self.method, spec, layers=self._layers, length=self._context, g=g).open(spec)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.method import count
-from kvfloor.policies.policy import Ledger, Policy
+from kvfloor.policies.policy import Asked, Ledger, Policy
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class HeavyHitters(Policy):
             return total
         return total / (ledger.seen - ledger.position).clamp_min(1)
 
-    def observe(self, ledger: Ledger, weights: Tensor) -> dict[str, Tensor]:
+    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
         joined = weights.mean(1) if self.group == "mean" else weights.amax(1)  # (r, b, s)
         total = ledger.columns["score"]
         if self.score == "decay":
-            asked = (joined.sum(-1) > 0).to(joined.dtype)  # (r, b); places of the block without a query fade nothing
-            later = asked.sum(1, keepdim=True) - asked.cumsum(1)
+            made = asked.made.to(joined.dtype)  # places of the block without a query fade nothing
+            later = made.sum(1, keepdim=True) - made.cumsum(1)
             joined = joined * (self.decay**later).unsqueeze(2)
-            total = total * self.decay ** asked.sum(1, keepdim=True)
+            total = total * self.decay ** made.sum(1, keepdim=True)
         return {"score": total + joined.sum(1).to(torch.float32)}

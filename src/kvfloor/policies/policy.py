@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvfloor.method import Spec
+from kvfloor.memory import Memory
+from kvfloor.method import Spec, count
+
+GRACE_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a policy may look at: position (r, s) of each slot, its columns (r, s), seen (r, 1) tokens, row ids.
+    """What a policy may look at, for r rows of s slots. Slots that hold no token have arbitrary numbers.
 
-    Slots beyond a row's held tokens hold arbitrary numbers; Bounded never evicts them.
+    position  (r, s)  when a slot's token came         seen   (r, 1)  tokens of the row so far
+    columns   (r, s)  the policy's numbers per slot    held   (r, 1)  slots 0 .. held - 1 hold a token
+    row_ids   (r,)    what randomness is keyed by      budget (r, 1)  tokens per row
+    rows      (r,)    their places in the state; None: all of them
+    prompt    (r, 1)  tokens before the seal, -1 until then; None unless the policy spares a part of the stream
+    memory    what the policy remembers of all rows    shared  tensors fixed by (policy, spec) alone
     """
 
     position: Tensor
@@ -24,6 +33,70 @@ class Ledger:
     seen: Tensor
     row_ids: Tensor
     spec: Spec
+    held: Tensor
+    budget: Tensor
+    fetch: Callable[[str], Tensor] = field(repr=False)
+    rows: Tensor | None = None
+    prompt: Tensor | None = None
+    memory: Any = None
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def k(self) -> Tensor:
+        """Keys (r, s, d), fetched when asked for; a copy only if rows are ragged or not all there."""
+        return self.fetch("k")
+
+    @property
+    def v(self) -> Tensor:
+        """Values (r, s, dv), as `k`."""
+        return self.fetch("v")
+
+    @property
+    def live(self) -> Tensor:
+        """Slots that hold a token (r, s)."""
+        return torch.arange(self.position.shape[1], device=self.held.device) < self.held
+
+    def part(self, at: slice) -> Ledger:
+        """The ledger of the slots `at` only."""
+        if at.start == 0 and at.stop == self.position.shape[1]:
+            return self
+        return replace(
+            self,
+            position=self.position[:, at],
+            columns={name: column[:, at] for name, column in self.columns.items()},
+            held=(self.held - at.start).clamp(0, at.stop - at.start),
+            fetch=lambda name: self.fetch(name)[:, at],
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The queries of one block, in order: each sees the tokens up to its own position.
+
+    q (r, g, b, d); made (r, b) says which of them were really asked; position (r, b) of the token each came with.
+    """
+
+    q: Tensor
+    made: Tensor
+    position: Tensor
+
+
+class PolicyMemory(Memory, ABC):
+    """What a policy remembers of each row beside its columns: tensors with rows as first axis. `spec` says for what."""
+
+    spec: Spec
+
+    def group(self, g: int) -> None:
+        """The GQA group has g queries per token: allocate what depends on it. Called once, before the first query."""
+
+    def meet(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
+        """The last tokens of `rows` (r,) in order, those met before among them: k (r, b, d), position and live (r, b).
+
+        Called at block ends and at the seal if the policy `meets`; b is the block's length.
+        """
+
+    def seal(self) -> None:
+        """The prompt is over, and what had to leave has left."""
 
 
 class Policy(ABC):
@@ -31,8 +104,20 @@ class Policy(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    observes: ClassVar[bool] = False  # True: wants the attention that held tokens receive
+    observes: ClassVar[bool] = False  # True: wants the attention that held tokens receive, in `observe`
+    meets: ClassVar[bool] = False  # True: its memory wants every key once, in `meet`
+    weighs_values: ClassVar[bool] = False  # True: what leaves depends on values, so answers are not linear in them
     columns: ClassVar[dict[str, torch.dtype]] = {}  # numbers kept per slot, zero for a new token
+
+    @property
+    def usual_prefill(self) -> Literal["stream", "dense"]:
+        """The `prefill` of a method that does not say."""
+        return "stream"
+
+    @property
+    def spares(self) -> Literal["nothing", "prompt", "answer"]:
+        """What is kept beside the budget: the tokens before the seal, or those after it."""
+        return "nothing"
 
     def protected_first(self) -> int:
         """How many first tokens of a row never leave."""
@@ -43,14 +128,61 @@ class Policy(ABC):
         del budget
         return 0
 
+    def protected(self, ledger: Ledger, last: Tensor) -> Tensor:
+        """Slots (r, s) that never leave, where last (r, 1) is what `protected_last` says of each row."""
+        return (ledger.position < self.protected_first()) | (ledger.position >= ledger.seen - last)
+
+    def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
+        """Empty memory, or None if there is none beside the columns; `shared` has what `shared` gave."""
+        del spec, shared
+        return None
+
+    def shared(self, spec: Spec) -> dict[str, Tensor]:
+        """Public tensors, fixed by (policy, spec) alone."""
+        del spec
+        return {}
+
     @abstractmethod
     def priority(self, ledger: Ledger) -> Tensor:
         """One number per slot (r, s): the smallest leaves first."""
 
-    def observe(self, ledger: Ledger, weights: Tensor) -> dict[str, Tensor]:
-        """New columns, given the block's softmax weights (r, g, b, s) over held tokens; queries in order.
+    def hears(self, sealed: bool) -> bool:
+        """Whether `hear` wants the queries of a block, before or after the seal."""
+        del sealed
+        return False
 
-        A query that asked nothing (a row's block that was only appended) has weight zero everywhere.
+    def hear(self, ledger: Ledger, asked: Asked) -> dict[str, Tensor]:
+        """New columns, given a block's queries; they may also enter `ledger.memory`, at `ledger.rows`."""
+        del ledger, asked
+        return {}
+
+    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
+        """New columns, given the softmax weights (r, g, b, s) over held tokens of a block's queries.
+
+        A query that was not made has weight zero everywhere. The ledger may be one of several tiles of slots: a
+        slot's numbers may depend on its own weights only.
         """
-        del weights
-        return ledger.columns
+        del ledger, weights, asked
+        return {}
+
+
+@dataclass(frozen=True)
+class Guarded(Policy):
+    """A policy that never gives up its first and its newest tokens.
+
+    sinks   first tokens that never leave; models park attention there
+    recent  newest tokens that never leave; 16, or a quarter of a smaller budget than 64, unless given
+    The papers' plain rules are sinks=0, recent=0, block=1.
+    """
+
+    sinks: int = 4
+    recent: int | None = None
+
+    def __post_init__(self) -> None:
+        count(self.name, sinks=self.sinks, **({} if self.recent is None else {"recent": self.recent}))
+
+    def protected_first(self) -> int:
+        return self.sinks
+
+    def protected_last(self, budget: int) -> int:
+        return min(GRACE_TOKENS, budget // 4) if self.recent is None else self.recent

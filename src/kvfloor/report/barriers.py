@@ -83,7 +83,7 @@ def _packing(result: Result) -> Plot:
     return plot.plot(
         "Few dimensions, bounded logits (packing)",
         "logit radius (log scale)",
-        "Bits, log scale, at most 512 keys with 64 values. The floor is the closed form, p = 0.9; more keys may be built.",
+        "Bits, log scale, at most 512 keys of 64 values. The floor is the closed form at p = 0.9; more may be built.",
         series,
         log_x=True,
         log_y=True,

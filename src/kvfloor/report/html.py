@@ -7,25 +7,26 @@ from typing import Any
 
 from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.files import replace_file
+from kvfloor.audit.heads import ETA, GOOD, Head, summary
 from kvfloor.audit.names import BASELINES, split_setting
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.audit.statistics import MIN_SAMPLES
-from kvfloor.report import chart, heatmap, tables
+from kvfloor.report import chart, heatmap, ladder, tables
 from kvfloor.report.environment import environment
 from kvfloor.report.marks import marks
 from kvfloor.report.meta import Meta
 
 
-def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path) -> None:
+def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path, by_head: Sequence[Head] = ()) -> None:
     """Write the report of an audit to `path`, whole or not at all.
 
     Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
     """
-    replace_file(path, page(rows, answer, meta))
+    replace_file(path, page(rows, answer, meta, by_head))
 
 
-def page(rows: Sequence[Row], answer: Recommendation, meta: Meta) -> str:
+def page(rows: Sequence[Row], answer: Recommendation, meta: Meta, by_head: Sequence[Head] = ()) -> str:
     """The report as HTML text."""
     if not rows:
         raise ValueError("there is nothing to report: give at least the rows of 'exact'")
@@ -52,6 +53,11 @@ def page(rows: Sequence[Row], answer: Recommendation, meta: Meta) -> str:
             figures=figures,
             marks=drawn,
             heatmaps=heatmap.heatmaps(rows),
+            ladder=ladder.ladder(by_head) if by_head else None,
+            ladder_frame=ladder,
+            heads=by_head,
+            heads_summary=summary(by_head),
+            head_limits={"eta": ETA, "good": GOOD},
             frame=chart,
             baselines=BASELINES,
             min_samples=MIN_SAMPLES,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvfloor.memory import Memory
@@ -13,15 +15,34 @@ from kvfloor.partial import Partial
 
 
 class SummaryState(Memory, ABC):
-    """What is remembered of evicted tokens: tensors with rows as first axis."""
+    """What is remembered of evicted tokens: tensors with rows as first axis.
+
+    `shared` are tensors fixed by (method, spec) alone (trained kernels, tables): public and uncounted. Once opened
+    by `Bounded` it is the dictionary that the whole state shows as its own, so names in it start with the summary's.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.shared: dict[str, Tensor] = {}
 
     @abstractmethod
-    def absorb(self, row: Tensor, k: Tensor, v: Tensor) -> None:
-        """Take in evicted tokens, each once: row (e,) int64, k (e, d), v (e, dv)."""
+    def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+        """Take in evicted tokens, each once: row (e,) int64 ascending, k (e, d), v (e, dv), position (e,) int64.
+
+        A row's tokens come in the same lots whatever the caller's chunking; which other rows come along does depend
+        on it, so products over tokens are taken row by row (`lots`).
+        """
 
     @abstractmethod
     def read(self, q: Tensor) -> Partial:
         """Attention of q (rows, m, d) over the absorbed tokens, under the summary's law; pure."""
+
+    def notice(self, q: Tensor) -> None:
+        """Queries q (rows, g, a, d) were asked with tokens, or by `attend`; zeros stand where a row asked nothing."""
+
+    def guarantee(self, stated: Guarantee) -> Guarantee:
+        """What the configuration states, evaluated on what was absorbed and noticed; withdrawn where that fails."""
+        return stated
 
 
 class Summary(ABC):
@@ -29,12 +50,30 @@ class Summary(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    traits: ClassVar[Traits] = Traits()
+
+    @property
+    def traits(self) -> Traits:
+        """What answers promise that this summary has a part in."""
+        return Traits()
 
     @abstractmethod
     def open(self, spec: Spec) -> SummaryState | None:
         """Empty memory, or None if nothing is remembered."""
 
-    def guarantee(self) -> Guarantee | None:
-        """What holds whatever the policy evicts, or None."""
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        """What holds whatever the policy evicts, or None; epsilon 0 means that its law is followed exactly."""
+        del spec
         return None
+
+
+def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """What `absorb` takes, by rows: (at, column...) with at (r,) rows that each got c tokens, and columns (r, c, ...).
+
+    A product over a lot has the shape of its own row's tokens, so it rounds alike beside any neighbours.
+    """
+    at, counts = torch.unique_consecutive(row, return_counts=True)
+    start = counts.cumsum(0) - counts
+    for count in counts.unique().tolist():
+        same = counts == count
+        index = start[same].unsqueeze(1) + torch.arange(count, device=row.device)
+        yield at[same], *(column[index] for column in columns)

@@ -24,12 +24,16 @@ class ValueSum(Summary):
 
     name: ClassVar[str] = "value_sum"
     paper: ClassVar[str] = "Haris and Onak 2025 (arXiv 2502.15955), section 4; exact form"
-    traits: ClassVar[Traits] = Traits(reference="unmasked")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(reference="unmasked")
 
     def open(self, spec: Spec) -> ValueSumState:
         return ValueSumState(spec)
 
-    def guarantee(self) -> Guarantee:
+    def guarantee(self, spec: Spec) -> Guarantee:
+        del spec
         return Guarantee(
             0.0,
             0.0,
@@ -44,12 +48,12 @@ class ValueSumState(SummaryState):
     """total (rows, dv) in float64, which holds sums of 2**29 bfloat16 or float32 values of equal size to 24 bits."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+        super().__init__(spec)
         self.total = torch.zeros(spec.rows, spec.dv, dtype=torch.float64, device=spec.device)
         self.count = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)
 
-    def absorb(self, row: Tensor, k: Tensor, v: Tensor) -> None:
-        del k
+    def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+        del k, position
         self.total = self.total.index_add(0, row, v.to(torch.float64))
         self.count = self.count.index_add(0, row, torch.ones_like(row))
 

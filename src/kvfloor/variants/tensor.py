@@ -83,6 +83,7 @@ class TensorAttention(Method):
 
     def __str__(self) -> str:
         text, at, budget = str(self.kept).partition("@")
+        text = repr(text) if ":" in text else text  # module:Class is no word
         name = "tensor" if text == "exact" else f"tensor(store={text})"
         return f"{name}@{budget}" if at else name
 
@@ -106,6 +107,11 @@ class TensorState(State):
     def held(self) -> Tensor:
         return self.store.held
 
+    def select_rows(self, index: Tensor) -> None:
+        super().select_rows(index)
+        assert isinstance(self.method, TensorAttention)
+        self.method = replace(self.method, store=self.store.method)  # budgets per row travel with their rows
+
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         self.store._append(k, v, take)
         self.seen = self.seen + take
@@ -121,8 +127,9 @@ class TensorState(State):
         (rows, m, _), s = q.shape, view.k.shape[1]
         part = Partial.empty(rows, m, dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
         hide = None if view.live is None else ~view.live.unsqueeze(1)
-        for first in torch.arange(s).split(max(1, _LOGITS_AT_ONCE // max(1, rows * m * s))):
-            chosen = slice(int(first[0]), int(first[-1]) + 1)
+        at_once = max(1, _LOGITS_AT_ONCE // max(1, rows * m * s))
+        for start in range(0, s, at_once):
+            chosen = slice(start, start + at_once)
             dead = None if view.live is None else ~view.live[:, chosen]
             part = part.merge(self._pairs(q, k1[:, chosen], v1[:, chosen], k2, v2, hide, dead))
         return part

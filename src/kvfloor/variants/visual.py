@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvfloor.bounded import Bounded
+from kvfloor.bounded import BoundedState
 from kvfloor.floors.domain import whole
 from kvfloor.partial import Partial
 from kvfloor.state import State
@@ -40,6 +40,8 @@ class NextScale:
         state as it was.
         """
         spec = self.state.spec
+        if q.ndim != 4:
+            raise ValueError(f"q must have shape (rows={spec.rows}, g, t, {spec.d}), got {tuple(q.shape)}")
         rows, g, t, d = q.shape
         if k.ndim != 3 or v.ndim != 3 or k.shape[1] != t or v.shape[1] != t:
             raise ValueError(
@@ -54,8 +56,7 @@ class NextScale:
 
     @property
     def _watches(self) -> bool:
-        method = self.state.method
-        return isinstance(method, Bounded) and method.policy.observes
+        return isinstance(self.state, BoundedState) and self.state.watches
 
 
 def scale_by_scale(sides: Sequence[int], x: Tensor) -> list[Tensor]:

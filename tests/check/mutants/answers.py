@@ -39,8 +39,8 @@ class CrowdTemperature(Small):
 
 
 class CountsTwiceState(ValueSumState):
-    def absorb(self, row: Tensor, k: Tensor, v: Tensor) -> None:
-        super().absorb(row, k, v)
+    def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+        super().absorb(row, k, v, position)
         self.count = self.count.index_add(0, row, torch.ones_like(row))
 
 

@@ -1,0 +1,152 @@
+"""What each kv head needs and what it takes: floor, cheapest good setting, exact, per layer and head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kvfloor.audit.names import split_setting
+from kvfloor.audit.rows import Cell, Row
+from kvfloor.audit.traces import Trace
+from kvfloor.floors.measured import causal_mass, readable_by, readable_within
+
+ETA = 0.25  # additive error, of values in [-1, 1], at which the floors are computed
+P = 0.9
+GOOD = 0.1  # relative l2 error of a head's output up to which a setting serves it
+COMPRESSIBLE = 0.25  # share of the context's tokens that queries can read, up to which a head is called compressible
+MOST_TOKENS = 8192  # longer contexts are left out: the floor's cost grows with the square
+
+
+@dataclass(frozen=True)
+class HeadFloor:
+    """The read floors of one kv head on one recorded sample of a cell. Bytes are of this head alone.
+
+    tokens             of the context
+    readable_groups    groups of tokens that some query of the recorded length can read
+    floor_bytes        what answering every query of that length within ETA takes, for values an adversary chooses
+    asked_floor_bytes  the same for the queries that were really asked after the context
+    exact_bytes        keys and values of the context
+    """
+
+    cell: Cell
+    layer: int
+    head: int
+    tokens: int
+    readable_groups: int
+    floor_bytes: int
+    asked_floor_bytes: int
+    exact_bytes: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """One kv head over all cells: the largest floor, and the cheapest setting that serves it on every cell.
+
+    best_bytes are the setting's bytes per kv head, the largest over the cells; None with best_method where only exact
+    keeps the output error within GOOD. compressible: at most COMPRESSIBLE of the tokens can be read, on every cell.
+    """
+
+    layer: int
+    head: int
+    readable_share: float
+    floor_bytes: int
+    asked_floor_bytes: int
+    exact_bytes: int
+    best_method: str | None
+    best_bytes: int | None
+    best_error: float | None
+    compressible: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return asdict(self)
+
+
+def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
+    """The floors of every head on the first recorded sample; none where the context is longer than MOST_TOKENS."""
+    found = []
+    for layer, trace in enumerate(traces):
+        cut = trace.k.shape[1] - trace.asked
+        for head in range(trace.kv_heads):
+            before, after = trace.present[head, :cut], trace.present[head, cut:]
+            if int(before.sum()) > MOST_TOKENS:
+                return []
+            k, own = trace.k[head, :cut][before].float(), trace.k[head, cut:][after].float()
+            found.append(_floor(cell, layer, head, trace, k, trace.q[head, :, cut:][:, after].float(), own))
+    return found
+
+
+def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
+    """asked (g, t, d) are the queries after the context, own (t, d) the keys of their tokens."""
+    law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
+    demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
+    radius = trace.q[head][:, trace.present[head]].float().norm(dim=-1).max().item()
+    within = readable_within(k, radius=radius, others="present", **law, **demand)
+    by = readable_by(k, asked.flatten(0, 1), later_mass=causal_mass(asked, own, **law), **law, **demand)
+    width = (trace.k.shape[-1] + trace.v.shape[-1]) * trace.k.dtype.itemsize
+    # queries that were asked are among those of the recorded length, so either floor holds for the larger demand
+    floor = max(within.bytes, by.bytes)
+    return HeadFloor(cell, layer, head, len(k), within.groups, floor, by.bytes, len(k) * width)
+
+
+def heads(floors: Iterable[HeadFloor], rows: Sequence[Row]) -> list[Head]:
+    """Every head that has floors, by layer and head."""
+    found: dict[tuple[int, int], list[HeadFloor]] = {}
+    for floor in floors:
+        found.setdefault((floor.layer, floor.head), []).append(floor)
+    return [_head(place, of_head, rows) for place, of_head in sorted(found.items())]
+
+
+def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Row]) -> Head:
+    share = max(floor.readable_groups / floor.tokens for floor in floors)
+    best = _cheapest(place, {floor.cell for floor in floors}, rows)
+    return Head(
+        layer=place[0],
+        head=place[1],
+        readable_share=share,
+        floor_bytes=max(floor.floor_bytes for floor in floors),
+        asked_floor_bytes=max(floor.asked_floor_bytes for floor in floors),
+        exact_bytes=max(floor.exact_bytes for floor in floors),
+        best_method=best[1] if best else None,
+        best_bytes=best[0] if best else None,
+        best_error=best[2] if best else None,
+        compressible=share <= COMPRESSIBLE,
+    )
+
+
+def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> tuple[int, str, float] | None:
+    """(bytes per head, setting, largest error) of the cheapest setting that serves the head on all the cells."""
+    layer, head = place
+    settings: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.cell in cells and split_setting(row.method)[0] != "exact":
+            settings.setdefault(row.method, []).append(row)
+    serving = []
+    for method, of_method in settings.items():
+        error = max(row.output_error_by_head[layer][head] for row in of_method)
+        if len(of_method) == len(cells) and error <= GOOD:
+            shape = of_method[0].output_error_by_head
+            largest = max(row.state_bytes for row in of_method)
+            serving.append((math.ceil(largest / (len(shape) * len(shape[0]))), method, error))
+    return min(serving, default=None)
+
+
+def summary(found: Sequence[Head]) -> str:
+    """One plain sentence on which heads are compressible."""
+    if not found:
+        return "No head's floor was measured."
+    names = [f"layer {one.layer} head {one.head}" for one in found if one.compressible]
+    if not names:
+        return (
+            f"No head is compressible: in each of the {len(found)}, queries of the recorded length can read more than "
+            f"{COMPRESSIBLE:.0%} of the context's tokens apart."
+        )
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (
+        f"{len(names)} of {len(found)} heads are compressible: queries of the recorded length can read at most "
+        f"{COMPRESSIBLE:.0%} of the context's tokens apart ({shown})."
+    )

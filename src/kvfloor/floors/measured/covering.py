@@ -1,0 +1,131 @@
+"""The covering ceiling: how many balls given keys need, and what SubGen costs where it uses as many centres."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.domain import positive, whole, within
+from kvfloor.floors.measured.inputs import matrix
+from kvfloor.floors.sampling import subgen_numbers, subgen_s, subgen_t
+
+_TOKENS_AT_ONCE = 512
+
+
+def greedy_cover(k: Tensor, delta: float) -> Tensor:
+    """Tokens (c,) that an online greedy clustering of keys k (n, d) makes centres, in order of arrival.
+
+    Law: a token farther than `delta` (l2) from every centre so far becomes one; SubGen clusters so. Decisions are those
+    of distances computed directly, token by token: products only sort out the pairs that are not close to `delta`.
+    """
+    k, delta = matrix("k", k), positive("delta", delta)
+    k = k if k.dtype == torch.float64 else k.float()
+    n = len(k)
+    norms = k.square().sum(1)
+    # Twice what |x|^2 - 2xc + |c|^2 and the direct sum may each miss, in any order of summation.
+    band = 8.0 * (k.shape[1] + 8) * torch.finfo(k.dtype).eps * (float(norms.max()) + delta**2)
+    held, centre_norms = torch.empty_like(k), torch.empty_like(norms)
+    centres = torch.empty(n, dtype=torch.int64, device=k.device)
+    count = 0
+    for low in range(0, n, _TOKENS_AT_ONCE):
+        part = torch.arange(low, min(n, low + _TOKENS_AT_ONCE), device=k.device)
+        part = part[~_covered(k[part], norms[part], held[:count], centre_norms[:count], delta, band)]
+        new = part[_first_come(k[part], delta)]
+        here = slice(count, count + len(new))
+        held[here], centre_norms[here], centres[here] = k[new], norms[new], new
+        count += len(new)
+    return centres[:count].clone()
+
+
+def covering_number(k: Tensor, delta: float) -> Tensor:
+    """Greedy centres of each row of keys k (rows, n, d) at radius `delta`: (rows,) int64."""
+    if not isinstance(k, Tensor) or k.ndim != 3:
+        raise ValueError(f"k must be a tensor (rows, n, d), got {getattr(k, 'shape', type(k).__name__)}")
+    return torch.tensor([len(greedy_cover(row, delta)) for row in k])
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """What SubGen with radius `delta` holds for one row of keys: an upper bound on memory, under its own guarantee.
+
+    `numbers` counts stored numbers; `vacuous` where s or t reaches n, or where keeping every token takes no more.
+    """
+
+    delta: float
+    centres: int
+    s: int
+    t: int
+    numbers: int
+    vacuous: bool
+
+
+def covering_curve(
+    k: Tensor,
+    deltas: Sequence[float],
+    *,
+    dv: int,
+    epsilon: float,
+    radius: float,
+    failure: float = 0.1,
+) -> list[list[Ceiling]]:
+    """For every row of k (rows, n, d) the `Ceiling` at every delta: error `epsilon`, |scale q| <= `radius`.
+
+    Law: centres from `covering_number`; s = 9 dv / (epsilon^2 f), t the smaller of `subgen_t`'s two forms at f, with
+    f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is that of n.
+    Guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op with probability 1 - failure, for a query fixed
+    before the stream; keys need not be short. Source: Zandieh et al. 2024 (SubGen); docs/floors.md, "Covering ceiling".
+    """
+    dv, failure = whole("dv", dv), within("failure", failure, 0.0, 1.0, low_open=True, high_open=True)
+    curves: list[list[Ceiling]] = [[] for _ in range(len(k))]
+    for delta in deltas:
+        for row, centres in enumerate(covering_number(k, delta).tolist()):
+            forms = (subgen_t(delta, radius, epsilon, failure / 2.0, centres=c) for c in (None, float(centres)))
+            sizes = subgen_s(dv, epsilon, failure / 2.0), max(1.0, min(forms))
+            curves[row].append(_ceiling(delta, centres, *sizes, k.shape[1], k.shape[2], dv))
+    return curves
+
+
+def _ceiling(delta: float, centres: int, s: float, t: float, n: int, d: int, dv: int) -> Ceiling:
+    everything = n * (d + dv)
+    if not (math.isfinite(s) and math.isfinite(t)):
+        return Ceiling(delta, centres, n, n, everything, True)
+    s, t = math.ceil(s), math.ceil(t)
+    numbers = subgen_numbers(d, dv, s, t, centres)
+    return Ceiling(delta, centres, s, t, numbers, s >= n or t >= n or numbers >= everything)
+
+
+def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, delta: float, band: float) -> Tensor:
+    """Whether each key (b, d) lies within delta of one of the centres (c, d)."""
+    if len(centres) == 0:
+        return torch.zeros_like(norms, dtype=torch.bool)
+    squared = torch.addmm(centre_norms.unsqueeze(0), k, centres.T, alpha=-2.0)
+    least = squared.amin(1) + norms
+    covered = least <= delta**2 - band
+    for token in (~covered & (least <= delta**2 + band)).nonzero()[:, 0].tolist():
+        close = squared[token] <= delta**2 + band - norms[token]
+        covered[token] = _distances(k[token : token + 1], centres[close]).min() <= delta
+    return covered
+
+
+def _first_come(k: Tensor, delta: float) -> Tensor:
+    """Among keys (b, d) that no older centre covers, which become centres: (b,) bool.
+
+    The rule "no earlier centre within delta" has one solution, and iterating it settles at least one more token each
+    time, in order of arrival.
+    """
+    near = (_distances(k, k) <= delta).tril(-1).float()
+    opens = torch.ones(len(k), dtype=torch.bool, device=k.device)
+    for _ in range(len(k)):
+        again = (near @ opens.float()) == 0.0
+        if bool((again == opens).all()):
+            break
+        opens = again
+    return opens
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,138 @@
+"""Queries of bounded length that favour one key each: the search behind `readable_within`. They propose, never prove.
+
+The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is concave in q, so its maximum over a
+ball has no local traps. If the rivals were Gaussian with mean mu and covariance C, it would lie at
+    q = (scale C + lambda I)^-1 (k_i - mu),   lambda >= 0 the least with |q| <= radius.
+From there on, mu is replaced by the rivals' mean under the query's own softmax: a Newton step in that metric.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.measured.products import logits, rough_dtype
+
+FEW = 4096  # keys up to which all of them are rivals
+SAMPLE = 1024  # keys that stand for all where they are more
+_KEYS_AT_ONCE = 1024
+_STEPS, _STEPS_LONG = 6, 2  # refinements of each query
+_SECULAR_STEPS = 8  # Newton steps for lambda; the equation in 1/|q| is nearly linear
+_FLAT = 1e-6  # least eigenvalue of the metric, as a share of the largest
+_INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding never leaves the ball
+
+
+class Ball:
+    """Queries of length at most `radius` under a logit law, in the metric of some rivals (c, d).
+
+    `beyond` is the log mass of further tokens that every query sees, or None; `few` keys are compared in float32.
+    """
+
+    def __init__(
+        self, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None, few: bool
+    ) -> None:
+        self.scale, self.softcap = scale, softcap
+        self.beyond = -torch.inf if beyond is None else beyond
+        self._rivals = rivals.to(rough_dtype(rivals.device, few))
+        self.radius = radius * _INSIDE
+        wide = rivals.double()
+        self.mean = wide.mean(0).to(rivals.dtype)
+        spread = (wide - wide.mean(0)).T @ (wide - wide.mean(0)) * (scale**2 / len(rivals))
+        values, vectors = torch.linalg.eigh(spread)
+        self._values = values.clamp_min(_FLAT * float(values[-1]) + 1e-30).to(rivals.dtype)
+        self._vectors = vectors.to(rivals.dtype)
+
+    def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
+        """A query (n, d) for each key (n, d), whose place (n,) among the rivals is given, or -1.
+
+        It is the best met of: straight away from the rivals' mean, along the key, the Gaussian direction, `first` if
+        given, and `steps` refinements of the best of these.
+        """
+        parts = []
+        for low in range(0, len(keys), _KEYS_AT_ONCE):
+            part = slice(low, low + _KEYS_AT_ONCE)
+            begin = None if first is None else first[part]
+            parts.append(self._towards(keys[part], place[part], steps, begin))
+        return torch.cat(parts)
+
+    def _towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None) -> Tensor:
+        away = keys - self.mean
+        best = self._stretched(away)
+        lead = self._lead(best, keys, place)
+        for query in (self._stretched(keys), self._longest(self.scale * away), first):
+            if query is not None:
+                best, lead = _better(best, lead, query, self._lead(query, keys, place))
+        stride = torch.ones_like(lead)
+        for _ in range(steps):
+            weights = torch.softmax(self._rival_logits(best, place), 1)
+            curve = ((best @ self._vectors) * self._values) @ self._vectors.T
+            mean = (weights.to(self._rivals.dtype) @ self._rivals).to(keys.dtype)
+            aim = self._longest(self.scale * (keys - mean) + curve)
+            query = best + stride.unsqueeze(1) * (aim - best)  # between two points of the ball, hence inside it
+            found = self._lead(query, keys, place)
+            stride = torch.where(found > lead, stride, 0.5 * stride)
+            best, lead = _better(best, lead, query, found)
+        return best
+
+    def _stretched(self, aim: Tensor) -> Tensor:
+        return aim * (self.radius / aim.norm(dim=1, keepdim=True).clamp_min(1e-30))
+
+    def _longest(self, aim: Tensor) -> Tensor:
+        """(C + lambda I)^-1 aim for the least lambda >= 0 that keeps each row within the radius."""
+        along = aim @ self._vectors
+        shift = torch.zeros_like(along[:, :1])
+        for _ in range(_SECULAR_STEPS):
+            query = along / (self._values + shift)
+            length = query.norm(dim=1, keepdim=True)
+            fall = (query.square() / (self._values + shift)).sum(1, keepdim=True).clamp_min(1e-30)
+            shift = (shift + length.square() / fall * (length / self.radius - 1.0)).clamp_min(0.0)
+        query = along / (self._values + shift)
+        length = query.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        return (query * (self.radius / length).clamp_max(1.0)) @ self._vectors.T
+
+    def _rival_logits(self, query: Tensor, place: Tensor) -> Tensor:
+        raw = logits(query, self._rivals, self.scale, self.softcap)
+        own = place >= 0
+        raw[own.nonzero()[:, 0], place[own]] = -torch.inf
+        return raw
+
+    def _lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
+        """How far each key's logit lies above the rivals' log mass (n,)."""
+        own = (query * keys).sum(1) * self.scale
+        if self.softcap is not None:
+            own = self.softcap * torch.tanh(own / self.softcap)
+        rivals = torch.logsumexp(self._rival_logits(query, place), 1)
+        return own - torch.logaddexp(rivals, torch.full_like(rivals, self.beyond))
+
+
+def _better(best: Tensor, lead: Tensor, query: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    won = found > lead
+    return torch.where(won.unsqueeze(1), query, best), torch.where(won, found, lead)
+
+
+def towards_each(k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None) -> Tensor:
+    """A query (n, d) of length at most `radius` for every key (n, d), all keys present."""
+    everything = torch.arange(len(k), device=k.device)
+    return with_rivals(k, everything, radius, scale, softcap, beyond)
+
+
+def with_rivals(
+    k: Tensor, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None,
+    first: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A query (n, d) for every key against the keys at `rivals` (c,), or against a sample where the keys are many.
+
+    `first` (n, d) holds queries to improve on.
+    """
+    few = len(k) <= FEW
+    if not few:
+        rivals = thinned(rivals)
+    place = torch.full((len(k),), -1, device=k.device)
+    place[rivals] = torch.arange(len(rivals), device=k.device)
+    ball = Ball(k[rivals], radius, scale, softcap, beyond, few)
+    return ball.towards(k, place, _STEPS if few else _STEPS_LONG, first)
+
+
+def thinned(tokens: Tensor) -> Tensor:
+    """At most `SAMPLE` of the tokens, evenly spaced."""
+    return tokens[:: max(1, -(-len(tokens) // SAMPLE))]

@@ -1,0 +1,69 @@
+"""How many values an answer tells apart, and the bits that follow: the arithmetic of the read floor."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.domain import whole, within
+from kvfloor.floors.entropy import H2
+
+_SHAVE = 1e-12  # keeps the rounding of a quotient from adding a level
+_MOST = 2**53  # whole numbers up to which float64 counts
+
+
+def grain(dtype: torch.dtype) -> float:
+    """Largest rounding error of a number in [-1, 1] stored as `dtype`: 2^-25 for float32, 2^-9 for bfloat16."""
+    return torch.finfo(dtype).eps / 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What answers are asked to be, and what the values can be.
+
+    eta          additive error in max norm, in [0, 1), for values in [-1, 1]
+    p            chance that a whole row of dv values comes back within eta
+    dtype        number format of the values; its rounding adds to eta, so it bounds the levels too
+    most_levels  a further cap on the levels, such as 16 for 4-bit values
+    """
+
+    eta: float
+    p: float
+    dv: int
+    dtype: torch.dtype = torch.float32
+    most_levels: int | None = None
+
+    def __post_init__(self) -> None:
+        within("eta", self.eta, 0.0, 1.0, high_open=True)
+        within("p", self.p, 0.0, 1.0, low_open=True)
+        whole("dv", self.dv)
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point torch dtype, got {self.dtype!r}")
+        if self.most_levels is not None:
+            whole("most_levels", self.most_levels, least=2)
+
+    @property
+    def error(self) -> float:
+        """By how much an answer may miss the one of the ideal levels: eta and the values' rounding."""
+        return self.eta + grain(self.dtype)
+
+    def levels(self, weights: Tensor, leaks: Tensor) -> Tensor:
+        """The largest whole L with (L - 1)(error + leak) < weight, at least 1 and at most `most_levels`: int64.
+
+        Equally spaced levels in [-1, 1] lie 2/(L-1) apart; an answer divided by its weight errs by at most
+        (error + leak)/weight, and rounding to a level bears less than half a spacing.
+        """
+        ratio = weights.double() / (self.error + leaks.double())
+        cap = _MOST if self.most_levels is None else self.most_levels
+        return torch.ceil(ratio * (1.0 - _SHAVE)).clamp(1.0, float(cap)).to(torch.int64)
+
+    def bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
+        """p dv log2 L - H2(p) for every group, clamped at 0 and 0 for a single level: float64."""
+        levels = self.levels(weights, leaks)
+        bits = self.p * self.dv * torch.log2(levels.double()) - H2(self.p)
+        return bits.clamp_min(0.0).masked_fill(levels < 2, 0.0)
+
+    @property
+    def ceiling(self) -> float:
+        """Bits of a group that its query puts all its weight on."""
+        return float(self.bits(torch.ones(()), torch.zeros(())))

@@ -1,0 +1,248 @@
+"""The read floor: bits that a state must hold to answer given queries, or bounded ones, over given keys.
+
+Keys and queries are public and fixed before the values. Tokens in disjoint groups get independent values, all others 0,
+and each group has a query. Asked one after the other, with what earlier groups contributed subtracted, the answers give
+the values back: Fano's inequality per group and the chain rule add up (docs/floors.md, "Readable tokens").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.domain import one_of, positive
+from kvfloor.floors.measured.directions import towards_each
+from kvfloor.floors.measured.inputs import log_masses, logit_law, matrix
+from kvfloor.floors.measured.levels import Demand
+from kvfloor.floors.measured.search import Sight, find_groups
+from kvfloor.floors.measured.shares import ordered_shares
+from kvfloor.floors.measured.spread import Spread
+
+OTHERS = ("absent", "present")
+Law = tuple[float, float | None]  # scale and softcap of the logits
+_SETTLED_UP_TO = 2**32  # groups x tokens x d up to which weights are bounded again when groups without bits have left
+_SETTLINGS = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Readable:
+    """A read floor: after the `n` tokens of `stream`, any method that answers as `demand` says holds `bits`.
+
+    Groups are numbered in the order in which they are decoded. Units: bits; weights and leaks are shares of a softmax.
+
+    stream      (n,) int64, the tokens of the given keys that the stream holds, in their order there
+    group       (n,) int64, the group of each of these, -1 for tokens whose values are 0
+    queries     (G, d), the query that reads each group; `asked` (G,) int64 tells which one it is: an index into the
+                given queries, or for `readable_within` the token of the given keys that it was made for
+    weights     (G,) float64, at most the softmax weight of query g on its group
+    leaks       (G,) float64, at least its weight on the groups decoded later
+    levels      (G,) int64, (levels - 1)(eta + grain + leak) < weight
+    later_mass  (G,) float64 or None, log mass that query g sees beyond the stream
+    """
+
+    bits: float
+    stream: Tensor
+    group: Tensor
+    queries: Tensor
+    asked: Tensor
+    weights: Tensor
+    leaks: Tensor
+    levels: Tensor
+    later_mass: Tensor | None
+    scale: float
+    softcap: float | None
+    demand: Demand
+
+    @property
+    def n(self) -> int:
+        """Tokens of the stream."""
+        return len(self.stream)
+
+    @property
+    def groups(self) -> int:
+        """Groups that are read."""
+        return len(self.levels)
+
+    @property
+    def bytes(self) -> int:
+        """`bits` in whole bytes."""
+        return math.ceil(self.bits / 8.0 * (1.0 - 1e-12))
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the floor says, as plain JSON types; tensors are left out."""
+        demand = self.demand
+        return {
+            "bits": self.bits, "bytes": self.bytes, "n": self.n, "groups": self.groups,
+            "grouped_tokens": int((self.group >= 0).sum()), "eta": demand.eta, "p": demand.p, "dv": demand.dv,
+            "mean_weight": float(self.weights.mean()) if self.groups else None,
+            "mean_log2_levels": float(self.levels.double().log2().mean()) if self.groups else None,
+        }  # fmt: skip
+
+
+def readable_by(
+    k: Tensor,
+    q: Tensor,
+    *,
+    eta: float,
+    dv: int,
+    p: float = 0.9,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    later_mass: Tensor | float | None = None,
+    dtype: torch.dtype = torch.float32,
+    most_levels: int | None = None,
+) -> Readable:
+    """Bits that answering the queries `q` over the stored keys `k` takes, within eta, a whole row with probability p.
+
+    Law: S >= sum over groups of max(0, p dv log2 L_g - H2(p)), with L_g the most levels for which
+    (L_g - 1)(eta + grain + leak_g) < weight_g, leak_g the weight on groups decoded after g (`Demand`, `Readable`).
+    Worst case over values, for these keys: not a claim about recorded values.
+
+    k, q         (n, d) stored keys, (m, d) queries that may be asked once the state is sent
+    later_mass   log mass of further tokens that a query sees, its own too: (m,), or one number; `causal_mass`
+    dtype        the values' number format; most_levels caps the levels further
+    Groups, their queries and their order come from a search; any choice is valid, so more search can only raise bits.
+    Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".
+    """
+    k = matrix("k", k)
+    q = matrix("q", q, k.shape[1])
+    demand, law = Demand(eta, p, dv, dtype, most_levels), logit_law(scale, softcap)
+    later = log_masses("later_mass", later_mass, len(q))
+    return _read_by(k, q, law, later, demand)
+
+
+def readable_within(
+    k: Tensor,
+    *,
+    radius: float,
+    eta: float,
+    dv: int,
+    p: float = 0.9,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    others: str = "absent",
+    later_mass: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    most_levels: int | None = None,
+) -> Readable:
+    """Bits that answering every query of length at most `radius` takes, over a stream of the keys `k` or some of them.
+
+    Law: as `readable_by`, for the best queries found in the ball. `others` says what becomes of keys that are not read:
+        "absent"   the stream is the read tokens alone: fewer than the given keys, and the floor is for that stream
+        "present"  all given keys are in the stream, with value 0 where they are not read; near-duplicates, which no
+                   query tells apart, are read as one group
+    later_mass  log mass that every query sees beyond the stream (its own token, say), or None: asked without appending
+    The other arguments, errors and source as `readable_by`.
+    """
+    k = matrix("k", k)
+    demand, law = Demand(eta, p, dv, dtype, most_levels), logit_law(scale, softcap)
+    radius, others = positive("radius", radius), one_of("others", others, OTHERS)
+    later = log_masses("later_mass", later_mass, len(k))
+    beyond = None if later is None else float(later[0])
+    if others == "present":
+        return _read_by(k, towards_each(k.float(), radius, *law, beyond), law, later, demand)
+    tokens, q = Spread(k.float(), radius, *law, beyond, demand).best()
+    return _read_alone(k, q, tokens, law, later, demand)
+
+
+def readable_by_rows(
+    k: Tensor, q: Tensor, *, present: Tensor | None = None, asked: Tensor | None = None,
+    later_mass: Tensor | None = None, **demand: Any,
+) -> list[Readable]:  # fmt: skip
+    """`readable_by` for every row: k (rows, n, d), q (rows, m, d), later_mass (rows, m) or None.
+
+    present (rows, n) and asked (rows, m), bool, mark real tokens and queries; `stream` and `asked` of the results count
+    all of a row's. Rows have values of their own, so their bits add up.
+    """
+    rows = _rows("k", k)
+    if _rows("q", q) != rows:
+        raise ValueError(f"k and q must have the same rows, got {rows} and {len(q)}")
+    found = []
+    for row in range(rows):
+        tokens, queries = _marked("present", present, k, row), _marked("asked", asked, q, row)
+        mass = None if later_mass is None else later_mass[row][queries]
+        one = readable_by(k[row][tokens], q[row][queries], later_mass=mass, **demand)
+        found.append(dataclasses.replace(one, stream=tokens[one.stream], asked=queries[one.asked]))
+    return found
+
+
+def readable_within_rows(
+    k: Tensor, *, radius: Tensor | float, present: Tensor | None = None, **demand: Any
+) -> list[Readable]:
+    """`readable_within` for every row of k (rows, n, d); radius one number or (rows,), present (rows, n) bool."""
+    rows = _rows("k", k)
+    radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()
+    found = []
+    for row in range(rows):
+        tokens = _marked("present", present, k, row)
+        one = readable_within(k[row][tokens], radius=radii[row], **demand)
+        found.append(dataclasses.replace(one, stream=tokens[one.stream], asked=tokens[one.asked]))
+    return found
+
+
+def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand) -> Readable:
+    """The floor of the groups that the search finds, all tokens of `k` in the stream."""
+    order, reader = find_groups(Sight(q, k, *law, later), demand)
+    place = torch.full((len(q) + 1,), -1, device=k.device)
+    place[order] = torch.arange(len(order), device=k.device)
+    group = place[reader]
+    everything = torch.arange(len(k), device=k.device)
+    for settling in range(1, _SETTLINGS + 1):
+        mass = None if later is None else later[order]
+        weights, leaks = ordered_shares(q[order], k, group, scale=law[0], softcap=law[1], later_mass=mass)
+        stays = demand.bits(weights, leaks) > 0.0
+        order, group = order[stays], _renumbered(group, stays)
+        # Groups that left leak no more: the bounds hold as they are, and are tighter when computed again.
+        if bool(stays.all()) or settling == _SETTLINGS or len(order) * k.numel() > _SETTLED_UP_TO:
+            break
+    return _readable(everything, group, q[order], order, weights[stays], leaks[stays], later, law, demand)
+
+
+def _read_alone(k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor | None, demand: Demand) -> Readable:
+    """The floor of a stream of `tokens` alone, each a group with its query in q, in the order of decoding."""
+    for settling in range(1, _SETTLINGS + 1):
+        group = torch.arange(len(tokens), device=k.device)
+        mass = None if beyond is None else beyond[tokens]
+        weights, leaks = ordered_shares(q, k[tokens], group, scale=law[0], softcap=law[1], later_mass=mass)
+        stays = demand.bits(weights, leaks) > 0.0
+        # Tokens without bits leave the stream, or stay in it with value 0 where computing again takes long.
+        if bool(stays.all()) or settling == _SETTLINGS or len(tokens) ** 2 * k.shape[1] > _SETTLED_UP_TO:
+            break
+        tokens, q = tokens[stays], q[stays]
+    stream, at = tokens.sort()
+    group = _renumbered(group, stays)[at]
+    return _readable(stream, group, q[stays], tokens[stays], weights[stays], leaks[stays], beyond, law, demand)
+
+
+def _readable(
+    stream: Tensor, group: Tensor, queries: Tensor, asked: Tensor, weights: Tensor, leaks: Tensor,
+    later: Tensor | None, law: Law, demand: Demand,
+) -> Readable:  # fmt: skip
+    mass = None if later is None else later[asked]
+    bits, levels = float(demand.bits(weights, leaks).sum()), demand.levels(weights, leaks)
+    return Readable(bits, stream, group, queries, asked, weights, leaks, levels, mass, *law, demand)
+
+
+def _renumbered(group: Tensor, stays: Tensor) -> Tensor:
+    """Groups counted anew among those that stay; tokens of the others belong to none."""
+    number = torch.where(stays, torch.cumsum(stays, 0) - 1, -1)
+    return torch.where(group < 0, -1, torch.cat([number, number.new_tensor([-1])])[group])
+
+
+def _rows(name: str, value: Tensor) -> int:
+    if not isinstance(value, Tensor) or value.ndim != 3:
+        raise ValueError(f"{name} must be a tensor (rows, n, d), got {getattr(value, 'shape', type(value).__name__)}")
+    return len(value)
+
+
+def _marked(name: str, mask: Tensor | None, like: Tensor, row: int) -> Tensor:
+    """Places (t,) that are marked in a row."""
+    if mask is None:
+        return torch.arange(like.shape[1], device=like.device)
+    if mask.dtype != torch.bool or mask.shape != like.shape[:2]:
+        raise ValueError(f"{name} must be bool {tuple(like.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
+    return mask[row].nonzero()[:, 0]

@@ -1,0 +1,79 @@
+"""The read floor of a recorded stream at a cut: what a state sent there must hold for the queries that came after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.domain import whole
+from kvfloor.floors.measured.products import Factors
+from kvfloor.floors.measured.readable import Readable, readable_by_rows
+
+
+def causal_mass(
+    q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, present: Tensor | None = None
+) -> Tensor:
+    """Log mass that query i sees among the tokens 0..i that came with it: (g * t,) float64, for `later_mass`.
+
+    q (g, t, d), the queries of a group of heads; k (t, d), their tokens' keys; present (t,) bool marks real tokens.
+    Flattened as q.reshape(g * t, d). -inf where a query sees none of them.
+    """
+    g, t, d = q.shape
+    everything = slice(None)
+    logits = Factors.of(q.reshape(g * t, d), k, scale, softcap, torch.float64).logits(everything, everything)
+    hidden = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+    if present is not None:
+        hidden = hidden | ~present
+    return torch.logsumexp(logits.view(g, t, t).masked_fill(hidden, -torch.inf), -1).reshape(g * t)
+
+
+def readable_after(
+    q: Tensor,
+    k: Tensor,
+    cut: int,
+    *,
+    present: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    **demand: Any,
+) -> list[Readable]:
+    """`readable_by` per row for a recorded stream cut in two: stored are the first `cut` tokens, asked are all queries
+    after them, each beside its own token and those between.
+
+    q (rows, g, n, d), k (rows, n, d), present (rows, n) bool; `demand` as for `readable_by`. In the results `asked`
+    counts a row's later queries flattened as q[row, :, cut:].reshape(-1, d), and `stream` its tokens. Bits of rows add
+    up: their values are independent of each other.
+    """
+    if q.ndim != 4 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[1:]:
+        raise ValueError(f"q must be (rows, g, n, d) and k (rows, n, d), got {tuple(q.shape)} and {tuple(k.shape)}")
+    if not 1 <= whole("cut", cut) < k.shape[1]:
+        raise ValueError(f"cut must lie in 1..{k.shape[1] - 1}, so that tokens stand on both sides, got {cut}")
+    rows, g = q.shape[:2]
+    real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if present is None else present
+    masses = [
+        causal_mass(q[row, :, cut:], k[row, cut:], scale=scale, softcap=softcap, present=real[row, cut:])
+        for row in range(rows)
+    ]
+    return readable_by_rows(
+        k[:, :cut],
+        q[:, :, cut:].flatten(1, 2),
+        present=real[:, :cut],
+        asked=real[:, cut:].repeat(1, g),
+        later_mass=torch.stack(masses),
+        scale=scale,
+        softcap=softcap,
+        **demand,
+    )
+
+
+def longest_query(q: Tensor, present: Tensor | None = None) -> Tensor:
+    """Length (rows,), float64, of each row's longest query: a radius for `readable_within_rows`.
+
+    q (rows, g, n, d), present (rows, n) bool.
+    """
+    length = q.double().norm(dim=-1)
+    if present is not None:
+        length = length.masked_fill(~present.unsqueeze(1), 0.0)
+    return length.flatten(1).amax(1)

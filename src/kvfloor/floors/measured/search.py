@@ -1,0 +1,174 @@
+"""Which tokens each query reads, and in which order: the search behind `readable_by`.
+
+Everything here proposes; nothing proves. Any disjoint groups in any order give a valid floor, and `readable.py`
+computes it from weights bounded anew: what is chosen here decides how large the floor is, never whether it holds.
+Choices depend on keys and queries only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.measured.improve import Choice, improved
+from kvfloor.floors.measured.levels import Demand
+from kvfloor.floors.measured.products import Factors, rough_dtype
+
+_KEPT_WEIGHTS = 2**25  # queries x tokens up to which the weights stay in memory
+_WIDE_UP_TO = 2**22  # and up to which they are float64
+_RANKED_UP_TO = 2**28  # up to which queries are ranked before any is chosen
+_IMPROVED_UP_TO = 2**23  # up to which a choice is improved
+_THOROUGH_UP_TO = 2**21  # and up to which from several starts
+_WORK = 2**27  # weights looked at while improving, about
+_POOL = 256  # queries up to which all of them take part in that
+_QUERIES_AT_ONCE = 128
+_SAMPLED_QUERIES = 1024
+_NEARNESS = (0.5, 0.2, 0.05, 0.0)  # a token belongs to a query's group from this share of its largest weight on
+_ENOUGH = 1.001  # within a thousandth of all that there is, the search ends
+_PASSES = 16  # at most this many to settle who is chosen within a block
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some queries' attention: `softmax` (b, n) over stored tokens, and `share` (b,) of all mass that is on these."""
+
+    queries: Tensor
+    softmax: Tensor
+    share: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """The weight (b, n) of each query on each stored token."""
+        return self.softmax * self.share.unsqueeze(1)
+
+    def near(self, share: float) -> Tensor:
+        """Tokens (b, n) with at least this share of the query's largest weight."""
+        return self.softmax >= share * self.softmax.amax(1, keepdim=True)
+
+    def at(self, places: Tensor) -> Block:
+        """Some of the queries."""
+        return Block(self.queries[places], self.softmax[places], self.share[places])
+
+
+class Sight:
+    """How m queries weigh n stored tokens, in a precision that suffices for searching."""
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, later_mass: Tensor | None) -> None:
+        self.m, self.n, self.device = q.shape[0], k.shape[0], k.device
+        size = self.m * self.n
+        dtype = torch.float64 if size <= _WIDE_UP_TO else rough_dtype(k.device, size <= _RANKED_UP_TO)
+        self._factors, self._later = Factors.of(q, k, scale, softcap, dtype), later_mass
+        self._kept = self._made(self.all()) if size <= _KEPT_WEIGHTS else None
+
+    def all(self) -> Tensor:
+        """Every query (m,)."""
+        return torch.arange(self.m, device=self.device)
+
+    def rows(self, queries: Tensor) -> Block:
+        """The attention of some queries."""
+        return self._made(queries) if self._kept is None else self._kept.at(queries)
+
+    def blocks(self, queries: Tensor) -> Iterator[Block]:
+        """The same, a fixed number of queries at a time."""
+        return (self.rows(part) for part in queries.split(_QUERIES_AT_ONCE))
+
+    def _made(self, queries: Tensor) -> Block:
+        raw = self._factors.logits(queries, slice(None))
+        softmax = torch.softmax(raw, 1)
+        if self._later is None:
+            return Block(queries, softmax, torch.ones_like(raw[:, 0]))
+        mass = raw.amax(1) - softmax.amax(1).log()
+        return Block(queries, softmax, torch.sigmoid(mass - self._later[queries].to(raw.dtype)))
+
+
+def find_groups(sight: Sight, demand: Demand) -> Choice:
+    """The choice that promises most bits among a few settings; no groups where none is readable."""
+    small = sight.m * sight.n <= _RANKED_UP_TO
+    last = torch.full((sight.n,), -1, device=sight.device)
+    best, most = Choice(sight.all()[:0], last), 0.0
+    for share in _NEARNESS if small else _NEARNESS[:1]:
+        bits, choice = _grown(sight, demand, share, _ranked(sight, demand, share) if small else sight.all())
+        if bool((choice.reader == last).all()):
+            continue
+        last = choice.reader
+        pool = sight.all() if sight.m <= _POOL else choice.order
+        found = [(bits, choice)]
+        if 0 < len(pool) * sight.n <= _IMPROVED_UP_TO:
+            found += _improved(sight, demand, choice, pool)
+        for bits, choice in found:
+            if bits > most:
+                best, most = choice, bits
+        if most * _ENOUGH >= min(sight.m, sight.n) * demand.ceiling:
+            break
+    return best
+
+
+def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Iterator[tuple[float, Choice]]:
+    """What becomes of a choice with the pool's other queries left out, decoded last or decoded first."""
+    weights = sight.rows(pool).weights
+    place = torch.full((sight.m + 1,), -1, device=sight.device)
+    place[pool] = torch.arange(len(pool), device=sight.device)
+    reader, order = place[choice.reader], place[choice.order]
+    rest = torch.ones(len(pool), dtype=torch.bool, device=sight.device)
+    rest[order] = False
+    others = rest.nonzero()[:, 0]
+    starts = [torch.cat([others, order])]
+    if len(others) and weights.numel() <= _THOROUGH_UP_TO:
+        starts += [torch.cat([order, others]), order]
+    rounds = max(2, _WORK // (len(starts) * len(_NEARNESS) * weights.numel()))
+    for start in starts:
+        bits, found = improved(weights, Choice(start, reader), demand, rounds)
+        yield bits, Choice(pool[found.order], torch.where(found.reader < 0, -1, pool[found.reader]))
+
+
+def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
+    """Queries (m,), first those whose group is mostly their own: its weight against what other queries put on it."""
+    step = max(1, sight.m // _SAMPLED_QUERIES)
+    asked = sum(block.share @ block.softmax for block in sight.blocks(sight.all()[::step])) * float(step)
+    score = []
+    for block in sight.blocks(sight.all()):
+        near = block.near(share).to(block.softmax.dtype)
+        own = (block.softmax * near).sum(1) * block.share
+        score.append(own / ((near @ asked - own).clamp_min(0.0) + demand.error))
+    return torch.argsort(torch.cat(score), descending=True, stable=True)
+
+
+def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tuple[float, Choice]:
+    """Queries taken one after the other where they are readable, each with its near tokens that no one has yet; with
+    the bits that this promises.
+
+    Groups are built from the last decoded to the first: one that joins in front leaks nothing into those behind it.
+    Within a block every candidate counts what the earlier ones of the block take and leak, settled by iteration.
+    """
+    reader = torch.full((sight.n,), -1, device=sight.device)
+    chosen, promise = [candidates[:0]], 0.0
+    for block in sight.blocks(candidates):
+        taken = reader >= 0
+        near = block.near(share) & ~taken
+        tokens = near.view(torch.uint8).amax(0).nonzero()[:, 0]  # faster than any() along the first axis
+        leak = (block.softmax @ taken.to(block.softmax.dtype)) * block.share
+        weights, near = block.softmax[:, tokens] * block.share.unsqueeze(1), near[:, tokens]
+        own = (weights * near).sum(1)
+        hopeful = (demand.bits(own, leak) > 0.0).nonzero()[:, 0]
+        if len(hopeful) == 0:
+            continue
+        queries, weights, near, own, leak = (x[hopeful] for x in (block.queries, weights, near, own, leak))
+        member = near.to(weights.dtype).T
+        lost, leaked = ((weights * near) @ member).tril(-1), (weights @ member).tril(-1)
+        accepted = torch.ones_like(queries, dtype=torch.bool)
+        for _ in range(_PASSES):
+            earlier = accepted.to(weights.dtype)
+            bits = demand.bits((own - lost @ earlier).clamp_min(0.0), leak + leaked @ earlier)
+            if bool(((bits > 0.0) == accepted).all()):
+                break
+            accepted = bits > 0.0
+        if not bool(accepted.any()):
+            continue
+        queries, near, promise = queries[accepted], near[accepted], promise + float(bits[accepted].sum())
+        first = near.to(torch.uint8).argmax(0)
+        reader[tokens] = torch.where(near.any(0), queries[first], reader[tokens])
+        chosen.append(queries)
+    return promise, Choice(torch.cat(chosen).flip(0), reader)

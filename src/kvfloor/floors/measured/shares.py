@@ -1,0 +1,114 @@
+"""Softmax weights of ordered groups of tokens, bounded on the safe side of rounding: what a read floor rests on.
+
+Groups are numbered in the order in which their queries are decoded, and query g belongs to group g.
+"""
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.measured.products import Factors, Rounding, short_products
+
+_QUERIES_AT_ONCE, _TOKENS_AT_ONCE = 256, 1024
+_WIDE_UP_TO = 2**32  # multiplications up to which everything is float64
+_SHORT_ERROR = 0.15  # largest error of a logit with which bfloat16 is still worth its speed
+_DEEPEST = -80.0  # exponents are cut here: below, float32 exponentials turn subnormal and slow
+_UNSHIFTED_UP_TO = 60.0  # logits up to this size need no shift before the exponential
+
+
+def ordered_shares(
+    q: Tensor,
+    k: Tensor,
+    group: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    later_mass: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weight of query g on group g, rounded down, and on all groups after it, rounded up: two (G,) float64 in [0, 1].
+
+    q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,) float64, log mass of
+    further tokens that query g sees. Weights are over all n tokens and those.
+    A group's own mass is always float64. The others' is so for small inputs; for larger ones it is bfloat16 or float32,
+    and counts with the factor e^(+-error) that their rounding can make (`Rounding`).
+    """
+    count, n, device = q.shape[0], k.shape[0], k.device
+    if count == 0:
+        return torch.zeros(0, dtype=torch.float64, device=device), torch.zeros(0, dtype=torch.float64, device=device)
+    order = torch.argsort(group, stable=True)  # tokens of no group first, then group by group
+    group, k = group[order], k[order]
+    first = torch.searchsorted(group, torch.arange(count + 1, device=device)).tolist()  # where each group starts
+
+    factors, rounding = _factors(q, k, scale, softcap)
+    own_logits = _own_logits(q, k, group, first[0], scale, softcap)
+    members = group[first[0] :]
+    top = torch.full((count,), -torch.inf, dtype=torch.float64, device=device)
+    top = top.scatter_reduce(0, members, own_logits, "amax").nan_to_num(neginf=0.0)
+    shift = torch.where(rounding.reach <= _UNSHIFTED_UP_TO, 0.0, top).float().double()
+    own = torch.zeros_like(top).index_add(0, members, torch.exp(own_logits - shift[members]))
+
+    before, after = torch.zeros_like(top), torch.zeros_like(top)
+    for start in range(0, count, _QUERIES_AT_ONCE):
+        stop = min(count, start + _QUERIES_AT_ONCE)
+        asked = slice(start, stop)
+        for low, high in _pieces(first[start], first[stop], n):
+            mass = _mass(factors, asked, slice(low, high), shift[asked])
+            if high <= first[start]:
+                before[asked] += mass.sum(1).double()
+            elif low >= first[stop]:
+                after[asked] += mass.sum(1).double()
+            else:
+                here, mine = group[low:high], torch.arange(start, stop, device=device).unsqueeze(1)
+                before[asked] += (mass * (here < mine)).sum(1).double()
+                after[asked] += (mass * (here > mine)).sum(1).double()
+
+    wide = torch.finfo(torch.float64).eps / 2.0
+    slack = torch.exp(rounding.of_sums(factors.sum_unit, _TOKENS_AT_ONCE))
+    cut = n * torch.exp(torch.as_tensor(_DEEPEST, dtype=torch.float64))  # what cutting exponents may have added
+    beyond = 0.0 if later_mass is None else torch.exp(later_mass.to(device) - shift)
+    own = own * (1.0 - wide * ((k.shape[1] + 8.0) * rounding.reach + n + 16.0))
+    most_after, least_before = slack * (after + cut), (before / slack - cut).clamp_min(0.0)
+    weights = own / (own + beyond + slack * (before + cut) + most_after)
+    leaks = most_after / (own + beyond + least_before + most_after)
+    readable = torch.isfinite(weights) & torch.isfinite(leaks)
+    return torch.where(readable, weights, 0.0), torch.where(readable, leaks, 1.0)
+
+
+def _factors(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Factors, Rounding]:
+    """The factors in the shortest precision that is allowed and precise enough, and their rounding."""
+    allowed = [torch.float64]
+    if len(q) * k.numel() > _WIDE_UP_TO:
+        if torch.get_float32_matmul_precision() == "highest":
+            allowed.insert(0, torch.float32)
+        if short_products(k.device):
+            allowed.insert(0, torch.bfloat16)
+    for dtype in allowed:
+        factors = Factors.of(q, k, scale, softcap, dtype)
+        rounding = Rounding.of(factors, q, k, scale)
+        if dtype != torch.bfloat16 or float(rounding.error.max()) <= _SHORT_ERROR:
+            break
+    return factors, rounding
+
+
+def _mass(factors: Factors, asked: slice, tokens: slice, shift: Tensor) -> Tensor:
+    raw = factors.logits(asked, tokens)
+    if bool((shift != 0.0).any()):
+        raw.sub_(shift.to(raw.dtype).unsqueeze(1)).clamp_min_(_DEEPEST)
+    return raw.exp_()
+
+
+def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, softcap: float | None) -> Tensor:
+    """Logit of every grouped token under its own group's query, float64."""
+    parts = [k.new_zeros(0, dtype=torch.float64)]
+    for low in range(start, k.shape[0], _TOKENS_AT_ONCE):
+        here = slice(low, low + _TOKENS_AT_ONCE)
+        product = (q[group[here]].double() * k[here].double()).sum(1) * scale
+        parts.append(product if softcap is None else softcap * torch.tanh(product / softcap))
+    return torch.cat(parts)
+
+
+def _pieces(inside: int, beyond: int, n: int) -> list[tuple[int, int]]:
+    """Ranges of tokens, cut where a block's own groups begin and end, so that each piece is of one kind."""
+    pieces = []
+    for low, high in ((0, inside), (inside, beyond), (beyond, n)):
+        pieces += [(at, min(high, at + _TOKENS_AT_ONCE)) for at in range(low, high, _TOKENS_AT_ONCE)]
+    return pieces

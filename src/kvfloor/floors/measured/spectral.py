@@ -1,0 +1,146 @@
+"""The Gaussian reference: the rate at which attention's answers could be sent if the values were Gaussian.
+
+A reference to stand beside measurements, never the floor of recorded data: see `gaussian_reference`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.domain import positive, within
+from kvfloor.floors.measured.inputs import log_masses, logit_law, matrix
+from kvfloor.floors.measured.products import Factors
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianReference:
+    """Bits by reverse water-filling, at total squared error `distortion`.
+
+    level       theta, the error of every component that is sent
+    variance    what guessing the mean errs by: the total variance of the answers
+    sent, components   components of the answers above `level`, and all of positive variance
+    """
+
+    bits: float
+    distortion: float
+    level: float
+    variance: float
+    sent: int
+    components: int
+
+
+def attention_matrix(
+    q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, later_mass: Tensor | float | None = None
+) -> Tensor:
+    """Softmax weights (m, n), float64, of queries q (m, d) on stored keys k (n, d).
+
+    later_mass (m,), or one number: log mass of tokens that a query sees beyond these; rows then sum to less than 1.
+    """
+    k = matrix("k", k)
+    q = matrix("q", q, k.shape[1])
+    scale, softcap = logit_law(scale, softcap)
+    later = log_masses("later_mass", later_mass, len(q))
+    everything = slice(None)
+    logits = Factors.of(q, k, scale, softcap, torch.float64).logits(everything, everything)
+    total = torch.logsumexp(logits, 1)
+    if later is not None:
+        total = torch.logaddexp(total, later.to(total.device))
+    return logits.sub_(total.unsqueeze(1)).exp_()
+
+
+def squared_singular_values(a: Tensor) -> Tensor:
+    """Squared singular values (min(m, n),) of a (m, n), float64, largest first.
+
+    They are the eigenvalues of the smaller of a a^T and a^T a; those within rounding of 0 are 0.
+    """
+    wide = matrix("a", a).double()
+    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
+    values = torch.linalg.eigvalsh(gram).flip(0)
+    noise = len(values) * torch.finfo(torch.float64).eps * float(values[0].abs())
+    return torch.where(values > noise, values, 0.0)
+
+
+def value_spread(values: Tensor) -> Tensor:
+    """Eigenvalues (dv,) of the covariance of values (n, dv) about their mean (divided by n), float64, largest first."""
+    wide = matrix("values", values).double()
+    away = wide - wide.mean(0)
+    return torch.linalg.eigvalsh(away.T @ away / len(wide)).flip(0).clamp_min(0.0)
+
+
+def gaussian_rate(variances: Tensor, distortion: float) -> GaussianReference:
+    """Rate-distortion function of independent Gaussians of the given variances, at total squared error `distortion`.
+
+    Law: 1/2 sum max(0, log2(variance / theta)) bits, theta solving sum min(theta, variance) = distortion; 0 from the
+    total variance on, infinite at distortion 0. Reverse water-filling (Shannon; Kolmogorov).
+    """
+    distortion = within("distortion", distortion, 0.0, math.inf)
+    if not bool(torch.isfinite(variances).all()) or bool((variances < 0).any()):
+        raise ValueError("variances must be finite and at least 0")
+    positives = variances.double().flatten()
+    positives = positives[positives > 0.0].sort().values
+    count, variance = len(positives), float(positives.sum())
+    if distortion >= variance:
+        return GaussianReference(0.0, distortion, float(positives[-1]) if count else 0.0, variance, 0, count)
+    if distortion == 0.0:
+        return GaussianReference(math.inf, 0.0, 0.0, variance, count, count)
+    below = torch.cumsum(positives, 0) - positives  # what the smaller components sum to
+    remaining = torch.arange(count, 0, -1, device=positives.device, dtype=torch.float64)
+    at = int(torch.searchsorted(below + remaining * positives, distortion))  # theta <= positives[at]
+    at = min(at, count - 1)
+    level = (distortion - float(below[at])) / (count - at)
+    above = positives[at:]
+    bits = 0.5 * float(torch.log2(above / level).clamp_min(0.0).sum())
+    return GaussianReference(bits, distortion, level, variance, int((above > level).sum()), count)
+
+
+def gaussian_reference(
+    a: Tensor,
+    values: Tensor | None = None,
+    *,
+    spread: Tensor | None = None,
+    distortion: float | None = None,
+    mean_squared: float | None = None,
+    relative: float | None = None,
+) -> GaussianReference:
+    """Bits with which answers a V could be given if the rows of V were independent N(mean, Sigma): R_A(D).
+
+    Law: `gaussian_rate` of the products sigma_i^2 lambda_j, sigma the singular values of `a` (m, n), lambda the
+    eigenvalues of Sigma: `spread` (dv,), or those of the covariance of `values` (n, dv). One error must be given:
+        distortion    D, the expected squared error summed over all m dv entries
+        mean_squared  D / (m dv)
+        relative      sqrt(D) / ||a V||_F; without `values`, over the root of the mean of ||a V||_F^2 for mean 0
+    For Gaussian values it is a lower bound on any state, whether or not its reader or writer knows `a`. For values of
+    another law it bounds nothing: those of the same covariance can be simpler. Hence a reference, never a floor of
+    recorded data. Raises ValueError naming the argument. Source: derived, docs/floors.md, "Gaussian reference".
+    """
+    a = matrix("a", a)
+    if (values is None) == (spread is None):
+        raise ValueError("give either values or spread, the eigenvalues of their covariance")
+    if values is not None:
+        values = matrix("values", values)
+        if len(values) != a.shape[1]:
+            raise ValueError(f"values must have {a.shape[1]} rows, one per column of a, got {len(values)}")
+        lambdas = value_spread(values)
+    else:
+        assert spread is not None
+        lambdas = spread.double()
+        if lambdas.ndim != 1 or bool((lambdas < 0).any()) or not bool(torch.isfinite(lambdas).all()):
+            raise ValueError(f"spread must be eigenvalues (dv,), finite and at least 0, got {spread}")
+    variances = torch.outer(squared_singular_values(a), lambdas.to(a.device))
+    given = {"distortion": distortion, "mean_squared": mean_squared, "relative": relative}
+    errors = [name for name, value in given.items() if value is not None]
+    if len(errors) != 1:
+        raise ValueError(f"give one of distortion, mean_squared, relative; got {', '.join(errors) or 'none'}")
+    if distortion is not None:
+        total = distortion
+    elif mean_squared is not None:
+        total = within("mean_squared", mean_squared, 0.0, math.inf) * a.shape[0] * len(lambdas)
+    else:
+        assert relative is not None
+        power = float(variances.sum()) if values is None else float((a.double() @ values.double()).square().sum())
+        total = positive("relative", relative) ** 2 * power
+    return gaussian_rate(variances, total)

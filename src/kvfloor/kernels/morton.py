@@ -1,0 +1,30 @@
+"""Morton codes: points on a grid as integers along a Z-shaped curve, near points mostly near along it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cells(x: Tensor, bits: int) -> Tensor:
+    """The grid cell of every coordinate of x, int64 in [0, 2**bits): the standard normal's quantiles are the grid.
+
+    The grid is fixed beforehand: a range taken from the data would let later tokens move the codes of earlier ones.
+    """
+    share = 0.5 * (1.0 + torch.erf(x.to(torch.float64) / math.sqrt(2.0)))
+    return (share * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.int64)
+
+
+def interleave(cell: Tensor, bits: int) -> Tensor:
+    """Morton codes (...) of grid points cell (..., dims) int64: bit b of coordinate j becomes bit b * dims + j.
+
+    Raises ValueError where dims * bits exceeds 62, which an int64 does not hold.
+    """
+    dims = cell.shape[-1]
+    if dims * bits > 62:
+        raise ValueError(f"{dims} coordinates of {bits} bits make {dims * bits}-bit codes; at most 62 fit")
+    bit = torch.arange(bits, device=cell.device)
+    place = bit * dims + torch.arange(dims, device=cell.device).unsqueeze(1)  # (dims, bits)
+    return (((cell.unsqueeze(-1) >> bit) & 1) << place).sum((-2, -1))

@@ -1,0 +1,163 @@
+"""Milestones (RaaS): pages of the answer that no query has needed for longest leave; the prompt stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvfloor.method import count, positive
+from kvfloor.policies.policy import Asked, Ledger, Policy
+
+_NO_PAGE = 1 << 40
+_PAGES = 1 << 22  # more pages than a row can hold: a page's time and age are one float64
+
+
+@dataclass(frozen=True)
+class Milestones(Policy):
+    """Least recently needed pages leave, needed as a bound on their keys' logits tells (Hu et al. 2025, RaaS).
+
+    Tokens after the prompt form pages of `page`. With low and high the least and largest entry per channel of a
+    page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of the page (Quest). A query's
+    estimate of a page is softmax(scale bound) over all pages it sees, the largest of its GQA group; where that
+    exceeds `alpha` the page's timestamp becomes the query's position. The page with the oldest timestamp leaves,
+    among equals the older page, its oldest tokens first, as many as the budget asks for.
+    page     tokens per page
+    alpha    estimate above which a page counts as needed
+    top      instead of alpha: the share of pages, of largest estimates, that counts as needed (the paper runs 0.5)
+    prompt   "keep": tokens before the seal never leave and are not counted: a row holds prompt + budget, and prefill
+             is dense. "evict": nothing counts as prompt, and the budget holds from the first token on
+    sinks    first tokens of the stream that never leave; nor does the page that is being filled
+    The decision is one per kv head. Bounds are taken anew from the held keys at each block's end, so nothing but a
+    timestamp per token is stored. Without queries the oldest page leaves.
+    """
+
+    name: ClassVar[str] = "raas"
+    paper: ClassVar[str] = "Hu et al. 2025, RaaS (arXiv 2502.11147)"
+    columns: ClassVar[dict[str, torch.dtype]] = {"stamp": torch.int32}
+
+    page: int = 16
+    alpha: float = 1e-4
+    top: float | None = None
+    prompt: Literal["keep", "evict"] = "keep"
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        count("raas", least=1, page=self.page)
+        count("raas", sinks=self.sinks)
+        positive("raas", alpha=self.alpha)
+        if self.top is not None and not (isinstance(self.top, (int, float)) and 0 < self.top <= 1):
+            raise ValueError(f"raas: top must be a share of the pages in (0, 1], got {self.top!r}")
+        if self.prompt not in ("keep", "evict"):
+            raise ValueError(f"raas: prompt must be keep or evict, got {self.prompt!r}")
+
+    @property
+    def usual_prefill(self) -> Literal["stream", "dense"]:
+        return "dense" if self.prompt == "keep" else "stream"
+
+    @property
+    def spares(self) -> Literal["nothing", "prompt", "answer"]:
+        return "prompt" if self.prompt == "keep" else "nothing"
+
+    def protected_first(self) -> int:
+        return self.sinks
+
+    def protected_last(self, budget: int) -> int:
+        """The page that is being filled, at its fullest."""
+        del budget
+        return self.page
+
+    def protected(self, ledger: Ledger, last: Tensor) -> Tensor:
+        del last
+        filling = self._page(ledger.seen - 1, ledger)
+        return (ledger.position < self.sinks) | (self._page(ledger.position, ledger) == filling)
+
+    def hears(self, sealed: bool) -> bool:
+        return sealed or self.prompt == "evict"
+
+    def hear(self, ledger: Ledger, asked: Asked) -> dict[str, Tensor]:
+        index, pages = self._held_pages(ledger)
+        needed = self._needed(self._estimate(ledger, asked, index, pages), pages, self._page(asked.position, ledger))
+        when = asked.position.masked_fill(~asked.made, -1)
+        stamp = torch.where(needed, when.unsqueeze(-1), torch.full_like(when, -1).unsqueeze(-1)).amax(1)
+        return {"stamp": torch.maximum(ledger.columns["stamp"].to(torch.int64), stamp.gather(1, index))}
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        index, pages = self._held_pages(ledger)
+        time = torch.maximum(ledger.columns["stamp"].to(torch.int64), ledger.position)  # a new page is needed by itself
+        newest = torch.zeros_like(pages).scatter_reduce(1, index, time, "amax")
+        return newest.gather(1, index).to(torch.float64) * _PAGES + index
+
+    # ---- pages -----------------------------------------------------------------------------------------------
+
+    def _start(self, ledger: Ledger) -> Tensor:
+        """Position (r, 1) of the first token after the prompt."""
+        return torch.zeros_like(ledger.seen) if ledger.prompt is None else ledger.prompt.clamp_min(0)
+
+    def _page(self, position: Tensor, ledger: Ledger) -> Tensor:
+        """The number of the page of each position (r, ...), by age; the prompt's pages and the answer's do not mix."""
+        start = self._start(ledger)
+        behind = -(-start // self.page) + (position - start).clamp_min(0) // self.page
+        return torch.where(position < start, position // self.page, behind)
+
+    def _held_pages(self, ledger: Ledger) -> tuple[Tensor, Tensor]:
+        """Each slot's place (r, s) among the held pages, the oldest first, and those pages' numbers (r, p)."""
+        page = self._page(ledger.position, ledger).masked_fill(~ledger.live, _NO_PAGE)
+        page, order = page.sort(1)
+        place = torch.cat([torch.zeros_like(page[:, :1]), (page[:, 1:] != page[:, :-1]).cumsum(1)], 1)
+        pages = page.new_full((page.shape[0], int(place.max()) + 1), _NO_PAGE).scatter(1, place, page)
+        return torch.empty_like(place).scatter(1, order, place), pages
+
+    # ---- estimates -------------------------------------------------------------------------------------------
+
+    def _estimate(self, ledger: Ledger, asked: Asked, index: Tensor, pages: Tensor) -> Tensor:
+        """What each query of q (r, g, b, d) expects each page to weigh, the largest of its group: (r, b, p)."""
+        r, g, b, d = asked.q.shape
+        k, number = ledger.k, index.unsqueeze(-1).expand_as(ledger.k)
+        low, high = (
+            k.new_full((r, pages.shape[1], d), end).scatter_reduce(1, number, k, how).double()
+            for end, how in ((torch.inf, "amin"), (-torch.inf, "amax"))
+        )
+        q = asked.q.double() * ledger.spec.scale
+        up, down = q.clamp_min(0).flatten(1, 2), q.clamp_max(0).flatten(1, 2)
+        bound = (torch.matmul(up, high.transpose(1, 2)) + torch.matmul(down, low.transpose(1, 2))).view(r, g, b, -1)
+        own_low, own_high = (x.unsqueeze(1) for x in self._filling(ledger, asked))
+        own = (q.clamp_min(0) * own_high + q.clamp_max(0) * own_low).sum(-1, keepdim=True)
+        at = self._page(asked.position, ledger)[:, None, :, None]
+        number = pages[:, None, None, :]
+        bound = torch.where(number == at, own, bound)
+        if ledger.spec.softcap is not None:
+            bound = torch.tanh(bound / ledger.spec.softcap) * ledger.spec.softcap
+        return torch.softmax(bound.masked_fill(number > at, -torch.inf), -1).amax(1)
+
+    def _filling(self, ledger: Ledger, asked: Asked) -> tuple[Tensor, Tensor]:
+        """Least and largest entries (r, b, d) of each query's own page as it was when the query came."""
+        r, b = asked.position.shape
+        start, first = self._start(ledger), self._page(asked.position[:, :1], ledger)
+        many = (b - 1) // self.page + 3  # pages that b positions in a row can touch, and one where the prompt ends
+
+        def cell(position: Tensor) -> Tensor:
+            offset = torch.where(position < start, position, position - start) % self.page
+            page = self._page(position, ledger) - first
+            return torch.where((page >= 0) & (page < many), page * self.page + offset, many * self.page)
+
+        k = ledger.k
+        cells = cell(ledger.position).masked_fill(~ledger.live, many * self.page).unsqueeze(-1).expand_as(k)
+        mine = cell(asked.position).unsqueeze(-1).expand(r, b, k.shape[-1])
+        ends = []
+        for end, how in ((torch.inf, torch.cummin), (-torch.inf, torch.cummax)):
+            grid = k.new_full((r, many * self.page + 1, k.shape[-1]), end).scatter(1, cells, k)
+            so_far = how(grid[:, :-1].unflatten(1, (many, self.page)), 2).values.flatten(1, 2)
+            ends.append(so_far.gather(1, mine.clamp_max(many * self.page - 1)).double())
+        return ends[0], ends[1]
+
+    def _needed(self, estimate: Tensor, pages: Tensor, own: Tensor) -> Tensor:
+        """Pages (r, b, p) that a query needs, of those it sees: all up to its own (r, b)."""
+        if self.top is None:
+            return estimate > self.alpha
+        seen = pages.unsqueeze(1) <= own.unsqueeze(-1)
+        many = (seen.sum(-1, keepdim=True) * self.top).ceil().to(torch.int64).clamp_min(1)
+        least = estimate.sort(-1, descending=True).values.gather(-1, many - 1)
+        return seen & (estimate >= least)

@@ -1,0 +1,122 @@
+"""Evicting caches as the papers write them: one row, token by token, plain loops. Slow, and easy to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor import Bounded, Spec
+from kvfloor.policies.policy import Policy
+
+
+@dataclass
+class Token:
+    """A token of the row that is still held; `marks` are a rule's own notes."""
+
+    position: int
+    k: Tensor
+    v: Tensor
+    marks: dict[str, Any] = field(default_factory=dict)
+
+
+class Rule:
+    """What a paper says: how a query marks the held tokens, and which of them is worth least."""
+
+    def __init__(self, scale: float, sinks: int = 0, recent: int = 0) -> None:
+        self.scale, self.sinks, self.recent = scale, sinks, recent
+        self.prompt = 0
+
+    def ask(self, held: list[Token], position: int, q: Tensor) -> None:
+        """The query q (g, d) of the token at `position`, which sees all of `held`."""
+
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        """One number per held token; the smallest leaves first."""
+        raise NotImplementedError
+
+    def safe(self, token: Token, seen: int) -> bool:
+        return token.position < self.sinks or token.position >= seen - self.recent
+
+    def weights(self, held: list[Token], q: Tensor) -> Tensor:
+        """Softmax weights (g, held)."""
+        return torch.softmax(torch.stack([torch.stack([h @ t.k for t in held]) for h in q]) * self.scale, 1)
+
+
+def kept_by(
+    rule: Rule,
+    budget: int,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    block: int = 1,
+    prompt: int | None = None,
+    asked: set[int] | None = None,
+    spares: str = "nothing",
+) -> list[int]:
+    """Positions held at the end of one row: q (g, n, d), k (n, d), v (n, dv).
+
+    prompt  tokens kept whole, and weighed where they end; None: there is no such prefill
+    asked   positions whose query is asked; None: all of them
+    spares  "answer": nothing leaves after the prompt; "prompt": nothing of the prompt leaves, the rest has the budget
+    """
+    held: list[Token] = []
+
+    def evict(seen: int) -> None:
+        room = budget + (rule.prompt if spares == "prompt" else 0)
+        if len(held) <= room:
+            return
+        worth = dict(zip((t.position for t in held), rule.worth(held, seen, budget), strict=True))
+        free = [t for t in held if not rule.safe(t, seen) and not (spares == "prompt" and t.position < rule.prompt)]
+        leaving = sorted(free, key=lambda t: (worth[t.position], t.position))[: len(held) - room]
+        for token in leaving:
+            held.remove(token)
+
+    for i in range(len(k)):
+        held.append(Token(i, k[i], v[i]))
+        if q is not None and (asked is None or i in asked):
+            rule.ask(held, i, q[:, i])
+        answer = prompt is not None and i >= prompt
+        if (i + 1) % block == 0 and (prompt is None or (answer and spares != "answer")):
+            evict(i + 1)
+        if prompt is not None and i + 1 == prompt:
+            rule.prompt = prompt
+            if spares != "prompt":
+                evict(i + 1)
+    return sorted(t.position for t in held)
+
+
+def run(
+    policy: Policy,
+    budget: int | tuple[int, ...],
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    scale: float = 0.5,
+    block: int = 1,
+    prompt: int | None = None,
+    cuts: tuple[int, ...] = (),
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """The state of `policy` after this stream: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv)."""
+    method = Bounded(policy, budget=budget, block=block, **options)
+    spec = Spec(len(k), k.shape[2], v.shape[2], scale=scale, dtype=k.dtype, seed=seed)
+    state = method.open(spec)
+    edges = sorted({0, k.shape[1], *cuts, *(() if prompt is None else (prompt,))})
+    for a, b in pairwise(edges):
+        if q is None:
+            state.append(k[:, a:b], v[:, a:b])
+        else:
+            state.step(q[:, :, a:b], k[:, a:b], v[:, a:b])
+        if b == prompt:
+            state.seal()
+    return state
+
+
+def positions(state: Any) -> list[list[int]]:
+    """Sorted positions held per row."""
+    view, held = state.slots.view(), state.held.tolist()
+    return [sorted(view.position[row, : held[row]].tolist()) for row in range(state.spec.rows)]

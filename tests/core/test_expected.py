@@ -1,0 +1,201 @@
+"""Expected attention: its closed form against drawn queries, its statistics against all queries at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from literal import Rule, Token, kept_by, positions, run
+from torch import Tensor
+
+from kvfloor import Spec, parse
+from kvfloor.policies.expected import Expected, QueryMoments
+from kvfloor.policies.policy import Ledger
+
+Draw = Callable[..., Tensor]
+PLAIN = Expected(sinks=0, recent=0)
+
+
+class Expect(Rule):
+    def __init__(self, policy: Expected, budget: int, scale: float = 0.5) -> None:
+        super().__init__(scale, policy.sinks, policy.protected_last(budget))
+        self.policy, self.asked = policy, []
+
+    def ask(self, held: list[Token], position: int, q: Tensor) -> None:
+        if position >= self.sinks:
+            self.asked.append(q)
+
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        heads = torch.stack(self.asked).transpose(0, 1)  # (g, asked, d)
+        groups = [heads.flatten(0, 1)] if self.policy.heads == "pool" else list(heads)
+        share = [0.0] * len(held)
+        for queries in groups:
+            mean = sum(queries) / len(queries)
+            covariance = sum(torch.outer(q - mean, q - mean) for q in queries) / len(queries)
+            z = [math.exp(self.scale * mean @ t.k + self.scale**2 * t.k @ covariance @ t.k / 2) for t in held]
+            share = [s + x / sum(z) / len(groups) for s, x in zip(share, z, strict=True)]
+        return [(s + self.policy.epsilon) * float(t.v.norm()) for s, t in zip(share, held, strict=True)]
+
+
+def agrees(policy: Expected, draw: Draw, budget: Any = 12, block: int = 1) -> bool:
+    q, k, v = draw(2, 3, 50, 5, scale=2.0) + torch.linspace(-1, 1, 5), draw(2, 50, 5), draw(2, 50, 4)
+    found = positions(run(policy, budget, q, k, v, block=block))
+    budgets = budget if isinstance(budget, tuple) else (budget, budget)
+    wanted = [kept_by(Expect(policy, b), b, q[row], k[row], v[row], block) for row, b in enumerate(budgets)]
+    return found == wanted
+
+
+@pytest.mark.parametrize("heads", ["pool", "each"])
+@pytest.mark.parametrize("block", [1, 7])
+def test_what_is_kept_equals_the_papers_rule(draw: Draw, heads: Any, block: int) -> None:
+    assert agrees(replace(PLAIN, heads=heads), draw, block=block)
+    assert agrees(Expected(heads=heads, sinks=2, epsilon=0.3), draw, (9, 21), block)
+
+
+@dataclass(frozen=True)
+class NoCovariance(Expected):
+    """Every query is taken to be the mean one."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        flat = ledger.memory.copied()
+        flat.spread = torch.zeros_like(flat.spread)
+        return super().priority(replace(ledger, memory=flat))
+
+
+@dataclass(frozen=True)
+class WholeCovariance(Expected):
+    """The half in the exponent is forgotten."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        twice = ledger.memory.copied()
+        twice.spread = 2.0 * twice.spread
+        return super().priority(replace(ledger, memory=twice))
+
+
+@dataclass(frozen=True)
+class NoValues(Expected):
+    """Values do not count."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        ones = torch.ones_like(ledger.v)
+        return super().priority(replace(ledger, fetch=lambda name: ones if name == "v" else ledger.k))
+
+
+@dataclass(frozen=True)
+class DeadTokensCount(Expected):
+    """Slots that hold no token take their share of the expected weight."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        return super().priority(replace(ledger, held=torch.full_like(ledger.held, ledger.position.shape[1])))
+
+
+@pytest.mark.parametrize("mutant", [NoCovariance, WholeCovariance, NoValues, DeadTokensCount])
+@pytest.mark.parametrize("heads", ["pool", "each"])
+def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[Expected], heads: Any) -> None:
+    assert not agrees(mutant(sinks=0, recent=0, heads=heads, epsilon=0.05), draw, (9, 21), block=7)
+
+
+def test_the_closed_form_is_the_mean_over_drawn_queries(draw: Draw) -> None:
+    """200,000 queries from the very Gaussian: the shares of E exp(scale q.k) agree to about a percent."""
+    turn = draw(4, 4, scale=0.4)
+    q = (draw(1, 1, 64, 4) @ turn + 0.5).contiguous()
+    k, v = draw(1, 64, 4), torch.ones(1, 64, 1, dtype=torch.float64)
+    state = run(replace(PLAIN, epsilon=0.0), 64, q, k, v, scale=0.7, block=64)
+    ledger = state._ledger(None, 64)
+    found = state.method.policy.priority(ledger)[0]
+    mean, covariance = q[0, 0].mean(0), torch.cov(q[0, 0].T, correction=0)
+    drawn = mean + draw(200_000, 4) @ torch.linalg.cholesky(covariance).T
+    z = torch.exp(0.7 * drawn @ k[0].T).mean(0)
+    torch.testing.assert_close(found, z / z.sum(), rtol=0.03, atol=0.0)
+    wrong = torch.softmax(0.7 * k[0] @ mean, 0)  # the mutant that forgets how much queries vary
+    assert float((wrong / (z / z.sum()) - 1).abs().max()) > 0.2
+
+
+@pytest.mark.parametrize("heads", ["pool", "each"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_statistics_are_those_of_all_queries_at_once(draw: Draw, heads: Any, dtype: torch.dtype) -> None:
+    """A mean of 30 and a spread of 1: running sums of squares would lose four digits."""
+    q, k = (draw(2, 3, 96, 4) + 30.0).to(dtype), draw(2, 96, 4, dtype=dtype)
+    present = torch.rand(2, 96, generator=torch.Generator().manual_seed(1)) < 0.8
+    state = parse(f"expected(heads={heads},block=8)@16").open(Spec(2, 4, 4, dtype=dtype))
+    for a, b in ((0, 7), (7, 40), (40, 96)):
+        state.step(q[:, :, a:b], k[:, a:b], k[:, a:b], present[:, a:b])
+        if b == 40:
+            state.seal()
+    mean, covariance = state.memory.gaussian(None)
+    for row in range(2):
+        heard = int(present[row].sum()) // 8 * 8
+        mine = q[row][:, present[row]][:, 4:heard].double()  # the sinks' queries are left out
+        groups = [mine.flatten(0, 1)] if heads == "pool" else list(mine)
+        assert int(state.memory.count[row]) == len(groups[0])
+        for head, group in enumerate(groups):
+            torch.testing.assert_close(mean[row, head].double(), group.mean(0), rtol=1e-6, atol=0.0)
+            wanted = torch.cov(group.T, correction=0)
+            torch.testing.assert_close(covariance[row, head].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mutant_that_sums_squares_in_float32_is_rejected() -> None:
+    q = torch.randn(1, 1, 4096, 1, generator=torch.Generator().manual_seed(0)) + 3000.0
+    memory = QueryMoments(Spec(1, 1, 1), pooled=True)
+    for start in range(0, 4096, 32):
+        memory.take(None, q[:, :, start : start + 32], torch.ones(1, 32, dtype=torch.bool))
+    true = float(q.double().var(correction=0))
+    assert abs(float(memory.gaussian(None)[1]) - true) < 0.01
+    assert abs(float((q**2).mean() - q.mean() ** 2) - true) > 0.1
+
+
+def test_what_attend_asks_is_heard_and_what_read_asks_is_not(draw: Draw) -> None:
+    state = run(PLAIN, 16, draw(1, 2, 16, 4), draw(1, 16, 4), draw(1, 16, 4), block=8)
+    before = state.to_bytes()
+    q = draw(1, 2, 5, 4)
+    state.read(q.flatten(1, 2))
+    assert state.to_bytes() == before
+    state.attend(q)
+    assert state.memory.count.tolist() == [2 * (16 + 5)]
+    with pytest.raises(ValueError, match="group was 2 so far and is 3"):
+        state.attend(draw(1, 3, 5, 4))
+
+
+def test_without_a_query_the_shortest_values_leave(draw: Draw) -> None:
+    k, v = draw(1, 40, 4), draw(1, 40, 4)
+    kept = positions(run(PLAIN, 12, None, k, v, block=8))[0]
+    assert kept == sorted(v[0].norm(dim=-1).topk(12).indices.tolist())
+
+
+def test_memory_is_counted_and_constant(draw: Draw) -> None:
+    spec = Spec(2, 16, 16)
+    sizes = {}
+    for text in ("expected@32", "expected(heads=each)@32", "h2o@32"):
+        state = parse(text).open(spec)
+        tokens = [draw(2, *shape, 16, dtype=torch.float32) for shape in ((4, 1), (1,), (1,))]
+        state.step(*tokens)
+        sizes[text] = state.nbytes
+        for _ in range(3):
+            state.step(*(draw(2, *shape, 16, dtype=torch.float32) for shape in ((4, 50), (50,), (50,))))
+        assert state.nbytes == sizes[text]
+    # One mean and one covariance per row or per head, a count per row and one flag; no score per slot.
+    moments = {heads: 2 * (many * (16 + 256) * 4 + 8) + 8 for heads, many in (("pool", 1), ("each", 4))}
+    scores = 2 * 64 * 4
+    assert sizes["expected@32"] == sizes["h2o@32"] - scores + moments["pool"]
+    assert sizes["expected(heads=each)@32"] == sizes["h2o@32"] - scores + moments["each"]
+
+
+def test_it_does_not_claim_what_weighing_values_costs() -> None:
+    assert not parse("expected@32").traits.value_linear and parse("h2o@32").traits.value_linear
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("expected(heads=some)@64", "heads must be pool or each"),
+        ("expected(epsilon=-1)@64", "epsilon must be a number >= 0"),
+        ("expected(sinks=-1)@64", "sinks must be a whole number >= 0"),
+    ],
+)
+def test_impossible_options_are_refused(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse(text)

@@ -1,0 +1,141 @@
+"""Knorm and KeyDiff: what leaves follows from the keys alone, against one-line loops and wrong lines of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from literal import Rule, Token, kept_by, positions, run
+from torch import Tensor
+
+from kvfloor.policies.key_difference import KeyDifference
+from kvfloor.policies.key_norm import KeyNorm
+from kvfloor.policies.policy import Guarded, Ledger
+
+Draw = Callable[..., Tensor]
+
+
+class Shortest(Rule):
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        return [-(sum(float(x) ** 2 for x in token.k) ** 0.5) for token in held]
+
+
+class MostDifferent(Rule):
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        mean = sum((token.k / token.k.norm() for token in held), torch.zeros_like(held[0].k)) / len(held)
+        return [-float(token.k @ mean / (token.k.norm() * mean.norm())) for token in held]
+
+
+RULES = {KeyNorm: Shortest, KeyDifference: MostDifferent}
+
+
+def agrees(policy: Guarded, rule: type[Rule], draw: Draw, budget: Any = 12, block: int = 1) -> bool:
+    rows = 2
+    q, k, v = draw(rows, 2, 61, 8), draw(rows, 61, 8) + 0.5, draw(rows, 61, 8)
+    found = positions(run(policy, budget, q, k, v, block=block))
+    budgets = budget if isinstance(budget, tuple) else (budget,) * rows
+    wanted = [
+        kept_by(rule(0.5, policy.sinks, policy.protected_last(b)), b, q[row], k[row], v[row], block)
+        for row, b in enumerate(budgets)
+    ]
+    return found == wanted
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("options", [{"sinks": 0, "recent": 0}, {}, {"sinks": 2, "recent": 5}], ids=str)
+@pytest.mark.parametrize("block", [1, 6])
+@pytest.mark.parametrize("budget", [12, (9, 17)])
+def test_what_is_kept_equals_the_papers_rule(
+    draw: Draw, kind: type[Guarded], options: dict[str, int], block: int, budget: Any
+) -> None:
+    assert agrees(kind(**options), RULES[kind], draw, budget, block)
+
+
+@dataclass(frozen=True)
+class Longest(KeyNorm):
+    """Long keys stay."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        return -super().priority(ledger)
+
+
+@dataclass(frozen=True)
+class ValueNorm(KeyNorm):
+    """Values are measured, not keys."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        return super().priority(replace(ledger, fetch=lambda name: ledger.v))
+
+
+@dataclass(frozen=True)
+class MostAlike(KeyDifference):
+    """The keys most like the mean stay."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        return -super().priority(ledger)
+
+
+@dataclass(frozen=True)
+class PlainMean(KeyDifference):
+    """The mean of the keys as they are, in which long ones count for more."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        mean = ledger.k.masked_fill(~ledger.live.unsqueeze(-1), 0.0).sum(1, keepdim=True)
+        return -torch.cosine_similarity(ledger.k, mean, dim=-1)
+
+
+@dataclass(frozen=True)
+class DeadKeysCount(KeyDifference):
+    """Slots that hold no token any more are part of the mean."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        return super().priority(replace(ledger, held=torch.full_like(ledger.held, ledger.position.shape[1])))
+
+
+@pytest.mark.parametrize("mutant", [Longest, ValueNorm, MostAlike, PlainMean, DeadKeysCount])
+def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[Guarded]) -> None:
+    rule = Shortest if issubclass(mutant, KeyNorm) else MostDifferent
+    assert not agrees(mutant(sinks=0, recent=0), rule, draw, (9, 17), block=6)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_keys_of_slots_in_step_are_not_copied(draw: Draw, kind: type[Guarded]) -> None:
+    k, v = draw(3, 40, 8), draw(3, 40, 8)
+    state = run(kind(), 12, None, k, v, block=4)
+    ledger = state._ledger(None, int(state.slots.capacity.max()))
+    assert ledger.k.untyped_storage().data_ptr() == state.slots.k.untyped_storage().data_ptr()
+    assert ledger.v.untyped_storage().data_ptr() == state.slots.v.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_half_precision_keys_are_measured_in_float32(draw: Draw, kind: type[Guarded]) -> None:
+    k, v = draw(1, 61, 8, dtype=torch.bfloat16), draw(1, 61, 8, dtype=torch.bfloat16)
+    found = positions(run(kind(sinks=0, recent=0), 12, None, k, v, block=6))
+    exact = positions(run(kind(sinks=0, recent=0), 12, None, k.double(), v.double(), block=6))
+    assert found == exact
+
+
+def test_a_key_of_length_zero_is_unlike_every_other(draw: Draw) -> None:
+    k = draw(1, 16, 4).abs()
+    k[0, 3] = 0.0
+    assert 3 in positions(run(KeyDifference(sinks=0, recent=0), 4, None, k, k, block=16))[0]
+
+
+def test_key_norms_keep_the_same_tokens_for_any_block(draw: Draw) -> None:
+    k, v = draw(2, 64, 8), draw(2, 64, 8)
+    kept = [positions(run(KeyNorm(sinks=0, recent=0), 12, None, k, v, block=block)) for block in (1, 4, 32)]
+    assert kept[0] == kept[1] == kept[2]
+
+
+@pytest.mark.parametrize("options", [{"sinks": -1}, {"recent": 2.5}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize("kind", RULES)
+def test_impossible_options_are_refused_by_name(kind: type[Guarded], options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{kind.name}: (sinks|recent) must be a whole number >= 0"):
+        kind(**options)
+
+
+def test_a_small_budget_protects_a_quarter_of_itself() -> None:
+    assert [KeyNorm().protected_last(budget) for budget in (4, 12, 63, 64, 1000)] == [1, 3, 15, 16, 16]

@@ -1,0 +1,121 @@
+"""TOVA: the token that the last query attends to least leaves, against the paper's loop and wrong lines of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from literal import Rule, Token, kept_by, positions, run
+from torch import Tensor
+
+from kvfloor import Spec, parse
+from kvfloor.policies.last_query import LastQuery
+from kvfloor.policies.policy import Asked, Ledger
+
+Draw = Callable[..., Tensor]
+PLAIN = LastQuery(sinks=0, recent=0)
+
+
+class Tova(Rule):
+    def ask(self, held: list[Token], position: int, q: Tensor) -> None:
+        for token, weight in zip(held, self.weights(held, q).mean(0).tolist(), strict=True):
+            token.marks["weight"] = weight
+
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        return [token.marks.get("weight", 2.0) for token in held]  # not judged yet: above every weight
+
+
+def stream(draw: Draw, g: int = 3, n: int = 70, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    return draw(rows, g, n, 8), draw(rows, n, 8), draw(rows, n, 8)
+
+
+def agrees(policy: LastQuery, draw: Draw, g: int = 3, block: int = 1) -> bool:
+    q, k, v = stream(draw, g)
+    found = positions(run(policy, 12, q, k, v, block=block))
+    rule = Tova(0.5, policy.sinks, policy.protected_last(12))
+    return found == [kept_by(rule, 12, q[row], k[row], v[row], block) for row in range(2)]
+
+
+@pytest.mark.parametrize("policy", [PLAIN, LastQuery(), LastQuery(sinks=1, recent=5)], ids=repr)
+@pytest.mark.parametrize("block", [1, 5])
+@pytest.mark.parametrize("g", [1, 3])
+def test_what_is_kept_equals_the_papers_rule(draw: Draw, policy: LastQuery, g: int, block: int) -> None:
+    assert agrees(policy, draw, g, block)
+
+
+@dataclass(frozen=True)
+class FirstQuery(LastQuery):
+    """The block's first query decides."""
+
+    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
+        first = torch.zeros_like(asked.made)
+        first[:, 0] = True
+        return super().observe(ledger, weights, replace(asked, made=first))
+
+
+@dataclass(frozen=True)
+class Largest(LastQuery):
+    """The largest weight of the group decides, not the mean."""
+
+    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
+        return super().observe(ledger, weights.amax(1, keepdim=True), asked)
+
+
+@dataclass(frozen=True)
+class Summed(LastQuery):
+    """What all the block's queries gave decides."""
+
+    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
+        return super().observe(ledger, weights.sum(2, keepdim=True).expand_as(weights), asked)
+
+
+@dataclass(frozen=True)
+class Backwards(LastQuery):
+    """The token with the most attention leaves."""
+
+    def priority(self, ledger: Ledger) -> Tensor:
+        return -ledger.columns["log_weight"]
+
+
+@pytest.mark.parametrize("mutant", [FirstQuery, Largest, Summed, Backwards])
+def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[LastQuery]) -> None:
+    assert not agrees(mutant(sinks=0, recent=0), draw, block=5)
+
+
+def test_tokens_after_the_last_query_are_not_judged_and_stay(draw: Draw) -> None:
+    """Half of each block is only appended: its tokens outlive all those that were judged."""
+    q, k, v = stream(draw, n=24, rows=1)
+    state = parse("tova(sinks=0,recent=0,block=8)@12").open(Spec(1, 8, 8, scale=0.5, dtype=torch.float64))
+    for a in range(0, 24, 8):
+        state.step(q[:, :, a : a + 4], k[:, a : a + 4], v[:, a : a + 4])
+        state.append(k[:, a + 4 : a + 8], v[:, a + 4 : a + 8])
+    asked = {i for i in range(24) if i % 8 < 4}
+    assert positions(state) == [kept_by(Tova(0.5), 12, q[0], k[0], v[0], 8, asked=asked)]
+    assert {20, 21, 22, 23} <= set(positions(state)[0])
+
+
+def test_without_a_query_it_is_a_window(draw: Draw) -> None:
+    _, k, v = stream(draw, n=40)
+    assert positions(run(PLAIN, 12, None, k, v, block=8)) == [list(range(28, 40))] * 2
+
+
+def test_a_query_after_the_prompt_judges_every_token(draw: Draw) -> None:
+    """`attend` counts: the last of its queries decides what leaves when the block ends."""
+    q, k, v = stream(draw, n=15, rows=1)
+    state = parse("tova(sinks=0,recent=0,block=16)@12").open(Spec(1, 8, 8, scale=0.5, dtype=torch.float64))
+    state.append(k, v)
+    state.attend(q[:, :, :3])
+    state.append(k[:, :1], v[:, :1])
+    weights = torch.softmax(q[0, :, 2] @ k[0].T * 0.5, 1).mean(0)
+    leaving = weights.argsort()[:4].tolist()
+    assert positions(state) == [sorted(set(range(16)) - set(leaving))]
+
+
+def test_half_precision_scores_are_float32(draw: Draw) -> None:
+    """Two tokens whose weights differ by a thousandth: bfloat16 has no number between them."""
+    state = parse("tova(sinks=0,recent=0,block=3)@2").open(Spec(1, 2, 2, dtype=torch.bfloat16))
+    k = torch.tensor([[[1.0, 0.001], [1.0, 0.0], [3.0, 0.0]]], dtype=torch.bfloat16)
+    state.step(torch.ones(1, 1, 3, 2, dtype=torch.bfloat16), k, torch.zeros_like(k))
+    assert positions(state) == [[0, 2]]

@@ -1,0 +1,88 @@
+"""Floors per head: from recorded keys and queries, beside what settings took; nothing is claimed that was not measured."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvfloor.audit import heads
+from kvfloor.audit.heads import HeadFloor, head_floors
+from kvfloor.audit.rows import Cell
+from kvfloor.audit.traces import Trace
+
+CELL = Cell("recall", 64, "after")
+D = 16
+
+
+def trace(keys: torch.Tensor, length: float, asked: int = 3) -> Trace:
+    """Two kv heads: head 0 has the given keys, head 1 the same key everywhere; queries of one length."""
+    n = len(keys) + asked
+    k = torch.zeros(2, n, D)
+    k[0, : len(keys)] = keys
+    k[1] = keys[0]
+    generator = torch.Generator().manual_seed(0)
+    q = torch.nn.functional.normalize(torch.randn(2, 2, n, D, generator=generator), dim=-1) * length
+    present = torch.ones(2, n, dtype=torch.bool)
+    return Trace(q, k, torch.zeros(2, n, D), present, 1.0, None, 2, asked, torch.empty(0))
+
+
+@pytest.fixture
+def orthogonal() -> Trace:
+    return trace(torch.eye(D), length=40.0)
+
+
+def test_orthogonal_keys_are_all_read_and_equal_ones_as_one_group(orthogonal: Trace) -> None:
+    first, second = head_floors(CELL, [orthogonal])
+    assert (first.readable_groups, second.readable_groups) == (D, 1)
+    levels = 4  # 3 * 0.25 < 1 <= 4 * 0.25
+    assert first.floor_bytes == pytest.approx(D * (heads.P * D * 2 - 0.469) / 8, abs=1) and levels == 2**2
+    assert second.floor_bytes < first.floor_bytes / 8
+    assert first.tokens == D and first.exact_bytes == D * 2 * D * 4
+    assert first.asked_floor_bytes <= first.floor_bytes
+
+
+def test_short_queries_read_nothing(orthogonal: Trace) -> None:
+    floors = head_floors(CELL, [trace(torch.eye(D), length=0.1)])
+    assert floors[0].readable_groups <= 1
+    assert floors[0].floor_bytes < head_floors(CELL, [orthogonal])[0].floor_bytes / 8
+
+
+def test_pads_are_no_tokens(orthogonal: Trace) -> None:
+    present = orthogonal.present.clone()
+    present[0, :5] = False
+    assert head_floors(CELL, [replace(orthogonal, present=present)])[0].tokens == D - 5
+
+
+def test_long_contexts_are_left_out(orthogonal: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "MOST_TOKENS", D - 1)
+    assert head_floors(CELL, [orthogonal]) == []
+    assert heads.heads([], []) == []
+    assert heads.summary([]) == "No head's floor was measured."
+
+
+def floor(cell: Cell, head: int, groups: int, size: int) -> HeadFloor:
+    return HeadFloor(cell, 0, head, 64, groups, size, size // 2, 8192)
+
+
+def test_the_cheapest_setting_must_serve_the_head_on_every_cell(rows) -> None:
+    cells = sorted({row.cell for row in rows})[:2]
+    found = heads.heads([floor(cell, head, 8 + 40 * head, 100) for cell in cells for head in (0, 1)], rows)
+    assert [(one.layer, one.head) for one in found] == [(0, 0), (0, 1)]
+    assert [one.compressible for one in found] == [True, False]
+    for one in found:
+        serving = {}
+        for row in rows:
+            if row.cell in cells and row.method != "exact":
+                error, size = serving.get(row.method, (0.0, 0))
+                per_head = -(-row.state_bytes // (len(row.output_error_by_head) * len(row.output_error_by_head[0])))
+                serving[row.method] = (max(error, row.output_error_by_head[0][one.head]), max(size, per_head))
+        good = {method: size for method, (error, size) in serving.items() if error <= heads.GOOD}
+        assert one.best_bytes == (min(good.values()) if good else None)
+        assert one.best_method is None or good[one.best_method] == one.best_bytes
+    assert heads.summary(found).startswith("1 of 2 heads are compressible") and "layer 0 head 0" in heads.summary(found)
+
+
+def test_the_largest_floor_over_the_cells_counts(rows) -> None:
+    cells = sorted({row.cell for row in rows})[:2]
+    found = heads.heads([floor(cells[0], 0, 4, 100), floor(cells[1], 0, 60, 900)], rows)[0]
+    assert (found.floor_bytes, found.asked_floor_bytes, found.compressible) == (900, 450, False)
