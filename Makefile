@@ -4,6 +4,9 @@ VENV   ?= .venv
 # Another package index, e.g. one with CPU-only builds of torch: make audit INDEX=https://...
 INDEX  ?=
 
+# One test process per core, each with one torch thread.
+PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist loadfile
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 
@@ -13,10 +16,10 @@ audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
 
 test: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: $(VENV)/.development
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL)
 
 check: $(VENV)/.development
 	$(BIN)/ruff check .

@@ -329,6 +329,9 @@ class BoundedState(Blocked):
         every = None if len(rows) == self.spec.rows else rows
         learnt = policy.hear(self._ledger(every, width), asked) if policy.hears(self.sealed) else {}
         if policy.observes:
+            if policy.shown == "last":
+                asked, place = asked.last()
+                visible = visible.gather(1, place.cpu())
             learnt = learnt | self._observed(every, asked, visible, width)
         for name, values in learnt.items():
             self.slots.put_column(name, every, values)

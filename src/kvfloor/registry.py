@@ -32,6 +32,7 @@ from kvfloor.policies.policy import Policy
 from kvfloor.policies.random import Random
 from kvfloor.policies.sinks import Sinks
 from kvfloor.policies.window import Window
+from kvfloor.selectors.best_first import BestFirst
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.hierarchical import Hierarchical
 from kvfloor.selectors.pages import Pages
@@ -75,6 +76,7 @@ TABLE: dict[str, type] = {
         Everything,
         TopK,
         Pages,
+        BestFirst,
         Hierarchical,
         ZCurve,
         Quantized,

@@ -13,6 +13,8 @@ COMBINATIONS = (
     "h2o(prefill=dense)@64",
     "h2o(block=1,recent=4)@16",
     "window+value_sum|top_k(k=16)@48",
+    "h2o|pages(pages=2,page=4)@64",
+    "exact|hip(k=16,window=4,query_block=7)",
     "sinks(4)@64",
     "sinks(2)+value_sum@24:40:32",
     "random(block=1)@32",
@@ -21,6 +23,32 @@ COMBINATIONS = (
     "quant(bits=4,group=16)",
     "third_party:EverySecond@32",
     "third_party:Diary",
+)
+OPTIONS = (
+    "tova(sinks=0,recent=0,block=1)@16",
+    "snapkv(decode=evict,prefill=stream,pool=avg)@64",
+    "snapkv(window=8,kernel=1,block=1)@24:32:40",
+    "raas(prompt=evict,top=0.5)@48",
+    "raas(page=4,alpha=0.05)+value_sum@24:30:60",
+    "ridge_leverage(sketch=6,kind=count,centre=True)@40",
+    "ridge_leverage(sketch=6,over=held)@40",
+    "expected(heads=each)@24:40:32",
+)
+SELECTING = (
+    "exact|pages(pages=8)",
+    "exact|pages(pages=2,page=1)",
+    "h2o|pages(pages=4)@128",
+    "random(block=1)|pages(pages=2,page=3)@32",
+    "exact|hip(k=64)",
+    "exact|hip(k=8,key_block=1,sinks=0,window=1,query_block=1,refresh=5)",
+    "h2o(prefill=dense)|hip(k=16,window=4,query_block=5,refresh=3)@64",
+    "sinks(2)+value_sum|hip(k=8,window=3)@24:40:32",
+    "exact|zeta(k=32)",
+    "exact|zeta(k=8,curves=2,window=2,chunk=7)",
+    "h2o|zeta(k=16,curves=2,window=4)@24:40:64",
+    "snapkv|zeta(k=8,curves=1,window=8)@40",
+    "exact|best_first(k=16)",
+    "h2o|best_first(k=8,page=4)@24:40:64",
 )
 REGISTERED = tuple(dict.fromkeys(str(default_method(name, budget=32)) for name in TABLE))
 METHODS = REGISTERED + COMBINATIONS
@@ -45,7 +73,10 @@ def test_method_keeps_its_laws_in_half_precision_and_without_a_group(text: str) 
 
 BLOCKS = tuple(
     f"{policy}(block={block}){rest}@{budget}"
-    for policy in ("window", "sinks", "random", "h2o")
+    for policy in (
+        *("window", "sinks", "random", "h2o"),
+        *("tova", "snapkv", "raas", "knorm", "keydiff", "ridge_leverage", "expected"),
+    )
     for block, budget in ((1, 24), (16, 48), (64, 96))
     for rest in ("", "+value_sum", "|top_k(k=12)")
 )
@@ -58,6 +89,18 @@ BLOCKS = tuple(
 @pytest.mark.parametrize("text", METHODS)
 def test_method_keeps_its_laws_in_every_setting(text: str, dtype: torch.dtype, g: int, seed: int) -> None:
     _require_conformance(text, dtype, g, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", SELECTING)
+def test_selectors_keep_their_laws_over_every_kind_of_cache(text: str) -> None:
+    assert run_checks(parse(text)).failed == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", OPTIONS)
+def test_policies_keep_their_laws_whatever_their_options(text: str) -> None:
+    assert run_checks(parse(text)).failed == []
 
 
 @pytest.mark.slow

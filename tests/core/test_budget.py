@@ -71,6 +71,12 @@ def measured(method: Method, spec: Spec, g: int) -> int:
         "h2o(recent=700,sinks=2)",
         "window+value_sum",
         "h2o(block=1)",
+        "tova",
+        "keydiff",
+        "expected(heads=each)",
+        "ridge_leverage(sketch=8,centre=True)",
+        "raas(prompt=evict)",
+        "snapkv(decode=evict)",
         "window|top_k(k=8)",
     ],
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvfloor import Spec, parse
 from kvfloor.policies.expected import Expected, QueryMoments
 from kvfloor.policies.policy import Ledger
+from kvfloor.variants.visual import NextScale
 
 Draw = Callable[..., Tensor]
 PLAIN = Expected(sinks=0, recent=0)
@@ -158,6 +159,14 @@ def test_what_attend_asks_is_heard_and_what_read_asks_is_not(draw: Draw) -> None
     assert state.memory.count.tolist() == [2 * (16 + 5)]
     with pytest.raises(ValueError, match="group was 2 so far and is 3"):
         state.attend(draw(1, 3, 5, 4))
+
+
+def test_the_queries_of_a_scale_are_heard(draw: Draw) -> None:
+    state = parse("expected(sinks=0)@16").open(Spec(1, 4, 4, dtype=torch.float64))
+    driver = NextScale(state)
+    for t in (1, 4, 9):
+        driver.step(draw(1, 2, t, 4), draw(1, t, 4), draw(1, t, 4))
+    assert state.memory.count.tolist() == [2 * 14]
 
 
 def test_without_a_query_the_shortest_values_leave(draw: Draw) -> None:

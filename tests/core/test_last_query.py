@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
-from kvfloor import Spec, parse
+from kvfloor import Bounded, Spec, parse
 from kvfloor.policies.last_query import LastQuery
 from kvfloor.policies.policy import Asked, Ledger
 
@@ -49,10 +50,21 @@ def test_what_is_kept_equals_the_papers_rule(draw: Draw, policy: LastQuery, g: i
 class FirstQuery(LastQuery):
     """The block's first query decides."""
 
+    shown = "all"
+
     def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
-        first = torch.zeros_like(asked.made)
-        first[:, 0] = True
-        return super().observe(ledger, weights, replace(asked, made=first))
+        asked = replace(asked, position=asked.position[:, :1])
+        return super().observe(ledger, weights[:, :, :1], asked)
+
+
+@dataclass(frozen=True)
+class LastPlace(LastQuery):
+    """The block's last place decides, whether or not a query was asked there."""
+
+    shown = "all"
+
+    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
+        return super().observe(ledger, weights[:, :, -1:], replace(asked, position=asked.position[:, -1:]))
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,11 @@ class Largest(LastQuery):
 class Summed(LastQuery):
     """What all the block's queries gave decides."""
 
+    shown = "all"
+
     def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
-        return super().observe(ledger, weights.sum(2, keepdim=True).expand_as(weights), asked)
+        asked = replace(asked, position=asked.position[:, -1:])
+        return super().observe(ledger, weights, asked)
 
 
 @dataclass(frozen=True)
@@ -84,16 +99,17 @@ def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[LastQuery]) -> None:
     assert not agrees(mutant(sinks=0, recent=0), draw, block=5)
 
 
-def test_tokens_after_the_last_query_are_not_judged_and_stay(draw: Draw) -> None:
+@pytest.mark.parametrize(("policy", "right"), [(PLAIN, True), (LastPlace(sinks=0, recent=0), False)])
+def test_tokens_after_the_last_query_are_not_judged_and_stay(draw: Draw, policy: LastQuery, right: bool) -> None:
     """Half of each block is only appended: its tokens outlive all those that were judged."""
     q, k, v = stream(draw, n=24, rows=1)
-    state = parse("tova(sinks=0,recent=0,block=8)@12").open(Spec(1, 8, 8, scale=0.5, dtype=torch.float64))
+    state: Any = Bounded(policy, budget=12, block=8).open(Spec(1, 8, 8, scale=0.5, dtype=torch.float64))
     for a in range(0, 24, 8):
         state.step(q[:, :, a : a + 4], k[:, a : a + 4], v[:, a : a + 4])
         state.append(k[:, a + 4 : a + 8], v[:, a + 4 : a + 8])
     asked = {i for i in range(24) if i % 8 < 4}
-    assert positions(state) == [kept_by(Tova(0.5), 12, q[0], k[0], v[0], 8, asked=asked)]
-    assert {20, 21, 22, 23} <= set(positions(state)[0])
+    assert (positions(state) == [kept_by(Tova(0.5), 12, q[0], k[0], v[0], 8, asked=asked)]) == right
+    assert not right or {20, 21, 22, 23} <= set(positions(state)[0])
 
 
 def test_without_a_query_it_is_a_window(draw: Draw) -> None:

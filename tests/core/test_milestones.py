@@ -125,9 +125,9 @@ def test_a_soft_cap_bounds_the_estimate_too(draw: Draw) -> None:
 class MeanOfGroup(Milestones):
     """The group's mean estimate counts, not its largest."""
 
-    def _estimate(self, ledger: Ledger, asked: Asked, index: Tensor, pages: Tensor) -> Tensor:
+    def _estimate(self, ledger: Ledger, asked: Asked, pages: Tensor, slots: Tensor) -> Tensor:
         heads = [
-            super(MeanOfGroup, self)._estimate(ledger, replace(asked, q=asked.q[:, h : h + 1]), index, pages)
+            super(MeanOfGroup, self)._estimate(ledger, replace(asked, q=asked.q[:, h : h + 1]), pages, slots)
             for h in range(asked.q.shape[1])
         ]
         return torch.stack(heads).mean(0)
@@ -137,8 +137,8 @@ class MeanOfGroup(Milestones):
 class HighOnly(Milestones):
     """The bound forgets that a negative query entry is largest at the least key entry."""
 
-    def _estimate(self, ledger: Ledger, asked: Asked, index: Tensor, pages: Tensor) -> Tensor:
-        return super()._estimate(ledger, replace(asked, q=asked.q.clamp_min(0)), index, pages)
+    def _estimate(self, ledger: Ledger, asked: Asked, pages: Tensor, slots: Tensor) -> Tensor:
+        return super()._estimate(ledger, replace(asked, q=asked.q.clamp_min(0)), pages, slots)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class NewestTiesLeave(Milestones):
     """Among pages needed last at the same time the newer one leaves."""
 
     def priority(self, ledger: Ledger) -> Tensor:
-        index, _ = self._held_pages(ledger)
+        index, _, _ = self._held_pages(ledger)
         return super().priority(ledger) - 2 * index
 
 
@@ -183,7 +183,9 @@ class FillingPageLeaves(Milestones):
         return ledger.position < self.sinks
 
     def priority(self, ledger: Ledger) -> Tensor:
-        return super().priority(replace(ledger, position=ledger.position * 0))
+        index, pages, _ = self._held_pages(ledger)
+        stamp = ledger.columns["stamp"].to(torch.int64)
+        return torch.zeros_like(pages).scatter_reduce(1, index, stamp, "amax").gather(1, index) * 1000.0 + index
 
 
 MUTANTS = [MeanOfGroup, HighOnly, AgeOnly, PagesFromZero, NewestTiesLeave, FillingPageLeaves]

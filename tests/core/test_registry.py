@@ -26,8 +26,12 @@ from kvfloor.policies.random import Random
 from kvfloor.policies.sinks import Sinks
 from kvfloor.policies.window import Window
 from kvfloor.registry import ALIASES, TABLE, default_method, kind, lookup
+from kvfloor.selectors.best_first import BestFirst
 from kvfloor.selectors.everything import Everything
+from kvfloor.selectors.hierarchical import Hierarchical
+from kvfloor.selectors.pages import Pages
 from kvfloor.selectors.top_k import TopK
+from kvfloor.selectors.zcurve import ZCurve
 from kvfloor.sketches.quantized import Quantized
 from kvfloor.sketches.subgen import SubGen
 from kvfloor.summaries.drop import Drop
@@ -80,7 +84,15 @@ sparing = st.one_of(
     st.builds(Bounded, st.just(Observation()), prefill=st.just("stream")),
     st.builds(Bounded, st.builds(Milestones, st.integers(1, 64)), budget=st.sampled_from([None, "25%", (500, 600)])),
 )
-selectors = st.one_of(st.just(Everything()), st.builds(TopK, st.integers(1, 999)))
+some = st.integers(1, 99)
+selectors = st.one_of(
+    st.just(Everything()),
+    st.builds(TopK, st.integers(1, 999)),
+    st.builds(Pages, some, some),
+    st.builds(BestFirst, some, some),
+    st.builds(lambda blocks, b, *rest: Hierarchical(blocks * b, b, *rest), some, some, small, some, some, some),
+    st.builds(ZCurve, some, some, some, some),
+)
 methods = st.one_of(
     st.builds(
         Bounded,
@@ -198,7 +210,7 @@ BAD = [
     ("nonsense@8", "unknown policy or method 'nonsense'; there are exact, expected, h2o, keydiff, knorm, quant"),
     ("windw@8", "did you mean 'window'?"),
     ("window+nothing@8", "unknown summary 'nothing'; there are drop, value_sum"),
-    ("window|all@8", "unknown selector 'all'; there are everything, top_k"),
+    ("window|all@8", "unknown selector 'all'; there are best_first, everything, hip, pages, top_k, zeta"),
     ("drop@8", "drop is a summary; a policy or method is needed here"),
     ("window+top_k@8", "top_k is a selector; a summary is needed here"),
     ("exact+value_sum", "'+' adds a summary to an eviction policy only"),

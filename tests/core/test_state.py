@@ -22,6 +22,13 @@ EVERY = [
     "subgen(s=8)",
     "quant(group=8)",
     "exact|top_k(k=4)",
+    "exact|pages(pages=2,page=4)",
+    "exact|best_first(k=3,page=4)",
+    "exact|hip(k=4,sinks=1,window=2,query_block=5)",
+    "exact|zeta(k=3,curves=2,window=2,chunk=5)",
+    "h2o|pages(pages=1,page=3)@12",
+    "random|hip(k=4,sinks=1,window=2)@12",
+    "window+value_sum|zeta(k=3,window=2)@12",
 ]
 
 

@@ -1,9 +1,10 @@
-"""Sampled values of the unmasked window: the reservoir's law, unbiased answers, their variance, the stated guarantee."""
+"""Sampled values of the unmasked window: the reservoir's law, unbiased answers, their variance, the guarantee."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,7 +46,11 @@ def upper_limit(failures: int, n: int, confidence: float) -> float:
     for _ in range(60):
         p = (low + high) / 2
         log_terms = [
-            math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
+            math.lgamma(n + 1)
+            - math.lgamma(i + 1)
+            - math.lgamma(n - i + 1)
+            + i * math.log(p)
+            + (n - i) * math.log1p(-p)
             for i in range(failures + 1)
         ]
         tail = math.fsum(math.exp(t) for t in log_terms)
@@ -88,7 +93,7 @@ def test_the_samples_do_not_depend_on_block_or_cuts(draw: Draw) -> None:
     states = []
     for block, cuts in ((1, [0, 72]), (8, [0, 1, 30, 31, 72]), (24, [0, 71, 72])):
         state = opened(f"window(block={block})+value_sample(copies=5)@24", rows=2)
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             state.append(k[:, start:stop], v[:, start:stop])
         states.append(sample_of(state))
     for other in states[1:]:

@@ -11,7 +11,7 @@ from kvfloor import models
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.tasks import TASKS
 
-NEW_TOKENS, BUDGET = 21, 14
+NEW_TOKENS, BUDGET = 19, 14
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
 FEW = {"max_new_tokens": 6, "min_new_tokens": 6}
 POLICIES = [
@@ -37,7 +37,7 @@ def loaded() -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def prompts(loaded: tuple[Any, Any]) -> dict[str, torch.Tensor]:
     """Two prompts of the built-in tasks; the shorter one is left-padded."""
-    ids = [loaded[1](TASKS["recall"].generate(5, i, length).context).input_ids for i, length in ((0, 90), (1, 70))]
+    ids = [loaded[1](TASKS["recall"].generate(5, i, length).context).input_ids for i, length in ((0, 60), (1, 45))]
     width = max(map(len, ids))
     padded = [[0] * (width - len(x)) + x for x in ids]
     mask = [[0] * (width - len(x)) + [1] * len(x) for x in ids]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class LastQuery(Guarded):
     name: ClassVar[str] = "tova"
     paper: ClassVar[str] = "Oren et al. 2024, TOVA (arXiv 2401.06104)"
     observes: ClassVar[bool] = True
+    shown: ClassVar[Literal["all", "last"]] = "last"
     # The logarithm, so that a new token's 0 stands for all the attention there is.
     columns: ClassVar[dict[str, torch.dtype]] = {"log_weight": torch.float32}
 
@@ -33,10 +34,6 @@ class LastQuery(Guarded):
         return ledger.columns["log_weight"]
 
     def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
-        r, g, b, s = weights.shape
-        order = torch.arange(1, b + 1, device=weights.device)
-        last = (asked.made * order).amax(1) - 1  # (r,): every row that is shown has asked something
-        received = weights.gather(2, last.view(r, 1, 1, 1).expand(r, g, 1, s)).mean((1, 2))
-        judged = ledger.position <= asked.position.gather(1, last.unsqueeze(1))
-        log_weight = torch.log(received).to(torch.float32)
+        judged = ledger.position <= asked.position
+        log_weight = torch.log(weights.mean((1, 2))).to(torch.float32)
         return {"log_weight": torch.where(judged, log_weight, ledger.columns["log_weight"])}

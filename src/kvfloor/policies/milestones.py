@@ -15,6 +15,11 @@ _NO_PAGE = 1 << 40
 _PAGES = 1 << 22  # more pages than a row can hold: a page's time and age are one float64
 
 
+def _keys_at(k: Tensor, slot: Tensor) -> Tensor:
+    """Keys (r, c, d) of the slots (r, c) of k (r, s, d)."""
+    return k[torch.arange(k.shape[0], device=k.device).unsqueeze(1), slot]
+
+
 @dataclass(frozen=True)
 class Milestones(Policy):
     """Least recently needed pages leave, needed as a bound on their keys' logits tells (Hu et al. 2025, RaaS).
@@ -78,14 +83,14 @@ class Milestones(Policy):
         return sealed or self.prompt == "evict"
 
     def hear(self, ledger: Ledger, asked: Asked) -> dict[str, Tensor]:
-        index, pages = self._held_pages(ledger)
-        needed = self._needed(self._estimate(ledger, asked, index, pages), pages, self._page(asked.position, ledger))
+        index, pages, slots = self._held_pages(ledger)
+        needed = self._needed(self._estimate(ledger, asked, pages, slots), pages, self._page(asked.position, ledger))
         when = asked.position.masked_fill(~asked.made, -1)
         stamp = torch.where(needed, when.unsqueeze(-1), torch.full_like(when, -1).unsqueeze(-1)).amax(1)
         return {"stamp": torch.maximum(ledger.columns["stamp"].to(torch.int64), stamp.gather(1, index))}
 
     def priority(self, ledger: Ledger) -> Tensor:
-        index, pages = self._held_pages(ledger)
+        index, pages, _ = self._held_pages(ledger)
         time = torch.maximum(ledger.columns["stamp"].to(torch.int64), ledger.position)  # a new page is needed by itself
         newest = torch.zeros_like(pages).scatter_reduce(1, index, time, "amax")
         return newest.gather(1, index).to(torch.float64) * _PAGES + index
@@ -102,29 +107,37 @@ class Milestones(Policy):
         behind = -(-start // self.page) + (position - start).clamp_min(0) // self.page
         return torch.where(position < start, position // self.page, behind)
 
-    def _held_pages(self, ledger: Ledger) -> tuple[Tensor, Tensor]:
-        """Each slot's place (r, s) among the held pages, the oldest first, and those pages' numbers (r, p)."""
+    def _held_pages(self, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
+        """Each slot's place (r, s) among the held pages, the oldest first; those pages' numbers (r, p) and slots.
+
+        The slots are (r, p, page): a page that is not full names its first slot again.
+        """
         page = self._page(ledger.position, ledger).masked_fill(~ledger.live, _NO_PAGE)
         page, order = page.sort(1)
-        place = torch.cat([torch.zeros_like(page[:, :1]), (page[:, 1:] != page[:, :-1]).cumsum(1)], 1)
-        pages = page.new_full((page.shape[0], int(place.max()) + 1), _NO_PAGE).scatter(1, place, page)
-        return torch.empty_like(place).scatter(1, order, place), pages
+        fresh = torch.cat([torch.ones_like(page[:, :1], dtype=torch.bool), page[:, 1:] != page[:, :-1]], 1)
+        place = fresh.cumsum(1) - 1
+        r, many = page.shape[0], int(place.max()) + 1
+        pages = page.new_full((r, many), _NO_PAGE).scatter(1, place, page)
+        rank = torch.arange(page.shape[1], device=page.device)
+        first = torch.where(fresh, rank, torch.zeros_like(place)).cummax(1).values
+        cell = (place * self.page + rank - first).masked_fill(page == _NO_PAGE, many * self.page)
+        slots = page.new_full((r, many * self.page + 1), -1).scatter(1, cell, order)[:, :-1].view(r, many, self.page)
+        slots = torch.where(slots < 0, slots[..., :1], slots).clamp_min(0)
+        return torch.empty_like(place).scatter(1, order, place), pages, slots
 
     # ---- estimates -------------------------------------------------------------------------------------------
 
-    def _estimate(self, ledger: Ledger, asked: Asked, index: Tensor, pages: Tensor) -> Tensor:
+    def _estimate(self, ledger: Ledger, asked: Asked, pages: Tensor, slots: Tensor) -> Tensor:
         """What each query of q (r, g, b, d) expects each page to weigh, the largest of its group: (r, b, p)."""
-        r, g, b, d = asked.q.shape
-        k, number = ledger.k, index.unsqueeze(-1).expand_as(ledger.k)
-        low, high = (
-            k.new_full((r, pages.shape[1], d), end).scatter_reduce(1, number, k, how).double()
-            for end, how in ((torch.inf, "amin"), (-torch.inf, "amax"))
-        )
+        r, g, b, _ = asked.q.shape
+        members = _keys_at(ledger.k, slots.flatten(1)).unflatten(1, slots.shape[1:])
+        low, high = members.amin(2).double(), members.amax(2).double()
         q = asked.q.double() * ledger.spec.scale
-        up, down = q.clamp_min(0).flatten(1, 2), q.clamp_max(0).flatten(1, 2)
-        bound = (torch.matmul(up, high.transpose(1, 2)) + torch.matmul(down, low.transpose(1, 2))).view(r, g, b, -1)
+        up, down = q.clamp_min(0), q.clamp_max(0)
+        bound = torch.matmul(up.flatten(1, 2), high.transpose(1, 2))
+        bound = (bound + torch.matmul(down.flatten(1, 2), low.transpose(1, 2))).view(r, g, b, -1)
         own_low, own_high = (x.unsqueeze(1) for x in self._filling(ledger, asked))
-        own = (q.clamp_min(0) * own_high + q.clamp_max(0) * own_low).sum(-1, keepdim=True)
+        own = (up * own_high + down * own_low).sum(-1, keepdim=True)
         at = self._page(asked.position, ledger)[:, None, :, None]
         number = pages[:, None, None, :]
         bound = torch.where(number == at, own, bound)
@@ -143,15 +156,15 @@ class Milestones(Policy):
             page = self._page(position, ledger) - first
             return torch.where((page >= 0) & (page < many), page * self.page + offset, many * self.page)
 
-        k = ledger.k
-        cells = cell(ledger.position).masked_fill(~ledger.live, many * self.page).unsqueeze(-1).expand_as(k)
-        mine = cell(asked.position).unsqueeze(-1).expand(r, b, k.shape[-1])
-        ends = []
-        for end, how in ((torch.inf, torch.cummin), (-torch.inf, torch.cummax)):
-            grid = k.new_full((r, many * self.page + 1, k.shape[-1]), end).scatter(1, cells, k)
-            so_far = how(grid[:, :-1].unflatten(1, (many, self.page)), 2).values.flatten(1, 2)
-            ends.append(so_far.gather(1, mine.clamp_max(many * self.page - 1)).double())
-        return ends[0], ends[1]
+        nowhere, order = many * self.page, torch.arange(ledger.position.shape[1], device=start.device)
+        cells = cell(ledger.position).masked_fill(~ledger.live, nowhere)
+        slot = cells.new_full((r, nowhere + 1), -1).scatter(1, cells, order.expand_as(cells))[:, :-1]
+        grid = _keys_at(ledger.k, slot.clamp_min(0)).unflatten(1, (many, self.page))
+        empty = (slot < 0).view(r, many, self.page, 1)
+        mine = cell(asked.position).clamp_max(nowhere - 1)
+        low = grid.masked_fill(empty, torch.inf).cummin(2).values.flatten(1, 2)
+        high = grid.masked_fill(empty, -torch.inf).cummax(2).values.flatten(1, 2)
+        return _keys_at(low, mine).double(), _keys_at(high, mine).double()
 
     def _needed(self, estimate: Tensor, pages: Tensor, own: Tensor) -> Tensor:
         """Pages (r, b, p) that a query needs, of those it sees: all up to its own (r, b)."""

@@ -80,6 +80,14 @@ class Asked:
     made: Tensor
     position: Tensor
 
+    def last(self) -> tuple[Asked, Tensor]:
+        """The last query of each row that was made, and its place (r, 1) among all; every row has made one."""
+        order = torch.arange(1, self.made.shape[1] + 1, device=self.made.device)
+        place = (self.made * order).amax(1, keepdim=True) - 1
+        r, g, _, d = self.q.shape
+        q = self.q.gather(2, place.view(r, 1, 1, 1).expand(r, g, 1, d))
+        return Asked(q, self.made.gather(1, place), self.position.gather(1, place)), place
+
 
 class PolicyMemory(Memory, ABC):
     """What a policy remembers of each row beside its columns: tensors with rows as first axis. `spec` says for what."""
@@ -105,6 +113,7 @@ class Policy(ABC):
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     observes: ClassVar[bool] = False  # True: wants the attention that held tokens receive, in `observe`
+    shown: ClassVar[Literal["all", "last"]] = "all"  # the queries of a block whose attention it wants to see
     meets: ClassVar[bool] = False  # True: its memory wants every key once, in `meet`
     weighs_values: ClassVar[bool] = False  # True: what leaves depends on values, so answers are not linear in them
     columns: ClassVar[dict[str, torch.dtype]] = {}  # numbers kept per slot, zero for a new token

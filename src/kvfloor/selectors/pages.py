@@ -94,7 +94,7 @@ class PagesState(SelectorState):
         device = q.device
         visible = visible.to(device)
         newest = (visible - 1).clamp_min(0) // self.method.page
-        bound = self._bounds(q, newest, rows)
+        bound = self.bounds(q, newest, rows)
         # From the last page to the first: among equal bounds a stable order keeps the newer page.
         best = bound.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., : self.method.pages]
         best = bound.shape[-1] - 1 - best
@@ -112,7 +112,7 @@ class PagesState(SelectorState):
         left unread. The bounds hold for the logits in exact arithmetic, under the spec's scale and softcap.
         """
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
-        bound = self._bounds(q, newest, rows)
+        bound = self.bounds(q, newest, rows)
         if self.spec.softcap is not None:
             bound = torch.tanh(bound / self.spec.softcap) * self.spec.softcap
             page = torch.arange(bound.shape[-1], device=q.device)
@@ -123,7 +123,7 @@ class PagesState(SelectorState):
             return nothing, nothing
         return unread[..., 0], torch.logsumexp(unread, -1) + torch.tensor(self.method.page, dtype=bound.dtype).log()
 
-    def _bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
+    def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
         """Bounds on the scaled q.k of each page before the newest one: (r, m, pages) float64, -inf elsewhere."""
         most = int(newest.max()) if newest.numel() else 0
         low, high = (self.boxes.across(name, rows, most)[:, 0].double() for name in ("low", "high"))

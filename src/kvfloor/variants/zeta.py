@@ -152,8 +152,9 @@ def _distance(q: Tensor, k: Tensor) -> Tensor:
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
     """x (batch, heads, s, w) at index (batch, heads, a, c): (batch, heads, a, c, w)."""
-    flat = index.flatten(2).unsqueeze(3).expand(-1, -1, -1, x.shape[3])
-    return x.gather(2, flat).unflatten(2, index.shape[2:])
+    batch, heads, s, _ = x.shape
+    stream = torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
+    return x.flatten(0, 2).index_select(0, (index + stream * s).flatten()).view(*index.shape, -1)
 
 
 @dataclass

@@ -50,6 +50,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("absorbed_once", answers.CountsTwice(), "attends_to_held", "hull"),
     _mutant("selector_subset", answers.ReadsGhosts(), "chunking", "message_round_trip", "pads"),
     _mutant("selector_subset", answers.ReadsNothing()),
+    _mutant("selector_subset", answers.ReadsAhead(), "causality", "chunking", "hull", "message_round_trip", "pads"),
     _mutant("row_order", rows.KeyedByPlace(), "pads", "row_alone", "select_rows"),
     _mutant("row_isolation", rows.SharedStabiliser()),
     _mutant("row_alone", rows.RelativeIds(), "pads"),

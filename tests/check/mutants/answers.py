@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kvfloor import Partial, Spec
 from kvfloor.bounded import BoundedState
-from kvfloor.selectors.selector import Selector
+from kvfloor.selectors.pages import Pages, PagesState
+from kvfloor.selectors.selector import Chosen, Selector
 from kvfloor.selectors.top_k import TopK
-from kvfloor.slots import View
+from kvfloor.slots import Slots, View
 from kvfloor.summaries.summary import Summary
 from kvfloor.summaries.value_sum import ValueSum, ValueSumState
 from mutants.base import Small
@@ -91,6 +92,26 @@ class ReadsNothing(Small):
     """Its selector reads nothing where little is left to choose from."""
 
     selector: Selector = field(default_factory=lambda: Starving(k=6))
+
+
+class AllBoxesState(PagesState):
+    def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
+        return super().choose(q, slots, torch.full_like(visible, int(slots.held.max())), rows)
+
+
+@dataclass(frozen=True)
+class AllBoxes(Pages):
+    """Chooses among all slots, whatever a query may see of them."""
+
+    def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> PagesState:
+        return AllBoxesState(spec, slots, self)
+
+
+@dataclass(frozen=True)
+class ReadsAhead(Small):
+    """Its index chooses among slots whose tokens come later, too."""
+
+    selector: Selector = field(default_factory=lambda: AllBoxes(pages=1, page=2))
 
 
 class NoSoftcapState(BoundedState):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
-settings.register_profile("measured", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("measured", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("measured")
 
 

@@ -52,9 +52,7 @@ def counts_a_level_too_many(found: Readable) -> Readable:
 
 def reads_a_group_twice(found: Readable) -> Readable:
     """Every group counted a second time, its tokens shared between the two."""
-    twice = {
-        name: torch.cat([getattr(found, name)] * 2) for name in ("queries", "asked", "weights", "leaks", "levels")
-    }
+    twice = {name: torch.cat([getattr(found, name)] * 2) for name in ("queries", "asked", "weights", "leaks", "levels")}
     later = None if found.later_mass is None else torch.cat([found.later_mass] * 2)
     return dataclasses.replace(found, **twice, later_mass=later, bits=2 * found.bits)
 

@@ -89,7 +89,9 @@ def best_within_by_all_choices(k: Tensor, radius: float, demands: list[Demand]) 
             for order in itertools.permutations(range(count)):
                 between = seen[list(order)][:, list(order)]
                 own, leak = between.diagonal(), between.triu(1).sum(1)
-                best = [max(most, float(demand.bits(own, leak).sum())) for most, demand in zip(best, demands, strict=True)]
+                best = [
+                    max(most, float(demand.bits(own, leak).sum())) for most, demand in zip(best, demands, strict=True)
+                ]
     return best
 
 

@@ -20,7 +20,9 @@ def greedy(k, delta):
     return centres
 
 
-@given(st.integers(0, 2**20), st.integers(1, 80), st.integers(1, 3), st.sampled_from([0.3, 1.0, 2.5]), st.integers(1, 9))
+@given(
+    st.integers(0, 2**20), st.integers(1, 80), st.integers(1, 3), st.sampled_from([0.3, 1.0, 2.5]), st.integers(1, 9)
+)
 def test_equals_the_literal_rule_for_every_block(seed, n, d, delta, block):
     k = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
@@ -32,8 +34,8 @@ def test_equals_the_literal_rule_for_every_block(seed, n, d, delta, block):
 def test_a_key_at_exactly_delta_joins(dtype):
     """Whole-number keys far from 0: distances are exact, the products that sort pairs out are not."""
     generator = torch.Generator().manual_seed(1)
-    k = (torch.randint(0, 7, (600, 3), generator=generator) + 1000).to(dtype)
-    for delta in (1.0, 2.0, 3.0, 5.0):
+    k = (torch.randint(0, 7, (250, 3), generator=generator) + 1000).to(dtype)
+    for delta in (1.0, 2.0, 3.0):
         assert greedy_cover(k, delta).tolist() == greedy(k.double(), delta)
         strict = greedy(k.double(), delta * (1 - 1e-6))
         assert len(strict) > len(greedy_cover(k, delta))  # the mutant that opens a centre at equal distance

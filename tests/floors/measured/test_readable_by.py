@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfloor import floors
-from kvfloor.floors.measured import Demand, readable_by, readable_by_rows
+from kvfloor.floors.measured import Demand, readable, readable_by, readable_by_rows
+from kvfloor.floors.measured.improve import Choice
 
 ROW = 0.9 * 16 * math.log2(10) - floors.H2(0.9)  # bits of a group read at ten levels, dv = 16
 
@@ -101,6 +102,23 @@ def test_the_law_holds_and_levels_survive_the_worst_answers(seed, n, m, temperat
     assert found.groups <= min(n, m)
     assert found.bits <= found.groups * found.demand.ceiling + 1e-9
     assert torch.equal(q[found.asked], found.queries)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 12), st.integers(1, 6))
+def test_any_choice_whatever_the_search_makes_of_it_is_valid(seed, n, m):
+    """The search replaced by dice: the floor may be small, it still holds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def dice(sight, demand):
+        order = torch.randperm(m, generator=generator)[: int(torch.randint(0, m + 1, (1,), generator=generator))]
+        reader = torch.cat([order, torch.tensor([-1])])
+        return Choice(order, reader[torch.randint(0, len(reader), (n,), generator=generator)])
+
+    k, q = instance(seed, n, m, 2.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readable, "find_groups", dice)
+        found = readable_by(k, q, eta=0.05, dv=16)
+    assert read_oracle.holds(found, k) and read_oracle.survives(found, k)
 
 
 @pytest.mark.parametrize("eta", [0.2, 0.05, 0.01])

@@ -118,6 +118,32 @@ def test_long_streams_take_the_sampled_path_and_hold(monkeypatch, others):
     assert found.groups > 50 and read_oracle.holds(found, k) and legal(found, 5.0)
 
 
+def test_near_duplicates_that_a_sample_misses_are_found_pair_by_pair(monkeypatch):
+    for module in (directions, spread):
+        monkeypatch.setattr(module, "FEW", 64)
+    monkeypatch.setattr(directions, "SAMPLE", 50)
+    k = torch.randn(250, 32, generator=torch.Generator().manual_seed(5)).repeat(2, 1)
+    found = readable_within(k, radius=8.0, eta=0.05, dv=16)
+    assert found.groups > 240 and len((found.stream % 250).unique()) == found.groups
+    assert read_oracle.holds(found, k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("radius", [6.0, 14.0])
+def test_long_streams_hold_in_bfloat16(radius):
+    """8,192 keys of width 80: weights are bounded from bfloat16 products, and checked in float64 on some queries."""
+    k = torch.randn(8192, 80, generator=torch.Generator().manual_seed(6))
+    for others in ("absent", "present"):
+        found = readable_within(k, radius=radius, scale=80**-0.5, eta=0.05, dv=80, others=others)
+        some = torch.arange(0, found.groups, max(1, found.groups // 100))
+        seen = read_oracle.weights(found.queries[some], k[found.stream], found.scale)
+        for weights, g in zip(seen, some.tolist(), strict=True):
+            own, leak = float(weights[found.group == g].sum()), float(weights[found.group > g].sum())
+            assert 0.7 * own <= float(found.weights[g]) <= own and leak <= float(found.leaks[g])
+            assert (int(found.levels[g]) - 1) * (0.05 + leak) < own
+        assert found.groups > 5 and legal(found, radius)
+
+
 def test_rows_have_their_own_radius_and_real_tokens(draw):
     k = draw(2, 20, 6)
     present = torch.rand(2, 20) > 0.3

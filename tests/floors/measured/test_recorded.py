@@ -58,7 +58,7 @@ def test_the_longest_query_is_among_real_tokens(draw):
 
 @pytest.mark.parametrize(("cut", "q_tokens"), [(0, 30), (30, 30), (10, 29)])
 def test_refusals_name_the_argument(draw, cut, q_tokens):
-    with pytest.raises(ValueError, match="cut must|q must be"):
+    with pytest.raises(ValueError, match=r"cut must|q must be"):
         readable_after(draw(1, 2, q_tokens, 4), draw(1, 30, 4), cut, eta=0.1, dv=4)
 
 

@@ -62,7 +62,7 @@ def test_ends():
 
 
 def test_a_scalar_quantiser_lies_above_it_and_the_mutants_do_not():
-    """Uniform quantisation of a Gaussian with step 1/2: its entropy exceeds the rate at its own distortion by 1/4 bit."""
+    """Uniform quantisation of a Gaussian with step 1/2: its entropy exceeds the rate at its distortion by 1/4 bit."""
     step, grid = 0.5, torch.linspace(-8.0, 8.0, 320_001, dtype=torch.float64)
     density = torch.exp(-grid.square() / 2.0)
     density /= density.sum()

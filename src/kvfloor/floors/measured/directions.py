@@ -15,7 +15,7 @@ from kvfloor.floors.measured.products import logits, rough_dtype
 
 FEW = 4096  # keys up to which all of them are rivals
 SAMPLE = 1024  # keys that stand for all where they are more
-_KEYS_AT_ONCE = 1024
+_KEYS_AT_ONCE = 512
 _STEPS, _STEPS_LONG = 6, 2  # refinements of each query
 _SECULAR_STEPS = 8  # Newton steps for lambda; the equation in 1/|q| is nearly linear
 _FLAT = 1e-6  # least eigenvalue of the metric, as a share of the largest
@@ -45,8 +45,8 @@ class Ball:
     def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
         """A query (n, d) for each key (n, d), whose place (n,) among the rivals is given, or -1.
 
-        It is the best met of: straight away from the rivals' mean, along the key, the Gaussian direction, `first` if
-        given, and `steps` refinements of the best of these.
+        It is the best met of: straight away from the rivals' mean, the Gaussian direction, `first` if given, along the
+        key where there is mass beyond, and `steps` refinements of the best of these.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):
@@ -59,9 +59,11 @@ class Ball:
         away = keys - self.mean
         best = self._stretched(away)
         lead = self._lead(best, keys, place)
-        for query in (self._stretched(keys), self._longest(self.scale * away), first):
-            if query is not None:
-                best, lead = _better(best, lead, query, self._lead(query, keys, place))
+        starts = [self._longest(self.scale * away)]
+        starts += [] if first is None else [first]
+        starts += [self._stretched(keys)] if self.beyond > -torch.inf else []
+        for query in starts:
+            best, lead = _better(best, lead, query, self._lead(query, keys, place))
         stride = torch.ones_like(lead)
         for _ in range(steps):
             weights = torch.softmax(self._rival_logits(best, place), 1)

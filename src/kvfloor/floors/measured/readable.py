@@ -26,6 +26,7 @@ OTHERS = ("absent", "present")
 Law = tuple[float, float | None]  # scale and softcap of the logits
 _SETTLED_UP_TO = 2**32  # groups x tokens x d up to which weights are bounded again when groups without bits have left
 _SETTLINGS = 4
+_KEPT = 0.8  # share of its promise that a candidate must keep to end the search
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,8 +146,14 @@ def readable_within(
     beyond = None if later is None else float(later[0])
     if others == "present":
         return _read_by(k, towards_each(k.float(), radius, *law, beyond), law, later, demand)
-    tokens, q = Spread(k.float(), radius, *law, beyond, demand).best()
-    return _read_alone(k, q, tokens, law, later, demand)
+    found = None
+    for tokens, q, promise in Spread(k.float(), radius, *law, beyond, demand).candidates():
+        one = _read_alone(k, q, tokens, law, later, demand)
+        found = one if found is None or one.bits > found.bits else found
+        if one.bits >= _KEPT * promise:
+            break
+    assert found is not None
+    return found
 
 
 def readable_by_rows(

@@ -10,6 +10,7 @@ shrinks their weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from kvfloor.floors.measured.improve import by_damage, promised, pruned
 from kvfloor.floors.measured.levels import Demand
 from kvfloor.floors.measured.products import Factors, rough_dtype
 
-_TOKENS_AT_ONCE, _OTHERS_AT_ONCE = 512, 2048
+_TOKENS_AT_ONCE = _OTHERS_AT_ONCE = 512
 _REVISED_UP_TO = 2**25  # tokens x members up to which a set is revised in rounds
 _ROUNDS = 3
 _PATIENCE = 2  # steps without a gain of more than a thousandth end the revisions
 _WORTHWHILE = 1.001
+_NEARLY_ALL = 0.9  # share of tokens that a sample says are readable from which all of these are tried
 _PASSES = 16  # at most this many to settle who is chosen within a block
 _TOP = 60.0  # logit differences are cut here: finite above, and far from slow subnormal numbers below
 
@@ -74,6 +76,14 @@ class Pull:
         return pull / (pull.sum(1) + self.beyond[members]).unsqueeze(1)
 
 
+class Candidate(NamedTuple):
+    """Tokens (G,) in the order of decoding for a stream of these alone, their queries (G, d), and the promised bits."""
+
+    tokens: Tensor
+    q: Tensor
+    bits: float
+
+
 class Spread:
     """The search for one matrix of keys (n, d), float32, under one logit law and radius."""
 
@@ -85,23 +95,39 @@ class Spread:
         self._radius = radius
         self._all = torch.arange(k.shape[0], device=k.device)
 
-    def best(self) -> tuple[Tensor, Tensor]:
-        """Tokens (G,) in the order of decoding and their queries (G, d), for a stream of these tokens alone."""
-        few = len(self._all) <= FEW
+    def candidates(self) -> Iterator[Candidate]:
+        """Choices to be judged one after the other, until one keeps what it promises.
+
+        Few tokens: the best of the revisions from two starts. Many: all that a sample says can stand together, if that
+        is nearly all; then a set grown pair by pair, which also sees near-duplicates that a sample misses.
+        """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)
-        load, damage = pull.load(self._all, sample), pull.damage(sample, self._all)
-        best, most = (self._all[:0], self.k[:0]), -1.0
-        for order in (load.argsort(), damage.argsort()) if few else (load.argsort(),):
+        load = pull.load(self._all, sample) * (len(self._all) / len(sample))
+        if len(self._all) <= FEW:
+            yield self._best(pull, (load.argsort(), pull.damage(sample, self._all).argsort()))
+            return
+        fine = self._reads(load, pull.beyond)
+        if float(fine.double().mean()) >= _NEARLY_ALL:
+            tokens = load.argsort()
+            tokens = tokens[fine[tokens]]
+            own = 1.0 / (1.0 + load[tokens] + pull.beyond[tokens])
+            bits = float(self.demand.bits(own, own * load[tokens] / 2.0).sum())
+            yield Candidate(tokens, pull.q[tokens], bits)
+        yield self._best(pull, (load.argsort(),))
+
+    def _best(self, pull: Pull, orders: tuple[Tensor, ...]) -> Candidate:
+        """The best revision of the sets that grow in the given orders."""
+        best = Candidate(self._all[:0], self.k[:0], 0.0)
+        for order in orders:
             before, idle = 0.0, 0
-            for bits, members, q in self._revisions(pull, self._grown(pull, order, self._all[:0])):
-                if bits > most:
-                    best, most = (members, q), bits
-                idle = 0 if bits > before * _WORTHWHILE else idle + 1
-                before = max(before, bits)
+            for found in self._revisions(pull, self._grown(pull, order, self._all[:0])):
+                best = max(best, found, key=lambda candidate: candidate.bits)
+                idle = 0 if found.bits > before * _WORTHWHILE else idle + 1
+                before = max(before, found.bits)
                 if idle == _PATIENCE:
                     break
-            if most * _WORTHWHILE >= len(self._all) * self.demand.ceiling:
+            if best.bits * _WORTHWHILE >= len(self._all) * self.demand.ceiling:
                 break
         return best
 
@@ -111,14 +137,14 @@ class Spread:
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
         return Pull(q, self.k, scale, softcap, beyond)
 
-    def _revisions(self, pull: Pull, members: Tensor) -> Iterator[tuple[float, Tensor, Tensor]]:
+    def _revisions(self, pull: Pull, members: Tensor) -> Iterator[Candidate]:
         """A set's order, what is left when harmful members go, queries anew against it, further members; and again."""
         for _ in range(_ROUNDS):
             bits, members = self._arranged(pull, members)
-            yield bits, members, pull.q[members]
+            yield Candidate(members, pull.q[members], bits)
             if len(members) <= FEW:
                 members = members[pruned(pull.pairs(members), self.demand)]
-                yield float(promised(pull.pairs(members), self.demand).sum()), members, pull.q[members]
+                yield Candidate(members, pull.q[members], float(promised(pull.pairs(members), self.demand).sum()))
             if len(members) == 0 or len(self._all) * len(members) > _REVISED_UP_TO:
                 return
             pull = self._pull(members, pull.q)

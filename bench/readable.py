@@ -1,0 +1,89 @@
+"""Speed of the read floor over many heads of long keys: `python bench/readable.py`.
+
+Refuses to print while the tests of what it times are red. Heads are shared out among `--threads` workers with one
+thread each. Keys are normal with unit variance, logits scaled by 1/sqrt(width): the hardest case for the clock, since
+from a radius of about 16 on nearly every token is read and every pair of tokens must be weighed. A run whose workers
+got less than 80 % of their cores' time says so: repeat it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.measured import Readable, readable_by, readable_within
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMED = ["tests/floors/measured"]
+ETA = 0.05
+
+
+def green() -> bool:
+    """Whether the tests of what is timed pass."""
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *TIMED], cwd=ROOT)
+    return run.returncode == 0
+
+
+def timed(floor: Callable[[int], Readable], heads: int, threads: int) -> tuple[float, float, float, float]:
+    """Wall seconds, CPU seconds, mean groups and mean bits per head."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(floor, range(heads)))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall, cpu, sum(one.groups for one in found) / heads, sum(one.bits for one in found) / heads
+
+
+def keys(head: int, tokens: int, width: int) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(head))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--queries", type=int, default=256, help="recorded queries per head")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=("by", "absent", "present"), help="time one of the floors alone")
+    given = parser.parse_args()
+    if not green():
+        print("the tests of what is timed are red: no figures", file=sys.stderr)
+        return 1
+    torch.set_num_threads(1)
+    n, d, scale = given.tokens, given.width, given.width**-0.5
+    asked = {"eta": ETA, "dv": d, "scale": scale}
+
+    def by(head: int) -> Readable:
+        k = keys(head, n, d)
+        noise = torch.randn(given.queries, d, generator=torch.Generator().manual_seed(-1 - head))
+        return readable_by(k, 1.2 * k[:: n // given.queries][: given.queries] + 0.3 * noise, **asked)
+
+    versions: dict[str, Callable[[int], Readable]] = {}
+    if given.only in (None, "by"):
+        versions[f"readable_by, {given.queries} queries a head"] = by
+    for others in ("absent", "present"):
+        if given.only in (None, others):
+            for radius in (16.0, 8.0):
+                versions[f"readable_within, radius {radius:g}, others {others}"] = lambda head, r=radius, o=others: (
+                    readable_within(keys(head, n, d), radius=r, others=o, **asked)
+                )
+
+    print(f"torch {torch.__version__}, {given.threads} threads, {given.heads} heads, n = {n:,}, d = {d}, eta = {ETA}")
+    for name, floor in versions.items():
+        wall, cpu, groups, bits = timed(floor, given.heads, given.threads)
+        share = cpu / (wall * given.threads)
+        note = "" if share >= 0.8 else f"   (only {share:.0%} of the cores: other work runs beside)"
+        print(f"  {name:<48} {wall:7.1f} s   {groups:9,.0f} groups   {bits / 8192:9.1f} KiB a head{note}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

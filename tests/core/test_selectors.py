@@ -1,0 +1,132 @@
+"""What selectors with an index share: what they touch, whom they answer, and what travels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvfloor import Spec, parse
+from kvfloor.slots import Slots
+
+Draw = Callable[..., Tensor]
+SELECTORS = [
+    "pages(pages=3,page=4)",
+    "hip(k=16,sinks=2,window=6)",
+    "zeta(k=6,window=5,curves=2,chunk=8)",
+    "best_first(k=6,page=4)",
+]
+
+
+def touched(state: Any, q: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes of the distinct keys and values that one `read` fetches from the slots."""
+    met: set[tuple[int, int, int]] = set()
+    fetch = Slots.fetch
+
+    def noted(self: Slots, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
+        assert rows is None
+        for row in range(slot.shape[0]):
+            met.update((id(x), row, int(i)) for i in slot[row].flatten())
+        return fetch(self, x, slot, rows)
+
+    monkeypatch.setattr(Slots, "fetch", noted)
+    state.read(q)
+    monkeypatch.undo()
+    slots = state.slots
+    keys = sum(at == id(slots.k) for at, _, _ in met)
+    return (keys * slots.k.shape[1] + (len(met) - keys) * slots.v.shape[1]) * slots.k.itemsize
+
+
+@pytest.mark.parametrize(
+    ("selector", "stated"),
+    [
+        # 249 full pages' boxes and 3 * 4 + 4 tokens: n = 1000 ends a page, which is the newest
+        ("pages(pages=3,page=4)", 2 * 249 * 8 * 4 + 16 * 12 * 4),
+        # 496 blocks in 8 intervals of 62: 6 rounds of 2 * 16 keys; 16 + 2 + 6 tokens; 8 block numbers
+        ("hip(k=16,sinks=2,window=6)", 6 * 32 * 8 * 4 + 24 * 12 * 4 + 8 * 4),
+        # 2 curves: 10 steps of a search and 5 slots of 4 bytes; 10 candidates' keys (none waits), 6 values
+        ("zeta(k=6,window=5,curves=2,chunk=8)", 2 * (10 + 5) * 4 + 10 * 8 * 4 + 6 * 4 * 4),
+    ],
+)
+def test_bytes_read_are_index_keys_and_values_truly_touched(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, selector: str, stated: int
+) -> None:
+    rows = 2
+    state: Any = parse(f"exact|{selector}").open(Spec(rows, 8, 4))
+    state.append(draw(rows, 1000, 8, dtype=torch.float32), draw(rows, 1000, 4, dtype=torch.float32))
+    state.seal()
+    assert state.bytes_read == rows * stated
+    one_token = rows * 12 * 4  # a place without a choice fetches slot 0
+    fetched = max(touched(state, draw(rows, 1, 8, dtype=torch.float32), monkeypatch) for _ in range(5))
+    index = {"pages": 2 * 249 * 8 * 4, "hip": 8 * 4, "zeta": 2 * (10 + 5) * 4}[selector.partition("(")[0]]
+    assert 0.4 * rows * (stated - index) <= fetched <= rows * (stated - index) + one_token
+
+
+def test_sharing_a_choice_saves_its_descents() -> None:
+    one, eight = (parse(f"exact|hip(k=16,refresh={r})").open(Spec(1, 8, 8)) for r in (1, 8))
+    for state in (one, eight):
+        state.append(torch.zeros(1, 500, 8), torch.zeros(1, 500, 8))
+        state.seal()
+    descent = 8 * 4 * 2 * 16 * 5  # 232 blocks in 8 intervals of 29: 5 rounds
+    assert one.bytes_read - eight.bytes_read == descent * 7 // 8
+
+
+@pytest.mark.parametrize("head", ["exact|{0}", "h2o(sinks=1,recent=4,block=4)|{0}@40"])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_step_is_an_append_and_a_read_of_its_own_queries(draw: Draw, head: str, selector: str) -> None:
+    """Where no choice is shared (hip: after the seal) the answers of `step` are those of `read` after `append`.
+
+    But at a chunk's end: zeta has merged the chunk by then, and a policy has evicted.
+    """
+    method = parse(head.format(selector))
+    q, k, v = draw(2, 3, 60, 6), draw(2, 60, 6), draw(2, 60, 6)
+    stepped, read = (method.open(Spec(2, 6, 6, dtype=torch.float64)) for _ in range(2))
+    for state in (stepped, read):
+        state.seal()
+    out = stepped.step(q, k, v)
+    if head.startswith("exact"):
+        for i in range(60):
+            read.append(k[:, i : i + 1], v[:, i : i + 1])
+            if selector.startswith("zeta") and i % 8 == 7:
+                continue
+            torch.testing.assert_close(out[:, :, i], read.read(q[:, :, i]).mean, rtol=1e-11, atol=1e-12)
+    else:
+        pieces = [read.step(q[:, :, i : i + 1], k[:, i : i + 1], v[:, i : i + 1]) for i in range(60)]
+        torch.testing.assert_close(out, torch.cat(pieces, 2), rtol=1e-11, atol=1e-12)
+        assert stepped.to_bytes() == read.to_bytes()
+
+
+@pytest.mark.parametrize("head", ["exact|{0}", "random(block=8)|{0}@24:40:56"])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_copy_and_a_restored_state_go_on_to_the_bit(draw: Draw, head: str, selector: str) -> None:
+    method = parse(head.format(selector))
+    present = torch.arange(75) >= torch.tensor([0, 20, 41]).unsqueeze(1)  # rows of different length
+    q, k, v = draw(3, 2, 150, 6), draw(3, 150, 6), draw(3, 150, 6)
+    state = method.open(Spec(3, 6, 6, dtype=torch.float64))
+    state.step(q[:, :, :75], k[:, :75], v[:, :75], present)
+    others = [state.clone(), method.from_bytes(state.to_bytes())]
+    state.seal()
+    rest = q[:, :, 75:], k[:, 75:], v[:, 75:]
+    out = state.step(*rest)
+    for other in others:
+        other.seal()
+        assert torch.equal(other.step(*rest), out)
+        assert other.to_bytes() == state.to_bytes()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_the_index_is_counted_and_public_tensors_are_not(draw: Draw, selector: str) -> None:
+    spec = Spec(2, 6, 6)
+    plain, state = parse("window@64").open(spec), parse(f"window|{selector}@64").open(spec)
+    tensors = [x for part in (state.selection, *vars(state.selection).values()) for x in _tensors(part)]  # type: ignore[attr-defined]
+    scalars = state.nbytes - plain.nbytes - sum(x.untyped_storage().nbytes() for x in tensors)
+    assert tensors and 0 <= scalars <= 64
+
+
+def _tensors(part: object) -> list[Tensor]:
+    from kvfloor.memory import Memory
+
+    return [x for x in vars(part).values() if isinstance(x, Tensor)] if isinstance(part, Memory) else []
