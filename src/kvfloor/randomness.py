@@ -51,13 +51,3 @@ def normal(keys: Tensor, counters: Tensor) -> Tensor:
     """Float64 standard normal draws, as `uniform` (Box and Muller 1958)."""
     length, angle = uniform(keys, 2 * counters), uniform(keys, 2 * counters + 1)
     return torch.sqrt(-2.0 * torch.log(length)) * torch.cos(2.0 * torch.pi * angle)
-
-
-def fingerprint(x: Tensor) -> Tensor:
-    """One int64 per vector of x (..., d), from the numbers alone: a counter for draws that belong to a query.
-
-    Equal vectors have equal fingerprints in every dtype that holds them, and beside any other vectors.
-    """
-    bits = (x.to(torch.float64) + 0.0).contiguous().view(torch.int64)  # + 0.0: a zero has one sign
-    lane = torch.arange(1, x.shape[-1] + 1, device=x.device) * _GOLDEN
-    return _mix(_mix(bits + lane).sum(-1))

@@ -64,15 +64,15 @@ def looked_into(state: Any, q: Tensor) -> float:
 
 
 def test_few_pages_are_looked_into_where_keys_have_structure(draw: Draw) -> None:
-    """On keys that turn slowly nearly none, on random ones most of them: bounds of boxes are loose there."""
+    """On keys that turn slowly a tenth, on random ones nearly all: bounds of boxes are loose there."""
     angle = torch.arange(2048, dtype=torch.float64) * (math.pi / 2048)
     turn = torch.stack([angle.cos(), angle.sin()], 1).unsqueeze(0)
-    assert looked_into(opened("exact|best_first(k=16)", turn), turn[:, ::97]) <= 0.05
+    assert looked_into(opened("exact|best_first(k=16)", turn), turn[:, ::97]) <= 0.15
     assert looked_into(opened("exact|best_first(k=16)", draw(1, 2048, 32)), draw(1, 20, 32)) >= 0.9
 
 
-def test_an_isolated_needle_costs_two_looks(draw: Draw) -> None:
-    """What halving loses: the needle's page is looked into right after the newest one."""
+def test_an_isolated_needle_is_found_at_the_second_look(draw: Draw) -> None:
+    """What halving loses: after the newest page come the two of largest bound, the needle's first."""
     keys, q = draw(1, 1024, 16, scale=0.02), torch.ones(1, 1, 16, dtype=torch.float64)
     for place in range(5, 1000, 83):
         planted = keys.clone()
@@ -80,7 +80,7 @@ def test_an_isolated_needle_costs_two_looks(draw: Draw) -> None:
         state = opened("exact|best_first(k=1)", planted)
         assert (~state.unread(q))[0, 0].nonzero().squeeze(1).tolist() == [place]
         _, looked = state.selection.search(q, state.slots, torch.tensor([[1024]]))
-        assert int(looked) == 2
+        assert int(looked) == 3
 
 
 @pytest.mark.parametrize("arguments", ["k=0", "page=0"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
+from kvfloor.memory import Memory
 from kvfloor.slots import Slots
 
 Draw = Callable[..., Tensor]
@@ -121,12 +122,14 @@ def test_a_copy_and_a_restored_state_go_on_to_the_bit(draw: Draw, head: str, sel
 def test_the_index_is_counted_and_public_tensors_are_not(draw: Draw, selector: str) -> None:
     spec = Spec(2, 6, 6)
     plain, state = parse("window@64").open(spec), parse(f"window|{selector}@64").open(spec)
-    tensors = [x for part in (state.selection, *vars(state.selection).values()) for x in _tensors(part)]  # type: ignore[attr-defined]
+    tensors = list(_tensors(state.selection))  # type: ignore[attr-defined]
     scalars = state.nbytes - plain.nbytes - sum(x.untyped_storage().nbytes() for x in tensors)
     assert tensors and 0 <= scalars <= 64
 
 
-def _tensors(part: object) -> list[Tensor]:
-    from kvfloor.memory import Memory
-
-    return [x for x in vars(part).values() if isinstance(x, Tensor)] if isinstance(part, Memory) else []
+def _tensors(part: Memory) -> Iterator[Tensor]:
+    for value in vars(part).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Memory):
+            yield from _tensors(value)

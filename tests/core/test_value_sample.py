@@ -205,7 +205,7 @@ def test_a_query_draws_the_same_alone_and_in_company_and_afresh_once_a_token_cam
     alone = torch.cat([state.read(q[:, i : i + 1]).mean for i in range(50)], 1)
     assert torch.equal(together, alone)
     state.append(k[:, 59:], v[:, 59:])
-    assert int((state.read(q).mean != together).any(-1).sum()) > 10
+    assert int((state.read(q).mean != together).any(-1).sum()) > 5
 
 
 def test_a_uniform_draw_from_the_window_is_told(monkeypatch: pytest.MonkeyPatch, draw: Draw) -> None:

@@ -22,7 +22,8 @@ class HeavyHitters(Policy):
     recent  newest tokens that never leave; half the budget unless given
     sinks   first tokens that never leave; 4 unless given
     group   how the weights of a GQA group's queries join: "mean" or "max"
-    Scores are float32 whatever the cache's dtype: bfloat16 sums stall at 256.
+    Scores are float32 whatever the cache's dtype: bfloat16 sums stall at 256. With prefill=dense they are the column
+    sums of the prompt's whole attention matrix, taken a block of rows and a tile of columns at a time.
     """
 
     name: ClassVar[str] = "h2o"

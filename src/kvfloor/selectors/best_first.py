@@ -91,7 +91,7 @@ class BestFirstState(SelectorState):
         return chosen, looked.view(r, m)
 
     def _in_order(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Bounds and numbers (r*m, pages) in the order of looking: the newest page, then by bound; -1 and -inf: none."""
+        """Bounds and numbers (r*m, pages) in the order of looking: newest page, then by bound; -inf and -1: none."""
         bound = self.pages.bounds(q, newest, rows).flip(-1)
         order = bound.argsort(dim=-1, descending=True, stable=True)
         bound = bound.gather(-1, order)

@@ -13,7 +13,7 @@ from kvfloor.budget import Budget, tokens
 from kvfloor.kernels.attend import weigh
 from kvfloor.method import Guarantee, Method, Spec, Traits, count, positive
 from kvfloor.partial import Partial
-from kvfloor.randomness import fingerprint, row_keys, uniform
+from kvfloor.randomness import row_keys, uniform
 from kvfloor.slots import Slots
 from kvfloor.summaries.value_sample import (
     ValueSample,
@@ -94,7 +94,9 @@ class WindowSample(Method):
 class WindowSampleState(Blocked):
     """The window's slots, one sampled outside value per draw, and the extremes of all values that came.
 
-    What a query draws is fixed by (seed, row id, tokens seen, the query's own numbers): asking twice gives the same.
+    A draw's uniform is fixed by (seed, row id, tokens seen, which draw): all queries of one moment share it, whoever
+    asks along, and asking twice gives the same. Every answer has its law; those of one moment depend on one another,
+    which a union bound allows.
     """
 
     def __init__(self, method: WindowSample, spec: Spec) -> None:
@@ -130,9 +132,9 @@ class WindowSampleState(Blocked):
         if not bool((left > 0).any()) or not weights.numel():
             return Partial(mean, whole)
         samples = self.outside.value.shape[1]
-        lane = row_keys(spec.seed, spec.ids(), "window sample").view(-1, 1, 1) + fingerprint(q).unsqueeze(2)
-        counter = (n.to(q.device).view(-1, 1, 1) * samples) + torch.arange(samples, device=q.device)
-        u = uniform(lane, counter)  # (rows, m, samples)
+        lane = row_keys(spec.seed, spec.ids(), "window sample").unsqueeze(1)
+        u = uniform(lane, n.to(q.device).unsqueeze(1) * samples + torch.arange(samples, device=q.device))
+        u = u.unsqueeze(1).expand(-1, q.shape[1], -1)  # (rows, m, samples)
         share = torch.exp((inside - whole).to(torch.float64)).unsqueeze(2)
         # Below the window's share, u is uniform on it: the same draw picks the token.
         ladder = weights.to(torch.float64).cumsum(-1)

@@ -17,6 +17,7 @@ _ROUNDS = 10
 _PATIENCE = 2  # rounds without a gain of more than a thousandth end the improvement
 _WORTHWHILE = 1.001
 _PRUNINGS = 40
+_GAIN = 1e-3  # bits that dropping a group must gain
 
 
 class Choice(NamedTuple):
@@ -89,12 +90,12 @@ def pruned(pairs: Tensor, demand: Demand) -> Tensor:
         inside = pairs[places][:, places]
         own, after = inside.diagonal(), inside.triu(1)
         leak = after.sum(1)
-        bits = demand.bits(own, leak)
-        spared = (leak.unsqueeze(1) - after).clamp_min(0.0)  # leak of query j without group k
-        without = demand.bits(own.unsqueeze(1).expand_as(inside), spared) - bits.unsqueeze(1)
-        gain = without.triu(1).sum(0) - bits
+        bits = demand.rough_bits(own, leak)
+        spared = (leak.unsqueeze(1) - after).clamp_min_(0.0)  # leak of query j without group k
+        without = demand.rough_bits(own.unsqueeze(1), spared).sub_(bits.unsqueeze(1))
+        gain = without.triu_(1).sum(0) - bits
         empty = bits == 0.0
-        harmful = empty if bool(empty.any()) else gain > 1e-9
+        harmful = empty if bool(empty.any()) else gain > _GAIN
         if not bool(harmful.any()):
             break
         worst = torch.argsort(gain.masked_fill(~harmful, -torch.inf), descending=True)

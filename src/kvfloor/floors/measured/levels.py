@@ -54,8 +54,7 @@ class Demand:
         (error + leak)/weight, and rounding to a level bears less than half a spacing.
         """
         ratio = weights.double() / (self.error + leaks.double())
-        cap = _MOST if self.most_levels is None else self.most_levels
-        return torch.ceil(ratio * (1.0 - _SHAVE)).clamp(1.0, float(cap)).to(torch.int64)
+        return torch.ceil(ratio * (1.0 - _SHAVE)).clamp(1.0, self._cap).to(torch.int64)
 
     def bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
         """p dv log2 L - H2(p) for every group, clamped at 0 and 0 for a single level: float64."""
@@ -63,7 +62,17 @@ class Demand:
         bits = self.p * self.dv * torch.log2(levels.double()) - H2(self.p)
         return bits.clamp_min(0.0).masked_fill(levels < 2, 0.0)
 
+    def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
+        """`bits` in the precision of its arguments, for searching."""
+        levels = torch.ceil(weights / (self.error + leaks)).clamp_(1.0, self._cap)
+        bits = torch.log2(levels).mul_(self.p * self.dv).sub_(H2(self.p)).clamp_min_(0.0)
+        return bits.masked_fill_(levels < 2.0, 0.0)
+
     @property
     def ceiling(self) -> float:
         """Bits of a group that its query puts all its weight on."""
         return float(self.bits(torch.ones(()), torch.zeros(())))
+
+    @property
+    def _cap(self) -> float:
+        return float(_MOST if self.most_levels is None else self.most_levels)

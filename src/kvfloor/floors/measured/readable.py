@@ -39,9 +39,9 @@ class Readable:
     group       (n,) int64, the group of each of these, -1 for tokens whose values are 0
     queries     (G, d), the query that reads each group; `asked` (G,) int64 tells which one it is: an index into the
                 given queries, or for `readable_within` the token of the given keys that it was made for
-    weights     (G,) float64, at most the softmax weight of query g on its group
-    leaks       (G,) float64, at least its weight on the groups decoded later
-    levels      (G,) int64, (levels - 1)(eta + grain + leak) < weight
+    weights     (G,) float64, softmax weight of query g on its group, at most the true one
+    leaks       (G,) float64, its weight on the groups decoded later; both with the others' mass rounded up
+    levels      (G,) int64, (levels - 1)(eta + grain + leak) < weight, for these and so for the true weights
     later_mass  (G,) float64 or None, log mass that query g sees beyond the stream
     """
 

@@ -24,12 +24,13 @@ def ordered_shares(
     softcap: float | None = None,
     later_mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weight of query g on group g, rounded down, and on all groups after it, rounded up: two (G,) float64 in [0, 1].
+    """Weight of query g on group g, and on all groups after it: two (G,) float64 in [0, 1], on the safe side.
 
     q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,) float64, log mass of
     further tokens that query g sees. Weights are over all n tokens and those.
-    A group's own mass is always float64. The others' is so for small inputs; for larger ones it is bfloat16 or float32,
-    and counts with the factor e^(+-error) that their rounding can make (`Rounding`).
+    A group's own mass is always float64. That of other tokens is so for small inputs; for larger ones it is bfloat16 or
+    float32, and counts with the factor e^error that its rounding can hide (`Rounding`). So the first result is at most
+    the true weight, and for every e >= 0 first / (e + second) is at most what it is for the true weights.
     """
     count, n, device = q.shape[0], k.shape[0], k.device
     if count == 0:
@@ -67,9 +68,9 @@ def ordered_shares(
     cut = n * torch.exp(torch.as_tensor(_DEEPEST, dtype=torch.float64))  # what cutting exponents may have added
     beyond = 0.0 if later_mass is None else torch.exp(later_mass.to(device) - shift)
     own = own * (1.0 - wide * ((k.shape[1] + 8.0) * rounding.reach + n + 16.0))
-    most_after, least_before = slack * (after + cut), (before / slack - cut).clamp_min(0.0)
-    weights = own / (own + beyond + slack * (before + cut) + most_after)
-    leaks = most_after / (own + beyond + least_before + most_after)
+    before, after = slack * (before + cut), slack * (after + cut)
+    total = own + beyond + before + after
+    weights, leaks = own / total, after / total
     readable = torch.isfinite(weights) & torch.isfinite(leaks)
     return torch.where(readable, weights, 0.0), torch.where(readable, leaks, 1.0)
 
