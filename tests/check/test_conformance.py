@@ -17,12 +17,25 @@ COMBINATIONS = (
     "exact|hip(k=16,window=4,query_block=7)",
     "sinks(4)@64",
     "sinks(2)+value_sum@24:40:32",
+    "sinks(4)+less(kernels=builtin)@40",
     "random(block=1)@32",
     "random(sinks=2,recent=4,block=64)@40",
     "subgen(centres=32,s=64)",
     "quant(bits=4,group=16)",
     "third_party:EverySecond@32",
     "third_party:Diary",
+)
+SUMMARISING = (
+    "h2o+value_sample(copies=3,groups=3)@48",
+    "random(block=1)+value_sample(epsilon=0.9,spread=2.0,horizon=50)@24:32:40",
+    "sinks(4)+less(rank=3)@40",
+    "sinks(2)+moments(covariance=diagonal)@24:40:32",
+    "h2o(prefill=dense)+moments@48",
+    "window(block=1)+moments(covariance=none)@32",
+    "random+taylor(degree=1)@32",
+    "h2o(block=1)+taylor(radius=4.0)|top_k(k=8)@32",
+    "window(block=1)+taylor(degree=0)@1",
+    "window_sample(copies=2,groups=3)@20",
 )
 OPTIONS = (
     "tova(sinks=0,recent=0,block=1)@16",
@@ -89,6 +102,12 @@ BLOCKS = tuple(
 @pytest.mark.parametrize("text", METHODS)
 def test_method_keeps_its_laws_in_every_setting(text: str, dtype: torch.dtype, g: int, seed: int) -> None:
     _require_conformance(text, dtype, g, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", SUMMARISING)
+def test_summaries_keep_their_laws_behind_every_kind_of_policy(text: str) -> None:
+    assert run_checks(parse(text)).failed == []
 
 
 @pytest.mark.slow

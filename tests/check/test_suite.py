@@ -111,3 +111,17 @@ def test_probes_belong_to_the_seed() -> None:
 def test_tolerances_do_not_grow_unnoticed() -> None:
     pinned = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
     assert pinned == AGREE
+
+
+def test_what_is_drawn_or_truncated_is_not_held_to_exact_answers_and_what_claims_no_error_is() -> None:
+    claims = CHECKS["attends_to_held"].not_claimed
+    for text in ("window+value_sum@16", "window+value_sum|top_k(k=4)@16", "window@16", "h2o@64"):
+        assert claims(parse(text)) is None, text
+    for text in ("window+value_sample@16", "window_sample@16", "window+moments@16", "window+taylor(radius=0.1)@16"):
+        assert "does not state that they answer without error" in str(claims(parse(text))), text
+
+
+def test_a_trained_method_is_tried_at_the_width_and_places_it_was_trained_for() -> None:
+    spec = spec_for(parse("sinks(4)+less(kernels=builtin)@40"), Setting())
+    assert spec.d == 64 and spec.places == ((0, 0), (0, 1), (1, 0))
+    assert spec_for(parse("sinks(4)+less@40"), Setting()).places is None

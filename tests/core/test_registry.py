@@ -34,7 +34,12 @@ from kvfloor.selectors.top_k import TopK
 from kvfloor.selectors.zcurve import ZCurve
 from kvfloor.sketches.quantized import Quantized
 from kvfloor.sketches.subgen import SubGen
+from kvfloor.sketches.window_sample import WindowSample
 from kvfloor.summaries.drop import Drop
+from kvfloor.summaries.low_rank import Less
+from kvfloor.summaries.moments import Moments
+from kvfloor.summaries.taylor import Taylor
+from kvfloor.summaries.value_sample import ValueSample
 from kvfloor.summaries.value_sum import ValueSum
 
 small = st.integers(0, 20)
@@ -93,11 +98,19 @@ selectors = st.one_of(
     st.builds(lambda blocks, b, *rest: Hierarchical(blocks * b, b, *rest), some, some, small, some, some, some),
     st.builds(ZCurve, some, some, some, some),
 )
+summaries = st.one_of(
+    st.sampled_from([Drop(), ValueSum(), Less(kernels="builtin")]),
+    st.builds(ValueSample, copies=st.none() | some, groups=st.none() | some.map(lambda g: 2 * g - 1)),
+    st.builds(ValueSample, epsilon=fractions, delta=fractions, spread=st.floats(1.0, 9.0), horizon=some),
+    st.builds(Less, some),
+    st.builds(Moments, st.sampled_from(["full", "diagonal", "none"])),
+    st.builds(Taylor, small, st.none() | st.floats(0.01, 9.0)),
+)
 methods = st.one_of(
     st.builds(
         Bounded,
         policies,
-        st.sampled_from([Drop(), ValueSum()]),
+        summaries,
         selectors,
         budgets,
         st.integers(1, 128),
@@ -106,6 +119,9 @@ methods = st.one_of(
     sparing,
     st.builds(Exact, selectors),
     st.builds(Quantized, st.sampled_from([8, 4, 2]), st.integers(1, 256)),
+    st.builds(
+        WindowSample, some, some.map(lambda g: 2 * g - 1), st.none() | st.floats(1.0, 9.0), st.none() | some, some
+    ),
     st.builds(
         SubGen,
         st.floats(1e-6, 1e6),
@@ -209,7 +225,7 @@ BAD = [
     ("   ", "a method is text such as"),
     ("nonsense@8", "unknown policy or method 'nonsense'; there are exact, expected, h2o, keydiff, knorm, quant"),
     ("windw@8", "did you mean 'window'?"),
-    ("window+nothing@8", "unknown summary 'nothing'; there are drop, value_sum"),
+    ("window+nothing@8", "unknown summary 'nothing'; there are drop, less, moments, taylor, value_sample, value_sum"),
     ("window|all@8", "unknown selector 'all'; there are best_first, everything, hip, pages, top_k, zeta"),
     ("drop@8", "drop is a summary; a policy or method is needed here"),
     ("window+top_k@8", "top_k is a selector; a summary is needed here"),

@@ -32,10 +32,13 @@ def pairs(found: Readable, k: Tensor) -> Tensor:
 
 
 def holds(found: Readable, k: Tensor) -> bool:
-    """The stated bounds are on the safe side, the levels satisfy the condition, and the bits are their sum."""
+    """The stated weights and leaks are the true ones, the levels satisfy the condition, the bits are their sum.
+
+    For floors that were computed in float64.
+    """
     between, demand = pairs(found, k), found.demand
     own, leak = between.diagonal(), between.triu(1).sum(1)
-    bounds = (found.weights <= own * (1 + 1e-10)) & (found.leaks >= leak * (1 - 1e-10))
+    bounds = (found.weights - own).abs().le(1e-9 * own) & (found.leaks - leak).abs().le(1e-9 * leak + 1e-12)
     condition = (found.levels - 1) * (demand.eta + leak) < own * (1 + 1e-10)
     entropy = -demand.p * math.log2(demand.p) - (1 - demand.p) * math.log2(1 - demand.p) if demand.p < 1 else 0.0
     bits = sum(max(0.0, demand.p * demand.dv * math.log2(level) - entropy) for level in found.levels.tolist())

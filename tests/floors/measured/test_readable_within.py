@@ -139,7 +139,7 @@ def test_long_streams_hold_in_bfloat16(radius):
         seen = read_oracle.weights(found.queries[some], k[found.stream], found.scale)
         for weights, g in zip(seen, some.tolist(), strict=True):
             own, leak = float(weights[found.group == g].sum()), float(weights[found.group > g].sum())
-            assert 0.7 * own <= float(found.weights[g]) <= own and leak <= float(found.leaks[g])
+            assert 0.7 * own <= float(found.weights[g]) <= own and leak <= 1.2 * float(found.leaks[g])
             assert (int(found.levels[g]) - 1) * (0.05 + leak) < own
         assert found.groups > 5 and legal(found, radius)
 
