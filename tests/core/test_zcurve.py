@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +30,7 @@ Draw = Callable[..., Tensor]
 
 
 @given(st.lists(st.integers(0, 1023), min_size=1, max_size=5))
+@settings(max_examples=25)
 def test_codes_interleave_bits(point: list[int]) -> None:
     dims = len(point)
     wanted = sum(((number >> bit) & 1) << (bit * dims + j) for j, number in enumerate(point) for bit in range(10))

@@ -23,7 +23,7 @@ def trace(keys: torch.Tensor, length: float, asked: int = 3) -> Trace:
     generator = torch.Generator().manual_seed(0)
     q = torch.nn.functional.normalize(torch.randn(2, 2, n, D, generator=generator), dim=-1) * length
     present = torch.ones(2, n, dtype=torch.bool)
-    return Trace(q, k, torch.zeros(2, n, D), present, 1.0, None, 2, asked, torch.empty(0))
+    return Trace(0, q, k, torch.zeros(2, n, D), present, 1.0, None, 2, asked, torch.empty(0))
 
 
 @pytest.fixture

@@ -128,9 +128,10 @@ class Kernels:
             bound = (6.0 / (fan_in + fan_out)) ** 0.5
             return (2.0 * torch.rand(heads, fan_in, fan_out, generator=source) - 1.0) * bound
 
-        widths = (d, hidden), (hidden, rank), (d, hidden), (hidden, rank), (rank, rank)
+        query_in, query_out = uniform(d, hidden), uniform(hidden, rank)
+        key_in, key_out, key_mix = uniform(d, hidden), uniform(hidden, rank), uniform(rank, rank)
         small = torch.full((heads, rank), FIRST_SIZE)
-        return cls(*(uniform(*width) for width in widths), small, small.clone())
+        return cls(query_in, query_out, key_in, key_out, key_mix, small, small.clone())
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
