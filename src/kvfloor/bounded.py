@@ -217,7 +217,7 @@ class BoundedState(Blocked):
         return None if self.summary is None else self.summary.read(q)
 
     def _notice(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        rows, g, a, d = q.shape
+        _rows, g, a, _d = q.shape
         if self.summary is not None:
             real = (torch.arange(a) < take.unsqueeze(1)).to(q.device)[:, None, :, None]
             self.summary.notice(q if bool(real.all()) else q.masked_fill(~real, 0))  # the rest may be NaN

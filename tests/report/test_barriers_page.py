@@ -83,7 +83,7 @@ def test_points_stand_where_their_numbers_are() -> None:
 
 
 def test_arguments_that_no_barrier_takes_are_named() -> None:
-    with pytest.raises(ValueError, match="no barrier takes colour; they take .*window"):
+    with pytest.raises(ValueError, match=r"no barrier takes colour; they take .*window"):
         play_all("exact", colour=1)
     with pytest.raises(ValueError, match="barrier 'spike' takes no window; it takes n, d"):
         play("exact", window=3)

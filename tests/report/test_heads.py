@@ -1,4 +1,4 @@
-"""Floors per head: from recorded keys and queries, beside what settings took; nothing is claimed that was not measured."""
+"""Floors per head: from recorded keys and queries, beside what settings took; nothing unmeasured is claimed."""
 
 from dataclasses import replace
 
