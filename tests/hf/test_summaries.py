@@ -37,11 +37,11 @@ def builtin() -> tuple[Any, Any]:
 
 
 def prompts(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two prompts of 150 and 110 tokens, the shorter one left-padded."""
-    items = task_items(tokenizer, 2, 140, seed=7)
-    ids = [(text.context + text.rest)[:150] for text in texts(tokenizer, items)]
+    """Two prompts of up to 100 and 80 tokens, the shorter one left-padded."""
+    items = task_items(tokenizer, 2, 90, seed=7)
+    ids = [(text.context + text.rest)[:100] for text in texts(tokenizer, items)]
     width = max(len(row) for row in ids)
-    ids[0] = ids[0][:110]
+    ids[0] = ids[0][:80]
     batch = torch.zeros(2, width, dtype=torch.int64)
     mask = torch.zeros_like(batch)
     for row, tokens in enumerate(ids):
