@@ -80,10 +80,15 @@ def test_a_dense_prefills_column_sums_equal_their_definition(
         assert kept == sorted(free.topk(64).indices.tolist())
 
 
-@pytest.mark.parametrize("text", ["h2o(prefill=dense)@64", "tova(prefill=dense)@64", "snapkv@64"])
-def test_a_dense_prefill_makes_no_square_of_weights(draw: Draw, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """n = 700, g = 2: n x n is 490,000 numbers and a block's weights on all tokens 45,000; the largest tensor made is
-    the arena of 1,536 slots, or a tile."""
+@pytest.mark.parametrize(
+    ("text", "untiled"),
+    [("h2o(prefill=dense)@64", 40_000), ("tova(prefill=dense)@64", 1_400), ("snapkv@64", 40_000)],
+)
+def test_a_dense_prefill_makes_no_square_of_weights(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, text: str, untiled: int
+) -> None:
+    """n = 700, g = 2: n x n is 490,000 numbers and a block's weights on all tokens 45,000 (1,400 where only the last
+    query is shown); the largest tensor made is the arena of 1,536 slots, or a tile."""
     monkeypatch.setattr(bounded, "TILE_SLOTS", 64)
     monkeypatch.setattr("kvfloor.policies.observation._TILE_SLOTS", 64)
     q, k, v = (draw(1, *shape, 4, dtype=torch.float32) for shape in ((2, 700), (700,), (700,)))
@@ -94,4 +99,4 @@ def test_a_dense_prefill_makes_no_square_of_weights(draw: Draw, monkeypatch: pyt
     monkeypatch.setattr("kvfloor.policies.observation._TILE_SLOTS", 4096)
     with Largest() as whole:
         dense(text, q, k, v, 700).seal()
-    assert whole.elements > 40_000
+    assert whole.elements >= untiled
