@@ -115,6 +115,9 @@ class Bounded(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         return self.summary.guarantee(spec) if isinstance(self.selector, Everything) else None
 
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Bounded:
+        return replace(self, summary=self.summary.sized_for(epsilon, delta, spec))
+
     def __str__(self) -> str:
         options = [
             f"{name}={value}"

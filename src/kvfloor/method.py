@@ -168,6 +168,32 @@ class Method(ABC):
         del spec
         return None
 
+    def budget_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
+        """The inverse of `guarantee`: this method in the least size that promises `epsilon` and `delta`.
+
+        What the theorem assumes (a radius, a spread, a horizon) is taken from the method's own arguments, the error's
+        norm and quantifier are its guarantee's. Raises ValueError where there is no theorem, where an assumption is
+        not given, and where no size is enough.
+        """
+        if not (isinstance(epsilon, (int, float)) and isinstance(delta, (int, float)) and epsilon >= 0 <= delta < 1):
+            raise ValueError(f"budget_for takes epsilon >= 0 and 0 <= delta < 1, got {epsilon!r} and {delta!r}")
+        sized = self._sized_for(float(epsilon), float(delta), spec)
+        stated = sized.guarantee(spec)
+        if stated is None:
+            raise ValueError(f"{self} has no theorem from which a size would follow, or lacks what it assumes")
+        if not stated.holds or stated.epsilon > epsilon or stated.delta > delta:
+            why = f" ({stated.why})" if stated.why else ""
+            raise ValueError(
+                f"no size of {self} promises epsilon = {epsilon:g} with probability {1 - delta:g}: "
+                f"{sized} promises {stated.epsilon:.3g} with {1 - stated.delta:.3g}{why}"
+            )
+        return sized
+
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
+        """The size that `budget_for` then checks; methods without sizes to choose stay as they are."""
+        del epsilon, delta, spec
+        return self
+
     def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
         """The state that `to_bytes` packed; CorruptState (a ValueError) if the bytes are not intact."""
         from kvfloor.state import restore

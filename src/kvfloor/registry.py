@@ -21,6 +21,7 @@ from kvfloor.budget import parse_budget
 from kvfloor.exact import Exact
 from kvfloor.method import Method
 from kvfloor.policies.expected import Expected
+from kvfloor.policies.farthest_key import FarthestKey
 from kvfloor.policies.heavy_hitters import HeavyHitters
 from kvfloor.policies.key_difference import KeyDifference
 from kvfloor.policies.key_norm import KeyNorm
@@ -67,6 +68,7 @@ TABLE: dict[str, type] = {
         KeyDifference,
         RidgeLeverage,
         Expected,
+        FarthestKey,
         Drop,
         ValueSum,
         ValueSample,
@@ -96,6 +98,7 @@ ALIASES: dict[str, str] = {
     "key_difference": "keydiff",
     "leverage": "ridge_leverage",
     "expected_attention": "expected",
+    "farthest_key": "k_center",
     "unmasked": "value_sum",
     "algorithm_1": "window_sample",
     "low_rank": "less",
@@ -111,6 +114,7 @@ ALIASES: dict[str, str] = {
 # Not for a model's cache, so not in the table: another attention law, and what a barrier's floor is tight against.
 VARIANTS: dict[str, str] = {
     "tensor": "kvfloor.variants.tensor:TensorAttention",
+    "subgen_tensor": "kvfloor.variants.subgen_tensor:SubGenTensor",
     "public_bits": "kvfloor.barriers.optimum:PublicBits",
 }
 

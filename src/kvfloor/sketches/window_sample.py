@@ -21,6 +21,7 @@ from kvfloor.summaries.value_sample import (
     median_of_means,
     middle,
     out_of_range,
+    sizes_for,
 )
 
 
@@ -89,6 +90,12 @@ class WindowSample(Method):
             "every answer, for a stream and queries fixed beforehand",
             (f"values lie in [a, {self.spread} a] for some a > 0", f"at most {self.horizon} answers are given"),
         )
+
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> WindowSample:
+        if self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
+            return self
+        copies, groups = sizes_for(epsilon, delta, self.spread, self.horizon * spec.dv)
+        return replace(self, copies=copies, groups=groups)
 
 
 class WindowSampleState(Blocked):

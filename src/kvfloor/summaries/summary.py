@@ -65,6 +65,11 @@ class Summary(ABC):
         del spec
         return None
 
+    def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Summary:
+        """The least size whose guarantee promises this, for `Method.budget_for`; itself if there is none to choose."""
+        del epsilon, delta, spec
+        return self
+
 
 def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """What `absorb` takes, by rows: (at, column...) with at (r,) rows that each got c tokens, and columns (r, c, ...).

@@ -83,6 +83,16 @@ class Taylor(Summary):
             ),
         )
 
+    def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Taylor:
+        """The least even degree, up to where the features are too many."""
+        del delta
+        degree = 0
+        while self.radius is not None and relative_error(degree, self.radius) > epsilon:
+            if math.comb(spec.d + degree + 2, degree + 2) > FEATURES_LIMIT:
+                break
+            degree += 2
+        return replace(self, degree=degree)
+
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
     """The guarantee with this epsilon, which says nothing from 1 on."""

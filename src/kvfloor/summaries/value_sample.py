@@ -93,6 +93,12 @@ class ValueSample(Summary):
             (f"evicted values lie in [a, {self.spread} a] for some a > 0", f"at most {self.horizon} tokens leave"),
         )
 
+    def sized_for(self, epsilon: float, delta: float, spec: Spec) -> ValueSample:
+        del spec
+        if self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
+            return self
+        return replace(self, copies=None, groups=None, epsilon=epsilon, delta=delta)
+
 
 def check_sampling(owner: str, copies: int | None, groups: int | None) -> None:
     """Raise ValueError unless copies and groups, where given, are whole numbers >= 1 and groups is odd."""
