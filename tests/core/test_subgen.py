@@ -52,13 +52,13 @@ def test_clusters_are_those_of_the_sequential_rule(draw: Draw, block: int, cap: 
     for row in range(2):
         centres, joined = greedy(k[row], 0.8, cap)
         assert cap is not None or 5 < len(centres) < 150
-        assert torch.equal(state.centre[row, : len(centres)], k[row, centres])
+        assert torch.equal(state.keys.centre[row, : len(centres)], k[row, centres])
         counts = torch.bincount(torch.tensor(joined), minlength=len(centres))
-        assert state.count[row, : len(centres)].tolist() == counts.tolist()
-        assert bool((state.count[row, len(centres) :] == 0).all())
+        assert state.keys.count[row, : len(centres)].tolist() == counts.tolist()
+        assert bool((state.keys.count[row, len(centres) :] == 0).all())
         for cluster in range(len(centres)):
             members = {tuple(k[row, i].tolist()) for i, j in enumerate(joined) if j == cluster}
-            assert {tuple(key) for key in state.sample[row, cluster].tolist()} <= members
+            assert {tuple(key) for key in state.keys.sample[row, cluster].tolist()} <= members
 
 
 @pytest.mark.parametrize("block", [1, 16])
@@ -69,10 +69,10 @@ def test_samples_are_the_same_for_every_block(draw: Draw, block: int) -> None:
     other.append(k, v)
     used = int(one.clusters.max())
     for name in ("centre", "count", "sample", "sample_key"):
-        assert torch.equal(getattr(one, name)[:, :used], getattr(other, name)[:, :used]), name
-    for name in ("pair_k", "pair_v", "pair_key"):
-        assert torch.equal(getattr(one, name), getattr(other, name)), name
-    torch.testing.assert_close(one.mu, other.mu, rtol=1e-14, atol=0)
+        assert torch.equal(getattr(one.keys, name)[:, :used], getattr(other.keys, name)[:, :used]), name
+    for name in ("k", "v", "key"):
+        assert torch.equal(getattr(one.pairs, name), getattr(other.pairs, name)), name
+    torch.testing.assert_close(one.pairs.mu, other.pairs.mu, rtol=1e-14, atol=0)
 
 
 def test_the_state_does_not_depend_on_the_cuts(draw: Draw) -> None:
@@ -102,7 +102,7 @@ def test_centres_grow_by_doubling(draw: Draw) -> None:
     sizes = []
     for _ in range(130):
         state.append(draw(1, 1, 4), draw(1, 1, 4))
-        sizes.append(state.centre.shape[1])
+        sizes.append(state.keys.centre.shape[1])
     assert sorted(set(sizes)) == [16, 32, 64, 128, 256]
 
 
@@ -126,7 +126,7 @@ def test_key_samples_are_uniform_within_a_cluster() -> None:
     n, t = 20, 2
     k = torch.arange(n, dtype=torch.float64).unsqueeze(1) * 1e-3
     state = many(f"subgen(delta=1.0,t={t},s=1,block=4)", k, torch.ones(n, 1, dtype=torch.float64))
-    picked = (state.sample[:, 0, :, 0] * 1e3).round().long()
+    picked = (state.keys.sample[:, 0, :, 0] * 1e3).round().long()
     counts = torch.bincount(picked.flatten(), minlength=n).double()
     expected = ROWS * t / n
     assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(n)
@@ -136,7 +136,7 @@ def test_the_slots_of_one_cluster_are_independent() -> None:
     n = 8
     k = torch.arange(n, dtype=torch.float64).unsqueeze(1) * 1e-3
     state = many("subgen(delta=1.0,t=2,s=1,block=8)", k, torch.ones(n, 1, dtype=torch.float64))
-    picked = (state.sample[:, 0, :, 0] * 1e3).round().long()
+    picked = (state.keys.sample[:, 0, :, 0] * 1e3).round().long()
     counts = torch.bincount(picked[:, 0] * n + picked[:, 1], minlength=n * n).double()
     expected = ROWS / n**2
     assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(n * n)
@@ -146,11 +146,11 @@ def test_value_pairs_are_kept_with_probability_proportional_to_their_square() ->
     n, s = 12, 3
     v = torch.linspace(0.2, 3.0, n, dtype=torch.float64).unsqueeze(1)
     state = many(f"subgen(delta=1.0,t=1,s={s},block=4)", torch.zeros(n, 1, dtype=torch.float64), v)
-    picked = (state.pair_v[:, :, 0].unsqueeze(-1) - v[:, 0]).abs().argmin(-1)
+    picked = (state.pairs.v[:, :, 0].unsqueeze(-1) - v[:, 0]).abs().argmin(-1)
     counts = torch.bincount(picked.flatten(), minlength=n).double()
     expected = ROWS * s * (v[:, 0] ** 2) / (v**2).sum()
     assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(n)
-    assert float(state.mu[0]) == pytest.approx(float((v**2).sum()), rel=1e-14)
+    assert float(state.pairs.mu[0]) == pytest.approx(float((v**2).sum()), rel=1e-14)
 
 
 def moments(draw: Draw, s: int, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -211,7 +211,7 @@ def test_tokens_of_zero_value_are_never_stored_as_pairs(draw: Draw) -> None:
     v[:, ::2] = 0.0
     state = opened("subgen(delta=0.5,t=1,s=40)")
     state.append(draw(1, 64, 4), v)
-    assert bool((state.pair_v.norm(dim=-1) > 0).all())
+    assert bool((state.pairs.v.norm(dim=-1) > 0).all())
 
 
 def test_nothing_but_zero_values_answers_zero_with_the_right_mass(draw: Draw) -> None:

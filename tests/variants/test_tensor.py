@@ -410,18 +410,19 @@ def test_a_mutant_that_pairs_a_token_with_itself_only_is_rejected(monkeypatch):
 
 
 def test_a_mutant_that_weighs_first_tokens_alike_is_rejected(monkeypatch):
-    pairs = module.TensorState._pairs
+    turned = module._turned
 
-    def flat(self, q, k1, v1, k2, v2, hide, dead):
-        part = pairs(self, q, k1, v1, k2, v2, hide, dead)
-        parts = [pairs(self, q, k1[:, i : i + 1], v1[:, i : i + 1], k2, v2, hide, None) for i in range(k1.shape[1])]
-        return module.Partial(torch.stack([p.mean for p in parts]).mean(0), part.log_mass)
+    def flat(q, one, two, spec):
+        parts = [turned(q, one.part(slice(i, i + 1)), two, spec) for i in range(one.k.shape[1])]
+        return module.Partial(torch.stack([p.mean for p in parts]).mean(0), turned(q, one, two, spec).log_mass)
 
-    told_by(monkeypatch, _pairs=flat)
+    monkeypatch.setattr(module, "_turned", flat)
+    told_by(monkeypatch)
 
 
 def test_a_mutant_that_reads_the_empty_places_of_shorter_rows_is_rejected(monkeypatch):
-    pairs = module.TensorState._pairs
-    monkeypatch.setattr(module.TensorState, "_pairs", lambda self, *given: pairs(self, *given[:5], None, None))
+    pairs = module.over_pairs
+    alike = lambda points: module.Points(points.k, points.v)  # noqa: E731
+    monkeypatch.setattr(module, "over_pairs", lambda q, one, two, spec: pairs(q, alike(one), alike(two), spec))
     with pytest.raises(AssertionError):
         test_rows_of_different_length_read_their_own_pairs_only()

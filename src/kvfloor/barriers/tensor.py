@@ -64,7 +64,7 @@ class FourCaches(Instance):
 
     def lift(self, method: Method) -> Method:
         """A method of standard attention keeps tokens, each with its two keys and values; their pairs are read."""
-        return method if isinstance(method, TensorAttention) else TensorAttention(method)
+        return method if method.traits.reference == "tensor" else TensorAttention(method)
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         del hidden
@@ -155,14 +155,14 @@ def play(
 
     n        tokens with four caches (up to 1,024; rows are sampled above 512), or pairs with two (their root tokens)
     caches   4: the method keeps tokens and tensor attention reads their pairs; 2: the products are streamed. By
-             default 4 for a method that keeps whole tokens, 2 for any other
+             default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if caches not in (None, 2, 4):
         raise ValueError(f"caches must be 2 or 4, got {caches!r}")
     n = whole("n", n, least=4)
-    if caches == 4 or (caches is None and _keeps_tokens(method)):
+    if caches == 4 or (caches is None and _pairs_tokens(method)):
         if n > _MOST_TOKENS:
             raise ValueError(f"n must be at most {_MOST_TOKENS} tokens for four caches (n^2 pairs are read), got {n}")
         instance: Instance = FourCaches(**shared, n=n)
@@ -173,9 +173,9 @@ def play(
     return conclude(played, instance, seed=seed, floor_bits=row_bits(instance.rows, instance.dv, SUCCESS))
 
 
-def _keeps_tokens(method: Method | str) -> bool:
+def _pairs_tokens(method: Method | str) -> bool:
     try:
         method = parse(method) if isinstance(method, str) else method
-        return isinstance(method, TensorAttention) or TensorAttention(method) is not None
+        return method.traits.reference == "tensor" or TensorAttention(method) is not None
     except ValueError:
         return False

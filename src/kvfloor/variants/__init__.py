@@ -1,6 +1,7 @@
 """Other attention laws over the same memory: tensor attention over pairs of tokens, and the next-scale stream."""
 
+from kvfloor.variants.subgen_tensor import SubGenTensor
 from kvfloor.variants.tensor import TensorAttention
 from kvfloor.variants.visual import NextScale, tokens_in
 
-__all__ = ["NextScale", "TensorAttention", "tokens_in"]
+__all__ = ["NextScale", "SubGenTensor", "TensorAttention", "tokens_in"]

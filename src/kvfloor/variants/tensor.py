@@ -122,37 +122,58 @@ class TensorState(State):
     def _read(self, q: Tensor) -> Partial:
         slots: Slots = self.store.slots  # type: ignore[attr-defined]
         view = slots.view()
-        k1, k2 = view.k.chunk(2, dim=-1)
-        v1, v2 = view.v.chunk(2, dim=-1)
-        (rows, m, _), s = q.shape, view.k.shape[1]
-        part = Partial.empty(rows, m, dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
-        hide = None if view.live is None else ~view.live.unsqueeze(1)
-        at_once = max(1, _LOGITS_AT_ONCE // max(1, rows * m * s))
-        for start in range(0, s, at_once):
-            chosen = slice(start, start + at_once)
-            dead = None if view.live is None else ~view.live[:, chosen]
-            part = part.merge(self._pairs(q, k1[:, chosen], v1[:, chosen], k2, v2, hide, dead))
-        return part
+        weight = None if view.live is None else torch.zeros_like(view.live, dtype=self.spec.compute_dtype)
+        if view.live is not None and weight is not None:
+            weight = weight.masked_fill(~view.live, -torch.inf)
+        one, two = (Points(k, v, weight) for k, v in zip(view.k.chunk(2, -1), view.v.chunk(2, -1), strict=True))
+        return over_pairs(q, one, two, self.spec)
 
-    def _pairs(
-        self, q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor, hide: Tensor | None, dead: Tensor | None
-    ) -> Partial:
-        """Attention over all pairs of the first keys k1 (rows, b, d) and the second keys k2 (rows, s, d).
 
-        For a fixed first token it is standard attention of the query q * k1[j1] over the second tokens; the first
-        tokens are then weighed by the masses of those.
-        """
-        rows, m, d = q.shape
-        dtype = self.spec.compute_dtype
-        turned = (q.to(dtype).unsqueeze(2) * k1.to(dtype).unsqueeze(1)).reshape(rows, -1, d)
-        second = Partial.over(turned, k2.to(dtype), v2.to(dtype), self.spec, hide=hide)
-        mass = second.log_mass.view(rows, m, -1)
-        if dead is not None:
-            mass = mass.masked_fill(dead.unsqueeze(1), -torch.inf)
-        top = mass.logsumexp(-1)
-        weight = torch.exp(mass - top.nan_to_num(neginf=0.0).unsqueeze(-1))
-        values = v1.to(dtype).unsqueeze(1) * second.mean.view(rows, m, -1, v1.shape[-1])
-        return Partial((weight.unsqueeze(-1) * values).sum(2), top)
+@dataclass(frozen=True)
+class Points:
+    """One side of the pairs: keys k (rows, s, d), values v (rows, s, dv), and the log of how many tokens each stands
+    for, log_weight (rows, s): -inf for none, None where each stands for itself."""
+
+    k: Tensor
+    v: Tensor
+    log_weight: Tensor | None = None
+
+    def part(self, at: slice) -> Points:
+        """The points `at` some places."""
+        weight = None if self.log_weight is None else self.log_weight[:, at]
+        return Points(self.k[:, at], self.v[:, at], weight)
+
+
+def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
+    """Tensor attention of q (rows, m, d) over all pairs of `one` and `two`, a block of pairs at a time.
+
+    A pair weighs as the product of its points' weights.
+    """
+    (rows, m, _), s = q.shape, one.k.shape[1]
+    part = Partial.empty(rows, m, dv=one.v.shape[-1], dtype=spec.compute_dtype, device=q.device)
+    at_once = max(1, _LOGITS_AT_ONCE // max(1, rows * m * two.k.shape[1]))
+    for start in range(0, s, at_once):
+        part = part.merge(_turned(q, one.part(slice(start, start + at_once)), two, spec))
+    return part
+
+
+def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
+    """As `over_pairs`, at once.
+
+    For a fixed first token it is standard attention of the query q * k1[j1] over the second tokens; the first
+    tokens are then weighed by the masses of those.
+    """
+    (rows, m, d), s = q.shape, one.k.shape[1]
+    dtype = spec.compute_dtype
+    turned = (q.to(dtype).unsqueeze(2) * one.k.to(dtype).unsqueeze(1)).reshape(rows, m * s, d)
+    second = Partial.over(turned, two.k.to(dtype), two.v.to(dtype), spec, two.log_weight)
+    mass = second.log_mass.view(rows, m, s)
+    if one.log_weight is not None:
+        mass = mass + one.log_weight.to(dtype).unsqueeze(1)
+    top = mass.logsumexp(-1)
+    weight = torch.exp(mass - top.nan_to_num(neginf=0.0).unsqueeze(-1))
+    values = one.v.to(dtype).unsqueeze(1) * second.mean.view(rows, m, s, one.v.shape[-1])
+    return Partial((weight.unsqueeze(-1) * values).sum(2), top)
 
 
 def products(x1: Tensor, x2: Tensor) -> Tensor:
