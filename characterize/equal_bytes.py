@@ -1,0 +1,77 @@
+"""Every method that applies, on the built-in model, at equal bytes: which tasks survive what?
+
+    python characterize/equal_bytes.py [--n N] [--tasks ...] [--budgets ...]
+
+One audit (`kvfloor audit` does the same): 512 tokens of context, budgets in bytes of a whole sequence's cache, so that
+whatever a method holds beside its tokens (scores, samples, sketches) is paid for; exact takes 2 MiB. The question comes
+after the compression ("after") or is compressed along ("visible"). Per row: the state's measured bytes, and right
+answers of n with Wilson's 95 % interval; all rows of a task share their samples. Half an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from table import save
+
+from kvfloor.audit import plan, run
+from kvfloor.audit.statistics import wilson_interval
+
+METHODS = (
+    "h2o",
+    "h2o(recent=0)",
+    "h2o(score=mean)",
+    "h2o(prefill=dense)",
+    "tova",
+    "snapkv(decode=evict)",
+    "raas(prompt=evict)",
+    "knorm",
+    "keydiff",
+    "ridge_leverage",
+    "expected",
+    "k_center",
+    "sinks+value_sum",
+    "sinks+moments(covariance=diagonal)",
+    "sinks+less(kernels=builtin)",
+    "subgen",
+    "quant(bits=2)",
+    "exact|hip(k=64)",
+    "exact|pages(pages=8)",
+    "exact|zeta(k=64)",
+    "exact|top_k(k=64)",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--n", type=int, default=64)
+    parser.add_argument("--tasks", default="recall,passkey64,vartrack,registers")
+    parser.add_argument("--budgets", default="256KiB,768KiB")
+    parser.add_argument("--methods", help="with commas; instead of all")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        question = run.Question(
+            methods=METHODS if given.methods is None else plan.split_list(given.methods),
+            budgets=plan.split_list(given.budgets),
+            tasks=plan.split_list(given.tasks),
+            protocols=("after", "visible"),
+            n=given.n,
+            out=Path(folder) / "audit",
+        )
+        answer = run.run(question, lambda total, text: print(text, flush=True))
+    rows = []
+    for row in answer.rows:
+        right = sum(row.outcomes)
+        rows.append(
+            (row.protocol, row.task, row.method, row.state_bytes, int(row.bytes_read_per_token))
+            + (right, row.n, *wilson_interval(right, row.n))
+        )
+    save(__file__, ("question", "task", "method", "state_bytes", "bytes_read", "right", "n", "low", "high"), rows)
+
+
+if __name__ == "__main__":
+    main()
