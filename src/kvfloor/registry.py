@@ -40,6 +40,7 @@ from kvfloor.selectors.pages import Pages
 from kvfloor.selectors.selector import Selector
 from kvfloor.selectors.top_k import TopK
 from kvfloor.selectors.zcurve import ZCurve
+from kvfloor.sketches.balance import Balance
 from kvfloor.sketches.quantized import Quantized
 from kvfloor.sketches.subgen import SubGen
 from kvfloor.sketches.window_sample import WindowSample
@@ -83,6 +84,7 @@ TABLE: dict[str, type] = {
         ZCurve,
         Quantized,
         SubGen,
+        Balance,
         WindowSample,
     )
 }
@@ -108,6 +110,7 @@ ALIASES: dict[str, str] = {
     "hierarchical": "hip",
     "zcurve": "zeta",
     "clustergen": "subgen",
+    "balance_kv": "balance",
     "kivi": "quant",
 }
 

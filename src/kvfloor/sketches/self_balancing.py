@@ -1,0 +1,101 @@
+"""The self-balancing walk: signs, drawn one after the other, under which vectors nearly cancel."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Keep = Literal["pairs", "smaller"]
+
+
+def safe_threshold(steps: float, failure: float) -> float:
+    """c = 1/2 + ln(2 steps / failure): with at least this no step of the walk is clamped, but for `failure`.
+
+    The same walk, moved by -<w, x> / c instead of a sign where |<w, x>| > c, is sigma-sub-Gaussian in every fixed
+    direction with sigma^2 = c^2 / (2c - 1), for |x| <= 1 and c >= 1: the noise of a step lies in an interval of length
+    2, so Hoeffding gives (theta.x)^2 / 2, and the pull back takes away at least as much. Hence a step is clamped with
+    probability 2 exp(1/2 - c) at most. The paper's 30 ln(n / failure) is safe as well, and nearly a fair coin.
+    """
+    return max(1.0, 0.5 + math.log(2.0 * steps / failure))
+
+
+def sub_gaussian(c: float) -> float:
+    """sigma of the signed sum of vectors of length <= 1 (`safe_threshold`); c >= 1."""
+    return c / math.sqrt(2.0 * c - 1.0)
+
+
+def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, centre: bool) -> Tensor:
+    """K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), up to one factor per row: (r, m, m), float64.
+
+    k (r, m, d), v (r, m, dv); live (r, m) marks what is there, the rest gets zeros. `constant` counts in squares of the
+    longest value. The factor exp(-max |scale| |k|^2) / max |v|^2 keeps every entry within 1 + constant; the walk
+    compares inner products with the largest of them, so no common factor changes a sign.
+    centre   subtract the mean key first: exp(q.k) loses one factor per query
+    """
+    there = live.unsqueeze(-1)
+    k = k.to(torch.float64).masked_fill(~there, 0.0)
+    v = v.to(torch.float64).masked_fill(~there, 0.0)
+    if centre:
+        k = (k - k.sum(1, keepdim=True) / live.sum(1).clamp_min(1).view(-1, 1, 1)).masked_fill(~there, 0.0)
+    exponent = abs(scale) * torch.matmul(k, k.transpose(1, 2))
+    top = exponent.diagonal(dim1=1, dim2=2).amax(1).view(-1, 1, 1)
+    # Keys beyond 1e150 overflow the product itself; there the coin is fair.
+    exponent = torch.nan_to_num(exponent - top, nan=-torch.inf).clamp_max(0.0)
+    v = v / v.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    v = v / v.norm(dim=2, keepdim=True).amax(1, keepdim=True).clamp_min(1.0)
+    both = (there & live.unsqueeze(1)).to(torch.float64)
+    return torch.exp(exponent) * (torch.matmul(v, v.transpose(1, 2)) + constant) * both
+
+
+def of_pairs(products: Tensor) -> Tensor:
+    """Inner products (r, m/2, m/2) of the differences x_0 - x_1, x_2 - x_3, ... from those of the x, (r, m, m)."""
+    rows = products[:, 0::2] - products[:, 1::2]
+    return rows[:, :, 0::2] - rows[:, :, 1::2]
+
+
+def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor, Tensor]:
+    """Signs (r, m) in {-1, 1} of vectors with these inner products (r, m, m), and how many steps were clamped (r,).
+
+    Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if draws (r, m), uniform, is below
+    1/2 - y / (2a), else -. With R the longest of the vectors, a is
+        c R^2       as the paper has it (`even` False), or
+        c |x_j| R   which pulls short vectors back as firmly as long ones; the bounds of `safe_threshold` hold for both
+    Where |y| > a the probability is clamped to 0 or 1. Rows side by side; a vector of zeros gets a fair coin.
+    """
+    length = products.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+    longest = length.amax(1, keepdim=True)
+    allowed = c * longest * (length if even else longest.expand_as(length))
+    signs, along = torch.zeros_like(draws), torch.zeros_like(draws)
+    clamped = torch.zeros(draws.shape[0], dtype=torch.int64, device=draws.device)
+    for j in range(draws.shape[1]):
+        y, a = along[:, j], allowed[:, j]
+        pull = torch.where(a > 0, y / a.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        signs[:, j] = torch.where(draws[:, j] < 0.5 - 0.5 * pull, 1.0, -1.0)
+        clamped += (pull.abs() > 1.0) & (length[:, j] > 0)
+        along = along + signs[:, j : j + 1] * products[:, j]
+    return signs, clamped
+
+
+def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the first count[r] vectors stay, and which go: two masks (r, m), and the clamped steps (r,).
+
+    products (r, m, m) with m even and zeros beyond the count; draws (r, m) uniform, one per vector.
+    pairs    of each two neighbours one stays, so exactly half do, each with probability 1/2; an odd last one neither
+             stays nor goes. The walk signs the differences of the two, pulling evenly.
+    smaller  the paper's rule: the smaller class of signs stays, + if they are equal
+    """
+    place = torch.arange(products.shape[1], device=products.device)
+    if keep == "pairs":
+        whole = place < (count - count % 2).unsqueeze(1)
+        differences = of_pairs(products) * (whole[:, 0::2].unsqueeze(2) & whole[:, 0::2].unsqueeze(1))
+        signs, clamped = walk(differences, draws[:, 0::2], c, even=True)
+        plus = torch.stack([signs > 0, signs < 0], 2).flatten(1)
+        return plus & whole, ~plus & whole, clamped
+    live = place < count.unsqueeze(1)
+    signs, clamped = walk(products, draws, c, even=False)
+    plus, minus = (signs > 0) & live, (signs < 0) & live
+    stays = torch.where((plus.sum(1) <= minus.sum(1)).unsqueeze(1), plus, minus)
+    return stays, live & ~stays, clamped
