@@ -88,11 +88,7 @@ class SubGen(Method):
         """
         if self.radius is None:
             return None
-        s, _ = self.sizes()
-        half, ratio = self.failure / 2, math.exp(min(700.0, 2 * self.delta * self.radius))
-        numerator = math.sqrt(9 * spec.dv / (s * half))
-        denominator = math.sqrt(9 * (ratio - 1) ** 2 / (4 * ratio * self.t * half))
-        epsilon = max(numerator, denominator)
+        epsilon = chebyshev(self.sizes()[0] / spec.dv, self.t, self.delta * self.radius, self.failure)
         return Guarantee(
             epsilon,
             self.failure,
@@ -168,6 +164,16 @@ class SubGenState(Blocked):
         at = rows.to(k.device)
         self.pairs.offer(at, k, v, position, PAIRS)
         self.keys.join(at, k, position, self._plan.delta, SAMPLES)
+
+
+def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
+    """The epsilon of s pairs and t samples per cluster, half of `failure` each, relative to a Frobenius norm.
+
+    Law: the larger of sqrt(9 / (s f)) and sqrt(9 (R-1)^2 / (4 R t f)), where logits are within `reach` of their
+    cluster's centre: R = exp(2 reach). For the operator norm a pair counts as 1 / dv.
+    """
+    half, spread = failure / 2, math.exp(min(700.0, 2 * reach))
+    return max(math.sqrt(9 / (s * half)), math.sqrt(9 * (spread - 1) ** 2 / (4 * spread * t * half)))
 
 
 def ratio(z: Partial, log_tau: Tensor) -> Partial:

@@ -2,6 +2,6 @@
 
 from kvfloor.variants.subgen_tensor import SubGenTensor
 from kvfloor.variants.tensor import TensorAttention
-from kvfloor.variants.visual import NextScale, tokens_in
+from kvfloor.variants.visual import NextScale, keep_coarse, scale_budgets, tokens_in
 
-__all__ = ["NextScale", "SubGenTensor", "TensorAttention", "tokens_in"]
+__all__ = ["NextScale", "SubGenTensor", "TensorAttention", "keep_coarse", "scale_budgets", "tokens_in"]

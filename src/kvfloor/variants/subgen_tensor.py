@@ -1,10 +1,10 @@
 """SubGen for tensor attention: clusters and a reservoir for each of the two sides, read in all pairs of their points.
 
-A cache side (K1, V1) or (K2, V2) becomes two sets of weighted points: samples of its key clusters, whose weights sum to
-n, and its sampled pairs. Denominator and numerator are each one sum over a product of two such sets, so the n^2 products
-and the clusters of products are never held. Sketched for standard attention by Zandieh et al. 2024; the four-cache
-algorithm is announced by Chen et al. 2025 (arXiv 2503.11108, SubGen4Cache), known to us by its abstract. Constants are
-derived in docs/floors.md.
+A side of the cache, (K1, V1) or (K2, V2), becomes two sets of weighted points: samples of its key clusters, whose
+weights sum to n, and its sampled pairs. Denominator and numerator are each one sum over the product of two such sets,
+so neither the n^2 products nor the clusters of products are ever held. After Zandieh et al. 2024, who sketch standard
+attention; Chen et al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not known to us.
+Constants are derived in docs/floors.md.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from kvfloor.blocked import Blocked
 from kvfloor.budget import Budget
+from kvfloor.floors.sampling import subgen_s, subgen_t
 from kvfloor.memory import Memory
 from kvfloor.method import Guarantee, Method, Spec, Traits, count, positive
 from kvfloor.partial import Partial
 from kvfloor.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, shared_out
-from kvfloor.sketches.subgen import PAIRS, SAMPLES, ratio
+from kvfloor.sketches.subgen import PAIRS, SAMPLES, chebyshev, ratio
 from kvfloor.slots import Slots
 from kvfloor.variants.tensor import Points, over_pairs
 
@@ -49,9 +50,7 @@ class SubGenTensor(Method):
     """
 
     name: ClassVar[str] = "subgen_tensor"
-    paper: ClassVar[str] = (
-        "Zandieh et al. 2024 (arXiv 2402.06082), for the law of Alman and Song 2023 (arXiv 2310.04064)"
-    )
+    paper: ClassVar[str] = "after Zandieh et al. 2024, SubGen (arXiv 2402.06082)"
     delta1: float = 0.5
     delta2: float = 0.5
     t: int = 4
@@ -105,12 +104,7 @@ class SubGenTensor(Method):
         del spec
         if self.radius is None:
             return None
-        s, _ = self.sizes()
-        spread = 2 * self.radius * self.largest * (self.delta1 + self.delta2)
-        half, most = self.failure / 2, math.exp(min(700.0, spread))
-        numerator = math.sqrt(9 / (s * half))
-        denominator = math.sqrt(9 * (most - 1) ** 2 / (4 * most * self.t * half))
-        epsilon = max(numerator, denominator)
+        epsilon = chebyshev(self.sizes()[0], self.t, self._reach * self.radius, self.failure)
         return Guarantee(
             epsilon,
             self.failure,
@@ -127,6 +121,21 @@ class SubGenTensor(Method):
             why="" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: more t or s is needed",
         )
 
+    @property
+    def _reach(self) -> float:
+        """How far the products of two clusters' keys are from the product of their centres, at most (l2)."""
+        return self.largest * (self.delta1 + self.delta2)
+
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGenTensor:
+        """s and t for these cluster radii; the centres follow from the keys, so there is no cap and no budget."""
+        if self.radius is None or not (0 < epsilon < 1 and delta > 0):
+            return self
+        s = subgen_s(spec.dv, epsilon, delta / 2, norm="frobenius")
+        t = subgen_t(self._reach, self.radius, epsilon, delta / 2)
+        if not math.isfinite(s + t):
+            raise ValueError(f"{self}: keys of a cluster differ by e^{2 * self._reach * self.radius:g} in weight")
+        return replace(self, s=math.ceil(s), t=max(1, math.ceil(t)), failure=delta, centres=None, budget=None)
+
 
 class Side(Memory):
     """What is kept of one side: the clusters of its keys and its pairs of key and value."""
@@ -140,9 +149,8 @@ class Side(Memory):
     def masses(self, waiting: Points) -> Points:
         """The points of the denominator: no values."""
         keys, weight = self.keys.weighted(int(self.keys.used.max()))
-        return _points(
-            keys, keys.new_zeros(*keys.shape[:2], 1), weight, Points(waiting.k, waiting.v[..., :1], waiting.log_weight)
-        )
+        nothing = Points(waiting.k, torch.zeros_like(waiting.v[..., :1]), waiting.log_weight)
+        return _points(keys, keys.new_zeros(*keys.shape[:2], 1), weight, nothing)
 
     def values(self, waiting: Points) -> Points:
         """The points of the numerator."""
@@ -214,10 +222,9 @@ class SubGenTensorState(Blocked):
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """A token sees all pairs up to itself, of which its own are no set of tokens: one answer at a time."""
         parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
-        mean, log_mass = (
-            torch.stack(x, 2).flatten(1, 2) for x in ([p.mean for p in parts], [p.log_mass for p in parts])
-        )
-        return Partial(mean, log_mass)
+        mean = torch.stack([part.mean for part in parts], 2)
+        log_mass = torch.stack([part.log_mass for part in parts], 2)
+        return Partial(mean.flatten(1, 2), log_mass.flatten(1, 2))
 
     def _pairs(self, q: Tensor, visible: Tensor) -> Partial:
         """The answer to q (rows, m, d) from both sides and the first visible (rows,) tokens of the open block."""

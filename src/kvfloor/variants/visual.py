@@ -7,12 +7,13 @@ any Method keeps the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 202
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from kvfloor.bounded import BoundedState
-from kvfloor.floors.domain import whole
+from kvfloor.floors.domain import whole, within
 from kvfloor.partial import Partial
 from kvfloor.state import State
 
@@ -20,6 +21,49 @@ from kvfloor.state import State
 def tokens_in(sides: Sequence[int]) -> int:
     """Tokens of a pyramid with maps of these sides: the sum of their squares."""
     return sum(whole("side", side) ** 2 for side in sides)
+
+
+def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[int]:
+    """Tokens of each scale to keep under a budget of `total`: coarse scales whole, the finer ones in proportion.
+
+    Scales count as coarse, in order, while all of them take at most `share` of the budget; what is left goes to the
+    others by their tokens, rounded down, and the odd ones one each from the finest on. A budget with room for all keeps
+    all.
+    """
+    total = whole("total", total)
+    share = within("share", share, 0.0, 1.0)
+    sizes = [whole("side", side) ** 2 for side in sides]
+    if sum(sizes) <= total:
+        return sizes
+    coarse = _coarse(sizes, total, share)
+    left, rest = total - sum(sizes[:coarse]), sum(sizes[coarse:])
+    budgets = sizes[:coarse] + [left * size // rest for size in sizes[coarse:]]
+    for i in range(total - sum(budgets)):
+        budgets[-1 - i] += 1
+    return budgets
+
+
+def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
+    """Pin the coarse scales of a pyramid that is yet to come: none of their tokens leaves. Returns how many scales.
+
+    They are those that `scale_budgets` keeps whole under the state's (smallest) budget; which tokens of the finer
+    scales stay is the policy's choice, and for `random` their `scale_budgets` are what stays in expectation. Raises
+    ValueError for a state that cannot pin, has seen tokens, or whose policy protects too much besides.
+    """
+    if not isinstance(state, BoundedState):
+        raise ValueError(f"{state.method} has no budget to share out over scales: give an eviction policy")
+    if bool(state.seen.any()):
+        raise ValueError("coarse scales are pinned before the first token, this state has seen some")
+    sizes = [whole("side", side) ** 2 for side in sides]
+    coarse = _coarse(sizes, int(state.budget.min()), within("share", share, 0.0, 1.0))
+    if coarse:
+        state.pin(0, sum(sizes[:coarse]))
+    return coarse
+
+
+def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
+    """How many of the first scales together take at most `share` of the budget."""
+    return sum(taken <= share * total for taken in accumulate(sizes))
 
 
 class NextScale:
