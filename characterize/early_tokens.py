@@ -4,8 +4,8 @@
 
 2,000 tokens with normal keys and queries (d = 32, scale 1/sqrt(d), GQA group of 1), a budget of 200, evicting after
 every token, no sinks; 32 streams from one seed. Nothing in such a stream makes an early token better than a late one.
-Per rule: the share of the final cache that is among the first 200 tokens (0.1 of all), its mean and 95 % interval over the
-streams, and the median age of what is held. One to two minutes on one core.
+Per rule: the share of the final cache that is among the first 200 tokens (0.1 of all), its mean and 95 % interval over
+the streams, and the median age of what is held. One to two minutes on one core.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python characterize/equal_bytes.py [--n N] [--tasks ...] [--budgets ...]
 
-One audit (`kvfloor audit` does the same): 512 tokens of context, budgets in bytes of a whole sequence's cache, so that
-whatever a method holds beside its tokens (scores, samples, sketches) is paid for; exact takes 2 MiB. The question comes
-after the compression ("after") or is compressed along ("visible"). Per row: the state's measured bytes, and right
-answers of n with Wilson's 95 % interval; all rows of a task share their samples. Half an hour on one core.
+One audit (`kvfloor audit` does the same): 512 tokens of context, a budget in bytes of a whole sequence's cache, so that
+whatever a method holds beside its tokens (scores, samples, sketches, its open block) is paid for; exact takes 2 MiB.
+The question comes after the compression ("after") or is compressed along ("visible"). Per row: the state's measured
+bytes, the bytes that one token reads, and right answers of n with Wilson's 95 % interval; all rows of a task share
+their samples. Twenty minutes on one core.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from kvfloor.audit.statistics import wilson_interval
 METHODS = (
     "h2o",
     "h2o(recent=0)",
-    "h2o(score=mean)",
     "h2o(prefill=dense)",
     "tova",
     "snapkv(decode=evict)",
@@ -37,6 +37,7 @@ METHODS = (
     "sinks+moments(covariance=diagonal)",
     "sinks+less(kernels=builtin)",
     "subgen",
+    "balance",
     "quant(bits=2)",
     "exact|hip(k=64)",
     "exact|pages(pages=8)",
@@ -49,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--tasks", default="recall,passkey64,vartrack,registers")
-    parser.add_argument("--budgets", default="256KiB,768KiB")
+    parser.add_argument("--budgets", default="512KiB")
     parser.add_argument("--methods", help="with commas; instead of all")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -33,6 +33,8 @@ METHODS = {
     "quest, as many tokens read": f"exact|pages(pages={BUDGET // 16})",
     "h2o": f"h2o@{BUDGET + PROMPT}",
     "tova": f"tova@{BUDGET + PROMPT}",
+    "h2o, twice the budget": f"h2o@{2 * BUDGET + PROMPT}",
+    "window, twice the budget": f"window@{2 * BUDGET + PROMPT}",
     "sinks": f"sinks@{BUDGET + PROMPT}",
     "window": f"window@{BUDGET + PROMPT}",
     "random": f"random@{BUDGET + PROMPT}",

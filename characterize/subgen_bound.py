@@ -6,7 +6,7 @@
 length 2. Error is |answer - attention|_2 / (|softmax|_2 ||V||_op), as the theorem measures it; `quantile` is its
 0.9-quantile over 300 independent seeds of the method for each of 8 queries (2,400 errors), `epsilon` what SubGen states
 for a failure of 0.1. `stored` is the state's bytes as a share of all keys and values; above 1 nothing was saved.
-Two minutes on one core.
+Four minutes on one core.
 """
 
 from __future__ import annotations
