@@ -11,7 +11,8 @@ import torch
 from kvfloor.check import chance, contract, holding, index_floor, inputs, rows, storage, streaming, truth
 from kvfloor.check.ground import slots_of, spec_for
 from kvfloor.check.law import Broken, Check, Setting
-from kvfloor.method import Method, standard_law
+from kvfloor.check.ones import beside_ones
+from kvfloor.method import Method
 from kvfloor.state import State
 
 
@@ -107,6 +108,9 @@ CHECKS: dict[str, Check] = {
 }
 
 
+_OF_THE_METHOD = {"text", "documented"}  # no stream is fed
+
+
 @dataclass
 class Outcome:
     """What a method's trial showed: names of laws that hold, and why others fail or are not claimed."""
@@ -131,19 +135,22 @@ def run_checks(
     """Try every law that the method claims, under every dtype and GQA group where these matter to it.
 
     Elsewhere the first dtype and the last group stand for all. A law that fails is listed with its first failure;
-    a check that ends in any other exception has failed as well.
-    Raises ValueError where the method cannot be opened at all (no budget, say) or follows another attention law.
+    a check that ends in any other exception has failed as well. Tensor attention is tried as standard attention, its
+    two sides taking turns (`check/ones.py`).
+    Raises ValueError where the method cannot be opened at all (no budget, say).
     """
-    standard_law(method, "the conformance suite")
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law
-    outcome = Outcome(str(method))
+    outcome, sides = Outcome(str(method)), beside_ones(method)
     for name, check in CHECKS.items():
         tried = [
             Setting(dtype, g, seed)
             for dtype in (dtypes if "dtype" in check.over else dtypes[:1])
             for g in (groups if "g" in check.over else groups[-1:])
         ]
-        unclaimed, why = _try(check, method, tried)
+        subjects = [method] if name in _OF_THE_METHOD else sides
+        turns = max(len(tried), len(subjects))
+        trials = [(subjects[i % len(subjects)], tried[i % len(tried)]) for i in range(turns)]
+        unclaimed, why = _try(check, trials)
         if unclaimed is not None:
             outcome.skipped.append({"check": name, "why": unclaimed})
         elif why is not None:
@@ -153,14 +160,14 @@ def run_checks(
     return outcome
 
 
-def _try(check: Check, method: Method, settings: Sequence[Setting]) -> tuple[str | None, str | None]:
+def _try(check: Check, trials: Sequence[tuple[Method, Setting]]) -> tuple[str | None, str | None]:
     """Why the law is not claimed, or else why it does not hold, or else neither."""
     where = ""
     try:
-        unclaimed = check.not_claimed(method)
+        unclaimed = check.not_claimed(trials[0][0])
         if unclaimed is not None:
             return unclaimed, None
-        for at in settings:
+        for method, at in trials:
             where = f" [{at}]"
             check.run(method, at)
     except Broken as broken:
