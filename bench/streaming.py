@@ -2,9 +2,9 @@
 
 Every registered method of constant memory, budget 256, 4 kv heads of width 64 with a GQA group of 2. At 25 lengths from
 1,024 to 102,400 tokens each method in turn takes 64 single tokens, two blocks of 32, question and update together.
-Shown are its median microseconds per token, the slope of a token's cost over the length by least squares, as a share of the median
-per 100,000 tokens with its 95 % interval, and the bytes at the first and the last length. Refuses to print while the
-tests of what it times are red. `--out FILE` also writes a page with the curves.
+Shown are its median microseconds per token, the slope of a token's cost over the length by least squares, as a share of
+the median per 100,000 tokens with its 95 % interval, and the bytes at the first and the last length. Refuses to print
+while the tests of what it times are red. `--out FILE` also writes a page with the curves.
 """
 
 from __future__ import annotations

@@ -86,6 +86,13 @@ def test_methods_json() -> None:
     names = {row["name"] for row in document["rows"]}
     assert {"exact", "window", "sinks", "random", "h2o", "value_sum", "subgen", "everything", "top_k"} <= names
     assert {"name", "kind", "paper", "guarantee", "memory", "traits"} <= set(document["rows"][0])
+    rows = {row["name"]: row for row in document["rows"]}
+    assert rows["tensor"]["kind"] == rows["subgen_tensor"]["kind"] == "variant" and "public_bits" not in rows
+    assert rows["h2o"]["guarantee"] == "none" and rows["subgen"]["guarantee"].endswith("given radius")
+    assert [rows[name]["memory"] for name in ("window", "subgen", "quant")] == [
+        *("constant", "constant under a budget", "grows with the stream"),
+    ]
+    assert all(row["about"].endswith(".") and "\n" not in row["about"] for row in document["rows"])
 
 
 def test_break_json_certifies_every_bit_of_exact() -> None:

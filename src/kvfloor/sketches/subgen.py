@@ -23,7 +23,9 @@ _LOG_RATIO_LIMIT = 60.0
 
 @dataclass(frozen=True)
 class SubGen(Method):
-    """Zandieh, Han, Mirrokni and Karbasi 2024 (arXiv 2402.06082), the streaming algorithm.
+    """Samples of online key clusters give the denominator, pairs sampled by |v|^2 the numerator.
+
+    The streaming algorithm of Zandieh, Han, Mirrokni and Karbasi 2024 (arXiv 2402.06082).
 
     Keys are clustered online: a key within `delta` of the nearest centre joins it, another becomes a centre.
     Each cluster keeps `t` uniform samples of its keys; `s` (key, value) pairs are kept with probability
