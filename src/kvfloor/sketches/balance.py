@@ -14,7 +14,7 @@ from kvfloor.budget import Budget, tokens
 from kvfloor.method import Guarantee, Method, Spec, Traits, count, positive
 from kvfloor.partial import Partial
 from kvfloor.randomness import row_keys, uniform
-from kvfloor.sketches.self_balancing import Keep, gram, halve, safe_threshold, sub_gaussian
+from kvfloor.sketches.self_balancing import Keep, gram, halve, safe_threshold, tree_error, worst_growth
 from kvfloor.slots import Slots
 
 _LEVELS = 64  # a token of level l stands for 2^l; positions are below 2^57
@@ -34,17 +34,19 @@ class Balance(Method):
               Without a budget a full level is halved: at most batch tokens per level, log2(n / batch) + 2 levels.
     budget    tokens per row, held always; rows act at every eighth of them (or batch-th token). Nothing is halved while
               the next eighth has room; else the oldest half a budget of the level that has the most of them per 4^l,
-              as halving level l adds 4^l to the squared error whatever the size. Halving no more than that keeps weights
-              alike. Where every level has one token, a fair coin drops or doubles that of the lightest.
+              as halving level l adds 4^l to the squared error whatever the size. Halving no more than that keeps
+              weights alike. Where every level has one token, a fair coin drops or doubles that of the lightest.
     keep      pairs: one of each two neighbours stays, weights add up to n; smaller: the paper's smaller sign class,
               which loses a little mass each time
     c         the walk's threshold: small is greedy, large is a fair coin; None: the safe one for `horizon` and
               `failure`, at which the guarantee holds. The paper's code has 1/8.
-    constant  square of the constant coordinate, relative to the longest value in the level
+    constant  square of the constant coordinate, relative to the longest value halved; the paper's code has 0.025,
+              the bound of the guarantee is least at 1
+    sharpness the walk's kernel is exp(sharpness |scale| k.k'), the paper's at 1; at less, keys balance farther ones
     centre    subtract the level's mean key in the walk; answers always have the keys as they are
     sinks, recent   this many first and newest tokens are never halved
     radius, spread, horizon, failure   for the guarantee, see there
-    The paper's algorithm is balance(keep=smaller,centre=False,c=None,horizon=n,sinks=0,recent=0).
+    The paper's algorithm is balance(keep=smaller,centre=False,sharpness=1,c=None,horizon=n,sinks=0,recent=0).
     """
 
     name: ClassVar[str] = "balance"
@@ -52,7 +54,8 @@ class Balance(Method):
     batch: int = 64
     keep: Keep = "pairs"
     c: float | None = 0.125
-    constant: float = 1.0
+    constant: float = 0.025
+    sharpness: float = 0.25
     centre: bool = True
     sinks: int = 4
     recent: int = 16
@@ -65,7 +68,7 @@ class Balance(Method):
     def __post_init__(self) -> None:
         count(self.name, sinks=self.sinks, recent=self.recent)
         count(self.name, least=2, batch=self.batch)
-        positive(self.name, constant=self.constant, failure=self.failure)
+        positive(self.name, constant=self.constant, sharpness=self.sharpness, failure=self.failure)
         for name in ("c", "radius", "spread"):
             if getattr(self, name) is not None:
                 positive(self.name, **{name: getattr(self, name)})
@@ -82,9 +85,7 @@ class Balance(Method):
         if self.spread is not None and self.spread < 1:
             raise ValueError(f"balance: spread is max / mean of |v|^2, at least 1, got {self.spread}")
         if self.c is None and self.horizon is None:
-            raise ValueError(
-                "balance: the safe threshold, c=None, is for a stream of at most `horizon` tokens: give it"
-            )
+            raise ValueError("balance: c=None is the safe threshold for at most `horizon` tokens: give the horizon")
         if isinstance(self.budget, tuple):
             raise ValueError("balance takes one budget for all rows, not one per row")
         if self.budget is not None and not isinstance(self.budget, str):
@@ -136,26 +137,12 @@ class Balance(Method):
     # ---- the theorem ---------------------------------------------------------------------------------------
 
     def _error_terms(self, spec: Spec) -> tuple[float, float]:
-        """(x, y) for which epsilon = sqrt(spread) x / (batch - y).
-
-        Derivation, a = constant, r = radius, a third of `failure` each for the walk, the numerator, the denominator.
-        A direction u of the error is the signed sum of e^{q.k} (v - answer).u, which is linear in the walk's vectors;
-        the pairs' differences are at most 2 e^{|k|^2/2} |(v, const)| long. So one halving of level l is sub-Gaussian
-        with 4^l 4 sigma^2 e^{2 r^2} (1+a)^2/a max|v|^2, halvings are martingale differences, and their 4^l sum to
-        2 n^2 / batch^2. The length of a sub-Gaussian vector is at most its deviation times sqrt(dv) + sqrt(2 ln 1/f)
-        (Hsu, Kakade and Zhang 2012). All is relative to the denominator, n e^{-r^2} at least. Centring costs e^{5/2 r^2}
-        in this worst case: |k - mean| may be 2r, and q.mean is r^2.
-        """
         assert self.radius is not None
-        a, third = self.constant, self.failure / 3
-        growth = math.exp(min(600.0, (4.5 if self.centre else 2.0) * self.radius**2))
-        walked = 2.0 * math.sqrt(2.0) * sub_gaussian(self._safe_threshold()) * growth
-        x = walked * (1 + a) / math.sqrt(a) * (math.sqrt(spec.dv) + math.sqrt(2 * math.log(1 / third)))
-        y = walked * math.sqrt((1 + a) / a) * math.sqrt(2 * math.log(2 / third))
-        return x, y
+        growth = self.radius**2 * worst_growth(self.sharpness, self.centre)
+        return tree_error(spec.dv, growth, self.constant, self._safe_threshold(), self.failure / 3)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance; ours, not the paper's.
+        """||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance (`tree_error`).
 
         radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
         spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
@@ -199,7 +186,7 @@ class Balance(Method):
         x, y = sized._error_terms(spec)
         batch = y + math.sqrt(self.spread) * x / epsilon
         if batch > 2**40:
-            raise ValueError(f"{self}: exp({'9/2' if self.centre else '2'} radius^2) makes the batch too large")
+            raise ValueError(f"{self}: a radius of {self.radius:g} needs more than 2^40 tokens in a batch")
         return replace(sized, batch=2 * math.ceil(batch / 2))
 
 
@@ -289,7 +276,7 @@ class BalanceState(Blocked):
         k, v = (x.gather(1, slot.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in (view.k, view.v))
         lane = row_keys(self.spec.seed, self.spec.ids(), "balance")[rows.to(device)].unsqueeze(1)
         draws = uniform(lane, view.position.gather(1, slot) * _LEVELS + level.to(device).unsqueeze(1))
-        products = gram(k, v, there, self.spec.scale, plan.constant, plan.centre)
+        products = gram(k, v, there, self.spec.scale * plan.sharpness, plan.constant, plan.centre)
         stays, goes, clamped = halve(products, size.to(device), draws, plan.threshold, plan.keep)
         alone = (size == 1).to(device)
         stays[:, 0] = torch.where(alone, draws[:, 0] < 0.5, stays[:, 0])

@@ -27,6 +27,32 @@ def sub_gaussian(c: float) -> float:
     return c / math.sqrt(2.0 * c - 1.0)
 
 
+def worst_growth(sharpness: float, centre: bool) -> float:
+    """g in exp(g r^2), by which `tree_error` grows where sqrt(|scale|) |q| and sqrt(|scale|) |k| are r at most.
+
+    With h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and the
+    denominator is at least n e^{-r^2}. Centred, |k - mean| may be 2r, and the factor e^{q.mean} is back.
+    """
+    return 0.5 / sharpness + (2.0 * sharpness + 2.0 if centre else 0.5 * sharpness + 1.0)
+
+
+def tree_error(dv: int, growth: float, constant: float, c: float, failure: float) -> tuple[float, float]:
+    """(x, y): a merge-and-reduce tree over pairs errs by less than x / (batch - y) max |v|, but for 2 `failure`.
+
+    For one fixed query, e^growth as in `worst_growth`, and no clamped step; a = constant. A direction u of numerator
+    minus answer times denominator is off by the signed sum of e^{q.k} (v - answer).u, which is linear in the walk's
+    vectors e^{k} (v, const); differences of two are at most 2 |e^{k}| sqrt(1 + a) max |v| long. So one halving of level
+    l is sub-Gaussian with 4^l 4 sigma^2 |e^{q}|^2 |e^{k}|^2 (1 + a)^2 / a max |v|^2. Halvings are martingale
+    differences; their 4^l sum to 2 n^2 / batch^2, as level l has n / (2^l batch) of them at most. A sub-Gaussian vector
+    is no longer than its deviation times sqrt(dv) + sqrt(2 ln 1/failure) (Hsu, Kakade and Zhang 2012). The
+    denominator is off likewise.
+    """
+    walked = 2.0 * math.sqrt(2.0) * sub_gaussian(c) * math.exp(min(600.0, growth))
+    x = walked * (1 + constant) / math.sqrt(constant) * (math.sqrt(dv) + math.sqrt(2.0 * math.log(1.0 / failure)))
+    y = walked * math.sqrt((1 + constant) / constant) * math.sqrt(2.0 * math.log(2.0 / failure))
+    return x, y
+
+
 def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, centre: bool) -> Tensor:
     """K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), up to one factor per row: (r, m, m), float64.
 
