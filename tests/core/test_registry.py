@@ -223,7 +223,7 @@ def test_a_part_that_is_no_dataclass_is_refused(here: str) -> None:
 BAD = [
     ("", "a method is text such as"),
     ("   ", "a method is text such as"),
-    ("nonsense@8", "unknown policy or method 'nonsense'; there are exact, expected, h2o, keydiff, knorm, quant"),
+    ("nonsense@8", "unknown policy or method 'nonsense'; there are balance, exact, expected, h2o, k_center, key"),
     ("windw@8", "did you mean 'window'?"),
     ("window+nothing@8", "unknown summary 'nothing'; there are drop, less, moments, taylor, value_sample, value_sum"),
     ("window|all@8", "unknown selector 'all'; there are best_first, everything, hip, pages, top_k, zeta"),
