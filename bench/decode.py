@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from gate import green
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kvfloor
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMED = ["tests/core", "tests/hf/test_exact.py"]
 HEADS, KV_HEADS, WIDTH = 8, 2, 128
-
-
-def green() -> bool:
-    """Whether the tests of what is timed pass."""
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *TIMED], cwd=ROOT)
-    return run.returncode == 0
 
 
 def interleaved(versions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -69,8 +61,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
-    if not green():
-        print("the tests of what is timed are red: no figures", file=sys.stderr)
+    if not green(*TIMED):
         return 1
     torch.set_num_threads(given.threads)
     print(f"torch {torch.__version__}, {given.threads} threads, {HEADS} heads, {KV_HEADS} kv heads, d = {WIDTH}")

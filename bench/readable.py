@@ -9,27 +9,19 @@ got less than 80 % of their cores' time says so: repeat it on an idle machine.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
+from gate import green
 from torch import Tensor
 
 from kvfloor.floors.measured import Readable, readable_by, readable_within
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMED = ["tests/floors/measured"]
 ETA = 0.05
-
-
-def green() -> bool:
-    """Whether the tests of what is timed pass."""
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *TIMED], cwd=ROOT)
-    return run.returncode == 0
 
 
 def timed(floor: Callable[[int], Readable], heads: int, threads: int) -> tuple[float, float, float, float]:
@@ -54,8 +46,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=("by", "absent", "present"), help="time one of the floors alone")
     given = parser.parse_args()
-    if not green():
-        print("the tests of what is timed are red: no figures", file=sys.stderr)
+    if not green(*TIMED):
         return 1
     torch.set_num_threads(1)
     n, d, scale = given.tokens, given.width, given.width**-0.5

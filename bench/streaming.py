@@ -13,26 +13,19 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from gate import green
 
 from kvfloor import Method, Spec, State
 from kvfloor.registry import TABLE, default_method
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMED = ["tests/core"]
 BUDGET, ROWS, GROUP, WIDTH = 256, 4, 2, 64
 STEPS, FIRST, LAST, MARKS, BULK = 64, 1024, 102_400, 25, 1024
-
-
-def green() -> bool:
-    """Whether the tests of what is timed pass."""
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *TIMED], cwd=ROOT)
-    return run.returncode == 0
 
 
 def streaming() -> list[Method]:
@@ -97,8 +90,7 @@ def main() -> int:
     parser.add_argument("--last", type=int, default=LAST)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    if not green():
-        print("the tests of what is timed are red: no figures", file=sys.stderr)
+    if not green(*TIMED):
         return 1
     torch.set_num_threads(given.threads)
     lengths = [round(FIRST + (given.last - FIRST) * i / (MARKS - 1)) for i in range(MARKS)]

@@ -14,9 +14,8 @@ of all keys and values. Under a minute on one core.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
+from table import save
 from torch import Tensor
 
 from kvfloor import Spec, parse
@@ -26,7 +25,6 @@ from kvfloor.selectors.selector import Selector
 
 KEYS, QUERIES, TOP, WIDTHS = 2048, 200, 32, (3, 8, 32, 64, 128)
 SELECTORS = ("zeta", "zeta(curves=8)", "pages(pages=8)", "hip(k=128)")
-RESULTS = Path(__file__).with_suffix(".tsv")
 
 
 def drawn(kind: str, d: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -63,16 +61,15 @@ def share_read(text: str, d: int) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     source = torch.Generator().manual_seed(0)
-    lines = ["\t".join(("keys", "d", *SELECTORS, "best_first looks into"))]
+    rows = []
     for kind in ("unit", "normal", "cluster", "walk"):
         for d in WIDTHS:
             q, k = drawn(kind, d, source)
             shares = [float(recall(_selector(text), q, k, TOP).mean()) for text in SELECTORS]
-            lines.append("\t".join((kind, str(d), *(f"{share:.3f}" for share in (*shares, looked_into(q, k))))))
+            rows.append((kind, d, *(f"{share:.3f}" for share in (*shares, looked_into(q, k)))))
     reads = [f"{share_read(text, 64):.3f}" for text in SELECTORS]
-    lines.append("\t".join(("bytes read", "64", *reads, "")))
-    print("\n".join(lines))
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows.append(("bytes read", 64, *reads, ""))
+    save(__file__, ("keys", "d", *SELECTORS, "best_first looks into"), rows)
 
 
 def _selector(text: str) -> Selector:

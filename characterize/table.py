@@ -10,11 +10,16 @@ from statistics import NormalDist, fmean, stdev
 Row = Sequence[object]
 
 
+def show(fields: Sequence[str], rows: Iterable[Row]) -> str:
+    """Print the rows, tab-separated; gives what was printed."""
+    text = "\n".join(["\t".join(fields), *("\t".join(_cell(value) for value in row) for row in rows)])
+    print(text)
+    return text
+
+
 def save(script: str, fields: Sequence[str], rows: Iterable[Row]) -> None:
-    """Print the rows, tab-separated, and write them to the script's name with the ending .tsv."""
-    lines = ["\t".join(fields), *("\t".join(_cell(value) for value in row) for row in rows)]
-    print("\n".join(lines))
-    Path(script).with_suffix(".tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """Print the rows, and write them to the script's name with the ending .tsv."""
+    Path(script).with_suffix(".tsv").write_text(show(fields, rows) + "\n", encoding="utf-8")
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from pathlib import Path
 
 import torch
+from table import save, show
 from torch import Tensor, nn
 
 from kvfloor.audit.statistics import wilson_interval
@@ -24,7 +24,6 @@ from kvfloor.variants.zeta import ZetaAttention
 
 VOCABULARY, LENGTH, PAIRS, WIDTH = 128, 64, 8, 64
 BATCH, RATE, TRIALS = 32, 3e-3, 2000
-RESULTS = Path(__file__).with_suffix(".tsv")
 FIELDS = ("attention", "parameters", "steps", "seed", "right", "n", "low", "high", "keys_weighed", "seconds")
 
 
@@ -141,11 +140,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     kinds, seeds = [given.only] if given.only else ["softmax", "zeta"], [int(seed) for seed in given.seeds.split(",")]
-    rows = [run(kind, given.steps, seed) for seed in seeds for kind in kinds]
-    lines = ["\t".join(FIELDS), *("\t".join(str(row[field]) for field in FIELDS) for row in rows)]
-    print("\n".join(lines))
+    rows = [[run(kind, given.steps, seed)[field] for field in FIELDS] for seed in seeds for kind in kinds]
     if given.only is None:
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        save(__file__, FIELDS, rows)
+    else:
+        show(FIELDS, rows)
 
 
 if __name__ == "__main__":

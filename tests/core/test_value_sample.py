@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
+from kvfloor.barriers.certificates import wrong_share_limit
 from kvfloor.randomness import row_keys, uniform
 from kvfloor.sketches.window_sample import WindowSampleState
 from kvfloor.summaries import value_sample
@@ -38,24 +39,6 @@ def many(text: str, k: Tensor, v: Tensor, rows: int = ROWS):
 def unmasked(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
     weight = torch.where(inside, torch.exp(k @ q), 1.0)
     return (weight.unsqueeze(1) * v).sum(0) / weight.sum()
-
-
-def upper_limit(failures: int, n: int, confidence: float) -> float:
-    """The Clopper-Pearson upper limit of a failure rate: where so few failures have probability 1 - confidence."""
-    low, high = failures / n, 1.0
-    for _ in range(60):
-        p = (low + high) / 2
-        log_terms = [
-            math.lgamma(n + 1)
-            - math.lgamma(i + 1)
-            - math.lgamma(n - i + 1)
-            + i * math.log(p)
-            + (n - i) * math.log1p(-p)
-            for i in range(failures + 1)
-        ]
-        tail = math.fsum(math.exp(t) for t in log_terms)
-        low, high = (p, high) if tail > 1 - confidence else (low, p)
-    return high
 
 
 def assert_mean(samples: Tensor, wanted: Tensor) -> None:
@@ -258,14 +241,14 @@ def failures(text: str, rows: int, draw: Draw) -> tuple[int, float, float]:
 @pytest.mark.parametrize("text", [RAO_BLACKWELL, PAPER])
 def test_misses_are_rarer_than_stated(draw: Draw, text: str) -> None:
     failed, _, delta = failures(text, 200, draw)
-    assert upper_limit(failed, 200, 0.99995) <= delta
+    assert wrong_share_limit(failed, 200, 5e-5) <= delta
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [RAO_BLACKWELL, PAPER])
 def test_misses_are_rarer_than_stated_over_ten_thousand_seeds(draw: Draw, text: str) -> None:
     failed = sum(failures(text, 1000, draw)[0] for _ in range(10))
-    assert upper_limit(failed, 10_000, 0.99995) <= 0.2
+    assert wrong_share_limit(failed, 10_000, 5e-5) <= 0.2
 
 
 def test_the_test_tells_a_method_that_misses_too_often(draw: Draw) -> None:
@@ -277,7 +260,7 @@ def test_the_test_tells_a_method_that_misses_too_often(draw: Draw) -> None:
     state.append(torch.zeros(200, 40, 3, dtype=torch.float64), v.expand(200, -1, -1))
     truth = v.mean()
     missed = ((state.read(torch.zeros(200, 1, 3, dtype=torch.float64)).mean - truth).abs() > 0.6 * truth).any(2)
-    assert upper_limit(int(missed.sum()), 200, 0.99995) > 0.2
+    assert wrong_share_limit(int(missed.sum()), 200, 5e-5) > 0.2
 
 
 def test_sizes_follow_from_epsilon_and_delta() -> None:

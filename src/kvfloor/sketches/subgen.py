@@ -109,8 +109,8 @@ class SubGen(Method):
         s = subgen_s(spec.dv, epsilon, delta / 2)
         t = subgen_t(self.delta, self.radius, epsilon, delta / 2)
         if not math.isfinite(s + t):
-            ratio = f"exp({2 * self.delta * self.radius:g})"
-            raise ValueError(f"{self}: exp(2 delta radius) = {ratio} takes too many samples")
+            spread = f"exp({2 * self.delta * self.radius:g})"  # largest weight over least within a cluster
+            raise ValueError(f"{self}: exp(2 delta radius) = {spread} takes too many samples")
         return replace(self, s=math.ceil(s), t=max(1, math.ceil(t)), failure=delta, centres=None, budget=None)
 
 
