@@ -18,15 +18,15 @@ _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64, which torch shifts arithmetically."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    """Logical right shift of int64, which torch shifts arithmetically: a new tensor."""
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser (Steele, Lea and Flood 2014) on int64 lanes."""
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    return x ^ _shift(x, 31)
+    """The splitmix64 finaliser (Steele, Lea and Flood 2014) on int64 lanes, in place: callers pass a fresh tensor."""
+    x.bitwise_xor_(_shift(x, 30)).mul_(_MIX1)
+    x.bitwise_xor_(_shift(x, 27)).mul_(_MIX2)
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def row_keys(seed: int, row_ids: Tensor, purpose: str) -> Tensor:
@@ -38,8 +38,8 @@ def row_keys(seed: int, row_ids: Tensor, purpose: str) -> Tensor:
 
 def uniform(keys: Tensor, counters: Tensor) -> Tensor:
     """Float64 uniforms in (0, 1): `keys` and int64 `counters` broadcast, one draw per element."""
-    bits = _mix(_mix(keys + counters * _GOLDEN) ^ counters)
-    return (_shift(bits, 12).to(torch.float64) + 0.5) * 2.0**-52  # 52 bits: the half must not round up to 1
+    bits = _mix(_mix(keys + counters * _GOLDEN).bitwise_xor_(counters))
+    return _shift(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)  # 52 bits: the half must not round up to 1
 
 
 def exponential(keys: Tensor, counters: Tensor) -> Tensor:

@@ -73,11 +73,11 @@ def test_with_a_cluster_for_every_key_the_denominator_is_exact_and_the_numerator
     (k, v), q = clustered(32), queries(3)
     truth, errors = exact(q, k, v), []
     for s in (25, 400):
-        state = opened(f"subgen_tensor(delta1=1e-9,delta2=1e-9,t=1,s={s})", rows=16)
-        state.append(k.expand(16, -1, -1), v.expand(16, -1, -1))
-        part = state.read(q.expand(16, -1, -1))
-        torch.testing.assert_close(part.log_mass, truth.log_mass.expand(16, -1), rtol=0, atol=1e-12)
-        errors.append(float((part.mean - truth.mean).norm()))
+        state = opened(f"subgen_tensor(delta1=1e-9,delta2=1e-9,t=1,s={s})", rows=64)
+        state.append(k.expand(64, -1, -1), v.expand(64, -1, -1))
+        part = state.read(q.expand(64, -1, -1))
+        torch.testing.assert_close(part.log_mass, truth.log_mass.expand(64, -1), rtol=0, atol=1e-12)
+        errors.append(float((part.mean - truth.mean).norm(dim=-1).median()))  # a rare draw of a small value errs most
     assert 3 < errors[0] / errors[1] < 5  # 4 is the square root of 16
 
 

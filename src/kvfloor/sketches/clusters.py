@@ -9,9 +9,12 @@ from kvfloor.budget import Budget, tokens
 from kvfloor.memory import Memory
 from kvfloor.method import Spec, count
 from kvfloor.randomness import exponential, row_keys, uniform
+from kvfloor.sketches.nearest import DIRECT, nearest
 from kvfloor.slots import Slots
 
 _FIRST_CENTRES = 16
+_RINGS = 16  # of a token's clocks, drawn at a time
+_RINGS_LIMIT = 2**24  # counters of one token: filling s slots takes some s log s rings, 10^5 for s = 10^4
 
 
 class Clusters(Memory):
@@ -48,36 +51,48 @@ class Clusters(Memory):
     def join(self, rows: Tensor, k: Tensor, position: Tensor, delta: float, purpose: str) -> None:
         """The sequential greedy rule over the keys k (r, b, d) of `rows`, in order, for all rows at once.
 
-        Distances go through one product of the block against the old centres and itself; the loop below runs
-        over the block's tokens, with rows side by side. `purpose` names the draws of the samples.
+        Old centres first, by one search for the whole block; then the rule among those it left uncovered; then every
+        key goes to the nearest of the old centres and of the new ones made no later than itself.
+        `purpose` names the draws of the samples.
         """
-        b = k.shape[1]
-        used = (self.count[rows] > 0).sum(1)
-        self._grow(int(used.max()) + b)
+        used = self.used[rows]
+        self._grow(int(used.max()) + k.shape[1])
         wide = k.to(torch.float32 if k.dtype != torch.float64 else torch.float64)
-        centre, count = self.centre[rows], self.count[rows]
-        c, cap = centre.shape[1], self.cap or centre.shape[1]
-        everything = torch.cat([centre.to(wide.dtype), wide], 1)  # old centres, then the block's own tokens
-        far = torch.cdist(wide, everything, compute_mode="donot_use_mm_for_euclid_dist")
-        # Slot of the centre that column j of `far` stands for, and whether it is one.
-        slot_of = torch.cat([torch.arange(c).expand(len(rows), c), torch.zeros(len(rows), b, dtype=torch.int64)], 1)
-        slot_of = slot_of.to(k.device)
-        is_centre = torch.cat([count > 0, torch.zeros(len(rows), b, dtype=torch.bool, device=k.device)], 1)
-        joined = torch.zeros(len(rows), b, dtype=torch.int64, device=k.device)
-        line = torch.arange(len(rows), device=k.device)
-        for j in range(b):
-            distance, nearest = far[:, j].masked_fill(~is_centre, torch.inf).min(1)
-            opens = (distance > delta) & (used < cap)
-            self.overfull[rows] |= (distance > delta) & ~opens
-            joined[:, j] = torch.where(opens, used, slot_of[line, nearest])
-            slot_of[:, c + j] = joined[:, j]
-            is_centre[:, c + j] = opens
-            fresh = line[opens]
-            centre[fresh, used[fresh]] = k[fresh, j]
-            used = used + opens.to(used.dtype)
-        self.centre[rows] = centre
-        self.count[rows] = count.scatter_add(1, joined, torch.ones_like(joined))
+        width = int(used.max())
+        old = self.centre[:, :width] if len(rows) == self.spec.rows else self.centre[rows, :width]
+        is_centre = torch.arange(width, device=k.device) < used.unsqueeze(1)
+        apart, joined = nearest(wide, old.to(wide.dtype), is_centre.unsqueeze(1))
+        room = (self.cap or torch.iinfo(used.dtype).max) - used
+        uncovered = apart > delta
+        if bool((uncovered.any(1) & (room > 0)).any()):
+            opens = self._open(wide, uncovered, room, delta)
+            number = opens.cumsum(1) - 1
+            line, j = opens.nonzero(as_tuple=True)
+            self.centre[rows[line], used[line] + number[line, j]] = k[line, j]
+            no_later = torch.ones(k.shape[1], k.shape[1], dtype=torch.bool, device=k.device).tril()
+            fresh, which = nearest(wide, wide, opens.unsqueeze(1) & no_later)
+            closer = fresh < apart
+            joined = torch.where(closer, used.unsqueeze(1) + number.gather(1, which), joined)
+            apart = torch.where(closer, fresh, apart)
+        self.overfull[rows] |= (apart > delta).any(1)
+        size = self.count[rows]
+        self.count[rows] = size.scatter_add(1, joined, torch.ones_like(joined))
         self._sample(rows, k, position, joined, purpose)
+
+    @staticmethod
+    def _open(wide: Tensor, uncovered: Tensor, room: Tensor, delta: float) -> Tensor:
+        """Which keys (r, b) become centres: uncovered by old ones and by those opened before, while there is room."""
+        most = int(uncovered.sum(1).max())
+        order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age
+        waits = uncovered.gather(1, order)
+        key = wide.gather(1, order.unsqueeze(-1).expand(-1, -1, wide.shape[-1]))
+        within = torch.cdist(key, key, compute_mode=DIRECT) <= delta
+        chosen = torch.zeros_like(waits)
+        for u in range(most):
+            chosen[:, u] = waits[:, u] & (room > 0)
+            room = room - chosen[:, u].to(room.dtype)
+            waits &= ~(chosen[:, u : u + 1] & within[:, u])
+        return torch.zeros_like(uncovered).scatter(1, order, chosen)
 
     def _sample(self, rows: Tensor, k: Tensor, position: Tensor, joined: Tensor, purpose: str) -> None:
         """Slot i of a cluster keeps the member of smallest uniform key: t uniform samples with replacement."""
@@ -126,20 +141,36 @@ class Reservoir(Memory):
         return weight.masked_fill(torch.isinf(self.key), -torch.inf)
 
     def offer(self, rows: Tensor, k: Tensor, v: Tensor, position: Tensor, purpose: str) -> None:
-        """Slot i keeps the token with the smallest Exp(1)/|v|^2: token j wins with probability |v_j|^2 / mu."""
+        """Slot i keeps the token with the smallest Exp(1)/|v|^2: token j wins with probability |v_j|^2 / mu.
+
+        A token's s clocks are drawn as one: rings at rate s |v|^2, each in a uniform slot, in which the first ring is
+        that slot's clock. A token stops ringing once it is later than every slot's keeper, so a long stream costs
+        O(log(s) s / n) draws per token instead of s, and which token a slot keeps depends on no cut.
+        """
         norm = v.to(torch.float64).square().sum(-1)  # (r, b)
         s = self.key.shape[1]
-        lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows].view(-1, 1, 1)
-        counter = position.unsqueeze(2) * s + torch.arange(s, device=k.device)
-        key = exponential(lane, counter) / norm.unsqueeze(2).clamp_min(1e-300)
-        key = torch.where(norm.unsqueeze(2) > 0, key, torch.inf)
-        best, token = key.min(1)  # (r, s)
-        new_k = k.gather(1, token.unsqueeze(-1).expand(-1, -1, k.shape[-1]))
-        new_v = v.gather(1, token.unsqueeze(-1).expand(-1, -1, v.shape[-1]))
-        better = best < self.key[rows]
-        self.k[rows] = torch.where(better.unsqueeze(-1), new_k, self.k[rows])
-        self.v[rows] = torch.where(better.unsqueeze(-1), new_v, self.v[rows])
-        self.key[rows] = torch.minimum(best, self.key[rows])
+        lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows]
+        best = self.key[rows]
+        token = torch.full_like(best, -1, dtype=torch.int64)  # who takes slot i over
+        line, j = (norm > 0).nonzero(as_tuple=True)
+        time = torch.zeros(len(line), dtype=torch.float64, device=k.device)
+        ring = torch.arange(_RINGS, device=k.device)
+        while len(line):
+            draw = (position[line, j].unsqueeze(1) * _RINGS_LIMIT + ring) * 2
+            key = lane[line].unsqueeze(1)
+            at = time.unsqueeze(1) + (exponential(key, draw) / (s * norm[line, j].unsqueeze(1))).cumsum(1)
+            where = line.unsqueeze(1) * s + (uniform(key, draw + 1) * s).long()
+            old = best.view(-1).clone()
+            best.view(-1).scatter_reduce_(0, where.flatten(), at.flatten(), "amin")
+            who, which = ((at == best.view(-1)[where]) & (at < old[where])).nonzero(as_tuple=True)
+            token.view(-1)[where[who, which]] = j[who]
+            time, ring = at[:, -1], ring + _RINGS
+            goes_on = time < best.amax(1)[line]
+            line, j, time = line[goes_on], j[goes_on], time[goes_on]
+        taken, slot = (token >= 0).nonzero(as_tuple=True)
+        self.k[rows[taken], slot] = k[taken, token[taken, slot]]
+        self.v[rows[taken], slot] = v[taken, token[taken, slot]]
+        self.key[rows] = best
         self.mu[rows] += norm.sum(1)
 
 

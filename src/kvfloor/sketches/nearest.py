@@ -1,0 +1,57 @@
+"""The nearest of many points, by one product and a direct look at the few that its rounding leaves open."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DIRECT = "donot_use_mm_for_euclid_dist"
+_GROUP = 32  # points whose least product is taken together
+_TILE = 2**18  # products at a time, which stay in the cache
+_MEASURED_AT_ONCE = 2**18  # pairs whose distance is taken directly at a time
+
+
+def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to the nearest allowed point and its index, both (r, b), for x (r, b, d) and points (r, c, d).
+
+    allowed (r, b or 1, c); where no point is, the distance is inf. One product finds the points that its rounding
+    cannot rule out, and those few are measured directly: the result is that of measuring all, whatever the shapes.
+    Of equally near points the first one counts.
+    """
+    (r, b, _d), c = x.shape, points.shape[1]
+    apart = x.new_full((r * b,), torch.inf)
+    index = torch.zeros(r * b, dtype=torch.int64, device=x.device)
+    if c == 0:
+        return apart.view(r, b), index.view(r, b)
+    tiles = torch.arange(r).split(max(1, _TILE // (b * c)))
+    likely = [_likely(x[t[0] : t[-1] + 1], points[t[0] : t[-1] + 1], allowed[t[0] : t[-1] + 1]) for t in tiles]
+    line, j, at = (torch.cat(parts) for parts in zip(*likely, strict=True))
+    line += torch.cat([t[0].expand(len(found[0])) for t, found in zip(tiles, likely, strict=True)]).to(line.device)
+    for part in torch.arange(len(line), device=x.device).split(_MEASURED_AT_ONCE):
+        one, other, to = line[part] * b + j[part], at[part], line[part]
+        far = torch.cdist(x[to, j[part]].unsqueeze(1), points[to, other].unsqueeze(1), compute_mode=DIRECT).flatten()
+        before = apart.clone()
+        apart.scatter_reduce_(0, one, far, "amin")
+        # The points come by index, so an equal distance in an earlier part had the smaller one.
+        first = torch.full_like(index, c).scatter_reduce_(0, one, torch.where(far == apart[one], other, c), "amin")
+        index = torch.where(apart < before, first, index)
+    return apart.view(r, b), index.view(r, b)
+
+
+def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
+    """The (row, key, point) triples, in that order, among which the nearest allowed points are for sure."""
+    norm, size = (torch.linalg.vector_norm(one, dim=-1).square_() for one in (x, points))
+    side = size.unsqueeze(1).masked_fill(~allowed, torch.inf)
+    rough = torch.bmm(x, points.transpose(1, 2)).mul_(-2).add_(side)  # less |x|^2
+    exact_products = x.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    unit = torch.finfo(x.dtype).eps if exact_products else 2.0**-7
+    doubt = 4 * unit * (x.shape[-1] + 4) * (norm + size.masked_fill(~allowed.any(1), 0).amax(1, keepdim=True))
+    # Groups first: their least products are found fast, and few groups need a look inside.
+    if short := -rough.shape[2] % _GROUP:
+        rough = torch.nn.functional.pad(rough, (0, short), value=torch.inf)
+    grouped = rough.unflatten(2, (-1, _GROUP))
+    least = grouped.amin(3)
+    reach = least.amin(2).add_(doubt).clamp_max_(torch.finfo(x.dtype).max)  # below inf, which stands for no point
+    line, j, group = (least <= reach.unsqueeze(2)).nonzero(as_tuple=True)
+    which, within = (grouped[line, j, group] <= reach[line, j].unsqueeze(1)).nonzero(as_tuple=True)
+    return line[which], j[which], group[which] * _GROUP + within
