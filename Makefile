@@ -10,7 +10,11 @@ PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 
-.PHONY: audit test test-slow check docs bench clean
+# The oldest transformers that kvfloor serves, and lm-eval with all that it brings, in environments of their own.
+OLDEST := .venv-oldest
+EVAL   := .venv-eval
+
+.PHONY: audit test test-slow test-oldest test-eval check docs models models-newest models-oldest bench clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -21,6 +25,12 @@ test: $(VENV)/.development
 test-slow: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL)
 
+test-oldest: $(OLDEST)/.development
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" $(PARALLEL) tests/hf
+
+test-eval: $(EVAL)/.development
+	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/hf/test_lm_eval.py
+
 check: $(VENV)/.development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,11 +40,21 @@ check: $(VENV)/.development
 docs: $(VENV)/.development
 	$(BIN)/python docs/generate.py
 
+# Every model family in both ends of the supported range: minutes each; make -j2 models runs them side by side.
+models: models-newest models-oldest
+	$(BIN)/python docs/generate.py
+
+models-newest: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python -m kvfloor.hf.survey --write docs/models
+
+models-oldest: $(OLDEST)/.development
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m kvfloor.hf.survey --write docs/models
+
 bench: $(VENV)/.development
 	$(BIN)/python bench/decode.py
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(OLDEST) $(EVAL) out
 
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,4 +64,18 @@ $(VENV)/.runtime: requirements.lock pyproject.toml
 
 $(VENV)/.development: $(VENV)/.runtime requirements-dev.lock
 	$(PIP) -r requirements-dev.lock
+	touch $@
+
+$(OLDEST)/.development: requirements-oldest.lock pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
+		-r requirements-oldest.lock
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(EVAL)/.development: requirements.lock requirements-eval.lock pyproject.toml
+	test -x $(EVAL)/bin/python || $(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
+		-r requirements.lock -r requirements-eval.lock
+	$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@

@@ -59,12 +59,12 @@ class Blocked(State):
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         self._feed(k, v, None, take)
 
-    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
-        out = torch.zeros(*q.shape[:3], self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
+    def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
+        out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
         self._feed(k, v, q, take, out)
         return out
 
-    def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, out: Tensor | None = None) -> None:
+    def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, out: Partial | None = None) -> None:
         """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
         done = torch.zeros_like(count)
         while bool((done < count).any()):
@@ -83,12 +83,14 @@ class Blocked(State):
                 self.selection.append(self.slots, before)
             if q is not None and out is not None:
                 piece = _cut(q, index)
-                mean = self._answer(piece, new_k, new_v, before).mean.view(*piece.shape[:3], -1)
-                if level:
-                    out[:, :, index] = mean
-                else:
-                    row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
-                    out[row, :, (done[row] + j)] = mean[row, :, j]
+                part = self._answer(piece, new_k, new_v, before)
+                for whole, new in ((out.mean, part.mean), (out.log_mass, part.log_mass)):
+                    new = new.view(*piece.shape[:3], *new.shape[2:])
+                    if level:
+                        whole[:, :, index] = new
+                    else:
+                        row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
+                        whole[row, :, (done[row] + j)] = new[row, :, j]
                 self._notice(piece, before, take)
             self.seen = self.seen + take
             done = done + take

@@ -162,6 +162,7 @@ class BoundedState(Blocked):
         self.queries: Tensor | None = None  # (rows, g, block, d) of the open block, if the policy watches
         self.asked = torch.zeros(spec.rows, method.block, dtype=torch.bool)  # which of them were really asked
         self.pins = torch.zeros(spec.rows, 0, 2, dtype=torch.int64)  # pinned spans [from, to) of positions
+        self.listener: Callable[[Tensor, Tensor], None] | None = None  # told row (e,) and position (e,) of what leaves
 
     @property
     def _plan(self) -> Bounded:
@@ -187,6 +188,11 @@ class BoundedState(Blocked):
         span = torch.tensor([start, stop]).expand(self.spec.rows, 1, 2)
         self.pins = torch.cat([self.pins, span], dim=1)
 
+    def copied(self) -> BoundedState:
+        copy = super().copied()
+        copy.listener = None  # what leaves a copy has not left this state
+        return copy
+
     def select_rows(self, index: Tensor) -> None:
         super().select_rows(index)
         if isinstance(self._plan.budget, tuple):  # so that the message names a method which opens for these rows
@@ -203,9 +209,9 @@ class BoundedState(Blocked):
 
     # ---- answering -----------------------------------------------------------------------------------------
 
-    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
+    def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
         self._require_group(q.shape[1])
-        return super()._step(k, v, q, take)
+        return super()._step_partial(k, v, q, take)
 
     @property
     def watches(self) -> bool:
@@ -401,8 +407,12 @@ class BoundedState(Blocked):
         rank = torch.empty_like(order).scatter(1, order, torch.arange(width, device=order.device).expand_as(order))
         leaving = torch.zeros(self.spec.rows, width, dtype=torch.bool)
         leaving[due] = rank.cpu() < excess[due].unsqueeze(1)
-        if self.summary is not None:
-            self.summary.absorb(*self.slots.flat(leaving))
+        if self.summary is not None or self.listener is not None:
+            row, k, v, position = self.slots.flat(leaving)
+            if self.summary is not None:
+                self.summary.absorb(row, k, v, position)
+            if self.listener is not None:
+                self.listener(row, position)
         self.slots.evict(leaving)
         if self.selection is not None:
             self.selection.evict(self.slots, leaving)

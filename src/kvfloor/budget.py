@@ -74,7 +74,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     total = size_bytes(budget)
     assert total is not None
     per_row = total / (layers * spec.rows)
-    least = _least(method)
+    least = least_budget(method)
     floor = _row_bytes(method, least, spec, g)
     if floor > per_row:
         raise ValueError(
@@ -89,8 +89,8 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     return _with(method, affordable)
 
 
-def _least(method: Method) -> int:
-    """The smallest budget that the method accepts; what it protects may be most of it."""
+def least_budget(method: Method) -> int:
+    """The smallest budget in tokens that the method accepts; what it protects may be most of it."""
     high = 1
     while not _accepts(method, high):
         high *= 2

@@ -252,7 +252,7 @@ def break_(
     as_json: Json = False,
 ) -> None:
     """Play lower bounds' hard instances against a method: what it certifies against what it spends."""
-    from kvfloor.audit.files import open_folder, replace_file
+    from kvfloor.files import open_folder, replace_file
     from kvfloor.barriers import play, play_all
 
     given = {

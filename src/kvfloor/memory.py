@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Not memory: what is fixed before the stream and known to both sides, and the record of past sizes.
-PUBLIC = frozenset({"method", "spec", "shared", "peak"})
+# Not memory: what is fixed before the stream and known to both sides, the record of past sizes, and who listens.
+PUBLIC = frozenset({"method", "spec", "shared", "peak", "listener"})
 SCALAR_BYTES = 8
 
 
@@ -33,6 +33,19 @@ class Memory:
     def peak_nbytes(self) -> int:
         """The most bytes held at any time so far, the copies made while growing or shrinking included."""
         return self.nbytes + self._excess()
+
+    def bytes_by_row(self, rows: int) -> Tensor:
+        """`nbytes` shared out among the `rows` (rows,), float64: what a row has alone is its own, the rest is split."""
+        total = torch.zeros(rows, dtype=torch.float64)
+        for name, value in vars(self).items():
+            if name in PUBLIC:
+                continue
+            if isinstance(value, Memory):
+                total += value.bytes_by_row(rows)
+            else:
+                storages: dict[int, int] = {}
+                total += (_walk(value, storages, name) + sum(storages.values())) / rows
+        return total
 
     def _excess(self) -> int:
         parts = [value for name, value in vars(self).items() if name not in PUBLIC and isinstance(value, Memory)]

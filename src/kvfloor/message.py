@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,9 +41,8 @@ class CorruptState(ValueError):
 
 def pack(method: str, spec: dict[str, Any], fields: dict[str, Any]) -> bytes:
     """Bytes of a state: `fields` as `Memory.export` gives them."""
-    entries: list[list[Any]] = []
-    chunks: list[bytes] = []
-    _flatten(fields, "", entries, chunks)
+    entries, tensors = flatten(fields)
+    chunks = [raw_bytes(tensor) for tensor in tensors.values()]
     header = json.dumps({"method": method, "spec": spec, "entries": entries}, separators=(",", ":")).encode()
     if len(header) > HEADER_LIMIT_BYTES:
         raise ValueError(f"the state's header takes {len(header)} bytes, more than {HEADER_LIMIT_BYTES}")
@@ -67,7 +67,8 @@ def unpack(data: bytes) -> tuple[str, dict[str, Any], dict[str, Any]]:
         raise CorruptState(f"the header claims {size} bytes, more than the message holds or than is allowed")
     try:
         header = json.loads(body[prefix : prefix + size])
-        fields = _gather(header["entries"], memoryview(body)[prefix + size :])
+        entries = header["entries"]
+        fields = gather(entries, _sent(entries, memoryview(body)[prefix + size :]))
         return header["method"], header["spec"], fields
     except CorruptState:
         raise
@@ -81,27 +82,21 @@ def payload_bytes(data: bytes) -> int:
     return len(data) - prefix - int.from_bytes(data[len(MAGIC) : prefix], "little") - _DIGEST_BYTES
 
 
-def _flatten(fields: dict[str, Any], path: str, entries: list[list[Any]], chunks: list[bytes]) -> None:
-    for name, value in fields.items():
-        full = f"{path}/{name}" if path else name
-        if isinstance(value, dict):
-            entries.append([full, "part"])
-            _flatten(value, full, entries, chunks)
-        elif isinstance(value, Tensor):
-            if value.dtype not in _DTYPES.values():
-                raise TypeError(f"{full} is a {value.dtype} tensor; a message holds {', '.join(_DTYPES)}")
-            dense = value.detach().cpu().contiguous()
-            flat = dense.as_strided((dense.numel(),), (1,))  # an axis of one element may have come with any stride
-            raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-            entries.append([full, str(value.dtype).removeprefix("torch."), list(value.shape)])
-            chunks.append(raw)
-        else:
-            entries.append([full, "value", value])
+def flatten(fields: dict[str, Any]) -> tuple[list[list[Any]], dict[str, Tensor]]:
+    """`fields` as `Memory.export` gives them, as JSON-ready entries and, by path, dense tensors on the CPU.
+
+    An entry is [path, "part"], [path, "value", value] or [path, dtype, shape]; the tensors are in the entries' order.
+    Raises TypeError for a dtype that no message holds.
+    """
+    entries: list[list[Any]] = []
+    tensors: dict[str, Tensor] = {}
+    _flatten(fields, "", entries, tensors)
+    return entries, tensors
 
 
-def _gather(entries: list[list[Any]], payload: memoryview) -> dict[str, Any]:
+def gather(entries: list[list[Any]], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `flatten`; CorruptState if a tensor is missing."""
     fields: dict[str, Any] = {}
-    offset = 0
     for full, kind, *rest in entries:
         *parents, name = full.split("/")
         into = fields
@@ -111,16 +106,51 @@ def _gather(entries: list[list[Any]], payload: memoryview) -> dict[str, Any]:
             into[name] = {}
         elif kind == "value":
             into[name] = rest[0]
+        elif full not in tensors:
+            raise CorruptState(f"field {full} is missing")
         else:
-            dtype, shape = _DTYPES[kind], [int(size) for size in rest[0]]
-            size = math.prod(shape) * dtype.itemsize
-            if min(shape, default=0) < 0 or offset + size > len(payload):
-                raise CorruptState(f"field {full} reaches past the end of the message")
-            raw = bytearray(payload[offset : offset + size])
-            into[name] = (
-                torch.frombuffer(raw, dtype=dtype).reshape(shape).clone() if size else torch.zeros(shape, dtype=dtype)
-            )
-            offset += size
+            into[name] = tensors[full]
+    return fields
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The elements' bytes in row-major order."""
+    dense = tensor.detach().cpu().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # an axis of one element may have come with any stride
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _flatten(fields: dict[str, Any], path: str, entries: list[list[Any]], tensors: dict[str, Tensor]) -> None:
+    for name, value in fields.items():
+        full = f"{path}/{name}" if path else name
+        if isinstance(value, dict):
+            entries.append([full, "part"])
+            _flatten(value, full, entries, tensors)
+        elif isinstance(value, Tensor):
+            if value.dtype not in _DTYPES.values():
+                raise TypeError(f"{full} is a {value.dtype} tensor; a message holds {', '.join(_DTYPES)}")
+            entries.append([full, str(value.dtype).removeprefix("torch."), list(value.shape)])
+            tensors[full] = value.detach().cpu().contiguous()
+        else:
+            entries.append([full, "value", value])
+
+
+def _sent(entries: list[list[Any]], payload: memoryview) -> dict[str, Tensor]:
+    """The tensors that the entries name, cut from the payload; CorruptState if it is too short or too long."""
+    tensors: dict[str, Tensor] = {}
+    offset = 0
+    for full, kind, *rest in entries:
+        if kind in ("part", "value"):
+            continue
+        dtype, shape = _DTYPES[kind], [int(size) for size in rest[0]]
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or offset + size > len(payload):
+            raise CorruptState(f"field {full} reaches past the end of the message")
+        raw = bytearray(payload[offset : offset + size])
+        tensors[full] = (
+            torch.frombuffer(raw, dtype=dtype).reshape(shape).clone() if size else torch.zeros(shape, dtype=dtype)
+        )
+        offset += size
     if offset != len(payload):
         raise CorruptState(f"{len(payload) - offset} bytes are left over after the last field")
-    return fields
+    return tensors

@@ -157,6 +157,12 @@ class Slots(Memory):
 
     # ---- size ----------------------------------------------------------------------------------------------
 
+    def bytes_by_row(self, rows: int) -> Tensor:
+        """A row has its stretch of the arena; the clocks are split."""
+        arena = sum(store.untyped_storage().nbytes() for _, _, store in self._arrays())
+        owned = arena * self.capacity.to(torch.float64) / max(1, int(self.capacity.sum()))
+        return owned + (self.nbytes - arena) / rows
+
     def _reserve(self, needed: Tensor) -> None:
         if bool((needed > self.capacity).any()):
             wanted = torch.maximum(needed, 2 * self.capacity)

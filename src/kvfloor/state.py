@@ -41,7 +41,7 @@ class _Plain(ABCMeta):
 class State(Memory, metaclass=_Plain):
     """What a method remembers of `rows` independent streams.
 
-    A variant writes `_append` and `_read`, and `_step` where it can do better than token by token. Shapes:
+    A variant writes `_append` and `_read`, and `_step_partial` where it can do better than token by token. Shapes:
     k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group, queries
     of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the state as
     it was.
@@ -74,13 +74,18 @@ class State(Memory, metaclass=_Plain):
     def _read(self, q: Tensor) -> Partial:
         """Attention of q (rows, m, d) over everything seen; changes nothing."""
 
-    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
-        """Token i is taken in, then answered: (rows, g, t, dv). This form is the law; it goes token by token."""
-        out = torch.zeros(*q.shape[:3], self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
+    def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
+        """Token i is taken in, then answered: (rows, g, t). This form is the law; it goes token by token."""
+        out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
         for i in range(int(take.max())):
             self._append(k[:, i : i + 1], v[:, i : i + 1], (take > i).to(torch.int64))
-            out[:, :, i] = self._read(q[:, :, i]).mean
+            part = self._read(q[:, :, i])
+            out.mean[:, :, i], out.log_mass[:, :, i] = part.mean, part.log_mass
         return out
+
+    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
+        """The mean of `_step_partial`: (rows, g, t, dv)."""
+        return self._step_partial(k, v, q, take).mean
 
     def _attend(self, q: Tensor) -> Partial:
         """As `_read` for q (rows, g, m, d), flattened to (rows, g*m); a policy may learn from it."""
@@ -107,20 +112,23 @@ class State(Memory, metaclass=_Plain):
 
         q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
         """
-        k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
-        q = self._checked(q, "q", self.spec.d, axes=4)
-        take, order = self._arrange(k, v, q, present)
+        k, v, q, take, order = self._packed(k, v, q, present)
         if not bool(take.any()):
             return q.new_zeros(*q.shape[:3], self.spec.dv)
-        if order is None:
-            return self._step(k, v, q, take).to(self.spec.dtype)
-        g = q.shape[1]
-        out = self._step(_pack(k, order), _pack(v, order), _pack(q, order.unsqueeze(1).expand(-1, g, -1)), take)
-        # Unpack: the answer of a row's j-th real token goes back to where that token stood; pads get zero.
-        real = (torch.arange(out.shape[2]) < take.unsqueeze(1)).to(out.device)
-        out = out.masked_fill(~real[:, None, :, None], 0.0)  # not a product: a pad's answer may be NaN
-        place = order.unsqueeze(1).unsqueeze(-1).expand(-1, g, -1, out.shape[-1])
-        return torch.zeros_like(out).scatter(2, place, out).to(self.spec.dtype)
+        return _unpack(self._step(k, v, q, take), take, order, 0.0).to(self.spec.dtype)
+
+    @_plain
+    def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
+        """As `step`, with the mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
+
+        Empty where `present` is False. For callers who merge something to the answer, such as a sink's logit.
+        """
+        k, v, q, take, order = self._packed(k, v, q, present)
+        if not bool(take.any()):
+            return Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
+        part = self._step_partial(k, v, q, take)
+        log_mass = _unpack(part.log_mass.unsqueeze(-1), take, order, -torch.inf).squeeze(-1)
+        return Partial(_unpack(part.mean, take, order, 0.0), log_mass)
 
     @_plain
     def read(self, q: Tensor) -> Partial:
@@ -194,6 +202,18 @@ class State(Memory, metaclass=_Plain):
             raise ValueError(f"{name} has NaN or infinite entries; the state was not changed")
         return x.detach()
 
+    def _packed(
+        self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Checked k, v and q (rows, g, t, d), each row's real tokens first; tokens per row; the order that did it."""
+        k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
+        q = self._checked(q, "q", self.spec.d, axes=4)
+        take, order = self._arrange(k, v, q, present)
+        if order is None:
+            return k, v, q, take, None
+        by_query = order.unsqueeze(1).expand(-1, q.shape[1], -1)
+        return _pack(k, order), _pack(v, order), _pack(q, by_query), take, order
+
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens per row, and the order that packs real tokens first (None if all are real)."""
         rows, t = k.shape[:2]
@@ -229,11 +249,29 @@ def _pack(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(x.ndim - 2, order.unsqueeze(-1).expand_as(x))
 
 
+def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
+    """Answers (rows, g, t, w) back to where their tokens stood; `empty` elsewhere, whatever a pad was answered."""
+    if order is None:
+        return out
+    real = (torch.arange(out.shape[2]) < take.unsqueeze(1)).to(out.device)
+    out = out.masked_fill(~real[:, None, :, None], empty)  # not a product: a pad's answer may be NaN
+    place = order.unsqueeze(1).unsqueeze(-1).expand(-1, out.shape[1], -1, out.shape[-1])
+    return torch.zeros_like(out).scatter(2, place, out)
+
+
 def restore(data: bytes, method: Method, device: str | torch.device = "cpu") -> State:
     """Open `method` for the message's spec and take over its fields; CorruptState if the message is not intact."""
     text, plain, fields = message.unpack(data)
     if text != str(method):
         raise message.CorruptState(f"this is a state of {text!r}, not of {str(method)!r}")
+    return rebuilt(method, plain, fields, device)
+
+
+def rebuilt(method: Method, plain: dict[str, Any], fields: dict[str, Any], device: str | torch.device) -> State:
+    """A state of `method` for the spec `plain` that takes over `fields`, which another one exported.
+
+    Raises CorruptState if they are not the fields that this release's state has.
+    """
     state = method.open(Spec.from_dict(plain, device))
     missing = set(state.export()) ^ set(fields)
     if missing:

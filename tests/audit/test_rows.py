@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfloor.audit.files import open_folder, replace_file
+from kvfloor.files import open_folder, replace_file
 from kvfloor.audit.rows import CONTRACT_FIELDS, Row, document, read_rows, write_rows
 
 FIELDS = """

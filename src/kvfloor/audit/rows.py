@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from kvfloor.audit.files import replace_file
+from kvfloor.files import replace_file
 from kvfloor.audit.names import is_baseline
 from kvfloor.audit.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
 

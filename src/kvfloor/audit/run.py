@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from kvfloor.audit.explain import why
-from kvfloor.audit.files import open_folder
+from kvfloor.files import open_folder
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, check_tasks, prompt_work, read_prompts, settings, task_work
 from kvfloor.audit.recommend import Recommendation, recommend

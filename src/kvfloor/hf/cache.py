@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from kvfloor.hf.layer import CompressedLayer, Meter
+from kvfloor.bounded import Bounded
+from kvfloor.hf import stock
+from kvfloor.hf.allocate import Shares, floor_shares, pyramid
+from kvfloor.hf.families import key_readers, layer_roles
+from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
+from kvfloor.hf.opening import Opening
+from kvfloor.hf.saved import load, save
 from kvfloor.method import Method, standard_law
 from kvfloor.registry import parse
 
@@ -16,41 +26,85 @@ from kvfloor.registry import parse
 class CompressedCache(Cache):
     """A cache whose full-attention layers remember by a kvfloor method; other layers keep transformers' own.
 
-    config    the model's configuration
+    config    the model's configuration, or the model
     method    a Method or its text, e.g. "h2o(recent=64)@512"; budgets in bytes are for the whole cache
     context   tokens that a share such as "@25%" refers to
     seed      of the method's own randomness
     requests  one id per batch item, which keys that randomness; 0, 1, 2, ... unless given
+    budgets   instead of '@': tokens per compressed layer and kv head, [[512, 128], [64, 64], ...]; one number in a
+              layer is for all its heads
+    allocate  who gets how much of the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (in
+              proportion to what each head reads apart in the `calibration` prompt; needs the model), or multiples of
+              the budget, as `budgets`
+    pinned    spans [from, to) of a row's token positions that never leave, e.g. [(0, 40)] for a system prompt
+    on_evict  called with an `Eviction` whenever tokens leave a layer
     One cache serves one request (or one batch) at a time, on a model that went through `prepare`.
+    Raises TypeError and ValueError naming the argument; what only the first forward can tell (a budget too small for
+    what is protected, a table with a wrong number of heads) it raises there.
     """
 
     def __init__(
         self,
-        config: PreTrainedConfig,
+        config: PreTrainedConfig | PreTrainedModel,
         method: Method | str,
         *,
         context: int | None = None,
         seed: int = 0,
         requests: Sequence[int] | None = None,
+        budgets: Sequence[int | Sequence[int]] | None = None,
+        allocate: Literal["uniform", "pyramid", "floor"] | Sequence[float | Sequence[float]] | None = None,
+        calibration: Sequence[int] | Tensor | None = None,
+        pinned: Sequence[tuple[int, int]] = (),
+        on_evict: Callable[[Eviction], None] | None = None,
     ) -> None:
+        model = config if isinstance(config, PreTrainedModel) else None
+        config = model.config if model is not None else config
         self.method = parse(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a kvfloor Method or its text, got {type(method).__name__}")
         standard_law(self.method, "a model's cache")
-        stock = DynamicCache(config=config).layers
-        types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ["full_attention"] * len(stock)
-        full = [
-            type(layer) is DynamicLayer and kind == "full_attention" for layer, kind in zip(stock, types, strict=False)
-        ]
-        if not any(full):
-            raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to compress")
-        self._meter = Meter(len(stock))
-        super().__init__(
-            layers=[
-                CompressedLayer(self.method, i, sum(full), context, seed, requests, self._meter) if whole else layer
-                for i, (whole, layer) in enumerate(zip(full, stock, strict=True))
-            ]
+        roles = layer_roles(config)
+        served = sum(role != "own" for role, _ in roles)
+        opening = Opening(
+            self.method,
+            served,
+            context,
+            seed,
+            None if requests is None else tuple(int(request) for request in requests),
+            None if budgets is None else _table("budgets", budgets, int),
+            _shares(allocate, model, calibration, served),
+            tuple((int(start), int(stop)) for start, stop in pinned),
         )
+        given = {f.name: getattr(opening, f.name) for f in dataclasses.fields(opening)}
+        # What `load` constructs the cache with; JSON-ready.
+        self.arguments: dict[str, Any] = {
+            name: given[name] for name in ("context", "seed", "requests", "budgets", "pinned")
+        }
+        self.arguments["allocate"] = opening.shares
+        self._meter = Meter()
+        layers: list[Any] = []
+        for i, ((role, theirs), readers) in enumerate(zip(roles, key_readers(config), strict=False)):
+            place = sum(isinstance(layer, CompressedLayer) for layer in layers)
+            arguments = (opening, i, place, self._meter, readers)
+            if role == "hybrid":
+                from kvfloor.hf.hybrid import HybridLayer  # its base is younger than the oldest release served
+
+                layers.append(HybridLayer(theirs.number_of_states, *arguments))
+            else:
+                layers.append(CompressedLayer(*arguments) if role == "full" else theirs)
+        super().__init__(layers=layers)
+        if on_evict is not None:
+            self.listen(on_evict)
+
+    def listen(self, on_evict: Callable[[Eviction], None] | None) -> None:
+        """Call `on_evict` with an `Eviction` whenever tokens leave a layer from now on; None: no more.
+
+        Raises ValueError for a method that does not evict whole tokens.
+        """
+        if not isinstance(self.method, Bounded):
+            raise ValueError(f"on_evict is told of whole tokens that leave; {self.method} evicts none")
+        for layer in self.compressed:
+            layer.listen(on_evict)
 
     @property
     def compressed(self) -> list[CompressedLayer]:
@@ -63,10 +117,56 @@ class CompressedCache(Cache):
             if layer.state is not None:
                 layer.state.seal()
 
+    def to(self, device: str | torch.device) -> Self:
+        """Move everything held to `device`, where the model is now; returns the cache."""
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.to(device)
+                stock.move(layer, device, layer.beside)
+            else:
+                stock.move(layer, device)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to `path`: whole or not at all, readable by its owner only (see `kvfloor.hf.saved`).
+
+        Raises ValueError while it is empty or in the middle of a forward, and where `path` cannot be written.
+        """
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, *, method: Method | None = None) -> Self:
+        """The cache saved at `path`, to go on with on `model`, a prepared one with the weights that filled it.
+
+        method    needed only if it has a third party's part: the method that the cache was made with
+        Raises CorruptState, WrongModel, NewerVersion or UnknownMethod, all ValueErrors, before anything is built.
+        """
+        return load(cls, path, model, method)
+
+    def resume(self, peak_bytes: int) -> None:
+        """Continue from a saved cache's peak."""
+        self._meter.peak_bytes = max(self._meter.peak_bytes, peak_bytes)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all compressed layers' states, measured on their storages, and of what is staged."""
-        return sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
+        return self.bytes["hot"] + self.bytes["staged"]
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes now, by kind.
+
+        hot     all compressed layers' states, measured on their storages
+        staged  keys and values of a forward that its attention has not answered yet
+        stock   what the other layers keep (sliding windows, convolution and linear states)
+        total   of these
+        """
+        hot = sum(layer.state.nbytes for layer in self.compressed if layer.state)
+        staged = sum(layer.staged_bytes for layer in self.compressed)
+        own = sum(
+            stock.nbytes(layer, layer.beside if isinstance(layer, CompressedLayer) else None) for layer in self.layers
+        )
+        return {"hot": hot, "staged": staged, "stock": own, "total": hot + staged + own}
 
     @property
     def peak_nbytes(self) -> int:
@@ -79,14 +179,64 @@ class CompressedCache(Cache):
         return sum(layer.state.bytes_read for layer in self.compressed if layer.state)
 
     def report(self) -> list[dict[str, Any]]:
-        """One entry per compressed layer: slots seen, whole tokens held per row, bytes."""
-        return [
-            {
-                "layer": layer.index,
-                "seen": layer.seen,
-                "held": layer.state.held.tolist() if layer.state else [],
-                "state_bytes": layer.state.nbytes if layer.state else 0,
-                "staged_bytes": layer.staged_bytes,
-            }
-            for layer in self.compressed
-        ]
+        """One entry per compressed layer; its lists go by row, which is batch item x kv head, an item's heads together.
+
+        layer, method, heads    the model's layer, the method in tokens, kv heads per item
+        seen                    slots of the batch, pads included
+        tokens, held, evicted   per row: real tokens seen, kept whole, no longer kept whole
+        row_bytes               per row, measured; their sum is state_bytes up to rounding
+        state_bytes, staged_bytes
+        guarantee               the method's theorem evaluated on what was seen (the fields of `Guarantee`), or None
+        """
+        return [_entry(layer) for layer in self.compressed]
+
+
+def _entry(layer: CompressedLayer) -> dict[str, Any]:
+    state = layer.state
+    if state is None:
+        empty: dict[str, Any] = {name: [] for name in ("tokens", "held", "evicted", "row_bytes")}
+        told = {"method": str(layer.opening.method), "heads": 0, **empty, "state_bytes": 0, "guarantee": None}
+    else:
+        stated = state.guarantee()
+        told = {
+            "method": str(state.method),
+            "heads": state.spec.rows // layer.batch,
+            "tokens": state.seen.tolist(),
+            "held": state.held.tolist(),
+            "evicted": (state.seen - state.held).tolist(),
+            "row_bytes": state.bytes_by_row(state.spec.rows).tolist(),
+            "state_bytes": state.nbytes,
+            "guarantee": None if stated is None else dataclasses.asdict(stated),
+        }
+    return {"layer": layer.index, "seen": layer.seen, **told, "staged_bytes": layer.staged_bytes}
+
+
+def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...], ...]:
+    """A line of positive numbers per layer; ValueError naming what is wrong."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise ValueError(f"{name} is a list with a number, or a list of numbers, per layer; got {given!r}")
+    table = tuple(tuple(line) if isinstance(line, (list, tuple)) else (line,) for line in given)
+    for x in (x for line in table for x in line):
+        if isinstance(x, bool) or not isinstance(x, (int, float) if kind is float else int) or not 0 < x < float("inf"):
+            raise ValueError(
+                f"{name} are positive {'numbers' if kind is float else 'whole numbers of tokens'}, got {x!r}"
+            )
+    return table
+
+
+def _shares(allocate: Any, model: PreTrainedModel | None, calibration: Any, layers: int) -> Shares | None:
+    if (allocate == "floor") != (calibration is not None):
+        raise ValueError('allocate="floor" and a calibration prompt go together: give both or neither')
+    if allocate is None or allocate == "uniform":
+        return None
+    if allocate == "pyramid":
+        return pyramid(layers)
+    if allocate == "floor":
+        if model is None:
+            raise ValueError(
+                'allocate="floor" runs the calibration prompt: give the model instead of its configuration'
+            )
+        return floor_shares(model, calibration)
+    if isinstance(allocate, str):
+        raise ValueError(f"allocate is uniform, pyramid, floor, or multiples of the budget per layer, got {allocate!r}")
+    return _table("allocate", allocate, float)

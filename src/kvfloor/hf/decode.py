@@ -41,9 +41,36 @@ class Dialogue:
             if len(ids):
                 batch[row, width - len(ids) :] = torch.tensor(list(ids))
                 real[row, width - len(ids) :] = 1
-        for start in range(0, width, chunk or width):
-            stop = min(width, start + (chunk or width))
+        cuts = [*range(0, width, chunk or width), width]
+        if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:  # a token alone would be taken for the first decoded one
+            pass
+        for start, stop in zip(cuts, cuts[1:], strict=False):
             self._forward(batch[:, start:stop], real[:, start:stop])
+
+    @torch.inference_mode()
+    def score(self, token_ids: Sequence[Sequence[int]], chunk: int = 512) -> list[tuple[Tensor, Tensor]]:
+        """Take in one list of tokens per batch item and judge each token by what came before it.
+
+        Returns per item (log-probability (t,) float32, was it the likeliest (t,) bool), both on the CPU. `chunk` slots
+        per forward bound the logits' memory; shorter lists are padded at their end, so this comes last.
+        """
+        assert self.logits is not None
+        width = max(len(ids) for ids in token_ids)
+        batch = torch.zeros(len(token_ids), width, dtype=torch.int64)
+        for row, ids in enumerate(token_ids):
+            batch[row, : len(ids)] = torch.tensor(list(ids))
+        real = torch.arange(width) < torch.tensor([[len(ids)] for ids in token_ids])
+        parts: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, width, chunk):
+            tokens = batch[:, start : start + chunk]
+            before = self.logits.unsqueeze(1)
+            after = self._forward(tokens, real[:, start : start + chunk].to(torch.int64), every=True)
+            logits = torch.cat([before, after[:, :-1]], 1).float()
+            at = tokens.to(logits.device).unsqueeze(-1)
+            log_p = (logits.gather(-1, at) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+            parts.append((log_p.cpu(), (logits.argmax(-1) == at.squeeze(-1)).cpu()))
+        log_ps, likeliest = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return [(log_ps[row, : len(ids)], likeliest[row, : len(ids)]) for row, ids in enumerate(token_ids)]
 
     @torch.inference_mode()
     def answer(self, most: int, stop: int | None) -> tuple[list[list[int]], list[float]]:
@@ -66,7 +93,8 @@ class Dialogue:
             steps_ms.append((time.perf_counter() - begin) * 1e3)
         return said, steps_ms
 
-    def _forward(self, token_ids: Tensor, real: Tensor) -> None:
+    def _forward(self, token_ids: Tensor, real: Tensor, every: bool = False) -> Tensor:
+        """Logits after the last slot (batch, 1, vocabulary), or after `every` one (batch, slots, vocabulary)."""
         device = self.model.device
         self.mask = torch.cat([self.mask, real.to(device)], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -token_ids.shape[1] :]
@@ -76,6 +104,7 @@ class Dialogue:
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=0 if every else 1,
         )
         self.logits = output.logits[:, -1]
+        return output.logits

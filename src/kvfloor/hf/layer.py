@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvfloor.budget import resolve
-from kvfloor.method import Method, Spec
+from kvfloor.bounded import BoundedState
+from kvfloor.hf.fold import present_rows, step_rows
+from kvfloor.hf.opening import Opening
 from kvfloor.state import State
 
 
 class Meter:
-    """Bytes of all layers' states together, and the most they took with what was staged or copied at that moment."""
+    """What a cache's layers took together: bytes, the most of them with what was staged or copied, and slots seen."""
 
-    def __init__(self, layers: int) -> None:
-        self.held_bytes = [0] * layers
+    def __init__(self) -> None:
+        self.held_bytes: dict[int, int] = {}
+        self.seen: dict[int, int] = {}
         self.peak_bytes = 0
 
-    def record(self, layer: int, held_bytes: int, transient_bytes: int) -> None:
-        self.held_bytes[layer] = held_bytes
-        self.peak_bytes = max(self.peak_bytes, sum(self.held_bytes) + transient_bytes)
+    def record(self, layer: int, seen: int, held_bytes: int, transient_bytes: int) -> None:
+        self.seen[layer], self.held_bytes[layer] = seen, held_bytes
+        self.peak_bytes = max(self.peak_bytes, sum(self.held_bytes.values()) + transient_bytes)
+
+    @property
+    def level(self) -> bool:
+        """Whether all layers saw the same slots: not so after a forward that broke off between them."""
+        return len(set(self.seen.values())) <= 1
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Tokens that left a layer for good, an entry each: batch item (e,), kv head (e,), position in the row (e,)."""
+
+    layer: int
+    item: Tensor
+    head: Tensor
+    position: Tensor
 
 
 _TAG = "kv_layer"  # the attribute by which a staged key tensor names its layer
@@ -35,34 +52,37 @@ class CompressedLayer(CacheLayerMixin):
     """Keys and values are staged by `update` and taken in by `answer`, which the attention function calls.
 
     Batch x kv head is the state's rows, a GQA group its g. `seen` counts slots, pads included, because generate()
-    derives positions from it; the state's own clocks count real tokens per row.
+    derives positions from it; the state's own clocks count real tokens per row. `readers` later layers have no keys
+    of their own and ask this layer's (Gemma 3n, Gemma 4): they are answered from a copy of the state as it was
+    before the forward, which is dropped with the last of them.
     """
 
     is_compileable = False
     is_sliding = False
     is_croppable = False
+    beside: tuple[str, ...] = ()  # attributes of a second half that is transformers' own; they are saved too
 
     def __init__(
         self,
-        method: Method,
+        opening: Opening,
         index: int,
-        layers: int,
-        context: int | None,
-        seed: int,
-        requests: Sequence[int] | None,
+        place: int,
         meter: Meter,
+        readers: int = 0,
     ) -> None:
+        """The place-th compressed layer of a cache, which is layer `index` of the model."""
         super().__init__()
-        self.method = method
-        self.index = index
+        self.opening, self.index, self.place = opening, index, place
         self.state: State | None = None
         self.seen = 0
         self.batch = 0
         self.staged_bytes = 0
+        self.served_by: weakref.ref[torch.nn.Module] | None = None  # who last asked: `save` finds the model by it
         self.tap: Callable[[Tensor, Tensor, Tensor, float, float | None], None] | None = None  # sees what is answered
         self._meter = meter
-        self._layers, self._context, self._seed = layers, context, seed
-        self._requests = requests
+        self._on_evict: Callable[[Eviction], None] | None = None
+        self._readers, self._waiting = readers, 0  # layers that share these keys; how many of them come in this forward
+        self._before: State | None = None
 
     @staticmethod
     def of(key: Tensor) -> CompressedLayer | None:
@@ -75,6 +95,7 @@ class CompressedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stage this forward's keys and values (B, Hkv, n, d), after RoPE; the attention function takes them in."""
         if self.staged_bytes:
@@ -82,7 +103,12 @@ class CompressedLayer(CacheLayerMixin):
                 "a second forward came before the first one's attention was answered: this model does not use "
                 "kvfloor's attention; call kvfloor.hf.prepare(model) first"
             )
-        self.is_initialized = True
+        if self.place == 0 and not self._meter.level:
+            raise RuntimeError(
+                "the last forward broke off after some layers had taken its tokens in, so this cache is of no use: "
+                "reset() it, or load the last one you saved"
+            )
+        self.is_initialized, self._before = True, None
         keys = key_states.view_as(key_states)  # a tensor object of its own, so that the tag is not the caller's
         setattr(keys, _TAG, weakref.ref(self))
         self.staged_bytes = sum(x.numel() * x.element_size() for x in (key_states, value_states))
@@ -103,17 +129,48 @@ class CompressedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name until transformers 5.12
 
     def reset(self) -> None:
-        self.state, self.seen, self.batch, self.staged_bytes = None, 0, 0, 0
-        self._meter.record(self.index, 0, 0)
+        self.state, self.seen, self.batch, self.staged_bytes, self._before = None, 0, 0, 0, None
+        self._meter.record(self.index, 0, 0, 0)
+
+    def listen(self, on_evict: Callable[[Eviction], None] | None) -> None:
+        """Tell `on_evict` of the tokens that leave from now on; None: no one."""
+        self._on_evict = on_evict
+        if isinstance(self.state, BoundedState):
+            self.state.listener = None if on_evict is None else self._tell
+
+    def _tell(self, row: Tensor, position: Tensor) -> None:
+        assert self._on_evict is not None and self.state is not None
+        heads = self.state.spec.rows // self.batch
+        self._on_evict(Eviction(self.index, row // heads, row % heads, position))
+
+    def clocks(self) -> dict[str, Any]:
+        """What continuing needs beside the state; JSON-ready."""
+        return {"seen": self.seen, "batch": self.batch, "is_initialized": self.is_initialized}
+
+    def resume(self, state: State | None, clocks: dict[str, Any], model: torch.nn.Module) -> None:
+        """Continue from what a saved layer held, in `model`, which filled it."""
+        self.state, self.served_by = state, weakref.ref(model)
+        self.seen, self.batch, self.is_initialized = clocks["seen"], clocks["batch"], clocks["is_initialized"]
+        self._meter.record(self.index, self.seen, state.nbytes if state else 0, 0)
+        self.listen(self._on_evict)
 
     def crop(self, *args: Any) -> None:
-        raise ValueError("a compressed cache cannot be cropped: evicted tokens cannot come back; use a fresh cache")
+        raise ValueError(
+            "a compressed cache cannot be cropped, as assisted decoding and prompt lookup ask: evicted tokens cannot come "
+            "back; generate without them, or use a stock cache"
+        )
 
     def offload(self) -> None:
         raise ValueError("a compressed cache is not offloaded: its state is small and stays on the model's device")
 
     def prefetch(self) -> None:
         """Nothing is ever offloaded."""
+
+    def to(self, device: str | torch.device) -> None:
+        """Move the state; its copy is made by way of its message, on the CPU."""
+        if self.state is not None:
+            self.state = self.state.method.from_bytes(self.state.to_bytes(), device)
+            self.listen(self._on_evict)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -133,65 +190,66 @@ class CompressedLayer(CacheLayerMixin):
     # ---- answering -----------------------------------------------------------------------------------------
 
     def answer(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, softcap: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """query (B, H, n, d), staged key and value (B, Hkv, n, .) -> (B, H, n, dv); commits what was staged.
 
-        padding: bool (B, slots), None if every token is real.
+        padding: bool (B, slots), None if every token is real. sink: a logit per query head (H,) that takes its share
+        of the softmax and has no value.
         """
-        batch, heads, n, d = query.shape
+        if not self.staged_bytes:
+            return self._answer_reader(query, key, value, padding, sink)
+        batch, heads, n, _d = query.shape
         kv_heads, dv = key.shape[1], value.shape[-1]
         g = heads // kv_heads
         try:
             if self.state is None:
-                self.state = self._open(batch, kv_heads, d, dv, g, scale, softcap, key)
+                self.state = self.opening.open(self.index, self.place, key, dv, g, scale, softcap)
                 self.batch = batch
+                self.listen(self._on_evict)
             state = self.state
             if n == 1 and self.seen and not state.sealed:
                 state.seal()  # the first decoded token: the prompt is over
-            present = None
-            if padding is not None:
-                present = padding[:, self.seen : self.seen + n].to(torch.bool)
-                present = None if bool(present.all()) else present.repeat_interleave(kv_heads, 0)
+            present = present_rows(padding, slice(self.seen, self.seen + n), kv_heads)
             if self.tap is not None:
                 self.tap(query, key, value, scale, softcap)
-            out = state.step(
-                query.reshape(batch * kv_heads, g, n, d),
-                key.reshape(batch * kv_heads, n, d),
-                value.reshape(batch * kv_heads, n, dv),
-                present,
-            )
+            self._before, self._waiting = state.clone() if self._readers else None, self._readers
+            out = step_rows(state, query, key, value, present, sink)
             held_bytes = state.nbytes
-            copied_bytes = state.peak_nbytes - held_bytes
-            self._meter.record(self.index, held_bytes, copied_bytes + self.staged_bytes)
+            copied_bytes = state.peak_nbytes - held_bytes + (self._before.nbytes if self._before else 0)
             self.seen += n
+            self._meter.record(self.index, self.seen, held_bytes, copied_bytes + self.staged_bytes)
         finally:
             self.staged_bytes = 0
-        return out.reshape(batch, heads, n, dv)
+        return out
 
-    def _open(
-        self, batch: int, kv_heads: int, d: int, dv: int, g: int, scale: float, softcap: float | None, key: Tensor
-    ) -> State:
-        requests = range(batch) if self._requests is None else self._requests
-        if len(requests) != batch:
-            raise ValueError(f"{len(requests)} request ids were given for a batch of {batch}; give one per item")
-        ids = [_row_id(request, self.index, head) for request in requests for head in range(kv_heads)]
-        spec = Spec(
-            batch * kv_heads,
-            d,
-            dv,
-            scale,
-            softcap,
-            key.dtype,
-            key.device,
-            seed=self._seed,
-            row_ids=ids,
-            places=[(self.index, head) for _ in requests for head in range(kv_heads)],
-        )
-        return resolve(self.method, spec, layers=self._layers, length=self._context, g=g).open(spec)
+    def _answer_reader(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sink: Tensor | None
+    ) -> Tensor:
+        """The answer to a layer that asks this one's keys: query (B, H, m, d) of the newest m tokens of this forward.
 
-
-def _row_id(request: int, layer: int, head: int) -> int:
-    """A row's identity: the same request draws the same numbers in any batch."""
-    digest = hashlib.sha256(f"{request}/{layer}/{head}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
+        What this layer keeps is its own queries' business: the reader's leave no trace in the state.
+        """
+        if self._before is None:
+            raise RuntimeError(
+                f"layer {self.index}'s keys were asked again, which the model's configuration does not announce: this "
+                f"family shares keys between layers in a way that kvfloor does not know"
+            )
+        kv_heads, n, m = key.shape[1], key.shape[2], query.shape[2]
+        self._waiting -= 1
+        state = self._before.clone() if self._waiting else self._before
+        if not self._waiting:
+            self._before = None
+        present = present_rows(padding, slice(self.seen - n, self.seen), kv_heads)
+        if m < n:
+            early, unasked = (x[:, :, : n - m].flatten(0, 1) for x in (key, value))
+            state.append(early, unasked, None if present is None else present[:, : n - m])
+            present = None if present is None else present[:, n - m :]
+        return step_rows(state, query, key[:, :, n - m :], value[:, :, n - m :], present, sink)

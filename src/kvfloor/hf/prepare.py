@@ -12,27 +12,51 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask, sdpa_mask
 
+from kvfloor.hf.families import ignores_the_interface, own_cache_class, refusal
 from kvfloor.hf.layer import CompressedLayer
 
 NAME = "kvfloor"
+EVERY = slice(None)
 _before: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
+_prepared: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # now or earlier: their caches can be saved
 
 
 class LazyMask:
     """What the mask function returns: the rule and the padding, made into a mask only for stock caches."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any], queries: slice = EVERY) -> None:
         self._arguments = arguments
+        self._queries = queries
         self._built: dict[Any, Tensor | None] = {}
+        self._plain: bool | None = None
+
+    def __getitem__(self, index: tuple[slice, slice, slice, slice]) -> LazyMask:
+        """The mask of some queries alone: mask[:, :, queries, :], as the layers without keys of their own cut it."""
+        batch, heads, queries, keys = index
+        if (batch, heads, keys) != (EVERY, EVERY, EVERY) or self._queries != EVERY:
+            raise ValueError(f"a mask of kvfloor can be cut along its queries once, not by {index}")
+        return LazyMask(self._arguments | {"allow_is_causal_skip": False}, queries)
 
     @property
     def plainly_causal(self) -> bool:
-        return self._arguments.get("mask_function", causal_mask_function) is causal_mask_function
+        """Whether each token sees all before it and nothing else, padding apart.
+
+        A rule that adds to this, such as images whose tokens see each other, may add nothing for the tokens at hand:
+        both rules are written out then, once for all layers.
+        """
+        if self._arguments.get("mask_function", causal_mask_function) is causal_mask_function:
+            return True
+        if self._plain is None:
+            unpadded = self._arguments | {"attention_mask": None, "allow_is_causal_skip": False}
+            its_own, plain = sdpa_mask(**unpadded), sdpa_mask(**unpadded | {"mask_function": causal_mask_function})
+            self._plain = bool((its_own == plain).all())
+        return self._plain
 
     @property
     def padding(self) -> Tensor | None:
@@ -42,7 +66,8 @@ class LazyMask:
     def build(self, form: Callable[..., Tensor | None]) -> Tensor | None:
         """The mask that transformers' own attention of this form would have got; made once for all layers."""
         if form not in self._built:
-            self._built[form] = form(**self._arguments)
+            mask = form(**self._arguments)
+            self._built[form] = None if mask is None else mask[:, :, self._queries, :]
         return self._built[form]
 
 
@@ -64,21 +89,50 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function in transformers' registry: query (B, H, n, d) -> (B, n, H, dv)."""
-    layer = CompressedLayer.of(key)
-    if layer is None:
+    if CompressedLayer.of(key) is None:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    return _compressed(module, query, key, value, attention_mask, scaling, **kwargs), None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes its first argument on, as if it depended on the second, and refuses to go back."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        del ctx, query
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("a compressed cache has no gradient: train with a stock cache, or without one")
+
+
+@torch.compiler.disable
+def _compressed(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
+) -> Tensor:
+    """Attention that a compressed layer answers; outside what torch.compile traces, which would trace every block."""
+    layer = CompressedLayer.of(key)
+    assert layer is not None
     padding = None
-    if isinstance(attention_mask, LazyMask):
-        if not attention_mask.plainly_causal:
+    if isinstance(mask, LazyMask):
+        if not mask.plainly_causal:
             raise ValueError("a compressed layer follows the plain causal rule; this model's mask adds to it")
-        padding = attention_mask.padding
-    elif attention_mask is not None:
+        padding = mask.padding
+    elif mask is not None:
         raise ValueError("a compressed layer needs the 2-d attention mask (batch, tokens), not a ready 4-d one")
-    if kwargs.get("s_aux") is not None:
-        raise ValueError("models with sink logits (s_aux) are not supported by compressed layers yet")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(
+            f"{type(module).__name__} adds a bias by position to its logits, which a compressed layer cannot: it "
+            f"keeps keys, not a bias for every pair; use a stock cache with this model"
+        )
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"{type(module).__name__} looks ahead; a compressed layer answers from what came before")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = layer.answer(query, key, value, padding, scale, kwargs.get("softcap"))
-    return out.transpose(1, 2).contiguous(), None
+    out = layer.answer(query, key, value, padding, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    layer.served_by = weakref.ref(module)
+    out = out.transpose(1, 2).contiguous()
+    return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
 
 def _stock(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -99,17 +153,38 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"prepare needs a transformers model, got {type(model).__name__}")
-    if not model._supports_attention_backend:
+    if ignores_the_interface(model):
         raise ValueError(
             f"{type(model).__name__} ignores transformers' attention interface, so its cache cannot be compressed "
             f"from outside; families such as Llama, Mistral, Qwen or Gemma honour it"
         )
+    reason = refusal(model.config)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot have a compressed cache: {reason}")
+    own = own_cache_class(model)
+    if own is not None:
+        raise ValueError(
+            f"{type(model).__name__} fills a cache class of its own, {own}, so that no other cache can take its place "
+            f"in transformers {transformers.__version__}; newer releases have dropped most such classes"
+        )
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, lazy_mask)
+    _prepared.add(model)
     if model.config._attn_implementation != NAME:
         _before[model] = model.config._attn_implementation or "eager"
         model.set_attn_implementation(NAME)
     return model
+
+
+def is_prepared(model: object) -> bool:
+    """Whether this is a transformers model that works with a `CompressedCache` now."""
+    return isinstance(model, PreTrainedModel) and model in _prepared and model.config._attn_implementation == NAME
+
+
+def owner(module: torch.nn.Module | None) -> PreTrainedModel | None:
+    """The prepared model that `module` is a part of, the whole one if it was prepared in parts; None if it is gone."""
+    holders = [model for model in _prepared if module is not None and any(part is module for part in model.modules())]
+    return max(holders, key=lambda model: sum(1 for _ in model.modules()), default=None)
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:

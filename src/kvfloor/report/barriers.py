@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvfloor import __version__
-from kvfloor.audit.files import replace_file
+from kvfloor.files import replace_file
 from kvfloor.barriers import BARRIERS, Result
 from kvfloor.barriers.oracle import success_bound
 from kvfloor.barriers.sweep import packings, precision

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfloor.audit.explain import cautions, what_breaks, why
-from kvfloor.audit.files import replace_file
+from kvfloor.files import replace_file
 from kvfloor.audit.heads import ETA, GOOD, Head, summary
 from kvfloor.audit.names import BASELINES, split_setting
 from kvfloor.audit.recommend import Recommendation

@@ -96,6 +96,12 @@ class Stretches(Memory):
             moved[target] = column[source]
             self.move(name, moved)
 
+    def bytes_by_row(self, rows: int) -> Tensor:
+        """A row has its own lists; the clocks are split."""
+        arena = sum(column.untyped_storage().nbytes() for column in self._columns().values())
+        owned = arena * self.capacity.to(torch.float64) / max(1, int(self.capacity.sum()))
+        return owned + (self.nbytes - arena) / rows
+
     # ---- as a part of a state ------------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:

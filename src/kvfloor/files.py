@@ -21,21 +21,23 @@ def open_folder(folder: Path) -> Path:
     return folder
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 so that `path` holds either all of it or what it held before.
+def replace_file(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Write bytes, or text as UTF-8, so that `path` holds either all of it or what it held before.
 
-    The text goes to a temporary file in the same folder, is flushed to the disk, and takes the name by
-    rename; the folder's own entry is flushed after it. On any failure the temporary file is removed.
+    The content goes to a temporary file in the same folder, made with the permissions `mode` less the umask, is
+    flushed to the disk, and takes the name by rename; the folder's own entry is flushed after it. On any failure
+    the temporary file is removed.
     Raises ValueError with one line naming the path and the reason (no folder, no permission, no space left).
     """
+    data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
-            stream.write(text)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -1,0 +1,110 @@
+"""What is known about model families: which layers a compressed cache serves, which families it refuses, and why."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+# full    attention over all tokens: compressed
+# hybrid  such attention beside a linear or convolution state in one layer: compressed, the other state kept
+# own     sliding, chunked, linear, convolution, or no keys at all: transformers' own layer
+Role = Literal["full", "hybrid", "own"]
+
+# The types that every release's cache knows.
+_SINCE_THE_FIRST = ("full_attention", "sliding_attention", "chunked_attention")
+
+_BIAS = "it adds a bias by position to its logits, for every pair of tokens"
+_IMAGES = "its layers that look at images keep those in the same cache, and they are no stream of tokens"
+_MASK_OF_ITS_OWN = "it makes an additive mask of its own for every pair of tokens, which a bounded state cannot follow"
+REFUSED: dict[str, str] = {  # families that ask the registry for their attention but cannot be served, by model_type
+    "blt": "it keeps several caches, for its bytes and for the patches between them, in one model",
+    "cpmant": _BIAS,
+    "diffllama": "it asks for every key twice, each time with one half of the values",
+    "doge": _MASK_OF_ITS_OWN,
+    "git": _MASK_OF_ITS_OWN,
+    "inkling2_text": _BIAS,
+    "inkling_text": _BIAS,
+    "jetmoe": "it repeats its keys for its experts only after the cache has returned them",
+    "mllama": _IMAGES,
+    "mllama_text_model": _IMAGES,
+}
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """The type of each decoder layer in transformers' words; "dummy" for one that reads another layer's keys."""
+    decoder = config.get_text_config(decoder=True)
+    try:
+        from transformers.cache_utils import get_layer_types_and_kwargs
+    except ImportError:  # until transformers 5.3
+        declared = getattr(decoder, "layer_types", None) or ["full_attention"] * decoder.num_hidden_layers
+        shared = getattr(decoder, "num_kv_shared_layers", 0)
+        return [*declared[: len(declared) - shared], *["dummy"] * shared]
+    return get_layer_types_and_kwargs(decoder)[0]
+
+
+def layer_roles(config: PreTrainedConfig) -> list[tuple[Role, Any]]:
+    """For each layer that a cache has: its role, and the object that transformers' own cache has there.
+
+    Raises ValueError naming the family and the reason where a compressed cache cannot serve it.
+    """
+    reason = refusal(config)
+    if reason is not None:
+        raise ValueError(f"{config.model_type} models cannot have a compressed cache: {reason}")
+    roles: list[tuple[Role, Any]] = []
+    for kind, layer in zip(layer_types(config), DynamicCache(config=config).layers, strict=False):
+        if kind not in _SINCE_THE_FIRST and type(layer) is DynamicLayer:
+            raise ValueError(
+                f"transformers {transformers.__version__} has no cache layer of the type {kind!r} that "
+                f"{config.model_type} models need: install a newer release"
+            )
+        plain = kind == "full_attention" and type(layer) is DynamicLayer
+        roles.append(("full" if plain else "hybrid" if kind == "hybrid" else "own", layer))
+    if all(role == "own" for role, _ in roles):
+        raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to compress")
+    return roles
+
+
+def key_readers(config: PreTrainedConfig) -> list[int]:
+    """For each layer, how many later ones have no keys of their own and read this one's (Gemma 3n, Gemma 4)."""
+    decoder = config.get_text_config(decoder=True)
+    types = layer_types(config)
+    declared = getattr(decoder, "layer_types", None) or types
+    readers = [0] * len(types)
+    for layer in range(len(types)):
+        if types[layer] == "dummy" and declared[layer] in _SINCE_THE_FIRST:
+            readers[max(i for i in range(layer) if types[i] == declared[layer])] += 1
+    return readers
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why models of this configuration are refused whatever their layers; None if nothing is known against them."""
+    if _keeps_latents(config.get_text_config(decoder=True)):
+        return (
+            "its attention is latent (MLA): the cache holds one latent per token, from which every head's keys and "
+            "values are made only after the cache, so that a state per head would take more bytes than the latents"
+        )
+    return REFUSED.get(config.model_type)
+
+
+def _keeps_latents(decoder: PreTrainedConfig) -> bool:
+    try:
+        return bool(getattr(decoder, "kv_lora_rank", None))
+    except RuntimeError:  # transformers raises one where a field varies from layer to layer
+        return True
+
+
+def ignores_the_interface(model: nn.Module) -> bool:
+    """Whether no part of this model asks transformers' registry for its attention function."""
+    return not any(hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS") for part in model.modules())
+
+
+def own_cache_class(model: nn.Module) -> str | None:
+    """The cache class that this model's own file defines and fills, if any: a compressed one cannot take its place."""
+    module = sys.modules[type(model).__module__]
+    made_there = [name for name, thing in vars(module).items() if name.endswith("Cache") and isinstance(thing, type)]
+    return next((name for name in made_there if vars(module)[name].__module__ == module.__name__), None)

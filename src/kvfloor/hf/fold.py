@@ -1,0 +1,39 @@
+"""A model's tensors as a state has them: batch x kv head as its rows, a GQA group as its g."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfloor.partial import Partial
+from kvfloor.state import State
+
+
+def present_rows(padding: Tensor | None, slots: slice, kv_heads: int) -> Tensor | None:
+    """Which of these slots hold a real token, per row (B * Hkv, n); None if all do."""
+    if padding is not None and padding.shape[1] != slots.stop:
+        raise ValueError(
+            f"the attention mask has {padding.shape[1]} slots and the cache {slots.stop} with this forward's: give one "
+            f"that covers the cache (transformers 5.2 makes a short one when it feeds chunks to a cache not empty)"
+        )
+    present = None if padding is None else padding[:, slots].to(torch.bool)
+    return None if present is None or bool(present.all()) else present.repeat_interleave(kv_heads, 0)
+
+
+def step_rows(
+    state: State, query: Tensor, key: Tensor, value: Tensor, present: Tensor | None, sink: Tensor | None
+) -> Tensor:
+    """One step of a state with batch and heads folded into rows: (B, H, n, d) -> (B, H, n, dv)."""
+    (batch, heads, n, d), kv_heads, dv = query.shape, key.shape[1], value.shape[-1]
+    folded = (
+        query.reshape(batch * kv_heads, heads // kv_heads, n, d),
+        key.reshape(batch * kv_heads, n, d),
+        value.reshape(batch * kv_heads, n, dv),
+        present,
+    )
+    if sink is None:
+        return state.step(*folded).reshape(batch, heads, n, dv)
+    part = state.step_partial(*folded)
+    by_head = sink.detach().to(part.log_mass.dtype).view(1, kv_heads, -1, 1).expand(batch, -1, -1, n)
+    nothing = Partial(torch.zeros_like(part.mean), by_head.reshape(part.log_mass.shape))
+    return part.merge(nothing).mean.to(query.dtype).reshape(batch, heads, n, dv)

@@ -1,0 +1,249 @@
+"""lm-eval over a compressed cache: the model class "kvfloor", and `python -m kvfloor.hf.lm_eval` in lm_eval's place.
+
+lm-eval finds a third party's model class only once its module was imported, which its own command line cannot be told
+to do. So this module is a command line too: it registers the class and then is `lm_eval`, argument for argument.
+
+    python -m kvfloor.hf.lm_eval --model kvfloor --model_args pretrained=builtin,method=h2o@512 \\
+        --include_path tasks --tasks mine
+
+What is measured: of each request all tokens of the context but the last are streamed into a cache as the prompt, the
+prompt's end is marked (`seal`), and the rest is fed as decoding would feed it. So every scored token is predicted from
+what the method kept, also by methods that compress at the prompt's end only. Nothing is shared between requests.
+"""
+
+# pyright: reportMissingImports=false
+# lm-eval comes with the extra kvfloor[eval] and is not part of a development environment.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import kvfloor
+from kvfloor.hf.cache import CompressedCache
+from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.ledger import Ledger
+from kvfloor.hf.prepare import prepare
+from kvfloor.models import load
+
+_MOST_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's own classes
+
+
+@register_model("kvfloor")
+class CompressedLM(TemplateLM):
+    """A local transformers model whose cache is compressed by a kvfloor method.
+
+    pretrained  "builtin", the folder of a transformers model, or a model
+    method      text such as "h2o(recent=64)@512"; with commas in it, give --model_args as JSON
+    context     tokens that a share such as "@25%" refers to
+    chunk       prompt tokens per forward: the memory of a long prompt is bounded by it
+    seed        of the method's own randomness
+    batch_size  requests per forward, left-padded; pads never enter a state
+    device      such as "cuda:0", which is what lm-eval's command line says; the CPU where there is no such device
+    dtype       "float32", "bfloat16" or "float16"
+    max_length  tokens that the model can see; its configuration says so otherwise
+    Raises ValueError naming the argument for what is not allowed.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel = "builtin",
+        method: str = "exact",
+        *,
+        context: int | None = None,
+        chunk: int = 512,
+        seed: int = 0,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        max_length: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        del max_batch_size  # lm-eval always passes it; it is about batch_size=auto
+        model: Any = pretrained
+        if isinstance(pretrained, str):
+            model, tokenizer = load(pretrained)
+        if tokenizer is None:
+            raise ValueError("a model given as an object needs its tokenizer beside it: pass tokenizer=")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"batch_size must be a number of requests per forward, got {batch_size!r}")
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"chunk must be a number of tokens per forward, got {chunk!r}")
+        if not torch.cuda.is_available() and str(device).startswith("cuda"):
+            device = "cpu"  # lm-eval's command line says cuda:0 unless told otherwise
+        self.model: Any = prepare(model.to(device=device or "cpu", dtype=getattr(torch, dtype)).eval())
+        self.tokenizer: Any = tokenizer
+        self.method = kvfloor.parse(str(method))
+        self.batch_size, self.chunk = int(batch_size), chunk
+        self.max_length = max_length or resolve_max_length(self.model.config, tokenizer)
+        self.ledger = Ledger()
+        self._context, self._seed = context, seed
+        self._cache([0])  # a method that does not go into a model's cache is refused now
+        self._device = self.model.device
+
+    # ---- tokens ------------------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the beginning-of-text token where there is one."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    # ---- what lm-eval asks -------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, was every token of it the likeliest) for each request."""
+        answers: dict[int, tuple[float, bool]] = {}
+        sizes = [len(context) + len(continuation) for _, context, continuation in requests]
+        for batch in self._batches(sizes, disable_tqdm, "loglikelihood"):
+            prompts, rests, asked = [], [], []
+            for i in batch:
+                _, context, continuation = requests[i]
+                whole = (context + continuation)[-self.max_length - 1 :]
+                start = max(1, len(whole) - len(continuation) - 1)
+                prompts.append(whole[:start])
+                rests.append(whole[start:])
+                asked.append(min(len(continuation), len(whole) - 1))
+            cache = self._cache(batch)
+            dialogue = Dialogue.start(self.model, cache, len(batch))
+            dialogue.feed(prompts, self.chunk)
+            cache.seal()
+            for i, count, (log_p, likeliest) in zip(batch, asked, dialogue.score(rests, self.chunk), strict=True):
+                answers[i] = (float(log_p[len(log_p) - count :].sum()), bool(likeliest[len(log_p) - count :].all()))
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+            self.ledger.record(cache)
+        return [answers[i] for i in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text, in windows of `max_length` tokens that each fill a cache of their own.
+
+        The prompt is one token here: nearly all of the text is decoded from what the method kept.
+        """
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owner: list[int] = []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
+                windows.append(((None, None), *make_disjoint_window(window)))
+                owner.append(i)
+        totals = [0.0] * len(requests)
+        for i, (log_p, _) in zip(owner, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[i] += log_p
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that generate() says for each request, up to a stop string or the task's number of tokens."""
+        said: dict[int, str] = {}
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        alike = [repr(sorted(request.args[1].items())) for request in requests]
+        for batch in self._batches([len(ids) for ids in prompts], disable_tqdm, "generate_until", alike):
+            said |= zip(
+                batch, self._generate([prompts[i] for i in batch], batch, requests[batch[0]].args[1]), strict=True
+            )
+            for i in batch:
+                self.cache_hook.add_partial("generate_until", requests[i].args, said[i])
+        return [said[i] for i in range(len(requests))]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes into its results: the method, and what its caches held and took."""
+        return {"kvfloor": {"version": kvfloor.__version__, "method": str(self.method)} | self.ledger.totals()}
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _cache(self, requests: list[int]) -> CompressedCache:
+        return CompressedCache(
+            self.model.config, self.method, context=self._context, seed=self._seed, requests=requests
+        )
+
+    def _batches(
+        self, sizes: list[int], quiet: bool, title: str, alike: list[str] | None = None
+    ) -> Iterator[list[int]]:
+        """Indices of requests that go together: the longest first, and only such as are `alike`."""
+        kinds = alike or [""] * len(sizes)
+        order = sorted(range(len(sizes)), key=lambda i: (kinds[i], -sizes[i]))
+        with tqdm(total=len(sizes), disable=quiet, desc=f"{self.method} {title}") as bar:
+            while order:
+                batch = [i for i in order[: self.batch_size] if kinds[i] == kinds[order[0]]]
+                order = order[len(batch) :]
+                yield batch
+                bar.update(len(batch))
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], batch: list[int], options: dict[str, Any]) -> list[str]:
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, _MOST_NEW_TOKENS))
+        most = wanted.pop("max_gen_toks")
+        eos = self.tokenizer.decode([self.eot_token_id])
+        until = handle_stop_sequences(wanted.pop("until", None), eos=eos)
+        if not wanted["do_sample"]:
+            wanted.pop("temperature", None)
+        if most >= self.max_length:
+            raise ValueError(f"the task wants {most} new tokens of a model that sees {self.max_length}")
+        prompts = [ids[-(self.max_length - most) :] for ids in prompts]
+        width = max(len(ids) for ids in prompts)
+        pad = self.eot_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(one)) + one for one in prompts], device=self._device)
+        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=self._device)
+        cache = self._cache(batch)
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=most,
+            pad_token_id=pad,
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, until, width, len(batch)),
+            **({"prefill_chunk_size": self.chunk} if width > self.chunk else {}),
+            **wanted,
+        )
+        self.ledger.record(cache)
+        texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        return [postprocess_generated_text(text, until, None) for text in texts]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,73 @@
+"""The loop under audits and lm-eval: scores are the model's own, and no chunk ends the prompt early."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from kvfloor.hf import CompressedCache, prepare
+from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.ledger import Ledger
+
+CONTEXTS, RESTS = (31, 8, 20), (9, 25, 1)
+
+
+def texts() -> list[tuple[list[int], list[int]]]:
+    draw = torch.Generator().manual_seed(2)
+
+    def some(n: int) -> list[int]:
+        return torch.randint(2, 98, (n,), generator=draw).tolist()
+
+    return [(some(n), some(m)) for n, m in zip(CONTEXTS, RESTS, strict=True)]
+
+
+@pytest.mark.parametrize("chunk", [3, 10, 512])
+@pytest.mark.parametrize("method", ["exact", None])
+def test_scores_are_the_models_log_probabilities(llama: PreTrainedModel, chunk: int, method: str | None) -> None:
+    """The oracle is one plain forward per text, without cache, pads or chunks."""
+    pairs, expected = texts(), []
+    with torch.no_grad():
+        for context, rest in pairs:
+            logits = llama(torch.tensor([context + rest])).logits[0, len(context) - 1 : -1]
+            log_p = logits.log_softmax(-1)[range(len(rest)), rest]
+            expected.append((log_p, logits.argmax(-1) == torch.tensor(rest)))
+    prepare(llama)
+    cache = CompressedCache(llama.config, method) if method else DynamicCache(config=llama.config)
+    dialogue = Dialogue.start(llama, cache, len(pairs))
+    dialogue.feed([context for context, _ in pairs], chunk)
+    for (log_p, likeliest), (wanted, greedy) in zip(
+        dialogue.score([r for _, r in pairs], chunk), expected, strict=True
+    ):
+        assert torch.allclose(log_p, wanted, atol=2e-5) and torch.equal(likeliest, greedy)
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 15])
+def test_a_chunk_of_one_token_does_not_end_the_prompt(llama: PreTrainedModel, length: int) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, "window(prefill=dense,block=1)@4")
+    dialogue = Dialogue.start(llama, cache, 1)
+    dialogue.feed([list(range(2, 2 + length))], 7)
+    assert all(layer.state is not None and not layer.state.sealed for layer in cache.compressed)
+    assert {held for layer in cache.report() for held in layer["held"]} == {length}
+
+
+def test_a_ledger_adds_up_what_caches_took(llama: PreTrainedModel) -> None:
+    prepare(llama)
+    ledger, caches = Ledger(), []
+    for n in (40, 60):
+        cache = CompressedCache(llama.config, "sinks(4,block=8)@16")
+        Dialogue.start(llama, cache, 2).feed([[5] * n, [6] * 30])
+        ledger.record(cache)
+        caches.append(cache)
+    ledger.record(CompressedCache(llama.config, "exact"))  # served nobody
+    token_bytes = 3 * 2 * (16 + 16) * 4  # layers, kv heads, numbers per key and value, float32
+    assert ledger.totals() == {
+        "sequences": 4,
+        "most_tokens_seen": 60,
+        "most_tokens_held": max(held for cache in caches for layer in cache.report() for held in layer["held"]),
+        "state_bytes": sum(cache.nbytes for cache in caches),
+        "exact_bytes": (40 + 30 + 60 + 30) * token_bytes,
+        "peak_bytes": max(cache.peak_nbytes for cache in caches),
+    }

@@ -1,0 +1,137 @@
+"""What a cache tells about itself: rows' tokens and bytes, evictions as they happen, a forward that broke off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.hf.conftest import tiny
+from transformers import PreTrainedModel
+
+from kvfloor.hf import CompressedCache, Eviction, prepare
+from kvfloor.registry import TABLE, default_method, kind
+
+METHODS = sorted(
+    name for name, part in TABLE.items() if kind(part) in ("policy", "method", "summary", "selector") and name != "less"
+)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_rows_bytes_are_the_states(llama: PreTrainedModel, prompt: dict[str, torch.Tensor], name: str) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, default_method(name))
+    llama(**prompt, past_key_values=cache)
+    for entry in cache.report():
+        assert sum(entry["row_bytes"]) == pytest.approx(entry["state_bytes"], rel=1e-9)
+        assert entry["tokens"] == [50, 50, 70, 70]
+        assert [t - e for t, e in zip(entry["tokens"], entry["evicted"], strict=True)] == entry["held"]
+
+
+def test_a_row_with_twice_the_tokens_has_twice_the_bytes(
+    llama: PreTrainedModel, prompt: dict[str, torch.Tensor]
+) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, "window(block=1)", budgets=[[511, 1023], 64, 64])
+    llama(**prompt, past_key_values=cache)
+    small, large = cache.report()[0]["row_bytes"][:2]
+    assert large / small == pytest.approx(2, rel=0.01)
+
+
+def test_evictions_are_told_once_each_with_place_and_position(
+    llama: PreTrainedModel, prompt: dict[str, torch.Tensor]
+) -> None:
+    prepare(llama)
+    told: list[Eviction] = []
+    cache = CompressedCache(llama.config, "h2o(block=4)@24", on_evict=told.append)
+    llama.generate(**prompt, do_sample=False, max_new_tokens=12, past_key_values=cache)
+    for layer in cache.compressed:
+        state, gone = layer.state, {}
+        for event in told:
+            if event.layer == layer.index:
+                for item, head, position in zip(
+                    event.item.tolist(), event.head.tolist(), event.position.tolist(), strict=True
+                ):
+                    gone.setdefault((item, head), []).append(position)
+        view = state.slots.view()  # type: ignore[union-attr]
+        for row in range(4):
+            kept = view.position[row, : int(state.held[row])].tolist()  # type: ignore[union-attr]
+            assert sorted(gone[divmod(row, 2)] + kept) == list(range(int(state.seen[row])))  # type: ignore[union-attr]
+    cache.listen(None)
+    before = len(told)
+    llama.generate(torch.full((2, 140), 7), do_sample=False, max_new_tokens=2, past_key_values=cache)
+    assert len(told) == before
+
+
+def test_a_copy_of_a_state_tells_no_one(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    prepare(llama)
+    told: list[Eviction] = []
+    cache = CompressedCache(llama.config, "window(block=1)@24", on_evict=told.append)
+    llama(**prompt, past_key_values=cache)
+    state = cache.compressed[0].state
+    assert state is not None
+    copy, before = state.clone(), len(told)
+    k, v = torch.zeros(4, 3, 16), torch.zeros(4, 3, 16)
+    copy.append(k, v)
+    assert len(told) == before
+    state.append(k, v)
+    assert len(told) == before + 3
+
+
+def test_the_guarantee_is_evaluated_on_what_was_seen(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, "subgen(delta=0.01,radius=0.001,s=100000,t=4)")
+    llama(**prompt, past_key_values=cache)
+    stated = cache.report()[0]["guarantee"]
+    assert stated["holds"] is False and "was asked" in stated["why"] and 0 < stated["epsilon"] < 1
+    window = CompressedCache(llama.config, "window@24")
+    llama(**prompt, past_key_values=window)
+    assert window.report()[0]["guarantee"] is None
+
+
+def test_an_empty_cache_reports_nothing_held(llama: PreTrainedModel) -> None:
+    report = CompressedCache(llama.config, "window@24").report()
+    assert [entry["layer"] for entry in report] == [0, 1, 2]
+    assert all(entry["held"] == [] and entry["state_bytes"] == 0 and entry["seen"] == 0 for entry in report)
+
+
+def test_bytes_are_told_by_kind(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    model = tiny(
+        "qwen3",
+        num_hidden_layers=2,
+        layer_types=["full_attention", "sliding_attention"],
+        sliding_window=16,
+        use_sliding_window=True,
+    )
+    prepare(model)
+    cache = CompressedCache(model.config, "window(block=1)@24")
+    model(**prompt, past_key_values=cache)
+    told = cache.bytes
+    keys_and_values = (
+        cache.layers[1].keys.untyped_storage().nbytes() + cache.layers[1].values.untyped_storage().nbytes()
+    )  # type: ignore[union-attr]
+    assert 0 < keys_and_values <= told["stock"] <= keys_and_values + 64  # and its counters
+    assert told["staged"] == 0 and told["hot"] == cache.nbytes == cache.compressed[0].state.nbytes  # type: ignore[union-attr]
+    assert told["total"] == told["hot"] + told["stock"]
+    staged: dict[str, int] = {}
+    cache.compressed[0].tap = lambda *_: staged.update(cache.bytes)
+    model(torch.full((2, 5), 7), past_key_values=cache)
+    assert staged["staged"] == 2 * 2 * 2 * 5 * model.config.head_dim * 4
+
+
+def test_after_a_forward_that_broke_off_the_cache_says_so(llama: PreTrainedModel, prompt: dict[str, Any]) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, "window@32")
+    llama(**prompt, past_key_values=cache)
+    weight = llama.model.layers[1].self_attn.q_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
+            llama(torch.full((2, 1), 7), past_key_values=cache)
+        weight.copy_(kept)
+        with pytest.raises(RuntimeError, match="broke off"):
+            llama(torch.full((2, 1), 7), past_key_values=cache)
+        cache.reset()
+        llama(**prompt, past_key_values=cache)
+    assert cache.get_seq_length() == 70

@@ -1,0 +1,411 @@
+"""A saved cache continues bit for bit; a damaged, foreign or newer file is refused by a typed error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tests.hf.conftest import tiny
+from transformers import PreTrainedModel
+
+from kvfloor import CorruptState, parse
+from kvfloor.bounded import Bounded
+from kvfloor.hf import CompressedCache, NewerVersion, UnknownMethod, WrongModel, container, prepare, restore
+from kvfloor.hf.families import own_cache_class
+from kvfloor.hf.tiny import families, tiny_model
+from kvfloor.policies.sinks import Sinks
+from kvfloor.registry import TABLE, default_method
+
+METHODS = [
+    "exact",
+    "sinks(4)@24",
+    "h2o@32",
+    "h2o(prefill=dense)@32",
+    "snapkv(block=4)@24",
+    "raas(page=4,sinks=2,block=4)@24",
+    "expected(block=4)@24",
+    "random@24",
+    "window+value_sum@24",
+    "window+taylor@24",
+    "window_sample(copies=8)@24",
+    "subgen@64",
+    "balance@64",
+    "quant(bits=4)",
+    "exact|hip(k=16)",
+    "h2o|pages(page=4,pages=3)@32",
+    "window@128KiB",
+]
+
+
+class Talk:
+    """A model and a cache, fed ids step by step under one growing mask."""
+
+    def __init__(self, model: PreTrainedModel, cache: CompressedCache, mask: torch.Tensor | None = None) -> None:
+        self.model, self.cache = model, cache
+        self.mask = torch.zeros(2, 0, dtype=torch.int64) if mask is None else mask
+
+    @torch.inference_mode()
+    def hear(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (2, n, vocabulary)."""
+        self.mask = torch.cat([self.mask, torch.ones_like(ids) if mask is None else mask], 1)
+        where = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        return self.model(ids, attention_mask=self.mask, position_ids=where, past_key_values=self.cache).logits
+
+    def reloaded(self, path: Path, **options: Any) -> Talk:
+        """The same talk, over a cache that went through the file."""
+        self.cache.save(path)
+        return Talk(self.model, CompressedCache.load(path, self.model, **options), self.mask)
+
+
+def turns(seed: int, *lengths: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 98, (2, n), generator=draw) for n in lengths]
+
+
+def follow(one: Talk, other: Talk, lengths: tuple[int, ...] = (1, 1, 9, 1, 1, 40, 1), seed: int = 5) -> None:
+    """Both go on with the same tokens, decoding and further turns, and say the same bits."""
+    for ids in turns(seed, *lengths):
+        assert torch.equal(one.hear(ids), other.hear(ids))
+    assert one.cache.report() == other.cache.report()
+
+
+@pytest.fixture(scope="module")
+def llama_prepared() -> PreTrainedModel:
+    return prepare(tiny())
+
+
+@pytest.fixture
+def started(llama_prepared: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> Talk:
+    talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, "h2o@32", requests=[4, 9]))
+    talk.hear(prompt["input_ids"], prompt["attention_mask"])
+    return talk
+
+
+# ---- continuing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loaded_cache_goes_on_bit_for_bit(
+    llama_prepared: PreTrainedModel, prompt: dict[str, torch.Tensor], tmp_path: Path, method: str
+) -> None:
+    talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method, requests=[4, 9], seed=3))
+    talk.hear(prompt["input_ids"], prompt["attention_mask"])
+    after_prompt = talk.reloaded(tmp_path / "a")
+    assert after_prompt.cache.nbytes == talk.cache.nbytes
+    assert after_prompt.cache.peak_nbytes == talk.cache.peak_nbytes
+    assert after_prompt.cache.get_seq_length() == 70
+    follow(talk, after_prompt)
+    in_the_middle = talk.reloaded(tmp_path / "b")
+    assert in_the_middle.cache.nbytes == talk.cache.nbytes
+    follow(talk, in_the_middle, seed=6)
+    again = in_the_middle.reloaded(tmp_path / "c").reloaded(tmp_path / "d")  # no token between load and save
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "d").read_bytes()
+    follow(talk, again, (1, 3), seed=7)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if default_method(name).traits.reference != "tensor"])
+def test_every_entry_of_the_registry_can_be_saved(
+    llama_prepared: PreTrainedModel, prompt: dict[str, torch.Tensor], tmp_path: Path, name: str
+) -> None:
+    method = default_method(name)
+    if method.traits.trained_for is not None or name == "less":
+        pytest.skip("LESS is trained for one model; its own test follows")
+    talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method))
+    talk.hear(prompt["input_ids"], prompt["attention_mask"])
+    follow(talk, talk.reloaded(tmp_path / "cache"), (1, 5, 1))
+
+
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("h2o(block=4)", {"budgets": [[40, 24], [28], [20, 36]], "pinned": [(0, 5)]}),
+        ("sinks(4,block=4)@24", {"allocate": "pyramid", "pinned": [(2, 4), (6, 9)]}),
+        ("snapkv(block=4)@25%", {"allocate": [[1.5, 0.5], [1, 1], [0.7, 1.3]], "context": 80}),
+    ],
+)
+def test_every_argument_goes_on_too(
+    llama_prepared: PreTrainedModel, prompt: dict[str, torch.Tensor], tmp_path: Path, method: str, options: Any
+) -> None:
+    talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method, **options))
+    talk.hear(prompt["input_ids"], prompt["attention_mask"])
+    loaded = talk.reloaded(tmp_path / "cache")
+    assert loaded.cache.nbytes == talk.cache.nbytes and loaded.cache.arguments == talk.cache.arguments
+    follow(talk, loaded)
+    for each in (talk, loaded):  # what the arguments say holds for the next conversation as well
+        each.cache.reset()
+        each.mask = each.mask[:, :0]
+    follow(talk, loaded, (60, 1, 1), seed=9)
+
+
+def test_half_precision_goes_on_bit_for_bit(prompt: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    model = prepare(tiny().to(torch.bfloat16))
+    for method in ("h2o@32", "snapkv(block=4)@24", "quant(bits=4)"):
+        talk = Talk(model, CompressedCache(model.config, method))
+        talk.hear(prompt["input_ids"], prompt["attention_mask"])
+        follow(talk, talk.reloaded(tmp_path / "cache"))
+
+
+# sliding windows | convolutions | linear attention | both halves in one layer | keys shared between layers | sinks
+@pytest.mark.parametrize("family", ["gemma3_text", "lfm2", "qwen3_next", "falcon_h1", "gemma4_text", "gpt_oss"])
+def test_layers_that_are_not_compressed_go_on_too(family: str, tmp_path: Path) -> None:
+    if family not in families():
+        pytest.skip(f"this transformers has no {family}")
+    model = tiny_model(family)
+    if own_cache_class(model):
+        pytest.skip(f"in this transformers {family} fills a cache class of its own")
+    talk = Talk(prepare(model), CompressedCache(model.config, "h2o@32"))
+    talk.hear(*turns(1, 70))
+    follow(talk, talk.reloaded(tmp_path / "cache"))
+    again = talk.reloaded(tmp_path / "cache")
+    for each in (talk, again):
+        each.cache.reorder_cache(torch.tensor([1, 0]))
+    follow(talk, again, seed=8)
+
+
+def test_generate_goes_on_from_a_loaded_cache(llama_prepared: PreTrainedModel, tmp_path: Path) -> None:
+    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    first, second = (ids[:1] for ids in turns(11, 60, 20))
+    cache = CompressedCache(llama_prepared.config, "h2o@32")
+    said = llama_prepared.generate(first, **greedy, past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    whole = torch.cat([said, second], 1)
+    loaded = CompressedCache.load(tmp_path / "cache", llama_prepared)
+    expected = llama_prepared.generate(whole, **greedy, past_key_values=cache)
+    assert torch.equal(llama_prepared.generate(whole, **greedy, past_key_values=loaded), expected)
+    fresh = llama_prepared.generate(whole, **greedy, past_key_values=CompressedCache(llama_prepared.config, "h2o@32"))
+    assert loaded.get_seq_length() == fresh.shape[1] - 1
+
+
+def test_beams_and_reset_work_after_loading(started: Talk, tmp_path: Path) -> None:
+    loaded = started.reloaded(tmp_path / "cache")
+    order = torch.tensor([1, 1])
+    for talk in (started, loaded):
+        talk.cache.reorder_cache(order)
+        talk.mask = talk.mask[order]
+    follow(started, loaded, (1, 1, 4))
+    loaded.cache.reset()
+    fresh = Talk(started.model, CompressedCache(started.model.config, "h2o@32", requests=[4, 9]))
+    loaded.mask = fresh.mask
+    follow(fresh, loaded, (50, 1))
+
+
+def test_a_copy_of_the_model_in_another_process_will_do(started: Talk, tmp_path: Path) -> None:
+    started.cache.save(tmp_path / "cache")
+    twin = prepare(tiny())  # the same seed: equal weights, other tensors
+    follow(started, Talk(twin, CompressedCache.load(tmp_path / "cache", twin), started.mask))
+
+
+def test_saving_changes_nothing_and_the_copy_is_independent(started: Talk, tmp_path: Path) -> None:
+    started.cache.save(tmp_path / "cache")
+    first = (tmp_path / "cache").read_bytes()
+    loaded = CompressedCache.load(tmp_path / "cache", started.model)
+    Talk(started.model, loaded, started.mask).hear(*turns(1, 30))
+    started.cache.save(tmp_path / "cache")
+    assert (tmp_path / "cache").read_bytes() == first
+
+
+def test_every_attribute_of_a_layer_is_saved_or_made_anew(started: Talk) -> None:
+    """A new attribute must be put on one of these lists, and into `clocks` if continuing needs it."""
+    layer = started.cache.compressed[0]
+    saved = {"state", *layer.clocks()}
+    anew = {"opening", "index", "place", "staged_bytes", "served_by", "tap", "keys", "values"}
+    anew |= {"_meter", "_on_evict", "_readers", "_waiting", "_before"}
+    assert set(vars(layer)) == saved | anew
+
+
+# ---- refusing --------------------------------------------------------------------------------------------------
+
+
+def test_any_changed_byte_is_noticed(started: Talk, tmp_path: Path) -> None:
+    started.cache.save(tmp_path / "cache")
+    whole = (tmp_path / "cache").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(0)
+    places = [*range(8), *draw.sample(range(8, header), 120), *draw.sample(range(header, len(whole)), 120)]
+    places += [header - 1, header, len(whole) - 1]
+    for place in places:
+        for change in (1 << draw.randrange(8), draw.randrange(1, 256)):
+            broken = bytearray(whole)
+            broken[place] ^= change
+            (tmp_path / "broken").write_bytes(broken)
+            with pytest.raises(CorruptState):
+                CompressedCache.load(tmp_path / "broken", started.model)
+
+
+def test_a_truncated_or_longer_file_is_noticed(started: Talk, tmp_path: Path) -> None:
+    started.cache.save(tmp_path / "cache")
+    whole = (tmp_path / "cache").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for size in (0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut").write_bytes(whole[:size])
+        with pytest.raises(CorruptState):
+            CompressedCache.load(tmp_path / "cut", started.model)
+    (tmp_path / "long").write_bytes(whole + b"\0")
+    with pytest.raises(CorruptState):
+        CompressedCache.load(tmp_path / "long", started.model)
+
+
+def test_another_file_is_no_cache(started: Talk, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(3)}, tmp_path / "weights.safetensors")
+    (tmp_path / "text").write_text("hello, this is a text of some length")
+    for name in ("weights.safetensors", "text"):
+        with pytest.raises(CorruptState):
+            CompressedCache.load(tmp_path / name, started.model)
+    with pytest.raises(ValueError, match="cannot read"):
+        CompressedCache.load(tmp_path / "absent", started.model)
+
+
+def rewritten(path: Path, **changes: Any) -> Path:
+    """The file with other header fields and a right digest: what another release may write."""
+    header, tensors = container.unpack(path.read_bytes())
+    path.write_bytes(container.pack(header | changes, tensors))
+    return path
+
+
+def test_a_newer_format_is_told_from_damage(started: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    started.cache.save(path)
+    with pytest.raises(NewerVersion, match="upgrade kvfloor"):
+        CompressedCache.load(rewritten(path, format=container.FORMAT + 1, kvfloor="9.0"), started.model)
+
+
+def test_fields_that_do_not_fit_are_refused(started: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    started.cache.save(path)
+    header, _ = container.unpack(path.read_bytes())
+    layers = header["layers"]
+    other = {**layers[0], "entries": [e for e in layers[0]["entries"] if e[0] != "state/slots/k"]}
+    for changes in ({"layers": layers[:2]}, {"layers": [other, *layers[1:]]}, {"arguments": {"colour": 3}}):
+        with pytest.raises(CorruptState, match="does not fit"):
+            CompressedCache.load(rewritten(path, **changes), started.model)
+        started.cache.save(path)
+
+
+def test_an_unknown_method_is_refused_and_nothing_is_imported_for_it(started: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    started.cache.save(path)
+    with pytest.raises(UnknownMethod, match="tomorrow"):
+        CompressedCache.load(rewritten(path, method="tomorrow@32"), started.model)
+    with pytest.raises(UnknownMethod, match="not imported"):
+        CompressedCache.load(rewritten(path, method="antigravity:fly@32"), started.model)
+
+
+@dataclass(frozen=True)
+class Elsewhere(Sinks):
+    """A third party's policy."""
+
+    name: ClassVar[str] = "elsewhere"
+
+
+def test_a_third_partys_method_is_brought_by_the_caller(
+    llama_prepared: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, Elsewhere.__module__, sys.modules[__name__])
+    method = Bounded(Elsewhere(2), budget=24)
+    assert ":" in str(method)
+    talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method))
+    talk.hear(*turns(2, 60))
+    with pytest.raises(UnknownMethod, match="pass method="):
+        talk.reloaded(tmp_path / "cache")
+    follow(talk, talk.reloaded(tmp_path / "cache", method=method))
+
+
+def test_another_models_file_is_refused(started: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    started.cache.save(path)
+    weights, law = tiny(), tiny(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with torch.no_grad():
+        weights.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    others = [weights, law, tiny("qwen3"), tiny(num_hidden_layers=2), tiny().to(torch.bfloat16)]
+    for other in others:
+        with pytest.raises(WrongModel):
+            CompressedCache.load(path, prepare(other))
+
+
+def test_prepare_comes_first(started: Talk, tmp_path: Path) -> None:
+    started.cache.save(tmp_path / "cache")
+    twin = tiny()
+    with pytest.raises(ValueError, match=r"prepare\(model\)"):
+        CompressedCache.load(tmp_path / "cache", twin)
+    restore(prepare(twin))
+    with pytest.raises(ValueError, match=r"prepare\(model\)"):
+        CompressedCache.load(tmp_path / "cache", twin)
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path: Path, prompt: dict[str, torch.Tensor]) -> None:
+    model = prepare(tiny())
+    cache = CompressedCache(model.config, "window@24")
+    with pytest.raises(ValueError, match="nothing to save"):
+        cache.save(tmp_path / "cache")
+    talk = Talk(model, cache)
+    talk.hear(prompt["input_ids"], prompt["attention_mask"])
+    with pytest.raises(ValueError, match="cannot write"):
+        cache.save(tmp_path / "no folder" / "cache")
+    cache.update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16), 0)
+    with pytest.raises(ValueError, match="not finished"):
+        cache.save(tmp_path / "cache")
+    cache.compressed[0].staged_bytes = 0
+    cache.compressed[0].seen += 1
+    with pytest.raises(ValueError, match="broke off"):
+        cache.save(tmp_path / "cache")
+    cache.compressed[0].seen -= 1
+    talk.model = None  # type: ignore[assignment]
+    del model
+    with pytest.raises(ValueError, match="is gone"):
+        cache.save(tmp_path / "cache")
+    assert os.listdir(tmp_path) == []
+
+
+# ---- the file --------------------------------------------------------------------------------------------------
+
+
+def test_only_the_owner_may_read_it(started: Talk, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        started.cache.save(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failing_disk_leaves_the_old_file(
+    started: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = tmp_path / "cache"
+    started.cache.save(path)
+    old = path.read_bytes()
+    started.hear(*turns(3, 5))
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, step, full)
+        with pytest.raises(ValueError, match="No space left"):
+            started.cache.save(path)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["cache"]
+    started.cache.save(path)
+    assert path.read_bytes() != old
+
+
+def test_the_file_is_plain_safetensors_that_tells_what_it_holds(started: Talk, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    started.cache.save(tmp_path / "cache.safetensors")
+    with safe_open(tmp_path / "cache.safetensors", "pt") as file:
+        assert "0/state/slots/k" in set(file.keys())
+    header, tensors = container.unpack((tmp_path / "cache.safetensors").read_bytes())
+    assert header["method"] == str(parse("h2o@32")) and header["model"]["model"] == "LlamaForCausalLM"
+    assert {"0/state/slots/k", "2/state/slots/v"} < set(tensors) and header["format"] == container.FORMAT
+    assert header["arguments"]["requests"] == [4, 9] and header["arguments"]["seed"] == 0
