@@ -88,9 +88,10 @@ def models_page() -> str:
         "## Served",
         "",
         "Bold: compressed. Sliding, chunked, linear and convolution layers keep transformers' own state (hybrid: such",
-        "a state beside compressed attention in one layer), and layers without keys read those of an earlier one.",
+        "a state beside compressed attention in one layer); layers without keys have no attention, or read the keys of",
+        "an earlier layer.",
         "",
-        "| family | model | layers of the tiny model | `exact` differs by | evicting differs by | held of 49 | releases |",
+        "| family | model | its layers | `exact` differs by | evicting differs by | held of 49 | releases |",
         "|---|---|---|---|---|---|---|",
     ]
     for family, rows in served.items():

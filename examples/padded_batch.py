@@ -4,7 +4,6 @@ The shorter prompts are padded on the left, as generate() wants it. Pads never e
 tokens under its own budget, and answers as it would alone.
 """
 
-
 from kvfloor import models
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.tasks import TASKS

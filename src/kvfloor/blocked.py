@@ -66,40 +66,62 @@ class Blocked(State):
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, out: Partial | None = None) -> None:
         """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
+        seen, counts = self.seen.tolist(), count.tolist()  # a list of clocks is compared faster than a small tensor
+        if min(seen) == max(seen) and min(counts) == max(counts):
+            self._feed_in_step(k, v, q, seen[0], counts[0], out)
+            return
         done = torch.zeros_like(count)
         while bool((done < count).any()):
             take = torch.minimum(count - done, self.block - self.seen % self.block)
-            a, start = int(take.max()), int(done[0])
-            level = bool((done == start).all()) and bool((take == a).all())
-            index = slice(start, start + a) if level else (done.unsqueeze(1) + torch.arange(a)).to(k.device)
-            before = self.slots.held
-            new_k, new_v = _cut(k, index), _cut(v, index)
-            if not level:  # what lies beyond a row's own tokens may be anything, NaN too
-                beyond = (torch.arange(a) >= take.unsqueeze(1)).unsqueeze(-1).to(k.device)
-                new_k, new_v = new_k.masked_fill(beyond, 0), new_v.masked_fill(beyond, 0)
+            a = int(take.max())
+            index = (done.unsqueeze(1) + torch.arange(a)).to(k.device)
+            # What lies beyond a row's own tokens may be anything, NaN too.
+            beyond = (torch.arange(a) >= take.unsqueeze(1)).unsqueeze(-1).to(k.device)
+            new_k, new_v = (_cut(x, index).masked_fill(beyond, 0) for x in (k, v))
             position = (self.seen.unsqueeze(1) + torch.arange(a)).to(k.device)
-            self.slots.push(new_k, new_v, position, take)
-            if self.selection is not None:
-                self.selection.append(self.slots, before)
-            if q is not None and out is not None:
-                piece = _cut(q, index)
-                part = self._answer(piece, new_k, new_v, before)
+            part = self._take(new_k, new_v, None if q is None else _cut(q, index), position, take)
+            if part is not None and out is not None:
+                row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
                 for whole, new in ((out.mean, part.mean), (out.log_mass, part.log_mass)):
-                    new = new.view(*piece.shape[:3], *new.shape[2:])
-                    if level:
-                        whole[:, :, index] = new
-                    else:
-                        row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
-                        whole[row, :, (done[row] + j)] = new[row, :, j]
-                self._notice(piece, before, take)
+                    whole[row, :, (done[row] + j)] = new[row, :, j]
             self.seen = self.seen + take
             done = done + take
             full = (self.seen % self.block == 0) & (take > 0)
             if bool(full.any()):
-                rows = None if bool(full.all()) else full.nonzero().squeeze(1)
-                self._close(rows)
-                if self.selection is not None:
-                    self.selection.close(self.slots, rows)
+                self._end_block(None if bool(full.all()) else full.nonzero().squeeze(1))
+
+    def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, seen: int, t: int, out: Partial | None) -> None:
+        """As `_feed` of t tokens where every row has `seen` so far: plain slices."""
+        done = 0
+        while done < t:
+            a = min(t - done, self.block - seen % self.block)
+            cut = slice(done, done + a)
+            position = torch.arange(seen, seen + a, device=k.device).expand(k.shape[0], -1)
+            take = torch.full_like(self.seen, a)
+            part = self._take(k[:, cut], v[:, cut], None if q is None else q[:, :, cut], position, take)
+            if part is not None and out is not None:
+                out.mean[:, :, cut], out.log_mass[:, :, cut] = part.mean, part.log_mass
+            self.seen = self.seen + take
+            done, seen = done + a, seen + a
+            if seen % self.block == 0:
+                self._end_block(None)
+
+    def _take(self, k: Tensor, v: Tensor, q: Tensor | None, position: Tensor, take: Tensor) -> Partial | None:
+        """Push the first take[r] of these tokens, within a block; answer q (rows, g, a, d), if any: (rows, g, a)."""
+        before = self.slots.held
+        self.slots.push(k, v, position, take)
+        if self.selection is not None:
+            self.selection.append(self.slots, before)
+        if q is None:
+            return None
+        part = self._answer(q, k, v, before)
+        self._notice(q, before, take)
+        return Partial(part.mean.view(*q.shape[:3], -1), part.log_mass.view(q.shape[:3]))
+
+    def _end_block(self, rows: Tensor | None) -> None:
+        self._close(rows)
+        if self.selection is not None:
+            self.selection.close(self.slots, rows)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Answers to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself.
@@ -130,14 +152,14 @@ class Blocked(State):
         m = flat.shape[1]
         view = self.slots.view()
         width, a = view.k.shape[1], m // g
-        limit = before.unsqueeze(1) + torch.arange(a)  # last slot each query may see, by row
-        if bool((before == before[0]).all()):
-            limit = limit[:1]
-        hide = None
-        if a > 1 or bool((before + a != width).any()):
+        if a == 1:  # the newest token sees all that is held
+            hide = None if view.live is None else ~view.live.unsqueeze(1)
+        else:
+            limit = before.unsqueeze(1) + torch.arange(a)  # last slot each query may see, by row
+            if bool((before == before[0]).all()):
+                limit = limit[:1]
             hide = (torch.arange(width) > limit.unsqueeze(-1)).to(flat.device)
-            if a > 1:
-                hide = hide.unsqueeze(1).expand(-1, g, -1, -1).reshape(hide.shape[0], m, width)
+            hide = hide.unsqueeze(1).expand(-1, g, -1, -1).reshape(hide.shape[0], m, width)
         hide = self._selector.hide(flat, view, self.spec, hide)
         return Partial.over(flat, view.k, view.v, self.spec, hide=hide)
 
@@ -202,10 +224,8 @@ class Blocked(State):
         return part if rest is None else part.merge(rest)
 
 
-def _cut(x: Tensor, index: slice | Tensor) -> Tensor:
-    """Tokens `index` of x (rows, [g,] t, d): one slice for all rows, or (rows, a) indices, clamped."""
-    if isinstance(index, slice):
-        return x[..., index, :]
+def _cut(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` (rows, a), clamped, of x (rows, [g,] t, d)."""
     index = index.clamp_max(x.shape[-2] - 1)
     if x.ndim == 4:
         index = index.unsqueeze(1).expand(-1, x.shape[1], -1)

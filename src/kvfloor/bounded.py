@@ -235,8 +235,9 @@ class BoundedState(Blocked):
         if self.queries is None:
             self._reserve_queries(g)
             assert self.queries is not None
-        start = int(self.seen[0]) % self.block
-        if bool((self.seen % self.block == start).all()) and bool((take == a).all()):
+        seen, taken = self.seen.tolist(), take.tolist()
+        if min(seen) == max(seen) and min(taken) == max(taken) == a:
+            start = seen[0] % self.block
             self.queries[:, :, start : start + a] = q
             self.asked[:, start : start + a] = True
             return

@@ -65,10 +65,11 @@ class Slots(Memory):
     def view(self, rows: Tensor | None = None, width: int | None = None) -> View:
         """The slots of `rows` (all if None), `width` wide (default: the fullest row). Copies only if ragged."""
         held = self.held if rows is None else self.held[rows]
+        counts = held.tolist()
         if width is None:
-            width = int(held.max()) if held.numel() else 0
+            width = max(counts, default=0)
         live = None
-        if not bool((held >= width).all()):
+        if min(counts, default=width) < width:
             live = torch.arange(width) < held.unsqueeze(1)
             live = live.to(self.k.device)
         k, v, position = (self.across(x, rows, width) for x in (self.k, self.v, self.position))
@@ -109,8 +110,9 @@ class Slots(Memory):
         They start at zero in every column: a reused slot still has its last tenant's number.
         """
         self._reserve(self.held + take)
-        a, at = k.shape[1], int(self.held[0])
-        if self.stride and bool((self.held == at).all()) and bool((take == a).all()):
+        a, held, taken = k.shape[1], self.held.tolist(), take.tolist()
+        at = held[0]
+        if self.stride and min(held) == max(held) and min(taken) == max(taken) == a:
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
                 store.view(self.spec.rows, self.stride, *store.shape[1:])[:, at : at + a] = new
             for store in self._columns().values():

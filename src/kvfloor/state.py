@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from functools import wraps
@@ -241,7 +242,7 @@ class State(Memory, metaclass=_Plain):
 
 def _all_finite(x: Tensor) -> bool:
     """One pass that writes nothing: a NaN or an infinity shows in the extremes."""
-    return x.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(x))
+    return x.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(x))
 
 
 def _pack(x: Tensor, order: Tensor) -> Tensor:

@@ -50,10 +50,10 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three local tasks over eight recall prompts of about 40 to 150 tokens: one YAML each, one file of documents."""
+    """Three local tasks over six recall prompts of about 40 to 115 tokens: one YAML each, one file of documents."""
     path = tmp_path_factory.mktemp("tasks")
     lines = []
-    for i in range(8):
+    for i in range(6):
         sample = TASKS["recall"].generate(5, i, 40 + 15 * i)
         answer = sample.questions[0].answer
         choices = [f" {answer}", *(f" {(int(answer) + step) % 100:02d}" for step in (7, 31))]
@@ -132,8 +132,8 @@ def test_a_small_budget_is_really_applied(
     assert sum(abs(shift) > 0.01 for shift in moved) > len(moved) // 2
     assert results["results"]["kvfloor_choose"]["acc,none"] < stock["results"]["kvfloor_choose"]["acc,none"]
     told = results["config"]["kvfloor"]
-    assert told["method"] == str(ours(builtin, method).method) and told["most_tokens_seen"] > 100
-    assert told["sequences"] == 8 * 3 + 8 + 8
+    assert told["method"] == str(ours(builtin, method).method) and told["most_tokens_seen"] > 80
+    assert told["sequences"] == 6 * 3 + 6 + 6
     if not method.startswith("snapkv"):  # SnapKV keeps what is decoded
         assert told["most_tokens_held"] <= 16 + 31 and answers(results, "read") != answers(stock, "read")
 

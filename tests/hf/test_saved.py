@@ -115,7 +115,7 @@ def test_every_entry_of_the_registry_can_be_saved(
 ) -> None:
     method = default_method(name)
     if method.traits.trained_for is not None or name == "less":
-        pytest.skip("LESS is trained for one model; its own test follows")
+        pytest.skip("LESS is trained for one model; no trained parameters for a tiny model")
     talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method))
     talk.hear(prompt["input_ids"], prompt["attention_mask"])
     follow(talk, talk.reloaded(tmp_path / "cache"), (1, 5, 1))

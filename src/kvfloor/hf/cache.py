@@ -58,7 +58,7 @@ class CompressedCache(Cache):
         on_evict: Callable[[Eviction], None] | None = None,
     ) -> None:
         model = config if isinstance(config, PreTrainedModel) else None
-        config = model.config if model is not None else config
+        config = config.config if isinstance(config, PreTrainedModel) else config
         self.method = parse(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a kvfloor Method or its text, got {type(method).__name__}")

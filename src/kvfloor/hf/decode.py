@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ class Dialogue:
                 real[row, width - len(ids) :] = 1
         cuts = [*range(0, width, chunk or width), width]
         if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:  # a token alone would be taken for the first decoded one
-            pass
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+            del cuts[-2]
+        for start, stop in pairwise(cuts):
             self._forward(batch[:, start:stop], real[:, start:stop])
 
     @torch.inference_mode()

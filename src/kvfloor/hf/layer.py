@@ -25,8 +25,8 @@ class Meter:
         self.seen: dict[int, int] = {}
         self.peak_bytes = 0
 
-    def record(self, layer: int, seen: int, held_bytes: int, transient_bytes: int) -> None:
-        self.seen[layer], self.held_bytes[layer] = seen, held_bytes
+    def measure(self, layer: int, held_bytes: int, transient_bytes: int) -> None:
+        self.held_bytes[layer] = held_bytes
         self.peak_bytes = max(self.peak_bytes, sum(self.held_bytes.values()) + transient_bytes)
 
     @property
@@ -45,6 +45,7 @@ class Eviction:
     position: Tensor
 
 
+_MEASURED_EVERY = 32  # decoded tokens; a state remembers its own peak, so what it grew by in between is not missed
 _TAG = "kv_layer"  # the attribute by which a staged key tensor names its layer
 
 
@@ -130,7 +131,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self.seen, self.batch, self.staged_bytes, self._before = None, 0, 0, 0, None
-        self._meter.record(self.index, 0, 0, 0)
+        self._meter.seen[self.index] = self._meter.held_bytes[self.index] = 0
 
     def listen(self, on_evict: Callable[[Eviction], None] | None) -> None:
         """Tell `on_evict` of the tokens that leave from now on; None: no one."""
@@ -151,7 +152,8 @@ class CompressedLayer(CacheLayerMixin):
         """Continue from what a saved layer held, in `model`, which filled it."""
         self.state, self.served_by = state, weakref.ref(model)
         self.seen, self.batch, self.is_initialized = clocks["seen"], clocks["batch"], clocks["is_initialized"]
-        self._meter.record(self.index, self.seen, state.nbytes if state else 0, 0)
+        self._meter.seen[self.index] = self.seen
+        self._meter.measure(self.index, state.nbytes if state else 0, 0)
         self.listen(self._on_evict)
 
     def crop(self, *args: Any) -> None:
@@ -222,10 +224,11 @@ class CompressedLayer(CacheLayerMixin):
                 self.tap(query, key, value, scale, softcap)
             self._before, self._waiting = state.clone() if self._readers else None, self._readers
             out = step_rows(state, query, key, value, present, sink)
-            held_bytes = state.nbytes
-            copied_bytes = state.peak_nbytes - held_bytes + (self._before.nbytes if self._before else 0)
             self.seen += n
-            self._meter.record(self.index, self.seen, held_bytes, copied_bytes + self.staged_bytes)
+            if n > 1 or self.seen % _MEASURED_EVERY == 0 or self._readers:
+                copied_bytes = state.peak_nbytes - state.nbytes + (self._before.nbytes if self._before else 0)
+                self._meter.measure(self.index, state.nbytes, copied_bytes + self.staged_bytes)
+            self._meter.seen[self.index] = self.seen
         finally:
             self.staged_bytes = 0
         return out

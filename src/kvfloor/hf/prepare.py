@@ -53,8 +53,10 @@ class LazyMask:
         if self._arguments.get("mask_function", causal_mask_function) is causal_mask_function:
             return True
         if self._plain is None:
-            unpadded = self._arguments | {"attention_mask": None, "allow_is_causal_skip": False}
-            its_own, plain = sdpa_mask(**unpadded), sdpa_mask(**unpadded | {"mask_function": causal_mask_function})
+            unpadded: dict[str, Any] = self._arguments | {"attention_mask": None, "allow_is_causal_skip": False}
+            its_own: Any = sdpa_mask(**unpadded)
+            unpadded["mask_function"] = causal_mask_function
+            plain: Any = sdpa_mask(**unpadded)
             self._plain = bool((its_own == plain).all())
         return self._plain
 
@@ -91,7 +93,8 @@ def attention(
     """The attention function in transformers' registry: query (B, H, n, d) -> (B, n, H, dv)."""
     if CompressedLayer.of(key) is None:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    return _compressed(module, query, key, value, attention_mask, scaling, **kwargs), None
+    out = _compressed(module, query, key, value, attention_mask, scaling, **kwargs)  # pyright: ignore[reportCallIssue]
+    return out, None
 
 
 class _NoGradient(torch.autograd.Function):

@@ -2,9 +2,9 @@
 
     python -m kvfloor.hf.survey [--json] [--write FOLDER] [FAMILY ...]
 
-`exact` has to give the stock cache's logits and greedy tokens on a left-padded batch that grows past every sliding
-window, in chunks and at once, and on a second turn; then each family runs with eviction on, its bound held.
-docs/models.md is rendered from the committed results of both ends of the supported range (`make models`).
+`exact` has to give the stock cache's logits and greedy tokens in every conversation (see `conversations`); then each
+family runs with eviction on, its bound held. docs/models.md is rendered from the committed results of both ends of the
+supported range (`make models`).
 """
 
 from __future__ import annotations
@@ -21,21 +21,18 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from kvfloor.files import replace_file
 from kvfloor.hf.cache import CompressedCache
+from kvfloor.hf.conversations import RUNS, Heard, by_forwards, by_generate, difference
 from kvfloor.hf.families import layer_roles, layer_types, refusal
 from kvfloor.hf.prepare import prepare
-from kvfloor.hf.tiny import VOCABULARY, WINDOW, families, tiny_model
+from kvfloor.hf.tiny import families, tiny_model
 
 TOLERANCE = 1e-4  # of the largest logit, in float32: products are summed in another order, nothing else may differ
-PROMPT, PADS, TURN, ANSWER, CHUNK = 40, 13, 9, 6, 11  # tokens: the window is full before the first answer
-assert PROMPT - PADS > WINDOW
 BUDGET, BLOCK = 16, 8  # tokens per row, and how many may wait beside it
 
 
@@ -105,85 +102,10 @@ def compared(family: str, model_name: str, layers: str) -> Finding:
     except Exception as error:
         return Finding(family, model_name, "differs", layers, reason=_told(error))
     largest = max(differences)
+    if largest == float("inf"):
+        return Finding(family, model_name, "differs", layers, None, _rounded(evicted), held, "other tokens are chosen")
     verdict = "identical" if largest <= TOLERANCE else "differs"
     return Finding(family, model_name, verdict, layers, _rounded(largest), _rounded(evicted), held)
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What a run gave: logits (tokens, vocabulary) at every real position looked at, and the tokens chosen."""
-
-    logits: Tensor
-    tokens: Tensor
-
-
-@torch.inference_mode()
-def by_forwards(model: Any, cache: Cache | None) -> Heard:
-    """A prompt and a second turn, a chunk of slots per forward; every logit of a real token."""
-    ids, mask = prompt(PROMPT + TURN)
-    logits = []
-    for start in range(0, ids.shape[1], CHUNK):
-        stop = min(start + CHUNK, ids.shape[1])
-        out: Any = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits.append(out.logits)
-        if isinstance(cache, CompressedCache):
-            _check_bound(cache)
-    whole = torch.cat(logits, 1)[mask.bool()]
-    return Heard(whole, whole.argmax(-1))
-
-
-@torch.inference_mode()
-def by_generate(model: PreTrainedModel, cache: Cache | None, **prefill: Any) -> Heard:
-    """A prompt, a greedy answer, a second turn, another answer; the logits of every answered token.
-
-    `prefill` is for the first turn alone: generate() of transformers 5.2 starts at position 0 again if it is told to
-    feed a second turn in chunks.
-    """
-    ids, mask = prompt(PROMPT)
-    turn = torch.randint(2, VOCABULARY - 1, (2, TURN), generator=torch.Generator().manual_seed(5))
-    logits: list[Tensor] = []
-    for more, options in ((ids[:, :0], prefill), (turn, {})):
-        ids = torch.cat([ids, more], 1)
-        mask = torch.cat([mask, torch.ones(2, ids.shape[1] - mask.shape[1], dtype=mask.dtype)], 1)
-        out: Any = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            do_sample=False,
-            max_new_tokens=ANSWER,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **options,
-        )
-        ids, cache = out.sequences, out.past_key_values
-        logits += out.logits
-    return Heard(torch.cat(logits), ids)
-
-
-def in_chunks(model: PreTrainedModel, cache: Cache | None) -> Heard:
-    """As `by_generate`, the prompt fed in chunks."""
-    return by_generate(model, cache, prefill_chunk_size=CHUNK)
-
-
-RUNS = (by_forwards, by_generate, in_chunks)
-
-
-def prompt(slots: int) -> tuple[Tensor, Tensor]:
-    """Two rows of tokens, the first left-padded by 13, and their mask."""
-    ids = torch.randint(2, VOCABULARY - 1, (2, slots), generator=torch.Generator().manual_seed(4))
-    mask = torch.ones_like(ids)
-    ids[0, :PADS], mask[0, :PADS] = 0, 0
-    return ids, mask
-
-
-def difference(mine: Heard, theirs: Heard) -> float:
-    """Largest difference of two logits over the largest stock logit; infinite if other tokens were chosen."""
-    if mine.tokens.shape != theirs.tokens.shape or not bool(torch.isfinite(mine.logits).all()):
-        return float("inf")
-    if not torch.equal(mine.tokens, theirs.tokens):
-        return float("inf")
-    return float((mine.logits - theirs.logits).abs().max() / theirs.logits.abs().max())
 
 
 def evicting(model: PreTrainedModel, stock: Heard) -> tuple[float, int]:
@@ -201,22 +123,12 @@ def evicting(model: PreTrainedModel, stock: Heard) -> tuple[float, int]:
     return float((heard.logits - stock.logits).abs().max() / stock.logits.abs().max()), held
 
 
-def _check_bound(cache: CompressedCache) -> None:
-    for layer in cache.compressed:
-        if layer.state is None:
-            continue  # a layer that was not asked, such as one that looks at images
-        limit = layer.state.method.capacity(layer.seen)
-        if limit is not None and int(layer.state.held.max()) > limit:
-            raise ValueError(f"layer {layer.index} holds {layer.state.held.tolist()} tokens of {limit}")
-
-
 def described(config: PreTrainedConfig) -> str:
     """How many layers of each type there are, the compressed ones first."""
     roles, words = layer_roles(config), {"dummy": "without keys"}
-    own = [
-        i >= len(roles) or roles[i][0] == "own" for i in range(config.get_text_config(decoder=True).num_hidden_layers)
-    ]
-    counts = Counter(zip(own, layer_types(config), strict=True))
+    kinds = layer_types(config)
+    own = [i >= len(roles) or roles[i][0] == "own" for i in range(len(kinds))]
+    counts = Counter(zip(own, kinds, strict=True))
     return ", ".join(
         f"{count} {words.get(kind, kind.removesuffix('_attention'))}" for (_, kind), count in sorted(counts.items())
     )
@@ -228,7 +140,11 @@ def _rounded(figure: float) -> float:
 
 def _told(error: Exception) -> str:
     """An error in one line."""
-    return f"{' '.join(str(error).split())[:240]}" or type(error).__name__
+    return " ".join(str(error).split())[:240] or type(error).__name__
+
+
+def _document(rows: list[dict[str, Any]]) -> str:
+    return json.dumps({"schema": 1, "transformers": transformers.__version__, "rows": rows}, indent=1) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -236,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvfloor.hf.survey", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("family", nargs="*", help="transformers' names, such as llama or gemma3_text; all by default")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, the lines on stderr")
-    parser.add_argument("--write", type=Path, metavar="FOLDER", help="the JSON document as FOLDER/<release>.json")
+    parser.add_argument(
+        "--write", type=Path, metavar="FOLDER", help="into FOLDER/<release>.json; keeps other families there"
+    )
     given = parser.parse_args(arguments)
     unknown = sorted(set(given.family) - set(families()))
     if unknown:
@@ -249,11 +167,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = " ".join(f"{x:.0e}" if x is not None else "    -" for x in (finding.difference, finding.evicted))
         line = f"{finding.family:<24} {finding.verdict:<13} {numbers}  {finding.layers or finding.reason}"
         print(line, file=sys.stderr if given.json else sys.stdout, flush=True)
-    document = json.dumps({"schema": 1, "transformers": transformers.__version__, "rows": found}, indent=1) + "\n"
     if given.json:
-        print(document, end="")
+        print(_document(found), end="")
     if given.write:
-        replace_file(given.write / f"{transformers.__version__}.json", document)
+        path = given.write / f"{transformers.__version__}.json"
+        kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if given.family and path.exists() else []
+        kept = [row for row in kept if row["family"] not in given.family]
+        replace_file(path, _document(sorted(kept + found, key=lambda row: row["family"])))
     return 1 if any(row["verdict"] == "differs" for row in found) else 0
 
 

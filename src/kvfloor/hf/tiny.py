@@ -70,7 +70,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": LAYERS, "attention_types": [[["global", "local"], LAYERS // 2]]},
     "granitemoehybrid": _MAMBA | {"layer_types": _LINEAR_AND_FULL},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    **{family: {"layer_types": ["conv", "full_attention"] * 2} for family in ("lfm2", "lfm2_moe")},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_dt_rank": 8},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "adapter_rank": 8, "chunk_size": 8},
     **{family: {"sliding_window": 24} for family in ("laguna", "moshi", "deepseek_v4")},  # a field that cannot be None
@@ -131,9 +131,15 @@ def cycled(types: Iterable[str], layers: int) -> list[str]:
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model of this family in float32, with its default attention; seeded."""
+    """A random model of this family in float32, with its default attention; seeded.
+
+    Where logits are capped it is the eager one: sdpa leaves the cap out, which only newer releases of transformers say.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32).eval()
+    config = tiny_config(family, **changes)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    attention = {"attn_implementation": "eager"} if capped else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
