@@ -120,11 +120,10 @@ def prefill(repeats: int) -> None:
             gc.collect()
     base = statistics.median(times["causal sdpa"])
     print(f"\na prompt of {PROMPT:,} tokens, {ROWS} kv heads, group {GROUP}, d = {WIDTH} (median of {repeats})")
-    for name, seconds in times.items():
-        peak = f"peak {peaks[name]:.2f}x of what it holds at the end" if name in peaks else ""
-        print(
-            f"  {name:<24} {statistics.median(seconds):8.2f} s   {base / statistics.median(seconds):6.2f}x sdpa   {peak}"
-        )
+    for name, spent in times.items():
+        seconds = statistics.median(spent)
+        peak = f"peak {peaks[name]:.2f}x its bytes at the end" if name in peaks else ""
+        print(f"  {name:<24} {seconds:8.2f} s   {base / seconds:6.2f}x sdpa   {peak}")
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from kvfloor.kernels.attend import fused
 from kvfloor.method import Method, Spec
 from kvfloor.partial import Partial
 from kvfloor.selectors.everything import Everything
@@ -42,6 +43,12 @@ class Blocked(State):
         del q
         return None
 
+    def _at_once(self, seen: int, left: int) -> int:
+        """Of `left` tokens that come after `seen`, how many may be taken in at once because nothing happens at the
+        ends of their blocks; 0: no more than the block's."""
+        del seen, left
+        return 0
+
     @property
     def _selector(self) -> Selector:
         """Which of the held tokens a query reads."""
@@ -60,16 +67,18 @@ class Blocked(State):
         self._feed(k, v, None, take)
 
     def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
-        out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
-        self._feed(k, v, q, take, out)
-        return out
+        answers = self._feed(k, v, q, take)
+        assert answers is not None
+        return answers
 
-    def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, out: Partial | None = None) -> None:
+    def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
         """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
         seen, counts = self.seen.tolist(), count.tolist()  # a list of clocks is compared faster than a small tensor
-        if min(seen) == max(seen) and min(counts) == max(counts):
-            self._feed_in_step(k, v, q, seen[0], counts[0], out)
-            return
+        if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
+            return self._feed_in_step(k, v, q, counts[0])
+        out = None
+        if q is not None:
+            out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
         done = torch.zeros_like(count)
         while bool((done < count).any()):
             take = torch.minimum(count - done, self.block - self.seen % self.block)
@@ -78,50 +87,62 @@ class Blocked(State):
             # What lies beyond a row's own tokens may be anything, NaN too.
             beyond = (torch.arange(a) >= take.unsqueeze(1)).unsqueeze(-1).to(k.device)
             new_k, new_v = (_cut(x, index).masked_fill(beyond, 0) for x in (k, v))
-            position = (self.seen.unsqueeze(1) + torch.arange(a)).to(k.device)
-            part = self._take(new_k, new_v, None if q is None else _cut(q, index), position, take)
+            part = self._take(new_k, new_v, None if q is None else _cut(q, index), take)
             if part is not None and out is not None:
                 row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
                 for whole, new in ((out.mean, part.mean), (out.log_mass, part.log_mass)):
                     whole[row, :, (done[row] + j)] = new[row, :, j]
-            self.seen = self.seen + take
             done = done + take
-            full = (self.seen % self.block == 0) & (take > 0)
-            if bool(full.any()):
-                self._end_block(None if bool(full.all()) else full.nonzero().squeeze(1))
+            self._end_blocks(take > 0)
+        return out
 
-    def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, seen: int, t: int, out: Partial | None) -> None:
-        """As `_feed` of t tokens where every row has `seen` so far: plain slices."""
-        done = 0
+    def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, t: int) -> Partial | None:
+        """As `_feed` of t tokens for rows that all have seen as many, or of one token each: plain slices."""
+        parts: list[Partial] = []
+        done, seen = 0, int(self.seen[0])
+        fits = q is None or fused(q, k, v, self.spec.softcap)  # else a long piece would write all its logits down
         while done < t:
-            a = min(t - done, self.block - seen % self.block)
+            a = min(t - done, (self._at_once(seen, t - done) if fits else 0) or self.block - seen % self.block)
             cut = slice(done, done + a)
-            position = torch.arange(seen, seen + a, device=k.device).expand(k.shape[0], -1)
             take = torch.full_like(self.seen, a)
-            part = self._take(k[:, cut], v[:, cut], None if q is None else q[:, :, cut], position, take)
-            if part is not None and out is not None:
-                out.mean[:, :, cut], out.log_mass[:, :, cut] = part.mean, part.log_mass
-            self.seen = self.seen + take
+            part = self._take(k[:, cut], v[:, cut], None if q is None else q[:, :, cut], take)
+            if part is not None:
+                parts.append(part)
             done, seen = done + a, seen + a
-            if seen % self.block == 0:
-                self._end_block(None)
+            self._end_blocks(None)
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        return Partial(torch.cat([x.mean for x in parts], 2), torch.cat([x.log_mass for x in parts], 2))
 
-    def _take(self, k: Tensor, v: Tensor, q: Tensor | None, position: Tensor, take: Tensor) -> Partial | None:
-        """Push the first take[r] of these tokens, within a block; answer q (rows, g, a, d), if any: (rows, g, a)."""
-        before = self.slots.held
-        self.slots.push(k, v, position, take)
-        if self.selection is not None:
-            self.selection.append(self.slots, before)
-        if q is None:
-            return None
-        part = self._answer(q, k, v, before)
-        self._notice(q, before, take)
-        return Partial(part.mean.view(*q.shape[:3], -1), part.log_mass.view(q.shape[:3]))
-
-    def _end_block(self, rows: Tensor | None) -> None:
+    def _end_blocks(self, took: Tensor | None) -> None:
+        """Close the blocks that are complete now, of those rows that took tokens (None: all)."""
+        ends = [n % self.block == 0 for n in self.seen.tolist()]
+        if not any(ends):
+            return
+        rows = None
+        if took is not None or not all(ends):
+            full = torch.tensor(ends) if took is None else torch.tensor(ends) & took
+            rows = None if bool(full.all()) else full.nonzero().squeeze(1)
+            if rows is not None and not len(rows):
+                return
         self._close(rows)
         if self.selection is not None:
             self.selection.close(self.slots, rows)
+
+    def _take(self, k: Tensor, v: Tensor, q: Tensor | None, take: Tensor) -> Partial | None:
+        """Push the first take[r] of these tokens, within a block; answer q (rows, g, a, d), if any: (rows, g, a)."""
+        before = self.slots.held
+        position = (self.seen.unsqueeze(1) + torch.arange(k.shape[1])).to(k.device)
+        self.slots.push(k, v, position, take)
+        if self.selection is not None:
+            self.selection.append(self.slots, before)
+        part = None
+        if q is not None:
+            part = self._answer(q, k, v, before)
+            part = Partial(part.mean.view(*q.shape[:3], -1), part.log_mass.view(q.shape[:3]))
+            self._notice(q, before, take)
+        self.seen = self.seen + take
+        return part
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Answers to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself.
@@ -136,8 +157,7 @@ class Blocked(State):
         elif a == 1 or not isinstance(self._selector, Everything):
             part = self._among_all(flat, g, before)
         else:
-            later = torch.ones(a, a, dtype=torch.bool, device=q.device).triu(1).repeat(g, 1).unsqueeze(0)
-            part = Partial.over(flat, new_k, new_v, self.spec, hide=later)
+            part = Partial.causal(q, new_k, new_v, self.spec)
             past = int(before.max())
             if past > 0:
                 view = self.slots.view(width=past)

@@ -230,7 +230,7 @@ class BoundedState(Blocked):
         if self.summary is not None:
             real = (torch.arange(a) < take.unsqueeze(1)).to(q.device)[:, None, :, None]
             self.summary.notice(q if bool(real.all()) else q.masked_fill(~real, 0))  # the rest may be NaN
-        if not self.watches:
+        if not self.watches or a > self.block:  # taken at once, because only newer queries are wanted
             return
         if self.queries is None:
             self._reserve_queries(g)
@@ -280,6 +280,19 @@ class BoundedState(Blocked):
         self._watch(rows, self.block)
         if self.sealed or self._plan.prefill == "stream":
             self._evict(rows)
+
+    def _at_once(self, seen: int, left: int) -> int:
+        """A dense prompt but for its newest queries, if the policy wants no more than those."""
+        policy = self._plan.policy
+        if self.sealed or self._plan.prefill != "dense" or not isinstance(self._selector, Everything):
+            return 0
+        if policy.observes or policy.meets:
+            return 0
+        if not policy.hears(self.sealed):
+            return left
+        if policy.hears_last is None or seen % self.block:
+            return 0
+        return max(0, left - policy.hears_last) // self.block * self.block
 
     def _seal(self) -> None:
         every, policy = torch.arange(self.spec.rows), self._plan.policy

@@ -252,8 +252,8 @@ def break_(
     as_json: Json = False,
 ) -> None:
     """Play lower bounds' hard instances against a method: what it certifies against what it spends."""
-    from kvfloor.files import open_folder, replace_file
     from kvfloor.barriers import play, play_all
+    from kvfloor.files import open_folder, replace_file
 
     given = {
         "n": n, "d": d, "dv": dv, "bits": bits, "eta": eta, "dtype": dtype, "heads": heads, "layers": layers,

@@ -66,6 +66,10 @@ class ExactState(Blocked):
     def _close(self, rows: Tensor | None) -> None:
         """Nothing ever leaves."""
 
+    def _at_once(self, seen: int, left: int) -> int:
+        del seen
+        return left if self.selection is None else 0
+
     @property
     def bytes_read(self) -> int:
         return self.slot_bytes_read

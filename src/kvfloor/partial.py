@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvfloor.kernels.attend import attend
+from kvfloor.kernels.attend import attend, attend_causal
 
 if TYPE_CHECKING:
     from kvfloor.method import Spec
@@ -52,6 +52,14 @@ class Partial:
         hide (rows or 1, m or 1, s), bool, marks what a query may not see.
         """
         return cls(*attend(q, k, v, spec.scale, spec.softcap, log_weight, hide))
+
+    @classmethod
+    def causal(cls, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Partial:
+        """As `over`, query i of q (rows, g, a, d) seeing the first i + 1 of k (rows, a, d), v (rows, a, dv).
+
+        Returns a partial of (rows, g * a).
+        """
+        return cls(*attend_causal(q, k, v, spec.scale, spec.softcap))
 
     def merge(self, other: Partial) -> Partial:
         """The partial over the union of two disjoint token sets; exact, commutative, associative."""

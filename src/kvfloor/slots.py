@@ -109,10 +109,11 @@ class Slots(Memory):
 
         They start at zero in every column: a reused slot still has its last tenant's number.
         """
-        self._reserve(self.held + take)
         a, held, taken = k.shape[1], self.held.tolist(), take.tolist()
-        at = held[0]
-        if self.stride and min(held) == max(held) and min(taken) == max(taken) == a:
+        at, in_step = held[0], self.stride and min(held) == max(held) and min(taken) == max(taken) == a
+        if not in_step or at + a > self.stride:
+            self._reserve(self.held + take)
+        if in_step:
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
                 store.view(self.spec.rows, self.stride, *store.shape[1:])[:, at : at + a] = new
             for store in self._columns().values():

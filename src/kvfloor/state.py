@@ -114,7 +114,7 @@ class State(Memory, metaclass=_Plain):
         q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
         """
         k, v, q, take, order = self._packed(k, v, q, present)
-        if not bool(take.any()):
+        if not any(take.tolist()):
             return q.new_zeros(*q.shape[:3], self.spec.dv)
         return _unpack(self._step(k, v, q, take), take, order, 0.0).to(self.spec.dtype)
 
@@ -241,8 +241,13 @@ class State(Memory, metaclass=_Plain):
 
 
 def _all_finite(x: Tensor) -> bool:
-    """One pass that writes nothing: a NaN or an infinity shows in the extremes."""
-    return x.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(x))
+    """One pass that writes nothing: a NaN or an infinity shows in the sum, and else in the extremes.
+
+    The sum of finite numbers may overflow, so only a finite one says something.
+    """
+    if x.numel() == 0 or math.isfinite(x.sum().item()):
+        return True
+    return all(math.isfinite(end.item()) for end in torch.aminmax(x))
 
 
 def _pack(x: Tensor, order: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvfloor.files import open_folder, replace_file
 from kvfloor.audit.rows import CONTRACT_FIELDS, Row, document, read_rows, write_rows
+from kvfloor.files import open_folder, replace_file
 
 FIELDS = """
     method budget_tokens task context protocol n score score_low score_high exact_score diff_low diff_high state_bytes

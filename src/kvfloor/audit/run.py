@@ -10,12 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from kvfloor.audit.explain import why
-from kvfloor.files import open_folder
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, check_tasks, prompt_work, read_prompts, settings, task_work
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Row, document, write_rows
 from kvfloor.audit.statistics import MIN_SAMPLES
+from kvfloor.files import open_folder
 
 DEFAULT_SAMPLES = 40
 DEFAULT_CONTEXT = 512

@@ -96,9 +96,13 @@ class CompressedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stage this forward's keys and values (B, Hkv, n, d), after RoPE; the attention function takes them in."""
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._stage)(key_states, value_states)  # pyright: ignore[reportCallIssue]
+        return self._stage(key_states, value_states)
+
+    def _stage(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if self.staged_bytes:
             raise RuntimeError(
                 "a second forward came before the first one's attention was answered: this model does not use "
@@ -158,8 +162,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def crop(self, *args: Any) -> None:
         raise ValueError(
-            "a compressed cache cannot be cropped, as assisted decoding and prompt lookup ask: evicted tokens cannot come "
-            "back; generate without them, or use a stock cache"
+            "a compressed cache cannot be cropped, as assisted decoding and prompt lookup ask: evicted tokens cannot "
+            "come back; generate without them, or use a stock cache"
         )
 
     def offload(self) -> None:

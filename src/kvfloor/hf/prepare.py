@@ -93,7 +93,8 @@ def attention(
     """The attention function in transformers' registry: query (B, H, n, d) -> (B, n, H, dv)."""
     if CompressedLayer.of(key) is None:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    out = _compressed(module, query, key, value, attention_mask, scaling, **kwargs)  # pyright: ignore[reportCallIssue]
+    answer = torch.compiler.disable(_compressed) if torch.compiler.is_compiling() else _compressed
+    out = answer(module, query, key, value, attention_mask, scaling, **kwargs)  # pyright: ignore[reportCallIssue]
     return out, None
 
 
@@ -110,7 +111,6 @@ class _NoGradient(torch.autograd.Function):
         raise RuntimeError("a compressed cache has no gradient: train with a stock cache, or without one")
 
 
-@torch.compiler.disable
 def _compressed(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> Tensor:

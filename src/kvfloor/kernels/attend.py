@@ -33,13 +33,31 @@ def attend(
     A query that sees nothing gets mean 0 and log-mass -inf. `backend="flash"` raises where the fused path
     does not apply; "auto" takes it where it does.
     """
-    fused = _flash_applies(q, k, v, softcap)
-    if backend == "flash" and not fused:
+    applies = fused(q, k, v, softcap)
+    if backend == "flash" and not applies:
         raise ValueError(f"the fused path needs CPU tensors, d == dv and no softcap; got {q.device}, {k.shape}")
-    if fused and backend != "eager":
+    if applies and backend != "eager":
         return _flash(q, k, v, scale, log_weight, hide)
     mean, log_mass, _ = weigh(q, k, v, scale, softcap, log_weight, hide)
     return mean, log_mass
+
+
+def attend_causal(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`attend` where query i of q (rows, g, a, d) sees the first i + 1 of the keys (rows, a, d): (rows, g * a, ...).
+
+    The fused path skips what is hidden instead of masking it.
+    """
+    rows, g, a, _d = q.shape
+    if backend != "eager" and fused(q, k, v, softcap):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        keys, values = (x.unsqueeze(1).expand(-1, g, -1, -1) for x in (k, v))
+        assert _FLASH is not None
+        out, log_mass = _FLASH(q, keys, values, 0.0, True, attn_mask=None, scale=scale)
+        return out.reshape(rows, g * a, -1).float(), log_mass.reshape(rows, g * a).float()
+    later = torch.ones(a, a, dtype=torch.bool, device=q.device).triu(1).repeat(g, 1).unsqueeze(0)
+    return attend(q.reshape(rows, g * a, -1), k, v, scale, softcap, hide=later, backend=backend)
 
 
 def weigh(
@@ -71,7 +89,8 @@ def weigh(
     return torch.matmul(weights, v.to(dtype)), (top + torch.log(total)).squeeze(-1), weights
 
 
-def _flash_applies(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
+def fused(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
+    """Whether attention of these takes torch's fused CPU path, which never writes the logits down."""
     return (
         _FLASH is not None
         and softcap is None

@@ -71,6 +71,10 @@ class Observation(Policy):
         del shared
         return LastQueries(spec, self.window, for_good=self.decode == "evict")
 
+    @property
+    def hears_last(self) -> int:
+        return self.window
+
     def hears(self, sealed: bool) -> bool:
         return not sealed or self.decode == "evict"
 

@@ -114,6 +114,7 @@ class Policy(ABC):
     paper: ClassVar[str] = ""
     observes: ClassVar[bool] = False  # True: wants the attention that held tokens receive, in `observe`
     shown: ClassVar[Literal["all", "last"]] = "all"  # the queries of a block whose attention it wants to see
+    hears_last: int | None = None  # of a dense prompt's queries it wants only so many of the newest; None: all
     meets: ClassVar[bool] = False  # True: its memory wants every key once, in `meet`
     weighs_values: ClassVar[bool] = False  # True: what leaves depends on values, so answers are not linear in them
     columns: ClassVar[dict[str, torch.dtype]] = {}  # numbers kept per slot, zero for a new token

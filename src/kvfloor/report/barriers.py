@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvfloor import __version__
-from kvfloor.files import replace_file
 from kvfloor.barriers import BARRIERS, Result
 from kvfloor.barriers.oracle import success_bound
 from kvfloor.barriers.sweep import packings, precision
+from kvfloor.files import replace_file
 from kvfloor.report import plot
 from kvfloor.report.environment import environment
 from kvfloor.report.plot import Plot, Series

@@ -7,15 +7,17 @@ from torch import Tensor
 
 from kvfloor import Spec
 from kvfloor.bounded import Bounded, BoundedState
+from kvfloor.partial import Partial
 from kvfloor.policies.policy import Ledger
 from kvfloor.slots import Slots
 from mutants.base import Small
 
 
 class EvictsPerCallState(BoundedState):
-    def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, out: Tensor | None = None) -> None:
-        super()._feed(k, v, q, count, out)
+    def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
+        answers = super()._feed(k, v, q, count)
         self._evict(torch.arange(self.spec.rows))
+        return answers
 
 
 class EvictsPerCall(Small):
