@@ -13,8 +13,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(I
 # The oldest transformers that kvfloor serves, and lm-eval with all that it brings, in environments of their own.
 OLDEST := .venv-oldest
 EVAL   := .venv-eval
+PEERS  := .venv-peers
 
-.PHONY: audit test test-slow test-oldest test-eval check docs models models-newest models-oldest bench clean
+.PHONY: audit test test-slow test-oldest test-eval check docs models models-newest models-oldest bench peers clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -52,9 +53,14 @@ models-oldest: $(OLDEST)/.development
 
 bench: $(VENV)/.development
 	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/generate.py
+
+# kvpress supports transformers 5.2 only, so both run in an environment of their own.
+peers: $(PEERS)/.installed
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python bench/peers/kvpress_beside.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EVAL) out
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) out
 
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -78,4 +84,11 @@ $(EVAL)/.development: requirements.lock requirements-eval.lock pyproject.toml
 	$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
 		-r requirements.lock -r requirements-eval.lock
 	$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(PEERS)/.installed: bench/peers/requirements.txt pyproject.toml
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
+		-r bench/peers/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@

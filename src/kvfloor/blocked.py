@@ -110,8 +110,13 @@ class Blocked(State):
                 parts.append(part)
             done, seen = done + a, seen + a
             self._end_blocks(None)
-        if len(parts) < 2:
-            return parts[0] if parts else None
+        if q is None:
+            return None
+        if t < q.shape[2]:  # what is packed behind the real tokens
+            shape = (*q.shape[:2], q.shape[2] - t)
+            parts.append(Partial.empty(*shape, dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device))
+        if len(parts) == 1:
+            return parts[0]
         return Partial(torch.cat([x.mean for x in parts], 2), torch.cat([x.log_mass for x in parts], 2))
 
     def _end_blocks(self, took: Tensor | None) -> None:

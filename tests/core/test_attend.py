@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.kernels import attend as kernel
-from kvfloor.kernels.attend import attend, weigh
+from kvfloor.kernels.attend import attend, attend_causal, weigh
 
 Draw = Callable[..., Tensor]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -167,3 +167,23 @@ def test_a_torch_without_the_private_operator_is_served_by_the_definition(
     assert error(attend(q, k, v, 1.0)[0], fused[0].double()) < 1e-6
     with pytest.raises(ValueError, match="fused path"):
         attend(q, k, v, 1.0, backend="flash")
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("dtype", FUSED)
+def test_causal_attention_is_attention_with_what_comes_later_hidden(draw: Draw, dtype: torch.dtype, backend) -> None:
+    q, k, v = draw(3, 2, 70, 16).to(dtype), draw(3, 70, 16).to(dtype), draw(3, 70, 16).to(dtype)
+    later = torch.ones(70, 70, dtype=torch.bool).triu(1).repeat(2, 1).unsqueeze(0)
+    wanted = oracle(q.flatten(1, 2), k, v, 0.25, hide=later)
+    for found, right in zip(attend_causal(q, k, v, 0.25, backend=backend), wanted, strict=True):
+        assert error(found, right) < (0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_causal_attention_takes_any_strides_and_the_definition_where_nothing_is_fused(draw: Draw) -> None:
+    q, k, v = draw(3, 2, 16, 70), draw(3, 16, 70), draw(3, 16, 70)
+    later = torch.ones(70, 70, dtype=torch.bool).triu(1).repeat(2, 1).unsqueeze(0)
+    for dtype, softcap in ((torch.float32, None), (torch.float32, 2.0), (torch.float64, None)):
+        part = [x.to(dtype).transpose(-1, -2) for x in (q, k, v)]
+        wanted = oracle(part[0].flatten(1, 2), part[1], part[2], 0.25, softcap, hide=later)
+        for found, right in zip(attend_causal(*part, 0.25, softcap), wanted, strict=True):
+            assert error(found, right) < 1e-5

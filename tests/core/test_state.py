@@ -209,3 +209,18 @@ def test_a_spec_travels_as_json() -> None:
 
     spec = Spec(2, 3, 4, scale=0.1, softcap=30.0, dtype=torch.bfloat16, seed=2**60, row_ids=[5, 2**61])
     assert Spec.from_dict(json.loads(json.dumps(spec.as_dict()))) == spec
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_finite_numbers_whose_sum_is_not_are_taken_and_infinite_ones_are_not(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    v = torch.full((1, 9, 4), largest, dtype=dtype)
+    state = parse("exact").open(Spec(1, 4, 4, dtype=dtype))
+    state.append(torch.zeros(1, 9, 4, dtype=dtype), v)
+    assert state.held.tolist() == [9]
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        broken = v.clone()
+        broken[0, 5, 2] = bad
+        broken[0, 6, 2] = -bad
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            state.append(torch.zeros(1, 9, 4, dtype=dtype), broken)

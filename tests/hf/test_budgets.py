@@ -119,11 +119,15 @@ def test_the_floor_gives_the_budget_to_the_heads_that_read_many_tokens_apart(lla
         llama.model.layers[0].self_attn.q_proj.weight.zero_()
         llama.model.layers[2].self_attn.q_proj.weight.mul_(200)
     ids = torch.randint(2, 98, (80,), generator=torch.Generator().manual_seed(3))
-    shares = floor_shares(llama, ids)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        floor_shares(llama, ids, kept=1.5)
+    assert floor_shares(llama, ids, kept=1) == ((1, 1),) * 3
+    assert min(min(line) for line in floor_shares(llama, ids)) > 0.5
+    shares = floor_shares(llama, ids, kept=0)
     assert [len(line) for line in shares] == [2, 2, 2]
     assert max(shares[0]) < 0.3 < 1 < min(shares[2])
     assert sum(map(sum, shares)) == pytest.approx(6)
-    cache = CompressedCache(llama, "sinks(4,block=1)@40", allocate="floor", calibration=ids)
+    cache = CompressedCache(llama, "sinks(4,block=1)@40", allocate=floor_shares(llama, ids))
     llama(torch.randint(2, 98, (1, 300), generator=torch.Generator().manual_seed(0)), past_key_values=cache)
     assert sum(map(sum, held(cache))) == 240
     assert max(held(cache)[0]) < min(held(cache)[2])

@@ -31,13 +31,19 @@ def pyramid(layers: int) -> Shares:
     return tuple((2 - least - (2 - 2 * least) * i / (layers - 1),) for i in range(layers))
 
 
-def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor) -> Shares:
-    """Shares in proportion to the tokens of `prompt` that each kv head's own queries can read apart, of mean 1.
+def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept: float = 0.5) -> Shares:
+    """Shares that grow with the tokens of `prompt` that each kv head's own queries can read apart, of mean 1.
 
-    prompt: token ids (n,) or (1, n) like the traffic. The model runs over it exactly; then the floor of each head's
-    keys is searched with the queries of its newest tokens (`kvfloor.floors.measured.readable_by`): a head whose
-    attention tells few tokens apart needs few. Raises ValueError for a prompt of fewer than two tokens.
+    Law: share = kept + (1 - kept) * readable / mean readable.
+    prompt   token ids (n,) or (1, n) like the traffic, questions included. The model runs over it exactly; then the
+             floor of each head's keys is searched with the queries of its newest tokens
+             (`kvfloor.floors.measured.readable_by`)
+    kept     what every head gets of the mean, whatever it reads. A head that reads few tokens apart can do with few
+             bytes, but not every method finds them: one that averages over many tokens starves under eviction
+    Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """
+    if not 0 <= kept <= 1:
+        raise ValueError(f"kept is a share of the mean budget, from 0 to 1, got {kept!r}")
     from kvfloor.hf.cache import CompressedCache
 
     ids = torch.as_tensor(prompt)
@@ -52,7 +58,7 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor) -> Shar
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     needs = [_readable(*seen[layer.index]) for layer in cache.compressed]
     mean = sum(map(sum, needs)) / sum(map(len, needs))
-    return tuple(tuple(need / mean for need in line) for line in needs)
+    return tuple(tuple(kept + (1 - kept) * need / mean for need in line) for line in needs)
 
 
 def _readable(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> list[int]:
