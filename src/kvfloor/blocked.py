@@ -75,7 +75,7 @@ class Blocked(State):
         """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
         seen, counts = self.seen.tolist(), count.tolist()  # a list of clocks is compared faster than a small tensor
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
-            return self._feed_in_step(k, v, q, counts[0])
+            return self._feed_in_step(k, v, q, counts[0], seen[0])
         out = None
         if q is not None:
             out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
@@ -96,16 +96,19 @@ class Blocked(State):
             self._end_blocks(take > 0)
         return out
 
-    def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, t: int) -> Partial | None:
-        """As `_feed` of t tokens for rows that all have seen as many, or of one token each: plain slices."""
+    def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, t: int, seen: int) -> Partial | None:
+        """As `_feed` of t tokens for rows that all have `seen` so far, or of one token each: plain slices."""
         parts: list[Partial] = []
-        done, seen = 0, int(self.seen[0])
-        fits = q is None or fused(q, k, v, self.spec.softcap)  # else a long piece would write all its logits down
+        done = 0
+        # A long piece that is not fused would write all its logits down.
+        fits = t > 1 and (q is None or fused(q, k, v, self.spec.softcap))
         while done < t:
             a = min(t - done, (self._at_once(seen, t - done) if fits else 0) or self.block - seen % self.block)
-            cut = slice(done, done + a)
-            take = torch.full_like(self.seen, a)
-            part = self._take(k[:, cut], v[:, cut], None if q is None else q[:, :, cut], take)
+            piece = (k, v, q)
+            if a < k.shape[1]:
+                cut = slice(done, done + a)
+                piece = (k[:, cut], v[:, cut], None if q is None else q[:, :, cut])
+            part = self._take(*piece, torch.full_like(self.seen, a))
             if part is not None:
                 parts.append(part)
             done, seen = done + a, seen + a
@@ -137,7 +140,10 @@ class Blocked(State):
     def _take(self, k: Tensor, v: Tensor, q: Tensor | None, take: Tensor) -> Partial | None:
         """Push the first take[r] of these tokens, within a block; answer q (rows, g, a, d), if any: (rows, g, a)."""
         before = self.slots.held
-        position = (self.seen.unsqueeze(1) + torch.arange(k.shape[1])).to(k.device)
+        position = self.seen.unsqueeze(1)
+        if k.shape[1] > 1:
+            position = position + torch.arange(k.shape[1])
+        position = position.to(k.device)
         self.slots.push(k, v, position, take)
         if self.selection is not None:
             self.selection.append(self.slots, before)

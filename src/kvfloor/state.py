@@ -190,8 +190,9 @@ class State(Memory, metaclass=_Plain):
     def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
-        shape = f"(rows={self.spec.rows}, t, {width})" if axes == 3 else f"(rows={self.spec.rows}, g, t, {width})"
         if x.ndim != axes or x.shape[0] != self.spec.rows or x.shape[-1] != width:
+            middle = "t" if axes == 3 else "g, t"
+            shape = f"(rows={self.spec.rows}, {middle}, {width})"
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
         if x.layout != torch.strided or x.is_quantized or x.is_meta:
             raise TypeError(f"{name} must be a dense tensor with data, got layout {x.layout} on {x.device}")
@@ -201,7 +202,7 @@ class State(Memory, metaclass=_Plain):
             raise ValueError(f"{name} is on {x.device}, the state on {self.spec.device}: move it first")
         if finite and not _all_finite(x):
             raise ValueError(f"{name} has NaN or infinite entries; the state was not changed")
-        return x.detach()
+        return x.detach() if x.requires_grad else x
 
     def _packed(
         self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None
