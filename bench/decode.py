@@ -7,32 +7,18 @@ count; figures are medians, and the ratio column is what to quote. Times are per
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from gate import green
+from timing import interleaved
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kvfloor
 
 TIMED = ["tests/core", "tests/hf/test_exact.py"]
 HEADS, KV_HEADS, WIDTH = 8, 2, 128
-
-
-def interleaved(versions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds per call of each version, called in turn."""
-    times: dict[str, list[float]] = {name: [] for name in versions}
-    for call in versions.values():
-        call()
-    for _ in range(repeats):
-        for name, call in versions.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def decode(n: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:

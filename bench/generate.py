@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from gate import green
+from timing import interleaved
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -59,10 +58,10 @@ def filled(model: PreTrainedModel, method: str | None, n: int) -> Cache:
         if isinstance(cache, CompressedCache):
             g = config.num_attention_heads // config.num_key_value_heads
             layer = cache.compressed[index]
-            layer.state = layer.opening.open(index, index, k, shape[-1], g, shape[-1] ** -0.5, None)
-            layer.batch, layer.seen, layer.is_initialized = 1, n, True
-            layer.state.append(k[0], v[0])
-            layer.state.seal()
+            state = layer.opening.open(index, index, k, shape[-1], g, shape[-1] ** -0.5, None)
+            state.append(k[0], v[0])
+            state.seal()
+            layer.resume(state, {"seen": n, "batch": 1, "is_initialized": True}, model)
         else:
             cache.update(k, v, index)
     return cache
@@ -73,25 +72,21 @@ def decode(dtype: torch.dtype, tokens: int) -> None:
     stock, ours = middle(dtype), prepare(middle(dtype))
     runs = {"stock, 128 tokens": (stock, filled(stock, None, SHORT)), "stock": (stock, filled(stock, None, CONTEXT))}
     runs |= {method: (ours, filled(ours, method, CONTEXT)) for method in OURS}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    token = torch.tensor([[7]])
-    for step in range(tokens + 2):
-        for name, (model, cache) in runs.items():
-            begin = time.perf_counter()
-            with torch.inference_mode():
-                model(token, past_key_values=cache, use_cache=True)
-            if step >= 2:
-                times[name].append((time.perf_counter() - begin) * 1e3)
-    base, exact = statistics.median(times["stock"]), statistics.median(times["exact"])
+
+    def one_token(model: PreTrainedModel, cache: Cache) -> None:
+        with torch.inference_mode():
+            model(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+
+    times = interleaved({name: lambda run=run: one_token(*run) for name, run in runs.items()}, tokens)
+    base, exact, short = (times[name] for name in ("stock", "exact", "stock, 128 tokens"))
     print(f"\none token, {str(dtype).removeprefix('torch.')}, context {CONTEXT:,} (median of {tokens})")
     for name, (_, cache) in runs.items():
-        ms = statistics.median(times[name])
+        ms = times[name]
         held = cache.nbytes if isinstance(cache, CompressedCache) else sum(x.keys.nbytes * 2 for x in cache.layers)
         compared = f"{base / ms:6.2f}x stock {exact / ms:6.2f}x exact"
         print(f"  {name:<24} {ms:9.1f} ms   {compared}   {held / 2**20:8.1f} MiB")
-    short = statistics.median(times["stock, 128 tokens"])
     for method in OURS[1:]:
-        print(f"  {method} over stock at 128 tokens: {statistics.median(times[method]) / short:.3f}")
+        print(f"  {method} over stock at 128 tokens: {times[method] / short:.3f}")
 
 
 def prefill(repeats: int) -> None:
@@ -111,19 +106,12 @@ def prefill(repeats: int) -> None:
     runs: dict[str, Callable[[], object]] = {"causal sdpa": lambda: sdpa(*by_head, is_causal=True, enable_gqa=True)}
     for method in (f"sinks(4)@{BUDGET}", f"h2o(recent=64)@{BUDGET}", f"sinks(4,block=128)@{BUDGET}", "exact"):
         runs[method] = lambda method=method: stream(method)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, call in runs.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-            gc.collect()
-    base = statistics.median(times["causal sdpa"])
+    times = interleaved(runs, repeats)
+    base = times["causal sdpa"]
     print(f"\na prompt of {PROMPT:,} tokens, {ROWS} kv heads, group {GROUP}, d = {WIDTH} (median of {repeats})")
-    for name, spent in times.items():
-        seconds = statistics.median(spent)
+    for name, ms in times.items():
         peak = f"peak {peaks[name]:.2f}x its bytes at the end" if name in peaks else ""
-        print(f"  {name:<24} {seconds:8.2f} s   {base / seconds:6.2f}x sdpa   {peak}")
+        print(f"  {name:<24} {ms / 1e3:8.2f} s   {base / ms:6.2f}x sdpa   {peak}")
 
 
 def main() -> int:

@@ -93,7 +93,6 @@ class Blocked(State):
                 for whole, new in ((out.mean, part.mean), (out.log_mass, part.log_mass)):
                     whole[row, :, (done[row] + j)] = new[row, :, j]
             done = done + take
-            self._end_blocks(take > 0)
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, t: int, seen: int) -> Partial | None:
@@ -112,7 +111,6 @@ class Blocked(State):
             if part is not None:
                 parts.append(part)
             done, seen = done + a, seen + a
-            self._end_blocks(None)
         if q is None:
             return None
         if t < q.shape[2]:  # what is packed behind the real tokens
@@ -122,23 +120,11 @@ class Blocked(State):
             return parts[0]
         return Partial(torch.cat([x.mean for x in parts], 2), torch.cat([x.log_mass for x in parts], 2))
 
-    def _end_blocks(self, took: Tensor | None) -> None:
-        """Close the blocks that are complete now, of those rows that took tokens (None: all)."""
-        ends = [n % self.block == 0 for n in self.seen.tolist()]
-        if not any(ends):
-            return
-        rows = None
-        if took is not None or not all(ends):
-            full = torch.tensor(ends) if took is None else torch.tensor(ends) & took
-            rows = None if bool(full.all()) else full.nonzero().squeeze(1)
-            if rows is not None and not len(rows):
-                return
-        self._close(rows)
-        if self.selection is not None:
-            self.selection.close(self.slots, rows)
-
     def _take(self, k: Tensor, v: Tensor, q: Tensor | None, take: Tensor) -> Partial | None:
-        """Push the first take[r] of these tokens, within a block; answer q (rows, g, a, d), if any: (rows, g, a)."""
+        """Push the first take[r] of these tokens, within a block; answer q (rows, g, a, d), if any: (rows, g, a).
+
+        Then the blocks that they complete are closed.
+        """
         before = self.slots.held
         position = self.seen.unsqueeze(1)
         if k.shape[1] > 1:
@@ -153,6 +139,14 @@ class Blocked(State):
             part = Partial(part.mean.view(*q.shape[:3], -1), part.log_mass.view(q.shape[:3]))
             self._notice(q, before, take)
         self.seen = self.seen + take
+        ends = [
+            seen % self.block == 0 and took > 0 for seen, took in zip(self.seen.tolist(), take.tolist(), strict=True)
+        ]
+        if any(ends):
+            rows = None if all(ends) else torch.tensor(ends).nonzero().squeeze(1)
+            self._close(rows)
+            if self.selection is not None:
+                self.selection.close(self.slots, rows)
         return part
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:

@@ -70,7 +70,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     if budget.endswith("%"):
         if length is None:
             raise ValueError(f"@{budget} is a share of the context, whose length is not known here: give tokens")
-        return _with(method, max(1, int(length * float(budget[:-1]) / 100)))
+        return with_budget(method, max(1, int(length * float(budget[:-1]) / 100)))
     total = size_bytes(budget)
     assert total is not None
     per_row = total / (layers * spec.rows)
@@ -86,7 +86,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     affordable = least + int((per_row - floor) / slope)
     while affordable > least and _row_bytes(method, affordable, spec, g) > per_row:
         affordable -= 1
-    return _with(method, affordable)
+    return with_budget(method, affordable)
 
 
 def least_budget(method: Method) -> int:
@@ -95,7 +95,7 @@ def least_budget(method: Method) -> int:
     while not _accepts(method, high):
         high *= 2
         if high > _MOST_TOKENS:
-            _with(method, high)  # raises, and says why
+            with_budget(method, high)  # raises, and says why
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -105,13 +105,14 @@ def least_budget(method: Method) -> int:
 
 def _accepts(method: Method, tokens: int) -> bool:
     try:
-        return _with(method, tokens) is not None
+        return with_budget(method, tokens) is not None
     except ValueError:  # what it protects does not fit
         return False
 
 
-def _with(method: Method, tokens: int) -> Method:
-    bounded = method.with_budget(tokens)
+def with_budget(method: Method, budget: Budget) -> Method:
+    """`method` under this budget; ValueError if no budget bounds it."""
+    bounded = method.with_budget(budget)
     if bounded is None:
         raise ValueError(f"{method} keeps every token: no budget bounds it")
     return bounded
@@ -121,7 +122,7 @@ def _row_bytes(method: Method, tokens: int, spec: Spec, g: int) -> int:
     """Bytes that one row allocates under this budget, measured on a state with one token."""
     places = None if spec.places is None else spec.places[:1]
     one = Spec(rows=1, d=spec.d, dv=spec.dv, scale=spec.scale, dtype=spec.dtype, places=places)
-    state = _with(method, tokens).open(one)
+    state = with_budget(method, tokens).open(one)
     q = torch.zeros(1, g, 1, spec.d)
     k, v = torch.zeros(1, 1, state.key_width), torch.zeros(1, 1, state.value_width)
     state.step(q.to(spec.dtype), k.to(spec.dtype), v.to(spec.dtype))

@@ -162,9 +162,7 @@ class Slots(Memory):
 
     def bytes_by_row(self, rows: int) -> Tensor:
         """A row has its stretch of the arena; the clocks are split."""
-        arena = sum(store.untyped_storage().nbytes() for _, _, store in self._arrays())
-        owned = arena * self.capacity.to(torch.float64) / max(1, int(self.capacity.sum()))
-        return owned + (self.nbytes - arena) / rows
+        return self._by_capacity(rows, [store for _, _, store in self._arrays()], self.capacity)
 
     def _reserve(self, needed: Tensor) -> None:
         if bool((needed > self.capacity).any()):

@@ -125,7 +125,7 @@ class State(Memory, metaclass=_Plain):
         Empty where `present` is False. For callers who merge something to the answer, such as a sink's logit.
         """
         k, v, q, take, order = self._packed(k, v, q, present)
-        if not bool(take.any()):
+        if not any(take.tolist()):
             return Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
         part = self._step_partial(k, v, q, take)
         log_mass = _unpack(part.log_mass.unsqueeze(-1), take, order, -torch.inf).squeeze(-1)

@@ -13,13 +13,12 @@ from kvfloor.floors.measured import readable_by
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Shares = tuple[
-    tuple[float, ...], ...
-]  # multiples of one budget per compressed layer and kv head; one number is for all
+# Multiples of one budget per compressed layer and kv head; one number is for all.
+Shares = tuple[tuple[float, ...], ...]
 Number = TypeVar("Number", int, float)
 
 PYRAMID_SLOPE = 20  # PyramidKV's beta: the deepest layer gets 1 / beta of the mean, the first what that leaves
-ETA, P = 0.25, 0.9  # additive error and success probability at which a head's readable tokens are counted
+ETA, P = 0.25, 0.9  # additive error, of values in [-1, 1], and success probability at which heads' floors are taken
 MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
 
 

@@ -75,12 +75,9 @@ class CompressedCache(Cache):
             _shares(allocate, model, calibration, served),
             tuple((int(start), int(stop)) for start, stop in pinned),
         )
-        given = {f.name: getattr(opening, f.name) for f in dataclasses.fields(opening)}
+        kept = ("context", "seed", "requests", "budgets", "pinned")
         # What `load` constructs the cache with; JSON-ready.
-        self.arguments: dict[str, Any] = {
-            name: given[name] for name in ("context", "seed", "requests", "budgets", "pinned")
-        }
-        self.arguments["allocate"] = opening.shares
+        self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
         self._meter = Meter()
         layers: list[Any] = []
         for i, ((role, theirs), readers) in enumerate(zip(roles, key_readers(config), strict=False)):
@@ -150,7 +147,7 @@ class CompressedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all compressed layers' states, measured on their storages, and of what is staged."""
-        return self.bytes["hot"] + self.bytes["staged"]
+        return sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
 
     @property
     def bytes(self) -> dict[str, int]:

@@ -90,6 +90,11 @@ def difference(mine: Heard, theirs: Heard) -> float:
         return float("inf")
     if not torch.equal(mine.tokens, theirs.tokens):
         return float("inf")
+    return apart(mine, theirs)
+
+
+def apart(mine: Heard, theirs: Heard) -> float:
+    """Largest difference of two logits over the largest stock logit, whatever tokens were chosen."""
     return float((mine.logits - theirs.logits).abs().max() / theirs.logits.abs().max())
 
 

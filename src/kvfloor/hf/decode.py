@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,13 +36,8 @@ class Dialogue:
     @torch.inference_mode()
     def feed(self, token_ids: Sequence[Sequence[int]], chunk: int | None = None) -> None:
         """Take in one list of tokens per batch item, left-padded, `chunk` slots per forward (None: all at once)."""
-        width = max(len(ids) for ids in token_ids)
-        batch = torch.zeros(len(token_ids), width, dtype=torch.int64)
-        real = torch.zeros_like(batch)
-        for row, ids in enumerate(token_ids):
-            if len(ids):
-                batch[row, width - len(ids) :] = torch.tensor(list(ids))
-                real[row, width - len(ids) :] = 1
+        batch, real = padded(token_ids)
+        width = batch.shape[1]
         cuts = [*range(0, width, chunk or width), width]
         if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:  # a token alone would be taken for the first decoded one
             del cuts[-2]
@@ -56,16 +52,12 @@ class Dialogue:
         per forward bound the logits' memory; shorter lists are padded at their end, so this comes last.
         """
         assert self.logits is not None
-        width = max(len(ids) for ids in token_ids)
-        batch = torch.zeros(len(token_ids), width, dtype=torch.int64)
-        for row, ids in enumerate(token_ids):
-            batch[row, : len(ids)] = torch.tensor(list(ids))
-        real = torch.arange(width) < torch.tensor([[len(ids)] for ids in token_ids])
+        batch, real = padded(token_ids, side="right")
         parts: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, width, chunk):
+        for start in range(0, batch.shape[1], chunk):
             tokens = batch[:, start : start + chunk]
             before = self.logits.unsqueeze(1)
-            after = self._forward(tokens, real[:, start : start + chunk].to(torch.int64), every=True)
+            after = self._forward(tokens, real[:, start : start + chunk], every=True)
             logits = torch.cat([before, after[:, :-1]], 1).float()
             at = tokens.to(logits.device).unsqueeze(-1)
             log_p = (logits.gather(-1, at) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
@@ -109,3 +101,17 @@ class Dialogue:
         )
         self.logits = output.logits[:, -1]
         return output.logits
+
+
+def padded(
+    token_ids: Sequence[Sequence[int]], pad: int = 0, side: Literal["left", "right"] = "left"
+) -> tuple[Tensor, Tensor]:
+    """The lists as a batch (b, width), int64, and which of its slots are real, 1 or 0 (b, width)."""
+    width = max(len(ids) for ids in token_ids)
+    batch = torch.full((len(token_ids), width), pad, dtype=torch.int64)
+    real = torch.zeros_like(batch)
+    for row, ids in enumerate(token_ids):
+        start = width - len(ids) if side == "left" else 0
+        batch[row, start : start + len(ids)] = torch.tensor(list(ids), dtype=torch.int64)
+        real[row, start : start + len(ids)] = 1
+    return batch, real

@@ -18,7 +18,10 @@ from kvfloor.state import State
 
 
 class Meter:
-    """What a cache's layers took together: bytes, the most of them with what was staged or copied, and slots seen."""
+    """What a cache's layers took together: bytes, the most of them with what was staged or copied, and slots seen.
+
+    A layer that was never asked is not in it.
+    """
 
     def __init__(self) -> None:
         self.held_bytes: dict[int, int] = {}
@@ -28,6 +31,11 @@ class Meter:
     def measure(self, layer: int, held_bytes: int, transient_bytes: int) -> None:
         self.held_bytes[layer] = held_bytes
         self.peak_bytes = max(self.peak_bytes, sum(self.held_bytes.values()) + transient_bytes)
+
+    def forget(self, layer: int) -> None:
+        """The layer holds nothing any more."""
+        self.seen.pop(layer, None)
+        self.held_bytes.pop(layer, None)
 
     @property
     def level(self) -> bool:
@@ -135,7 +143,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self.seen, self.batch, self.staged_bytes, self._before = None, 0, 0, 0, None
-        self._meter.seen[self.index] = self._meter.held_bytes[self.index] = 0
+        self._meter.forget(self.index)
 
     def listen(self, on_evict: Callable[[Eviction], None] | None) -> None:
         """Tell `on_evict` of the tokens that leave from now on; None: no one."""
@@ -156,8 +164,9 @@ class CompressedLayer(CacheLayerMixin):
         """Continue from what a saved layer held, in `model`, which filled it."""
         self.state, self.served_by = state, weakref.ref(model)
         self.seen, self.batch, self.is_initialized = clocks["seen"], clocks["batch"], clocks["is_initialized"]
-        self._meter.seen[self.index] = self.seen
-        self._meter.measure(self.index, state.nbytes if state else 0, 0)
+        if state is not None:
+            self._meter.seen[self.index] = self.seen
+            self._meter.measure(self.index, state.nbytes, 0)
         self.listen(self._on_evict)
 
     def crop(self, *args: Any) -> None:
@@ -218,7 +227,7 @@ class CompressedLayer(CacheLayerMixin):
         try:
             if self.state is None:
                 self.state = self.opening.open(self.index, self.place, key, dv, g, scale, softcap)
-                self.batch = batch
+                self.batch, self._meter.seen[self.index] = batch, self.seen
                 self.listen(self._on_evict)
             state = self.state
             if n == 1 and self.seen and not state.sealed:
@@ -230,8 +239,9 @@ class CompressedLayer(CacheLayerMixin):
             out = step_rows(state, query, key, value, present, sink)
             self.seen += n
             if n > 1 or self.seen % _MEASURED_EVERY == 0 or self._readers:
-                copied_bytes = state.peak_nbytes - state.nbytes + (self._before.nbytes if self._before else 0)
-                self._meter.measure(self.index, state.nbytes, copied_bytes + self.staged_bytes)
+                held_bytes = state.nbytes
+                copied_bytes = state.peak_nbytes - held_bytes + (self._before.nbytes if self._before else 0)
+                self._meter.measure(self.index, held_bytes, copied_bytes + self.staged_bytes)
             self._meter.seen[self.index] = self.seen
         finally:
             self.staged_bytes = 0

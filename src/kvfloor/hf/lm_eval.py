@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvfloor
 from kvfloor.hf.cache import CompressedCache
-from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.decode import Dialogue, padded
 from kvfloor.hf.ledger import Ledger
 from kvfloor.hf.prepare import prepare
 from kvfloor.models import load
@@ -223,10 +223,9 @@ class CompressedLM(TemplateLM):
         if most >= self.max_length:
             raise ValueError(f"the task wants {most} new tokens of a model that sees {self.max_length}")
         prompts = [ids[-(self.max_length - most) :] for ids in prompts]
-        width = max(len(ids) for ids in prompts)
         pad = self.eot_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(one)) + one for one in prompts], device=self._device)
-        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=self._device)
+        ids, mask = (x.to(self._device) for x in padded(prompts, pad))
+        width = ids.shape[1]
         cache = self._cache(batch)
         out = self.model.generate(
             input_ids=ids,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvfloor.bounded import Bounded, BoundedState
-from kvfloor.budget import least_budget, resolve
+from kvfloor.budget import least_budget, resolve, with_budget
 from kvfloor.exact import Exact
 from kvfloor.hf.allocate import Shares, per_head, spread
 from kvfloor.method import Method, Spec
@@ -96,10 +96,7 @@ class Opening:
 
 def _with(method: Method, by_head: Sequence[int], batch: int) -> Method:
     alike = len(set(by_head)) == 1
-    sized = method.with_budget(by_head[0] if alike else tuple(by_head) * batch)
-    if sized is None:
-        raise ValueError(f"{method} keeps every token: no budget bounds it")
-    return sized
+    return with_budget(method, by_head[0] if alike else tuple(by_head) * batch)
 
 
 def _row_id(request: int, layer: int, head: int) -> int:

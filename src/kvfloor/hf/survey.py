@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from kvfloor.files import replace_file
 from kvfloor.hf.cache import CompressedCache
-from kvfloor.hf.conversations import RUNS, Heard, by_forwards, by_generate, difference
+from kvfloor.hf.conversations import RUNS, Heard, apart, by_forwards, by_generate, difference
 from kvfloor.hf.families import layer_roles, layer_types, refusal
 from kvfloor.hf.prepare import prepare
 from kvfloor.hf.tiny import families, tiny_model
@@ -120,7 +120,7 @@ def evicting(model: PreTrainedModel, stock: Heard) -> tuple[float, int]:
     if not bool(torch.isfinite(again.logits).all()) or in_bytes.nbytes > kibibytes * 1024:
         raise ValueError(f"{in_bytes.nbytes} bytes are held of {kibibytes} KiB")
     held = max(int(layer.state.held.max()) for layer in cache.compressed if layer.state is not None)
-    return float((heard.logits - stock.logits).abs().max() / stock.logits.abs().max()), held
+    return apart(heard, stock), held
 
 
 def described(config: PreTrainedConfig) -> str:

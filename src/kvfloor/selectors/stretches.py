@@ -98,9 +98,7 @@ class Stretches(Memory):
 
     def bytes_by_row(self, rows: int) -> Tensor:
         """A row has its own lists; the clocks are split."""
-        arena = sum(column.untyped_storage().nbytes() for column in self._columns().values())
-        owned = arena * self.capacity.to(torch.float64) / max(1, int(self.capacity.sum()))
-        return owned + (self.nbytes - arena) / rows
+        return self._by_capacity(rows, self._columns().values(), self.capacity)
 
     # ---- as a part of a state ------------------------------------------------------------------------------
 
