@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from kvfloor.kernels.attend import fused
+from kvfloor.kernels.attend import attend_mean, fused
 from kvfloor.method import Method, Spec
 from kvfloor.partial import Partial
 from kvfloor.selectors.everything import Everything
@@ -43,6 +43,12 @@ class Blocked(State):
         del q
         return None
 
+    def _own_answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial | None:
+        """The answer (rows, g * a) to q (rows, g, a, d), the newest tokens' queries, by another law than attention
+        over the slots and the rest; None: by that one. `before` tokens per row were held when new_k, new_v came."""
+        del q, new_k, new_v, before
+        return None
+
     def _at_once(self, seen: int, left: int) -> int:
         """Of `left` tokens that come after `seen`, how many may be taken in at once because nothing happens at the
         ends of their blocks; 0: no more than the block's."""
@@ -71,11 +77,35 @@ class Blocked(State):
         assert answers is not None
         return answers
 
+    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
+        """A token of every row, the step of decoding: where nothing is merged to its answer, the mean is enough."""
+        if k.shape[1] > 1 or not all(take.tolist()):
+            return super()._step(k, v, q, take)
+        before = self._push(k, v, take)
+        mean = self._mean_of_one(q, k, v, before)
+        self._notice(q, before, take)
+        self._advance(take)
+        return mean.unsqueeze(2)
+
+    def _mean_of_one(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Tensor:
+        """The mean (rows, g, dv) of `_answer` to q (rows, g, 1, d)."""
+        own = self._own_answer(q, new_k, new_v, before)
+        if own is not None:
+            return own.mean
+        flat = q.squeeze(2)
+        rest = self._rest(flat)
+        if rest is None and isinstance(self._selector, Everything):
+            view = self.slots.view()
+            hide = None if view.live is None else ~view.live.unsqueeze(1)
+            return attend_mean(flat, view.k, view.v, self.spec.scale, self.spec.softcap, hide)
+        part = self._among_slots(q, new_k, new_v, before)
+        return (part if rest is None else part.merge(rest)).mean
+
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
         """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
         seen, counts = self.seen.tolist(), count.tolist()  # a list of clocks is compared faster than a small tensor
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
-            return self._feed_in_step(k, v, q, counts[0], seen[0])
+            return self._feed_in_step(k, v, q, count, seen[0])
         out = None
         if q is not None:
             out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
@@ -95,10 +125,10 @@ class Blocked(State):
             done = done + take
         return out
 
-    def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, t: int, seen: int) -> Partial | None:
-        """As `_feed` of t tokens for rows that all have `seen` so far, or of one token each: plain slices."""
+    def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
+        """As `_feed` where `count` is one number for rows that all have `seen` so far, or one token each: slices."""
         parts: list[Partial] = []
-        done = 0
+        t, done = int(count[0]), 0
         # A long piece that is not fused would write all its logits down.
         fits = t > 1 and (q is None or fused(q, k, v, self.spec.softcap))
         while done < t:
@@ -107,7 +137,7 @@ class Blocked(State):
             if a < k.shape[1]:
                 cut = slice(done, done + a)
                 piece = (k[:, cut], v[:, cut], None if q is None else q[:, :, cut])
-            part = self._take(*piece, torch.full_like(self.seen, a))
+            part = self._take(*piece, count if a == t else torch.full_like(count, a))
             if part is not None:
                 parts.append(part)
             done, seen = done + a, seen + a
@@ -125,19 +155,28 @@ class Blocked(State):
 
         Then the blocks that they complete are closed.
         """
-        before = self.slots.held
-        position = self.seen.unsqueeze(1)
-        if k.shape[1] > 1:
-            position = position + torch.arange(k.shape[1])
-        position = position.to(k.device)
-        self.slots.push(k, v, position, take)
-        if self.selection is not None:
-            self.selection.append(self.slots, before)
+        before = self._push(k, v, take)
         part = None
         if q is not None:
             part = self._answer(q, k, v, before)
             part = Partial(part.mean.view(*q.shape[:3], -1), part.log_mass.view(q.shape[:3]))
             self._notice(q, before, take)
+        self._advance(take)
+        return part
+
+    def _push(self, k: Tensor, v: Tensor, take: Tensor) -> Tensor:
+        """Take the first take[r] of these tokens into the slots; tokens held before, per row (rows,)."""
+        before = self.slots.held
+        position = self.seen.unsqueeze(1)
+        if k.shape[1] > 1:
+            position = position + torch.arange(k.shape[1])
+        self.slots.push(k, v, position.to(k.device), take)
+        if self.selection is not None:
+            self.selection.append(self.slots, before)
+        return before
+
+    def _advance(self, take: Tensor) -> None:
+        """These tokens were answered: the clocks go on, and the blocks that are complete now are closed."""
         self.seen = self.seen + take
         ends = [
             seen % self.block == 0 and took > 0 for seen, took in zip(self.seen.tolist(), take.tolist(), strict=True)
@@ -147,30 +186,36 @@ class Blocked(State):
             self._close(rows)
             if self.selection is not None:
                 self.selection.close(self.slots, rows)
-        return part
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Answers to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself.
+        """Answers (rows, g * a) to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself."""
+        own = self._own_answer(q, new_k, new_v, before)
+        if own is not None:
+            return own
+        rest = self._rest(q.flatten(1, 2))
+        part = self._among_slots(q, new_k, new_v, before)
+        return part if rest is None else part.merge(rest)
+
+    def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+        """As `_answer`, over the slots alone.
 
         Where everything held is read, the tokens from before (`before` of them per row) and the new ones are two
         partials: neither needs a mask of rows x queries x slots.
         """
         rows, g, a, d = q.shape
-        flat = q.reshape(rows, g * a, d)
         if self.selection is not None:
-            part = self._among_chosen(q, before)
-        elif a == 1 or not isinstance(self._selector, Everything):
-            part = self._among_all(flat, g, before)
-        else:
-            part = Partial.causal(q, new_k, new_v, self.spec)
-            past = int(before.max())
-            if past > 0:
-                view = self.slots.view(width=past)
-                gone = torch.arange(past) >= before.unsqueeze(1)  # the rows' own new tokens, or nothing yet
-                hide = gone.unsqueeze(1).to(q.device) if bool(gone.any()) else None
-                part = Partial.over(flat, view.k, view.v, self.spec, hide=hide).merge(part)
-        rest = self._rest(flat)
-        return part if rest is None else part.merge(rest)
+            return self._among_chosen(q, before)
+        flat = q.reshape(rows, g * a, d)
+        if a == 1 or not isinstance(self._selector, Everything):
+            return self._among_all(flat, g, before)
+        part = Partial.causal(q, new_k, new_v, self.spec)
+        past = int(before.max())
+        if past > 0:
+            view = self.slots.view(width=past)
+            gone = torch.arange(past) >= before.unsqueeze(1)  # the rows' own new tokens, or nothing yet
+            hide = gone.unsqueeze(1).to(q.device) if bool(gone.any()) else None
+            part = Partial.over(flat, view.k, view.v, self.spec, hide=hide).merge(part)
+        return part
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
         """One product over all slots, the causal rule as a mask: queries (rows, g*a, d), the selector choosing."""

@@ -213,6 +213,10 @@ class BoundedState(Blocked):
         self._require_group(q.shape[1])
         return super()._step_partial(k, v, q, take)
 
+    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
+        self._require_group(q.shape[1])
+        return super()._step(k, v, q, take)
+
     @property
     def watches(self) -> bool:
         """Whether the policy learns from the queries that are asked now."""
@@ -364,10 +368,14 @@ class BoundedState(Blocked):
         r, g, b, d = asked.q.shape
         flat, ledger = asked.q.reshape(r, g * b, d), self._ledger(rows, width)
         unread = self._unread(rows, flat, visible.repeat(1, g).to(flat.device), width)
-        made = asked.made.view(r, 1, b, 1)
+        clear = int(visible.min()) if isinstance(self._selector, Everything) else 0
+        made = None if bool(asked.made.all()) else asked.made.view(r, 1, b, 1)
+        law = (self.spec.scale, self.spec.softcap)
         parts: list[dict[str, Tensor]] = []
-        for at, weights in weights_by_tile(flat, ledger.k, self.spec.scale, self.spec.softcap, unread, TILE_SLOTS):
-            parts.append(self._plan.policy.observe(ledger.part(at), weights.view(r, g, b, -1) * made, asked))
+        for at, weights in weights_by_tile(flat, ledger.k, *law, unread, TILE_SLOTS, clear):
+            weights = weights.view(r, g, b, -1)
+            weights = weights if made is None else weights * made
+            parts.append(self._plan.policy.observe(ledger.part(at), weights, asked))
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
     def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
@@ -416,11 +424,8 @@ class BoundedState(Blocked):
         ledger = self._ledger(None if len(due) == self.spec.rows else due, width)
         priority = self._plan.policy.priority(ledger).to(torch.float64)
         priority = priority.masked_fill(self._protected(ledger) | ~ledger.live, torch.inf)
-        by_age = torch.argsort(ledger.position, dim=1, stable=True)  # so that ties let the older token go
-        order = by_age.gather(1, torch.argsort(priority.gather(1, by_age), dim=1, stable=True))
-        rank = torch.empty_like(order).scatter(1, order, torch.arange(width, device=order.device).expand_as(order))
         leaving = torch.zeros(self.spec.rows, width, dtype=torch.bool)
-        leaving[due] = rank.cpu() < excess[due].unsqueeze(1)
+        leaving[due] = _lowest(priority, ledger.position, excess[due].unsqueeze(1).to(priority.device)).cpu()
         if self.summary is not None or self.listener is not None:
             row, k, v, position = self.slots.flat(leaving)
             if self.summary is not None:
@@ -441,3 +446,15 @@ class BoundedState(Blocked):
         for span in pins.to(position.device).unbind(1):
             safe = safe | ((position >= span[:, :1]) & (position < span[:, 1:]))
         return safe
+
+
+def _lowest(priority: Tensor, position: Tensor, n: Tensor) -> Tensor:
+    """The n (r, 1) slots of each row with the lowest priority, bool as priority (r, s); of equal ones the older."""
+    last = priority.topk(int(n.max()), dim=1, largest=False).values.gather(1, n - 1)
+    lowest = priority <= last
+    if bool((lowest.sum(1, keepdim=True) == n).all()):
+        return lowest
+    by_age = torch.argsort(position, dim=1, stable=True)
+    order = by_age.gather(1, torch.argsort(priority.gather(1, by_age), dim=1, stable=True))
+    among = torch.arange(priority.shape[1], device=n.device) < n
+    return torch.zeros_like(lowest).scatter(1, order, among)

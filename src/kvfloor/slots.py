@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,16 +19,21 @@ class View:
 
     k: Tensor
     v: Tensor
-    position: Tensor
     live: Tensor | None
+    fetch: Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def position(self) -> Tensor:
+        """When a slot's token came; fetched when asked for, as attention needs none."""
+        return self.fetch()
 
 
 class Slots(Memory):
     """Held tokens of every row, packed at the front of the row's stretch of the arena.
 
     A row's slots carry no order; `position` says when a token came. Rows may have different capacities (per-head
-    budgets free real bytes) and different fill (`held`). `columns` are per-slot numbers that a policy keeps.
-    Clocks and counts live on the CPU, so that control flow never waits for a device.
+    budgets free real bytes) and different fill (`held`). `columns` are per-slot numbers that a policy keeps, zero
+    where a slot holds no token. Clocks and counts live on the CPU, so that control flow never waits for a device.
     """
 
     def __init__(self, spec: Spec, capacities: Sequence[int], columns: dict[str, torch.dtype] | None = None) -> None:
@@ -60,6 +65,12 @@ class Slots(Memory):
         own = [(self, name, getattr(self, name)) for name in ("k", "v", "position")]
         return own + [(self.columns, name, tensor) for name, tensor in self._columns().items()]
 
+    @property
+    def level(self) -> int | None:
+        """Tokens in every row, where rows are in step: as many in each, in stretches of one length; None elsewhere."""
+        counts = self.held.tolist()
+        return counts[0] if self.stride and min(counts) == max(counts) else None
+
     # ---- reading -------------------------------------------------------------------------------------------
 
     def view(self, rows: Tensor | None = None, width: int | None = None) -> View:
@@ -72,8 +83,8 @@ class Slots(Memory):
         if min(counts, default=width) < width:
             live = torch.arange(width) < held.unsqueeze(1)
             live = live.to(self.k.device)
-        k, v, position = (self.across(x, rows, width) for x in (self.k, self.v, self.position))
-        return View(k, v, position, live)
+        k, v = (self.across(x, rows, width) for x in (self.k, self.v))
+        return View(k, v, live, lambda: self.across(self.position, rows, width))
 
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
         """A per-slot tensor as (rows, width, ...)."""
@@ -105,32 +116,27 @@ class Slots(Memory):
     # ---- writing -------------------------------------------------------------------------------------------
 
     def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor) -> None:
-        """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a).
-
-        They start at zero in every column: a reused slot still has its last tenant's number.
-        """
-        a, held, taken = k.shape[1], self.held.tolist(), take.tolist()
-        at, in_step = held[0], self.stride and min(held) == max(held) and min(taken) == max(taken) == a
-        if not in_step or at + a > self.stride:
+        """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a)."""
+        a, at = k.shape[1], self.level if min(take.tolist()) == k.shape[1] else None
+        if at is None or at + a > self.stride:
             self._reserve(self.held + take)
-        if in_step:
+        if at is not None:
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
                 store.view(self.spec.rows, self.stride, *store.shape[1:])[:, at : at + a] = new
-            for store in self._columns().values():
-                store.view(self.spec.rows, self.stride)[:, at : at + a] = 0
         else:
             wanted = torch.arange(a) < take.unsqueeze(1)
             slot = (self.offset + self.held).unsqueeze(1) + torch.arange(a)
             slot, wanted = slot[wanted].to(self.k.device), wanted.to(self.k.device)
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
                 store[slot] = new[wanted]
-            for store in self._columns().values():
-                store[slot] = 0
         self.held = self.held + take
 
     def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
         """Write a column back for `rows`: values (r, width)."""
-        store = getattr(self.columns, name)
+        store, level = getattr(self.columns, name), self.level if rows is None else None
+        if level is not None:
+            self.across(store, None, level).copy_(values[:, :level])
+            return
         held = self.held if rows is None else self.held[rows]
         live = (torch.arange(values.shape[1]) < held.unsqueeze(1)).to(store.device)
         store[self._index(rows, values.shape[1])[live]] = values[live].to(store.dtype)
@@ -142,14 +148,18 @@ class Slots(Memory):
         many tokens move as leave.
         """
         leaving = leaving.cpu()
-        slot = torch.arange(leaving.shape[1])
+        width = leaving.shape[1]
+        slot = torch.arange(width)
         held = self.held - leaving.sum(1)
-        behind = slot >= held.unsqueeze(1)
-        movers = ~leaving & behind & (slot < self.held.unsqueeze(1))
-        source = (self.offset.unsqueeze(1) + slot)[movers].to(self.k.device)
-        target = (self.offset.unsqueeze(1) + slot)[leaving & ~behind].to(self.k.device)
+        ends = (slot >= held.unsqueeze(1)) & (slot < self.held.unsqueeze(1))  # each row's slots to give up
+        source, target, freed = (
+            (self.offset[row] + at).to(self.k.device)
+            for row, at in (x.nonzero(as_tuple=True) for x in (ends & ~leaving, leaving & ~ends, ends))
+        )
         for _, _, store in self._arrays():
-            store[target] = store[source]
+            store.index_copy_(0, target, store.index_select(0, source))
+        for store in self._columns().values():
+            store.index_fill_(0, freed, 0)
         self.held = held
 
     def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

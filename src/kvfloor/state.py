@@ -25,6 +25,8 @@ def _plain(call: Call) -> Call:
 
     @wraps(call)
     def inside(*args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+            return call(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             return call(*args, **kwargs)
 

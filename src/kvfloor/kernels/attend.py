@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 Backend = Literal["auto", "eager", "flash"]
 
@@ -40,6 +41,24 @@ def attend(
         return _flash(q, k, v, scale, log_weight, hide)
     mean, log_mass, _ = weigh(q, k, v, scale, softcap, log_weight, hide)
     return mean, log_mass
+
+
+def attend_mean(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    hide: Tensor | None = None,
+) -> Tensor:
+    """The mean (rows, m, dv) of `attend` alone; in k's dtype where torch's public function takes the fused path.
+
+    It is the same kernel under less wrapping, which is what a single query's time goes to.
+    """
+    if hide is None and fused(q, k, v, softcap):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        return scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale=scale).squeeze(1)
+    return attend(q, k, v, scale, softcap, hide=hide)[0]
 
 
 def attend_causal(

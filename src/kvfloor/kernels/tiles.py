@@ -17,12 +17,14 @@ def weights_by_tile(
     softcap: float | None,
     hide: Callable[[slice], Tensor],
     tile: int,
+    clear: int = 0,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The softmax weights (rows, m, tile) of q (rows, m, d) over k (rows, s, d), tile by tile, in the compute dtype.
 
     The first pass takes each query's largest logit and mass, the second turns each tile's logits into weights, so
     no more than rows x m x tile of them exist at a time; what fits in one tile takes one pass. hide(at) is what the
-    queries do not see of the keys `at`, bool (rows, m, tile); a query that sees nothing has weight 0 everywhere.
+    queries do not see of the keys `at`, bool (rows, m, keys), and is not asked of the first `clear` keys, which all
+    queries see. A query that sees nothing has weight 0 everywhere.
     """
     dtype = compute_dtype(k.dtype)
     q = q.to(dtype) * scale
@@ -32,23 +34,26 @@ def weights_by_tile(
     def logits(at: slice) -> Tensor:
         raw = torch.matmul(q, k[:, at].to(dtype).transpose(-1, -2))
         if softcap is not None:
-            raw = torch.tanh(raw / softcap) * softcap
-        return raw.masked_fill(hide(at), -torch.inf)
+            raw = raw.div_(softcap).tanh_().mul_(softcap)
+        behind = slice(max(at.start, clear), at.stop)
+        if behind.start < behind.stop:
+            raw[..., behind.start - at.start :].masked_fill_(hide(behind), -torch.inf)
+        return raw
 
+    if len(pieces) == 1:
+        weights = torch.softmax(logits(pieces[0]), -1)
+        blind = weights[..., :1].isnan()
+        yield pieces[0], weights.masked_fill_(blind, 0.0) if bool(blind.any()) else weights
+        return
     top = q.new_full((*q.shape[:2], 1), -torch.inf)
     mass = q.new_zeros(*q.shape[:2], 1)
-    kept: Tensor | None = None
     for at in pieces:
         raw = logits(at)
         higher = torch.maximum(top, raw.amax(-1, keepdim=True))
         shift = torch.where(higher == -torch.inf, torch.zeros_like(higher), higher)
-        kept = torch.exp(raw - shift)
-        mass = mass * torch.exp(top - shift) + kept.sum(-1, keepdim=True)
+        mass = mass * torch.exp(top - shift) + raw.sub_(shift).exp_().sum(-1, keepdim=True)
         top = higher
     mass = mass.clamp_min(torch.finfo(dtype).tiny)
-    if len(pieces) == 1 and kept is not None:
-        yield pieces[0], kept / mass
-        return
     shift = torch.where(top == -torch.inf, torch.zeros_like(top), top)
     for at in pieces:
-        yield at, torch.exp(logits(at) - shift) / mass
+        yield at, logits(at).sub_(shift).exp_().div_(mass)

@@ -59,8 +59,10 @@ class HeavyHitters(Policy):
         return total / (ledger.seen - ledger.position).clamp_min(1)
 
     def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
-        joined = weights.mean(1) if self.group == "mean" else weights.amax(1)  # (r, b, s)
         total = ledger.columns["score"]
+        if self.group == "mean" and self.score != "decay":
+            return {"score": total + (weights.sum((1, 2)) / weights.shape[1]).to(torch.float32)}
+        joined = weights.mean(1) if self.group == "mean" else weights.amax(1)  # (r, b, s)
         if self.score == "decay":
             made = asked.made.to(joined.dtype)  # places of the block without a query fade nothing
             later = made.sum(1, keepdim=True) - made.cumsum(1)

@@ -122,7 +122,7 @@ class WindowSampleState(Blocked):
 
     # ---- answering -----------------------------------------------------------------------------------------
 
-    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+    def _own_answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         del new_k, new_v, before  # a block is one token: whatever is held is visible
         return self._draw(q.flatten(1, 2), self.seen + 1)
 
