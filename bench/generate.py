@@ -74,7 +74,7 @@ def decode(dtype: torch.dtype, tokens: int) -> None:
     runs |= {method: (ours, filled(ours, method, CONTEXT)) for method in OURS}
 
     def one_token(model: PreTrainedModel, cache: Cache) -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             model(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
 
     times = interleaved({name: lambda run=run: one_token(*run) for name, run in runs.items()}, tokens)

@@ -186,7 +186,7 @@ def times(theirs: Callable[[], Theirs], ours: Callable[[], Ours]) -> tuple[list[
 def tried(call: Callable[[Any], str], make: Callable[[], Any]) -> str:
     """What the comparison says, or how it fails."""
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             return call(make)
     except Exception as error:  # a peer may raise anything; that is a finding, not the end
         return f"{type(error).__name__}: {str(error).splitlines()[0][:40]}"
@@ -207,13 +207,13 @@ def main() -> int:
         bounded = (theirs, lambda stream=stream: Ours(f"{stream}@{KEPT}"))
         for title, call, sides in (("padding", padding, pair), ("chunks", chunks, bounded), ("turns", turns, bounded)):
             print(f"{name:<18}{title:<10}" + "".join(f"{tried(call, side):>38}" for side in sides))
-        with torch.inference_mode():
+        with torch.no_grad():
             medians = times(*pair)
         for kind, a, b in zip(("prefill", "decode"), *medians, strict=True):
             print(f"{name:<18}{kind:<10}{a:>35.2f} ms{b:>35.2f} ms   {b / a:.2f}x")
     full = Ours("exact")
     ragged, ada = Ours("knorm(prefill=dense,block=8)", budgets=[[768, 256]] * 4), Theirs(AdaKVPress(KnormPress(0.5)))
-    with torch.inference_mode():
+    with torch.no_grad():
         for run in (full, ragged, ada):
             run.feed(ids(1, PROMPT))
     cells = (f"{run.nbytes:,} of {2 * PROMPT * 4 * 2 * 32 * 4:,} bytes" for run in (ada, ragged))

@@ -98,7 +98,7 @@ class Blocked(State):
             view = self.slots.view()
             hide = None if view.live is None else ~view.live.unsqueeze(1)
             return attend_mean(flat, view.k, view.v, self.spec.scale, self.spec.softcap, hide)
-        part = self._among_slots(q, new_k, new_v, before)
+        part = self._among_slots(q, new_k, new_v, before).shaped(*flat.shape[:2])
         return (part if rest is None else part.merge(rest)).mean
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
@@ -159,7 +159,6 @@ class Blocked(State):
         part = None
         if q is not None:
             part = self._answer(q, k, v, before)
-            part = Partial(part.mean.view(*q.shape[:3], -1), part.log_mass.view(q.shape[:3]))
             self._notice(q, before, take)
         self._advance(take)
         return part
@@ -188,13 +187,14 @@ class Blocked(State):
                 self.selection.close(self.slots, rows)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Answers (rows, g * a) to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself."""
+        """Answers (rows, g, a) to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself."""
+        shape = q.shape[:3]
         own = self._own_answer(q, new_k, new_v, before)
         if own is not None:
-            return own
+            return own.shaped(*shape)
         rest = self._rest(q.flatten(1, 2))
         part = self._among_slots(q, new_k, new_v, before)
-        return part if rest is None else part.merge(rest)
+        return part if rest is None else part.merge(rest.shaped(*shape))
 
     def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """As `_answer`, over the slots alone.
@@ -202,20 +202,18 @@ class Blocked(State):
         Where everything held is read, the tokens from before (`before` of them per row) and the new ones are two
         partials: neither needs a mask of rows x queries x slots.
         """
-        rows, g, a, d = q.shape
+        shape, past = q.shape[:3], int(before.max())
         if self.selection is not None:
-            return self._among_chosen(q, before)
-        flat = q.reshape(rows, g * a, d)
-        if a == 1 or not isinstance(self._selector, Everything):
-            return self._among_all(flat, g, before)
+            return self._among_chosen(q, before).shaped(*shape)
+        if shape[2] == 1 or not isinstance(self._selector, Everything):
+            return self._among_all(q.flatten(1, 2), shape[1], before).shaped(*shape)
         part = Partial.causal(q, new_k, new_v, self.spec)
-        past = int(before.max())
-        if past > 0:
-            view = self.slots.view(width=past)
-            gone = torch.arange(past) >= before.unsqueeze(1)  # the rows' own new tokens, or nothing yet
-            hide = gone.unsqueeze(1).to(q.device) if bool(gone.any()) else None
-            part = Partial.over(flat, view.k, view.v, self.spec, hide=hide).merge(part)
-        return part
+        if past == 0:
+            return part
+        view = self.slots.view(width=past)
+        gone = torch.arange(past) >= before.unsqueeze(1)  # the rows' own new tokens, or nothing yet
+        hide = gone.unsqueeze(1).to(q.device) if bool(gone.any()) else None
+        return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
         """One product over all slots, the causal rule as a mask: queries (rows, g*a, d), the selector choosing."""

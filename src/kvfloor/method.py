@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -77,6 +78,11 @@ class Spec:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of logits, masses and means."""
         return compute_dtype(self.dtype)
+
+    @cached_property
+    def device_type(self) -> str:
+        """The kind of the spec's device, such as "cpu"."""
+        return torch.device(self.device).type
 
     def ids(self) -> Tensor:
         """The row ids as an int64 tensor (rows,) on the spec's device."""

@@ -57,9 +57,13 @@ class Partial:
     def causal(cls, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Partial:
         """As `over`, query i of q (rows, g, a, d) seeing the first i + 1 of k (rows, a, d), v (rows, a, dv).
 
-        Returns a partial of (rows, g * a).
+        Returns a partial of (rows, g, a).
         """
         return cls(*attend_causal(q, k, v, spec.scale, spec.softcap))
+
+    def shaped(self, *shape: int) -> Partial:
+        """The same under another batch shape of as many entries; a view."""
+        return Partial(self.mean.view(*shape, self.mean.shape[-1]), self.log_mass.view(shape))
 
     def merge(self, other: Partial) -> Partial:
         """The partial over the union of two disjoint token sets; exact, commutative, associative."""

@@ -89,9 +89,13 @@ class Slots(Memory):
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
         """A per-slot tensor as (rows, width, ...)."""
         if self.stride:
-            table = x.view(self.spec.rows, self.stride, *x.shape[1:])[:, :width]
+            table = self._table(x, self.stride)[:, :width]
             return table if rows is None else table[rows.to(x.device)]
         return x[self._index(rows, width)]
+
+    def _table(self, x: Tensor, stride: int) -> Tensor:
+        """A per-slot tensor as (rows, stride, ...), where rows have stretches of this one length."""
+        return x.view(self.spec.rows, stride, *x.shape[1:])
 
     def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
         """A per-slot tensor at slot (r, m, c) of each of `rows`, copied: (r, m, c, ...)."""
@@ -122,7 +126,7 @@ class Slots(Memory):
             self._reserve(self.held + take)
         if at is not None:
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
-                store.view(self.spec.rows, self.stride, *store.shape[1:])[:, at : at + a] = new
+                self._table(store, self.stride)[:, at : at + a] = new
         else:
             wanted = torch.arange(a) < take.unsqueeze(1)
             slot = (self.offset + self.held).unsqueeze(1) + torch.arange(a)
@@ -186,12 +190,17 @@ class Slots(Memory):
 
     def resize(self, capacity: Tensor) -> None:
         """Move the held tokens to an arena with these capacities (rows,), each at least what the row holds."""
-        source = self.live_index()
+        level, stride = self.level, self.stride
+        alike = level is not None and bool((capacity == capacity[0]).all())
+        source = None if alike else self.live_index()
         self._lay_out(capacity.clone())
-        target = self.live_index()
+        target = None if alike else self.live_index()
         for owner, name, store in self._arrays():
             moved = store.new_zeros(int(capacity.sum()), *store.shape[1:])
-            moved[target] = store[source]
+            if alike:  # rows in step, before and after: no index
+                self._table(moved, self.stride)[:, :level] = self._table(store, stride)[:, :level]
+            else:
+                moved[target] = store[source]
             owner.move(name, moved)
 
     # ---- as a part of a state ------------------------------------------------------------------------------

@@ -192,16 +192,16 @@ class State(Memory, metaclass=_Plain):
     def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
-        if x.ndim != axes or x.shape[0] != self.spec.rows or x.shape[-1] != width:
-            middle = "t" if axes == 3 else "g, t"
-            shape = f"(rows={self.spec.rows}, {middle}, {width})"
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+        shape, spec = x.shape, self.spec
+        if len(shape) != axes or shape[0] != spec.rows or shape[-1] != width:
+            wanted = f"(rows={spec.rows}, {'t' if axes == 3 else 'g, t'}, {width})"
+            raise ValueError(f"{name} must have shape {wanted}, got {tuple(shape)}")
         if x.layout != torch.strided or x.is_quantized or x.is_meta:
             raise TypeError(f"{name} must be a dense tensor with data, got layout {x.layout} on {x.device}")
-        if x.dtype != self.spec.dtype:
-            raise TypeError(f"{name} must be {self.spec.dtype} as the spec says, got {x.dtype}: convert it first")
-        if x.device.type != torch.device(self.spec.device).type:
-            raise ValueError(f"{name} is on {x.device}, the state on {self.spec.device}: move it first")
+        if x.dtype != spec.dtype:
+            raise TypeError(f"{name} must be {spec.dtype} as the spec says, got {x.dtype}: convert it first")
+        if x.device.type != spec.device_type:
+            raise ValueError(f"{name} is on {x.device}, the state on {spec.device}: move it first")
         if finite and not _all_finite(x):
             raise ValueError(f"{name} has NaN or infinite entries; the state was not changed")
         return x.detach() if x.requires_grad else x

@@ -133,7 +133,8 @@ def test_a_sink_is_one_more_logit_without_a_value() -> None:
     logits = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(2, 1)) * 0.25
     logits = logits.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     weights = torch.cat([logits, sink.view(1, 4, 1, 1).expand(2, 4, 5, 1)], -1).softmax(-1)[..., :-1]
-    torch.testing.assert_close(out, weights @ v.repeat_interleave(2, 1), rtol=1e-5, atol=1e-6)
+    wanted = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------

@@ -23,17 +23,20 @@ def present_rows(padding: Tensor | None, slots: slice, kv_heads: int) -> Tensor 
 def step_rows(
     state: State, query: Tensor, key: Tensor, value: Tensor, present: Tensor | None, sink: Tensor | None
 ) -> Tensor:
-    """One step of a state with batch and heads folded into rows: (B, H, n, d) -> (B, H, n, dv)."""
+    """One step of a state with batch and heads folded into rows: (B, H, n, d) -> (B, n, H, dv), contiguous."""
     (batch, heads, n, d), kv_heads, dv = query.shape, key.shape[1], value.shape[-1]
+    g = heads // kv_heads
     folded = (
-        query.reshape(batch * kv_heads, heads // kv_heads, n, d),
+        query.reshape(batch * kv_heads, g, n, d),
         key.reshape(batch * kv_heads, n, d),
         value.reshape(batch * kv_heads, n, dv),
         present,
     )
     if sink is None:
-        return state.step(*folded).reshape(batch, heads, n, dv)
-    part = state.step_partial(*folded)
-    by_head = sink.detach().to(part.log_mass.dtype).view(1, kv_heads, -1, 1).expand(batch, -1, -1, n)
-    nothing = Partial(torch.zeros_like(part.mean), by_head.reshape(part.log_mass.shape))
-    return part.merge(nothing).mean.to(query.dtype).reshape(batch, heads, n, dv)
+        out = state.step(*folded)
+    else:
+        part = state.step_partial(*folded)
+        by_head = sink.detach().to(part.log_mass.dtype).view(1, kv_heads, g, 1).expand(batch, -1, -1, n)
+        nothing = Partial(torch.zeros_like(part.mean), by_head.reshape(part.log_mass.shape))
+        out = part.merge(nothing).mean.to(query.dtype)
+    return out.view(batch, kv_heads, g, n, dv).permute(0, 3, 1, 2, 4).reshape(batch, n, heads, dv)

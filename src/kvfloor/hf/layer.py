@@ -214,7 +214,7 @@ class CompressedLayer(CacheLayerMixin):
         softcap: float | None,
         sink: Tensor | None = None,
     ) -> Tensor:
-        """query (B, H, n, d), staged key and value (B, Hkv, n, .) -> (B, H, n, dv); commits what was staged.
+        """query (B, H, n, d), staged key and value (B, Hkv, n, .) -> (B, n, H, dv); commits what was staged.
 
         padding: bool (B, slots), None if every token is real. sink: a logit per query head (H,) that takes its share
         of the softmax and has no value.

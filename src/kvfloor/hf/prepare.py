@@ -134,7 +134,6 @@ def _compressed(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = layer.answer(query, key, value, padding, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     layer.served_by = weakref.ref(module)
-    out = out.transpose(1, 2).contiguous()
     return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
 

@@ -64,7 +64,7 @@ def attend_mean(
 def attend_causal(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """`attend` where query i of q (rows, g, a, d) sees the first i + 1 of the keys (rows, a, d): (rows, g * a, ...).
+    """`attend` where query i of q (rows, g, a, d) sees the first i + 1 of the keys (rows, a, d): (rows, g, a, ...).
 
     The fused path skips what is hidden instead of masking it.
     """
@@ -74,9 +74,10 @@ def attend_causal(
         keys, values = (x.unsqueeze(1).expand(-1, g, -1, -1) for x in (k, v))
         assert _FLASH is not None
         out, log_mass = _FLASH(q, keys, values, 0.0, True, attn_mask=None, scale=scale)
-        return out.reshape(rows, g * a, -1).float(), log_mass.reshape(rows, g * a).float()
+        return out.float(), log_mass.float()
     later = torch.ones(a, a, dtype=torch.bool, device=q.device).triu(1).repeat(g, 1).unsqueeze(0)
-    return attend(q.reshape(rows, g * a, -1), k, v, scale, softcap, hide=later, backend=backend)
+    mean, log_mass = attend(q.reshape(rows, g * a, -1), k, v, scale, softcap, hide=later, backend=backend)
+    return mean.view(rows, g, a, -1), log_mass.view(rows, g, a)
 
 
 def weigh(
