@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from kvfloor.kernels.attend import attend_mean, fused
+from kvfloor.kernels.attend import attend_newest, fused
 from kvfloor.method import Method, Spec
 from kvfloor.partial import Partial
 from kvfloor.selectors.everything import Everything
@@ -43,12 +43,6 @@ class Blocked(State):
         del q
         return None
 
-    def _own_answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial | None:
-        """The answer (rows, g * a) to q (rows, g, a, d), the newest tokens' queries, by another law than attention
-        over the slots and the rest; None: by that one. `before` tokens per row were held when new_k, new_v came."""
-        del q, new_k, new_v, before
-        return None
-
     def _at_once(self, seen: int, left: int) -> int:
         """Of `left` tokens that come after `seen`, how many may be taken in at once because nothing happens at the
         ends of their blocks; 0: no more than the block's."""
@@ -60,8 +54,16 @@ class Blocked(State):
         """Which of the held tokens a query reads."""
         return Everything()
 
+    @property
+    def _plainly_read(self) -> bool:
+        """Whether an answer is attention over all slots and nothing else; `_notice_one` hears of such ones."""
+        return False
+
     def _notice(self, q: Tensor, before: Tensor, take: Tensor) -> None:
         """Queries q (rows, g, a, d) were answered; `before` tokens were held when their block-mates arrived."""
+
+    def _notice_one(self, q: Tensor, seen: int) -> None:
+        """`_notice` of one query q (rows, g, 1, d) in each row, plainly read, of rows that had all `seen` tokens."""
 
     # ---- written once --------------------------------------------------------------------------------------
 
@@ -77,29 +79,18 @@ class Blocked(State):
         assert answers is not None
         return answers
 
-    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
-        """A token of every row, the step of decoding: where nothing is merged to its answer, the mean is enough."""
-        if k.shape[1] > 1 or not all(take.tolist()):
-            return super()._step(k, v, q, take)
-        before = self._push(k, v, take)
-        mean = self._mean_of_one(q, k, v, before)
-        self._notice(q, before, take)
-        self._advance(take)
-        return mean.unsqueeze(2)
-
-    def _mean_of_one(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Tensor:
-        """The mean (rows, g, dv) of `_answer` to q (rows, g, 1, d)."""
-        own = self._own_answer(q, new_k, new_v, before)
-        if own is not None:
-            return own.mean
-        flat = q.squeeze(2)
-        rest = self._rest(flat)
-        if rest is None and isinstance(self._selector, Everything):
-            view = self.slots.view()
-            hide = None if view.live is None else ~view.live.unsqueeze(1)
-            return attend_mean(flat, view.k, view.v, self.spec.scale, self.spec.softcap, hide)
-        part = self._among_slots(q, new_k, new_v, before).shaped(*flat.shape[:2])
-        return (part if rest is None else part.merge(rest)).mean
+    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor | None:
+        at, seen = self.slots.level, self.seen.tolist()
+        if not self._plainly_read or at is None or at == self.slots.stride or min(seen) < max(seen):
+            return None
+        self.slots.put(at, k, v, seen[0])
+        view = self.slots.view()
+        out = attend_newest(q, view.k, view.v, self.spec.scale, self.spec.softcap)
+        self._notice_one(q, seen[0])
+        self.seen = self.seen + 1
+        if (seen[0] + 1) % self.block == 0:
+            self._close(None)
+        return out
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
         """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
@@ -189,9 +180,6 @@ class Blocked(State):
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Answers (rows, g, a) to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself."""
         shape = q.shape[:3]
-        own = self._own_answer(q, new_k, new_v, before)
-        if own is not None:
-            return own.shaped(*shape)
         rest = self._rest(q.flatten(1, 2))
         part = self._among_slots(q, new_k, new_v, before)
         return part if rest is None else part.merge(rest.shaped(*shape))

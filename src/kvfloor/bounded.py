@@ -213,9 +213,9 @@ class BoundedState(Blocked):
         self._require_group(q.shape[1])
         return super()._step_partial(k, v, q, take)
 
-    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
+    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor | None:
         self._require_group(q.shape[1])
-        return super()._step(k, v, q, take)
+        return super()._step_one(k, v, q)
 
     @property
     def watches(self) -> bool:
@@ -225,6 +225,10 @@ class BoundedState(Blocked):
     @property
     def _selector(self) -> Selector:
         return self._plan.selector
+
+    @property
+    def _plainly_read(self) -> bool:
+        return self.summary is None and isinstance(self._selector, Everything)
 
     def _rest(self, q: Tensor) -> Partial | None:
         return None if self.summary is None else self.summary.read(q)
@@ -236,19 +240,29 @@ class BoundedState(Blocked):
             self.summary.notice(q if bool(real.all()) else q.masked_fill(~real, 0))  # the rest may be NaN
         if not self.watches or a > self.block:  # taken at once, because only newer queries are wanted
             return
+        seen, taken = self.seen.tolist(), take.tolist()
+        if min(seen) == max(seen) and min(taken) == max(taken) == a:
+            self._keep(q, seen[0] % self.block)
+            return
         if self.queries is None:
             self._reserve_queries(g)
             assert self.queries is not None
-        seen, taken = self.seen.tolist(), take.tolist()
-        if min(seen) == max(seen) and min(taken) == max(taken) == a:
-            start = seen[0] % self.block
-            self.queries[:, :, start : start + a] = q
-            self.asked[:, start : start + a] = True
-            return
         row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
         place = (self.seen % self.block)[row] + j
         self.queries[row, :, place] = q[row, :, j]
         self.asked[row, place] = True
+
+    def _notice_one(self, q: Tensor, seen: int) -> None:
+        if self.watches:
+            self._keep(q, seen % self.block)
+
+    def _keep(self, q: Tensor, start: int) -> None:
+        """Every row's queries q (rows, g, a, d) take the open block's places from `start` on."""
+        if self.queries is None:
+            self._reserve_queries(q.shape[1])
+            assert self.queries is not None
+        self.queries[:, :, start : start + q.shape[2]] = q
+        self.asked[:, start : start + q.shape[2]] = True
 
     def _reserve_queries(self, g: int) -> None:
         spec = self.spec
@@ -344,7 +358,10 @@ class BoundedState(Blocked):
         position = (self.seen[rows] - fill).unsqueeze(1) + place
         visible = (self.slots.held[rows] - fill).unsqueeze(1) + place + 1
         self._tell(rows, Asked(queries, self.asked[rows].to(device), position.to(device)), visible)
-        self.asked[rows] = False
+        if everyone:
+            self.asked.zero_()
+        else:
+            self.asked[rows] = False
 
     def _tell(self, rows: Tensor, asked: Asked, visible: Tensor) -> None:
         """Queries of these rows, which see their first visible (r, b) slots, go to the policy.
@@ -415,17 +432,18 @@ class BoundedState(Blocked):
 
     def _evict(self, rows: Tensor) -> None:
         """Bring these rows down to their budget: the lowest priorities leave, the summary absorbs them."""
-        excess = torch.zeros_like(self.budget)
-        excess[rows] = (self.slots.held - self._limit()).clamp_min(0)[rows]
-        due = excess.nonzero().squeeze(1)
+        excess = (self.slots.held[rows] - self._limit()[rows]).clamp_min(0)
+        due = rows[excess > 0]
         if not len(due):
             return
-        width = int(self.slots.capacity.max())
-        ledger = self._ledger(None if len(due) == self.spec.rows else due, width)
+        width, everyone = int(self.slots.capacity.max()), len(due) == self.spec.rows
+        ledger = self._ledger(None if everyone else due, width)
         priority = self._plan.policy.priority(ledger).to(torch.float64)
         priority = priority.masked_fill(self._protected(ledger) | ~ledger.live, torch.inf)
-        leaving = torch.zeros(self.spec.rows, width, dtype=torch.bool)
-        leaving[due] = _lowest(priority, ledger.position, excess[due].unsqueeze(1).to(priority.device)).cpu()
+        lowest = _lowest(priority, ledger.position, excess[excess > 0].unsqueeze(1).to(priority.device)).cpu()
+        leaving = lowest if everyone else torch.zeros(self.spec.rows, width, dtype=torch.bool)
+        if not everyone:
+            leaving[due] = lowest
         if self.summary is not None or self.listener is not None:
             row, k, v, position = self.slots.flat(leaving)
             if self.summary is not None:

@@ -63,6 +63,10 @@ class ExactState(Blocked):
         assert isinstance(self.method, Exact)
         return self.method.selector
 
+    @property
+    def _plainly_read(self) -> bool:
+        return isinstance(self._selector, Everything)
+
     def _close(self, rows: Tensor | None) -> None:
         """Nothing ever leaves."""
 

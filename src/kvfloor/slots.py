@@ -89,13 +89,18 @@ class Slots(Memory):
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
         """A per-slot tensor as (rows, width, ...)."""
         if self.stride:
-            table = self._table(x, self.stride)[:, :width]
+            table = self._table(x, 0, min(width, self.stride))
             return table if rows is None else table[rows.to(x.device)]
         return x[self._index(rows, width)]
 
-    def _table(self, x: Tensor, stride: int) -> Tensor:
-        """A per-slot tensor as (rows, stride, ...), where rows have stretches of this one length."""
-        return x.view(self.spec.rows, stride, *x.shape[1:])
+    def _table(self, x: Tensor, start: int, stop: int, stride: int | None = None) -> Tensor:
+        """Slots start .. stop - 1 of every row of a per-slot tensor, as a view (rows, stop - start, ...).
+
+        Rows have stretches of one length, `stride`. One operation, because each costs more than its work in decoding.
+        """
+        stride, (slot, *inner) = stride or self.stride, x.stride()
+        shape = (self.spec.rows, stop - start, *x.shape[1:])
+        return x.as_strided(shape, (stride * slot, slot, *inner), start * slot)
 
     def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
         """A per-slot tensor at slot (r, m, c) of each of `rows`, copied: (r, m, c, ...)."""
@@ -126,7 +131,7 @@ class Slots(Memory):
             self._reserve(self.held + take)
         if at is not None:
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
-                self._table(store, self.stride)[:, at : at + a] = new
+                self._table(store, at, at + a).copy_(new)
         else:
             wanted = torch.arange(a) < take.unsqueeze(1)
             slot = (self.offset + self.held).unsqueeze(1) + torch.arange(a)
@@ -134,6 +139,13 @@ class Slots(Memory):
             for store, new in ((self.k, k), (self.v, v), (self.position, position)):
                 store[slot] = new[wanted]
         self.held = self.held + take
+
+    def put(self, at: int, k: Tensor, v: Tensor, position: int) -> None:
+        """`push` of one token of this position to every row, for rows in step that hold `at` < stride tokens each."""
+        for store, new in ((self.k, k), (self.v, v)):
+            self._table(store, at, at + 1).copy_(new)
+        self.position[at :: self.stride] = position
+        self.held = self.held + 1
 
     def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
         """Write a column back for `rows`: values (r, width)."""
@@ -190,15 +202,15 @@ class Slots(Memory):
 
     def resize(self, capacity: Tensor) -> None:
         """Move the held tokens to an arena with these capacities (rows,), each at least what the row holds."""
-        level, stride = self.level, self.stride
-        alike = level is not None and bool((capacity == capacity[0]).all())
+        level, stride = self.level or 0, self.stride
+        alike = self.level is not None and bool((capacity == capacity[0]).all())
         source = None if alike else self.live_index()
         self._lay_out(capacity.clone())
         target = None if alike else self.live_index()
         for owner, name, store in self._arrays():
             moved = store.new_zeros(int(capacity.sum()), *store.shape[1:])
             if alike:  # rows in step, before and after: no index
-                self._table(moved, self.stride)[:, :level] = self._table(store, stride)[:, :level]
+                self._table(moved, 0, level).copy_(self._table(store, 0, level, stride))
             else:
                 moved[target] = store[source]
             owner.move(name, moved)

@@ -2,11 +2,17 @@
 
 import pytest
 import torch
-from mutants import MUTANTS, Mutant
+from mutants import MUTANTS, Mutant, stored
 from mutants.base import Small, SmallObserving
 
 from kvfloor import Method
 from kvfloor.check import CHECKS, Broken, Setting, run_checks
+
+
+@pytest.fixture(autouse=True)
+def nothing_hidden() -> None:
+    """What a mutant hid in its module is another test's."""
+    stored.HIDDEN.clear()
 
 
 def test_every_check_has_a_mutant() -> None:

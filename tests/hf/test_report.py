@@ -135,3 +135,24 @@ def test_after_a_forward_that_broke_off_the_cache_says_so(llama: PreTrainedModel
         cache.reset()
         llama(**prompt, past_key_values=cache)
     assert cache.get_seq_length() == 70
+
+
+def test_a_first_forward_that_never_reached_a_layer_is_told_by_the_next(
+    llama: PreTrainedModel, prompt: dict[str, Any]
+) -> None:
+    prepare(llama)
+    cache = CompressedCache(llama.config, "window@32")
+
+    def fall(*_: Any) -> None:
+        raise MemoryError("no room between the layers")
+
+    hook = llama.model.layers[0].mlp.register_forward_hook(fall)
+    with pytest.raises(MemoryError):
+        llama(**prompt, past_key_values=cache)
+    hook.remove()
+    assert [layer.state is None for layer in cache.compressed][:2] == [False, True]
+    with pytest.raises(RuntimeError, match="broke off"):
+        llama(torch.full((2, 1), 7), past_key_values=cache)
+    cache.reset()
+    llama(**prompt, past_key_values=cache)
+    assert cache.get_seq_length() == 70

@@ -39,4 +39,6 @@ def step_rows(
         by_head = sink.detach().to(part.log_mass.dtype).view(1, kv_heads, g, 1).expand(batch, -1, -1, n)
         nothing = Partial(torch.zeros_like(part.mean), by_head.reshape(part.log_mass.shape))
         out = part.merge(nothing).mean.to(query.dtype)
+    if n == 1:
+        return out.reshape(batch, n, heads, dv)
     return out.view(batch, kv_heads, g, n, dv).permute(0, 3, 1, 2, 4).reshape(batch, n, heads, dv)

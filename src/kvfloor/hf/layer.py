@@ -54,6 +54,10 @@ class Eviction:
 
 
 _MEASURED_EVERY = 32  # decoded tokens; a state remembers its own peak, so what it grew by in between is not missed
+_BROKE_OFF = (
+    "the last forward broke off after some layers had taken its tokens in, so this cache is of no use: reset() it, or "
+    "load the last one you saved"
+)
 _TAG = "kv_layer"  # the attribute by which a staged key tensor names its layer
 
 
@@ -117,14 +121,11 @@ class CompressedLayer(CacheLayerMixin):
                 "kvfloor's attention; call kvfloor.hf.prepare(model) first"
             )
         if self.place == 0 and not self._meter.level:
-            raise RuntimeError(
-                "the last forward broke off after some layers had taken its tokens in, so this cache is of no use: "
-                "reset() it, or load the last one you saved"
-            )
+            raise RuntimeError(_BROKE_OFF)
         self.is_initialized, self._before = True, None
         keys = key_states.view_as(key_states)  # a tensor object of its own, so that the tag is not the caller's
         setattr(keys, _TAG, weakref.ref(self))
-        self.staged_bytes = sum(x.numel() * x.element_size() for x in (key_states, value_states))
+        self.staged_bytes = key_states.nbytes + value_states.nbytes
         return keys, value_states
 
     def get_seq_length(self, *args: Any) -> int:
@@ -226,6 +227,8 @@ class CompressedLayer(CacheLayerMixin):
         g = heads // kv_heads
         try:
             if self.state is None:
+                if max(self._meter.seen.values(), default=0) > self.seen + n:
+                    raise RuntimeError(_BROKE_OFF)  # before this layer was asked for the first time
                 self.state = self.opening.open(self.index, self.place, key, dv, g, scale, softcap)
                 self.batch, self._meter.seen[self.index] = batch, self.seen
                 self.listen(self._on_evict)

@@ -217,16 +217,16 @@ class BalanceState(Blocked):
         log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
         return Partial.over(q, view.k, view.v, self.spec, log_weight, hide)
 
-    def _own_answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         rows, g, a, d = q.shape
         flat = q.reshape(rows, g * a, d)
         later = torch.ones(a, a, dtype=torch.bool, device=q.device).triu(1).repeat(g, 1).unsqueeze(0)
         part = Partial.over(flat, new_k, new_v, self.spec, hide=later)
         past = int(before.max())
-        if not past:
-            return part
-        gone = (torch.arange(past) >= before.unsqueeze(1)).unsqueeze(1).to(q.device)
-        return self._weighted(flat, past, gone if bool(gone.any()) else None).merge(part)
+        if past:
+            gone = (torch.arange(past) >= before.unsqueeze(1)).unsqueeze(1).to(q.device)
+            part = self._weighted(flat, past, gone if bool(gone.any()) else None).merge(part)
+        return part.shaped(rows, g, a)
 
     def _read(self, q: Tensor) -> Partial:
         width = int(self.slots.held.max())

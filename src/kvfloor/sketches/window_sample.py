@@ -122,9 +122,9 @@ class WindowSampleState(Blocked):
 
     # ---- answering -----------------------------------------------------------------------------------------
 
-    def _own_answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         del new_k, new_v, before  # a block is one token: whatever is held is visible
-        return self._draw(q.flatten(1, 2), self.seen + 1)
+        return self._draw(q.flatten(1, 2), self.seen + 1).shaped(*q.shape[:3])
 
     def _read(self, q: Tensor) -> Partial:
         return self._draw(q, self.seen)

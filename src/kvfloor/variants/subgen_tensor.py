@@ -219,12 +219,10 @@ class SubGenTensorState(Blocked):
     def _read(self, q: Tensor) -> Partial:
         return self._pairs(q, self.slots.held)
 
-    def _own_answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """A token sees all pairs up to itself, of which its own are no set of tokens: one answer at a time."""
         parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
-        mean = torch.stack([part.mean for part in parts], 2)
-        log_mass = torch.stack([part.log_mass for part in parts], 2)
-        return Partial(mean.flatten(1, 2), log_mass.flatten(1, 2))
+        return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))
 
     def _pairs(self, q: Tensor, visible: Tensor) -> Partial:
         """The answer to q (rows, m, d) from both sides and the first visible (rows,) tokens of the open block."""

@@ -18,7 +18,7 @@ from mutants.base import Small
 
 class FutureLeakState(BoundedState):
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        return self._among_all(q.flatten(1, 2), q.shape[1], before + 1)
+        return self._among_all(q.flatten(1, 2), q.shape[1], before + 1).shaped(*q.shape[:3])
 
 
 class FutureLeak(Small):
