@@ -228,7 +228,7 @@ class State(Memory, metaclass=_Plain):
             return False
         if q.ndim != 4 or q.shape != (spec.rows, q.shape[1] or 1, 1, spec.d):
             return False
-        return all([math.isfinite(x.sum().item()) for x in (k, v, q)])
+        return all(math.isfinite(x.sum().item()) for x in (k, v, q))
 
     def _packed(
         self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None

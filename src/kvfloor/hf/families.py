@@ -83,17 +83,17 @@ def key_readers(config: PreTrainedConfig) -> list[int]:
 
 def refusal(config: PreTrainedConfig) -> str | None:
     """Why models of this configuration are refused whatever their layers; None if nothing is known against them."""
-    if _keeps_latents(config.get_text_config(decoder=True)):
+    if _picks_tokens(config.get_text_config(decoder=True)):
         return (
-            "its attention is latent (MLA): the cache holds one latent per token, from which every head's keys and "
-            "values are made only after the cache, so that a state per head would take more bytes than the latents"
+            "its attention is sparse (DSA): an indexer with keys of its own in the cache picks the tokens that each "
+            "query may read, and it would pick among those that have left"
         )
     return REFUSED.get(config.model_type)
 
 
-def _keeps_latents(decoder: PreTrainedConfig) -> bool:
+def _picks_tokens(decoder: PreTrainedConfig) -> bool:
     try:
-        return bool(getattr(decoder, "kv_lora_rank", None))
+        return bool(getattr(decoder, "index_topk", None))
     except RuntimeError:  # transformers raises one where a field varies from layer to layer
         return True
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvfloor.bounded import BoundedState
+from kvfloor.hf import latent
 from kvfloor.hf.fold import present_rows, step_rows
 from kvfloor.hf.opening import Opening
 from kvfloor.state import State
@@ -125,6 +126,7 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized, self._before = True, None
         keys = key_states.view_as(key_states)  # a tensor object of its own, so that the tag is not the caller's
         setattr(keys, _TAG, weakref.ref(self))
+        latent.staged(keys, value_states)
         self.staged_bytes = key_states.nbytes + value_states.nbytes
         return keys, value_states
 

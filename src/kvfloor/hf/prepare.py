@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask, sdpa_mask
 
+from kvfloor.hf import latent
 from kvfloor.hf.families import ignores_the_interface, own_cache_class, refusal
 from kvfloor.hf.layer import CompressedLayer
 
@@ -91,11 +92,12 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function in transformers' registry: query (B, H, n, d) -> (B, n, H, dv)."""
-    if CompressedLayer.of(key) is None:
-        return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    answer = torch.compiler.disable(_compressed) if torch.compiler.is_compiling() else _compressed
-    out = answer(module, query, key, value, attention_mask, scaling, **kwargs)  # pyright: ignore[reportCallIssue]
-    return out, None
+    answer = _latent if hasattr(module, "expand_kv") else _stock
+    if CompressedLayer.of(key) is not None:
+        answer = _compressed
+    if answer is not _stock and torch.compiler.is_compiling():
+        answer = torch.compiler.disable(answer)
+    return answer(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -111,12 +113,41 @@ class _NoGradient(torch.autograd.Function):
         raise RuntimeError("a compressed cache has no gradient: train with a stock cache, or without one")
 
 
+def _latent(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of a module that makes its keys of what `update` returned: of a compressed layer's latents, or stock."""
+    pair = latent.awaited()
+    layer = None if pair is None else CompressedLayer.of(pair[0])
+    if pair is None or layer is None or layer.index != module.layer_idx:
+        return _stock(module, query, key, value, mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    asking, asked = latent.absorbed(module, query, *pair)
+    out = _answered(layer, module, asking, asked, asked, mask, scale, **kwargs)
+    return latent.values(module, out), None
+
+
 def _compressed(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
-) -> Tensor:
+) -> tuple[Tensor, None]:
     """Attention that a compressed layer answers; outside what torch.compile traces, which would trace every block."""
     layer = CompressedLayer.of(key)
     assert layer is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _answered(layer, module, query, key, value, mask, scale, **kwargs), None
+
+
+def _answered(
+    layer: CompressedLayer,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scale: float,
+    **kwargs: Any,
+) -> Tensor:
+    """The layer's answer (B, n, H, dv), once the rules of this call are found to be ones that it follows."""
     padding = None
     if isinstance(mask, LazyMask):
         if not mask.plainly_causal:
@@ -131,7 +162,6 @@ def _compressed(
         )
     if kwargs.get("is_causal") is False:
         raise ValueError(f"{type(module).__name__} looks ahead; a compressed layer answers from what came before")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = layer.answer(query, key, value, padding, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     layer.served_by = weakref.ref(module)
     return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out

@@ -52,7 +52,18 @@ _SHARED = {  # the last two of six layers read the keys of the third and the fou
 }
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LATENT = {  # every head makes its key of one latent, so there are as many kv heads as heads
+    "num_key_value_heads": HEADS,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": HEAD_DIM,
+    "qk_head_dim": 12 + HEAD_DIM,
+    "v_head_dim": 10,
+}
+_LATENT_FAMILIES = "axk1 bailing_hybrid deepseek_v2 deepseek_v3 glm4_moe_lite kimi_linear longcat_flash minicpm3 youtu"
 CHANGES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(_LATENT_FAMILIES.split(), _LATENT),
     "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
