@@ -57,13 +57,17 @@ class Memory:
     def _excess(self) -> int:
         parts = [value for name, value in vars(self).items() if name not in PUBLIC and isinstance(value, Memory)]
         inside = sum(part._excess() for part in parts)
-        own = sum(x.untyped_storage().nbytes() for x in vars(self).values() if isinstance(x, Tensor))
-        return inside + max(0, self.peak - own)
+        return inside + max(0, self.peak - self._own_bytes())
+
+    def _own_bytes(self) -> int:
+        """Bytes of this part's own tensors, a storage that two of them share once."""
+        tensors = [x for name, x in vars(self).items() if isinstance(x, Tensor) and name not in PUBLIC]
+        storages = [x.untyped_storage() for x in tensors]
+        return sum({x.data_ptr() or id(x): x.nbytes() for x in storages}.values())
 
     def move(self, name: str, new: Tensor) -> None:
         """Replace the tensor `name` by its copy in other storage, while both are alive."""
-        tensors = [x for key, x in vars(self).items() if isinstance(x, Tensor) and key not in PUBLIC]
-        self.peak = max(self.peak, sum(x.untyped_storage().nbytes() for x in tensors) + new.untyped_storage().nbytes())
+        self.peak = max(self.peak, self._own_bytes() + new.untyped_storage().nbytes())
         setattr(self, name, new)
 
     def export(self) -> dict[str, Any]:

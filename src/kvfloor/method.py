@@ -37,6 +37,7 @@ class Spec:
     row_ids   one identity per row, which keys its randomness; 0, 1, 2, ... unless given
     places    where in a model each row stands, as (layer, kv head), for methods whose trained parameters differ from
               head to head; None outside a model
+    tied      a token's value is its key: both are given as one tensor, and held once
     Raises ValueError naming the field that is out of its domain.
     """
 
@@ -50,6 +51,7 @@ class Spec:
     seed: int = 0
     row_ids: Sequence[int] | None = None
     places: Sequence[tuple[int, int]] | None = None
+    tied: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "d", "dv"):
@@ -62,6 +64,8 @@ class Spec:
             raise ValueError(f"Spec.softcap must be None or a positive number, got {self.softcap!r}")
         if self.dtype not in _DTYPES.values():
             raise ValueError(f"Spec.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.tied and self.d != self.dv:
+            raise ValueError(f"Spec.tied says that values are the keys, so dv must be d = {self.d}, got {self.dv}")
         if not isinstance(self.seed, int):
             raise ValueError(f"Spec.seed must be an integer, got {self.seed!r}")
         ids = tuple(range(self.rows)) if self.row_ids is None else tuple(int(i) for i in self.row_ids)
@@ -98,6 +102,8 @@ class Spec:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, without the device: where a state lives is not part of what it is."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "device"}
+        if not self.tied:
+            del plain["tied"]
         return plain | {"dtype": str(self.dtype).removeprefix("torch."), "row_ids": list(self.row_ids or ())}
 
     @classmethod

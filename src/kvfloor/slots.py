@@ -43,7 +43,7 @@ class Slots(Memory):
         self._lay_out(torch.tensor(list(capacities), dtype=torch.int64))
         total = int(self.capacity.sum())
         self.k = torch.zeros(total, spec.d, dtype=spec.dtype, device=spec.device)
-        self.v = torch.zeros(total, spec.dv, dtype=spec.dtype, device=spec.device)
+        self.v = self.k if spec.tied else torch.zeros(total, spec.dv, dtype=spec.dtype, device=spec.device)
         self.position = torch.zeros(total, dtype=torch.int64, device=spec.device)
         for name, dtype in (columns or {}).items():
             setattr(self.columns, name, torch.zeros(total, dtype=dtype, device=spec.device))
@@ -57,12 +57,17 @@ class Slots(Memory):
     def column_names(self) -> list[str]:
         return list(self._columns())
 
+    @property
+    def _own(self) -> tuple[str, ...]:
+        """What is kept of every token beside the columns; of keys that are values as well, one copy."""
+        return ("k", "position") if self.spec.tied else ("k", "v", "position")
+
     def _columns(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self.columns).items() if isinstance(value, Tensor)}
 
     def _arrays(self) -> list[tuple[Any, str, Tensor]]:
         """Every per-slot tensor, as (owner, attribute, tensor)."""
-        own = [(self, name, getattr(self, name)) for name in ("k", "v", "position")]
+        own = [(self, name, getattr(self, name)) for name in self._own]
         return own + [(self.columns, name, tensor) for name, tensor in self._columns().items()]
 
     @property
@@ -129,21 +134,23 @@ class Slots(Memory):
         a, at = k.shape[1], self.level if min(take.tolist()) == k.shape[1] else None
         if at is None or at + a > self.stride:
             self._reserve(self.held + take)
+        given = {"k": k, "v": v, "position": position}
         if at is not None:
-            for store, new in ((self.k, k), (self.v, v), (self.position, position)):
-                self._table(store, at, at + a).copy_(new)
+            for name in self._own:
+                self._table(getattr(self, name), at, at + a).copy_(given[name])
         else:
             wanted = torch.arange(a) < take.unsqueeze(1)
             slot = (self.offset + self.held).unsqueeze(1) + torch.arange(a)
             slot, wanted = slot[wanted].to(self.k.device), wanted.to(self.k.device)
-            for store, new in ((self.k, k), (self.v, v), (self.position, position)):
-                store[slot] = new[wanted]
+            for name in self._own:
+                getattr(self, name)[slot] = given[name][wanted]
         self.held = self.held + take
 
     def put(self, at: int, k: Tensor, v: Tensor, position: int) -> None:
         """`push` of one token of this position to every row, for rows in step that hold `at` < stride tokens each."""
-        for store, new in ((self.k, k), (self.v, v)):
-            self._table(store, at, at + 1).copy_(new)
+        self._table(self.k, at, at + 1).copy_(k)
+        if not self.spec.tied:
+            self._table(self.v, at, at + 1).copy_(v)
         self.position[at :: self.stride] = position
         self.held = self.held + 1
 
@@ -214,6 +221,11 @@ class Slots(Memory):
             else:
                 moved[target] = store[source]
             owner.move(name, moved)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.spec.tied:
+            self.v = self.k
 
     # ---- as a part of a state ------------------------------------------------------------------------------
 
@@ -233,6 +245,7 @@ class Slots(Memory):
             placed = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
             placed[index] = sent.to(store.device)
             setattr(owner, name, placed)
+        self._tie()
 
     def select_rows(self, index: Tensor) -> None:
         sources = [int(self.offset[row]) + torch.arange(int(self.held[row])) for row in index.tolist()]
@@ -245,6 +258,7 @@ class Slots(Memory):
             moved = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
             moved[target] = store[source]
             setattr(owner, name, moved)
+        self._tie()
 
 
 class Columns(Memory):

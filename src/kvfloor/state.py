@@ -226,6 +226,8 @@ class State(Memory, metaclass=_Plain):
                 return False
         if k.shape != (spec.rows, 1, self.key_width) or v.shape != (spec.rows, 1, self.value_width):
             return False
+        if spec.tied and not _one(k, v):
+            return False
         if q.ndim != 4 or q.shape != (spec.rows, q.shape[1] or 1, 1, spec.d):
             return False
         return all(math.isfinite(x.sum().item()) for x in (k, v, q))
@@ -247,6 +249,8 @@ class State(Memory, metaclass=_Plain):
         rows, t = k.shape[:2]
         if v.shape[1] != t:
             raise ValueError(f"k has {t} tokens and v has {v.shape[1]}; they must match")
+        if self.spec.tied and not _one(k, v):
+            raise ValueError("this spec says that values are the keys: give one tensor for both")
         if q is not None and (q.shape[2] != t or q.shape[1] < 1):
             raise ValueError(f"q must be (rows, g, {t}, d) with g >= 1 for {t} tokens, got {tuple(q.shape)}")
         if present is not None:
@@ -275,6 +279,11 @@ def _all_finite(x: Tensor) -> bool:
     if x.numel() == 0 or math.isfinite(x.sum().item()):
         return True
     return all(math.isfinite(end.item()) for end in torch.aminmax(x))
+
+
+def _one(k: Tensor, v: Tensor) -> bool:
+    """Whether these are views of the same numbers in the same order."""
+    return k is v or (k.data_ptr() == v.data_ptr() and k.shape == v.shape and k.stride() == v.stride())
 
 
 def _pack(x: Tensor, order: Tensor) -> Tensor:

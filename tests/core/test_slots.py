@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvfloor import Spec
+from kvfloor import Spec, parse
 from kvfloor.slots import Slots
 
 D, DV = 3, 2
@@ -187,3 +188,52 @@ def test_pushing_copies_what_the_caller_gave() -> None:
     slots.push(k, torch.ones(1, 2, DV), torch.tensor([[0, 1]]), torch.tensor([2]))
     k.zero_()
     assert bool((slots.view().k == 1).all())
+
+
+def test_a_view_wider_than_a_row_ends_with_the_row() -> None:
+    slots = Slots(Spec(2, 1, 1), [2, 2])
+    slots.push(torch.ones(2, 2, 1), torch.ones(2, 2, 1), torch.tensor([[0, 1]] * 2), torch.tensor([2, 2]))
+    assert slots.view(width=3).k.shape == (2, 2, 1)
+
+
+# ---- keys that are values as well --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["exact", "h2o(recent=4,block=4)@12", "h2o(recent=2,block=4)@8:12:9", "quant(group=8)"]
+)
+def test_tied_keys_are_held_once_and_answer_as_two_copies_would(draw: Callable[..., Tensor], text: str) -> None:
+    k, q = draw(3, 40, 8).float(), draw(3, 2, 40, 8).float()
+    method = parse(text)
+    tied, apart = method.open(Spec(3, 8, 8, tied=True)), method.open(Spec(3, 8, 8))
+    present = draw(3, 12) > -0.5
+    for state, v in ((tied, k), (apart, k.clone())):
+        state.step(q[:, :, :12], k[:, :12], v[:, :12], present)
+        state.step(q[:, :, 12:30], k[:, 12:30], v[:, 12:30])
+        state.seal()
+        state.select_rows(torch.tensor([2, 0, 1]))
+        for i in range(30, 34):
+            state.step(q[:, :, i : i + 1], k[:, i : i + 1], v[:, i : i + 1])
+    restored = method.from_bytes(tied.to_bytes()) if ":" not in text else tied.clone()
+    for i in range(34, 40):
+        given = (q[:, :, i : i + 1], k[:, i : i + 1])
+        out = apart.step(*given, k[:, i : i + 1].clone())
+        for state in (tied, restored):
+            assert torch.equal(state.step(*given, given[1]), out)
+    assert torch.equal(tied.held, apart.held) and torch.equal(restored.held, tied.held)
+    assert tied.nbytes < apart.nbytes and tied.peak_nbytes < apart.peak_nbytes
+    assert len(tied.to_bytes()) < len(apart.to_bytes())
+
+
+def test_tied_keys_want_one_tensor_and_one_width(draw: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="dv must be d = 8, got 4"):
+        Spec(1, 8, 4, tied=True)
+    state, k, q = parse("exact").open(Spec(1, 8, 8, tied=True)), draw(1, 3, 8).float(), draw(1, 1, 3, 8).float()
+    state.append(k, k)
+    before = state.to_bytes()
+    for n in (3, 1):
+        with pytest.raises(ValueError, match="one tensor for both"):
+            state.step(q[:, :, :n], k[:, :n], k[:, :n].clone())
+    with pytest.raises(ValueError, match="one tensor for both"):
+        state.append(k, k + 1)
+    assert state.to_bytes() == before

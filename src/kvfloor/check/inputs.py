@@ -100,10 +100,13 @@ def check_wrong_input(method: Method, at: Setting) -> None:
         calls[f"select_rows with {name}"] = lambda bad=bad: state.select_rows(bad)
     _require_refusal(state, calls, (ValueError, TypeError))
     before = state.to_bytes()
-    try:
-        state.step(torch.cat([q, q], 1), k, v)
-    except (ValueError, TypeError):  # a method may hold on to its group's size, or not
-        require(state.to_bytes() == before, "another group size was refused, but the state has changed")
+    other = torch.cat([q, q], 1)
+    for tokens in (1, q.shape[2]):
+        try:
+            state.step(other[:, :, :tokens], k[:, :tokens], v[:, :tokens])
+            break
+        except (ValueError, TypeError):  # a method may hold on to its group's size, or not
+            require(state.to_bytes() == before, "another group size was refused, but the state has changed")
 
 
 def check_non_finite(method: Method, at: Setting) -> None:
@@ -112,6 +115,7 @@ def check_non_finite(method: Method, at: Setting) -> None:
     middle = prompt_length(method) + 5
     play(state, stream, stop=middle)
     q, k, v = stream.q[:, :, middle : middle + 3], stream.k[:, middle : middle + 3], stream.v[:, middle : middle + 3]
+    one_q, one_k, one_v = q[:, :, -1:], k[:, -1:], v[:, -1:]
     calls: dict[str, Call] = {}
     for number in (torch.nan, torch.inf, -torch.inf):
         bad_q, bad_k, bad_v = q.clone(), k.clone(), v.clone()
@@ -122,6 +126,9 @@ def check_non_finite(method: Method, at: Setting) -> None:
         calls[f"step with {number} in q"] = lambda bad=bad_q: state.step(bad, k, v)
         calls[f"step with {number} in k"] = lambda bad=bad_k: state.step(q, bad, v)
         calls[f"step with {number} in v"] = lambda bad=bad_v: state.step(q, k, bad)
+        calls[f"a one-token step with {number} in q"] = lambda bad=bad_q[:, :, -1:]: state.step(bad, one_k, one_v)
+        calls[f"a one-token step with {number} in k"] = lambda bad=bad_k[:, -1:]: state.step(one_q, bad, one_v)
+        calls[f"a one-token step with {number} in v"] = lambda bad=bad_v[:, -1:]: state.step(one_q, one_k, bad)
         calls[f"attend with {number} in q"] = lambda bad=bad_q: state.attend(bad)
         calls[f"read with {number} in q"] = lambda bad=bad_q: state.read(bad[:, 0])
     _require_refusal(state, calls, (ValueError,))

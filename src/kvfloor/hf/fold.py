@@ -26,12 +26,9 @@ def step_rows(
     """One step of a state with batch and heads folded into rows: (B, H, n, d) -> (B, n, H, dv), contiguous."""
     (batch, heads, n, d), kv_heads, dv = query.shape, key.shape[1], value.shape[-1]
     g = heads // kv_heads
-    folded = (
-        query.reshape(batch * kv_heads, g, n, d),
-        key.reshape(batch * kv_heads, n, d),
-        value.reshape(batch * kv_heads, n, dv),
-        present,
-    )
+    keys = key.reshape(batch * kv_heads, n, d)
+    values = keys if value is key else value.reshape(batch * kv_heads, n, dv)
+    folded = (query.reshape(batch * kv_heads, g, n, d), keys, values, present)
     if sink is None:
         out = state.step(*folded)
     else:
@@ -39,6 +36,6 @@ def step_rows(
         by_head = sink.detach().to(part.log_mass.dtype).view(1, kv_heads, g, 1).expand(batch, -1, -1, n)
         nothing = Partial(torch.zeros_like(part.mean), by_head.reshape(part.log_mass.shape))
         out = part.merge(nothing).mean.to(query.dtype)
-    if n == 1:
-        return out.reshape(batch, n, heads, dv)
-    return out.view(batch, kv_heads, g, n, dv).permute(0, 3, 1, 2, 4).reshape(batch, n, heads, dv)
+    if n > 1:
+        out = out.view(batch, kv_heads, g, n, dv).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, n, heads, dv).contiguous()

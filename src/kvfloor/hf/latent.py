@@ -46,11 +46,11 @@ def absorbed(module: nn.Module, query: Tensor, latent: Tensor, rotary: Tensor) -
 
 
 def values(module: nn.Module, out: Tensor) -> Tensor:
-    """The heads' answers (B, n, H, dv), of the weighted means (B, n, H, c + r) of what was kept."""
+    """The heads' answers (B, n, H, dv), contiguous, of the weighted means (B, n, H, c + r) of what was kept."""
     expansion = _expansion(module)
     of_latent = out[..., : expansion.shape[-1]].transpose(1, 2)  # (B, H, n, c)
-    to_value = expansion[:, -int(module.v_head_dim) :]
-    return torch.matmul(of_latent, to_value.transpose(1, 2)).transpose(1, 2)
+    to_value = expansion[:, _size(module, "qk_nope_head_dim") :]
+    return torch.matmul(of_latent, to_value.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 def _expansion(module: nn.Module) -> Tensor:
@@ -63,6 +63,12 @@ def _expansion(module: nn.Module) -> Tensor:
         weight = project.weight
     else:
         like = next(x for x in module.parameters() if x.is_floating_point())
-        one = torch.eye(int(module.kv_lora_rank), dtype=like.dtype, device=like.device)
+        one = torch.eye(_size(module, "kv_lora_rank"), dtype=like.dtype, device=like.device)
         weight = project(one).transpose(0, 1)
-    return weight.view(-1, int(module.qk_nope_head_dim) + int(module.v_head_dim), weight.shape[1])
+    return weight.view(-1, _size(module, "qk_nope_head_dim") + _size(module, "v_head_dim"), weight.shape[1])
+
+
+def _size(module: nn.Module, name: str) -> int:
+    size = getattr(module, name)
+    assert isinstance(size, int)
+    return size

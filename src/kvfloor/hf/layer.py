@@ -231,7 +231,7 @@ class CompressedLayer(CacheLayerMixin):
             if self.state is None:
                 if max(self._meter.seen.values(), default=0) > self.seen + n:
                     raise RuntimeError(_BROKE_OFF)  # before this layer was asked for the first time
-                self.state = self.opening.open(self.index, self.place, key, dv, g, scale, softcap)
+                self.state = self.opening.open(self.index, self.place, key, dv, g, scale, softcap, tied=value is key)
                 self.batch, self._meter.seen[self.index] = batch, self.seen
                 self.listen(self._on_evict)
             state = self.state

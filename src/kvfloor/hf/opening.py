@@ -57,8 +57,21 @@ class Opening:
             if len(span) != 2 or not 0 <= span[0] < span[1]:
                 raise ValueError(f"a pinned span is [from, to) with 0 <= from < to, got {list(span)}")
 
-    def open(self, layer: int, place: int, key: Tensor, dv: int, g: int, scale: float, softcap: float | None) -> State:
-        """The state of `layer`, the place-th compressed one, for keys like `key` (B, Hkv, n, d) and values of dv."""
+    def open(
+        self,
+        layer: int,
+        place: int,
+        key: Tensor,
+        dv: int,
+        g: int,
+        scale: float,
+        softcap: float | None,
+        tied: bool = False,
+    ) -> State:
+        """The state of `layer`, the place-th compressed one, for keys like `key` (B, Hkv, n, d) and values of dv.
+
+        tied: the values are the keys.
+        """
         batch, kv_heads = key.shape[:2]
         requests = range(batch) if self.requests is None else self.requests
         if len(requests) != batch:
@@ -74,6 +87,7 @@ class Opening:
             seed=self.seed,
             row_ids=[_row_id(request, layer, head) for request in requests for head in range(kv_heads)],
             places=[(layer, head) for _ in requests for head in range(kv_heads)],
+            tied=tied,
         )
         state = self._sized(spec, place, batch, kv_heads, g).open(spec)
         if isinstance(state, BoundedState):

@@ -92,7 +92,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function in transformers' registry: query (B, H, n, d) -> (B, n, H, dv)."""
-    answer = _latent if hasattr(module, "expand_kv") else _stock
+    answer: Any = _latent if hasattr(module, "expand_kv") else _stock
     if CompressedLayer.of(key) is not None:
         answer = _compressed
     if answer is not _stock and torch.compiler.is_compiling():
@@ -116,7 +116,7 @@ class _NoGradient(torch.autograd.Function):
 def _latent(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention of a module that makes its keys of what `update` returned: of a compressed layer's latents, or stock."""
+    """Attention of a module that makes its keys of what `update` returned: of a compressed layer, or stock."""
     pair = latent.awaited()
     layer = None if pair is None else CompressedLayer.of(pair[0])
     if pair is None or layer is None or layer.index != module.layer_idx:
