@@ -61,7 +61,7 @@ _LATENT = {  # every head makes its key of one latent, so there are as many kv h
     "qk_head_dim": 12 + HEAD_DIM,
     "v_head_dim": 10,
 }
-_LATENT_FAMILIES = "axk1 bailing_hybrid deepseek_v2 deepseek_v3 glm4_moe_lite kimi_linear longcat_flash minicpm3 youtu"
+_LATENT_FAMILIES = "axk1 bailing_hybrid deepseek_v2 deepseek_v3 glm4_moe_lite kimi_linear minicpm3 youtu"
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_LATENT_FAMILIES.split(), _LATENT),
     "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
@@ -86,6 +86,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "adapter_rank": 8, "chunk_size": 8},
     **{family: {"sliding_window": 24} for family in ("laguna", "moshi", "deepseek_v4")},  # a field that cannot be None
     "mamba2": {"num_heads": 8},
+    "longcat_flash": _LATENT | {"num_layers": LAYERS // 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "recurrent_gemma": {"sliding_window": 24, "attention_window_size": 24},
     "xmod": {"default_language": "en_XX"},
