@@ -171,8 +171,7 @@ class Slots(Memory):
         many tokens move as leave.
         """
         leaving = leaving.cpu()
-        width = leaving.shape[1]
-        slot = torch.arange(width)
+        slot = torch.arange(leaving.shape[1])
         held = self.held - leaving.sum(1)
         ends = (slot >= held.unsqueeze(1)) & (slot < self.held.unsqueeze(1))  # each row's slots to give up
         source, target, freed = (
@@ -209,17 +208,18 @@ class Slots(Memory):
 
     def resize(self, capacity: Tensor) -> None:
         """Move the held tokens to an arena with these capacities (rows,), each at least what the row holds."""
-        level, stride = self.level or 0, self.stride
-        alike = self.level is not None and bool((capacity == capacity[0]).all())
-        source = None if alike else self.live_index()
+        level, stride = self.level, self.stride
+        if bool((capacity != capacity[0]).any()):
+            level = None
+        source = self.live_index() if level is None else None
         self._lay_out(capacity.clone())
-        target = None if alike else self.live_index()
+        target = self.live_index() if level is None else None
         for owner, name, store in self._arrays():
             moved = store.new_zeros(int(capacity.sum()), *store.shape[1:])
-            if alike:  # rows in step, before and after: no index
-                self._table(moved, 0, level).copy_(self._table(store, 0, level, stride))
-            else:
+            if level is None:
                 moved[target] = store[source]
+            else:  # rows in step, before and after: no index
+                self._table(moved, 0, level).copy_(self._table(store, 0, level, stride))
             owner.move(name, moved)
         self._tie()
 
