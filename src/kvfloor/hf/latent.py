@@ -26,9 +26,9 @@ def staged(keys: Tensor, values: Tensor) -> None:
 def awaited() -> tuple[Tensor, Tensor] | None:
     """The pair that this thread's last `update` returned, while the forward that called it is still running.
 
-    None where there is none: a forward that ended or broke off has let go of it. Told once.
+    None where there is none: a forward that ended or broke off has let go of it.
     """
-    pair, _newest.pair = getattr(_newest, "pair", None), None
+    pair = getattr(_newest, "pair", None)
     if pair is None:
         return None
     keys, values = pair[0](), pair[1]()
