@@ -79,16 +79,20 @@ class Blocked(State):
         assert answers is not None
         return answers
 
-    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor | None:
+    @property
+    def _steps_alone(self) -> bool:
+        """Rows are in step with room for a token, and all that is held is read."""
         at, seen = self.slots.level, self.seen.tolist()
-        if not self._plainly_read or at is None or at == self.slots.stride or min(seen) < max(seen):
-            return None
-        self.slots.put(at, k, v, seen[0])
+        return self._plainly_read and at is not None and at < self.slots.stride and min(seen) == max(seen)
+
+    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
+        seen = self.seen.tolist()[0]
+        self.slots.put(k, v, seen)
         view = self.slots.view()
         out = attend_newest(q, view.k, view.v, self.spec.scale, self.spec.softcap)
-        self._notice_one(q, seen[0])
+        self._notice_one(q, seen)
         self.seen = self.seen + 1
-        if (seen[0] + 1) % self.block == 0:
+        if (seen + 1) % self.block == 0:
             self._close(None)
         return out
 

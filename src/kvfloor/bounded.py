@@ -213,7 +213,7 @@ class BoundedState(Blocked):
         self._require_group(q.shape[1])
         return super()._step_partial(k, v, q, take)
 
-    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor | None:
+    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
         self._require_group(q.shape[1])
         return super()._step_one(k, v, q)
 
@@ -244,12 +244,10 @@ class BoundedState(Blocked):
         if min(seen) == max(seen) and min(taken) == max(taken) == a:
             self._keep(q, seen[0] % self.block)
             return
-        if self.queries is None:
-            self._reserve_queries(g)
-            assert self.queries is not None
+        queries = self._open_queries(g)
         row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
         place = (self.seen % self.block)[row] + j
-        self.queries[row, :, place] = q[row, :, j]
+        queries[row, :, place] = q[row, :, j]
         self.asked[row, place] = True
 
     def _notice_one(self, q: Tensor, seen: int) -> None:
@@ -258,17 +256,17 @@ class BoundedState(Blocked):
 
     def _keep(self, q: Tensor, start: int) -> None:
         """Every row's queries q (rows, g, a, d) take the open block's places from `start` on."""
-        if self.queries is None:
-            self._reserve_queries(q.shape[1])
-            assert self.queries is not None
-        self.queries[:, :, start : start + q.shape[2]] = q
+        self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
         self.asked[:, start : start + q.shape[2]] = True
 
-    def _reserve_queries(self, g: int) -> None:
-        spec = self.spec
-        self.queries = torch.zeros(spec.rows, g, self.block, spec.d, dtype=spec.dtype, device=spec.device)
-        if self.memory is not None:
-            self.memory.group(g)
+    def _open_queries(self, g: int) -> Tensor:
+        """The open block's queries (rows, g, block, d); their place is made when the first ones come."""
+        if self.queries is None:
+            spec = self.spec
+            self.queries = torch.zeros(spec.rows, g, self.block, spec.d, dtype=spec.dtype, device=spec.device)
+            if self.memory is not None:
+                self.memory.group(g)
+        return self.queries
 
     def _require_group(self, g: int) -> None:
         if self.queries is not None and self.queries.shape[1] != g:
@@ -282,8 +280,8 @@ class BoundedState(Blocked):
         if self.summary is not None:
             self.summary.notice(q)
         if self.watches and m > 0:
-            if self.memory is not None and self.queries is None:
-                self._reserve_queries(g)
+            if self.memory is not None:
+                self._open_queries(g)
             made = torch.ones(rows, m, dtype=torch.bool, device=q.device)
             newest = (self.seen - 1).unsqueeze(1).expand(-1, m)
             asked = Asked(q, made, newest.to(q.device))

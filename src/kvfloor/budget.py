@@ -121,9 +121,10 @@ def with_budget(method: Method, budget: Budget) -> Method:
 def _row_bytes(method: Method, tokens: int, spec: Spec, g: int) -> int:
     """Bytes that one row allocates under this budget, measured on a state with one token."""
     places = None if spec.places is None else spec.places[:1]
-    one = Spec(rows=1, d=spec.d, dv=spec.dv, scale=spec.scale, dtype=spec.dtype, places=places)
+    one = Spec(rows=1, d=spec.d, dv=spec.dv, scale=spec.scale, dtype=spec.dtype, places=places, tied=spec.tied)
     state = with_budget(method, tokens).open(one)
     q = torch.zeros(1, g, 1, spec.d)
-    k, v = torch.zeros(1, 1, state.key_width), torch.zeros(1, 1, state.value_width)
-    state.step(q.to(spec.dtype), k.to(spec.dtype), v.to(spec.dtype))
+    k = torch.zeros(1, 1, state.key_width).to(spec.dtype)
+    v = k if spec.tied else torch.zeros(1, 1, state.value_width).to(spec.dtype)
+    state.step(q.to(spec.dtype), k, v)
     return state.nbytes

@@ -61,9 +61,11 @@ class Memory:
 
     def _own_bytes(self) -> int:
         """Bytes of this part's own tensors, a storage that two of them share once."""
-        tensors = [x for name, x in vars(self).items() if isinstance(x, Tensor) and name not in PUBLIC]
-        storages = [x.untyped_storage() for x in tensors]
-        return sum({x.data_ptr() or id(x): x.nbytes() for x in storages}.values())
+        storages: dict[int, int] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name not in PUBLIC:
+                _walk(value, storages, name)
+        return sum(storages.values())
 
     def move(self, name: str, new: Tensor) -> None:
         """Replace the tensor `name` by its copy in other storage, while both are alive."""

@@ -54,16 +54,12 @@ class Slots(Memory):
         self.stride = int(capacity[0]) if bool((capacity == capacity[0]).all()) else 0  # 0: ragged
 
     @property
-    def column_names(self) -> list[str]:
-        return list(self._columns())
-
-    @property
     def _own(self) -> tuple[str, ...]:
         """What is kept of every token beside the columns; of keys that are values as well, one copy."""
         return ("k", "position") if self.spec.tied else ("k", "v", "position")
 
     def _columns(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self.columns).items() if isinstance(value, Tensor)}
+        return self.columns.tensors()
 
     def _arrays(self) -> list[tuple[Any, str, Tensor]]:
         """Every per-slot tensor, as (owner, attribute, tensor)."""
@@ -146,8 +142,9 @@ class Slots(Memory):
                 getattr(self, name)[slot] = given[name][wanted]
         self.held = self.held + take
 
-    def put(self, at: int, k: Tensor, v: Tensor, position: int) -> None:
-        """`push` of one token of this position to every row, for rows in step that hold `at` < stride tokens each."""
+    def put(self, k: Tensor, v: Tensor, position: int) -> None:
+        """`push` of one token of this position to every row, for rows in step that have room for it."""
+        at = self.held.tolist()[0]
         self._table(self.k, at, at + 1).copy_(k)
         if not self.spec.tied:
             self._table(self.v, at, at + 1).copy_(v)

@@ -90,13 +90,14 @@ class State(Memory, metaclass=_Plain):
         """The mean of `_step_partial`: (rows, g, t, dv)."""
         return self._step_partial(k, v, q, take).mean
 
-    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor | None:
-        """`_step` of one token of every row, the step of decoding, where there is a shorter way to it.
+    @property
+    def _steps_alone(self) -> bool:
+        """Whether `_step_one` is a shorter way to take and answer one token of every row now, the step of decoding."""
+        return False
 
-        None: there is none now, and nothing has changed.
-        """
-        del k, v, q
-        return None
+    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
+        """`_step` of one token of every row, asked for only while `_steps_alone`."""
+        return self._step(k, v, q, torch.ones(self.spec.rows, dtype=torch.int64))
 
     def _attend(self, q: Tensor) -> Partial:
         """As `_read` for q (rows, g, m, d), flattened to (rows, g*m); a policy may learn from it."""
@@ -123,10 +124,8 @@ class State(Memory, metaclass=_Plain):
 
         q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
         """
-        if present is None and self._one_token(k, v, q):
-            out = self._step_one(k, v, q)
-            if out is not None:
-                return out.to(self.spec.dtype)
+        if present is None and self._steps_alone and self._one_token(k, v, q):
+            return self._step_one(k, v, q).to(self.spec.dtype)
         k, v, q, take, order = self._packed(k, v, q, present)
         if not any(take.tolist()):
             return q.new_zeros(*q.shape[:3], self.spec.dv)

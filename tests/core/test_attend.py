@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.kernels import attend as kernel
-from kvfloor.kernels.attend import attend, attend_causal, weigh
+from kvfloor.kernels.attend import attend, attend_causal, attend_newest, weigh
 
 Draw = Callable[..., Tensor]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -187,3 +187,13 @@ def test_causal_attention_takes_any_strides_and_the_definition_where_nothing_is_
         wanted = oracle(part[0].flatten(1, 2), part[1], part[2], 0.25, softcap, hide=later)
         for found, right in zip(attend_causal(*part, 0.25, softcap), wanted, strict=True):
             assert error(found.flatten(1, 2), right) < 1e-5
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_tokens_queries_are_answered_as_by_attend(draw: Draw, dtype: torch.dtype, softcap: float | None) -> None:
+    q, k = draw(3, 2, 1, 16).to(dtype), draw(3, 90, 16).to(dtype)[:, :70]  # as slots are: a row's stretch not full
+    found = attend_newest(q, k, k, 0.25, softcap)
+    assert found.shape == (3, 2, 1, 16)
+    wanted = oracle(q.squeeze(2), k, k, 0.25, softcap)[0]
+    assert error(found.squeeze(2), wanted) < (1e-5 if dtype in (torch.float32, torch.float64) else 0.02)

@@ -1,5 +1,7 @@
 """Budgets: what can be written, and what bytes really buy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -150,3 +152,10 @@ def test_a_budget_given_in_python_is_checked_as_text_is(budget: str) -> None:
 
     with pytest.raises(ValueError):
         resolve(Bounded(Window(), budget=budget), Spec(1, 4, 4), length=100)
+
+
+def test_bytes_buy_more_tokens_where_values_are_the_keys() -> None:
+    spec = Spec(2, 64, 64)
+    apart, tied = (resolve(parse("window@64KiB"), each) for each in (spec, replace(spec, tied=True)))
+    assert tied.open(replace(spec, tied=True)).nbytes <= 64 * 1024
+    assert tied.budget > 1.8 * apart.budget  # type: ignore[attr-defined]

@@ -43,18 +43,16 @@ def attend(
     return mean, log_mass
 
 
-def attend_newest(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, backend: Backend = "auto"
-) -> Tensor:
+def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """The mean (rows, g, 1, dv) of `attend` alone for one token's queries q (rows, g, 1, d), which see all keys.
 
     The fused path is the same kernel by torch's public function, whose wrapping is a third of a short read's time;
     it answers in k's dtype.
     """
-    if backend != "eager" and fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+    if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
         return out.transpose(1, 2)
-    return attend(q.squeeze(2), k, v, scale, softcap, backend=backend)[0].unsqueeze(2)
+    return attend(q.squeeze(2), k, v, scale, softcap)[0].unsqueeze(2)
 
 
 def attend_causal(
