@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kvfloor.audit.statistics import paired_counts, paired_difference_interval, wilson_interval
+from kvfloor.statistics import paired_counts, paired_difference_interval, wilson_interval
 
 
 def test_wilson_covers_its_share_on_average() -> None:

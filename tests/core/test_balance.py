@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.barriers.certificates import wrong_share_limit
-from kvfloor.randomness import row_keys, uniform
-from kvfloor.sketches import balance as balance_module
-from kvfloor.sketches import self_balancing
-from kvfloor.sketches.balance import BalanceState
-from kvfloor.sketches.self_balancing import gram, halve, safe_threshold, sub_gaussian, walk
-from kvfloor.slots import Slots
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.core.slots import Slots
+from kvfloor.game.engine.certificates import wrong_share_limit
+from kvfloor.methods.sketches import balance as balance_module
+from kvfloor.methods.sketches import self_balancing
+from kvfloor.methods.sketches.balance import BalanceState
+from kvfloor.methods.sketches.self_balancing import gram, halve, safe_threshold, sub_gaussian, walk
 
 Draw = Callable[..., Tensor]
 ALONE = "sinks=0,recent=0"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfloor.randomness import uniform
-from kvfloor.sketches import one_pass
-from kvfloor.sketches.one_pass import OnePass, OnePassSketch
+from characterize import one_pass
+from characterize.lib.one_pass import OnePass, OnePassSketch
+from kvfloor.core.randomness import uniform
 
 torch.set_num_threads(1)
 

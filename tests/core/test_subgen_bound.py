@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec
-from kvfloor.barriers.certificates import wrong_share_limit
-from kvfloor.sketches.subgen import SubGen
+from kvfloor.game.engine.certificates import wrong_share_limit
+from kvfloor.methods.sketches.subgen import SubGen
 
 Draw = Callable[..., Tensor]
 N, D, DV, EPSILON, FAILURE = 96, 3, 2, 0.9, 0.2

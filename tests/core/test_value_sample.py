@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.barriers.certificates import wrong_share_limit
-from kvfloor.randomness import row_keys, uniform
-from kvfloor.sketches.window_sample import WindowSampleState
-from kvfloor.summaries import value_sample
-from kvfloor.summaries.value_sample import ValueSample, ValueSampleState, middle, sizes_for
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.game.engine.certificates import wrong_share_limit
+from kvfloor.methods.sketches.window_sample import WindowSampleState
+from kvfloor.methods.summaries import value_sample
+from kvfloor.methods.summaries.value_sample import ValueSample, ValueSampleState, middle, sizes_for
 
 Draw = Callable[..., Tensor]
 ROWS = 3000
@@ -192,7 +192,7 @@ def test_a_query_draws_the_same_alone_and_in_company_and_afresh_once_a_token_cam
 
 
 def test_a_uniform_draw_from_the_window_is_told(monkeypatch: pytest.MonkeyPatch, draw: Draw) -> None:
-    from kvfloor.sketches import window_sample
+    from kvfloor.methods.sketches import window_sample
 
     right = window_sample.weigh
 

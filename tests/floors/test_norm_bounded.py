@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfloor import floors
-from kvfloor.barriers.gaps import one_sided_gaps
-from kvfloor.barriers.keys import packing
+from kvfloor.game.keys.families import packing
+from kvfloor.game.keys.gaps import one_sided_gaps
 
 
 def scanned(d: int, r: float, eta: float, most: int = 20_000) -> int:

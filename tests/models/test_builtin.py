@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import kvfloor.models as models
-from kvfloor.models.evaluate import BAR, answered, evaluate, falls_short, wilson
-from kvfloor.models.tokenizer import vocabulary
+from builtin_model.evaluate import BAR, answered, evaluate, falls_short, wilson
 from kvfloor.tasks import TASKS, score
+from kvfloor.tasks.tokenizer import vocabulary
 
 SPOT = 4  # samples per task in the fast check
 
@@ -44,7 +44,7 @@ def test_shape_is_the_promised_one(loaded) -> None:
 
 
 def test_note_says_how_the_weights_were_made(note: dict) -> None:
-    assert "kvfloor.models.train" in note["command"] and note["steps"] > 0 and note["tokens"] > 0
+    assert "builtin_model.train" in note["command"] and note["steps"] > 0 and note["tokens"] > 0
     assert {(s["task"], s["length"]) for s in note["scores"]} >= {(t, n) for t in TASKS for n in (2048, 4096)}
     assert all(s["n"] >= 64 and s["right"] / s["n"] == s["score"] for s in note["scores"])
     assert all((s["low"], s["high"]) == pytest.approx(wilson(s["right"], s["n"])) for s in note["scores"])
