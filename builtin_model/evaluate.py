@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from kvfloor.models.load import BUILTIN, builtin_path, load
+from kvfloor.statistics import wilson_interval
 from kvfloor.tasks import TASKS, Sample
 
 BAR = {2048: 0.95, 4096: 0.90}  # what the built-in model is meant to reach on every task
@@ -37,14 +37,6 @@ class Score:
     score: float
     low: float
     high: float
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): stays inside [0, 1] and is not empty at 0 or 1."""
-    share, z2 = right / n, Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def answered(model: Any, tokenizer: Any, sample: Sample) -> bool:
@@ -70,7 +62,7 @@ def evaluate(
                 for i in range(n)
             )
             right = sum(answered(model, tokenizer, sample) for sample in samples)
-            low, high = wilson(right, n)
+            low, high = wilson_interval(right, n)
             scores.append(Score(name, length, n, right, right / n, low, high))
             print(
                 f"{name} {length}: {right}/{n} = {right / n:.3f} [{low:.3f}, {high:.3f}]",

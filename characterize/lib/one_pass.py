@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import count, positive
 from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.methods.summaries.taylor import monomials
+from kvfloor.validation import count, positives
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class OnePass:
         count("one_pass", least=1, n=self.n, d=self.d, dv=self.dv, sparsity=self.sparsity, buckets=self.buckets)
         count("one_pass", least=1, depth=self.depth, **({} if self.products is None else {"products": self.products}))
         count("one_pass", degree=self.degree)
-        positive("one_pass", scale=self.scale)
+        positives("one_pass", scale=self.scale)
         if self.degree % 2:
             raise ValueError(f"one_pass: degree must be even, so that every weight is positive, got {self.degree}")
         if self.depth % 2 == 0:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvfloor.core.method import count
 from kvfloor.methods.selectors.morton import cells, interleave
+from kvfloor.validation import count
 
 
 class ZetaAttention(nn.Module):

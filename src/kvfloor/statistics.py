@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
+from kvfloor.validation import whole, within
+
 MIN_SAMPLES = 32
 """Fewest samples an audit row may rest on."""
 
@@ -27,6 +29,39 @@ def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float
     low = 0.0 if right == 0 else max(0.0, centre - half)
     high = 1.0 if right == n else min(1.0, centre + half)
     return low, high
+
+
+def clopper_pearson_limit(wrong: int, drawn: int, alpha: float) -> float:
+    """Return the upper limit on a share: the largest e with Pr[Binomial(drawn, e) <= wrong] >= alpha.
+
+    Source: Clopper and Pearson, "The use of confidence or fiducial limits", Biometrika 26 (1934).
+    """
+    wrong, drawn = whole("wrong", wrong, least=0), whole("drawn", drawn)
+    alpha = within("alpha", alpha, 0.0, 1.0, low_open=True)
+    if wrong > drawn:
+        raise ValueError(f"wrong must be at most drawn = {drawn}, got {wrong}")
+    if wrong == drawn:
+        return 1.0
+    low, high = wrong / drawn, 1.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if _binomial_cdf(wrong, drawn, middle) >= alpha else (low, middle)
+    return high
+
+
+def _binomial_cdf(k: int, n: int, e: float) -> float:
+    """Pr[Binomial(n, e) <= k] for k < n, summed outwards from the largest term so that nothing underflows early."""
+    if e <= 0.0:
+        return 1.0
+    if e >= 1.0:
+        return 0.0
+    log_odds = math.log(e) - math.log1p(-e)
+    choose = math.lgamma(n + 1)
+    logs = [
+        choose - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_odds + n * math.log1p(-e) for i in range(k + 1)
+    ]
+    top = max(logs)
+    return math.exp(top) * math.fsum(math.exp(term - top) for term in logs)
 
 
 def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[int, int]:

@@ -76,3 +76,9 @@ def test_counts_of_pairs() -> None:
 def test_impossible_counts_are_refused(right: int, n: int) -> None:
     with pytest.raises(ValueError, match="impossible"):
         wilson_interval(right, n)
+
+
+def test_wilson_matches_published_values() -> None:
+    assert wilson_interval(64, 64) == pytest.approx((0.9434, 1.0), abs=1e-4)
+    assert wilson_interval(0, 64) == pytest.approx((0.0, 0.0566), abs=1e-4)
+    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)

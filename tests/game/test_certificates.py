@@ -9,6 +9,7 @@ import torch
 
 from kvfloor.game.engine import certificates
 from kvfloor.game.engine.predict import log2_level_probability, log2_row_gain, predictor_gains
+from kvfloor.statistics import clopper_pearson_limit
 
 HAMMING = [
     (a, b, c, d, a ^ b ^ d, a ^ c ^ d, b ^ c ^ d) for a, b, c, d in itertools.product((0, 1), repeat=4)
@@ -163,10 +164,10 @@ def cdf(k, n, e):
 
 @pytest.mark.parametrize(("wrong", "drawn", "alpha"), [(0, 10, 0.05), (3, 40, 2.0**-20), (39, 40, 0.01), (0, 1, 0.5)])
 def test_clopper_pearson_inverts_the_binomial(wrong, drawn, alpha):
-    limit = certificates.wrong_share_limit(wrong, drawn, alpha)
+    limit = clopper_pearson_limit(wrong, drawn, alpha)
     assert float(cdf(wrong, drawn, limit)) == pytest.approx(alpha, rel=1e-6)
-    assert certificates.wrong_share_limit(0, 10, 0.05) == pytest.approx(1 - 0.05**0.1)
-    assert certificates.wrong_share_limit(10, 10, 0.05) == 1.0
+    assert clopper_pearson_limit(0, 10, 0.05) == pytest.approx(1 - 0.05**0.1)
+    assert clopper_pearson_limit(10, 10, 0.05) == 1.0
 
 
 def miss_rate(limit, drawn, e):
@@ -176,7 +177,7 @@ def miss_rate(limit, drawn, e):
 
 @pytest.mark.parametrize("e", [0.01, 0.1, 0.5, 0.9, 0.999])
 def test_clopper_pearson_covers_and_the_plain_share_does_not(e):
-    limits = [certificates.wrong_share_limit(k, 30, 0.05) for k in range(31)]
+    limits = [clopper_pearson_limit(k, 30, 0.05) for k in range(31)]
     assert miss_rate(lambda k: limits[k], 30, e) <= 0.05
     assert miss_rate(lambda k: k / 30, 30, 0.5) > 0.05
 

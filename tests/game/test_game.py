@@ -230,7 +230,7 @@ def test_a_hidden_seed_repeats_the_run_and_by_default_it_is_fresh(monkeypatch):
 
 def test_bad_input_is_refused_by_name():
     for changed, message in (
-        ({"bits": 0}, "bits must be a whole number of at least 1, got 0"),
+        ({"bits": 0}, "bits must be a whole number >= 1, got 0"),
         ({"bits": 25}, r"bits must lie in 1\.\.24, got 25"),
         ({"eta": 1.0}, r"eta must lie in \[0, 1\)"),
         ({"n": 0}, "n must be"),

@@ -195,7 +195,7 @@ def test_the_result_lists_the_readers_as_plain_numbers():
 
 def test_bad_input_is_refused_by_name():
     for changed, message in (
-        ({"n": 15}, "n must be a whole number of at least 16, got 15"),
+        ({"n": 15}, "n must be a whole number >= 16, got 15"),
         ({"n": 16, "eta": 0.95}, r"n must be at least 54 for barrier 'probing' at eta=0.95, got 16"),
         ({"runs": 0}, "runs must be"),
         ({"d": 0}, "d must be"),

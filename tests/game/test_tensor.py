@@ -180,7 +180,7 @@ def test_the_method_is_lifted_once():
 def test_bad_input_is_refused_by_name():
     for changed, message in (
         ({"caches": 3}, "caches must be 2 or 4, got 3"),
-        ({"n": 3}, "n must be a whole number of at least 4, got 3"),
+        ({"n": 3}, "n must be a whole number >= 4, got 3"),
         ({"n": 1025}, r"n must be at most 1024 tokens for four caches \(n\^2 pairs are read\), got 1025"),
         ({"d": 4}, "two pairs of the 48 tokens have the same product key in d=4: take d above 6 ln n"),
         ({"d": 4, "caches": 2}, "cannot be singled out by any query"),

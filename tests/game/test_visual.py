@@ -111,8 +111,8 @@ def test_any_method_plays():
 def test_bad_input_is_refused_by_name():
     for changed, message in (
         ({"sides": ()}, "sides must hold the side of at least one map, got none"),
-        ({"sides": (2, 0)}, "side must be a whole number of at least 1, got 0"),
-        ({"sides": (2, 1.5)}, "side must be a whole number of at least 1, got 1.5"),
+        ({"sides": (2, 0)}, "side must be a whole number >= 1, got 0"),
+        ({"sides": (2, 1.5)}, "side must be a whole number >= 1, got 1.5"),
         ({"sides": None, "n": 0}, "n must be"),
         ({"append": True}, "barrier 'visual' takes no append"),
     ):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget, size_bytes, tokens
-from kvfloor.core.method import Guarantee, Method, Traits, count, part_text
+from kvfloor.core.method import Guarantee, Method, Traits, part_text
 from kvfloor.core.partial import Partial
 from kvfloor.core.policy import Held, Policy, Queries
 from kvfloor.core.selector import Everything, Selector
@@ -19,6 +19,7 @@ from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Drop, Summary
 from kvfloor.core.tiles import weights_by_tile
+from kvfloor.validation import count
 
 DEFAULT_BLOCK = 32
 TILE_SLOTS = 4096  # bounds the weights that a policy is shown at once: block x group x so many per row

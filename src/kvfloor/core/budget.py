@@ -6,8 +6,9 @@ import re
 
 import torch
 
-from kvfloor.core.method import Method, count
+from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
+from kvfloor.validation import count
 
 Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one number of tokens per row
 

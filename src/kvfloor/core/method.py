@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -169,17 +168,3 @@ def part_text(part: Any, skip: tuple[str, ...] = ()) -> str:
     kind = type(part)
     own = kind.__module__.partition(".")[0] == "kvfloor"
     return call_text(kind.name if own else f"{kind.__module__}:{kind.__qualname__}", part, skip)
-
-
-def positive(owner: str, **values: int | float) -> None:
-    """Raise ValueError for any given value that is not a positive finite number."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{owner}: {name} must be a positive number, got {value!r}")
-
-
-def count(owner: str, least: int = 0, **values: int) -> None:
-    """Raise ValueError for any given value that is not a whole number >= `least`."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{owner}: {name} must be a whole number >= {least}, got {value!r}")

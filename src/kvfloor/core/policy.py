@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.memory import Memory
-from kvfloor.core.method import count
 from kvfloor.core.spec import Spec
+from kvfloor.validation import count
 
 GRACE_TOKENS = 16
 

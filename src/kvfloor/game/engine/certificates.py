@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kvfloor.floors.domain import whole, within
 from kvfloor.floors.entropy import H2
+from kvfloor.statistics import clopper_pearson_limit
+from kvfloor.validation import whole, within
 
 ALPHA = 2.0**-20
 
@@ -66,37 +67,7 @@ def certified_from_sample(n: int, row_bits: int, wrong: int, drawn: int, alpha: 
     that the method never sees. 0 from e = 1 - 2^-row_bits on, where guessing does as well.
     """
     n, row_bits = whole("n", n), whole("row_bits", row_bits)
-    e = wrong_share_limit(wrong, drawn, alpha / 2.0)
+    e = clopper_pearson_limit(wrong, drawn, alpha / 2.0)
     if e >= 1.0 - 2.0**-row_bits:
         return 0.0
     return max(0.0, n * (row_bits * (1.0 - e) - H2(e)) - math.log2(2.0 / alpha))
-
-
-def wrong_share_limit(wrong: int, drawn: int, alpha: float) -> float:
-    """The upper Clopper-Pearson limit on a share: the largest e with Pr[Binomial(drawn, e) <= wrong] >= alpha."""
-    wrong, drawn = whole("wrong", wrong, least=0), whole("drawn", drawn)
-    alpha = within("alpha", alpha, 0.0, 1.0, low_open=True)
-    if wrong > drawn:
-        raise ValueError(f"wrong must be at most drawn = {drawn}, got {wrong}")
-    if wrong == drawn:
-        return 1.0
-    low, high = wrong / drawn, 1.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if _binomial_cdf(wrong, drawn, middle) >= alpha else (low, middle)
-    return high
-
-
-def _binomial_cdf(k: int, n: int, e: float) -> float:
-    """Pr[Binomial(n, e) <= k] for k < n, summed outwards from the largest term so that nothing underflows early."""
-    if e <= 0.0:
-        return 1.0
-    if e >= 1.0:
-        return 0.0
-    log_odds = math.log(e) - math.log1p(-e)
-    choose = math.lgamma(n + 1)
-    logs = [
-        choose - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_odds + n * math.log1p(-e) for i in range(k + 1)
-    ]
-    top = max(logs)
-    return math.exp(top) * math.fsum(math.exp(term - top) for term in logs)

@@ -12,10 +12,10 @@ from torch import Tensor
 from kvfloor.core.method import Method, standard_law
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
-from kvfloor.floors.domain import relative_error, whole
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import FAMILIES, jl_dimension
 from kvfloor.game.keys.gaps import best_family, one_sided_gaps
+from kvfloor.validation import relative_error, whole
 
 MOST_BITS = 24  # of a hidden value: a float32 has no more
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

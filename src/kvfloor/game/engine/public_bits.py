@@ -11,8 +11,8 @@ from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
-from kvfloor.floors.domain import whole
 from kvfloor.game.keys.families import FAMILIES
+from kvfloor.validation import whole
 
 
 @dataclasses.dataclass(frozen=True)

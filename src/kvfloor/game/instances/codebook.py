@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
-from kvfloor.floors.domain import whole
 from kvfloor.floors.entropy import H2, log2_choose, row_bits
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine import certificates
@@ -29,6 +28,7 @@ from kvfloor.game.engine.predict import log2_level_probability, log2_row_gain
 from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import FAMILIES
+from kvfloor.validation import whole
 
 _MOST_KEYS = 16_384
 _DOUBTS = (2.0**-20, 2.0**-10, 2.0**-5, 0.25)  # about a membership

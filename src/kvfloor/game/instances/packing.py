@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
-from kvfloor.floors.domain import positive, whole
 from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.norm_bounded import N_dr
 from kvfloor.floors.separation import eps_s
@@ -26,6 +25,7 @@ from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import FAMILIES
 from kvfloor.game.keys.gaps import one_sided_gaps, promised_gaps
+from kvfloor.validation import positive, whole
 
 _PACKED_UP_TO = 16  # dimensions in which greedy packing beats codes
 _DEFAULT_D, _DEFAULT_DV = 8, 64

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
-from kvfloor.floors.domain import whole
 from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.separation import tau
 from kvfloor.game.engine.asking import by_reading
@@ -27,6 +26,7 @@ from kvfloor.game.engine.probing_readers import as_rows, curve, success_bound
 from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.statistics import wilson_interval
+from kvfloor.validation import whole
 
 _TOKENS_AT_ONCE = 1024
 _NUMBERS_AT_MOST = 2**25  # keys and values of all streams together

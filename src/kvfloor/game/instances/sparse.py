@@ -17,7 +17,6 @@ from torch import Tensor
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
 from kvfloor.floors import space
-from kvfloor.floors.domain import whole
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.aim import aim
 from kvfloor.game.engine.asking import by_reading
@@ -27,6 +26,7 @@ from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import FAMILIES
+from kvfloor.validation import whole
 
 _NEGLIGIBLE = 1e-3  # of the largest score: what counts as close to zero
 _ROWS_MEASURED = 512

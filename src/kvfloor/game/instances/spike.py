@@ -14,7 +14,6 @@ from torch import Tensor
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
 from kvfloor.floors import space
-from kvfloor.floors.domain import whole
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.aim import aim
 from kvfloor.game.engine.asking import by_reading
@@ -26,6 +25,7 @@ from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.codebook import play as play_codebook
 from kvfloor.game.keys.families import FAMILIES
+from kvfloor.validation import whole
 
 ALL_ROWS_UP_TO = 16_384
 ROWS_SAMPLED = 2_048

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
-from kvfloor.floors.domain import whole
 from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.aim import aim
@@ -31,6 +30,7 @@ from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import rademacher
 from kvfloor.methods.registry import parse
 from kvfloor.methods.variants.tensor import TensorAttention, products
+from kvfloor.validation import whole
 
 _ALL_ROWS_UP_TO = 512
 _ROWS_SAMPLED = 256

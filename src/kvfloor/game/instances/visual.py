@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
-from kvfloor.floors.domain import whole
 from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.aim import aim
@@ -25,6 +24,7 @@ from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import FAMILIES
 from kvfloor.methods.variants.visual import NextScale, scale_by_scale, tokens_in
+from kvfloor.validation import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfloor.core.policy import Guarded, Held, PolicyMemory, Queries
 from kvfloor.core.spec import Spec
+from kvfloor.validation import literals
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class Expected(Guarded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads not in ("pool", "each"):
-            raise ValueError(f"expected: heads must be pool or each, got {self.heads!r}")
+        literals(self)
         if not (isinstance(self.epsilon, (int, float)) and 0 <= self.epsilon < float("inf")):
             raise ValueError(f"expected: epsilon must be a number >= 0, got {self.epsilon!r}")
 

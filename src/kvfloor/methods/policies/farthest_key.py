@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.policy import Guarded, Held
+from kvfloor.validation import literals
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class FarthestKey(Guarded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decode not in ("keep", "evict"):
-            raise ValueError(f"k_center: decode must be keep or evict, got {self.decode!r}")
+        literals(self)
 
     @property
     def usual_prefill(self) -> Literal["stream", "dense"]:

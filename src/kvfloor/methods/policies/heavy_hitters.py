@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import count
 from kvfloor.core.policy import Held, Policy, Queries
+from kvfloor.validation import count, literals
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,7 @@ class HeavyHitters(Policy):
 
     def __post_init__(self) -> None:
         count("h2o", sinks=self.sinks, **({} if self.recent is None else {"recent": self.recent}))
-        if self.score not in ("sum", "mean", "decay"):
-            raise ValueError(f"h2o: score must be sum, mean or decay, got {self.score!r}")
-        if self.group not in ("mean", "max"):
-            raise ValueError(f"h2o: group must be mean or max, got {self.group!r}")
+        literals(self)
         if not (isinstance(self.decay, float) and 0 < self.decay < 1):
             raise ValueError(f"h2o: decay must lie in (0, 1), got {self.decay!r}")
 

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import count, positive
 from kvfloor.core.policy import Guarded, Held, PolicyMemory
 from kvfloor.core.randomness import normal, row_keys, uniform
 from kvfloor.core.spec import Spec
+from kvfloor.validation import count, literals, positives
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,9 @@ class RidgeLeverage(Guarded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("ridge_leverage", ridge=self.ridge)
+        positives("ridge_leverage", ridge=self.ridge)
         count("ridge_leverage", least=1, sketch=self.sketch)
-        if self.kind not in ("gaussian", "count"):
-            raise ValueError(f"ridge_leverage: kind must be gaussian or count, got {self.kind!r}")
-        if self.over not in ("seen", "held"):
-            raise ValueError(f"ridge_leverage: over must be seen or held, got {self.over!r}")
+        literals(self)
         if not isinstance(self.centre, bool):
             raise ValueError(f"ridge_leverage: centre must be True or False, got {self.centre!r}")
 

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import count, positive
 from kvfloor.core.policy import Held, Policy, Queries
+from kvfloor.validation import count, literals, positives
 
 _NO_PAGE = 1 << 40
 _PAGES = 1 << 22  # more pages than a row can hold: a page's time and age are one float64
@@ -52,11 +52,10 @@ class Milestones(Policy):
     def __post_init__(self) -> None:
         count("raas", least=1, page=self.page)
         count("raas", sinks=self.sinks)
-        positive("raas", alpha=self.alpha)
+        positives("raas", alpha=self.alpha)
         if self.top is not None and not (isinstance(self.top, (int, float)) and 0 < self.top <= 1):
             raise ValueError(f"raas: top must be a share of the pages in (0, 1], got {self.top!r}")
-        if self.prompt not in ("keep", "evict"):
-            raise ValueError(f"raas: prompt must be keep or evict, got {self.prompt!r}")
+        literals(self)
 
     @property
     def usual_prefill(self) -> Literal["stream", "dense"]:

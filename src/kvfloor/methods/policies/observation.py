@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import count
 from kvfloor.core.policy import Held, Policy, PolicyMemory, Queries
 from kvfloor.core.spec import Spec
 from kvfloor.core.tiles import weights_by_tile
+from kvfloor.validation import count, literals
 
 _TILE_SLOTS = 4096
 
@@ -49,10 +49,7 @@ class Observation(Policy):
         count("snapkv", sinks=self.sinks)
         if self.kernel % 2 == 0:
             raise ValueError(f"snapkv: kernel must be odd, so that it has a middle, got {self.kernel}")
-        if self.pool not in ("max", "avg"):
-            raise ValueError(f"snapkv: pool must be max or avg, got {self.pool!r}")
-        if self.decode not in ("keep", "evict"):
-            raise ValueError(f"snapkv: decode must be keep or evict, got {self.decode!r}")
+        literals(self)
 
     @property
     def usual_prefill(self) -> Literal["stream", "dense"]:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvfloor.core.method import count
 from kvfloor.core.policy import Held, Policy
 from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.validation import count
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvfloor.core.method import count
 from kvfloor.core.policy import Held, Policy
+from kvfloor.validation import count
 
 
 @dataclass(frozen=True)

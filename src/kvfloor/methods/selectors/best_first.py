@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import count
 from kvfloor.core.selector import Chosen, Indexed, SelectorState
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.methods.selectors.pages import Pages, PagesState
+from kvfloor.validation import count
 
 
 @dataclass(frozen=True)

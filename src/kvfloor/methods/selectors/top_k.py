@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import count
 from kvfloor.core.selector import Selector
 from kvfloor.core.slots import View
 from kvfloor.core.spec import Spec
+from kvfloor.validation import count
 
 
 @dataclass(frozen=True)

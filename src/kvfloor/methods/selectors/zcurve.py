@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import count
 from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.core.selector import Chosen, Indexed, SelectorState
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.stretches import Stretches
 from kvfloor.methods.selectors.morton import cells, interleave
+from kvfloor.validation import count
 
 _DIMS = 3
 _BITS = 9  # per coordinate; a shifted one takes a bit more, and 3 x 10 bits fit an int32

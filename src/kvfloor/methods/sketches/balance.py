@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget, tokens
-from kvfloor.core.method import Guarantee, Method, Traits, count, positive
+from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.methods.sketches.self_balancing import Keep, gram, halve, safe_threshold, tree_error, worst_growth
+from kvfloor.validation import count, literals, positives
 
 _LEVELS = 64  # a token of level l stands for 2^l; positions are below 2^57
 _BLOCKS = 8  # blocks in the tokens that a budget leaves beside sinks and recent ones: at least a token each
@@ -69,16 +70,15 @@ class Balance(Method):
     def __post_init__(self) -> None:
         count(self.name, sinks=self.sinks, recent=self.recent)
         count(self.name, least=2, batch=self.batch)
-        positive(self.name, constant=self.constant, sharpness=self.sharpness, failure=self.failure)
+        positives(self.name, constant=self.constant, sharpness=self.sharpness, failure=self.failure)
         for name in ("c", "radius", "spread"):
             if getattr(self, name) is not None:
-                positive(self.name, **{name: getattr(self, name)})
+                positives(self.name, **{name: getattr(self, name)})
         if self.horizon is not None:
             count(self.name, least=1, horizon=self.horizon)
         if self.batch % 2:
             raise ValueError(f"balance: batch must be even, got {self.batch}")
-        if self.keep not in ("pairs", "smaller"):
-            raise ValueError(f"balance: keep must be pairs or smaller, got {self.keep!r}")
+        literals(self)
         if not isinstance(self.centre, bool):
             raise ValueError(f"balance: centre must be True or False, got {self.centre!r}")
         if self.failure >= 1:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from kvfloor.core.budget import Budget, tokens
 from kvfloor.core.memory import Memory
-from kvfloor.core.method import count
 from kvfloor.core.randomness import exponential, row_keys, uniform
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.methods.sketches.nearest import DIRECT, nearest
+from kvfloor.validation import count
 
 _FIRST_CENTRES = 16
 _RINGS = 16  # of a token's clocks, drawn at a time

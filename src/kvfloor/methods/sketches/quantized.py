@@ -11,10 +11,11 @@ from torch import Tensor
 from kvfloor.core.attend import compute_dtype
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.memory import Memory
-from kvfloor.core.method import Method, Traits, count
+from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
+from kvfloor.validation import count
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget
-from kvfloor.core.method import Guarantee, Method, Traits, count, positive
+from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.floors.sampling import subgen_s, subgen_t
 from kvfloor.methods.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, shared_out
+from kvfloor.validation import count, positives
 
 PAIRS, SAMPLES = "subgen pairs", "subgen samples"  # what the draws are for
 _LOG_RATIO_LIMIT = 60.0
@@ -54,12 +55,12 @@ class SubGen(Method):
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        positive("subgen", delta=self.delta, failure=self.failure)
+        positives("subgen", delta=self.delta, failure=self.failure)
         count("subgen", least=1, t=self.t, s=self.s, block=self.block)
         if self.centres is not None:
             count("subgen", least=1, centres=self.centres)
         if self.radius is not None:
-            positive("subgen", radius=self.radius)
+            positives("subgen", radius=self.radius)
         if self.failure >= 1:
             raise ValueError(f"subgen: failure must lie in (0, 1), got {self.failure}")
         check_budget("subgen", self.budget, self.block, self.t)

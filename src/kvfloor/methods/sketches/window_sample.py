@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfloor.core.attend import weigh
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget, tokens
-from kvfloor.core.method import Guarantee, Method, Traits, count, positive
+from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.core.slots import Slots
@@ -24,6 +24,7 @@ from kvfloor.methods.summaries.value_sample import (
     out_of_range,
     sizes_for,
 )
+from kvfloor.validation import count, positives
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class WindowSample(Method):
     def __post_init__(self) -> None:
         check_sampling(self.name, self.copies, self.groups)
         if self.spread is not None:
-            positive(self.name, spread=self.spread)
+            positives(self.name, spread=self.spread)
         if self.horizon is not None:
             count(self.name, least=1, horizon=self.horizon)
         if isinstance(self.budget, tuple):

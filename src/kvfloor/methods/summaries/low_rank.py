@@ -16,11 +16,12 @@ from safetensors.torch import load
 from torch import Tensor
 
 from kvfloor.core.message import CorruptState
-from kvfloor.core.method import Traits, count
+from kvfloor.core.method import Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Summary, SummaryState, lots
 from kvfloor.models.load import BUILTIN, builtin_path
+from kvfloor.validation import count
 
 UNTRAINED_HIDDEN = 64
 FIRST_SIZE = 1e-4  # of s1 and s2 before training

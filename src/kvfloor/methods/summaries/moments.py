@@ -14,6 +14,7 @@ from kvfloor.core.method import Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Summary, SummaryState, lots
+from kvfloor.validation import literals
 
 _NODES = 24  # of the quadrature under a softcap; exact for polynomials of degree 47
 
@@ -40,8 +41,7 @@ class Moments(Summary):
     covariance: Literal["full", "diagonal", "none"] = "full"
 
     def __post_init__(self) -> None:
-        if self.covariance not in ("full", "diagonal", "none"):
-            raise ValueError(f"{self.name}: covariance must be full, diagonal or none, got {self.covariance!r}")
+        literals(self)
 
     @property
     def traits(self) -> Traits:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import Guarantee, Traits, count, positive
+from kvfloor.core.method import Guarantee, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Summary, SummaryState, lots
+from kvfloor.validation import count, positives
 
 FEATURES_LIMIT = 10_000
 _FEATURES_PER_ROW = 1 << 18  # of one product: tokens (or queries) x t
@@ -51,7 +52,7 @@ class Taylor(Summary):
     def __post_init__(self) -> None:
         count(self.name, degree=self.degree)
         if self.radius is not None:
-            positive(self.name, radius=self.radius)
+            positives(self.name, radius=self.radius)
 
     @property
     def traits(self) -> Traits:

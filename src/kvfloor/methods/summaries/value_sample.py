@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfloor.core.method import Guarantee, Traits, count, positive
+from kvfloor.core.method import Guarantee, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Summary, SummaryState, lots
+from kvfloor.validation import count, positives
 
 _DRAWS_AT_ONCE = 1 << 20  # bounds the keys drawn in one product: rows x tokens x samples
 
@@ -52,7 +53,7 @@ class ValueSample(Summary):
         check_sampling(self.name, self.copies, self.groups)
         for name in ("epsilon", "spread"):
             if getattr(self, name) is not None:
-                positive(self.name, **{name: getattr(self, name)})
+                positives(self.name, **{name: getattr(self, name)})
         if not (isinstance(self.delta, float) and 0 < self.delta < 1):
             raise ValueError(f"{self.name}: delta must lie in (0, 1), got {self.delta!r}")
         if self.spread is not None and self.spread < 1:

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget
 from kvfloor.core.memory import Memory
-from kvfloor.core.method import Guarantee, Method, Traits, count, positive
+from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
@@ -27,6 +27,7 @@ from kvfloor.floors.sampling import subgen_s, subgen_t
 from kvfloor.methods.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, shared_out
 from kvfloor.methods.sketches.subgen import PAIRS, SAMPLES, chebyshev, ratio
 from kvfloor.methods.variants.tensor import Points, over_pairs
+from kvfloor.validation import count, positives
 
 # The first side draws as SubGen does; the second must draw for itself, or pairs would not be independent.
 _PURPOSES = ((PAIRS, SAMPLES), ("subgen second pairs", "subgen second samples"))
@@ -65,12 +66,12 @@ class SubGenTensor(Method):
 
     def __post_init__(self) -> None:
         own = self.name
-        positive(own, delta1=self.delta1, delta2=self.delta2, largest=self.largest, failure=self.failure)
+        positives(own, delta1=self.delta1, delta2=self.delta2, largest=self.largest, failure=self.failure)
         count(own, least=1, t=self.t, s=self.s, block=self.block)
         if self.centres is not None:
             count(own, least=1, centres=self.centres)
         if self.radius is not None:
-            positive(own, radius=self.radius)
+            positives(own, radius=self.radius)
         if self.failure >= 1:
             raise ValueError(f"{own}: failure must lie in (0, 1), got {self.failure}")
         check_budget(own, self.budget, self.block, self.t)

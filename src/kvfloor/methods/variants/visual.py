@@ -15,7 +15,7 @@ from torch import Tensor
 from kvfloor.core.bounded import BoundedState
 from kvfloor.core.partial import Partial
 from kvfloor.core.state import State
-from kvfloor.floors.domain import whole, within
+from kvfloor.validation import whole, within
 
 
 def tokens_in(sides: Sequence[int]) -> int:
