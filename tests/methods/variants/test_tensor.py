@@ -7,7 +7,6 @@ import torch
 
 from kvfloor import Spec, parse, resolve
 from kvfloor.core.message import CorruptState
-from kvfloor.core.state import restore
 from kvfloor.methods.variants import TensorAttention
 from kvfloor.methods.variants import tensor as module
 from kvfloor.methods.variants.tensor import products
@@ -344,9 +343,9 @@ def test_a_message_of_another_store_or_a_damaged_one_is_refused():
     state.append(k, v)
     message = state.to_bytes()
     with pytest.raises(CorruptState, match="not of 'tensor'"):
-        restore(message, TensorAttention())
+        TensorAttention().from_bytes(message)
     with pytest.raises(CorruptState, match="digest"):
-        restore(message[:-40] + b"x" + message[-39:], state.method)
+        state.method.from_bytes(message[:-40] + b"x" + message[-39:])
 
 
 def test_bytes_are_2n_keys_and_values_and_never_the_n_squared_products():

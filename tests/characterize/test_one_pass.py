@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from characterize import one_pass
+from characterize.lib import one_pass
 from characterize.lib.one_pass import OnePass, OnePassSketch
 from kvfloor.core.randomness import uniform
 

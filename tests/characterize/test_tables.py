@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "characterize"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "table")
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 RERUN = ("early_tokens", "isolated_needle", "selector_recall", "subgen_bound", "taylor_error")
 
 
@@ -26,12 +26,11 @@ def test_every_script_has_its_table_and_its_paragraph(script: str) -> None:
 @pytest.mark.parametrize("script", RERUN)
 def test_running_again_gives_the_same_table(tmp_path: Path, script: str) -> None:
     """Up to what another processor rounds differently."""
-    for name in ("table.py", f"{script}.py"):
-        shutil.copy(FOLDER / name, tmp_path / name)
-    subprocess.run([sys.executable, f"{script}.py"], cwd=tmp_path, check=True, capture_output=True)
+    shutil.copytree(FOLDER, tmp_path / "characterize", ignore=shutil.ignore_patterns("*.tsv", "__pycache__"))
+    subprocess.run([sys.executable, "-m", f"characterize.{script}"], cwd=tmp_path, check=True, capture_output=True)
     found, kept = (
         [line.split("\t") for line in (folder / f"{script}.tsv").read_text(encoding="utf-8").splitlines()]
-        for folder in (tmp_path, FOLDER)
+        for folder in (tmp_path / "characterize", FOLDER)
     )
     assert [len(row) for row in found] == [len(row) for row in kept]
     for mine, theirs in zip(found, kept, strict=True):
