@@ -10,14 +10,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src/kvfloor"
 
 # A room is a folder or module directly under kvfloor/. It imports rooms on lower floors only.
 FLOORS = (
-    {"version", "validation", "files", "statistics"},
-    {"core", "floors", "tasks", "models"},
+    {"version", "validation", "files"},
+    {"core", "floors", "tasks", "models", "statistics"},
     {"methods"},
     {"game", "hf"},
     {"audit", "check"},
     {"report", "training"},
     {"cli"},
-    {"__main__"},
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -13,7 +13,7 @@ from kvfloor.game import play
 from kvfloor.game.engine import certificates
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import agreed
+from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import codebook
 from kvfloor.game.instances.codebook import Codebook, subset_bits
@@ -25,7 +25,8 @@ def paid(bits):
 
 
 def instance_of(n=24, codebook=96, d=32, dv=8, bits=1, eta=0.5):
-    return Codebook(**agreed(d=d, dv=dv, bits=bits, eta=eta, seed=0), n=n, codebook=codebook, family="chirp")
+    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=0)
+    return Codebook(**shared, n=n, codebook=codebook, public=keys_for(shared, codebook, "chirp"))
 
 
 def played(text="exact", **given):

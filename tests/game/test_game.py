@@ -10,7 +10,7 @@ import torch
 
 import kvfloor
 from kvfloor import floors
-from kvfloor.game import BARRIERS, INSTANCES, play, play_all
+from kvfloor.game import BARRIERS, INSTANCES, Instance, play, play_all
 from kvfloor.game.engine import play as game
 from kvfloor.game.engine import secret as hidden
 from kvfloor.game.engine.instance import agreed, derived_seed
@@ -90,15 +90,15 @@ def test_a_fresh_process_answers_as_this_one_does_in_every_game(barrier):
 
 COMMON = {"d", "dv", "bits", "eta", "key_seed", "method_seed", "dtype", "copies"}
 GIVEN = {
-    "spike": ({}, {"n", "family"}),
-    "codebook": ({"barrier": "spike", "codebook": 64}, {"n", "family", "codebook"}),
-    "packing": ({"d": 8}, {"m", "repeats", "radius", "family"}),
-    "sparse": ({}, {"n", "family"}),
-    "window": ({}, {"n", "window", "append", "family"}),
+    "spike": ({}, {"n", "public"}),
+    "codebook": ({"barrier": "spike", "codebook": 64}, {"n", "public", "codebook"}),
+    "packing": ({"d": 8}, {"m", "repeats", "radius", "public"}),
+    "sparse": ({}, {"n", "public"}),
+    "window": ({}, {"n", "window", "append", "public"}),
     "probing": ({}, {"n"}),
     "tensor": ({}, {"n"}),
     "two caches": ({"barrier": "tensor", "caches": 2}, {"n"}),
-    "visual": ({}, {"sides", "family"}),
+    "visual": ({}, {"sides", "public"}),
 }
 
 
@@ -120,7 +120,8 @@ def tells(seen, hidden_seed):
     """Whether a number of the request, or a seed derived from one, repeats the hidden values or places."""
     instance = INSTANCES[seen["kind"]](**seen["instance"])
     rows, truth = instance.copies * instance.rows, Hidden(hidden_seed)
-    public = [value for value in seen["instance"].values() if isinstance(value, int | float | str)]
+    fields = [*seen["instance"].values(), *seen["instance"].get("public", {}).values()]
+    public = [value for value in fields if isinstance(value, int | float | str)]
     derived = [derived_seed(purpose, known) for known in public for purpose in ("keys", "method", "values", "hidden")]
     return any(
         torch.equal(Hidden(known).levels(rows, 16, 1), truth.levels(rows, 16, 1))
@@ -140,8 +141,8 @@ def test_the_public_seeds_do_not_tell_the_runs_seed_and_differ_from_each_other()
 @pytest.mark.parametrize("barrier", GIVEN)
 def test_bob_rebuilds_the_same_instance_from_plain_json(monkeypatch, barrier):
     kept = []
-    feed = spike.Instance.feed
-    monkeypatch.setattr(spike.Instance, "feed", lambda self, *given: kept.append(self) or feed(self, *given))
+    feed = Instance.feed
+    monkeypatch.setattr(Instance, "feed", lambda self, *given: kept.append(self) or feed(self, *given))
     seen = seen_by_bob(monkeypatch, **({"n": 32, "d": 32, "barrier": barrier} | GIVEN[barrier][0]))
     assert INSTANCES[seen["kind"]](**seen["instance"]) == kept[0]
 

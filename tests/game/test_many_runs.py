@@ -8,7 +8,7 @@ from imperfect_optimum import Imperfect
 
 from kvfloor.game import play
 from kvfloor.game.engine import certificates
-from kvfloor.game.engine.instance import agreed
+from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.result import conclude
 from kvfloor.game.engine.secret import Hidden
@@ -92,7 +92,7 @@ def tight_games(runs):
     for run in range(runs):
         n, dv, kept, flipped = TIGHT[run % len(TIGHT)]
         shared = agreed(d=16, dv=dv, bits=1, eta=0.5, seed=run)
-        instance = Spike(**shared, n=n, family="sphere")
+        instance = Spike(**shared, n=n, public=keys_for(shared, n, "sphere"))
         method = Imperfect("sphere", n, instance.key_seed, kept, flipped)
         played = play_index(method, instance, Hidden(f"{run}/tight"), isolated=False)
         assert played.payload_bytes == kept // 8

@@ -9,7 +9,7 @@ from weighing import weights
 from kvfloor import floors
 from kvfloor.floors.norm_bounded import N_dr
 from kvfloor.game import play
-from kvfloor.game.engine.instance import agreed
+from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.result import conclude
 from kvfloor.game.engine.secret import Hidden
@@ -24,7 +24,8 @@ SIZES = [(1, 8.0), (2, 8.0), (2, 64.0), (3, 16.0), (4, 32.0), (8, 8.0), (8, 20.0
 def instance_of(d, radius, eta=0.5, most=96, repeats=2, dv=16):
     shared = agreed(d=d, dv=dv, bits=1, eta=eta, seed=0)
     family, m = separable(d, radius, eta, most, shared["key_seed"])
-    return Packing(**shared, m=m, repeats=repeats, radius=radius, family=family)
+    public = keys_for(shared, m, family)
+    return Packing(**shared, m=m, repeats=repeats, radius=radius, public=public)
 
 
 def queries_of(instance, monkeypatch):
@@ -111,7 +112,7 @@ def test_the_floor_is_about_keys_not_tokens():
     family, m = separable(4, 32.0, 0.5, 16, agreed(d=4, dv=1, bits=1, eta=0.5, seed=0)["key_seed"])
     assert m == 16
     shared = agreed(d=4, dv=64, bits=1, eta=0.5, seed=0)
-    instance = Packing(**shared, m=16, repeats=8, radius=32.0, family=family)
+    instance = Packing(**shared, m=16, repeats=8, radius=32.0, public=keys_for(shared, 16, family))
     whole, half = (
         conclude(
             play_index(f"window(block=1)@{kept}", instance, Hidden(), isolated=False), instance, seed=0, floor_bits=0.0
@@ -132,9 +133,9 @@ def test_a_window_with_too_little_memory_is_caught():
 
 def test_bad_input_is_refused_by_name():
     for changed, message in (
-        ({"radius": 0.0}, "radius must lie in"),
-        ({"radius": math.inf}, "radius must lie in"),
-        ({"radius": -3}, "radius must lie in"),
+        ({"radius": 0.0}, "radius must be a positive number"),
+        ({"radius": math.inf}, "radius must be a positive number"),
+        ({"radius": -3}, "radius must be a positive number"),
         ({"n": 0}, "n must be"),
         ({"d": 0}, "d must be"),
         ({"eta": -0.1}, "eta must lie in"),

@@ -10,7 +10,7 @@ from kvfloor import parse
 from kvfloor.floors import space
 from kvfloor.game import play
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import agreed, agreed_family
+from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import sparse
 from kvfloor.game.instances.sparse import Sparse
@@ -20,7 +20,7 @@ PAID = math.log2(3) + 20
 
 def instance_of(n=96, d=32, bits=1, eta=0.5, family=None, dv=16):
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=0)
-    return Sparse(**shared, n=n, family=agreed_family(family, n, d, shared["key_seed"]))
+    return Sparse(**shared, n=n, public=keys_for(shared, n, family))
 
 
 @pytest.mark.parametrize(("n", "d", "family"), [(96, 32, None), (200, 16, "sphere"), (150, 64, "reed_solomon")])

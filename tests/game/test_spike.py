@@ -9,20 +9,20 @@ from weighing import weights
 
 from kvfloor import Spec, floors, parse
 from kvfloor.game import play
-from kvfloor.game.engine.aim import aim
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import agreed, agreed_family
+from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import spike
 from kvfloor.game.instances.spike import Spike
 from kvfloor.game.keys.gaps import one_sided_gaps
+from kvfloor.game.keys.public import aim
 
 PAID = math.log2(3) + 20  # for the best of three certificates, and for alpha = 2^-20
 
 
 def instance_of(n=64, d=32, bits=1, eta=0.5, family=None, copies=1, dtype="float32", seed=0, dv=None):
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
-    return Spike(**shared, n=n, family=agreed_family(family, n, d, shared["key_seed"]), copies=copies)
+    return Spike(**shared, n=n, public=keys_for(shared, n, family), copies=copies)
 
 
 @pytest.mark.parametrize(("n", "d"), [(64, 32), (200, 16), (30, 2), (2, 1), (1, 3)])

@@ -10,10 +10,11 @@ from kvfloor import parse
 from kvfloor.floors import row_bits
 from kvfloor.game import play
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import agreed, agreed_family
+from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import visual
 from kvfloor.game.instances.visual import Visual, doubling
+from kvfloor.game.keys.public import PublicKeys
 from kvfloor.methods.variants.visual import tokens_in
 
 PAID = math.log2(3) + 20
@@ -21,7 +22,7 @@ PAID = math.log2(3) + 20
 
 def instance_of(sides=(1, 2, 4, 6), d=32, bits=1, eta=0.5, dv=8):
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=0)
-    return Visual(**shared, sides=sides, family=agreed_family(None, tokens_in(sides), d, shared["key_seed"]))
+    return Visual(**shared, sides=sides, public=keys_for(shared, tokens_in(sides)))
 
 
 def played(text="exact", **given):
@@ -49,8 +50,8 @@ def test_the_answers_are_dense_block_causal_attention_in_float64():
     state = exact_state(instance, levels.float().unsqueeze(0))
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        aim = visual.aim
-        patch.setattr(visual, "aim", lambda *given: asked.append(aim(*given)) or asked[0])
+        aim = PublicKeys.aim
+        patch.setattr(PublicKeys, "aim", lambda *given: asked.append(aim(*given)) or asked[0])
         told = instance.ask(state, None)
     queries, keys = asked[0][0].double(), torch.cat([instance.keys.double(), torch.zeros(9, 32).double()])
     values = torch.cat([levels.double(), torch.zeros(9, 8).double()])

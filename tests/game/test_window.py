@@ -9,18 +9,18 @@ from weighing import exact_state, weights
 from kvfloor import floors
 from kvfloor.game import play
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import agreed, agreed_family
+from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import window
 from kvfloor.game.instances.window import Window
+from kvfloor.game.keys.public import PublicKeys
 
 PAID = math.log2(3) + 20
 
 
 def instance_of(n=256, window=32, append=False, d=32, bits=1, eta=0.5, family=None, dv=16):
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=0)
-    family = agreed_family(family, window, d, shared["key_seed"])
-    return Window(**shared, n=n, window=window, append=append, family=family)
+    return Window(**shared, n=n, window=window, append=append, public=keys_for(shared, window, family))
 
 
 def played(text="exact", **given):
@@ -80,8 +80,8 @@ def test_a_mutant_that_hides_the_row_which_bobs_token_pushes_out_is_rejected(mon
 
 
 def test_a_mutant_that_asks_for_the_neighbouring_row_is_rejected(monkeypatch):
-    aim = window.aim
-    monkeypatch.setattr(window, "aim", lambda keys, row, *rest: aim(keys, (row - 1).clamp_min(0), *rest))
+    aim = PublicKeys.aim
+    monkeypatch.setattr(PublicKeys, "aim", lambda keys, row, *rest: aim(keys, (row - 1).clamp_min(0), *rest))
     assert played(append=True).verdict == "breaks"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvfloor.core.attend import compute_dtype
 
-_DTYPES = {
+DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -57,8 +57,8 @@ class Spec:
             raise ValueError(f"Spec.scale must be a finite number, got {self.scale!r}")
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
             raise ValueError(f"Spec.softcap must be None or a positive number, got {self.softcap!r}")
-        if self.dtype not in _DTYPES.values():
-            raise ValueError(f"Spec.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"Spec.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.tied and self.d != self.dv:
             raise ValueError(f"Spec.tied says that values are the keys, so dv must be d = {self.d}, got {self.dv}")
         if not isinstance(self.seed, int):
@@ -103,4 +103,4 @@ class Spec:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any], device: str | torch.device = "cpu") -> Spec:
-        return cls(**(plain | {"dtype": _DTYPES[plain["dtype"]], "device": device}))
+        return cls(**(plain | {"dtype": DTYPES[plain["dtype"]], "device": device}))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.core.state import State
-from kvfloor.game.engine.instance import agreed, agreed_family
+from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.visual import Visual
 from kvfloor.methods.variants import NextScale, keep_coarse, scale_budgets, tokens_in
@@ -61,8 +61,8 @@ def test_budgets_of_scales_add_up_to_the_total(total: int, share: float, budgets
 
 def test_impossible_arguments_are_named() -> None:
     for arguments, said in (
-        ((SIDES, 0), "total must be a whole number of at least 1"),
-        (((1, 0), 5), "side must be a whole number of at least 1"),
+        ((SIDES, 0), "total must be a whole number >= 1"),
+        (((1, 0), 5), "side must be a whole number >= 1"),
         ((SIDES, 9, 1.5), "share must"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -127,7 +127,7 @@ def read_by_scale(text: str, pin: bool) -> list[float]:
     """On the visual barrier: the share of each scale's hidden rows that the state answers."""
     shared = agreed(d=64, dv=None, bits=1, eta=0.5, seed=0)
     n = tokens_in(SIDES)
-    instance = Visual(**shared, sides=SIDES, family=agreed_family(None, n, 64, shared["key_seed"]))
+    instance = Visual(**shared, sides=SIDES, public=keys_for(shared, n))
     hidden = Hidden(3)
     levels = hidden.levels(n, 64, 1)
     state = parse(text).open(instance.spec())

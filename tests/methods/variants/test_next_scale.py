@@ -177,7 +177,7 @@ def test_what_the_state_refuses_is_refused():
 
 def test_sides_and_tokens():
     assert tokens_in((1, 2, 3)) == 14 and tokens_in(()) == 0
-    with pytest.raises(ValueError, match="side must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="side must be a whole number >= 1, got 0"):
         tokens_in((1, 0))
     x = torch.arange(14.0).view(14, 1)
     assert [part.flatten().tolist() for part in scale_by_scale((1, 2, 3), x)] == [

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.method import Method, standard_law
-from kvfloor.core.spec import Spec
+from kvfloor.core.spec import DTYPES, Spec
 from kvfloor.core.state import State
 from kvfloor.game.engine.secret import Hidden
-from kvfloor.game.keys.families import FAMILIES, jl_dimension
-from kvfloor.game.keys.gaps import best_family, one_sided_gaps
-from kvfloor.validation import relative_error, whole
+from kvfloor.game.keys.public import PublicKeys
+from kvfloor.validation import one_of, relative_error, whole
 
 MOST_BITS = 24  # of a hidden value: a float32 has no more
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PLAYED_IN = ("float32", "float16", "bfloat16")
 _TOKENS_AT_ONCE = 1024
 
 
@@ -107,32 +106,41 @@ class Instance(ABC):
         return self.answers(state, rows // self.rows, rows % self.rows).float().contiguous()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyedInstance(Instance):
+    """An instance whose tokens have the keys of one public family."""
+
+    public: PublicKeys
+
+    def __post_init__(self) -> None:
+        if isinstance(self.public, dict):  # as it comes from JSON
+            object.__setattr__(self, "public", PublicKeys(**self.public))
+
+    @property
+    def keys(self) -> Tensor:
+        """The public keys (n, d), in the spec's dtype."""
+        return self.public.table
+
+    def details(self) -> dict[str, Any]:
+        return {"family": self.public.family}
+
+
+def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
+    """Return n public keys for an instance with these `agreed` fields; ValueError as `PublicKeys.chosen`."""
+    return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
+
+
 def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: str = "float32") -> dict[str, Any]:
     """The fields that all instances share, from a user's arguments; ValueError names the one out of its domain."""
     d = whole("d", d)
     if whole("bits", bits) > MOST_BITS:
         raise ValueError(f"bits must lie in 1..{MOST_BITS}, got {bits}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    one_of("dtype", dtype, PLAYED_IN)
     seed = whole("seed", seed, least=0)
     return {
         "d": d, "dv": d if dv is None else whole("dv", dv), "bits": bits, "eta": relative_error(eta), "dtype": dtype,
         "key_seed": derived_seed("keys", seed), "method_seed": derived_seed("method", seed),
     }  # fmt: skip
-
-
-def agreed_family(family: str | None, n: int, d: int, key_seed: int) -> str:
-    """The key family asked for, or the best one at (n, d); ValueError if there is none, or none of that name."""
-    if family is None:
-        return best_family(n, d, key_seed)
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    if family == "jl" and one_sided_gaps(FAMILIES["jl"](n, d, key_seed)).min() <= 0.0:
-        raise ValueError(
-            f"family 'jl' has keys that no query singles out at n={n}, d={d}; its theorem needs d >= "
-            f"{jl_dimension(n)}; leave the family out to get the best one"
-        )
-    return family
 
 
 def pieces(k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

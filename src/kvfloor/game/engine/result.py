@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from kvfloor.core.method import Method
 from kvfloor.game.engine.certificates import ALPHA
 from kvfloor.game.engine.decode import Decoded
 from kvfloor.game.engine.decode import judge as judge_rows
 from kvfloor.game.engine.instance import Instance
-from kvfloor.game.engine.play import Played
+from kvfloor.game.engine.play import Played, play_index
+from kvfloor.game.engine.secret import Hidden
 
 SUCCESS = 0.9  # p of the theorems
 
@@ -65,6 +67,21 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
         return dataclasses.asdict(self)
+
+
+def run(
+    method: Method | str,
+    instance: Instance,
+    *,
+    seed: int,
+    floor_bits: float,
+    hidden_seed: int | str | None = None,
+    sampled: int | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play an instance against a method and judge the answers: what most barriers' `play` ends with."""
+    played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
+    return conclude(played, instance, seed=seed, floor_bits=floor_bits)
 
 
 def conclude(

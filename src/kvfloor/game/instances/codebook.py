@@ -8,7 +8,6 @@ if not, the marker outweighs all other keys (docs/floors.md, "Bits in the keys";
 import dataclasses
 import math
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -19,15 +18,13 @@ from kvfloor.core.state import State
 from kvfloor.floors.entropy import H2, log2_choose, row_bits
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine import certificates
-from kvfloor.game.engine.aim import aim
 from kvfloor.game.engine.asking import by_appending
 from kvfloor.game.engine.decode import Decoded, leak_ratio, nearest_levels, wrong_bits
-from kvfloor.game.engine.instance import DTYPES, Instance, agreed, agreed_family, pieces
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
 from kvfloor.game.engine.play import Played, play_index
 from kvfloor.game.engine.predict import log2_level_probability, log2_row_gain
 from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
-from kvfloor.game.keys.families import FAMILIES
 from kvfloor.validation import whole
 
 _MOST_KEYS = 16_384
@@ -37,13 +34,12 @@ _BELIEFS = (1.0 - 2.0**-20, 0.75)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Codebook(Instance):
+class Codebook(KeyedInstance):
     """M public keys, n of which are streamed in a secret order; hidden values go with all M, only n of them matter."""
 
     barrier: ClassVar[str] = "spike"
     n: int
     codebook: int
-    family: str
 
     @property
     def rows(self) -> int:
@@ -58,11 +54,6 @@ class Codebook(Instance):
     def hidden_bits(self) -> int:
         return int(log2_choose(self.codebook, self.n)) + self.n * self.dv * self.bits
 
-    @cached_property
-    def keys(self) -> Tensor:
-        """The whole public codebook (M, d)."""
-        return FAMILIES[self.family](self.codebook, self.d, self.key_seed).to(DTYPES[self.dtype])
-
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         chosen = hidden.subset(self.codebook, self.n)
         yield from pieces(self.keys[chosen], values[:, chosen])
@@ -70,8 +61,8 @@ class Codebook(Instance):
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         ratio = leak_ratio(self.bits, self.eta)
         # Half of the gap separates the key from the marker, the other half the marker from all other keys.
-        queries, gaps = aim(
-            self.keys, row, self.spec(), lambda gap, norm: spike_C(self.codebook, 1, gap / 2, norm, ratio)
+        queries, gaps = self.public.aim(
+            row, self.spec(), lambda gap, norm: spike_C(self.codebook, 1, gap / 2, norm, ratio)
         )
         norms = self.keys[row].double().square().sum(dim=1)
         shorter = 1.0 - torch.minimum(gaps, norms) / (2.0 * norms)
@@ -106,7 +97,7 @@ class Codebook(Instance):
 
     def details(self) -> dict[str, Any]:
         return {
-            "family": self.family,
+            **super().details(),
             "codebook": self.codebook,
             "key_bits": log2_choose(self.codebook, self.n),
             "value_bits": self.n * self.dv * self.bits,
@@ -138,8 +129,7 @@ def play(
     n, codebook = whole("n", n), whole("codebook", codebook)
     if not n <= codebook <= _MOST_KEYS:
         raise ValueError(f"codebook must lie in n..{_MOST_KEYS} = {n}..{_MOST_KEYS}, got {codebook}")
-    family = agreed_family(family, codebook, shared["d"], shared["key_seed"])
-    instance = Codebook(**shared, n=n, codebook=codebook, family=family)
+    instance = Codebook(**shared, n=n, codebook=codebook, public=keys_for(shared, codebook, family))
     played = play_index(method, instance, Hidden(hidden_seed), isolated=isolated)
     present = torch.zeros(codebook, dtype=torch.bool)
     present[Hidden(played.hidden_seed).subset(codebook, n)] = True

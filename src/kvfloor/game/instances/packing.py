@@ -7,24 +7,25 @@ be hidden. Every key and its value come n/m times: repeating a token changes no 
 
 import dataclasses
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from kvfloor.core.method import Method
+from kvfloor.core.spec import DTYPES
 from kvfloor.core.state import State
 from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.norm_bounded import N_dr
 from kvfloor.floors.separation import eps_s
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.asking import by_reading
-from kvfloor.game.engine.instance import DTYPES, Instance, agreed, pieces
+from kvfloor.game.engine.instance import KeyedInstance, agreed, pieces
 from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import FAMILIES
 from kvfloor.game.keys.gaps import one_sided_gaps, promised_gaps
+from kvfloor.game.keys.public import PublicKeys
 from kvfloor.validation import positive, whole
 
 _PACKED_UP_TO = 16  # dimensions in which greedy packing beats codes
@@ -33,14 +34,13 @@ _MOST_KEYS = 2_048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Packing(Instance):
+class Packing(KeyedInstance):
     """m separable keys, each repeated `repeats` times with its value; no query has a logit above `radius`."""
 
     barrier: ClassVar[str] = "packing"
     m: int
     repeats: int
     radius: float
-    family: str
 
     @property
     def rows(self) -> int:
@@ -49,11 +49,6 @@ class Packing(Instance):
     @property
     def length(self) -> int:
         return self.m * self.repeats
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """The distinct public keys (m, d), of unit norm."""
-        return FAMILIES[self.family](self.m, self.d, self.key_seed).to(DTYPES[self.dtype])
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         del hidden
@@ -70,8 +65,7 @@ class Packing(Instance):
             "radius": self.radius,
             "keys_that_exist": min(N_dr(self.d, self.radius, self.eta), 2.0**53),
             "repeats": self.repeats,
-            "family": self.family,
-        }
+        } | super().details()
 
 
 def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tuple[str, int]:
@@ -122,7 +116,8 @@ def play(
     shared = agreed(d=d, dv=_DEFAULT_DV if dv is None else dv, bits=1, eta=eta, seed=seed)
     n, radius = whole("n", n), positive("radius", 32.0 if radius is None else radius)
     family, m = separable(shared["d"], radius, eta, min(n, _MOST_KEYS), shared["key_seed"])
-    instance = Packing(**shared, m=m, repeats=n // m, radius=radius, family=family)
+    public = PublicKeys(family, m, shared["d"], shared["key_seed"])
+    instance = Packing(**shared, m=m, repeats=n // m, radius=radius, public=public)
     played = play_index(method, instance, Hidden(hidden_seed), isolated=isolated)
     claimed = min(float(n), N_dr(shared["d"], radius, eta))
     return conclude(

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.method import Method
+from kvfloor.core.spec import DTYPES
 from kvfloor.core.state import State
 from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.separation import tau
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import DTYPES, Instance, agreed
+from kvfloor.game.engine.instance import Instance, agreed
 from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.probing_readers import as_rows, curve, success_bound
 from kvfloor.game.engine.result import SUCCESS, Result, conclude

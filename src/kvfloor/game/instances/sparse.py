@@ -18,14 +18,11 @@ from kvfloor.core.method import Method
 from kvfloor.core.state import State
 from kvfloor.floors import space
 from kvfloor.floors.spike import spike_C
-from kvfloor.game.engine.aim import aim
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import DTYPES, Instance, agreed, agreed_family, pieces
-from kvfloor.game.engine.play import play_index
-from kvfloor.game.engine.result import SUCCESS, Result, conclude
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
+from kvfloor.game.engine.result import SUCCESS, Result, run
 from kvfloor.game.engine.secret import Hidden
-from kvfloor.game.keys.families import FAMILIES
 from kvfloor.validation import whole
 
 _NEGLIGIBLE = 1e-3  # of the largest score: what counts as close to zero
@@ -34,12 +31,11 @@ _MOST_TOKENS = 16_384
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sparse(Instance):
+class Sparse(KeyedInstance):
     """n public keys; Alice asks for each token as it comes, Bob for all of them."""
 
     barrier: ClassVar[str] = "sparse"
     n: int
-    family: str
 
     @property
     def rows(self) -> int:
@@ -50,16 +46,11 @@ class Sparse(Instance):
         return self.n
 
     @cached_property
-    def keys(self) -> Tensor:
-        """The public keys (n, d)."""
-        return FAMILIES[self.family](self.n, self.d, self.key_seed).to(DTYPES[self.dtype])
-
-    @cached_property
     def queries(self) -> Tensor:
         """The spike query of every key (n, d): Alice's at that token, and Bob's."""
         ratio = leak_ratio(self.bits, self.eta)
         everything = torch.arange(self.n)
-        return aim(self.keys, everything, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))[0]
+        return self.public.aim(everything, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))[0]
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         del hidden
@@ -83,7 +74,7 @@ class Sparse(Instance):
         top = scores.masked_fill(later, -torch.inf).amax(dim=1, keepdim=True)
         weights = scores.masked_fill(later, -torch.inf).softmax(-1)
         return {
-            "family": self.family,
+            **super().details(),
             "scores_near_zero": ((scores.abs() < _NEGLIGIBLE * top) & seen).sum().item() / seen.sum().item(),
             "softmax_near_zero": ((weights < _NEGLIGIBLE) & seen).sum().item() / seen.sum().item(),
             "least_top_weight": weights.amax(dim=1).min().item(),
@@ -112,7 +103,6 @@ def play(
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if whole("n", n) > _MOST_TOKENS:
         raise ValueError(f"n must be at most {_MOST_TOKENS} for barrier 'sparse', got {n}")
-    family = agreed_family(family, n, shared["d"], shared["key_seed"])
-    instance = Sparse(**shared, n=n, family=family)
-    played = play_index(method, instance, Hidden(hidden_seed), isolated=isolated)
-    return conclude(played, instance, seed=seed, floor_bits=space(n, d, instance.dv, eta=eta, p=SUCCESS).bits)
+    instance = Sparse(**shared, n=n, public=keys_for(shared, n, family))
+    floor = space(n, d, instance.dv, eta=eta, p=SUCCESS)
+    return run(method, instance, seed=seed, floor_bits=floor.bits, hidden_seed=hidden_seed, isolated=isolated)

@@ -6,8 +6,7 @@ Independent copies in one state are the direct sum over kv heads and layers.
 
 import dataclasses
 from collections.abc import Iterator
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,16 +14,14 @@ from kvfloor.core.method import Method
 from kvfloor.core.state import State
 from kvfloor.floors import space
 from kvfloor.floors.spike import spike_C
-from kvfloor.game.engine.aim import aim
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import DTYPES, Instance, agreed, agreed_family, pieces
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
 from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.public_bits import PublicBits
 from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.codebook import play as play_codebook
-from kvfloor.game.keys.families import FAMILIES
 from kvfloor.validation import whole
 
 ALL_ROWS_UP_TO = 16_384
@@ -32,12 +29,11 @@ ROWS_SAMPLED = 2_048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spike(Instance):
+class Spike(KeyedInstance):
     """n public keys of one family, each with a hidden row; Bob asks without appending."""
 
     barrier: ClassVar[str] = "spike"
     n: int
-    family: str
 
     @property
     def rows(self) -> int:
@@ -47,11 +43,6 @@ class Spike(Instance):
     def length(self) -> int:
         return self.n
 
-    @cached_property
-    def keys(self) -> Tensor:
-        """The public keys (n, d), in the spec's dtype."""
-        return FAMILIES[self.family](self.n, self.d, self.key_seed).to(DTYPES[self.dtype])
-
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         del hidden
         yield from pieces(self.keys, values)
@@ -59,16 +50,13 @@ class Spike(Instance):
     def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """The spike queries (m, d) of rows (m,), and the rows' gaps (m,)."""
         ratio = leak_ratio(self.bits, self.eta)
-        return aim(self.keys, row, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))
+        return self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         return by_reading(state, copy, self.queries(row)[0])
 
     def optimum(self) -> Method:
-        return PublicBits(self.family, self.n, self.key_seed, self.bits)
-
-    def details(self) -> dict[str, Any]:
-        return {"family": self.family}
+        return PublicBits(self.public.family, self.n, self.key_seed, self.bits)
 
 
 def play(
@@ -114,8 +102,7 @@ def play(
         )  # fmt: skip
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n, copies = whole("n", n), whole("heads", heads) * whole("layers", layers)
-    family = agreed_family(family, n, shared["d"], shared["key_seed"])
-    instance = Spike(**shared, n=n, family=family, copies=copies)
+    instance = Spike(**shared, n=n, public=keys_for(shared, n, family), copies=copies)
     if rows is None:
         rows = copies * n if copies * n <= ALL_ROWS_UP_TO else ROWS_SAMPLED
     sampled = rows if whole("rows", rows) < copies * n else None

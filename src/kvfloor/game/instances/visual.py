@@ -6,7 +6,6 @@ state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: doc
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -16,26 +15,23 @@ from kvfloor.core.method import Method
 from kvfloor.core.state import State
 from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.spike import spike_C
-from kvfloor.game.engine.aim import aim
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import DTYPES, Instance, agreed, agreed_family
-from kvfloor.game.engine.play import play_index
-from kvfloor.game.engine.result import SUCCESS, Result, conclude
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for
+from kvfloor.game.engine.result import SUCCESS, Result, run
 from kvfloor.game.engine.secret import Hidden
-from kvfloor.game.keys.families import FAMILIES
 from kvfloor.methods.variants.visual import NextScale, scale_by_scale, tokens_in
 from kvfloor.validation import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Visual(Instance):
+class Visual(KeyedInstance):
     """Maps of the given sides, all coded; Bob adds one more map, as large as the last, of zero tokens and spikes."""
 
     barrier: ClassVar[str] = "visual"
     sides: tuple[int, ...]
-    family: str
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "sides", tuple(self.sides))  # a list where it comes from JSON
 
     @property
@@ -51,11 +47,6 @@ class Visual(Instance):
         """Queries of Bob's map."""
         return self.sides[-1] ** 2
 
-    @cached_property
-    def keys(self) -> Tensor:
-        """The public keys (tokens, d)."""
-        return FAMILIES[self.family](self.rows, self.d, self.key_seed).to(DTYPES[self.dtype])
-
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         del hidden
         keys = self.keys.unsqueeze(0).expand(self.copies, -1, -1)
@@ -68,7 +59,7 @@ class Visual(Instance):
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         """Every map of Bob's asks sides[-1]^2 rows at once, on its own copy of the state."""
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
-        queries, _ = aim(self.keys, row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
+        queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
         answers = []
         for part in queries.split(zeros):
             fork = state.clone()
@@ -85,8 +76,7 @@ class Visual(Instance):
             "sides": list(self.sides),
             "rows_read_at_once": self.asked_at_once,
             "rows_if_the_last_scale_asks": own,
-            "family": self.family,
-        }
+        } | super().details()
 
 
 def doubling(tokens: int) -> tuple[int, ...]:
@@ -121,7 +111,6 @@ def play(
     if sides is not None and not sides:
         raise ValueError("sides must hold the side of at least one map, got none")
     sides = doubling(whole("n", n)) if sides is None else tuple(whole("side", side) for side in sides)
-    family = agreed_family(family, tokens_in(sides), shared["d"], shared["key_seed"])
-    instance = Visual(**shared, sides=sides, family=family)
-    played = play_index(method, instance, Hidden(hidden_seed), isolated=isolated)
-    return conclude(played, instance, seed=seed, floor_bits=row_bits(instance.rows, instance.dv, SUCCESS))
+    instance = Visual(**shared, sides=sides, public=keys_for(shared, tokens_in(sides), family))
+    floor_bits = row_bits(instance.rows, instance.dv, SUCCESS)
+    return run(method, instance, seed=seed, floor_bits=floor_bits, hidden_seed=hidden_seed, isolated=isolated)

@@ -8,7 +8,6 @@ W - 1 rows are hidden; if he only asks, W are.
 
 import dataclasses
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -18,26 +17,22 @@ from kvfloor.core.method import Method
 from kvfloor.core.state import State
 from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.spike import window_C
-from kvfloor.game.engine.aim import aim
 from kvfloor.game.engine.asking import by_appending, by_reading
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import DTYPES, Instance, agreed, agreed_family, pieces
-from kvfloor.game.engine.play import play_index
-from kvfloor.game.engine.result import SUCCESS, Result, conclude
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
+from kvfloor.game.engine.result import SUCCESS, Result, run
 from kvfloor.game.engine.secret import Hidden
-from kvfloor.game.keys.families import FAMILIES
 from kvfloor.validation import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Window(Instance):
+class Window(KeyedInstance):
     """n - W zero tokens, then W coded ones, the first of which hides nothing where Bob appends."""
 
     barrier: ClassVar[str] = "window"
     n: int
     window: int
     append: bool
-    family: str
 
     @property
     def rows(self) -> int:
@@ -46,11 +41,6 @@ class Window(Instance):
     @property
     def length(self) -> int:
         return self.n
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """The public keys of the coded tokens (W, d)."""
-        return FAMILIES[self.family](self.window, self.d, self.key_seed).to(DTYPES[self.dtype])
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         del hidden
@@ -61,8 +51,7 @@ class Window(Instance):
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         ratio, extra = leak_ratio(self.bits, self.eta), 2 if self.append else 0
-        queries, _ = aim(
-            self.keys,
+        queries, _ = self.public.aim(
             row + self.window - self.rows,
             self.spec(),
             lambda gap, norm: window_C(self.window, self.n, extra, gap, ratio, norm),
@@ -70,7 +59,7 @@ class Window(Instance):
         return (by_appending if self.append else by_reading)(state, copy, queries)
 
     def details(self) -> dict[str, Any]:
-        return {"window": self.window, "append": self.append, "family": self.family}
+        return {"window": self.window, "append": self.append} | super().details()
 
 
 def play(
@@ -101,7 +90,6 @@ def play(
     window = max(least, n // 4) if window is None else whole("window", window, least=least)
     if window > n:
         raise ValueError(f"window must be at most n = {n}, got {window}")
-    family = agreed_family(family, window, shared["d"], shared["key_seed"])
-    instance = Window(**shared, n=n, window=window, append=append, family=family)
-    played = play_index(method, instance, Hidden(hidden_seed), isolated=isolated)
-    return conclude(played, instance, seed=seed, floor_bits=row_bits(instance.rows, instance.dv, SUCCESS))
+    instance = Window(**shared, n=n, window=window, append=append, public=keys_for(shared, window, family))
+    floor_bits = row_bits(instance.rows, instance.dv, SUCCESS)
+    return run(method, instance, seed=seed, floor_bits=floor_bits, hidden_seed=hidden_seed, isolated=isolated)
