@@ -22,7 +22,7 @@ OTHER_VERDICTS = {
     "no stock run": "Not compared: transformers' own cache fails on the tiny model",
     "not built": "Not compared: no tiny model without a network, other libraries or other inputs than text",
 }
-COMMANDS = ("audit", "floors", "break", "check", "methods")
+COMMANDS = ("audit", "floors", "break", "check", "methods", "train-less")
 
 
 def methods_page() -> str:

@@ -325,3 +325,37 @@ def methods(as_json: Json = False) -> None:
     for row in table:
         shown.add_row(*(row[name] for name in ("name", "kind", "memory", "about")))
     Console().print(shown, markup=False, highlight=False)
+
+
+@app.command("train-less")
+def train_less(
+    policy: Annotated[str, typer.Option(help="Eviction policy and budget in tokens, such as 'sinks(4)@64'.")],
+    out: Annotated[Path, typer.Option(help="File for the kernels (.safetensors).")],
+    model: Annotated[str, typer.Option(help="builtin, or the folder of a transformers model.")] = "builtin",
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines as for `kvfloor audit`; samples of the built-in tasks if not given.")
+    ] = None,
+    compare: Annotated[int, typer.Option(help="Fresh samples to compare on afterwards; 0 for none.")] = 18,
+    rank: Annotated[int, typer.Option(help="Rank R of the kernels.")] = 8,
+    hidden: Annotated[int, typer.Option(help="Hidden units of each network.")] = 128,
+    samples: Annotated[int, typer.Option(help="Texts to learn from; a tenth is kept back to choose an epoch.")] = 72,
+    length: Annotated[int, typer.Option(help="Tokens of context per text.")] = 512,
+    epochs: Annotated[int, typer.Option(help="Passes over the texts.")] = 40,
+    batch: Annotated[int, typer.Option(help="Texts per step.")] = 2,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3,
+    dropout: Annotated[float, typer.Option(help="Share of hidden units that are off in training.")] = 0.3,
+    seed: Annotated[int, typer.Option(help="Seed of samples, first weights and order.")] = 0,
+) -> None:
+    """Train the kernels of LESS for a model and a policy, and compare them with as many bytes in tokens."""
+    from kvfloor.training.fit import Recipe
+    from kvfloor.training.less import run
+
+    recipe = Recipe(rank, hidden, samples, length, epochs, batch, lr, dropout, seed)
+    _quiet_transformers()
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    for text, size, errors in run(model, policy, out, prompts, compare, recipe, say):
+        layers = " ".join(f"{error:.4f}" for error in errors)
+        print(f"{text:<60} {size:>8,} bytes per kv head   output error by layer {layers}")

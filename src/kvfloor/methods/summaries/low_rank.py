@@ -34,7 +34,7 @@ class Less(Summary):
 
     Law (Dong et al. 2024): the evicted tokens add phi(q) H to the numerator and phi(q) z to the denominator of
     attention, so psi(k).phi(q) stands for exp(scale q.k). phi and psi are small non-negative networks (`Kernels`),
-    trained for one model and policy by `python -m kvfloor.training.less`. The mass is never negative, and the
+    trained for one model and policy by `kvfloor train-less`. The mass is never negative, and the
     answer is a convex combination of the evicted values. R (dv + 1) float32 numbers per row: with R = 8, about 4
     tokens; the fair control is the same policy with as many tokens more. No guarantee.
 

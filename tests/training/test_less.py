@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -18,24 +18,9 @@ from kvfloor.core.bounded import Bounded
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.decode import Dialogue
 from kvfloor.methods.summaries.low_rank import Kernels, Less
-from kvfloor.training import less as train_less
-from kvfloor.training.less import (
-    Lesson,
-    Recipe,
-    Text,
-    answers,
-    departures,
-    fit,
-    lesson,
-    loss_of,
-    output_weight,
-    recorded,
-    rivals,
-    task_items,
-    texts,
-    train,
-    write,
-)
+from kvfloor.training.fit import Recipe, answers, fit, loss_of, output_weight, train
+from kvfloor.training.less import rivals, run
+from kvfloor.training.lessons import Lesson, Text, departures, lesson, recorded, task_items, texts
 
 Draw = Callable[..., Tensor]
 SMALL = Recipe(rank=4, hidden=8, samples=4, length=48, epochs=2, batch=2)
@@ -184,7 +169,7 @@ def test_a_trained_file_serves_the_models_cache(model: Any, tmp_path: Path) -> N
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
     assert tensors["query_in"].shape == (2, 2, 8, 8)
-    write(path, tensors, {"model": "tiny"})
+    path.write_bytes(save(tensors, {"model": "tiny"}))
     assert [file.name for file in tmp_path.iterdir()] == ["less.safetensors"]
     cache = CompressedCache(model.config, f"sinks(count=2,block=4)+less(rank=4,kernels={str(path)!r})@12")
     ids = torch.tensor([material(1)[0].context])
@@ -228,22 +213,22 @@ def test_texts_are_contexts_with_their_question_and_right_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("changed", "said"),
     [
-        (["--policy", "exact"], "must be an eviction policy with a budget in tokens"),
-        (["--policy", "window@25%"], "must be an eviction policy with a budget in tokens"),
-        (["--policy", "nothing@64"], "unknown policy"),
-        (["--policy", "window@64", "--model", "/nowhere"], "no model at"),
+        ({"policy": "exact"}, "must be an eviction policy with a budget in tokens"),
+        ({"policy": "window@25%"}, "must be an eviction policy with a budget in tokens"),
+        ({"policy": "nothing@64"}, "unknown policy"),
+        ({"name": "/nowhere"}, "no model at"),
+        ({"out": "no/k.safetensors"}, "its folder does not exist"),
     ],
 )
-def test_bad_arguments_end_with_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: str
-) -> None:
-    monkeypatch.setattr("sys.argv", ["train_less", *arguments, "--out", str(tmp_path / "k.safetensors")])
-    with pytest.raises(SystemExit) as stopped:
-        train_less.main()
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["train_less", "--policy", "window@64", "--out", str(tmp_path / "no/k")])
-    with pytest.raises(SystemExit):
-        train_less.main()
-    assert "its folder does not exist" in capsys.readouterr().err
+def test_what_cannot_be_trained_is_named(tmp_path: Path, changed: dict[str, str], said: str) -> None:
+    given = {"name": "builtin", "policy": "window@64", "out": "k.safetensors"} | changed
+    with pytest.raises(ValueError, match=said):
+        run(given["name"], given["policy"], tmp_path / given["out"], None, 0, SMALL, print)
+
+
+@pytest.mark.parametrize(("name", "value"), [("rank", 0), ("samples", 1), ("lr", 0.0), ("dropout", 1.0), ("seed", -1)])
+def test_an_impossible_recipe_is_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"train-less: {name} must"):
+        Recipe(**{name: value})

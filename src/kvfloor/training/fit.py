@@ -1,0 +1,164 @@
+"""Fit LESS's kernels to lessons, layer by layer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.bounded import Bounded
+from kvfloor.hf import CompressedCache
+from kvfloor.methods.summaries.low_rank import Kernels
+from kvfloor.training.lessons import Lesson, Text, lesson, recorded
+from kvfloor.validation import count, positive, within
+
+LEAST_MASS = 1e-6  # below which the logarithm is cut in training
+_OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the kernels, beside model and policy.
+
+    samples texts with contexts of `length` tokens; a tenth of them, not learnt from, chooses among the epochs. The
+    paper takes 512 texts and a hidden width of 512; the other defaults are its own.
+    """
+
+    rank: int = 8
+    hidden: int = 128
+    samples: int = 72
+    length: int = 512
+    epochs: int = 40
+    batch: int = 2
+    lr: float = 1e-3
+    dropout: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the argument that is out of its domain."""
+        whole_numbers = ("rank", "hidden", "length", "epochs", "batch")
+        count("train-less", least=1, **{name: value for name, value in asdict(self).items() if name in whole_numbers})
+        count("train-less", least=2, samples=self.samples)
+        count("train-less", seed=self.seed)
+        positive("train-less: lr", self.lr)
+        within("train-less: dropout", self.dropout, 0.0, 1.0, high_open=True)
+
+
+def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
+    """The layer's answers (P, g, m, dv) with the kernels' state in place of the tokens that have left."""
+    heads, g, m, _ = given.q.shape
+    psi = kernels.psi(given.k, dropout)
+    values = torch.cat([given.v, torch.ones_like(given.v[..., :1])], -1)
+    added = psi.new_zeros(heads * (given.departures + 1), psi.shape[2], values.shape[2])
+    group = torch.arange(heads, device=psi.device).unsqueeze(1) * (given.departures + 1) + given.rank
+    # What never leaves is added to a group of its own, which no query reaches.
+    added = added.index_add(0, group.flatten(), torch.einsum("pnr,pnv->pnrv", psi, values).flatten(0, 1))
+    state = added.view(heads, given.departures + 1, *added.shape[1:]).cumsum(1)[:, given.gone - 1]  # (P, m, R, dv+1)
+    phi = kernels.phi(given.q.flatten(1, 2), dropout).view(heads, g, m, -1)
+    sums = torch.einsum("pgmr,pmrv->pgmv", phi, state)
+    mass = sums[..., -1].clamp_min(LEAST_MASS)
+    share = torch.sigmoid(torch.log(mass) - given.log_mass).unsqueeze(-1)
+    return given.mean + share * (sums[..., :-1] / mass.unsqueeze(-1) - given.mean)
+
+
+def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
+    """The weight (hidden, width) by which the model mixes this layer's heads, if its module has a usual name."""
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) != layer:
+            continue
+        for name, child in module.named_children():
+            if name in _OUTPUT_NAMES and isinstance(child, torch.nn.Linear) and child.in_features == width:
+                return child.weight.detach().float()
+    return None
+
+
+def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
+    """x (P, g, m, dv) as the layer's output (m, hidden): heads side by side, times the output weight."""
+    heads = x.permute(2, 0, 1, 3).flatten(1)
+    return heads if weight is None else heads @ weight.T
+
+
+def loss_of(kernels: Kernels, given: Lesson, weight: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """The sum of squared errors of the layer's output."""
+    return mixed(answers(kernels, given, dropout) - given.exact, weight).square().sum()
+
+
+def fit(
+    lessons: Sequence[Lesson], weight: Tensor | None, start: Kernels, recipe: Recipe, say: Callable[[str], None]
+) -> Kernels:
+    """Adam on the mean squared error of the layer's output; the kernels that were best on the last tenth are kept."""
+    kept_back = max(1, len(lessons) // 10)
+    seen, unseen = lessons[:-kept_back], lessons[-kept_back:]
+    size = sum(float(mixed(one.exact, weight).square().sum()) for one in lessons) / len(lessons)
+    tensors = {name: x.clone().requires_grad_() for name, x in start.tensors().items()}
+    kernels = Kernels(**tensors)
+    optimizer = torch.optim.Adam(list(tensors.values()), lr=recipe.lr)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, recipe.epochs // 4), 0.5)
+
+    def missed() -> float:
+        with torch.no_grad():
+            return sum(float(loss_of(kernels, one, weight)) for one in unseen)
+
+    first = best = missed()
+    kept = {name: x.detach().clone() for name, x in tensors.items()}
+    source = torch.Generator().manual_seed(recipe.seed)
+    for _ in range(recipe.epochs):
+        order = torch.randperm(len(seen), generator=source).tolist()
+        for at in range(0, len(order), recipe.batch):
+            some = order[at : at + recipe.batch]
+            loss = sum(loss_of(kernels, seen[i], weight, recipe.dropout) for i in some) / (len(some) * size)
+            assert isinstance(loss, Tensor)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(list(tensors.values()), 1.0)
+            optimizer.step()
+        schedule.step()
+        now = missed()
+        if now < best:
+            best, kept = now, {name: x.detach().clone() for name, x in tensors.items()}
+    whole = sum(float(mixed(one.exact, weight).square().sum()) for one in unseen)
+    say(f"output error on unseen texts {math.sqrt(first / whole):.4f} -> {math.sqrt(best / whole):.4f}")
+    return Kernels(**kept)
+
+
+def train(
+    model: Any, material: Sequence[Text], method: Bounded, recipe: Recipe, say: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Kernels for every layer of a prepared model, as the file's tensors (layers, kv heads, ...).
+
+    Layers that no compressed cache serves keep untrained kernels. Raises ValueError where the policy drops nothing.
+    """
+    compressed = {layer.index for layer in CompressedCache(model.config, "exact").compressed}
+    layers: list[Kernels] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # of dropout
+        for layer in range(max(compressed) + 1):
+            begin, lessons, weight = time.perf_counter(), [], None
+            if layer not in compressed:
+                layers.append(layers[-1] if layers else _start(model, recipe, 0))
+                continue
+            for text, taken in zip(material, recorded(model, material, layer), strict=True):
+                one = lesson(method, layer, text, taken)
+                if one is not None:
+                    lessons.append(one)
+            if len(lessons) < 2:
+                raise ValueError(f"{method} keeps (nearly) all of these texts: give longer ones, or a smaller budget")
+            heads, g, _, d = lessons[0].q.shape
+            weight = output_weight(model, layer, heads * g * lessons[0].v.shape[2])
+            start = Kernels.untrained(heads, d, recipe.rank, recipe.hidden, recipe.seed + layer)
+            layers.append(fit(lessons, weight, start, recipe, lambda text, layer=layer: say(f"layer {layer}: {text}")))
+            say(f"layer {layer}: {len(lessons)} texts, {time.perf_counter() - begin:.0f} s")
+    names = layers[0].tensors()
+    return {name: torch.stack([one.tensors()[name] for one in layers]).contiguous() for name in names}
+
+
+def _start(model: Any, recipe: Recipe, layer: int) -> Kernels:
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Kernels.untrained(heads, d, recipe.rank, recipe.hidden, recipe.seed + layer)

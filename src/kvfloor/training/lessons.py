@@ -1,0 +1,143 @@
+"""Make the lessons that LESS's kernels learn from: what left, what was asked, and what was missed, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.audit.plan import Item
+from kvfloor.core.attend import attend
+from kvfloor.core.bounded import Bounded, BoundedState
+from kvfloor.core.spec import Spec
+from kvfloor.core.summary import Drop
+from kvfloor.hf import CompressedCache
+from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.recording import Recorder
+from kvfloor.tasks import TASKS
+
+_QUERIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of a context and of what follows it; the prompt ends between the two."""
+
+    context: list[int]
+    rest: list[int]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One text in one layer: the queries that came after tokens had left, and what was held for them.
+
+    q (P, g, m, d); k (P, n, d), v (P, n, dv); rank (P, n): the departure at which each token left, 0 the first,
+    or `departures` if never; gone (m,): departures before each query; mean (P, g, m, dv) and log_mass (P, g, m) of
+    attention over the held tokens; exact (P, g, m, dv).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rank: Tensor
+    departures: int
+    gone: Tensor
+    mean: Tensor
+    log_mass: Tensor
+    exact: Tensor
+
+
+def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
+    """Every item's context, and its question with the right answer."""
+
+    def plain(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    return [
+        Text(
+            tokenizer(item.context).input_ids,
+            plain(" " + item.question if item.question else "") + plain(" " + item.answer),
+        )
+        for item in items
+    ]
+
+
+def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Item]:
+    """Samples of the built-in tasks in turn, with contexts of `length` tokens."""
+
+    def size(text: str) -> int:
+        return len(tokenizer(text).input_ids)
+
+    tasks = list(TASKS.values())
+    drawn = (tasks[i % len(tasks)].generate(seed, i, length, count=size) for i in range(samples))
+    return [Item(s.context, s.questions[0].ask, s.questions[0].answer) for s in drawn]
+
+
+def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Any, Any]]:
+    """q (kv heads, g, n, d), k and v (kv heads, n, .), scale and softcap of one layer for each text, run exactly."""
+    for text in material:
+        cache = CompressedCache(model.config, "exact")
+        seen = Recorder(one for one in cache.compressed if one.index == layer)
+        Dialogue.start(model, cache, 1).feed([text.context + text.rest])
+        one = seen.of(layer)
+        yield *one.by_row, one.scale, one.softcap
+
+
+def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
+    """(rows, n): how many tokens had been seen when each token left, n + 1 if it stayed. Sealed after `prompt`."""
+    state = replace(method, summary=Drop()).open(spec)
+    assert isinstance(state, BoundedState)
+    n = k.shape[1]
+    left = torch.full((spec.rows, n), n + 1)
+    cuts = sorted({*range(method.block, n, method.block), prompt, n})
+    for start, stop in zip([0, *cuts], cuts, strict=False):
+        state.step(q[:, :, start:stop], k[:, start:stop], v[:, start:stop])
+        if stop == prompt:
+            state.seal()
+        view = state.slots.view()
+        held = torch.zeros(spec.rows, n + 1, dtype=torch.bool)
+        position = view.position if view.live is None else view.position.masked_fill(~view.live, n)
+        held.scatter_(1, position.cpu(), True)
+        fresh = ~held[:, :stop] & (left[:, :stop] > n)
+        left[:, :stop][fresh] = stop
+    return left
+
+
+def lesson(method: Bounded, layer: int, text: Text, taken: tuple[Tensor, Tensor, Tensor, Any, Any]) -> Lesson | None:
+    """What the layer's kernels can learn from one text; None if nothing had left when a query was asked."""
+    q, k, v, scale, softcap = taken
+    rows, g, n, d = q.shape
+    places = [(layer, head) for head in range(rows)]
+    spec = Spec(rows, d, v.shape[2], scale, softcap, k.dtype, places=places)
+    left = departures(method, spec, q, k, v, len(text.context)).to(q.device)
+    times, order = torch.unique(left.clamp_max(n), return_inverse=True)
+    times = times[times < n]  # what leaves with the last token is missed by none
+    if not len(times):
+        return None
+    first = int(times[0])
+    asked = torch.arange(first, n, device=q.device)
+    token = torch.arange(n, device=q.device)
+    means, masses, exact = [], [], []
+    for piece in asked.split(_QUERIES_AT_ONCE):
+        flat = q[:, :, piece].flatten(1, 2)
+        later = token > piece.unsqueeze(1)
+        away = (left.unsqueeze(1) <= piece.unsqueeze(1)) | later  # (rows, m, n)
+        mean, mass = attend(flat, k, v, scale, softcap, hide=away.repeat(1, g, 1))
+        means.append(mean.unflatten(1, (g, -1)))
+        masses.append(mass.unflatten(1, (g, -1)))
+        exact.append(attend(flat, k, v, scale, softcap, hide=later.repeat(g, 1).unsqueeze(0))[0].unflatten(1, (g, -1)))
+    gone = (times.unsqueeze(0) <= asked.unsqueeze(1)).sum(1)
+    return Lesson(
+        q[:, :, first:].float(),
+        k.float(),
+        v.float(),
+        order.clamp_max(len(times)),
+        len(times),
+        gone,
+        torch.cat(means, 2),
+        torch.cat(masses, 2),
+        torch.cat(exact, 2),
+    )
