@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src/kvfloor"
 
 # A room is a folder or module directly under kvfloor/. It imports rooms on lower floors only.
 FLOORS = (
-    {"version", "validation", "files"},
+    {"version", "validation", "files", "logits"},
     {"core", "floors", "tasks", "models", "statistics"},
     {"methods"},
     {"game", "hf"},

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvfloor.logits import capped
+
 Backend = Literal["auto", "eager", "flash"]
 
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -86,8 +88,7 @@ def weigh(
     """The definition: mean (rows, m, dv), log-mass (rows, m) and the softmax weights (rows, m, s)."""
     dtype = compute_dtype(k.dtype)
     logits = torch.matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = capped(logits, softcap)
     if log_weight is not None:
         logits = logits + log_weight.to(dtype).unsqueeze(-2)
     if hide is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.attend import compute_dtype
+from kvfloor.logits import cap_
 
 
 def weights_by_tile(
@@ -32,9 +33,7 @@ def weights_by_tile(
     pieces = [slice(start, min(start + tile, width)) for start in range(0, width, tile)]
 
     def logits(at: slice) -> Tensor:
-        raw = torch.matmul(q, k[:, at].to(dtype).transpose(-1, -2))
-        if softcap is not None:
-            raw = raw.div_(softcap).tanh_().mul_(softcap)
+        raw = cap_(torch.matmul(q, k[:, at].to(dtype).transpose(-1, -2)), softcap)
         behind = slice(max(at.start, clear), at.stop)
         if behind.start < behind.stop:
             raw[..., behind.start - at.start :].masked_fill_(hide(behind), -torch.inf)

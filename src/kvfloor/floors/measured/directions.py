@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.floors.measured.products import logits, rough_dtype
+from kvfloor.logits import capped
 
 FEW = 4096  # keys up to which all of them are rivals
 SAMPLE = 1024  # keys that stand for all where they are more
@@ -100,9 +101,7 @@ class Ball:
 
     def _lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
         """How far each key's logit lies above the rivals' log mass (n,)."""
-        own = (query * keys).sum(1) * self.scale
-        if self.softcap is not None:
-            own = self.softcap * torch.tanh(own / self.softcap)
+        own = capped((query * keys).sum(1) * self.scale, self.softcap)
         rivals = torch.logsumexp(self._rival_logits(query, place), 1)
         return own - torch.logaddexp(rivals, torch.full_like(rivals, self.beyond))
 

@@ -7,6 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from kvfloor.logits import cap_
+
 _EXP_ULPS, _TANH_ULPS = 4.0, 8.0  # more than torch's exp, and c tanh(s / c) with its roundings, err in their last place
 _FLOAT32_UNIT = 2.0**-24
 
@@ -31,7 +33,7 @@ class Factors:
         """
         products = self.q[queries] @ self.k[tokens].T
         products = products.float() if products.dtype == torch.bfloat16 else products
-        return products if self.softcap is None else products.div_(self.softcap).tanh_().mul_(self.softcap)
+        return cap_(products, self.softcap)
 
     @property
     def sum_unit(self) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.floors.measured.products import Factors, Rounding, short_products
+from kvfloor.logits import capped
 
 _QUERIES_AT_ONCE = _TOKENS_AT_ONCE = 512  # a tile that fits the cache, and that bfloat16 products are fast on
 _WIDE_UP_TO = 2**32  # multiplications up to which everything is float64
@@ -104,7 +105,7 @@ def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, s
     for low in range(start, k.shape[0], _TOKENS_AT_ONCE):
         here = slice(low, low + _TOKENS_AT_ONCE)
         product = (q[group[here]].double() * k[here].double()).sum(1) * scale
-        parts.append(product if softcap is None else softcap * torch.tanh(product / softcap))
+        parts.append(capped(product, softcap))
     return torch.cat(parts)
 
 

@@ -19,6 +19,7 @@ from kvfloor.floors.measured.directions import FEW, thinned, with_rivals
 from kvfloor.floors.measured.improve import by_damage, promised, pruned
 from kvfloor.floors.measured.levels import Demand
 from kvfloor.floors.measured.products import Factors, rough_dtype
+from kvfloor.logits import capped
 
 _TOKENS_AT_ONCE = _OTHERS_AT_ONCE = 512
 _REVISED_UP_TO = 2**25  # tokens x members up to which a set is revised in rounds
@@ -36,11 +37,10 @@ class Pull:
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, beyond: float | None) -> None:
         self.q, self.n = q, len(k)
         self._factors = Factors.of(q, k, scale, softcap, rough_dtype(k.device, self.n <= FEW))
-        own = (q * k).sum(1) * scale
-        self._own = own if softcap is None else softcap * torch.tanh(own / softcap)
+        self._own = capped((q * k).sum(1) * scale, softcap)
         reach = abs(scale) * float(q.norm(dim=1).max()) * float(k.norm(dim=1).max())
         self._tame = 2.0 * reach <= _TOP
-        self.beyond = torch.zeros_like(own) if beyond is None else torch.exp((beyond - self._own).clamp_max(_TOP))
+        self.beyond = torch.zeros_like(self._own) if beyond is None else torch.exp((beyond - self._own).clamp_max(_TOP))
 
     def on(self, tokens: Tensor, others: Tensor) -> Tensor:
         """R (t, o), 0 where both are the same token."""

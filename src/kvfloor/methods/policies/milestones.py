@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.policy import Held, Policy, Queries
+from kvfloor.logits import capped
 from kvfloor.validation import count, literals, positives
 
 _NO_PAGE = 1 << 40
@@ -139,9 +140,7 @@ class Milestones(Policy):
         own = (up * own_high + down * own_low).sum(-1, keepdim=True)
         at = self._page(queries.position, held)[:, None, :, None]
         number = pages[:, None, None, :]
-        bound = torch.where(number == at, own, bound)
-        if held.spec.softcap is not None:
-            bound = torch.tanh(bound / held.spec.softcap) * held.spec.softcap
+        bound = capped(torch.where(number == at, own, bound), held.spec.softcap)
         return torch.softmax(bound.masked_fill(number > at, -torch.inf), -1).amax(1)
 
     def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:

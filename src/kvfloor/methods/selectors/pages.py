@@ -12,6 +12,7 @@ from kvfloor.core.selector import Chosen, Indexed, SelectorState
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.stretches import Stretches
+from kvfloor.logits import capped
 from kvfloor.validation import count
 
 
@@ -115,7 +116,7 @@ class PagesState(SelectorState):
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
         bound = self.bounds(q, newest, rows)
         if self.spec.softcap is not None:
-            bound = torch.tanh(bound / self.spec.softcap) * self.spec.softcap
+            bound = capped(bound, self.spec.softcap)
             page = torch.arange(bound.shape[-1], device=q.device)
             bound = bound.masked_fill(page >= newest.unsqueeze(-1), -torch.inf)
         unread = bound.sort(-1, descending=True).values[..., self.method.pages :]
