@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from table import save
 
-from kvfloor.audit import plan, run
+from kvfloor.audit import run
 from kvfloor.audit.statistics import wilson_interval
+from kvfloor.splitting import split_list
 
 CELLS = {"recall": ("after",), "registers": ("after",), "kv": ("after", "visible")}
 METHODS = (
@@ -54,13 +55,13 @@ def main() -> None:
     parser.add_argument("--methods", help="with commas; instead of all")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    methods = METHODS if given.methods is None else plan.split_list(given.methods)
+    methods = METHODS if given.methods is None else split_list(given.methods)
     rows = []
     for task, protocols in CELLS.items():
         with tempfile.TemporaryDirectory() as folder:
             question = run.Question(
                 methods=methods,
-                budgets=plan.split_list(given.budgets),
+                budgets=split_list(given.budgets),
                 tasks=(task,),
                 protocols=protocols,
                 n=given.n,

@@ -85,11 +85,11 @@ def audit(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from kvfloor.audit.plan import split_list
     from kvfloor.audit.require import parse_requirement, shortfalls
     from kvfloor.audit.run import Question, run
     from kvfloor.report.terminal import print_report
     from kvfloor.report.text import visible
+    from kvfloor.splitting import split_list
 
     clauses = parse_requirement(require) if require else ()
     chosen: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -239,8 +240,9 @@ def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
 
 
 def _literal(value: Any) -> str:
-    if isinstance(value, str):  # a bare word, unless it would be read as something else
-        return value if value.isidentifier() and value not in ("True", "False", "None") else repr(value)
+    if isinstance(value, str):  # a bare word, unless Python reads it as something else
+        bare = value.isascii() and value.isidentifier() and not keyword.iskeyword(value)
+        return value if bare else repr(value)
     return repr(value) if isinstance(value, float) else str(value)
 
 

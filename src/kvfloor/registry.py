@@ -44,6 +44,7 @@ from kvfloor.sketches.balance import Balance
 from kvfloor.sketches.quantized import Quantized
 from kvfloor.sketches.subgen import SubGen
 from kvfloor.sketches.window_sample import WindowSample
+from kvfloor.splitting import split_once
 from kvfloor.summaries.drop import Drop
 from kvfloor.summaries.low_rank import Less
 from kvfloor.summaries.moments import Moments
@@ -121,7 +122,6 @@ VARIANTS: dict[str, str] = {
     "public_bits": "kvfloor.barriers.optimum:PublicBits",
 }
 
-_QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")  # a file's path among the arguments
 _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's arguments
 
 
@@ -140,9 +140,9 @@ def parse(text: str) -> Method:
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a method is text such as 'h2o(recent=64)@512', got {text!r}")
-    body, at, budget_text = _rsplit(text.strip(), "@")
-    body, bar, selector_text = _rsplit(body, "|")
-    body, plus, summary_text = _rsplit(body, "+")
+    body, at, budget_text = split_once(text.strip(), "@")
+    body, bar, selector_text = split_once(body, "|")
+    body, plus, summary_text = split_once(body, "+")
     options: dict[str, Any] = {}
     head = _build(body, ("policy", "method"), text, options)
     selector = _build(selector_text, ("selector",), text) if bar else None
@@ -177,16 +177,6 @@ def _whole_number(text: str, whole: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"in {whole!r}: budgets per row are whole numbers >= 1 joined by ':', got {text!r}")
     return int(text)
-
-
-def _rsplit(text: str, mark: str) -> tuple[str, str, str]:
-    """Split at the first `mark` outside parentheses and quotes: (before, mark or "", after)."""
-    depth = 0
-    for i, c in enumerate(_QUOTED.sub(lambda quoted: "_" * len(quoted[0]), text)):
-        depth += (c == "(") - (c == ")")
-        if c == mark and depth == 0:
-            return text[:i].strip(), mark, text[i + 1 :].strip()
-    return text, "", ""
 
 
 def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any] | None = None) -> Any:

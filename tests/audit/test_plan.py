@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, split_list, task_work
+from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, task_work
 
 
 def words(text: str) -> int:
     return len(text.split())
-
-
-def test_commas_inside_parentheses_do_not_split() -> None:
-    assert split_list("h2o(recent=8,score=mean), window,") == ["h2o(recent=8,score=mean)", "window"]
 
 
 def test_baselines_run_beside_the_methods_and_nothing_twice() -> None:

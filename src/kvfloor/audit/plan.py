@@ -40,18 +40,6 @@ class Work:
     items: tuple[Item, ...]
 
 
-def split_list(text: str) -> list[str]:
-    """The parts of a comma-separated list; commas inside parentheses belong to their part."""
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if c == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    parts.append(text[start:])
-    return [part.strip() for part in parts if part.strip()]
-
-
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Method]:
     """Every method under every budget, the baselines first, each setting once.
 

@@ -23,6 +23,7 @@ from kvfloor.partial import Partial
 from kvfloor.registry import parse
 from kvfloor.selectors.everything import Everything
 from kvfloor.slots import Slots
+from kvfloor.splitting import split_once
 from kvfloor.state import State
 from kvfloor.summaries.drop import Drop
 
@@ -82,7 +83,7 @@ class TensorAttention(Method):
         return None if store is None else replace(self, store=store)
 
     def __str__(self) -> str:
-        text, at, budget = str(self.kept).partition("@")
+        text, at, budget = split_once(str(self.kept), "@")
         text = repr(text) if ":" in text else text  # module:Class is no word
         name = "tensor" if text == "exact" else f"tensor(store={text})"
         return f"{name}@{budget}" if at else name
