@@ -62,7 +62,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     the state allocates: scores, positions, spare slots. Raises ValueError for a method that no budget bounds, for
     a share without a length, and for bytes too few for one token.
     """
-    budget = getattr(method, "budget", None)
+    budget = method.budget
     if not isinstance(budget, str):
         return method
     count("resolve", least=1, layers=layers, g=g, **({} if length is None else {"length": length}))

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvfloor.blocked import Blocked
-from kvfloor.method import Guarantee, Method, Spec, Traits, part_text
+from kvfloor.method import Guarantee, Method, Parts, Spec, Traits, part_text
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.selector import Indexed, Selector
 from kvfloor.slots import Slots
@@ -31,7 +31,11 @@ class Exact(Method):
 
     @property
     def traits(self) -> Traits:
-        return Traits(constant_memory=False)
+        return Traits(constant_memory=False, pins=True)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(selector=self.selector)
 
     def open(self, spec: Spec) -> ExactState:
         return ExactState(self, spec)
@@ -69,6 +73,9 @@ class ExactState(Blocked):
 
     def _close(self, rows: Tensor | None) -> None:
         """Nothing ever leaves."""
+
+    def _pin(self, start: int, stop: int) -> None:
+        """Nothing ever leaves, so that every span is pinned."""
 
     def _at_once(self, seen: int, left: int) -> int:
         del seen

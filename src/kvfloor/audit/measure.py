@@ -101,7 +101,7 @@ class Bench:
         dialogue.feed(prepared.asks)
         most = max(len(answer) for answer in prepared.answers) + self._extra_tokens
         said, steps_ms = dialogue.answer(most, self.tokenizer.eos_token_id)
-        budget = getattr(method, "budget", None)
+        budget = method.budget
         return Outcome(
             right=tuple(int(self._is_right(*pair)) for pair in zip(prepared.work.items, said, strict=True)),
             state_bytes=math.ceil(state_bytes / batch),

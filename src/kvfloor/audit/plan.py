@@ -52,7 +52,7 @@ def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Method]:
     found: dict[str, Method] = {}
     for text in (*BASELINES, *methods):
         method = standard_law(parse(text), "an audit")
-        options = [method] if getattr(method, "budget", None) is not None else _under(method, sizes)
+        options = [method] if method.budget is not None else _under(method, sizes)
         for option in options:
             found.setdefault(str(option), option)
     return list(found.values())

@@ -22,7 +22,6 @@ from kvfloor.method import Method, Spec, Traits
 from kvfloor.partial import Partial
 from kvfloor.registry import parse
 from kvfloor.selectors.everything import Everything
-from kvfloor.slots import Slots
 from kvfloor.splitting import split_once
 from kvfloor.state import State
 from kvfloor.summaries.drop import Drop
@@ -49,7 +48,7 @@ class TensorAttention(Method):
         store = parse(self.store) if isinstance(self.store, str) else self.store
         object.__setattr__(self, "store", store)
         keeps = isinstance(store, Exact) or (isinstance(store, Bounded) and isinstance(store.summary, Drop))
-        if not keeps or not isinstance(getattr(store, "selector", None), Everything):
+        if not keeps or not isinstance(store.parts.selector, Everything):
             raise ValueError(
                 f"tensor: the store must keep whole tokens and read them all (exact, or an eviction policy such as "
                 f"window@64), got {store}"
@@ -63,7 +62,7 @@ class TensorAttention(Method):
 
     @property
     def budget(self) -> Budget | None:
-        return getattr(self.kept, "budget", None)
+        return self.kept.budget
 
     @property
     def traits(self) -> Traits:
@@ -121,7 +120,8 @@ class TensorState(State):
         self.store.seal()
 
     def _read(self, q: Tensor) -> Partial:
-        slots: Slots = self.store.slots  # type: ignore[attr-defined]
+        slots = self.store.slots
+        assert slots is not None
         view = slots.view()
         weight = None if view.live is None else torch.zeros_like(view.live, dtype=self.spec.compute_dtype)
         if view.live is not None and weight is not None:
