@@ -85,13 +85,11 @@ def audit(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from kvfloor.audit.require import parse_requirement, shortfalls
     from kvfloor.audit.run import Question, run
     from kvfloor.report.terminal import print_report
     from kvfloor.report.text import visible
     from kvfloor.splitting import split_list
 
-    clauses = parse_requirement(require) if require else ()
     chosen: dict[str, Any] = {}
     for name, text in (("methods", methods), ("budgets", budgets), ("tasks", tasks), ("protocols", protocols)):
         if text is not None:
@@ -104,7 +102,9 @@ def audit(
         if not all(part.isdigit() and int(part) > 0 for part in split_list(contexts)):
             raise ValueError(f"--contexts {contexts!r}: give numbers of tokens joined by commas, such as 1024,2048")
         chosen["contexts"] = tuple(int(part) for part in split_list(contexts))
-    question = Question(model=model, prompts=prompts, n=n, seed=seed, out=out, command=_command_line(), **chosen)
+    question = Question(
+        model=model, prompts=prompts, n=n, seed=seed, require=require, out=out, command=_command_line(), **chosen
+    )
     _quiet_transformers()
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -121,12 +121,10 @@ def audit(
     else:
         print_report(answer.rows, answer.recommendation, Console())
         print(f"\nreport: {answer.report}")
-    if clauses:
-        missed = shortfalls(clauses, answer.rows, answer.asked)
-        for line in missed:
-            stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)
-        if missed:
-            raise typer.Exit(1)
+    for line in answer.shortfalls:
+        stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)
+    if answer.shortfalls:
+        raise typer.Exit(1)
 
 
 def _quiet_transformers() -> None:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from kvfloor.audit.rows import Cell
+from kvfloor.audit.rows import Cell, Protocol
+from kvfloor.audit.setting import Setting
 from kvfloor.budget import Budget, parse_budget
 from kvfloor.method import Method, standard_law
 from kvfloor.registry import parse
 
-BASELINES = ("exact", "quant(bits=8)", "quant(bits=4)", "random", "window", "sinks")
+BASELINES = {
+    "exact": "keeps every token at full precision",
+    "quant(bits=8)": "keeps every token at 8 bits",
+    "quant(bits=4)": "keeps every token at 4 bits",
+    "random": "keeps a random sample of the tokens: the control every idea must beat",
+    "window": "keeps the most recent tokens (recency)",
+    "sinks": "keeps the first tokens and the most recent ones",
+}
+"""Method -> its work in words, for the methods that every audit compares with."""
+
 METHODS = ("h2o", "subgen")
 BUDGETS = ("64", "192")
 TASKS = ("recall", "passkey64", "vartrack", "registers")
@@ -40,27 +50,36 @@ class Work:
     items: tuple[Item, ...]
 
 
-def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Method]:
+def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Setting]:
     """Every method under every budget, the baselines first, each setting once.
 
-    A method whose text has a budget keeps it; one that no budget bounds runs once. Raises ValueError for an
-    unknown method and for a budget smaller than what the method protects.
+    A method whose text has a budget keeps it; one that no budget bounds runs once. A setting that is asked for and a
+    baseline is marked as both. Raises ValueError for an unknown method and for a budget smaller than what the method
+    protects.
     """
     sizes: list[Budget] = [parse_budget(text) for text in budgets]
     if not sizes:
         raise ValueError("an audit needs at least one budget, for example --budgets 64,256")
-    found: dict[str, Method] = {}
-    for text in (*BASELINES, *methods):
-        method = standard_law(parse(text), "an audit")
-        options = [method] if method.budget is not None else _under(method, sizes)
-        for option in options:
-            found.setdefault(str(option), option)
+    found = {one.text: one for text in BASELINES for one in _under(parse(text), sizes, baseline=True)}
+    for text in methods:
+        for one in _under(standard_law(parse(text), "an audit"), sizes, asked=True):
+            found[one.text] = replace(one, baseline=one.text in found and found[one.text].baseline)
     return list(found.values())
 
 
-def _under(method: Method, sizes: Sequence[Budget]) -> list[Method]:
+def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[Setting]:
+    if method.budget is not None:
+        return [Setting(method, **marks)]
     bounded = [method.with_budget(size) for size in sizes]
-    return [m for m in bounded if m is not None] or [method]
+    return [Setting(one, **marks) for one in bounded if one is not None] or [Setting(method, **marks)]
+
+
+def check_protocols(protocols: Sequence[str]) -> None:
+    """Raise ValueError for a name that is no protocol."""
+    known = get_args(Protocol)
+    unknown = [name for name in protocols if name not in known]
+    if unknown or not protocols:
+        raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(known)}")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -85,11 +104,11 @@ def task_work(
 
     check_tasks(tasks)
     work = []
-    for task in tasks:
-        for context in contexts:
+    for task in dict.fromkeys(tasks):
+        for context in dict.fromkeys(contexts):
             samples = [KNOWN[task].generate(seed, i, context, count=count) for i in range(n)]
             items = tuple(Item(s.context, s.questions[0].ask, s.questions[0].answer) for s in samples)
-            work += [Work(Cell(task, context, protocol), items) for protocol in protocols]
+            work += [Work(Cell(task, context, protocol), items) for protocol in dict.fromkeys(protocols)]
     return work
 
 
@@ -113,7 +132,7 @@ def prompt_work(
 ) -> list[Work]:
     """Cells of a user's prompts; a bare prompt has no separate question, so only `visible` applies to it."""
     split = all(item.question for item in items)
-    allowed = [p for p in protocols if split or p == "visible"] or ["visible"]
+    allowed = [p for p in dict.fromkeys(protocols) if split or p == "visible"] or ["visible"]
     context = max(count(item.context) for item in items)
     return [Work(Cell(name, context, protocol), items) for protocol in allowed]
 
