@@ -174,9 +174,10 @@ def _whole(head: Method, summary: Any, selector: Any, options: dict[str, Any], t
 
 
 def _whole_number(text: str, whole: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    budget = parse_budget(text) if re.fullmatch(r"[0-9]*[1-9][0-9]*", text) else None
+    if not isinstance(budget, int):
         raise ValueError(f"in {whole!r}: budgets per row are whole numbers >= 1 joined by ':', got {text!r}")
-    return int(text)
+    return budget
 
 
 def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any] | None = None) -> Any:

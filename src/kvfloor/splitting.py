@@ -1,10 +1,11 @@
-"""Splitting texts that hold methods: a mark within parentheses or quotes belongs to an argument."""
+"""Splitting texts that hold methods, where a mark within parentheses or quotes belongs to an argument."""
 
 from __future__ import annotations
 
 import re
 
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)  # a file's path among the arguments
+_SHOWN = 40  # characters of a refused text
 
 
 def outline(text: str) -> str:
@@ -40,3 +41,8 @@ def split_words(text: str, pattern: str) -> list[str]:
         start = found.end()
     parts.append(text[start:])
     return [part.strip() for part in parts if part.strip()]
+
+
+def shortened(text: str) -> str:
+    """Quote the text, cut where it is long."""
+    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}... ({len(text):,} characters)"

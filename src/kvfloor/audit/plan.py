@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from kvfloor.audit.rows import Cell, Protocol
+from kvfloor.audit.protocols import PROTOCOLS
+from kvfloor.audit.rows import Cell
 from kvfloor.audit.setting import Setting
 from kvfloor.budget import Budget, parse_budget
+from kvfloor.files import read_regular
 from kvfloor.method import Method, standard_law
 from kvfloor.registry import parse
 
@@ -26,6 +28,7 @@ BASELINES = {
 
 METHODS = ("h2o", "subgen")
 BUDGETS = ("64", "192")
+MOST_PROMPT_BYTES = 2**28
 TASKS = ("recall", "passkey64", "vartrack", "registers")
 
 
@@ -76,10 +79,9 @@ def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[Setti
 
 def check_protocols(protocols: Sequence[str]) -> None:
     """Raise ValueError for a name that is no protocol."""
-    known = get_args(Protocol)
-    unknown = [name for name in protocols if name not in known]
+    unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown or not protocols:
-        raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(known)}")
+        raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(PROTOCOLS)}")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -118,8 +120,8 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     Raises ValueError naming the file and the line that is broken, or how many samples there are if fewer than `n`.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as cause:
+        lines = read_regular(path, MOST_PROMPT_BYTES, "prompts file").decode("utf-8").split("\n")
+    except UnicodeDecodeError as cause:
         raise ValueError(f"cannot read the prompts file {str(path)!r}: {cause}") from None
     items = tuple(_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip())
     if len(items) < n:
@@ -142,12 +144,16 @@ def _item(line: str, where: str) -> Item:
         record = json.loads(line)
     except json.JSONDecodeError as cause:
         raise ValueError(f"{where} is not JSON: {cause.msg} at column {cause.colno}") from None
+    except (ValueError, RecursionError) as cause:  # a number of thousands of digits, brackets thousands deep
+        raise ValueError(f"{where} is not JSON that can be read: {cause}") from None
     forms = ({"prompt", "answer"}, {"context", "question", "answer"})
     fits = isinstance(record, dict) and any(
         form <= record.keys() and all(isinstance(record[key], str) and record[key] for key in form) for form in forms
     )
     if not fits:
         raise ValueError(f'{where} must have non-empty texts "prompt" and "answer", or "context", "question", "answer"')
+    if any(0xD800 <= ord(c) < 0xE000 for value in record.values() if isinstance(value, str) for c in value):
+        raise ValueError(f"{where} has half of a surrogate pair, which is no text: write the character itself")
     if "prompt" in record:
         return Item(record["prompt"], "", record["answer"], ends=False)
     return Item(record["context"], record["question"], record["answer"], ends=False)

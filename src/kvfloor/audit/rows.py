@@ -5,16 +5,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
+from kvfloor.audit.protocols import Protocol
 from kvfloor.audit.setting import Setting
 from kvfloor.audit.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
-from kvfloor.files import replace_file
-
-Protocol = Literal["visible", "after"]
-"""`visible`: the question stands in the context while that is compressed. `after`: it comes afterwards."""
+from kvfloor.files import read_regular, replace_file
 
 SCHEMA = 1
+MOST_BYTES = 2**28  # of a rows.jsonl
 
 
 class Cell(NamedTuple):
@@ -221,8 +220,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """The rows `write_rows` wrote. Raises ValueError naming the file and line that is not a row."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_regular(path, MOST_BYTES, "rows").decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}; give a rows.jsonl that an audit wrote") from error
     rows = []
     for number, line in enumerate(lines, start=1):

@@ -4,15 +4,20 @@ import math
 import operator
 from collections.abc import Sequence
 
+MOST_WHOLE = 2**63 - 1
+"""The largest count that a user may give: what theorems make of a few of them are finite floats."""
 
-def whole(name: str, value: int, least: int = 1) -> int:
-    """`value` as an int of at least `least`; raises ValueError otherwise."""
+
+def whole(name: str, value: int, least: int = 1, most: int | None = None) -> int:
+    """`value` as an int from `least` to `most`, None: without end; raises ValueError otherwise."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got a number of {number.bit_length()} bits")
     return number
 
 
@@ -24,7 +29,7 @@ def within(
     refusal = f"{name} must lie in {interval}, got {value!r}"
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(refusal) from None
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
