@@ -30,7 +30,7 @@ def parse_budget(text: str) -> Budget:
         return int(digits)
     if len(text) <= _LONGEST and re.fullmatch(r"[0-9]+(\.[0-9]+)?%", text):
         if not 0 < float(text[:-1]) <= 100:
-            raise ValueError(f"a share of the context must lie in (0, 100] %, got {text!r}")
+            raise ValueError(f"a budget as a share of the context must lie in (0, 100] %, got {text!r}")
         return text
     if size_bytes(text) is not None:
         return text

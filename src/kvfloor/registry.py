@@ -262,6 +262,8 @@ def _imported(name: str) -> type:
         part = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as cause:
         raise ValueError(f"{name} cannot be imported: {cause}") from None
+    except Exception as cause:  # whatever the user's own module raises
+        raise ValueError(f"{name} cannot be imported: {type(cause).__name__}: {cause}") from cause
     if not isinstance(part, type):
         raise ValueError(f"{name} is a {type(part).__name__}; give a class")
     return part
