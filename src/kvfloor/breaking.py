@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from kvfloor.barriers import ARGUMENTS, BARRIERS
+from kvfloor.game import ARGUMENTS, BARRIERS
 from kvfloor.options import JSON, real, whole
 
 

@@ -15,11 +15,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from kvfloor import __version__
 from kvfloor.audit.protocols import PROTOCOLS
 from kvfloor.floors import ATTENTIONS, METRICS
 from kvfloor.options import JSON, real, whole
 from kvfloor.splitting import split_list
+from kvfloor.version import __version__
 
 _LONGEST = 2000  # characters of an error's line
 _MOST_SAMPLES = 100_000
@@ -135,6 +135,7 @@ def audit(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from kvfloor.audit.run import Question, run
+    from kvfloor.report.html import render
     from kvfloor.report.terminal import print_report
     from kvfloor.report.text import visible
 
@@ -162,6 +163,7 @@ def audit(
             progress.update(bar, total=total, advance=1 if started else 0, description=visible(text))
 
         answer = run(question, track)
+        render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads)
     if as_json:
         _print_json(answer.as_dict())
     else:
@@ -294,8 +296,8 @@ def break_() -> None:
 
 
 def _play(method: str, barrier: str, arguments: dict[str, Any], out: Path | None, as_json: bool) -> None:
-    from kvfloor.barriers import play, play_all
     from kvfloor.files import open_folder, replace_file
+    from kvfloor.game import play, play_all
 
     if out is not None:
         open_folder(out)
@@ -324,7 +326,7 @@ def check(
 ) -> None:
     """Run the conformance suite on a method; exit code 1 if a law is broken."""
     from kvfloor.check import run_checks
-    from kvfloor.registry import parse
+    from kvfloor.methods.registry import parse
 
     outcome = run_checks(parse(method))
     if as_json:
@@ -342,7 +344,7 @@ def check(
 @app.command()
 def methods(as_json: Json = False) -> None:
     """The table of methods: policies, summaries, selectors and whole methods; --json has all columns."""
-    from kvfloor.catalogue import rows
+    from kvfloor.methods.catalogue import rows
 
     table = rows()
     if as_json:

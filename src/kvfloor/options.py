@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from kvfloor.floors.domain import MOST_WHOLE
 from kvfloor.splitting import shortened
+from kvfloor.validation import MOST_WHOLE
 
 JSON: Any = typer.Option("--json", help="One JSON document on stdout and nothing else.")
 

@@ -9,8 +9,8 @@ import pytest
 
 from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, task_work
 from kvfloor.audit.setting import Setting
+from kvfloor.methods.registry import parse
 from kvfloor.models import builtin_path
-from kvfloor.registry import parse
 
 
 def words(text: str) -> int:

@@ -13,9 +13,9 @@ from running import kvfloor
 
 from kvfloor import cli, models
 from kvfloor.audit.protocols import PROTOCOLS, Protocol
-from kvfloor.barriers import ARGUMENTS, BARRIERS
 from kvfloor.breaking import with_options
 from kvfloor.floors import ATTENTIONS, METRICS
+from kvfloor.game import ARGUMENTS, BARRIERS
 from kvfloor.options import real, whole
 
 HUGE = "1" + 309 * "0"

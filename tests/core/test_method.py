@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from kvfloor import Method, Spec, State, Traits, parse
-from kvfloor.budget import resolve
-from kvfloor.check.ground import rows_of
+from kvfloor.check.streams import rows_of
 from kvfloor.check.suite import CHECKS
-from kvfloor.exact import Exact
-from kvfloor.method import Parts
-from kvfloor.policies.window import Window
-from kvfloor.selectors.everything import Everything
-from kvfloor.summaries.drop import Drop
-from kvfloor.summaries.value_sum import ValueSum
+from kvfloor.core.budget import resolve
+from kvfloor.core.exact import Exact
+from kvfloor.core.method import Parts
+from kvfloor.core.selector import Everything
+from kvfloor.core.summary import Drop
+from kvfloor.methods.policies.window import Window
+from kvfloor.methods.summaries.value_sum import ValueSum
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvfloor import Bounded, parse
-from kvfloor.method import Method
-from kvfloor.policies.policy import Ledger, Policy
-from kvfloor.policies.sinks import Sinks
-from kvfloor.selectors.everything import Everything
-from kvfloor.selectors.top_k import TopK
-from kvfloor.sketches.quantized import Quantized
+from kvfloor.core.method import Method
+from kvfloor.core.policy import Held, Policy
+from kvfloor.core.selector import Everything
+from kvfloor.core.summary import Drop
+from kvfloor.methods.policies.sinks import Sinks
+from kvfloor.methods.selectors.top_k import TopK
+from kvfloor.methods.sketches.quantized import Quantized
+from kvfloor.methods.summaries.value_sum import ValueSum
+from kvfloor.methods.variants.tensor import TensorAttention
 from kvfloor.splitting import outline, split_list, split_once, split_words
-from kvfloor.summaries.drop import Drop
-from kvfloor.summaries.value_sum import ValueSum
-from kvfloor.variants.tensor import TensorAttention
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Tagged(Policy):
     word: str = ""
     other: str = "x"
 
-    def priority(self, ledger: Ledger) -> Tensor:
+    def priority(self, ledger: Held) -> Tensor:
         return ledger.position
 
 

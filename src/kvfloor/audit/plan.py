@@ -11,10 +11,10 @@ from typing import Any
 from kvfloor.audit.protocols import PROTOCOLS
 from kvfloor.audit.rows import Cell
 from kvfloor.audit.setting import Setting
-from kvfloor.budget import Budget, parse_budget
+from kvfloor.core.budget import Budget, parse_budget
+from kvfloor.core.method import Method, standard_law
 from kvfloor.files import read_regular
-from kvfloor.method import Method, standard_law
-from kvfloor.registry import parse
+from kvfloor.methods.registry import parse
 
 BASELINES = {
     "exact": "keeps every token at full precision",

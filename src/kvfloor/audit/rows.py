@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, get_args
 
 from kvfloor.audit.protocols import Protocol
 from kvfloor.audit.setting import Setting
-from kvfloor.audit.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
 from kvfloor.files import read_regular, replace_file
+from kvfloor.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
 
 SCHEMA = 1
 MOST_BYTES = 2**28  # of a rows.jsonl

@@ -1,4 +1,4 @@
-"""The audit from start to end: plan, measure, recommend, write `rows.jsonl` and `report.html`."""
+"""Run an audit from start to end: plan, measure, recommend, write `rows.jsonl`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvfloor.audit.explain import why
 from kvfloor.audit.heads import Head, heads
+from kvfloor.audit.meta import Meta
 from kvfloor.audit.plan import (
     BUDGETS,
     METHODS,
@@ -25,8 +26,8 @@ from kvfloor.audit.plan import (
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.require import conditions, shortfalls
 from kvfloor.audit.rows import Row, document, write_rows
-from kvfloor.audit.statistics import MIN_SAMPLES
 from kvfloor.files import open_folder
+from kvfloor.statistics import MIN_SAMPLES
 
 DEFAULT_SAMPLES = 40
 DEFAULT_CONTEXT = 512
@@ -59,7 +60,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an audit gives; `shortfalls` has a line for each row that misses what was required."""
+    """What an audit gives.
+
+    report      where the page is to be written: `kvfloor.report.render` does so
+    shortfalls  a line for each row that misses what was required
+    """
 
     rows: list[Row]
     heads: list[Head]
@@ -67,6 +72,7 @@ class Answer:
     report: Path
     shortfalls: tuple[str, ...]
     question: Question
+    meta: Meta
 
     def as_dict(self) -> dict:
         """The `--json` document."""
@@ -100,8 +106,6 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
     from kvfloor.audit.measure import Bench, run_cells
     from kvfloor.hf import prepare
     from kvfloor.models import load
-    from kvfloor.report.html import render
-    from kvfloor.report.meta import Meta
 
     model, tokenizer = load(question.model)
     bench = Bench(prepare(model), tokenizer, question.seed)
@@ -128,8 +132,7 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
         duration_s=time.perf_counter() - begin,
     )
     write_rows(question.out / "rows.jsonl", rows)
-    render(rows, answer, meta, report, by_head)
-    return Answer(rows, by_head, answer, report, tuple(shortfalls(required, rows)), question)
+    return Answer(rows, by_head, answer, report, tuple(shortfalls(required, rows)), question, meta)
 
 
 def _threads() -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from kvfloor.method import Method, budget_text, part_name
-from kvfloor.selectors.everything import Everything
-from kvfloor.summaries.drop import Drop
+from kvfloor.core.method import Method, budget_text, part_name
+from kvfloor.core.selector import Everything
+from kvfloor.core.summary import Drop
 
 
 @dataclass(frozen=True)
