@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src/kvfloor"
 # A room is a folder or module directly under kvfloor/. It imports rooms on lower floors only.
 FLOORS = (
     {"version", "validation", "files", "splitting", "logits"},
-    {"core", "floors", "tasks", "models", "statistics", "options"},
+    {"core", "floors", "tasks", "models", "statistics"},
     {"methods"},
     {"game", "hf"},
     {"audit", "check"},
-    {"report", "training", "breaking"},
+    {"report", "training"},
     {"cli"},
     {"__main__"},
 )

@@ -13,10 +13,11 @@ from running import kvfloor
 
 from kvfloor import cli, models
 from kvfloor.audit.protocols import PROTOCOLS, Protocol
-from kvfloor.breaking import with_options
+from kvfloor.cli import commands
+from kvfloor.cli.break_options import with_options
+from kvfloor.cli.options import real, whole
 from kvfloor.floors import ATTENTIONS, METRICS
 from kvfloor.game import ARGUMENTS, BARRIERS
-from kvfloor.options import real, whole
 
 HUGE = "1" + 309 * "0"
 NEVER = [
@@ -62,7 +63,7 @@ def options(command: str) -> dict[str, str]:
     """Long name -> metavar of a command's options."""
     if command == "break":
         alone = typer.Typer(add_completion=False)
-        alone.command()(with_options(cli._play))
+        alone.command()(with_options(commands._play))
         found: typing.Any = typer.main.get_command(alone)
     else:
         found = typer.main.get_command(cli.app).commands[command]  # type: ignore[attr-defined]

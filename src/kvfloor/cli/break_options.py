@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from kvfloor.cli.options import JSON, real, whole
 from kvfloor.game import ARGUMENTS, BARRIERS
-from kvfloor.options import JSON, real, whole
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

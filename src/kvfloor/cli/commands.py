@@ -16,8 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from kvfloor.audit.protocols import PROTOCOLS
+from kvfloor.cli.options import JSON, real, whole
 from kvfloor.floors import ATTENTIONS, METRICS
-from kvfloor.options import JSON, real, whole
 from kvfloor.splitting import split_list
 from kvfloor.version import __version__
 
@@ -35,7 +35,7 @@ class _Commands(TyperGroup):
         """The command that the arguments name, and the rest of them."""
         name, command, rest = super().resolve_command(ctx, args)
         if name == "break":
-            from kvfloor.breaking import with_options
+            from kvfloor.cli.break_options import with_options
 
             alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
             alone.command(name, help=break_.__doc__)(with_options(_play))
@@ -369,16 +369,19 @@ def train_less(
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines as for `kvfloor audit`; samples of the built-in tasks if not given.")
     ] = None,
-    compare: Annotated[int, typer.Option(help="Fresh samples to compare on afterwards; 0 for none.")] = 18,
-    rank: Annotated[int, typer.Option(help="Rank R of the kernels.")] = 8,
-    hidden: Annotated[int, typer.Option(help="Hidden units of each network.")] = 128,
-    samples: Annotated[int, typer.Option(help="Texts to learn from; a tenth is kept back to choose an epoch.")] = 72,
-    length: Annotated[int, typer.Option(help="Tokens of context per text.")] = 512,
-    epochs: Annotated[int, typer.Option(help="Passes over the texts.")] = 40,
-    batch: Annotated[int, typer.Option(help="Texts per step.")] = 2,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3,
-    dropout: Annotated[float, typer.Option(help="Share of hidden units that are off in training.")] = 0.3,
-    seed: Annotated[int, typer.Option(help="Seed of samples, first weights and order.")] = 0,
+    compare: Annotated[int, typer.Option(help="Fresh samples to compare on; 0: none.", **whole(0, _MOST_SAMPLES))] = 18,
+    rank: Annotated[int, typer.Option(help="Rank R of the kernels.", **whole(1, 4096))] = 8,
+    hidden: Annotated[int, typer.Option(help="Hidden units of each network.", **whole(1, 65536))] = 128,
+    samples: Annotated[
+        int,
+        typer.Option(help="Texts to learn from.", **whole(2, _MOST_SAMPLES)),
+    ] = 72,
+    length: Annotated[int, typer.Option(help="Tokens of context per text.", **whole(1, _MOST_CONTEXT))] = 512,
+    epochs: Annotated[int, typer.Option(help="Passes over the texts.", **whole(1, 100000))] = 40,
+    batch: Annotated[int, typer.Option(help="Texts per step.", **whole(1, _MOST_SAMPLES))] = 2,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.", **real())] = 1e-3,
+    dropout: Annotated[float, typer.Option(help="Share of hidden units that are off in training.", **real())] = 0.3,
+    seed: Annotated[int, typer.Option(help="Seed of samples, first weights and order.", **whole(0))] = 0,
 ) -> None:
     """Train the kernels of LESS for a model and a policy, and compare them with as many bytes in tokens."""
     from kvfloor.training.fit import Recipe
