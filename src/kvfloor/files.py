@@ -1,8 +1,15 @@
-"""Writing a file whole or not at all."""
+"""Files that cannot hurt: written whole or not at all, read only if they are regular and no larger than stated."""
 
 import os
 import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+
+_PIECE_BYTES = 1 << 24
+_IRREGULAR = "it is a folder, a pipe or a device, not a regular file"
 
 
 def open_folder(folder: Path) -> Path:
@@ -19,6 +26,54 @@ def open_folder(folder: Path) -> Path:
     replace_file(probe, "")
     probe.unlink()
     return folder
+
+
+def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
+    """Read a regular file of at most `most_bytes`; `what` names its content in errors ("the cache").
+
+    Raises ValueError, before anything is read, for what is no regular file (a folder, a pipe, a device) and for a
+    file that is larger; never waits for a writer.
+    """
+    with open_regular(path, what) as (stream, size):
+        if size > most_bytes:
+            raise cannot_read(path, what, f"it has {size} bytes, more than the {most_bytes} allowed")
+        return read_exactly(stream, size, path, what)
+
+
+@contextmanager
+def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
+    """Open a regular file for reading, and tell its size in bytes; ValueError for anything else.
+
+    Opening a device may act on it and opening a pipe waits for its writer, so the name is asked first. It may be given
+    to another file in between, so the opened one is asked again.
+    """
+    path = named(path, what)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+        descriptor = os.open(path, flags) if regular else -1
+    except (OSError, ValueError) as error:
+        raise cannot_read(path, what, getattr(error, "strerror", None) or str(error)) from error
+    if not regular:
+        raise cannot_read(path, what, _IRREGULAR)
+    with FileIO(descriptor, "rb") as stream:
+        opened = os.fstat(descriptor)
+        if not stat.S_ISREG(opened.st_mode):
+            raise cannot_read(path, what, _IRREGULAR)
+        yield stream, opened.st_size
+
+
+def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> bytes:
+    """The next `size` bytes of an open file; ValueError if it has become shorter."""
+    data = bytearray()
+    try:
+        while len(data) < size and (piece := stream.read(min(size - len(data), _PIECE_BYTES))):
+            data += piece
+    except OSError as error:
+        raise cannot_read(path, what, error.strerror or str(error)) from error
+    if len(data) < size:
+        raise cannot_read(path, what, f"it ended after {len(data)} of {size} bytes: is it being written?")
+    return bytes(data)
 
 
 def replace_file(path: Path, content: str | bytes, mode: int = 0o666) -> None:
@@ -61,6 +116,20 @@ def _flush_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def named(path: str | Path, what: str) -> Path:
+    """`path` as a Path; TypeError if it is neither text nor a Path, ValueError if it is empty."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"the path of {what} must be text or a Path, got {path!r}")
+    if not str(path):
+        raise ValueError(f"the path of {what} is empty: name a file")
+    return Path(path)
+
+
+def cannot_read(path: str | Path, what: str, reason: str) -> ValueError:
+    """The error of a file that cannot be read, for its caller to raise."""
+    return ValueError(f"cannot read {what} {str(path)!r}: {reason}")
 
 
 def _cannot_write(path: Path, error: Exception) -> ValueError:
