@@ -1,10 +1,11 @@
 """Files that cannot hurt: written whole or not at all, read only if they are regular and no larger than stated."""
 
+import errno
 import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -76,32 +77,49 @@ def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> byte
     return bytes(data)
 
 
-def replace_file(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> None:
     """Write bytes, or text as UTF-8, so that `path` holds either all of it or what it held before.
 
     The content goes to a temporary file in the same folder, made with the permissions `mode` less the umask, is
     flushed to the disk, and takes the name by rename; the folder's own entry is flushed after it. On any failure
-    the temporary file is removed.
-    Raises ValueError with one line naming the path and the reason (no folder, no permission, no space left).
+    the temporary file is removed. A symbolic link stays: the file that it leads to is the one replaced.
+    Raises ValueError with one line naming the path and the reason (no folder, no permission, no space left), and for a
+    path that is a folder, a pipe or a device.
     """
     data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    target = _replaceable(path)
+    temporary = target.with_name(f".kvfloor-{secrets.token_hex(8)}.tmp")  # any name that fits has room for it
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except (OSError, ValueError) as error:
-        raise _cannot_write(path, error) from error
-    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        with suppress(OSError):  # the first failure is the one to tell
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, ValueError)):
             raise _cannot_write(path, error) from error
         raise
-    _flush_folder(path.parent)
+    _flush_folder(target.parent)
+
+
+def _replaceable(path: str | Path) -> Path:
+    """Where to write for `path`: the end of its symbolic links; ValueError for what no file can replace."""
+    path = named(path, "the file to write")
+    try:
+        target = Path(os.path.realpath(path)) if os.path.islink(path) else path
+        if os.path.islink(target):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        folder, taken = target.name in ("", "..") or os.path.isdir(target), os.path.lexists(target)
+        regular = os.path.isfile(target)
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from error
+    if folder or (taken and not regular):
+        is_now = "a folder; name a file in it" if folder else "a pipe or a device; name a file"
+        raise ValueError(f"cannot write {str(path)!r}: it is {is_now}")
+    return target
 
 
 def _flush_folder(folder: Path) -> None:
@@ -132,6 +150,6 @@ def cannot_read(path: str | Path, what: str, reason: str) -> ValueError:
     return ValueError(f"cannot read {what} {str(path)!r}: {reason}")
 
 
-def _cannot_write(path: Path, error: Exception) -> ValueError:
+def _cannot_write(path: str | Path, error: Exception) -> ValueError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return ValueError(f"cannot write {str(path)!r}: {reason}; choose a folder you can write to that has space left")
