@@ -30,7 +30,7 @@ def open_folder(folder: Path) -> Path:
 
 
 def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
-    """Read a regular file of at most `most_bytes`; `what` names its content in errors ("the cache").
+    """Read a regular file of at most `most_bytes`; `what` names it in errors ("prompts file").
 
     Raises ValueError, before anything is read, for what is no regular file (a folder, a pipe, a device) and for a
     file that is larger; never waits for a writer.
@@ -107,7 +107,7 @@ def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> N
 
 def _replaceable(path: str | Path) -> Path:
     """Where to write for `path`: the end of its symbolic links; ValueError for what no file can replace."""
-    path = named(path, "the file to write")
+    path = named(path, "file to write")
     try:
         target = Path(os.path.realpath(path)) if os.path.islink(path) else path
         if os.path.islink(target):
@@ -139,15 +139,15 @@ def _flush_folder(folder: Path) -> None:
 def named(path: str | Path, what: str) -> Path:
     """`path` as a Path; TypeError if it is neither text nor a Path, ValueError if it is empty."""
     if not isinstance(path, (str, Path)):
-        raise TypeError(f"the path of {what} must be text or a Path, got {path!r}")
+        raise TypeError(f"the path of the {what} must be text or a Path, got {path!r}")
     if not str(path):
-        raise ValueError(f"the path of {what} is empty: name a file")
+        raise ValueError(f"the path of the {what} is empty: name a file")
     return Path(path)
 
 
 def cannot_read(path: str | Path, what: str, reason: str) -> ValueError:
     """The error of a file that cannot be read, for its caller to raise."""
-    return ValueError(f"cannot read {what} {str(path)!r}: {reason}")
+    return ValueError(f"cannot read the {what} {str(path)!r}: {reason}")
 
 
 def _cannot_write(path: str | Path, error: Exception) -> ValueError:

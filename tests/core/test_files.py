@@ -38,12 +38,12 @@ def within(seconds: int) -> Iterator[None]:
 def test_a_file_is_read_whole_up_to_what_is_allowed(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(range(256)) * 4)
-    assert read_regular(path, 1024, "the file") == path.read_bytes()
-    assert read_regular(str(path), 1 << 60, "the file") == path.read_bytes()
+    assert read_regular(path, 1024, "file") == path.read_bytes()
+    assert read_regular(str(path), 1 << 60, "file") == path.read_bytes()
     with pytest.raises(ValueError, match=r"cannot read the file .* has 1024 bytes, more than the 1023 allowed"):
-        read_regular(path, 1023, "the file")
+        read_regular(path, 1023, "file")
     (tmp_path / "link").symlink_to(path)
-    assert read_regular(tmp_path / "link", 1024, "the file") == path.read_bytes()
+    assert read_regular(tmp_path / "link", 1024, "file") == path.read_bytes()
 
 
 def test_no_pipe_device_or_folder_is_opened(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_no_pipe_device_or_folder_is_opened(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero"), Path("/dev/stdin"), tmp_path):
         with within(5), pytest.raises(ValueError, match=r"cannot read the file .*not a regular file"):
-            read_regular(path, 1 << 40, "the file")
+            read_regular(path, 1 << 40, "file")
 
 
 def test_a_pipe_that_takes_the_name_after_it_was_asked_is_refused(
@@ -62,20 +62,20 @@ def test_a_pipe_that_takes_the_name_after_it_was_asked_is_refused(
     regular = os.stat(tmp_path / "file")
     monkeypatch.setattr(os, "stat", lambda path: regular)
     with within(5), pytest.raises(ValueError, match="not a regular file"):
-        read_regular(tmp_path / "pipe", 1 << 40, "the file")
+        read_regular(tmp_path / "pipe", 1 << 40, "file")
 
 
 def test_a_large_sparse_file_is_refused_unread(tmp_path: Path) -> None:
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(40 << 30)
     with within(5), pytest.raises(ValueError, match="more than the 1000 allowed"):
-        read_regular(tmp_path / "sparse", 1000, "the file")
+        read_regular(tmp_path / "sparse", 1000, "file")
 
 
 @pytest.mark.parametrize("path", [None, 7, b"x", ["x"]])
 def test_what_is_no_path_is_a_type_error(path: Any) -> None:
     with pytest.raises(TypeError, match="the path of the file must be text or a Path, got"):
-        read_regular(path, 10, "the file")
+        read_regular(path, 10, "file")
     with pytest.raises(TypeError, match="path of the file to write must be text or a Path, got"):
         replace_file(path, "")
 
@@ -83,7 +83,7 @@ def test_what_is_no_path_is_a_type_error(path: Any) -> None:
 @pytest.mark.parametrize("path", ["", "absent", "no\0name", "x" * 300])
 def test_a_file_that_is_not_there_is_a_value_error(path: str) -> None:
     with pytest.raises(ValueError, match=r"the file"):
-        read_regular(path, 10, "the file")
+        read_regular(path, 10, "file")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
