@@ -179,7 +179,7 @@ class State(Memory, metaclass=_Plain):
 
     def to_bytes(self) -> bytes:
         """The message: everything that answering and continuing needs beyond method and public randomness."""
-        return message.pack(str(self.method), self.spec.as_dict(), self.export())
+        return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 
     @_plain
     def clone(self: Self) -> Self:
@@ -302,10 +302,11 @@ def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Te
 
 def restore(data: bytes, method: Method, device: str | torch.device = "cpu") -> State:
     """Open `method` for the message's spec and take over its fields; CorruptState if the message is not intact."""
-    text, plain, fields = message.unpack(data)
+    header, fields = message.unpack(data)
+    text = header.get("method")
     if text != str(method):
         raise message.CorruptState(f"this is a state of {text!r}, not of {str(method)!r}")
-    return rebuilt(method, plain, fields, device)
+    return rebuilt(method, header.get("spec"), fields, device)
 
 
 def rebuilt(method: Method, plain: dict[str, Any], fields: dict[str, Any], device: str | torch.device) -> State:

@@ -11,12 +11,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from tests.corruption import (
+    require_edits_are_noticed,
+    require_every_flip_is_noticed,
+    require_every_truncation_is_noticed,
+)
 from tests.hf.conftest import tiny
 from transformers import PreTrainedModel
 
-from kvfloor import CorruptState, parse
+from kvfloor import CorruptState, message, parse
 from kvfloor.bounded import Bounded
-from kvfloor.hf import CompressedCache, NewerVersion, UnknownMethod, WrongModel, container, prepare, restore
+from kvfloor.hf import CompressedCache, NewerVersion, UnknownMethod, WrongModel, prepare, restore
 from kvfloor.hf.families import own_cache_class
 from kvfloor.hf.tiny import families, tiny_model
 from kvfloor.policies.sinks import Sinks
@@ -225,30 +230,20 @@ def test_every_attribute_of_a_layer_is_saved_or_made_anew(started: Talk) -> None
 def test_any_changed_byte_is_noticed(started: Talk, tmp_path: Path) -> None:
     started.cache.save(tmp_path / "cache")
     whole = (tmp_path / "cache").read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    draw = random.Random(0)
-    places = [*range(8), *draw.sample(range(8, header), 120), *draw.sample(range(header, len(whole)), 120)]
+    header, draw = 8 + int.from_bytes(whole[:8], "little"), random.Random(0)
+    places = [*range(100), *draw.sample(range(100, header), 40), *draw.sample(range(header, len(whole)), 40)]
     places += [header - 1, header, len(whole) - 1]
-    for place in places:
-        for change in (1 << draw.randrange(8), draw.randrange(1, 256)):
-            broken = bytearray(whole)
-            broken[place] ^= change
-            (tmp_path / "broken").write_bytes(broken)
-            with pytest.raises(CorruptState):
-                CompressedCache.load(tmp_path / "broken", started.model)
+    broken = tmp_path / "broken"
 
+    def read(data: bytes) -> object:
+        broken.write_bytes(data)
+        return CompressedCache.load(broken, started.model)
 
-def test_a_truncated_or_longer_file_is_noticed(started: Talk, tmp_path: Path) -> None:
-    started.cache.save(tmp_path / "cache")
-    whole = (tmp_path / "cache").read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    for size in (0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
-        (tmp_path / "cut").write_bytes(whole[:size])
-        with pytest.raises(CorruptState):
-            CompressedCache.load(tmp_path / "cut", started.model)
-    (tmp_path / "long").write_bytes(whole + b"\0")
-    with pytest.raises(CorruptState):
-        CompressedCache.load(tmp_path / "long", started.model)
+    require_every_flip_is_noticed(whole, read, places)
+    sizes = (0, 1, 7, 8, 9, 98, 99, 100, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1)
+    require_every_truncation_is_noticed(whole, read, sizes)
+    for _ in range(100):
+        require_edits_are_noticed(whole, read, draw)
 
 
 def test_another_file_is_no_cache(started: Talk, tmp_path: Path) -> None:
@@ -265,8 +260,8 @@ def test_another_file_is_no_cache(started: Talk, tmp_path: Path) -> None:
 
 def rewritten(path: Path, **changes: Any) -> Path:
     """The file with other header fields and a right digest: what another release may write."""
-    header, tensors = container.unpack(path.read_bytes())
-    path.write_bytes(container.pack(header | changes, tensors))
+    header, fields = message.unpack(path.read_bytes())
+    path.write_bytes(message.pack(header | changes, fields))
     return path
 
 
@@ -274,15 +269,14 @@ def test_a_newer_format_is_told_from_damage(started: Talk, tmp_path: Path) -> No
     path = tmp_path / "cache"
     started.cache.save(path)
     with pytest.raises(NewerVersion, match="upgrade kvfloor"):
-        CompressedCache.load(rewritten(path, format=container.FORMAT + 1, kvfloor="9.0"), started.model)
+        CompressedCache.load(rewritten(path, format=message.FORMAT + 1, kvfloor="9.0"), started.model)
 
 
 def test_fields_that_do_not_fit_are_refused(started: Talk, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     started.cache.save(path)
-    header, _ = container.unpack(path.read_bytes())
-    layers = header["layers"]
-    other = {**layers[0], "entries": [e for e in layers[0]["entries"] if e[0] != "state/slots/k"]}
+    layers = message.unpack(path.read_bytes())[0]["layers"]
+    other = {**layers[0], "layer": "DynamicLayer"}
     for changes in ({"layers": layers[:2]}, {"layers": [other, *layers[1:]]}, {"arguments": {"colour": 3}}):
         with pytest.raises(CorruptState, match="does not fit"):
             CompressedCache.load(rewritten(path, **changes), started.model)
@@ -405,7 +399,7 @@ def test_the_file_is_plain_safetensors_that_tells_what_it_holds(started: Talk, t
     started.cache.save(tmp_path / "cache.safetensors")
     with safe_open(tmp_path / "cache.safetensors", "pt") as file:
         assert "0/state/slots/k" in set(file.keys())
-    header, tensors = container.unpack((tmp_path / "cache.safetensors").read_bytes())
+    header, fields = message.unpack((tmp_path / "cache.safetensors").read_bytes())
     assert header["method"] == str(parse("h2o@32")) and header["model"]["model"] == "LlamaForCausalLM"
-    assert {"0/state/slots/k", "2/state/slots/v"} < set(tensors) and header["format"] == container.FORMAT
+    assert list(fields) == ["0", "1", "2"] and {"k", "v"} < set(fields["2"]["state"]["slots"])
     assert header["arguments"]["requests"] == [4, 9] and header["arguments"]["seed"] == 0
