@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from kvfloor.method import Method, Spec
 from kvfloor.partial import Partial
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.selector import Chosen, Indexed, Selector, SelectorState
-from kvfloor.slots import Slots
+from kvfloor.slots import Slots, require_positions
 from kvfloor.state import State
 
 
@@ -70,6 +71,12 @@ class Blocked(State):
     @property
     def held(self) -> Tensor:
         return self.slots.held.clone()
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_positions(fields["slots"], fields["seen"])
+        if self.selection is not None:
+            self.selection.require_fitting(fields["selection"], fields["slots"])
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         self._feed(k, v, None, take)

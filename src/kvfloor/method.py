@@ -100,7 +100,7 @@ class Spec:
         return replace(self, rows=len(chosen), row_ids=chosen, places=places)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form of what differs from the defaults, without the device: where a state lives is no part of it."""
+        """JSON-ready form of what differs from the defaults; where a state lives is no part of it."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         plain.pop("device", None)
         plain["dtype"] = str(self.dtype).removeprefix("torch.")

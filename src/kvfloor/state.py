@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import message
+from kvfloor.fields import Field, require_equal
 from kvfloor.memory import Memory
 from kvfloor.method import Guarantee, Method, Spec
 from kvfloor.partial import Partial
@@ -177,6 +178,17 @@ class State(Memory, metaclass=_Plain):
         """Bytes that answering one query token touches, over all rows; everything unless a variant reads less."""
         return self.nbytes
 
+    def fields(self) -> dict[str, Any]:
+        return {"sealed": Field(bool)}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        """A state inside this one sees the same tokens and the same seal."""
+        for name, value in vars(self).items():
+            if isinstance(value, State):
+                require_equal(fields[name]["seen"], fields["seen"], f"{name}/seen")
+                if fields[name]["sealed"] != fields["sealed"]:
+                    raise ValueError(f"{name} and the state it is a part of disagree on whether the prompt is over")
+
     def to_bytes(self) -> bytes:
         """The message: everything that answering and continuing needs beyond method and public randomness."""
         return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
@@ -309,14 +321,28 @@ def restore(data: bytes, method: Method, device: str | torch.device = "cpu") -> 
     return rebuilt(method, header.get("spec"), fields, device)
 
 
-def rebuilt(method: Method, plain: dict[str, Any], fields: dict[str, Any], device: str | torch.device) -> State:
+def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device) -> State:
     """A state of `method` for the spec `plain` that takes over `fields`, which another one exported.
 
-    Raises CorruptState if they are not the fields that this release's state has.
+    Raises CorruptState if they are not the fields that this release's state has, or do not fit the method, the spec
+    and each other: whoever changed them may have written a good digest.
     """
-    state = method.open(Spec.from_dict(plain, device))
-    missing = set(state.export()) ^ set(fields)
-    if missing:
-        raise message.CorruptState(f"the state's fields differ from this release's in {sorted(missing)}")
-    state.adopt(fields)
+    try:
+        spec = Spec.from_dict(plain, device)
+        if spec.rows > _numbers(fields):
+            raise ValueError(f"{spec.rows} rows cannot be remembered in {_numbers(fields)} numbers")
+        state = method.open(spec)
+        state.require(fields)
+        state.adopt(fields)
+    except message.CorruptState:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as cause:
+        raise message.CorruptState(f"this is no state of {str(method)!r}: {cause}") from cause
     return state
+
+
+def _numbers(fields: Any) -> int:
+    """Entries of all tensors in nested fields."""
+    if isinstance(fields, dict):
+        return sum(_numbers(value) for value in fields.values())
+    return fields.numel() if isinstance(fields, Tensor) else 0

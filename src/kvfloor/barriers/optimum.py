@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.barriers.keys import FAMILIES
+from kvfloor.fields import Field
 from kvfloor.floors.domain import whole
 from kvfloor.method import Method, Spec, Traits
 from kvfloor.partial import Partial
@@ -88,6 +89,9 @@ class PublicBitsState(State):
     def export(self) -> dict[str, Any]:
         """The clock is a public number, so it travels in the header."""
         return super().export() | {"seen": int(self.seen[0])}
+
+    def fields(self) -> dict[str, Any]:
+        return super().fields() | {"seen": Field(int, least=0, most=self._plan.n)}
 
     def adopt(self, fields: dict[str, Any]) -> None:
         super().adopt({name: value for name, value in fields.items() if name != "seen"})

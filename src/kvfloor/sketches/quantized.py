@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfloor.blocked import Blocked
+from kvfloor.fields import Field, require_equal
 from kvfloor.kernels.attend import compute_dtype
 from kvfloor.memory import Memory
 from kvfloor.method import Method, Spec, Traits, count
@@ -55,6 +56,14 @@ class QuantizedState(Blocked):
         self.values = Codes(spec, spec.dv, method.bits, method.group, per_channel=False)
         self.groups = torch.zeros(spec.rows, dtype=torch.int64)  # full groups per row
 
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_equal(fields["groups"], fields["seen"] // self.block, "full groups")
+        require_equal(fields["slots"]["held"], fields["seen"] % self.block, "tokens of the open group")
+        for name in ("keys", "values"):
+            if int(fields["groups"].max()) > fields[name]["packed"].shape[1]:
+                raise ValueError(f"{name} has fewer groups than {fields['groups'].tolist()}")
+
     @property
     def held(self) -> Tensor:
         return self.slots.held + self.groups * self.block
@@ -99,6 +108,10 @@ class Codes(Memory):
         self.packed = torch.zeros(spec.rows, 1, group, -(-width // per_byte), dtype=torch.uint8, device=spec.device)
         self.low = torch.zeros(spec.rows, 1, *shape, dtype=spec.dtype, device=spec.device)
         self.step = torch.zeros(spec.rows, 1, *shape, dtype=spec.dtype, device=spec.device)
+
+    def fields(self) -> dict[str, Any]:
+        tensors = {name: getattr(self, name) for name in ("packed", "low", "step")}
+        return {name: Field(x.dtype, (x.shape[0], "groups", *x.shape[2:])) for name, x in tensors.items()}
 
     def write(self, rows: Tensor, at: Tensor, x: Tensor) -> None:
         """Encode x (r, group, width) as group at[r] of each row."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfloor.blocked import Blocked
 from kvfloor.budget import Budget
+from kvfloor.fields import Field
 from kvfloor.floors.sampling import subgen_s, subgen_t
 from kvfloor.method import Guarantee, Method, Spec, Traits, count, positive
 from kvfloor.partial import Partial
-from kvfloor.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, shared_out
+from kvfloor.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, require_sketched, shared_out
 from kvfloor.slots import Slots
 
 PAIRS, SAMPLES = "subgen pairs", "subgen samples"  # what the draws are for
@@ -128,6 +129,13 @@ class SubGenState(Blocked):
     def _plan(self) -> SubGen:
         assert isinstance(self.method, SubGen)
         return self.method
+
+    def fields(self) -> dict[str, Any]:
+        return super().fields() | {"longest_query": Field(torch.float64, (self.spec.rows,), least=0)}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_sketched(fields, [fields["keys"]], self.block)
 
     @property
     def clusters(self) -> Tensor:

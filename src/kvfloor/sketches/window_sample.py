@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfloor.blocked import Blocked
 from kvfloor.budget import Budget, tokens
+from kvfloor.fields import require_equal
 from kvfloor.kernels.attend import weigh
 from kvfloor.method import Guarantee, Method, Spec, Traits, count, positive
 from kvfloor.partial import Partial
@@ -119,6 +120,12 @@ class WindowSampleState(Blocked):
     def _plan(self) -> WindowSample:
         assert isinstance(self.method, WindowSample)
         return self.method
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        held, seen = fields["slots"]["held"], fields["seen"]
+        require_equal(held, seen.clamp_max(self.window), "tokens of the window")
+        require_equal(fields["outside"]["count"], seen - held, "tokens outside the window")
 
     # ---- answering -----------------------------------------------------------------------------------------
 

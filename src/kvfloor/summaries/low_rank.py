@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from kvfloor.fields import Field
 from kvfloor.files import read_regular
 from kvfloor.message import CorruptState
 from kvfloor.method import Spec, Traits, count
@@ -246,6 +247,9 @@ class LessState(SummaryState):
         sums = torch.bmm(self._kernels().phi(q.to(self.sums.dtype)), self.sums)  # (rows, m, dv + 1)
         mass = sums[..., -1:]
         return Partial(torch.where(mass > 0, sums[..., :-1] / mass, 0.0), torch.log(mass.squeeze(-1)))
+
+    def fields(self) -> dict[str, Any]:
+        return {"tag": Field(int)}
 
     def adopt(self, fields: dict[str, Any]) -> None:
         if fields["tag"] != self.tag:

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfloor.blocked import Blocked
 from kvfloor.budget import Budget
+from kvfloor.fields import Field
 from kvfloor.floors.sampling import subgen_s, subgen_t
 from kvfloor.memory import Memory
 from kvfloor.method import Guarantee, Method, Spec, Traits, count, positive
 from kvfloor.partial import Partial
-from kvfloor.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, shared_out
+from kvfloor.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, require_sketched, shared_out
 from kvfloor.sketches.subgen import PAIRS, SAMPLES, chebyshev, ratio
 from kvfloor.slots import Slots
 from kvfloor.variants.tensor import Points, over_pairs
@@ -180,6 +181,14 @@ class SubGenTensorState(Blocked):
     @property
     def value_width(self) -> int:
         return 2 * self.spec.dv
+
+    def fields(self) -> dict[str, Any]:
+        size = Field(torch.float64, (self.spec.rows,), least=0)
+        return super().fields() | {"longest_query": size, "largest_entry": size}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_sketched(fields, [fields[side]["keys"] for side in ("first", "second")], self.block)
 
     @property
     def clusters(self) -> Tensor:
