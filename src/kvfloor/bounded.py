@@ -198,8 +198,9 @@ class BoundedState(Blocked):
 
         Raises ValueError if the budget cannot hold all that is protected, or if some are gone already.
         """
-        if not 0 <= start < stop:
-            raise ValueError(f"a pinned span needs 0 <= start < stop, got {start}..{stop}")
+        whole = all(isinstance(end, int) and not isinstance(end, bool) for end in (start, stop))
+        if not whole or not 0 <= start < stop:
+            raise ValueError(f"a pinned span needs whole numbers 0 <= start < stop, got {start!r}..{stop!r}")
         pinned = int((self.pins[0, :, 1] - self.pins[0, :, 0]).sum()) + stop - start
         for budget in self.budget.tolist():
             self._plan._check_room(budget, pinned)

@@ -66,7 +66,7 @@ def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
     return b"".join([data[: _DIGEST.start], _digest(data), data[_DIGEST.stop :]])
 
 
-def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[str, Any]]:
     """Header and fields of a message; CorruptState if it is not intact, OlderVersion or NewerVersion as they say."""
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"a message is bytes, got {type(data).__name__}")

@@ -55,7 +55,9 @@ def edited_tensor(x: Tensor, draw: random.Random) -> Any:
     if kind == 4:
         return x.to(draw.choice(DTYPES))
     if kind == 5:
-        return draw.choice([x.unsqueeze(-1), x.unsqueeze(0), x.flatten(), x.new_zeros(0), x[..., :0], x.mT if x.ndim > 1 else x])
+        return draw.choice(
+            [x.unsqueeze(-1), x.unsqueeze(0), x.flatten(), x.new_zeros(0), x[..., :0], x.mT if x.ndim > 1 else x]
+        )
     return draw.choice([None, 7, {}, {"x": x}, torch.zeros_like(x), torch.ones_like(x)])
 
 

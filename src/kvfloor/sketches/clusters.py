@@ -222,7 +222,9 @@ def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block:
 
 
 def longest(q: Tensor, take: Tensor) -> Tensor:
-    """The largest |q| (rows,), float64, of the first take[r] queries of each row of q (rows, g, a, d)."""
+    """The largest |q| (rows,), float64, of the first take[r] queries of each row of q (rows, g, a, d); 0 of none."""
+    if q.numel() == 0:
+        return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
     real = torch.arange(q.shape[2]) < take.unsqueeze(1)
     norms = q.to(torch.float64).norm(dim=-1).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
     return norms.amax((1, 2))
