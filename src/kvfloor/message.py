@@ -79,7 +79,7 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[s
         version = int(header.pop("format"))
         if version <= FORMAT:
             fields = header.pop("fields")
-            for path, tensor in safetensors.torch.load(data).items():
+            for path, tensor in sorted(safetensors.torch.load(data).items()):  # which come in any order
                 _place(fields, path, tensor)
             return header, fields
         writer = header.get("kvfloor", "a later release")

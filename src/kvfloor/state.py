@@ -351,16 +351,17 @@ def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device)
     and each other: whoever changed them may have written a good digest.
     """
     try:
-        spec = Spec.from_dict(plain, device)
-        if spec.rows > _numbers(fields):
-            raise ValueError(f"{spec.rows} rows cannot be remembered in {_numbers(fields)} numbers")
-        state = method.open(spec)
+        if plain["rows"] > _numbers(fields):  # before anything is made for so many
+            raise ValueError(f"{plain['rows']} rows cannot be remembered in {_numbers(fields)} numbers")
+        state = method.open(Spec.from_dict(plain, device))
         state.require(fields)
         state.adopt(fields)
     except message.CorruptState:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as cause:
-        raise message.CorruptState(f"this is no state of {str(method)!r}: {cause}") from cause
+        raise message.CorruptState(
+            f"this is no state of {str(method)!r}: {str(cause) or type(cause).__name__}"
+        ) from cause
     return state
 
 

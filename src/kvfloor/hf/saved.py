@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import kvfloor
 from kvfloor import message
+from kvfloor.fields import MOST, Field
 from kvfloor.files import named, replace_file
 from kvfloor.hf import stock
 from kvfloor.hf.fingerprint import fingerprint
@@ -25,7 +26,7 @@ from kvfloor.hf.prepare import is_prepared, owner
 from kvfloor.message import CorruptState, NewerVersion, OlderVersion
 from kvfloor.method import Method
 from kvfloor.registry import parse
-from kvfloor.state import rebuilt
+from kvfloor.state import State, rebuilt
 
 if TYPE_CHECKING:
     from kvfloor.hf.cache import CompressedCache
@@ -98,8 +99,11 @@ def load(
         devices = _devices(model)
         for i, (layer, plain) in enumerate(zip(cache.layers, header["layers"], strict=True)):
             _restored(layer, plain, fields[str(i)], devices.get(i, model.device), own, model)
+        if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
+            raise ValueError("its layers saw different numbers of tokens")
+        Field(int, least=0, most=2.0**63).require(header["peak_bytes"], "peak_bytes", {})
         cache.resume(header["peak_bytes"])
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as cause:
         if isinstance(cause, (UnknownMethod, WrongModel)):
             raise
         saved, here = (f"transformers {v}" for v in (header.get("transformers"), transformers.__version__))
@@ -149,7 +153,19 @@ def _restored(
     if "method" in plain:
         state = rebuilt(_method(plain["method"], own), plain["spec"], fields["state"], device)
     stock.adopt(layer, fields["beside"], device, layer.beside)
+    _check_clocks(plain["clocks"], state)
     layer.resume(state, plain["clocks"], model)
+
+
+def _check_clocks(clocks: dict[str, Any], state: State | None) -> None:
+    """Raise ValueError where a layer's clocks are not those of this state."""
+    kinds = {name: type(value) for name, value in clocks.items()}
+    if kinds != {"seen": int, "batch": int, "is_initialized": bool}:
+        raise ValueError(f"a layer's clocks are {clocks!r}")
+    rows, seen = (0, 0) if state is None else (state.spec.rows, int(state.seen.max()))
+    batch_fits = clocks["batch"] > 0 and rows % clocks["batch"] == 0 if state is not None else clocks["batch"] >= 0
+    if not (batch_fits and seen <= clocks["seen"] <= MOST):
+        raise ValueError(f"a layer's clocks are {clocks!r}, its state has {rows} rows and saw {seen} tokens")
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
