@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfloor import Method, Spec, State, message
+from kvfloor import Method, Spec, State
+from kvfloor.core import message
 
 NUMBERS = (-(2**62), -(2**40), -2, -1, 0, 1, 2, 3, 63, 64, 255, 2**31 - 1, 2**40, 2**62, math.nan, math.inf, -math.inf)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)

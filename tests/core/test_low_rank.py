@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvfloor import CorruptState, Spec, parse
-from kvfloor.summaries import low_rank
-from kvfloor.summaries.low_rank import Kernels
+from kvfloor.methods.summaries import low_rank
+from kvfloor.methods.summaries.low_rank import Kernels
 
 Draw = Callable[..., Tensor]
 D, DV, RANK = 4, 3, 5

@@ -11,14 +11,23 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from kvfloor import CorruptState, Spec, parse
+from kvfloor.core.message import (
+    FORMAT,
+    HEADER_LIMIT_BYTES,
+    NewerVersion,
+    OlderVersion,
+    pack,
+    payload_bytes,
+    read,
+    unpack,
+)
 from tests.corruption import (
     require_edits_are_noticed,
     require_every_flip_is_noticed,
     require_every_truncation_is_noticed,
 )
-
-from kvfloor import CorruptState, Spec, parse
-from kvfloor.message import FORMAT, HEADER_LIMIT_BYTES, NewerVersion, OlderVersion, pack, payload_bytes, read, unpack
 
 DTYPES = [
     torch.float64,

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.core.edited import live_on, played, redigested
 
-from kvfloor import CorruptState, Method, Spec, State, message, parse
-from kvfloor.registry import TABLE, default_method
+from kvfloor import CorruptState, Method, Spec, State, parse
+from kvfloor.core import message
+from kvfloor.methods.registry import TABLE, default_method
+from tests.core.edited import live_on, played, redigested
 
 SMALL = {"subgen": "subgen(s=8)", "subgen_tensor": "subgen_tensor(s=8)", "balance": "balance(batch=8)"}
 VARIANTS = (

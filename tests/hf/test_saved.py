@@ -11,21 +11,22 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
+from kvfloor import CorruptState, parse
+from kvfloor.core import message
+from kvfloor.core.bounded import Bounded
+from kvfloor.hf import CompressedCache, NewerVersion, OlderVersion, UnknownMethod, WrongModel, prepare, restore
+from kvfloor.hf.families import own_cache_class
+from kvfloor.methods.policies.sinks import Sinks
+from kvfloor.methods.registry import TABLE, default_method
+from survey.tiny import families, tiny_model
 from tests.corruption import (
     require_edits_are_noticed,
     require_every_flip_is_noticed,
     require_every_truncation_is_noticed,
 )
 from tests.hf.conftest import tiny
-from transformers import PreTrainedModel
-
-from kvfloor import CorruptState, message, parse
-from kvfloor.bounded import Bounded
-from kvfloor.hf import CompressedCache, NewerVersion, OlderVersion, UnknownMethod, WrongModel, prepare, restore
-from kvfloor.hf.families import own_cache_class
-from kvfloor.hf.tiny import families, tiny_model
-from kvfloor.policies.sinks import Sinks
-from kvfloor.registry import TABLE, default_method
 
 METHODS = [
     "exact",
@@ -219,7 +220,7 @@ def test_every_attribute_of_a_layer_is_saved_or_made_anew(started: Talk) -> None
     """A new attribute must be put on one of these lists, and into `clocks` if continuing needs it."""
     layer = started.cache.compressed[0]
     saved = {"state", *layer.clocks()}
-    anew = {"opening", "index", "place", "staged_bytes", "served_by", "tap", "keys", "values"}
+    anew = {"opening", "index", "place", "staged_bytes", "served_by", "record", "keys", "values"}
     anew |= {"_meter", "_on_evict", "_readers", "_waiting", "_before"}
     assert set(vars(layer)) == saved | anew
 

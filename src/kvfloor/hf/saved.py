@@ -1,8 +1,8 @@
 """Saving a compressed cache and loading it again: what continues is what would have gone on, bit for bit.
 
-A saved cache is a message (`kvfloor.message`) whose header tells the method, the constructor's arguments, the model's
-fingerprint and what each layer is; its fields are each layer's state, under the layer's number. No module is imported
-because a file names it.
+A saved cache is a message (`kvfloor.core.message`) whose header tells the method, the constructor's arguments, the
+model's fingerprint and what each layer is; its fields are each layer's state, under the layer's number. No module is
+imported because a file names it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import kvfloor
-from kvfloor import message
-from kvfloor.fields import MOST, Field
+from kvfloor.core import message
+from kvfloor.core.fields import MOST, Field
+from kvfloor.core.message import CorruptState, NewerVersion, OlderVersion
+from kvfloor.core.method import Method, rebuilt
+from kvfloor.core.state import State
 from kvfloor.files import named, replace_file
-from kvfloor.hf import stock
+from kvfloor.hf import other_layers as stock
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
-from kvfloor.message import CorruptState, NewerVersion, OlderVersion
-from kvfloor.method import Method
-from kvfloor.registry import parse
-from kvfloor.state import State, rebuilt
+from kvfloor.methods.registry import parse
+from kvfloor.version import __version__
 
 if TYPE_CHECKING:
     from kvfloor.hf.cache import CompressedCache
@@ -64,7 +64,7 @@ def save(cache: CompressedCache, path: str | Path) -> None:
         raise ValueError("the last forward broke off after some layers: this cache is of no use; reset() it")
     described = [_described(layer) for layer in cache.layers]
     header = {
-        "kvfloor": kvfloor.__version__,
+        "kvfloor": __version__,
         "transformers": transformers.__version__,
         "method": str(cache.method),
         "arguments": cache.arguments,
