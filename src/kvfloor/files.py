@@ -1,9 +1,16 @@
-"""Writing a file whole or not at all, and reading one of bounded size."""
+"""Files that cannot hurt: written whole or not at all, read only if they are regular and no larger than stated."""
 
+import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
+
+_PIECE_BYTES = 1 << 24
+_IRREGULAR = "it is a folder, a pipe or a device, not a regular file"
 
 
 def open_folder(folder: Path) -> Path:
@@ -22,60 +29,100 @@ def open_folder(folder: Path) -> Path:
     return folder
 
 
-def replace_file(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
+    """Read a regular file of at most `most_bytes`; `what` names it in errors ("prompts file").
+
+    Raises ValueError, before anything is read, for what is no regular file (a folder, a pipe, a device) and for a
+    file that is larger; never waits for a writer.
+    """
+    with open_regular(path, what) as (stream, size):
+        if size > most_bytes:
+            raise cannot_read(path, what, f"it has {size:,} bytes, more than the {most_bytes:,} allowed")
+        data = read_exactly(stream, size, path, what)
+        if stream.read(1):
+            raise cannot_read(path, what, f"it has more than the {size:,} bytes that it had when it was opened")
+        return data
+
+
+@contextmanager
+def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
+    """Open a regular file for reading, and tell its size in bytes; ValueError for anything else.
+
+    Opening a device may act on it and opening a pipe waits for its writer, so the name is asked first. It may be given
+    to another file in between, so the opened one is asked again.
+    """
+    path = named(path, what)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+        descriptor = os.open(path, flags) if regular else -1
+    except (OSError, ValueError) as error:
+        raise cannot_read(path, what, getattr(error, "strerror", None) or str(error)) from error
+    if not regular:
+        raise cannot_read(path, what, _IRREGULAR)
+    with FileIO(descriptor, "rb") as stream:
+        opened = os.fstat(descriptor)
+        if not stat.S_ISREG(opened.st_mode):
+            raise cannot_read(path, what, _IRREGULAR)
+        yield stream, opened.st_size
+
+
+def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> bytes:
+    """The next `size` bytes of an open file; ValueError if it has become shorter."""
+    data = bytearray()
+    try:
+        while len(data) < size and (piece := stream.read(min(size - len(data), _PIECE_BYTES))):
+            data += piece
+    except OSError as error:
+        raise cannot_read(path, what, error.strerror or str(error)) from error
+    if len(data) < size:
+        raise cannot_read(path, what, f"it ended after {len(data)} of {size} bytes: is it being written?")
+    return bytes(data)
+
+
+def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> None:
     """Write bytes, or text as UTF-8, so that `path` holds either all of it or what it held before.
 
     The content goes to a temporary file in the same folder, made with the permissions `mode` less the umask, is
     flushed to the disk, and takes the name by rename; the folder's own entry is flushed after it. On any failure
-    the temporary file is removed.
-    Raises ValueError with one line naming the path and the reason (no folder, no permission, no space left).
+    the temporary file is removed. A symbolic link stays: the file that it leads to is the one replaced.
+    Raises ValueError with one line naming the path and the reason (no folder, no permission, no space left), and for a
+    path that is a folder, a pipe or a device.
     """
     data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    target = _replaceable(path)
+    temporary = target.with_name(f".kvfloor-{secrets.token_hex(8)}.tmp")  # any name that fits has room for it
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except (OSError, ValueError) as error:
-        raise _cannot_write(path, error) from error
-    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        with suppress(OSError):  # the first failure is the one to tell
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, ValueError)):
             raise _cannot_write(path, error) from error
         raise
-    _flush_folder(path.parent)
+    _flush_folder(target.parent)
 
 
-def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
-    """Return the bytes of the regular file `path`; `what` names it in errors, such as "prompts file".
-
-    A pipe, a device or a folder is refused without waiting for it, a file of more than `most_bytes` before it is read.
-    Raises ValueError with one line naming the path and the reason.
-    """
-    reason, data = "", b""
+def _replaceable(path: str | Path) -> Path:
+    """Where to write for `path`: the end of its symbolic links; ValueError for what no file can replace."""
+    path = named(path, "file to write")
     try:
-        with open(path, "rb", opener=_without_waiting) as stream:
-            about = os.fstat(stream.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                reason = "it is no regular file"
-            elif about.st_size > most_bytes:
-                reason = f"it has {about.st_size:,} bytes, and at most {most_bytes:,} are read"
-            else:
-                data = stream.read(about.st_size + 1)
-                reason = "it grows while it is read" if len(data) > about.st_size else ""
+        target = Path(os.path.realpath(path)) if os.path.islink(path) else path
+        if os.path.islink(target):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        folder, taken = target.name in ("", "..") or os.path.isdir(target), os.path.lexists(target)
+        regular = os.path.isfile(target)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-    if reason:
-        raise ValueError(f"cannot read the {what} {str(path)!r}: {reason}")
-    return data
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe opens at once, whether or not it has a writer
+        raise _cannot_write(path, error) from error
+    if folder or (taken and not regular):
+        is_now = "a folder; name a file in it" if folder else "a pipe or a device; name a file"
+        raise ValueError(f"cannot write {str(path)!r}: it is {is_now}")
+    return target
 
 
 def _flush_folder(folder: Path) -> None:
@@ -92,6 +139,20 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: Exception) -> ValueError:
+def named(path: str | Path, what: str) -> Path:
+    """`path` as a Path; TypeError if it is neither text nor a Path, ValueError if it is empty."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"the path of the {what} must be text or a Path, got {path!r}")
+    if not str(path):
+        raise ValueError(f"the path of the {what} is empty: name a file")
+    return Path(path)
+
+
+def cannot_read(path: str | Path, what: str, reason: str) -> ValueError:
+    """The error of a file that cannot be read, for its caller to raise."""
+    return ValueError(f"cannot read the {what} {str(path)!r}: {reason}")
+
+
+def _cannot_write(path: str | Path, error: Exception) -> ValueError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return ValueError(f"cannot write {str(path)!r}: {reason}; choose a folder you can write to that has space left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,6 +217,14 @@ def test_a_broken_file_is_refused_by_name(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "missing")
     (tmp_path / "text").write_text("not tensors")
     assert "is no safetensors file" in refusal(tmp_path / "text")
+    (tmp_path / "claims").write_bytes((2**60).to_bytes(8, "little") + b"{}" * 50)
+    assert "is no safetensors file" in refusal(tmp_path / "claims")
+    os.mkfifo(tmp_path / "pipe")  # nobody writes: to open it for reading would wait for ever
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        assert "not a regular file" in refusal(path)
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(40 << 30)
+    assert "more than" in refusal(tmp_path / "sparse")
     good = Kernels.untrained(1, D, RANK, hidden=6, seed=0).tensors()
     whole = {name: x.unsqueeze(0).contiguous() for name, x in good.items()}
     for change, said in (

@@ -14,12 +14,18 @@ import torch
 from transformers import PreTrainedModel
 
 from kvfloor import CorruptState, parse
+from kvfloor.core import message
 from kvfloor.core.bounded import Bounded
-from kvfloor.hf import CompressedCache, NewerVersion, UnknownMethod, WrongModel, container, prepare, restore
+from kvfloor.hf import CompressedCache, NewerVersion, OlderVersion, UnknownMethod, WrongModel, prepare, restore
 from kvfloor.hf.families import own_cache_class
 from kvfloor.methods.policies.sinks import Sinks
 from kvfloor.methods.registry import TABLE, default_method
 from survey.tiny import families, tiny_model
+from tests.corruption import (
+    require_edits_are_noticed,
+    require_every_flip_is_noticed,
+    require_every_truncation_is_noticed,
+)
 from tests.hf.conftest import tiny
 
 METHODS = [
@@ -225,30 +231,20 @@ def test_every_attribute_of_a_layer_is_saved_or_made_anew(started: Talk) -> None
 def test_any_changed_byte_is_noticed(started: Talk, tmp_path: Path) -> None:
     started.cache.save(tmp_path / "cache")
     whole = (tmp_path / "cache").read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    draw = random.Random(0)
-    places = [*range(8), *draw.sample(range(8, header), 120), *draw.sample(range(header, len(whole)), 120)]
+    header, draw = 8 + int.from_bytes(whole[:8], "little"), random.Random(0)
+    places = [*range(100), *draw.sample(range(100, header), 40), *draw.sample(range(header, len(whole)), 40)]
     places += [header - 1, header, len(whole) - 1]
-    for place in places:
-        for change in (1 << draw.randrange(8), draw.randrange(1, 256)):
-            broken = bytearray(whole)
-            broken[place] ^= change
-            (tmp_path / "broken").write_bytes(broken)
-            with pytest.raises(CorruptState):
-                CompressedCache.load(tmp_path / "broken", started.model)
+    broken = tmp_path / "broken"
 
+    def read(data: bytes) -> object:
+        broken.write_bytes(data)
+        return CompressedCache.load(broken, started.model)
 
-def test_a_truncated_or_longer_file_is_noticed(started: Talk, tmp_path: Path) -> None:
-    started.cache.save(tmp_path / "cache")
-    whole = (tmp_path / "cache").read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    for size in (0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
-        (tmp_path / "cut").write_bytes(whole[:size])
-        with pytest.raises(CorruptState):
-            CompressedCache.load(tmp_path / "cut", started.model)
-    (tmp_path / "long").write_bytes(whole + b"\0")
-    with pytest.raises(CorruptState):
-        CompressedCache.load(tmp_path / "long", started.model)
+    require_every_flip_is_noticed(whole, read, places)
+    sizes = (0, 1, 7, 8, 9, 98, 99, 100, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1)
+    require_every_truncation_is_noticed(whole, read, sizes)
+    for _ in range(100):
+        require_edits_are_noticed(whole, read, draw)
 
 
 def test_another_file_is_no_cache(started: Talk, tmp_path: Path) -> None:
@@ -265,8 +261,8 @@ def test_another_file_is_no_cache(started: Talk, tmp_path: Path) -> None:
 
 def rewritten(path: Path, **changes: Any) -> Path:
     """The file with other header fields and a right digest: what another release may write."""
-    header, tensors = container.unpack(path.read_bytes())
-    path.write_bytes(container.pack(header | changes, tensors))
+    header, fields = message.unpack(path.read_bytes())
+    path.write_bytes(message.pack(header | changes, fields))
     return path
 
 
@@ -274,19 +270,131 @@ def test_a_newer_format_is_told_from_damage(started: Talk, tmp_path: Path) -> No
     path = tmp_path / "cache"
     started.cache.save(path)
     with pytest.raises(NewerVersion, match="upgrade kvfloor"):
-        CompressedCache.load(rewritten(path, format=container.FORMAT + 1, kvfloor="9.0"), started.model)
+        CompressedCache.load(rewritten(path, format=message.FORMAT + 1, kvfloor="9.0"), started.model)
 
 
 def test_fields_that_do_not_fit_are_refused(started: Talk, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     started.cache.save(path)
-    header, _ = container.unpack(path.read_bytes())
-    layers = header["layers"]
-    other = {**layers[0], "entries": [e for e in layers[0]["entries"] if e[0] != "state/slots/k"]}
+    layers = message.unpack(path.read_bytes())[0]["layers"]
+    other = {**layers[0], "layer": "DynamicLayer"}
     for changes in ({"layers": layers[:2]}, {"layers": [other, *layers[1:]]}, {"arguments": {"colour": 3}}):
         with pytest.raises(CorruptState, match="does not fit"):
             CompressedCache.load(rewritten(path, **changes), started.model)
         started.cache.save(path)
+
+
+def test_edited_layers_are_refused(started: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    started.cache.save(path)
+    header, _ = message.unpack(path.read_bytes())
+    first, *others = header["layers"]
+    clocks = [{"seen": 3}, {"seen": -1}, {"seen": 2**62}, {"seen": "70"}, {"batch": 3}, {"batch": 0}, {"batch": True}]
+    clocks += [{"is_initialized": 1}, {"more": 1}, {"seen": 71}]
+    edits: list[dict[str, Any]] = [{"layers": [first | {"clocks": first["clocks"] | c}, *others]} for c in clocks]
+    edits += [{"layers": [first | {"spec": first["spec"] | {"rows": rows}}, *others]} for rows in (2, 2**40)]
+    edits += [{"peak_bytes": -1}, {"peak_bytes": None}, {"layers": None}, {"layers": [7] * 3}, {"model": None}]
+    for changes in edits:
+        with pytest.raises((CorruptState, WrongModel)):
+            CompressedCache.load(rewritten(path, **changes), started.model)
+        started.cache.save(path)
+
+
+def test_edited_states_are_refused_and_so_are_edited_layers_of_transformers(tmp_path: Path) -> None:
+    model = prepare(tiny_model("gemma3_text"))
+    talk = Talk(model, CompressedCache(model.config, "h2o@32"))
+    talk.hear(*turns(1, 70))
+    path = tmp_path / "cache"
+    talk.cache.save(path)
+    header, _ = message.unpack(path.read_bytes())
+    own = next(str(i) for i, layer in enumerate(header["layers"]) if "clocks" not in layer)
+    full = next(str(i) for i, layer in enumerate(header["layers"]) if "clocks" in layer)
+    for edit in (
+        lambda fields: fields[full]["state"]["slots"].update(held=fields[full]["state"]["slots"]["held"] + 1),
+        lambda fields: fields[full]["state"].pop("pins"),
+        lambda fields: fields[own].update(update=3),
+        lambda fields: fields[own].update(dtype=["dtype", "nn"]),
+        lambda fields: fields[own].pop("keys"),
+        lambda fields: fields.pop(own),
+    ):
+        header, fields = message.unpack(path.read_bytes())
+        edit(fields)
+        (tmp_path / "edited").write_bytes(message.pack(header, fields))
+        with pytest.raises(CorruptState, match="does not fit"):
+            CompressedCache.load(tmp_path / "edited", model)
+
+
+@pytest.mark.parametrize("path", [None, 7, b"x", ["x"], 0.5])
+def test_what_is_no_path_is_named(started: Talk, path: Any) -> None:
+    with pytest.raises(TypeError, match="path of the saved cache must be text or a Path"):
+        CompressedCache.load(path, started.model)
+    with pytest.raises(TypeError, match="path of the saved cache must be text or a Path"):
+        started.cache.save(path)
+
+
+def test_other_wrong_arguments_are_named(started: Talk, tmp_path: Path) -> None:
+    started.cache.save(tmp_path / "cache")
+    for name, options in (
+        ("model", {"model": None}),
+        ("model", {"model": started.model.config}),
+        ("method", {"method": "h2o@32"}),
+        ("most_bytes", {"most_bytes": "1GiB"}),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be"):
+            CompressedCache.load(tmp_path / "cache", **({"model": started.model} | options))
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "/", "folder"])
+def test_a_folder_is_no_cache_and_is_not_replaced(
+    started: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"is empty|cannot write .* a folder; name a file"):
+        started.cache.save(path)
+    with pytest.raises(ValueError, match=r"is empty|cannot read .* not a regular file"):
+        CompressedCache.load(path, started.model)
+    assert os.listdir() == ["folder"] and not os.listdir("folder")
+
+
+def test_no_file_can_take_the_machine(started: Talk, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            CompressedCache.load(path, started.model)
+        with pytest.raises(ValueError, match="a pipe or a device"):
+            started.cache.save(path)
+    path = tmp_path / "cache"
+    started.cache.save(path)
+    whole = path.read_bytes()
+    for start in (b"", (2**60).to_bytes(8, "little") + whole[8:], whole):
+        path.write_bytes(start)
+        os.truncate(path, 40 << 30)  # sparse: takes no room
+        with pytest.raises(ValueError):
+            CompressedCache.load(path, started.model)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=f"has {len(whole)} bytes, more than the {len(whole) - 1} allowed"):
+        CompressedCache.load(path, started.model, most_bytes=len(whole) - 1)
+    CompressedCache.load(path, started.model, most_bytes=len(whole))
+
+
+def test_a_cache_of_an_earlier_format_is_named(started: Talk, tmp_path: Path) -> None:
+    import json
+
+    text = json.dumps({"header_sha256": "0" * 64, "format": 1}, separators=(",", ":"))
+    header = json.dumps({"__metadata__": {"kvfloor": text}}, separators=(",", ":")).encode()
+    (tmp_path / "old").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(OlderVersion, match="format 1, of an earlier kvfloor"):
+        CompressedCache.load(tmp_path / "old", started.model)
+
+
+def test_any_name_will_do_and_a_link_stays(started: Talk, tmp_path: Path) -> None:
+    long = tmp_path / ("n" * 252)
+    started.cache.save(long)
+    (tmp_path / "link").symlink_to(long)
+    started.cache.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", long.name]
+    follow(started, Talk(started.model, CompressedCache.load(tmp_path / "link", started.model), started.mask), (1,))
 
 
 def test_an_unknown_method_is_refused_and_nothing_is_imported_for_it(started: Talk, tmp_path: Path) -> None:
@@ -405,7 +513,7 @@ def test_the_file_is_plain_safetensors_that_tells_what_it_holds(started: Talk, t
     started.cache.save(tmp_path / "cache.safetensors")
     with safe_open(tmp_path / "cache.safetensors", "pt") as file:
         assert "0/state/slots/k" in set(file.keys())
-    header, tensors = container.unpack((tmp_path / "cache.safetensors").read_bytes())
+    header, fields = message.unpack((tmp_path / "cache.safetensors").read_bytes())
     assert header["method"] == str(parse("h2o@32")) and header["model"]["model"] == "LlamaForCausalLM"
-    assert {"0/state/slots/k", "2/state/slots/v"} < set(tensors) and header["format"] == container.FORMAT
+    assert list(fields) == ["0", "1", "2"] and {"k", "v"} < set(fields["2"]["state"]["slots"])
     assert header["arguments"]["requests"] == [4, 9] and header["arguments"]["seed"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -54,6 +55,7 @@ def check_wrong_input(method: Method, at: Setting) -> None:
         ("integers", k.to(torch.int64)),
         ("complex numbers", k.to(torch.complex64)),
         ("a sparse tensor", k.to_sparse()),
+        ("a nested tensor", _nested(k)),
         ("a tensor without data", k.to("meta")),
     ):
         calls[f"append with k as {name}"] = lambda bad=bad: state.append(bad, v)  # type: ignore[arg-type]
@@ -68,6 +70,7 @@ def check_wrong_input(method: Method, at: Setting) -> None:
         ("another width", flat[..., 1:]),
         ("another float dtype", flat.to(other)),
         ("integers", flat.to(torch.int64)),
+        ("a nested tensor", _nested(flat)),
         ("a tensor without data", flat.to("meta")),
     ):
         calls[f"read with q as {name}"] = lambda bad=bad: state.read(bad)  # type: ignore[arg-type]
@@ -76,17 +79,22 @@ def check_wrong_input(method: Method, at: Setting) -> None:
         ("too few rows", q[1:]),
         ("another width", q[..., 1:]),
         ("another float dtype", q.to(other)),
+        ("a nested tensor", _nested(q)),
         ("a tensor without data", q.to("meta")),
     ):
         calls[f"attend with q as {name}"] = lambda bad=bad: state.attend(bad)
         calls[f"step with q as {name}"] = lambda bad=bad: state.step(bad, k, v)
     calls["step with fewer queries than tokens"] = lambda: state.step(q[:, :, :2], k, v)
     calls["step with an empty group"] = lambda: state.step(q[:, :0], k, v)
+    calls["attend with an empty group"] = lambda: state.attend(q[:, :0])
     for name, bad in (
         ("a list", present.tolist()),
         ("numbers", present.to(torch.int64)),
         ("too few rows", present[1:]),
         ("too few tokens", present[:, 1:]),
+        ("a sparse mask", present.to_sparse()),
+        ("a nested mask", _nested(present)),
+        ("a mask without data", present.to("meta")),
     ):
         calls[f"append with present as {name}"] = lambda bad=bad: state.append(k, v, bad)  # type: ignore[arg-type]
         calls[f"step with present as {name}"] = lambda bad=bad: state.step(q, k, v, bad)  # type: ignore[arg-type]
@@ -96,10 +104,16 @@ def check_wrong_input(method: Method, at: Setting) -> None:
         ("a matrix", torch.zeros(1, 1, dtype=torch.int64)),
         ("a row below 0", torch.tensor([-1])),
         ("a row too high", torch.tensor([state.spec.rows])),
+        ("None", None),
+        ("a sparse tensor", torch.tensor([0]).to_sparse()),
+        ("a tensor without data", torch.zeros(1, dtype=torch.int64, device="meta")),
     ):
-        calls[f"select_rows with {name}"] = lambda bad=bad: state.select_rows(bad)
+        calls[f"select_rows with {name}"] = lambda bad=bad: state.select_rows(bad)  # type: ignore[arg-type]
     _require_refusal(state, calls, (ValueError, TypeError))
     before = state.to_bytes()
+    require(state.attend(q[:, :, :0]).shape[2] == 0, "`attend` answers no query with something")
+    require(state.read(flat[:, :0]).log_mass.shape[1] == 0, "`read` answers no query with something")
+    require(state.to_bytes() == before, "no query was asked, but the state has changed")
     other = torch.cat([q, q], 1)
     for tokens in (1, q.shape[2]):
         try:
@@ -107,6 +121,14 @@ def check_wrong_input(method: Method, at: Setting) -> None:
             break
         except (ValueError, TypeError):  # a method may hold on to its group's size, or not
             require(state.to_bytes() == before, "another group size was refused, but the state has changed")
+
+
+def _nested(x: Tensor) -> Tensor:
+    """The same rows, of unequal length, as torch's nested tensor: its shape may not even be asked."""
+    rows = [row[: len(row) - i % 2] for i, row in enumerate(x)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nested tensors are a prototype
+        return torch.nested.nested_tensor(rows)
 
 
 def check_non_finite(method: Method, at: Setting) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from kvfloor.core.attend import attend_newest, fused
 from kvfloor.core.method import Method
 from kvfloor.core.partial import Partial
 from kvfloor.core.selector import Chosen, Everything, Indexed, Selector, SelectorState
-from kvfloor.core.slots import Slots
+from kvfloor.core.slots import Slots, require_positions
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 
@@ -72,6 +73,12 @@ class Blocked(State):
     @property
     def held(self) -> Tensor:
         return self.slots.held.clone()
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_positions(fields["slots"], fields["seen"])
+        if self.selection is not None:
+            self.selection.require_fitting(fields["selection"], fields["slots"])
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         self._feed(k, v, None, take)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget, size_bytes, tokens
+from kvfloor.core.fields import MOST, Field, require_equal
 from kvfloor.core.method import Guarantee, Method, Parts, Traits, budget_text, part_text
 from kvfloor.core.partial import Partial
 from kvfloor.core.policy import Held, Policy, Queries
@@ -168,6 +169,29 @@ class BoundedState(Blocked):
         self.asked = torch.zeros(spec.rows, method.block, dtype=torch.bool)  # which of them were really asked
         self.pins = torch.zeros(spec.rows, 0, 2, dtype=torch.int64)  # pinned spans [from, to) of positions
         self.on_evict: Callable[[Tensor, Tensor], None] | None = None  # told row (e,) and position (e,) of what leaves
+
+    def fields(self) -> dict[str, Any]:
+        spec = self.spec
+        queries = Field(spec.dtype, (spec.rows, "g", self.block, spec.d), finite=True, optional=True)
+        own = {"queries": queries, "pins": Field(torch.int64, (spec.rows, None, 2), least=0, most=MOST)}
+        if self.prompt is not None:
+            own["prompt"] = Field(torch.int64, (spec.rows,), least=-1, most=MOST)
+        return super().fields() | own
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_equal(fields["budget"], self.budget, "tokens of the budget")
+        pins, queries, prompt = fields["pins"], fields["queries"], fields["prompt"]
+        if bool((pins != pins[:1]).any()) or bool((pins[..., 0] >= pins[..., 1]).any()):
+            raise ValueError("a pinned span needs a start below its stop, the same in all rows")
+        for budget in self.budget.tolist():
+            self._plan._check_room(budget, int((pins[0, :, 1] - pins[0, :, 0]).sum()))
+        if prompt is not None and bool((prompt > fields["seen"]).any()):
+            raise ValueError("the prompt has more tokens than its row has seen")
+        if self.memory is not None:
+            self.memory.require_fitting(
+                fields["memory"], None if queries is None else queries.shape[1], fields["sealed"]
+            )
 
     @property
     def _plan(self) -> Bounded:

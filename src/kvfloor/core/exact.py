@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
+from kvfloor.core.fields import require_equal
 from kvfloor.core.method import Guarantee, Method, Parts, Traits, part_text
 from kvfloor.core.selector import Everything, Indexed, Selector
 from kvfloor.core.slots import Slots
@@ -84,3 +86,9 @@ class ExactState(Blocked):
     @property
     def bytes_read(self) -> int:
         return self.slot_bytes_read
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_equal(fields["slots"]["held"], fields["seen"], "tokens held")
+        order = torch.cat([torch.arange(n) for n in fields["seen"].tolist()])
+        require_equal(fields["slots"]["position"], order, "positions")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import Field
+
 # Not memory: what is fixed before the stream and known to both sides, the record of past sizes, and who listens.
 PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict"})
 SCALAR_BYTES = 8
@@ -76,6 +78,30 @@ class Memory:
         """The attributes to send: tensors, numbers, None, or nested dicts of them."""
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
+    def fields(self) -> dict[str, Any]:
+        """What fields may hold that differ from a freshly opened part's in more than their entries: name -> `Field`.
+
+        A part that exports nested dicts of its own nests here as well. Numbers that are not named are configuration:
+        they must be as opened. Tensors that are not named follow `Field.like`.
+        """
+        return {}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        """Raise ValueError where `fields`, each of which may hold what it holds, do not fit together."""
+
+    def require(self, fields: Any, where: str = "") -> None:
+        """Raise ValueError unless this freshly opened part can `adopt` these fields and answer from them."""
+        opened, declared = self.export(), self.fields()
+        sizes: dict[str, int] = {}
+        _require_names(fields, opened, where)
+        for name, value in fields.items():
+            mine = vars(self).get(name)
+            if isinstance(mine, Memory) and name not in declared:
+                mine.require(value, f"{where}{name}/")
+            else:
+                _require_field(declared.get(name), opened[name], value, where + name, sizes)
+        self.require_sound(fields)
+
     def adopt(self, fields: dict[str, Any]) -> None:
         """Take over what `export` of an equal part gave."""
         for name, value in fields.items():
@@ -103,6 +129,28 @@ class Memory:
         """A copy that shares no storage with this one, except what is public."""
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)
+
+
+def _require_names(fields: Any, opened: dict[str, Any], where: str) -> None:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where or 'the state'} is {fields!r}, no part with fields")
+    differ = set(fields) ^ set(opened)
+    if differ:
+        raise ValueError(f"the fields of {where or 'the state'} differ from this release's in {sorted(differ)}")
+
+
+def _require_field(declared: Any, opened: Any, value: Any, where: str, sizes: dict[str, int]) -> None:
+    """Raise ValueError unless `value` may stand where a freshly opened part has `opened`."""
+    if isinstance(declared, Field):
+        declared.require(value, where, sizes)
+    elif isinstance(opened, dict):
+        _require_names(value, opened, f"{where}/")
+        for name, inner in value.items():
+            _require_field((declared or {}).get(name), opened[name], inner, f"{where}/{name}", sizes)
+    elif isinstance(opened, Tensor):
+        Field.like(opened).require(value, where, sizes)
+    elif type(value) is not type(opened) or value != opened:
+        raise ValueError(f"{where} is {value!r}; a state opened for this method and spec has {opened!r}")
 
 
 def _export(value: Any, name: str) -> Any:

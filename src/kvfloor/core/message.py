@@ -1,116 +1,114 @@
-"""The message: a state as bytes. What Alice sends Bob in the lower bounds' proofs, and what is saved.
+"""The message: a state, or a whole cache, as bytes: what Alice sends Bob in the lower bounds' proofs, what is saved.
 
-Layout: 8 bytes magic and version, 8 bytes header length (little-endian), a JSON header (method, spec, one entry
-per field), the tensors' raw bytes, and a SHA-256 over everything before it. Nothing is unpickled; a message
-that is truncated, flipped or of another version raises `CorruptState` before anything is allocated from it.
+A message is a safetensors file. Its metadata have one text, "kvfloor": a SHA-256 of every other byte of the file in 64
+hex digits, and a JSON object with the format, what the caller gives, and under "fields" whatever is no tensor; a tensor
+is named by its path in the fields. Nothing is unpickled. A message that is truncated, flipped or of another format is
+refused before anything is allocated from it. The digest tells damage, not forgery. Equal content makes equal bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-MAGIC = b"KVFLOOR\x01"
-HEADER_LIMIT_BYTES = 1 << 20
-_DIGEST_BYTES = 32
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.uint8,
-        torch.bool,
-    )
-}
+from kvfloor.files import cannot_read, open_regular, read_exactly
+
+FORMAT = 2
+HEADER_LIMIT_BYTES = 1 << 24
+_START = b'{"__metadata__":{"kvfloor":"'  # how the header begins, after its length in 8 bytes
+_DIGEST = slice(8 + len(_START), 8 + len(_START) + 64)
+_OLD = (b"KVFLOOR\x01", b'{\\"header_sha256\\"')  # how a message and a saved cache of format 1 begin
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.uint8,
+    torch.bool,
+)
 
 
 class CorruptState(ValueError):
     """The bytes are not an intact message of this version."""
 
 
-def pack(method: str, spec: dict[str, Any], fields: dict[str, Any]) -> bytes:
-    """Bytes of a state: `fields` as `Memory.export` gives them."""
-    entries, tensors = flatten(fields)
-    chunks = [raw_bytes(tensor) for tensor in tensors.values()]
-    header = json.dumps({"method": method, "spec": spec, "entries": entries}, separators=(",", ":")).encode()
-    if len(header) > HEADER_LIMIT_BYTES:
-        raise ValueError(f"the state's header takes {len(header)} bytes, more than {HEADER_LIMIT_BYTES}")
-    body = b"".join([MAGIC, len(header).to_bytes(8, "little"), header, *chunks])
-    return body + hashlib.sha256(body).digest()
+class NewerVersion(ValueError):
+    """The message is of a format that a later kvfloor writes."""
 
 
-def unpack(data: bytes) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Method text, spec and fields of a message; CorruptState if it is not intact."""
-    prefix = len(MAGIC) + 8
-    if len(data) < prefix + _DIGEST_BYTES:
-        raise CorruptState(f"a message has at least {prefix + _DIGEST_BYTES} bytes, this one {len(data)}: truncated")
-    if data[: len(MAGIC) - 1] != MAGIC[:-1]:
-        raise CorruptState("these bytes do not start as a kvfloor message does")
-    if data[len(MAGIC) - 1] != MAGIC[-1]:
-        raise CorruptState(f"message version {data[len(MAGIC) - 1]}; this release reads version {MAGIC[-1]}")
-    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-    if hashlib.sha256(body).digest() != digest:
+class OlderVersion(ValueError):
+    """The message is of a format that an earlier kvfloor wrote and this one does not read."""
+
+
+def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
+    """Write `fields`, nested dicts of tensors and JSON values, and the JSON-ready `header` as one message.
+
+    Raises TypeError for a dtype that no message holds.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain = _split(fields, "", tensors)
+    text = json.dumps({"format": FORMAT, **header, "fields": plain}, separators=(",", ":"))
+    data = safetensors.torch.save(tensors, {"kvfloor": "0" * 64 + text})
+    size = int.from_bytes(data[:8], "little")
+    if size > HEADER_LIMIT_BYTES:
+        raise ValueError(f"the state's header takes {size} bytes, more than {HEADER_LIMIT_BYTES}")
+    assert data.startswith(_START, 8)
+    return b"".join([data[: _DIGEST.start], _digest(data), data[_DIGEST.stop :]])
+
+
+def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Header and fields of a message; CorruptState if it is not intact, OlderVersion or NewerVersion as they say."""
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"a message is bytes, got {type(data).__name__}")
+    data = bytes(data)
+    end = _header_end(data, len(data))
+    if _digest(data) != data[_DIGEST]:
         raise CorruptState("the digest does not match: the message was truncated or changed")
-    size = int.from_bytes(body[len(MAGIC) : prefix], "little")
-    if size > HEADER_LIMIT_BYTES or prefix + size > len(body):
-        raise CorruptState(f"the header claims {size} bytes, more than the message holds or than is allowed")
     try:
-        header = json.loads(body[prefix : prefix + size])
-        entries = header["entries"]
-        fields = gather(entries, _sent(entries, memoryview(body)[prefix + size :]))
-        return header["method"], header["spec"], fields
+        header = json.loads(json.loads(data[8:end])["__metadata__"]["kvfloor"][64:])
+        version = int(header.pop("format"))
+        if version <= FORMAT:
+            fields = header.pop("fields")
+            for path, tensor in sorted(safetensors.torch.load(data).items()):  # which come in any order
+                _place(fields, path, tensor)
+            return header, fields
+        writer = header.get("kvfloor", "a later release")
     except CorruptState:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
+    except _FORGED as cause:
         raise CorruptState(f"the header is not one that this release writes: {cause}") from None
+    raise NewerVersion(
+        f"the message is of format {version}, written by kvfloor {writer}; this release reads up to format {FORMAT}: "
+        f"upgrade kvfloor"
+    )
+
+
+def read(path: str | Path, most_bytes: int, what: str) -> bytes:
+    """Read a file that begins as a message of at most `most_bytes`; of any other one only the beginning is read.
+
+    Raises what `unpack` raises for a beginning, and ValueError for a file that cannot be read.
+    """
+    with open_regular(path, what) as (stream, size):
+        start = read_exactly(stream, min(size, _DIGEST.stop), path, what)
+        _header_end(start, size)
+        if size > most_bytes:
+            raise cannot_read(path, what, f"it has {size} bytes, more than the {most_bytes} allowed")
+        return start + read_exactly(stream, size - len(start), path, what)
 
 
 def payload_bytes(data: bytes) -> int:
-    """Bytes of a message that are tensors: what is left without magic, header and digest."""
-    prefix = len(MAGIC) + 8
-    return len(data) - prefix - int.from_bytes(data[len(MAGIC) : prefix], "little") - _DIGEST_BYTES
-
-
-def flatten(fields: dict[str, Any]) -> tuple[list[list[Any]], dict[str, Tensor]]:
-    """`fields` as `Memory.export` gives them, as JSON-ready entries and, by path, dense tensors on the CPU.
-
-    An entry is [path, "part"], [path, "value", value] or [path, dtype, shape]; the tensors are in the entries' order.
-    Raises TypeError for a dtype that no message holds.
-    """
-    entries: list[list[Any]] = []
-    tensors: dict[str, Tensor] = {}
-    _flatten(fields, "", entries, tensors)
-    return entries, tensors
-
-
-def gather(entries: list[list[Any]], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The inverse of `flatten`; CorruptState if a tensor is missing."""
-    fields: dict[str, Any] = {}
-    for full, kind, *rest in entries:
-        *parents, name = full.split("/")
-        into = fields
-        for parent in parents:
-            into = into[parent]
-        if kind == "part":
-            into[name] = {}
-        elif kind == "value":
-            into[name] = rest[0]
-        elif full not in tensors:
-            raise CorruptState(f"field {full} is missing")
-        else:
-            into[name] = tensors[full]
-    return fields
+    """Bytes of a message that are tensors: what is left without the header."""
+    return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
@@ -120,37 +118,75 @@ def raw_bytes(tensor: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-def _flatten(fields: dict[str, Any], path: str, entries: list[list[Any]], tensors: dict[str, Tensor]) -> None:
-    for name, value in fields.items():
-        full = f"{path}/{name}" if path else name
-        if isinstance(value, dict):
-            entries.append([full, "part"])
-            _flatten(value, full, entries, tensors)
-        elif isinstance(value, Tensor):
-            if value.dtype not in _DTYPES.values():
-                raise TypeError(f"{full} is a {value.dtype} tensor; a message holds {', '.join(_DTYPES)}")
-            entries.append([full, str(value.dtype).removeprefix("torch."), list(value.shape)])
-            tensors[full] = value.detach().cpu().contiguous()
-        else:
-            entries.append([full, "value", value])
+# What parsing raises where somebody wrote a digest under other content.
+_FORGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 
-def _sent(entries: list[list[Any]], payload: memoryview) -> dict[str, Tensor]:
-    """The tensors that the entries name, cut from the payload; CorruptState if it is too short or too long."""
-    tensors: dict[str, Tensor] = {}
-    offset = 0
-    for full, kind, *rest in entries:
-        if kind in ("part", "value"):
-            continue
-        dtype, shape = _DTYPES[kind], [int(size) for size in rest[0]]
-        size = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or offset + size > len(payload):
-            raise CorruptState(f"field {full} reaches past the end of the message")
-        raw = bytearray(payload[offset : offset + size])
-        tensors[full] = (
-            torch.frombuffer(raw, dtype=dtype).reshape(shape).clone() if size else torch.zeros(shape, dtype=dtype)
+def _header_end(start: bytes, size: int) -> int:
+    """Where the header ends in a message of `size` bytes that begins so; CorruptState where that cannot be."""
+    if size < _DIGEST.stop:
+        raise CorruptState(f"a message has at least {_DIGEST.stop} bytes, this one {size}: truncated, or no message")
+    if start.startswith(_OLD[0]) or (start.startswith(_START, 8) and start.startswith(_OLD[1], _DIGEST.start)):
+        raise OlderVersion(
+            f"the message is of format 1, of an earlier kvfloor; this release reads format {FORMAT}: make it again"
         )
-        offset += size
-    if offset != len(payload):
-        raise CorruptState(f"{len(payload) - offset} bytes are left over after the last field")
-    return tensors
+    if not start.startswith(_START, 8):
+        raise CorruptState("these bytes do not start as a kvfloor message does")
+    end = 8 + int.from_bytes(start[:8], "little")
+    if end > min(size, 8 + HEADER_LIMIT_BYTES) or end < _DIGEST.stop:
+        raise CorruptState(f"the header claims {end - 8} bytes, more than the message holds or than is allowed")
+    return end
+
+
+def _digest(data: bytes) -> bytes:
+    """SHA-256 of all bytes but the digest's own."""
+    rest = memoryview(data)
+    digest = hashlib.sha256(rest[: _DIGEST.start])
+    digest.update(rest[_DIGEST.stop :])
+    return digest.hexdigest().encode()
+
+
+def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What is no tensor in `fields`; the tensors go to `tensors` by path, dense and each in storage of its own."""
+    plain: dict[str, Any] = {}
+    for name, value in fields.items():
+        full = path + name
+        assert "/" not in name, f"{full} has a slash in a name"
+        if isinstance(value, dict):
+            inside = _split(value, f"{full}/", tensors)
+            if inside or not value:  # a part of tensors alone is told by their paths
+                plain[name] = inside
+        elif isinstance(value, Tensor):
+            if value.dtype not in _DTYPES:
+                held = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+                raise TypeError(f"{full} is a {value.dtype} tensor; a message holds {held}")
+            tensors[full] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        else:
+            plain[name] = value
+    return plain
+
+
+def _place(fields: dict[str, Any], path: str, tensor: Tensor) -> None:
+    """Put a tensor where `_split` found it; CorruptState where there is no such place, or for no such tensor."""
+    if tensor.dtype not in _DTYPES:
+        raise CorruptState(f"field {path} is a {tensor.dtype} tensor")
+    if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+        raise CorruptState(f"field {path} has truth values that are neither 0 nor 1")
+    *parents, name = path.split("/")
+    for parent in parents:
+        fields = fields.setdefault(parent, {})
+        if not isinstance(fields, dict):
+            raise CorruptState(f"field {path} lies in {parent}, which is no part")
+    if name in fields:
+        raise CorruptState(f"field {path} is there twice")
+    fields[name] = tensor.clone()  # aligned as torch likes it

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from kvfloor.core import message
 from kvfloor.core.spec import Spec
@@ -159,10 +160,11 @@ class Method(ABC):
 
     def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
         """The state that `to_bytes` packed; CorruptState (a ValueError) if the bytes are not intact."""
-        text, plain, fields = message.unpack(data)
+        header, fields = message.unpack(data)
+        text = header.get("method")
         if text != str(self):
             raise message.CorruptState(f"this is a state of {text!r}, not of {str(self)!r}")
-        return rebuilt(self, plain, fields, device)
+        return rebuilt(self, header.get("spec"), fields, device)
 
     def __str__(self) -> str:
         """The text that parses back to this method; a third party's class is written `module:Class`."""
@@ -170,17 +172,31 @@ class Method(ABC):
         return text if self.budget is None else f"{text}@{budget_text(self.budget)}"
 
 
-def rebuilt(method: Method, plain: dict[str, Any], fields: dict[str, Any], device: str | torch.device) -> State:
+def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device) -> State:
     """A state of `method` for the spec `plain` that takes over `fields`, which another one exported.
 
-    Raises CorruptState if they are not the fields that this release's state has.
+    Raises CorruptState if they are not the fields that this release's state has, or do not fit the method, the spec
+    and each other: whoever changed them may have written a good digest.
     """
-    state = method.open(Spec.from_dict(plain, device))
-    missing = set(state.export()) ^ set(fields)
-    if missing:
-        raise message.CorruptState(f"the state's fields differ from this release's in {sorted(missing)}")
-    state.adopt(fields)
+    try:
+        if plain["rows"] > _numbers(fields):  # before anything is made for so many
+            raise ValueError(f"{plain['rows']} rows cannot be remembered in {_numbers(fields)} numbers")
+        state = method.open(Spec.from_dict(plain, device))
+        state.require(fields)
+        state.adopt(fields)
+    except message.CorruptState:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as cause:
+        why = str(cause) or type(cause).__name__
+        raise message.CorruptState(f"this is no state of {str(method)!r}: {why}") from cause
     return state
+
+
+def _numbers(fields: Any) -> int:
+    """Entries of all tensors in nested fields."""
+    if isinstance(fields, dict):
+        return sum(_numbers(value) for value in fields.values())
+    return fields.numel() if isinstance(fields, Tensor) else 0
 
 
 def standard_law(method: Method, place: str) -> Method:

@@ -107,6 +107,9 @@ class PolicyMemory(Memory, ABC):
     def seal(self) -> None:
         """The prompt is over, and what had to leave has left."""
 
+    def require_fitting(self, fields: dict[str, Any], g: int | None, sealed: bool) -> None:
+        """Raise ValueError where the fields of a message do not fit a group of g queries (None: none came yet)."""
+
 
 class Policy(ABC):
     """Frozen configuration of an eviction rule. The lowest priority leaves first; ties let the older one go."""

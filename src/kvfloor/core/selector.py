@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ class SelectorState(Memory, ABC):
     @abstractmethod
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         """The slots marked in leaving (rows, width) have been emptied, and tokens from the end moved into them."""
+
+    def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
+        """Raise ValueError where the fields of a message do not belong to those of its slots."""
 
     def resize(self, slots: Slots) -> None:
         """The rows' capacities have changed while no token came or went."""

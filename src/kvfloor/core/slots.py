@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import MOST, Field, require_room
 from kvfloor.core.memory import Memory
 from kvfloor.core.spec import Spec
 
@@ -233,6 +234,23 @@ class Slots(Memory):
         columns = {name: tensor[index] for name, tensor in self._columns().items()}
         return {"held": self.held, "capacity": self.capacity, "columns": columns, **live}
 
+    def fields(self) -> dict[str, Any]:
+        """Of each held token one entry in every field."""
+        spec, tokens = self.spec, "tokens"
+        wide = {"k": spec.d, "v": spec.dv}
+        own = {name: Field(spec.dtype, (tokens, wide[name]), finite=True) for name in wide if name in self._own}
+        columns = {name: Field(column.dtype, (tokens,)) for name, column in self._columns().items()}
+        return {**own, "position": Field(torch.int64, (tokens,), least=0, most=MOST), "columns": columns}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        held, capacity = fields["held"], fields["capacity"]
+        if bool((capacity < self.capacity).any()) or bool((held > capacity).any()):
+            raise ValueError(f"rows hold {held.tolist()} tokens in {capacity.tolist()} slots")
+        if int(held.sum()) != len(fields["position"]):
+            raise ValueError(f"rows hold {held.tolist()} tokens, and {len(fields['position'])} are there")
+        width = self.spec.d + self.spec.dv + 2
+        require_room(float(capacity.double().sum()) * width, self.spec.dtype.itemsize, "the slots")
+
     def adopt(self, fields: dict[str, Any]) -> None:
         self.held = fields["held"]
         self._lay_out(fields["capacity"])
@@ -264,3 +282,16 @@ class Columns(Memory):
     def tensors(self) -> dict[str, Tensor]:
         """Column name -> tensor."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+def require_positions(fields: dict[str, Any], seen: Tensor) -> None:
+    """Raise ValueError unless the tokens in these fields of slots came once each, among the first seen (rows,)."""
+    row = torch.arange(len(seen)).repeat_interleave(fields["held"])
+    position = fields["position"]
+    if bool((position >= seen[row]).any()):
+        raise ValueError("a token's position lies beyond the tokens that its row has seen")
+    order = torch.argsort(position, stable=True)
+    order = order[torch.argsort(row[order], stable=True)]
+    again = (position[order][1:] == position[order][:-1]) & (row[order][1:] == row[order][:-1])
+    if bool(again.any()):
+        raise ValueError("two tokens of a row have the same position")

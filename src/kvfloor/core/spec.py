@@ -95,11 +95,13 @@ class Spec:
         return replace(self, rows=len(chosen), row_ids=chosen, places=places)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form, without the device: where a state lives is not part of what it is."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "device"}
-        if not self.tied:
-            del plain["tied"]
-        return plain | {"dtype": str(self.dtype).removeprefix("torch."), "row_ids": list(self.row_ids or ())}
+        """JSON-ready form of what differs from the defaults; where a state lives is no part of it."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        plain.pop("device", None)
+        plain["dtype"] = str(self.dtype).removeprefix("torch.")
+        if plain.get("row_ids") == tuple(range(self.rows)):
+            del plain["row_ids"]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any], device: str | torch.device = "cpu") -> Spec:

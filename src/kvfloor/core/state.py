@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from kvfloor.core import message
+from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Guarantee, Method
 from kvfloor.core.partial import Partial
@@ -163,6 +165,8 @@ class State(Memory, metaclass=_Plain):
     def attend(self, q: Tensor) -> Tensor:
         """Answers (rows, g, m, dv) to q (rows, g, m, d) without new tokens; a policy may learn from them."""
         q = self._checked(q, "q", self.spec.d, axes=4, finite=True)
+        if q.shape[1] < 1:
+            raise ValueError(f"q must be (rows, g, m, d) with g >= 1, got {tuple(q.shape)}")
         mean = self._attend(q).mean
         return mean.view(*q.shape[:3], self.spec.dv).to(self.spec.dtype)
 
@@ -180,8 +184,9 @@ class State(Memory, metaclass=_Plain):
         Raises ValueError if the method cannot pin (its traits say so), if the budget cannot hold all that is
         protected, and if some of the tokens are gone already.
         """
-        if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop):
-            raise ValueError(f"a pinned span needs 0 <= start < stop, got {start}..{stop}")
+        whole = all(isinstance(end, int) and not isinstance(end, bool) for end in (start, stop))
+        if not whole or not 0 <= start < stop:
+            raise ValueError(f"a pinned span needs whole numbers 0 <= start < stop, got {start!r}..{stop!r}")
         self._pin(start, stop)
 
     def guarantee(self) -> Guarantee | None:
@@ -198,9 +203,20 @@ class State(Memory, metaclass=_Plain):
         """Bytes that answering one query token touches, over all rows; everything unless a variant reads less."""
         return self.nbytes
 
+    def fields(self) -> dict[str, Any]:
+        return {"sealed": Field(bool)}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        """A state inside this one sees the same tokens and the same seal."""
+        for name, value in vars(self).items():
+            if isinstance(value, State):
+                require_equal(fields[name]["seen"], fields["seen"], f"{name}/seen")
+                if fields[name]["sealed"] != fields["sealed"]:
+                    raise ValueError(f"{name} and the state it is a part of disagree on whether the prompt is over")
+
     def to_bytes(self) -> bytes:
         """The message: everything that answering and continuing needs beyond method and public randomness."""
-        return message.pack(str(self.method), self.spec.as_dict(), self.export())
+        return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 
     @_plain
     def clone(self: Self) -> Self:
@@ -210,7 +226,12 @@ class State(Memory, metaclass=_Plain):
     @_plain
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index` (r,), int64, in that order; repeats are allowed (beams). Rows keep their ids."""
-        index = torch.as_tensor(index).to("cpu")
+        try:
+            index = torch.as_tensor(index)
+            _require_dense(index, "index")
+            index = index.to("cpu")
+        except RuntimeError as cause:  # so torch tells what it can make no tensor of
+            raise TypeError(f"select_rows needs a 1-d integer tensor, got {type(index).__name__}: {cause}") from None
         if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or index.numel() == 0:
             raise ValueError(
                 f"select_rows needs a non-empty 1-d integer tensor, got {index.dtype} {tuple(index.shape)}"
@@ -224,12 +245,11 @@ class State(Memory, metaclass=_Plain):
     def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
+        _require_dense(x, name)
         shape, spec = x.shape, self.spec
         if len(shape) != axes or shape[0] != spec.rows or shape[-1] != width:
             wanted = f"(rows={spec.rows}, {'t' if axes == 3 else 'g, t'}, {width})"
             raise ValueError(f"{name} must have shape {wanted}, got {tuple(shape)}")
-        if x.layout != torch.strided or x.is_quantized or x.is_meta:
-            raise TypeError(f"{name} must be a dense tensor with data, got layout {x.layout} on {x.device}")
         if x.dtype != spec.dtype:
             raise TypeError(f"{name} must be {spec.dtype} as the spec says, got {x.dtype}: convert it first")
         if x.device.type != spec.device_type:
@@ -243,6 +263,8 @@ class State(Memory, metaclass=_Plain):
         spec, dense = self.spec, torch.strided
         for x in (k, v, q):
             if type(x) is not Tensor or x.dtype != spec.dtype or x.layout != dense or x.device.type != spec.device_type:
+                return False
+            if x.is_nested:
                 return False
         if k.shape != (spec.rows, 1, self.key_width) or v.shape != (spec.rows, 1, self.value_width):
             return False
@@ -274,6 +296,8 @@ class State(Memory, metaclass=_Plain):
         if q is not None and (q.shape[2] != t or q.shape[1] < 1):
             raise ValueError(f"q must be (rows, g, {t}, d) with g >= 1 for {t} tokens, got {tuple(q.shape)}")
         if present is not None:
+            if isinstance(present, Tensor):
+                _require_dense(present, "present")
             if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != (rows, t):
                 got = (present.dtype, tuple(present.shape)) if isinstance(present, Tensor) else type(present).__name__
                 raise ValueError(f"present must be a bool tensor (rows={rows}, t={t}), got {got}")
@@ -289,6 +313,18 @@ class State(Memory, metaclass=_Plain):
             return torch.full((rows,), t, dtype=torch.int64), None
         order = torch.argsort((~present).to(torch.int8), dim=1, stable=True)
         return present.sum(1).cpu(), order
+
+
+def _require_dense(x: Tensor, name: str) -> None:
+    """Raise TypeError for tensors of which not even the shape may be asked, or no number.
+
+    Nested, sparse, quantized, on the meta device, or not made yet.
+    """
+    if is_lazy(x):
+        raise TypeError(f"{name} must be a dense tensor with data, got a {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided or x.is_quantized or x.is_meta:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor with data, got a {kind} one on {x.device}: convert it first")
 
 
 def _all_finite(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import Field
 from kvfloor.core.memory import Memory
 from kvfloor.core.spec import Spec
 
@@ -106,6 +107,18 @@ class Stretches(Memory):
         live = self.live()
         items = {name: column[live] for name, column in self._columns().items()}
         return {"used": self.used, "capacity": self.capacity, **items}
+
+    def fields(self) -> dict[str, Any]:
+        items = {name: Field(x.dtype, ("items", *x.shape[1:])) for name, x in self._columns().items()}
+        return items
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        used, capacity = fields["used"], fields["capacity"]
+        if bool((used > capacity).any()):
+            raise ValueError(f"lists of {used.tolist()} items in {capacity.tolist()} places")
+        sizes = {len(fields[name]) for name in self._columns()}
+        if sizes != {int(used.sum()) * self.lists}:
+            raise ValueError(f"{self.lists} lists of {used.tolist()} items, and {sizes} are there")
 
     def adopt(self, fields: dict[str, Any]) -> None:
         self.used, self.capacity = fields["used"], fields["capacity"]

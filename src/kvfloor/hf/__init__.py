@@ -4,12 +4,13 @@ from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.calibrate import floor_shares
 from kvfloor.hf.layer import Eviction
 from kvfloor.hf.prepare import prepare, restore
-from kvfloor.hf.saved import NewerVersion, UnknownMethod, WrongModel
+from kvfloor.hf.saved import NewerVersion, OlderVersion, UnknownMethod, WrongModel
 
 __all__ = [
     "CompressedCache",
     "Eviction",
     "NewerVersion",
+    "OlderVersion",
     "UnknownMethod",
     "WrongModel",
     "floor_shares",

@@ -20,7 +20,7 @@ from kvfloor.hf.calibrate import floor_shares
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.layers import cache_layers, layers_served
 from kvfloor.hf.opener import Opening
-from kvfloor.hf.saved import load, save
+from kvfloor.hf.saved import MOST_BYTES, load, save
 from kvfloor.methods.registry import parse
 
 
@@ -117,18 +117,23 @@ class CompressedCache(Cache):
     def save(self, path: str | Path) -> None:
         """Write the cache to `path`: whole or not at all, readable by its owner only (see `kvfloor.hf.saved`).
 
-        Raises ValueError while it is empty or in the middle of a forward, and where `path` cannot be written.
+        A symbolic link stays, and the file that it leads to is replaced. Raises ValueError while the cache is empty or
+        in the middle of a forward, and where `path` cannot be written; TypeError for what is no path.
         """
         save(self, path)
 
     @classmethod
-    def load(cls, path: str | Path, model: PreTrainedModel, *, method: Method | None = None) -> Self:
+    def load(
+        cls, path: str | Path, model: PreTrainedModel, *, method: Method | None = None, most_bytes: int = MOST_BYTES
+    ) -> Self:
         """The cache saved at `path`, to go on with on `model`, a prepared one with the weights that filled it.
 
-        method    needed only if it has a third party's part: the method that the cache was made with
-        Raises CorruptState, WrongModel, NewerVersion or UnknownMethod, all ValueErrors, before anything is built.
+        method      needed only if it has a third party's part: the method that the cache was made with
+        most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes about three times the file
+        Raises CorruptState, WrongModel, NewerVersion, OlderVersion or UnknownMethod, all ValueErrors, before anything
+        is built; ValueError for a path that cannot be read, or is a folder, a pipe or a device.
         """
-        return load(cls, path, model, method)
+        return load(cls, path, model, method, most_bytes)
 
     def resume(self, peak_bytes: int) -> None:
         """Continue from a saved cache's peak."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def export(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """These attributes (None: all) as `message.flatten` takes them; TypeError names one that cannot be saved."""
+    """These attributes (None: all) as `message.pack` takes them; TypeError names one that cannot be saved."""
     chosen = vars(layer) if names is None else {name: getattr(layer, name) for name in names}
     return {name: _plain(value, f"{type(layer).__name__}.{name}") for name, value in chosen.items()}
 
@@ -20,6 +20,9 @@ def adopt(layer: Any, fields: dict[str, Any], device: torch.device, names: Itera
     missing = set(vars(layer) if names is None else names) - set(fields)
     if missing:
         raise ValueError(f"{type(layer).__name__} keeps {', '.join(sorted(missing))} here, which the saved one did not")
+    strange = [name for name in fields if callable(getattr(type(layer), name, None))]
+    if strange:
+        raise ValueError(f"{', '.join(sorted(strange))} of {type(layer).__name__} cannot be given from a file")
     for name, value in fields.items():
         setattr(layer, name, _living(value, device))
 
@@ -61,6 +64,12 @@ def _living(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, dict):
         return {int(key): _living(item, device) for key, item in value.items()}
+    if value == ["device"]:
+        return device
     if isinstance(value, list):
-        return device if value == ["device"] else getattr(torch, value[1])
+        kind, name = value
+        dtype = getattr(torch, name, None)
+        if kind != "dtype" or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value} is neither a dtype nor a device")
+        return dtype
     return value

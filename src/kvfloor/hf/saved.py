@@ -1,7 +1,8 @@
 """Saving a compressed cache and loading it again: what continues is what would have gone on, bit for bit.
 
-The header says the format, the method, the constructor's arguments, the model's fingerprint and what each layer is; the
-tensors are each layer's state. Nothing is unpickled, and no module is imported because a file names it.
+A saved cache is a message (`kvfloor.core.message`) whose header tells the method, the constructor's arguments, the
+model's fingerprint and what each layer is; its fields are each layer's state, under the layer's number. No module is
+imported because a file names it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfloor.core.message import CorruptState, flatten, gather
+from kvfloor.core import message
+from kvfloor.core.fields import MOST, Field
+from kvfloor.core.message import CorruptState, NewerVersion, OlderVersion
 from kvfloor.core.method import Method, rebuilt
-from kvfloor.files import replace_file
+from kvfloor.core.state import State
+from kvfloor.files import named, replace_file
 from kvfloor.hf import other_layers as stock
-from kvfloor.hf.container import FORMAT, NewerVersion, pack, unpack
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
@@ -29,11 +31,13 @@ from kvfloor.version import __version__
 if TYPE_CHECKING:
     from kvfloor.hf.cache import CompressedCache
 
-__all__ = ["NewerVersion", "UnknownMethod", "WrongModel", "load", "save"]
+__all__ = ["MOST_BYTES", "NewerVersion", "OlderVersion", "UnknownMethod", "WrongModel", "load", "save"]
 
 Held = TypeVar("Held", bound="CompressedCache")
 
+MOST_BYTES = 1 << 35  # of a file that `load` reads unless told otherwise
 _MODE = 0o600  # a cache tells what was said
+_WHAT = "saved cache"
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _FOREIGN = re.compile(r"[\w.]+:[A-Za-z_]\w*")  # module:Class; a budget per row has digits after its colon
 
@@ -49,64 +53,75 @@ class UnknownMethod(ValueError):
 def save(cache: CompressedCache, path: str | Path) -> None:
     """Write `cache` to `path`, mode 0600, so that the path holds all of it or what it held before.
 
-    Takes about twice the saved bytes for a moment. Raises ValueError for a cache in which nothing is, for one in the
-    middle of a forward, for one whose model is gone, and for a path that cannot be written.
+    Where `path` is a symbolic link, the file that it leads to is replaced and the link stays. Takes about twice the
+    saved bytes for a moment. Raises ValueError for a cache in which nothing is, for one in the middle of a forward, for
+    one whose model is gone, and for a path that cannot be written, TypeError for what is no path.
     """
+    path = named(path, _WHAT)
     if any(layer.staged_bytes for layer in cache.compressed):
         raise ValueError("a forward is not finished: its tokens are staged but not answered yet; save after it")
     if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
         raise ValueError("the last forward broke off after some layers: this cache is of no use; reset() it")
-    layers: list[dict[str, Any]] = []
-    tensors: dict[str, Tensor] = {}
-    for i, layer in enumerate(cache.layers):
-        plain, fields = _described(layer)
-        plain["entries"], held = flatten(fields)
-        layers.append(plain)
-        tensors |= {f"{i}/{name}": tensor.clone() for name, tensor in held.items()}
+    described = [_described(layer) for layer in cache.layers]
     header = {
-        "format": FORMAT,
         "kvfloor": __version__,
         "transformers": transformers.__version__,
         "method": str(cache.method),
         "arguments": cache.arguments,
         "model": fingerprint(_model_of(cache)),
         "peak_bytes": cache.peak_nbytes,
-        "layers": layers,
+        "layers": [plain for plain, _ in described],
     }
-    replace_file(Path(path), pack(header, tensors), _MODE)
+    fields = {str(i): held for i, (_, held) in enumerate(described)}
+    replace_file(path, message.pack(header, fields), _MODE)
 
 
-def load(kind: type[Held], path: str | Path, model: PreTrainedModel, method: Method | None = None) -> Held:
+def load(
+    kind: type[Held],
+    path: str | Path,
+    model: PreTrainedModel,
+    method: Method | None = None,
+    most_bytes: int = MOST_BYTES,
+) -> Held:
     """The cache of class `kind` in the file `path`, to continue with `model` where it was saved.
 
-    Raises CorruptState for a file that is damaged, truncated or something else, NewerVersion, WrongModel and
-    UnknownMethod as their names say, ValueError for a file that cannot be read and a model that is not prepared.
+    Raises CorruptState for a file that is damaged, truncated or something else, OlderVersion, NewerVersion, WrongModel
+    and UnknownMethod as their names say, ValueError for a file that cannot be read or has more than `most_bytes` and
+    for a model that is not prepared, TypeError for what is no path, no model or no method.
     """
-    if not is_prepared(model):
-        raise ValueError(
-            f"{type(model).__name__} does not use kvfloor's attention: call kvfloor.hf.prepare(model) before loading"
-        )
-    try:
-        data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
-    header, tensors = unpack(data)
+    path = named(path, _WHAT)
+    _check_arguments(model, method, most_bytes)
+    header, fields = message.unpack(message.read(path, most_bytes, _WHAT))
     try:
         _check_model(header["model"], model)
         own = _method(header["method"], method)
         cache = kind(model.config, own, **header["arguments"])
         devices = _devices(model)
         for i, (layer, plain) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-            prefix = f"{i}/"
-            mine = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-            _restored(layer, plain, gather(plain["entries"], mine), devices.get(i, model.device), own, model)
+            _restored(layer, plain, fields[str(i)], devices.get(i, model.device), own, model)
+        if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
+            raise ValueError("its layers saw different numbers of tokens")
+        Field(int, least=0, most=2.0**63).require(header["peak_bytes"], "peak_bytes", {})
         cache.resume(header["peak_bytes"])
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
-        if isinstance(cause, (CorruptState, UnknownMethod, WrongModel)):
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as cause:
+        if isinstance(cause, (UnknownMethod, WrongModel)):
             raise
         saved, here = (f"transformers {v}" for v in (header.get("transformers"), transformers.__version__))
         raise CorruptState(f"{str(path)!r} was saved with {saved} and does not fit {here}: {cause}") from cause
     return cache
+
+
+def _check_arguments(model: Any, method: Any, most_bytes: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be the model to continue with, got {model!r}")
+    if method is not None and not isinstance(method, Method):
+        raise TypeError(f"method must be a kvfloor Method or None, got {method!r}")
+    if not isinstance(most_bytes, int) or isinstance(most_bytes, bool) or most_bytes < 0:
+        raise TypeError(f"most_bytes must be a whole number of bytes, got {most_bytes!r}")
+    if not is_prepared(model):
+        raise ValueError(
+            f"{type(model).__name__} does not use kvfloor's attention: call kvfloor.hf.prepare(model) before loading"
+        )
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -138,7 +153,19 @@ def _restored(
     if "method" in plain:
         state = rebuilt(_method(plain["method"], own), plain["spec"], fields["state"], device)
     stock.adopt(layer, fields["beside"], device, layer.beside)
+    _check_clocks(plain["clocks"], state)
     layer.resume(state, plain["clocks"], model)
+
+
+def _check_clocks(clocks: dict[str, Any], state: State | None) -> None:
+    """Raise ValueError where a layer's clocks are not those of this state."""
+    kinds = {name: type(value) for name, value in clocks.items()}
+    if kinds != {"seen": int, "batch": int, "is_initialized": bool}:
+        raise ValueError(f"a layer's clocks are {clocks!r}")
+    rows, seen = (0, 0) if state is None else (state.spec.rows, int(state.seen.max()))
+    batch_fits = clocks["batch"] > 0 and rows % clocks["batch"] == 0 if state is not None else clocks["batch"] >= 0
+    if not (batch_fits and seen <= clocks["seen"] <= MOST):
+        raise ValueError(f"a layer's clocks are {clocks!r}, its state has {rows} rows and saw {seen} tokens")
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:

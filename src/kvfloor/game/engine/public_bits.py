@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import Field
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
@@ -89,6 +90,9 @@ class PublicBitsState(State):
     def export(self) -> dict[str, Any]:
         """The clock is a public number, so it travels in the header."""
         return super().export() | {"seen": int(self.seen[0])}
+
+    def fields(self) -> dict[str, Any]:
+        return super().fields() | {"seen": Field(int, least=0, most=self._plan.n)}
 
     def adopt(self, fields: dict[str, Any]) -> None:
         super().adopt({name: value for name, value in fields.items() if name != "seen"})

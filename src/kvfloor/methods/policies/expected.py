@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import Field
 from kvfloor.core.policy import Guarded, Held, PolicyMemory, Queries
 from kvfloor.core.spec import Spec
 from kvfloor.validation import literals
@@ -86,6 +87,15 @@ class QueryMoments(PolicyMemory):
     def group(self, g: int) -> None:
         if not self.pooled:
             self._reserve(g)
+
+    def fields(self) -> dict[str, Any]:
+        rows, d, wide = self.spec.rows, self.spec.d, self.spec.compute_dtype
+        return {"mean": Field(wide, (rows, "heads", d)), "spread": Field(wide, (rows, "heads", d, d))}
+
+    def require_fitting(self, fields: dict[str, Any], g: int | None, sealed: bool) -> None:
+        heads = fields["mean"].shape[1]
+        if heads != (1 if self.pooled else g or heads) or heads < 1:
+            raise ValueError(f"moments of the queries of {heads} heads, in a group of {g}")
 
     def take(self, rows: Tensor | None, q: Tensor, wanted: Tensor) -> None:
         """Queries q (r, g, b, d) of these rows, those marked in wanted (r, b)."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import Field
 from kvfloor.core.policy import Guarded, Held, PolicyMemory
 from kvfloor.core.randomness import normal, row_keys, uniform
 from kvfloor.core.spec import Spec
 from kvfloor.validation import count, literals, positives
+
+_ROUNDING = 1e-4  # of float32 sums, as a share of the trace
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,20 @@ class KeyGram(PolicyMemory):
         if self.total.shape[1]:
             self.total[rows] += x.sum(1).to(self.total.dtype)
         self.met[rows] += fresh.sum(1)
+
+    def fields(self) -> dict[str, Any]:
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("gram", "total")}
+        return {name: Field(torch.float32, shape, finite=True) for name, shape in shapes.items()}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        """The Gram matrix of any keys has no negative eigenvalue, neither before nor after their mean is taken off."""
+        gram, total = fields["gram"].double(), fields["total"].double()
+        if total.shape[1]:
+            mean = total / fields["met"].clamp_min(1).unsqueeze(1)
+            gram = gram - mean.unsqueeze(2) * total.unsqueeze(1)
+        size = gram.diagonal(dim1=1, dim2=2).sum(1)
+        if bool((torch.linalg.eigvalsh(gram).amin(1) < -_ROUNDING * size.abs()).any()):
+            raise ValueError("gram is the Gram matrix of no keys")
 
     def moments(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gram (r, w, w), total (r, w or 0) in float64, and tokens (r, 1)."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import MOST, Field
 from kvfloor.core.policy import Held, Policy, PolicyMemory, Queries
 from kvfloor.core.spec import Spec
 from kvfloor.core.tiles import weights_by_tile
@@ -162,6 +163,17 @@ class LastQueries(PolicyMemory):
         self.position[mine] = position.gather(1, newest)
         index = newest[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
         self.q[mine] = q.gather(2, index)
+
+    def fields(self) -> dict[str, Any]:
+        spec = self.spec
+        q = Field(spec.dtype, (spec.rows, "g", self.window, spec.d), finite=True, optional=True)
+        return {"q": q, "position": Field(torch.int64, (spec.rows, None), least=-1, most=MOST)}
+
+    def require_fitting(self, fields: dict[str, Any], g: int | None, sealed: bool) -> None:
+        given_up, q = sealed and not self.for_good, fields["q"]
+        found, kept = None if q is None else q.shape[1], fields["position"].shape[1]
+        if found != (None if given_up else g) or kept != (0 if given_up else self.window):
+            raise ValueError(f"{kept} queries of a group of {found} are remembered, the group is {g}, sealed: {sealed}")
 
     def seal(self) -> None:
         if not self.for_good:

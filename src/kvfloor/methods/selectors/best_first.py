@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ class BestFirstState(SelectorState):
 
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         self.pages.evict(slots, leaving)
+
+    def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
+        self.pages.require_fitting(fields["pages"], slots)
 
     def resize(self, slots: Slots) -> None:
         self.pages.resize(slots)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import MOST, Field, require_equal
 from kvfloor.core.selector import Chosen, Indexed, SelectorState
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
@@ -104,6 +105,20 @@ class HierarchicalState(SelectorState):
         wanted = wanted.to(self.spec.device)
         place = self.order.places(None, width)[:, 0][wanted]
         self.order.slot[place] = slot.to(self.spec.device)[wanted].to(torch.int32)  # type: ignore[attr-defined]
+
+    def fields(self) -> dict[str, Any]:
+        rows, any_span = self.spec.rows, Field(torch.int64, (self.spec.rows,), least=-1, most=MOST)
+        block = Field(torch.int32, (rows, "g", self._most), least=-1, optional=True)
+        return {"block": block, "span": any_span, "sealed": Field(bool)}
+
+    def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
+        order = fields["order"]
+        if order is None:
+            return
+        require_equal(order["capacity"], slots["capacity"], "room for the order of arrival")
+        require_equal(order["used"], slots["held"], "tokens in the order of arrival")
+        for number, ranks in enumerate(order["slot"].split(slots["held"].tolist())):
+            require_equal(ranks.sort().values, torch.arange(len(ranks)), f"slots in the order of row {number}")
 
     def resize(self, slots: Slots) -> None:
         if self.order is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import require_equal
 from kvfloor.core.selector import Chosen, Indexed, SelectorState
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
@@ -70,6 +71,11 @@ class PagesState(SelectorState):
         touched = torch.zeros(self.spec.rows, -(-leaving.shape[1] // self.method.page), dtype=torch.bool)
         touched[row, slot // self.method.page] = True
         self._take(slots, touched[:, :most] & (torch.arange(most) < full.unsqueeze(1)))
+
+    def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
+        page = self.method.page
+        require_equal(fields["boxes"]["capacity"], slots["capacity"] // page, "room for pages")
+        require_equal(fields["boxes"]["used"], slots["held"] // page, "full pages")
 
     def resize(self, slots: Slots) -> None:
         self._fit(slots)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import require_equal
 from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.core.selector import Chosen, Indexed, SelectorState
 from kvfloor.core.slots import Slots
@@ -88,6 +89,18 @@ class ZCurveState(SelectorState):
     def resize(self, slots: Slots) -> None:
         if not torch.equal(slots.capacity, self.sorted.capacity):
             self.sorted.resize(slots.capacity)
+
+    def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
+        """Every list has the first `used` slots of its row, in the order of their codes."""
+        merged, curves = fields["sorted"], self.method.curves
+        require_equal(merged["capacity"], slots["capacity"], "room on the curves")
+        if bool((merged["used"] > slots["held"]).any()):
+            raise ValueError(f"{merged['used'].tolist()} slots on the curves, {slots['held'].tolist()} are held")
+        sizes = merged["used"].repeat_interleave(curves).tolist()
+        for code, slot in zip(merged["code"].split(sizes), merged["slot"].split(sizes), strict=True):
+            if bool((code[1:] < code[:-1]).any()):
+                raise ValueError("codes on a curve are out of order")
+            require_equal(slot.sort().values.long(), torch.arange(len(slot)), "slots on a curve")
 
     def close(self, slots: Slots, rows: Tensor | None) -> None:
         rows = torch.arange(self.spec.rows) if rows is None else rows

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget, tokens
+from kvfloor.core.fields import Field
 from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.randomness import row_keys, uniform
@@ -209,6 +210,17 @@ class BalanceState(Blocked):
     def _plan(self) -> Balance:
         assert isinstance(self.method, Balance)
         return self.method
+
+    def fields(self) -> dict[str, Any]:
+        names = ("longest_key", "longest_value", "square_sum", "longest_query")
+        return super().fields() | {name: Field(torch.float64, (self.spec.rows,), least=0) for name in names}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        if bool((fields["slots"]["columns"]["level"] >= _LEVELS).any()):
+            raise ValueError(f"a token's level is {_LEVELS} or more")
+        if bool((fields["slots"]["held"] < fields["seen"] % self.block).any()):
+            raise ValueError("tokens of the open block are missing")
 
     # ---- reading -------------------------------------------------------------------------------------------
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kvfloor.core.budget import Budget, tokens
+from kvfloor.core.fields import MOST, Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.randomness import exponential, row_keys, uniform
 from kvfloor.core.slots import Slots
@@ -35,6 +38,21 @@ class Clusters(Memory):
         self.sample = torch.zeros(rows, first, t, spec.d, **like)
         self.sample_key = torch.full((rows, first, t), torch.inf, dtype=torch.float64, device=spec.device)
         self.overfull = torch.zeros(rows, dtype=torch.bool, device=spec.device)
+
+    def fields(self) -> dict[str, Any]:
+        spec, centres = self.spec, "centres" if self.cap is None else self.cap
+        shape = (spec.rows, centres, self.sample.shape[2])
+        return {
+            "centre": Field(spec.dtype, (spec.rows, centres, spec.d), finite=True),
+            "count": Field(torch.int64, (spec.rows, centres), least=0, most=MOST),
+            "sample": Field(spec.dtype, (*shape, spec.d), finite=True),
+            "sample_key": Field(torch.float64, shape, least=0),
+        }
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        there = fields["count"] > 0
+        if bool((there[:, 1:] & ~there[:, :-1]).any()):
+            raise ValueError("a cluster without keys stands before one with some")
 
     @property
     def used(self) -> Tensor:
@@ -134,6 +152,14 @@ class Reservoir(Memory):
         self.key = torch.full((spec.rows, s), torch.inf, **wide)
         self.mu = torch.zeros(spec.rows, **wide)
 
+    def fields(self) -> dict[str, Any]:
+        return {
+            "k": Field(self.spec.dtype, tuple(self.k.shape), finite=True),
+            "v": Field(self.spec.dtype, tuple(self.v.shape), finite=True),
+            "key": Field(torch.float64, tuple(self.key.shape), least=0),
+            "mu": Field(torch.float64, tuple(self.mu.shape), least=0),
+        }
+
     def log_weight(self) -> Tensor:
         """Log of the weight mu / (s |v|^2) of each pair (rows, s), float64, which makes sums over pairs unbiased for
         sums over tokens; -inf where no pair is."""
@@ -189,8 +215,17 @@ def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tenso
     return k, v, position
 
 
+def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block: int) -> None:
+    """Raise ValueError unless the open block waits in the slots and all older tokens are in each of the clusters."""
+    require_equal(fields["slots"]["held"], fields["seen"] % block, "tokens of the open block")
+    for keys in parts:
+        require_equal(keys["count"].sum(1), fields["seen"] // block * block, "tokens in the clusters")
+
+
 def longest(q: Tensor, take: Tensor) -> Tensor:
-    """The largest |q| (rows,), float64, of the first take[r] queries of each row of q (rows, g, a, d)."""
+    """The largest |q| (rows,), float64, of the first take[r] queries of each row of q (rows, g, a, d); 0 of none."""
+    if q.numel() == 0:
+        return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
     real = torch.arange(q.shape[2]) < take.unsqueeze(1)
     norms = q.to(torch.float64).norm(dim=-1).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
     return norms.amax((1, 2))

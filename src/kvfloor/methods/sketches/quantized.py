@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfloor.core.attend import compute_dtype
 from kvfloor.core.blocked import Blocked
+from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
@@ -57,6 +58,14 @@ class QuantizedState(Blocked):
         self.values = Codes(spec, spec.dv, method.bits, method.group, per_channel=False)
         self.groups = torch.zeros(spec.rows, dtype=torch.int64)  # full groups per row
 
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_equal(fields["groups"], fields["seen"] // self.block, "full groups")
+        require_equal(fields["slots"]["held"], fields["seen"] % self.block, "tokens of the open group")
+        for name in ("keys", "values"):
+            if int(fields["groups"].max()) > fields[name]["packed"].shape[1]:
+                raise ValueError(f"{name} has fewer groups than {fields['groups'].tolist()}")
+
     @property
     def held(self) -> Tensor:
         return self.slots.held + self.groups * self.block
@@ -101,6 +110,10 @@ class Codes(Memory):
         self.packed = torch.zeros(spec.rows, 1, group, -(-width // per_byte), dtype=torch.uint8, device=spec.device)
         self.low = torch.zeros(spec.rows, 1, *shape, dtype=spec.dtype, device=spec.device)
         self.step = torch.zeros(spec.rows, 1, *shape, dtype=spec.dtype, device=spec.device)
+
+    def fields(self) -> dict[str, Any]:
+        tensors = {name: getattr(self, name) for name in ("packed", "low", "step")}
+        return {name: Field(x.dtype, (x.shape[0], "groups", *x.shape[2:])) for name, x in tensors.items()}
 
     def write(self, rows: Tensor, at: Tensor, x: Tensor) -> None:
         """Encode x (r, group, width) as group at[r] of each row."""

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget
+from kvfloor.core.fields import Field
 from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.floors.sampling import subgen_s, subgen_t
-from kvfloor.methods.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, shared_out
+from kvfloor.methods.sketches.clusters import (
+    Clusters,
+    Reservoir,
+    check_budget,
+    drain,
+    longest,
+    require_sketched,
+    shared_out,
+)
 from kvfloor.validation import count, positives
 
 PAIRS, SAMPLES = "subgen pairs", "subgen samples"  # what the draws are for
@@ -130,6 +139,13 @@ class SubGenState(Blocked):
     def _plan(self) -> SubGen:
         assert isinstance(self.method, SubGen)
         return self.method
+
+    def fields(self) -> dict[str, Any]:
+        return super().fields() | {"longest_query": Field(torch.float64, (self.spec.rows,), least=0)}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_sketched(fields, [fields["keys"]], self.block)
 
     @property
     def clusters(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from kvfloor.core.attend import weigh
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget, tokens
+from kvfloor.core.fields import require_equal
 from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.randomness import row_keys, uniform
@@ -121,6 +122,12 @@ class WindowSampleState(Blocked):
     def _plan(self) -> WindowSample:
         assert isinstance(self.method, WindowSample)
         return self.method
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        held, seen = fields["slots"]["held"], fields["seen"]
+        require_equal(held, seen.clamp_max(self.window), "tokens of the window")
+        require_equal(fields["outside"]["count"], seen - held, "tokens outside the window")
 
     # ---- answering -----------------------------------------------------------------------------------------
 

@@ -15,15 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from kvfloor.core.fields import Field
 from kvfloor.core.message import CorruptState
 from kvfloor.core.method import Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Summary, SummaryState, lots
+from kvfloor.files import read_regular
 from kvfloor.models.load import BUILTIN, builtin_path
 from kvfloor.validation import count
 
 UNTRAINED_HIDDEN = 64
+_MOST_BYTES = 1 << 31  # of a kernels file; 80 layers of 8 heads of width 128 take a quarter
 FIRST_SIZE = 1e-4  # of s1 and s2 before training
 _SHARED = "less/"
 
@@ -65,8 +68,9 @@ class Less(Summary):
         path = builtin_path() / "less.safetensors" if self.kernels == BUILTIN else Path(self.kernels)
         try:
             stamp = path.stat()
-        except OSError as cause:
-            raise ValueError(f"{self.name}: cannot read the kernels {str(path)!r}: {cause.strerror}") from None
+        except (OSError, ValueError) as cause:
+            reason = getattr(cause, "strerror", None) or cause
+            raise ValueError(f"{self.name}: cannot read the kernels {str(path)!r}: {reason}") from None
         return read_kernels(path, (stamp.st_mtime_ns, stamp.st_size))
 
     @property
@@ -174,9 +178,9 @@ def read_kernels(path: Path, stamp: tuple[int, int]) -> KernelFile:
     """The file's kernels; ValueError saying what is wrong with it. `stamp` tells one version of it from another."""
     del stamp
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _MOST_BYTES, "kernels")
         tensors = load(data)
-    except (OSError, SafetensorError) as cause:
+    except (KeyError, OverflowError, RuntimeError, SafetensorError) as cause:
         raise ValueError(f"less: {str(path)!r} is no safetensors file: {cause}") from None
     layers, heads = _check_shapes(tensors, str(path))
     kernels = Kernels(*(tensors[f.name].to(torch.float32).flatten(0, 1) for f in fields(Kernels)))
@@ -245,6 +249,9 @@ class LessState(SummaryState):
         sums = torch.bmm(self._kernels().phi(q.to(self.sums.dtype)), self.sums)  # (rows, m, dv + 1)
         mass = sums[..., -1:]
         return Partial(torch.where(mass > 0, sums[..., :-1] / mass, 0.0), torch.log(mass.squeeze(-1)))
+
+    def fields(self) -> dict[str, Any]:
+        return {"tag": Field(int)}
 
     def adopt(self, fields: dict[str, Any]) -> None:
         if fields["tag"] != self.tag:

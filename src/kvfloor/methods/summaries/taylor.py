@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import Field
 from kvfloor.core.method import Guarantee, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
@@ -235,6 +236,10 @@ class TaylorState(SummaryState):
         if self.radius and q.numel():
             norms = torch.linalg.vector_norm(q.to(torch.float64), dim=-1).amax((1, 2))
             self.longest_query = torch.maximum(self.longest_query, norms)
+
+    def fields(self) -> dict[str, Any]:
+        length = Field(torch.float64, (self.spec.rows,), least=0)
+        return {"longest_key": length, "longest_query": length}
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
         """Evaluated at the largest logit that the queries and evicted keys seen so far can have made, row by row.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import Field
 from kvfloor.core.method import Guarantee, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.randomness import row_keys, uniform
@@ -183,6 +184,12 @@ class ValueSampleState(SummaryState):
         drawn = v.gather(1, token.unsqueeze(-1).expand(-1, -1, v.shape[-1]))
         self.value[at] = torch.where(better.unsqueeze(-1), drawn, self.value[at])
         self.key[at] = torch.minimum(best, self.key[at])
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "value": Field(self.spec.dtype, tuple(self.value.shape), finite=True),
+            "key": Field(torch.float64, tuple(self.key.shape), least=0),
+        }
 
     def read(self, q: Tensor) -> Partial:
         mean = middle(self.value.to(self.spec.compute_dtype), self.copies, self.groups)

@@ -11,20 +11,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget
+from kvfloor.core.fields import Field
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.floors.sampling import subgen_s, subgen_t
-from kvfloor.methods.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, shared_out
+from kvfloor.methods.sketches.clusters import (
+    Clusters,
+    Reservoir,
+    check_budget,
+    drain,
+    longest,
+    require_sketched,
+    shared_out,
+)
 from kvfloor.methods.sketches.subgen import PAIRS, SAMPLES, chebyshev, ratio
 from kvfloor.methods.variants.tensor import Points, over_pairs
 from kvfloor.validation import count, positives
@@ -182,6 +191,14 @@ class SubGenTensorState(Blocked):
     @property
     def value_width(self) -> int:
         return 2 * self.spec.dv
+
+    def fields(self) -> dict[str, Any]:
+        size = Field(torch.float64, (self.spec.rows,), least=0)
+        return super().fields() | {"longest_query": size, "largest_entry": size}
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        require_sketched(fields, [fields[side]["keys"] for side in ("first", "second")], self.block)
 
     @property
     def clusters(self) -> Tensor:

@@ -1,0 +1,87 @@
+"""Field: what a message may hold for one field of a state, so that nothing else is taken over from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST = 1 << 48  # of any count or position; more tokens than any stream has, and far from where sums overflow
+
+
+@dataclass(frozen=True)
+class Field:
+    """The tensors, or with a Python type as `kind` the numbers, that a field may hold.
+
+    kind        dtype of a tensor, or bool, int or float for a number
+    shape       one size per axis; None is any size, a word one that is the same for all fields of a part that name it
+    least, most bounds on every entry; None: none. NaN is within no bounds
+    finite      neither NaN nor infinity
+    optional    None will do as well
+    """
+
+    kind: torch.dtype | type
+    shape: tuple[int | str | None, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    finite: bool = False
+    optional: bool = False
+
+    @classmethod
+    def like(cls, x: Tensor) -> Field:
+        """What is not declared: the dtype and shape of a freshly opened state's tensor, in which counts are >= 0.
+
+        An axis that is empty there is one that grows, and may have any size.
+        """
+        counts = x.dtype in (torch.int64, torch.int32, torch.int16)
+        shape = tuple(size or None for size in x.shape)
+        return cls(x.dtype, shape, least=0 if counts else None, most=MOST if counts else None)
+
+    def require(self, value: Any, where: str, sizes: dict[str, int]) -> None:
+        """Raise ValueError unless `value` may stand `where`; `sizes` has what the words stand for so far."""
+        if value is None and self.optional:
+            return
+        if not isinstance(self.kind, torch.dtype):
+            if type(value) is not self.kind or not isinstance(value, (bool, int, float)):
+                raise ValueError(f"{where} is {value!r}, no {self.kind.__name__}")
+            self._require_within(torch.tensor(float(value), dtype=torch.float64), where)
+            return
+        if not isinstance(value, Tensor) or value.dtype != self.kind:
+            found = value.dtype if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{where} is {found}, not a {self.kind} tensor")
+        wanted = tuple(sizes.get(size) if isinstance(size, str) else size for size in self.shape)
+        fits = len(value.shape) == len(wanted)
+        if not fits or any(size not in (None, found) for size, found in zip(wanted, value.shape, strict=True)):
+            told = ", ".join("any" if size is None else str(size) for size in wanted)
+            raise ValueError(f"{where} has shape {tuple(value.shape)}, not ({told})")
+        sizes |= {size: found for size, found in zip(self.shape, value.shape, strict=True) if isinstance(size, str)}
+        self._require_within(value, where)
+
+    def _require_within(self, x: Tensor, where: str) -> None:
+        if x.numel() == 0:
+            return
+        if self.finite and not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{where} has NaN or infinite entries")
+        if self.least is not None and not bool((x >= self.least).all()):
+            raise ValueError(f"{where} has entries below {self.least:g}")
+        if self.most is not None and not bool((x <= self.most).all()):
+            raise ValueError(f"{where} has entries above {self.most:g}")
+
+
+def require_equal(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Raise ValueError unless these clocks agree in every row."""
+    if not torch.equal(found, wanted):
+        raise ValueError(f"{what}: {found.tolist()} where {wanted.tolist()} follow from the other fields")
+
+
+def require_room(numbers: float, itemsize: int, what: str) -> None:
+    """Raise ValueError if so many numbers are more than the machine's memory, where that is known."""
+    try:
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return
+    if numbers * itemsize > memory_bytes > 0:
+        raise ValueError(f"{what} would take {numbers * itemsize:.3g} bytes, more than this machine has")
