@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Names load on first use, so that `import kvfloor` and `kvfloor --help` do not wait for torch.
 _HOMES = {
     "Bounded": "bounded",
+    "BrokenState": "broken",
     "Exact": "exact",
     "Guarantee": "method",
     "Method": "method",
@@ -27,6 +28,7 @@ _MODULES = ("audit", "barriers", "floors", "hf", "models", "tasks")
 if TYPE_CHECKING:
     from kvfloor import audit, barriers, floors, hf, models, tasks
     from kvfloor.bounded import Bounded
+    from kvfloor.broken import BrokenState
     from kvfloor.budget import resolve
     from kvfloor.check import check_method
     from kvfloor.exact import Exact
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bounded",
+    "BrokenState",
     "CorruptState",
     "Exact",
     "Guarantee",

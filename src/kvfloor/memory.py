@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Not memory: what is fixed before the stream and known to both sides, the record of past sizes, and who listens.
-PUBLIC = frozenset({"method", "spec", "shared", "peak", "listener"})
+# Not memory: what is fixed before the stream and known to both sides, the record of past sizes, who listens, and the
+# call that is running.
+PUBLIC = frozenset({"method", "spec", "shared", "peak", "listener", "_underway"})
 SCALAR_BYTES = 8
 
 
