@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvfloor.check import chance, contract, holding, index_floor, inputs, rows, storage, streaming, truth
+from kvfloor.check import breaking, chance, contract, holding, index_floor, inputs, rows, storage, streaming, truth
 from kvfloor.check.ground import slots_of, spec_for
 from kvfloor.check.law import Broken, Check, Setting
 from kvfloor.check.ones import beside_ones
@@ -79,6 +79,7 @@ CHECKS: dict[str, Check] = {
         Check(inputs.check_non_finite, _always, over=()),
         Check(inputs.check_inputs_untouched, _always, over=()),
         Check(inputs.check_input_forms, _always, over=("dtype",)),
+        Check(breaking.check_broken, _always, over=()),
         Check(streaming.check_chunking, _always, over=("dtype", "g")),
         Check(streaming.check_causality, _always, over=("dtype", "g")),
         Check(streaming.check_queries_independent, _single_queries, over=("dtype", "g")),
