@@ -236,6 +236,11 @@ class State(Memory, metaclass=_Plain):
         """Bytes that answering one query token touches, over all rows; everything unless a variant reads less."""
         return self.nbytes
 
+    @property
+    def broken(self) -> bool:
+        """Whether a call broke off halfway, so that this state refuses every other."""
+        return self._underway is not None
+
     def export(self) -> dict[str, Any]:
         if self._underway is not None:
             raise broken_state(self._underway)

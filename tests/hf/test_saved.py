@@ -14,7 +14,7 @@ import torch
 from tests.hf.conftest import tiny
 from transformers import PreTrainedModel
 
-from kvfloor import CorruptState, parse
+from kvfloor import BrokenState, CorruptState, parse
 from kvfloor.bounded import Bounded
 from kvfloor.hf import CompressedCache, NewerVersion, UnknownMethod, WrongModel, container, prepare, restore
 from kvfloor.hf.families import own_cache_class
@@ -215,7 +215,7 @@ def test_every_attribute_of_a_layer_is_saved_or_made_anew(started: Talk) -> None
     layer = started.cache.compressed[0]
     saved = {"state", *layer.clocks()}
     anew = {"opening", "index", "place", "staged_bytes", "served_by", "tap", "keys", "values"}
-    anew |= {"_meter", "_on_evict", "_readers", "_waiting", "_before"}
+    anew |= {"_meter", "_passage", "_on_evict", "_readers", "_waiting", "_before"}
     assert set(vars(layer)) == saved | anew
 
 
@@ -356,7 +356,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path, prompt: dict[str, torch
         cache.save(tmp_path / "cache")
     cache.compressed[0].staged_bytes = 0
     cache.compressed[0].seen += 1
-    with pytest.raises(ValueError, match="broke off"):
+    with pytest.raises(BrokenState, match="have seen different tokens"):
         cache.save(tmp_path / "cache")
     cache.compressed[0].seen -= 1
     talk.model = None  # type: ignore[assignment]

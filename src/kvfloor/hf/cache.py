@@ -18,6 +18,7 @@ from kvfloor.hf.allocate import Shares, floor_shares, pyramid
 from kvfloor.hf.families import key_readers, layer_roles
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.opening import Opening
+from kvfloor.hf.passage import Passage, keeps_something, outside_inference
 from kvfloor.hf.saved import load, save
 from kvfloor.method import Method, standard_law
 from kvfloor.registry import parse
@@ -79,10 +80,14 @@ class CompressedCache(Cache):
         # What `load` constructs the cache with; JSON-ready.
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
         self._meter = Meter()
+        self._passage = Passage(
+            [type(theirs).__name__ if hasattr(theirs, "conv_states") else None for _, theirs in roles],
+            [keeps_something(theirs, own=role == "own") for role, theirs in roles],
+        )
         layers: list[Any] = []
         for i, ((role, theirs), readers) in enumerate(zip(roles, key_readers(config), strict=False)):
             place = sum(isinstance(layer, CompressedLayer) for layer in layers)
-            arguments = (opening, i, place, self._meter, readers)
+            arguments = (opening, i, place, self._meter, self._passage, readers)
             if role == "hybrid":
                 from kvfloor.hf.hybrid import HybridLayer  # its base is younger than the oldest release served
 
@@ -90,6 +95,7 @@ class CompressedCache(Cache):
             else:
                 layers.append(CompressedLayer(*arguments) if role == "full" else theirs)
         super().__init__(layers=layers)
+        self._empty = [None if isinstance(layer, CompressedLayer) else stock.blank(layer) for layer in layers]
         if on_evict is not None:
             self.listen(on_evict)
 
@@ -110,24 +116,105 @@ class CompressedCache(Cache):
 
     def seal(self) -> None:
         """Mark the prompt's end now; the first one-token forward does so otherwise."""
-        for layer in self.compressed:
-            if layer.state is not None:
-                layer.state.seal()
+        with self._passage.change("seal()"):
+            for layer in self.compressed:
+                if layer.state is not None:
+                    layer.state.seal()
 
     def to(self, device: str | torch.device) -> Self:
         """Move everything held to `device`, where the model is now; returns the cache."""
-        for layer in self.layers:
-            if isinstance(layer, CompressedLayer):
-                layer.to(device)
-                stock.move(layer, device, layer.beside)
-            else:
-                stock.move(layer, device)
+        with self._passage.change("to()"):
+            for layer in self.layers:
+                if isinstance(layer, CompressedLayer):
+                    layer.to(device)
+                    stock.move(layer, device, layer.beside)
+                else:
+                    stock.move(layer, device)
         return self
+
+    def check_whole(self) -> None:
+        """Raise BrokenState if a forward broke off after some layers had taken its tokens in, or is running."""
+        self._passage.check()
+
+    # ---- transformers' protocol, so that a forward is known to have reached all layers or none --------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Give a layer this forward's keys and values. Raises BrokenState if an earlier forward broke off."""
+        if isinstance(self.layers[layer_idx], CompressedLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        _told(self._passage.begin_keys, layer_idx)
+        _told(self._passage.changing, layer_idx)
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        _told(self._passage.took_keys, layer_idx)
+        return out
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """As transformers': the convolution's last inputs, or None."""
+        state = super().get_conv_state(layer_idx, state_idx)
+        _told(self._passage.hand_out, layer_idx, "conv", state_idx, state)
+        return state
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """As transformers': the recurrent state, or None."""
+        state = super().get_recurrent_state(layer_idx, state_idx)
+        _told(self._passage.hand_out, layer_idx, "recurrent", state_idx, state)
+        return state
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """As transformers': take in the convolution's inputs, return those that it needs."""
+        call = super().update_conv_state
+        _told(self._passage.begin_state, layer_idx, "conv", state_idx)
+        out = outside_inference(call, conv_states, layer_idx, **_which(state_idx), **kwargs)
+        _told(self._passage.filled_state, layer_idx, "conv", state_idx)
+        return out
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """As transformers': replace the recurrent state."""
+        call = super().update_recurrent_state
+        _told(self._passage.begin_state, layer_idx, "recurrent", state_idx)
+        out = outside_inference(call, recurrent_states, layer_idx, **_which(state_idx), **kwargs)
+        _told(self._passage.filled_state, layer_idx, "recurrent", state_idx)
+        return out
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these batch items, in all layers or, after a failure, in a cache that refuses."""
+        with self._passage.change("reorder_cache"):
+            super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]: int64 is what it takes
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch item."""
+        with self._passage.change("batch_repeat_interleave"):
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these batch items."""
+        with self._passage.change("batch_select_indices"):
+            super().batch_select_indices(indices)
+
+    def crop(self, *args: Any) -> None:
+        """Refuse, before any layer is cropped."""
+        self.compressed[0].crop(*args)
+
+    def reset(self) -> None:
+        """Forget everything, in all layers; a broken cache is whole again."""
+        with self._passage.anew():
+            for layer, empty in zip(self.layers, self._empty, strict=True):
+                if empty is None:
+                    layer.reset()
+                else:
+                    stock.refresh(layer, empty)
+
+    # ---- saving and bytes ----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the cache to `path`: whole or not at all, readable by its owner only (see `kvfloor.hf.saved`).
 
-        Raises ValueError while it is empty or in the middle of a forward, and where `path` cannot be written.
+        Raises ValueError while it is empty or in the middle of a forward, and where `path` cannot be written;
+        BrokenState if a forward broke off halfway.
         """
         save(self, path)
 
@@ -186,6 +273,19 @@ class CompressedCache(Cache):
         guarantee               the method's theorem evaluated on what was seen (the fields of `Guarantee`), or None
         """
         return [_entry(layer) for layer in self.compressed]
+
+
+def _told(report: Callable[..., None], *args: Any) -> None:
+    """Make a report of a passage, outside what torch.compile traces: it would compile anew for every layer."""
+    if torch.compiler.is_compiling():
+        torch.compiler.disable(report)(*args)  # pyright: ignore[reportCallIssue]
+    else:
+        report(*args)
+
+
+def _which(state_idx: int) -> dict[str, int]:
+    """The argument that only releases with several states in a layer know."""
+    return {"state_idx": state_idx} if state_idx else {}
 
 
 def _entry(layer: CompressedLayer) -> dict[str, Any]:

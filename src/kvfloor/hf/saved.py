@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvfloor
+from kvfloor.broken import BrokenState
 from kvfloor.files import replace_file
 from kvfloor.hf import stock
 from kvfloor.hf.container import FORMAT, NewerVersion, pack, unpack
@@ -51,12 +52,14 @@ def save(cache: CompressedCache, path: str | Path) -> None:
     """Write `cache` to `path`, mode 0600, so that the path holds all of it or what it held before.
 
     Takes about twice the saved bytes for a moment. Raises ValueError for a cache in which nothing is, for one in the
-    middle of a forward, for one whose model is gone, and for a path that cannot be written.
+    middle of a forward, for one whose model is gone, and for a path that cannot be written; BrokenState for one in which
+    a forward broke off.
     """
+    cache.check_whole()
     if any(layer.staged_bytes for layer in cache.compressed):
         raise ValueError("a forward is not finished: its tokens are staged but not answered yet; save after it")
     if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
-        raise ValueError("the last forward broke off after some layers: this cache is of no use; reset() it")
+        raise BrokenState("the layers of this cache have seen different tokens: it is of no use, reset() it")
     layers: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(cache.layers):
