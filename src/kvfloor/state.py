@@ -371,6 +371,7 @@ def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Te
     return torch.zeros_like(out).scatter(2, place, out)
 
 
+@_plain
 def restore(data: bytes, method: Method, device: str | torch.device = "cpu") -> State:
     """Open `method` for the message's spec and take over its fields; CorruptState if the message is not intact."""
     text, plain, fields = message.unpack(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,21 +51,23 @@ def spread_out(operations: int, most: int | None) -> list[int]:
 
 @dataclass
 class Tally:
-    """How often a state was as before after a failure, and refused; what it did wrongly, in words."""
+    """How often a memory was as before after a failure, had all tokens, or refused; what else it did, in words."""
 
-    points: int = 0
     as_before: int = 0
+    taken_in: int = 0  # of a cache: the forward broke off after its last layer
     refused: int = 0
-    silent: list[str] | None = None
+    silent: list[str] = field(default_factory=list)
+
+    @property
+    def points(self) -> int:
+        return self.as_before + self.taken_in + self.refused + len(self.silent)
 
     def count(self, verdict: str) -> None:
-        self.points += 1
-        if verdict == "as before":
-            self.as_before += 1
-        elif verdict == "refused":
-            self.refused += 1
+        if verdict in ("as before", "taken in", "refused"):
+            name = verdict.replace(" ", "_")
+            setattr(self, name, getattr(self, name) + 1)
         else:
-            self.silent = [*(self.silent or []), verdict]
+            self.silent.append(verdict)
 
 
 def broken_at(state: State, call: Call, points: Iterable[int]) -> Tally:

@@ -152,12 +152,14 @@ class CompressedCache(Cache):
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """As transformers': the convolution's last inputs, or None."""
+        _told(stock.count_changes, self.layers[layer_idx])
         state = super().get_conv_state(layer_idx, state_idx)
         _told(self._passage.hand_out, layer_idx, "conv", state_idx, state)
         return state
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """As transformers': the recurrent state, or None."""
+        _told(stock.count_changes, self.layers[layer_idx])
         state = super().get_recurrent_state(layer_idx, state_idx)
         _told(self._passage.hand_out, layer_idx, "recurrent", state_idx, state)
         return state
@@ -166,6 +168,7 @@ class CompressedCache(Cache):
         """As transformers': take in the convolution's inputs, return those that it needs."""
         call = super().update_conv_state
         _told(self._passage.begin_state, layer_idx, "conv", state_idx)
+        _told(stock.count_changes, self.layers[layer_idx])
         out = outside_inference(call, conv_states, layer_idx, **_which(state_idx), **kwargs)
         _told(self._passage.filled_state, layer_idx, "conv", state_idx)
         return out
@@ -176,6 +179,7 @@ class CompressedCache(Cache):
         """As transformers': replace the recurrent state."""
         call = super().update_recurrent_state
         _told(self._passage.begin_state, layer_idx, "recurrent", state_idx)
+        _told(stock.count_changes, self.layers[layer_idx])
         out = outside_inference(call, recurrent_states, layer_idx, **_which(state_idx), **kwargs)
         _told(self._passage.filled_state, layer_idx, "recurrent", state_idx)
         return out
@@ -225,7 +229,7 @@ class CompressedCache(Cache):
         method    needed only if it has a third party's part: the method that the cache was made with
         Raises CorruptState, WrongModel, NewerVersion or UnknownMethod, all ValueErrors, before anything is built.
         """
-        return load(cls, path, model, method)
+        return outside_inference(load, cls, path, model, method)
 
     def resume(self, peak_bytes: int) -> None:
         """Continue from a saved cache's peak."""

@@ -153,9 +153,11 @@ class Passage:
             return set()
         return {last}
 
-    def _changed(self, layer: int) -> frozenset[tuple[str, int]]:
-        in_place = {request for request, (state, version) in self._handed.items() if _version(state) != version}
-        return frozenset((kind, index) for at, kind, index in self._filled | in_place if at == layer)
+    def _changed(self, layer: int) -> frozenset[tuple[str, int, int]]:
+        """The layer's linear states, each with how often it was changed in place (a model may do it head by head)."""
+        often = {request: _version(state) - version for request, (state, version) in self._handed.items()}
+        filled = {(f"new {kind}", index, 1) for at, kind, index in self._filled if at == layer}
+        return frozenset(filled | {(kind, index, times) for (at, kind, index), times in often.items() if at == layer})
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy's tensors count their versions anew, so it is judged now."""

@@ -60,6 +60,15 @@ def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = Non
     vars(layer).update(copy.deepcopy(empty))
 
 
+def count_changes(layer: Any) -> None:
+    """Let the linear states of a layer count their changes in place, as tensors made in inference mode do not."""
+    for states in (layer.conv_states, layer.recurrent_states):
+        for index, state in states.items():
+            if state is not None and state.is_inference():
+                with torch.inference_mode(False), torch.no_grad():
+                    states[index] = state.clone()
+
+
 def _plain(value: Any, path: str) -> Any:
     if value is None or isinstance(value, (Tensor, bool, int, float, str)):
         return value
