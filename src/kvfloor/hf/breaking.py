@@ -34,8 +34,8 @@ def broken_forwards(model: Any, cache: CompressedCache, ids: Tensor, then: Tenso
     """Let the forward of `ids` (B, n) fail at each of its operations, or `most` of them, on copies of `cache`.
 
     As before: the forward made again gives the logits that it gives undisturbed. Taken in: `get_seq_length` counts the
-    tokens, and the forward of `then` gives what it gives after an undisturbed one. Refused: forwards, `generate`, saving
-    and reordering raise BrokenState, and after `reset` the cache is a new one.
+    tokens, and the forward of `then` gives what it gives after an undisturbed one. Refused: forwards, `generate`,
+    saving and reordering raise BrokenState, and after `reset` the cache is a new one.
     """
     forward, tally = forward_of(model), Tally()
     before, twin = cache.get_seq_length(), copy.deepcopy(cache)

@@ -1,8 +1,8 @@
 """Passage: how far the tokens of one forward came through the layers of a cache.
 
-A forward hands its tokens to one layer after the other. If it breaks off, some layers have them and others do not: the
-cache is of no use. No layer can see that alone, and nothing tells a cache when a forward begins or ends. But a model asks
-each layer for the same things in every forward: a request that was made already belongs to the next one.
+A forward hands its tokens to one layer after the other. If it breaks off, some layers have them and others do not, and
+the cache is of no use. No layer can see that alone, and nothing tells a cache when a forward begins or ends. But a
+model asks each layer for the same things in every forward: what is asked a second time is asked by the next one.
 """
 
 from __future__ import annotations

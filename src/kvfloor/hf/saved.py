@@ -52,8 +52,8 @@ def save(cache: CompressedCache, path: str | Path) -> None:
     """Write `cache` to `path`, mode 0600, so that the path holds all of it or what it held before.
 
     Takes about twice the saved bytes for a moment. Raises ValueError for a cache in which nothing is, for one in the
-    middle of a forward, for one whose model is gone, and for a path that cannot be written; BrokenState for one in which
-    a forward broke off.
+    middle of a forward, for one whose model is gone, and for a path that cannot be written; BrokenState for one in
+    which a forward broke off.
     """
     cache.check_whole()
     if any(layer.staged_bytes for layer in cache.compressed):
