@@ -1,6 +1,6 @@
 """A failure in the middle of a call: the torch operation at which it comes, and what the memory does then.
 
-    python characterize/broken.py [--most N]
+    python -m characterize.broken [--most N]
 
 A call runs on a copy and fails after its first, second, ... operation (at `--most` points at even distances, if it has
 more); then the same call is made again.
@@ -20,16 +20,16 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from table import save
 from transformers.utils import logging
 
+from characterize.lib.table import save
 from kvfloor import parse
 from kvfloor.check import Setting
 from kvfloor.check.breaking import broken, situations
 from kvfloor.check.faults import Tally
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.breaking import broken_forwards, forward_of
-from kvfloor.hf.tiny import tiny_model
+from survey.tiny import tiny_model
 
 STATES = (
     "exact",

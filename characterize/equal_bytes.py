@@ -1,6 +1,6 @@
 """Every method that applies, on the built-in model, at equal bytes: which tasks survive what?
 
-    python characterize/equal_bytes.py [--n N] [--budgets ...] [--methods ...]
+    python -m characterize.equal_bytes [--n N] [--budgets ...] [--methods ...]
 
 Audits (`kvfloor audit` does the same) of 512 tokens of context and a budget in bytes of a whole sequence's cache, so
 that whatever a method holds beside its tokens (scores, samples, sketches, its open block) is paid for; exact takes
@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from table import save
 
-from kvfloor.audit import plan, run
-from kvfloor.audit.statistics import wilson_interval
+from characterize.lib.table import save
+from kvfloor.audit import run
+from kvfloor.splitting import split_list
+from kvfloor.statistics import wilson_interval
 
 CELLS = {"recall": ("after",), "registers": ("after",), "kv": ("after", "visible")}
 METHODS = (
@@ -54,13 +55,13 @@ def main() -> None:
     parser.add_argument("--methods", help="with commas; instead of all")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    methods = METHODS if given.methods is None else plan.split_list(given.methods)
+    methods = METHODS if given.methods is None else split_list(given.methods)
     rows = []
     for task, protocols in CELLS.items():
         with tempfile.TemporaryDirectory() as folder:
             question = run.Question(
                 methods=methods,
-                budgets=plan.split_list(given.budgets),
+                budgets=split_list(given.budgets),
                 tasks=(task,),
                 protocols=protocols,
                 n=given.n,

@@ -11,17 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfloor import Bounded, BrokenState, Spec, State, parse
-from kvfloor.bounded import BoundedState
+from kvfloor import Bounded, BrokenState, Held, Policy, Spec, State, parse
 from kvfloor.check import Setting
 from kvfloor.check.breaking import broken, situations
 from kvfloor.check.faults import Faults, Injected, operations, public_calls, spread_out
-from kvfloor.policies.policy import Ledger, Policy
-from kvfloor.policies.window import Window
-from kvfloor.registry import TABLE, default_method
-from kvfloor.selectors.selector import Selector
-from kvfloor.slots import View
-from kvfloor.variants.visual import NextScale
+from kvfloor.core.bounded import BoundedState
+from kvfloor.core.selector import Selector
+from kvfloor.core.slots import View
+from kvfloor.methods.policies.window import Window
+from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.variants.visual import NextScale
 
 Draw = Callable[..., Tensor]
 QUICK = (
@@ -171,7 +170,7 @@ def test_a_listener_that_raises_breaks_the_state_even_with_ctrl_c(draw: Draw) ->
             raise error("in the middle")
 
         assert isinstance(state, BoundedState)
-        state.listener = fail
+        state.on_evict = fail
         with pytest.raises(error):
             state.step(*more)
         with pytest.raises(BrokenState):
@@ -181,7 +180,7 @@ def test_a_listener_that_raises_breaks_the_state_even_with_ctrl_c(draw: Draw) ->
 def test_a_listener_that_asks_the_state_is_refused(draw: Draw) -> None:
     state, more = opened(draw, "window(block=4)@16")
     assert isinstance(state, BoundedState)
-    state.listener = lambda row, position: print(state.read(more[0][:, 0]))
+    state.on_evict = lambda row, position: print(state.read(more[0][:, 0]))
     with pytest.raises(BrokenState, match="has not returned yet"):
         state.step(*more)
 
@@ -193,11 +192,11 @@ class Moody(Policy):
     name: ClassVar[str] = "moody"
     calls: list[int] = field(default_factory=list, compare=False)
 
-    def priority(self, ledger: Ledger) -> Tensor:
+    def priority(self, held: Held) -> Tensor:
         self.calls.append(1)
         if len(self.calls) == 3:
             raise ZeroDivisionError("a policy's mistake")
-        return ledger.position.double()
+        return held.position.double()
 
 
 @dataclass(frozen=True)

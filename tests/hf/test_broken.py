@@ -21,7 +21,7 @@ from kvfloor.check.faults import Faults, Injected
 from kvfloor.hf import CompressedCache, passage, prepare
 from kvfloor.hf.breaking import broken_forwards, forward_of
 from kvfloor.hf.layer import CompressedLayer
-from kvfloor.hf.tiny import tiny_model
+from survey.tiny import tiny_model
 
 METHOD = "h2o(block=4)@16"
 IDS = torch.randint(2, 98, (2, 60), generator=torch.Generator().manual_seed(3))
@@ -208,7 +208,7 @@ def test_a_listener_that_raises_breaks_the_cache() -> None:
     def fail(eviction: Any) -> None:
         raise ValueError("a listener's mistake")
 
-    cache.listen(fail)
+    cache.call_on_evict(fail)
     with pytest.raises(ValueError, match="a listener's mistake"):
         forward_of(model)(cache, IDS[:, 22:30])
     with pytest.raises(BrokenState):
@@ -290,7 +290,7 @@ def test_a_whole_forward_is_never_taken_for_a_broken_one(family: str, mode: Call
 def test_a_copy_made_in_the_middle_of_a_forward_refuses() -> None:
     model, cache = started("llama")
     copies: list[CompressedCache] = []
-    cache.compressed[2].tap = lambda *_: copies.append(copy.deepcopy(cache))
+    cache.compressed[2].record = lambda *_: copies.append(copy.deepcopy(cache))
     forward_of(model)(cache, IDS[:, 22:23])
     forward_of(model)(cache, IDS[:, 23:24])
     with pytest.raises(BrokenState):

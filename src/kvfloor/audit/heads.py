@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfloor.audit.names import split_setting
 from kvfloor.audit.rows import Cell, Row
 from kvfloor.audit.traces import Trace
 from kvfloor.floors.measured import causal_mass, readable_by, readable_within
-from kvfloor.hf.allocate import ETA, P
+from kvfloor.hf.calibrate import ETA, P
 
 GOOD = 0.1  # relative l2 error of a head's output up to which a setting serves it
 COMPRESSIBLE = 0.25  # share of the context's tokens that queries can read, up to which a head is called compressible
@@ -122,7 +121,7 @@ def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> 
     layer, head = place
     settings: dict[str, list[Row]] = {}
     for row in rows:
-        if row.cell in cells and split_setting(row.method)[0] != "exact":
+        if row.cell in cells and row.method != "exact":
             settings.setdefault(row.method, []).append(row)
     serving = []
     for method, of_method in settings.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from kvfloor.check.faults import Call, Tally, broken_at, operations, spread_out
-from kvfloor.check.ground import block_of, prompt_length, spec_for
 from kvfloor.check.law import Setting, require
-from kvfloor.method import Method
-from kvfloor.state import State
+from kvfloor.check.streams import prompt_length, spec_for
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
 
 _POINTS = 7  # per call: a law is to be quick; characterize/broken.py tries them all
 
@@ -28,7 +28,7 @@ def broken(state: State, call: Call, most: int | None = None) -> Tally:
 
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
     """Every call that changes a state, with a state that has evicted and is in the middle of a block."""
-    block, prompt = block_of(method), prompt_length(method)
+    block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)
     opened = method.open(spec)
     n = prompt + 2 * block + 7

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from kvfloor.check.ground import play, probes, prompt_length, spec_for, stream_for
 from kvfloor.check.law import Broken, Setting, require
+from kvfloor.check.streams import play, probes, prompt_length, spec_for, stream_for
 from kvfloor.check.tolerance import require_agreement
-from kvfloor.method import Guarantee, Method
-from kvfloor.registry import parse
+from kvfloor.core.method import Guarantee, Method
+from kvfloor.methods.registry import parse
 
 
 def check_text(method: Method, at: Setting) -> None:
@@ -41,7 +41,7 @@ def check_text(method: Method, at: Setting) -> None:
 def check_documented(method: Method, at: Setting) -> None:
     """A method and its parts have a docstring, and name a source."""
     del at
-    parts = [method, *(getattr(method, name) for name in ("policy", "summary", "selector") if hasattr(method, name))]
+    parts = [method, *(part for part in method.parts if part is not None)]
     for part in parts:
         text = type(part).__doc__ or ""
         generated = text.startswith(f"{type(part).__name__}(")  # what a dataclass writes for want of a docstring

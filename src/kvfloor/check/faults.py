@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvfloor.broken import BrokenState
-from kvfloor.state import State
+from kvfloor.core.broken import BrokenState
+from kvfloor.core.state import State
 
 Call = Callable[[State], Tensor | None]
 

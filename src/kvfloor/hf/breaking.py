@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfloor.broken import BrokenState
 from kvfloor.check.faults import Faults, Injected, Tally, operations, spread_out
+from kvfloor.core.broken import BrokenState
 from kvfloor.hf.cache import CompressedCache
 
 Forward = Callable[[CompressedCache, Tensor], Tensor]

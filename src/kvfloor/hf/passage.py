@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from kvfloor.broken import BrokenState
+from kvfloor.core.broken import BrokenState
+from kvfloor.hf.families import layer_roles
 
 # Releases before that let models take linear states out of the layers themselves, unseen by the cache.
 _LINEAR_SEEN = hasattr(Cache, "get_conv_state")
@@ -37,6 +39,15 @@ class Passage:
         self._known: set[int] = set()  # layers whose keys came in forwards before
         self._broke: str | None = None
         self._clear()
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Passage:
+        """The passage of a cache for this model."""
+        roles = layer_roles(config)
+        return cls(
+            [type(theirs).__name__ if hasattr(theirs, "conv_states") else None for _, theirs in roles],
+            [keeps_something(theirs, own=role == "own") for role, theirs in roles],
+        )
 
     def _clear(self) -> None:
         self._made: set[Request] = set()
