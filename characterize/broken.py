@@ -28,7 +28,7 @@ from kvfloor.check import Setting
 from kvfloor.check.breaking import broken, situations
 from kvfloor.check.faults import Tally
 from kvfloor.hf import CompressedCache, prepare
-from kvfloor.hf.breaking import broken_forwards, forward_of
+from survey.breaking import broken_forwards, forward_of
 from survey.tiny import tiny_model
 
 STATES = (

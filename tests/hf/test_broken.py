@@ -19,8 +19,8 @@ from torch import Tensor
 from kvfloor import BrokenState
 from kvfloor.check.faults import Faults, Injected
 from kvfloor.hf import CompressedCache, passage, prepare
-from kvfloor.hf.breaking import broken_forwards, forward_of
 from kvfloor.hf.layer import CompressedLayer
+from survey.breaking import broken_forwards, forward_of
 from survey.tiny import tiny_model
 
 METHOD = "h2o(block=4)@16"
