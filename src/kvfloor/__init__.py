@@ -10,6 +10,7 @@ from kvfloor.version import __version__
 # Names load on first use, so that `import kvfloor` and `kvfloor --help` do not wait for torch.
 _HOMES = {
     "Bounded": "core.bounded",
+    "BrokenState": "core.broken",
     "CorruptState": "core.message",
     "Exact": "core.exact",
     "Guarantee": "core.method",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from kvfloor import audit, floors, game, hf, models, tasks
     from kvfloor.check import check_method
     from kvfloor.core.bounded import Bounded
+    from kvfloor.core.broken import BrokenState
     from kvfloor.core.budget import resolve
     from kvfloor.core.exact import Exact
     from kvfloor.core.message import CorruptState
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bounded",
+    "BrokenState",
     "CorruptState",
     "Exact",
     "Guarantee",

@@ -41,7 +41,7 @@ def test_a_file_is_read_whole_up_to_what_is_allowed(tmp_path: Path) -> None:
     path.write_bytes(bytes(range(256)) * 4)
     assert read_regular(path, 1024, "file") == path.read_bytes()
     assert read_regular(str(path), 1 << 60, "file") == path.read_bytes()
-    with pytest.raises(ValueError, match=r"cannot read the file .* has 1024 bytes, more than the 1023 allowed"):
+    with pytest.raises(ValueError, match=r"cannot read the file .* has 1,024 bytes, more than the 1,023 allowed"):
         read_regular(path, 1023, "file")
     (tmp_path / "link").symlink_to(path)
     assert read_regular(tmp_path / "link", 1024, "file") == path.read_bytes()
@@ -69,7 +69,7 @@ def test_a_pipe_that_takes_the_name_after_it_was_asked_is_refused(
 def test_a_large_sparse_file_is_refused_unread(tmp_path: Path) -> None:
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(40 << 30)
-    with within(5), pytest.raises(ValueError, match="more than the 1000 allowed"):
+    with within(5), pytest.raises(ValueError, match="more than the 1,000 allowed"):
         read_regular(tmp_path / "sparse", 1000, "file")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from kvfloor import BrokenState
 from kvfloor.hf import CompressedCache, Eviction, prepare
 from kvfloor.methods.registry import TABLE, default_method, kind
 from tests.hf.conftest import tiny
@@ -130,7 +131,7 @@ def test_after_a_forward_that_broke_off_the_cache_says_so(llama: PreTrainedModel
         with pytest.raises(ValueError, match="NaN"):
             llama(torch.full((2, 1), 7), past_key_values=cache)
         weight.copy_(kept)
-        with pytest.raises(RuntimeError, match="broke off"):
+        with pytest.raises(BrokenState, match="broke off"):
             llama(torch.full((2, 1), 7), past_key_values=cache)
         cache.reset()
         llama(**prompt, past_key_values=cache)
@@ -151,7 +152,7 @@ def test_a_first_forward_that_never_reached_a_layer_is_told_by_the_next(
         llama(**prompt, past_key_values=cache)
     hook.remove()
     assert [layer.state is None for layer in cache.compressed][:2] == [False, True]
-    with pytest.raises(RuntimeError, match="broke off"):
+    with pytest.raises(BrokenState, match="broke off"):
         llama(torch.full((2, 1), 7), past_key_values=cache)
     cache.reset()
     llama(**prompt, past_key_values=cache)

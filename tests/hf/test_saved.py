@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvfloor import CorruptState, parse
+from kvfloor import BrokenState, CorruptState, parse
 from kvfloor.core import message
 from kvfloor.core.bounded import Bounded
 from kvfloor.hf import CompressedCache, NewerVersion, OlderVersion, UnknownMethod, WrongModel, prepare, restore
@@ -221,7 +221,7 @@ def test_every_attribute_of_a_layer_is_saved_or_made_anew(started: Talk) -> None
     layer = started.cache.compressed[0]
     saved = {"state", *layer.clocks()}
     anew = {"opening", "index", "place", "staged_bytes", "served_by", "record", "keys", "values"}
-    anew |= {"_meter", "_on_evict", "_readers", "_waiting", "_before"}
+    anew |= {"_meter", "_passage", "_on_evict", "_readers", "_waiting", "_before"}
     assert set(vars(layer)) == saved | anew
 
 
@@ -464,7 +464,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path, prompt: dict[str, torch
         cache.save(tmp_path / "cache")
     cache.compressed[0].staged_bytes = 0
     cache.compressed[0].seen += 1
-    with pytest.raises(ValueError, match="broke off"):
+    with pytest.raises(BrokenState, match="have seen different tokens"):
         cache.save(tmp_path / "cache")
     cache.compressed[0].seen -= 1
     talk.model = None  # type: ignore[assignment]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvfloor.check import contract, index_floor, inputs, rows, storage, streaming
+from kvfloor.check import breaking, contract, index_floor, inputs, rows, storage, streaming
 from kvfloor.check import randomness as chance
 from kvfloor.check import reference as truth
 from kvfloor.check import tokens as holding
@@ -83,6 +83,7 @@ CHECKS: dict[str, Check] = {
         Check(inputs.check_non_finite, _always, over=()),
         Check(inputs.check_inputs_untouched, _always, over=()),
         Check(inputs.check_input_forms, _always, over=("dtype",)),
+        Check(breaking.check_broken, _always, over=()),
         Check(streaming.check_chunking, _always, over=("dtype", "g")),
         Check(streaming.check_causality, _always, over=("dtype", "g")),
         Check(streaming.check_queries_independent, _single_queries, over=("dtype", "g")),

@@ -85,8 +85,8 @@ class OnesState(State):
     def guarantee(self) -> Guarantee | None:
         return self.inner.guarantee()
 
-    def select_rows(self, index: Tensor) -> None:
-        super().select_rows(index)
+    def _select_rows(self, index: Tensor) -> None:
+        super()._select_rows(index)
         self.method = replace(self._plan, inner=self.inner.method)  # budgets per row travel with their rows
 
     def _beside(self, x: Tensor) -> Tensor:

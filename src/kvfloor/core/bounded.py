@@ -216,8 +216,8 @@ class BoundedState(Blocked):
         copy.on_evict = None  # what leaves a copy has not left this state
         return copy
 
-    def select_rows(self, index: Tensor) -> None:
-        super().select_rows(index)
+    def _select_rows(self, index: Tensor) -> None:
+        super()._select_rows(index)
         if isinstance(self._plan.budget, tuple):  # so that the message names a method which opens for these rows
             self.method = replace(self._plan, budget=tuple(self.budget.tolist()))
 
@@ -231,14 +231,6 @@ class BoundedState(Blocked):
         return self.slot_bytes_read + summary
 
     # ---- answering -----------------------------------------------------------------------------------------
-
-    def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
-        self._require_group(q.shape[1])
-        return super()._step_partial(k, v, q, take)
-
-    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
-        self._require_group(q.shape[1])
-        return super()._step_one(k, v, q)
 
     @property
     def learns_from_queries(self) -> bool:
@@ -291,15 +283,15 @@ class BoundedState(Blocked):
                 self.memory.group(g)
         return self.queries
 
-    def _require_group(self, g: int) -> None:
+    def _require_group(self, g: int, attending: bool = False) -> None:
+        if attending and self.memory is None:  # such queries go to the policy at once and are not kept
+            return
         if self.queries is not None and self.queries.shape[1] != g:
             raise ValueError(f"the GQA group was {self.queries.shape[1]} so far and is {g} now: it is fixed")
 
     def _attend(self, q: Tensor) -> Partial:
         rows, g, m, d = q.shape
         flat = q.reshape(rows, g * m, d)
-        if self.memory is not None:
-            self._require_group(g)
         if self.summary is not None:
             self.summary.on_queries(q)
         if self.learns_from_queries and m > 0:

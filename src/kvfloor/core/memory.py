@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kvfloor.core.fields import Field
 
-# Not memory: what is fixed before the stream and known to both sides, the record of past sizes, and who listens.
-PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict"})
+# Not memory: what is fixed before the stream and known to both sides, the record of past sizes, who listens, and the
+# call that is running.
+PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "_underway"})
 SCALAR_BYTES = 8
 
 

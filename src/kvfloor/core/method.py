@@ -160,11 +160,12 @@ class Method(ABC):
 
     def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
         """The state that `to_bytes` packed; CorruptState (a ValueError) if the bytes are not intact."""
-        header, fields = message.unpack(data)
-        text = header.get("method")
-        if text != str(self):
-            raise message.CorruptState(f"this is a state of {text!r}, not of {str(self)!r}")
-        return rebuilt(self, header.get("spec"), fields, device)
+        with torch.inference_mode(False), torch.no_grad():  # whose tensors could not be written to later
+            header, fields = message.unpack(data)
+            text = header.get("method")
+            if text != str(self):
+                raise message.CorruptState(f"this is a state of {text!r}, not of {str(self)!r}")
+            return rebuilt(self, header.get("spec"), fields, device)
 
     def __str__(self) -> str:
         """The text that parses back to this method; a third party's class is written `module:Class`."""

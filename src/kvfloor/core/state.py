@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from kvfloor.core import message
+from kvfloor.core.broken import broken_state
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Guarantee, Method
@@ -39,6 +40,28 @@ def _plain(call: Call) -> Call:
     return inside  # type: ignore[return-value]
 
 
+def whole(call: Call) -> Call:
+    """Refuse a state in which a call broke off; run the call as `_plain` does.
+
+    A call that is about to change the state sets `_underway` first, after it has checked its input. The mark is taken
+    away by the last line here, so that whatever is raised before leaves it behind.
+    """
+
+    @wraps(call)
+    def inside(self: State, *args: Any, **kwargs: Any) -> Any:
+        if self._underway is not None:
+            raise broken_state(self._underway)
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                out = call(self, *args, **kwargs)
+        else:
+            out = call(self, *args, **kwargs)
+        self._underway = None
+        return out
+
+    return inside  # type: ignore[return-value]
+
+
 class _Plain(ABCMeta):
     """States are born outside inference mode too, wherever they are opened."""
 
@@ -50,13 +73,21 @@ class _Plain(ABCMeta):
 class State(Memory, metaclass=_Plain):
     """What a method remembers of `rows` independent streams.
 
-    A variant writes `_append` and `_read`, and `_step_partial` where it can do better than token by token. Shapes:
+    A variant writes `_append` and `_read`, and `_step_partial` where it can do better than token by token. What it
+    cannot take it refuses in `_require_tokens` and `_require_group`, before anything changes. Shapes:
     k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group, queries
     of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the state as
-    it was. A state that keeps whole tokens holds them in `slots`.
+    it was. After any other exception it is as it was too, or refuses every further call with `BrokenState`. A state
+    that keeps whole tokens holds them in `slots`.
     """
 
     slots: Slots | None = None
+    _underway: str | None = None  # the call that is changing this state, or that broke off while it did
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "guarantee" in vars(cls):  # a theorem about what was seen: not of a state that is half of it
+            cls.guarantee = whole(cls.guarantee)
 
     def __init__(self, method: Method, spec: Spec) -> None:
         self.method = method
@@ -114,13 +145,26 @@ class State(Memory, metaclass=_Plain):
     def _seal(self) -> None:
         """React to the prompt's end."""
 
+    def _require_group(self, g: int, attending: bool = False) -> None:
+        """Raise ValueError if queries in groups of g do not fit what is kept of earlier ones.
+
+        attending: they come by `attend`, without tokens of their own.
+        """
+
+    def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        """Raise ValueError if the first take[r] of these tokens of row r are none that the method takes."""
+
+    def _select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index`, which are known to exist."""
+        super().select_rows(index)
+
     def _pin(self, start: int, stop: int) -> None:
         """Keep the tokens start <= position < stop of every row for good, if the method's traits say that it can."""
         raise ValueError(f"{self.method} cannot pin tokens: take a method that keeps whole tokens, such as 'h2o@512'")
 
     # ---- what users call -----------------------------------------------------------------------------------
 
-    @_plain
+    @whole
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
         """Take in tokens without asking anything. present (rows, t), bool, marks the real ones."""
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
@@ -128,22 +172,29 @@ class State(Memory, metaclass=_Plain):
         if order is not None:
             k, v = _pack(k, order), _pack(v, order)
         if bool(take.any()):
+            self._require_tokens(k, v, take)
+            self._underway = "append"
             self._append(k, v, take)
 
-    @_plain
+    @whole
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         """The law of autoregression: token i attends to everything up to and including itself.
 
         q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
         """
         if present is None and self._steps_alone and self._one_token(k, v, q):
+            self._require_group(q.shape[1])
+            self._underway = "step"
             return self._step_one(k, v, q).to(self.spec.dtype)
         k, v, q, take, order = self._packed(k, v, q, present)
         if not any(take.tolist()):
             return q.new_zeros(*q.shape[:3], self.spec.dv)
+        self._require_group(q.shape[1])
+        self._require_tokens(k, v, take)
+        self._underway = "step"
         return _unpack(self._step(k, v, q, take), take, order, 0.0).to(self.spec.dtype)
 
-    @_plain
+    @whole
     def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
         """As `step`, with the mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
 
@@ -152,43 +203,51 @@ class State(Memory, metaclass=_Plain):
         k, v, q, take, order = self._packed(k, v, q, present)
         if not any(take.tolist()):
             return Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
+        self._require_group(q.shape[1])
+        self._require_tokens(k, v, take)
+        self._underway = "step_partial"
         part = self._step_partial(k, v, q, take)
         log_mass = _unpack(part.log_mass.unsqueeze(-1), take, order, -torch.inf).squeeze(-1)
         return Partial(_unpack(part.mean, take, order, 0.0), log_mass)
 
-    @_plain
+    @whole
     def read(self, q: Tensor) -> Partial:
         """Attention of q (rows, m, d) over what is remembered: a `Partial` (rows, m). Pure."""
         return self._read(self._checked(q, "q", self.spec.d, finite=True))
 
-    @_plain
+    @whole
     def attend(self, q: Tensor) -> Tensor:
         """Answers (rows, g, m, dv) to q (rows, g, m, d) without new tokens; a policy may learn from them."""
         q = self._checked(q, "q", self.spec.d, axes=4, finite=True)
         if q.shape[1] < 1:
             raise ValueError(f"q must be (rows, g, m, d) with g >= 1, got {tuple(q.shape)}")
+        self._require_group(q.shape[1], attending=True)
+        if type(self)._attend is not State._attend:  # the base's is a read
+            self._underway = "attend"
         mean = self._attend(q).mean
         return mean.view(*q.shape[:3], self.spec.dv).to(self.spec.dtype)
 
-    @_plain
+    @whole
     def seal(self) -> None:
         """Mark the end of the prompt, once; methods that compress there do so now."""
         if not self.sealed:
+            self._underway = "seal"
             self._seal()
             self.sealed = True
 
-    @_plain
+    @whole
     def pin(self, start: int, stop: int) -> None:
         """Keep the tokens start <= position < stop of every row for good; call it before they are evicted.
 
         Raises ValueError if the method cannot pin (its traits say so), if the budget cannot hold all that is
         protected, and if some of the tokens are gone already.
         """
-        whole = all(isinstance(end, int) and not isinstance(end, bool) for end in (start, stop))
-        if not whole or not 0 <= start < stop:
+        whole_numbers = all(isinstance(end, int) and not isinstance(end, bool) for end in (start, stop))
+        if not whole_numbers or not 0 <= start < stop:
             raise ValueError(f"a pinned span needs whole numbers 0 <= start < stop, got {start!r}..{stop!r}")
         self._pin(start, stop)
 
+    @whole
     def guarantee(self) -> Guarantee | None:
         """The method's guarantee, withdrawn (`holds` False) where what was seen breaks an assumption."""
         return self.method.guarantee(self.spec)
@@ -214,16 +273,27 @@ class State(Memory, metaclass=_Plain):
                 if fields[name]["sealed"] != fields["sealed"]:
                     raise ValueError(f"{name} and the state it is a part of disagree on whether the prompt is over")
 
+    @property
+    def broken(self) -> bool:
+        """Whether a call broke off halfway, so that this state refuses every other."""
+        return self._underway is not None
+
+    def export(self) -> dict[str, Any]:
+        if self._underway is not None:
+            raise broken_state(self._underway)
+        return super().export()
+
+    @whole
     def to_bytes(self) -> bytes:
         """The message: everything that answering and continuing needs beyond method and public randomness."""
         return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 
-    @_plain
+    @whole
     def clone(self: Self) -> Self:
         """An independent copy."""
         return self.copied()
 
-    @_plain
+    @whole
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index` (r,), int64, in that order; repeats are allowed (beams). Rows keep their ids."""
         try:
@@ -238,7 +308,8 @@ class State(Memory, metaclass=_Plain):
             )
         if int(index.min()) < 0 or int(index.max()) >= self.spec.rows:
             raise ValueError(f"row indices must lie in 0..{self.spec.rows - 1}, got {index.tolist()}")
-        super().select_rows(index.to(torch.int64))
+        self._underway = "select_rows"
+        self._select_rows(index.to(torch.int64))
 
     # ---- input ---------------------------------------------------------------------------------------------
 

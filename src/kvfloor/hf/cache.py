@@ -20,6 +20,7 @@ from kvfloor.hf.calibrate import floor_shares
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.layers import cache_layers, layers_served
 from kvfloor.hf.opener import Opening
+from kvfloor.hf.passage import Passage, outside_inference
 from kvfloor.hf.saved import MOST_BYTES, load, save
 from kvfloor.methods.registry import parse
 
@@ -79,7 +80,9 @@ class CompressedCache(Cache):
         # What `load` constructs the cache with; JSON-ready.
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
         self._meter = Meter()
-        super().__init__(layers=cache_layers(config, opening, self._meter))
+        self._passage = Passage.of(config)
+        super().__init__(layers=cache_layers(config, opening, self._meter, self._passage))
+        self._empty = [None if isinstance(layer, CompressedLayer) else stock.blank(layer) for layer in self.layers]
         if on_evict is not None:
             self.call_on_evict(on_evict)
 
@@ -100,25 +103,110 @@ class CompressedCache(Cache):
 
     def seal(self) -> None:
         """Mark the prompt's end now; the first one-token forward does so otherwise."""
-        for layer in self.compressed:
-            if layer.state is not None:
-                layer.state.seal()
+        with self._passage.change("seal()"):
+            for layer in self.compressed:
+                if layer.state is not None:
+                    layer.state.seal()
 
     def to(self, device: str | torch.device) -> Self:
         """Move everything held to `device`, where the model is now; returns the cache."""
-        for layer in self.layers:
-            if isinstance(layer, CompressedLayer):
-                layer.to(device)
-                stock.move(layer, device, layer.beside)
-            else:
-                stock.move(layer, device)
+        with self._passage.change("to()"):
+            for layer in self.layers:
+                if isinstance(layer, CompressedLayer):
+                    layer.to(device)
+                    stock.move(layer, device, layer.beside)
+                else:
+                    stock.move(layer, device)
         return self
+
+    def check_whole(self) -> None:
+        """Raise BrokenState if a forward broke off after some layers had taken its tokens in, or is running."""
+        self._passage.check()
+
+    # ---- transformers' protocol, so that a forward is known to have reached all layers or none --------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Give a layer this forward's keys and values. Raises BrokenState if an earlier forward broke off."""
+        if isinstance(self.layers[layer_idx], CompressedLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        _told(self._passage.begin_keys, layer_idx)
+        _told(self._passage.changing, layer_idx)
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        _told(self._passage.took_keys, layer_idx)
+        return out
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """As transformers': the convolution's last inputs, or None."""
+        _told(stock.count_changes, self.layers[layer_idx])
+        state = super().get_conv_state(layer_idx, state_idx)
+        _told(self._passage.hand_out, layer_idx, "conv", state_idx, state)
+        return state
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """As transformers': the recurrent state, or None."""
+        _told(stock.count_changes, self.layers[layer_idx])
+        state = super().get_recurrent_state(layer_idx, state_idx)
+        _told(self._passage.hand_out, layer_idx, "recurrent", state_idx, state)
+        return state
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """As transformers': take in the convolution's inputs, return those that it needs."""
+        call = super().update_conv_state
+        _told(self._passage.begin_state, layer_idx, "conv", state_idx)
+        _told(stock.count_changes, self.layers[layer_idx])
+        out = outside_inference(call, conv_states, layer_idx, **_which(state_idx), **kwargs)
+        _told(self._passage.filled_state, layer_idx, "conv", state_idx)
+        return out
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """As transformers': replace the recurrent state."""
+        call = super().update_recurrent_state
+        _told(self._passage.begin_state, layer_idx, "recurrent", state_idx)
+        _told(stock.count_changes, self.layers[layer_idx])
+        out = outside_inference(call, recurrent_states, layer_idx, **_which(state_idx), **kwargs)
+        _told(self._passage.filled_state, layer_idx, "recurrent", state_idx)
+        return out
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these batch items, in all layers or, after a failure, in a cache that refuses."""
+        with self._passage.change("reorder_cache"):
+            super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]: int64 is what it takes
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch item."""
+        with self._passage.change("batch_repeat_interleave"):
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these batch items."""
+        with self._passage.change("batch_select_indices"):
+            super().batch_select_indices(indices)
+
+    def crop(self, *args: Any) -> None:
+        """Refuse, before any layer is cropped."""
+        self.compressed[0].crop(*args)
+
+    def reset(self) -> None:
+        """Forget everything, in all layers; a broken cache is whole again."""
+        with self._passage.anew():
+            for layer, empty in zip(self.layers, self._empty, strict=True):
+                if empty is None:
+                    layer.reset()
+                else:
+                    stock.refresh(layer, empty)
+
+    # ---- saving and bytes ----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the cache to `path`: whole or not at all, readable by its owner only (see `kvfloor.hf.saved`).
 
         A symbolic link stays, and the file that it leads to is replaced. Raises ValueError while the cache is empty or
-        in the middle of a forward, and where `path` cannot be written; TypeError for what is no path.
+        in the middle of a forward, and where `path` cannot be written; TypeError for what is no path; BrokenState if a
+        forward broke off halfway.
         """
         save(self, path)
 
@@ -133,7 +221,7 @@ class CompressedCache(Cache):
         Raises CorruptState, WrongModel, NewerVersion, OlderVersion or UnknownMethod, all ValueErrors, before anything
         is built; ValueError for a path that cannot be read, or is a folder, a pipe or a device.
         """
-        return load(cls, path, model, method, most_bytes)
+        return outside_inference(load, cls, path, model, method, most_bytes)
 
     def resume(self, peak_bytes: int) -> None:
         """Continue from a saved cache's peak."""
@@ -181,6 +269,19 @@ class CompressedCache(Cache):
         guarantee               the method's theorem evaluated on what was seen (the fields of `Guarantee`), or None
         """
         return [_entry(layer) for layer in self.compressed]
+
+
+def _told(report: Callable[..., None], *args: Any) -> None:
+    """Make a report of a passage, outside what torch.compile traces: it would compile anew for every layer."""
+    if torch.compiler.is_compiling():
+        torch.compiler.disable(report)(*args)  # pyright: ignore[reportCallIssue]
+    else:
+        report(*args)
+
+
+def _which(state_idx: int) -> dict[str, int]:
+    """The argument that only releases with several states in a layer know."""
+    return {"state_idx": state_idx} if state_idx else {}
 
 
 def _entry(layer: CompressedLayer) -> dict[str, Any]:

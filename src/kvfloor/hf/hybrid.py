@@ -31,7 +31,7 @@ class HybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
 
     def reset(self) -> None:
         CompressedLayer.reset(self)
-        LinearAttentionLayer.reset(self)
+        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         CompressedLayer.batch_select_indices(self, indices)

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvfloor.core.bounded import BoundedState
+from kvfloor.core.broken import BrokenState
 from kvfloor.core.state import State
 from kvfloor.hf import latent
 from kvfloor.hf.opener import Opening
+from kvfloor.hf.passage import Passage
 from kvfloor.hf.rows import present_rows, step_rows
 
 
@@ -38,11 +40,6 @@ class Meter:
         self.seen.pop(layer, None)
         self.held_bytes.pop(layer, None)
 
-    @property
-    def level(self) -> bool:
-        """Whether all layers saw the same slots: not so after a forward that broke off between them."""
-        return len(set(self.seen.values())) <= 1
-
 
 @dataclass(frozen=True)
 class Eviction:
@@ -55,10 +52,6 @@ class Eviction:
 
 
 _MEASURED_EVERY = 32  # decoded tokens; a state remembers its own peak, so what it grew by in between is not missed
-_BROKE_OFF = (
-    "the last forward broke off after some layers had taken its tokens in, so this cache is of no use: reset() it, or "
-    "load the last one you saved"
-)
 _TAG = "kv_layer"  # the attribute by which a staged key tensor names its layer
 
 
@@ -82,6 +75,7 @@ class CompressedLayer(CacheLayerMixin):
         index: int,
         place: int,
         meter: Meter,
+        passage: Passage,
         readers: int = 0,
     ) -> None:
         """The place-th compressed layer of a cache, which is layer `index` of the model."""
@@ -95,7 +89,7 @@ class CompressedLayer(CacheLayerMixin):
         self.record: Callable[[Tensor, Tensor, Tensor, float, float | None], None] | None = (
             None  # sees what is answered
         )
-        self._meter = meter
+        self._meter, self._passage = meter, passage
         self._on_evict: Callable[[Eviction], None] | None = None
         self._readers, self._waiting = readers, 0  # layers that share these keys; how many of them come in this forward
         self._before: State | None = None
@@ -118,13 +112,7 @@ class CompressedLayer(CacheLayerMixin):
         return self._stage(key_states, value_states)
 
     def _stage(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        if self.staged_bytes:
-            raise RuntimeError(
-                "a second forward came before the first one's attention was answered: this model does not use "
-                "kvfloor's attention; call kvfloor.hf.prepare(model) first"
-            )
-        if self.place == 0 and not self._meter.level:
-            raise RuntimeError(_BROKE_OFF)
+        self._passage.begin_keys(self.index)
         self.is_initialized, self._before = True, None
         keys = key_states.view_as(key_states)  # a tensor object of its own, so that the tag is not the caller's
         setattr(keys, _TAG, weakref.ref(self))
@@ -229,20 +217,25 @@ class CompressedLayer(CacheLayerMixin):
         batch, heads, n, _d = query.shape
         kv_heads, dv = key.shape[1], value.shape[-1]
         g = heads // kv_heads
+        began = False
+        before = self.state, self.batch, None if self.state is None else (self.state.seen, self.state.sealed)
         try:
             if self.state is None:
                 if max(self._meter.seen.values(), default=0) > self.seen + n:
-                    raise RuntimeError(_BROKE_OFF)  # before this layer was asked for the first time
+                    raise BrokenState(f"layer {self.index} was never asked while others were: reset() the cache")
                 self.state = self.opening.open(self.index, self.place, key, dv, g, scale, softcap, tied=value is key)
                 self.batch, self._meter.seen[self.index] = batch, self.seen
                 self.call_on_evict(self._on_evict)
+                before = None, 0, (self.state.seen, self.state.sealed)
             state = self.state
-            if n == 1 and self.seen and not state.sealed:
-                state.seal()  # the first decoded token: the prompt is over
             present = present_rows(padding, slice(self.seen, self.seen + n), kv_heads)
             if self.record is not None:
                 self.record(query, key, value, scale, softcap)
             self._before, self._waiting = state.clone() if self._readers else None, self._readers
+            self._passage.changing(self.index)
+            began = True
+            if n == 1 and self.seen and not state.sealed:
+                state.seal()  # the first decoded token: the prompt is over
             out = step_rows(state, query, key, value, present, sink)
             self.seen += n
             if n > 1 or self.seen % _MEASURED_EVERY == 0 or self._readers:
@@ -250,9 +243,29 @@ class CompressedLayer(CacheLayerMixin):
                 copied_bytes = state.peak_nbytes - held_bytes + (self._before.nbytes if self._before else 0)
                 self._meter.measure(self.index, held_bytes, copied_bytes + self.staged_bytes)
             self._meter.seen[self.index] = self.seen
+            self._passage.took_keys(self.index)
+        except BaseException as cause:
+            if not began or isinstance(cause, (TypeError, ValueError)):
+                self._refused(*before)
+            raise
         finally:
             self.staged_bytes = 0
         return out
+
+    def _refused(self, state: State | None, batch: int, clocks: tuple[Tensor, bool] | None) -> None:
+        """Be the layer from before the call that failed, if its state is as it was.
+
+        state, batch: from before; clocks: those of the state that was asked.
+        """
+        asked = self.state
+        if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):
+            return
+        if asked is not None and clocks is not None and clocks[1] != asked.sealed:
+            return
+        self.state, self.batch, self._before = state, batch, None
+        if state is None:
+            self._meter.forget(self.index)
+        self._passage.unchanged(self.index)
 
     def _answer_reader(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sink: Tensor | None

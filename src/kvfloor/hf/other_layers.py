@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,6 +46,30 @@ def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
     tensors = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]
     storages = [x.untyped_storage() for x in tensors if isinstance(x, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def blank(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """A copy of these attributes (None: all) of a layer that is empty yet, for `refresh`."""
+    return copy.deepcopy({name: getattr(layer, name) for name in (vars(layer) if names is None else names)})
+
+
+def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = None) -> None:
+    """Make the layer empty again, whatever state it is in; `blank` gave `empty`.
+
+    A layer's own reset is not enough after a failure in the middle of its update, and differs from release to release.
+    """
+    for name in [name for name in vars(layer) if name not in empty] if names is None else ():
+        delattr(layer, name)
+    vars(layer).update(copy.deepcopy(empty))
+
+
+def count_changes(layer: Any) -> None:
+    """Let the linear states of a layer count their changes in place, as tensors made in inference mode do not."""
+    for states in (layer.conv_states, layer.recurrent_states):
+        for index, state in states.items():
+            if state is not None and state.is_inference():
+                with torch.inference_mode(False), torch.no_grad():
+                    states[index] = state.clone()
 
 
 def _plain(value: Any, path: str) -> Any:

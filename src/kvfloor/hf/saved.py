@@ -16,6 +16,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from kvfloor.core import message
+from kvfloor.core.broken import BrokenState
 from kvfloor.core.fields import MOST, Field
 from kvfloor.core.message import CorruptState, NewerVersion, OlderVersion
 from kvfloor.core.method import Method, rebuilt
@@ -55,13 +56,15 @@ def save(cache: CompressedCache, path: str | Path) -> None:
 
     Where `path` is a symbolic link, the file that it leads to is replaced and the link stays. Takes about twice the
     saved bytes for a moment. Raises ValueError for a cache in which nothing is, for one in the middle of a forward, for
-    one whose model is gone, and for a path that cannot be written, TypeError for what is no path.
+    one whose model is gone, and for a path that cannot be written, TypeError for what is no path, BrokenState for one
+    in which a forward broke off.
     """
     path = named(path, _WHAT)
+    cache.check_whole()
     if any(layer.staged_bytes for layer in cache.compressed):
         raise ValueError("a forward is not finished: its tokens are staged but not answered yet; save after it")
     if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
-        raise ValueError("the last forward broke off after some layers: this cache is of no use; reset() it")
+        raise BrokenState("the layers of this cache have seen different tokens: it is of no use, reset() it")
     described = [_described(layer) for layer in cache.layers]
     header = {
         "kvfloor": __version__,

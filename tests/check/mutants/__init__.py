@@ -37,6 +37,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("inputs_untouched", contract.Adopting()),
     _mutant("inputs_untouched", contract.InPlace(), "input_forms", "selector_subset"),
     _mutant("input_forms", contract.StrideBlind()),
+    _mutant("broken", contract.MarkInFinally()),
+    _mutant("broken", contract.LateClock()),
     _mutant("chunking", tokens.EvictsPerCall()),
     _mutant("causality", answers.FutureLeak(), "chunking", "hull", "pads", "reference"),
     _mutant("queries_independent", answers.CrowdTemperature()),

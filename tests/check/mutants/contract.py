@@ -184,3 +184,29 @@ class PadsAnswered(Small):
     """Leaves numbers where there was no token to answer."""
 
     state = PadsAnsweredState
+
+
+class MarkInFinallyState(BoundedState):
+    def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
+        try:
+            return super().step(q, k, v, present)
+        finally:
+            self._underway = None
+
+
+class MarkInFinally(Small):
+    """Takes the mark of a running step away whether it came to its end or not."""
+
+    state = MarkInFinallyState
+
+
+class LateClockState(BoundedState):
+    def _advance(self, take: Tensor) -> None:
+        self._underway = None
+        super()._advance(take)
+
+
+class LateClock(Small):
+    """Takes itself to be whole once the tokens are in, before the block is closed."""
+
+    state = LateClockState

@@ -68,12 +68,15 @@ class PublicBitsState(State):
         flat = np.unpackbits(self.packed.numpy(), axis=1, count=plan.n * spec.dv * plan.bits)
         return flat.reshape(spec.rows, plan.n, spec.dv, plan.bits)
 
-    def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+    def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         plan, start, count = self._plan, int(self.seen[0]), int(take[0])
         if bool((take != count).any()) or start + count > plan.n:
             raise ValueError(f"public_bits takes {plan.n} tokens in every row alike")
         if not torch.equal(k[:, :count], self.shared["keys"][start : start + count].expand_as(k[:, :count])):
             raise ValueError("public_bits answers for the public keys only, in their order; these keys differ")
+
+    def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        plan, start, count = self._plan, int(self.seen[0]), int(take[0])
         levels = (v[:, :count].double() * (2**plan.bits - 1)).round().long().numpy()
         bits = self._levels()
         bits[:, start : start + count] = levels[..., None] >> np.arange(plan.bits)[::-1] & 1

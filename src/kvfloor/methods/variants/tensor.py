@@ -108,8 +108,8 @@ class TensorState(State):
     def held(self) -> Tensor:
         return self.store.held
 
-    def select_rows(self, index: Tensor) -> None:
-        super().select_rows(index)
+    def _select_rows(self, index: Tensor) -> None:
+        super()._select_rows(index)
         assert isinstance(self.method, TensorAttention)
         self.method = replace(self.method, store=self.store.method)  # budgets per row travel with their rows
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.bounded import BoundedState
+from kvfloor.core.broken import broken_state
 from kvfloor.core.partial import Partial
 from kvfloor.core.state import State
 from kvfloor.validation import whole, within
@@ -76,6 +77,7 @@ class NextScale:
 
     def __init__(self, state: State) -> None:
         self.state = state
+        self._underway = False  # also after a step that broke off between the state's own calls
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Answers (rows, g, t, dv) to the scale's queries q (rows, g, t, d) with its tokens k, v (rows, t, ...).
@@ -91,12 +93,22 @@ class NextScale:
             raise ValueError(
                 f"a scale of {t} queries needs as many keys and values, got {k.shape[1:]} and {v.shape[1:]}"
             )
+        if self._underway:
+            raise broken_state("a scale's step")
         flat = q.reshape(rows, g * t, d)
         past = self.state.read(flat)
-        self.state.append(k, v)
+        before = self.state.seen
+        self._underway = True
+        try:
+            self.state.append(k, v)
+        except (TypeError, ValueError):
+            self._underway = self.state.seen is not before  # else its input was refused
+            raise
         if self._watches:
             self.state.attend(q)
-        return past.merge(Partial.over(flat, k, v, spec)).mean.view(rows, g, t, spec.dv).to(spec.dtype)
+        out = past.merge(Partial.over(flat, k, v, spec)).mean.view(rows, g, t, spec.dv).to(spec.dtype)
+        self._underway = False
+        return out
 
     @property
     def _watches(self) -> bool:

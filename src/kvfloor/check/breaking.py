@@ -1,0 +1,61 @@
+"""Contract: what a failure in the middle of a call leaves behind."""
+
+from __future__ import annotations
+
+import torch
+
+from kvfloor.check.faults import Call, Tally, broken_at, operations, spread_out
+from kvfloor.check.law import Setting, require
+from kvfloor.check.streams import prompt_length, spec_for
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
+
+_POINTS = 7  # per call: a law is to be quick; characterize/broken.py tries them all
+
+
+def check_broken(method: Method, at: Setting) -> None:
+    """After a failure in the middle of a call the state is as it was, or refuses every further call."""
+    for what, (state, call) in situations(method, at).items():
+        tally = broken(state, call, _POINTS)
+        require(not tally.silent, f"{what}, failed {' '.join(tally.silent[:1])}")
+
+
+def broken(state: State, call: Call, most: int | None = None) -> Tally:
+    """Let the call fail at each of its operations, or `most` of them, on copies of `state`."""
+    copy = state.clone()
+    return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))
+
+
+def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
+    """Every call that changes a state, with a state that has evicted and is in the middle of a block."""
+    block, prompt = method.block, prompt_length(method)
+    spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)
+    opened = method.open(spec)
+    n = prompt + 2 * block + 7
+    shapes = ((spec.rows, at.g, n, spec.d), (spec.rows, n, opened.key_width), (spec.rows, n, opened.value_width))
+    q, k, v = (torch.randn(*shape, generator=source).to(spec.dtype) for shape in shapes)
+
+    def step(start: int, stop: int) -> Call:
+        return lambda state: state.step(q[:, :, start:stop], k[:, start:stop], v[:, start:stop])
+
+    opened.step(q[:, :, :prompt], k[:, :prompt], v[:, :prompt])
+    state = opened.clone()
+    state.seal()
+    due = prompt + block - 1 - prompt % block  # the token that completes the block
+    ending = state.clone()
+    if due > prompt:
+        step(prompt, due)(ending)
+    after = slice(due, due + block + 3)
+    return {
+        "a step of one token": (state, step(prompt, prompt + 1)),
+        "a step of one token that ends a block": (ending, step(due, due + 1)),
+        f"a step of {block + 3} tokens": (ending, step(after.start, after.stop)),
+        f"a step_partial of {block + 3} tokens": (
+            ending,
+            lambda state: state.step_partial(q[:, :, after], k[:, after], v[:, after]).log_mass,
+        ),
+        f"an append of {block + 3} tokens": (ending, lambda state: state.append(k[:, after], v[:, after])),
+        "an attend": (state, lambda state: state.attend(q[:, :, :2])),
+        "a seal": (opened, lambda state: state.seal()),
+        "a select_rows": (state, lambda state: state.select_rows(torch.arange(spec.rows).flip(0))),
+    }

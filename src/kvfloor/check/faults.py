@@ -1,0 +1,139 @@
+"""Faults: an exception at a chosen torch operation inside a call, and what the state does afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvfloor.core.broken import BrokenState
+from kvfloor.core.state import State
+
+Call = Callable[[State], Tensor | None]
+
+
+class Injected(Exception):
+    """The failure that `Faults` raises; no code expects it."""
+
+
+class Faults(TorchDispatchMode):
+    """Count the torch operations of what runs inside, and raise `Injected` when `at` of them are done; None: never."""
+
+    def __init__(self, at: int | None = None) -> None:
+        super().__init__()
+        self.at, self.done = at, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.done += 1
+        if self.done == self.at:
+            raise Injected(f"at operation {self.at}, {func}")
+        return out
+
+
+def operations(call: Callable[[], object]) -> int:
+    """Torch operations that the call takes."""
+    with Faults() as faults:
+        call()
+    return faults.done
+
+
+def spread_out(operations: int, most: int | None) -> list[int]:
+    """The points 1 .. operations, or `most` of them at even distances, the first and the last among them."""
+    if most is None or operations <= most:
+        return list(range(1, operations + 1))
+    return sorted({round(1 + i * (operations - 1) / (most - 1)) for i in range(most)})
+
+
+@dataclass
+class Tally:
+    """How often a memory was as before after a failure, had all tokens, or refused; what else it did, in words."""
+
+    as_before: int = 0
+    taken_in: int = 0  # of a cache: the forward broke off after its last layer
+    refused: int = 0
+    silent: list[str] = field(default_factory=list)
+
+    @property
+    def points(self) -> int:
+        return self.as_before + self.taken_in + self.refused + len(self.silent)
+
+    def count(self, verdict: str) -> None:
+        if verdict in ("as before", "taken in", "refused"):
+            name = verdict.replace(" ", "_")
+            setattr(self, name, getattr(self, name) + 1)
+        else:
+            self.silent.append(verdict)
+
+
+def broken_at(state: State, call: Call, points: Iterable[int]) -> Tally:
+    """Let the call fail at each of these operations, on a clone, and see what the clone does then.
+
+    As before: its message is the one from before the call, and the call made again gives the bits that it gives
+    undisturbed. Refused: every public call raises BrokenState. Anything else is told in `silent`.
+    """
+    before, twin, tally = state.to_bytes(), state.clone(), Tally()
+    answer = call(twin)
+    after = twin.to_bytes()
+    for at in points:
+        trial = state.clone()
+        try:
+            with Faults(at):
+                call(trial)
+        except Injected as fault:
+            tally.count(_verdict(trial, call, before, answer, after, str(fault)))
+    return tally
+
+
+def _verdict(trial: State, call: Call, before: bytes, answer: Tensor | None, after: bytes, where: str) -> str:
+    try:
+        message = trial.to_bytes()
+    except BrokenState:
+        answering = [name for name, again in public_calls(trial).items() if not _refuses(again)]
+        return f"{where}: it refuses, but not {', '.join(answering)}" if answering else "refused"
+    if message != before:
+        return f"{where}: its message has changed, and it goes on"
+    again = call(trial)
+    same = answer is None or (again is not None and torch.equal(again, answer))
+    if not same or trial.to_bytes() != after:
+        return f"{where}: its message is as before, but the call made again gives something else"
+    return "as before"
+
+
+def public_calls(state: State) -> dict[str, Callable[[], object]]:
+    """Every public call that answers, continues or copies, with good input."""
+    spec = state.spec
+    like = {"dtype": spec.dtype, "device": spec.device}
+    k, v = torch.ones(spec.rows, 1, state.key_width, **like), torch.ones(spec.rows, 1, state.value_width, **like)
+    q = torch.ones(spec.rows, 1, 1, spec.d, **like)
+    calls: dict[str, Callable[[], object]] = {
+        "append": lambda: state.append(k, v),
+        "step": lambda: state.step(q, k, v),
+        "step_partial": lambda: state.step_partial(q, k, v),
+        "read": lambda: state.read(q[:, 0]),
+        "attend": lambda: state.attend(q),
+        "seal": state.seal,
+        "guarantee": state.guarantee,
+        "to_bytes": state.to_bytes,
+        "export": state.export,
+        "clone": state.clone,
+        "select_rows": lambda: state.select_rows(torch.tensor([0])),
+    }
+    pin = getattr(state, "pin", None)
+    if pin is not None:
+        calls["pin"] = lambda: pin(0, 1)
+    return calls
+
+
+def _refuses(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except BrokenState:
+        return True
+    except Exception:
+        return False
+    return False

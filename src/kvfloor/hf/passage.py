@@ -1,0 +1,200 @@
+"""Passage: how far the tokens of one forward came through the layers of a cache.
+
+A forward hands its tokens to one layer after the other. If it breaks off, some layers have them and others do not, and
+the cache is of no use. No layer can see that alone, and nothing tells a cache when a forward begins or ends. But a
+model asks each layer for the same things in every forward: what is asked a second time is asked by the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from kvfloor.core.broken import BrokenState
+from kvfloor.hf.families import layer_roles
+
+# Releases before that let models take linear states out of the layers themselves, unseen by the cache.
+_LINEAR_SEEN = hasattr(Cache, "get_conv_state")
+_KEYS = "keys"
+_REMEDY = "reset() it, load the last one you saved, or begin with a new one"
+
+Request = tuple[int, str, int]  # layer, what of it is asked for or given, and which of several
+
+
+class Passage:
+    """Which layers have taken in the tokens of the newest forward.
+
+    kinds   per layer the type of its linear state, if it has one, else None: those of one type are filled alike
+    keeps   per layer, whether it keeps anything that a forward has to fill
+    """
+
+    def __init__(self, kinds: Sequence[str | None], keeps: Sequence[bool]) -> None:
+        self._kinds, self._keeps = list(kinds), list(keeps)
+        self._known: set[int] = set()  # layers whose keys came in forwards before
+        self._broke: str | None = None
+        self._clear()
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Passage:
+        """The passage of a cache for this model."""
+        roles = layer_roles(config)
+        return cls(
+            [type(theirs).__name__ if hasattr(theirs, "conv_states") else None for _, theirs in roles],
+            [keeps_something(theirs, own=role == "own") for role, theirs in roles],
+        )
+
+    def _clear(self) -> None:
+        self._made: set[Request] = set()
+        self._open: set[int] = set()  # keys were given to these layers, and are not taken in yet
+        self._moved = False
+        # Linear states that models may change in place, with their version when they were handed out; filled ones.
+        self._handed: dict[Request, tuple[Tensor, int]] = {}
+        self._filled: set[Request] = set()
+
+    # ---- what the cache and its layers report --------------------------------------------------------------
+
+    def begin_keys(self, layer: int) -> None:
+        """Keys are given to the layer; it has not changed yet. BrokenState if an earlier forward broke off."""
+        self._request((layer, _KEYS, 0))
+        self._open.add(layer)
+
+    def changing(self, layer: int) -> None:
+        """The layer begins to take the keys in."""
+        self._moved = True
+
+    def unchanged(self, layer: int) -> None:
+        """The layer refused the keys, and is as it was before."""
+        self._open.discard(layer)
+        self._made.discard((layer, _KEYS, 0))
+        self._moved = bool(self._made)
+
+    def took_keys(self, layer: int) -> None:
+        """The layer has taken the keys in."""
+        self._moved = True
+        self._open.discard(layer)
+
+    def hand_out(self, layer: int, kind: str, index: int, state: Tensor | None) -> None:
+        """The model gets a linear state, which it may change in place."""
+        self._request((layer, kind, index))
+        if state is not None:
+            self._moved = True
+            self._handed[layer, kind, index] = (state, _version(state))
+
+    def begin_state(self, layer: int, kind: str, index: int) -> None:
+        """A linear state is about to be filled."""
+        self._request((layer, f"new {kind}", index))
+        self._moved = True
+
+    def filled_state(self, layer: int, kind: str, index: int) -> None:
+        """A linear state was filled."""
+        self._filled.add((layer, kind, index))
+
+    def _request(self, request: Request) -> None:
+        if self._broke is not None or request in self._made:  # the second time: a new forward
+            self.settle()
+        self._made.add(request)
+
+    # ---- what became of it ---------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """The newest forward is over: forget it. BrokenState, now and from now on, if it broke off halfway."""
+        self._broke = self._broke or self._fault()
+        self.check()
+        self._known |= {layer for layer, kind, _ in self._made if kind == _KEYS and self._moved}
+        self._clear()
+
+    def check(self) -> None:
+        """Raise BrokenState if a forward broke off halfway, or is halfway through."""
+        fault = self._broke or self._fault()
+        if fault is not None:
+            raise BrokenState(fault)
+
+    @contextmanager
+    def change(self, what: str) -> Iterator[None]:
+        """Change all layers outside a forward: the cache is broken unless it comes to its end."""
+        self.settle()
+        self._broke = f"{what} broke off after some layers of this cache had changed: {_REMEDY}"
+        yield
+        self._broke = None
+
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """Empty all layers, whatever they were."""
+        self._broke = f"reset() broke off halfway: call it again, {_REMEDY.partition(', ')[2]}"
+        yield
+        self._broke = None
+        self._known.clear()
+        self._clear()
+
+    def _fault(self) -> str | None:
+        """The reason why the newest forward's tokens are in some layers and not in others; None if they are not."""
+        if not self._made:
+            return None
+        last, given = max(layer for layer, _, _ in self._made), {layer for layer, _, _ in self._made}
+        unanswered = sorted(self._open)
+        if unanswered and (unanswered[0] < last or sum(self._keeps) == 1):
+            return (
+                f"the keys of layer {unanswered[0]} were never asked for: the forward broke off there, or its model "
+                f"does not use kvfloor's attention and needs kvfloor.hf.prepare(model) first. This cache is of no use: "
+                f"{_REMEDY}"
+            )
+        if not self._moved:
+            return None
+        keyed = {layer for layer, kind, _ in self._made if kind == _KEYS}
+        after = {layer for layer in range(last + 1, len(self._keeps)) if self._keeps[layer]}
+        missing = sorted(self._open | (self._known - keyed) | (after - given) | self._half_filled(last))
+        if not missing:
+            return None
+        return (
+            f"the last forward broke off (or has not ended): some layers of this cache have its tokens, layer "
+            f"{missing[0]} does not, so that it is of no use: {_REMEDY}"
+        )
+
+    def _half_filled(self, last: int) -> set[int]:
+        """The last layer, if its linear states are not filled as those of its likes were. The others were passed."""
+        kind = self._kinds[last]
+        like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]
+        if kind is None or len({self._changed(layer) for layer in like}) == 1:
+            return set()
+        return {last}
+
+    def _changed(self, layer: int) -> frozenset[tuple[str, int, int]]:
+        """The layer's linear states, each with how often it was changed in place (a model may do it head by head)."""
+        often = {request: _version(state) - version for request, (state, version) in self._handed.items()}
+        filled = {(f"new {kind}", index, 1) for at, kind, index in self._filled if at == layer}
+        return frozenset(filled | {(kind, index, times) for (at, kind, index), times in often.items() if at == layer})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's tensors count their versions anew, so it is judged now."""
+        plain = dict(self.__dict__)
+        try:
+            self.check()
+        except BrokenState as fault:
+            plain["_broke"] = str(fault)
+        return plain | {"_made": set(), "_open": set(), "_moved": False, "_handed": {}, "_filled": set()}
+
+
+def _version(state: Tensor) -> int:
+    """How often the tensor was changed in place; made in inference mode it does not count, and gives 0."""
+    return 0 if state.is_inference() else state._version
+
+
+def outside_inference(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make the call outside inference mode, so that the tensors it makes count how often they are changed."""
+    if not torch.is_inference_mode_enabled():
+        return call(*args, **kwargs)
+    with torch.inference_mode(False), torch.no_grad():
+        return call(*args, **kwargs)
+
+
+def keeps_something(layer: Any, own: bool) -> bool:
+    """Whether a forward must give this layer something: one that keeps keys, or linear states whose use is seen."""
+    if not own or hasattr(layer, "get_seq_length"):
+        return True
+    return _LINEAR_SEEN and hasattr(layer, "conv_states")
