@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import length, row_by_row, total
 from kvfloor.method import Spec
 from kvfloor.policies.policy import Asked, Guarded, Ledger, PolicyMemory
 
@@ -56,14 +57,17 @@ class Expected(Guarded):
 
     def priority(self, ledger: Ledger) -> Tensor:
         dtype, scale = ledger.spec.compute_dtype, ledger.spec.scale
-        k, v = ledger.k.to(dtype), ledger.v.to(dtype)
-        mean, covariance = ledger.memory.gaussian(ledger.rows)
-        share = torch.zeros(k.shape[:2], dtype=dtype, device=k.device)
-        for head in range(mean.shape[1]):
-            turned = mean[:, head].unsqueeze(1) + 0.5 * scale * torch.matmul(k, covariance[:, head])
-            log_z = (scale * (turned * k).sum(-1)).masked_fill(~ledger.live, -torch.inf)
-            share = share + torch.softmax(log_z, -1) / mean.shape[1]
-        return (share + self.epsilon) * torch.linalg.vector_norm(v, dim=-1)
+
+        def share(k: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+            whole = k.new_zeros(k.shape[:2])
+            for head in range(mean.shape[1]):
+                turned = mean[:, head].unsqueeze(1) + 0.5 * scale * torch.matmul(k, covariance[:, head])
+                whole = whole + torch.softmax(scale * (turned * k).sum(-1), -1) / mean.shape[1]
+            return whole
+
+        gaussian = ledger.memory.gaussian(ledger.rows)
+        expected = row_by_row(share, ledger.k.to(dtype), beside=gaussian, held=ledger.held.flatten().tolist())
+        return (expected + self.epsilon) * length(ledger.v.to(dtype))
 
 
 class QueryMoments(PolicyMemory):
@@ -94,13 +98,14 @@ class QueryMoments(PolicyMemory):
         if self.pooled:
             x, mark = x.flatten(1, 2).unsqueeze(1), mark.repeat(1, 1, q.shape[1], 1)
         fresh, before = mark.sum(2, keepdim=True).to(x.dtype), self.count[mine].view(-1, 1, 1, 1).to(x.dtype)
-        mean = (x * mark).sum(2, keepdim=True) / fresh.clamp_min(1.0)
+        mean = total(x * mark, 2).unsqueeze(2) / fresh.clamp_min(1.0)
         apart = (x - mean) * mark
-        total = (before + fresh).clamp_min(1.0)
+        after = (before + fresh).clamp_min(1.0)
         move = mean - self.mean[mine].unsqueeze(2)
-        between = move.transpose(-1, -2) * move * (before * fresh / total)
-        self.spread[mine] = self.spread[mine] + torch.matmul(apart.transpose(-1, -2), apart) + between
-        self.mean[mine] = self.mean[mine] + (move * fresh / total).squeeze(2)
+        between = move.transpose(-1, -2) * move * (before * fresh / after)
+        spread = row_by_row(lambda x: torch.matmul(x.transpose(-1, -2), x), apart)
+        self.spread[mine] = self.spread[mine] + spread + between
+        self.mean[mine] = self.mean[mine] + (move * fresh / after).squeeze(2)
         self.count[mine] = self.count[mine] + fresh.view(-1).to(torch.int64)
 
     def gaussian(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import length
 from kvfloor.policies.policy import Guarded, Ledger
 
 
@@ -26,4 +26,4 @@ class KeyNorm(Guarded):
     paper: ClassVar[str] = "Devoto et al. 2024 (arXiv 2406.11430)"
 
     def priority(self, ledger: Ledger) -> Tensor:
-        return -torch.linalg.vector_norm(ledger.k.to(ledger.spec.compute_dtype), dim=-1)
+        return -length(ledger.k.to(ledger.spec.compute_dtype))

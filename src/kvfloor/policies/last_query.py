@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import row_by_row, total
 from kvfloor.policies.policy import Asked, Guarded, Ledger
 
 
@@ -35,5 +36,6 @@ class LastQuery(Guarded):
 
     def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
         judged = ledger.position <= asked.position
-        log_weight = torch.log(weights.mean((1, 2))).to(torch.float32)
+        mean = total(weights.flatten(1, 2), 1) / (weights.shape[1] * weights.shape[2])
+        log_weight = row_by_row(torch.log, mean).to(torch.float32)
         return {"log_weight": torch.where(judged, log_weight, ledger.columns["log_weight"])}

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import row_by_row, total
 from kvfloor.method import Spec, count, positive
 from kvfloor.policies.policy import Guarded, Ledger, PolicyMemory
 from kvfloor.randomness import normal, row_keys, uniform
@@ -74,17 +75,21 @@ class RidgeLeverage(Guarded):
         return KeyGram(spec, min(self.sketch, spec.d), shared, self.centre) if self.over == "seen" else None
 
     def priority(self, ledger: Ledger) -> Tensor:
-        x = sketched(ledger.k, ledger.shared)
-        if self.over == "held":
-            real = x.masked_fill(~ledger.live.unsqueeze(-1), 0.0)
-            gram, total, n = torch.matmul(real.transpose(1, 2), real), real.sum(1), ledger.held
-        else:
-            gram, total, n = ledger.memory.moments(ledger.rows)
-        if self.centre:
-            mean = total / n.clamp_min(1)
-            gram = gram - mean.unsqueeze(2) * total.unsqueeze(1)
-            x = x - mean.unsqueeze(1)
-        return leverage(x, gram, self.ridge, ledger.spec.d)
+        def scores(k: Tensor, *moments: Tensor) -> Tensor:
+            x = sketched(k, ledger.shared)
+            gram, total, n = moments or (
+                torch.matmul(x.transpose(1, 2), x),
+                x.sum(1),
+                ledger.held.new_tensor(len(x[0])),
+            )
+            if self.centre:
+                mean = total / n.clamp_min(1)
+                gram = gram - mean.unsqueeze(2) * total.unsqueeze(1)
+                x = x - mean.unsqueeze(1)
+            return leverage(x, gram, self.ridge, ledger.spec.d)
+
+        seen = () if self.over == "held" else ledger.memory.moments(ledger.rows)
+        return row_by_row(scores, ledger.k, beside=seen, held=ledger.held.flatten().tolist())
 
 
 def sketched(k: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
@@ -120,10 +125,10 @@ class KeyGram(PolicyMemory):
     def meet(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
         rows = rows.to(self.met.device)
         fresh = live & (position >= self.met[rows].unsqueeze(1))
-        x = sketched(k, self.shared).masked_fill(~fresh.unsqueeze(-1), 0.0)
-        self.gram[rows] += torch.matmul(x.transpose(1, 2), x).to(self.gram.dtype)
+        x = row_by_row(lambda k: sketched(k, self.shared), k).masked_fill(~fresh.unsqueeze(-1), 0.0)
+        self.gram[rows] += row_by_row(lambda x: torch.matmul(x.transpose(1, 2), x), x).to(self.gram.dtype)
         if self.total.shape[1]:
-            self.total[rows] += x.sum(1).to(self.total.dtype)
+            self.total[rows] += total(x, 1).to(self.total.dtype)
         self.met[rows] += fresh.sum(1)
 
     def moments(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import row_by_row, total
 from kvfloor.method import count, positive
 from kvfloor.policies.policy import Asked, Ledger, Policy
 
@@ -129,21 +130,27 @@ class Milestones(Policy):
 
     def _estimate(self, ledger: Ledger, asked: Asked, pages: Tensor, slots: Tensor) -> Tensor:
         """What each query of q (r, g, b, d) expects each page to weigh, the largest of its group: (r, b, p)."""
-        r, g, b, _ = asked.q.shape
+        _, g, b, _ = asked.q.shape
         members = _keys_at(ledger.k, slots.flatten(1)).unflatten(1, slots.shape[1:])
         low, high = members.amin(2).double(), members.amax(2).double()
         q = asked.q.double() * ledger.spec.scale
         up, down = q.clamp_min(0), q.clamp_max(0)
-        bound = torch.matmul(up.flatten(1, 2), high.transpose(1, 2))
-        bound = (bound + torch.matmul(down.flatten(1, 2), low.transpose(1, 2))).view(r, g, b, -1)
         own_low, own_high = (x.unsqueeze(1) for x in self._filling(ledger, asked))
-        own = (up * own_high + down * own_low).sum(-1, keepdim=True)
-        at = self._page(asked.position, ledger)[:, None, :, None]
-        number = pages[:, None, None, :]
-        bound = torch.where(number == at, own, bound)
-        if ledger.spec.softcap is not None:
-            bound = torch.tanh(bound / ledger.spec.softcap) * ledger.spec.softcap
-        return torch.softmax(bound.masked_fill(number > at, -torch.inf), -1).amax(1)
+        own = total(up * own_high + down * own_low).unsqueeze(-1)
+        at, cap = self._page(asked.position, ledger)[:, None, :, None], ledger.spec.softcap
+
+        def shares(high: Tensor, low: Tensor, number: Tensor, *asked: Tensor) -> Tensor:
+            up, down, own, at = asked
+            bound = torch.matmul(up.flatten(1, 2), high.transpose(1, 2))
+            bound = (bound + torch.matmul(down.flatten(1, 2), low.transpose(1, 2))).view(1, g, b, -1)
+            number = number[:, None, None, :]
+            bound = torch.where(number == at, own, bound)
+            if cap is not None:
+                bound = torch.tanh(bound / cap) * cap
+            return torch.softmax(bound.masked_fill(number > at, -torch.inf), -1).amax(1)
+
+        many = (pages != _NO_PAGE).sum(1).tolist()
+        return row_by_row(shares, high, low, pages, beside=(up, down, own, at), held=many)
 
     def _filling(self, ledger: Ledger, asked: Asked) -> tuple[Tensor, Tensor]:
         """Least and largest entries (r, b, d) of each query's own page as it was when the query came."""

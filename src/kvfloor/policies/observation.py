@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import total
 from kvfloor.kernels.tiles import weights_by_tile
 from kvfloor.method import Spec, count
 from kvfloor.policies.policy import Asked, Ledger, Policy, PolicyMemory
@@ -92,16 +93,17 @@ class Observation(Policy):
         place = torch.arange(self.window, 0, -1, device=position.device)
         position = position.masked_fill(place > window, -1)  # sees nothing, so it has no vote
         votes = self._votes(q, position, ledger)
-        return self._pooled(votes, ledger, ledger.seen - window).mean(1)
+        return total(self._pooled(votes, ledger, ledger.seen - window), 1) / votes.shape[1]
 
     def _votes(self, q: Tensor, position: Tensor, ledger: Ledger) -> Tensor:
         """Attention that each slot got from the queries q (r, g, w, d) of these positions (r, w): (r, g, s)."""
         r, g, w, d = q.shape
         k, hide = ledger.k, self._later(position, g, ledger)
         votes = torch.zeros(r, g, k.shape[1], dtype=ledger.spec.compute_dtype, device=k.device)
-        spec = ledger.spec
-        for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, spec.scale, spec.softcap, hide, _TILE_SLOTS):
-            votes[:, :, at] = weights.view(r, g, w, -1).sum(2)
+        law = (ledger.spec.scale, ledger.spec.softcap)
+        held = ledger.held.flatten().tolist()
+        for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, *law, hide, _TILE_SLOTS, held=held):
+            votes[:, :, at] = total(weights.view(r, g, w, -1), 2)
         return votes
 
     @staticmethod

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.budget import Budget, tokens
+from kvfloor.kernels.rowwise import length, total
 from kvfloor.memory import Memory
 from kvfloor.method import Spec, count
 from kvfloor.randomness import exponential, row_keys, uniform
@@ -147,7 +148,7 @@ class Reservoir(Memory):
         that slot's clock. A token stops ringing once it is later than every slot's keeper, so a long stream costs
         O(log(s) s / n) draws per token instead of s, and which token a slot keeps depends on no cut.
         """
-        norm = v.to(torch.float64).square().sum(-1)  # (r, b)
+        norm = total(v.to(torch.float64).square())  # (r, b)
         s = self.key.shape[1]
         lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows]
         best = self.key[rows]
@@ -171,7 +172,7 @@ class Reservoir(Memory):
         self.k[rows[taken], slot] = k[taken, token[taken, slot]]
         self.v[rows[taken], slot] = v[taken, token[taken, slot]]
         self.key[rows] = best
-        self.mu[rows] += norm.sum(1)
+        self.mu[rows] += total(norm, 1)
 
 
 def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +192,7 @@ def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tenso
 def longest(q: Tensor, take: Tensor) -> Tensor:
     """The largest |q| (rows,), float64, of the first take[r] queries of each row of q (rows, g, a, d)."""
     real = torch.arange(q.shape[2]) < take.unsqueeze(1)
-    norms = q.to(torch.float64).norm(dim=-1).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
+    norms = length(q.to(torch.float64)).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
     return norms.amax((1, 2))
 
 

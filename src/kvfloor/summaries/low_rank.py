@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import aligned
 from kvfloor.message import CorruptState
 from kvfloor.method import Spec, Traits, count
 from kvfloor.models.load import BUILTIN, builtin_path
@@ -177,7 +178,8 @@ def read_kernels(path: Path, stamp: tuple[int, int]) -> KernelFile:
     except (OSError, SafetensorError) as cause:
         raise ValueError(f"less: {str(path)!r} is no safetensors file: {cause}") from None
     layers, heads = _check_shapes(tensors, str(path))
-    kernels = Kernels(*(tensors[f.name].to(torch.float32).flatten(0, 1) for f in fields(Kernels)))
+    # Aligned, which they are not in the file: products with them must round alike in every process.
+    kernels = Kernels(*(aligned(tensors[f.name].to(torch.float32).flatten(0, 1)) for f in fields(Kernels)))
     return KernelFile(kernels, layers, heads, int.from_bytes(hashlib.sha256(data).digest()[:6], "little"))
 
 

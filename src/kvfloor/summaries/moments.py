@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import length
 from kvfloor.method import Spec, Traits
 from kvfloor.partial import Partial
 from kvfloor.summaries.summary import Summary, SummaryState, lots
@@ -97,7 +98,7 @@ class MomentsState(SummaryState):
         like = self.mean_k.dtype
         self.mean_k[at] = (self.mean_k[at] + new * step_k).to(like)
         self.mean_v[at] = (self.mean_v[at] + new * step_v).to(like)
-        self.longest[at] = torch.maximum(self.longest[at], torch.linalg.vector_norm(k, dim=-1).amax(1).to(like))
+        self.longest[at] = torch.maximum(self.longest[at], length(k).amax(1).to(like))
         self.count[at] += c
 
     def _blend(self, name: str, at: Tensor, new: Tensor, inside: Tensor, between: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import aligned
 from kvfloor.memory import Memory
 from kvfloor.method import Guarantee, Spec, Traits
 from kvfloor.partial import Partial
@@ -30,7 +31,7 @@ class SummaryState(Memory, ABC):
         """Take in evicted tokens, each once: row (e,) int64 ascending, k (e, d), v (e, dv), position (e,) int64.
 
         A row's tokens come in the same lots whatever the caller's chunking; which other rows come along does depend
-        on it, so products over tokens are taken row by row (`lots`).
+        on it, so what is computed from tokens is computed row by row (`lots`).
         """
 
     @abstractmethod
@@ -72,13 +73,12 @@ class Summary(ABC):
 
 
 def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """What `absorb` takes, by rows: (at, column...) with at (r,) rows that each got c tokens, and columns (r, c, ...).
+    """Yield what `absorb` takes, one row after another: (at, column...), at (1,) and columns (1, c, ...).
 
-    A product over a lot has the shape of its own row's tokens, so it rounds alike beside any neighbours.
+    A lot is contiguous and aligned like every other one of c tokens, and holds no other row's numbers: whatever is
+    computed from it has the same bits beside any neighbours, on any BLAS and any instruction set.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
-    start = counts.cumsum(0) - counts
-    for count in counts.unique().tolist():
-        same = counts == count
-        index = start[same].unsqueeze(1) + torch.arange(count, device=row.device)
-        yield at[same], *(column[index] for column in columns)
+    pieces = [column.split(counts.tolist()) for column in columns]
+    for i, lot in enumerate(zip(*pieces, strict=True)):
+        yield at[i : i + 1], *(aligned(part.unsqueeze(0)) for part in lot)

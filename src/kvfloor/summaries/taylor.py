@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvfloor.kernels.rowwise import length
 from kvfloor.method import Guarantee, Spec, Traits, count, positive
 from kvfloor.partial import Partial
 from kvfloor.summaries.summary import Summary, SummaryState, lots
@@ -214,7 +215,7 @@ class TaylorState(SummaryState):
                 phi = self._features(keys[:, some]).transpose(1, 2)
                 wide = values[:, some].to(torch.float64)
                 self.moments[at] += torch.bmm(phi, torch.cat([wide, torch.ones_like(wide[..., :1])], -1))
-            norms = torch.linalg.vector_norm(keys.to(torch.float64), dim=-1).amax(1)
+            norms = length(keys.to(torch.float64)).amax(1)
             self.longest_key[at] = torch.maximum(self.longest_key[at], norms)
 
     def read(self, q: Tensor) -> Partial:
@@ -231,7 +232,7 @@ class TaylorState(SummaryState):
 
     def notice(self, q: Tensor) -> None:
         if self.radius and q.numel():
-            norms = torch.linalg.vector_norm(q.to(torch.float64), dim=-1).amax((1, 2))
+            norms = length(q.to(torch.float64)).amax((1, 2))
             self.longest_query = torch.maximum(self.longest_query, norms)
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
