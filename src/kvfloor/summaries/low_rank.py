@@ -143,6 +143,10 @@ class Kernels:
             return Kernels(*(x.expand(len(head), *x.shape[1:]) for x in self.tensors().values()))
         return Kernels(*(x[head] for x in self.tensors().values()))
 
+    def one(self, place: int) -> Kernels:
+        """The kernels that stand at this place."""
+        return Kernels(*(aligned(x[place : place + 1]) for x in self.tensors().values()))
+
     def phi(self, q: Tensor, dropout: float = 0.0) -> Tensor:
         """Features (P, m, R) >= 0 of queries (P, m, d); in training, a share `dropout` of the hidden units is off."""
         return F.gelu(torch.bmm(_hidden(q, self.query_in, dropout), self.query_out)).abs()
@@ -237,9 +241,16 @@ class LessState(SummaryState):
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         del position
-        for at, keys, values in lots(row, k.to(self.sums.dtype), v.to(self.sums.dtype)):
-            psi = self._kernels(at).psi(keys).transpose(1, 2)
-            self.sums[at] += torch.bmm(psi, torch.cat([values, torch.ones_like(values[..., :1])], -1))
+        k, v = k.to(self.sums.dtype), v.to(self.sums.dtype)
+        v = torch.cat([v, torch.ones_like(v[:, :1])], 1)
+        rows = torch.unique_consecutive(row)
+        kernels, single = self._kernels(rows), len(self.shared[_SHARED + "place"]) == 1
+        own, added = kernels.one(0) if len(rows) else kernels, []
+        for i, (_, keys, values) in enumerate(lots(row, k, v)):
+            own = own if single else kernels.one(i)
+            added.append(torch.bmm(own.psi(keys).transpose(1, 2), values))
+        if added:
+            self.sums[rows] += torch.cat(added)
 
     def read(self, q: Tensor) -> Partial:
         sums = torch.bmm(self._kernels().phi(q.to(self.sums.dtype)), self.sums)  # (rows, m, dv + 1)

@@ -82,3 +82,16 @@ def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     pieces = [column.split(counts.tolist()) for column in columns]
     for i, lot in enumerate(zip(*pieces, strict=True)):
         yield at[i : i + 1], *(aligned(part.unsqueeze(0)) for part in lot)
+
+
+def equal_lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """As `lots`, the rows that each got c tokens side by side: at (r,) and columns (r, c, ...).
+
+    Fewer, larger operations; products and sums over tokens then go through `kernels.rowwise`.
+    """
+    at, counts = torch.unique_consecutive(row, return_counts=True)
+    start = counts.cumsum(0) - counts
+    for count in counts.unique().tolist():
+        same = counts == count
+        index = start[same].unsqueeze(1) + torch.arange(count, device=row.device)
+        yield at[same], *(column[index] for column in columns)
