@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfloor.kernels.rowwise import aligned, length, logarithm, product, row_by_row, total
-from kvfloor.kernels.tiles import weights_by_tile
-from kvfloor.sketches.nearest import DIRECT
-from kvfloor.summaries.summary import lots
+from kvfloor.core.rowwise import aligned, length, logarithm, product, row_by_row, total
+from kvfloor.core.summary import lots
+from kvfloor.core.tiles import weights_by_tile
+from kvfloor.methods.sketches.nearest import DIRECT
 
 # Instruction sets to try where the machine has them: ATen's own loops, and those of MKL, which some builds use.
 SETS = (

@@ -9,7 +9,7 @@ from kvfloor.check.law import require
 
 # Two answers to the same question from products of different shape: each is rounded to the dtype once (half a unit
 # in the last place of 1) and its weights were rounded inside the product, float32 logits of size 10 by about 1e-6.
-# Answers larger than 1, which only a method gives whose weights do not sum to 1, may err as much relative to themselves.
+# Answers larger than 1, of methods whose weights do not sum to 1, may err as much relative to themselves.
 AGREE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
 # Against float64, an answer may err 1.5 times as much as plain attention in the same dtype does (the rule of

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec
-from kvfloor.policies.heavy_hitters import HeavyHitters
-from kvfloor.policies.policy import Asked, Ledger, Policy
-from kvfloor.summaries.summary import Summary, equal_lots
-from kvfloor.summaries.value_sum import ValueSum, ValueSumState
+from kvfloor.core.policy import Held, Policy, Queries
+from kvfloor.core.summary import Summary, equal_lots
+from kvfloor.methods.policies.heavy_hitters import HeavyHitters
+from kvfloor.methods.summaries.value_sum import ValueSum, ValueSumState
 from mutants.base import Small, SmallObserving
 
 
@@ -53,7 +53,7 @@ class HeardState(ValueSumState):
         super().__init__(spec)
         self.longest = torch.zeros(spec.rows, 64)  # under as many metrics, each of which may show a rounding
 
-    def notice(self, q: Tensor) -> None:
+    def on_queries(self, q: Tensor) -> None:
         if q.numel():
             metric = 1.0 + torch.arange(64 * q.shape[-1]).view(64, -1) % 7
             squares = summed((q.float().square().unsqueeze(-2) * metric).movedim(-1, 0), off_boundary(q))
@@ -79,9 +79,9 @@ class RoundsByBoundary(Small):
 class SharedWork(HeavyHitters):
     """Heavy hitters, summed from an end."""
 
-    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
+    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
         received = summed(weights.flatten(1, 2).movedim(1, 0), backwards=len(weights) > 1)
-        return {"score": ledger.columns["score"] + received / weights.shape[1]}
+        return {"score": held.columns["score"] + received / weights.shape[1]}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""Softmax weights over many keys, one tile of them after another: two passes, and never all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.attend import compute_dtype
+from kvfloor.core.rowwise import aligned
+
+
+def weights_by_tile(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    softcap: float | None,
+    hide: Callable[[slice], Tensor],
+    tile: int,
+    clear: int = 0,
+    held: Sequence[int] | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The softmax weights (rows, m, tile) of q (rows, m, d) over k (rows, s, d), tile by tile, in the compute dtype.
+
+    The first pass takes each query's largest logit and mass, the second turns each tile's logits into weights, so
+    no more than rows x m x tile of them exist at a time; what fits in one tile takes one pass. hide(at) is what the
+    queries do not see of the keys `at`, bool (rows, m, keys), and is not asked of the first `clear` keys, which all
+    queries see. A query that sees nothing has weight 0 everywhere.
+
+    held     keys of each row that its queries may see (None: all); the rest has weight 0, whatever `hide` says of it
+    A row's weights are made by themselves from its own queries and held keys: their bits depend on nothing else.
+    """
+    dtype, (rows, m, _), width = compute_dtype(k.dtype), q.shape, k.shape[1]
+    asked = [aligned(q[row : row + 1]).to(dtype) * scale for row in range(rows)]
+    own = [width] * rows if held is None else list(held)
+    pieces = [slice(start, min(start + tile, width)) for start in range(0, width, tile)]
+
+    def logits(at: slice, among: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield those of the rows that hold some of the keys `at`, and their logits (1, m, keys) over those."""
+        behind = slice(max(at.start, clear), at.stop)
+        hidden = hide(behind) if behind.start < behind.stop else None
+        for row in among:
+            stop = min(at.stop, own[row])
+            if at.start >= stop:
+                continue
+            raw = torch.matmul(asked[row], aligned(k[row : row + 1, at.start : stop]).to(dtype).transpose(-1, -2))
+            if softcap is not None:
+                raw = raw.div_(softcap).tanh_().mul_(softcap)
+            if hidden is not None and behind.start < stop:
+                mine = hidden[row if hidden.shape[0] > 1 else 0, :, : stop - behind.start]
+                raw[..., behind.start - at.start :].masked_fill_(mine, -torch.inf)
+            yield row, raw
+
+    # A row that fits in one tile takes one pass, whatever the others need.
+    long = [row for row in range(rows) if own[row] > tile]
+    shift = {row: q.new_full((1, m, 1), -torch.inf, dtype=dtype) for row in long}
+    mass = {row: q.new_zeros(1, m, 1, dtype=dtype) for row in long}
+    for at in pieces if long else ():
+        for row, raw in logits(at, long):
+            top = torch.maximum(shift[row], raw.amax(-1, keepdim=True))
+            finite = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+            before = mass[row] * torch.exp(shift[row] - finite)
+            mass[row] = before + raw.sub_(finite).exp_().sum(-1, keepdim=True)
+            shift[row] = top
+    for row in long:
+        shift[row] = torch.where(shift[row] == -torch.inf, torch.zeros_like(shift[row]), shift[row])
+        mass[row] = mass[row].clamp_min(torch.finfo(dtype).tiny)
+    for at in pieces:
+        weights = q.new_zeros(rows, m, at.stop - at.start, dtype=dtype)
+        for row, raw in logits(at, range(rows)):
+            raw = raw.sub_(shift[row]).exp_().div_(mass[row]) if row in mass else torch.softmax(raw, -1)
+            weights[row, :, : raw.shape[2]] = raw[0]
+        blind = weights[..., :1].isnan()
+        yield at, weights.masked_fill_(blind, 0.0) if bool(blind.any()) else weights
