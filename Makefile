@@ -15,7 +15,7 @@ OLDEST := .venv-oldest
 EVAL   := .venv-eval
 PEERS  := .venv-peers
 
-.PHONY: audit test test-slow test-oldest test-eval check docs models models-newest models-oldest bench peers clean
+.PHONY: audit test test-slow test-isa test-oldest test-eval check docs models models-newest models-oldest bench peers clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -25,6 +25,16 @@ test: $(VENV)/.development
 
 test-slow: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL)
+
+# The promises about bits under other instruction sets than the processor's best: torch's own loops and MKL's kernels.
+BITS := tests/core/test_rowwise.py tests/check/test_conformance.py::test_method_keeps_its_laws \
+	-k "rowwise or taylor or less or moments or h2o@32 or tova or snapkv or raas or keydiff or ridge or expected or subgen"
+
+test-isa: $(VENV)/.development
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(BITS)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(BITS)
 
 test-oldest: $(OLDEST)/.development
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" $(PARALLEL) tests/hf

@@ -91,7 +91,7 @@ class DeadTokensCount(Expected):
     """Slots that hold no token take their share of the expected weight."""
 
     def priority(self, held: Held) -> Tensor:
-        return super().priority(replace(held, held=torch.full_like(held.count, held.position.shape[1])))
+        return super().priority(replace(held, count=torch.full_like(held.count, held.position.shape[1])))
 
 
 @pytest.mark.parametrize("mutant", [NoCovariance, WholeCovariance, NoValues, DeadTokensCount])

@@ -92,7 +92,7 @@ class DeadKeysCount(KeyDifference):
     """Slots that hold no token any more are part of the mean."""
 
     def priority(self, held: Held) -> Tensor:
-        return super().priority(replace(held, held=torch.full_like(held.count, held.position.shape[1])))
+        return super().priority(replace(held, count=torch.full_like(held.count, held.position.shape[1])))
 
 
 @pytest.mark.parametrize("mutant", [Longest, ValueNorm, MostAlike, PlainMean, DeadKeysCount])

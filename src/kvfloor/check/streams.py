@@ -15,7 +15,7 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 
-WIDTH = 16
+WIDTH = 17  # odd, so that hardly a row starts on a boundary of memory: some kernels round by that
 _ROWS = 3
 _BLOCK_ENDS = 20
 _LONG = 1 << 20  # a stream by which every bound of `capacity` is reached
@@ -110,7 +110,13 @@ def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | N
     q = 2.0 * torch.randn(spec.rows, at.g, n, spec.d, generator=source)
     k = torch.randn(spec.rows, n, spec.d, generator=source)
     v = 2.0 * torch.rand(spec.rows, n, spec.dv, generator=source) - 1.0
-    return Stream(q.to(at.dtype), k.to(at.dtype), v.to(at.dtype), prompt_length(method))
+    q, k, v = (_off_boundary(x.to(at.dtype)) for x in (q, k, v))
+    return Stream(q, k, v, prompt_length(method))
+
+
+def _off_boundary(x: Tensor) -> Tensor:
+    """The same numbers inside a larger storage, three further on, as a slice of a caller's tensor may lie."""
+    return x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x)
 
 
 def probes(spec: Spec, m: int = 5) -> Tensor:
@@ -195,10 +201,15 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 
 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
-    """Raise Broken unless a and b saw equally much, hold the same tokens and answer alike."""
+    """Raise Broken unless a and b saw equally much, hold the same tokens and answer alike.
+
+    Where memory never grows and whole tokens wait for their block's end, the messages must be the same bytes too.
+    """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
     require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")
     require_same_tokens(tokens_of(a), tokens_of(b), what)
     one, two = a.read(probes(a.spec)), b.read(probes(a.spec))
     require_agreement(one.mean, two.mean, at.dtype, f"{what}: their answers")
     require_agreement(one.log_mass, two.log_mass, at.dtype, f"{what}: their log-masses", size=4.0)
+    if a.method.traits.constant_memory and a.slots is not None:
+        require(a.to_bytes() == b.to_bytes(), f"the messages of {what} differ")

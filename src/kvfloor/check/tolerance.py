@@ -9,6 +9,7 @@ from kvfloor.check.law import require
 
 # Two answers to the same question from products of different shape: each is rounded to the dtype once (half a unit
 # in the last place of 1) and its weights were rounded inside the product, float32 logits of size 10 by about 1e-6.
+# Answers larger than 1, of methods whose weights do not sum to 1, may err as much relative to themselves.
 AGREE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
 # Against float64, an answer may err 1.5 times as much as plain attention in the same dtype does (the rule of
@@ -25,10 +26,16 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
 
 
+def _relatively_apart(a: Tensor, b: Tensor) -> float:
+    """As `apart`, numbers of b beyond 1 in units of themselves."""
+    unit = b.to(torch.float64).abs().clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
+    return apart(a.to(torch.float64) / unit, b.to(torch.float64) / unit)
+
+
 def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:
     """Raise Broken unless a and b agree within the dtype's tolerance for numbers of this size."""
     require(a.shape == b.shape, f"{what}: the shapes are {tuple(a.shape)} and {tuple(b.shape)}")
-    difference, allowed = apart(a, b), AGREE[dtype] * size
+    difference, allowed = _relatively_apart(a, b), AGREE[dtype] * size
     require(difference <= allowed, f"{what}: they differ by {difference:.3g}, allowed is {allowed:.3g}")
 
 

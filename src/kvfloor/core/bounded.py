@@ -379,8 +379,8 @@ class BoundedState(Blocked):
     def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
         """Queries of these rows, which see their first visible (r, b) slots, go to the policy.
 
-        Its products are as wide as the arena, not as the fill: their shape, and so their rounding, is the same for
-        every chunking and every neighbour row.
+        A row's weights are made of its own queries and held tokens alone (`weights_by_tile`), so they round alike
+        for every chunking and every neighbour row.
         """
         policy, width = self._plan.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows
@@ -402,7 +402,8 @@ class BoundedState(Blocked):
         made = None if bool(asked.made.all()) else asked.made.view(r, 1, b, 1)
         law = (self.spec.scale, self.spec.softcap)
         parts: list[dict[str, Tensor]] = []
-        for at, weights in weights_by_tile(flat, held.k, *law, unread, TILE_SLOTS, clear):
+        fill = held.count.flatten().tolist()
+        for at, weights in weights_by_tile(flat, held.k, *law, unread, TILE_SLOTS, clear, fill):
             weights = weights.view(r, g, b, -1)
             weights = weights if made is None else weights * made
             parts.append(self._plan.policy.on_weights(held.part(at), weights, asked))

@@ -12,6 +12,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from kvfloor.core.rowwise import logarithm
+
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -44,7 +46,7 @@ def uniform(keys: Tensor, counters: Tensor) -> Tensor:
 
 def exponential(keys: Tensor, counters: Tensor) -> Tensor:
     """Float64 Exp(1) draws, as `uniform`."""
-    return -torch.log(uniform(keys, counters))
+    return -logarithm(uniform(keys, counters))
 
 
 def normal(keys: Tensor, counters: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Guarantee, Traits
 from kvfloor.core.partial import Partial
+from kvfloor.core.rowwise import aligned
 from kvfloor.core.spec import Spec
 
 
@@ -32,7 +33,7 @@ class SummaryState(Memory, ABC):
         """Take in evicted tokens, each once: row (e,) int64 ascending, k (e, d), v (e, dv), position (e,) int64.
 
         A row's tokens come in the same lots whatever the caller's chunking; which other rows come along does depend
-        on it, so products over tokens are taken row by row (`lots`).
+        on it, so what is computed from tokens is computed row by row (`lots`).
         """
 
     @abstractmethod
@@ -84,9 +85,21 @@ class Drop(Summary):
 
 
 def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """What `absorb` takes, by rows: (at, column...) with at (r,) rows that each got c tokens, and columns (r, c, ...).
+    """Yield what `absorb` takes, one row after another: (at, column...), at (1,) and columns (1, c, ...).
 
-    A product over a lot has the shape of its own row's tokens, so it rounds alike beside any neighbours.
+    A lot is contiguous and aligned like every other one of c tokens, and holds no other row's numbers: whatever is
+    computed from it has the same bits beside any neighbours, on any BLAS and any instruction set.
+    """
+    at, counts = torch.unique_consecutive(row, return_counts=True)
+    pieces = [column.split(counts.tolist()) for column in columns]
+    for i, lot in enumerate(zip(*pieces, strict=True)):
+        yield at[i : i + 1], *(aligned(part.unsqueeze(0)) for part in lot)
+
+
+def equal_lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """As `lots`, the rows that each got c tokens side by side: at (r,) and columns (r, c, ...).
+
+    Fewer, larger operations; products and sums over tokens then go through `core.rowwise`.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     start = counts.cumsum(0) - counts

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from kvfloor.core.attend import compute_dtype
+from kvfloor.core.rowwise import aligned
 from kvfloor.logits import cap_
 
 
@@ -19,6 +20,7 @@ def weights_by_tile(
     hide: Callable[[slice], Tensor],
     tile: int,
     clear: int = 0,
+    held: Sequence[int] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The softmax weights (rows, m, tile) of q (rows, m, d) over k (rows, s, d), tile by tile, in the compute dtype.
 
@@ -26,33 +28,48 @@ def weights_by_tile(
     no more than rows x m x tile of them exist at a time; what fits in one tile takes one pass. hide(at) is what the
     queries do not see of the keys `at`, bool (rows, m, keys), and is not asked of the first `clear` keys, which all
     queries see. A query that sees nothing has weight 0 everywhere.
+
+    held     keys of each row that its queries may see (None: all); the rest has weight 0, whatever `hide` says of it
+    A row's weights are made by themselves from its own queries and held keys: their bits depend on nothing else.
     """
-    dtype = compute_dtype(k.dtype)
-    q = q.to(dtype) * scale
-    width = k.shape[1]
+    dtype, (rows, m, _), width = compute_dtype(k.dtype), q.shape, k.shape[1]
+    asked = [aligned(q[row : row + 1]).to(dtype) * scale for row in range(rows)]
+    own = [width] * rows if held is None else list(held)
     pieces = [slice(start, min(start + tile, width)) for start in range(0, width, tile)]
 
-    def logits(at: slice) -> Tensor:
-        raw = cap_(torch.matmul(q, k[:, at].to(dtype).transpose(-1, -2)), softcap)
+    def logits(at: slice, among: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield those of the rows that hold some of the keys `at`, and their logits (1, m, keys) over those."""
         behind = slice(max(at.start, clear), at.stop)
-        if behind.start < behind.stop:
-            raw[..., behind.start - at.start :].masked_fill_(hide(behind), -torch.inf)
-        return raw
+        hidden = hide(behind) if behind.start < behind.stop else None
+        for row in among:
+            stop = min(at.stop, own[row])
+            if at.start >= stop:
+                continue
+            keys = aligned(k[row : row + 1, at.start : stop]).to(dtype)
+            raw = cap_(torch.matmul(asked[row], keys.transpose(-1, -2)), softcap)
+            if hidden is not None and behind.start < stop:
+                mine = hidden[row if hidden.shape[0] > 1 else 0, :, : stop - behind.start]
+                raw[..., behind.start - at.start :].masked_fill_(mine, -torch.inf)
+            yield row, raw
 
-    if len(pieces) == 1:
-        weights = torch.softmax(logits(pieces[0]), -1)
+    # A row that fits in one tile takes one pass, whatever the others need.
+    long = [row for row in range(rows) if own[row] > tile]
+    shift = {row: q.new_full((1, m, 1), -torch.inf, dtype=dtype) for row in long}
+    mass = {row: q.new_zeros(1, m, 1, dtype=dtype) for row in long}
+    for at in pieces if long else ():
+        for row, raw in logits(at, long):
+            top = torch.maximum(shift[row], raw.amax(-1, keepdim=True))
+            finite = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+            before = mass[row] * torch.exp(shift[row] - finite)
+            mass[row] = before + raw.sub_(finite).exp_().sum(-1, keepdim=True)
+            shift[row] = top
+    for row in long:
+        shift[row] = torch.where(shift[row] == -torch.inf, torch.zeros_like(shift[row]), shift[row])
+        mass[row] = mass[row].clamp_min(torch.finfo(dtype).tiny)
+    for at in pieces:
+        weights = q.new_zeros(rows, m, at.stop - at.start, dtype=dtype)
+        for row, raw in logits(at, range(rows)):
+            raw = raw.sub_(shift[row]).exp_().div_(mass[row]) if row in mass else torch.softmax(raw, -1)
+            weights[row, :, : raw.shape[2]] = raw[0]
         blind = weights[..., :1].isnan()
-        yield pieces[0], weights.masked_fill_(blind, 0.0) if bool(blind.any()) else weights
-        return
-    top = q.new_full((*q.shape[:2], 1), -torch.inf)
-    mass = q.new_zeros(*q.shape[:2], 1)
-    for at in pieces:
-        raw = logits(at)
-        higher = torch.maximum(top, raw.amax(-1, keepdim=True))
-        shift = torch.where(higher == -torch.inf, torch.zeros_like(higher), higher)
-        mass = mass * torch.exp(top - shift) + raw.sub_(shift).exp_().sum(-1, keepdim=True)
-        top = higher
-    mass = mass.clamp_min(torch.finfo(dtype).tiny)
-    shift = torch.where(top == -torch.inf, torch.zeros_like(top), top)
-    for at in pieces:
-        yield at, logits(at).sub_(shift).exp_().div_(mass)
+        yield at, weights.masked_fill_(blind, 0.0) if bool(blind.any()) else weights

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from kvfloor import Method
-from mutants import answers, contract, rows, stored, tokens, traits
+from mutants import answers, contract, rounding, rows, stored, tokens, traits
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("guarantee", contract.Boastful()),
     _mutant("empty", contract.WarmStart()),
     _mutant("shapes", contract.WideAnswers()),
-    _mutant("read_pure", contract.CountingReads()),
+    _mutant("read_pure", contract.CountingReads(), "input_forms"),
     _mutant("wrong_input", contract.Obliging()),
     _mutant("wrong_input", contract.HastyClock(), "empty", "non_finite"),
     _mutant("non_finite", contract.NanBlind()),
@@ -40,12 +40,15 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("broken", contract.MarkInFinally()),
     _mutant("broken", contract.LateClock()),
     _mutant("chunking", tokens.EvictsPerCall()),
+    _mutant("chunking", rounding.RoundsByPlace(), "row_order", "row_alone", "select_rows"),
+    _mutant("chunking", rounding.RoundsByBoundary(), "input_forms", "pads", "row_alone", "row_order", "select_rows"),
+    _mutant("row_alone", rounding.RoundsByRows(), "chunking", "pads", "select_rows"),
     _mutant("causality", answers.FutureLeak(), "chunking", "hull", "pads", "reference"),
     _mutant("queries_independent", answers.CrowdTemperature()),
     _mutant("pads", tokens.PadsEnter(), "absorbed_once", "chunking", "empty", "held_tokens"),
     _mutant("pads", contract.PadsAnswered()),
     _mutant("capacity", tokens.OneTooMany()),
-    _mutant("capacity", tokens.OneTooFew(), "constant_memory"),
+    _mutant("capacity", tokens.OneTooFew(), "constant_memory", "pads"),
     _mutant("held_tokens", tokens.ValuesStay(), "absorbed_once"),
     _mutant("pinned", tokens.PinsForgotten()),
     _mutant("absorbed_once", tokens.AbsorbedTwice()),
@@ -56,7 +59,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("row_order", rows.KeyedByPlace(), "chunking", "pads", "row_alone", "select_rows"),
     _mutant("row_isolation", rows.SharedStabiliser()),
     _mutant("row_alone", rows.RelativeIds(), "pads"),
-    _mutant("select_rows", rows.IdsStay()),
+    _mutant("select_rows", rows.IdsStay(), "pads", "row_alone", "row_order"),
     _mutant("reference", answers.NoSoftcap()),
     _mutant("attends_to_held", answers.MassOff()),
     _mutant("hull", traits.ClaimsHull()),

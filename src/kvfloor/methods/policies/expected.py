@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfloor.core.fields import Field
 from kvfloor.core.policy import Guarded, Held, PolicyMemory, Queries
+from kvfloor.core.rowwise import length, row_by_row, total
 from kvfloor.core.spec import Spec
 from kvfloor.validation import literals
 
@@ -57,14 +58,17 @@ class Expected(Guarded):
 
     def priority(self, held: Held) -> Tensor:
         dtype, scale = held.spec.compute_dtype, held.spec.scale
-        k, v = held.k.to(dtype), held.v.to(dtype)
-        mean, covariance = held.memory.gaussian(held.rows)
-        share = torch.zeros(k.shape[:2], dtype=dtype, device=k.device)
-        for head in range(mean.shape[1]):
-            turned = mean[:, head].unsqueeze(1) + 0.5 * scale * torch.matmul(k, covariance[:, head])
-            log_z = (scale * (turned * k).sum(-1)).masked_fill(~held.live, -torch.inf)
-            share = share + torch.softmax(log_z, -1) / mean.shape[1]
-        return (share + self.epsilon) * torch.linalg.vector_norm(v, dim=-1)
+
+        def share(k: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+            whole = k.new_zeros(k.shape[:2])
+            for head in range(mean.shape[1]):
+                turned = mean[:, head].unsqueeze(1) + 0.5 * scale * torch.matmul(k, covariance[:, head])
+                whole = whole + torch.softmax(scale * (turned * k).sum(-1), -1) / mean.shape[1]
+            return whole
+
+        gaussian = held.memory.gaussian(held.rows)
+        expected = row_by_row(share, held.k.to(dtype), beside=gaussian, held=held.count.flatten().tolist())
+        return (expected + self.epsilon) * length(held.v.to(dtype))
 
 
 class QueryMoments(PolicyMemory):
@@ -104,13 +108,14 @@ class QueryMoments(PolicyMemory):
         if self.pooled:
             x, mark = x.flatten(1, 2).unsqueeze(1), mark.repeat(1, 1, q.shape[1], 1)
         fresh, before = mark.sum(2, keepdim=True).to(x.dtype), self.count[mine].view(-1, 1, 1, 1).to(x.dtype)
-        mean = (x * mark).sum(2, keepdim=True) / fresh.clamp_min(1.0)
+        mean = total(x * mark, 2).unsqueeze(2) / fresh.clamp_min(1.0)
         apart = (x - mean) * mark
-        total = (before + fresh).clamp_min(1.0)
+        after = (before + fresh).clamp_min(1.0)
         move = mean - self.mean[mine].unsqueeze(2)
-        between = move.transpose(-1, -2) * move * (before * fresh / total)
-        self.spread[mine] = self.spread[mine] + torch.matmul(apart.transpose(-1, -2), apart) + between
-        self.mean[mine] = self.mean[mine] + (move * fresh / total).squeeze(2)
+        between = move.transpose(-1, -2) * move * (before * fresh / after)
+        spread = row_by_row(lambda x: torch.matmul(x.transpose(-1, -2), x), apart)
+        self.spread[mine] = self.spread[mine] + spread + between
+        self.mean[mine] = self.mean[mine] + (move * fresh / after).squeeze(2)
         self.count[mine] = self.count[mine] + fresh.view(-1).to(torch.int64)
 
     def gaussian(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.policy import Held, Policy, Queries
+from kvfloor.core.rowwise import total
 from kvfloor.validation import count, literals
 
 
@@ -50,19 +51,20 @@ class HeavyHitters(Policy):
         return budget // 2 if self.recent is None else self.recent
 
     def priority(self, held: Held) -> Tensor:
-        total = held.columns["score"]
+        score = held.columns["score"]
         if self.score != "mean":
-            return total
-        return total / (held.seen - held.position).clamp_min(1)
+            return score
+        return score / (held.seen - held.position).clamp_min(1)
 
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
-        total = held.columns["score"]
+        score = held.columns["score"]
         if self.group == "mean" and self.score != "decay":
-            return {"score": total + (weights.sum((1, 2)) / weights.shape[1]).to(torch.float32)}
-        joined = weights.mean(1) if self.group == "mean" else weights.amax(1)  # (r, b, s)
+            return {"score": score + (total(weights.flatten(1, 2), 1) / weights.shape[1]).to(torch.float32)}
+        joined = total(weights, 1) / weights.shape[1] if self.group == "mean" else weights.amax(1)  # (r, b, s)
         if self.score == "decay":
-            made = queries.made.to(joined.dtype)  # places of the block without a query fade nothing
+            made = queries.made.to(torch.int64)  # places of the block without a query fade nothing
             later = made.sum(1, keepdim=True) - made.cumsum(1)
-            joined = joined * (self.decay**later).unsqueeze(2)
-            total = total * self.decay ** made.sum(1, keepdim=True)
-        return {"score": total + joined.sum(1).to(torch.float32)}
+            fade = joined.new_tensor([self.decay**i for i in range(made.shape[1] + 1)])
+            joined = joined * fade[later].unsqueeze(2)
+            score = score * fade[made.sum(1, keepdim=True)]
+        return {"score": score + total(joined, 1).to(torch.float32)}

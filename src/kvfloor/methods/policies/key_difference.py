@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.policy import Guarded, Held
+from kvfloor.core.rowwise import row_by_row
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class KeyDifference(Guarded):
     paper: ClassVar[str] = "Park et al. 2025, KeyDiff (arXiv 2504.15364)"
 
     def priority(self, held: Held) -> Tensor:
-        unit = torch.nn.functional.normalize(held.k.to(held.spec.compute_dtype), dim=-1)
-        mean = unit.masked_fill(~held.live.unsqueeze(-1), 0.0).sum(1, dtype=torch.float64)
-        direction = torch.nn.functional.normalize(mean, dim=-1).to(unit.dtype)
-        return -torch.matmul(unit, direction.unsqueeze(-1)).squeeze(-1)
+        k = held.k.to(held.spec.compute_dtype)
+        return row_by_row(_against_the_mean, k, held=held.count.flatten().tolist())
+
+
+def _against_the_mean(k: Tensor) -> Tensor:
+    """Minus the cosine of each key of k (1, s, d) with the mean of their directions: (1, s)."""
+    unit = torch.nn.functional.normalize(k, dim=-1)
+    direction = torch.nn.functional.normalize(unit.sum(1, dtype=torch.float64), dim=-1).to(unit.dtype)
+    return -torch.matmul(unit, direction.unsqueeze(-1)).squeeze(-1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvfloor.core.policy import Guarded, Held
+from kvfloor.core.rowwise import length
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,4 @@ class KeyNorm(Guarded):
     paper: ClassVar[str] = "Devoto et al. 2024 (arXiv 2406.11430)"
 
     def priority(self, held: Held) -> Tensor:
-        return -torch.linalg.vector_norm(held.k.to(held.spec.compute_dtype), dim=-1)
+        return -length(held.k.to(held.spec.compute_dtype))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.policy import Guarded, Held, Queries
+from kvfloor.core.rowwise import row_by_row, total
 
 
 @dataclass(frozen=True)
@@ -35,5 +36,6 @@ class LastQuery(Guarded):
 
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
         judged = held.position <= queries.position
-        log_weight = torch.log(weights.mean((1, 2))).to(torch.float32)
+        mean = total(weights.flatten(1, 2), 1) / (weights.shape[1] * weights.shape[2])
+        log_weight = row_by_row(torch.log, mean, held=held.count.flatten().tolist()).to(torch.float32)
         return {"log_weight": torch.where(judged, log_weight, held.columns["log_weight"])}

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvfloor.core.fields import Field
 from kvfloor.core.policy import Guarded, Held, PolicyMemory
 from kvfloor.core.randomness import normal, row_keys, uniform
+from kvfloor.core.rowwise import row_by_row, total
 from kvfloor.core.spec import Spec
 from kvfloor.validation import count, literals, positives
 
@@ -75,17 +76,21 @@ class RidgeLeverage(Guarded):
         return KeyGram(spec, min(self.sketch, spec.d), shared, self.centre) if self.over == "seen" else None
 
     def priority(self, held: Held) -> Tensor:
-        x = sketched(held.k, held.shared)
-        if self.over == "held":
-            real = x.masked_fill(~held.live.unsqueeze(-1), 0.0)
-            gram, total, n = torch.matmul(real.transpose(1, 2), real), real.sum(1), held.count
-        else:
-            gram, total, n = held.memory.moments(held.rows)
-        if self.centre:
-            mean = total / n.clamp_min(1)
-            gram = gram - mean.unsqueeze(2) * total.unsqueeze(1)
-            x = x - mean.unsqueeze(1)
-        return leverage(x, gram, self.ridge, held.spec.d)
+        def scores(k: Tensor, *moments: Tensor) -> Tensor:
+            x = sketched(k, held.shared)
+            gram, total, n = moments or (
+                torch.matmul(x.transpose(1, 2), x),
+                x.sum(1),
+                held.count.new_tensor(len(x[0])),
+            )
+            if self.centre:
+                mean = total / n.clamp_min(1)
+                gram = gram - mean.unsqueeze(2) * total.unsqueeze(1)
+                x = x - mean.unsqueeze(1)
+            return leverage(x, gram, self.ridge, held.spec.d)
+
+        seen = () if self.over == "held" else held.memory.moments(held.rows)
+        return row_by_row(scores, held.k, beside=seen, held=held.count.flatten().tolist())
 
 
 def sketched(k: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
@@ -121,10 +126,10 @@ class KeyGram(PolicyMemory):
     def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
         rows = rows.to(self.met.device)
         fresh = live & (position >= self.met[rows].unsqueeze(1))
-        x = sketched(k, self.shared).masked_fill(~fresh.unsqueeze(-1), 0.0)
-        self.gram[rows] += torch.matmul(x.transpose(1, 2), x).to(self.gram.dtype)
+        x = row_by_row(lambda k: sketched(k, self.shared), k).masked_fill(~fresh.unsqueeze(-1), 0.0)
+        self.gram[rows] += row_by_row(lambda x: torch.matmul(x.transpose(1, 2), x), x).to(self.gram.dtype)
         if self.total.shape[1]:
-            self.total[rows] += x.sum(1).to(self.total.dtype)
+            self.total[rows] += total(x, 1).to(self.total.dtype)
         self.met[rows] += fresh.sum(1)
 
     def fields(self) -> dict[str, Any]:

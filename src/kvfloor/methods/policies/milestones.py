@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.policy import Held, Policy, Queries
+from kvfloor.core.rowwise import row_by_row, total
 from kvfloor.logits import capped
 from kvfloor.validation import count, literals, positives
 
@@ -129,19 +130,25 @@ class Milestones(Policy):
 
     def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
         """What each query of q (r, g, b, d) expects each page to weigh, the largest of its group: (r, b, p)."""
-        r, g, b, _ = queries.q.shape
+        _, g, b, _ = queries.q.shape
         members = _keys_at(held.k, slots.flatten(1)).unflatten(1, slots.shape[1:])
         low, high = members.amin(2).double(), members.amax(2).double()
         q = queries.q.double() * held.spec.scale
         up, down = q.clamp_min(0), q.clamp_max(0)
-        bound = torch.matmul(up.flatten(1, 2), high.transpose(1, 2))
-        bound = (bound + torch.matmul(down.flatten(1, 2), low.transpose(1, 2))).view(r, g, b, -1)
         own_low, own_high = (x.unsqueeze(1) for x in self._filling(held, queries))
-        own = (up * own_high + down * own_low).sum(-1, keepdim=True)
-        at = self._page(queries.position, held)[:, None, :, None]
-        number = pages[:, None, None, :]
-        bound = capped(torch.where(number == at, own, bound), held.spec.softcap)
-        return torch.softmax(bound.masked_fill(number > at, -torch.inf), -1).amax(1)
+        own = total(up * own_high + down * own_low).unsqueeze(-1)
+        at, cap = self._page(queries.position, held)[:, None, :, None], held.spec.softcap
+
+        def shares(high: Tensor, low: Tensor, number: Tensor, *asked: Tensor) -> Tensor:
+            up, down, own, at = asked
+            bound = torch.matmul(up.flatten(1, 2), high.transpose(1, 2))
+            bound = (bound + torch.matmul(down.flatten(1, 2), low.transpose(1, 2))).view(1, g, b, -1)
+            number = number[:, None, None, :]
+            bound = capped(torch.where(number == at, own, bound), cap)
+            return torch.softmax(bound.masked_fill(number > at, -torch.inf), -1).amax(1)
+
+        many = (pages != _NO_PAGE).sum(1).tolist()
+        return row_by_row(shares, high, low, pages, beside=(up, down, own, at), held=many)
 
     def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
         """Least and largest entries (r, b, d) of each query's own page as it was when the query came."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfloor.core.fields import MOST, Field
 from kvfloor.core.policy import Held, Policy, PolicyMemory, Queries
+from kvfloor.core.rowwise import total
 from kvfloor.core.spec import Spec
 from kvfloor.core.tiles import weights_by_tile
 from kvfloor.validation import count, literals
@@ -91,16 +92,17 @@ class Observation(Policy):
         place = torch.arange(self.window, 0, -1, device=position.device)
         position = position.masked_fill(place > window, -1)  # sees nothing, so it has no vote
         votes = self._votes(q, position, held)
-        return self._pooled(votes, held, held.seen - window).mean(1)
+        return total(self._pooled(votes, held, held.seen - window), 1) / votes.shape[1]
 
     def _votes(self, q: Tensor, position: Tensor, held: Held) -> Tensor:
         """Attention that each slot got from the queries q (r, g, w, d) of these positions (r, w): (r, g, s)."""
         r, g, w, d = q.shape
         k, hide = held.k, self._later(position, g, held)
         votes = torch.zeros(r, g, k.shape[1], dtype=held.spec.compute_dtype, device=k.device)
-        spec = held.spec
-        for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, spec.scale, spec.softcap, hide, _TILE_SLOTS):
-            votes[:, :, at] = weights.view(r, g, w, -1).sum(2)
+        law = (held.spec.scale, held.spec.softcap)
+        fill = held.count.flatten().tolist()
+        for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, *law, hide, _TILE_SLOTS, held=fill):
+            votes[:, :, at] = total(weights.view(r, g, w, -1), 2)
         return votes
 
     @staticmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfloor.core.fields import require_equal
 from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.core.rowwise import length, total
 from kvfloor.core.selector import Chosen, Indexed, SelectorState
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
@@ -136,8 +137,11 @@ class ZCurveState(SelectorState):
     def _codes(self, x: Tensor) -> Tensor:
         """Places of x (r, s, d) on the curves: (r, curves, s) int32."""
         x = x.double()
-        x = x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        at = torch.einsum("rsd,cjd->rcsj", x, self.shared["projections"]) * math.sqrt(x.shape[-1])
+        x = x / length(x).unsqueeze(-1).clamp_min(torch.finfo(x.dtype).tiny)
+        # By `total`: a code is part of the state, so a token's must not depend on those that come along with it.
+        axes = self.shared["projections"].unsqueeze(1)  # (curves, 1, dims, d)
+        many = max(1, _KEY_NUMBERS_AT_ONCE // max(1, axes.numel() * x.shape[0]))
+        at = torch.cat([total(part[:, None, :, None] * axes) for part in x.split(many, 1)], 2) * math.sqrt(x.shape[-1])
         shift = torch.arange(self.method.curves, device=x.device) * 2**_BITS // self.method.curves
         return interleave(cells(at, _BITS) + shift.view(-1, 1, 1), _BITS + 1).to(torch.int32)
 

@@ -15,6 +15,7 @@ from kvfloor.core.fields import Field
 from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.core.rowwise import aligned, length, total
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.methods.sketches.self_balancing import Keep, gram, halve, safe_threshold, tree_error, worst_growth
@@ -289,7 +290,11 @@ class BalanceState(Blocked):
         k, v = (x.gather(1, slot.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in (view.k, view.v))
         lane = row_keys(self.spec.seed, self.spec.ids(), "balance")[rows.to(device)].unsqueeze(1)
         draws = uniform(lane, view.position.gather(1, slot) * _LEVELS + level.to(device).unsqueeze(1))
-        products = gram(k, v, there, self.spec.scale * plan.sharpness, plan.constant, plan.centre)
+        products = k.new_zeros(len(rows), width, width, dtype=torch.float64)
+        for row, n in enumerate(size.tolist()):  # each as wide as its own members, whatever the other rows'
+            own_k, own_v, live = (aligned(x[row : row + 1, : n + n % 2]) for x in (k, v, there))
+            own = gram(own_k, own_v, live, self.spec.scale * plan.sharpness, plan.constant, plan.centre)
+            products[row, : own.shape[1], : own.shape[1]] = own[0]
         stays, goes, clamped = halve(products, size.to(device), draws, plan.threshold, plan.keep)
         alone = (size == 1).to(device)
         stays[:, 0] = torch.where(alone, draws[:, 0] < 0.5, stays[:, 0])
@@ -311,18 +316,18 @@ class BalanceState(Blocked):
         """Lengths in the blocks that these rows complete: their newest slots."""
         slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
         at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)
-        key = self.slots.k[slot].to(torch.float64).norm(dim=-1).amax(1)
-        value = self.slots.v[slot].to(torch.float64).square().sum(-1)
+        key = length(self.slots.k[slot].to(torch.float64)).amax(1)
+        value = total(self.slots.v[slot].to(torch.float64).square())
         self.longest_key[at] = torch.maximum(self.longest_key[at], key)
         self.longest_value[at] = torch.maximum(self.longest_value[at], value.amax(1).sqrt())
-        self.square_sum[at] += value.sum(1)
+        self.square_sum[at] += total(value, 1)
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
         if self._plan.radius is None:
             return
         real = torch.arange(q.shape[2]) < take.unsqueeze(1)
-        length = q.to(torch.float64).norm(dim=-1).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
-        self.longest_query = torch.maximum(self.longest_query, length.amax((1, 2)))
+        asked = length(q.to(torch.float64)).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
+        self.longest_query = torch.maximum(self.longest_query, asked.amax((1, 2)))
 
     def _attend(self, q: Tensor) -> Partial:
         if q.shape[2]:

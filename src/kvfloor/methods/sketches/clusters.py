@@ -11,6 +11,7 @@ from kvfloor.core.budget import Budget, tokens
 from kvfloor.core.fields import MOST, Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.randomness import exponential, row_keys, uniform
+from kvfloor.core.rowwise import length, total
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.methods.sketches.nearest import DIRECT, nearest
@@ -174,7 +175,7 @@ class Reservoir(Memory):
         that slot's clock. A token stops ringing once it is later than every slot's keeper, so a long stream costs
         O(log(s) s / n) draws per token instead of s, and which token a slot keeps depends on no cut.
         """
-        norm = v.to(torch.float64).square().sum(-1)  # (r, b)
+        norm = total(v.to(torch.float64).square())  # (r, b)
         s = self.key.shape[1]
         lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows]
         best = self.key[rows]
@@ -198,7 +199,7 @@ class Reservoir(Memory):
         self.k[rows[taken], slot] = k[taken, token[taken, slot]]
         self.v[rows[taken], slot] = v[taken, token[taken, slot]]
         self.key[rows] = best
-        self.mu[rows] += norm.sum(1)
+        self.mu[rows] += total(norm, 1)
 
 
 def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +228,7 @@ def longest(q: Tensor, take: Tensor) -> Tensor:
     if q.numel() == 0:
         return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
     real = torch.arange(q.shape[2]) < take.unsqueeze(1)
-    norms = q.to(torch.float64).norm(dim=-1).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
+    norms = length(q.to(torch.float64)).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
     return norms.amax((1, 2))
 
 

@@ -19,6 +19,7 @@ from kvfloor.core.fields import Field
 from kvfloor.core.message import CorruptState
 from kvfloor.core.method import Traits
 from kvfloor.core.partial import Partial
+from kvfloor.core.rowwise import aligned
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Summary, SummaryState, lots
 from kvfloor.files import read_regular
@@ -148,6 +149,10 @@ class Kernels:
             return Kernels(*(x.expand(len(head), *x.shape[1:]) for x in self.tensors().values()))
         return Kernels(*(x[head] for x in self.tensors().values()))
 
+    def one(self, place: int) -> Kernels:
+        """The kernels that stand at this place."""
+        return Kernels(*(aligned(x[place : place + 1]) for x in self.tensors().values()))
+
     def phi(self, q: Tensor, dropout: float = 0.0) -> Tensor:
         """Features (P, m, R) >= 0 of queries (P, m, d); in training, a share `dropout` of the hidden units is off."""
         return F.gelu(torch.bmm(_hidden(q, self.query_in, dropout), self.query_out)).abs()
@@ -183,7 +188,8 @@ def read_kernels(path: Path, stamp: tuple[int, int]) -> KernelFile:
     except (KeyError, OverflowError, RuntimeError, SafetensorError) as cause:
         raise ValueError(f"less: {str(path)!r} is no safetensors file: {cause}") from None
     layers, heads = _check_shapes(tensors, str(path))
-    kernels = Kernels(*(tensors[f.name].to(torch.float32).flatten(0, 1) for f in fields(Kernels)))
+    # Aligned, which they are not in the file: products with them must round alike in every process.
+    kernels = Kernels(*(aligned(tensors[f.name].to(torch.float32).flatten(0, 1)) for f in fields(Kernels)))
     return KernelFile(kernels, layers, heads, int.from_bytes(hashlib.sha256(data).digest()[:6], "little"))
 
 
@@ -241,9 +247,16 @@ class LessState(SummaryState):
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         del position
-        for at, keys, values in lots(row, k.to(self.sums.dtype), v.to(self.sums.dtype)):
-            psi = self._kernels(at).psi(keys).transpose(1, 2)
-            self.sums[at] += torch.bmm(psi, torch.cat([values, torch.ones_like(values[..., :1])], -1))
+        k, v = k.to(self.sums.dtype), v.to(self.sums.dtype)
+        v = torch.cat([v, torch.ones_like(v[:, :1])], 1)
+        rows = torch.unique_consecutive(row)
+        kernels, single = self._kernels(rows), len(self.shared[_SHARED + "place"]) == 1
+        own, added = kernels.one(0) if len(rows) else kernels, []
+        for i, (_, keys, values) in enumerate(lots(row, k, v)):
+            own = own if single else kernels.one(i)
+            added.append(torch.bmm(own.psi(keys).transpose(1, 2), values))
+        if added:
+            self.sums[rows] += torch.cat(added)
 
     def read(self, q: Tensor) -> Partial:
         sums = torch.bmm(self._kernels().phi(q.to(self.sums.dtype)), self.sums)  # (rows, m, dv + 1)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kvfloor.core.method import Traits
 from kvfloor.core.partial import Partial
+from kvfloor.core.rowwise import length, product, total
 from kvfloor.core.spec import Spec
-from kvfloor.core.summary import Summary, SummaryState, lots
+from kvfloor.core.summary import Summary, SummaryState, equal_lots
 from kvfloor.validation import literals
 
 _NODES = 24  # of the quadrature under a softcap; exact for polynomials of degree 47
@@ -76,29 +77,28 @@ class MomentsState(SummaryState):
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         del position
-        for at, keys, values in lots(row, k.to(torch.float64), v.to(torch.float64)):
+        for at, keys, values in equal_lots(row, k.to(torch.float64), v.to(torch.float64)):
             self._join(at, keys, values)
 
     def _join(self, at: Tensor, k: Tensor, v: Tensor) -> None:
         """Merge the moments of k (r, c, d), v (r, c, dv) into those of rows `at` (Chan, Golub and LeVeque 1983)."""
         c, n = k.shape[1], self.count[at].to(torch.float64)
         new = (c / (n + c)).unsqueeze(1)
-        ones = k.new_ones(len(at), 1, c) / c
-        mean_k, mean_v = (torch.bmm(ones, x).squeeze(1) for x in (k, v))
+        mean_k, mean_v = (total(x, 1) / c for x in (k, v))
         step_k, step_v = mean_k - self.mean_k[at], mean_v - self.mean_v[at]
         off_k, off_v = k - mean_k.unsqueeze(1), v - mean_v.unsqueeze(1)
         if self.cov_vk is not None:
             a, b = self.shared["moments/triangle"]
-            inside = torch.bmm(off_k.transpose(1, 2), off_k)[:, a, b] / c
+            inside = product(off_k.transpose(1, 2), off_k)[:, a, b] / c
             self._blend("cov_k", at, new, inside, step_k[:, a] * step_k[:, b])
-            across = torch.bmm(off_v.transpose(1, 2), off_k) / c
+            across = product(off_v.transpose(1, 2), off_k) / c
             self._blend("cov_vk", at, new.unsqueeze(2), across, step_v.unsqueeze(2) * step_k.unsqueeze(1))
         elif self.cov_k is not None:
-            self._blend("cov_k", at, new, torch.bmm(ones, off_k.square()).squeeze(1), step_k.square())
+            self._blend("cov_k", at, new, total(off_k.square(), 1) / c, step_k.square())
         like = self.mean_k.dtype
         self.mean_k[at] = (self.mean_k[at] + new * step_k).to(like)
         self.mean_v[at] = (self.mean_v[at] + new * step_v).to(like)
-        self.longest[at] = torch.maximum(self.longest[at], torch.linalg.vector_norm(k, dim=-1).amax(1).to(like))
+        self.longest[at] = torch.maximum(self.longest[at], length(k).amax(1).to(like))
         self.count[at] += c
 
     def _blend(self, name: str, at: Tensor, new: Tensor, inside: Tensor, between: Tensor) -> None:

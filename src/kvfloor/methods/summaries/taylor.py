@@ -15,6 +15,7 @@ from torch import Tensor
 from kvfloor.core.fields import Field
 from kvfloor.core.method import Guarantee, Traits
 from kvfloor.core.partial import Partial
+from kvfloor.core.rowwise import length
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Summary, SummaryState, lots
 from kvfloor.validation import count, positives
@@ -217,7 +218,7 @@ class TaylorState(SummaryState):
                 phi = self._features(keys[:, some]).transpose(1, 2)
                 wide = values[:, some].to(torch.float64)
                 self.moments[at] += torch.bmm(phi, torch.cat([wide, torch.ones_like(wide[..., :1])], -1))
-            norms = torch.linalg.vector_norm(keys.to(torch.float64), dim=-1).amax(1)
+            norms = length(keys.to(torch.float64)).amax(1)
             self.longest_key[at] = torch.maximum(self.longest_key[at], norms)
 
     def read(self, q: Tensor) -> Partial:
@@ -234,7 +235,7 @@ class TaylorState(SummaryState):
 
     def on_queries(self, q: Tensor) -> None:
         if self.radius and q.numel():
-            norms = torch.linalg.vector_norm(q.to(torch.float64), dim=-1).amax((1, 2))
+            norms = length(q.to(torch.float64)).amax((1, 2))
             self.longest_query = torch.maximum(self.longest_query, norms)
 
     def fields(self) -> dict[str, Any]:

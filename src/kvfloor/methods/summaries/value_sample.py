@@ -14,7 +14,7 @@ from kvfloor.core.method import Guarantee, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.core.spec import Spec
-from kvfloor.core.summary import Summary, SummaryState, lots
+from kvfloor.core.summary import Summary, SummaryState, equal_lots
 from kvfloor.validation import count, positives
 
 _DRAWS_AT_ONCE = 1 << 20  # bounds the keys drawn in one product: rows x tokens x samples
@@ -165,7 +165,7 @@ class ValueSampleState(SummaryState):
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         del k
-        for at, values, places in lots(row, v, position):
+        for at, values, places in equal_lots(row, v, position):
             step = max(1, _DRAWS_AT_ONCE // (len(at) * self.key.shape[1]))
             for start in range(0, values.shape[1], step):
                 self._sample(at, values[:, start : start + step], places[:, start : start + step])

@@ -1,0 +1,100 @@
+"""Row-wise arithmetic: results whose bits depend on a row's own numbers, on any BLAS and any instruction set.
+
+A matrix product, a factorisation, a reduction or an exponential may round a number by its place in a batch, by how many
+rows are beside it, by how storage is aligned and by how threads share the work. Two forms cannot:
+    row by row   the same call on tensors of the same shape, contiguous and aligned alike, one row at a time
+    by elements  additions, multiplications, divisions and square roots, each rounded once wherever a number stands
+Whatever becomes part of a state, or decides which tokens stay, is made of these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_BOUNDARY_BYTES = 64  # on which torch starts a tensor
+_TERMS = 12  # of the logarithm's series; the next one is below 2^-64
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return the numbers of x contiguous and on a boundary of 64 bytes: x itself where it is, else a copy."""
+    dense, size = [], 1
+    for extent in reversed(x.shape):
+        dense.append(size)
+        size *= extent
+    if x.stride() == tuple(reversed(dense)) and x.data_ptr() % _BOUNDARY_BYTES == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def row_by_row(
+    work: Callable[..., Tensor],
+    *columns: Tensor,
+    held: Sequence[int] | None = None,
+    beside: Sequence[Tensor] = (),
+    fill: float = 0.0,
+) -> Tensor:
+    """Apply `work` to one row after another and stack the results: bits depend on a row's numbers and shape alone.
+
+    work     takes each column and each of `beside` as (1, ...), aligned, and gives (1, ...); it changes none of them
+    held     if rows are of different length: the first held[r] items of a column's second axis go in, and as many
+             come out along the result's last axis, `fill` behind them
+    """
+    rows = columns[0].shape[0]
+    if rows == 0 or (held is not None and columns[0].shape[1] == 0):
+        return work(*columns, *beside)
+
+    def one(row: int) -> Tensor:
+        here = slice(row, row + 1)
+        own = (x[here] if held is None else x[here, : held[row]] for x in columns)
+        return work(*map(aligned, own), *(aligned(x[here]) for x in beside))
+
+    parts = [one(row) for row in range(rows)]
+    if held is not None and min(held) < columns[0].shape[1]:
+        width = columns[0].shape[1]
+        parts = [torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=fill) for x in parts]
+    return parts[0] if rows == 1 else torch.cat(parts)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply the matrices a (rows, m, n) and b (rows, n, p), row by row: (rows, m, p)."""
+    return row_by_row(torch.matmul, a, b)
+
+
+def total(x: Tensor, axis: int = -1) -> Tensor:
+    """Sum x along an axis by a fixed tree of additions, which is the same for every number of other items."""
+    x = x.movedim(axis, 0)
+    n = x.shape[0]
+    if n < 2:
+        return x[0] if n else x.new_zeros(x.shape[1:])
+    half = 1 << ((n - 1).bit_length() - 1)
+    tree = x[:half].clone()
+    tree[: n - half] += x[half:]
+    while half > 1:
+        half //= 2
+        tree[:half] += tree[half : 2 * half]
+    return tree[0]
+
+
+def length(x: Tensor) -> Tensor:
+    """The Euclidean length of x along its last axis, by `total`."""
+    return total(x.square()).sqrt()
+
+
+def logarithm(x: Tensor) -> Tensor:
+    """The natural logarithm of positive float64 numbers, element by element, to a few units in the last place.
+
+    Law: x = m 2^e with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh(s) with s = (m - 1) / (m + 1), by its series.
+    """
+    fraction, exponent = torch.frexp(x)
+    small = fraction < math.sqrt(0.5)
+    fraction = torch.where(small, 2.0 * fraction, fraction)
+    s = (fraction - 1.0) / (fraction + 1.0)
+    square = s * s
+    series = torch.full_like(square, 1.0 / (2 * _TERMS + 1))
+    for k in reversed(range(_TERMS)):
+        series = series * square + 1.0 / (2 * k + 1)
+    return (exponent - small.to(exponent.dtype)).to(x.dtype) * math.log(2.0) + 2.0 * s * series
