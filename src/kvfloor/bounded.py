@@ -16,7 +16,7 @@ from kvfloor.method import Guarantee, Method, Spec, Traits, count, part_text
 from kvfloor.partial import Partial
 from kvfloor.policies.policy import Asked, Ledger, Policy
 from kvfloor.selectors.everything import Everything
-from kvfloor.selectors.selector import Selector
+from kvfloor.selectors.selector import Indexed, Selector
 from kvfloor.slots import Slots
 from kvfloor.summaries.drop import Drop
 from kvfloor.summaries.summary import Summary
@@ -87,7 +87,8 @@ class Bounded(Method):
     def traits(self) -> Traits:
         constant = self.prefill == "stream" and self.policy.spares == "nothing"
         linear = self.summary.traits.value_linear and not self.policy.weighs_values
-        return replace(self.summary.traits, value_linear=linear, constant_memory=constant)
+        turns = self.summary.traits.turns and not isinstance(self.selector, Indexed)
+        return replace(self.summary.traits, value_linear=linear, constant_memory=constant, turns=turns)
 
     def open(self, spec: Spec) -> BoundedState:
         budgets = tokens(self.budget, spec.rows)
@@ -362,13 +363,15 @@ class BoundedState(Blocked):
             self.asked[rows] = False
 
     def _tell(self, rows: Tensor, asked: Asked, visible: Tensor) -> None:
-        """Queries of these rows, which see their first visible (r, b) slots, go to the policy.
+        """Queries of these rows, which see their first visible (r, b) slots, go to the policy, turned to their places.
 
         Its products are as wide as the arena, not as the fill: their shape, and so their rounding, is the same for
         every chunking and every neighbour row.
         """
         policy, width = self._plan.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows
+        if self.spec.rotation is not None:  # a slot's rank is its token's among those that had come by then
+            asked = replace(asked, q=self._turned(asked.q, (visible - 1).clamp(0, width - 1), width), bare=asked.q)
         learnt = policy.hear(self._ledger(every, width), asked) if policy.hears(self.sealed) else {}
         if policy.observes:
             if policy.shown == "last":

@@ -31,7 +31,7 @@ class Exact(Method):
 
     @property
     def traits(self) -> Traits:
-        return Traits(constant_memory=False)
+        return Traits(constant_memory=False, turns=not isinstance(self.selector, Indexed))
 
     def open(self, spec: Spec) -> ExactState:
         return ExactState(self, spec)
@@ -55,7 +55,7 @@ class ExactState(Blocked):
 
     def __init__(self, method: Exact, spec: Spec) -> None:
         block = method.selector.block() if isinstance(method.selector, Indexed) else None
-        slots = Slots(spec, [_FIRST_SLOTS] * spec.rows)
+        slots = Slots(spec, [_FIRST_SLOTS] * spec.rows, lose=False)
         super().__init__(method, spec, slots, block or _QUERIES_AT_ONCE, in_order=True)
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.kernels.attend import compute_dtype
+from kvfloor.rotation import Rotation
 
 if TYPE_CHECKING:
     from kvfloor.budget import Budget
@@ -38,6 +39,8 @@ class Spec:
     places    where in a model each row stands, as (layer, kv head), for methods whose trained parameters differ from
               head to head; None outside a model
     tied      a token's value is its key: both are given as one tensor, and held once
+    rotation  None, or how keys and queries are turned by their place: they are given unturned, and a token's place is
+              its rank among the tokens that its row holds, the oldest at 0, its own query's the same
     Raises ValueError naming the field that is out of its domain.
     """
 
@@ -52,6 +55,7 @@ class Spec:
     row_ids: Sequence[int] | None = None
     places: Sequence[tuple[int, int]] | None = None
     tied: bool = False
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "d", "dv"):
@@ -66,6 +70,11 @@ class Spec:
             raise ValueError(f"Spec.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if self.tied and self.d != self.dv:
             raise ValueError(f"Spec.tied says that values are the keys, so dv must be d = {self.d}, got {self.dv}")
+        if self.rotation is not None:
+            if not isinstance(self.rotation, Rotation):
+                raise ValueError(f"Spec.rotation must be None or a Rotation, got {self.rotation!r}")
+            if self.rotation.stop > self.d:
+                raise ValueError(f"Spec.rotation turns entries up to {self.rotation.stop} of keys that have d = {self.d}")
         if not isinstance(self.seed, int):
             raise ValueError(f"Spec.seed must be an integer, got {self.seed!r}")
         ids = tuple(range(self.rows)) if self.row_ids is None else tuple(int(i) for i in self.row_ids)
@@ -104,11 +113,17 @@ class Spec:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "device"}
         if not self.tied:
             del plain["tied"]
+        if self.rotation is None:
+            del plain["rotation"]
+        else:
+            plain["rotation"] = self.rotation.as_dict()
         return plain | {"dtype": str(self.dtype).removeprefix("torch."), "row_ids": list(self.row_ids or ())}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any], device: str | torch.device = "cpu") -> Spec:
-        return cls(**(plain | {"dtype": _DTYPES[plain["dtype"]], "device": device}))
+        turn = plain.get("rotation")
+        rotation = None if turn is None else Rotation.from_dict(turn)
+        return cls(**(plain | {"dtype": _DTYPES[plain["dtype"]], "device": device, "rotation": rotation}))
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,7 @@ class Traits:
     lossy_values    values are stored with an error even while nothing was dropped
     block_causal    a query may be answered by its block rather than alone
     constant_memory nbytes never grows once opened
+    turns           keys are held whole, so that they can be turned to their place among what is held (`Spec.rotation`)
     trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it fits any model
     """
 
@@ -131,6 +147,7 @@ class Traits:
     lossy_values: bool = False
     block_causal: bool = False
     constant_memory: bool = True
+    turns: bool = False
     trained_for: tuple[int, int, int] | None = None
 
 

@@ -91,7 +91,7 @@ class Observation(Policy):
         q, position = memory.q[rows], memory.position[rows]
         place = torch.arange(self.window, 0, -1, device=position.device)
         position = position.masked_fill(place > window, -1)  # sees nothing, so it has no vote
-        votes = self._votes(q, position, ledger)
+        votes = self._votes(ledger.turned(q, position), position, ledger)
         return self._pooled(votes, ledger, ledger.seen - window).mean(1)
 
     def _votes(self, q: Tensor, position: Tensor, ledger: Ledger) -> Tensor:
@@ -142,7 +142,7 @@ class Observation(Policy):
 class LastQueries(PolicyMemory):
     """The last `window` queries that were asked: q (rows, g, window, d), the newest last, and their positions.
 
-    A place that no query fills yet has position -1. Unless they are wanted `for_good`, they are given up at the seal.
+    The queries are as they came, before any turn. A place that no query fills yet has position -1. Unless they are wanted `for_good`, they are given up at the seal.
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:
@@ -158,7 +158,7 @@ class LastQueries(PolicyMemory):
     def take(self, rows: Tensor | None, asked: Asked) -> None:
         assert self.q is not None
         mine = slice(None) if rows is None else rows.to(self.q.device)
-        q = torch.cat([self.q[mine], asked.q], 2)
+        q = torch.cat([self.q[mine], asked.as_they_came], 2)
         position = torch.cat([self.position[mine], asked.position.masked_fill(~asked.made, -1)], 1)
         newest = torch.argsort((position >= 0).to(torch.int8), dim=1, stable=True)[:, -self.window :]
         self.position[mine] = position.gather(1, newest)
