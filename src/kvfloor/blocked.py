@@ -175,7 +175,7 @@ class Blocked(State):
         return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
 
     def _turned(self, q: Tensor, place: Tensor, below: int) -> Tensor:
-        """Queries q (r, g, a, d) turned to their places (r, a), which are under `below`; q itself without a rotation."""
+        """Queries q (r, g, a, d) turned to their places (r, a), all under `below`; q itself without a rotation."""
         if self.spec.rotation is None:
             return q
         return self.spec.rotation.turned(q, self._circle(place.unsqueeze(1).to(q.device), below))

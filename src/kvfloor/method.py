@@ -74,7 +74,9 @@ class Spec:
             if not isinstance(self.rotation, Rotation):
                 raise ValueError(f"Spec.rotation must be None or a Rotation, got {self.rotation!r}")
             if self.rotation.stop > self.d:
-                raise ValueError(f"Spec.rotation turns entries up to {self.rotation.stop} of keys that have d = {self.d}")
+                raise ValueError(
+                    f"Spec.rotation turns entries up to {self.rotation.stop} of keys that have d = {self.d}"
+                )
         if not isinstance(self.seed, int):
             raise ValueError(f"Spec.seed must be an integer, got {self.seed!r}")
         ids = tuple(range(self.rows)) if self.row_ids is None else tuple(int(i) for i in self.row_ids)

@@ -75,16 +75,13 @@ class Rotation:
 
     def turned(self, x: Tensor, circle: Circle, back: bool = False) -> Tensor:
         """x (..., d) turned by `circle`, or turned back; computed in the circle's dtype, rounded once to x's."""
-        cos, sin = circle
+        cos, sin = circle[0], -circle[1] if back else circle[1]
         middle = x[..., self.start : self.stop].to(cos.dtype)
         if self.interleaved:
             one, two = middle[..., 0::2], middle[..., 1::2]
         else:
             one, two = middle.chunk(2, -1)
-        if back:
-            new = (one * cos + two * sin, two * cos - one * sin)
-        else:
-            new = (one * cos - two * sin, two * cos + one * sin)
+        new = (one * cos - two * sin, two * cos + one * sin)
         turned = (torch.stack(new, -1).flatten(-2) if self.interleaved else torch.cat(new, -1)).to(x.dtype)
         if turned.shape[-1] == x.shape[-1]:
             return turned

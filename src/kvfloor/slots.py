@@ -164,7 +164,7 @@ class Slots(Memory):
         at = self.held.tolist()[0]
         self._table(self.k, at, at + 1).copy_(k)
         if self.bare is not None:
-            self._table(self.bare, at, at + 1).copy_(bare)
+            self._table(self.bare, at, at + 1).copy_(k if bare is None else bare)
         if not self.spec.tied:
             self._table(self.v, at, at + 1).copy_(v)
         self.position[at :: self.stride] = position

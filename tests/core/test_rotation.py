@@ -75,9 +75,7 @@ def worths(
     return [token.score for token in held]
 
 
-def reference(
-    rule: str, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, block: int
-) -> tuple[Tensor, list[int]]:
+def reference(rule: str, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, block: int) -> tuple[Tensor, list[int]]:
     """One row, token by token: q (g, n, d), k (n, d), v (n, dv) -> answers (g, n, dv), positions kept at the end."""
     held: list[Held] = []
     queries: list[tuple[int, Tensor]] = []
@@ -145,7 +143,9 @@ def test_padded_rows_equal_the_row_alone(draw: Draw, rule: str) -> None:
     present[0, :9] = False
     present[1, 20:33] = False
     state = opened(rule, HALF, 4, 3)
-    out = torch.cat([state.step(q[:, :, a:b], k[:, a:b], v[:, a:b], present[:, a:b]) for a, b in ((0, 25), (25, 70))], 2)
+    out = torch.cat(
+        [state.step(q[:, :, a:b], k[:, a:b], v[:, a:b], present[:, a:b]) for a, b in ((0, 25), (25, 70))], 2
+    )
     for row in range(3):
         real = present[row]
         alone, positions = reference(rule, q[row][:, real], k[row][real], v[row][real], HALF, 4)

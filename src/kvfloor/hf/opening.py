@@ -13,6 +13,7 @@ from kvfloor.budget import least_budget, resolve, with_budget
 from kvfloor.exact import Exact
 from kvfloor.hf.allocate import Shares, per_head, spread
 from kvfloor.method import Method, Spec
+from kvfloor.rotation import Rotation
 from kvfloor.state import State
 
 Budgets = tuple[
@@ -29,6 +30,7 @@ class Opening:
     context   tokens that a share such as "@25%" refers to
     requests  one id per batch item, which keys the method's randomness
     pinned    spans [from, to) of token positions that never leave
+    rotations  one per compressed layer, of keys that come unturned and are turned by their rank; None: none is turned
     """
 
     method: Method
@@ -39,6 +41,7 @@ class Opening:
     budgets: Budgets | None = None
     shares: Shares | None = None
     pinned: tuple[tuple[int, int], ...] = ()
+    rotations: tuple[Rotation | None, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, table in (("budgets", self.budgets), ("allocate", self.shares)):
@@ -88,6 +91,7 @@ class Opening:
             row_ids=[_row_id(request, layer, head) for request in requests for head in range(kv_heads)],
             places=[(layer, head) for _ in requests for head in range(kv_heads)],
             tied=tied,
+            rotation=None if self.rotations is None else self.rotations[place],
         )
         state = self._sized(spec, place, batch, kv_heads, g).open(spec)
         if isinstance(state, BoundedState):

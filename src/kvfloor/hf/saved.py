@@ -95,7 +95,7 @@ def load(kind: type[Held], path: str | Path, model: PreTrainedModel, method: Met
     try:
         _check_model(header["model"], model)
         own = _method(header["method"], method)
-        cache = kind(model.config, own, **header["arguments"])
+        cache = kind(model, own, **header["arguments"])
         devices = _devices(model)
         for i, (layer, plain) in enumerate(zip(cache.layers, header["layers"], strict=True)):
             prefix = f"{i}/"

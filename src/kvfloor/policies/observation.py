@@ -142,7 +142,8 @@ class Observation(Policy):
 class LastQueries(PolicyMemory):
     """The last `window` queries that were asked: q (rows, g, window, d), the newest last, and their positions.
 
-    The queries are as they came, before any turn. A place that no query fills yet has position -1. Unless they are wanted `for_good`, they are given up at the seal.
+    The queries are as they came, before any turn. A place that no query fills yet has position -1. Unless they are
+    wanted `for_good`, they are given up at the seal.
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:

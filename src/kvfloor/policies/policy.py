@@ -43,7 +43,7 @@ class Ledger:
 
     @property
     def k(self) -> Tensor:
-        """Keys (r, s, d) as queries meet them, fetched when asked for; a copy only if rows are ragged or not all there."""
+        """Keys (r, s, d) as they are read, fetched when asked for; a copy only if rows are ragged or not all there."""
         return self.fetch("k")
 
     @property
@@ -57,7 +57,7 @@ class Ledger:
         return torch.arange(self.position.shape[1], device=self.held.device) < self.held
 
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
-        """Queries q (r, g, b, d) as they came, turned to the places of the tokens of position (r, b) that they came with.
+        """Queries q (r, g, b, d) as they came, turned to the places that their tokens of position (r, b) have now.
 
         For tokens behind which nothing has left, such as the newest that never leave.
         """
