@@ -299,6 +299,17 @@ def test_a_turn_that_the_models_frequencies_do_not_explain_is_refused(wrong: str
         CompressedCache(model, METHOD, positions="cache")
 
 
+def test_positions_that_enter_the_hidden_states_are_refused() -> None:
+    model = prepare(tiny())
+
+    def added(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Any]) -> Any:
+        return (given[0] + 0.1 * named["position_ids"].unsqueeze(-1), *given[1:]), named
+
+    model.model.layers[1].register_forward_pre_hook(added, with_kwargs=True)
+    with pytest.raises(ValueError, match="positions enter its hidden states"):
+        CompressedCache(model, METHOD, positions="cache")
+
+
 def test_positions_of_images_are_refused_and_those_of_text_are_not() -> None:
     text = torch.arange(5).expand(3, 2, 5)
     assert torch.equal(plain(text), torch.arange(5).expand(2, 5))

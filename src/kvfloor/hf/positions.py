@@ -137,7 +137,7 @@ class _Recorder:
     seen: list[_Seen] = field(default_factory=list)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        came = positions is not None and bool((plain(positions)[:, 0] == self.place).all())
+        came = positions is not None and torch.equal(plain(positions)[:, 0].to(self.place), self.place)
         other = None if value is key else value[:, :, 0].clone()
         self.seen.append(_Seen(self.place, query[:, :, 0].clone(), key[:, :, 0].clone(), other, came))
         return query, key
@@ -149,7 +149,7 @@ def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[
 
     name, place = type(model).__name__, torch.tensor(positions, device=model.device)
     cache = CompressedCache(model.config, "exact")
-    recorders = {layer.index: _Recorder(place.to(model.device)) for layer in cache.compressed}
+    recorders = {layer.index: _Recorder(place) for layer in cache.compressed}
     for layer in cache.compressed:
         layer.turn_back = recorders[layer.index]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -206,7 +206,7 @@ def _explains(rule: Rotation | None, seen: _Seen) -> bool:
         wide = x.to(compute_dtype(x.dtype))
         expected = wide[:1].expand_as(wide)
         if rule is not None:
-            expected = rule.turned(expected, rule.circle(seen.place.unsqueeze(1), wide.dtype))
+            expected = rule.turned(expected, rule.circle(seen.place.to(x.device).unsqueeze(1), wide.dtype))
         if not _apart(wide, expected) <= TOLERANCE[x.dtype]:
             return False
     return True
