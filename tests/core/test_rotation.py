@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.blocked import Blocked
-from kvfloor.rotation import Rotation
-from kvfloor.state import State
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.rotation import Rotation
+from kvfloor.core.state import State
 
 Draw = Callable[..., Tensor]
 D, BUDGET, SCALE = 8, 12, 0.5

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.conftest import tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvfloor.hf import CompressedCache, conversations, prepare
+from kvfloor.core.rotation import Rotation
+from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.positions import Memo, TurnBack, plain, rotations, table_room
-from kvfloor.hf.tiny import families, tiny_model
-from kvfloor.rotation import Rotation
+from survey import conversations
+from survey.tiny import families, tiny_model
+from tests.hf.conftest import tiny
 
 SINKS, BUDGET = 3, 16
 METHOD = f"sinks({SINKS},block=1)@{BUDGET}"

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfloor.check.ground import play, probes, slots_of, spec_for, stream_for
 from kvfloor.check.law import Setting
-from kvfloor.check.oracle import attention
+from kvfloor.check.plain_attention import attention
+from kvfloor.check.reference import unread
+from kvfloor.check.streams import play, probes, slots_of, spec_for, stream_for
 from kvfloor.check.tolerance import require_accuracy
-from kvfloor.check.truth import unread
-from kvfloor.method import Method, Spec
-from kvfloor.rotation import Rotation
+from kvfloor.core.method import Method
+from kvfloor.core.rotation import Rotation
+from kvfloor.core.spec import Spec
 
 
 def check_turns(method: Method, at: Setting) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvfloor.kernels.attend import compute_dtype
-from kvfloor.rotation import Circle, Rotation
+from kvfloor.core.attend import compute_dtype
+from kvfloor.core.rotation import Circle, Rotation
 
 FAR = 1_000_003  # a position that no model was trained for, and that float32 angles already round
 TOLERANCE = {
