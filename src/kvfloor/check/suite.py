@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvfloor.check import breaking, contract, index_floor, inputs, rows, storage, streaming
+from kvfloor.check import breaking, contract, index_floor, inputs, rows, storage, streaming, turning
 from kvfloor.check import randomness as chance
 from kvfloor.check import reference as truth
 from kvfloor.check import tokens as holding
@@ -66,6 +66,10 @@ def _attends_to_held(method: Method) -> str | None:
     return _keeps_tokens(method)
 
 
+def _turns(method: Method) -> str | None:
+    return _claims("turns")(method) or _attends_to_held(method)
+
+
 def _claims(trait: str) -> Callable[[Method], str | None]:
     return lambda method: None if getattr(method.traits, trait) else f"it does not claim {trait}"
 
@@ -99,6 +103,7 @@ CHECKS: dict[str, Check] = {
         Check(rows.check_select_rows, _always, over=()),
         Check(truth.check_reference, _exact_at_first, over=("dtype", "g")),
         Check(truth.check_attends_to_held, _attends_to_held, over=("dtype", "g")),
+        Check(turning.check_turns, _turns, over=("dtype",)),
         Check(truth.check_hull, _claims("normalised"), over=("dtype", "g")),
         Check(truth.check_value_linear, _claims("value_linear"), over=("dtype", "g")),
         Check(truth.check_constant_memory, _claims("constant_memory"), over=("dtype",)),

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvfloor.core.attend import attend_newest, fused
 from kvfloor.core.method import Method
 from kvfloor.core.partial import Partial
+from kvfloor.core.rotation import Circle
 from kvfloor.core.selector import Chosen, Everything, Indexed, Selector, SelectorState
 from kvfloor.core.slots import Slots, require_positions
 from kvfloor.core.spec import Spec
@@ -95,10 +96,14 @@ class Blocked(State):
         return self._plainly_read and at is not None and at < self.slots.stride and min(seen) == max(seen)
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
-        seen = self.seen.tolist()[0]
-        self.slots.put(k, v, seen)
+        seen, asked, bare = self.seen.tolist()[0], q, k
+        if self.spec.rotation is not None:
+            at = self.slots.held.tolist()[0]
+            circle = self._circle(torch.full((1, 1), at, device=k.device), below=at + 1)
+            k, asked = self.spec.rotation.turned(k, circle), self.spec.rotation.turned(q, circle)
+        self.slots.put(k, v, seen, bare)
         view = self.slots.view()
-        out = attend_newest(q, view.k, view.v, self.spec.scale, self.spec.softcap)
+        out = attend_newest(asked, view.k, view.v, self.spec.scale, self.spec.softcap)
         self._on_query(q, seen)
         self.seen = self.seen + 1
         if (seen + 1) % self.block == 0:
@@ -159,21 +164,38 @@ class Blocked(State):
 
         Then the blocks that they complete are closed.
         """
-        before = self._push(k, v, take)
+        before, asked, bare = self.slots.held, q, k
+        if self.spec.rotation is not None:
+            place = before.unsqueeze(1) + torch.arange(k.shape[1])
+            circle = self._circle(place.to(k.device), below=int(before.max()) + k.shape[1])
+            k = self.spec.rotation.turned(k, circle)
+            asked = None if q is None else self._turned(q, place, below=int(before.max()) + k.shape[1])
+        self._push(k, v, take, bare)
         part = None
-        if q is not None:
-            part = self._answer(q, k, v, before)
+        if q is not None and asked is not None:
+            part = self._answer(asked, k, v, before)
             self._on_queries(q, before, take)
         self._advance(take)
         return part
 
-    def _push(self, k: Tensor, v: Tensor, take: Tensor) -> Tensor:
+    def _circle(self, place: Tensor, below: int) -> Circle:
+        """The circle of places (...) that are under `below`, in the compute dtype."""
+        assert self.spec.rotation is not None
+        return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
+
+    def _turned(self, q: Tensor, place: Tensor, below: int) -> Tensor:
+        """Queries q (r, g, a, d) turned to their places (r, a), all under `below`; q itself without a rotation."""
+        if self.spec.rotation is None:
+            return q
+        return self.spec.rotation.turned(q, self._circle(place.unsqueeze(1).to(q.device), below))
+
+    def _push(self, k: Tensor, v: Tensor, take: Tensor, bare: Tensor | None = None) -> Tensor:
         """Take the first take[r] of these tokens into the slots; tokens held before, per row (rows,)."""
         before = self.slots.held
         position = self.seen.unsqueeze(1)
         if k.shape[1] > 1:
             position = position + torch.arange(k.shape[1])
-        self.slots.push(k, v, position.to(k.device), take)
+        self.slots.push(k, v, position.to(k.device), take, bare)
         if self.selection is not None:
             self.selection.append(self.slots, before)
         return before
@@ -259,6 +281,16 @@ class Blocked(State):
 
     def unread(self, q: Tensor) -> Tensor | None:
         """The slots (rows or 1, m or 1, s) that `read` leaves unread for q (rows, m, d); None if it reads them all."""
+        return self._left_unread(self._newest(q))
+
+    def _newest(self, q: Tensor) -> Tensor:
+        """Queries q (rows, m, d) turned to the place of their row's newest token, as if they had come with it."""
+        held = self.slots.held
+        place = (held - 1).clamp_min(0).unsqueeze(1)
+        return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
+
+    def _left_unread(self, q: Tensor) -> Tensor | None:
+        """As `unread`, for queries that are turned to their places."""
         view = self.slots.view()
         if self.selection is not None:
             return self._choose(q).unread(view.k.shape[1])
@@ -284,11 +316,12 @@ class Blocked(State):
             self.selection.seal()
 
     def _read(self, q: Tensor) -> Partial:
+        q = self._newest(q)
         if self.selection is not None:
             part = self._over(q, self._choose(q))
         else:
             view = self.slots.view()
-            part = Partial.over(q, view.k, view.v, self.spec, hide=self.unread(q))
+            part = Partial.over(q, view.k, view.v, self.spec, hide=self._left_unread(q))
         rest = self._rest(q)
         return part if rest is None else part.merge(rest)
 

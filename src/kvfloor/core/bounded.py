@@ -15,7 +15,7 @@ from kvfloor.core.fields import MOST, Field, require_equal
 from kvfloor.core.method import Guarantee, Method, Parts, Traits, budget_text, part_text
 from kvfloor.core.partial import Partial
 from kvfloor.core.policy import Held, Policy, Queries
-from kvfloor.core.selector import Everything, Selector
+from kvfloor.core.selector import Everything, Indexed, Selector
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Drop, Summary
@@ -88,7 +88,8 @@ class Bounded(Method):
     def traits(self) -> Traits:
         constant = self.prefill == "stream" and self.policy.spares == "nothing"
         linear = self.summary.traits.value_linear and not self.policy.weighs_values
-        return replace(self.summary.traits, value_linear=linear, constant_memory=constant, pins=True)
+        turns = self.summary.traits.turns and not isinstance(self.selector, Indexed)
+        return replace(self.summary.traits, value_linear=linear, constant_memory=constant, pins=True, turns=turns)
 
     @property
     def parts(self) -> Parts:
@@ -377,13 +378,15 @@ class BoundedState(Blocked):
             self.asked[rows] = False
 
     def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
-        """Queries of these rows, which see their first visible (r, b) slots, go to the policy.
+        """Queries of these rows, which see their first visible (r, b) slots, go to the policy, turned to their places.
 
         A row's weights are made of its own queries and held tokens alone (`weights_by_tile`), so they round alike
         for every chunking and every neighbour row.
         """
         policy, width = self._plan.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows
+        if self.spec.rotation is not None:  # a slot's rank is its token's among those that had come by then
+            asked = replace(asked, q=self._turned(asked.q, (visible - 1).clamp(0, width - 1), width), bare=asked.q)
         learnt = policy.on_queries(self._held(every, width), asked) if policy.wants_queries(self.sealed) else {}
         if policy.wants_weights:
             if policy.weights_of == "last":

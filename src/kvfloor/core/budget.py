@@ -125,7 +125,8 @@ def with_budget(method: Method, budget: Budget) -> Method:
 def _row_bytes(method: Method, tokens: int, spec: Spec, g: int) -> int:
     """Bytes that one row allocates under this budget, measured on a state with one token."""
     places = None if spec.places is None else spec.places[:1]
-    one = Spec(rows=1, d=spec.d, dv=spec.dv, scale=spec.scale, dtype=spec.dtype, places=places, tied=spec.tied)
+    law = {"scale": spec.scale, "tied": spec.tied, "rotation": spec.rotation}
+    one = Spec(rows=1, d=spec.d, dv=spec.dv, dtype=spec.dtype, places=places, **law)
     state = with_budget(method, tokens).open(one)
     q = torch.zeros(1, g, 1, spec.d)
     k = torch.zeros(1, 1, state.key_width).to(spec.dtype)

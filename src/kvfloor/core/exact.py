@@ -33,7 +33,7 @@ class Exact(Method):
 
     @property
     def traits(self) -> Traits:
-        return Traits(constant_memory=False, pins=True)
+        return Traits(constant_memory=False, pins=True, turns=not isinstance(self.selector, Indexed))
 
     @property
     def parts(self) -> Parts:
@@ -61,7 +61,7 @@ class ExactState(Blocked):
 
     def __init__(self, method: Exact, spec: Spec) -> None:
         block = method.selector.block() if isinstance(method.selector, Indexed) else None
-        slots = Slots(spec, [_FIRST_SLOTS] * spec.rows)
+        slots = Slots(spec, [_FIRST_SLOTS] * spec.rows, lose=False)
         super().__init__(method, spec, slots, block or _QUERIES_AT_ONCE, in_order=True)
 
     @property

@@ -34,6 +34,7 @@ class Traits:
     block_causal    a query may be answered by its block rather than alone
     constant_memory nbytes never grows once opened
     pins            `State.pin` keeps a span of tokens for good
+    turns           keys are held whole, so that they can be turned to their place among what is held (`Spec.rotation`)
     trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it fits any model
     """
 
@@ -44,6 +45,7 @@ class Traits:
     block_causal: bool = False
     constant_memory: bool = True
     pins: bool = False
+    turns: bool = False
     trained_for: tuple[int, int, int] | None = None
 
 

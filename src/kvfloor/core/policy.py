@@ -44,7 +44,7 @@ class Held:
 
     @property
     def k(self) -> Tensor:
-        """Keys (r, s, d), fetched when asked for; a copy only if rows are ragged or not all there."""
+        """Keys (r, s, d) as they are read, fetched when asked for; a copy only if rows are ragged or not all there."""
         return self.fetch("k")
 
     @property
@@ -56,6 +56,17 @@ class Held:
     def live(self) -> Tensor:
         """Slots that hold a token (r, s)."""
         return torch.arange(self.position.shape[1], device=self.count.device) < self.count
+
+    def turned(self, q: Tensor, position: Tensor) -> Tensor:
+        """Queries q (r, g, b, d) as they came, turned to the places that their tokens of position (r, b) have now.
+
+        For tokens behind which nothing has left, such as the newest that never leave.
+        """
+        rotation = self.spec.rotation
+        if rotation is None:
+            return q
+        place = (self.count - self.seen + position).clamp_min(0)
+        return rotation.turned(q, rotation.circle(place.unsqueeze(1), self.spec.compute_dtype))
 
     def part(self, at: slice) -> Held:
         """Return the view of the slots `at` only."""
@@ -75,11 +86,18 @@ class Queries:
     """The queries of one block, in order: each sees the tokens up to its own position.
 
     q (r, g, b, d); made (r, b) says which of them were really asked; position (r, b) of the token each came with.
+    Under a rotation q are turned to their places, as the ledger's keys are, and `bare` has them as they came.
     """
 
     q: Tensor
     made: Tensor
     position: Tensor
+    bare: Tensor | None = None
+
+    @property
+    def as_they_came(self) -> Tensor:
+        """The queries (r, g, b, d) before they were turned, for a memory that outlives the places of now."""
+        return self.q if self.bare is None else self.bare
 
     def last(self) -> tuple[Queries, Tensor]:
         """The last query of each row that was made, and its place (r, 1) among all; every row has made one."""
@@ -87,7 +105,8 @@ class Queries:
         place = (self.made * order).amax(1, keepdim=True) - 1
         r, g, _, d = self.q.shape
         q = self.q.gather(2, place.view(r, 1, 1, 1).expand(r, g, 1, d))
-        return Queries(q, self.made.gather(1, place), self.position.gather(1, place)), place
+        bare = None if self.bare is None else self.bare.gather(2, place.view(r, 1, 1, 1).expand(r, g, 1, d))
+        return Queries(q, self.made.gather(1, place), self.position.gather(1, place), bare), place
 
 
 class PolicyMemory(Memory, ABC):

@@ -35,16 +35,29 @@ class Slots(Memory):
     A row's slots carry no order; `position` says when a token came. Rows may have different capacities (per-head
     budgets free real bytes) and different fill (`held`). `columns` are per-slot numbers that a policy keeps, zero
     where a slot holds no token. Clocks and counts live on the CPU, so that control flow never waits for a device.
+
+    Under `spec.rotation` k has keys as they are read, turned to the rank of their token among the row's. When tokens
+    leave, the ranks of those behind them change: k is turned anew from `bare`, the keys as they came, so that no
+    rounding builds up. Slots that `lose` no token, and whose values are not the keys, need no `bare`.
     """
 
-    def __init__(self, spec: Spec, capacities: Sequence[int], columns: dict[str, torch.dtype] | None = None) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        capacities: Sequence[int],
+        columns: dict[str, torch.dtype] | None = None,
+        lose: bool = True,
+    ) -> None:
         self.spec = spec
         self.held = torch.zeros(spec.rows, dtype=torch.int64)
         self.columns = Columns()
         self._lay_out(torch.tensor(list(capacities), dtype=torch.int64))
         total = int(self.capacity.sum())
         self.k = torch.zeros(total, spec.d, dtype=spec.dtype, device=spec.device)
+        turns = spec.rotation is not None and (lose or spec.tied)
+        self.bare = torch.zeros_like(self.k) if turns else None
         self.v = self.k if spec.tied else torch.zeros(total, spec.dv, dtype=spec.dtype, device=spec.device)
+        self._tie()
         self.position = torch.zeros(total, dtype=torch.int64, device=spec.device)
         for name, dtype in (columns or {}).items():
             setattr(self.columns, name, torch.zeros(total, dtype=dtype, device=spec.device))
@@ -57,7 +70,8 @@ class Slots(Memory):
     @property
     def _own(self) -> tuple[str, ...]:
         """What is kept of every token beside the columns; of keys that are values as well, one copy."""
-        return ("k", "position") if self.spec.tied else ("k", "v", "position")
+        own = ("k", "position") if self.spec.tied else ("k", "v", "position")
+        return own if self.bare is None else (*own, "bare")
 
     def _columns(self) -> dict[str, Tensor]:
         return self.columns.tensors()
@@ -126,12 +140,15 @@ class Slots(Memory):
 
     # ---- writing -------------------------------------------------------------------------------------------
 
-    def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor) -> None:
-        """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a)."""
+    def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor, bare: Tensor | None = None) -> None:
+        """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a).
+
+        bare (rows, a, d): the keys before they were turned to their ranks, under a rotation.
+        """
         a, at = k.shape[1], self.level if min(take.tolist()) == k.shape[1] else None
         if at is None or at + a > self.stride:
             self._reserve(self.held + take)
-        given = {"k": k, "v": v, "position": position}
+        given = {"k": k, "v": v, "position": position, "bare": bare}
         if at is not None:
             for name in self._own:
                 self._table(getattr(self, name), at, at + a).copy_(given[name])
@@ -143,10 +160,12 @@ class Slots(Memory):
                 getattr(self, name)[slot] = given[name][wanted]
         self.held = self.held + take
 
-    def put(self, k: Tensor, v: Tensor, position: int) -> None:
+    def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
         """`push` of one token of this position to every row, for rows in step that have room for it."""
         at = self.held.tolist()[0]
         self._table(self.k, at, at + 1).copy_(k)
+        if self.bare is not None:
+            self._table(self.bare, at, at + 1).copy_(k if bare is None else bare)
         if not self.spec.tied:
             self._table(self.v, at, at + 1).copy_(v)
         self.position[at :: self.stride] = position
@@ -180,7 +199,30 @@ class Slots(Memory):
             store.index_copy_(0, target, store.index_select(0, source))
         for store in self._columns().values():
             store.index_fill_(0, freed, 0)
+        fewer = held < self.held
         self.held = held
+        if self.bare is not None:
+            self._turn(None if bool(fewer.all()) else fewer.nonzero().squeeze(1))
+
+    def _turn(self, rows: Tensor | None) -> None:
+        """Turn the keys of `rows` (None: all) to the ranks that their tokens have now."""
+        bare, rotation = self.bare, self.spec.rotation
+        held = self.held if rows is None else self.held[rows]
+        width = int(held.max()) if len(held) else 0
+        if bare is None or rotation is None or width == 0:
+            return
+        live = torch.arange(width) < held.unsqueeze(1)
+        position = self.across(self.position, rows, width).masked_fill(~live.to(bare.device), 1 << 62)
+        rank = torch.empty_like(position).scatter_(
+            1, position.argsort(1), torch.arange(width, device=bare.device).expand_as(position)
+        )
+        circle = rotation.circle(rank, self.spec.compute_dtype, below=width)
+        turned = rotation.turned(self.across(bare, rows, width), circle)
+        if rows is None and self.level is not None:
+            self._table(self.k, 0, width).copy_(turned)
+        else:
+            live = live.to(bare.device)
+            self.k[self._index(rows, width)[live]] = turned[live]
 
     def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(row, k, v, position) of the slots marked in (rows, width): (e,), (e, d), (e, dv), (e,), in slot order."""
@@ -223,14 +265,15 @@ class Slots(Memory):
 
     def _tie(self) -> None:
         if self.spec.tied:
-            self.v = self.k
+            self.v = self.k if self.bare is None else self.bare
 
     # ---- as a part of a state ------------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
         """Only held tokens travel: an evicted token's bytes still in the arena never reach the message."""
         index = self.live_index()
-        live = {name: tensor[index] for owner, name, tensor in self._arrays() if owner is self}
+        follows = ("k",) if self.bare is not None else ()  # from `bare`
+        live = {name: tensor[index] for owner, name, tensor in self._arrays() if owner is self and name not in follows}
         columns = {name: tensor[index] for name, tensor in self._columns().items()}
         return {"held": self.held, "capacity": self.capacity, "columns": columns, **live}
 
@@ -256,11 +299,15 @@ class Slots(Memory):
         self._lay_out(fields["capacity"])
         index = self.live_index()
         for owner, name, store in self._arrays():
-            sent = fields[name] if owner is self else fields["columns"][name]
             placed = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
+            if owner is self and name == "k" and self.bare is not None:
+                setattr(owner, name, placed)  # turned below
+                continue
+            sent = fields[name] if owner is self else fields["columns"][name]
             placed[index] = sent.to(store.device)
             setattr(owner, name, placed)
         self._tie()
+        self._turn(None)
 
     def select_rows(self, index: Tensor) -> None:
         sources = [int(self.offset[row]) + torch.arange(int(self.held[row])) for row in index.tolist()]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.attend import compute_dtype
+from kvfloor.core.rotation import Rotation
 
 DTYPES = {
     "float64": torch.float64,
@@ -33,6 +34,8 @@ class Spec:
     places    where in a model each row stands, as (layer, kv head), for methods whose trained parameters differ from
               head to head; None outside a model
     tied      a token's value is its key: both are given as one tensor, and held once
+    rotation  None, or how keys and queries are turned by their place: they are given unturned, and a token's place is
+              its rank among the tokens that its row holds, the oldest at 0, its own query's the same
     Raises ValueError naming the field that is out of its domain.
     """
 
@@ -47,6 +50,7 @@ class Spec:
     row_ids: Sequence[int] | None = None
     places: Sequence[tuple[int, int]] | None = None
     tied: bool = False
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "d", "dv"):
@@ -61,6 +65,13 @@ class Spec:
             raise ValueError(f"Spec.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.tied and self.d != self.dv:
             raise ValueError(f"Spec.tied says that values are the keys, so dv must be d = {self.d}, got {self.dv}")
+        if self.rotation is not None:
+            if not isinstance(self.rotation, Rotation):
+                raise ValueError(f"Spec.rotation must be None or a Rotation, got {self.rotation!r}")
+            if self.rotation.stop > self.d:
+                raise ValueError(
+                    f"Spec.rotation turns entries up to {self.rotation.stop} of keys that have d = {self.d}"
+                )
         if not isinstance(self.seed, int):
             raise ValueError(f"Spec.seed must be an integer, got {self.seed!r}")
         ids = tuple(range(self.rows)) if self.row_ids is None else tuple(int(i) for i in self.row_ids)
@@ -99,10 +110,14 @@ class Spec:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         plain.pop("device", None)
         plain["dtype"] = str(self.dtype).removeprefix("torch.")
+        if self.rotation is not None:
+            plain["rotation"] = self.rotation.as_dict()
         if plain.get("row_ids") == tuple(range(self.rows)):
             del plain["row_ids"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any], device: str | torch.device = "cpu") -> Spec:
-        return cls(**(plain | {"dtype": DTYPES[plain["dtype"]], "device": device}))
+        turn = plain.get("rotation")
+        rotation = None if turn is None else Rotation.from_dict(turn)
+        return cls(**(plain | {"dtype": DTYPES[plain["dtype"]], "device": device, "rotation": rotation}))

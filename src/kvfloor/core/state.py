@@ -90,6 +90,11 @@ class State(Memory, metaclass=_Plain):
             cls.guarantee = whole(cls.guarantee)
 
     def __init__(self, method: Method, spec: Spec) -> None:
+        if spec.rotation is not None and not method.traits.turns:
+            raise ValueError(
+                f"{method} does not hold every key that it reads, so none can be turned to its place among what is "
+                f"held: open it without Spec.rotation, or take a policy such as sinks or h2o, without a summary of keys"
+            )
         self.method = method
         self.spec = spec
         self.shared: dict[str, Tensor] = {}  # tensors fixed by (method, spec) alone: public, uncounted

@@ -80,6 +80,10 @@ class Drop(Summary):
 
     name: ClassVar[str] = "drop"
 
+    @property
+    def traits(self) -> Traits:
+        return Traits(turns=True)
+
     def open(self, spec: Spec) -> None:
         del spec
 

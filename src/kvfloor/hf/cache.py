@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from kvfloor.core.bounded import Bounded
 from kvfloor.core.method import Method, standard_law
+from kvfloor.core.rotation import Rotation
 from kvfloor.hf import other_layers as stock
 from kvfloor.hf.allocate import Shares, pyramid
 from kvfloor.hf.calibrate import floor_shares
@@ -21,6 +22,8 @@ from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.layers import cache_layers, layers_served
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage, outside_inference
+from kvfloor.hf.positions import Memo, TurnBack, rotations
+from kvfloor.hf.prepare import is_prepared
 from kvfloor.hf.saved import MOST_BYTES, load, save
 from kvfloor.methods.registry import parse
 
@@ -40,6 +43,10 @@ class CompressedCache(Cache):
               the budget, as `budgets`
     pinned    spans [from, to) of a row's token positions that never leave, e.g. [(0, 40)] for a system prompt
     on_evict  called with an `Eviction` whenever tokens leave a layer
+    positions "stream": keys stay where the model put them, so that a distance is one in the stream. "cache": a token's
+              position is its rank among those that its kv head holds, so that no distance is longer than the budget and
+              a stream goes on past the positions that the model was trained for (StreamingLLM). Needs the model,
+              prepared, rotary positions, and a method that holds whole tokens
     One cache serves one request (or one batch) at a time, on a model that went through `prepare`.
     Raises TypeError and ValueError naming the argument; what only the first forward can tell (a budget too small for
     what is protected, a table with a wrong number of heads) it raises there.
@@ -58,6 +65,7 @@ class CompressedCache(Cache):
         calibration: Sequence[int] | Tensor | None = None,
         pinned: Sequence[tuple[int, int]] = (),
         on_evict: Callable[[Eviction], None] | None = None,
+        positions: Literal["stream", "cache"] = "stream",
     ) -> None:
         model = config if isinstance(config, PreTrainedModel) else None
         config = config.config if isinstance(config, PreTrainedModel) else config
@@ -75,14 +83,20 @@ class CompressedCache(Cache):
             None if budgets is None else _table("budgets", budgets, int),
             _shares(allocate, model, calibration, served),
             tuple((int(start), int(stop)) for start, stop in pinned),
+            _rotations(positions, self.method, model),
         )
         kept = ("context", "seed", "requests", "budgets", "pinned")
         # What `load` constructs the cache with; JSON-ready.
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
+        if positions == "cache":
+            self.arguments["positions"] = positions
         self._meter = Meter()
         self._passage = Passage.of(config)
         super().__init__(layers=cache_layers(config, opening, self._meter, self._passage))
         self._empty = [None if isinstance(layer, CompressedLayer) else stock.blank(layer) for layer in self.layers]
+        memo = Memo()
+        for layer, rotation in zip(self.compressed, opening.rotations or (), strict=False):
+            layer.turn_back = None if rotation is None else TurnBack(rotation, layer.place, memo)
         if on_evict is not None:
             self.call_on_evict(on_evict)
 
@@ -315,6 +329,26 @@ def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...]
                 f"{name} are positive {'numbers' if kind is float else 'whole numbers of tokens'}, got {x!r}"
             )
     return table
+
+
+def _rotations(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
+    """What turns each compressed layer's keys by their rank; None where positions are the stream's."""
+    if positions not in ("stream", "cache"):
+        raise ValueError(f'positions count in the "stream" or in the "cache", got {positions!r}')
+    if positions == "stream":
+        return None
+    if not method.traits.turns:
+        raise ValueError(
+            f'positions="cache" turns every key that is read to its place; {method} does not hold them whole: take an '
+            f"eviction policy such as sinks or h2o, without a summary of keys and without an index"
+        )
+    if not is_prepared(model):
+        raise ValueError(
+            'positions="cache" has to see how the model turns its keys: give the model, prepared, instead of its '
+            "configuration"
+        )
+    assert model is not None
+    return tuple(rotations(model))
 
 
 def _shares(allocate: Any, model: PreTrainedModel | None, calibration: Any, layers: int) -> Shares | None:

@@ -90,9 +90,13 @@ class CompressedLayer(CacheLayerMixin):
             None  # sees what is answered
         )
         self._meter, self._passage = meter, passage
+        # What positions="cache" puts before the state: (query, key, value, positions) -> query and key without a turn.
+        self.turn_back: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
+        self.room: int | None = None  # positions in the model's learned table, if it has one
         self._on_evict: Callable[[Eviction], None] | None = None
         self._readers, self._waiting = readers, 0  # layers that share these keys; how many of them come in this forward
         self._before: State | None = None
+        self._unturned: Tensor | None = None  # this forward's keys as the state took them, while readers wait
 
     @staticmethod
     def of(key: Tensor) -> CompressedLayer | None:
@@ -113,7 +117,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _stage(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self._passage.begin_keys(self.index)
-        self.is_initialized, self._before = True, None
+        self.is_initialized, self._before, self._unturned = True, None, None
         keys = key_states.view_as(key_states)  # a tensor object of its own, so that the tag is not the caller's
         setattr(keys, _TAG, weakref.ref(self))
         latent.staged(keys, value_states)
@@ -121,7 +125,16 @@ class CompressedLayer(CacheLayerMixin):
         return keys, value_states
 
     def get_seq_length(self, *args: Any) -> int:
-        """Slots seen (pads included), not tokens stored."""
+        """Slots seen (pads included), not tokens stored.
+
+        The model asks before it looks its positions up, so a table that has no more of them is refused here.
+        """
+        if self.room is not None and self.state is not None and int(self.state.seen.max()) >= self.room:
+            raise ValueError(
+                f"this model has a learned table of {self.room} positions, and its cache has seen as many tokens: no "
+                f"more can come. Start a new cache with the text that matters; a stream without an end needs a model "
+                f'with rotary positions, and positions="cache"'
+            )
         return self.seen
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
@@ -135,7 +148,8 @@ class CompressedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name until transformers 5.12
 
     def reset(self) -> None:
-        self.state, self.seen, self.batch, self.staged_bytes, self._before = None, 0, 0, 0, None
+        self.state, self.seen, self.batch, self.staged_bytes = None, 0, 0, 0
+        self._before = self._unturned = None
         self._meter.forget(self.index)
 
     def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
@@ -206,14 +220,15 @@ class CompressedLayer(CacheLayerMixin):
         scale: float,
         softcap: float | None,
         sink: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """query (B, H, n, d), staged key and value (B, Hkv, n, .) -> (B, n, H, dv); commits what was staged.
 
         padding: bool (B, slots), None if every token is real. sink: a logit per query head (H,) that takes its share
-        of the softmax and has no value.
+        of the softmax and has no value. positions (B or 1, n): the model's, for a layer that turns its keys back.
         """
         if not self.staged_bytes:
-            return self._answer_reader(query, key, value, padding, sink)
+            return self._answer_reader(query, key, value, padding, sink, positions)
         batch, heads, n, _d = query.shape
         kv_heads, dv = key.shape[1], value.shape[-1]
         g = heads // kv_heads
@@ -231,6 +246,11 @@ class CompressedLayer(CacheLayerMixin):
             present = present_rows(padding, slice(self.seen, self.seen + n), kv_heads)
             if self.record is not None:
                 self.record(query, key, value, scale, softcap)
+            if self.turn_back is not None:
+                asked = key
+                query, key = self.turn_back(query, key, value, positions)
+                value = key if value is asked else value
+            self._unturned = key if self._readers else None
             self._before, self._waiting = state.clone() if self._readers else None, self._readers
             self._passage.changing(self.index)
             began = True
@@ -268,7 +288,13 @@ class CompressedLayer(CacheLayerMixin):
         self._passage.unchanged(self.index)
 
     def _answer_reader(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sink: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        sink: Tensor | None,
+        positions: Tensor | None,
     ) -> Tensor:
         """The answer to a layer that asks this one's keys: query (B, H, m, d) of the newest m tokens of this forward.
 
@@ -280,10 +306,14 @@ class CompressedLayer(CacheLayerMixin):
                 f"family shares keys between layers in a way that kvfloor does not know"
             )
         kv_heads, n, m = key.shape[1], key.shape[2], query.shape[2]
+        if self.turn_back is not None and self._unturned is not None:
+            newest = None if positions is None else positions[..., -m:]
+            query, _ = self.turn_back(query, key[:, :, n - m :], value[:, :, n - m :], newest)
+            key = self._unturned
         self._waiting -= 1
         state = self._before.clone() if self._waiting else self._before
         if not self._waiting:
-            self._before = None
+            self._before = self._unturned = None
         present = present_rows(padding, slice(self.seen - n, self.seen), kv_heads)
         if m < n:
             early, unasked = (x[:, :, : n - m].flatten(0, 1) for x in (key, value))

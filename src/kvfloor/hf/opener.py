@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfloor.core.budget import least_budget, resolve, with_budget
 from kvfloor.core.method import Method
+from kvfloor.core.rotation import Rotation
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.hf.allocate import Shares, per_head, spread
@@ -28,6 +29,7 @@ class Opening:
     context   tokens that a share such as "@25%" refers to
     requests  one id per batch item, which keys the method's randomness
     pinned    spans [from, to) of token positions that never leave
+    rotations  one per compressed layer, of keys that come unturned and are turned by their rank; None: none is turned
     """
 
     method: Method
@@ -38,6 +40,7 @@ class Opening:
     budgets: Budgets | None = None
     shares: Shares | None = None
     pinned: tuple[tuple[int, int], ...] = ()
+    rotations: tuple[Rotation | None, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, table in (("budgets", self.budgets), ("allocate", self.shares)):
@@ -87,6 +90,7 @@ class Opening:
             row_ids=[_row_id(request, layer, head) for request in requests for head in range(kv_heads)],
             places=[(layer, head) for _ in requests for head in range(kv_heads)],
             tied=tied,
+            rotation=None if self.rotations is None else self.rotations[place],
         )
         state = self._sized(spec, place, batch, kv_heads, g).open(spec)
         for start, stop in self.pinned:

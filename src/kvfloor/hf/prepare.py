@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from kvfloor.hf import latent
 from kvfloor.hf.families import ignores_the_interface, own_cache_class, refusal
 from kvfloor.hf.layer import CompressedLayer
+from kvfloor.hf.positions import table_room
 
 NAME = "kvfloor"
 EVERY = slice(None)
@@ -162,7 +163,10 @@ def _answered(
         )
     if kwargs.get("is_causal") is False:
         raise ValueError(f"{type(module).__name__} looks ahead; a compressed layer answers from what came before")
-    out = layer.answer(query, key, value, padding, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    law = (scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    out = layer.answer(query, key, value, padding, *law, kwargs.get("position_ids"))
+    if layer.served_by is None:
+        layer.room = table_room(owner(module))
     layer.served_by = weakref.ref(module)
     return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 

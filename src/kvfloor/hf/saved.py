@@ -98,7 +98,7 @@ def load(
     try:
         _check_model(header["model"], model)
         own = _method(header["method"], method)
-        cache = kind(model.config, own, **header["arguments"])
+        cache = kind(model, own, **header["arguments"])
         devices = _devices(model)
         for i, (layer, plain) in enumerate(zip(cache.layers, header["layers"], strict=True)):
             _restored(layer, plain, fields[str(i)], devices.get(i, model.device), own, model)

@@ -62,6 +62,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("select_rows", rows.IdsStay(), "pads", "row_alone", "row_order"),
     _mutant("reference", answers.NoSoftcap()),
     _mutant("attends_to_held", answers.MassOff()),
+    _mutant("turns", answers.TurnsByAge()),
     _mutant("hull", traits.ClaimsHull()),
     _mutant("value_linear", traits.ClaimsLinearity()),
     _mutant("constant_memory", traits.ClaimsConstantMemory(), "chunking"),

@@ -27,6 +27,18 @@ class FutureLeak(Small):
     state = FutureLeakState
 
 
+class TurnsByAgeState(BoundedState):
+    def _newest(self, q: Tensor) -> Tensor:
+        newest = (self.seen - 1).clamp_min(0).unsqueeze(1)
+        return self._turned(q.unsqueeze(1), newest, int(self.seen.max()) + 1).squeeze(1)
+
+
+class TurnsByAge(Small):
+    """Takes a query's place for its token's number in the stream instead of among what is held."""
+
+    state = TurnsByAgeState
+
+
 class CrowdTemperatureState(BoundedState):
     def _read(self, q: Tensor) -> Partial:
         limit, largest = 8.0, float(q.abs().max()) if q.numel() else 0.0

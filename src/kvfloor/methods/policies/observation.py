@@ -91,7 +91,7 @@ class Observation(Policy):
         q, position = memory.q[rows], memory.position[rows]
         place = torch.arange(self.window, 0, -1, device=position.device)
         position = position.masked_fill(place > window, -1)  # sees nothing, so it has no vote
-        votes = self._votes(q, position, held)
+        votes = self._votes(held.turned(q, position), position, held)
         return total(self._pooled(votes, held, held.seen - window), 1) / votes.shape[1]
 
     def _votes(self, q: Tensor, position: Tensor, held: Held) -> Tensor:
@@ -143,7 +143,8 @@ class Observation(Policy):
 class LastQueries(PolicyMemory):
     """The last `window` queries that were asked: q (rows, g, window, d), the newest last, and their positions.
 
-    A place that no query fills yet has position -1. Unless they are wanted `for_good`, they are given up at the seal.
+    The queries are as they came, before any turn. A place that no query fills yet has position -1. Unless they are
+    wanted `for_good`, they are given up at the seal.
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:
@@ -159,7 +160,7 @@ class LastQueries(PolicyMemory):
     def take(self, rows: Tensor | None, queries: Queries) -> None:
         assert self.q is not None
         mine = slice(None) if rows is None else rows.to(self.q.device)
-        q = torch.cat([self.q[mine], queries.q], 2)
+        q = torch.cat([self.q[mine], queries.as_they_came], 2)
         position = torch.cat([self.position[mine], queries.position.masked_fill(~queries.made, -1)], 1)
         newest = torch.argsort((position >= 0).to(torch.int8), dim=1, stable=True)[:, -self.window :]
         self.position[mine] = position.gather(1, newest)

@@ -15,7 +15,7 @@ from kvfloor.validation import count
 class Sinks(Policy):
     """A window that never gives up a row's first `count` tokens, on which models park attention.
 
-    Keys keep the positions they came with (no re-rotation inside the cache).
+    The paper counts positions within the cache, which is a matter of the state's spec (`Spec.rotation`) for any policy.
     """
 
     name: ClassVar[str] = "sinks"

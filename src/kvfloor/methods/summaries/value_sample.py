@@ -70,7 +70,7 @@ class ValueSample(Summary):
     @property
     def traits(self) -> Traits:
         mean = self.epsilon is None and self.groups in (None, 1)  # a median mixes coordinates of different tokens
-        return Traits(reference="unmasked", normalised=mean, value_linear=mean)
+        return Traits(reference="unmasked", normalised=mean, value_linear=mean, turns=True)
 
     def sizes(self, dv: int) -> tuple[int, int]:
         """(T, Q) for values of width dv."""

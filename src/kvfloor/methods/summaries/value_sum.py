@@ -28,7 +28,7 @@ class ValueSum(Summary):
 
     @property
     def traits(self) -> Traits:
-        return Traits(reference="unmasked")
+        return Traits(reference="unmasked", turns=True)
 
     def open(self, spec: Spec) -> ValueSumState:
         return ValueSumState(spec)

@@ -1,0 +1,96 @@
+"""Rotation: rotary positions (RoPE) as part of what a state is opened for, so that positions count within it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TABLE_PLACES = 1 << 15  # places whose cosines are kept ready; those beyond are taken anew each time
+_FIRST_PLACES = 1024
+
+Circle = tuple[Tensor, Tensor]  # cosine and sine of every pair's angle, (..., pairs) each
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Turn pairs of a vector's entries by angles that grow with its place (Su et al. 2021, RoPE, arXiv 2104.09864).
+
+    frequencies  radians per place, one number per pair
+    start        the first entry that is turned; 2 x pairs of them are, the others stay
+    interleaved  pair i is entries (2i, 2i + 1) of those that are turned; otherwise (i, i + pairs)
+    Law: at place p pair (x, y) becomes (x cos a - y sin a, y cos a + x sin a), a = p x frequency rounded to float32, as
+    transformers rounds it. So the turn of a model is undone exactly however large p is, and done as the model does it.
+    """
+
+    frequencies: tuple[float, ...]
+    start: int = 0
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        frequencies = tuple(float(x) for x in self.frequencies)
+        if not frequencies or not all(math.isfinite(x) for x in frequencies):
+            raise ValueError(f"Rotation.frequencies must be finite numbers, one per pair, got {self.frequencies!r}")
+        if not isinstance(self.start, int) or isinstance(self.start, bool) or self.start < 0:
+            raise ValueError(f"Rotation.start must be a whole number >= 0, got {self.start!r}")
+        object.__setattr__(self, "frequencies", frequencies)
+        object.__setattr__(self, "_tables", {})
+
+    @property
+    def stop(self) -> int:
+        """The first entry behind those that are turned."""
+        return self.start + 2 * len(self.frequencies)
+
+    def circle(self, place: Tensor, dtype: torch.dtype, below: int | None = None) -> Circle:
+        """Cosines and sines (..., pairs) of these places (...), int64, in `dtype`.
+
+        below: a number that all places are known to be under; those of a short range are looked up.
+        """
+        if below is None or below > _TABLE_PLACES:
+            return self._computed(place, dtype)
+        cos, sin = self._table(below, dtype, place.device)
+        at = place.flatten()
+        return tuple(x.index_select(0, at).view(*place.shape, -1) for x in (cos, sin))  # pyright: ignore[reportReturnType]
+
+    def _computed(self, place: Tensor, dtype: torch.dtype) -> Circle:
+        """Taken in float64 and then rounded: equal bits on any path, vectorised or not."""
+        frequency = torch.tensor(self.frequencies, dtype=torch.float32, device=place.device)
+        angle = (place.to(torch.float32).unsqueeze(-1) * frequency).to(torch.float64)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def _table(self, below: int, dtype: torch.dtype, device: torch.device) -> Circle:
+        """The circle of places 0, 1, 2, ..., at least `below` of them: fixed by the rotation alone, so kept."""
+        tables: dict[Any, Circle] = vars(self)["_tables"]
+        table = tables.get((dtype, device))
+        if table is None or table[0].shape[0] < below:
+            places = _FIRST_PLACES
+            while places < below:
+                places *= 2
+            table = tables[dtype, device] = self._computed(torch.arange(places, device=device), dtype)
+        return table
+
+    def turned(self, x: Tensor, circle: Circle, back: bool = False) -> Tensor:
+        """x (..., d) turned by `circle`, or turned back; computed in the circle's dtype, rounded once to x's."""
+        cos, sin = circle[0], -circle[1] if back else circle[1]
+        middle = x[..., self.start : self.stop].to(cos.dtype)
+        if self.interleaved:
+            one, two = middle[..., 0::2], middle[..., 1::2]
+        else:
+            one, two = middle.chunk(2, -1)
+        new = (one * cos - two * sin, two * cos + one * sin)
+        turned = (torch.stack(new, -1).flatten(-2) if self.interleaved else torch.cat(new, -1)).to(x.dtype)
+        if turned.shape[-1] == x.shape[-1]:
+            return turned
+        return torch.cat([x[..., : self.start], turned, x[..., self.stop :]], -1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {"frequencies": list(self.frequencies), "start": self.start, "interleaved": self.interleaved}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Rotation:
+        return cls(tuple(plain["frequencies"]), plain["start"], plain["interleaved"])

@@ -1,0 +1,238 @@
+"""Positions that count within the cache: how a model turns its keys, found by asking it, and turning them back.
+
+A rotary model turns queries and keys by their position before a cache gets them. For `positions="cache"` they are
+turned back here and turned to their rank by the state (`Spec.rotation`). No family is known by name: one token is fed
+at several positions at once, and each layer's keys and queries must differ by one rotation with the frequencies of one
+of the model's own rotary modules. A token alone attends to itself, so nothing else depends on its position.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvfloor.core.attend import compute_dtype
+from kvfloor.core.rotation import Circle, Rotation
+
+FAR = 1_000_003  # a position that no model was trained for, and that float32 angles already round
+TOLERANCE = {
+    torch.float64: 1e-4,
+    torch.float32: 1e-4,
+    torch.float16: 4e-3,
+    torch.bfloat16: 2e-2,
+}  # of the largest entry
+_TABLE = re.compile(r"(^|\.)(wpe|\w*pos\w*)$")
+_LENGTH_DEPENDENT = {
+    "dynamic": "dynamic NTK scaling changes all frequencies with the length of the stream",
+    "longrope": "LongRoPE changes its frequencies once the stream is longer than the model was first trained for",
+}
+
+
+class Memo:
+    """The circles of one forward's positions, for all layers that turn alike."""
+
+    def __init__(self) -> None:
+        self._positions: weakref.ref[Tensor] | None = None
+        self._place = -1
+        self._circles: dict[tuple[Rotation, torch.dtype], Circle] = {}
+
+    def circle(self, rotation: Rotation, place: int, positions: Tensor, dtype: torch.dtype) -> Circle:
+        """Cosines and sines (batch or 1, 1, n, pairs) of positions (batch or 1, n), for the place-th layer."""
+        same = self._positions is not None and self._positions() is positions
+        if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
+            self._circles.clear()
+            self._positions = weakref.ref(positions)
+        self._place = place
+        if (rotation, dtype) not in self._circles:
+            self._circles[rotation, dtype] = rotation.circle(plain(positions).unsqueeze(1), dtype)
+        return self._circles[rotation, dtype]
+
+
+@dataclass(frozen=True)
+class TurnBack:
+    """Undo a layer's rotation of queries and keys, which come at the model's positions."""
+
+    rotation: Rotation
+    place: int
+    memo: Memo
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """query (B, H, n, d) and key (B, Hkv, n, d) as they were before; positions (B or 1, n) or (axes, B, n)."""
+        del value
+        if positions is None:
+            raise ValueError('the model passed no position_ids to its attention, which positions="cache" turns back by')
+        circle = self.memo.circle(self.rotation, self.place, positions, compute_dtype(key.dtype))
+        return tuple(self.rotation.turned(x, circle, back=True) for x in (query, key))  # pyright: ignore[reportReturnType]
+
+
+def plain(positions: Tensor) -> Tensor:
+    """Positions (B or 1, n) of text; ValueError where several axes differ, as those of images do."""
+    if positions.ndim < 3:
+        return positions
+    if not bool((positions == positions[:1]).all()):
+        raise ValueError(
+            'positions="cache" counts tokens of text; these have several axes that differ, as those of images do: use '
+            'positions="stream"'
+        )
+    return positions[0]
+
+
+def rotations(model: PreTrainedModel) -> list[Rotation | None]:
+    """How each compressed layer of a prepared model turns its keys and queries; None for one that does not.
+
+    Runs one token through the model at a few positions, twice. Raises ValueError for a model whose positions are not
+    rotations fixed once and for all, naming why.
+    """
+    name = type(model).__name__
+    if model.training:
+        raise ValueError(
+            f'positions="cache" feeds {name} a token to see how it turns its keys: call model.eval() first'
+        )
+    room = table_room(model)
+    if room is not None:
+        raise ValueError(
+            f'{name} has a learned table of {room} positions, not a rotation that could be turned: positions="cache" '
+            f"is for rotary models; with this one no stream is longer than its table"
+        )
+    for module in model.modules():
+        for kind in _rope_types(module):
+            if kind in _LENGTH_DEPENDENT:
+                raise ValueError(f'positions="cache" cannot serve {name}: {_LENGTH_DEPENDENT[kind]}')
+    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
+    near = sorted({0, 1, 2, 3, 7, 64, trained // 2, trained - 1} & set(range(trained)))
+    first, second = _probed(model, near), _probed(model, [0, 2 * trained + 1, FAR])
+    candidates = _candidates(model)
+    found = {index: _found(name, index, [*first[index], *second[index]], candidates) for index in first}
+    for index, rotation in found.items():
+        if rotation is not None and not all(seen.positions_came for seen in (*first[index], *second[index])):
+            raise ValueError(
+                f'positions="cache" cannot serve {name}: layer {index} passes no position_ids to its attention, so '
+                f"nothing tells by how much its keys were turned"
+            )
+    return list(found.values())
+
+
+@dataclass
+class _Seen:
+    """What a layer's attention was given for one token at each of the probe's positions, each (batch, heads, d)."""
+
+    place: Tensor  # (batch,)
+    query: Tensor
+    key: Tensor
+    value: Tensor | None  # None where it is the key
+    positions_came: bool  # to the attention function
+
+
+@dataclass
+class _Recorder:
+    """Stands where `TurnBack` will, and changes nothing."""
+
+    place: Tensor
+    seen: list[_Seen] = field(default_factory=list)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        came = positions is not None and torch.equal(plain(positions)[:, 0].to(self.place), self.place)
+        other = None if value is key else value[:, :, 0].clone()
+        self.seen.append(_Seen(self.place, query[:, :, 0].clone(), key[:, :, 0].clone(), other, came))
+        return query, key
+
+
+def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[_Seen]]:
+    """What each compressed layer is given for one token at these positions, one batch item each."""
+    from kvfloor.hf.cache import CompressedCache
+
+    name, place = type(model).__name__, torch.tensor(positions, device=model.device)
+    cache = CompressedCache(model.config, "exact")
+    recorders = {layer.index: _Recorder(place) for layer in cache.compressed}
+    for layer in cache.compressed:
+        layer.turn_back = recorders[layer.index]
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    token = torch.full((len(positions), 1), vocabulary // 3, device=model.device)
+    try:
+        with torch.inference_mode():
+            model(input_ids=token, position_ids=place.unsqueeze(1), past_key_values=cache, use_cache=True)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as cause:
+        raise ValueError(
+            f'positions="cache" has to know how {name} turns its keys, and it cannot be asked for single tokens at '
+            f"chosen positions: {cause}"
+        ) from cause
+    unasked = [index for index, recorder in recorders.items() if not recorder.seen]
+    if unasked:
+        raise ValueError(f'positions="cache" cannot serve {name}: layer {unasked[0]} asks no one for its attention')
+    return {index: recorder.seen for index, recorder in recorders.items()}
+
+
+def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
+    """The frequencies in the model's own rotary modules, each once, and as often turned the other way (NanoChat)."""
+    found: dict[tuple[float, ...], None] = {}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1 and not buffer.is_meta:
+                found[tuple(buffer.float().tolist())] = None
+    return [*found, *(tuple(-x for x in one) for one in found)]
+
+
+def _found(name: str, index: int, seen: Sequence[_Seen], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
+    """The one rule that explains all that layer `index` was given."""
+    d = seen[0].key.shape[-1]
+    for one in seen:
+        if one.value is not None and _apart(one.value, one.value[:1]) > TOLERANCE[one.value.dtype]:
+            raise ValueError(
+                f'positions="cache" cannot serve {name}: positions enter its hidden states, not only its keys and '
+                f"queries, so that they cannot be taken back"
+            )
+    rules: list[Rotation | None] = [None]
+    for frequencies in candidates:
+        for start in sorted({0, d - 2 * len(frequencies)}):
+            rules += [Rotation(frequencies, start, pairs) for pairs in (False, True) if start >= 0]
+    for rule in rules:
+        if (rule is None or rule.stop <= d) and all(_explains(rule, one) for one in seen):
+            return rule
+    raise ValueError(
+        f'positions="cache" cannot serve {name}: layer {index} does not turn its keys and queries by one rotation with '
+        f"the frequencies of the model's rotary modules ({len(candidates) // 2} found), side by side or half apart"
+    )
+
+
+def _explains(rule: Rotation | None, seen: _Seen) -> bool:
+    """Whether queries and keys at all positions are those at position 0, turned by the rule."""
+    for x in (seen.query, seen.key):
+        wide = x.to(compute_dtype(x.dtype))
+        expected = wide[:1].expand_as(wide)
+        if rule is not None:
+            expected = rule.turned(expected, rule.circle(seen.place.to(x.device).unsqueeze(1), wide.dtype))
+        if not _apart(wide, expected) <= TOLERANCE[x.dtype]:
+            return False
+    return True
+
+
+def _apart(x: Tensor, y: Tensor) -> float:
+    """The largest difference, as a share of the largest entry; infinite where there is nothing to compare."""
+    largest = float(x.abs().max())
+    return float((x - y).abs().max()) / largest if largest > 0 else float("inf")
+
+
+def _rope_types(module: nn.Module) -> list[str]:
+    kind = getattr(module, "rope_type", None)
+    kinds = list(kind.values()) if isinstance(kind, dict) else [kind]
+    return [one for one in kinds if isinstance(one, str)]
+
+
+def table_room(model: nn.Module | None) -> int | None:
+    """How many positions a model's learned table of them has; None where there is no such table."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    declared = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and isinstance(declared, int):
+            ahead = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+            room = module.num_embeddings - ahead
+            if declared - 4 <= room <= declared:  # not a picture's, nor one that counts something else
+                return room
+    return None
