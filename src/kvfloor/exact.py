@@ -12,6 +12,7 @@ from kvfloor.method import Guarantee, Method, Spec, Traits, part_text
 from kvfloor.selectors.everything import Everything
 from kvfloor.selectors.selector import Indexed, Selector
 from kvfloor.slots import Slots
+from kvfloor.state import ANEW
 
 _FIRST_SLOTS = 64
 _QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
@@ -69,6 +70,11 @@ class ExactState(Blocked):
 
     def _close(self, rows: Tensor | None) -> None:
         """Nothing ever leaves."""
+
+    def _forget(self, row: Tensor, position: Tensor) -> None:
+        if self.selection is not None:
+            raise ValueError(f"{self.method} indexes its tokens in their order, so it cannot drop some of them: {ANEW}")
+        self.slots.evict(self.slots.find(row, position))
 
     def _at_once(self, seen: int, left: int) -> int:
         del seen

@@ -181,6 +181,14 @@ class Slots(Memory):
             store.index_fill_(0, freed, 0)
         self.held = held
 
+    def find(self, row: Tensor, position: Tensor) -> Tensor:
+        """Mark the slots (rows, width), bool on the CPU, that hold the tokens named by row (e,) and position (e,)."""
+        view = self.view()
+        wanted = torch.zeros(self.spec.rows, int(position.max()) + 2, dtype=torch.bool)  # the last column: never wanted
+        wanted[row, position] = True
+        found = wanted.gather(1, view.position.cpu().clamp_max(wanted.shape[1] - 1))
+        return found if view.live is None else found & view.live.cpu()
+
     def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(row, k, v, position) of the slots marked in (rows, width): (e,), (e, d), (e, dv), (e,), in slot order."""
         row, slot = marked.cpu().nonzero(as_tuple=True)

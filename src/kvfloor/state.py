@@ -18,6 +18,7 @@ from kvfloor.partial import Partial
 
 Self = TypeVar("Self", bound="State")
 Call = TypeVar("Call", bound=Callable[..., Any])
+ANEW = "start again with an empty state and without these tokens, or use a method that keeps whole tokens and no summary"
 
 
 def _plain(call: Call) -> Call:
@@ -106,6 +107,13 @@ class State(Memory, metaclass=_Plain):
     def _seal(self) -> None:
         """React to the prompt's end."""
 
+    def _forget(self, row: Tensor, position: Tensor) -> None:
+        """Drop tokens by row (e,) and position (e,), both on the CPU; ValueError before a change if that is impossible."""
+        del row, position
+        raise ValueError(
+            f"{self.method} does not keep whole tokens, so it cannot drop some of those it has taken in: {ANEW}"
+        )
+
     # ---- what users call -----------------------------------------------------------------------------------
 
     @_plain
@@ -162,6 +170,27 @@ class State(Memory, metaclass=_Plain):
         if not self.sealed:
             self._seal()
             self.sealed = True
+
+    @_plain
+    def forget(self, row: Tensor, position: Tensor) -> None:
+        """Drop tokens, named by row (e,) and position (e,), int64: no later query attends to them.
+
+        Clocks do not change, and what a policy has learnt from these tokens stays learnt. A token that was evicted
+        for good before is passed over. Raises ValueError, the state unchanged, where a token cannot be taken out again.
+        """
+        row, position = (torch.as_tensor(x).to("cpu") for x in (row, position))
+        if row.ndim != 1 or row.shape != position.shape or row.dtype != torch.int64 or position.dtype != torch.int64:
+            raise ValueError(
+                f"forget needs a row and a position per token, 1-d int64 tensors, got {row.dtype} {tuple(row.shape)} "
+                f"and {position.dtype} {tuple(position.shape)}"
+            )
+        if not row.numel():
+            return
+        if int(row.min()) < 0 or int(row.max()) >= self.spec.rows:
+            raise ValueError(f"rows must lie in 0..{self.spec.rows - 1}, got {row.unique().tolist()}")
+        if bool(((position < 0) | (position >= self.seen[row])).any()):
+            raise ValueError(f"only tokens that were seen can be dropped: rows have seen {self.seen.tolist()}")
+        self._forget(row, position)
 
     def guarantee(self) -> Guarantee | None:
         """The method's guarantee, withdrawn (`holds` False) where what was seen breaks an assumption."""

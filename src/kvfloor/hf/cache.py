@@ -18,6 +18,7 @@ from kvfloor.hf.allocate import Shares, floor_shares, pyramid
 from kvfloor.hf.families import key_readers, layer_roles
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.opening import Opening
+from kvfloor.hf.presence import Presence
 from kvfloor.hf.saved import load, save
 from kvfloor.method import Method, standard_law
 from kvfloor.registry import parse
@@ -78,11 +79,11 @@ class CompressedCache(Cache):
         kept = ("context", "seed", "requests", "budgets", "pinned")
         # What `load` constructs the cache with; JSON-ready.
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
-        self._meter = Meter()
+        self._meter, self.presence = Meter(), Presence()
         layers: list[Any] = []
         for i, ((role, theirs), readers) in enumerate(zip(roles, key_readers(config), strict=False)):
             place = sum(isinstance(layer, CompressedLayer) for layer in layers)
-            arguments = (opening, i, place, self._meter, readers)
+            arguments = (opening, i, place, self._meter, self.presence, readers)
             if role == "hybrid":
                 from kvfloor.hf.hybrid import HybridLayer  # its base is younger than the oldest release served
 
@@ -113,6 +114,19 @@ class CompressedCache(Cache):
         for layer in self.compressed:
             if layer.state is not None:
                 layer.state.seal()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]: int64 is what it takes
+        self.presence.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        batch = max((layer.batch for layer in self.compressed), default=0)
+        super().batch_repeat_interleave(repeats)
+        self.presence.select(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.presence.select(indices)
 
     def to(self, device: str | torch.device) -> Self:
         """Move everything held to `device`, where the model is now; returns the cache."""
@@ -156,6 +170,7 @@ class CompressedCache(Cache):
         hot     all compressed layers' states, measured on their storages
         staged  keys and values of a forward that its attention has not answered yet
         stock   what the other layers keep (sliding windows, convolution and linear states)
+        masks   which slots are pads or hidden, 16 bytes each
         total   of these
         """
         hot = sum(layer.state.nbytes for layer in self.compressed if layer.state)
@@ -163,7 +178,8 @@ class CompressedCache(Cache):
         own = sum(
             stock.nbytes(layer, layer.beside if isinstance(layer, CompressedLayer) else None) for layer in self.layers
         )
-        return {"hot": hot, "staged": staged, "stock": own, "total": hot + staged + own}
+        masks = self.presence.nbytes
+        return {"hot": hot, "staged": staged, "stock": own, "masks": masks, "total": hot + staged + own + masks}
 
     @property
     def peak_nbytes(self) -> int:

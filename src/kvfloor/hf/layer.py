@@ -15,6 +15,7 @@ from kvfloor.bounded import BoundedState
 from kvfloor.hf import latent
 from kvfloor.hf.fold import present_rows, step_rows
 from kvfloor.hf.opening import Opening
+from kvfloor.hf.presence import Presence
 from kvfloor.state import State
 
 
@@ -82,6 +83,7 @@ class CompressedLayer(CacheLayerMixin):
         index: int,
         place: int,
         meter: Meter,
+        presence: Presence,
         readers: int = 0,
     ) -> None:
         """The place-th compressed layer of a cache, which is layer `index` of the model."""
@@ -93,7 +95,7 @@ class CompressedLayer(CacheLayerMixin):
         self.staged_bytes = 0
         self.served_by: weakref.ref[torch.nn.Module] | None = None  # who last asked: `save` finds the model by it
         self.tap: Callable[[Tensor, Tensor, Tensor, float, float | None], None] | None = None  # sees what is answered
-        self._meter = meter
+        self._meter, self._presence = meter, presence
         self._on_evict: Callable[[Eviction], None] | None = None
         self._readers, self._waiting = readers, 0  # layers that share these keys; how many of them come in this forward
         self._before: State | None = None
@@ -147,6 +149,7 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.state, self.seen, self.batch, self.staged_bytes, self._before = None, 0, 0, 0, None
         self._meter.forget(self.index)
+        self._presence.reset()
 
     def listen(self, on_evict: Callable[[Eviction], None] | None) -> None:
         """Tell `on_evict` of the tokens that leave from now on; None: no one."""
@@ -235,13 +238,22 @@ class CompressedLayer(CacheLayerMixin):
                 self.batch, self._meter.seen[self.index] = batch, self.seen
                 self.listen(self._on_evict)
             state = self.state
+            if batch != self.batch:
+                raise ValueError(
+                    f"this cache holds a batch of {self.batch} and {batch} rows came: repeat its rows first, with "
+                    f"cache.batch_repeat_interleave(n), or choose among them with cache.batch_select_indices(rows)"
+                )
+            present = present_rows(padding, slice(self.seen, self.seen + n), kv_heads)
+            leaving = self._presence.leaving(padding, self.seen, batch)
+            if leaving is not None:
+                state.forget(*_in_rows(leaving, kv_heads))
             if n == 1 and self.seen and not state.sealed:
                 state.seal()  # the first decoded token: the prompt is over
-            present = present_rows(padding, slice(self.seen, self.seen + n), kv_heads)
             if self.tap is not None:
                 self.tap(query, key, value, scale, softcap)
             self._before, self._waiting = state.clone() if self._readers else None, self._readers
             out = step_rows(state, query, key, value, present, sink)
+            self._presence.commit(padding, self.seen, n, leaving)
             self.seen += n
             if n > 1 or self.seen % _MEASURED_EVERY == 0 or self._readers:
                 held_bytes = state.nbytes
@@ -275,3 +287,10 @@ class CompressedLayer(CacheLayerMixin):
             state.append(early, unasked, None if present is None else present[:, : n - m])
             present = None if present is None else present[:, n - m :]
         return step_rows(state, query, key[:, :, n - m :], value[:, :, n - m :], present, sink)
+
+
+def _in_rows(tokens: tuple[Tensor, Tensor], kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Tokens by batch item and position as tokens by row and position, one for each kv head."""
+    item, position = tokens
+    rows = item.unsqueeze(1) * kv_heads + torch.arange(kv_heads)
+    return rows.flatten(), position.repeat_interleave(kv_heads)

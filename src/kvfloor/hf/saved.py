@@ -64,6 +64,7 @@ def save(cache: CompressedCache, path: str | Path) -> None:
         plain["entries"], held = flatten(fields)
         layers.append(plain)
         tensors |= {f"{i}/{name}": tensor.clone() for name, tensor in held.items()}
+    tensors |= {f"masks/{name}": tensor.clone() for name, tensor in cache.presence.export().items()}
     header = {
         "format": FORMAT,
         "kvfloor": kvfloor.__version__,
@@ -101,6 +102,8 @@ def load(kind: type[Held], path: str | Path, model: PreTrainedModel, method: Met
             prefix = f"{i}/"
             mine = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             _restored(layer, plain, gather(plain["entries"], mine), devices.get(i, model.device), own, model)
+        masks = {name: tensors[f"masks/{name}"] for name in ("pads", "hidden")}
+        cache.presence.adopt(masks, max(layer.seen for layer in cache.compressed))
         cache.resume(header["peak_bytes"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
         if isinstance(cause, (CorruptState, UnknownMethod, WrongModel)):
