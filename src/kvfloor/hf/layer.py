@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvfloor.bounded import BoundedState
-from kvfloor.hf import latent
+from kvfloor.hf import latent, precision
 from kvfloor.hf.fold import present_rows, step_rows
 from kvfloor.hf.opening import Opening
 from kvfloor.hf.presence import Presence
@@ -225,12 +225,31 @@ class CompressedLayer(CacheLayerMixin):
         padding: bool (B, slots), None if every token is real. sink: a logit per query head (H,) that takes its share
         of the softmax and has no value.
         """
-        if not self.staged_bytes:
-            return self._answer_reader(query, key, value, padding, sink)
+        answer = self._answer if self.staged_bytes else self._answer_reader
+        lower = precision.lowered(query)
+        if lower is None:
+            return answer(query, key, value, padding, scale, softcap, sink, None).to(query.dtype)
+        with precision.settled(query):
+            return answer(query, key, value, padding, scale, softcap, sink, lower).to(lower)
+
+    def _answer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sink: Tensor | None,
+        lower: torch.dtype | None,
+    ) -> Tensor:
+        """`answer` to this layer's own keys; `lower` is autocast's dtype, None if it is off."""
         batch, heads, n, _d = query.shape
         kv_heads, dv = key.shape[1], value.shape[-1]
         g = heads // kv_heads
         try:
+            held = None if self.state is None else self.state.spec.dtype
+            query, key, value = precision.one_dtype(held, lower, query, key, value)
             if self.state is None:
                 if max(self._meter.seen.values(), default=0) > self.seen + n:
                     raise RuntimeError(_BROKE_OFF)  # before this layer was asked for the first time
@@ -265,17 +284,27 @@ class CompressedLayer(CacheLayerMixin):
         return out
 
     def _answer_reader(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sink: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sink: Tensor | None,
+        lower: torch.dtype | None,
     ) -> Tensor:
         """The answer to a layer that asks this one's keys: query (B, H, m, d) of the newest m tokens of this forward.
 
         What this layer keeps is its own queries' business: the reader's leave no trace in the state.
         """
+        del scale, softcap  # as the state was opened for
         if self._before is None:
             raise RuntimeError(
                 f"layer {self.index}'s keys were asked again, which the model's configuration does not announce: this "
                 f"family shares keys between layers in a way that kvfloor does not know"
             )
+        query, key, value = precision.one_dtype(self._before.spec.dtype, lower, query, key, value)
         kv_heads, n, m = key.shape[1], key.shape[2], query.shape[2]
         self._waiting -= 1
         state = self._before.clone() if self._waiting else self._before

@@ -101,11 +101,11 @@ def attention(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Passes its first argument on, as if it depended on the second, and refuses to go back."""
+    """Pass the first argument on, as if it depended on all others, and refuse to go back."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
-        del ctx, query
+    def forward(ctx: Any, out: Tensor, *sources: Tensor | None) -> Tensor:
+        del ctx, sources
         return out.view_as(out)
 
     @staticmethod
@@ -164,7 +164,8 @@ def _answered(
         raise ValueError(f"{type(module).__name__} looks ahead; a compressed layer answers from what came before")
     out = layer.answer(query, key, value, padding, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     layer.served_by = weakref.ref(module)
-    return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+    sources = [x for x in (query, key, value, kwargs.get("s_aux")) if x is not None and x.requires_grad]
+    return _NoGradient.apply(out, *sources) if sources and torch.is_grad_enabled() else out
 
 
 def _stock(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
