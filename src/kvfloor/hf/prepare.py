@@ -122,9 +122,10 @@ def _latent(
     if pair is None or layer is None or layer.index != module.layer_idx:
         return _stock(module, query, key, value, mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    asking, asked = latent.absorbed(module, query, *pair)
+    expansion = latent.expansion(module, pair[0], key, value)
+    asking, asked = latent.absorbed(expansion, query, *pair)
     out = _answered(layer, module, asking, asked, asked, mask, scale, **kwargs)
-    return latent.values(module, out), None
+    return latent.values(expansion, out, value.shape[-1]), None
 
 
 def _compressed(
