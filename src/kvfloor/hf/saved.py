@@ -22,6 +22,7 @@ from kvfloor.hf.container import FORMAT, NewerVersion, pack, unpack
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
+from kvfloor.hf.weights import device_of
 from kvfloor.message import CorruptState, flatten, gather
 from kvfloor.method import Method
 from kvfloor.registry import parse
@@ -93,8 +94,9 @@ def load(kind: type[Held], path: str | Path, model: PreTrainedModel, method: Met
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
     header, tensors = unpack(data)
+    here = fingerprint(model)  # what cannot be read of the model is no fault of the file
     try:
-        _check_model(header["model"], model)
+        _check_model(header["model"], here)
         own = _method(header["method"], method)
         cache = kind(model.config, own, **header["arguments"])
         devices = _devices(model)
@@ -108,8 +110,8 @@ def load(kind: type[Held], path: str | Path, model: PreTrainedModel, method: Met
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
         if isinstance(cause, (CorruptState, UnknownMethod, WrongModel)):
             raise
-        saved, here = (f"transformers {v}" for v in (header.get("transformers"), transformers.__version__))
-        raise CorruptState(f"{str(path)!r} was saved with {saved} and does not fit {here}: {cause}") from cause
+        saved, now = (f"transformers {v}" for v in (header.get("transformers"), transformers.__version__))
+        raise CorruptState(f"{str(path)!r} was saved with {saved} and does not fit {now}: {cause}") from cause
     return cache
 
 
@@ -149,9 +151,9 @@ def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
     """Layer index -> device of its weights."""
     devices: dict[int, torch.device] = {}
     for module in model.modules():
-        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(index, int) and weight is not None:
-            devices.setdefault(index, weight.device)
+        index, place = getattr(module, "layer_idx", None), device_of(module)
+        if isinstance(index, int) and place is not None:
+            devices.setdefault(index, place)
     return devices
 
 
@@ -192,11 +194,16 @@ def _model_of(cache: CompressedCache) -> PreTrainedModel:
     return model
 
 
-def _check_model(theirs: dict[str, str], model: PreTrainedModel) -> None:
-    mine = fingerprint(model)
-    if theirs != mine:
-        what = "another one" if theirs["model"] == mine["model"] else f"a {theirs['model']}"
-        raise WrongModel(
-            f"the cache was filled by {what}, not by this {mine['model']}: weights, dtype or configuration differ "
-            f"(digest {theirs['sha256'][:12]} there, {mine['sha256'][:12]} here)"
-        )
+def _check_model(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raise WrongModel unless the two fingerprints are those of one model."""
+    if theirs == mine:
+        return
+    what = "another one" if theirs["model"] == mine["model"] else f"a {theirs['model']}"
+    why = "weights, dtype or configuration differ"
+    on, here = (", ".join(model["adapters"]) or "none" for model in (theirs, mine))
+    if on != here:
+        why = f"the adapters that were on are {on}, and here {here}: switch them as they were, or else also {why}"
+    raise WrongModel(
+        f"the cache was filled by {what}, not by this {mine['model']}: {why} "
+        f"(digest {theirs['sha256'][:12]} there, {mine['sha256'][:12]} here)"
+    )
