@@ -52,7 +52,7 @@ class Exact(Method):
 
 
 class ExactState(Blocked):
-    """Slots that grow by doubling; a block here is only how many queries are answered in one product."""
+    """Slots that grow by a quarter; a block here is only how many queries are answered in one product."""
 
     def __init__(self, method: Exact, spec: Spec) -> None:
         block = method.selector.block() if isinstance(method.selector, Indexed) else None

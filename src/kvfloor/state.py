@@ -18,7 +18,9 @@ from kvfloor.partial import Partial
 
 Self = TypeVar("Self", bound="State")
 Call = TypeVar("Call", bound=Callable[..., Any])
-ANEW = "start again with an empty state and without these tokens, or use a method that keeps whole tokens and no summary"
+ANEW = (
+    "start again with an empty state and without these tokens, or use a method that keeps whole tokens and no summary"
+)
 
 
 def _plain(call: Call) -> Call:
@@ -108,7 +110,7 @@ class State(Memory, metaclass=_Plain):
         """React to the prompt's end."""
 
     def _forget(self, row: Tensor, position: Tensor) -> None:
-        """Drop tokens by row (e,) and position (e,), both on the CPU; ValueError before a change if that is impossible."""
+        """Drop tokens by row (e,) and position (e,), on the CPU; ValueError before any change if that cannot be."""
         del row, position
         raise ValueError(
             f"{self.method} does not keep whole tokens, so it cannot drop some of those it has taken in: {ANEW}"

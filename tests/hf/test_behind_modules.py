@@ -20,7 +20,7 @@ def projections(model: Any) -> list[tuple[nn.Module, nn.Linear]]:
 
 
 def doubled(part: nn.Module, project: nn.Linear) -> None:
-    project.register_forward_hook(lambda _module, _args, out: 2 * out)
+    project.register_forward_hook(lambda _module, _args, out: torch.mul(out, 2))  # type: ignore[arg-type]
 
 
 def mixed(part: nn.Module, project: nn.Linear) -> None:
@@ -69,7 +69,8 @@ def replaced(part: nn.Module, project: nn.Linear) -> None:
 
 
 def quantised(part: nn.Module, project: nn.Linear) -> None:
-    part.kv_b_proj = torch.ao.nn.quantized.dynamic.Linear.from_float(_calibrated(project))
+    dynamic: Any = torch.ao.nn.quantized
+    part.kv_b_proj = dynamic.dynamic.Linear.from_float(_calibrated(project))
 
 
 def _calibrated(project: nn.Linear) -> nn.Linear:
@@ -127,7 +128,8 @@ def test_an_adapter_that_is_switched_counts_from_the_next_forward_on() -> None:
 def test_a_hook_that_is_not_linear_is_refused_and_nothing_is_taken_in() -> None:
     model = prepare(tiny_model("deepseek_v3"))
     handles = [
-        project.register_forward_hook(lambda _module, _args, out: out.clamp(-0.3, 0.3)) for _, project in projections(model)
+        project.register_forward_hook(lambda _module, _args, out: out.clamp(-0.3, 0.3))
+        for _, project in projections(model)
     ]
     ids = torch.randint(2, 90, (1, 12), generator=torch.Generator().manual_seed(0))
     cache = CompressedCache(model.config, "exact")

@@ -1,4 +1,4 @@
-"""Masks about slots that are already cached: what they hide is attended to no more, what was hidden is not shown again."""
+"""Masks about slots that are already cached: what they hide is attended to no more and is not shown again."""
 
 from __future__ import annotations
 
@@ -59,7 +59,18 @@ def follow(model: Any, method: str, left: int = 0) -> float:
     return apart
 
 
-FAMILIES = ["llama", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gemma3n_text", "deepseek_v3", "falcon_h1", "gpt_oss"]
+FAMILIES = [
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "gemma3n_text",
+    "deepseek_v3",
+    "falcon_h1",
+    "gpt_oss",
+]
 
 
 @pytest.mark.parametrize("left", [0, 3])
@@ -79,7 +90,7 @@ def test_methods_that_keep_whole_tokens_drop_what_is_hidden(method: str) -> None
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
 def test_a_row_that_ended_early_goes_on_as_the_row_alone(family: str, method: str) -> None:
     """generate() pads a row that has ended, and takes the pads in; the next turn's mask hides them."""
-    model = prepare(tiny_model(family))
+    model: Any = prepare(tiny_model(family))
     usual: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     ids = spoken(1, 2, 12)
     first = model.generate(ids, max_new_tokens=8, **usual).sequences

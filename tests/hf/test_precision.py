@@ -13,12 +13,25 @@ from transformers.cache_utils import Cache
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.tiny import tiny_model
 
-FAMILIES = ["llama", "gpt2", "olmo2", "qwen3", "gemma3_text", "phi3", "mixtral", "gpt_oss", "deepseek_v3", "gemma3n_text"]
+FAMILIES = [
+    "llama",
+    "gpt2",
+    "olmo2",
+    "qwen3",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "gemma3n_text",
+]
 IDS = torch.randint(1, 98, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def heard(model: Any, cache: Cache | None, lower: torch.dtype | None = None, cuts: tuple[int, ...] = (30, 9, 1)) -> Tensor:
+def heard(
+    model: Any, cache: Cache | None, lower: torch.dtype | None = None, cuts: tuple[int, ...] = (30, 9, 1)
+) -> Tensor:
     with torch.autocast("cpu", dtype=lower, enabled=lower is not None):
         return torch.cat([model(ids, past_key_values=cache).logits for ids in IDS.split(cuts, 1)], 1).float()
 
@@ -74,7 +87,7 @@ def test_a_cache_goes_on_where_nothing_is_lost_and_refuses_to_round() -> None:
     heard(model, wide, torch.bfloat16)  # what comes rounded fits
     assert wide.compressed[0].state.spec.dtype == torch.float32  # type: ignore[union-attr]
     heard(model, narrow, torch.bfloat16)
-    with pytest.raises(ValueError, match="go on under torch.autocast"):
+    with pytest.raises(ValueError, match=r"go on under torch\.autocast"):
         heard(model, narrow)
     heard(model, narrow, torch.bfloat16)  # as it was before the refusal
     assert narrow.get_seq_length() == 80

@@ -1,4 +1,4 @@
-"""A digest that tells one model from another: class, what the configuration fixes, adapters, a sample of every weight."""
+"""A digest that tells one model from another: class, configuration, adapters, a sample of every weight."""
 
 from __future__ import annotations
 

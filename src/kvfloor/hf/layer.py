@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -174,6 +175,27 @@ class CompressedLayer(CacheLayerMixin):
             self._meter.seen[self.index] = self.seen
             self._meter.measure(self.index, state.nbytes, 0)
         self.listen(self._on_evict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and torch.save take: the state as its message, without evicted tokens, callbacks or the model."""
+        if self.staged_bytes:
+            raise ValueError("a forward is not finished: its tokens are staged but not answered yet; pickle after it")
+        kept = vars(self) | dict.fromkeys(("served_by", "tap", "_on_evict", "_before"))
+        if self.state is not None:
+            kept["state"] = self.state.method, self.state.to_bytes(), str(self.state.spec.device)
+        return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept)
+        if kept["state"] is not None:
+            method, message, device = kept["state"]
+            self.state = method.from_bytes(message, device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """An independent copy of everything, the model that filled it and who is told of evictions included."""
+        made = memo[id(self)] = self.__class__.__new__(self.__class__)
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return made
 
     def crop(self, *args: Any) -> None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The slots of a cache that hold no token to attend to, as the masks of its forwards told: pads, and tokens hidden since.
+"""The slots of a cache that hold no token to attend to, by the masks of its forwards: pads, and tokens hidden since.
 
 A 2-d mask is about every slot, those of earlier forwards too. A pad was never taken in, so it cannot be shown later. A
 token that was taken in and is hidden by a later mask, such as what `generate()` appends to a row that has ended, is

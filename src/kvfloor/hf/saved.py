@@ -190,7 +190,10 @@ def _model_of(cache: CompressedCache) -> PreTrainedModel:
         raise ValueError("several models filled this cache: it continues none of them")
     (model,) = models.values()
     if model is None:
-        raise ValueError("the model that filled this cache is gone: save before it is deleted")
+        raise ValueError(
+            "the model that filled this cache is gone, or the cache was unpickled and has served none since: save it "
+            "before the model is deleted, and after a forward"
+        )
     return model
 
 

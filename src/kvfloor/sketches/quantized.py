@@ -13,7 +13,7 @@ from kvfloor.kernels.attend import compute_dtype
 from kvfloor.memory import Memory
 from kvfloor.method import Method, Spec, Traits, count
 from kvfloor.partial import Partial
-from kvfloor.slots import Slots
+from kvfloor.slots import Slots, grown
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,6 @@ class Codes(Memory):
             return
         for name in ("packed", "low", "step"):
             old: Tensor = getattr(self, name)
-            grown = old.new_zeros(old.shape[0], max(needed, 2 * have), *old.shape[2:])
-            grown[:, :have] = old
-            self.move(name, grown)
+            wider = old.new_zeros(old.shape[0], max(needed, grown(have)), *old.shape[2:])
+            wider[:, :have] = old
+            self.move(name, wider)
