@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kvfloor.hf import CompressedCache, conversations, latent, prepare
-from kvfloor.hf.tiny import tiny_model
+from kvfloor.hf import CompressedCache, latent, prepare
+from survey import conversations
+from survey.tiny import tiny_model
 
 pytest.importorskip("transformers.models.deepseek_v3")
 FAMILIES = ["deepseek_v3", "deepseek_v2"]

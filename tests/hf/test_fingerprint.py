@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.conftest import tiny
 from torch import Tensor, nn
 
 from kvfloor.hf import CompressedCache, WrongModel, prepare
 from kvfloor.hf.fingerprint import fingerprint
+from tests.hf.conftest import tiny
 
 IDS = torch.randint(2, 98, (1, 40), generator=torch.Generator().manual_seed(1))
 METHOD = "sinks(4,block=8)@16"

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.conftest import tiny
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from kvfloor.hf import CompressedCache, prepare
-from kvfloor.hf.tiny import tiny_model
+from survey.tiny import tiny_model
+from tests.hf.conftest import tiny
 
 PADS = 4
 

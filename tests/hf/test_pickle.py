@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.conftest import tiny
 from torch import Tensor
 
 from kvfloor import parse
 from kvfloor.hf import CompressedCache, prepare
-from kvfloor.hf.tiny import tiny_model
+from survey.tiny import tiny_model
+from tests.hf.conftest import tiny
 
 IDS = torch.randint(1, 98, (2, 40), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from kvfloor.hf import CompressedCache, prepare
-from kvfloor.hf.tiny import tiny_model
+from survey.tiny import tiny_model
 
 FAMILIES = [
     "llama",

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfloor.core.message import raw_bytes
 from kvfloor.hf.weights import adapters_of, stored
-from kvfloor.message import raw_bytes
 
 SAMPLE = 1024  # numbers looked at per parameter
 
