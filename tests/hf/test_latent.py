@@ -43,11 +43,12 @@ def test_absorbed_queries_ask_latents_what_they_would_ask_the_heads_keys(model: 
         for shape in ((2, HEADS, 3, head), (2, 1, 7, SIZES["kv_lora_rank"]), (2, 1, 7, SIZES["qk_rope_head_dim"]))
     )
     keys, values = module.expand_kv(c, r)
-    asking, asked = latent.absorbed(module, q, c, r)
+    expansion = latent.expansion(module, c, keys, values)
+    asking, asked = latent.absorbed(expansion, q, c, r)
     logits = q @ keys.transpose(-1, -2)
     torch.testing.assert_close(asking @ asked.transpose(-1, -2), logits)
     weights = logits.softmax(-1)
-    answers = latent.values(module, (weights @ asked).transpose(1, 2))
+    answers = latent.values(expansion, (weights @ asked).transpose(1, 2), SIZES["v_head_dim"])
     torch.testing.assert_close(answers, (weights @ values).transpose(1, 2))
 
 

@@ -113,7 +113,8 @@ def test_bytes_are_told_by_kind(llama: PreTrainedModel, prompt: dict[str, torch.
     )  # type: ignore[union-attr]
     assert 0 < keys_and_values <= told["stock"] <= keys_and_values + 64  # and its counters
     assert told["staged"] == 0 and told["hot"] == cache.nbytes == cache.compressed[0].state.nbytes  # type: ignore[union-attr]
-    assert told["total"] == told["hot"] + told["stock"]
+    assert told["masks"] == 16 * 20  # the prompt's pads
+    assert told["total"] == told["hot"] + told["stock"] + told["masks"]
     staged: dict[str, int] = {}
     cache.compressed[0].record = lambda *_: staged.update(cache.bytes)
     model(torch.full((2, 5), 7), past_key_values=cache)

@@ -221,7 +221,7 @@ def test_every_attribute_of_a_layer_is_saved_or_made_anew(started: Talk) -> None
     layer = started.cache.compressed[0]
     saved = {"state", *layer.clocks()}
     anew = {"opening", "index", "place", "staged_bytes", "served_by", "record", "keys", "values"}
-    anew |= {"_meter", "_passage", "_on_evict", "_readers", "_waiting", "_before"}
+    anew |= {"_meter", "_passage", "_presence", "_on_evict", "_readers", "_waiting", "_before"}
     assert set(vars(layer)) == saved | anew
 
 

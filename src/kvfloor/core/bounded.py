@@ -18,6 +18,7 @@ from kvfloor.core.policy import Held, Policy, Queries
 from kvfloor.core.selector import Everything, Indexed, Selector
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
+from kvfloor.core.state import ANEW
 from kvfloor.core.summary import Drop, Summary
 from kvfloor.core.tiles import weights_by_tile
 from kvfloor.validation import count
@@ -326,11 +327,35 @@ class BoundedState(Blocked):
             return 0
         return max(0, left - policy.newest_queries) // self.block * self.block
 
-    def _seal(self) -> None:
-        every, policy = torch.arange(self.spec.rows), self._plan.policy
+    def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
+        leaving = self.slots.find(row, position)
+        if self.summary is not None and int(leaving.sum()) < len(torch.unique(torch.stack([row, position]), dim=1)[0]):
+            raise ValueError(
+                f"some of these tokens are in the summary of {self.method}, which cannot give them back: {ANEW}"
+            )
+
+    def _forget(self, row: Tensor, position: Tensor) -> None:
+        leaving = self.slots.find(row, position)
+        if not bool(leaving.any()):
+            return
+        self._show_open_blocks()  # they are shown in the slots where they were pushed, and dropping moves some
+        if self.on_evict is not None:
+            gone, _k, _v, when = self.slots.flat(leaving)
+            self.on_evict(gone, when)
+        self.slots.evict(leaving)
+        if self.selection is not None:
+            self.selection.evict(self.slots, leaving)
+
+    def _show_open_blocks(self) -> None:
+        """Show the policy what came since each row's last block end."""
+        every = torch.arange(self.spec.rows)
         self._show_keys(every)
         for fill in (self.seen % self.block).unique().tolist():
             self._show_block(every[(self.seen % self.block) == fill], fill)
+
+    def _seal(self) -> None:
+        every, policy = torch.arange(self.spec.rows), self._plan.policy
+        self._show_open_blocks()
         if self.prompt is not None:
             self.prompt = self.seen.clone()
         if self._plan.prefill == "dense" or policy.spares == "answer":  # what comes now is not weighed any more

@@ -14,6 +14,7 @@ from kvfloor.core.method import Guarantee, Method, Parts, Traits, part_text
 from kvfloor.core.selector import Everything, Indexed, Selector
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
+from kvfloor.core.state import ANEW
 
 _FIRST_SLOTS = 64
 _QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
@@ -57,7 +58,7 @@ class Exact(Method):
 
 
 class ExactState(Blocked):
-    """Slots that grow by doubling; a block here is only how many queries are answered in one product."""
+    """Slots that grow by a quarter; a block here is only how many queries are answered in one product."""
 
     def __init__(self, method: Exact, spec: Spec) -> None:
         block = method.selector.block() if isinstance(method.selector, Indexed) else None
@@ -78,6 +79,18 @@ class ExactState(Blocked):
 
     def _pin(self, start: int, stop: int) -> None:
         """Nothing ever leaves, so that every span is pinned."""
+
+    def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
+        del row, position
+        if self.selection is not None:
+            raise ValueError(f"{self.method} indexes its tokens in their order, so it cannot drop some of them: {ANEW}")
+        if self.spec.rotation is not None and self.slots.bare is None:
+            raise ValueError(
+                f"{self.method} has turned its keys to their places among all tokens, so it cannot drop some: {ANEW}"
+            )
+
+    def _forget(self, row: Tensor, position: Tensor) -> None:
+        self.slots.evict(self.slots.find(row, position))
 
     def _at_once(self, seen: int, left: int) -> int:
         del seen

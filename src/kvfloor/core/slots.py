@@ -14,6 +14,14 @@ from kvfloor.core.memory import Memory
 from kvfloor.core.spec import Spec
 
 
+def grown(size: Any) -> Any:
+    """Return the next size of an arena, an int or a tensor of them, that is full at `size`: a quarter more, rounded up.
+
+    So each token is copied four times on average, however many come, and a fifth of the arena at most is empty.
+    """
+    return size + (size + 3) // 4
+
+
 @dataclass(frozen=True)
 class View:
     """Some rows' slots side by side: k (r, s, d), v (r, s, dv), position (r, s), live (r, s) or None if all are."""
@@ -224,6 +232,14 @@ class Slots(Memory):
             live = live.to(bare.device)
             self.k[self._index(rows, width)[live]] = turned[live]
 
+    def find(self, row: Tensor, position: Tensor) -> Tensor:
+        """Mark the slots (rows, width), bool on the CPU, that hold the tokens named by row (e,) and position (e,)."""
+        view = self.view()
+        wanted = torch.zeros(self.spec.rows, int(position.max()) + 2, dtype=torch.bool)  # the last column: never wanted
+        wanted[row, position] = True
+        found = wanted.gather(1, view.position.cpu().clamp_max(wanted.shape[1] - 1))
+        return found if view.live is None else found & view.live.cpu()
+
     def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(row, k, v, position) of the slots marked in (rows, width): (e,), (e, d), (e, dv), (e,), in slot order."""
         row, slot = marked.cpu().nonzero(as_tuple=True)
@@ -238,7 +254,7 @@ class Slots(Memory):
 
     def _reserve(self, needed: Tensor) -> None:
         if bool((needed > self.capacity).any()):
-            wanted = torch.maximum(needed, 2 * self.capacity)
+            wanted = torch.maximum(needed, grown(self.capacity))
             # Rows in step stay in step: one stride for all keeps every view free of copies.
             self.resize(
                 wanted.max().expand_as(wanted)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Self = TypeVar("Self", bound="State")
 Call = TypeVar("Call", bound=Callable[..., Any])
+ANEW = (
+    "start again with an empty state and without these tokens, or use a method that keeps whole tokens and no summary"
+)
 
 
 def _plain(call: Call) -> Call:
@@ -167,6 +170,16 @@ class State(Memory, metaclass=_Plain):
         """Keep the tokens start <= position < stop of every row for good, if the method's traits say that it can."""
         raise ValueError(f"{self.method} cannot pin tokens: take a method that keeps whole tokens, such as 'h2o@512'")
 
+    def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
+        """Raise ValueError if some of these tokens, by row (e,) and position (e,), cannot be taken out again."""
+        del row, position
+        raise ValueError(
+            f"{self.method} does not keep whole tokens, so it cannot drop some of those it has taken in: {ANEW}"
+        )
+
+    def _forget(self, row: Tensor, position: Tensor) -> None:
+        """Drop tokens by row (e,) and position (e,), on the CPU, which are known to be forgettable."""
+
     # ---- what users call -----------------------------------------------------------------------------------
 
     @whole
@@ -241,6 +254,40 @@ class State(Memory, metaclass=_Plain):
             self.sealed = True
 
     @whole
+    def require_forgettable(self, row: Tensor, position: Tensor) -> None:
+        """Raise what `forget` would raise for these tokens; changes nothing."""
+        self._named(row, position)
+
+    @whole
+    def forget(self, row: Tensor, position: Tensor) -> None:
+        """Drop tokens, named by row (e,) and position (e,), int64: no later query attends to them.
+
+        Clocks do not change, and what a policy has learnt from these tokens stays learnt. A token that was evicted
+        for good before is passed over. Raises ValueError, the state unchanged, where a token cannot be taken out again.
+        """
+        row, position = self._named(row, position)
+        if row.numel():
+            self._underway = "forget"
+            self._forget(row, position)
+
+    def _named(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of `forget` on the CPU, checked; ValueError where one cannot be taken out again."""
+        row, position = (torch.as_tensor(x).to("cpu") for x in (row, position))
+        if row.ndim != 1 or row.shape != position.shape or row.dtype != torch.int64 or position.dtype != torch.int64:
+            raise ValueError(
+                f"forget needs a row and a position per token, 1-d int64 tensors, got {row.dtype} {tuple(row.shape)} "
+                f"and {position.dtype} {tuple(position.shape)}"
+            )
+        if not row.numel():
+            return row, position
+        if int(row.min()) < 0 or int(row.max()) >= self.spec.rows:
+            raise ValueError(f"rows must lie in 0..{self.spec.rows - 1}, got {row.unique().tolist()}")
+        if bool(((position < 0) | (position >= self.seen[row])).any()):
+            raise ValueError(f"only tokens that were seen can be dropped: rows have seen {self.seen.tolist()}")
+        self._require_forgettable(row, position)
+        return row, position
+
+    @whole
     def pin(self, start: int, stop: int) -> None:
         """Keep the tokens start <= position < stop of every row for good; call it before they are evicted.
 
@@ -252,7 +299,6 @@ class State(Memory, metaclass=_Plain):
             raise ValueError(f"a pinned span needs whole numbers 0 <= start < stop, got {start!r}..{stop!r}")
         self._pin(start, stop)
 
-    @whole
     def guarantee(self) -> Guarantee | None:
         """The method's guarantee, withdrawn (`holds` False) where what was seen breaks an assumption."""
         return self.method.guarantee(self.spec)

@@ -24,6 +24,7 @@ from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage, outside_inference
 from kvfloor.hf.positions import Memo, TurnBack, rotations
 from kvfloor.hf.prepare import is_prepared
+from kvfloor.hf.presence import Presence
 from kvfloor.hf.saved import MOST_BYTES, load, save
 from kvfloor.methods.registry import parse
 
@@ -90,9 +91,9 @@ class CompressedCache(Cache):
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
         if positions == "cache":
             self.arguments["positions"] = positions
-        self._meter = Meter()
+        self._meter, self.presence = Meter(), Presence()
         self._passage = Passage.of(config)
-        super().__init__(layers=cache_layers(config, opening, self._meter, self._passage))
+        super().__init__(layers=cache_layers(config, opening, self._meter, self._passage, self.presence))
         self._empty = [None if isinstance(layer, CompressedLayer) else stock.blank(layer) for layer in self.layers]
         memo = Memo()
         for layer, rotation in zip(self.compressed, opening.rotations or (), strict=False):
@@ -189,16 +190,20 @@ class CompressedCache(Cache):
         """Keep these batch items, in all layers or, after a failure, in a cache that refuses."""
         with self._passage.change("reorder_cache"):
             super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]: int64 is what it takes
+            self.presence.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch item."""
         with self._passage.change("batch_repeat_interleave"):
+            batch = max((layer.batch for layer in self.compressed), default=0)
             super().batch_repeat_interleave(repeats)
+            self.presence.select(torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these batch items."""
         with self._passage.change("batch_select_indices"):
             super().batch_select_indices(indices)
+            self.presence.select(indices)
 
     def crop(self, *args: Any) -> None:
         """Refuse, before any layer is cropped."""
@@ -253,6 +258,7 @@ class CompressedCache(Cache):
         hot     all compressed layers' states, measured on their storages
         staged  keys and values of a forward that its attention has not answered yet
         stock   what the other layers keep (sliding windows, convolution and linear states)
+        masks   which slots are pads or hidden, 16 bytes each
         total   of these
         """
         hot = sum(layer.state.nbytes for layer in self.compressed if layer.state)
@@ -260,7 +266,8 @@ class CompressedCache(Cache):
         own = sum(
             stock.nbytes(layer, layer.beside if isinstance(layer, CompressedLayer) else None) for layer in self.layers
         )
-        return {"hot": hot, "staged": staged, "stock": own, "total": hot + staged + own}
+        masks = self.presence.nbytes
+        return {"hot": hot, "staged": staged, "stock": own, "masks": masks, "total": hot + staged + own + masks}
 
     @property
     def peak_nbytes(self) -> int:

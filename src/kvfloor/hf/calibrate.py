@@ -16,6 +16,7 @@ from kvfloor.hf.layer import CompressedLayer, Meter
 from kvfloor.hf.layers import cache_layers, layers_served
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage
+from kvfloor.hf.presence import Presence
 from kvfloor.hf.recording import Recorded, Recorder
 
 ETA, P = 0.25, 0.9  # additive error, of values in [-1, 1], and success probability at which heads' floors are taken
@@ -40,7 +41,7 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
         raise ValueError(f"a calibration prompt is one row of at least two token ids, got shape {tuple(ids.shape)}")
     opening = Opening(Exact(), layers_served(model.config))
-    cache = Cache(layers=cache_layers(model.config, opening, Meter(), Passage.of(model.config)))
+    cache = Cache(layers=cache_layers(model.config, opening, Meter(), Passage.of(model.config), Presence()))
     layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
     seen = Recorder(layers)
     with torch.inference_mode():

@@ -1,14 +1,16 @@
-"""A digest that tells one model from another: its class, what its configuration fixes, a sample of every weight."""
+"""A digest that tells one model from another: class, configuration, adapters, a sample of every weight."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfloor.core.message import raw_bytes
+from kvfloor.hf.weights import adapters_of, stored
 
 SAMPLE = 1024  # numbers looked at per parameter
 
@@ -33,23 +35,27 @@ _FIXED = (
 )
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """{"model": class name, "sha256": hex digest} of the model as it is now.
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """{"model": class name, "adapters": names of those that are on, "sha256": hex digest} of the model as it is now.
 
-    The same weights give the same digest on any device; another dtype gives another one, since a cache cannot
-    continue bit for bit there. A weight that was changed at fewer places than the sample sees goes unnoticed.
+    The same weights give the same digest on any device, offloaded to disk or not; another dtype or quantisation gives
+    another one, since a cache cannot continue bit for bit there. So does an adapter that is on, another factor of it,
+    or one that was merged; one that is off counts as not there. A weight that was changed at fewer places than the
+    sample sees goes unnoticed. Raises ValueError naming a weight whose numbers cannot be read.
     """
+    adapters = adapters_of(model)
     config = model.config.get_text_config(decoder=True)
     plain = config.to_dict()  # a field that varies from layer to layer can be read only here, an alias only below
     fixed = {name: plain[name] if name in plain else getattr(config, name, None) for name in _FIXED}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, fixed], sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"\n{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(raw_bytes(_sample(parameter.detach())))
-    return {"model": type(model).__name__, "sha256": digest.hexdigest()}
+    about = [type(model).__name__, fixed, adapters.scales]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, numbers in stored(model, adapters):
+        digest.update(f"\n{name} {numbers.dtype} {tuple(numbers.shape)}\n".encode())
+        digest.update(raw_bytes(_sample(numbers)))
+    return {"model": type(model).__name__, "adapters": adapters.active, "sha256": digest.hexdigest()}
 
 
-def _sample(parameter: Tensor) -> Tensor:
+def _sample(numbers: Tensor) -> Tensor:
     """About `SAMPLE` numbers; the odd step does not stay in one column of a matrix whose width is a power of two."""
-    flat = parameter.reshape(-1)
-    return flat[:0] if parameter.is_meta else flat[:: flat.numel() // SAMPLE | 1]
+    flat = numbers.reshape(-1)
+    return flat[:: flat.numel() // SAMPLE | 1]

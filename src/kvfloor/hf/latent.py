@@ -15,6 +15,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+_ROUNDING = 0.05  # of a vector's length; 8-bit activations lose about a hundredth
 _newest = threading.local()  # what the last `update` of this thread returned, by weak references
 
 
@@ -35,40 +36,61 @@ def awaited() -> tuple[Tensor, Tensor] | None:
     return None if keys is None or values is None else (keys, values)
 
 
-def absorbed(module: nn.Module, query: Tensor, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
     """The queries (B, H, n, c + r) that ask latents, and the keys (B, 1, n, c + r) that they ask.
 
     query (B, H, n, nope + r) as the module made it; latent (B, 1, n, c) and rotary (B, 1, n, r) as it cached them.
     """
     plain, turned = query.split([query.shape[-1] - rotary.shape[-1], rotary.shape[-1]], -1)
-    to_key = _expansion(module)[:, : plain.shape[-1]]
+    to_key = expansion[:, : plain.shape[-1]]
     return torch.cat([torch.matmul(plain, to_key), turned], -1), torch.cat([latent, rotary], -1)
 
 
-def values(module: nn.Module, out: Tensor) -> Tensor:
+def values(expansion: Tensor, out: Tensor, dv: int) -> Tensor:
     """The heads' answers (B, n, H, dv), contiguous, of the weighted means (B, n, H, c + r) of what was kept."""
-    expansion = _expansion(module)
     of_latent = out[..., : expansion.shape[-1]].transpose(1, 2)  # (B, H, n, c)
-    to_value = expansion[:, _size(module, "qk_nope_head_dim") :]
+    to_value = expansion[:, -dv:]
     return torch.matmul(of_latent, to_value.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
-def _expansion(module: nn.Module) -> Tensor:
-    """What makes every head's key and value of a latent: (H, nope + dv, c).
+def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What makes every head's key and value of a latent: (H, nope + dv, c). Ask once per forward.
 
-    Of a plain linear layer that is its weight; anything else, a quantised one or one with an adapter, is asked.
+    Of a plain linear layer that nothing stands before or behind, that is its weight. Any other module is called, on
+    every unit vector: an adapter, a quantised or offloaded weight, a hook count as they are now, nothing is kept. What
+    such a call gives must be linear: it is compared with the newest token's key (B, H, n, .) and value (B, H, n, dv),
+    which the module made of its latent (B, 1, n, c). ValueError if they are not alike.
     """
     project: nn.Module = module.kv_b_proj  # type: ignore[assignment]
-    if type(project) is nn.Linear:
-        weight = project.weight
-    else:
-        like = next(x for x in module.parameters() if x.is_floating_point())
-        one = torch.eye(_size(module, "kv_lora_rank"), dtype=like.dtype, device=like.device)
-        weight = project(one).transpose(0, 1)
-    return weight.view(-1, _size(module, "qk_nope_head_dim") + _size(module, "v_head_dim"), weight.shape[1])
+    heads, dv = value.shape[1], value.shape[-1]
+    if is_plainly_linear(project):
+        return project.weight.view(heads, -1, latent.shape[-1])  # type: ignore[operator]
+    units = torch.eye(latent.shape[-1], dtype=latent.dtype, device=latent.device)
+    found = project(units).transpose(0, 1).reshape(heads, -1, latent.shape[-1])
+    made = torch.cat([key[:, :, -1, : found.shape[1] - dv], value[:, :, -1]], -1)  # (B, H, nope + dv)
+    if not _alike(torch.matmul(latent[:, :, -1:], found.to(latent.dtype).transpose(1, 2)).squeeze(2), made):
+        raise ValueError(
+            f"{type(module).__name__}.kv_b_proj, or a hook on it, is not linear: keys and values cannot be had from "
+            f"latents that a compressed cache keeps; take it off, or use a stock cache"
+        )
+    return found
 
 
-def _size(module: nn.Module, name: str) -> int:
-    size = getattr(module, name)
-    assert isinstance(size, int)
-    return size
+def is_plainly_linear(project: nn.Module) -> bool:
+    """Whether calling this module is a product with its weight and nothing else: no adapter, hook or other storage."""
+    return (
+        type(project) is nn.Linear
+        and type(project.weight) is nn.Parameter
+        and not project.weight.is_meta
+        and project.bias is None
+        and "forward" not in vars(project)
+        and not project._forward_hooks
+        and not project._forward_pre_hooks
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def _alike(found: Tensor, right: Tensor) -> bool:
+    """Whether two products differ by no more than rounding, of quantised activations too, and by no constant."""
+    found, right = found.detach().float(), right.detach().float()
+    return bool((found - right).norm() <= _ROUNDING * right.norm())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from transformers.cache_utils import CacheLayerMixin
 from kvfloor.core.bounded import BoundedState
 from kvfloor.core.broken import BrokenState
 from kvfloor.core.state import State
-from kvfloor.hf import latent
+from kvfloor.hf import latent, precision
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage
+from kvfloor.hf.presence import Presence
 from kvfloor.hf.rows import present_rows, step_rows
 
 
@@ -76,6 +78,7 @@ class CompressedLayer(CacheLayerMixin):
         place: int,
         meter: Meter,
         passage: Passage,
+        presence: Presence,
         readers: int = 0,
     ) -> None:
         """The place-th compressed layer of a cache, which is layer `index` of the model."""
@@ -89,7 +92,7 @@ class CompressedLayer(CacheLayerMixin):
         self.record: Callable[[Tensor, Tensor, Tensor, float, float | None], None] | None = (
             None  # sees what is answered
         )
-        self._meter, self._passage = meter, passage
+        self._meter, self._passage, self._presence = meter, passage, presence
         # What positions="cache" puts before the state: (query, key, value, positions) -> query and key without a turn.
         self.turn_back: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
         self.room: int | None = None  # positions in the model's learned table, if it has one
@@ -151,6 +154,7 @@ class CompressedLayer(CacheLayerMixin):
         self.state, self.seen, self.batch, self.staged_bytes = None, 0, 0, 0
         self._before = self._unturned = None
         self._meter.forget(self.index)
+        self._presence.reset()
 
     def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
         """Tell `on_evict` of the tokens that leave from now on; None: no one."""
@@ -175,6 +179,27 @@ class CompressedLayer(CacheLayerMixin):
             self._meter.seen[self.index] = self.seen
             self._meter.measure(self.index, state.nbytes, 0)
         self.call_on_evict(self._on_evict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and torch.save take: the state as its message, without evicted tokens, callbacks or the model."""
+        if self.staged_bytes:
+            raise ValueError("a forward is not finished: its tokens are staged but not answered yet; pickle after it")
+        kept = vars(self) | dict.fromkeys(("served_by", "record", "_on_evict", "_before"))
+        if self.state is not None:
+            kept["state"] = self.state.method, self.state.to_bytes(), str(self.state.spec.device)
+        return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept)
+        if kept["state"] is not None:
+            method, message, device = kept["state"]
+            self.state = method.from_bytes(message, device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """An independent copy of everything, the model that filled it and who is told of evictions included."""
+        made = memo[id(self)] = self.__class__.__new__(self.__class__)
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return made
 
     def crop(self, *args: Any) -> None:
         raise ValueError(
@@ -227,14 +252,34 @@ class CompressedLayer(CacheLayerMixin):
         padding: bool (B, slots), None if every token is real. sink: a logit per query head (H,) that takes its share
         of the softmax and has no value. positions (B or 1, n): the model's, for a layer that turns its keys back.
         """
-        if not self.staged_bytes:
-            return self._answer_reader(query, key, value, padding, sink, positions)
+        answer = self._answer if self.staged_bytes else self._answer_reader
+        lower = precision.lowered(query)
+        if lower is None:
+            return answer(query, key, value, padding, scale, softcap, sink, positions, None).to(query.dtype)
+        with precision.settled(query):
+            return answer(query, key, value, padding, scale, softcap, sink, positions, lower).to(lower)
+
+    def _answer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sink: Tensor | None,
+        positions: Tensor | None,
+        lower: torch.dtype | None,
+    ) -> Tensor:
+        """`answer` to this layer's own keys; `lower` is autocast's dtype, None if it is off."""
         batch, heads, n, _d = query.shape
         kv_heads, dv = key.shape[1], value.shape[-1]
         g = heads // kv_heads
         began = False
         before = self.state, self.batch, None if self.state is None else (self.state.seen, self.state.sealed)
         try:
+            held = None if self.state is None else self.state.spec.dtype
+            query, key, value = precision.one_dtype(held, lower, query, key, value)
             if self.state is None:
                 if max(self._meter.seen.values(), default=0) > self.seen + n:
                     raise BrokenState(f"layer {self.index} was never asked while others were: reset() the cache")
@@ -243,7 +288,16 @@ class CompressedLayer(CacheLayerMixin):
                 self.call_on_evict(self._on_evict)
                 before = None, 0, (self.state.seen, self.state.sealed)
             state = self.state
+            if batch != self.batch:
+                raise ValueError(
+                    f"this cache holds a batch of {self.batch} and {batch} rows came: repeat its rows first, with "
+                    f"cache.batch_repeat_interleave(n), or choose among them with cache.batch_select_indices(rows)"
+                )
             present = present_rows(padding, slice(self.seen, self.seen + n), kv_heads)
+            leaving = self._presence.leaving(padding, self.seen, batch)
+            dropped = None if leaving is None else _in_rows(leaving, kv_heads)
+            if dropped is not None:
+                state.require_forgettable(*dropped)
             if self.record is not None:
                 self.record(query, key, value, scale, softcap)
             if self.turn_back is not None:
@@ -251,12 +305,15 @@ class CompressedLayer(CacheLayerMixin):
                 query, key = self.turn_back(query, key, value, positions)
                 value = key if value is asked else value
             self._unturned = key if self._readers else None
-            self._before, self._waiting = state.clone() if self._readers else None, self._readers
             self._passage.changing(self.index)
             began = True
+            if dropped is not None:
+                state.forget(*dropped)
+            self._before, self._waiting = state.clone() if self._readers else None, self._readers
             if n == 1 and self.seen and not state.sealed:
                 state.seal()  # the first decoded token: the prompt is over
             out = step_rows(state, query, key, value, present, sink)
+            self._presence.commit(padding, self.seen, n, leaving)
             self.seen += n
             if n > 1 or self.seen % _MEASURED_EVERY == 0 or self._readers:
                 held_bytes = state.nbytes
@@ -293,18 +350,23 @@ class CompressedLayer(CacheLayerMixin):
         key: Tensor,
         value: Tensor,
         padding: Tensor | None,
+        scale: float,
+        softcap: float | None,
         sink: Tensor | None,
         positions: Tensor | None,
+        lower: torch.dtype | None,
     ) -> Tensor:
         """The answer to a layer that asks this one's keys: query (B, H, m, d) of the newest m tokens of this forward.
 
         What this layer keeps is its own queries' business: the reader's leave no trace in the state.
         """
+        del scale, softcap  # as the state was opened for
         if self._before is None:
             raise RuntimeError(
                 f"layer {self.index}'s keys were asked again, which the model's configuration does not announce: this "
                 f"family shares keys between layers in a way that kvfloor does not know"
             )
+        query, key, value = precision.one_dtype(self._before.spec.dtype, lower, query, key, value)
         kv_heads, n, m = key.shape[1], key.shape[2], query.shape[2]
         if self.turn_back is not None and self._unturned is not None:
             newest = None if positions is None else positions[..., -m:]
@@ -320,3 +382,10 @@ class CompressedLayer(CacheLayerMixin):
             state.append(early, unasked, None if present is None else present[:, : n - m])
             present = None if present is None else present[:, n - m :]
         return step_rows(state, query, key[:, :, n - m :], value[:, :, n - m :], present, sink)
+
+
+def _in_rows(tokens: tuple[Tensor, Tensor], kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Tokens by batch item and position as tokens by row and position, one for each kv head."""
+    item, position = tokens
+    rows = item.unsqueeze(1) * kv_heads + torch.arange(kv_heads)
+    return rows.flatten(), position.repeat_interleave(kv_heads)

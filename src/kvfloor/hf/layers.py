@@ -10,6 +10,7 @@ from kvfloor.hf.families import key_readers, layer_roles
 from kvfloor.hf.layer import CompressedLayer, Meter
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage
+from kvfloor.hf.presence import Presence
 
 
 def layers_served(config: PreTrainedConfig) -> int:
@@ -17,12 +18,14 @@ def layers_served(config: PreTrainedConfig) -> int:
     return sum(role != "own" for role, _ in layer_roles(config))
 
 
-def cache_layers(config: PreTrainedConfig, opening: Opening, meter: Meter, passage: Passage) -> list[Any]:
+def cache_layers(
+    config: PreTrainedConfig, opening: Opening, meter: Meter, passage: Passage, presence: Presence
+) -> list[Any]:
     """Return one cache layer per layer of the model; those without full attention keep transformers' own class."""
     layers: list[Any] = []
     for i, ((role, theirs), readers) in enumerate(zip(layer_roles(config), key_readers(config), strict=False)):
         place = sum(isinstance(layer, CompressedLayer) for layer in layers)
-        arguments = (opening, i, place, meter, passage, readers)
+        arguments = (opening, i, place, meter, passage, presence, readers)
         if role == "hybrid":
             from kvfloor.hf.hybrid import HybridLayer  # its base is younger than the oldest release served
 

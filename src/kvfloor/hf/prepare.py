@@ -102,11 +102,11 @@ def attention(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Passes its first argument on, as if it depended on the second, and refuses to go back."""
+    """Pass the first argument on, as if it depended on all others, and refuse to go back."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
-        del ctx, query
+    def forward(ctx: Any, out: Tensor, *sources: Tensor | None) -> Tensor:
+        del ctx, sources
         return out.view_as(out)
 
     @staticmethod
@@ -123,9 +123,10 @@ def _latent(
     if pair is None or layer is None or layer.index != module.layer_idx:
         return _stock(module, query, key, value, mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    asking, asked = latent.absorbed(module, query, *pair)
+    expansion = latent.expansion(module, pair[0], key, value)
+    asking, asked = latent.absorbed(expansion, query, *pair)
     out = _answered(layer, module, asking, asked, asked, mask, scale, **kwargs)
-    return latent.values(module, out), None
+    return latent.values(expansion, out, value.shape[-1]), None
 
 
 def _compressed(
@@ -168,7 +169,8 @@ def _answered(
     if layer.served_by is None:
         layer.room = table_room(owner(module))
     layer.served_by = weakref.ref(module)
-    return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+    sources = [x for x in (query, key, value, kwargs.get("s_aux")) if x is not None and x.requires_grad]
+    return _NoGradient.apply(out, *sources) if sources and torch.is_grad_enabled() else out
 
 
 def _stock(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:

@@ -26,6 +26,7 @@ from kvfloor.hf import other_layers as stock
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
+from kvfloor.hf.weights import device_of
 from kvfloor.methods.registry import parse
 from kvfloor.version import __version__
 
@@ -75,7 +76,7 @@ def save(cache: CompressedCache, path: str | Path) -> None:
         "peak_bytes": cache.peak_nbytes,
         "layers": [plain for plain, _ in described],
     }
-    fields = {str(i): held for i, (_, held) in enumerate(described)}
+    fields = {str(i): held for i, (_, held) in enumerate(described)} | {"masks": cache.presence.export()}
     replace_file(path, message.pack(header, fields), _MODE)
 
 
@@ -95,8 +96,9 @@ def load(
     path = named(path, _WHAT)
     _check_arguments(model, method, most_bytes)
     header, fields = message.unpack(message.read(path, most_bytes, _WHAT))
+    here = fingerprint(model)  # what cannot be read of the model is no fault of the file
     try:
-        _check_model(header["model"], model)
+        _check_model(header["model"], here)
         own = _method(header["method"], method)
         cache = kind(model, own, **header["arguments"])
         devices = _devices(model)
@@ -104,13 +106,14 @@ def load(
             _restored(layer, plain, fields[str(i)], devices.get(i, model.device), own, model)
         if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
             raise ValueError("its layers saw different numbers of tokens")
+        cache.presence.adopt(fields["masks"], max((layer.seen for layer in cache.compressed), default=0))
         Field(int, least=0, most=2.0**63).require(header["peak_bytes"], "peak_bytes", {})
         cache.resume(header["peak_bytes"])
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as cause:
         if isinstance(cause, (UnknownMethod, WrongModel)):
             raise
-        saved, here = (f"transformers {v}" for v in (header.get("transformers"), transformers.__version__))
-        raise CorruptState(f"{str(path)!r} was saved with {saved} and does not fit {here}: {cause}") from cause
+        saved, now = (f"transformers {v}" for v in (header.get("transformers"), transformers.__version__))
+        raise CorruptState(f"{str(path)!r} was saved with {saved} and does not fit {now}: {cause}") from cause
     return cache
 
 
@@ -175,9 +178,9 @@ def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
     """Layer index -> device of its weights."""
     devices: dict[int, torch.device] = {}
     for module in model.modules():
-        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(index, int) and weight is not None:
-            devices.setdefault(index, weight.device)
+        index, place = getattr(module, "layer_idx", None), device_of(module)
+        if isinstance(index, int) and place is not None:
+            devices.setdefault(index, place)
     return devices
 
 
@@ -214,15 +217,23 @@ def _model_of(cache: CompressedCache) -> PreTrainedModel:
         raise ValueError("several models filled this cache: it continues none of them")
     (model,) = models.values()
     if model is None:
-        raise ValueError("the model that filled this cache is gone: save before it is deleted")
+        raise ValueError(
+            "the model that filled this cache is gone, or the cache was unpickled and has served none since: save it "
+            "before the model is deleted, and after a forward"
+        )
     return model
 
 
-def _check_model(theirs: dict[str, str], model: PreTrainedModel) -> None:
-    mine = fingerprint(model)
-    if theirs != mine:
-        what = "another one" if theirs["model"] == mine["model"] else f"a {theirs['model']}"
-        raise WrongModel(
-            f"the cache was filled by {what}, not by this {mine['model']}: weights, dtype or configuration differ "
-            f"(digest {theirs['sha256'][:12]} there, {mine['sha256'][:12]} here)"
-        )
+def _check_model(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raise WrongModel unless the two fingerprints are those of one model."""
+    if theirs == mine:
+        return
+    what = "another one" if theirs["model"] == mine["model"] else f"a {theirs['model']}"
+    why = "weights, dtype or configuration differ"
+    on, here = (", ".join(model["adapters"]) or "none" for model in (theirs, mine))
+    if on != here:
+        why = f"the adapters that were on are {on}, and here {here}: switch them as they were, or else also {why}"
+    raise WrongModel(
+        f"the cache was filled by {what}, not by this {mine['model']}: {why} "
+        f"(digest {theirs['sha256'][:12]} there, {mine['sha256'][:12]} here)"
+    )

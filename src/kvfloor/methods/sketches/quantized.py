@@ -14,7 +14,7 @@ from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
-from kvfloor.core.slots import Slots
+from kvfloor.core.slots import Slots, grown
 from kvfloor.core.spec import Spec
 from kvfloor.validation import count
 
@@ -150,6 +150,6 @@ class Codes(Memory):
             return
         for name in ("packed", "low", "step"):
             old: Tensor = getattr(self, name)
-            grown = old.new_zeros(old.shape[0], max(needed, 2 * have), *old.shape[2:])
-            grown[:, :have] = old
-            self.move(name, grown)
+            wider = old.new_zeros(old.shape[0], max(needed, grown(have)), *old.shape[2:])
+            wider[:, :have] = old
+            self.move(name, wider)

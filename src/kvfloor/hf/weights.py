@@ -1,0 +1,145 @@
+"""A model's weights wherever they are: on a device, on disk behind accelerate's hooks, or packed by a quantiser.
+
+Also the adapters (PEFT's, or transformers' own use of them) that change what the weights do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_WRAPPED = ("base_layer", "original_module")  # what PEFT calls the layer inside an adapter, and inside a trained copy
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What the adapter layers of a model do now.
+
+    active  names of those that are on, "name (merged)" for those that were merged into the weights
+    off     prefixes of the names of weights that do nothing now
+    base    names of the model's own layers inside adapters
+    scales  (layer, adapter, factor) of those that are on
+    """
+
+    active: list[str]
+    off: tuple[str, ...]
+    base: tuple[str, ...]
+    scales: list[tuple[str, str, float]]
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The adapters of `model`, by the attributes that PEFT's layers have."""
+    active: set[str] = set()
+    off: list[str] = []
+    base: list[str] = []
+    scales: list[tuple[str, str, float]] = []
+    for path, part in model.named_modules():
+        wrapped = next((name for name in _WRAPPED if isinstance(getattr(part, name, None), nn.Module)), None)
+        if wrapped is None or not all(hasattr(part, name) for name in ("merged_adapters", "disable_adapters")):
+            continue
+        layer: Any = part
+        merged = list(layer.merged_adapters)
+        on = [] if layer.disable_adapters else [name for name in layer.active_adapters if name not in merged]
+        base.append(f"{path}.{wrapped}")
+        for kind in getattr(layer, "adapter_layer_names", ()):
+            held = _at(layer, kind)
+            names = list(held) if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) else []
+            off += [f"{path}.{kind}.{name}" for name in names if name not in on]
+            active.update(name for name in names if name in on)
+        active.update(f"{name} (merged)" for name in merged)
+        factors = getattr(layer, "scaling", None)
+        if isinstance(factors, dict):
+            scales += [(path, name, float(factors[name])) for name in on if isinstance(factors.get(name), (int, float))]
+    return Adapters(sorted(active), tuple(off), tuple(base), sorted(scales))
+
+
+def stored(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
+    """Name and numbers of everything that the model computes with and keeps: parameters and persistent buffers.
+
+    Weights of adapters that are off are left out, and a layer inside an adapter has the name that it has without one.
+    Raises ValueError naming a weight whose numbers cannot be read.
+    """
+    whole, plain = model.state_dict(keep_vars=True), {}
+    for name in whole:
+        if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in adapters.off):
+            inside = next((path for path in adapters.base if name.startswith(f"{path}.")), None)
+            plain[name if inside is None else inside.rpartition(".")[0] + name.removeprefix(inside)] = name
+    for shown, name in sorted(plain.items()):
+        yield from _numbers(shown, _fetched(model, name, whole[name]))
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where this module computes: its weights' device, or the one that a hook brings offloaded weights to."""
+    for weight in module.parameters():
+        if not weight.is_meta:
+            return weight.device
+    for part in module.modules():
+        for hook in _hooks(part):
+            place = getattr(hook, "execution_device", None)
+            if place is not None:
+                return torch.device(f"cuda:{place}" if isinstance(place, int) else place)
+    return None
+
+
+def _at(part: Any, path: str) -> Any:
+    """The attribute at a dotted path, or None."""
+    for name in path.split("."):
+        part = getattr(part, name, None)
+    return part
+
+
+def _fetched(model: nn.Module, name: str, value: Any) -> Any:
+    """A weight of the state dict, or what the hook of its module would load in its place."""
+    if not isinstance(value, Tensor) or not value.is_meta:
+        return value
+    path, _, own = name.rpartition(".")
+    for hook in _hooks(model.get_submodule(path)):
+        kept = getattr(hook, "weights_map", None)
+        if kept is not None and own in kept:
+            return kept[own]
+    raise ValueError(
+        f"{name} is on the meta device and no accelerate hook of its module knows its numbers: put the model's weights "
+        f"on a device, or offload them with accelerate"
+    )
+
+
+def _hooks(module: nn.Module) -> Iterable[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The dense tensors that a weight consists of: one, or the parts of a quantised one."""
+    if isinstance(value, Tensor):
+        inner = getattr(value, "__tensor_flatten__", None)
+        if inner is not None:
+            parts, context = inner()
+            yield f"{name} {type(value).__name__} {_ADDRESS.sub('', repr(context))}", torch.empty(0)
+            for part in parts:
+                yield from _numbers(f"{name}.{part}", getattr(value, part))
+            return
+        if value.is_quantized:
+            yield name, value.int_repr()
+            per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+            if per_channel:
+                yield f"{name}.scale", value.q_per_channel_scales()
+                yield f"{name}.zero", value.q_per_channel_zero_points()
+            else:
+                yield f"{name}.scale", torch.tensor([value.q_scale(), value.q_zero_point()], dtype=torch.float64)
+            return
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} is a {value.layout} tensor on {value.device}, whose numbers cannot be read")
+        yield name, value.detach()
+    elif isinstance(value, (list, tuple)):
+        for place, part in enumerate(value):
+            yield from _numbers(f"{name}[{place}]", part)
+    elif value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        yield f"{name} {value}", torch.empty(0)
+    else:
+        raise ValueError(f"{name} is a {type(value).__name__}, whose numbers cannot be read")
