@@ -19,7 +19,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kvfloor.hf import CompressedCache, conversations, families, prepare, survey
 from kvfloor.hf.layer import CompressedLayer
-from kvfloor.hf.prepare import EVERY, LazyMask, attention
+from kvfloor.hf.masks import LazyMask
+from kvfloor.hf.prepare import attention
 from kvfloor.hf.tiny import cycled, tiny_config, tiny_model
 
 COMMITTED = {path.stem: json.loads(path.read_text()) for path in Path("docs/models").glob("*.json")}
@@ -244,9 +245,6 @@ def test_what_only_the_call_tells_is_refused_there() -> None:
     short = LazyMask({"attention_mask": torch.ones(1, 2, dtype=torch.bool)})
     with pytest.raises(ValueError, match="mask has 2 slots and the cache 3"):
         attention(module, q, keys, values, short)
-    keys, values = layer.update(k, k)
-    with pytest.raises(ValueError, match="along its queries once"):
-        short[EVERY, EVERY, EVERY, slice(0, 2)]
 
 
 def test_a_rule_that_adds_nothing_is_plain_and_one_that_adds_is_refused() -> None:

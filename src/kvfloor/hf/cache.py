@@ -18,7 +18,9 @@ from kvfloor.hf.allocate import Shares, floor_shares, pyramid
 from kvfloor.hf.families import key_readers, layer_roles
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.opening import Opening
+from kvfloor.hf.replaced import SwitchingRotation
 from kvfloor.hf.saved import load, save
+from kvfloor.hf.wrappers import unwrapped
 from kvfloor.method import Method, standard_law
 from kvfloor.registry import parse
 
@@ -57,8 +59,8 @@ class CompressedCache(Cache):
         pinned: Sequence[tuple[int, int]] = (),
         on_evict: Callable[[Eviction], None] | None = None,
     ) -> None:
-        model = config if isinstance(config, PreTrainedModel) else None
-        config = config.config if isinstance(config, PreTrainedModel) else config
+        model = None if isinstance(config, PreTrainedConfig) else unwrapped(config)
+        config = config if isinstance(config, PreTrainedConfig) else unwrapped(config).config
         self.method = parse(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a kvfloor Method or its text, got {type(method).__name__}")
@@ -79,6 +81,7 @@ class CompressedCache(Cache):
         # What `load` constructs the cache with; JSON-ready.
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
         self._meter = Meter()
+        self._rotation = SwitchingRotation.of(config)
         layers: list[Any] = []
         for i, ((role, theirs), readers) in enumerate(zip(roles, key_readers(config), strict=False)):
             place = sum(isinstance(layer, CompressedLayer) for layer in layers)
@@ -107,6 +110,19 @@ class CompressedCache(Cache):
     def compressed(self) -> list[CompressedLayer]:
         """The layers that a kvfloor state serves."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots seen, pads included."""
+        seen = super().get_seq_length(layer_idx)
+        return seen if self._rotation is None else self._rotation.seen(seen)
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Sizes of the mask of a forward; ValueError if it cannot continue this cache."""
+        slots, offset = super().get_mask_sizes(query_length, layer_idx)
+        if self._rotation is not None:
+            seen = int(super().get_seq_length())
+            self._rotation.refuse_crossing(seen, slots + offset - seen)
+        return slots, offset
 
     def seal(self) -> None:
         """Mark the prompt's end now; the first one-token forward does so otherwise."""

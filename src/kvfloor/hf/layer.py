@@ -14,7 +14,9 @@ from transformers.cache_utils import CacheLayerMixin
 from kvfloor.bounded import BoundedState
 from kvfloor.hf import latent
 from kvfloor.hf.fold import present_rows, step_rows
+from kvfloor.hf.masks import Slots
 from kvfloor.hf.opening import Opening
+from kvfloor.hf.replaced import refuse_other_attention
 from kvfloor.state import State
 
 
@@ -28,6 +30,7 @@ class Meter:
         self.held_bytes: dict[int, int] = {}
         self.seen: dict[int, int] = {}
         self.peak_bytes = 0
+        self.staged: weakref.ref[CompressedLayer] | None = None  # the layer whose keys wait for their attention
 
     def measure(self, layer: int, held_bytes: int, transient_bytes: int) -> None:
         self.held_bytes[layer] = held_bytes
@@ -116,11 +119,15 @@ class CompressedLayer(CacheLayerMixin):
         return self._stage(key_states, value_states)
 
     def _stage(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        if self.staged_bytes:
+        refuse_other_attention(self.served_by)
+        waiting = None if self._meter.staged is None else self._meter.staged()
+        if waiting is not None and waiting.staged_bytes:
+            waiting.unstage()
             raise RuntimeError(
-                "a second forward came before the first one's attention was answered: this model does not use "
-                "kvfloor's attention; call kvfloor.hf.prepare(model) first"
+                f"the keys of layer {waiting.index} were never asked for by kvfloor's attention, so their tokens are not "
+                f"in this cache: call kvfloor.hf.prepare(model) first"
             )
+        self.expect(key_states.shape[0])
         if self.place == 0 and not self._meter.level:
             raise RuntimeError(_BROKE_OFF)
         self.is_initialized, self._before = True, None
@@ -128,7 +135,21 @@ class CompressedLayer(CacheLayerMixin):
         setattr(keys, _TAG, weakref.ref(self))
         latent.staged(keys, value_states)
         self.staged_bytes = key_states.nbytes + value_states.nbytes
+        self._meter.staged = weakref.ref(self)
         return keys, value_states
+
+    def unstage(self) -> None:
+        """Forget the keys that were staged and not answered: the layer is as it was."""
+        self.staged_bytes, self._meter.staged = 0, None
+
+    def expect(self, batch: int) -> None:
+        """Raise ValueError unless a forward of this batch size can continue the layer."""
+        if self.state is not None and batch != self.batch:
+            raise ValueError(
+                f"this cache holds a batch of {self.batch} and cannot go on with one of {batch}: give each item a copy "
+                f"of what it holds first, cache.batch_repeat_interleave(copies), choose items by "
+                f"cache.batch_select_indices(indices), or begin with a new cache"
+            )
 
     def get_seq_length(self, *args: Any) -> int:
         """Slots seen (pads included), not tokens stored."""
@@ -136,8 +157,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """(slots seen and new, 0). Until transformers 5.3 the argument is the tensor of cache positions."""
+        refuse_other_attention(self.served_by)
         n = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return self.seen + n, 0
+        return Slots(self.seen + n, self), 0
 
     def get_max_length(self) -> int:
         return -1

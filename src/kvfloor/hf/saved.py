@@ -22,6 +22,7 @@ from kvfloor.hf.container import FORMAT, NewerVersion, pack, unpack
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
+from kvfloor.hf.wrappers import unwrapped
 from kvfloor.message import CorruptState, flatten, gather
 from kvfloor.method import Method
 from kvfloor.registry import parse
@@ -83,6 +84,7 @@ def load(kind: type[Held], path: str | Path, model: PreTrainedModel, method: Met
     Raises CorruptState for a file that is damaged, truncated or something else, NewerVersion, WrongModel and
     UnknownMethod as their names say, ValueError for a file that cannot be read and a model that is not prepared.
     """
+    model = unwrapped(model)
     if not is_prepared(model):
         raise ValueError(
             f"{type(model).__name__} does not use kvfloor's attention: call kvfloor.hf.prepare(model) before loading"
@@ -185,7 +187,10 @@ def _model_of(cache: CompressedCache) -> PreTrainedModel:
         raise ValueError("several models filled this cache: it continues none of them")
     (model,) = models.values()
     if model is None:
-        raise ValueError("the model that filled this cache is gone: save before it is deleted")
+        raise ValueError(
+            "the model that filled this cache is gone, or is a copy of a prepared one: save before it is deleted, or "
+            "call kvfloor.hf.prepare(model) on the copy first"
+        )
     return model
 
 
