@@ -114,7 +114,7 @@ def evicting(model: PreTrainedModel, stock: Heard) -> tuple[float, int]:
     heard = by_forwards(model, cache)
     if not bool(torch.isfinite(heard.logits).all()):
         raise ValueError("logits are not finite once tokens are evicted")
-    kibibytes = 2 * cache.nbytes // 1024
+    kibibytes = 3 * cache.nbytes // 1024
     in_bytes = CompressedCache(model.config, f"h2o(recent=4,block={BLOCK})@{kibibytes}KiB")
     again = by_generate(model, in_bytes)
     if not bool(torch.isfinite(again.logits).all()) or in_bytes.nbytes > kibibytes * 1024:
