@@ -20,7 +20,7 @@ from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.opening import Opening
 from kvfloor.hf.replaced import SwitchingRotation
 from kvfloor.hf.saved import load, save
-from kvfloor.hf.wrappers import unwrapped
+from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
 from kvfloor.method import Method, standard_law
 from kvfloor.registry import parse
 
@@ -59,6 +59,7 @@ class CompressedCache(Cache):
         pinned: Sequence[tuple[int, int]] = (),
         on_evict: Callable[[Eviction], None] | None = None,
     ) -> None:
+        refuse_own_cache(config)
         model = None if isinstance(config, PreTrainedConfig) else unwrapped(config)
         config = config if isinstance(config, PreTrainedConfig) else unwrapped(config).config
         self.method = parse(method) if isinstance(method, str) else method

@@ -23,7 +23,12 @@ from kvfloor.hf import latent, selection
 from kvfloor.hf.families import ignores_the_interface, own_cache_class, refusal
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.masks import LazyMask, mask_over, refuse_other_rules
-from kvfloor.hf.wrappers import unwrapped
+from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
+
+try:
+    from transformers.utils.output_capturing import _active_collector as _collector
+except ImportError:  # until transformers 5.3 or so: there it is told by the argument alone
+    _collector = None
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 _prepared: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # now or earlier: their caches can be saved
@@ -102,7 +107,7 @@ def _answered(
 ) -> Tensor:
     """The layer's answer (B, n, H, dv), once the rules of this call are found to be ones that it follows."""
     try:
-        _refuse(module, mask, call)
+        _refuse(module, query, key, mask, call)
     except ValueError:
         layer.unstage()
         raise
@@ -112,8 +117,15 @@ def _answered(
     return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
 
-def _refuse(module: torch.nn.Module, mask: Any, call: dict[str, Any]) -> None:
+def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call: dict[str, Any]) -> None:
     """Raise ValueError for a rule of this call that a compressed layer cannot follow."""
+    config = getattr(module, "config", None)
+    crossing = query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True)
+    if crossing and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(module).__name__} looks at the encoder's tokens through the same cache as at its own: give an "
+            f"encoder-decoder model EncoderDecoderCache(CompressedCache(...), DynamicCache()), and begin with new ones"
+        )
     if isinstance(mask, LazyMask):
         refuse_other_rules(mask)
     elif mask is not None:
@@ -133,7 +145,12 @@ def _refuse(module: torch.nn.Module, mask: Any, call: dict[str, Any]) -> None:
 
 
 def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
-    return bool(call.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False))
+    """Whether this forward is to return its attention's weights; some families do not pass the argument on."""
+    if call.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    if torch.compiler.is_compiling() or _collector is None:
+        return False
+    return "attentions" in (_collector.get() or {})
 
 
 def _stock(
@@ -184,6 +201,7 @@ def prepare(model: Model) -> Model:
     a family that cannot be served.
     """
     inner = unwrapped(model)
+    refuse_own_cache(model)
     if ignores_the_interface(inner):
         raise ValueError(
             f"{type(inner).__name__} ignores transformers' attention interface, so its cache cannot be compressed "
