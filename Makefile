@@ -46,10 +46,10 @@ models: models-newest models-oldest
 	$(BIN)/python docs/generate.py
 
 models-newest: $(VENV)/.development
-	OMP_NUM_THREADS=1 $(BIN)/python -m kvfloor.hf.survey --write docs/models
+	OMP_NUM_THREADS=1 $(BIN)/python -m survey --write docs/models
 
 models-oldest: $(OLDEST)/.development
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m kvfloor.hf.survey --write docs/models
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m survey --write docs/models
 
 bench: $(VENV)/.development
 	$(BIN)/python bench/decode.py

@@ -21,7 +21,7 @@ import torch
 from gate import green
 
 from kvfloor import Method, Spec, State
-from kvfloor.registry import TABLE, default_method
+from kvfloor.methods.registry import TABLE, default_method
 
 TIMED = ["tests/core"]
 BUDGET, ROWS, GROUP, WIDTH = 256, 4, 2, 64

@@ -1,6 +1,6 @@
 """The same budget shared out three ways among the kv heads of the built-in model: which answers survive?
 
-    python characterize/allocation.py [--n N]
+    python -m characterize.allocation [--n N]
 
 512 tokens of context, compressed before the question comes; budgets of 64 and 128 tokens per kv head on average, so
 bytes are equal but for rounding. "floor" gives each head in proportion to the tokens that its queries read apart in one
@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from table import save
 
-from kvfloor.audit.statistics import wilson_interval
+from characterize.lib.table import save
 from kvfloor.hf import CompressedCache, floor_shares, prepare
 from kvfloor.hf.decode import Dialogue
 from kvfloor.models import load
+from kvfloor.statistics import wilson_interval
 from kvfloor.tasks import TASKS
 
 NAMES = ("recall", "kv", "needles")

@@ -1,6 +1,6 @@
 """Is BalanceKV closer to attention than as many tokens drawn uniformly, and on which keys?
 
-    python characterize/balance_vs_uniform.py
+    python -m characterize.balance_vs_uniform
 
 1,024 tokens and 16 queries per stream, a new stream for every seed, scale d^-1/2:
   normal(x)  keys x times normal numbers: at x = 1 and d = 64 a key weighs itself e^8 and others about 1
@@ -19,9 +19,9 @@ of the two in one stream with its bootstrap 95 % interval. "held" is the mean. F
 from __future__ import annotations
 
 import torch
-from table import save
 from torch import Tensor
 
+from characterize.lib.table import save
 from kvfloor import Spec, parse
 
 TOKENS, QUERIES, SEEDS, AT_ONCE, RESAMPLES = 1024, 16, 96, 16, 2000

@@ -1,6 +1,6 @@
 """Does accumulated attention freeze a cache on its earliest tokens? Streams without content tell.
 
-    python characterize/early_tokens.py
+    python -m characterize.early_tokens
 
 2,000 tokens with normal keys and queries (d = 32, scale 1/sqrt(d), GQA group of 1), a budget of 200, evicting after
 every token, no sinks; 32 streams from one seed. Nothing in such a stream makes an early token better than a late one.
@@ -11,8 +11,8 @@ the streams, and the median age of what is held. One to two minutes on one core.
 from __future__ import annotations
 
 import torch
-from table import mean_interval, save
 
+from characterize.lib.table import mean_interval, save
 from kvfloor import Spec, parse
 
 TOKENS, BUDGET, STREAMS, WIDTH = 2000, 200, 32, 32

@@ -1,6 +1,6 @@
 """Every method that applies, on the built-in model, at equal bytes: which tasks survive what?
 
-    python characterize/equal_bytes.py [--n N] [--budgets ...] [--methods ...]
+    python -m characterize.equal_bytes [--n N] [--budgets ...] [--methods ...]
 
 Audits (`kvfloor audit` does the same) of 512 tokens of context and a budget in bytes of a whole sequence's cache, so
 that whatever a method holds beside its tokens (scores, samples, sketches, its open block) is paid for; exact takes
@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from table import save
 
+from characterize.lib.table import save
 from kvfloor.audit import plan, run
-from kvfloor.audit.statistics import wilson_interval
+from kvfloor.statistics import wilson_interval
 
 CELLS = {"recall": ("after",), "registers": ("after",), "kv": ("after", "visible")}
 METHODS = (

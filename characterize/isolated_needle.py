@@ -1,6 +1,6 @@
 """Do selectors find one key that answers a query, if its neighbours do not hint at it, and if they do?
 
-    python characterize/isolated_needle.py
+    python -m characterize.isolated_needle
 
 1,024 keys of width 64 from a random walk (near tokens have near keys). "isolated": one key, at a uniformly drawn place,
 is replaced by a long vector of a new direction, and the query points there. "smooth": the query points at a key of
@@ -12,12 +12,12 @@ key in that share of the streams. Half a minute on one core.
 from __future__ import annotations
 
 import torch
-from table import save
 
+from characterize.lib.recall import recall
+from characterize.lib.table import save
 from kvfloor import Spec, parse
-from kvfloor.audit.statistics import wilson_interval
-from kvfloor.exact import Exact
-from kvfloor.selectors.recall import recall
+from kvfloor.core.exact import Exact
+from kvfloor.statistics import wilson_interval
 
 TOKENS, WIDTH, STREAMS = 1024, 64, 400
 SELECTORS = (

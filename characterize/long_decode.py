@@ -1,6 +1,6 @@
 """Long answers: a register machine whose trace the model writes itself, then is asked for all current values.
 
-    python characterize/long_decode.py [--n N]
+    python -m characterize.long_decode [--n N]
 
 The first 48 tokens of a program are the prompt, all that follows comes after the seal, as a long answer does (the right
 tokens are fed, block by block, so that every method sees the same stream); then the values are asked. Built-in model,
@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 
 import torch
-from table import save
 
+from characterize.lib.table import save
 from kvfloor import parse
 from kvfloor.audit.measure import CHUNK_SLOTS
-from kvfloor.audit.statistics import wilson_interval
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.decode import Dialogue
 from kvfloor.models import load
+from kvfloor.statistics import wilson_interval
 from kvfloor.tasks import TASKS
 
 PROMPT, LENGTHS, BUDGET = 48, (256, 512, 1024, 2048), 128

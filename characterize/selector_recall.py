@@ -1,6 +1,6 @@
 """How many of the 32 tokens with the largest logits do selectors read, and at what price?
 
-    python characterize/selector_recall.py
+    python -m characterize.selector_recall
 
 2,048 keys of four kinds, 200 queries of normal numbers (near the clusters where there are some), float32, one seed:
   unit     random directions of equal length, so nothing but nearness decides
@@ -15,13 +15,13 @@ of all keys and values. Under a minute on one core.
 from __future__ import annotations
 
 import torch
-from table import save
 from torch import Tensor
 
+from characterize.lib.recall import recall
+from characterize.lib.table import save
 from kvfloor import Spec, parse
-from kvfloor.exact import Exact
-from kvfloor.selectors.recall import recall
-from kvfloor.selectors.selector import Selector
+from kvfloor.core.exact import Exact
+from kvfloor.core.selector import Selector
 
 KEYS, QUERIES, TOP, WIDTHS = 2048, 200, 32, (3, 8, 32, 64, 128)
 SELECTORS = ("zeta", "zeta(curves=8)", "pages(pages=8)", "hip(k=128)")

@@ -1,6 +1,6 @@
 """SubGen's error against its bound, over the cluster radius and the numbers of samples.
 
-    python characterize/subgen_bound.py
+    python -m characterize.subgen_bound
 
 1,024 tokens in 32 clusters on the unit sphere of 8 dimensions, each key 0.1 from its centre; values normal; queries of
 length 2. Error is |answer - attention|_2 / (|softmax|_2 ||V||_op), as the theorem measures it; `quantile` is its
@@ -12,8 +12,8 @@ Four minutes on one core.
 from __future__ import annotations
 
 import torch
-from table import save
 
+from characterize.lib.table import save
 from kvfloor import Spec, parse
 
 TOKENS, WIDTH, CLUSTERS, SEEDS, QUERIES, RADIUS = 1024, 8, 32, 300, 8, 2.0

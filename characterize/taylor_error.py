@@ -1,6 +1,6 @@
 """How well does a truncated exponential answer, by its degree and the largest logit, and how many numbers does it hold?
 
-    python characterize/taylor_error.py
+    python -m characterize.taylor_error
 
 `bound` is what `window+taylor` guarantees (relative, for values >= 0), `measured` the largest such error over 64
 queries on 4,096 evicted keys of width 3 with the largest |logit| exactly at the bound's radius, values uniform in
@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 
 import torch
-from table import save
 
+from characterize.lib.table import save
 from kvfloor import Spec, parse
-from kvfloor.summaries.taylor import relative_error
+from kvfloor.methods.summaries.taylor import relative_error
 
 RADII, DEGREES, WIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0), (2, 4, 8, 16, 24), (3, 8, 64)
 TOKENS, QUERIES = 4096, 64

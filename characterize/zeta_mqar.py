@@ -1,6 +1,6 @@
 """Does ZETA attention learn associative recall (MQAR), and how does softmax attention in the same model fare?
 
-    python characterize/zeta_mqar.py [--steps N] [--seeds 0,1] [--only zeta|softmax]
+    python -m characterize.zeta_mqar [--steps N] [--seeds 0,1] [--only zeta|softmax]
 
 Multi-query associative recall (Arora et al. 2023): 8 distinct keys, each followed by its value, then the same keys at
 uniformly drawn places of the tail, the rest filler; at every asked key the model says its value. Uniform places, so
@@ -16,11 +16,11 @@ import math
 import time
 
 import torch
-from table import save, show
 from torch import Tensor, nn
 
-from kvfloor.audit.statistics import wilson_interval
-from kvfloor.variants.zeta import ZetaAttention
+from characterize.lib.table import save, show
+from characterize.lib.zeta_attention import ZetaAttention
+from kvfloor.statistics import wilson_interval
 
 VOCABULARY, LENGTH, PAIRS, WIDTH = 128, 64, 8, 64
 BATCH, RATE, TRIALS = 32, 3e-3, 2000

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfloor.registry import TABLE
+from kvfloor.methods.registry import TABLE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if ">>> " in path.read_text(encoding="utf-8"))

@@ -5,52 +5,76 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from kvfloor.version import __version__
 
 # Names load on first use, so that `import kvfloor` and `kvfloor --help` do not wait for torch.
 _HOMES = {
-    "Bounded": "bounded",
-    "Exact": "exact",
-    "Guarantee": "method",
-    "Method": "method",
-    "Partial": "partial",
-    "Spec": "method",
-    "State": "state",
-    "Traits": "method",
-    "CorruptState": "message",
-    "parse": "registry",
-    "resolve": "budget",
+    "Bounded": "core.bounded",
+    "CorruptState": "core.message",
+    "Exact": "core.exact",
+    "Guarantee": "core.method",
+    "Guarded": "core.policy",
+    "Held": "core.policy",
+    "Indexed": "core.selector",
+    "Method": "core.method",
+    "Partial": "core.partial",
+    "Policy": "core.policy",
+    "PolicyMemory": "core.policy",
+    "Queries": "core.policy",
+    "Selector": "core.selector",
+    "SelectorState": "core.selector",
+    "Spec": "core.spec",
+    "State": "core.state",
+    "Summary": "core.summary",
+    "SummaryState": "core.summary",
+    "Traits": "core.method",
     "check_method": "check",
+    "parse": "methods.registry",
+    "resolve": "core.budget",
 }
-_MODULES = ("audit", "barriers", "floors", "hf", "models", "tasks")
+_MODULES = ("audit", "floors", "game", "hf", "models", "tasks")
 
 if TYPE_CHECKING:
-    from kvfloor import audit, barriers, floors, hf, models, tasks
-    from kvfloor.bounded import Bounded
-    from kvfloor.budget import resolve
+    from kvfloor import audit, floors, game, hf, models, tasks
     from kvfloor.check import check_method
-    from kvfloor.exact import Exact
-    from kvfloor.message import CorruptState
-    from kvfloor.method import Guarantee, Method, Spec, Traits
-    from kvfloor.partial import Partial
-    from kvfloor.registry import parse
-    from kvfloor.state import State
+    from kvfloor.core.bounded import Bounded
+    from kvfloor.core.budget import resolve
+    from kvfloor.core.exact import Exact
+    from kvfloor.core.message import CorruptState
+    from kvfloor.core.method import Guarantee, Method, Traits
+    from kvfloor.core.partial import Partial
+    from kvfloor.core.policy import Guarded, Held, Policy, PolicyMemory, Queries
+    from kvfloor.core.selector import Indexed, Selector, SelectorState
+    from kvfloor.core.spec import Spec
+    from kvfloor.core.state import State
+    from kvfloor.core.summary import Summary, SummaryState
+    from kvfloor.methods.registry import parse
 
 __all__ = [
     "Bounded",
     "CorruptState",
     "Exact",
     "Guarantee",
+    "Guarded",
+    "Held",
+    "Indexed",
     "Method",
     "Partial",
+    "Policy",
+    "PolicyMemory",
+    "Queries",
+    "Selector",
+    "SelectorState",
     "Spec",
     "State",
+    "Summary",
+    "SummaryState",
     "Traits",
     "__version__",
     "audit",
-    "barriers",
     "check_method",
     "floors",
+    "game",
     "hf",
     "models",
     "parse",

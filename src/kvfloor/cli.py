@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvfloor import __version__
+from kvfloor.version import __version__
 
 app = typer.Typer(
     name="kvfloor",
@@ -88,6 +88,7 @@ def audit(
     from kvfloor.audit.plan import split_list
     from kvfloor.audit.require import parse_requirement, shortfalls
     from kvfloor.audit.run import Question, run
+    from kvfloor.report.html import render
     from kvfloor.report.terminal import print_report
     from kvfloor.report.text import visible
 
@@ -116,6 +117,7 @@ def audit(
             progress.update(bar, total=total, advance=1 if started else 0, description=visible(text))
 
         answer = run(question, track)
+        render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads)
     if as_json:
         _print_json(answer.as_dict())
     else:
@@ -252,8 +254,8 @@ def break_(
     as_json: Json = False,
 ) -> None:
     """Play lower bounds' hard instances against a method: what it certifies against what it spends."""
-    from kvfloor.barriers import play, play_all
     from kvfloor.files import open_folder, replace_file
+    from kvfloor.game import play, play_all
 
     given = {
         "n": n, "d": d, "dv": dv, "bits": bits, "eta": eta, "dtype": dtype, "heads": heads, "layers": layers,
@@ -290,7 +292,7 @@ def check(
 ) -> None:
     """Run the conformance suite on a method; exit code 1 if a law is broken."""
     from kvfloor.check import run_checks
-    from kvfloor.registry import parse
+    from kvfloor.methods.registry import parse
 
     outcome = run_checks(parse(method))
     if as_json:
@@ -308,7 +310,7 @@ def check(
 @app.command()
 def methods(as_json: Json = False) -> None:
     """The table of methods: policies, summaries, selectors and whole methods; --json has all columns."""
-    from kvfloor.catalogue import rows
+    from kvfloor.methods.catalogue import rows
 
     table = rows()
     if as_json:

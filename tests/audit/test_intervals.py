@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kvfloor.audit.statistics import paired_counts, paired_difference_interval, wilson_interval
+from kvfloor.statistics import paired_counts, paired_difference_interval, wilson_interval
 
 
 def test_wilson_covers_its_share_on_average() -> None:
@@ -76,3 +76,9 @@ def test_counts_of_pairs() -> None:
 def test_impossible_counts_are_refused(right: int, n: int) -> None:
     with pytest.raises(ValueError, match="impossible"):
         wilson_interval(right, n)
+
+
+def test_wilson_matches_published_values() -> None:
+    assert wilson_interval(64, 64) == pytest.approx((0.9434, 1.0), abs=1e-4)
+    assert wilson_interval(0, 64) == pytest.approx((0.0, 0.0566), abs=1e-4)
+    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)

@@ -5,7 +5,7 @@ import torch
 
 from kvfloor import parse
 from kvfloor.check import run_checks
-from kvfloor.registry import TABLE, default_method
+from kvfloor.methods.registry import TABLE, default_method
 
 COMBINATIONS = (
     "h2o(score=mean)@64",

@@ -11,9 +11,9 @@ from mutants.tokens import OneTooMany
 import kvfloor.check
 from kvfloor import Spec, check_method, parse
 from kvfloor.check import CHECKS, Broken, Setting, run_checks
-from kvfloor.check.ground import play, probes, slots_of, small_pieces, spec_for, stream_for, tokens_of
-from kvfloor.check.oracle import attention
+from kvfloor.check.plain_attention import attention
 from kvfloor.check.storage import storages
+from kvfloor.check.streams import play, probes, slots_of, small_pieces, spec_for, stream_for, tokens_of
 from kvfloor.check.tolerance import AGREE, apart, require_accuracy
 
 

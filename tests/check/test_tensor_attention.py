@@ -5,10 +5,10 @@ import torch
 
 from kvfloor import Spec, parse
 from kvfloor.check import CHECKS, Broken, Setting, run_checks
-from kvfloor.check.ones import Ones, beside_ones
-from kvfloor.partial import Partial
-from kvfloor.variants.subgen_tensor import SubGenTensorState
-from kvfloor.variants.tensor import TensorState
+from kvfloor.check.tensor_adapter import Ones, beside_ones
+from kvfloor.core.partial import Partial
+from kvfloor.methods.variants.subgen_tensor import SubGenTensorState
+from kvfloor.methods.variants.tensor import TensorState
 
 QUICK = ("text", "shapes", "message_round_trip", "empty", "pads")
 
@@ -27,7 +27,7 @@ def test_ones_make_it_standard_attention(side: int) -> None:
 def test_methods_of_standard_attention_stand_for_themselves() -> None:
     assert beside_ones(parse("window@64")) == [parse("window@64")]
     assert [str(parse(str(m))) for m in beside_ones(parse("tensor(store=window)@64"))] == [
-        f"kvfloor.check.ones:Ones(inner='tensor(store=window)@64',side={side})" for side in (1, 2)
+        f"kvfloor.check.tensor_adapter:Ones(inner='tensor(store=window)@64',side={side})" for side in (1, 2)
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Guarantee, Method, Partial, Spec, State, Traits
-from kvfloor.policies.policy import Ledger, Policy
+from kvfloor.core.policy import Held, Policy
 
 
 @dataclass(frozen=True)
@@ -59,5 +59,5 @@ class EverySecond(Policy):
     name: ClassVar[str] = "every_second"
     paper: ClassVar[str] = "an example"
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return (ledger.position % 2 == 0).double() * 2**40 + ledger.position
+    def priority(self, held: Held) -> Tensor:
+        return (held.position % 2 == 0).double() * 2**40 + held.position

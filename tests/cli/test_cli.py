@@ -110,14 +110,14 @@ def test_check_json_and_exit_code(tmp_path: Path) -> None:
     broken = """
 from dataclasses import dataclass
 from typing import ClassVar
-from kvfloor.policies.policy import Policy
+from kvfloor.core.policy import Policy
 
 @dataclass(frozen=True)
 class Moody(Policy):
     name: ClassVar[str] = "moody"
-    def priority(self, ledger):
+    def priority(self, held):
         import torch
-        return torch.rand(ledger.position.shape)
+        return torch.rand(held.position.shape)
 """
     (tmp_path / "mine.py").write_text(broken)
     run = kvfloor("check", "mine:Moody@32", "--json", cwd=tmp_path)

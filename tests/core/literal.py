@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Bounded, Spec
-from kvfloor.policies.policy import Policy
+from kvfloor.core.policy import Policy
 
 
 @dataclass

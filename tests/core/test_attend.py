@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfloor.kernels import attend as kernel
-from kvfloor.kernels.attend import attend, attend_causal, attend_newest, weigh
+from kvfloor.core import attend as kernel
+from kvfloor.core.attend import attend, attend_causal, attend_newest, weigh
 
 Draw = Callable[..., Tensor]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.barriers.certificates import wrong_share_limit
-from kvfloor.randomness import row_keys, uniform
-from kvfloor.sketches import balance as balance_module
-from kvfloor.sketches import self_balancing
-from kvfloor.sketches.balance import BalanceState
-from kvfloor.sketches.self_balancing import gram, halve, safe_threshold, sub_gaussian, walk
-from kvfloor.slots import Slots
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.core.slots import Slots
+from kvfloor.methods.sketches import balance as balance_module
+from kvfloor.methods.sketches import self_balancing
+from kvfloor.methods.sketches.balance import BalanceState
+from kvfloor.methods.sketches.self_balancing import gram, halve, safe_threshold, sub_gaussian, walk
+from kvfloor.statistics import clopper_pearson_limit
 
 Draw = Callable[..., Tensor]
 ALONE = "sinks=0,recent=0"
@@ -289,13 +289,13 @@ def misses(draw: Draw, seeds: int) -> tuple[int, float]:
 
 def test_the_guarantee_holds_and_is_kept_by_100_seeds(draw: Draw) -> None:
     failed, share = misses(draw, 100)
-    assert wrong_share_limit(failed, 100, 1e-4) <= 0.3
+    assert clopper_pearson_limit(failed, 100, 1e-4) <= 0.3
     assert share > 0.01  # the bound is not so wide that any answer would pass
 
 
 @pytest.mark.slow
 def test_the_guarantee_is_kept_by_ten_thousand_seeds(draw: Draw) -> None:
-    assert wrong_share_limit(sum(misses(draw, 500)[0] for _ in range(20)), 10_000, 1e-4) <= 0.3
+    assert clopper_pearson_limit(sum(misses(draw, 500)[0] for _ in range(20)), 10_000, 1e-4) <= 0.3
 
 
 @pytest.mark.parametrize("sharpness", [0.25, 1.0])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.selectors.pages import PagesState
+from kvfloor.methods.selectors.pages import PagesState
 
 Draw = Callable[..., Tensor]
 

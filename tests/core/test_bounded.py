@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvfloor import Bounded, Spec, parse
-from kvfloor.policies.heavy_hitters import HeavyHitters
-from kvfloor.policies.policy import Policy
-from kvfloor.policies.sinks import Sinks
-from kvfloor.policies.window import Window
-from kvfloor.randomness import row_keys, uniform
+from kvfloor.core.policy import Policy
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.methods.policies.heavy_hitters import HeavyHitters
+from kvfloor.methods.policies.sinks import Sinks
+from kvfloor.methods.policies.window import Window
 
 Draw = Callable[..., Tensor]
 

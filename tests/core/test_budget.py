@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvfloor import Method, Spec, parse, resolve
-from kvfloor.budget import parse_budget, size_bytes
+from kvfloor.core.budget import parse_budget, size_bytes
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_what_no_budget_bounds_refuses_one_by_name(text: str) -> None:
 @pytest.mark.parametrize("budget", ["lots", "150%", "0%"])
 def test_a_budget_given_in_python_is_checked_as_text_is(budget: str) -> None:
     from kvfloor import Bounded
-    from kvfloor.policies.window import Window
+    from kvfloor.methods.policies.window import Window
 
     with pytest.raises(ValueError):
         resolve(Bounded(Window(), budget=budget), Spec(1, 4, 4), length=100)

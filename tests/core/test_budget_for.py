@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfloor import Bounded, Method, Spec, parse
-from kvfloor.sketches.subgen import SubGen
-from kvfloor.sketches.window_sample import WindowSample
+from kvfloor.methods.sketches.subgen import SubGen
+from kvfloor.methods.sketches.window_sample import WindowSample
 
 SPEC = Spec(2, 4, 8)
 errors = st.floats(0.05, 0.9)

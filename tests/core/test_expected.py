@@ -13,9 +13,9 @@ from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.policies.expected import Expected, QueryMoments
-from kvfloor.policies.policy import Ledger
-from kvfloor.variants.visual import NextScale
+from kvfloor.core.policy import Held
+from kvfloor.methods.policies.expected import Expected, QueryMoments
+from kvfloor.methods.variants.visual import NextScale
 
 Draw = Callable[..., Tensor]
 PLAIN = Expected(sinks=0, recent=0)
@@ -61,37 +61,37 @@ def test_what_is_kept_equals_the_papers_rule(draw: Draw, heads: Any, block: int)
 class NoCovariance(Expected):
     """Every query is taken to be the mean one."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        flat = ledger.memory.copied()
+    def priority(self, held: Held) -> Tensor:
+        flat = held.memory.copied()
         flat.spread = torch.zeros_like(flat.spread)
-        return super().priority(replace(ledger, memory=flat))
+        return super().priority(replace(held, memory=flat))
 
 
 @dataclass(frozen=True)
 class WholeCovariance(Expected):
     """The half in the exponent is forgotten."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        twice = ledger.memory.copied()
+    def priority(self, held: Held) -> Tensor:
+        twice = held.memory.copied()
         twice.spread = 2.0 * twice.spread
-        return super().priority(replace(ledger, memory=twice))
+        return super().priority(replace(held, memory=twice))
 
 
 @dataclass(frozen=True)
 class NoValues(Expected):
     """Values do not count."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        ones = torch.ones_like(ledger.v)
-        return super().priority(replace(ledger, fetch=lambda name: ones if name == "v" else ledger.k))
+    def priority(self, held: Held) -> Tensor:
+        ones = torch.ones_like(held.v)
+        return super().priority(replace(held, fetch=lambda name: ones if name == "v" else held.k))
 
 
 @dataclass(frozen=True)
 class DeadTokensCount(Expected):
     """Slots that hold no token take their share of the expected weight."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return super().priority(replace(ledger, held=torch.full_like(ledger.held, ledger.position.shape[1])))
+    def priority(self, held: Held) -> Tensor:
+        return super().priority(replace(held, held=torch.full_like(held.count, held.position.shape[1])))
 
 
 @pytest.mark.parametrize("mutant", [NoCovariance, WholeCovariance, NoValues, DeadTokensCount])
@@ -106,8 +106,8 @@ def test_the_closed_form_is_the_mean_over_drawn_queries(draw: Draw) -> None:
     q = (draw(1, 1, 64, 4) @ turn + 0.5).contiguous()
     k, v = draw(1, 64, 4), torch.ones(1, 64, 1, dtype=torch.float64)
     state = run(replace(PLAIN, epsilon=0.0), 64, q, k, v, scale=0.7, block=64)
-    ledger = state._ledger(None, 64)
-    found = state.method.policy.priority(ledger)[0]
+    held = state._held(None, 64)
+    found = state.method.policy.priority(held)[0]
     mean, covariance = q[0, 0].mean(0), torch.cov(q[0, 0].T, correction=0)
     drawn = mean + draw(200_000, 4) @ torch.linalg.cholesky(covariance).T
     z = torch.exp(0.7 * drawn @ k[0].T).mean(0)

@@ -13,8 +13,8 @@ from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.policies.farthest_key import FarthestKey, picked
-from kvfloor.policies.policy import Ledger
+from kvfloor.core.policy import Held
+from kvfloor.methods.policies.farthest_key import FarthestKey, picked
 
 Draw = Callable[..., Tensor]
 
@@ -55,17 +55,17 @@ def test_what_is_kept_equals_farthest_first(draw: Draw, options: dict[str, int],
 class Nearest(FarthestKey):
     """The picks leave and the others stay."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return -super().priority(ledger)
+    def priority(self, held: Held) -> Tensor:
+        return -super().priority(held)
 
 
 @dataclass(frozen=True)
 class Unaware(FarthestKey):
     """Tokens that stay anyway are no centres."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        nothing = torch.zeros_like(ledger.live)
-        return -picked(ledger.k, ledger.live, nothing, ledger.position, int(ledger.budget.max()))
+    def priority(self, held: Held) -> Tensor:
+        nothing = torch.zeros_like(held.live)
+        return -picked(held.k, held.live, nothing, held.position, int(held.budget.max()))
 
 
 @pytest.mark.parametrize("wrong", [Nearest(), Unaware(sinks=3, recent=4)])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvfloor import Exact, Method, Spec, parse
-from kvfloor.selectors.hierarchical import Hierarchical, HierarchicalState
-from kvfloor.slots import Slots
+from kvfloor.core.slots import Slots
+from kvfloor.methods.selectors.hierarchical import Hierarchical, HierarchicalState
 
 Draw = Callable[..., Tensor]
 

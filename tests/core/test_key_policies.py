@@ -11,9 +11,9 @@ import torch
 from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
-from kvfloor.policies.key_difference import KeyDifference
-from kvfloor.policies.key_norm import KeyNorm
-from kvfloor.policies.policy import Guarded, Ledger
+from kvfloor.core.policy import Guarded, Held
+from kvfloor.methods.policies.key_difference import KeyDifference
+from kvfloor.methods.policies.key_norm import KeyNorm
 
 Draw = Callable[..., Tensor]
 
@@ -58,41 +58,41 @@ def test_what_is_kept_equals_the_papers_rule(
 class Longest(KeyNorm):
     """Long keys stay."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return -super().priority(ledger)
+    def priority(self, held: Held) -> Tensor:
+        return -super().priority(held)
 
 
 @dataclass(frozen=True)
 class ValueNorm(KeyNorm):
     """Values are measured, not keys."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return super().priority(replace(ledger, fetch=lambda name: ledger.v))
+    def priority(self, held: Held) -> Tensor:
+        return super().priority(replace(held, fetch=lambda name: held.v))
 
 
 @dataclass(frozen=True)
 class MostAlike(KeyDifference):
     """The keys most like the mean stay."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return -super().priority(ledger)
+    def priority(self, held: Held) -> Tensor:
+        return -super().priority(held)
 
 
 @dataclass(frozen=True)
 class PlainMean(KeyDifference):
     """The mean of the keys as they are, in which long ones count for more."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        mean = ledger.k.masked_fill(~ledger.live.unsqueeze(-1), 0.0).sum(1, keepdim=True)
-        return -torch.cosine_similarity(ledger.k, mean, dim=-1)
+    def priority(self, held: Held) -> Tensor:
+        mean = held.k.masked_fill(~held.live.unsqueeze(-1), 0.0).sum(1, keepdim=True)
+        return -torch.cosine_similarity(held.k, mean, dim=-1)
 
 
 @dataclass(frozen=True)
 class DeadKeysCount(KeyDifference):
     """Slots that hold no token any more are part of the mean."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return super().priority(replace(ledger, held=torch.full_like(ledger.held, ledger.position.shape[1])))
+    def priority(self, held: Held) -> Tensor:
+        return super().priority(replace(held, held=torch.full_like(held.count, held.position.shape[1])))
 
 
 @pytest.mark.parametrize("mutant", [Longest, ValueNorm, MostAlike, PlainMean, DeadKeysCount])
@@ -105,9 +105,9 @@ def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[Guarded]) -> None:
 def test_keys_of_slots_in_step_are_not_copied(draw: Draw, kind: type[Guarded]) -> None:
     k, v = draw(3, 40, 8), draw(3, 40, 8)
     state = run(kind(), 12, None, k, v, block=4)
-    ledger = state._ledger(None, int(state.slots.capacity.max()))
-    assert ledger.k.untyped_storage().data_ptr() == state.slots.k.untyped_storage().data_ptr()
-    assert ledger.v.untyped_storage().data_ptr() == state.slots.v.untyped_storage().data_ptr()
+    held = state._held(None, int(state.slots.capacity.max()))
+    assert held.k.untyped_storage().data_ptr() == state.slots.k.untyped_storage().data_ptr()
+    assert held.v.untyped_storage().data_ptr() == state.slots.v.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("kind", RULES)

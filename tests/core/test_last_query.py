@@ -12,8 +12,8 @@ from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Bounded, Spec, parse
-from kvfloor.policies.last_query import LastQuery
-from kvfloor.policies.policy import Asked, Ledger
+from kvfloor.core.policy import Held, Queries
+from kvfloor.methods.policies.last_query import LastQuery
 
 Draw = Callable[..., Tensor]
 PLAIN = LastQuery(sinks=0, recent=0)
@@ -50,48 +50,48 @@ def test_what_is_kept_equals_the_papers_rule(draw: Draw, policy: LastQuery, g: i
 class FirstQuery(LastQuery):
     """The block's first query decides."""
 
-    shown = "all"
+    weights_of = "all"
 
-    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
-        asked = replace(asked, position=asked.position[:, :1])
-        return super().observe(ledger, weights[:, :, :1], asked)
+    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
+        queries = replace(queries, position=queries.position[:, :1])
+        return super().on_weights(held, weights[:, :, :1], queries)
 
 
 @dataclass(frozen=True)
 class LastPlace(LastQuery):
     """The block's last place decides, whether or not a query was asked there."""
 
-    shown = "all"
+    weights_of = "all"
 
-    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
-        return super().observe(ledger, weights[:, :, -1:], replace(asked, position=asked.position[:, -1:]))
+    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
+        return super().on_weights(held, weights[:, :, -1:], replace(queries, position=queries.position[:, -1:]))
 
 
 @dataclass(frozen=True)
 class Largest(LastQuery):
     """The largest weight of the group decides, not the mean."""
 
-    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
-        return super().observe(ledger, weights.amax(1, keepdim=True), asked)
+    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
+        return super().on_weights(held, weights.amax(1, keepdim=True), queries)
 
 
 @dataclass(frozen=True)
 class Summed(LastQuery):
     """What all the block's queries gave decides."""
 
-    shown = "all"
+    weights_of = "all"
 
-    def observe(self, ledger: Ledger, weights: Tensor, asked: Asked) -> dict[str, Tensor]:
-        asked = replace(asked, position=asked.position[:, -1:])
-        return super().observe(ledger, weights, asked)
+    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
+        queries = replace(queries, position=queries.position[:, -1:])
+        return super().on_weights(held, weights, queries)
 
 
 @dataclass(frozen=True)
 class Backwards(LastQuery):
     """The token with the most attention leaves."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return -ledger.columns["log_weight"]
+    def priority(self, held: Held) -> Tensor:
+        return -held.columns["log_weight"]
 
 
 @pytest.mark.parametrize("mutant", [FirstQuery, Largest, Summed, Backwards])

@@ -12,8 +12,8 @@ from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.policies.leverage import RidgeLeverage, leverage
-from kvfloor.policies.policy import Ledger
+from kvfloor.core.policy import Held
+from kvfloor.methods.policies.leverage import RidgeLeverage, leverage
 
 Draw = Callable[..., Tensor]
 PLAIN = RidgeLeverage(sinks=0, recent=0)
@@ -31,8 +31,8 @@ def exact(keys: Tensor, asked: Tensor, ridge: float, centre: bool = False) -> Te
 
 def scores(state: Any) -> tuple[Tensor, Tensor]:
     """Positions held (rows, s) and their scores (rows, s), at the end of a block."""
-    ledger = state._ledger(None, int(state.held.max()))
-    return ledger.position, state.method.policy.priority(ledger)
+    held = state._held(None, int(state.held.max()))
+    return held.position, state.method.policy.priority(held)
 
 
 class Leverage(Rule):
@@ -66,16 +66,16 @@ def test_what_is_kept_has_the_highest_exact_leverage(draw: Draw, over: Any, cent
 class Least(RidgeLeverage):
     """The highest leverage leaves."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return -super().priority(ledger)
+    def priority(self, held: Held) -> Tensor:
+        return -super().priority(held)
 
 
 @dataclass(frozen=True)
 class Absolute(RidgeLeverage):
     """Lambda does not grow with the keys."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        x, (gram, _, _) = ledger.k, ledger.memory.moments(ledger.rows)
+    def priority(self, held: Held) -> Tensor:
+        x, (gram, _, _) = held.k, held.memory.moments(held.rows)
         inverse = torch.linalg.inv(gram + self.ridge * torch.eye(6, dtype=torch.float64))
         return torch.einsum("rsi,rij,rsj->rs", x, inverse, x)
 
@@ -84,9 +84,9 @@ class Absolute(RidgeLeverage):
 class Uncentred(RidgeLeverage):
     """The Gram matrix keeps the mean that the keys have lost."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        gram, total, n = ledger.memory.moments(ledger.rows)
-        return leverage(ledger.k - (total / n).unsqueeze(1), gram, self.ridge, 6)
+    def priority(self, held: Held) -> Tensor:
+        gram, total, n = held.memory.moments(held.rows)
+        return leverage(held.k - (total / n).unsqueeze(1), gram, self.ridge, 6)
 
 
 @pytest.mark.parametrize("mutant", [Least, Absolute, Uncentred])

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvfloor import CorruptState, Spec, parse
-from kvfloor.summaries import low_rank
-from kvfloor.summaries.low_rank import Kernels
+from kvfloor.methods.summaries import low_rank
+from kvfloor.methods.summaries.low_rank import Kernels
 
 Draw = Callable[..., Tensor]
 D, DV, RANK = 4, 3, 5

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvfloor.memory import SCALAR_BYTES, Memory
-from kvfloor.method import Spec
+from kvfloor.core.memory import SCALAR_BYTES, Memory
+from kvfloor.core.spec import Spec
 
 
 class Part(Memory):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfloor import CorruptState
-from kvfloor.message import MAGIC, pack, unpack
+from kvfloor.core.message import MAGIC, pack, unpack
 
 DTYPES = [
     torch.float64,

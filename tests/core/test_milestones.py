@@ -13,8 +13,8 @@ from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.policies.milestones import Milestones
-from kvfloor.policies.policy import Asked, Ledger
+from kvfloor.core.policy import Held, Queries
+from kvfloor.methods.policies.milestones import Milestones
 
 Draw = Callable[..., Tensor]
 
@@ -125,10 +125,10 @@ def test_a_soft_cap_bounds_the_estimate_too(draw: Draw) -> None:
 class MeanOfGroup(Milestones):
     """The group's mean estimate counts, not its largest."""
 
-    def _estimate(self, ledger: Ledger, asked: Asked, pages: Tensor, slots: Tensor) -> Tensor:
+    def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
         heads = [
-            super(MeanOfGroup, self)._estimate(ledger, replace(asked, q=asked.q[:, h : h + 1]), pages, slots)
-            for h in range(asked.q.shape[1])
+            super(MeanOfGroup, self)._estimate(held, replace(queries, q=queries.q[:, h : h + 1]), pages, slots)
+            for h in range(queries.q.shape[1])
         ]
         return torch.stack(heads).mean(0)
 
@@ -137,17 +137,17 @@ class MeanOfGroup(Milestones):
 class HighOnly(Milestones):
     """The bound forgets that a negative query entry is largest at the least key entry."""
 
-    def _estimate(self, ledger: Ledger, asked: Asked, pages: Tensor, slots: Tensor) -> Tensor:
-        return super()._estimate(ledger, replace(asked, q=asked.q.clamp_min(0)), pages, slots)
+    def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
+        return super()._estimate(held, replace(queries, q=queries.q.clamp_min(0)), pages, slots)
 
 
 @dataclass(frozen=True)
 class WholePage(Milestones):
     """A query's own page is bounded by keys that came after the query."""
 
-    def _filling(self, ledger: Ledger, asked: Asked) -> tuple[Tensor, Tensor]:
-        last = asked.position + self.page - 1 - (asked.position - self._start(ledger)) % self.page
-        return super()._filling(ledger, replace(asked, position=last))
+    def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
+        last = queries.position + self.page - 1 - (queries.position - self._start(held)) % self.page
+        return super()._filling(held, replace(queries, position=last))
 
 
 @dataclass(frozen=True)
@@ -162,29 +162,29 @@ class AgeOnly(Milestones):
 class PagesFromZero(Milestones):
     """Pages are counted from the stream's start, so that one of them is half prompt, half answer."""
 
-    def _start(self, ledger: Ledger) -> Tensor:
-        return torch.zeros_like(ledger.seen)
+    def _start(self, held: Held) -> Tensor:
+        return torch.zeros_like(held.seen)
 
 
 @dataclass(frozen=True)
 class NewestTiesLeave(Milestones):
     """Among pages needed last at the same time the newer one leaves."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        index, _, _ = self._held_pages(ledger)
-        return super().priority(ledger) - 2 * index
+    def priority(self, held: Held) -> Tensor:
+        index, _, _ = self._held_pages(held)
+        return super().priority(held) - 2 * index
 
 
 @dataclass(frozen=True)
 class FillingPageLeaves(Milestones):
     """The page that is being filled is a page like any other, and not needed by being new."""
 
-    def protected(self, ledger: Ledger, last: Tensor) -> Tensor:
-        return ledger.position < self.sinks
+    def protected(self, held: Held, last: Tensor) -> Tensor:
+        return held.position < self.sinks
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        index, pages, _ = self._held_pages(ledger)
-        stamp = ledger.columns["stamp"].to(torch.int64)
+    def priority(self, held: Held) -> Tensor:
+        index, pages, _ = self._held_pages(held)
+        stamp = held.columns["stamp"].to(torch.int64)
         return torch.zeros_like(pages).scatter_reduce(1, index, stamp, "amax").gather(1, index) * 1000.0 + index
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.summaries.moments import MomentsState
+from kvfloor.methods.summaries.moments import MomentsState
 
 Draw = Callable[..., Tensor]
 KINDS = ("full", "diagonal", "none")

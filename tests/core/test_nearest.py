@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfloor.sketches import nearest as module
-from kvfloor.sketches.nearest import DIRECT, nearest
+from kvfloor.methods.sketches import nearest as module
+from kvfloor.methods.sketches.nearest import DIRECT, nearest
 
 Draw = Callable[..., Tensor]
 

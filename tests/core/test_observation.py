@@ -14,9 +14,9 @@ from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.policies import observation
-from kvfloor.policies.observation import LastQueries, Observation
-from kvfloor.policies.policy import Asked, Ledger
+from kvfloor.core.policy import Held, Queries
+from kvfloor.methods.policies import observation
+from kvfloor.methods.policies.observation import LastQueries, Observation
 
 Draw = Callable[..., Tensor]
 SMALL = {"window": 5, "kernel": 3}
@@ -99,23 +99,23 @@ def test_neither_cuts_nor_blocks_matter_where_the_prompt_ends(draw: Draw, prompt
 class PoolsTheWindow(Observation):
     """What the window's own tokens got spills over onto the tokens beside them."""
 
-    def _pooled(self, votes: Tensor, ledger: Ledger, stop: Tensor) -> Tensor:
-        return super()._pooled(votes, ledger, ledger.seen)
+    def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
+        return super()._pooled(votes, held, held.seen)
 
 
 @dataclass(frozen=True)
 class MeanBeforePool(Observation):
     """The group is averaged first and pooled then."""
 
-    def _pooled(self, votes: Tensor, ledger: Ledger, stop: Tensor) -> Tensor:
-        return super()._pooled(votes.mean(1, keepdim=True), ledger, stop)
+    def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
+        return super()._pooled(votes.mean(1, keepdim=True), held, stop)
 
 
 @dataclass(frozen=True)
 class PoolsBySlot(Observation):
     """Neighbours in the arena are taken for neighbours in the text."""
 
-    def _pooled(self, votes: Tensor, ledger: Ledger, stop: Tensor) -> Tensor:
+    def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
         reach = self.kernel // 2
         return torch.nn.functional.max_pool1d(votes, self.kernel, 1, reach)
 
@@ -124,17 +124,17 @@ class PoolsBySlot(Observation):
 class SeesTheFuture(Observation):
     """The window's queries see the tokens after them."""
 
-    def _votes(self, q: Tensor, position: Tensor, ledger: Ledger) -> Tensor:
-        return super()._votes(q, position.clamp_min(1 << 20), ledger)
+    def _votes(self, q: Tensor, position: Tensor, held: Held) -> Tensor:
+        return super()._votes(q, position.clamp_min(1 << 20), held)
 
 
 @dataclass(frozen=True)
 class FirstQueries(Observation):
     """The first queries vote, not the last."""
 
-    def hear(self, ledger: Ledger, asked: Asked) -> dict[str, Tensor]:
-        if int(ledger.memory.position.min()) < 0:
-            super().hear(ledger, asked)
+    def on_queries(self, held: Held, queries: Queries) -> dict[str, Tensor]:
+        if int(held.memory.position.min()) < 0:
+            super().on_queries(held, queries)
         return {}
 
 
@@ -256,7 +256,8 @@ def test_the_last_queries_are_the_last_that_were_asked(data: st.DataObject) -> N
         flags = st.lists(st.booleans(), min_size=block, max_size=block)
         made = torch.tensor([data.draw(flags) for _ in index])
         memory.take(
-            None if len(index) == rows else torch.tensor(index), Asked(position[:, None, :, None] + 0.0, made, position)
+            None if len(index) == rows else torch.tensor(index),
+            Queries(position[:, None, :, None] + 0.0, made, position),
         )
         for row, flags_ in zip(index, made.tolist(), strict=True):
             asked[row] += [start + j for j, flag in enumerate(flags_) if flag]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvfloor import Exact, Spec, parse
-from kvfloor.selectors.pages import Pages, PagesState
-from kvfloor.slots import Slots
+from kvfloor.core.slots import Slots
+from kvfloor.methods.selectors.pages import Pages, PagesState
 
 Draw = Callable[..., Tensor]
 

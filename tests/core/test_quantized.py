@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.sketches.quantized import Codes
+from kvfloor.methods.sketches.quantized import Codes
 
 Draw = Callable[..., Tensor]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfloor.randomness import exponential, row_keys, uniform
+from kvfloor.core.randomness import exponential, row_keys, uniform
 
 WORD = (1 << 64) - 1
 GOLDEN = [0.028477735640475843, 0.5700477546192414, 0.24696418516300433, 0.18039212789840986]
@@ -95,7 +95,7 @@ def test_no_draw_repeats_within_a_row() -> None:
 
 
 def test_uniforms_are_never_zero_or_one_even_at_the_extreme_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvfloor import randomness
+    from kvfloor.core import randomness
 
     for word in (0, -1):
         monkeypatch.setattr(randomness, "_mix", lambda x, word=word: torch.full_like(x, word))

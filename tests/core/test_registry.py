@@ -13,34 +13,34 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvfloor import Bounded, Exact, Method, Spec, parse
-from kvfloor.policies.expected import Expected
-from kvfloor.policies.heavy_hitters import HeavyHitters
-from kvfloor.policies.key_difference import KeyDifference
-from kvfloor.policies.key_norm import KeyNorm
-from kvfloor.policies.last_query import LastQuery
-from kvfloor.policies.leverage import RidgeLeverage
-from kvfloor.policies.milestones import Milestones
-from kvfloor.policies.observation import Observation
-from kvfloor.policies.policy import Ledger, Policy
-from kvfloor.policies.random import Random
-from kvfloor.policies.sinks import Sinks
-from kvfloor.policies.window import Window
-from kvfloor.registry import ALIASES, TABLE, default_method, kind, lookup
-from kvfloor.selectors.best_first import BestFirst
-from kvfloor.selectors.everything import Everything
-from kvfloor.selectors.hierarchical import Hierarchical
-from kvfloor.selectors.pages import Pages
-from kvfloor.selectors.top_k import TopK
-from kvfloor.selectors.zcurve import ZCurve
-from kvfloor.sketches.quantized import Quantized
-from kvfloor.sketches.subgen import SubGen
-from kvfloor.sketches.window_sample import WindowSample
-from kvfloor.summaries.drop import Drop
-from kvfloor.summaries.low_rank import Less
-from kvfloor.summaries.moments import Moments
-from kvfloor.summaries.taylor import Taylor
-from kvfloor.summaries.value_sample import ValueSample
-from kvfloor.summaries.value_sum import ValueSum
+from kvfloor.core.policy import Held, Policy
+from kvfloor.core.selector import Everything
+from kvfloor.core.summary import Drop
+from kvfloor.methods.policies.expected import Expected
+from kvfloor.methods.policies.heavy_hitters import HeavyHitters
+from kvfloor.methods.policies.key_difference import KeyDifference
+from kvfloor.methods.policies.key_norm import KeyNorm
+from kvfloor.methods.policies.last_query import LastQuery
+from kvfloor.methods.policies.leverage import RidgeLeverage
+from kvfloor.methods.policies.milestones import Milestones
+from kvfloor.methods.policies.observation import Observation
+from kvfloor.methods.policies.random import Random
+from kvfloor.methods.policies.sinks import Sinks
+from kvfloor.methods.policies.window import Window
+from kvfloor.methods.registry import ALIASES, TABLE, default_method, kind, lookup
+from kvfloor.methods.selectors.best_first import BestFirst
+from kvfloor.methods.selectors.hierarchical import Hierarchical
+from kvfloor.methods.selectors.pages import Pages
+from kvfloor.methods.selectors.top_k import TopK
+from kvfloor.methods.selectors.zcurve import ZCurve
+from kvfloor.methods.sketches.quantized import Quantized
+from kvfloor.methods.sketches.subgen import SubGen
+from kvfloor.methods.sketches.window_sample import WindowSample
+from kvfloor.methods.summaries.low_rank import Less
+from kvfloor.methods.summaries.moments import Moments
+from kvfloor.methods.summaries.taylor import Taylor
+from kvfloor.methods.summaries.value_sample import ValueSample
+from kvfloor.methods.summaries.value_sum import ValueSum
 
 small = st.integers(0, 20)
 fractions = st.floats(0.01, 0.99)
@@ -174,7 +174,7 @@ def test_every_part_of_the_table_has_a_kind_and_a_source(part: type) -> None:
         ("window+drop|everything@64", "window@64"),
         ("h2o(score='mean')@64", "h2o(score=mean)@64"),
         ("window()@64", "window@64"),
-        ("kvfloor.policies.sinks:Sinks(2)@64", "sinks(2)@64"),
+        ("kvfloor.methods.policies.sinks:Sinks(2)@64", "sinks(2)@64"),
     ],
 )
 def test_two_ways_of_writing_the_same(text: str, same: str) -> None:
@@ -188,8 +188,8 @@ class Oldest(Policy):
     name: ClassVar[str] = "oldest"
     factor: float = 1.0
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return -ledger.position * self.factor
+    def priority(self, held: Held) -> Tensor:
+        return -held.position * self.factor
 
 
 class NotFrozen(Policy):
@@ -197,8 +197,8 @@ class NotFrozen(Policy):
 
     name: ClassVar[str] = "bare"
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return ledger.position
+    def priority(self, held: Held) -> Tensor:
+        return held.position
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ BAD = [
     (".relative:Thing@8", ".relative:Thing cannot be imported"),
     ("math:pi@8", "math:pi is a float; give a class"),
     ("collections:OrderedDict@8", "is no Method, Policy, Summary or Selector"),
-    ("kvfloor.policies.policy:Policy@8", "must be a frozen dataclass"),
+    ("kvfloor.core.policy:Policy@8", "must be a frozen dataclass"),
 ]
 
 

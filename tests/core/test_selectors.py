@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.memory import Memory
-from kvfloor.slots import Slots
+from kvfloor.core.memory import Memory
+from kvfloor.core.slots import Slots
 
 Draw = Callable[..., Tensor]
 SELECTORS = [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.slots import Slots
+from kvfloor.core.slots import Slots
 
 D, DV = 3, 2
 

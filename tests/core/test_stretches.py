@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec
-from kvfloor.selectors.stretches import Stretches
+from kvfloor.core.stretches import Stretches
 
 
 def filled(capacity: list[int], used: list[int], lists: int = 2) -> tuple[Stretches, dict[tuple[int, int], list[int]]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.sketches.subgen import SubGenState
+from kvfloor.methods.sketches.subgen import SubGenState
 
 Draw = Callable[..., Tensor]
 

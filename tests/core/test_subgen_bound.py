@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec
-from kvfloor.barriers.certificates import wrong_share_limit
-from kvfloor.sketches.subgen import SubGen
+from kvfloor.methods.sketches.subgen import SubGen
+from kvfloor.statistics import clopper_pearson_limit
 
 Draw = Callable[..., Tensor]
 N, D, DV, EPSILON, FAILURE = 96, 3, 2, 0.9, 0.2
@@ -36,7 +36,7 @@ SIZED = SubGen(delta=0.1, radius=1.0).budget_for(EPSILON, FAILURE, Spec(1, D, DV
 
 def test_misses_are_rarer_than_stated(draw: Draw) -> None:
     assert isinstance(SIZED, SubGen) and SIZED.s == 223 and SIZED.t == 2
-    assert wrong_share_limit(misses(draw, SIZED, 300), 300, 1e-4) <= FAILURE
+    assert clopper_pearson_limit(misses(draw, SIZED, 300), 300, 1e-4) <= FAILURE
 
 
 def test_the_test_tells_a_method_with_too_few_samples(draw: Draw) -> None:
@@ -48,4 +48,4 @@ def test_the_test_tells_a_method_with_too_few_samples(draw: Draw) -> None:
 @pytest.mark.slow
 def test_misses_are_rarer_than_stated_over_ten_thousand_seeds(draw: Draw) -> None:
     failed = sum(misses(draw, SIZED, 500) for _ in range(20))  # type: ignore[arg-type]
-    assert wrong_share_limit(failed, 10_000, 1e-4) <= FAILURE
+    assert clopper_pearson_limit(failed, 10_000, 1e-4) <= FAILURE

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.floors.taylor import taylor_degree, taylor_numbers
-from kvfloor.summaries import taylor
-from kvfloor.summaries.taylor import FEATURES_LIMIT, monomials, relative_error, series
+from kvfloor.methods.summaries import taylor
+from kvfloor.methods.summaries.taylor import FEATURES_LIMIT, monomials, relative_error, series
 
 Draw = Callable[..., Tensor]
 

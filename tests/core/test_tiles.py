@@ -11,9 +11,10 @@ from literal import positions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvfloor import Spec, bounded, parse
-from kvfloor.kernels.attend import weigh
-from kvfloor.kernels.tiles import weights_by_tile
+from kvfloor import Spec, parse
+from kvfloor.core import bounded
+from kvfloor.core.attend import weigh
+from kvfloor.core.tiles import weights_by_tile
 
 Draw = Callable[..., Tensor]
 
@@ -70,9 +71,9 @@ def test_a_dense_prefills_column_sums_equal_their_definition(
     fade = 0.95 ** torch.arange(n - 1, -1, -1.0) if score == "decay" else torch.ones(n)
     wanted = (fade.double() @ joined) / (torch.arange(n, 0, -1) if score == "mean" else 1)
     twin = state.clone()
-    twin._watch(torch.arange(2), n % 32)  # the open block's queries have not been looked at yet
-    ledger = twin._ledger(None, n)
-    torch.testing.assert_close(twin.method.policy.priority(ledger).double(), wanted, rtol=1e-5, atol=1e-6)
+    twin._show_block(torch.arange(2), n % 32)  # the open block's queries have not been looked at yet
+    held = twin._held(None, n)
+    torch.testing.assert_close(twin.method.policy.priority(held).double(), wanted, rtol=1e-5, atol=1e-6)
     state.seal()
     for row, kept in enumerate(positions(state)):
         free = wanted[row].clone()
@@ -90,13 +91,13 @@ def test_a_dense_prefill_makes_no_square_of_weights(
     """n = 700, g = 2: n x n is 490,000 numbers and a block's weights on all tokens 45,000 (1,400 where only the last
     query is shown); the largest tensor made is the arena of 1,536 slots, or a tile."""
     monkeypatch.setattr(bounded, "TILE_SLOTS", 64)
-    monkeypatch.setattr("kvfloor.policies.observation._TILE_SLOTS", 64)
+    monkeypatch.setattr("kvfloor.methods.policies.observation._TILE_SLOTS", 64)
     q, k, v = (draw(1, *shape, 4, dtype=torch.float32) for shape in ((2, 700), (700,), (700,)))
     with Largest() as largest:
         dense(text, q, k, v, 700).seal()
     assert largest.elements <= 8192
     monkeypatch.setattr(bounded, "TILE_SLOTS", 4096)
-    monkeypatch.setattr("kvfloor.policies.observation._TILE_SLOTS", 4096)
+    monkeypatch.setattr("kvfloor.methods.policies.observation._TILE_SLOTS", 4096)
     with Largest() as whole:
         dense(text, q, k, v, 700).seal()
     assert whole.elements >= untiled

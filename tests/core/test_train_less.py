@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvfloor import Spec, parse
-from kvfloor.bounded import Bounded
+from kvfloor.core.bounded import Bounded
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.decode import Dialogue
-from kvfloor.summaries import train_less
-from kvfloor.summaries.low_rank import Kernels, Less
-from kvfloor.summaries.train_less import (
+from kvfloor.methods.summaries.low_rank import Kernels, Less
+from kvfloor.training import less as train_less
+from kvfloor.training.less import (
     Lesson,
     Recipe,
     Text,

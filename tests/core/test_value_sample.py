@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.barriers.certificates import wrong_share_limit
-from kvfloor.randomness import row_keys, uniform
-from kvfloor.sketches.window_sample import WindowSampleState
-from kvfloor.summaries import value_sample
-from kvfloor.summaries.value_sample import ValueSample, ValueSampleState, middle, sizes_for
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.methods.sketches.window_sample import WindowSampleState
+from kvfloor.methods.summaries import value_sample
+from kvfloor.methods.summaries.value_sample import ValueSample, ValueSampleState, middle, sizes_for
+from kvfloor.statistics import clopper_pearson_limit
 
 Draw = Callable[..., Tensor]
 ROWS = 3000
@@ -192,7 +192,7 @@ def test_a_query_draws_the_same_alone_and_in_company_and_afresh_once_a_token_cam
 
 
 def test_a_uniform_draw_from_the_window_is_told(monkeypatch: pytest.MonkeyPatch, draw: Draw) -> None:
-    from kvfloor.sketches import window_sample
+    from kvfloor.methods.sketches import window_sample
 
     right = window_sample.weigh
 
@@ -241,14 +241,14 @@ def failures(text: str, rows: int, draw: Draw) -> tuple[int, float, float]:
 @pytest.mark.parametrize("text", [RAO_BLACKWELL, PAPER])
 def test_misses_are_rarer_than_stated(draw: Draw, text: str) -> None:
     failed, _, delta = failures(text, 200, draw)
-    assert wrong_share_limit(failed, 200, 5e-5) <= delta
+    assert clopper_pearson_limit(failed, 200, 5e-5) <= delta
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [RAO_BLACKWELL, PAPER])
 def test_misses_are_rarer_than_stated_over_ten_thousand_seeds(draw: Draw, text: str) -> None:
     failed = sum(failures(text, 1000, draw)[0] for _ in range(10))
-    assert wrong_share_limit(failed, 10_000, 5e-5) <= 0.2
+    assert clopper_pearson_limit(failed, 10_000, 5e-5) <= 0.2
 
 
 def test_the_test_tells_a_method_that_misses_too_often(draw: Draw) -> None:
@@ -260,7 +260,7 @@ def test_the_test_tells_a_method_that_misses_too_often(draw: Draw) -> None:
     state.append(torch.zeros(200, 40, 3, dtype=torch.float64), v.expand(200, -1, -1))
     truth = v.mean()
     missed = ((state.read(torch.zeros(200, 1, 3, dtype=torch.float64)).mean - truth).abs() > 0.6 * truth).any(2)
-    assert wrong_share_limit(int(missed.sum()), 200, 5e-5) > 0.2
+    assert clopper_pearson_limit(int(missed.sum()), 200, 5e-5) > 0.2
 
 
 def test_sizes_follow_from_epsilon_and_delta() -> None:

@@ -14,14 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from characterize.lib.recall import recall
 from kvfloor import Exact, Spec, parse
-from kvfloor.kernels.morton import cells, interleave
-from kvfloor.selectors.everything import Everything
-from kvfloor.selectors.recall import recall
-from kvfloor.selectors.selector import Chosen
-from kvfloor.selectors.top_k import TopK
-from kvfloor.selectors.zcurve import ZCurve, ZCurveState, projections
-from kvfloor.slots import Slots
+from kvfloor.core.selector import Chosen, Everything
+from kvfloor.core.slots import Slots
+from kvfloor.methods.selectors.morton import cells, interleave
+from kvfloor.methods.selectors.top_k import TopK
+from kvfloor.methods.selectors.zcurve import ZCurve, ZCurveState, projections
 
 Draw = Callable[..., Tensor]
 

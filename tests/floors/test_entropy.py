@@ -60,5 +60,5 @@ def test_row_bound_is_monotone_in_success(n, dv, p, other):
 
 def test_token_ids():
     assert floors.token_ids(1024, 32_768) == 1024 * 15
-    with pytest.raises(ValueError, match=r"vocabulary must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"vocabulary must be a whole number >= 1, got 0"):
         floors.token_ids(1024, 0)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfloor import floors
-from kvfloor.barriers.gaps import one_sided_gaps
-from kvfloor.barriers.keys import packing
+from kvfloor.game.keys.families import packing
+from kvfloor.game.keys.gaps import one_sided_gaps
 
 
 def scanned(d: int, r: float, eta: float, most: int = 20_000) -> int:
@@ -99,7 +99,7 @@ def test_refusals_name_the_argument():
         floors.separable_keys(4, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"r must lie in \(0, inf\), got 0.0"):
         floors.separable_keys(4, 0.0, 0.5)
-    with pytest.raises(ValueError, match="d must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="d must be a whole number >= 1, got 0"):
         floors.separable_keys(0, 1.0, 0.5)
 
 

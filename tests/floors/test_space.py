@@ -96,19 +96,19 @@ def test_infinite_constants_become_null():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"n": 0}, "n must be a whole number of at least 1, got 0"),
-        ({"n": 2.5}, "n must be a whole number of at least 1, got 2.5"),
+        ({"n": 0}, "n must be a whole number >= 1, got 0"),
+        ({"n": 2.5}, "n must be a whole number >= 1, got 2.5"),
         ({"n": True}, "n must be a whole number"),
-        ({"d": 0}, "d must be a whole number of at least 1, got 0"),
-        ({"dv": -1}, "dv must be a whole number of at least 1, got -1"),
+        ({"d": 0}, "d must be a whole number >= 1, got 0"),
+        ({"dv": -1}, "dv must be a whole number >= 1, got -1"),
         ({"eta": 1.0}, r"eta must lie in \[0, 1\), got 1.0"),
         ({"eta": float("nan")}, r"eta must lie in \[0, 1\), got nan"),
         ({"eta": "half"}, r"eta must lie in \[0, 1\), got 'half'"),
         ({"p": 0.0}, r"p must lie in \(0, 1\], got 0.0"),
         ({"radius": 0.0}, r"radius must lie in \(0, inf\), got 0.0"),
-        ({"window": 0}, "window must be a whole number of at least 1, got 0"),
-        ({"heads": 0}, "heads must be a whole number of at least 1, got 0"),
-        ({"layers": 0}, "layers must be a whole number of at least 1, got 0"),
+        ({"window": 0}, "window must be a whole number >= 1, got 0"),
+        ({"heads": 0}, "heads must be a whole number >= 1, got 0"),
+        ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
     ],
 )
 def test_refusals_name_the_argument(changed, message):

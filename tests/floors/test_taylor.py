@@ -92,9 +92,9 @@ def test_refusals_name_the_argument():
         floors.taylor_degree(0.0, 0.5)
     with pytest.raises(ValueError, match=r"error must lie in \(0, inf\), got 0.0"):
         floors.taylor_degree(1.0, 0.0)
-    with pytest.raises(ValueError, match="g must be a whole number of at least 0, got -1"):
+    with pytest.raises(ValueError, match="g must be a whole number >= 0, got -1"):
         floors.taylor_numbers(3, 3, -1)
-    with pytest.raises(ValueError, match="d must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="d must be a whole number >= 1, got 0"):
         floors.taylor_numbers(0, 3, 1)
-    with pytest.raises(ValueError, match="dv must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="dv must be a whole number >= 1, got 0"):
         floors.taylor_numbers(3, 0, 1)

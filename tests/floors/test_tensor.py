@@ -212,15 +212,15 @@ def test_monotone_in_every_argument_and_below_what_suffices(n, d, dv, eta, p, ra
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"n": 0}, "n must be a whole number of at least 1, got 0"),
-        ({"d": 0}, "d must be a whole number of at least 1, got 0"),
-        ({"dv": 0}, "dv must be a whole number of at least 1, got 0"),
+        ({"n": 0}, "n must be a whole number >= 1, got 0"),
+        ({"d": 0}, "d must be a whole number >= 1, got 0"),
+        ({"dv": 0}, "dv must be a whole number >= 1, got 0"),
         ({"caches": 3}, r"caches must be 4 .* or 2 .*, got 3"),
         ({"eta": 1.0}, r"eta must lie in \[0, 1\), got 1.0"),
         ({"p": 2.0}, r"p must lie in \(0, 1\], got 2.0"),
         ({"radius": 0.0}, r"radius must lie in \(0, inf\), got 0.0"),
-        ({"heads": 0}, "heads must be a whole number of at least 1, got 0"),
-        ({"layers": 0}, "layers must be a whole number of at least 1, got 0"),
+        ({"heads": 0}, "heads must be a whole number >= 1, got 0"),
+        ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
     ],
 )
 def test_refusals_name_the_argument(changed, message):

@@ -120,7 +120,7 @@ def test_what_is_possible_is_never_impossible(n, d, dv, radius, epsilon, metric,
 def test_refusals_name_the_argument():
     with pytest.raises(ValueError, match="dtype must be one of fp32, fp16, bf16, got 'fp64'"):
         upper.exact_bytes(8, 8, 8, "fp64")
-    with pytest.raises(ValueError, match="tokens must be a whole number of at least 0, got -1"):
+    with pytest.raises(ValueError, match="tokens must be a whole number >= 0, got -1"):
         upper.exact_bytes(-1, 8, 8)
-    with pytest.raises(ValueError, match="W must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="W must be a whole number >= 1, got 0"):
         upper.running_sum_numbers(0, 8, 8)

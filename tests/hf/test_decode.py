@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.ledger import Ledger
+from kvfloor.hf.usage import Usage
 
 CONTEXTS, RESTS = (31, 8, 20), (9, 25, 1)
 
@@ -55,15 +55,15 @@ def test_a_chunk_of_one_token_does_not_end_the_prompt(llama: PreTrainedModel, le
 
 def test_a_ledger_adds_up_what_caches_took(llama: PreTrainedModel) -> None:
     prepare(llama)
-    ledger, caches = Ledger(), []
+    usage, caches = Usage(), []
     for n in (40, 60):
         cache = CompressedCache(llama.config, "sinks(4,block=8)@16")
         Dialogue.start(llama, cache, 2).feed([[5] * n, [6] * 30])
-        ledger.record(cache)
+        usage.record(cache)
         caches.append(cache)
-    ledger.record(CompressedCache(llama.config, "exact"))  # served nobody
+    usage.record(CompressedCache(llama.config, "exact"))  # served nobody
     token_bytes = 3 * 2 * (16 + 16) * 4  # layers, kv heads, numbers per key and value, float32
-    assert ledger.totals() == {
+    assert usage.totals() == {
         "sequences": 4,
         "most_tokens_seen": 60,
         "most_tokens_held": max(held for cache in caches for layer in cache.report() for held in layer["held"]),

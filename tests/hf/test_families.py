@@ -17,11 +17,13 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from kvfloor.hf import CompressedCache, conversations, families, prepare, survey
+from kvfloor.hf import CompressedCache, families, prepare
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.masks import LazyMask
 from kvfloor.hf.prepare import attention
-from kvfloor.hf.tiny import cycled, tiny_config, tiny_model
+from survey import conversations
+from survey import families as survey
+from survey.tiny import cycled, tiny_config, tiny_model
 
 COMMITTED = {path.stem: json.loads(path.read_text()) for path in Path("docs/models").glob("*.json")}
 INSTALLED = transformers.__version__

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.conftest import tiny
 from transformers import PreTrainedModel
 
 from kvfloor.hf import CompressedCache, prepare
+from tests.hf.conftest import tiny
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
 Prompt = dict[str, torch.Tensor]
@@ -179,7 +179,7 @@ def test_a_moved_cache_goes_on(prepared: PreTrainedModel, prompt: Prompt) -> Non
     """Here from the CPU to the CPU, by the way that every device takes."""
     moved, still = (CompressedCache(prepared.config, "h2o(block=8)@24") for _ in range(2))
     told: list[int] = []
-    moved.listen(lambda event: told.append(len(event.position)))
+    moved.call_on_evict(lambda event: told.append(len(event.position)))
     with torch.no_grad():
         for cache in (moved, still):
             prepared(**prompt, past_key_values=cache)

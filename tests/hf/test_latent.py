@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from kvfloor.hf import CompressedCache, conversations, latent, prepare
-from kvfloor.hf.tiny import CHANGES, HEADS, tiny_model
+from kvfloor.hf import CompressedCache, latent, prepare
+from survey import conversations
+from survey.tiny import CHANGES, HEADS, tiny_model
 
 pytest.importorskip("transformers.models.deepseek_v3")
 SIZES = CHANGES["deepseek_v3"]

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.conftest import tiny
 from transformers import PreTrainedModel
 
 from kvfloor.hf import CompressedCache, Eviction, prepare
-from kvfloor.registry import TABLE, default_method, kind
+from kvfloor.methods.registry import TABLE, default_method, kind
+from tests.hf.conftest import tiny
 
 METHODS = sorted(
     name for name, part in TABLE.items() if kind(part) in ("policy", "method", "summary", "selector") and name != "less"
@@ -57,7 +57,7 @@ def test_evictions_are_told_once_each_with_place_and_position(
         for row in range(4):
             kept = view.position[row, : int(state.held[row])].tolist()  # type: ignore[union-attr]
             assert sorted(gone[divmod(row, 2)] + kept) == list(range(int(state.seen[row])))  # type: ignore[union-attr]
-    cache.listen(None)
+    cache.call_on_evict(None)
     before = len(told)
     llama.generate(torch.full((2, 140), 7), do_sample=False, max_new_tokens=2, past_key_values=cache)
     assert len(told) == before
@@ -114,7 +114,7 @@ def test_bytes_are_told_by_kind(llama: PreTrainedModel, prompt: dict[str, torch.
     assert told["staged"] == 0 and told["hot"] == cache.nbytes == cache.compressed[0].state.nbytes  # type: ignore[union-attr]
     assert told["total"] == told["hot"] + told["stock"]
     staged: dict[str, int] = {}
-    cache.compressed[0].tap = lambda *_: staged.update(cache.bytes)
+    cache.compressed[0].record = lambda *_: staged.update(cache.bytes)
     model(torch.full((2, 5), 7), past_key_values=cache)
     assert staged["staged"] == 2 * 2 * 2 * 5 * model.config.head_dim * 4
 

@@ -11,16 +11,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tests.hf.conftest import tiny
 from transformers import PreTrainedModel
 
 from kvfloor import CorruptState, parse
-from kvfloor.bounded import Bounded
+from kvfloor.core.bounded import Bounded
 from kvfloor.hf import CompressedCache, NewerVersion, UnknownMethod, WrongModel, container, prepare, restore
 from kvfloor.hf.families import own_cache_class
-from kvfloor.hf.tiny import families, tiny_model
-from kvfloor.policies.sinks import Sinks
-from kvfloor.registry import TABLE, default_method
+from kvfloor.methods.policies.sinks import Sinks
+from kvfloor.methods.registry import TABLE, default_method
+from survey.tiny import families, tiny_model
+from tests.hf.conftest import tiny
 
 METHODS = [
     "exact",
@@ -214,7 +214,7 @@ def test_every_attribute_of_a_layer_is_saved_or_made_anew(started: Talk) -> None
     """A new attribute must be put on one of these lists, and into `clocks` if continuing needs it."""
     layer = started.cache.compressed[0]
     saved = {"state", *layer.clocks()}
-    anew = {"opening", "index", "place", "staged_bytes", "served_by", "tap", "keys", "values"}
+    anew = {"opening", "index", "place", "staged_bytes", "served_by", "record", "keys", "values"}
     anew |= {"_meter", "_on_evict", "_readers", "_waiting", "_before"}
     assert set(vars(layer)) == saved | anew
 

@@ -10,9 +10,9 @@ from safetensors import safe_open
 
 from kvfloor.audit import traces
 from kvfloor.hf import CompressedCache, prepare
+from kvfloor.methods.registry import parse
 from kvfloor.models import builtin_path, load
-from kvfloor.registry import parse
-from kvfloor.summaries.train_less import task_items, texts, weights_tag
+from kvfloor.training.less import task_items, texts, weights_tag
 
 torch.set_num_threads(1)
 
@@ -93,7 +93,7 @@ def test_a_byte_budget_counts_the_summary(builtin: tuple[Any, Any]) -> None:
 
 
 def test_the_shipped_kernels_are_of_the_shipped_weights(builtin: tuple[Any, Any]) -> None:
-    """If this fails the model has new weights: python -m kvfloor.summaries.train_less --policy 'sinks(4)@64' --out FILE
+    """If this fails the model has new weights: python -m kvfloor.training.less --policy 'sinks(4)@64' --out FILE
     makes kernels for them, FILE being less.safetensors in the folder of the model."""
     with safe_open(builtin_path() / "less.safetensors", "pt") as file:
         facts = file.metadata()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvfloor.models.average import average
+from builtin_model.average import average
 
 
 def run(folder: Path, value: float, steps: int, width: int = 3) -> Path:

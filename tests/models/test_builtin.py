@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import kvfloor.models as models
-from kvfloor.models.evaluate import BAR, answered, evaluate, falls_short, wilson
-from kvfloor.models.tokenizer import vocabulary
+from builtin_model.evaluate import BAR, answered, evaluate, falls_short
+from kvfloor.statistics import wilson_interval
 from kvfloor.tasks import TASKS, score
+from kvfloor.tasks.tokenizer import vocabulary
 
 SPOT = 4  # samples per task in the fast check
 
@@ -44,10 +45,10 @@ def test_shape_is_the_promised_one(loaded) -> None:
 
 
 def test_note_says_how_the_weights_were_made(note: dict) -> None:
-    assert "kvfloor.models.train" in note["command"] and note["steps"] > 0 and note["tokens"] > 0
+    assert "builtin_model.train" in note["command"] and note["steps"] > 0 and note["tokens"] > 0
     assert {(s["task"], s["length"]) for s in note["scores"]} >= {(t, n) for t in TASKS for n in (2048, 4096)}
     assert all(s["n"] >= 64 and s["right"] / s["n"] == s["score"] for s in note["scores"])
-    assert all((s["low"], s["high"]) == pytest.approx(wilson(s["right"], s["n"])) for s in note["scores"])
+    assert all((s["low"], s["high"]) == pytest.approx(wilson_interval(s["right"], s["n"])) for s in note["scores"])
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -81,12 +82,6 @@ def test_without_its_context_the_model_is_wrong(loaded) -> None:
     other = TASKS["kv"].generate(79, 1, 200)
     mixed = type(own)(other.context, own.questions)
     assert not answered(model, tokenizer, mixed)
-
-
-def test_wilson_interval() -> None:
-    assert wilson(64, 64) == pytest.approx((0.9434, 1.0), abs=1e-4)
-    assert wilson(0, 64) == pytest.approx((0.0, 0.0566), abs=1e-4)
-    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 
 def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvfloor.models.tokenizer import BOS, EOS, PAD, UNK, build_tokenizer, count_tokens, encode, vocabulary
 from kvfloor.tasks import TASKS
+from kvfloor.tasks.tokenizer import BOS, EOS, PAD, UNK, build_tokenizer, count_tokens, encode, vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvfloor.models.curriculum import LENGTHS, PASS, WINDOW, Curriculum
-from kvfloor.models.examples import NEAR, PAD_ID, STOP_ID, batch, example, jump, widen
-from kvfloor.models.forward import SHORT, answer_logits
+from builtin_model.curriculum import LENGTHS, PASS, WINDOW, Curriculum
+from builtin_model.examples import NEAR, PAD_ID, STOP_ID, batch, example, jump, widen
+from builtin_model.forward import SHORT, answer_logits
+from builtin_model.train import Recipe, Trainer
 from kvfloor.models.load import load
-from kvfloor.models.tokenizer import encode
-from kvfloor.models.train import Recipe, Trainer
 from kvfloor.tasks import FULL, TASKS
+from kvfloor.tasks.tokenizer import encode
 
 TINY = Recipe(seed=3, steps=60, decay=10, warmup=5, tokens=400, longest=96, layers=2, hidden=64)
 

@@ -6,9 +6,9 @@ from typing import get_args
 
 import pytest
 
+from kvfloor.audit.meta import Meta
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Protocol, Row, measured_row
-from kvfloor.report.meta import Meta
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY, CONTEXT = 4, 2, 32, 512, 2048
 EXACT_BYTES = CONTEXT * LAYERS * HEADS * 2 * HEAD_DIM * 4

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvfloor.barriers import BARRIERS, Result, play, play_all
+from kvfloor.game import BARRIERS, Result, play, play_all
 from kvfloor.report import barriers, plot
 from kvfloor.report.plot import Series
 

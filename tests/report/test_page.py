@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from kvfloor.audit.meta import Meta
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Row
 from kvfloor.report.html import page, render
-from kvfloor.report.meta import Meta
 
 HOSTILE = [
     "<script>alert(1)</script>",

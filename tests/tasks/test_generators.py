@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from kvfloor.models.tokenizer import count_tokens
 from kvfloor.tasks import FULL, TASKS, Question, Sample
 from kvfloor.tasks.mixture import mix, mixable
+from kvfloor.tasks.tokenizer import count_tokens
 
 NAMES = ("recall", "kv", "passkey", "passkey64", "needles", "vartrack", "words", "copy", "registers")
 WITH_DEPTH = [name for name in NAMES if TASKS[name].depth_moves]

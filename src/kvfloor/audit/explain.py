@@ -2,9 +2,9 @@
 
 from collections import Counter, defaultdict
 
+from kvfloor.audit.criterion import Standard
+from kvfloor.audit.format import bytes_text, counted, percent_text, points_text, smaller_text
 from kvfloor.audit.recommend import WEAK_EXACT_SCORE, Judged, Recommendation
-from kvfloor.audit.standard import Standard
-from kvfloor.audit.words import bytes_text, counted, percent_text, points_text, smaller_text
 
 
 def why(answer: Recommendation) -> str:

@@ -13,7 +13,7 @@ from kvfloor.audit.names import split_setting
 from kvfloor.audit.rows import Cell, Row
 from kvfloor.audit.traces import Trace
 from kvfloor.floors.measured import causal_mass, readable_by, readable_within
-from kvfloor.hf.allocate import ETA, P
+from kvfloor.hf.calibrate import ETA, P
 
 GOOD = 0.1  # relative l2 error of a head's output up to which a setting serves it
 COMPRESSIBLE = 0.25  # share of the context's tokens that queries can read, up to which a head is called compressible

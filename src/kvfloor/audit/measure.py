@@ -14,10 +14,11 @@ from kvfloor.audit import traces
 from kvfloor.audit.heads import HeadFloor, head_floors
 from kvfloor.audit.plan import Work
 from kvfloor.audit.rows import Row, measured_row
-from kvfloor.budget import resolve
+from kvfloor.core.budget import resolve
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-from kvfloor.method import Method, Spec
 
 CHUNK_SLOTS = 256  # prefill goes in chunks of this many slots, so that staged tokens do not dominate the peak
 TRACED_SAMPLES = 4

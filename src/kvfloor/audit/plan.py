@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kvfloor.audit.rows import Cell
-from kvfloor.budget import Budget, parse_budget
-from kvfloor.method import Method, standard_law
-from kvfloor.registry import parse
+from kvfloor.core.budget import Budget, parse_budget
+from kvfloor.core.method import Method, standard_law
+from kvfloor.methods.registry import parse
 
 BASELINES = ("exact", "quant(bits=8)", "quant(bits=4)", "random", "window", "sinks")
 METHODS = ("h2o", "subgen")

@@ -19,9 +19,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvfloor.audit.criterion import SEVERITY, Standard, Verdict
 from kvfloor.audit.names import bare_name, split_setting
 from kvfloor.audit.rows import Cell, Row
-from kvfloor.audit.standard import SEVERITY, Standard, Verdict
 
 WEAK_EXACT_SCORE = 0.5
 """A cell on which exact scores less cannot show much of a loss, and is called weak."""

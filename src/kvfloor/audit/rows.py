@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from kvfloor.audit.names import is_baseline
-from kvfloor.audit.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
 from kvfloor.files import replace_file
+from kvfloor.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
 
 Protocol = Literal["visible", "after"]
 """`visible`: the question stands in the context while that is compressed. `after`: it comes afterwards."""

@@ -1,4 +1,4 @@
-"""The audit from start to end: plan, measure, recommend, write `rows.jsonl` and `report.html`."""
+"""Run an audit from start to end: plan, measure, recommend, write `rows.jsonl`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from kvfloor.audit.explain import why
 from kvfloor.audit.heads import Head, heads
+from kvfloor.audit.meta import Meta
 from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, check_tasks, prompt_work, read_prompts, settings, task_work
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Row, document, write_rows
-from kvfloor.audit.statistics import MIN_SAMPLES
 from kvfloor.files import open_folder
+from kvfloor.statistics import MIN_SAMPLES
 
 DEFAULT_SAMPLES = 40
 DEFAULT_CONTEXT = 512
@@ -46,7 +47,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an audit gives; `asked` are the settings beside the baselines, as the rows write them."""
+    """What an audit gives.
+
+    asked   the settings beside the baselines, as the rows write them
+    report  where the page is to be written: `kvfloor.report.render` does so
+    """
 
     rows: list[Row]
     heads: list[Head]
@@ -54,6 +59,7 @@ class Answer:
     report: Path
     asked: frozenset[str]
     question: Question
+    meta: Meta
 
     def as_dict(self) -> dict:
         """The `--json` document."""
@@ -87,8 +93,6 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
     from kvfloor.audit.measure import Bench, run_cells
     from kvfloor.hf import prepare
     from kvfloor.models import load
-    from kvfloor.report.html import render
-    from kvfloor.report.meta import Meta
 
     model, tokenizer = load(question.model)
     bench = Bench(prepare(model), tokenizer, question.seed)
@@ -118,8 +122,7 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
         duration_s=time.perf_counter() - begin,
     )
     write_rows(question.out / "rows.jsonl", rows)
-    render(rows, answer, meta, report, by_head)
-    return Answer(rows, by_head, answer, report, asked, question)
+    return Answer(rows, by_head, answer, report, asked, question, meta)
 
 
 def _threads() -> int:

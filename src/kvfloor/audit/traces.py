@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfloor.exact import Exact
+from kvfloor.core.exact import Exact
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-from kvfloor.method import Method, Spec
+from kvfloor.hf.recording import Recorder
 
 
 @dataclass
@@ -37,32 +39,17 @@ class Trace:
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
     """Run the model exactly over context and question (with the right answer) and keep what each layer saw."""
     cache = CompressedCache(model.config, "exact")
-    seen: dict[int, list[tuple[Tensor, Tensor, Tensor, float, float | None]]] = {}
-    for layer in cache.compressed:
-        layer.tap = lambda q, k, v, scale, softcap, i=layer.index: seen.setdefault(i, []).append(
-            (q.clone(), k.clone(), v.clone(), scale, softcap)
-        )
+    seen = Recorder(cache.compressed)
     dialogue = Dialogue.start(model, cache, len(contexts))
     dialogue.feed(contexts)
     dialogue.feed(asks)
     traces = []
-    for layer, parts in seen.items():
-        q = torch.cat([part[0] for part in parts], dim=2)
-        k = torch.cat([part[1] for part in parts], dim=2)
-        v = torch.cat([part[2] for part in parts], dim=2)
-        batch, kv_heads, n, d = k.shape
-        rows = batch * kv_heads
+    for layer in cache.compressed:
+        one = seen.of(layer.index)
+        kv_heads = one.k.shape[1]
+        present = dialogue.mask.to(torch.bool).repeat_interleave(kv_heads, 0)
         trace = Trace(
-            layer,
-            q.reshape(rows, -1, n, d),
-            k.reshape(rows, n, d),
-            v.reshape(rows, n, -1),
-            dialogue.mask.to(torch.bool).repeat_interleave(kv_heads, 0),
-            parts[0][3],
-            parts[0][4],
-            kv_heads,
-            parts[-1][0].shape[2],
-            torch.empty(0),
+            layer.index, *one.by_row, present, one.scale, one.softcap, kv_heads, one.last, exact=torch.empty(0)
         )
         trace.exact = replay(trace, Exact())
         traces.append(trace)

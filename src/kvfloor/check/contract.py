@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from kvfloor.check.ground import play, probes, prompt_length, spec_for, stream_for
 from kvfloor.check.law import Broken, Setting, require
+from kvfloor.check.streams import play, probes, prompt_length, spec_for, stream_for
 from kvfloor.check.tolerance import require_agreement
-from kvfloor.method import Guarantee, Method
-from kvfloor.registry import parse
+from kvfloor.core.method import Guarantee, Method
+from kvfloor.methods.registry import parse
 
 
 def check_text(method: Method, at: Setting) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from kvfloor.barriers.decode import judge
-from kvfloor.barriers.hidden import Hidden
-from kvfloor.barriers.instance import agreed, agreed_family
-from kvfloor.barriers.spike import Spike
-from kvfloor.check.ground import of_rows, placed, width_of
 from kvfloor.check.law import Setting, require
-from kvfloor.method import Method
+from kvfloor.check.streams import of_rows, placed, width_of
+from kvfloor.core.method import Method
+from kvfloor.game.engine.decode import judge
+from kvfloor.game.engine.instance import agreed, keys_for
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.game.instances.spike import Spike
 
 _D = 32
 _BITS = 8  # per value: the more, the fewer tokens it takes to ask for more than whole tokens of float32 can hold
@@ -44,4 +44,4 @@ def check_index_floor(method: Method, at: Setting) -> None:
 
 def _spike(d: int, n: int, seed: int) -> Spike:
     shared = agreed(d=d, dv=None, bits=_BITS, eta=_ETA, seed=seed)
-    return Spike(**shared, n=n, family=agreed_family(None, n, d, shared["key_seed"]))
+    return Spike(**shared, n=n, public=keys_for(shared, n))

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvfloor.check.ground import play, prompt_length, require_same_memory, spec_for, stream_for
 from kvfloor.check.law import Broken, Setting, require
+from kvfloor.check.streams import play, prompt_length, require_same_memory, spec_for, stream_for
 from kvfloor.check.tolerance import require_agreement
-from kvfloor.method import Method
-from kvfloor.state import State
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
 
 Call = Callable[[], object]
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from kvfloor.method import Method
+from kvfloor.core.method import Method
 
 
 class Broken(AssertionError):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from kvfloor.check.ground import of_rows, play, require_same_memory, rows_of, spec_for, stream_for
 from kvfloor.check.law import Setting, require
+from kvfloor.check.streams import of_rows, play, require_same_memory, rows_of, spec_for, stream_for
 from kvfloor.check.tolerance import require_agreement, require_same_bits
-from kvfloor.method import Method
-from kvfloor.state import State
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
 
 
 def _row(state: State, *index: int) -> State:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfloor.check.ground import play, probes, small_pieces, some_absent, spec_for, stream_for
 from kvfloor.check.law import Broken, Setting, require
+from kvfloor.check.streams import play, probes, small_pieces, some_absent, spec_for, stream_for
 from kvfloor.check.tolerance import require_same_bits
-from kvfloor.message import CorruptState
-from kvfloor.method import Method, Spec
-from kvfloor.state import State
+from kvfloor.core.message import CorruptState
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
 
 _SAMPLED = 24
 _SLACK_BYTES = 8  # what a count, a flag or a container may be charged

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from kvfloor.check.ground import (
+from kvfloor.check.law import Setting, require
+from kvfloor.check.streams import (
     block_of,
     long_stream_length,
     of_rows,
@@ -19,9 +20,8 @@ from kvfloor.check.ground import (
     spec_for,
     stream_for,
 )
-from kvfloor.check.law import Setting, require
 from kvfloor.check.tolerance import require_agreement, require_same_bits
-from kvfloor.method import Method
+from kvfloor.core.method import Method
 
 
 def check_chunking(method: Method, at: Setting) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
-from kvfloor.check import chance, contract, holding, index_floor, inputs, rows, storage, streaming, truth
-from kvfloor.check.ground import slots_of, spec_for
+from kvfloor.check import contract, index_floor, inputs, rows, storage, streaming
+from kvfloor.check import randomness as chance
+from kvfloor.check import reference as truth
+from kvfloor.check import tokens as holding
 from kvfloor.check.law import Broken, Check, Setting
-from kvfloor.check.ones import beside_ones
-from kvfloor.method import Method
-from kvfloor.state import State
+from kvfloor.check.streams import slots_of, spec_for
+from kvfloor.check.tensor_adapter import beside_ones
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
 
 
 def _always(method: Method) -> str | None:

@@ -5,7 +5,7 @@ The game needs only the one-sided gap g_i = |k_i|^2 - max_{j != i} <k_i, k_j>; f
 
 import math
 
-from kvfloor.floors.domain import whole, within
+from kvfloor.validation import whole, within
 
 
 def jl_dim_paper(n: int, eps: float) -> float:

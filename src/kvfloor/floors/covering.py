@@ -5,7 +5,7 @@ All counts are whole numbers as floats, `inf` beyond the floats. Keys of norm up
 
 import math
 
-from kvfloor.floors.domain import positive, whole
+from kvfloor.validation import positive, whole
 
 _LARGEST_LOG = 700.0  # exp of it is still a float
 

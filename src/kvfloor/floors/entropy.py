@@ -2,7 +2,7 @@
 
 import math
 
-from kvfloor.floors.domain import whole, within
+from kvfloor.validation import whole, within
 
 
 def H2(p: float) -> float:

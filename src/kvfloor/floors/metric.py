@@ -11,9 +11,9 @@ from typing import Any
 
 from kvfloor.floors import upper
 from kvfloor.floors.coherence import gap_known
-from kvfloor.floors.domain import one_of, positive, whole, within
 from kvfloor.floors.entropy import H2
 from kvfloor.floors.floor import Floor
+from kvfloor.validation import one_of, positive, whole, within
 
 NORMS = ("max", "frobenius", "operator")
 _GUARANTEES = {

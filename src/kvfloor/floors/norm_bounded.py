@@ -3,7 +3,7 @@
 import math
 
 from kvfloor.floors.coherence import log_packing_count
-from kvfloor.floors.domain import positive, relative_error, whole, within
+from kvfloor.validation import positive, relative_error, whole, within
 
 _LARGEST_LOG = 700.0  # exp of it is still a float
 

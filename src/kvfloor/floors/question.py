@@ -1,11 +1,11 @@
 """The question users ask: how many bits must attention hold, by its law, its error guarantee and its sizes."""
 
-from kvfloor.floors.domain import one_of
 from kvfloor.floors.floor import Floor
 from kvfloor.floors.metric import NORMS, metric_space
 from kvfloor.floors.standard import space as standard_space
 from kvfloor.floors.tensor import tensor_space
 from kvfloor.floors.visual import visual_space
+from kvfloor.validation import one_of
 
 ATTENTIONS = ("standard", "window", "tensor", "visual")
 METRICS = ("entrywise", *NORMS)

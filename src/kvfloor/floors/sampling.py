@@ -3,7 +3,7 @@
 import math
 
 from kvfloor.floors.covering import greedy_centres
-from kvfloor.floors.domain import one_of, positive, whole, within
+from kvfloor.validation import one_of, positive, whole, within
 
 _LARGEST_LOG = 700.0  # exp of it is still a float
 

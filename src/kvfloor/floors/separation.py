@@ -1,6 +1,6 @@
 """When a (1±eta)-accurate or additively accurate answer still tells the hidden values apart."""
 
-from kvfloor.floors.domain import relative_error, whole, within
+from kvfloor.validation import relative_error, whole, within
 
 
 def eps_s(eta: float) -> float:

@@ -2,7 +2,7 @@
 
 import math
 
-from kvfloor.floors.domain import positive, relative_error, whole, within
+from kvfloor.validation import positive, relative_error, whole, within
 
 
 def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:

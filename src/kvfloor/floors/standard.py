@@ -5,12 +5,12 @@ from typing import Any
 
 from kvfloor.floors import upper
 from kvfloor.floors.coherence import gap_known
-from kvfloor.floors.domain import positive, relative_error, whole, within
 from kvfloor.floors.entropy import H2, row_bits
 from kvfloor.floors.floor import Floor
 from kvfloor.floors.norm_bounded import N_dr
 from kvfloor.floors.separation import eps_s, tau
 from kvfloor.floors.spike import spike_C
+from kvfloor.validation import positive, relative_error, whole, within
 
 _WHOLE_ROW = "whole rows by Fano's inequality (derived, docs/floors.md)"
 _THEOREMS = {

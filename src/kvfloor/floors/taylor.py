@@ -2,7 +2,7 @@
 
 import math
 
-from kvfloor.floors.domain import positive, whole, within
+from kvfloor.validation import positive, whole, within
 
 LARGEST_RADIUS = 1e6
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from kvfloor.floors import upper
 from kvfloor.floors.coherence import gap_known
-from kvfloor.floors.domain import positive, relative_error, whole, within
 from kvfloor.floors.entropy import H2, row_bits
 from kvfloor.floors.floor import Floor
 from kvfloor.floors.norm_bounded import separable_keys
 from kvfloor.floors.separation import eps_s, tau
 from kvfloor.floors.spike import spike_C
+from kvfloor.validation import positive, relative_error, whole, within
 
 CACHES = (4, 2)
 _LEAST_WIDTH = 4  # of keys that split into two planes

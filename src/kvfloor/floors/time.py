@@ -4,7 +4,7 @@ Hard pair, same query q (norm sqrt(d)) in both: sigma has all keys 0; H(i) has o
 uniform in {2..n}. v_1 = n 1, all other values 0. Attention is 1 on sigma and 1/(n-1) on H(i), in every coordinate.
 """
 
-from kvfloor.floors.domain import relative_error, whole, within
+from kvfloor.validation import relative_error, whole, within
 
 
 def time_probes(n: int, p: float = 0.9, *, eta: float = 0.0, expected: bool = False) -> float:

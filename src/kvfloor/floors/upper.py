@@ -2,10 +2,10 @@
 
 import math
 
-from kvfloor.floors.domain import one_of, whole
 from kvfloor.floors.floor import Possible
 from kvfloor.floors.sampling import lazy_gumbel_tokens, subgen_numbers, subgen_plan
 from kvfloor.floors.taylor import LARGEST_RADIUS, taylor_degree, taylor_numbers
+from kvfloor.validation import one_of, whole
 
 FORMATS = {"fp32": 32, "fp16": 16, "bf16": 16}  # bits of a number
 _SIGNIFICANT = {"fp32": "24 significant bits", "fp16": "11 significant bits", "bf16": "8 significant bits"}

@@ -9,11 +9,11 @@ from typing import Any
 
 from kvfloor.floors import upper
 from kvfloor.floors.coherence import gap_known
-from kvfloor.floors.domain import relative_error, whole, within
 from kvfloor.floors.entropy import H2, row_bits
 from kvfloor.floors.floor import Floor
 from kvfloor.floors.separation import eps_s, tau
 from kvfloor.floors.spike import spike_C
+from kvfloor.validation import relative_error, whole, within
 
 _THEOREM = (
     "Cao et al. 2025 (arXiv 2503.14881), Omega(n^2 d) for a last map of n x n; a whole map of spikes asks (derived, "

@@ -1,7 +1,7 @@
 """Compressed caches for transformers' `generate()`. The only folder that imports transformers' internals."""
 
-from kvfloor.hf.allocate import floor_shares
 from kvfloor.hf.cache import CompressedCache
+from kvfloor.hf.calibrate import floor_shares
 from kvfloor.hf.layer import Eviction
 from kvfloor.hf.prepare import prepare, restore
 from kvfloor.hf.saved import NewerVersion, UnknownMethod, WrongModel

@@ -12,17 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvfloor.bounded import Bounded
-from kvfloor.hf import stock
-from kvfloor.hf.allocate import Shares, floor_shares, pyramid
-from kvfloor.hf.families import key_readers, layer_roles
+from kvfloor.core.bounded import Bounded
+from kvfloor.core.method import Method, standard_law
+from kvfloor.hf import other_layers as stock
+from kvfloor.hf.allocate import Shares, pyramid
+from kvfloor.hf.calibrate import floor_shares
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
-from kvfloor.hf.opening import Opening
+from kvfloor.hf.layers import cache_layers, layers_served
+from kvfloor.hf.opener import Opening
 from kvfloor.hf.replaced import SwitchingRotation
 from kvfloor.hf.saved import load, save
 from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
-from kvfloor.method import Method, standard_law
-from kvfloor.registry import parse
+from kvfloor.methods.registry import parse
 
 
 class CompressedCache(Cache):
@@ -66,8 +67,7 @@ class CompressedCache(Cache):
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a kvfloor Method or its text, got {type(method).__name__}")
         standard_law(self.method, "a model's cache")
-        roles = layer_roles(config)
-        served = sum(role != "own" for role, _ in roles)
+        served = layers_served(config)
         opening = Opening(
             self.method,
             served,
@@ -83,21 +83,11 @@ class CompressedCache(Cache):
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
         self._meter = Meter()
         self._rotation = SwitchingRotation.of(config)
-        layers: list[Any] = []
-        for i, ((role, theirs), readers) in enumerate(zip(roles, key_readers(config), strict=False)):
-            place = sum(isinstance(layer, CompressedLayer) for layer in layers)
-            arguments = (opening, i, place, self._meter, readers)
-            if role == "hybrid":
-                from kvfloor.hf.hybrid import HybridLayer  # its base is younger than the oldest release served
-
-                layers.append(HybridLayer(theirs.number_of_states, *arguments))
-            else:
-                layers.append(CompressedLayer(*arguments) if role == "full" else theirs)
-        super().__init__(layers=layers)
+        super().__init__(layers=cache_layers(config, opening, self._meter))
         if on_evict is not None:
-            self.listen(on_evict)
+            self.call_on_evict(on_evict)
 
-    def listen(self, on_evict: Callable[[Eviction], None] | None) -> None:
+    def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
         """Call `on_evict` with an `Eviction` whenever tokens leave a layer from now on; None: no more.
 
         Raises ValueError for a method that does not evict whole tokens.
@@ -105,7 +95,7 @@ class CompressedCache(Cache):
         if not isinstance(self.method, Bounded):
             raise ValueError(f"on_evict is told of whole tokens that leave; {self.method} evicts none")
         for layer in self.compressed:
-            layer.listen(on_evict)
+            layer.call_on_evict(on_evict)
 
     @property
     def compressed(self) -> list[CompressedLayer]:

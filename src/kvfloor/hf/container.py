@@ -16,8 +16,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-import kvfloor
-from kvfloor.message import CorruptState, raw_bytes
+from kvfloor.core.message import CorruptState, raw_bytes
+from kvfloor.version import __version__
 
 FORMAT = 1
 _ZEROS = b"0" * 64
@@ -59,7 +59,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if version > FORMAT:
         raise NewerVersion(
             f"the cache is of format {version}, written by kvfloor {header.get('kvfloor')}; this is kvfloor "
-            f"{kvfloor.__version__}, which reads up to format {FORMAT}: upgrade kvfloor"
+            f"{__version__}, which reads up to format {FORMAT}: upgrade kvfloor"
         )
     try:
         tensors = safetensors.torch.load(data)

@@ -8,7 +8,7 @@ import json
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfloor.message import raw_bytes
+from kvfloor.core.message import raw_bytes
 
 SAMPLE = 1024  # numbers looked at per parameter
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvfloor.bounded import BoundedState
+from kvfloor.core.bounded import BoundedState
+from kvfloor.core.state import State
 from kvfloor.hf import latent
-from kvfloor.hf.fold import present_rows, step_rows
 from kvfloor.hf.masks import Slots
-from kvfloor.hf.opening import Opening
+from kvfloor.hf.opener import Opening
 from kvfloor.hf.replaced import refuse_other_attention
-from kvfloor.state import State
+from kvfloor.hf.rows import present_rows, step_rows
 
 
 class Meter:
@@ -95,7 +95,9 @@ class CompressedLayer(CacheLayerMixin):
         self.batch = 0
         self.staged_bytes = 0
         self.served_by: weakref.ref[torch.nn.Module] | None = None  # who last asked: `save` finds the model by it
-        self.tap: Callable[[Tensor, Tensor, Tensor, float, float | None], None] | None = None  # sees what is answered
+        self.record: Callable[[Tensor, Tensor, Tensor, float, float | None], None] | None = (
+            None  # sees what is answered
+        )
         self._meter = meter
         self._on_evict: Callable[[Eviction], None] | None = None
         self._readers, self._waiting = readers, 0  # layers that share these keys; how many of them come in this forward
@@ -124,8 +126,8 @@ class CompressedLayer(CacheLayerMixin):
         if waiting is not None and waiting.staged_bytes:
             waiting.unstage()
             raise RuntimeError(
-                f"the keys of layer {waiting.index} were never asked for by kvfloor's attention, so their tokens are not "
-                f"in this cache: call kvfloor.hf.prepare(model) first"
+                f"the keys of layer {waiting.index} were never asked for by kvfloor's attention, so their tokens are "
+                f"not in this cache: call kvfloor.hf.prepare(model) first"
             )
         self.expect(key_states.shape[0])
         if self.place == 0 and not self._meter.level:
@@ -170,13 +172,13 @@ class CompressedLayer(CacheLayerMixin):
         self.state, self.seen, self.batch, self.staged_bytes, self._before = None, 0, 0, 0, None
         self._meter.forget(self.index)
 
-    def listen(self, on_evict: Callable[[Eviction], None] | None) -> None:
+    def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
         """Tell `on_evict` of the tokens that leave from now on; None: no one."""
         self._on_evict = on_evict
         if isinstance(self.state, BoundedState):
-            self.state.listener = None if on_evict is None else self._tell
+            self.state.on_evict = None if on_evict is None else self._report
 
-    def _tell(self, row: Tensor, position: Tensor) -> None:
+    def _report(self, row: Tensor, position: Tensor) -> None:
         assert self._on_evict is not None and self.state is not None
         heads = self.state.spec.rows // self.batch
         self._on_evict(Eviction(self.index, row // heads, row % heads, position))
@@ -192,7 +194,7 @@ class CompressedLayer(CacheLayerMixin):
         if state is not None:
             self._meter.seen[self.index] = self.seen
             self._meter.measure(self.index, state.nbytes, 0)
-        self.listen(self._on_evict)
+        self.call_on_evict(self._on_evict)
 
     def crop(self, *args: Any) -> None:
         raise ValueError(
@@ -210,7 +212,7 @@ class CompressedLayer(CacheLayerMixin):
         """Move the state; its copy is made by way of its message, on the CPU."""
         if self.state is not None:
             self.state = self.state.method.from_bytes(self.state.to_bytes(), device)
-            self.listen(self._on_evict)
+            self.call_on_evict(self._on_evict)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -255,13 +257,13 @@ class CompressedLayer(CacheLayerMixin):
                     raise RuntimeError(_BROKE_OFF)  # before this layer was asked for the first time
                 self.state = self.opening.open(self.index, self.place, key, dv, g, scale, softcap, tied=value is key)
                 self.batch, self._meter.seen[self.index] = batch, self.seen
-                self.listen(self._on_evict)
+                self.call_on_evict(self._on_evict)
             state = self.state
             if n == 1 and self.seen and not state.sealed:
                 state.seal()  # the first decoded token: the prompt is over
             present = present_rows(padding, slice(self.seen, self.seen + n), kv_heads)
-            if self.tap is not None:
-                self.tap(query, key, value, scale, softcap)
+            if self.record is not None:
+                self.record(query, key, value, scale, softcap)
             self._before, self._waiting = state.clone() if self._readers else None, self._readers
             out = step_rows(state, query, key, value, present, sink)
             self.seen += n

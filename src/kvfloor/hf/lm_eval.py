@@ -34,12 +34,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import kvfloor
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue, padded
-from kvfloor.hf.ledger import Ledger
 from kvfloor.hf.prepare import prepare
+from kvfloor.hf.usage import Usage
+from kvfloor.methods.registry import parse
 from kvfloor.models import load
+from kvfloor.version import __version__
 
 _MOST_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's own classes
 
@@ -92,10 +93,10 @@ class CompressedLM(TemplateLM):
             device = "cpu"  # lm-eval's command line says cuda:0 unless told otherwise
         self.model: Any = prepare(model.to(device=device or "cpu", dtype=getattr(torch, dtype)).eval())
         self.tokenizer: Any = tokenizer
-        self.method = kvfloor.parse(str(method))
+        self.method = parse(str(method))
         self.batch_size, self.chunk = int(batch_size), chunk
         self.max_length = max_length or resolve_max_length(self.model.config, tokenizer)
-        self.ledger = Ledger()
+        self.usage = Usage()
         self._context, self._seed = context, seed
         self._cache([0])  # a method that does not go into a model's cache is refused now
         self._device = self.model.device
@@ -153,7 +154,7 @@ class CompressedLM(TemplateLM):
             for i, count, (log_p, likeliest) in zip(batch, asked, dialogue.score(rests, self.chunk), strict=True):
                 answers[i] = (float(log_p[len(log_p) - count :].sum()), bool(likeliest[len(log_p) - count :].all()))
                 self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
-            self.ledger.record(cache)
+            self.usage.record(cache)
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -190,7 +191,7 @@ class CompressedLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results: the method, and what its caches held and took."""
-        return {"kvfloor": {"version": kvfloor.__version__, "method": str(self.method)} | self.ledger.totals()}
+        return {"kvfloor": {"version": __version__, "method": str(self.method)} | self.usage.totals()}
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
@@ -237,7 +238,7 @@ class CompressedLM(TemplateLM):
             **({"prefill_chunk_size": self.chunk} if width > self.chunk else {}),
             **wanted,
         )
-        self.ledger.record(cache)
+        self.usage.record(cache)
         texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         return [postprocess_generated_text(text, until, None) for text in texts]
 

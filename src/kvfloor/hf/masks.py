@@ -68,7 +68,7 @@ class LazyMask:
         return self._arguments.get("attention_mask")
 
     def for_stock(self) -> Tensor | None:
-        """Make what transformers' own attention would have got; None where it goes without. Made once for all layers."""
+        """Make what transformers' own attention would have got, once for all layers; None where it goes without."""
         return self._make(self._queries == EVERY)
 
     def tensor(self) -> Tensor:
@@ -106,6 +106,20 @@ class LazyMask:
         del types
         made = [_made(x) for x in args]
         return func(*made, **{name: _made(x) for name, x in (kwargs or {}).items()})
+
+    def __eq__(self, other: object) -> Any:
+        return self.tensor() == _made(other)
+
+    def __ne__(self, other: object) -> Any:
+        return self.tensor() != _made(other)
+
+    def __lt__(self, other: Any) -> Any:
+        return self.tensor() < _made(other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self.tensor() > _made(other)
+
+    __hash__ = object.__hash__
 
     def __invert__(self) -> Tensor:
         return ~self.tensor()
@@ -157,9 +171,7 @@ def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | Non
         if getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
             kwargs["allow_is_causal_skip"] = False  # such models cut it along its queries, and need one to cut
         return form(**kwargs)
-    asked = _asked
-    if torch.compiler.is_compiling():
-        asked = torch.compiler.disable(asked)
+    asked: Any = torch.compiler.disable(_asked) if torch.compiler.is_compiling() else _asked
     return asked(form, kwargs)
 
 

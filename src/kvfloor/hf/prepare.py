@@ -1,8 +1,8 @@
 """`prepare(model)`: the attention function that answers from a compressed layer, and exactly from any other cache.
 
-Nothing is patched: transformers' own registries get an attention and a mask function for each attention that a part of
-the model had selected, and the model selects them by name (see `selection`). With any other cache they are the attention
-and the mask that the part had. `restore(model)` selects what was selected before.
+Nothing is patched: transformers' own registries get an attention and a mask function for each attention that a part
+of the model had selected, and the model selects them by name (see `selection`). With any other cache they are the
+attention and the mask that the part had. `restore(model)` selects what was selected before.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _NoGradient(torch.autograd.Function):
 
 def _latent(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of a module that makes its keys of what `update` returned: of a compressed layer, or stock."""
     pair = latent.awaited()
     layer = None if pair is None else CompressedLayer.of(pair[0])

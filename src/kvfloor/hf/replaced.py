@@ -20,8 +20,8 @@ def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
     config = getattr(module, "config", None)
     if isinstance(config, PreTrainedConfig) and not selects_kvfloor(config):
         raise RuntimeError(
-            f"the attention of this model is {config._attn_implementation!r} now, which cannot read a compressed cache: "
-            f"call kvfloor.hf.prepare(model) again, or go on with a stock cache. The cache is as it was"
+            f"the attention of this model is {config._attn_implementation!r} now, which cannot read a compressed "
+            f"cache: call kvfloor.hf.prepare(model) again, or go on with a stock cache. The cache is as it was"
         )
 
 

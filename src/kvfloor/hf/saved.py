@@ -15,18 +15,17 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import kvfloor
+from kvfloor.core.message import CorruptState, flatten, gather
+from kvfloor.core.method import Method, rebuilt
 from kvfloor.files import replace_file
-from kvfloor.hf import stock
+from kvfloor.hf import other_layers as stock
 from kvfloor.hf.container import FORMAT, NewerVersion, pack, unpack
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
 from kvfloor.hf.wrappers import unwrapped
-from kvfloor.message import CorruptState, flatten, gather
-from kvfloor.method import Method
-from kvfloor.registry import parse
-from kvfloor.state import rebuilt
+from kvfloor.methods.registry import parse
+from kvfloor.version import __version__
 
 if TYPE_CHECKING:
     from kvfloor.hf.cache import CompressedCache
@@ -67,7 +66,7 @@ def save(cache: CompressedCache, path: str | Path) -> None:
         tensors |= {f"{i}/{name}": tensor.clone() for name, tensor in held.items()}
     header = {
         "format": FORMAT,
-        "kvfloor": kvfloor.__version__,
+        "kvfloor": __version__,
         "transformers": transformers.__version__,
         "method": str(cache.method),
         "arguments": cache.arguments,

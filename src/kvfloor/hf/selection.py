@@ -1,7 +1,7 @@
 """Which attention a configuration selects: kvfloor's beside the one that was selected before, both in one name.
 
-The name is all that there is to remember. It goes along with deep copies, pickles and parts of a model, each of which has
-its own, and transformers' own errors about it tell how to undo it.
+The name is all that there is to remember. It goes along with deep copies, pickles and parts of a model, each of which
+has its own, and transformers' own errors about it tell how to undo it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ _AS_THEY_ARE = ("eager", "sdpa")
 def name_over(before: str | None) -> str:
     """Name kvfloor's attention where `before` was selected.
 
-    transformers looks for words such as "flash" in a name and prepares other inputs then: those are spelled out.
+    transformers looks for words such as "flash" in a name and prepares other inputs then, and takes one with a slash
+    for a kernel to load: all names but the two that it may find are spelled out.
     """
     before = before or "eager"
-    return _BEGIN + (before if before in _AS_THEY_ARE else "·".join(before)) + _END
+    return _BEGIN + (before if before in _AS_THEY_ARE else "·".join(before).replace("/", "÷")) + _END
 
 
 def before(name: str | None) -> str | None:
     """Return what was selected before, given kvfloor's name; None for the name of any other attention."""
     if name is None or not (name.startswith(_BEGIN) and name.endswith(_END)):
         return None
-    return name[len(_BEGIN) : -len(_END)].replace("·", "")
+    return name[len(_BEGIN) : -len(_END)].replace("·", "").replace("÷", "/")
 
 
 def selects_kvfloor(config: PreTrainedConfig) -> bool:

@@ -27,8 +27,8 @@ def refuse_own_cache(model: object) -> None:
         kind = getattr(getattr(wrapper, "active_peft_config", None), "peft_type", None)
         if getattr(kind, "value", kind) == "PREFIX_TUNING":
             raise ValueError(
-                "PEFT's prefix tuning puts a cache that holds the prefix in the place of the one it is given, so that a "
-                "compressed cache would stay empty: use prompt tuning, LoRA or another adapter, or a stock cache"
+                "PEFT's prefix tuning puts a cache that holds the prefix in the place of the one it is given, so that "
+                "a compressed cache would stay empty: use prompt tuning, LoRA or another adapter, or a stock cache"
             )
 
 

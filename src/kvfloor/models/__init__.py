@@ -1,5 +1,5 @@
 """The small built-in model, its tokenizer and its trainer."""
 
-from .load import builtin_path, load
+from kvfloor.models.load import builtin_path, load
 
 __all__ = ["builtin_path", "load"]

@@ -1,7 +1,7 @@
 """An audit's rows made readable: one self-contained HTML page, and a table for the terminal."""
 
+from kvfloor.audit.meta import Meta
 from kvfloor.report.html import render
-from kvfloor.report.meta import Meta
 from kvfloor.report.terminal import print_report
 
 __all__ = ["Meta", "print_report", "render"]

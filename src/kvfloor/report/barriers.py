@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvfloor import __version__
-from kvfloor.barriers import BARRIERS, Result
-from kvfloor.barriers.oracle import success_bound
-from kvfloor.barriers.sweep import packings, precision
 from kvfloor.files import replace_file
+from kvfloor.game import BARRIERS, Result
+from kvfloor.game.engine.probing_readers import success_bound
+from kvfloor.game.sweep import packings, precision
 from kvfloor.report import plot
 from kvfloor.report.environment import environment
 from kvfloor.report.plot import Plot, Series
+from kvfloor.version import __version__
 
 _PLAIN = (str, int, float, bool)
 

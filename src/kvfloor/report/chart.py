@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kvfloor.audit.format import bytes_text, percent_text
 from kvfloor.audit.names import split_setting
 from kvfloor.audit.rows import Cell, Row
-from kvfloor.audit.words import bytes_text, percent_text
 from kvfloor.report.marks import Mark
 
 WIDTH, HEIGHT = 480, 350

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvfloor.audit.words import bytes_text, percent_text, points_text, smaller_text
+from kvfloor.audit.format import bytes_text, percent_text, points_text, smaller_text
 from kvfloor.report import chart
 from kvfloor.report.text import visible
 

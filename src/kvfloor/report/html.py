@@ -7,15 +7,15 @@ from typing import Any
 
 from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.heads import ETA, GOOD, Head, summary
+from kvfloor.audit.meta import Meta
 from kvfloor.audit.names import BASELINES, split_setting
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
-from kvfloor.audit.statistics import MIN_SAMPLES
 from kvfloor.files import replace_file
 from kvfloor.report import chart, heatmap, ladder, tables
 from kvfloor.report.environment import environment
 from kvfloor.report.marks import marks
-from kvfloor.report.meta import Meta
+from kvfloor.statistics import MIN_SAMPLES
 
 
 def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path, by_head: Sequence[Head] = ()) -> None:

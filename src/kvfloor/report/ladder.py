@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvfloor.audit.format import bytes_text
 from kvfloor.audit.heads import Head
-from kvfloor.audit.words import bytes_text
 
 WIDTH, LEFT, RIGHT, TOP, STEP = 900, 130, 880, 34, 20
 

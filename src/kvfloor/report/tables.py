@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from kvfloor.audit.criterion import Standard, Verdict
 from kvfloor.audit.names import split_setting
 from kvfloor.audit.rows import Cell, Row
-from kvfloor.audit.standard import Standard, Verdict
 
 VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"}
 """A sign beside the colour, so that a verdict is read without colour."""

@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kvfloor.audit.explain import cautions, what_breaks, why
+from kvfloor.audit.format import bytes_text, percent_text, points_text, smaller_text
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
-from kvfloor.audit.words import bytes_text, percent_text, points_text, smaller_text
-from kvfloor.barriers.result import Result
+from kvfloor.game.engine.result import Result
 from kvfloor.report.tables import Score, scoreboard
 from kvfloor.report.text import visible
 

@@ -80,7 +80,7 @@ class Task:
 
 def builtin_count() -> Count:
     """The built-in tokenizer's count; imported late, since the tokenizer is made from the tasks' words."""
-    from kvfloor.models.tokenizer import count_tokens
+    from kvfloor.tasks.tokenizer import count_tokens
 
     return count_tokens
 

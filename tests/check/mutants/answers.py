@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from kvfloor import Partial, Spec
-from kvfloor.bounded import BoundedState
-from kvfloor.selectors.pages import Pages, PagesState
-from kvfloor.selectors.selector import Chosen, Selector
-from kvfloor.selectors.top_k import TopK
-from kvfloor.slots import Slots, View
-from kvfloor.summaries.summary import Summary
-from kvfloor.summaries.value_sum import ValueSum, ValueSumState
+from kvfloor.core.bounded import BoundedState
+from kvfloor.core.selector import Chosen, Selector
+from kvfloor.core.slots import Slots, View
+from kvfloor.core.summary import Summary
+from kvfloor.methods.selectors.pages import Pages, PagesState
+from kvfloor.methods.selectors.top_k import TopK
+from kvfloor.methods.summaries.value_sum import ValueSum, ValueSumState
 from mutants.base import Small
 
 

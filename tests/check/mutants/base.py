@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kvfloor import Bounded, Spec
-from kvfloor.bounded import BoundedState
-from kvfloor.budget import Budget, tokens
-from kvfloor.policies.heavy_hitters import HeavyHitters
-from kvfloor.policies.policy import Policy
-from kvfloor.policies.window import Window
+from kvfloor.core.bounded import BoundedState
+from kvfloor.core.budget import Budget, tokens
+from kvfloor.core.policy import Policy
+from kvfloor.methods.policies.heavy_hitters import HeavyHitters
+from kvfloor.methods.policies.window import Window
 
 
 @dataclass(frozen=True)

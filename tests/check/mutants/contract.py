@@ -8,8 +8,8 @@ from third_party import Diary, DiaryState
 from torch import Tensor
 
 from kvfloor import Guarantee, Partial, Spec, State
-from kvfloor.bounded import Bounded, BoundedState
-from kvfloor.policies.window import Window
+from kvfloor.core.bounded import Bounded, BoundedState
+from kvfloor.methods.policies.window import Window
 from mutants.base import Small
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kvfloor import Partial, Spec
-from kvfloor.bounded import BoundedState
-from kvfloor.policies.policy import Ledger, Policy
-from kvfloor.policies.random import Random
-from kvfloor.randomness import row_keys, uniform
+from kvfloor.core.bounded import BoundedState
+from kvfloor.core.policy import Held, Policy
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.methods.policies.random import Random
 from mutants.base import Small
 
 
@@ -17,8 +17,8 @@ from mutants.base import Small
 class PlacePolicy(Random):
     """Keys its draws by the row's place in the batch."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        return super().priority(replace(ledger, row_ids=torch.arange(len(ledger.row_ids))))
+    def priority(self, held: Held) -> Tensor:
+        return super().priority(replace(held, row_ids=torch.arange(len(held.row_ids))))
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class KeyedByPlace(Small):
 class RelativePolicy(Random):
     """Keys its draws by the distance to the batch's smallest id."""
 
-    def priority(self, ledger: Ledger) -> Tensor:
-        keys = row_keys(ledger.spec.seed, ledger.row_ids - min(ledger.spec.row_ids or (0,)), "relative")
-        return uniform(keys.unsqueeze(1), ledger.position)
+    def priority(self, held: Held) -> Tensor:
+        keys = row_keys(held.spec.seed, held.row_ids - min(held.spec.row_ids or (0,)), "relative")
+        return uniform(keys.unsqueeze(1), held.position)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Partial, Spec, State
-from kvfloor.bounded import Bounded, BoundedState
+from kvfloor.core.bounded import Bounded, BoundedState
 from mutants.base import Small, SmallObserving
 
 

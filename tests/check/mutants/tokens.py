@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec
-from kvfloor.bounded import Bounded, BoundedState
-from kvfloor.partial import Partial
-from kvfloor.policies.policy import Ledger
-from kvfloor.slots import Slots
+from kvfloor.core.bounded import Bounded, BoundedState
+from kvfloor.core.partial import Partial
+from kvfloor.core.policy import Held
+from kvfloor.core.slots import Slots
 from mutants.base import Small
 
 
@@ -82,8 +82,8 @@ class ValuesStay(Small):
 
 
 class PinsForgottenState(BoundedState):
-    def _protected(self, ledger: Ledger) -> Tensor:
-        return torch.zeros_like(ledger.position, dtype=torch.bool)
+    def _protected(self, held: Held) -> Tensor:
+        return torch.zeros_like(held.position, dtype=torch.bool)
 
 
 class PinsForgotten(Small):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from kvfloor import Exact, Traits
-from kvfloor.sketches.quantized import Quantized
+from kvfloor.methods.sketches.quantized import Quantized
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ def test_the_worst_error_decodes_at_this_many_levels_and_not_at_one_more(weight,
         ({"eta": 1.0}, r"eta must lie in \[0, 1\), got 1.0"),
         ({"eta": -0.1}, r"eta must lie in \[0, 1\), got -0.1"),
         ({"p": 0.0}, r"p must lie in \(0, 1\], got 0.0"),
-        ({"dv": 0}, "dv must be a whole number of at least 1, got 0"),
+        ({"dv": 0}, "dv must be a whole number >= 1, got 0"),
         ({"dtype": torch.int8}, "dtype must be a floating-point torch dtype, got torch.int8"),
-        ({"most_levels": 1}, "most_levels must be a whole number of at least 2, got 1"),
+        ({"most_levels": 1}, "most_levels must be a whole number >= 2, got 1"),
     ],
 )
 def test_refusals_name_the_argument(changed, message):

@@ -8,7 +8,7 @@ import torch
 
 from kvfloor import parse
 from kvfloor.floors.measured import readable_by, readable_within
-from kvfloor.floors.measured.game import play
+from kvfloor.game.measured import play
 
 METHODS = ("exact", "quant(bits=8)", "quant(bits=4)", "window@16", "random@24", "window+value_sum@16", "subgen(s=64)")
 

@@ -8,7 +8,7 @@ from kvfloor import models, parse
 from kvfloor.audit.measure import Bench
 from kvfloor.audit.plan import task_work
 from kvfloor.floors.measured import causal_mass, longest_query, readable_after, readable_within
-from kvfloor.floors.measured.game import play
+from kvfloor.game.measured import play
 from kvfloor.hf import prepare
 
 CONTEXT = 160

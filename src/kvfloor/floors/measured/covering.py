@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvfloor.floors.domain import positive, whole, within
 from kvfloor.floors.measured.inputs import matrix
 from kvfloor.floors.sampling import subgen_numbers, subgen_s, subgen_t
+from kvfloor.validation import positive, whole, within
 
 _TOKENS_AT_ONCE = 512
 

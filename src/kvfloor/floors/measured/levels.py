@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kvfloor.floors.domain import whole, within
 from kvfloor.floors.entropy import H2
+from kvfloor.validation import whole, within
 
 _SHAVE = 1e-12  # keeps the rounding of a quotient from adding a level
 _MOST = 2**53  # whole numbers up to which float64 counts

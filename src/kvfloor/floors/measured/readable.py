@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfloor.floors.domain import one_of, positive
 from kvfloor.floors.measured.directions import towards_each
 from kvfloor.floors.measured.inputs import log_masses, logit_law, matrix
 from kvfloor.floors.measured.levels import Demand
 from kvfloor.floors.measured.search import Sight, find_groups
 from kvfloor.floors.measured.shares import ordered_shares
 from kvfloor.floors.measured.spread import Spread
+from kvfloor.validation import one_of, positive
 
 OTHERS = ("absent", "present")
 Law = tuple[float, float | None]  # scale and softcap of the logits

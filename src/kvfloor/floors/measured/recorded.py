@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfloor.floors.domain import whole
 from kvfloor.floors.measured.products import Factors
 from kvfloor.floors.measured.readable import Readable, readable_by_rows
+from kvfloor.validation import whole
 
 
 def causal_mass(

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from kvfloor.floors.domain import positive, within
 from kvfloor.floors.measured.inputs import log_masses, logit_law, matrix
 from kvfloor.floors.measured.products import Factors
+from kvfloor.validation import positive, within
 
 
 @dataclasses.dataclass(frozen=True)

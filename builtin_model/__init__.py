@@ -1,0 +1,1 @@
+"""Train the built-in model, and measure what it learnt: `python -m builtin_model.train`."""

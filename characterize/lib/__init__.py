@@ -1,0 +1,1 @@
+"""Serve the scripts: tables, and reference forms that no cache needs."""

@@ -1,0 +1,33 @@
+"""Plain attention in any dtype: in float64 the truth, in the cache's dtype the yardstick of rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.spec import Spec
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, zero_logits: Tensor | None = None, hide: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean (..., m, dv) and log-mass (..., m) of q (..., m, d) over k (..., s, d), v (..., s, dv), in q's dtype.
+
+    zero_logits (..., e, dv) are values of tokens whose logit is 0; hide (..., m, s) marks what a query may not see.
+    """
+    logits = torch.matmul(q, k.transpose(-1, -2)) * spec.scale
+    if spec.softcap is not None:
+        logits = torch.tanh(logits / spec.softcap) * spec.softcap
+    if hide is not None:
+        logits = logits.masked_fill(hide, -torch.inf)
+    if zero_logits is not None:
+        logits = torch.cat([logits, logits.new_zeros(*logits.shape[:-1], zero_logits.shape[-2])], -1)
+        v = torch.cat([v, zero_logits], -2)
+    return torch.matmul(torch.softmax(logits, -1), v), torch.logsumexp(logits, -1)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
+    """Exact causal attention of q (rows, g, t, d) over k (rows, t, d), v (rows, t, dv): (rows, g, t, dv)."""
+    t = k.shape[1]
+    hide = torch.ones(t, t, dtype=torch.bool).triu(1)
+    return attention(q, k.unsqueeze(1), v.unsqueeze(1), spec, hide=hide)[0]

@@ -1,0 +1,157 @@
+"""Truth: answers equal the reference law where the method claims it, and claimed traits hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.check.law import Setting, require
+from kvfloor.check.plain_attention import attention, causal
+from kvfloor.check.streams import Stream, play, probes, slots_of, small_pieces, spec_for, stream_for, tokens_of
+from kvfloor.check.tolerance import AGREE, require_accuracy, require_agreement
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+
+
+def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
+    """The slots (rows, m, s) that the method's selector leaves unread for q (rows, m, d); None if it has none."""
+    slots = slots_of(state)
+    if slots is None or not hasattr(method, "selector") or not isinstance(state, Blocked):
+        return None
+    hide = state.unread(q)
+    return None if hide is None else hide.expand(q.shape[0], q.shape[1], int(slots.held.max()))
+
+
+def waits_whole(method: Method) -> bool:
+    """True if the first token is kept whole, whatever becomes of it later."""
+    state, stream = method.open(spec_for(method, Setting())), stream_for(method, Setting(), n=1)
+    state.append(stream.k, stream.v)
+    return all(len(row.position) == 1 for row in tokens_of(state)) and slots_of(state) is not None
+
+
+def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
+    """True if every token seen is held whole and read by every query q (rows, m, d)."""
+    slots = slots_of(state)
+    held = state.held if slots is None else slots.held
+    whole = bool((held == state.seen).all())
+    if slots is None:
+        return whole or method.capacity(int(state.seen[0])) is None
+    hide = unread(method, state, q)
+    return whole and (hide is None or not bool(hide.any()))
+
+
+def check_reference(method: Method, at: Setting) -> None:
+    """While nothing was lost the answers are exact attention, to 1.5 times the error of plain same-dtype attention."""
+    for softcap in (None, 4.0):
+        spec, stream = replace(spec_for(method, at), softcap=softcap), stream_for(method, at)
+        state, budget = method.open(spec), getattr(method, "budget", None)
+        room = min(budget) if isinstance(budget, tuple) else budget
+        whole = 0
+
+        outputs, cuts = [], [*range(1, 9), *range(16, stream.n + 1, 16)]
+        for a, b in zip([0, *cuts], cuts, strict=False):
+            q = stream.q[:, :, a:b]
+            outputs.append(state.step(q, stream.k[:, a:b], stream.v[:, a:b]))
+            if not _nothing_lost(method, state, q.flatten(1, 2)):
+                break
+            whole = b
+        if isinstance(room, int) and not method.traits.lossy_values and getattr(method, "selector", None) is None:
+            require(whole + 16 > min(room, stream.n), f"tokens are lost after {whole} of a budget of {room}")
+        require(whole > 0, "the first token is lost at once: a method that stores values inexactly claims lossy_values")
+        q, k, v = stream.q[:, :, :whole], stream.k[:, :whole], stream.v[:, :whole]
+        truth = causal(q.double(), k.double(), v.double(), spec)
+        plain = causal(q, k, v, spec)
+        answers = torch.cat(outputs, 2)[:, :, :whole]
+        what = f"against exact attention over the first {whole} tokens (softcap {softcap})"
+        require_accuracy(answers, truth, plain, at.dtype, what)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One row's queries (m, d), held tokens (h, d) and (h, dv), values of logit 0 (e, dv), unread slots (m, h)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    zero_logits: Tensor | None
+    hide: Tensor | None
+
+    def attention(self, spec: Spec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        zero_logits = None if self.zero_logits is None else self.zero_logits.to(dtype)
+        return attention(self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), spec, zero_logits, self.hide)
+
+
+def check_attends_to_held(method: Method, at: Setting) -> None:
+    """Answers are attention over the held tokens that are read; under the unmasked law those that left have logit 0."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    state = method.open(spec)
+    q = probes(spec)
+
+    def look(i: int) -> None:
+        part, hide = state.read(q), unread(method, state, q)
+        slots: Any = slots_of(state)
+        for row, (offset, held) in enumerate(zip(slots.offset.tolist(), slots.held.tolist(), strict=True)):
+            here = slice(offset, offset + held)
+            gone = torch.ones(i, dtype=torch.bool)
+            gone[slots.position[here]] = False
+            left = stream.v[row, :i][gone] if method.traits.reference == "unmasked" else None
+            skip = None if hide is None else hide[row, :, :held]
+            kept = _Kept(q[row], slots.k[here], slots.v[here], left, skip)
+            truth, plain = kept.attention(spec, torch.float64), kept.attention(spec, at.dtype)
+            where = f"row {row} after {i} tokens ({held} held), against attention over what it holds"
+            require_accuracy(part.mean[row], truth[0], plain[0], at.dtype, f"the answers of {where}")
+            require_accuracy(part.log_mass[row], truth[1], plain[1], at.dtype, f"the log-masses of {where}")
+
+    play(state, stream, cuts=range(0, stream.n, 17), after=look)
+
+
+def check_hull(method: Method, at: Setting) -> None:
+    """Normalised weights: every coordinate of an answer lies between the least and the most value given so far."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    # Far from 0, so that weights that do not sum to 1 show; every coordinate elsewhere, so that mixing them does.
+    stream = replace(stream, v=stream.v / 4.0 + torch.linspace(2.0, 6.0, spec.dv).to(at.dtype))
+    outputs = play(method.open(spec), stream).double()
+    low, high = stream.v.double().cummin(1).values.unsqueeze(1), stream.v.double().cummax(1).values.unsqueeze(1)
+    beyond = float(torch.maximum(low - outputs, outputs - high).max())
+    allowed = 8.0 * AGREE[at.dtype]
+    require(beyond <= allowed, f"an answer lies {beyond:.3g} outside the values given, allowed is {allowed:.3g}")
+
+
+def check_value_linear(method: Method, at: Setting) -> None:
+    """Value linearity: for fixed keys and queries, answers to combined values are the combined answers."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    one = (4.0 * stream.v).round() / 4.0  # quarters: their combination below is exact in every dtype
+    two = (4.0 * stream_for(method, at, salt=1).v).round() / 4.0
+
+    def answers(v: Tensor) -> tuple[Tensor, State]:
+        state = method.open(spec)
+        return play(state, Stream(stream.q, stream.k, v, stream.prompt)), state
+
+    (first, kept), (second, _), (both, also) = answers(one), answers(two), answers(0.5 * one - 0.25 * two)
+    combined = 0.5 * first.double() - 0.25 * second.double()
+    require_agreement(both.double(), combined, at.dtype, "the answers to combined values and the combined answers", 2.0)
+    for row, (mine, theirs) in enumerate(zip(tokens_of(kept), tokens_of(also), strict=True)):
+        same = torch.equal(mine.position, theirs.position)
+        require(same, f"row {row} keeps other tokens when only the values change")
+
+
+def check_constant_memory(method: Method, at: Setting) -> None:
+    """Constant memory: nbytes never grows after the first step."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    state = method.open(spec)
+    play(state, stream, stop=1)
+    first = state.nbytes
+
+    def look(i: int) -> None:
+        require(
+            state.nbytes <= first, f"nbytes was {first} after the first step and is {state.nbytes} after {i} tokens"
+        )
+
+    play(state, stream, start=1, cuts=small_pieces(stream.n), after=look)
+    state.attend(stream.q[:, :, :3])
+    look(stream.n)

@@ -1,0 +1,215 @@
+"""The ground that checks stand on: seeded streams, how to feed them, and the tokens that a state holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, pairwise
+
+import torch
+from torch import Tensor
+
+from kvfloor.check.law import Setting, require
+from kvfloor.check.tolerance import require_agreement
+from kvfloor.core.method import Method
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+
+WIDTH = 16
+_ROWS = 3
+_BLOCK_ENDS = 20
+_LONG = 1 << 20  # a stream by which every bound of `capacity` is reached
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens to feed: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv); `seal` comes after `prompt` of them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prompt: int
+
+    @property
+    def n(self) -> int:
+        return self.k.shape[1]
+
+    def rows(self, index: Sequence[int]) -> Stream:
+        at = list(index)
+        return replace(self, q=self.q[at], k=self.k[at], v=self.v[at])
+
+    def with_tail(self, other: Stream, start: int) -> Stream:
+        """This stream up to `start`, the other one from there on."""
+        q = torch.cat([self.q[:, :, :start], other.q[:, :, start:]], 2)
+        k = torch.cat([self.k[:, :start], other.k[:, start:]], 1)
+        return replace(self, q=q, k=k, v=torch.cat([self.v[:, :start], other.v[:, start:]], 1))
+
+    def packed(self, present: Tensor) -> Stream:
+        """The present (n,) tokens only."""
+        prompt = int(present[: self.prompt].sum())
+        return Stream(self.q[:, :, present], self.k[:, present], self.v[:, present], prompt)
+
+
+def rows_of(method: Method) -> int:
+    """As many rows as the method has budgets for, if it has one per row."""
+    budget = getattr(method, "budget", None)
+    return len(budget) if isinstance(budget, tuple) else _ROWS
+
+
+def of_rows(method: Method, index: Sequence[int]) -> Method:
+    """The method for a state of some rows only: their budgets, if it has one per row."""
+    budget = getattr(method, "budget", None)
+    if not isinstance(budget, tuple):
+        return method
+    changed = method.with_budget(tuple(budget[i] for i in index))
+    return method if changed is None else changed
+
+
+def spec_for(method: Method, at: Setting) -> Spec:
+    """Rows whose ids are not their places, so that the two cannot be mistaken for each other."""
+    rows, d = rows_of(method), width_of(method)
+    ids = [11 + 5 * ((r + 1) % rows) for r in range(rows)]
+    plain = Spec(rows=rows, d=d, dv=WIDTH, scale=d**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
+    return placed(method, plain)
+
+
+def width_of(method: Method, otherwise: int = WIDTH) -> int:
+    """The key width to try a method at: what its parameters were trained for, or any."""
+    return otherwise if method.traits.trained_for is None else method.traits.trained_for[2]
+
+
+def placed(method: Method, spec: Spec) -> Spec:
+    """The spec with a place for every row, if the method has trained parameters: heads first, then layers."""
+    if method.traits.trained_for is None:
+        return spec
+    layers, heads, _ = method.traits.trained_for
+    return replace(spec, places=[(r // heads % layers, r % heads) for r in range(spec.rows)])
+
+
+def block_of(method: Method) -> int:
+    """Tokens between two decisions of the method; a method that does not say gets the usual 32."""
+    return getattr(method, "block", 32)
+
+
+def prompt_length(method: Method) -> int:
+    """A prompt that overflows the method's bound by a block, and ends inside one."""
+    bound = method.capacity(_LONG, prompt=0)
+    return block_of(method) + 5 + (64 if bound is None else bound)
+
+
+def stream_length(method: Method) -> int:
+    """The prompt, and more than a block after it."""
+    return prompt_length(method) + block_of(method) + 14
+
+
+def long_stream_length(method: Method) -> int:
+    """As `stream_length`, and across 20 block ends at least."""
+    return max(stream_length(method), _BLOCK_ENDS * block_of(method) + block_of(method) // 2 + 1)
+
+
+def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
+    """A stream for this method: n tokens of normal keys and values in [-1, 1]."""
+    spec = spec_for(method, at) if spec is None else spec
+    n = stream_length(method) if n is None else n
+    source = torch.Generator().manual_seed(1000 * at.seed + salt)
+    q = 2.0 * torch.randn(spec.rows, at.g, n, spec.d, generator=source)
+    k = torch.randn(spec.rows, n, spec.d, generator=source)
+    v = 2.0 * torch.rand(spec.rows, n, spec.dv, generator=source) - 1.0
+    return Stream(q.to(at.dtype), k.to(at.dtype), v.to(at.dtype), prompt_length(method))
+
+
+def probes(spec: Spec, m: int = 5) -> Tensor:
+    """Queries (rows, m, d) for `read` that belong to no stream."""
+    source = torch.Generator().manual_seed(977 + spec.seed)
+    return (2.0 * torch.randn(spec.rows, m, spec.d, generator=source)).to(spec.dtype)
+
+
+def some_absent(stream: Stream, seed: int) -> Tensor:
+    """present (rows, n): a third of the tokens is padding, and rows differ in how many are real."""
+    rows, n = stream.k.shape[:2]
+    source = torch.Generator().manual_seed(31 + seed)
+    share = 1.0 - torch.arange(1, rows + 1).unsqueeze(1) / (1.5 * (rows + 1))
+    return torch.rand(rows, n, generator=source) < share
+
+
+def small_pieces(n: int) -> list[int]:
+    """Cuts of n tokens into pieces of 1 to 9."""
+    cuts, sizes = [], cycle((1, 1, 2, 5, 1, 9, 3))
+    while sum(cuts[-1:]) < n:
+        cuts.append(sum(cuts[-1:]) + next(sizes))
+    return cuts
+
+
+def play(
+    state: State,
+    stream: Stream,
+    start: int = 0,
+    stop: int | None = None,
+    cuts: Iterable[int] = (),
+    present: Tensor | None = None,
+    after: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Step through tokens start..stop in pieces that end at `cuts`, sealing where the prompt ends.
+
+    Returns the outputs (rows, g, stop - start, dv). `after(i)` is called when i tokens of the stream are in.
+    """
+    stop = stream.n if stop is None else stop
+    edges = sorted({start, stop, *(c for c in (*cuts, stream.prompt) if start < c < stop)})
+    outputs = []
+    for a, b in pairwise(edges):
+        mask = None if present is None else present[:, a:b]
+        outputs.append(state.step(stream.q[:, :, a:b], stream.k[:, a:b], stream.v[:, a:b], mask))
+        if b == stream.prompt:
+            state.seal()
+        if after is not None:
+            after(b)
+    return torch.cat(outputs, 2)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one row holds whole, by age: position (h,), k (h, d), v (h, dv)."""
+
+    position: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def slots_of(state: State) -> Slots | None:
+    """The state's token store, if it keeps whole tokens."""
+    return next((part for part in vars(state).values() if isinstance(part, Slots)), None)
+
+
+def tokens_of(state: State) -> list[Tokens]:
+    """The whole tokens of every row; nothing for a state without a token store."""
+    slots = slots_of(state)
+    if slots is None:
+        return []
+    rows = []
+    for offset, held in zip(slots.offset.tolist(), slots.held.tolist(), strict=True):
+        here = slice(offset, offset + held)
+        order = slots.position[here].argsort(stable=True)
+        rows.append(Tokens(slots.position[here][order], slots.k[here][order], slots.v[here][order]))
+    return rows
+
+
+def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> None:
+    """Raise Broken unless the rows of a and b hold the same tokens, bit for bit."""
+    require(len(a) == len(b), f"{what}: one holds {len(a)} rows of tokens, the other {len(b)}")
+    for row, (one, two) in enumerate(zip(a, b, strict=True)):
+        if not torch.equal(one.position, two.position):
+            mine, theirs = set(one.position.tolist()), set(two.position.tolist())
+            only = f"positions {sorted(mine - theirs)[:5]} against {sorted(theirs - mine)[:5]}"
+            require(False, f"{what}: row {row} keeps different tokens, {only}")
+        require(torch.equal(one.k, two.k) and torch.equal(one.v, two.v), f"{what}: row {row} holds other numbers")
+
+
+def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
+    """Raise Broken unless a and b saw equally much, hold the same tokens and answer alike."""
+    require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
+    require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")
+    require_same_tokens(tokens_of(a), tokens_of(b), what)
+    one, two = a.read(probes(a.spec)), b.read(probes(a.spec))
+    require_agreement(one.mean, two.mean, at.dtype, f"{what}: their answers")
+    require_agreement(one.log_mass, two.log_mass, at.dtype, f"{what}: their log-masses", size=4.0)

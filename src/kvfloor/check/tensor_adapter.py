@@ -1,0 +1,122 @@
+"""Tensor attention as standard attention: ones stand beside every key and value, so every law applies unmodified."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.budget import Budget
+from kvfloor.core.method import Guarantee, Method, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+from kvfloor.methods.registry import parse
+
+
+@dataclass(frozen=True)
+class Ones(Method):
+    """`inner`, a method of tensor attention, whose other side is fed ones; `side` (1 or 2) takes the stream.
+
+    With K2 = V2 = 1 tensor attention is standard attention on (K1, V1), each token's mass counted once per token.
+    """
+
+    name: ClassVar[str] = "ones"
+    paper: ClassVar[str] = "Alman and Song 2023 (arXiv 2310.04064)"
+    inner: Method | str
+    side: Literal[1, 2] = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inner, str):
+            object.__setattr__(self, "inner", parse(self.inner))
+
+    @property
+    def kept(self) -> Method:
+        """`inner`, as a method."""
+        return cast(Method, self.inner)
+
+    @property
+    def traits(self) -> Traits:
+        return replace(self.kept.traits, reference="softmax")
+
+    @property
+    def block(self) -> int:
+        return getattr(self.kept, "block", 32)
+
+    @property
+    def budget(self) -> Budget | None:
+        return getattr(self.kept, "budget", None)
+
+    def open(self, spec: Spec) -> OnesState:
+        return OnesState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        return self.kept.capacity(n, prompt, pinned)
+
+    def with_budget(self, budget: Budget) -> Ones | None:
+        inner = self.kept.with_budget(budget)
+        return None if inner is None else replace(self, inner=inner)
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        return self.kept.guarantee(spec)
+
+    def __str__(self) -> str:
+        return f"{type(self).__module__}:{type(self).__name__}(inner={str(self.inner)!r},side={self.side})"
+
+
+class OnesState(State):
+    """The state of tensor attention, fed with ones."""
+
+    def __init__(self, method: Ones, spec: Spec) -> None:
+        super().__init__(method, spec)
+        self.inner = method.kept.open(spec)
+        self.shared = self.inner.shared
+
+    @property
+    def _plan(self) -> Ones:
+        return cast(Ones, self.method)
+
+    @property
+    def held(self) -> Tensor:
+        return self.inner.held
+
+    def guarantee(self) -> Guarantee | None:
+        return self.inner.guarantee()
+
+    def select_rows(self, index: Tensor) -> None:
+        super().select_rows(index)
+        self.method = replace(self._plan, inner=self.inner.method)  # budgets per row travel with their rows
+
+    def _beside(self, x: Tensor) -> Tensor:
+        both = [x, torch.ones_like(x)]
+        return torch.cat(both if self._plan.side == 1 else both[::-1], -1)
+
+    def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        self.inner._append(self._beside(k), self._beside(v), take)
+        self.seen = self.seen + take
+
+    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
+        out = self.inner._step(self._beside(k), self._beside(v), q, take)
+        self.seen = self.seen + take
+        return out
+
+    def _read(self, q: Tensor) -> Partial:
+        return self._counted_once(self.inner._read(q))
+
+    def _attend(self, q: Tensor) -> Partial:
+        return self._counted_once(self.inner._attend(q))
+
+    def _seal(self) -> None:
+        self.inner.seal()
+
+    def _counted_once(self, part: Partial) -> Partial:
+        """Every token's mass is there once per token that is paired: those held of whole tokens, else all seen."""
+        paired = self.seen if self._plan.traits.lossy_values else self.held
+        return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))
+
+
+def beside_ones(method: Method) -> list[Method]:
+    """What stands for a method in the suite: itself, or for tensor attention its two sides."""
+    return [method] if method.traits.reference != "tensor" else [Ones(method, 1), Ones(method, 2)]

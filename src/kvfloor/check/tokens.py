@@ -1,0 +1,237 @@
+"""Stream laws about tokens: how many are held, which, whose they are, and what becomes of those that leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.check.law import Setting, require
+from kvfloor.check.reference import unread
+from kvfloor.check.streams import (
+    Stream,
+    play,
+    probes,
+    slots_of,
+    small_pieces,
+    some_absent,
+    spec_for,
+    stream_for,
+    tokens_of,
+)
+from kvfloor.check.tolerance import AGREE, apart, require_same_bits
+from kvfloor.core.method import Method
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+from kvfloor.core.summary import Summary, SummaryState
+
+
+def _budgets(method: Method, rows: int) -> list[int] | None:
+    """Tokens per row that a method of whole tokens was given, if it has a budget."""
+    budget = getattr(method, "budget", None)
+    if method.traits.lossy_values or budget is None:
+        return None
+    return list(budget) if isinstance(budget, tuple) else [budget] * rows
+
+
+def check_capacity(method: Method, at: Setting) -> None:
+    """At every step a row holds at most `capacity`, and at least what its budget has room for."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    state, budgets = method.open(spec), _budgets(method, spec.rows)
+
+    def look(i: int) -> None:
+        prompt = stream.prompt if state.sealed else None
+        most, held = method.capacity(i, prompt=prompt), state.held.tolist()
+        require(most is None or max(held) <= most, f"after {i} tokens rows hold {held}, the capacity is {most}")
+        for row, budget in enumerate(budgets or []):
+            least = min(i, budget)
+            require(
+                held[row] >= least, f"after {i} tokens row {row} holds {held[row]}, its budget has room for {least}"
+            )
+
+    play(state, stream, cuts=small_pieces(stream.n), after=look)
+
+
+def check_held_tokens(method: Method, at: Setting) -> None:
+    """What is held are tokens of the row's own stream, unchanged, each at most once."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    present = some_absent(stream, at.seed)
+    state = method.open(spec)
+    real = [stream.rows([row]).packed(present[row]) for row in range(spec.rows)]
+
+    def look(i: int) -> None:
+        for row, tokens in enumerate(tokens_of(state)):
+            where = f"row {row} after {i} tokens"
+            count = int(present[row, :i].sum())
+            require(len(set(tokens.position.tolist())) == len(tokens.position), f"{where} holds a token twice")
+            inside = bool(((tokens.position >= 0) & (tokens.position < count)).all())
+            require(inside, f"{where} holds a position outside its {count} tokens")
+            require_same_bits(tokens.k, real[row].k[0, tokens.position], f"{where}: held keys and the stream's")
+            require_same_bits(tokens.v, real[row].v[0, tokens.position], f"{where}: held values and the stream's")
+
+    play(state, stream, cuts=range(0, stream.n, 13), present=present, after=look)
+
+
+def check_pinned(method: Method, at: Setting) -> None:
+    """Pinned tokens never leave, not through a message, a copy or a selection of rows either."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    state: Any = method.open(spec)
+    start, stop = 5, 6
+    play(state, stream, stop=stop)
+    before = state.to_bytes()
+    try:
+        state.pin(start, stop)
+    except ValueError:  # the budget has no room for a pin
+        require(state.to_bytes() == before, "a refused pin changed the state")
+        return
+
+    def look(i: int) -> None:
+        for row, tokens in enumerate(tokens_of(state)):
+            require(start in tokens.position.tolist(), f"after {i} tokens row {row} has lost its pinned token {start}")
+
+    middle = stream.prompt + 3
+    play(state, stream, start=stop, stop=middle, cuts=small_pieces(stream.n), after=look)
+    for moved in (method.from_bytes(state.to_bytes()), state.clone()):
+        state = moved
+        play(state, stream, start=middle, after=look)
+    state.select_rows(torch.arange(spec.rows - 1, -1, -1))
+    play(state, stream, after=look)
+
+
+@dataclass(frozen=True)
+class Tally(Summary):
+    """A probe: counts and adds up what it absorbs, and answers nothing."""
+
+    name: ClassVar[str] = "tally"
+
+    def open(self, spec: Spec) -> TallyState:
+        return TallyState(spec)
+
+
+class TallyState(SummaryState):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.count = torch.zeros(spec.rows, dtype=torch.int64)
+        self.k = torch.zeros(spec.rows, spec.d, dtype=torch.float64)
+        self.v = torch.zeros(spec.rows, spec.dv, dtype=torch.float64)
+
+    def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+        del position
+        self.count = self.count.index_add(0, row, torch.ones_like(row))
+        self.k = self.k.index_add(0, row, k.to(torch.float64))
+        self.v = self.v.index_add(0, row, v.to(torch.float64))
+
+    def read(self, q: Tensor) -> Partial:
+        return Partial.empty(*q.shape[:2], dv=self.spec.dv, dtype=self.spec.compute_dtype)
+
+
+def takes_summary(method: Method) -> bool:
+    return is_dataclass(method) and any(f.name == "summary" for f in fields(method))
+
+
+def check_absorbed_once(method: Method, at: Setting) -> None:
+    """Each token that leaves is absorbed by the summary exactly once."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    whole = Stream(
+        stream.q, (8 * stream.k).round(), (8 * stream.v).round(), stream.prompt
+    )  # sums of integers are exact
+    if takes_summary(method):
+        _check_tally(replace(method, summary=Tally()), spec, whole)  # type: ignore[type-var]
+    if method.traits.reference == "unmasked":
+        _check_weight(method.open(spec), stream, at)
+
+
+def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
+    present = some_absent(stream, spec.seed)
+    state: Any = method.open(spec)
+
+    def look(i: int) -> None:
+        tally = state.summary
+        for row, tokens in enumerate(tokens_of(state)):
+            real = stream.rows([row]).packed(present[row])
+            seen = int(present[row, :i].sum())
+            where = f"row {row} after {i} tokens ({seen} real, {len(tokens.position)} held)"
+            gone = seen - len(tokens.position)
+            require(int(tally.count[row]) == gone, f"{where} absorbed {int(tally.count[row])} tokens, not {gone}")
+            for name, absorbed, fed, kept in (
+                ("keys", tally.k, real.k, tokens.k),
+                ("values", tally.v, real.v, tokens.v),
+            ):
+                left = fed[0, :seen].double().sum(0) - kept.double().sum(0)
+                require(apart(absorbed[row], left) == 0.0, f"{where} absorbed other {name} than those that left")
+
+    play(state, stream, cuts=range(0, stream.n, 17), present=present, after=look)
+
+
+def _check_weight(state: State, stream: Stream, at: Setting) -> None:
+    """Under the unmasked law a query of zeros weighs every token seen alike, but for held ones that it does not read.
+
+    So constant values are answered, with a mass of one per token.
+    """
+    stream = replace(stream, v=torch.ones_like(stream.v))
+    nothing = torch.zeros_like(probes(state.spec, 1))
+
+    def look(i: int) -> None:
+        part, hide = state.read(nothing), unread(state.method, state, nothing)
+        unread_tokens = 0 if hide is None else state.held.unsqueeze(1) - (~hide).sum(-1)
+        error = apart(part.mean, torch.ones_like(part.mean))
+        require(error <= AGREE[at.dtype], f"after {i} values of 1 a query of zeros is answered 1 ± {error:.3g}")
+        mass = part.log_mass.double().exp()
+        error = apart(mass / (i - unread_tokens), torch.ones_like(mass))
+        require(error <= AGREE[at.dtype], f"after {i} tokens a query of zeros sees a mass of {mass.max():.6g}")
+
+    play(state, stream, cuts=range(0, stream.n, 17), after=look)
+
+
+def check_selector_subset(method: Method, at: Setting) -> None:
+    """A selector chooses among what a query may see, never nothing, and what left has no say."""
+    spec, stream = spec_for(method, at), stream_for(method, at)
+    state: Any = method.open(spec)
+    play(state, stream, present=some_absent(stream, at.seed))
+    slots: Any = slots_of(state)
+    q, source = probes(spec), torch.Generator().manual_seed(at.seed)
+    if state.selection is None:
+        _check_hiding(method, state, q, source)
+    else:
+        _check_choosing(state, q, source)
+    before = state.read(q).mean
+    held = torch.zeros(slots.k.shape[0], dtype=torch.bool)
+    held[slots.live_index()] = True
+    slots.k[~held], slots.v[~held] = 50.0, 50.0
+    require_same_bits(state.read(q).mean, before, "answers before and after slots that hold no token were overwritten")
+
+
+def _check_hiding(method: Method, state: Any, q: Tensor, source: torch.Generator) -> None:
+    """A selector without an index hides all that it is told to hide, and not all that there is."""
+    view = state.slots.view()
+    width = view.k.shape[1]
+    for hidden_share in (0.0, 0.5, 0.9):
+        hide = torch.rand(*q.shape[:2], width, generator=source) < hidden_share
+        hide[:, :, 0] = False
+        hide = hide if view.live is None else hide | ~view.live.unsqueeze(1)
+        unread = method.selector.hide(q, view, state.spec, hide)  # type: ignore[attr-defined]
+        require(unread is not None, f"asked to hide {int(hide.sum())} slots, the selector reads everything")
+        unread = unread.expand(hide.shape)
+        require(bool((unread | ~hide).all()), "the selector reads slots that it was told to hide")
+        require(bool((~unread).any(-1).all()), "the selector reads nothing at all for some query")
+
+
+def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
+    """A selector with an index chooses, for every query, among the first slots that it may see, each once.
+
+    A query comes with a token of the open block, and sees at least what is older.
+    """
+    held = state.slots.held.unsqueeze(1)
+    newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))
+    for share in (1.0, 0.5, 0.1):
+        visible = held - (share * torch.rand(q.shape[:2], generator=source) * newest).floor().long()
+        chosen = state.selection.choose(q, state.slots, visible)
+        live, width = ~chosen.dead, int(state.slots.held.max())
+        inside = (chosen.index >= 0) & (chosen.index < visible.unsqueeze(-1))
+        require(bool((inside | chosen.dead).all()), "the selector reads slots beyond those that a query may see")
+        read = (~chosen.unread(width)).sum(-1)
+        require(torch.equal(read, live.sum(-1)), "the selector reads a slot twice for some query")
+        require(bool((read > 0).all()), "the selector reads nothing at all for some query")

@@ -1,0 +1,476 @@
+"""Bounded: the method for everything that keeps whole tokens. Policy x summary x selector, one eviction loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.budget import Budget, size_bytes, tokens
+from kvfloor.core.method import Guarantee, Method, Traits, part_text
+from kvfloor.core.partial import Partial
+from kvfloor.core.policy import Held, Policy, Queries
+from kvfloor.core.selector import Everything, Selector
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.core.summary import Drop, Summary
+from kvfloor.core.tiles import weights_by_tile
+from kvfloor.validation import count
+
+DEFAULT_BLOCK = 32
+TILE_SLOTS = 4096  # bounds the weights that a policy is shown at once: block x group x so many per row
+
+
+@dataclass(frozen=True)
+class Bounded(Method):
+    """At most `budget` tokens per row after every `block`-th token, `budget + block - 1` in between.
+
+    policy    which held token leaves           summary   what stays of those that left
+    selector  which held tokens a query reads   budget    tokens per row (one number, or one per row)
+    block     1 is the papers' rule: evict after every token. Larger blocks decide `block` evictions at once.
+    prefill   "stream": the budget holds from the first token; "dense": everything is kept until `seal`. Unless
+              given it is the policy's usual one.
+    """
+
+    name: ClassVar[str] = "bounded"
+    policy: Policy
+    summary: Summary = field(default_factory=Drop)
+    selector: Selector = field(default_factory=Everything)
+    budget: Budget | None = None
+    block: int = DEFAULT_BLOCK
+    prefill: Literal["stream", "dense"] | None = None
+
+    def __post_init__(self) -> None:
+        for name, part in (("policy", Policy), ("summary", Summary), ("selector", Selector)):
+            if not isinstance(getattr(self, name), part):
+                raise TypeError(f"{name} must be a {part.__name__}, got {getattr(self, name)!r}")
+        count(self.policy.name, least=1, block=self.block)
+        if self.prefill is None:
+            object.__setattr__(self, "prefill", self.policy.usual_prefill)
+        if self.prefill not in ("stream", "dense"):
+            raise ValueError(f"{self.policy.name}: prefill must be stream or dense, got {self.prefill!r}")
+        if self.policy.spares == "prompt" and self.prefill == "stream":
+            raise ValueError(f"{self.policy.name} keeps the whole prompt, so its prefill is dense, not stream")
+        if self.policy.spares != "nothing" and isinstance(self.budget, str) and size_bytes(self.budget) is not None:
+            spared = {"prompt": "the whole prompt", "answer": "every token after the prompt"}[self.policy.spares]
+            raise ValueError(
+                f"{part_text(self.policy)} keeps {spared} beside its budget, so '@{self.budget}' cannot bound its "
+                f"bytes: give a number of tokens or a share"
+            )
+        if isinstance(self.budget, tuple) and len(self.budget) == 1:  # one number is written and parsed as a number
+            object.__setattr__(self, "budget", self.budget[0])
+        if self.budget is not None and not isinstance(self.budget, str):
+            for tokens_per_row in self.budget if isinstance(self.budget, tuple) else (self.budget,):
+                count(self.policy.name, least=1, budget=tokens_per_row)
+                self._check_room(tokens_per_row, pinned=0)
+
+    def _check_room(self, budget: int, pinned: int) -> None:
+        first, last = self.policy.protected_first(), self.policy.protected_last(budget)
+        if first + last + pinned >= budget:
+            raise ValueError(
+                f"a budget of {budget} tokens is too small for {self.policy.name}: it protects {first} first, {last} "
+                f"newest and {pinned} pinned tokens, and needs at least {self._least_budget(budget, pinned)}"
+            )
+
+    def _least_budget(self, budget: int, pinned: int) -> int:
+        """The smallest budget from here on that leaves room for one free token; `last` may grow with the budget."""
+        first = self.policy.protected_first()
+        while (needed := first + self.policy.protected_last(budget) + pinned + 1) > budget:
+            budget = needed
+        return budget
+
+    @property
+    def traits(self) -> Traits:
+        constant = self.prefill == "stream" and self.policy.spares == "nothing"
+        linear = self.summary.traits.value_linear and not self.policy.weighs_values
+        return replace(self.summary.traits, value_linear=linear, constant_memory=constant)
+
+    def open(self, spec: Spec) -> BoundedState:
+        budgets = tokens(self.budget, spec.rows)
+        for budget in budgets:
+            self._check_room(budget, pinned=0)
+        return BoundedState(self, spec, budgets)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        del pinned  # pinned tokens live inside the budget
+        if isinstance(self.budget, str) or self.budget is None:
+            raise ValueError(f"the capacity of {self} is known once its budget is in tokens")
+        if self.policy.spares == "answer":
+            return None
+        largest = max(self.budget) if isinstance(self.budget, tuple) else self.budget
+        if self.policy.spares == "prompt":
+            largest += n if prompt is None else prompt
+        bounded = min(n, largest + self.block - 1)
+        if self.prefill == "stream":
+            return bounded
+        return max(bounded, n if prompt is None else min(n, prompt))
+
+    def with_budget(self, budget: Budget) -> Bounded:
+        return replace(self, budget=budget)
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        return self.summary.guarantee(spec) if isinstance(self.selector, Everything) else None
+
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Bounded:
+        return replace(self, summary=self.summary.sized_for(epsilon, delta, spec))
+
+    def __str__(self) -> str:
+        options = [
+            f"{name}={value}"
+            for name, value, default in (
+                ("block", self.block, DEFAULT_BLOCK),
+                ("prefill", self.prefill, self.policy.usual_prefill),
+            )
+            if value != default
+        ]
+        text = part_text(self.policy)
+        if options:
+            text = f"{text[:-1]},{','.join(options)})" if text.endswith(")") else f"{text}({','.join(options)})"
+        if not isinstance(self.summary, Drop):
+            text += f"+{part_text(self.summary)}"
+        if not isinstance(self.selector, Everything):
+            text += f"|{part_text(self.selector)}"
+        if isinstance(self.budget, tuple):
+            return f"{text}@{':'.join(map(str, self.budget))}"
+        return text if self.budget is None else f"{text}@{self.budget}"
+
+
+class BoundedState(Blocked):
+    """Slots of budget + block tokens per row, allocated once; before the seal of a dense prefill they grow.
+
+    A policy that watches attention or queries gets them at block ends, in one product of fixed shape over the
+    block's buffered queries: what leaves does not depend on how the stream was cut into calls.
+    """
+
+    def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
+        slots = Slots(spec, [budget + method.block for budget in budgets], method.policy.columns)
+        super().__init__(method, spec, slots, method.block)
+        self.budget = torch.tensor(budgets, dtype=torch.int64)
+        self.summary = method.summary.open(spec)
+        if self.summary is not None:
+            self.shared.update(self.summary.shared)
+            self.summary.shared = self.shared
+        self.shared.update(method.policy.shared(spec))
+        self.memory = method.policy.open(spec, self.shared)
+        self.prompt: Tensor | None = None  # tokens per row before the seal, -1 until then; if the policy spares some
+        if method.policy.spares != "nothing":
+            self.prompt = torch.full((spec.rows,), -1, dtype=torch.int64)
+        self.queries: Tensor | None = None  # (rows, g, block, d) of the open block, if the policy watches
+        self.asked = torch.zeros(spec.rows, method.block, dtype=torch.bool)  # which of them were really asked
+        self.pins = torch.zeros(spec.rows, 0, 2, dtype=torch.int64)  # pinned spans [from, to) of positions
+        self.on_evict: Callable[[Tensor, Tensor], None] | None = None  # told row (e,) and position (e,) of what leaves
+
+    @property
+    def _plan(self) -> Bounded:
+        assert isinstance(self.method, Bounded)
+        return self.method
+
+    def pin(self, start: int, stop: int) -> None:
+        """Tokens start <= position < stop of every row never leave; call it before they are evicted.
+
+        Raises ValueError if the budget cannot hold all that is protected, or if some are gone already.
+        """
+        if not 0 <= start < stop:
+            raise ValueError(f"a pinned span needs 0 <= start < stop, got {start}..{stop}")
+        pinned = int((self.pins[0, :, 1] - self.pins[0, :, 0]).sum()) + stop - start
+        for budget in self.budget.tolist():
+            self._plan._check_room(budget, pinned)
+        view = self.slots.view()
+        inside = (view.position >= start) & (view.position < stop)
+        inside = inside if view.live is None else inside & view.live
+        arrived = (self.seen.clamp(max=stop) - start).clamp_min(0)
+        if bool((inside.sum(1).cpu() < arrived).any()):
+            raise ValueError(f"some tokens of {start}..{stop} have left already: pin spans before they can be evicted")
+        span = torch.tensor([start, stop]).expand(self.spec.rows, 1, 2)
+        self.pins = torch.cat([self.pins, span], dim=1)
+
+    def copied(self) -> BoundedState:
+        copy = super().copied()
+        copy.on_evict = None  # what leaves a copy has not left this state
+        return copy
+
+    def select_rows(self, index: Tensor) -> None:
+        super().select_rows(index)
+        if isinstance(self._plan.budget, tuple):  # so that the message names a method which opens for these rows
+            self.method = replace(self._plan, budget=tuple(self.budget.tolist()))
+
+    def guarantee(self) -> Guarantee | None:
+        stated = super().guarantee()
+        return stated if stated is None or self.summary is None else self.summary.guarantee(stated)
+
+    @property
+    def bytes_read(self) -> int:
+        summary = 0 if self.summary is None else self.summary.nbytes
+        return self.slot_bytes_read + summary
+
+    # ---- answering -----------------------------------------------------------------------------------------
+
+    def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
+        self._require_group(q.shape[1])
+        return super()._step_partial(k, v, q, take)
+
+    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
+        self._require_group(q.shape[1])
+        return super()._step_one(k, v, q)
+
+    @property
+    def learns_from_queries(self) -> bool:
+        """Whether the policy learns from the queries that are asked now."""
+        return self._plan.policy.wants_weights or self._plan.policy.wants_queries(self.sealed)
+
+    @property
+    def _selector(self) -> Selector:
+        return self._plan.selector
+
+    @property
+    def _plainly_read(self) -> bool:
+        return self.summary is None and isinstance(self._selector, Everything)
+
+    def _rest(self, q: Tensor) -> Partial | None:
+        return None if self.summary is None else self.summary.read(q)
+
+    def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
+        _rows, g, a, _d = q.shape
+        if self.summary is not None:
+            real = (torch.arange(a) < take.unsqueeze(1)).to(q.device)[:, None, :, None]
+            self.summary.on_queries(q if bool(real.all()) else q.masked_fill(~real, 0))  # the rest may be NaN
+        if not self.learns_from_queries or a > self.block:  # taken at once, because only newer queries are wanted
+            return
+        seen, taken = self.seen.tolist(), take.tolist()
+        if min(seen) == max(seen) and min(taken) == max(taken) == a:
+            self._buffer(q, seen[0] % self.block)
+            return
+        queries = self._open_queries(g)
+        row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
+        place = (self.seen % self.block)[row] + j
+        queries[row, :, place] = q[row, :, j]
+        self.asked[row, place] = True
+
+    def _on_query(self, q: Tensor, seen: int) -> None:
+        if self.learns_from_queries:
+            self._buffer(q, seen % self.block)
+
+    def _buffer(self, q: Tensor, start: int) -> None:
+        """Every row's queries q (rows, g, a, d) take the open block's places from `start` on."""
+        self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
+        self.asked[:, start : start + q.shape[2]] = True
+
+    def _open_queries(self, g: int) -> Tensor:
+        """The open block's queries (rows, g, block, d); their place is made when the first ones come."""
+        if self.queries is None:
+            spec = self.spec
+            self.queries = torch.zeros(spec.rows, g, self.block, spec.d, dtype=spec.dtype, device=spec.device)
+            if self.memory is not None:
+                self.memory.group(g)
+        return self.queries
+
+    def _require_group(self, g: int) -> None:
+        if self.queries is not None and self.queries.shape[1] != g:
+            raise ValueError(f"the GQA group was {self.queries.shape[1]} so far and is {g} now: it is fixed")
+
+    def _attend(self, q: Tensor) -> Partial:
+        rows, g, m, d = q.shape
+        flat = q.reshape(rows, g * m, d)
+        if self.memory is not None:
+            self._require_group(g)
+        if self.summary is not None:
+            self.summary.on_queries(q)
+        if self.learns_from_queries and m > 0:
+            if self.memory is not None:
+                self._open_queries(g)
+            made = torch.ones(rows, m, dtype=torch.bool, device=q.device)
+            newest = (self.seen - 1).unsqueeze(1).expand(-1, m)
+            asked = Queries(q, made, newest.to(q.device))
+            self._show_queries(torch.arange(rows), asked, self.slots.held.unsqueeze(1).expand(-1, m))
+        return self._read(flat)
+
+    # ---- learning and evicting -----------------------------------------------------------------------------
+
+    def _close(self, rows: Tensor | None) -> None:
+        rows = torch.arange(self.spec.rows) if rows is None else rows
+        self._show_keys(rows)
+        self._show_block(rows, self.block)
+        if self.sealed or self._plan.prefill == "stream":
+            self._evict(rows)
+
+    def _at_once(self, seen: int, left: int) -> int:
+        """A dense prompt but for its newest queries, if the policy wants no more than those."""
+        policy = self._plan.policy
+        if self.sealed or self._plan.prefill != "dense" or not isinstance(self._selector, Everything):
+            return 0
+        if policy.wants_weights or policy.wants_keys:
+            return 0
+        if not policy.wants_queries(self.sealed):
+            return left
+        if policy.newest_queries is None or seen % self.block:
+            return 0
+        return max(0, left - policy.newest_queries) // self.block * self.block
+
+    def _seal(self) -> None:
+        every, policy = torch.arange(self.spec.rows), self._plan.policy
+        self._show_keys(every)
+        for fill in (self.seen % self.block).unique().tolist():
+            self._show_block(every[(self.seen % self.block) == fill], fill)
+        if self.prompt is not None:
+            self.prompt = self.seen.clone()
+        if self._plan.prefill == "dense" or policy.spares == "answer":  # what comes now is not weighed any more
+            self._evict(every)
+        if self._plan.prefill == "dense":
+            self.slots.resize(self._limit() + self.block)
+            if self.selection is not None:
+                self.selection.resize(self.slots)
+        if self.memory is not None:
+            self.memory.seal()
+        if not (policy.wants_weights or policy.wants_queries(True)):
+            self.queries = None
+        super()._seal()
+
+    def _limit(self) -> Tensor:
+        """Tokens per row (rows,) that may stay now: the budget, and what the policy spares beside it."""
+        if self.prompt is None:
+            return self.budget
+        spared = self.prompt if self._plan.policy.spares == "prompt" else self.seen - self.prompt
+        return self.budget + spared.masked_fill(self.prompt < 0, 0)
+
+    def _show_keys(self, rows: Tensor) -> None:
+        """Show the policy's memory the newest tokens of these rows, which all are still where they were pushed."""
+        if self.memory is None or not self._plan.policy.wants_keys:
+            return
+        slot = self.slots.held[rows].unsqueeze(1) - self.block + torch.arange(self.block)
+        index = (self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0)).to(self.slots.k.device)
+        live = (slot >= 0).to(index.device)
+        self.memory.on_keys(rows, self.slots.k[index], self.slots.position[index], live)
+
+    def _show_block(self, rows: Tensor, fill: int) -> None:
+        """Let the policy see what the last `fill` tokens' queries of these rows attended to."""
+        rows = rows[self.asked[rows].any(1)]
+        if self.queries is None or not len(rows):
+            return
+        everyone = len(rows) == self.spec.rows
+        queries = self.queries if everyone else self.queries[rows.to(self.queries.device)]
+        place, device = torch.arange(self.block), queries.device
+        position = (self.seen[rows] - fill).unsqueeze(1) + place
+        visible = (self.slots.held[rows] - fill).unsqueeze(1) + place + 1
+        self._show_queries(rows, Queries(queries, self.asked[rows].to(device), position.to(device)), visible)
+        if everyone:
+            self.asked.zero_()
+        else:
+            self.asked[rows] = False
+
+    def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
+        """Queries of these rows, which see their first visible (r, b) slots, go to the policy.
+
+        Its products are as wide as the arena, not as the fill: their shape, and so their rounding, is the same for
+        every chunking and every neighbour row.
+        """
+        policy, width = self._plan.policy, int(self.slots.capacity.max())
+        every = None if len(rows) == self.spec.rows else rows
+        learnt = policy.on_queries(self._held(every, width), asked) if policy.wants_queries(self.sealed) else {}
+        if policy.wants_weights:
+            if policy.weights_of == "last":
+                asked, place = asked.last()
+                visible = visible.gather(1, place.cpu())
+            learnt = learnt | self._observed(every, asked, visible, width)
+        for name, values in learnt.items():
+            self.slots.put_column(name, every, values)
+
+    def _observed(self, rows: Tensor | None, asked: Queries, visible: Tensor, width: int) -> dict[str, Tensor]:
+        """What the policy's columns become, tile by tile, once it sees which slots the queries attended to."""
+        r, g, b, d = asked.q.shape
+        flat, held = asked.q.reshape(r, g * b, d), self._held(rows, width)
+        unread = self._unread(rows, flat, visible.repeat(1, g).to(flat.device), width)
+        clear = int(visible.min()) if isinstance(self._selector, Everything) else 0
+        made = None if bool(asked.made.all()) else asked.made.view(r, 1, b, 1)
+        law = (self.spec.scale, self.spec.softcap)
+        parts: list[dict[str, Tensor]] = []
+        for at, weights in weights_by_tile(flat, held.k, *law, unread, TILE_SLOTS, clear):
+            weights = weights.view(r, g, b, -1)
+            weights = weights if made is None else weights * made
+            parts.append(self._plan.policy.on_weights(held.part(at), weights, asked))
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+
+    def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
+        """What q (r, m, d) leaves unread of the slots `at`, as a function: beyond visible (r, m), or not chosen."""
+        if isinstance(self._selector, Everything):
+            slot = torch.arange(width, device=q.device)
+            return lambda at: slot[at] >= visible.unsqueeze(-1)
+        if self.selection is not None:
+            held = (self.slots.held if rows is None else self.slots.held[rows]).unsqueeze(1).to(q.device)
+            hide = self.selection.choose(q, self.slots, torch.minimum(visible, held), rows).unread(width)
+        else:
+            beyond = torch.arange(width, device=q.device) >= visible.unsqueeze(-1)
+            chosen = self._selector.hide(q, self.slots.view(rows, width), self.spec, beyond)
+            hide = beyond if chosen is None else chosen.expand_as(beyond)
+        return lambda at: hide[..., at]
+
+    def _held(self, rows: Tensor | None, width: int) -> Held:
+        policy, slots, ids = self._plan.policy, self.slots, self.spec.ids()
+
+        def clock(x: Tensor) -> Tensor:
+            return (x if rows is None else x[rows]).unsqueeze(1).to(ids.device)
+
+        return Held(
+            position=slots.across(slots.position, rows, width),
+            columns={name: slots.column(name, rows, width) for name in policy.columns},
+            seen=clock(self.seen),
+            row_ids=ids if rows is None else ids[rows.to(ids.device)],
+            spec=self.spec,
+            count=clock(slots.held),
+            budget=clock(self.budget),
+            fetch=lambda name: slots.across(getattr(slots, name), rows, width),
+            rows=rows,
+            prompt=None if self.prompt is None else clock(self.prompt),
+            memory=self.memory,
+            shared=self.shared,
+        )
+
+    def _evict(self, rows: Tensor) -> None:
+        """Bring these rows down to their budget: the lowest priorities leave, the summary absorbs them."""
+        excess = (self.slots.held[rows] - self._limit()[rows]).clamp_min(0)
+        due = rows[excess > 0]
+        if not len(due):
+            return
+        width, everyone = int(self.slots.capacity.max()), len(due) == self.spec.rows
+        held = self._held(None if everyone else due, width)
+        priority = self._plan.policy.priority(held).to(torch.float64)
+        priority = priority.masked_fill(self._protected(held) | ~held.live, torch.inf)
+        lowest = _lowest(priority, held.position, excess[excess > 0].unsqueeze(1).to(priority.device)).cpu()
+        leaving = lowest if everyone else torch.zeros(self.spec.rows, width, dtype=torch.bool)
+        if not everyone:
+            leaving[due] = lowest
+        if self.summary is not None or self.on_evict is not None:
+            row, k, v, position = self.slots.flat(leaving)
+            if self.summary is not None:
+                self.summary.absorb(row, k, v, position)
+            if self.on_evict is not None:
+                self.on_evict(row, position)
+        self.slots.evict(leaving)
+        if self.selection is not None:
+            self.selection.evict(self.slots, leaving)
+
+    def _protected(self, held: Held) -> Tensor:
+        policy, position, rows = self._plan.policy, held.position, held.rows
+        budgets, pins = (x if rows is None else x[rows] for x in (self.budget, self.pins))
+        last = torch.tensor([policy.protected_last(budget) for budget in budgets.tolist()]).unsqueeze(1)
+        safe = policy.protected(held, last.to(position.device))
+        if policy.spares == "prompt" and held.prompt is not None:
+            safe = safe | (position < held.prompt)
+        for span in pins.to(position.device).unbind(1):
+            safe = safe | ((position >= span[:, :1]) & (position < span[:, 1:]))
+        return safe
+
+
+def _lowest(priority: Tensor, position: Tensor, n: Tensor) -> Tensor:
+    """The n (r, 1) slots of each row with the lowest priority, bool as priority (r, s); of equal ones the older."""
+    last = priority.topk(int(n.max()), dim=1, largest=False).values.gather(1, n - 1)
+    lowest = priority <= last
+    if bool((lowest.sum(1, keepdim=True) == n).all()):
+        return lowest
+    by_age = torch.argsort(position, dim=1, stable=True)
+    order = by_age.gather(1, torch.argsort(priority.gather(1, by_age), dim=1, stable=True))
+    among = torch.arange(priority.shape[1], device=n.device) < n
+    return torch.zeros_like(lowest).scatter(1, order, among)

@@ -1,0 +1,132 @@
+"""Budgets: tokens per row, a share of the context, or bytes of the whole cache, and their resolution to tokens."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
+from kvfloor.validation import count
+
+Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one number of tokens per row
+
+_PROBE = 1024
+_MOST_TOKENS = 2**40
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_FORMS = "a number of tokens (512), a share of the context (25%) or bytes (64MiB, 8MB)"
+
+
+def parse_budget(text: str) -> Budget:
+    """A budget from its text; ValueError naming the allowed forms."""
+    text = text.strip()
+    if re.fullmatch(r"\d+", text):
+        tokens = int(text)
+        if tokens < 1:
+            raise ValueError(f"a budget must be at least 1 token, got {text!r}")
+        return tokens
+    if re.fullmatch(r"\d+(\.\d+)?%", text):
+        if not 0 < float(text[:-1]) <= 100:
+            raise ValueError(f"a share of the context must lie in (0, 100] %, got {text!r}")
+        return text
+    if size_bytes(text) is not None:
+        return text
+    raise ValueError(f"{text!r} is not a budget: give {_FORMS}")
+
+
+def size_bytes(text: str) -> int | None:
+    """Bytes meant by "64MiB" or "8MB"; None if the text is not a size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS:
+        return None
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def tokens(budget: Budget | None, rows: int) -> list[int]:
+    """One number of tokens per row, from a resolved budget; ValueError if it is not resolved."""
+    if isinstance(budget, int):
+        return [budget] * rows
+    if isinstance(budget, tuple):
+        if len(budget) != rows:
+            raise ValueError(f"{len(budget)} budgets were given for {rows} rows; give one number, or one per row")
+        return list(budget)
+    if budget is None:
+        raise ValueError("the method has no budget: write one after '@', for example '@512'")
+    raise ValueError(f"the budget {budget!r} is not resolved: call kvfloor.resolve(method, spec, ...) first")
+
+
+def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None = None, g: int = 1) -> Method:
+    """`method` with its budget in tokens per row.
+
+    spec says the rows of one layer, their widths and dtype; `layers` such states make the cache; `length` is the
+    context in tokens, needed for shares; `g` the GQA group (some policies keep queries). Bytes count everything
+    the state allocates: scores, positions, spare slots. Raises ValueError for a method that no budget bounds, for
+    a share without a length, and for bytes too few for one token.
+    """
+    budget = getattr(method, "budget", None)
+    if not isinstance(budget, str):
+        return method
+    count("resolve", least=1, layers=layers, g=g, **({} if length is None else {"length": length}))
+    parse_budget(budget)
+    if budget.endswith("%"):
+        if length is None:
+            raise ValueError(f"@{budget} is a share of the context, whose length is not known here: give tokens")
+        return with_budget(method, max(1, int(length * float(budget[:-1]) / 100)))
+    total = size_bytes(budget)
+    assert total is not None
+    per_row = total / (layers * spec.rows)
+    least = least_budget(method)
+    floor = _row_bytes(method, least, spec, g)
+    if floor > per_row:
+        raise ValueError(
+            f"@{budget} leaves {per_row:.0f} bytes for each of {layers} x {spec.rows} rows; {method} needs {floor} for "
+            f"its smallest budget of {least} tokens: raise the budget"
+        )
+    # Memory is a line in the tokens, but for what a method rounds off (SubGen's clusters): walk down from the line.
+    slope = (_row_bytes(method, least + _PROBE, spec, g) - floor) / _PROBE
+    affordable = least + int((per_row - floor) / slope)
+    while affordable > least and _row_bytes(method, affordable, spec, g) > per_row:
+        affordable -= 1
+    return with_budget(method, affordable)
+
+
+def least_budget(method: Method) -> int:
+    """The smallest budget in tokens that the method accepts; what it protects may be most of it."""
+    high = 1
+    while not _accepts(method, high):
+        high *= 2
+        if high > _MOST_TOKENS:
+            with_budget(method, high)  # raises, and says why
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _accepts(method, middle) else (middle, high)
+    return high
+
+
+def _accepts(method: Method, tokens: int) -> bool:
+    try:
+        return with_budget(method, tokens) is not None
+    except ValueError:  # what it protects does not fit
+        return False
+
+
+def with_budget(method: Method, budget: Budget) -> Method:
+    """`method` under this budget; ValueError if no budget bounds it."""
+    bounded = method.with_budget(budget)
+    if bounded is None:
+        raise ValueError(f"{method} keeps every token: no budget bounds it")
+    return bounded
+
+
+def _row_bytes(method: Method, tokens: int, spec: Spec, g: int) -> int:
+    """Bytes that one row allocates under this budget, measured on a state with one token."""
+    places = None if spec.places is None else spec.places[:1]
+    one = Spec(rows=1, d=spec.d, dv=spec.dv, scale=spec.scale, dtype=spec.dtype, places=places, tied=spec.tied)
+    state = with_budget(method, tokens).open(one)
+    q = torch.zeros(1, g, 1, spec.d)
+    k = torch.zeros(1, 1, state.key_width).to(spec.dtype)
+    v = k if spec.tied else torch.zeros(1, 1, state.value_width).to(spec.dtype)
+    state.step(q.to(spec.dtype), k, v)
+    return state.nbytes

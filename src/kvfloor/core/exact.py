@@ -1,0 +1,79 @@
+"""Exact: every token kept. The oracle, and the base of the methods that only choose what to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.method import Guarantee, Method, Traits, part_text
+from kvfloor.core.selector import Everything, Indexed, Selector
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+
+_FIRST_SLOTS = 64
+_QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
+
+
+@dataclass(frozen=True)
+class Exact(Method):
+    """All keys and values in growing storage; exact attention, read through `selector`."""
+
+    name: ClassVar[str] = "exact"
+    paper: ClassVar[str] = "Vaswani et al. 2017"
+    selector: Selector = field(default_factory=Everything)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selector, Selector):
+            raise TypeError(f"exact: selector must be a Selector, got {self.selector!r}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(constant_memory=False)
+
+    def open(self, spec: Spec) -> ExactState:
+        return ExactState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        del n, prompt, pinned
+        return None
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        del spec
+        if not isinstance(self.selector, Everything):
+            return None
+        return Guarantee(0.0, 0.0, "max norm, up to rounding", "every query", (), "the definition of attention")
+
+    def __str__(self) -> str:
+        return "exact" if isinstance(self.selector, Everything) else f"exact|{part_text(self.selector)}"
+
+
+class ExactState(Blocked):
+    """Slots that grow by doubling; a block here is only how many queries are answered in one product."""
+
+    def __init__(self, method: Exact, spec: Spec) -> None:
+        block = method.selector.block() if isinstance(method.selector, Indexed) else None
+        slots = Slots(spec, [_FIRST_SLOTS] * spec.rows)
+        super().__init__(method, spec, slots, block or _QUERIES_AT_ONCE, in_order=True)
+
+    @property
+    def _selector(self) -> Selector:
+        assert isinstance(self.method, Exact)
+        return self.method.selector
+
+    @property
+    def _plainly_read(self) -> bool:
+        return isinstance(self._selector, Everything)
+
+    def _close(self, rows: Tensor | None) -> None:
+        """Nothing ever leaves."""
+
+    def _at_once(self, seen: int, left: int) -> int:
+        del seen
+        return left if self.selection is None else 0
+
+    @property
+    def bytes_read(self) -> int:
+        return self.slot_bytes_read

@@ -1,0 +1,138 @@
+"""Memory: what a state holds, measured by walking it, copied, and packed for the message.
+
+No variant declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
+every storage once, and raises on what it cannot size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Not memory: what is fixed before the stream and known to both sides, the record of past sizes, and who listens.
+PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict"})
+SCALAR_BYTES = 8
+
+
+class Memory:
+    """A part of a state: its attributes are tensors, numbers, None, or further `Memory`."""
+
+    peak = 0  # most bytes this part's own tensors took so far, set where storage is moved (old and new at once)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages reachable from here, each counted once; raises TypeError on the unsizable."""
+        storages: dict[int, int] = {}
+        scalars = _walk(self, storages, "state")
+        return sum(storages.values()) + scalars
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes held at any time so far, the copies made while growing or shrinking included."""
+        return self.nbytes + self._excess()
+
+    def bytes_by_row(self, rows: int) -> Tensor:
+        """`nbytes` shared out among the `rows` (rows,), float64: what a row has alone is its own, the rest is split."""
+        total = torch.zeros(rows, dtype=torch.float64)
+        for name, value in vars(self).items():
+            if name in PUBLIC:
+                continue
+            if isinstance(value, Memory):
+                total += value.bytes_by_row(rows)
+            else:
+                storages: dict[int, int] = {}
+                total += (_walk(value, storages, name) + sum(storages.values())) / rows
+        return total
+
+    def _by_capacity(self, rows: int, arena: Iterable[Tensor], capacity: Tensor) -> Tensor:
+        """`bytes_by_row` where a row's stretch of these flat tensors is as long as its capacity (rows,)."""
+        arena_bytes = sum(x.untyped_storage().nbytes() for x in arena)
+        owned = arena_bytes * capacity.to(torch.float64) / max(1, int(capacity.sum()))
+        return owned + (self.nbytes - arena_bytes) / rows
+
+    def _excess(self) -> int:
+        parts = [value for name, value in vars(self).items() if name not in PUBLIC and isinstance(value, Memory)]
+        inside = sum(part._excess() for part in parts)
+        return inside + max(0, self.peak - self._own_bytes())
+
+    def _own_bytes(self) -> int:
+        """Bytes of this part's own tensors, a storage that two of them share once."""
+        storages: dict[int, int] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name not in PUBLIC:
+                _walk(value, storages, name)
+        return sum(storages.values())
+
+    def move(self, name: str, new: Tensor) -> None:
+        """Replace the tensor `name` by its copy in other storage, while both are alive."""
+        self.peak = max(self.peak, self._own_bytes() + new.untyped_storage().nbytes())
+        setattr(self, name, new)
+
+    def export(self) -> dict[str, Any]:
+        """The attributes to send: tensors, numbers, None, or nested dicts of them."""
+        return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
+
+    def adopt(self, fields: dict[str, Any]) -> None:
+        """Take over what `export` of an equal part gave."""
+        for name, value in fields.items():
+            mine = getattr(self, name)
+            if isinstance(mine, Memory):
+                mine.adopt(value)
+            elif isinstance(value, Tensor):  # clocks are on the CPU from the start, and stay there
+                setattr(self, name, value.to(mine.device if isinstance(mine, Tensor) else vars(self)["spec"].device))
+            else:
+                setattr(self, name, value)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index` (r,), repeats allowed. Every tensor here has rows as its first axis."""
+        for name, value in vars(self).items():
+            if name == "spec":
+                self.spec = value.select(index)
+            elif name in PUBLIC:
+                continue
+            elif isinstance(value, Memory):
+                value.select_rows(index)
+            elif isinstance(value, Tensor):
+                setattr(self, name, value.index_select(0, index.to(value.device)))
+
+    def copied(self) -> Any:
+        """A copy that shares no storage with this one, except what is public."""
+        keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
+        return copy.deepcopy(self, keep)
+
+
+def _export(value: Any, name: str) -> Any:
+    if isinstance(value, Memory):
+        return value.export()
+    if value is None or isinstance(value, (Tensor, bool, int, float)):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}: a state sends tensors, numbers, None and Memory only")
+
+
+def _walk(value: Any, storages: dict[int, int], path: str) -> int:
+    """Record each storage in `storages` by address; return the bytes of what is not a tensor."""
+    if value is None:
+        return 0
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized:
+            raise TypeError(f"{path} is a {value.layout} tensor; only dense ones can be sized")
+        storage = value.untyped_storage()
+        storages[storage.data_ptr() or id(storage)] = storage.nbytes()
+        return 0
+    if isinstance(value, (bool, int, float)):
+        return max(SCALAR_BYTES, (int(value).bit_length() + 7) // 8 if isinstance(value, int) else 0)
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return SCALAR_BYTES + sum(_walk(item, storages, f"{path}[]") for item in value)
+    if isinstance(value, dict):
+        return SCALAR_BYTES + sum(
+            _walk(key, storages, path) + _walk(item, storages, f"{path}[{key!r}]") for key, item in value.items()
+        )
+    if isinstance(value, Memory):
+        return sum(_walk(item, storages, f"{path}.{name}") for name, item in vars(value).items() if name not in PUBLIC)
+    raise TypeError(f"{path} is a {type(value).__name__}, which cannot be sized: keep tensors, numbers or Memory")

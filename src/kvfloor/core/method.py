@@ -1,0 +1,170 @@
+"""Method: the frozen configuration of a way to remember, what it promises, and the text that names it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from kvfloor.core import message
+from kvfloor.core.spec import Spec
+
+if TYPE_CHECKING:
+    from kvfloor.core.budget import Budget
+    from kvfloor.core.state import State
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method promises; a conformance law runs where its trait is claimed.
+
+    reference       the attention law it approximates: "softmax", "unmasked" (evicted tokens keep logit 0), or
+                    "tensor" (softmax over pairs of tokens)
+    normalised      answers are convex combinations of the values it was given (they stay in their hull)
+    value_linear    answers are linear in the values, for fixed keys and queries
+    lossy_values    values are stored with an error even while nothing was dropped
+    block_causal    a query may be answered by its block rather than alone
+    constant_memory nbytes never grows once opened
+    trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it fits any model
+    """
+
+    reference: Literal["softmax", "unmasked", "tensor"] = "softmax"
+    normalised: bool = True
+    value_linear: bool = True
+    lossy_values: bool = False
+    block_causal: bool = False
+    constant_memory: bool = True
+    trained_for: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """A bound on the error of an answer, with what it is a bound on and what it assumes.
+
+    epsilon, delta  error and failure probability; norm says how the error is measured
+    quantifier      what the probability is over ("every query", "one query fixed in advance", ...)
+    assumptions     conditions on the stream, in words
+    source          the theorem
+    holds           False once the assumptions failed on what was seen; `why` says which
+    """
+
+    epsilon: float
+    delta: float
+    norm: str
+    quantifier: str
+    assumptions: tuple[str, ...]
+    source: str
+    holds: bool = True
+    why: str = ""
+
+
+class Method(ABC):
+    """A frozen configuration from which states are opened. Subclasses are frozen dataclasses, and final."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    traits: Traits  # a field or a property of the subclass
+
+    @abstractmethod
+    def open(self, spec: Spec) -> State:
+        """A state that has seen nothing. Raises ValueError for a budget that is unresolved or impossible."""
+
+    @abstractmethod
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        """The most tokens a row holds after n tokens, `prompt` of them before `seal`; None if unbounded."""
+
+    def with_budget(self, budget: Budget) -> Method | None:
+        """This method under another budget, in tokens per row; None if it cannot be bounded by one."""
+        del budget
+        return None
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        """The theorem about this configuration, or None. `State.guarantee` evaluates its assumptions."""
+        del spec
+        return None
+
+    def budget_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
+        """The inverse of `guarantee`: this method in the least size that promises `epsilon` and `delta`.
+
+        What the theorem assumes (a radius, a spread, a horizon) is taken from the method's own arguments, the error's
+        norm and quantifier are its guarantee's. Raises ValueError where there is no theorem, where an assumption is
+        not given, and where no size is enough.
+        """
+        if not (isinstance(epsilon, (int, float)) and isinstance(delta, (int, float)) and epsilon >= 0 <= delta < 1):
+            raise ValueError(f"budget_for takes epsilon >= 0 and 0 <= delta < 1, got {epsilon!r} and {delta!r}")
+        sized = self._sized_for(float(epsilon), float(delta), spec)
+        stated = sized.guarantee(spec)
+        if stated is None:
+            raise ValueError(f"{self} has no theorem from which a size would follow, or lacks what it assumes")
+        if not stated.holds or stated.epsilon > epsilon or stated.delta > delta:
+            why = f" ({stated.why})" if stated.why else ""
+            raise ValueError(
+                f"no size of {self} promises epsilon = {epsilon:g} with probability {1 - delta:g}: "
+                f"{sized} promises {stated.epsilon:.3g} with {1 - stated.delta:.3g}{why}"
+            )
+        return sized
+
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
+        """The size that `budget_for` then checks; methods without sizes to choose stay as they are."""
+        del epsilon, delta, spec
+        return self
+
+    def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
+        """The state that `to_bytes` packed; CorruptState (a ValueError) if the bytes are not intact."""
+        text, plain, fields = message.unpack(data)
+        if text != str(self):
+            raise message.CorruptState(f"this is a state of {text!r}, not of {str(self)!r}")
+        return rebuilt(self, plain, fields, device)
+
+    def __str__(self) -> str:
+        """The text that parses back to this method; a third party's class is written `module:Class`."""
+        text = part_text(self, skip=("budget",))
+        budget = getattr(self, "budget", None)
+        return text if budget is None else f"{text}@{budget}"
+
+
+def rebuilt(method: Method, plain: dict[str, Any], fields: dict[str, Any], device: str | torch.device) -> State:
+    """A state of `method` for the spec `plain` that takes over `fields`, which another one exported.
+
+    Raises CorruptState if they are not the fields that this release's state has.
+    """
+    state = method.open(Spec.from_dict(plain, device))
+    missing = set(state.export()) ^ set(fields)
+    if missing:
+        raise message.CorruptState(f"the state's fields differ from this release's in {sorted(missing)}")
+    state.adopt(fields)
+    return state
+
+
+def standard_law(method: Method, place: str) -> Method:
+    """`method`, if it is one of standard attention; ValueError names `place`, where only such methods go."""
+    if method.traits.reference == "tensor":
+        raise ValueError(
+            f"{method} is tensor attention, over pairs of tokens; {place} takes methods of standard attention"
+        )
+    return method
+
+
+def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
+    """`name(arg=value, ...)` with the arguments that differ from their defaults."""
+    arguments = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.init and f.name not in skip and value != f.default:
+            arguments.append(f"{f.name}={_literal(value)}")
+    return f"{name}({','.join(arguments)})" if arguments else name
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):  # a bare word, unless it would be read as something else
+        return value if value.isidentifier() and value not in ("True", "False", "None") else repr(value)
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def part_text(part: Any, skip: tuple[str, ...] = ()) -> str:
+    """The text that parses back to this part; a third party's class is written `module:Class`."""
+    kind = type(part)
+    own = kind.__module__.partition(".")[0] == "kvfloor"
+    return call_text(kind.name if own else f"{kind.__module__}:{kind.__qualname__}", part, skip)

@@ -1,0 +1,106 @@
+"""Spec: what a state is opened for. All of it is public, and none of it depends on the stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.attend import compute_dtype
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a state is opened for; everything in it is public, none of it depends on the stream.
+
+    rows      independent streams held side by side (batch x kv head)
+    d, dv     width of a key and of a value
+    scale     the factor on q.k (the papers use 1, models d**-0.5)
+    softcap   c in c*tanh(logit/c), or None
+    row_ids   one identity per row, which keys its randomness; 0, 1, 2, ... unless given
+    places    where in a model each row stands, as (layer, kv head), for methods whose trained parameters differ from
+              head to head; None outside a model
+    tied      a token's value is its key: both are given as one tensor, and held once
+    Raises ValueError naming the field that is out of its domain.
+    """
+
+    rows: int
+    d: int
+    dv: int
+    scale: float = 1.0
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+    device: str | torch.device = "cpu"
+    seed: int = 0
+    row_ids: Sequence[int] | None = None
+    places: Sequence[tuple[int, int]] | None = None
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "d", "dv"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Spec.{name} must be a positive integer, got {value!r}")
+        if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
+            raise ValueError(f"Spec.scale must be a finite number, got {self.scale!r}")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"Spec.softcap must be None or a positive number, got {self.softcap!r}")
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"Spec.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.tied and self.d != self.dv:
+            raise ValueError(f"Spec.tied says that values are the keys, so dv must be d = {self.d}, got {self.dv}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"Spec.seed must be an integer, got {self.seed!r}")
+        ids = tuple(range(self.rows)) if self.row_ids is None else tuple(int(i) for i in self.row_ids)
+        if len(ids) != self.rows:
+            raise ValueError(f"Spec.row_ids must have one id per row: {self.rows} rows, {len(ids)} ids")
+        object.__setattr__(self, "row_ids", ids)
+        if self.places is not None:
+            places = tuple((int(layer), int(head)) for layer, head in self.places)
+            if len(places) != self.rows:
+                raise ValueError(f"Spec.places must name one place per row: {self.rows} rows, {len(places)} places")
+            object.__setattr__(self, "places", places)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of logits, masses and means."""
+        return compute_dtype(self.dtype)
+
+    @cached_property
+    def device_type(self) -> str:
+        """The kind of the spec's device, such as "cpu"."""
+        return torch.device(self.device).type
+
+    def ids(self) -> Tensor:
+        """The row ids as an int64 tensor (rows,) on the spec's device."""
+        return torch.tensor(self.row_ids, dtype=torch.int64, device=self.device)
+
+    def select(self, index: Tensor) -> Spec:
+        """The spec of the rows at `index`, which keep their ids and places."""
+        assert self.row_ids is not None
+        chosen = [self.row_ids[i] for i in index.tolist()]
+        places = None if self.places is None else [self.places[i] for i in index.tolist()]
+        return replace(self, rows=len(chosen), row_ids=chosen, places=places)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, without the device: where a state lives is not part of what it is."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "device"}
+        if not self.tied:
+            del plain["tied"]
+        return plain | {"dtype": str(self.dtype).removeprefix("torch."), "row_ids": list(self.row_ids or ())}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any], device: str | torch.device = "cpu") -> Spec:
+        return cls(**(plain | {"dtype": DTYPES[plain["dtype"]], "device": device}))

@@ -1,0 +1,301 @@
+"""State: the living memory of a method. Validation, padding, clocks, the message: written once, here."""
+
+from __future__ import annotations
+
+import math
+from abc import ABCMeta, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core import message
+from kvfloor.core.memory import Memory
+from kvfloor.core.method import Guarantee, Method
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+
+Self = TypeVar("Self", bound="State")
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def _plain(call: Call) -> Call:
+    """Run outside autograd and outside inference mode, whose tensors could not be written to later."""
+
+    @wraps(call)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+            return call(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return call(*args, **kwargs)
+
+    return inside  # type: ignore[return-value]
+
+
+class _Plain(ABCMeta):
+    """States are born outside inference mode too, wherever they are opened."""
+
+    @_plain
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+class State(Memory, metaclass=_Plain):
+    """What a method remembers of `rows` independent streams.
+
+    A variant writes `_append` and `_read`, and `_step_partial` where it can do better than token by token. Shapes:
+    k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group, queries
+    of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the state as
+    it was.
+    """
+
+    def __init__(self, method: Method, spec: Spec) -> None:
+        self.method = method
+        self.spec = spec
+        self.shared: dict[str, Tensor] = {}  # tensors fixed by (method, spec) alone: public, uncounted
+        self.seen = torch.zeros(spec.rows, dtype=torch.int64)  # tokens per row; on the CPU, as all clocks
+        self.sealed = False
+
+    # ---- what a variant writes -----------------------------------------------------------------------------
+
+    @property
+    def key_width(self) -> int:
+        """Numbers per token in `k`; the spec's d, unless the attention law takes more than one key."""
+        return self.spec.d
+
+    @property
+    def value_width(self) -> int:
+        """Numbers per token in `v`; the spec's dv, unless the attention law takes more than one value."""
+        return self.spec.dv
+
+    @abstractmethod
+    def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        """Take in the first take[r] tokens of row r, and advance `seen` by `take`."""
+
+    @abstractmethod
+    def _read(self, q: Tensor) -> Partial:
+        """Attention of q (rows, m, d) over everything seen; changes nothing."""
+
+    def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
+        """Token i is taken in, then answered: (rows, g, t). This form is the law; it goes token by token."""
+        out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
+        for i in range(int(take.max())):
+            self._append(k[:, i : i + 1], v[:, i : i + 1], (take > i).to(torch.int64))
+            part = self._read(q[:, :, i])
+            out.mean[:, :, i], out.log_mass[:, :, i] = part.mean, part.log_mass
+        return out
+
+    def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
+        """The mean of `_step_partial`: (rows, g, t, dv)."""
+        return self._step_partial(k, v, q, take).mean
+
+    @property
+    def _steps_alone(self) -> bool:
+        """Whether `_step_one` is a shorter way to take and answer one token of every row now, the step of decoding."""
+        return False
+
+    def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
+        """`_step` of one token of every row, asked for only while `_steps_alone`."""
+        return self._step(k, v, q, torch.ones(self.spec.rows, dtype=torch.int64))
+
+    def _attend(self, q: Tensor) -> Partial:
+        """As `_read` for q (rows, g, m, d), flattened to (rows, g*m); a policy may learn from it."""
+        return self._read(q.flatten(1, 2))
+
+    def _seal(self) -> None:
+        """React to the prompt's end."""
+
+    # ---- what users call -----------------------------------------------------------------------------------
+
+    @_plain
+    def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
+        """Take in tokens without asking anything. present (rows, t), bool, marks the real ones."""
+        k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
+        take, order = self._arrange(k, v, None, present)
+        if order is not None:
+            k, v = _pack(k, order), _pack(v, order)
+        if bool(take.any()):
+            self._append(k, v, take)
+
+    @_plain
+    def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
+        """The law of autoregression: token i attends to everything up to and including itself.
+
+        q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
+        """
+        if present is None and self._steps_alone and self._one_token(k, v, q):
+            return self._step_one(k, v, q).to(self.spec.dtype)
+        k, v, q, take, order = self._packed(k, v, q, present)
+        if not any(take.tolist()):
+            return q.new_zeros(*q.shape[:3], self.spec.dv)
+        return _unpack(self._step(k, v, q, take), take, order, 0.0).to(self.spec.dtype)
+
+    @_plain
+    def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
+        """As `step`, with the mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
+
+        Empty where `present` is False. For callers who merge something to the answer, such as a sink's logit.
+        """
+        k, v, q, take, order = self._packed(k, v, q, present)
+        if not any(take.tolist()):
+            return Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
+        part = self._step_partial(k, v, q, take)
+        log_mass = _unpack(part.log_mass.unsqueeze(-1), take, order, -torch.inf).squeeze(-1)
+        return Partial(_unpack(part.mean, take, order, 0.0), log_mass)
+
+    @_plain
+    def read(self, q: Tensor) -> Partial:
+        """Attention of q (rows, m, d) over what is remembered: a `Partial` (rows, m). Pure."""
+        return self._read(self._checked(q, "q", self.spec.d, finite=True))
+
+    @_plain
+    def attend(self, q: Tensor) -> Tensor:
+        """Answers (rows, g, m, dv) to q (rows, g, m, d) without new tokens; a policy may learn from them."""
+        q = self._checked(q, "q", self.spec.d, axes=4, finite=True)
+        mean = self._attend(q).mean
+        return mean.view(*q.shape[:3], self.spec.dv).to(self.spec.dtype)
+
+    @_plain
+    def seal(self) -> None:
+        """Mark the end of the prompt, once; methods that compress there do so now."""
+        if not self.sealed:
+            self._seal()
+            self.sealed = True
+
+    def guarantee(self) -> Guarantee | None:
+        """The method's guarantee, withdrawn (`holds` False) where what was seen breaks an assumption."""
+        return self.method.guarantee(self.spec)
+
+    @property
+    def held(self) -> Tensor:
+        """Whole tokens kept per row (rows,), int64."""
+        return torch.zeros_like(self.seen)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that answering one query token touches, over all rows; everything unless a variant reads less."""
+        return self.nbytes
+
+    def to_bytes(self) -> bytes:
+        """The message: everything that answering and continuing needs beyond method and public randomness."""
+        return message.pack(str(self.method), self.spec.as_dict(), self.export())
+
+    @_plain
+    def clone(self: Self) -> Self:
+        """An independent copy."""
+        return self.copied()
+
+    @_plain
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index` (r,), int64, in that order; repeats are allowed (beams). Rows keep their ids."""
+        index = torch.as_tensor(index).to("cpu")
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or index.numel() == 0:
+            raise ValueError(
+                f"select_rows needs a non-empty 1-d integer tensor, got {index.dtype} {tuple(index.shape)}"
+            )
+        if int(index.min()) < 0 or int(index.max()) >= self.spec.rows:
+            raise ValueError(f"row indices must lie in 0..{self.spec.rows - 1}, got {index.tolist()}")
+        super().select_rows(index.to(torch.int64))
+
+    # ---- input ---------------------------------------------------------------------------------------------
+
+    def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
+        shape, spec = x.shape, self.spec
+        if len(shape) != axes or shape[0] != spec.rows or shape[-1] != width:
+            wanted = f"(rows={spec.rows}, {'t' if axes == 3 else 'g, t'}, {width})"
+            raise ValueError(f"{name} must have shape {wanted}, got {tuple(shape)}")
+        if x.layout != torch.strided or x.is_quantized or x.is_meta:
+            raise TypeError(f"{name} must be a dense tensor with data, got layout {x.layout} on {x.device}")
+        if x.dtype != spec.dtype:
+            raise TypeError(f"{name} must be {spec.dtype} as the spec says, got {x.dtype}: convert it first")
+        if x.device.type != spec.device_type:
+            raise ValueError(f"{name} is on {x.device}, the state on {spec.device}: move it first")
+        if finite and not _all_finite(x):
+            raise ValueError(f"{name} has NaN or infinite entries; the state was not changed")
+        return x.detach() if x.requires_grad else x
+
+    def _one_token(self, k: Tensor, v: Tensor, q: Tensor) -> bool:
+        """Whether this is one token of every row, beyond doubt as it should be: `_packed` tells what is wrong."""
+        spec, dense = self.spec, torch.strided
+        for x in (k, v, q):
+            if type(x) is not Tensor or x.dtype != spec.dtype or x.layout != dense or x.device.type != spec.device_type:
+                return False
+        if k.shape != (spec.rows, 1, self.key_width) or v.shape != (spec.rows, 1, self.value_width):
+            return False
+        if spec.tied and not _one(k, v):
+            return False
+        if q.ndim != 4 or q.shape != (spec.rows, q.shape[1] or 1, 1, spec.d):
+            return False
+        return all(math.isfinite(x.sum().item()) for x in (k, v, q))
+
+    def _packed(
+        self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Checked k, v and q (rows, g, t, d), each row's real tokens first; tokens per row; the order that did it."""
+        k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
+        q = self._checked(q, "q", self.spec.d, axes=4)
+        take, order = self._arrange(k, v, q, present)
+        if order is None:
+            return k, v, q, take, None
+        by_query = order.unsqueeze(1).expand(-1, q.shape[1], -1)
+        return _pack(k, order), _pack(v, order), _pack(q, by_query), take, order
+
+    def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens per row, and the order that packs real tokens first (None if all are real)."""
+        rows, t = k.shape[:2]
+        if v.shape[1] != t:
+            raise ValueError(f"k has {t} tokens and v has {v.shape[1]}; they must match")
+        if self.spec.tied and not _one(k, v):
+            raise ValueError("this spec says that values are the keys: give one tensor for both")
+        if q is not None and (q.shape[2] != t or q.shape[1] < 1):
+            raise ValueError(f"q must be (rows, g, {t}, d) with g >= 1 for {t} tokens, got {tuple(q.shape)}")
+        if present is not None:
+            if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != (rows, t):
+                got = (present.dtype, tuple(present.shape)) if isinstance(present, Tensor) else type(present).__name__
+                raise ValueError(f"present must be a bool tensor (rows={rows}, t={t}), got {got}")
+            if bool(present.all()):
+                present = None
+        for name, x in (("k", k), ("v", v), ("q", q)):
+            if x is not None and not _all_finite(x):
+                bad = ~torch.isfinite(x).all(-1)
+                bad = bad.any(1) if bad.ndim == 3 else bad
+                if present is None or bool((bad & present).any()):
+                    raise ValueError(f"{name} has NaN or infinite entries; the state was not changed")
+        if present is None:
+            return torch.full((rows,), t, dtype=torch.int64), None
+        order = torch.argsort((~present).to(torch.int8), dim=1, stable=True)
+        return present.sum(1).cpu(), order
+
+
+def _all_finite(x: Tensor) -> bool:
+    """One pass that writes nothing: a NaN or an infinity shows in the sum, and else in the extremes.
+
+    The sum of finite numbers may overflow, so only a finite one says something.
+    """
+    if x.numel() == 0 or math.isfinite(x.sum().item()):
+        return True
+    return all(math.isfinite(end.item()) for end in torch.aminmax(x))
+
+
+def _one(k: Tensor, v: Tensor) -> bool:
+    """Whether these are views of the same numbers in the same order."""
+    return k is v or (k.data_ptr() == v.data_ptr() and k.shape == v.shape and k.stride() == v.stride())
+
+
+def _pack(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder the token axis (the last but one) of x by `order`."""
+    return x.gather(x.ndim - 2, order.unsqueeze(-1).expand_as(x))
+
+
+def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
+    """Answers (rows, g, t, w) back to where their tokens stood; `empty` elsewhere, whatever a pad was answered."""
+    if order is None:
+        return out
+    real = (torch.arange(out.shape[2]) < take.unsqueeze(1)).to(out.device)
+    out = out.masked_fill(~real[:, None, :, None], empty)  # not a product: a pad's answer may be NaN
+    place = order.unsqueeze(1).unsqueeze(-1).expand(-1, out.shape[1], -1, out.shape[-1])
+    return torch.zeros_like(out).scatter(2, place, out)

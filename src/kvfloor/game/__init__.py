@@ -1,0 +1,85 @@
+"""Barriers: one hard instance per theorem, each played against any method. docs/floors.md has the proofs.
+
+Every barrier is a file with an `Instance` (the public half, what Alice streams, how Bob asks) and a `play`.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvfloor.core.method import Method
+from kvfloor.game.engine.instance import Instance
+from kvfloor.game.engine.result import Result
+from kvfloor.game.instances import packing, probing, sparse, spike, tensor, visual, window
+from kvfloor.game.instances.codebook import Codebook
+from kvfloor.game.instances.packing import Packing
+from kvfloor.game.instances.probing import Probing
+from kvfloor.game.instances.sparse import Sparse
+from kvfloor.game.instances.spike import Spike
+from kvfloor.game.instances.tensor import FourCaches, TwoCaches
+from kvfloor.game.instances.visual import Visual
+from kvfloor.game.instances.window import Window
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """A barrier's `play`, one sentence about it, and the largest n that it plays when all of them are asked for."""
+
+    play: Callable[..., Result]
+    about: str
+    most: int
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What `play` takes besides the method."""
+        return tuple(inspect.signature(self.play).parameters)[1:]
+
+
+BARRIERS: dict[str, Barrier] = {
+    "spike": Barrier(spike.play, "every key of a near-orthogonal set hides a row; one query reads each", 2**20),
+    "packing": Barrier(packing.play, "few dimensions and bounded logits: as many keys as such queries separate", 2**20),
+    "sparse": Barrier(sparse.play, "the spike with every attention row one-sparse, the places undisclosed", 4096),
+    "window": Barrier(window.play, "zeros, then a window of coded tokens, masked or unmasked", 2**20),
+    "probing": Barrier(probing.play, "one heavy key or none: the probes of readers that have not looked before", 2**16),
+    "tensor": Barrier(tensor.play, "pairs of tokens are the keys: four caches of tokens, or two of pairs", 1024),
+    "visual": Barrier(visual.play, "a pyramid of scales hides rows; one more scale reads a whole map at once", 2**14),
+}
+INSTANCES: dict[str, type[Instance]] = {
+    kind.__name__: kind for kind in (Spike, Codebook, Packing, Sparse, Window, Probing, FourCaches, TwoCaches, Visual)
+}
+
+
+def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
+    """Play the named barrier with its own arguments (the `play` of its module explains them).
+
+    Raises ValueError listing the barriers there are or the arguments this one takes, and whatever it refuses.
+    """
+    if barrier not in BARRIERS:
+        raise ValueError(f"barrier must be one of {', '.join(BARRIERS)}, got {barrier!r}")
+    chosen = BARRIERS[barrier]
+    foreign = [name for name in arguments if name not in chosen.arguments]
+    if foreign:
+        raise ValueError(f"barrier {barrier!r} takes no {foreign[0]}; it takes {', '.join(chosen.arguments)}")
+    return chosen.play(method, **arguments)
+
+
+def play_all(method: Method | str, **arguments: Any) -> list[Result]:
+    """Every barrier in turn, each with those of the arguments that it takes, n at most its `most`.
+
+    Raises ValueError for an argument that none takes, and whatever a barrier refuses.
+    """
+    known = {name for barrier in BARRIERS.values() for name in barrier.arguments}
+    foreign = [name for name in arguments if name not in known]
+    if foreign:
+        raise ValueError(f"no barrier takes {foreign[0]}; they take {', '.join(sorted(known))}")
+    results = []
+    for name, barrier in BARRIERS.items():
+        own = {key: value for key, value in arguments.items() if key in barrier.arguments}
+        if isinstance(own.get("n"), int):
+            own["n"] = min(own["n"], barrier.most)
+        results.append(play(method, barrier=name, **own))
+    return results
+
+
+__all__ = ["BARRIERS", "INSTANCES", "Barrier", "Instance", "Result", "play", "play_all"]

@@ -1,0 +1,1 @@
+"""Play the INDEX game: public half, secret half, message, decoder, certificates."""

@@ -1,0 +1,160 @@
+"""The INDEX game, played literally: Alice streams, her state's bytes cross to a fresh process, Bob answers there."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.core import message as wire
+from kvfloor.core.budget import resolve
+from kvfloor.core.method import Method, call_text
+from kvfloor.game.engine.instance import Instance
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.methods.registry import parse
+
+OPTIMUM = "optimum"  # in place of a method: what the instance's floor is tight against
+NOT_REBUILT = 3  # Bob's exit status when the public half fails: an error of the set-up, not of the state
+_INTERPRETER_NEEDS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # to find its own libraries
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob import main; main()"
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """What came out of one game. `restored` is None where nothing could answer from the message; `why` says why."""
+
+    method: str
+    rows: Tensor  # (m,) asked rows, numbered across streams
+    sampled: bool
+    hidden: Tensor  # (m, dv) their hidden levels
+    live: Tensor  # (m, dv) float32, from Alice's own state
+    restored: Tensor | None  # (m, dv) float32, from the message alone
+    message_bytes: int
+    payload_bytes: int
+    state_bytes: int
+    bytes_read: int = 0  # what answering one query token touches, over all streams
+    hidden_seed: str = ""
+    seconds: float = 0.0
+    why: str = ""
+
+    @property
+    def agree(self) -> bool:
+        """Both sides gave the same bits."""
+        return self.restored is not None and self.live.numpy().tobytes() == self.restored.numpy().tobytes()
+
+
+def method_text(method: Method, given: str | None = None) -> str:
+    """Text from which a fresh process rebuilds the method: as given, its own, or `module:Class(...)`.
+
+    Raises ValueError where neither parses back to an equal method.
+    """
+    own = type(method)
+    for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
+        try:
+            if text is not None and parse(text) == method:
+                return text
+        except ValueError:
+            continue
+    raise ValueError(
+        f"{method} cannot be rebuilt from text in a fresh process: define {own.__qualname__} at the top level of an "
+        "importable module, as a frozen dataclass whose arguments are numbers or words"
+    )
+
+
+def play_index(
+    method: Method | str, instance: Instance, hidden: Hidden, sampled: int | None = None, *, isolated: bool = True
+) -> Played:
+    """Hide the values, stream them, send the message, ask for every row (or `sampled` ones) on both sides.
+
+    Bob's request (method, code path, instance) is fixed before the first value is streamed; rows are drawn after the
+    message is. Not `isolated`, the message is restored in this process. Raises ValueError for a method that cannot be
+    opened or rebuilt.
+    """
+    started = time.perf_counter()
+    if method == OPTIMUM:
+        method = instance.optimum()
+    given = method if isinstance(method, str) else None
+    lifted = instance.lift(parse(method) if isinstance(method, str) else method)
+    method = resolve(lifted, instance.spec(), length=instance.length)
+    request = _request(method_text(method, given), instance)
+    levels = hidden.levels(instance.copies * instance.rows, instance.dv, instance.bits)
+    state = method.open(instance.spec())
+    instance.feed(state, levels, hidden)
+    payload_bytes = 0
+    try:
+        state_bytes, message, why = state.nbytes, state.to_bytes(), ""
+        payload_bytes = wire.payload_bytes(message)
+    except TypeError as cause:  # the core's refusal of a state that holds what it can neither size nor send
+        state_bytes, message, why = 0, b"", f"the state has no message: {cause}"
+
+    rows = None if sampled is None else hidden.rows(len(levels), sampled)
+    live = instance.ask(state, rows)
+    bytes_read = state.bytes_read if message else 0
+    restored = None
+    if not why:
+        request["rows"] = None if rows is None else rows.tolist()
+        if isolated:
+            restored, why = _ask_fresh_process(request, message, live.shape)
+        else:
+            restored, why = _ask_here(method, instance, message, rows)
+    return Played(
+        method=str(method), rows=torch.arange(len(levels)) if rows is None else rows, sampled=rows is not None,
+        hidden=levels if rows is None else levels[rows], live=live, restored=restored, message_bytes=len(message),
+        payload_bytes=payload_bytes, state_bytes=state_bytes, bytes_read=bytes_read, hidden_seed=hidden.seed,
+        seconds=time.perf_counter() - started, why=why,
+    )  # fmt: skip
+
+
+def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor | None) -> tuple[Tensor | None, str]:
+    try:
+        return instance.ask(method.from_bytes(message), rows), ""
+    except Exception as cause:
+        return None, f"nothing could answer from the message: {cause}"
+
+
+def _request(text: str, instance: Instance) -> dict[str, Any]:
+    """Everything public that Bob gets; a third party's code is found where this process finds it."""
+    third_party = ":" in text.split("@")[0]
+    return {
+        "method": text,
+        "code_path": [os.path.abspath(entry) for entry in sys.path] if third_party else [],
+        "kind": type(instance).__name__,
+        "instance": dataclasses.asdict(instance),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
+    """Bob's answers from a new interpreter: isolated, in an empty directory, with an empty environment.
+
+    It receives the request and the message on stdin and nothing else. Returns (answers, "") or (None, why).
+    """
+    package = importlib.util.find_spec("kvfloor")
+    assert package is not None and package.origin is not None
+    header = json.dumps(request).encode()
+    environment = {name: os.environ[name] for name in _INTERPRETER_NEEDS if name in os.environ}
+    with tempfile.TemporaryDirectory(prefix="kvfloor-bob-") as empty:
+        bob = subprocess.run(
+            [sys.executable, "-I", "-c", _BOOT, str(Path(package.origin).parents[1])],
+            input=len(header).to_bytes(8, "little") + header + message,
+            capture_output=True,
+            cwd=empty,
+            env=environment,
+            check=False,
+        )
+    last_words = (bob.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+    if bob.returncode == NOT_REBUILT:
+        raise ValueError(f"the fresh process could not rebuild {request['method']}: {last_words}")
+    if bob.returncode != 0:
+        return None, f"the fresh process could not answer from the message: {last_words}"
+    if len(bob.stdout) != 4 * shape.numel():
+        return None, f"the fresh process answered with {len(bob.stdout)} bytes, {4 * shape.numel()} were asked for"
+    return torch.frombuffer(bytearray(bob.stdout), dtype=torch.float32).view(shape), ""

@@ -1,0 +1,110 @@
+"""Keys and values behind a counter, and readers that pay for every look at them.
+
+The instance of the time barrier (docs/floors.md, "Time"): n tokens, token 0 has value n, all others 0; all keys are
+zero (the answer is 1), or one of the others carries a key that takes nearly all the mass (the answer is 1/(n-1)). A
+reader that has not looked at that key cannot know which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.statistics import wilson_interval
+
+
+class ScoreOracle:
+    """Scores q.k_l of `runs` instances, told one at a time and counted."""
+
+    def __init__(self, n: int, place: Tensor, planted: Tensor) -> None:
+        """place (runs,) in 1..n-1: where the heavy key is; planted (runs,) bool: whether there is one at all."""
+        self._n, self._place, self._planted = n, place, planted
+        self.probes = torch.zeros(len(place), dtype=torch.int64)
+
+    def score(self, index: Tensor) -> Tensor:
+        """Scores (runs, t) of tokens index (runs, t) in [0, n); every entry counts as one probe."""
+        self.probes += index.shape[1]
+        heavy = (index == self._place.unsqueeze(1)) & self._planted.unsqueeze(1)
+        return torch.where(heavy, 2.0 * math.log(self._n - 1), 0.0)
+
+
+def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
+    """Distinct tokens of 1..n-1, each as likely as any other (token 0 has no key in either case): the best there is.
+
+    A random order that every run enters at a place of its own.
+    """
+    order = 1 + torch.randperm(n - 1, generator=generator)
+    start = torch.randint(n - 1, (runs, 1), generator=generator)
+    return order[(start + torch.arange(probes)) % (n - 1)]
+
+
+def recent(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
+    """The newest tokens, as a window has them."""
+    del generator
+    return torch.arange(n - probes, n).expand(runs, -1)
+
+
+def strided(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
+    """Evenly spaced tokens."""
+    del generator
+    return (1 + torch.arange(probes) * (n - 1) // max(1, probes)).expand(runs, -1)
+
+
+NON_ADAPTIVE = {"uniform": uniform, "recent": recent, "strided": strided}
+_SCORES_AT_ONCE = 2**22
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A reader that made `probes` probes was right in `success` of the runs (95 % interval `low` to `high`)."""
+
+    reader: str
+    probes: int
+    runs: int
+    success: float
+    low: float
+    high: float
+    bound: float
+
+
+def success_bound(n: int, probes: float) -> float:
+    """What no reader without a look at the keys on arrival exceeds: (1 + T/(n-1))/2."""
+    return (1.0 + min(1.0, probes / (n - 1))) / 2.0
+
+
+def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -> list[Point]:
+    """Success of every reader against its probes, on `runs` instances of even odds."""
+    place, planted = 1 + hidden.places(n - 1, runs), hidden.levels(runs, 1, 1)[:, 0] == 0
+    points = []
+    for name, commit in NON_ADAPTIVE.items():
+        for t in probes:
+            generator, found, told = torch.Generator().manual_seed(seed), [], []
+            for part in torch.arange(runs).split(max(1, _SCORES_AT_ONCE // t)):
+                index = commit(n, t, len(part), generator)  # before the data is there
+                oracle = ScoreOracle(n, place[part], planted[part])
+                found.append(oracle.score(index).amax(dim=1) > 0.0)
+                told.append(oracle.probes)
+            points.append(_scored(name, n, torch.cat(told), torch.cat(found), planted))
+    oracle = ScoreOracle(n, place, planted)
+    # A reader that may look at keys as they arrive keeps the place of the longest one, and probes only that.
+    longest = torch.where(planted, place, 1).unsqueeze(1)
+    found = oracle.score(longest)[:, 0] > 0.0
+    points.append(_scored("index made on arrival", n, oracle.probes, found, planted))
+    return points
+
+
+def _scored(name: str, n: int, told: Tensor, found: Tensor, planted: Tensor) -> Point:
+    right, runs, probes = int((found == planted).sum()), len(planted), int(told.max())
+    interval = wilson_interval(right, runs)
+    return Point(name, probes, runs, right / runs, interval[0], interval[1], success_bound(n, probes))
+
+
+def as_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """The points as plain JSON types."""
+    return [dataclasses.asdict(point) for point in points]

@@ -1,0 +1,95 @@
+"""What the spike's floor is tight against: keys are public, so it stores the hidden levels and nothing else."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Method, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+from kvfloor.game.keys.families import FAMILIES
+from kvfloor.validation import whole
+
+
+@dataclasses.dataclass(frozen=True)
+class PublicBits(Method):
+    """Exactly n dv `bits` bits for n tokens whose keys everyone knows: a key family, its size and its seed.
+
+    It answers a stream of just those keys, in order, with values on the 2^bits levels of [0, 1]; the message's payload
+    is the floor at p = 1. Other keys raise ValueError.
+    """
+
+    name: ClassVar[str] = "public_bits"
+    paper: ClassVar[str] = "the trivial upper bound of the INDEX game"
+    family: str
+    n: int
+    key_seed: int
+    bits: int = 1
+
+    def __post_init__(self) -> None:
+        whole("n", self.n)
+        whole("bits", self.bits)
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(lossy_values=True)
+
+    def open(self, spec: Spec) -> "PublicBitsState":
+        return PublicBitsState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        return 0  # no token is kept whole
+
+
+class PublicBitsState(State):
+    """A packed array of levels; the keys are shared."""
+
+    def __init__(self, method: PublicBits, spec: Spec) -> None:
+        super().__init__(method, spec)
+        self.shared["keys"] = FAMILIES[method.family](method.n, spec.d, method.key_seed).to(spec.dtype)
+        size = -(-method.n * spec.dv * method.bits // 8)
+        self.packed = torch.zeros(spec.rows, size, dtype=torch.uint8)
+
+    @property
+    def _plan(self) -> PublicBits:
+        assert isinstance(self.method, PublicBits)
+        return self.method
+
+    def _levels(self) -> np.ndarray[Any, Any]:
+        """All levels as bits: (rows, n, dv, bits) of 0 and 1, most significant first."""
+        plan, spec = self._plan, self.spec
+        flat = np.unpackbits(self.packed.numpy(), axis=1, count=plan.n * spec.dv * plan.bits)
+        return flat.reshape(spec.rows, plan.n, spec.dv, plan.bits)
+
+    def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        plan, start, count = self._plan, int(self.seen[0]), int(take[0])
+        if bool((take != count).any()) or start + count > plan.n:
+            raise ValueError(f"public_bits takes {plan.n} tokens in every row alike")
+        if not torch.equal(k[:, :count], self.shared["keys"][start : start + count].expand_as(k[:, :count])):
+            raise ValueError("public_bits answers for the public keys only, in their order; these keys differ")
+        levels = (v[:, :count].double() * (2**plan.bits - 1)).round().long().numpy()
+        bits = self._levels()
+        bits[:, start : start + count] = levels[..., None] >> np.arange(plan.bits)[::-1] & 1
+        self.packed = torch.from_numpy(np.packbits(bits.reshape(self.spec.rows, -1), axis=1))
+        self.seen = self.seen + take
+
+    def _read(self, q: Tensor) -> Partial:
+        plan, seen = self._plan, int(self.seen[0])
+        levels = torch.from_numpy(self._levels() @ (1 << np.arange(plan.bits)[::-1]))[:, :seen]
+        values = (levels.double() / (2**plan.bits - 1)).to(self.spec.dtype)
+        keys = self.shared["keys"][:seen].expand(self.spec.rows, -1, -1)
+        return Partial.over(q, keys, values, self.spec)
+
+    def export(self) -> dict[str, Any]:
+        """The clock is a public number, so it travels in the header."""
+        return super().export() | {"seen": int(self.seen[0])}
+
+    def adopt(self, fields: dict[str, Any]) -> None:
+        super().adopt({name: value for name, value in fields.items() if name != "seen"})
+        self.seen = torch.full((self.spec.rows,), int(fields["seen"]), dtype=torch.int64)

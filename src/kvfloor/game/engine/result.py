@@ -1,0 +1,133 @@
+"""What a game says: sizes, certificates, verdict."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.game.engine.certificates import ALPHA
+from kvfloor.game.engine.decode import Decoded
+from kvfloor.game.engine.decode import judge as judge_rows
+from kvfloor.game.engine.instance import Instance
+from kvfloor.game.engine.play import Played, play_index
+from kvfloor.game.engine.secret import Hidden
+
+SUCCESS = 0.9  # p of the theorems
+
+Verdict = Literal["holds", "breaks", "cheats"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One game. Sizes in bytes, information in bits.
+
+    n                    hidden rows per stream; hidden_bits counts all streams
+    certified_bits       what the message provably carries; live_certified_bits the same for Alice's own state
+    bits_per_value       certified bits per hidden value: the precision that survives, at most `bits`
+    bit_error            share of hidden bits decoded wrong, and row_success share of rows answered within 1±eta,
+                         both from the restored state (from the live one where nothing could be restored)
+    message_bytes        all that crossed; payload_bytes of it are the state's tensors, the rest is header and digest
+    floor_bits           what any method that answers within 1±eta must hold on this instance
+    verdict              cheats: more is certified than the bytes can hold, or the two sides answer differently;
+                         breaks: row_success < 0.9; else holds
+    certificate          the certificate that won
+    details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
+    hidden_seed          repeats the run's hidden values
+    """
+
+    method: str
+    barrier: str
+    n: int
+    d: int
+    dv: int
+    bits: int
+    eta: float
+    seed: int
+    alpha: float
+    hidden_bits: int
+    bit_error: float
+    certified_bits: float
+    live_certified_bits: float
+    bits_per_value: float
+    message_bytes: int
+    payload_bytes: int
+    state_bytes: int
+    floor_bits: float
+    verdict: Verdict
+    why: str
+    row_success: float
+    rows_asked: int
+    certificate: str
+    details: dict[str, Any]
+    hidden_seed: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+def run(
+    method: Method | str,
+    instance: Instance,
+    *,
+    seed: int,
+    floor_bits: float,
+    hidden_seed: int | str | None = None,
+    sampled: int | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play an instance against a method and judge the answers: what most barriers' `play` ends with."""
+    played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
+    return conclude(played, instance, seed=seed, floor_bits=floor_bits)
+
+
+def conclude(
+    played: Played,
+    instance: Instance,
+    *,
+    seed: int,
+    floor_bits: float,
+    judge: Callable[[Tensor, Played], Decoded] | None = None,
+    **details: Any,
+) -> Result:
+    """Judge both sides' answers, and compare with what their bytes have room for."""
+    bits, eta = instance.bits, instance.eta
+    total = instance.copies * instance.rows
+
+    def usual(answers: Tensor, played: Played) -> Decoded:
+        return judge_rows(answers, played.hidden, bits, eta, sampled_from=total if played.sampled else None)
+
+    judged = judge or usual
+    live = judged(played.live, played)
+    sent = live if played.restored is None or played.agree else judged(played.restored, played)
+    certified = 0.0 if played.restored is None else sent.certified_bits
+    verdict, why = judge_bytes(played, live, sent, certified)
+    return Result(
+        method=played.method, barrier=instance.barrier, n=instance.rows, d=instance.d, dv=instance.dv, bits=bits,
+        eta=eta, seed=seed, alpha=ALPHA, hidden_bits=instance.hidden_bits, bit_error=sent.bit_error,
+        certified_bits=certified, live_certified_bits=live.certified_bits,
+        bits_per_value=certified / (total * instance.dv), message_bytes=played.message_bytes,
+        payload_bytes=played.payload_bytes, state_bytes=played.state_bytes, floor_bits=floor_bits, verdict=verdict,
+        why=why, row_success=sent.row_success, rows_asked=len(played.rows), certificate=sent.certificate,
+        details=instance.details() | details, hidden_seed=played.hidden_seed, seconds=played.seconds,
+    )  # fmt: skip
+
+
+def judge_bytes(played: Played, live: Decoded, sent: Decoded, certified: float) -> tuple[Verdict, str]:
+    """The verdict and its reason in words."""
+    message_bits, state_bits = 8 * played.message_bytes, 8 * played.state_bytes
+    if played.restored is None:
+        return "cheats", played.why
+    if live.certified_bits > state_bits:
+        return "cheats", f"the live state carries {live.certified_bits:.0f} bits, its bytes hold {state_bits}"
+    if max(live.certified_bits, certified) > message_bits:
+        most = max(live.certified_bits, certified)
+        return "cheats", f"{most:.0f} bits were answered, the message holds {message_bits}"
+    if not played.agree:
+        return "cheats", "the live state and the one restored from the message answer differently"
+    if sent.row_success < SUCCESS:
+        return "breaks", f"{sent.row_success:.3f} of the rows are answered, {SUCCESS} are asked for"
+    return "holds", f"{sent.row_success:.3f} of the rows are answered"

@@ -1,0 +1,1 @@
+"""Build the hard instance of each theorem, one barrier per file."""

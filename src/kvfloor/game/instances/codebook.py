@@ -1,0 +1,154 @@
+"""Bits hidden in the keys: which n keys of a public codebook were streamed, on top of what their values hide.
+
+log2 C(M, n) bits more, about n log2(M e / n). Bob asks for every key of the codebook; before each question he appends a
+marker, a token with a slightly shorter copy of that key and value -1. If the key was streamed, it outweighs the marker;
+if not, the marker outweighs all other keys (docs/floors.md, "Bits in the keys"; derived).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
+from kvfloor.floors.entropy import H2, log2_choose, row_bits
+from kvfloor.floors.spike import spike_C
+from kvfloor.game.engine import certificates
+from kvfloor.game.engine.asking import by_appending
+from kvfloor.game.engine.decode import Decoded, leak_ratio, nearest_levels, wrong_bits
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
+from kvfloor.game.engine.play import Played, play_index
+from kvfloor.game.engine.predict import log2_level_probability, log2_row_gain
+from kvfloor.game.engine.result import SUCCESS, Result, conclude
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.validation import whole
+
+_MOST_KEYS = 16_384
+_DOUBTS = (2.0**-20, 2.0**-10, 2.0**-5, 0.25)  # about a membership
+_UNIFORM_SHARES = (2.0**-14, 2.0**-5)
+_BELIEFS = (1.0 - 2.0**-20, 0.75)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Codebook(KeyedInstance):
+    """M public keys, n of which are streamed in a secret order; hidden values go with all M, only n of them matter."""
+
+    barrier: ClassVar[str] = "spike"
+    n: int
+    codebook: int
+
+    @property
+    def rows(self) -> int:
+        """Codebook keys: Bob asks for each."""
+        return self.codebook
+
+    @property
+    def length(self) -> int:
+        return self.n
+
+    @property
+    def hidden_bits(self) -> int:
+        return int(log2_choose(self.codebook, self.n)) + self.n * self.dv * self.bits
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        chosen = hidden.subset(self.codebook, self.n)
+        yield from pieces(self.keys[chosen], values[:, chosen])
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        ratio = leak_ratio(self.bits, self.eta)
+        # Half of the gap separates the key from the marker, the other half the marker from all other keys.
+        queries, gaps = self.public.aim(
+            row, self.spec(), lambda gap, norm: spike_C(self.codebook, 1, gap / 2, norm, ratio)
+        )
+        norms = self.keys[row].double().square().sum(dim=1)
+        shorter = 1.0 - torch.minimum(gaps, norms) / (2.0 * norms)
+        markers = (self.keys[row].double() * shorter.unsqueeze(1)).to(self.keys.dtype)
+        return by_appending(state, copy, queries, markers, markers.new_full((len(row), self.dv), -1.0))
+
+    def judge(self, answers: Tensor, levels: Tensor, present: Tensor) -> Decoded:
+        """Membership and values from the answers (M, dv), by log-loss over subsets and values alike."""
+        believed = answers.double().mean(dim=1) > -0.5  # a marker answers -1, a streamed key at least 0
+        right = believed == present
+        both = believed & present
+        base = log2_choose(self.codebook, self.n)
+        doubts = [
+            right.sum().item() * math.log2(1.0 - doubt) + (~right).sum().item() * math.log2(doubt) for doubt in _DOUBTS
+        ]
+        gains = []
+        for width in (2.0**power for power in range(-6, self.bits)):
+            for share in _UNIFORM_SHARES:
+                centre = answers[both].double() * (2**self.bits - 1)
+                entries = log2_level_probability(centre, levels[both], self.bits, width, share)
+                row_gain = (self.bits + entries).sum(dim=1)
+                for belief in _BELIEFS:
+                    total = log2_row_gain(row_gain, torch.full_like(row_gain, belief)).sum().item()
+                    gains += [base + doubt + total for doubt in doubts]
+        certified = certificates.certified([certificates.log_loss(gains)])
+        wrong = wrong_bits(nearest_levels(answers, self.bits, self.eta), levels, self.bits)
+        wrong_values = wrong[both].sum() + self.dv * self.bits * (present & ~believed).sum()
+        # Markers answer below 0, where (1±eta) means nothing: a row is right if all its bits are.
+        shares = [(believed & (wrong == 0))[present], ~believed[~present]]
+        success = min(share.double().mean().item() for share in shares if len(share))
+        return Decoded(certified, "log-loss", int(wrong_values) / (self.n * self.dv * self.bits), success)
+
+    def details(self) -> dict[str, Any]:
+        return {
+            **super().details(),
+            "codebook": self.codebook,
+            "key_bits": log2_choose(self.codebook, self.n),
+            "value_bits": self.n * self.dv * self.bits,
+        }
+
+
+def play(
+    method: Method | str,
+    *,
+    codebook: int,
+    n: int = 256,
+    d: int = 64,
+    dv: int | None = None,
+    bits: int = 1,
+    eta: float = 0.5,
+    seed: int = 0,
+    dtype: str = "float32",
+    hidden_seed: int | str | None = None,
+    family: str | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play the spike with bits in the keys too: a secret n of `codebook` public keys (n <= codebook <= 16,384).
+
+    row_success of the result is the lesser of two shares: of streamed keys that come back with all their bits, and of
+    the other keys that are told to be missing. bits_per_value leaves out what the keys hide.
+    Arguments otherwise as for the spike; raises ValueError naming the one that is out of its domain.
+    """
+    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
+    n, codebook = whole("n", n), whole("codebook", codebook)
+    if not n <= codebook <= _MOST_KEYS:
+        raise ValueError(f"codebook must lie in n..{_MOST_KEYS} = {n}..{_MOST_KEYS}, got {codebook}")
+    instance = Codebook(**shared, n=n, codebook=codebook, public=keys_for(shared, codebook, family))
+    played = play_index(method, instance, Hidden(hidden_seed), isolated=isolated)
+    present = torch.zeros(codebook, dtype=torch.bool)
+    present[Hidden(played.hidden_seed).subset(codebook, n)] = True
+
+    def judged(answers: Tensor, played: Played) -> Decoded:
+        return instance.judge(answers, played.hidden, present)
+
+    floor = subset_bits(codebook, n, SUCCESS) + row_bits(n, instance.dv * bits, SUCCESS)
+    result = conclude(played, instance, seed=seed, floor_bits=floor, judge=judged)
+    values = max(0.0, result.certified_bits - log2_choose(codebook, n))
+    return dataclasses.replace(result, n=n, bits_per_value=values / (n * instance.dv))
+
+
+def subset_bits(codebook: int, n: int, p: float) -> float:
+    """Least message length, in bits, when a share p >= 1/2 of a secret n-subset, and of the rest, is told right.
+
+    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), f = n/M, clamped at 0: what is left open about one
+    key, given what is told about it, is at most that of a binary channel with error 1-p, and entropy is concave.
+    """
+    f = n / codebook
+    left_open = H2(f) + H2(p) - H2(f * p + (1.0 - f) * (1.0 - p))
+    return max(0.0, log2_choose(codebook, n) - codebook * left_open)

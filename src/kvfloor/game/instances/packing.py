@@ -1,0 +1,126 @@
+"""Few dimensions, bounded logits: as many keys as queries of logit radius r can tell apart.
+
+The norm-aware floor (p dv - H2(p)) min(n, N(d, r, eta)) (docs/floors.md, "Bounded norms"; it replaces the e^d of Haris
+& Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form N is a lower estimate; here keys are built, so more may
+be hidden. Every key and its value come n/m times: repeating a token changes no answer.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.core.spec import DTYPES
+from kvfloor.core.state import State
+from kvfloor.floors.entropy import row_bits
+from kvfloor.floors.norm_bounded import N_dr
+from kvfloor.floors.separation import eps_s
+from kvfloor.floors.spike import spike_C
+from kvfloor.game.engine.asking import by_reading
+from kvfloor.game.engine.instance import KeyedInstance, agreed, pieces
+from kvfloor.game.engine.play import play_index
+from kvfloor.game.engine.result import SUCCESS, Result, conclude
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.game.keys.families import FAMILIES
+from kvfloor.game.keys.gaps import one_sided_gaps, promised_gaps
+from kvfloor.game.keys.public import PublicKeys
+from kvfloor.validation import positive, whole
+
+_PACKED_UP_TO = 16  # dimensions in which greedy packing beats codes
+_DEFAULT_D, _DEFAULT_DV = 8, 64
+_MOST_KEYS = 2_048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing(KeyedInstance):
+    """m separable keys, each repeated `repeats` times with its value; no query has a logit above `radius`."""
+
+    barrier: ClassVar[str] = "packing"
+    m: int
+    repeats: int
+    radius: float
+
+    @property
+    def rows(self) -> int:
+        return self.m
+
+    @property
+    def length(self) -> int:
+        return self.m * self.repeats
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        del hidden
+        for _ in range(self.repeats):
+            yield from pieces(self.keys, values)
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        # all the length that the radius allows: the gap was chosen to suffice for it
+        queries = (self.keys[row].double() * self.radius).to(DTYPES[self.dtype])
+        return by_reading(state, copy, queries)
+
+    def details(self) -> dict[str, Any]:
+        return {
+            "radius": self.radius,
+            "keys_that_exist": min(N_dr(self.d, self.radius, self.eta), 2.0**53),
+            "repeats": self.repeats,
+        } | super().details()
+
+
+def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tuple[str, int]:
+    """The key family with the most keys, up to `most`, that queries of logit radius `radius` tell apart, and how many.
+
+    Measured on the keys themselves: C = ln(m / eps_s) / gap must not exceed the radius (Bob's own token is one of the
+    m competitors). One key is always separable.
+    """
+    best = ("sphere", 1)
+    names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
+    if 2 <= d <= _PACKED_UP_TO:
+        names.insert(0, "packing")
+    for name in names:
+        low, high = best[1], most + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if _separates(name, middle, d, radius, eta, key_seed) else (low, middle)
+        if low > best[1]:
+            best = (name, low)
+    return best
+
+
+def _separates(family: str, m: int, d: int, radius: float, eta: float, key_seed: int) -> bool:
+    if family != "packing" and family not in promised_gaps(m, d):
+        return False
+    gap = one_sided_gaps(FAMILIES[family](m, d, key_seed).float()).min().item()
+    return gap > 0.0 and spike_C(m, 1, gap, 1.0, eps_s(eta)) <= radius
+
+
+def play(
+    method: Method | str,
+    *,
+    n: int = 1024,
+    d: int = _DEFAULT_D,
+    dv: int | None = None,
+    eta: float = 0.5,
+    seed: int = 0,
+    radius: float | None = None,
+    hidden_seed: int | str | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play a packing of separable keys against a method; arguments as for the spike (one bit per value), and
+
+    dv       64 by default: few dimensions hide few bits otherwise
+    radius   the largest logit, 32 by default; the keys that it separates are looked for up to min(n, 2,048)
+    Raises ValueError naming the argument that is out of its domain.
+    """
+    shared = agreed(d=d, dv=_DEFAULT_DV if dv is None else dv, bits=1, eta=eta, seed=seed)
+    n, radius = whole("n", n), positive("radius", 32.0 if radius is None else radius)
+    family, m = separable(shared["d"], radius, eta, min(n, _MOST_KEYS), shared["key_seed"])
+    public = PublicKeys(family, m, shared["d"], shared["key_seed"])
+    instance = Packing(**shared, m=m, repeats=n // m, radius=radius, public=public)
+    played = play_index(method, instance, Hidden(hidden_seed), isolated=isolated)
+    claimed = min(float(n), N_dr(shared["d"], radius, eta))
+    return conclude(
+        played, instance, seed=seed, floor_bits=row_bits(m, instance.dv, SUCCESS),
+        closed_form_floor_bits=row_bits(int(claimed), instance.dv, SUCCESS),
+    )  # fmt: skip

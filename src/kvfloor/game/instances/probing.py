@@ -1,0 +1,110 @@
+"""The time barrier: without a look at the keys on arrival, the last answer takes Omega(n) probes.
+
+Haris & Onak (COLT 2025), Theorem 19 (26), on a corrected family: the printed one separates relative errors below 1/3
+only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one of two cases by a hidden
+bit: all keys zero, or one heavy key at a secret place. A method plays it through the usual message; what it reads per
+query is counted, and beside it stand readers that pay an oracle for every score.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.core.spec import DTYPES
+from kvfloor.core.state import State
+from kvfloor.floors.entropy import row_bits
+from kvfloor.floors.separation import tau
+from kvfloor.game.engine.asking import by_reading
+from kvfloor.game.engine.decode import leak_ratio
+from kvfloor.game.engine.instance import Instance, agreed
+from kvfloor.game.engine.play import play_index
+from kvfloor.game.engine.probing_readers import as_rows, curve, success_bound
+from kvfloor.game.engine.result import SUCCESS, Result, conclude
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.statistics import wilson_interval
+from kvfloor.validation import whole
+
+_TOKENS_AT_ONCE = 1024
+_NUMBERS_AT_MOST = 2**25  # keys and values of all streams together
+_RUNS, _RUNS_OF_READERS = 256, 2048
+_PROBES_OF_READERS = 2**24  # in all runs together, roughly
+_SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at which the readers are measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probing(Instance):
+    """`copies` streams of n tokens; one hidden bit each: 1 for all keys zero (answer 1), 0 for a heavy key."""
+
+    barrier: ClassVar[str] = "probing"
+    n: int
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+    @property
+    def length(self) -> int:
+        return self.n
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        """Values here are the bits (copies, 1, 1): whether there is a heavy key, at a place from `hidden`."""
+        place, planted = 1 + hidden.places(self.n - 1, self.copies), values[:, 0, 0] == 0
+        for start in range(0, self.n, _TOKENS_AT_ONCE):
+            position = torch.arange(start, min(self.n, start + _TOKENS_AT_ONCE))
+            heavy = (position == place.unsqueeze(1)) & planted.unsqueeze(1)
+            k = heavy.unsqueeze(-1).expand(-1, -1, self.d).to(values.dtype)
+            v = (self.n * (position == 0)).view(1, -1, 1).expand(self.copies, -1, self.dv).to(values.dtype)
+            yield k, v
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        """q = (2/d) ln(n-1) in every coordinate, the same in both cases."""
+        q = torch.full((len(copy), self.d), 2.0 * math.log(self.n - 1) / self.d)
+        return by_reading(state, copy, q.to(DTYPES[self.dtype]))
+
+
+def play(
+    method: Method | str,
+    *,
+    n: int = 1024,
+    d: int = 64,
+    eta: float = 0.5,
+    seed: int = 0,
+    runs: int | None = None,
+    hidden_seed: int | str | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play the time barrier against a method; arguments as for the spike (values are single numbers), and
+
+    runs   independent streams, 256 by default, fewer where n d is large
+    details of the result: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on its
+    success if it had not looked at the keys on arrival, `adaptive` (its success is above that bound with 99.9 %
+    confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and the `readers` that an oracle counted.
+    Raises ValueError naming the argument that is out of its domain.
+    """
+    shared = agreed(d=d, dv=1, bits=1, eta=eta, seed=seed)
+    n = whole("n", n, least=16)
+    # A (1±eta) answer to the heavy case, at most (1+eta)/(n-1), must stay below the threshold.
+    least = 1 + math.ceil((1.0 + shared["eta"]) / tau(shared["eta"], leak_ratio(1, shared["eta"])))
+    if n < least:
+        raise ValueError(f"n must be at least {least} for barrier 'probing' at eta={eta}, got {n}")
+    if runs is None:
+        runs = max(16, min(_RUNS, _NUMBERS_AT_MOST // (n * (shared["d"] + 1))))
+    instance, hidden = Probing(**shared, n=n, copies=whole("runs", runs)), Hidden(hidden_seed)
+    played = play_index(method, instance, hidden, isolated=isolated)
+    token_bytes = (shared["d"] + 1) * DTYPES[instance.dtype].itemsize
+    probes = played.bytes_read / (instance.copies * token_bytes)
+    shares = sorted({max(1, round(share * (n - 1))) for share in _SHARES})
+    readers = curve(n, shares, max(_RUNS, min(_RUNS_OF_READERS, _PROBES_OF_READERS // n)), hidden, seed)
+    result = conclude(
+        played, instance, seed=seed, floor_bits=row_bits(instance.copies, 1, SUCCESS),
+        probes_per_query=probes, bound=success_bound(n, probes), floor_probes=(2.0 - 1.0 / SUCCESS) * (n - 1),
+        readers=as_rows(readers),
+    )  # fmt: skip
+    sure = wilson_interval(round(result.row_success * instance.copies), instance.copies, 0.999)[0]
+    extra: dict[str, Any] = {"tokens": n, "adaptive": sure > result.details["bound"]}
+    return dataclasses.replace(result, details=result.details | extra)

@@ -1,0 +1,108 @@
+"""The sparsity promise: every attention row is one-sparse, and the floor does not move.
+
+Haris & Onak (COLT 2025), Corollary 16: knowing that nearly all attention is negligible, but not where, does not help.
+The spike already is that sparse when Alice asks nothing (queries 0). Here she asks q_t = C k_t at every token, so that
+every row of the softmax, hers and Bob's, sits on a single token. Queries that do not depend on the hidden bits change
+nothing in the proof (docs/floors.md).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
+from kvfloor.floors import space
+from kvfloor.floors.spike import spike_C
+from kvfloor.game.engine.asking import by_reading
+from kvfloor.game.engine.decode import leak_ratio
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
+from kvfloor.game.engine.result import SUCCESS, Result, run
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.validation import whole
+
+_NEGLIGIBLE = 1e-3  # of the largest score: what counts as close to zero
+_ROWS_MEASURED = 512
+_MOST_TOKENS = 16_384
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sparse(KeyedInstance):
+    """n public keys; Alice asks for each token as it comes, Bob for all of them."""
+
+    barrier: ClassVar[str] = "sparse"
+    n: int
+
+    @property
+    def rows(self) -> int:
+        return self.n
+
+    @property
+    def length(self) -> int:
+        return self.n
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """The spike query of every key (n, d): Alice's at that token, and Bob's."""
+        ratio = leak_ratio(self.bits, self.eta)
+        everything = torch.arange(self.n)
+        return self.public.aim(everything, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))[0]
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        del hidden
+        yield from pieces(self.keys, values)
+
+    def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
+        """Alice asks q_t = C k_t while she streams: policies learn from perfectly sparse attention."""
+        start = int(state.seen[0])
+        q = self.queries[start : start + k.shape[1]].expand(self.copies, 1, -1, -1)
+        state.step(q, k, v)
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        return by_reading(state, copy, self.queries[row])
+
+    def details(self) -> dict[str, Any]:
+        """Measured on up to 512 of the causal rows: how much of Q K^T and of its softmax is concentrated."""
+        rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
+        scores = self.queries[rows].double() @ self.keys.double().T
+        later = torch.arange(self.n) > rows.unsqueeze(1)
+        seen = ~later
+        top = scores.masked_fill(later, -torch.inf).amax(dim=1, keepdim=True)
+        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+        return {
+            **super().details(),
+            "scores_near_zero": ((scores.abs() < _NEGLIGIBLE * top) & seen).sum().item() / seen.sum().item(),
+            "softmax_near_zero": ((weights < _NEGLIGIBLE) & seen).sum().item() / seen.sum().item(),
+            "least_top_weight": weights.amax(dim=1).min().item(),
+        }
+
+
+def play(
+    method: Method | str,
+    *,
+    n: int = 1024,
+    d: int = 64,
+    dv: int | None = None,
+    bits: int = 1,
+    eta: float = 0.5,
+    seed: int = 0,
+    dtype: str = "float32",
+    hidden_seed: int | str | None = None,
+    family: str | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play the sparse stream against a method; arguments as for the spike, n at most 16,384.
+
+    details of the result: the share of entries of Q K^T below 1e-3 of their row's largest, of softmax weights below
+    1e-3, and the least weight that any row puts on its one token.
+    """
+    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
+    if whole("n", n) > _MOST_TOKENS:
+        raise ValueError(f"n must be at most {_MOST_TOKENS} for barrier 'sparse', got {n}")
+    instance = Sparse(**shared, n=n, public=keys_for(shared, n, family))
+    floor = space(n, d, instance.dv, eta=eta, p=SUCCESS)
+    return run(method, instance, seed=seed, floor_bits=floor.bits, hidden_seed=hidden_seed, isolated=isolated)

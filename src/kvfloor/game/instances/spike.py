@@ -1,0 +1,113 @@
+"""The spike: one hidden row per public key, each read back by a query that gives its key nearly all the softmax mass.
+
+It is the hard instance of Haris & Onak (COLT 2025), Theorems 6 (eta = 0) and 8, with exact constants (docs/floors.md).
+Independent copies in one state are the direct sum over kv heads and layers.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
+from kvfloor.floors import space
+from kvfloor.floors.spike import spike_C
+from kvfloor.game.engine.asking import by_reading
+from kvfloor.game.engine.decode import leak_ratio
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
+from kvfloor.game.engine.play import play_index
+from kvfloor.game.engine.public_bits import PublicBits
+from kvfloor.game.engine.result import SUCCESS, Result, conclude
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.game.instances.codebook import play as play_codebook
+from kvfloor.validation import whole
+
+ALL_ROWS_UP_TO = 16_384
+ROWS_SAMPLED = 2_048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spike(KeyedInstance):
+    """n public keys of one family, each with a hidden row; Bob asks without appending."""
+
+    barrier: ClassVar[str] = "spike"
+    n: int
+
+    @property
+    def rows(self) -> int:
+        return self.n
+
+    @property
+    def length(self) -> int:
+        return self.n
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        del hidden
+        yield from pieces(self.keys, values)
+
+    def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """The spike queries (m, d) of rows (m,), and the rows' gaps (m,)."""
+        ratio = leak_ratio(self.bits, self.eta)
+        return self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        return by_reading(state, copy, self.queries(row)[0])
+
+    def optimum(self) -> Method:
+        return PublicBits(self.public.family, self.n, self.key_seed, self.bits)
+
+
+def play(
+    method: Method | str,
+    *,
+    n: int = 1024,
+    d: int = 64,
+    dv: int | None = None,
+    bits: int = 1,
+    eta: float = 0.5,
+    seed: int = 0,
+    heads: int = 1,
+    layers: int = 1,
+    dtype: str = "float32",
+    rows: int | None = None,
+    hidden_seed: int | str | None = None,
+    family: str | None = None,
+    codebook: int | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play the spike against a method and certify what it really carries.
+
+    method       or the word "optimum": public keys and packed levels, against which the floor is tight
+    n, d, dv     keys, their width, the values' width (dv = d by default); `bits` per value, 1 to 24: with many bits
+                 the certificate reads out the precision that a method keeps (`bits_per_value` of the result)
+    heads        kv heads, and `layers`: heads * layers independent instances side by side in one state
+    dtype        float32, float16 or bfloat16: what the method is opened for
+    rows         how many rows to ask, drawn with replacement; by default all up to n = 16,384, else 2,048
+    seed         gives the public keys and, by a one-way derivation, the seed that the method sees
+    hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive
+                 from anything that the method sees, also where hidden_seed equals seed
+    family       of keys, by default the one that separates best at (n, d)
+    codebook     hide bits in the keys too: n of this many public keys, in secret (`kvfloor.game.instances.codebook`)
+    isolated     False: restore the message in this process; quick, but blind to what outlives a state elsewhere
+    Raises ValueError naming the argument that is out of its domain, or what keeps the method from being rebuilt.
+    """
+    if codebook is not None:
+        if heads != 1 or layers != 1 or rows is not None:
+            raise ValueError("codebook plays one head and asks for every key: leave heads, layers and rows out")
+        return play_codebook(
+            method, codebook=codebook, n=n, d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype,
+            hidden_seed=hidden_seed, family=family, isolated=isolated,
+        )  # fmt: skip
+    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
+    n, copies = whole("n", n), whole("heads", heads) * whole("layers", layers)
+    instance = Spike(**shared, n=n, public=keys_for(shared, n, family), copies=copies)
+    if rows is None:
+        rows = copies * n if copies * n <= ALL_ROWS_UP_TO else ROWS_SAMPLED
+    sampled = rows if whole("rows", rows) < copies * n else None
+    floor = space(n, d, instance.dv, eta=eta, p=SUCCESS, heads=heads, layers=layers)
+    played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
+    row = played.rows % n
+    worst = instance.queries(row)[1].min().item()
+    return conclude(played, instance, seed=seed, floor_bits=floor.bits, worst_gap=worst)

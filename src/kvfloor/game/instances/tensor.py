@@ -1,0 +1,183 @@
+"""Tensor attention: every pair of tokens is a key, and no cache of pairs or of tokens can be small.
+
+Four caches (K1, K2, V1, V2 are streamed): 2(n-1) hidden rows. Token 0 has values 1, the others hide X1 and X2; the
+query at pair (i, 0) reads X1[i], the one at (0, i) reads X2[i].
+Two caches (the n^2 products are streamed as keys, with arbitrary values): n^2 hidden rows; any Method plays it, as the
+pairs are ordinary tokens to it.
+Chen et al. 2025 (arXiv 2503.11108) claim Omega(nd) and Omega(n^2 d); instances and constants: docs/floors.md.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property
+from math import ceil, isqrt
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.core.spec import DTYPES
+from kvfloor.core.state import State
+from kvfloor.floors.entropy import row_bits
+from kvfloor.floors.spike import spike_C
+from kvfloor.game.engine.asking import by_reading
+from kvfloor.game.engine.decode import leak_ratio
+from kvfloor.game.engine.instance import Instance, agreed, derived_seed, pieces
+from kvfloor.game.engine.result import SUCCESS, Result, run
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.game.keys.families import rademacher
+from kvfloor.game.keys.public import aim
+from kvfloor.methods.registry import parse
+from kvfloor.methods.variants.tensor import TensorAttention, products
+from kvfloor.validation import whole
+
+_ALL_ROWS_UP_TO = 512
+_ROWS_SAMPLED = 256
+_MOST_TOKENS = 1024
+_PAIRS_AT_ONCE = 2**22
+_LENGTH_STEP = 64.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FourCaches(Instance):
+    """n tokens with two sign keys and two values each; tensor attention over their pairs."""
+
+    barrier: ClassVar[str] = "tensor"
+    n: int
+
+    @property
+    def rows(self) -> int:
+        return 2 * (self.n - 1)
+
+    @property
+    def length(self) -> int:
+        return self.n
+
+    @cached_property
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """The public keys K1, K2 (n, d), signs ±1: a product of two is one again, so all pairs have norm sqrt(d)."""
+        first, second = self.key_seed, derived_seed("second keys", self.key_seed)
+        # exactly ±1, not a rounded sqrt(d) / sqrt(d)
+        k1, k2 = (torch.sign(rademacher(self.n, self.d, seed)) for seed in (first, second))
+        return k1.to(DTYPES[self.dtype]), k2.to(DTYPES[self.dtype])
+
+    def lift(self, method: Method) -> Method:
+        """A method of standard attention keeps tokens, each with its two keys and values; their pairs are read."""
+        return method if method.traits.reference == "tensor" else TensorAttention(method)
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        del hidden
+        one = values.new_ones(self.copies, 1, self.dv)
+        first, second = values.split(self.n - 1, dim=1)
+        v = torch.cat([torch.cat([one, first], dim=1), torch.cat([one, second], dim=1)], dim=-1)
+        yield from pieces(torch.cat(self.keys, dim=-1), v)
+
+    def aimed(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """The spike queries (m, d) of hidden rows (m,), and the gaps (m,) of their pairs over all n^2 - 1 others."""
+        k1, k2 = (k.double() for k in self.keys)
+        token = row % (self.n - 1) + 1
+        i1, i2 = torch.where(row < self.n - 1, token, 0), torch.where(row < self.n - 1, 0, token)
+        direction = k1[i1] * k2[i2]
+        gaps = torch.empty(len(row), dtype=torch.float64)
+        for part in torch.arange(len(row)).split(max(1, _PAIRS_AT_ONCE // self.n**2)):
+            turned = direction[part].unsqueeze(1) * k1  # (p, n, d)
+            scores = turned @ k2.T / self.d
+            scores[torch.arange(len(part)), i1[part], i2[part]] = -torch.inf
+            gaps[part] = 1.0 - scores.flatten(1).amax(dim=1)
+        worst = gaps.min().item()
+        if worst <= 0.0:
+            raise ValueError(
+                f"two pairs of the {self.n} tokens have the same product key in d={self.d}: take d above 6 ln n"
+            )
+        ratio = leak_ratio(self.bits, self.eta)
+        lengths = [ceil(_LENGTH_STEP * spike_C(self.n**2, 0, gap, 1.0, ratio)) / _LENGTH_STEP for gap in gaps.tolist()]
+        length = torch.tensor(lengths, dtype=torch.float64) / (self.d * self.spec().scale)
+        return (direction * length.unsqueeze(1)).to(DTYPES[self.dtype]), gaps
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        return by_reading(state, copy, self.aimed(row)[0])
+
+    def details(self) -> dict[str, Any]:
+        return {"caches": 4, "tokens": self.n, "pairs": self.n**2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoCaches(Instance):
+    """All n^2 products as tokens of a standard stream, each with a hidden row of its own."""
+
+    barrier: ClassVar[str] = "tensor"
+    n: int
+
+    @property
+    def rows(self) -> int:
+        return self.n**2
+
+    @property
+    def length(self) -> int:
+        return self.n**2
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """The products of two sets of n sign keys (n^2, d), of unit norm."""
+        first, second = self.key_seed, derived_seed("second keys", self.key_seed)
+        k1, k2 = (torch.sign(rademacher(self.n, self.d, seed)).unsqueeze(0) for seed in (first, second))
+        return (products(k1, k2)[0] / self.d**0.5).to(DTYPES[self.dtype])
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        del hidden
+        yield from pieces(self.keys, values)
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        ratio = leak_ratio(self.bits, self.eta)
+        queries, _ = aim(self.keys, row, self.spec(), lambda gap, norm: spike_C(self.rows, 0, gap, norm, ratio))
+        return by_reading(state, copy, queries)
+
+    def details(self) -> dict[str, Any]:
+        return {"caches": 2, "tokens": self.n, "pairs": self.n**2}
+
+
+def play(
+    method: Method | str,
+    *,
+    n: int = 1024,
+    d: int = 64,
+    dv: int | None = None,
+    bits: int = 1,
+    eta: float = 0.5,
+    seed: int = 0,
+    caches: Literal[2, 4] | None = None,
+    dtype: str = "float32",
+    hidden_seed: int | str | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play tensor attention against a method; arguments as for the spike, and
+
+    n        tokens with four caches (up to 1,024; rows are sampled above 512), or pairs with two (their root tokens)
+    caches   4: the method keeps tokens and tensor attention reads their pairs; 2: the products are streamed. By
+             default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
+    Raises ValueError naming the argument that is out of its domain.
+    """
+    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
+    if caches not in (None, 2, 4):
+        raise ValueError(f"caches must be 2 or 4, got {caches!r}")
+    n = whole("n", n, least=4)
+    if caches == 4 or (caches is None and _pairs_tokens(method)):
+        if n > _MOST_TOKENS:
+            raise ValueError(f"n must be at most {_MOST_TOKENS} tokens for four caches (n^2 pairs are read), got {n}")
+        instance: Instance = FourCaches(**shared, n=n)
+    else:
+        instance = TwoCaches(**shared, n=isqrt(n))
+    sampled = _ROWS_SAMPLED if isinstance(instance, FourCaches) and instance.rows > _ALL_ROWS_UP_TO else None
+    floor_bits = row_bits(instance.rows, instance.dv, SUCCESS)
+    return run(
+        method, instance, seed=seed, floor_bits=floor_bits, hidden_seed=hidden_seed, sampled=sampled, isolated=isolated
+    )
+
+
+def _pairs_tokens(method: Method | str) -> bool:
+    try:
+        method = parse(method) if isinstance(method, str) else method
+        return method.traits.reference == "tensor" or TensorAttention(method) is not None
+    except ValueError:
+        return False

@@ -1,0 +1,116 @@
+"""The scale pyramid: all scales of an image hide bits, and one further scale reads them, a whole map of spikes at once.
+
+Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881)
+state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
+from kvfloor.floors.entropy import row_bits
+from kvfloor.floors.spike import spike_C
+from kvfloor.game.engine.decode import leak_ratio
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for
+from kvfloor.game.engine.result import SUCCESS, Result, run
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.methods.variants.visual import NextScale, scale_by_scale, tokens_in
+from kvfloor.validation import whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Visual(KeyedInstance):
+    """Maps of the given sides, all coded; Bob adds one more map, as large as the last, of zero tokens and spikes."""
+
+    barrier: ClassVar[str] = "visual"
+    sides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "sides", tuple(self.sides))  # a list where it comes from JSON
+
+    @property
+    def rows(self) -> int:
+        return tokens_in(self.sides)
+
+    @property
+    def length(self) -> int:
+        return self.rows
+
+    @property
+    def asked_at_once(self) -> int:
+        """Queries of Bob's map."""
+        return self.sides[-1] ** 2
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        del hidden
+        keys = self.keys.unsqueeze(0).expand(self.copies, -1, -1)
+        yield from zip(scale_by_scale(self.sides, keys), scale_by_scale(self.sides, values), strict=True)
+
+    def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
+        """Alice produces a scale: its queries are zero, so they tell nothing."""
+        NextScale(state).step(k.new_zeros(self.copies, 1, *k.shape[1:]), k, v)
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        """Every map of Bob's asks sides[-1]^2 rows at once, on its own copy of the state."""
+        ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
+        queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
+        answers = []
+        for part in queries.split(zeros):
+            fork = state.clone()
+            k = part.new_zeros(self.copies, zeros, self.d)
+            v = part.new_zeros(self.copies, zeros, self.dv)
+            q = part.new_zeros(self.copies, 1, zeros, self.d)
+            q[:, 0, : len(part)] = part
+            answers.append(NextScale(fork).step(q, k, v)[0, 0, : len(part)].float())
+        return torch.cat(answers)
+
+    def details(self) -> dict[str, Any]:
+        own = tokens_in(self.sides[:-1]) if len(self.sides) > 1 else 0
+        return {
+            "sides": list(self.sides),
+            "rows_read_at_once": self.asked_at_once,
+            "rows_if_the_last_scale_asks": own,
+        } | super().details()
+
+
+def doubling(tokens: int) -> tuple[int, ...]:
+    """Sides 1, 2, 4, ... of the largest pyramid with at most `tokens` tokens."""
+    sides = [1]
+    while tokens_in([*sides, 2 * sides[-1]]) <= tokens:
+        sides.append(2 * sides[-1])
+    return tuple(sides)
+
+
+def play(
+    method: Method | str,
+    *,
+    n: int = 1024,
+    d: int = 64,
+    dv: int | None = None,
+    bits: int = 1,
+    eta: float = 0.5,
+    seed: int = 0,
+    sides: Sequence[int] | None = None,
+    dtype: str = "float32",
+    hidden_seed: int | str | None = None,
+    family: str | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play the scale pyramid against a method; arguments as for the spike, and
+
+    sides   of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
+    Raises ValueError naming the argument that is out of its domain.
+    """
+    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
+    if sides is not None and not sides:
+        raise ValueError("sides must hold the side of at least one map, got none")
+    sides = doubling(whole("n", n)) if sides is None else tuple(whole("side", side) for side in sides)
+    instance = Visual(**shared, sides=sides, public=keys_for(shared, tokens_in(sides), family))
+    floor_bits = row_bits(instance.rows, instance.dv, SUCCESS)
+    return run(method, instance, seed=seed, floor_bits=floor_bits, hidden_seed=hidden_seed, isolated=isolated)

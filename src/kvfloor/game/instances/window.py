@@ -1,0 +1,95 @@
+"""The sliding window: n - W tokens of zeros, then W coded ones. A window costs its own size, masked or not.
+
+Haris & Onak (COLT 2025), Theorems 17 and 25, with a corrected constant (docs/floors.md). The zeros have logit 0: a
+masked window has forgotten them, an unmasked one and full attention count them, and the query is long enough for
+either. If Bob appends before he asks (append=True, the published order), his token pushes the oldest coded one out, so
+W - 1 rows are hidden; if he only asks, W are.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.core.state import State
+from kvfloor.floors.entropy import row_bits
+from kvfloor.floors.spike import window_C
+from kvfloor.game.engine.asking import by_appending, by_reading
+from kvfloor.game.engine.decode import leak_ratio
+from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
+from kvfloor.game.engine.result import SUCCESS, Result, run
+from kvfloor.game.engine.secret import Hidden
+from kvfloor.validation import whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window(KeyedInstance):
+    """n - W zero tokens, then W coded ones, the first of which hides nothing where Bob appends."""
+
+    barrier: ClassVar[str] = "window"
+    n: int
+    window: int
+    append: bool
+
+    @property
+    def rows(self) -> int:
+        return self.window - 1 if self.append else self.window
+
+    @property
+    def length(self) -> int:
+        return self.n
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        del hidden
+        zeros = self.n - self.window
+        yield from pieces(self.keys.new_zeros(zeros, self.d), values.new_zeros(self.copies, zeros, self.dv))
+        pushed_out = values.new_zeros(self.copies, self.window - self.rows, self.dv)
+        yield from pieces(self.keys, torch.cat([pushed_out, values], dim=1))
+
+    def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
+        ratio, extra = leak_ratio(self.bits, self.eta), 2 if self.append else 0
+        queries, _ = self.public.aim(
+            row + self.window - self.rows,
+            self.spec(),
+            lambda gap, norm: window_C(self.window, self.n, extra, gap, ratio, norm),
+        )
+        return (by_appending if self.append else by_reading)(state, copy, queries)
+
+    def details(self) -> dict[str, Any]:
+        return {"window": self.window, "append": self.append} | super().details()
+
+
+def play(
+    method: Method | str,
+    *,
+    n: int = 1024,
+    d: int = 64,
+    dv: int | None = None,
+    bits: int = 1,
+    eta: float = 0.5,
+    seed: int = 0,
+    window: int | None = None,
+    append: bool = False,
+    dtype: str = "float32",
+    hidden_seed: int | str | None = None,
+    family: str | None = None,
+    isolated: bool = True,
+) -> Result:
+    """Play the window against a method; arguments as for the spike, and
+
+    window   coded tokens W at the end of the n, a quarter of them by default
+    append   Bob appends a zero token before he asks, each query on its own copy of the state
+    Raises ValueError naming the argument that is out of its domain.
+    """
+    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
+    n = whole("n", n)
+    least = 2 if append else 1
+    window = max(least, n // 4) if window is None else whole("window", window, least=least)
+    if window > n:
+        raise ValueError(f"window must be at most n = {n}, got {window}")
+    instance = Window(**shared, n=n, window=window, append=append, public=keys_for(shared, window, family))
+    floor_bits = row_bits(instance.rows, instance.dv, SUCCESS)
+    return run(method, instance, seed=seed, floor_bits=floor_bits, hidden_seed=hidden_seed, isolated=isolated)

@@ -1,0 +1,1 @@
+"""Make public keys: near-orthogonal families, codes, and how far apart keys lie."""

@@ -1,0 +1,95 @@
+"""Public keys for the game: families of nearly orthogonal keys, each a deterministic function of (n, d, seed).
+
+`seed` is public and is never the seed of the hidden values. All families but `jl` have unit norm. docs/floors.md tells
+how n, d and the gap hang together.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.coherence import jl_dim_paper
+from kvfloor.game.keys.codes import chirp, reed_solomon
+
+_CANDIDATES_PER_KEY = 8
+
+
+def _random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rademacher(n: int, d: int, seed: int = 0) -> Tensor:
+    """n keys (n, d), float64, of independent fair signs ±1/sqrt(d)."""
+    signs = torch.randint(0, 2, (n, d), generator=_random(seed), dtype=torch.int64)
+    return (2.0 * signs.double() - 1.0) / math.sqrt(d)
+
+
+def sphere(n: int, d: int, seed: int = 0) -> Tensor:
+    """n keys (n, d), float64, uniform on the unit sphere."""
+    return _unit(torch.randn(n, d, generator=_random(seed), dtype=torch.float64))
+
+
+def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
+    """The first n of the 2^s sign vectors on s = max(1, ceil(log2 n)) coordinates, (n, d) float64; gap 2/s.
+
+    `seed` is not used. Raises ValueError when d < s.
+    """
+    del seed
+    signs = max(1, math.ceil(math.log2(n)))
+    if signs > d:
+        raise ValueError(f"the hypercube has 2^d keys: n={n} needs d of at least {signs}, got {d}")
+    keys = torch.zeros(n, d, dtype=torch.float64)
+    digit = (torch.arange(n).unsqueeze(1) >> torch.arange(signs)) & 1
+    keys[:, :signs] = (2.0 * digit.double() - 1.0) / math.sqrt(signs)
+    return keys
+
+
+def jl(n: int, d: int, seed: int = 0) -> Tensor:
+    """The paper's keys (n, d), float64: a Johnson-Lindenstrauss image of n unit vectors, Gaussian of variance 1/d.
+
+    Not of unit norm. Its theorem needs d >= `jl_dimension(n)`; below that the gap can be negative.
+    Source: Haris & Onak (COLT 2025), Lemma 3.
+    """
+    return torch.randn(n, d, generator=_random(seed), dtype=torch.float64) / math.sqrt(d)
+
+
+def jl_dimension(n: int, eps: float = 0.1) -> int:
+    """The dimension that the paper's theorem asks of `jl` keys, at its own eps = 0.1."""
+    return math.ceil(jl_dim_paper(n, eps))
+
+
+def packing(n: int, d: int, seed: int = 0) -> Tensor:
+    """n keys (n, d), float64, spread greedily: each is the candidate farthest from the keys before it.
+
+    For d = 2 the optimum is known, n equally spaced points of the circle; for d = 1 only ±1 exist.
+    Raises ValueError for d = 1 and n > 2.
+    """
+    if d == 1:
+        return hypercube(n, d)
+    if d == 2:
+        angle = 2.0 * math.pi * torch.arange(n, dtype=torch.float64) / n
+        return torch.stack([torch.cos(angle), torch.sin(angle)], dim=1)
+    candidates = sphere(_CANDIDATES_PER_KEY * n, d, seed)
+    chosen = torch.zeros(n, dtype=torch.int64)
+    nearest = candidates @ candidates[0]
+    for place in range(1, n):
+        chosen[place] = torch.argmin(nearest)
+        torch.maximum(nearest, candidates @ candidates[chosen[place]], out=nearest)
+    return candidates[chosen]
+
+
+def _unit(keys: Tensor) -> Tensor:
+    return keys / keys.norm(dim=1, keepdim=True)
+
+
+FAMILIES: dict[str, Callable[[int, int, int], Tensor]] = {
+    "chirp": chirp,
+    "reed_solomon": reed_solomon,
+    "sphere": sphere,
+    "rademacher": rademacher,
+    "hypercube": hypercube,
+    "packing": packing,
+    "jl": jl,
+}

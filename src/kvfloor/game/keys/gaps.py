@@ -1,0 +1,72 @@
+"""How far each key stands out from all others, and the family of keys in which the worst one stands out most."""
+
+import torch
+from torch import Tensor
+
+from kvfloor.floors.coherence import gap_hypercube, mu_chirp, mu_rademacher, mu_reed_solomon, mu_sphere
+from kvfloor.game.keys.codes import chirp_parameters, reed_solomon_parameters
+from kvfloor.game.keys.families import FAMILIES
+
+_MEASURED_UP_TO = 16_384  # keys; beyond it the quadratic measurement gives way to the formulas
+_PACKED_UP_TO_D, _PACKED_UP_TO_N = 16, 4_096  # beyond either, greedy packing is slow and no better than a random code
+_PRODUCTS_AT_ONCE = 2**24
+
+
+def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
+    """|k_i|^2 - max_{j != i} <k_i, k_j> for the given rows (all by default): float64 (m,); |k_i|^2 for a single key.
+
+    keys (n, d) of any float type. Time n m d, memory bounded by chunks.
+    """
+    keys = keys.double()
+    n = keys.shape[0]
+    rows = torch.arange(n) if rows is None else rows
+    gaps = torch.empty(len(rows), dtype=torch.float64)
+    step = max(1, _PRODUCTS_AT_ONCE // n)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        products = keys[part] @ keys.T
+        own = torch.arange(len(part))
+        norm = products[own, part].clone()
+        products[own, part] = -torch.inf
+        gaps[start : start + step] = norm - products.amax(dim=1) if n > 1 else norm
+    return gaps
+
+
+def promised_gaps(n: int, d: int) -> dict[str, float]:
+    """A lower estimate of the worst gap of every family that has n keys in d dimensions, from its formula.
+
+    Random families: what they reach with even odds at least (rademacher) or with positive probability (sphere).
+    """
+    gaps: dict[str, float] = {}
+    if chirp_code := chirp_parameters(n, d):
+        gaps["chirp"] = 1.0 - mu_chirp(*chirp_code)
+    if block_code := reed_solomon_parameters(n, d):
+        gaps["reed_solomon"] = 1.0 - mu_reed_solomon(block_code[1], block_code[2])
+    signs = max(1, (n - 1).bit_length())
+    if signs <= d:
+        gaps["hypercube"] = gap_hypercube(signs)
+    if d >= 2:
+        gaps["sphere"] = 1.0 - mu_sphere(n, d)
+        gaps["rademacher"] = 1.0 - mu_rademacher(n, d, 0.5)
+    return gaps
+
+
+def best_family(n: int, d: int, seed: int = 0) -> str:
+    """The family with the largest worst gap among those that exist and are cheap at (n, d).
+
+    Explicit codes count with their closed form. Random families, and packing in few dimensions, are measured up to
+    16,384 keys and count with their formula beyond. Raises ValueError where no family separates (d = 1 and n > 2).
+    """
+    gaps = promised_gaps(n, d)
+    if n <= _MEASURED_UP_TO:
+        measured = [name for name in ("sphere", "rademacher") if name in gaps]
+        if 2 <= d <= _PACKED_UP_TO_D and n <= _PACKED_UP_TO_N:
+            measured.append("packing")
+        for name in measured:
+            gaps[name] = one_sided_gaps(FAMILIES[name](n, d, seed)).min().item()
+    if d == 2:
+        gaps.setdefault("packing", one_sided_gaps(FAMILIES["packing"](n, d, seed), torch.tensor([0])).item())
+    family = max(gaps, key=lambda name: gaps[name], default=None)
+    if family is None or gaps[family] <= 0.0:
+        raise ValueError(f"no family has n={n} keys that a query can tell apart in d={d}; take d >= 2, or n <= 2")
+    return family

@@ -1,0 +1,91 @@
+"""The read floor, played: hidden levels as the values of the groups, one message, one query per group, levels back.
+
+The method is trusted to keep nothing beside its message; `kvfloor.game.engine.play` is for methods that may not be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Method
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+from kvfloor.floors.measured.inputs import matrix
+from kvfloor.floors.measured.readable import Readable
+from kvfloor.floors.measured.spectral import attention_matrix
+
+_TOKENS_AT_ONCE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """One game. Shares are of groups; a group counts only if its whole row does.
+
+    answered       answers within eta of exact attention in max norm: what the floor's theorem asks with probability p
+    decoded        rows read right when the levels of groups decoded earlier are known, as in the proof
+    worst_error    largest deviation of an answer from exact attention
+    floor_bits     the floor; hidden_bits what was hidden; message_bytes what was sent
+    """
+
+    answered: float
+    decoded: float
+    worst_error: float
+    floor_bits: float
+    hidden_bits: float
+    message_bytes: int
+
+    @property
+    def contradicts(self) -> bool:
+        """Every answer was within eta, and yet the message is shorter than the floor."""
+        return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
+
+
+def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> Played:
+    """Hide uniform levels in the values of `readable`'s groups over its stream of keys from k (n, d), and ask for them.
+
+    Values are stored in the format that the floor was computed for, which must be one that states take. Each group's
+    query is asked of a state restored from the message; mass beyond the stream counts with value 0.
+    """
+    demand, groups, dv = readable.demand, readable.groups, readable.demand.dv
+    keys = matrix("k", k)[readable.stream].to(demand.dtype)
+    queries = readable.queries.to(demand.dtype)
+    levels = readable.levels.double().unsqueeze(1)
+    draw = torch.rand(groups, dv, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    hidden = (draw * levels).floor()
+    rows = (2.0 * hidden / (levels - 1.0) - 1.0).to(demand.dtype)
+    values = torch.cat([rows, rows.new_zeros(1, dv)])[readable.group]
+
+    spec = Spec(1, keys.shape[1], dv, readable.scale, readable.softcap, demand.dtype, seed=seed)
+    state = method.open(spec)
+    for part, v in zip(keys.split(_TOKENS_AT_ONCE), values.split(_TOKENS_AT_ONCE), strict=True):
+        state.append(part.unsqueeze(0), v.unsqueeze(0))
+    state.seal()
+    message = state.to_bytes()
+    if groups == 0:
+        return Played(1.0, 1.0, 0.0, readable.bits, 0.0, len(message))
+    read = method.from_bytes(message).read(queries.unsqueeze(0))
+    if readable.later_mass is not None:
+        beyond = readable.later_mass.to(read.log_mass.dtype).unsqueeze(0)
+        read = read.merge(Partial(torch.zeros_like(read.mean), beyond))
+    answers = read.mean[0].double()
+
+    weights = attention_matrix(
+        queries, keys, scale=readable.scale, softcap=readable.softcap, later_mass=readable.later_mass
+    )
+    error = (answers - weights @ values.double()).abs().amax(1)
+    member = torch.nn.functional.one_hot(readable.group + 1, groups + 1)[:, 1:].double()
+    pairs = weights @ member  # (G, G): the weight of query g on group h, known to both sides
+    rest = answers - pairs.tril(-1) @ rows.double()
+    found = ((rest / pairs.diagonal().unsqueeze(1) + 1.0) * (levels - 1.0) / 2.0).round().clamp(0.0)
+    right = (torch.minimum(found, levels - 1.0) == hidden).all(1)
+    return Played(
+        answered=float((error <= demand.eta).double().mean()),
+        decoded=float(right.double().mean()),
+        worst_error=float(error.max()),
+        floor_bits=readable.bits,
+        hidden_bits=float(dv * levels.log2().sum()),
+        message_bytes=len(message),
+    )

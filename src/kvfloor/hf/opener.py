@@ -1,0 +1,120 @@
+"""How the layers of one cache open their states: method, budget of each kv head, pinned spans, randomness."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvfloor.core.bounded import Bounded, BoundedState
+from kvfloor.core.budget import least_budget, resolve, with_budget
+from kvfloor.core.exact import Exact
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+from kvfloor.hf.allocate import Shares, per_head, spread
+
+Budgets = tuple[
+    tuple[int, ...], ...
+]  # tokens per compressed layer and kv head; one number in a layer is for all its heads
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What every layer of a cache opens its state with; raises ValueError for what does not go together.
+
+    method    its budget is each kv head's, unless `budgets` says each head's own or `shares` multiples of it
+    layers    compressed ones
+    context   tokens that a share such as "@25%" refers to
+    requests  one id per batch item, which keys the method's randomness
+    pinned    spans [from, to) of token positions that never leave
+    """
+
+    method: Method
+    layers: int
+    context: int | None = None
+    seed: int = 0
+    requests: tuple[int, ...] | None = None
+    budgets: Budgets | None = None
+    shares: Shares | None = None
+    pinned: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, table in (("budgets", self.budgets), ("allocate", self.shares)):
+            if table is not None and len(table) != self.layers:
+                raise ValueError(f"{name} has {len(table)} layers; this model has {self.layers} compressed ones")
+        own = getattr(self.method, "budget", None)
+        if self.budgets is not None and (own is not None or self.shares is not None):
+            raise ValueError(
+                f"budgets= says every head's tokens, so {self.method} takes no '@' and there is no allocate="
+            )
+        if self.shares is not None and (own is None or isinstance(own, tuple)):
+            raise ValueError(f"allocate= shares out one budget; give {self.method} one, as in '@512' or '@64MiB'")
+        if self.pinned and not isinstance(self.method, (Bounded, Exact)):
+            raise ValueError(f"pinned spans need a method that keeps whole tokens, not {self.method}")
+        for span in self.pinned:
+            if len(span) != 2 or not 0 <= span[0] < span[1]:
+                raise ValueError(f"a pinned span is [from, to) with 0 <= from < to, got {list(span)}")
+
+    def open(
+        self,
+        layer: int,
+        place: int,
+        key: Tensor,
+        dv: int,
+        g: int,
+        scale: float,
+        softcap: float | None,
+        tied: bool = False,
+    ) -> State:
+        """The state of `layer`, the place-th compressed one, for keys like `key` (B, Hkv, n, d) and values of dv.
+
+        tied: the values are the keys.
+        """
+        batch, kv_heads = key.shape[:2]
+        requests = range(batch) if self.requests is None else self.requests
+        if len(requests) != batch:
+            raise ValueError(f"{len(requests)} request ids were given for a batch of {batch}; give one per item")
+        spec = Spec(
+            batch * kv_heads,
+            key.shape[-1],
+            dv,
+            scale,
+            softcap,
+            key.dtype,
+            key.device,
+            seed=self.seed,
+            row_ids=[_row_id(request, layer, head) for request in requests for head in range(kv_heads)],
+            places=[(layer, head) for _ in requests for head in range(kv_heads)],
+            tied=tied,
+        )
+        state = self._sized(spec, place, batch, kv_heads, g).open(spec)
+        if isinstance(state, BoundedState):
+            for start, stop in self.pinned:
+                state.pin(start, stop)
+        return state
+
+    def _sized(self, spec: Spec, place: int, batch: int, kv_heads: int, g: int) -> Method:
+        """The method with this layer's budget in tokens, per row where its heads differ."""
+        if self.budgets is not None:
+            return _with(self.method, per_head(self.budgets[place], kv_heads, place), batch)
+        method = resolve(self.method, spec, layers=self.layers, length=self.context, g=g)
+        if self.shares is None:
+            return method
+        budget: int = vars(method)["budget"]
+        least = least_budget(method) + sum(stop - start for start, stop in self.pinned)
+        table = spread([per_head(line, kv_heads, i) for i, line in enumerate(self.shares)], budget, least)
+        return _with(method, table[place], batch)
+
+
+def _with(method: Method, by_head: Sequence[int], batch: int) -> Method:
+    alike = len(set(by_head)) == 1
+    return with_budget(method, by_head[0] if alike else tuple(by_head) * batch)
+
+
+def _row_id(request: int, layer: int, head: int) -> int:
+    """A row's identity: the same request draws the same numbers in any batch."""
+    digest = hashlib.sha256(f"{request}/{layer}/{head}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

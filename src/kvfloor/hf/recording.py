@@ -1,0 +1,56 @@
+"""Record the queries, keys and values that the compressed layers of a cache are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvfloor.hf.layer import CompressedLayer
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What one layer was given over all forwards: q (B, H, n, d), k and v (B, Hkv, n, .), after RoPE.
+
+    last   tokens of the newest forward
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    softcap: float | None
+    last: int
+
+    @property
+    def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (rows, g, n, d), k and v (rows, n, .): batch x kv head as rows."""
+        batch, kv_heads, n, d = self.k.shape
+        rows = batch * kv_heads
+        return self.q.reshape(rows, -1, n, d), self.k.reshape(rows, n, d), self.v.reshape(rows, n, -1)
+
+
+class Recorder:
+    """Copy what these layers are given from now on. A layer has one recorder at a time."""
+
+    def __init__(self, layers: Iterable[CompressedLayer]) -> None:
+        self._parts: dict[int, list[tuple[Tensor, Tensor, Tensor, float, float | None]]] = {}
+        for layer in layers:
+            layer.record = self._into(layer.index)
+
+    def _into(self, index: int):
+        parts = self._parts.setdefault(index, [])
+
+        def keep(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> None:
+            parts.append((q.clone(), k.clone(), v.clone(), scale, softcap))
+
+        return keep
+
+    def of(self, index: int) -> Recorded:
+        """Return all that layer `index` of the model was given, its forwards joined along the tokens."""
+        parts = self._parts[index]
+        q, k, v = (torch.cat(given, dim=2) for given in zip(*(part[:3] for part in parts), strict=True))
+        return Recorded(q, k, v, parts[0][3], parts[0][4], last=parts[-1][0].shape[2])

@@ -1,0 +1,41 @@
+"""A model's tensors as a state has them: batch x kv head as its rows, a GQA group as its g."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.partial import Partial
+from kvfloor.core.state import State
+
+
+def present_rows(padding: Tensor | None, slots: slice, kv_heads: int) -> Tensor | None:
+    """Which of these slots hold a real token, per row (B * Hkv, n); None if all do."""
+    if padding is not None and padding.shape[1] != slots.stop:
+        raise ValueError(
+            f"the attention mask has {padding.shape[1]} slots and the cache {slots.stop} with this forward's: give one "
+            f"that covers the cache (transformers 5.2 makes a short one when it feeds chunks to a cache not empty)"
+        )
+    present = None if padding is None else padding[:, slots].to(torch.bool)
+    return None if present is None or bool(present.all()) else present.repeat_interleave(kv_heads, 0)
+
+
+def step_rows(
+    state: State, query: Tensor, key: Tensor, value: Tensor, present: Tensor | None, sink: Tensor | None
+) -> Tensor:
+    """One step of a state with batch and heads folded into rows: (B, H, n, d) -> (B, n, H, dv), contiguous."""
+    (batch, heads, n, d), kv_heads, dv = query.shape, key.shape[1], value.shape[-1]
+    g = heads // kv_heads
+    keys = key.reshape(batch * kv_heads, n, d)
+    values = keys if value is key else value.reshape(batch * kv_heads, n, dv)
+    folded = (query.reshape(batch * kv_heads, g, n, d), keys, values, present)
+    if sink is None:
+        out = state.step(*folded)
+    else:
+        part = state.step_partial(*folded)
+        by_head = sink.detach().to(part.log_mass.dtype).view(1, kv_heads, g, 1).expand(batch, -1, -1, n)
+        nothing = Partial(torch.zeros_like(part.mean), by_head.reshape(part.log_mass.shape))
+        out = part.merge(nothing).mean.to(query.dtype)
+    if n > 1:
+        out = out.view(batch, kv_heads, g, n, dv).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, n, heads, dv).contiguous()

@@ -1,0 +1,39 @@
+"""What many caches held and took, beside what exact caches would have taken: proof that a method was really applied."""
+
+from __future__ import annotations
+
+from kvfloor.hf.cache import CompressedCache
+
+
+class Usage:
+    """Adds up caches at the end of their use; sequences, tokens per kv head, bytes."""
+
+    def __init__(self) -> None:
+        self._sequences = self._most_seen = self._most_held = 0
+        self._state_bytes = self._exact_bytes = self._peak_bytes = 0
+
+    def record(self, cache: CompressedCache) -> None:
+        """Count a cache that has served its batch."""
+        batch = 0
+        for layer in cache.compressed:
+            if layer.state is None:
+                continue
+            spec, state = layer.state.spec, layer.state
+            batch = max(batch, layer.batch)
+            self._most_seen = max(self._most_seen, int(state.seen.max()))
+            self._most_held = max(self._most_held, int(state.held.max()))
+            self._state_bytes += state.nbytes
+            self._exact_bytes += int(state.seen.sum()) * (spec.d + spec.dv) * spec.dtype.itemsize
+        self._sequences += batch
+        self._peak_bytes = max(self._peak_bytes, cache.peak_nbytes)
+
+    def totals(self) -> dict[str, int]:
+        """JSON-ready; `state_bytes` and `exact_bytes` are sums over sequences at their ends, the rest are maxima."""
+        return {
+            "sequences": self._sequences,
+            "most_tokens_seen": self._most_seen,
+            "most_tokens_held": self._most_held,
+            "state_bytes": self._state_bytes,
+            "exact_bytes": self._exact_bytes,
+            "peak_bytes": self._peak_bytes,
+        }

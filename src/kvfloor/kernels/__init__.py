@@ -1,1 +1,0 @@
-"""Attention products: the torch definitions, and the faster paths that must equal them."""

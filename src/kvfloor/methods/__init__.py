@@ -1,0 +1,1 @@
+"""Collect every way to remember, and the one table that names them."""

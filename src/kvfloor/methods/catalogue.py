@@ -1,0 +1,78 @@
+"""The methods table in words, made from the registry: for `kvfloor methods` and the generated docs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from kvfloor.core.method import Method, Traits
+from kvfloor.core.spec import Spec
+from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, default_method, kind, lookup, parse
+
+_ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # arguments that a theorem may ask for
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row per entry: name, kind, paper, guarantee, memory, traits, aliases, and the first sentence of its docs.
+
+    Variants, methods of another attention law that are no model's cache, come last; what a barrier builds for itself
+    (it has arguments without defaults) is left out.
+    """
+    variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
+    return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]
+
+
+def _has_default(field: Field[Any]) -> bool:
+    return not field.init or field.default is not MISSING or field.default_factory is not MISSING
+
+
+def _row(name: str, label: str) -> dict[str, Any]:
+    part = lookup(name)
+    method = parse(name) if label == "variant" else default_method(name)
+    return {
+        "name": name,
+        "kind": label,
+        "about": _first_sentence(part.__doc__ or ""),
+        "paper": getattr(part, "paper", "") or "-",
+        "guarantee": _guarantee(name, part, method),
+        "memory": _memory(method),
+        "traits": _claims(method.traits),
+        "aliases": sorted(alias for alias, target in ALIASES.items() if target == name),
+    }
+
+
+def _first_sentence(text: str) -> str:
+    """Up to the first full stop, on one line."""
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    return re.split(r"(?<! al)\. ", paragraph)[0].rstrip(".:") + "."
+
+
+def _guarantee(name: str, part: type, method: Method) -> str:
+    """The error's norm and the theorem; which arguments must be given where it has assumptions, or "none"."""
+    spec = Spec(rows=1, d=4, dv=4)
+    stated, given = method.guarantee(spec), ""
+    if stated is None:
+        needed = [f.name for f in fields(part) if f.name in _ASSUMED]
+        if needed:
+            options = ",".join(f"{argument}={_ASSUMED[argument]}" for argument in needed)
+            more = ",groups=31" if any(f.name == "groups" for f in fields(part)) else ""
+            forms = {"summary": f"window+{name}({options}{more})@64"}
+            stated = parse(forms.get(kind(part), f"{name}({options}{more})")).guarantee(spec)
+            given = f", given {' and '.join(needed)}"
+    return "none" if stated is None else f"{stated.norm}: {stated.source}{given}"
+
+
+def _memory(method: Method) -> str:
+    if method.traits.constant_memory:
+        return "constant"
+    bounded = method.with_budget(64) if getattr(method, "budget", None) is None else None
+    if bounded is not None and bounded.traits.constant_memory:
+        return "constant under a budget"
+    return "grows with the stream"
+
+
+def _claims(traits: Traits) -> list[str]:
+    """Traits in words: the reference law, then every promise made."""
+    promised = [f.name for f in fields(traits) if f.name != "reference" and getattr(traits, f.name)]
+    return [f"reference={traits.reference}", *promised]

@@ -1,0 +1,1 @@
+"""Choose which held token leaves, one rule per file."""

@@ -1,0 +1,81 @@
+"""Farthest key (greedy k-center): the kept keys are spread out, so that every key has a kept one near it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.policy import Guarded, Held
+from kvfloor.validation import literals
+
+
+@dataclass(frozen=True)
+class FarthestKey(Guarded):
+    """Greedy k-center over the keys, and no query is needed: the offline clustering of SubGen's experiments.
+
+    Law (Gonzalez 1985): the held token whose key is farthest in l2 from all kept keys is kept next, until the budget
+    is full; the tokens that may not leave are kept first, or else the oldest. Every key that was held is then within
+    twice the least radius that as many centres beside those can reach (pinned spans count as any other token).
+    sinks, recent   first and newest tokens that never leave: 4, and 16 or a quarter of a smaller budget than 64
+    decode          "evict": each block of the answer is chosen among anew, so memory stays bounded after the prompt;
+                    "keep": what comes after the prompt never leaves, as in the experiments
+    Prefill is dense, as the clustering was offline; `prefill=stream` chooses block by block. Clusters' sizes and
+    samples, which `subgen` has, are not kept: what left has no weight. One pass over the held keys per kept token.
+    """
+
+    name: ClassVar[str] = "k_center"
+    paper: ClassVar[str] = "Zandieh et al. 2024, SubGen (arXiv 2402.06082), experiments; Gonzalez 1985"
+
+    decode: Literal["keep", "evict"] = "evict"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        literals(self)
+
+    @property
+    def usual_prefill(self) -> Literal["stream", "dense"]:
+        return "dense"
+
+    @property
+    def spares(self) -> Literal["nothing", "prompt", "answer"]:
+        return "answer" if self.decode == "keep" else "nothing"
+
+    def priority(self, held: Held) -> Tensor:
+        last = torch.tensor([self.protected_last(b) for b in held.budget[:, 0].tolist()]).unsqueeze(1)
+        kept = self.protected(held, last.to(held.position.device)) & held.live
+        return -picked(held.k, held.live, kept, held.position, int(held.budget.max()))
+
+
+def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -> Tensor:
+    """When farthest-first traversal of the keys k (r, s, d) from the `kept` slots reaches each slot: (r, s) float64.
+
+    0 for kept slots, 1 for the first that is picked, and so on; `most` + 1 for those that are never reached.
+    """
+    k = k if k.dtype == torch.float64 else k.to(torch.float32)
+    rows, width, d = k.shape
+    line = torch.arange(rows, device=k.device)
+    turn = torch.full((rows, width), float(most + 1), dtype=torch.float64, device=k.device).masked_fill(kept, 0.0)
+    near = _distance(k, k, kept).masked_fill(kept | ~live, -torch.inf)
+    start = position.masked_fill(~live, torch.iinfo(position.dtype).max).argmin(1)  # where nothing is kept yet
+    oldest = torch.where(kept.any(1), near.argmax(1), start)
+    for step in range(1, most + 1):
+        farthest = oldest if step == 1 else near.argmax(1)
+        open_ = near[line, farthest] > -torch.inf
+        if not bool(open_.any()):
+            break
+        turn[line[open_], farthest[open_]] = step
+        centre = k.gather(1, farthest.view(-1, 1, 1).expand(-1, 1, d))
+        near = torch.minimum(near, torch.cdist(k, centre, compute_mode="donot_use_mm_for_euclid_dist").squeeze(2))
+        near[line, farthest] = -torch.inf
+    return turn
+
+
+def _distance(k: Tensor, centres: Tensor, which: Tensor) -> Tensor:
+    """Distance (r, s) of every key to the nearest centre among the marked slots; inf where a row has none."""
+    order = torch.argsort((~which).to(torch.int8), dim=1, stable=True)[:, : max(1, int(which.sum(1).max()))]
+    index = order.unsqueeze(-1).expand(-1, -1, k.shape[2])
+    apart = torch.cdist(k, centres.gather(1, index), compute_mode="donot_use_mm_for_euclid_dist")
+    return apart.masked_fill(~which.gather(1, order).unsqueeze(1), torch.inf).amin(2)

@@ -1,0 +1,130 @@
+"""Ridge leverage: keys that the others already span leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.policy import Guarded, Held, PolicyMemory
+from kvfloor.core.randomness import normal, row_keys, uniform
+from kvfloor.core.spec import Spec
+from kvfloor.validation import count, literals, positives
+
+
+@dataclass(frozen=True)
+class RidgeLeverage(Guarded):
+    """The ridge leverage score of a token's key decides, and no query is needed (after Compactor, 2025).
+
+    Law: score(token) = x' (X'X + lambda I)^-1 x with x = S'k and lambda = ridge tr(X'X) / d; the lowest score leaves.
+    S (d, sketch) is public, fixed by the seed, with E SS' = I. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2
+    for all u in the span of the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact
+    k' (K'K + lambda I)^-1 k; a Gaussian S does that if sketch is some rank / e^2. A sketch as wide as the keys is
+    left out: the scores are exact.
+    ridge    lambda, as a share of the mean eigenvalue of X'X
+    sketch   width of the sketched keys, 48; their Gram matrix is all that is remembered
+    kind     "gaussian", or "count": each key channel goes to one sketched one with a random sign
+    over     "seen": X has the keys of all tokens so far; "held": of those that are held, so that when many like
+             keys have left the last of them gains
+    centre   take the keys' mean off first
+    sinks, recent   first and newest tokens that never leave: 4, and 16 or a quarter of a smaller budget than 64
+    Compactor scores the whole prompt once, with ridge_leverage(centre=True,sinks=8,recent=4,prefill=dense), before
+    RoPE, and blends in attention; here keys are as they are cached. Scores are float64, their memory float32.
+    """
+
+    name: ClassVar[str] = "ridge_leverage"
+    paper: ClassVar[str] = "Chari and Van Durme 2025, Compactor (arXiv 2507.08143); streaming form"
+    wants_keys: ClassVar[bool] = True
+
+    ridge: float = 0.01
+    sketch: int = 48
+    kind: Literal["gaussian", "count"] = "gaussian"
+    over: Literal["seen", "held"] = "seen"
+    centre: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positives("ridge_leverage", ridge=self.ridge)
+        count("ridge_leverage", least=1, sketch=self.sketch)
+        literals(self)
+        if not isinstance(self.centre, bool):
+            raise ValueError(f"ridge_leverage: centre must be True or False, got {self.centre!r}")
+
+    def shared(self, spec: Spec) -> dict[str, Tensor]:
+        return {} if self.sketch >= spec.d else {"key sketch": self._sketch(spec)}
+
+    def _sketch(self, spec: Spec) -> Tensor:
+        """S (d, sketch), float64, the same for all rows."""
+        keys = row_keys(spec.seed, torch.zeros(1, dtype=torch.int64), f"leverage sketch {self.kind}")
+        if self.kind == "gaussian":
+            at = torch.arange(spec.d * self.sketch).view(spec.d, self.sketch)
+            return (normal(keys, at) * self.sketch**-0.5).to(spec.device)
+        channel = torch.arange(spec.d)
+        sign = 1.0 - 2.0 * (uniform(keys, 2 * channel) < 0.5).to(torch.float64)
+        place = (uniform(keys, 2 * channel + 1) * self.sketch).to(torch.int64)
+        sketch = torch.zeros(spec.d, self.sketch, dtype=torch.float64)
+        return sketch.scatter(1, place.unsqueeze(1), sign.unsqueeze(1)).to(spec.device)
+
+    def open(self, spec: Spec, shared: dict[str, Tensor]) -> KeyGram | None:
+        return KeyGram(spec, min(self.sketch, spec.d), shared, self.centre) if self.over == "seen" else None
+
+    def priority(self, held: Held) -> Tensor:
+        x = sketched(held.k, held.shared)
+        if self.over == "held":
+            real = x.masked_fill(~held.live.unsqueeze(-1), 0.0)
+            gram, total, n = torch.matmul(real.transpose(1, 2), real), real.sum(1), held.count
+        else:
+            gram, total, n = held.memory.moments(held.rows)
+        if self.centre:
+            mean = total / n.clamp_min(1)
+            gram = gram - mean.unsqueeze(2) * total.unsqueeze(1)
+            x = x - mean.unsqueeze(1)
+        return leverage(x, gram, self.ridge, held.spec.d)
+
+
+def sketched(k: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+    """Keys (..., d) through the public sketch, if there is one: (..., sketch), float64."""
+    sketch = shared.get("key sketch")
+    k = k.to(torch.float64)
+    return k if sketch is None else torch.matmul(k, sketch)
+
+
+def leverage(x: Tensor, gram: Tensor, ridge: float, d: int) -> Tensor:
+    """x' (gram + lambda I)^-1 x for x (r, s, w) and gram (r, w, w), lambda = ridge tr(gram) / d: (r, s)."""
+    size = gram.diagonal(dim1=1, dim2=2).sum(1) / d
+    size = torch.where(size > 0, ridge * size, torch.ones_like(size))  # no key has any length: every score is 0
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    root = torch.linalg.cholesky(gram + size.view(-1, 1, 1) * eye)
+    half = torch.linalg.solve_triangular(root, x.transpose(1, 2), upper=False)
+    return half.square().sum(1)
+
+
+class KeyGram(PolicyMemory):
+    """The Gram matrix of all sketched keys so far, and their sum if they are to be centred.
+
+    gram (rows, w, w), total (rows, w or 0) float32; met (rows,): tokens that are in it.
+    """
+
+    def __init__(self, spec: Spec, width: int, shared: dict[str, Tensor], centred: bool) -> None:
+        self.spec = spec
+        self.shared = shared  # public: the sketch
+        self.gram = torch.zeros(spec.rows, width, width, device=spec.device)
+        self.total = torch.zeros(spec.rows, width if centred else 0, device=spec.device)
+        self.met = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)
+
+    def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
+        rows = rows.to(self.met.device)
+        fresh = live & (position >= self.met[rows].unsqueeze(1))
+        x = sketched(k, self.shared).masked_fill(~fresh.unsqueeze(-1), 0.0)
+        self.gram[rows] += torch.matmul(x.transpose(1, 2), x).to(self.gram.dtype)
+        if self.total.shape[1]:
+            self.total[rows] += x.sum(1).to(self.total.dtype)
+        self.met[rows] += fresh.sum(1)
+
+    def moments(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gram (r, w, w), total (r, w or 0) in float64, and tokens (r, 1)."""
+        mine = slice(None) if rows is None else rows.to(self.met.device)
+        return self.gram[mine].double(), self.total[mine].double(), self.met[mine].unsqueeze(1)

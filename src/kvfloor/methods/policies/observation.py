@@ -1,0 +1,169 @@
+"""Observation (SnapKV): when the prompt ends, what its last queries attended to stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.policy import Held, Policy, PolicyMemory, Queries
+from kvfloor.core.spec import Spec
+from kvfloor.core.tiles import weights_by_tile
+from kvfloor.validation import count, literals
+
+_TILE_SLOTS = 4096
+
+
+@dataclass(frozen=True)
+class Observation(Policy):
+    """The last `window` prompt queries vote on the tokens before them, once, at the seal (Li et al. 2024, SnapKV).
+
+    Law: vote(token) = sum over the window's queries of softmax(q . k) over all they see; pooled over the `kernel`
+    positions around a token, those before the window only; averaged over the GQA group. The window's own tokens
+    stay, and of the others the budget - window with the highest votes.
+    window   queries that vote, and newest tokens that stay: 32, or half of a smaller budget than 64
+    kernel   positions that are pooled, an odd number; 1 pools nothing
+    pool     "max" or "avg": of the votes around a token, those that are held
+    decode   "keep": what comes after the prompt never leaves, so memory grows with the answer;
+             "evict": each block of the answer is compressed as the prompt was, by the last `window` queries so far
+    sinks    first tokens that never leave; none, as in the paper
+    Prefill is dense unless `prefill=stream` is asked for: then each block of the prompt is compressed so. A prompt
+    within the budget stays whole. Queries that were never asked (tokens only appended) do not vote; without any vote
+    the oldest tokens leave, as from a window. Votes are float32 whatever the cache's dtype, and are taken tile by tile.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    paper: ClassVar[str] = "Li et al. 2024, SnapKV (arXiv 2404.14469)"
+
+    window: int = 32
+    kernel: int = 7
+    pool: Literal["max", "avg"] = "max"
+    decode: Literal["keep", "evict"] = "keep"
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        count("snapkv", least=1, window=self.window, kernel=self.kernel)
+        count("snapkv", sinks=self.sinks)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"snapkv: kernel must be odd, so that it has a middle, got {self.kernel}")
+        literals(self)
+
+    @property
+    def usual_prefill(self) -> Literal["stream", "dense"]:
+        return "dense"
+
+    @property
+    def spares(self) -> Literal["nothing", "prompt", "answer"]:
+        return "answer" if self.decode == "keep" else "nothing"
+
+    def protected_first(self) -> int:
+        return self.sinks
+
+    def protected_last(self, budget: int) -> int:
+        return min(self.window, budget // 2)
+
+    def open(self, spec: Spec, shared: dict[str, Tensor]) -> LastQueries:
+        del shared
+        return LastQueries(spec, self.window, for_good=self.decode == "evict")
+
+    @property
+    def newest_queries(self) -> int:
+        return self.window
+
+    def wants_queries(self, sealed: bool) -> bool:
+        return not sealed or self.decode == "evict"
+
+    def on_queries(self, held: Held, queries: Queries) -> dict[str, Tensor]:
+        held.memory.take(held.rows, queries)
+        return {}
+
+    def priority(self, held: Held) -> Tensor:
+        memory: LastQueries = held.memory
+        if memory.q is None:
+            return torch.zeros(held.position.shape, device=held.position.device)
+        rows = slice(None) if held.rows is None else held.rows.to(memory.q.device)
+        window = (held.budget // 2).clamp_max(self.window)
+        q, position = memory.q[rows], memory.position[rows]
+        place = torch.arange(self.window, 0, -1, device=position.device)
+        position = position.masked_fill(place > window, -1)  # sees nothing, so it has no vote
+        votes = self._votes(q, position, held)
+        return self._pooled(votes, held, held.seen - window).mean(1)
+
+    def _votes(self, q: Tensor, position: Tensor, held: Held) -> Tensor:
+        """Attention that each slot got from the queries q (r, g, w, d) of these positions (r, w): (r, g, s)."""
+        r, g, w, d = q.shape
+        k, hide = held.k, self._later(position, g, held)
+        votes = torch.zeros(r, g, k.shape[1], dtype=held.spec.compute_dtype, device=k.device)
+        spec = held.spec
+        for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, spec.scale, spec.softcap, hide, _TILE_SLOTS):
+            votes[:, :, at] = weights.view(r, g, w, -1).sum(2)
+        return votes
+
+    @staticmethod
+    def _later(position: Tensor, g: int, held: Held) -> Callable[[slice], Tensor]:
+        live = held.live
+
+        def hide(at: slice) -> Tensor:
+            later = held.position[:, at].unsqueeze(1) > position.unsqueeze(-1)
+            return (later | ~live[:, at].unsqueeze(1)).repeat(1, g, 1)
+
+        return hide
+
+    def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
+        """Votes (r, g, s) joined with those of the held tokens at most kernel // 2 positions away, before `stop`."""
+        reach = self.kernel // 2
+        voted = held.live & (held.position < stop)
+        position = held.position.masked_fill(~voted, 1 << 62)
+        position, order = position.sort(1)  # tokens near in position are near in this order
+        votes = votes.gather(2, order.unsqueeze(1).expand_as(votes))
+        pooled, near = votes, torch.ones_like(position)
+        for shift in range(1, min(reach, position.shape[1] - 1) + 1):
+            close = (position[:, shift:] - position[:, :-shift] <= reach) & (position[:, shift:] < 1 << 62)
+            for to, of in ((slice(shift, None), slice(None, -shift)), (slice(None, -shift), slice(shift, None))):
+                joined = pooled.clone()
+                if self.pool == "max":
+                    joined[..., to] = torch.where(
+                        close.unsqueeze(1), torch.maximum(pooled[..., to], votes[..., of]), pooled[..., to]
+                    )
+                else:
+                    joined[..., to] += votes[..., of] * close.unsqueeze(1)
+                    near[:, to] += close
+                pooled = joined
+        if self.pool == "avg":
+            pooled = pooled / near.unsqueeze(1)
+        return torch.empty_like(pooled).scatter(2, order.unsqueeze(1).expand_as(pooled), pooled)
+
+
+class LastQueries(PolicyMemory):
+    """The last `window` queries that were asked: q (rows, g, window, d), the newest last, and their positions.
+
+    A place that no query fills yet has position -1. Unless they are wanted `for_good`, they are given up at the seal.
+    """
+
+    def __init__(self, spec: Spec, window: int, for_good: bool) -> None:
+        self.spec = spec
+        self.window, self.for_good = window, for_good
+        self.q: Tensor | None = None
+        self.position = torch.full((spec.rows, window), -1, dtype=torch.int64, device=spec.device)
+
+    def group(self, g: int) -> None:
+        spec = self.spec
+        self.q = torch.zeros(spec.rows, g, self.window, spec.d, dtype=spec.dtype, device=spec.device)
+
+    def take(self, rows: Tensor | None, queries: Queries) -> None:
+        assert self.q is not None
+        mine = slice(None) if rows is None else rows.to(self.q.device)
+        q = torch.cat([self.q[mine], queries.q], 2)
+        position = torch.cat([self.position[mine], queries.position.masked_fill(~queries.made, -1)], 1)
+        newest = torch.argsort((position >= 0).to(torch.int8), dim=1, stable=True)[:, -self.window :]
+        self.position[mine] = position.gather(1, newest)
+        index = newest[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+        self.q[mine] = q.gather(2, index)
+
+    def seal(self) -> None:
+        if not self.for_good:
+            self.q = None
+            self.position = self.position[:, :0].clone()

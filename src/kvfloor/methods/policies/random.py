@@ -1,0 +1,40 @@
+"""Random: a uniform sample of the stream stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvfloor.core.policy import Held, Policy
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.validation import count
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """Every token has a uniform key fixed by (seed, row id, position); the largest keys stay.
+
+    So the kept set is a uniform sample without replacement of all tokens seen (a bottom-k sample, Cohen and
+    Kaplan 2007), the same for any chunking. `sinks` and `recent` tokens can be protected; both are 0 by default.
+    """
+
+    name: ClassVar[str] = "random"
+    paper: ClassVar[str] = "Vitter 1985 (reservoir sampling)"
+    sinks: int = 0
+    recent: int = 0
+
+    def __post_init__(self) -> None:
+        count("random", sinks=self.sinks, recent=self.recent)
+
+    def protected_first(self) -> int:
+        return self.sinks
+
+    def protected_last(self, budget: int) -> int:
+        del budget
+        return self.recent
+
+    def priority(self, held: Held) -> Tensor:
+        keys = row_keys(held.spec.seed, held.row_ids, "random policy")
+        return uniform(keys.unsqueeze(1), held.position)

@@ -1,0 +1,1 @@
+"""Choose which held tokens a query reads, one rule per file."""

@@ -1,0 +1,116 @@
+"""Best-first: exactly the tokens of largest logit, from pages looked into by their bounds until none can help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.selector import Chosen, Indexed, SelectorState
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.methods.selectors.pages import Pages, PagesState
+from kvfloor.validation import count
+
+
+@dataclass(frozen=True)
+class BestFirst(Indexed):
+    """The k tokens of largest logit, as `top_k` reads them, without a look at every key where keys have structure.
+
+    Law: branch and bound over the boxes of `pages`. The newest page is looked into, then the others from the largest
+    bound on, until the next bound is below the k-th best logit found: no page behind it holds a better token, whatever
+    the keys are. So an isolated token is never lost, which halving (`hip`) cannot say. Where keys have no structure the
+    bounds are loose and nearly all pages are looked into. Ties let the newer token be read.
+    k      tokens read per query
+    page   tokens per page, as in `pages`
+    """
+
+    name: ClassVar[str] = "best_first"
+    paper: ClassVar[str] = "Land and Doig 1960 (branch and bound), over the boxes of Tang et al. 2024, Quest"
+    k: int = 64
+    page: int = 16
+
+    def __post_init__(self) -> None:
+        count("best_first", least=1, k=self.k, page=self.page)
+
+    def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> BestFirstState:
+        del shared, in_order
+        return BestFirstState(spec, slots, self)
+
+
+class BestFirstState(SelectorState):
+    """The boxes of the full pages; a search leaves nothing behind."""
+
+    def __init__(self, spec: Spec, slots: Slots, method: BestFirst) -> None:
+        self.spec = spec
+        self.method = method  # frozen: no part of the memory
+        self.pages = PagesState(spec, slots, Pages(pages=1, page=method.page))
+
+    def append(self, slots: Slots, before: Tensor) -> None:
+        self.pages.append(slots, before)
+
+    def evict(self, slots: Slots, leaving: Tensor) -> None:
+        self.pages.evict(slots, leaving)
+
+    def resize(self, slots: Slots) -> None:
+        self.pages.resize(slots)
+
+    def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
+        return self.search(q, slots, visible, rows)[0]
+
+    def search(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> tuple[Chosen, Tensor]:
+        """What `choose` says, and how many pages each query looked into: (r, m) int64."""
+        (r, m, _), k, size, device = q.shape, self.method.k, self.method.page, q.device
+        visible = visible.to(device).expand(r, m)
+        newest = (visible - 1).clamp_min(0) // size
+        bound, page = self._in_order(q, newest, rows)
+        offset = (slots.offset if rows is None else slots.offset[rows]).to(device)
+        asked = q.double().flatten(0, 1) * self.spec.scale
+        of = torch.arange(r, device=device).repeat_interleave(m)
+        best = torch.full((r * m, k), -torch.inf, dtype=torch.float64, device=device)
+        slot = torch.full((r * m, k), -1, dtype=torch.int64, device=device)
+        looked = torch.zeros(r * m, dtype=torch.int64, device=device)
+        active, at, stride = torch.arange(r * m, device=device), 0, -(-k // size)
+        while len(active) and at < page.shape[1]:
+            here = page[active, at : at + stride]
+            new = (here.unsqueeze(2) * size + torch.arange(size, device=device)).flatten(1)
+            alive = (here >= 0).repeat_interleave(size, 1) & (new < visible.flatten()[active].unsqueeze(1))
+            place = (offset[of[active]].unsqueeze(1) + new.clamp_min(0)).clamp_max(slots.k.shape[0] - 1)
+            keys = slots.k.index_select(0, place.flatten()).view(*place.shape, -1).double()
+            logit = torch.einsum("acd,ad->ac", keys, asked[active]).masked_fill(~alive, -torch.inf)
+            best[active], slot[active] = _largest(
+                torch.cat([best[active], logit], 1), torch.cat([slot[active], new], 1), k
+            )
+            looked[active] += (here >= 0).sum(1)
+            at, stride = at + stride, 2 * stride
+            if at < page.shape[1]:
+                active = active[(page[active, at] >= 0) & (bound[active, at] >= best[active, -1])]
+        found = best > -torch.inf
+        chosen = Chosen(slot.clamp_min(0).view(r, m, k), ~found.view(r, m, k))
+        return chosen, looked.view(r, m)
+
+    def _in_order(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Bounds and numbers (r*m, pages) in the order of looking: newest page, then by bound; -inf and -1: none."""
+        bound = self.pages.bounds(q, newest, rows).flip(-1)
+        order = bound.argsort(dim=-1, descending=True, stable=True)
+        bound = bound.gather(-1, order)
+        page = (bound.shape[-1] - 1 - order).masked_fill(bound == -torch.inf, -1)
+        bound = torch.nn.functional.pad(bound, (1, 0), value=torch.inf)
+        page = torch.cat([newest.unsqueeze(-1), page], -1)
+        return bound.flatten(0, 1), page.flatten(0, 1)
+
+    def bytes_read(self, held: Tensor) -> int:
+        """The worst case, in which every page is looked into: all boxes, all keys, and the values of the k best."""
+        full = (held - 1).clamp_min(0) // self.method.page
+        numbers = int((2 * full + held).sum()) * self.spec.d + int(held.clamp_max(self.method.k).sum()) * self.spec.dv
+        return numbers * self.spec.dtype.itemsize
+
+
+def _largest(logit: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of (a, c) and their slots, among equals the newer."""
+    by_age = slot.argsort(dim=1, descending=True, stable=True)
+    logit, slot = logit.gather(1, by_age), slot.gather(1, by_age)
+    best = logit.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return logit.gather(1, best), slot.gather(1, best)

@@ -1,0 +1,232 @@
+"""Hierarchical: halve intervals of the stream again and again, and keep the halves whose centre has large logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.selector import Chosen, Indexed, SelectorState
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.core.stretches import Stretches
+from kvfloor.validation import count
+
+_KEY_NUMBERS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Hierarchical(Indexed):
+    """Lee et al. 2024 (HiP attention): k tokens found by log2(n / k) rounds of halving, instead of n logits.
+
+    Between `sinks` and the newest `window` tokens the stream is cut into blocks of `key_block` tokens, and the blocks
+    into k / key_block equal intervals. Every interval is split into two halves, a half is worth the largest logit in
+    its centre block, the better half of the halves stays; until an interval is one block. Sinks, the blocks that are
+    left, and everything newer are read. Nothing is lost while blocks are at most k / key_block; beyond that a token
+    with a large logit among others with small ones is found only if a centre happens to lie on it: no guarantee.
+
+    query_block  before the seal, queries at positions with equal p // query_block share a choice, which the first of
+                 them makes: so a choice never depends on later queries, nor on how the stream is cut
+    refresh      the same after the seal: how many decoded tokens share a choice
+    Each query of a GQA group chooses for itself. `read` and `attend` choose anew for every query.
+    """
+
+    name: ClassVar[str] = "hip"
+    paper: ClassVar[str] = "Lee et al. 2024, HiP (arXiv 2406.09827), from its description"
+    k: int = 512
+    key_block: int = 2
+    sinks: int = 4
+    window: int = 32
+    query_block: int = 32
+    refresh: int = 1
+
+    def __post_init__(self) -> None:
+        count("hip", least=1, k=self.k, key_block=self.key_block, query_block=self.query_block, refresh=self.refresh)
+        count("hip", least=0, sinks=self.sinks)
+        count("hip", least=1, window=self.window)
+        if self.k % self.key_block:
+            raise ValueError(f"hip: k must be a multiple of key_block, got k={self.k}, key_block={self.key_block}")
+
+    def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> HierarchicalState:
+        del shared
+        return HierarchicalState(spec, slots, self, in_order)
+
+
+class HierarchicalState(SelectorState):
+    """The open choice of every row, and the order of arrival of slots that eviction has shuffled.
+
+    block    (rows, g, k / key_block) blocks of the open choice, ascending, -1 beyond the last; None before the first
+    blocks   (rows,) blocks there were to choose from: what lies behind them is read
+    span     (rows,) which stretch of `query_block` or `refresh` positions the choice is for; -1: none
+    """
+
+    def __init__(self, spec: Spec, slots: Slots, method: Hierarchical, in_order: bool) -> None:
+        self.spec = spec
+        self.method = method  # frozen: no part of the memory
+        self.order: Stretches | None = None
+        if not in_order:
+            self.order = Stretches(spec, slots.capacity, {"slot": ((), torch.int32)})
+        self.block: Tensor | None = None
+        self.blocks = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)
+        self.span = torch.full((spec.rows,), -1, dtype=torch.int64, device=spec.device)
+        self.sealed = False
+
+    # ---- keeping up ----------------------------------------------------------------------------------------
+
+    def append(self, slots: Slots, before: Tensor) -> None:
+        if self.order is None:
+            return
+        if not torch.equal(self.order.capacity, slots.capacity):
+            self.order.resize(slots.capacity)
+        self.order.used = slots.held
+        self._number(slots, before, torch.arange(int(slots.held.max())).expand(self.spec.rows, -1))
+
+    def evict(self, slots: Slots, leaving: Tensor) -> None:
+        assert self.order is not None, "slots that stay in order were emptied"
+        changed = leaving.any(1)
+        self.span[changed.to(self.span.device)] = -1
+        self.order.used = slots.held
+        width = int(slots.held.max())
+        live = (torch.arange(width) < slots.held.unsqueeze(1)).to(slots.position.device)
+        position = slots.across(slots.position, None, width).masked_fill(~live, torch.iinfo(torch.int64).max)
+        first = torch.where(changed, 0, slots.held)
+        self._number(slots, first, position.argsort(dim=1, stable=True))
+
+    def _number(self, slots: Slots, first: Tensor, slot: Tensor) -> None:
+        """Of each row, the token of rank i stands in slot[r, i], for first[r] <= i < held[r]."""
+        assert self.order is not None
+        width = slot.shape[1]
+        rank = torch.arange(width)
+        wanted = (rank >= first.unsqueeze(1)) & (rank < slots.held.unsqueeze(1))
+        wanted = wanted.to(self.spec.device)
+        place = self.order.places(None, width)[:, 0][wanted]
+        self.order.slot[place] = slot.to(self.spec.device)[wanted].to(torch.int32)  # type: ignore[attr-defined]
+
+    def resize(self, slots: Slots) -> None:
+        if self.order is not None:
+            self.order.resize(slots.capacity)
+
+    def seal(self) -> None:
+        self.sealed = True
+        self.span = torch.full_like(self.span, -1)
+
+    # ---- choosing ------------------------------------------------------------------------------------------
+
+    def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
+        blocks = self._blocks(visible)
+        return self._to_read(self._descend(q, slots, blocks, rows), blocks, visible, slots, rows)
+
+    def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
+        (rows, g, a, d), device = q.shape, q.device
+        share = self.method.refresh if self.sealed else self.method.query_block
+        span, asked = position // share, (position >= 0).any(1)
+        first = span[:, :1]
+        step = (span - first).clamp_min(0)  # the how manyth span of this call a query falls into
+        met = torch.arange(int(step.max()) + 1, device=device)
+        if self.block is None or self.block.shape[1] != g:
+            self.block = torch.full((rows, g, self._most), -1, dtype=torch.int32, device=device)
+            self.span = torch.full_like(self.span, -1)
+        # A span's first query leads. The span that was open already has its choice, unless it was lost.
+        known = (self.span == first[:, 0]) & asked
+        leader = ((first + met) * share - position[:, :1]).clamp(0, a - 1)
+        blocks = self._blocks(visible.gather(1, leader))
+        blocks[:, 0] = torch.where(known, self.blocks, blocks[:, 0])
+        chosen = self.block.unsqueeze(2).expand(-1, -1, len(met), -1)
+        skip = int(bool((known | ~asked).all()))
+        if skip < len(met):
+            leads = q.gather(2, leader[:, skip:].view(rows, 1, -1, 1).expand(-1, g, -1, d)).flatten(1, 2)
+            fresh = self._descend(leads, slots, blocks[:, skip:].repeat(1, g), None).view(rows, g, -1, self._most)
+            keep = (known.unsqueeze(1) & (met == 0)).view(rows, 1, -1, 1)
+            chosen = torch.where(keep, chosen, torch.cat([chosen[:, :, :skip], fresh], 2))
+        row, last = torch.arange(rows, device=device), step.masked_fill(position < 0, 0).amax(1)
+        self.block = torch.where(asked.view(-1, 1, 1), chosen[row, :, last], self.block)
+        self.blocks = torch.where(asked, blocks[row, last], self.blocks)
+        self.span = torch.where(asked, first[:, 0] + last, self.span)
+        each = chosen.gather(2, step.view(rows, 1, a, 1).expand(-1, g, -1, self._most))
+        blocks, visible = blocks.gather(1, step).repeat(1, g), visible.repeat(1, g)
+        return self._to_read(each.flatten(1, 2), blocks, visible, slots, None)
+
+    @property
+    def _most(self) -> int:
+        return self.method.k // self.method.key_block
+
+    def _blocks(self, visible: Tensor) -> Tensor:
+        """Whole blocks between the sinks and the window of a query that sees `visible` tokens."""
+        return (visible - self.method.sinks - self.method.window).clamp_min(0) // self.method.key_block
+
+    def _descend(self, q: Tensor, slots: Slots, blocks: Tensor, rows: Tensor | None) -> Tensor:
+        """The blocks kept, of `blocks` (r, m), for q (r, m, d): (r, m, most) int32, ascending, -1 where there is none.
+
+        Intervals [low, high) of blocks; halving them newest first lets a stable sort keep the newer of equal halves.
+        """
+        most, (r, m) = self._most, blocks.shape
+        share = torch.arange(most, device=q.device).flip(0)
+        low, high = share * blocks.unsqueeze(2) // most, (share + 1) * blocks.unsqueeze(2) // most
+        for _ in range(math.ceil(math.log2(max(1, -(-int(blocks.max()) // most)))) if blocks.numel() else 0):
+            middle = (low + high + 1) // 2
+            low = torch.stack([middle, low], 3).flatten(2)
+            high = torch.stack([high, middle], 3).flatten(2)
+            best = self._worth(q, slots, low, high, rows).argsort(dim=-1, descending=True, stable=True)
+            best = best[..., :most].sort(dim=-1).values  # back to newest first
+            low, high = low.gather(2, best), high.gather(2, best)
+        kept = torch.where(high > low, low, torch.iinfo(torch.int64).max).sort(dim=-1).values
+        kept = kept.masked_fill(kept == torch.iinfo(torch.int64).max, -1)
+        return kept.to(torch.int32).view(r, m, most)
+
+    def _worth(self, q: Tensor, slots: Slots, low: Tensor, high: Tensor, rows: Tensor | None) -> Tensor:
+        """The largest logit in the centre block of every interval, (r, m, c) float64; -inf for an empty one."""
+        (r, m, c), b = low.shape, self.method.key_block
+        rank = (
+            ((low + high - 1) // 2).clamp_min(0).unsqueeze(3) * b + self.method.sinks + torch.arange(b, device=q.device)
+        )
+        q, worth = q.double() * self.spec.scale, []
+        at_once = max(1, _KEY_NUMBERS_AT_ONCE // max(1, r * c * b * self.spec.d))
+        for start in range(0, m, at_once):
+            part = slice(start, start + at_once)
+            slot = self._slots(rank[:, part].flatten(2), slots, rows)
+            keys = slots.fetch(slots.k, slot, rows).double()
+            worth.append(torch.einsum("rmcd,rmd->rmc", keys, q[:, part]).unflatten(2, (c, b)).amax(3))
+        return torch.cat(worth, 1).masked_fill(high <= low, -torch.inf)
+
+    def _to_read(self, block: Tensor, blocks: Tensor, visible: Tensor, slots: Slots, rows: Tensor | None) -> Chosen:
+        """Sinks, the blocks kept, and all that is newer than the blocks that there were, as slots."""
+        sinks, b, device = self.method.sinks, self.method.key_block, block.device
+        r, m, _ = block.shape
+        middle = sinks + block.unsqueeze(3) * b + torch.arange(b, device=device)
+        start = (sinks + blocks * b).unsqueeze(2)
+        rest = start + torch.arange(max(0, int((visible.unsqueeze(2) - start).max())), device=device)
+        rank = torch.cat([torch.arange(sinks, device=device).expand(r, m, -1), middle.flatten(2), rest], 2)
+        dead = rank >= visible.unsqueeze(2)
+        dead[..., sinks : sinks + middle[0, 0].numel()] |= (block < 0).repeat_interleave(b, 2)
+        return Chosen(self._slots(rank.masked_fill(dead, 0), slots, rows), dead)
+
+    def _slots(self, rank: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
+        """Slots of the tokens with these ranks (r, m, c) by age."""
+        width = int(slots.held.max())
+        if self.order is None or width == 0:
+            return rank
+        slot = self.order.across("slot", rows, width)[:, 0]
+        at = rank.clamp_max(width - 1).flatten(1)
+        return slot.gather(1, at).view(rank.shape).long()
+
+    # ---- what it costs -------------------------------------------------------------------------------------
+
+    def bytes_read(self, held: Tensor) -> int:
+        """Averaged over the queries that share a choice: one descends, all read what it chose.
+
+        A descent of r rounds looks at 2 k / key_block centre blocks in each; index bytes are the open choice and, under
+        eviction, the order of the slots looked at.
+        """
+        method, number = self.method, self.spec.dtype.itemsize
+        share = method.refresh if self.sealed else method.query_block
+        blocks = self._blocks(held)
+        rounds = torch.ceil(torch.log2((-(-blocks // self._most)).clamp_min(1).double())).long()
+        looked_at = rounds * 2 * method.k
+        tokens = held - (blocks - self._most).clamp_min(0) * method.key_block
+        order = 4 * int((tokens + looked_at // share).sum()) if self.order is not None else 0
+        index = 4 * self._most * self.spec.rows + order
+        keys = self.spec.d * number * float(looked_at.sum()) / share
+        return index + math.ceil(keys) + int(tokens.sum()) * (self.spec.d + self.spec.dv) * number

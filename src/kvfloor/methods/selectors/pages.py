@@ -1,0 +1,140 @@
+"""Pages: read the pages of tokens whose keys could have the largest logits, by a bound that never errs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.selector import Chosen, Indexed, SelectorState
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.core.stretches import Stretches
+from kvfloor.validation import count
+
+
+@dataclass(frozen=True)
+class Pages(Indexed):
+    """The `pages` full pages of largest logit bound are read, and the newest page, which is still filling.
+
+    Law (Tang et al. 2024, Quest): with low and high the least and largest entry per channel of a page's keys, no key
+    of the page has a larger q.k than  sum_j max(q_j low_j, q_j high_j).  Ties let the newer page be read.
+    pages   pages read beside the newest one
+    page    tokens per page: slots page*i .. page*(i+1) - 1. Under an eviction policy a slot that was emptied is
+            filled by another token, and its page's bound is taken anew.
+    """
+
+    name: ClassVar[str] = "pages"
+    paper: ClassVar[str] = "Tang et al. 2024, Quest (arXiv 2406.10774)"
+    pages: int = 8
+    page: int = 16
+
+    def __post_init__(self) -> None:
+        count("pages", least=1, pages=self.pages, page=self.page)
+
+    def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> PagesState:
+        del shared, in_order
+        return PagesState(spec, slots, self)
+
+
+class PagesState(SelectorState):
+    """The box of every full page: its least and largest key entries, in the keys' own dtype."""
+
+    def __init__(self, spec: Spec, slots: Slots, method: Pages) -> None:
+        self.spec = spec
+        self.method = method  # frozen: no part of the memory
+        box = ((spec.d,), spec.dtype)
+        self.boxes = Stretches(spec, self._room(slots), {"low": box, "high": box})
+
+    def _room(self, slots: Slots) -> Tensor:
+        return slots.capacity // self.method.page
+
+    # ---- keeping up ----------------------------------------------------------------------------------------
+
+    def append(self, slots: Slots, before: Tensor) -> None:
+        self._fit(slots)
+        full = slots.held // self.method.page
+        most = int(full.max())
+        self.boxes.used = full
+        page = torch.arange(most)
+        self._take(slots, (page >= (before // self.method.page).unsqueeze(1)) & (page < full.unsqueeze(1)))
+
+    def evict(self, slots: Slots, leaving: Tensor) -> None:
+        full = slots.held // self.method.page
+        self.boxes.used = full
+        most = int(full.max())
+        row, slot = leaving.cpu().nonzero(as_tuple=True)
+        touched = torch.zeros(self.spec.rows, -(-leaving.shape[1] // self.method.page), dtype=torch.bool)
+        touched[row, slot // self.method.page] = True
+        self._take(slots, touched[:, :most] & (torch.arange(most) < full.unsqueeze(1)))
+
+    def resize(self, slots: Slots) -> None:
+        self._fit(slots)
+
+    def _fit(self, slots: Slots) -> None:
+        room = self._room(slots)
+        if not torch.equal(room, self.boxes.capacity):
+            self.boxes.resize(room)
+
+    def _take(self, slots: Slots, wanted: Tensor) -> None:
+        """Take the boxes of the full pages marked in wanted (rows, pages) from their keys."""
+        row, page = wanted.nonzero(as_tuple=True)
+        if not len(row):
+            return
+        first = slots.offset[row] + page * self.method.page
+        keys = slots.k[(first.unsqueeze(1) + torch.arange(self.method.page)).to(slots.k.device)]
+        place = self.boxes.places(None, wanted.shape[1])[row.to(keys.device), 0, page.to(keys.device)]
+        self.boxes.low[place], self.boxes.high[place] = keys.amin(1), keys.amax(1)  # type: ignore[attr-defined]
+
+    # ---- choosing ------------------------------------------------------------------------------------------
+
+    def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
+        del slots
+        device = q.device
+        visible = visible.to(device)
+        newest = (visible - 1).clamp_min(0) // self.method.page
+        bound = self.bounds(q, newest, rows)
+        # From the last page to the first: among equal bounds a stable order keeps the newer page.
+        best = bound.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., : self.method.pages]
+        best = bound.shape[-1] - 1 - best
+        dead = bound.gather(-1, best) == -torch.inf
+        page = torch.cat([best, newest.expand(q.shape[:2]).unsqueeze(-1)], -1)
+        dead = torch.cat([dead, dead.new_zeros(*dead.shape[:2], 1)], -1)
+        index = (page.unsqueeze(-1) * self.method.page + torch.arange(self.method.page, device=device)).flatten(2)
+        dead = dead.unsqueeze(-1).expand(-1, -1, -1, self.method.page).flatten(2) | (index >= visible.unsqueeze(-1))
+        return Chosen(index, dead)
+
+    def unread_logit(self, q: Tensor, visible: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What no unread token exceeds: (largest logit, log of the sum of exp(logit)), each (r, m) in float64.
+
+        For q (r, m, d) that sees the first visible (r, m) slots and reads as `choose` says. -inf where nothing is
+        left unread. The bounds hold for the logits in exact arithmetic, under the spec's scale and softcap.
+        """
+        newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
+        bound = self.bounds(q, newest, rows)
+        if self.spec.softcap is not None:
+            bound = torch.tanh(bound / self.spec.softcap) * self.spec.softcap
+            page = torch.arange(bound.shape[-1], device=q.device)
+            bound = bound.masked_fill(page >= newest.unsqueeze(-1), -torch.inf)
+        unread = bound.sort(-1, descending=True).values[..., self.method.pages :]
+        if unread.shape[-1] == 0:
+            nothing = bound.new_full(bound.shape[:2], -torch.inf)
+            return nothing, nothing
+        return unread[..., 0], torch.logsumexp(unread, -1) + torch.tensor(self.method.page, dtype=bound.dtype).log()
+
+    def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
+        """Bounds on the scaled q.k of each page before the newest one: (r, m, pages) float64, -inf elsewhere."""
+        most = int(newest.max()) if newest.numel() else 0
+        low, high = (self.boxes.across(name, rows, most)[:, 0].double() for name in ("low", "high"))
+        q = q.double() * self.spec.scale
+        bound = q.clamp_min(0) @ high.transpose(1, 2) + q.clamp_max(0) @ low.transpose(1, 2)
+        return bound.masked_fill(torch.arange(most, device=q.device) >= newest.unsqueeze(-1), -torch.inf)
+
+    def bytes_read(self, held: Tensor) -> int:
+        number = self.spec.dtype.itemsize
+        full = (held - 1).clamp_min(0) // self.method.page
+        index = 2 * int(full.sum()) * self.spec.d
+        tokens = full.clamp_max(self.method.pages) * self.method.page + held - full * self.method.page
+        return (index + int(tokens.sum()) * (self.spec.d + self.spec.dv)) * number

@@ -1,0 +1,182 @@
+"""Z-curve: keys near a query along curves through random projections are candidates; the best of them are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.core.selector import Chosen, Indexed, SelectorState
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.core.stretches import Stretches
+from kvfloor.methods.selectors.morton import cells, interleave
+from kvfloor.validation import count
+
+_DIMS = 3
+_BITS = 9  # per coordinate; a shifted one takes a bit more, and 3 x 10 bits fit an int32
+_NONE = torch.iinfo(torch.int32).max
+_KEY_NUMBERS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class ZCurve(Indexed):
+    """ZETA's search (Zeng et al. 2025) on the keys of a model that was not trained for it.
+
+    On each of `curves` curves a key's place is the Morton code of  sqrt(d) P k / |k|  with P three orthonormal rows,
+    drawn from public randomness and independent of the data, on the fixed grid of the normal's quantiles, shifted by
+    another share of the grid on every curve (a single curve has seams that part near neighbours). A query's
+    candidates are the `window` keys around its own place on each curve and the keys that wait for the next merge; by
+    their exact logits the best k are read. Ties let the newer token be read.
+
+    The original learns queries and keys of 3 numbers. Here 3 numbers stand for d, so most of the true best are missed
+    where d is large and keys have no clusters: `characterize.lib.recall` measures how many.
+
+    k        tokens read per query
+    chunk    new keys wait unsorted, and are all candidates, until `chunk` of them are merged into the curves; under
+             an eviction policy its block is the chunk
+    """
+
+    name: ClassVar[str] = "zeta"
+    paper: ClassVar[str] = "Zeng et al. 2025, ZETA (arXiv 2501.14577), as a search without training"
+    k: int = 32
+    curves: int = 4
+    window: int = 32
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        count("zeta", least=1, k=self.k, curves=self.curves, window=self.window, chunk=self.chunk)
+
+    def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> ZCurveState:
+        del in_order
+        shared["projections"] = projections(spec, self.curves)
+        return ZCurveState(spec, slots, self, shared)
+
+    def block(self) -> int:
+        return self.chunk
+
+
+def projections(spec: Spec, curves: int) -> Tensor:
+    """Orthonormal rows (curves, min(3, d), d) in float64, fixed by the spec's seed and width: public randomness."""
+    dims = min(_DIMS, spec.d)
+    key = row_keys(spec.seed, torch.arange(curves), "z-curve projections").view(-1, 1, 1)
+    radius, angle = (uniform(key, torch.arange(spec.d * dims).view(spec.d, dims) * 2 + lane) for lane in (0, 1))
+    normal = torch.sqrt(-2.0 * torch.log(radius)) * torch.cos(2.0 * math.pi * angle)
+    return torch.linalg.qr(normal).Q.transpose(1, 2).contiguous().to(spec.device)
+
+
+class ZCurveState(SelectorState):
+    """Per row and curve, the codes of the merged slots in order, and the slots that they belong to."""
+
+    def __init__(self, spec: Spec, slots: Slots, method: ZCurve, shared: dict[str, Tensor]) -> None:
+        self.spec = spec
+        self.method = method  # frozen: no part of the memory
+        self.shared = shared
+        columns = {"code": ((), torch.int32), "slot": ((), torch.int32)}
+        self.sorted = Stretches(spec, slots.capacity, columns, lists=method.curves, fill=_NONE)
+
+    # ---- keeping up ----------------------------------------------------------------------------------------
+
+    def append(self, slots: Slots, before: Tensor) -> None:
+        del before
+        self.resize(slots)
+
+    def resize(self, slots: Slots) -> None:
+        if not torch.equal(slots.capacity, self.sorted.capacity):
+            self.sorted.resize(slots.capacity)
+
+    def close(self, slots: Slots, rows: Tensor | None) -> None:
+        rows = torch.arange(self.spec.rows) if rows is None else rows
+        self._merge(slots, rows, self.sorted.used[rows])
+
+    def evict(self, slots: Slots, leaving: Tensor) -> None:
+        rows = leaving.any(1).nonzero().squeeze(1)
+        self._merge(slots, rows, torch.zeros_like(rows))
+
+    def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
+        """Keep the first `first` sorted items of these rows and merge all later slots among them."""
+        held, device = slots.held[rows], slots.k.device
+        n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))
+        if c == 0:
+            return
+        slot = first.unsqueeze(1) + torch.arange(c)
+        place = (slots.offset[rows].unsqueeze(1) + slot).clamp_max(slots.k.shape[0] - 1)
+        code = self._codes(slots.k[place.to(device)])
+        code = code.masked_fill((slot >= held.unsqueeze(1)).unsqueeze(1).to(device), _NONE)
+        code, order = code.sort(dim=-1, stable=True)
+        slot = slot.to(device, torch.int32).unsqueeze(1).expand(-1, self.method.curves, -1).gather(2, order)
+        gone = (torch.arange(n) >= first.unsqueeze(1)).unsqueeze(1).to(device)
+        every = None if len(rows) == self.spec.rows else rows
+        old = self.sorted.across("code", every, n).masked_fill(gone, _NONE)
+        # Where each item stands after the merge: its rank among its own, and the others before it.
+        at = torch.arange(n, device=device) + torch.searchsorted(code, old)
+        at = torch.cat([at, torch.arange(c, device=device) + torch.searchsorted(old, code, right=True)], 2)
+        for name, before, new in (("code", old, code), ("slot", self.sorted.across("slot", every, n), slot)):
+            merged = torch.empty(*new.shape[:2], n + c, dtype=torch.int32, device=device)
+            self.sorted.write(name, rows, held, merged.scatter_(2, at, torch.cat([before, new], 2)))
+        self.sorted.used = self.sorted.used.index_copy(0, rows, held)
+
+    def _codes(self, x: Tensor) -> Tensor:
+        """Places of x (r, s, d) on the curves: (r, curves, s) int32."""
+        x = x.double()
+        x = x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        at = torch.einsum("rsd,cjd->rcsj", x, self.shared["projections"]) * math.sqrt(x.shape[-1])
+        shift = torch.arange(self.method.curves, device=x.device) * 2**_BITS // self.method.curves
+        return interleave(cells(at, _BITS) + shift.view(-1, 1, 1), _BITS + 1).to(torch.int32)
+
+    # ---- choosing ------------------------------------------------------------------------------------------
+
+    def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
+        slot = self._candidates(q, visible, rows)
+        # Newest first, for ties; a slot met on several curves counts once.
+        slot = slot.masked_fill(slot >= visible.unsqueeze(2), -1).sort(dim=-1, descending=True).values
+        again = torch.zeros_like(slot, dtype=torch.bool)
+        again[..., 1:] = slot[..., 1:] == slot[..., :-1]
+        logit = self._logits(q, slot.clamp_min(0), slots, rows).masked_fill(again | (slot < 0), -torch.inf)
+        best = logit.argsort(dim=-1, descending=True, stable=True)[..., : self.method.k]
+        return Chosen(slot.gather(2, best).clamp_min(0), logit.gather(2, best) == -torch.inf)
+
+    def _candidates(self, q: Tensor, visible: Tensor, rows: Tensor | None) -> Tensor:
+        """Slots (r, m, c), with repeats; those from `visible` on are none."""
+        (r, m, _), device, window = q.shape, q.device, self.method.window
+        used = (self.sorted.used if rows is None else self.sorted.used[rows]).to(device)
+        width = int(self.sorted.capacity.max())
+        gone = torch.arange(width, device=device) >= used.view(-1, 1, 1)
+        code = self.sorted.across("code", rows, width)
+        if rows is not None or bool((self.sorted.capacity != width).any()):
+            code = code.masked_fill(gone, _NONE)  # what was gathered beyond a row's stretch is another row's
+        at = torch.searchsorted(code, self._codes(q)) - window // 2
+        at = torch.minimum(at, (used - window).view(-1, 1, 1)).clamp_min(0)
+        at = (at.unsqueeze(3) + torch.arange(window, device=device)).flatten(2)
+        near = self.sorted.across("slot", rows, width).gather(2, at.clamp_max(width - 1)).long()
+        near = near.masked_fill(at >= used.view(-1, 1, 1), _NONE)
+        near = near.view(r, -1, m, window).transpose(1, 2).flatten(2)
+        first = torch.minimum(used.unsqueeze(1), visible - 1).clamp_min(0)
+        waiting = torch.arange(int((visible - first).max()), device=device)
+        return torch.cat([near, first.unsqueeze(2) + waiting], 2)
+
+    def _logits(self, q: Tensor, slot: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
+        """Scaled q.k in float64 (r, m, c) for q (r, m, d) and slots (r, m, c)."""
+        (r, m, c), logits = slot.shape, []
+        q = q.double() * self.spec.scale
+        at_once = max(1, _KEY_NUMBERS_AT_ONCE // max(1, r * c * self.spec.d))
+        for start in range(0, m, at_once):
+            part = slice(start, start + at_once)
+            keys = slots.fetch(slots.k, slot[:, part], rows).double()
+            logits.append(torch.einsum("rmcd,rmd->rmc", keys, q[:, part]))
+        return torch.cat(logits, 1)
+
+    # ---- what it costs -------------------------------------------------------------------------------------
+
+    def bytes_read(self, held: Tensor) -> int:
+        """A search and a window of slots per curve, the keys of all candidates, the values of the k best."""
+        used, method, number = self.sorted.used, self.method, self.spec.dtype.itemsize
+        searched = torch.ceil(torch.log2((used + 1).double())).long()
+        index = 4 * method.curves * (searched + used.clamp_max(method.window))
+        candidates = torch.minimum(used, torch.tensor(method.curves * method.window)) + held - used
+        keys, values = candidates * self.spec.d, candidates.clamp_max(method.k) * self.spec.dv
+        return int(index.sum()) + number * int((keys + values).sum())

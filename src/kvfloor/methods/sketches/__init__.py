@@ -1,0 +1,1 @@
+"""Remember a stream without keeping whole tokens, one sketch per file."""

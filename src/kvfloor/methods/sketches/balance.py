@@ -1,0 +1,346 @@
+"""BalanceKV: tokens are halved by a self-balancing walk and the survivors weigh double, again and again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.budget import Budget, tokens
+from kvfloor.core.method import Guarantee, Method, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.methods.sketches.self_balancing import Keep, gram, halve, safe_threshold, tree_error, worst_growth
+from kvfloor.validation import count, literals, positives
+
+_LEVELS = 64  # a token of level l stands for 2^l; positions are below 2^57
+_BLOCKS = 8  # blocks in the tokens that a budget leaves beside sinks and recent ones: at least a token each
+_WALK = 4  # blocks of one level that are halved at once: larger walks balance better, smaller ones keep weights alike
+
+
+@dataclass(frozen=True)
+class Balance(Method):
+    """Kochetkova et al. 2025 (arXiv 2502.07861): SoftmaxBalance in a merge-and-reduce tree, one set of tokens for all.
+
+    A token of level l weighs 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
+    Halving a level keeps half of its tokens, one level higher, so that the signed sum of e^{k} (v, const), those kept
+    minus those not, stays short (`self_balancing`). The paper has a tree per numerator bucket and one for the
+    denominator; the constant coordinate makes one tree serve both, so answers are convex combinations.
+    batch     tokens that make a level full; rows act at every batch-th token, until then what came is read exactly.
+              Without a budget a full level is halved: at most batch tokens per level, log2(n / batch) + 2 levels.
+    budget    tokens per row, held always; rows act at every eighth of them (or batch-th token). Nothing is halved while
+              the next eighth has room; else the oldest half a budget of the level that has the most of them per 4^l,
+              as halving level l adds 4^l to the squared error whatever the size. Halving no more than that keeps
+              weights alike. Where every level has one token, a fair coin drops or doubles that of the lightest.
+    keep      pairs: one of each two neighbours stays, weights add up to n; smaller: the paper's smaller sign class,
+              which loses a little mass each time
+    c         the walk's threshold: small is greedy, large is a fair coin; None: the safe one for `horizon` and
+              `failure`, at which the guarantee holds. The paper's code has 1/8.
+    constant  square of the constant coordinate, relative to the longest value halved; the paper's code has 0.025,
+              the bound of the guarantee is least at 1
+    sharpness the walk's kernel is exp(sharpness |scale| k.k'), the paper's at 1; at less, keys balance farther ones
+    centre    subtract the level's mean key in the walk; answers always have the keys as they are
+    sinks, recent   this many first and newest tokens are never halved
+    radius, spread, horizon, failure   for the guarantee, see there
+    The paper's algorithm is balance(keep=smaller,centre=False,sharpness=1,c=None,horizon=n,sinks=0,recent=0).
+    """
+
+    name: ClassVar[str] = "balance"
+    paper: ClassVar[str] = "Kochetkova et al. 2025, BalanceKV (arXiv 2502.07861), Theorems 3.1 and 3.3"
+    batch: int = 64
+    keep: Keep = "pairs"
+    c: float | None = 0.125
+    constant: float = 0.025
+    sharpness: float = 0.25
+    centre: bool = True
+    sinks: int = 4
+    recent: int = 16
+    radius: float | None = None
+    spread: float | None = None
+    horizon: int | None = None
+    failure: float = 0.1
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        count(self.name, sinks=self.sinks, recent=self.recent)
+        count(self.name, least=2, batch=self.batch)
+        positives(self.name, constant=self.constant, sharpness=self.sharpness, failure=self.failure)
+        for name in ("c", "radius", "spread"):
+            if getattr(self, name) is not None:
+                positives(self.name, **{name: getattr(self, name)})
+        if self.horizon is not None:
+            count(self.name, least=1, horizon=self.horizon)
+        if self.batch % 2:
+            raise ValueError(f"balance: batch must be even, got {self.batch}")
+        literals(self)
+        if not isinstance(self.centre, bool):
+            raise ValueError(f"balance: centre must be True or False, got {self.centre!r}")
+        if self.failure >= 1:
+            raise ValueError(f"balance: failure must lie in (0, 1), got {self.failure}")
+        if self.spread is not None and self.spread < 1:
+            raise ValueError(f"balance: spread is max / mean of |v|^2, at least 1, got {self.spread}")
+        if self.c is None and self.horizon is None:
+            raise ValueError("balance: c=None is the safe threshold for at most `horizon` tokens: give the horizon")
+        if isinstance(self.budget, tuple):
+            raise ValueError("balance takes one budget for all rows, not one per row")
+        if self.budget is not None and not isinstance(self.budget, str):
+            count(self.name, least=1, budget=self.budget)
+            least = self.sinks + self.recent + _BLOCKS
+            if self.budget < least:
+                raise ValueError(
+                    f"a budget of {self.budget} tokens is too small for balance: it needs at least {least}, which is "
+                    f"sinks + recent + {_BLOCKS}"
+                )
+
+    @property
+    def traits(self) -> Traits:
+        """normalised: the same positive weights in numerator and denominator. lossy_values: what is held does not
+        answer with weight 1. Not value_linear: values have a say in which tokens stay."""
+        return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
+
+    @property
+    def block(self) -> int:
+        """Tokens between two moments at which levels may be halved."""
+        if not isinstance(self.budget, int):
+            return self.batch
+        return min(self.batch, (self.budget - self.sinks - self.recent) // _BLOCKS)
+
+    @property
+    def threshold(self) -> float:
+        """c, or the safe one: pairs make n steps at most over all levels, single tokens 2n."""
+        if self.c is not None:
+            return self.c
+        return self._safe_threshold()
+
+    def _safe_threshold(self) -> float:
+        assert self.horizon is not None
+        return safe_threshold(self.horizon * (1 if self.keep == "pairs" else 2), self.failure / 3)
+
+    def open(self, spec: Spec) -> BalanceState:
+        return BalanceState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        del prompt, pinned
+        if self.budget is not None:
+            return min(n, tokens(self.budget, 1)[0])
+        levels = max(0, (n // self.batch).bit_length()) + 1
+        return min(n, self.sinks + self.recent + self.batch * (levels + 1))
+
+    def with_budget(self, budget: Budget) -> Balance:
+        return replace(self, budget=budget)
+
+    # ---- the theorem ---------------------------------------------------------------------------------------
+
+    def _error_terms(self, spec: Spec) -> tuple[float, float]:
+        assert self.radius is not None
+        growth = self.radius**2 * worst_growth(self.sharpness, self.centre)
+        return tree_error(spec.dv, growth, self.constant, self._safe_threshold(), self.failure / 3)
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        """||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance (`tree_error`).
+
+        radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
+        spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
+        horizon   bound on the tokens seen
+        For keep=pairs without a budget and without softcap, and c at least the safe threshold. Elsewhere there is none:
+        the paper's theorem for the smaller class does not say its constants. As no answer is farther off than
+        2 max|v|, an epsilon of 2 sqrt(spread) says nothing.
+        """
+        if self.radius is None or self.spread is None or self.horizon is None:
+            return None
+        if self.keep != "pairs" or self.budget is not None or spec.softcap is not None:
+            return None
+        x, y = self._error_terms(spec)
+        epsilon = math.sqrt(self.spread) * x / (self.batch - y) if self.batch > y else math.inf
+        why = ""
+        if self.threshold < self._safe_threshold():
+            why = f"c = {self.threshold:g} is below the safe threshold {self._safe_threshold():.3g}: use c=None"
+        elif epsilon >= 2 * math.sqrt(self.spread):
+            why = f"epsilon = {epsilon:.3g} is vacuous: a larger batch is needed"
+        return Guarantee(
+            epsilon,
+            self.failure,
+            "l2, relative to ||softmax||_2 ||V||_F",
+            "one query, asked at one moment, both fixed before the stream (oblivious)",
+            (
+                f"sqrt(|scale|) |q| and sqrt(|scale|) |k| <= {self.radius}",
+                f"max |v|^2 <= {self.spread} mean |v|^2",
+                f"n <= {self.horizon}",
+                "no step of a walk was clamped",
+            ),
+            "Kochetkova et al. 2025, Theorem 3.1; constants derived",
+            holds=not why,
+            why=why,
+        )
+
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Balance:
+        """The least even batch: x / (batch - y) <= epsilon / sqrt(spread)."""
+        if self.radius is None or self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
+            return self
+        sized = replace(self, c=None, failure=delta, budget=None)
+        x, y = sized._error_terms(spec)
+        batch = y + math.sqrt(self.spread) * x / epsilon
+        if batch > 2**40:
+            raise ValueError(f"{self}: a radius of {self.radius:g} needs more than 2^40 tokens in a batch")
+        return replace(sized, batch=2 * math.ceil(batch / 2))
+
+
+class BalanceState(Blocked):
+    """Held tokens with their levels (slots, column `level`), and what the guarantee's assumptions need per row."""
+
+    def __init__(self, method: Balance, spec: Spec) -> None:
+        room = 2 * method.batch if method.budget is None else tokens(method.budget, 1)[0]
+        slots = Slots(spec, [room] * spec.rows, {"level": torch.uint8})
+        super().__init__(method, spec, slots, method.block)
+        wide = {"dtype": torch.float64, "device": spec.device}
+        self.clamped = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)  # steps of walks
+        self.longest_key = torch.zeros(spec.rows, **wide)  # of closed blocks, if there is a radius; as all below
+        self.longest_value = torch.zeros(spec.rows, **wide)
+        self.square_sum = torch.zeros(spec.rows, **wide)  # of values
+        self.longest_query = torch.zeros(spec.rows, **wide)
+
+    @property
+    def _plan(self) -> Balance:
+        assert isinstance(self.method, Balance)
+        return self.method
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    def _weighted(self, q: Tensor, width: int, hide: Tensor | None) -> Partial:
+        """Attention of q (rows, m, d) over the first `width` slots under their weights."""
+        view = self.slots.view(width=width)
+        log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
+        return Partial.over(q, view.k, view.v, self.spec, log_weight, hide)
+
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+        rows, g, a, d = q.shape
+        flat = q.reshape(rows, g * a, d)
+        later = torch.ones(a, a, dtype=torch.bool, device=q.device).triu(1).repeat(g, 1).unsqueeze(0)
+        part = Partial.over(flat, new_k, new_v, self.spec, hide=later)
+        past = int(before.max())
+        if past:
+            gone = (torch.arange(past) >= before.unsqueeze(1)).unsqueeze(1).to(q.device)
+            part = self._weighted(flat, past, gone if bool(gone.any()) else None).merge(part)
+        return part.shaped(rows, g, a)
+
+    def _read(self, q: Tensor) -> Partial:
+        width = int(self.slots.held.max())
+        live = self.slots.view().live
+        return self._weighted(q, width, None if live is None else ~live.unsqueeze(1))
+
+    # ---- halving -------------------------------------------------------------------------------------------
+
+    def _close(self, rows: Tensor | None) -> None:
+        rows = torch.arange(self.spec.rows) if rows is None else rows
+        if self._plan.radius is not None:
+            self._measure(rows)
+        while len(rows):
+            level, size, free = self._due(rows)
+            due = size > 0
+            rows = rows[due]
+            if len(rows):
+                self._halve(rows, level[due], size[due], free[due])
+
+    def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each row: the level to halve (r,), how many of its oldest (r,), 0 if none is due, and its slots (r, s)."""
+        plan, seen = self._plan, self.seen[rows].unsqueeze(1)
+        view = self.slots.view(rows)
+        position, level = view.position.cpu(), self.slots.column("level", rows, view.position.shape[1]).long().cpu()
+        live = torch.arange(position.shape[1]) < self.slots.held[rows].unsqueeze(1)
+        free = live & (position >= plan.sinks) & (position < seen - plan.recent)
+        sizes = torch.zeros(len(rows), _LEVELS, dtype=torch.int64).scatter_add(1, level, free.long())
+        if plan.budget is None:
+            full = (sizes >= plan.batch).long()
+            chosen, due = full.argmax(1), full.any(1)
+        else:
+            sizes = sizes.clamp_max(_WALK * self.block)
+            worth = sizes.double() * 4.0 ** -torch.arange(_LEVELS)
+            worth = worth + (sizes > 1) * 2.0  # two of any level before one of the lightest
+            chosen = worth.argmax(1)
+            due = self.slots.held[rows] + self.block > tokens(plan.budget, 1)[0]
+        size = sizes.gather(1, chosen.unsqueeze(1)).squeeze(1).masked_fill(~due, 0)
+        return chosen, size, free & (level == chosen.unsqueeze(1))
+
+    def _halve(self, rows: Tensor, level: Tensor, size: Tensor, members: Tensor) -> None:
+        """Halve the oldest size[r] of the slots `members` (r, s), which are of level[r]."""
+        plan, device, width = self._plan, self.slots.k.device, int(size.max() + 1) // 2 * 2
+        view = self.slots.view(rows, members.shape[1])
+        age = view.position.masked_fill(~members.to(device), torch.iinfo(torch.int64).max)
+        slot = torch.nn.functional.pad(age.argsort(1)[:, :width], (0, max(0, width - age.shape[1])))
+        there = torch.arange(width, device=device) < size.to(device).unsqueeze(1)
+        k, v = (x.gather(1, slot.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in (view.k, view.v))
+        lane = row_keys(self.spec.seed, self.spec.ids(), "balance")[rows.to(device)].unsqueeze(1)
+        draws = uniform(lane, view.position.gather(1, slot) * _LEVELS + level.to(device).unsqueeze(1))
+        products = gram(k, v, there, self.spec.scale * plan.sharpness, plan.constant, plan.centre)
+        stays, goes, clamped = halve(products, size.to(device), draws, plan.threshold, plan.keep)
+        alone = (size == 1).to(device)
+        stays[:, 0] = torch.where(alone, draws[:, 0] < 0.5, stays[:, 0])
+        goes[:, 0] = torch.where(alone, draws[:, 0] >= 0.5, goes[:, 0])
+        self.clamped[rows.to(device)] += clamped
+
+        levels = self.slots.column("level", rows, members.shape[1]).clone()
+        r, i = stays.nonzero(as_tuple=True)
+        levels[r, slot[r, i]] += 1
+        self.slots.put_column("level", rows, levels)
+        leaving = torch.zeros(self.spec.rows, members.shape[1], dtype=torch.bool)
+        r, i = goes.nonzero(as_tuple=True)
+        leaving[rows[r.cpu()], slot[r, i].cpu()] = True
+        self.slots.evict(leaving)
+
+    # ---- the guarantee's assumptions -----------------------------------------------------------------------
+
+    def _measure(self, rows: Tensor) -> None:
+        """Lengths in the blocks that these rows complete: their newest slots."""
+        slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
+        at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)
+        key = self.slots.k[slot].to(torch.float64).norm(dim=-1).amax(1)
+        value = self.slots.v[slot].to(torch.float64).square().sum(-1)
+        self.longest_key[at] = torch.maximum(self.longest_key[at], key)
+        self.longest_value[at] = torch.maximum(self.longest_value[at], value.amax(1).sqrt())
+        self.square_sum[at] += value.sum(1)
+
+    def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
+        if self._plan.radius is None:
+            return
+        real = torch.arange(q.shape[2]) < take.unsqueeze(1)
+        length = q.to(torch.float64).norm(dim=-1).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
+        self.longest_query = torch.maximum(self.longest_query, length.amax((1, 2)))
+
+    def _attend(self, q: Tensor) -> Partial:
+        if q.shape[2]:
+            self._on_queries(q, self.slots.held, torch.full_like(self.seen, q.shape[2]))
+        return super()._attend(q)
+
+    def guarantee(self) -> Guarantee | None:
+        stated, plan = self._plan.guarantee(self.spec), self._plan
+        if stated is None or not stated.holds:
+            return stated
+        assert plan.radius is not None and plan.spread is not None and plan.horizon is not None
+        view = self.slots.view()
+        new = (view.position >= (self.seen - self.seen % self.block).unsqueeze(1).to(view.k.device)).unsqueeze(-1)
+        if view.live is not None:
+            new = new & view.live.unsqueeze(-1)
+        key = view.k.to(torch.float64).masked_fill(~new, 0.0).norm(dim=-1)
+        value = view.v.to(torch.float64).masked_fill(~new, 0.0).square().sum(-1)
+        root = math.sqrt(abs(self.spec.scale))
+        longest = [float(x.max()) * root if x.numel() else 0.0 for x in (self.longest_key, key, self.longest_query)]
+        squares = self.square_sum + value.sum(1)
+        most = self.longest_value.square()
+        most = torch.maximum(most, value.amax(1)) if value.shape[1] else most
+        spread = most * self.seen.to(most.device) / squares.clamp_min(torch.finfo(torch.float64).tiny)
+        why = ""
+        if bool((self.clamped > 0).any()):
+            why = f"{int(self.clamped.max())} steps of a row's walks were clamped"
+        elif max(longest) > plan.radius:
+            why = f"a key or query of length {max(longest):.4g} (times sqrt(|scale|)) came, beyond the radius"
+        elif bool((spread > plan.spread).any()):
+            why = f"max |v|^2 is {float(spread.max()):.4g} times the mean"
+        elif int(self.seen.max()) > plan.horizon:
+            why = f"{int(self.seen.max())} tokens came, more than the horizon"
+        return replace(stated, holds=False, why=why) if why else stated

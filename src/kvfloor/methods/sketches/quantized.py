@@ -1,0 +1,142 @@
+"""Quantised: every token kept in a few bits per number. The baseline that eviction has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.attend import compute_dtype
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.memory import Memory
+from kvfloor.core.method import Method, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.validation import count
+
+
+@dataclass(frozen=True)
+class Quantized(Method):
+    """Keys per channel over groups of `group` tokens, values per token: asymmetric, rounded to nearest.
+
+    After KIVI (Liu et al. 2024, arXiv 2402.02750). The newest tokens, up to group - 1 of them, wait unquantised.
+    bits: 8, 4 or 2 per number. Scales and offsets are kept in the cache's own dtype.
+    """
+
+    name: ClassVar[str] = "quant"
+    paper: ClassVar[str] = "Liu et al. 2024, KIVI (arXiv 2402.02750)"
+    bits: int = 8
+    group: int = 32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or self.bits not in (8, 4, 2):
+            raise ValueError(f"quant: bits must be 8, 4 or 2, got {self.bits!r}")
+        count("quant", least=1, group=self.group)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(normalised=False, value_linear=False, lossy_values=True, constant_memory=False)
+
+    def open(self, spec: Spec) -> QuantizedState:
+        return QuantizedState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        del n, prompt, pinned
+        return None
+
+
+class QuantizedState(Blocked):
+    """Whole groups in packed codes, the open group in slots."""
+
+    def __init__(self, method: Quantized, spec: Spec) -> None:
+        super().__init__(method, spec, Slots(spec, [method.group] * spec.rows), method.group)
+        self.keys = Codes(spec, spec.d, method.bits, method.group, per_channel=True)
+        self.values = Codes(spec, spec.dv, method.bits, method.group, per_channel=False)
+        self.groups = torch.zeros(spec.rows, dtype=torch.int64)  # full groups per row
+
+    @property
+    def held(self) -> Tensor:
+        return self.slots.held + self.groups * self.block
+
+    @property
+    def bytes_read(self) -> int:
+        return self.nbytes
+
+    def _rest(self, q: Tensor) -> Partial | None:
+        most = int(self.groups.max())
+        if most == 0:
+            return None
+        dead = torch.arange(most * self.block) >= (self.groups * self.block).unsqueeze(1)
+        hide = dead.unsqueeze(1).to(q.device) if bool(dead.any()) else None
+        k, v = self.keys.decode(most, self.spec), self.values.decode(most, self.spec)
+        return Partial.over(q, k, v, self.spec, hide=hide)
+
+    def _close(self, rows: Tensor | None) -> None:
+        rows = torch.arange(self.spec.rows) if rows is None else rows
+        view = self.slots.view(rows, self.block)
+        order = view.position.argsort(1).unsqueeze(-1)
+        self.keys.write(rows, self.groups[rows], view.k.gather(1, order.expand_as(view.k)))
+        self.values.write(rows, self.groups[rows], view.v.gather(1, order.expand_as(view.v)))
+        self.groups[rows] += 1
+        width = int(self.slots.held.max())
+        leaving = torch.zeros(self.spec.rows, width, dtype=torch.bool)
+        leaving[rows] = True
+        self.slots.evict(leaving & (torch.arange(width) < self.slots.held.unsqueeze(1)))
+
+
+class Codes(Memory):
+    """Packed integers of (rows, groups, group, width) numbers, with an offset and a step per channel or token.
+
+    packed  (rows, groups, group, bytes) uint8, the width axis packed
+    low, step  (rows, groups, 1, width) per channel, or (rows, groups, group, 1) per token
+    """
+
+    def __init__(self, spec: Spec, width: int, bits: int, group: int, per_channel: bool) -> None:
+        self.width, self.bits, self.group, self.per_channel = width, bits, group, per_channel
+        per_byte = 8 // bits
+        shape = (1, width) if per_channel else (group, 1)
+        self.packed = torch.zeros(spec.rows, 1, group, -(-width // per_byte), dtype=torch.uint8, device=spec.device)
+        self.low = torch.zeros(spec.rows, 1, *shape, dtype=spec.dtype, device=spec.device)
+        self.step = torch.zeros(spec.rows, 1, *shape, dtype=spec.dtype, device=spec.device)
+
+    def write(self, rows: Tensor, at: Tensor, x: Tensor) -> None:
+        """Encode x (r, group, width) as group at[r] of each row."""
+        self._grow(int(at.max()) + 1)
+        x = x.to(compute_dtype(x.dtype))
+        axis = 1 if self.per_channel else 2
+        low, high = x.amin(axis, keepdim=True).to(self.low.dtype), x.amax(axis, keepdim=True)
+        step = ((high - low.to(x.dtype)) / (2**self.bits - 1)).to(self.step.dtype)
+        code = (x - low.to(x.dtype)) / step.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
+        code = code.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+        at, rows = at.to(x.device), rows.to(x.device)
+        self.packed[rows, at], self.low[rows, at], self.step[rows, at] = self._pack(code), low, step
+
+    def decode(self, groups: int, spec: Spec) -> Tensor:
+        """The first `groups` groups of every row: (rows, groups * group, width) in the spec's dtype."""
+        code = self.packed[:, :groups]
+        if self.bits < 8:
+            shifts = torch.arange(8 // self.bits, dtype=torch.uint8, device=code.device) * self.bits
+            code = ((code.unsqueeze(-1) >> shifts) & (2**self.bits - 1)).flatten(-2)[..., : self.width]
+        dtype = spec.compute_dtype
+        low, step = self.low[:, :groups].to(dtype), self.step[:, :groups].to(dtype)
+        return torch.addcmul(low, code.to(dtype), step).to(spec.dtype).flatten(1, 2)
+
+    def _pack(self, code: Tensor) -> Tensor:
+        per_byte = 8 // self.bits
+        pad = -code.shape[-1] % per_byte
+        code = torch.nn.functional.pad(code, (0, pad)).unflatten(-1, (-1, per_byte))
+        shifts = torch.arange(per_byte, dtype=torch.uint8, device=code.device) * self.bits
+        return (code << shifts).sum(-1).to(torch.uint8)
+
+    def _grow(self, needed: int) -> None:
+        have = self.packed.shape[1]
+        if needed <= have:
+            return
+        for name in ("packed", "low", "step"):
+            old: Tensor = getattr(self, name)
+            grown = old.new_zeros(old.shape[0], max(needed, 2 * have), *old.shape[2:])
+            grown[:, :have] = old
+            self.move(name, grown)

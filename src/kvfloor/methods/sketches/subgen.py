@@ -1,0 +1,189 @@
+"""SubGen: the softmax denominator from samples of online clusters, the numerator from a value reservoir."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.budget import Budget
+from kvfloor.core.method import Guarantee, Method, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.floors.sampling import subgen_s, subgen_t
+from kvfloor.methods.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, shared_out
+from kvfloor.validation import count, positives
+
+PAIRS, SAMPLES = "subgen pairs", "subgen samples"  # what the draws are for
+_LOG_RATIO_LIMIT = 60.0
+
+
+@dataclass(frozen=True)
+class SubGen(Method):
+    """Samples of online key clusters give the denominator, pairs sampled by |v|^2 the numerator.
+
+    The streaming algorithm of Zandieh, Han, Mirrokni and Karbasi 2024 (arXiv 2402.06082).
+
+    Keys are clustered online: a key within `delta` of the nearest centre joins it, another becomes a centre.
+    Each cluster keeps `t` uniform samples of its keys; `s` (key, value) pairs are kept with probability
+    proportional to |v|^2. The answer is z / tau with
+        z   = sum over the s pairs of  mu / (s |v|^2) * exp(q.k) * v        (mu: sum of all |v|^2)
+        tau = sum over clusters of     n' / t * sum over its samples of exp(q.k)
+    delta    cluster radius in key space (l2)
+    centres  cap on the clusters; past it a key joins its nearest centre whatever the distance, and the guarantee
+             is withdrawn. None: as many as the stream needs.
+    block    the last `block - 1` tokens at most wait unclustered and are read exactly; 1 is the paper's rule.
+             The clustering is the sequential one for every block.
+    radius   bound on |q| * scale, and failure: probability, for `guarantee`.
+    budget   tokens per row instead of s and centres: half of it for the pairs, half for the clusters.
+    """
+
+    name: ClassVar[str] = "subgen"
+    paper: ClassVar[str] = "Zandieh et al. 2024, SubGen (arXiv 2402.06082)"
+    delta: float = 0.5
+    t: int = 4
+    s: int = 256
+    centres: int | None = None
+    block: int = 16
+    radius: float | None = None
+    failure: float = 0.1
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        positives("subgen", delta=self.delta, failure=self.failure)
+        count("subgen", least=1, t=self.t, s=self.s, block=self.block)
+        if self.centres is not None:
+            count("subgen", least=1, centres=self.centres)
+        if self.radius is not None:
+            positives("subgen", radius=self.radius)
+        if self.failure >= 1:
+            raise ValueError(f"subgen: failure must lie in (0, 1), got {self.failure}")
+        check_budget("subgen", self.budget, self.block, self.t)
+
+    @property
+    def traits(self) -> Traits:
+        capped = self.centres is not None or self.budget is not None
+        return Traits(normalised=False, value_linear=False, lossy_values=True, constant_memory=capped)
+
+    def sizes(self) -> tuple[int, int | None]:
+        """(value pairs s, cap on centres), after the budget is shared out."""
+        return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
+
+    def open(self, spec: Spec) -> SubGenState:
+        return SubGenState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        del prompt, pinned
+        return min(n, self.block - 1)  # whole tokens; pairs and centres are sketch entries
+
+    def with_budget(self, budget: Budget) -> SubGen:
+        return replace(self, budget=budget)
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        """||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op for one query fixed in advance.
+
+        Constants by Chebyshev (each half of `failure`): s = 9 dv / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f) with
+        R = exp(2 delta radius). An epsilon of 1 or more says nothing.
+        """
+        if self.radius is None:
+            return None
+        epsilon = chebyshev(self.sizes()[0] / spec.dv, self.t, self.delta * self.radius, self.failure)
+        return Guarantee(
+            epsilon,
+            self.failure,
+            "l2, relative to ||softmax||_2 ||V||_op",
+            "one query fixed before the stream (oblivious)",
+            (f"|q| * scale <= {self.radius}", "no key joined a cluster farther than delta", "epsilon < 1"),
+            "Zandieh et al. 2024; constants derived by Chebyshev",
+            holds=epsilon < 1,
+            why="" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: more t or s is needed",
+        )
+
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGen:
+        """s and t for this cluster radius; the centres follow from the keys, so there is no cap and no budget."""
+        if self.radius is None or not (0 < epsilon < 1 and delta > 0):
+            return self
+        s = subgen_s(spec.dv, epsilon, delta / 2)
+        t = subgen_t(self.delta, self.radius, epsilon, delta / 2)
+        if not math.isfinite(s + t):
+            spread = f"exp({2 * self.delta * self.radius:g})"  # largest weight over least within a cluster
+            raise ValueError(f"{self}: exp(2 delta radius) = {spread} takes too many samples")
+        return replace(self, s=math.ceil(s), t=max(1, math.ceil(t)), failure=delta, centres=None, budget=None)
+
+
+class SubGenState(Blocked):
+    """Clusters of keys, a reservoir of value pairs, and the open block's tokens."""
+
+    def __init__(self, method: SubGen, spec: Spec) -> None:
+        super().__init__(method, spec, Slots(spec, [method.block] * spec.rows), method.block)
+        s, cap = method.sizes()
+        self.keys = Clusters(spec, method.t, cap)
+        self.pairs = Reservoir(spec, s)
+        self.longest_query = torch.zeros(spec.rows, dtype=torch.float64, device=spec.device)  # of those with tokens
+
+    @property
+    def _plan(self) -> SubGen:
+        assert isinstance(self.method, SubGen)
+        return self.method
+
+    @property
+    def clusters(self) -> Tensor:
+        """Number of centres per row (rows,)."""
+        return self.keys.used
+
+    def guarantee(self) -> Guarantee | None:
+        stated = self._plan.guarantee(self.spec)
+        if stated is None:
+            return None
+        length = float(self.longest_query.max()) * abs(self.spec.scale)
+        if bool(self.keys.overfull.any()):
+            return replace(stated, holds=False, why="the cap on centres was reached: a key joined beyond delta")
+        if self._plan.radius is not None and length > self._plan.radius:
+            return replace(stated, holds=False, why=f"a query of |q| * scale = {length:.4g} was asked")
+        return stated
+
+    def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
+        self.longest_query = torch.maximum(self.longest_query, longest(q, take))
+
+    def _attend(self, q: Tensor) -> Partial:
+        self._on_queries(q, self.slots.held, torch.full_like(self.seen, q.shape[2]))
+        return super()._attend(q)
+
+    def _rest(self, q: Tensor) -> Partial | None:
+        if not bool((self.keys.count > 0).any()):
+            return None
+        z = Partial.over(q, self.pairs.k, self.pairs.v, self.spec, self.pairs.log_weight())
+        keys, share = self.keys.weighted()
+        tau = Partial.over(q, keys, keys.new_zeros(*keys.shape[:2], 1), self.spec, share)
+        return ratio(z, tau.log_mass)
+
+    def _close(self, rows: Tensor | None) -> None:
+        rows = torch.arange(self.spec.rows) if rows is None else rows
+        k, v, position = drain(self.slots, rows, self.block)
+        at = rows.to(k.device)
+        self.pairs.offer(at, k, v, position, PAIRS)
+        self.keys.join(at, k, position, self._plan.delta, SAMPLES)
+
+
+def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
+    """The epsilon of s pairs and t samples per cluster, half of `failure` each, relative to a Frobenius norm.
+
+    Law: the larger of sqrt(9 / (s f)) and sqrt(9 (R-1)^2 / (4 R t f)), where logits are within `reach` of their
+    cluster's centre: R = exp(2 reach). For the operator norm a pair counts as 1 / dv.
+    """
+    half, spread = failure / 2, math.exp(min(700.0, 2 * reach))
+    return max(math.sqrt(9 / (s * half)), math.sqrt(9 * (spread - 1) ** 2 / (4 * spread * t * half)))
+
+
+def ratio(z: Partial, log_tau: Tensor) -> Partial:
+    """The answer z / tau, of mass tau, from the numerator's samples (their mean times their mass is z) and log tau.
+
+    Past the cap on centres the two estimates may differ without bound; the answer stays finite.
+    """
+    share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))
+    return Partial(z.mean * torch.where(log_tau == -torch.inf, 0.0, share).unsqueeze(-1), log_tau)

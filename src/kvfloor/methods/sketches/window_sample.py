@@ -1,0 +1,193 @@
+"""Window sample: Algorithm 1 as the paper writes it, which draws one token and answers with its value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.attend import weigh
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.budget import Budget, tokens
+from kvfloor.core.method import Guarantee, Method, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.methods.summaries.value_sample import (
+    ValueSample,
+    check_sampling,
+    median_of_means,
+    middle,
+    out_of_range,
+    sizes_for,
+)
+from kvfloor.validation import count, positives
+
+
+@dataclass(frozen=True)
+class WindowSample(Method):
+    """A drawn token answers: with probability c/S a reservoir value of the c outside, else one of the window's.
+
+    Law (Haris and Onak 2025, section 4, Algorithm 1): S is c plus the window's exponentials; a window token is drawn
+    by its exponential. Theorem 23: the answer's mean is unmasked window attention, exactly. Its variance per
+    coordinate is at most max|value| times that mean (values >= 0). While nothing is outside the answer is exact.
+
+    budget   tokens of the window per row. A token is answered before the oldest leaves: the paper's W is one more.
+    copies   T: independent draws in a mean           groups   Q: such means, whose median by coordinates answers; odd
+    spread, horizon   for the guarantee (Theorem 24, corrected constants): values lie in [a, spread * a] for some a > 0,
+                      and at most `horizon` answers are given; epsilon = sqrt(8 spread / T) with probability
+                      1 - horizon dv exp(-Q / 2.5)
+    `window+value_sample` has the same mean and no more variance; `window+value_sum` has no error, in less memory.
+    """
+
+    name: ClassVar[str] = "window_sample"
+    paper: ClassVar[str] = "Haris and Onak 2025 (arXiv 2502.15955), Algorithm 1, Theorems 23 and 24"
+    copies: int = 1
+    groups: int = 1
+    spread: float | None = None
+    horizon: int | None = None
+    budget: Budget = 64
+
+    def __post_init__(self) -> None:
+        check_sampling(self.name, self.copies, self.groups)
+        if self.spread is not None:
+            positives(self.name, spread=self.spread)
+        if self.horizon is not None:
+            count(self.name, least=1, horizon=self.horizon)
+        if isinstance(self.budget, tuple):
+            raise ValueError(f"{self.name} takes one budget for all rows, not one per row")
+        if not isinstance(self.budget, str):
+            count(self.name, least=1, budget=self.budget)
+
+    @property
+    def block(self) -> int:
+        return 1
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(reference="unmasked", normalised=self.groups == 1, value_linear=self.groups == 1)
+
+    def open(self, spec: Spec) -> WindowSampleState:
+        return WindowSampleState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        del prompt, pinned
+        return min(n, tokens(self.budget, 1)[0])
+
+    def with_budget(self, budget: Budget) -> WindowSample:
+        return replace(self, budget=budget)
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        """None without spread and horizon, and where the median is over too few groups to say anything."""
+        if self.spread is None or self.horizon is None:
+            return None
+        return median_of_means(
+            self.copies,
+            self.groups,
+            self.spread,
+            self.horizon * spec.dv,
+            "every answer, for a stream and queries fixed beforehand",
+            (f"values lie in [a, {self.spread} a] for some a > 0", f"at most {self.horizon} answers are given"),
+        )
+
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> WindowSample:
+        if self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
+            return self
+        copies, groups = sizes_for(epsilon, delta, self.spread, self.horizon * spec.dv)
+        return replace(self, copies=copies, groups=groups)
+
+
+class WindowSampleState(Blocked):
+    """The window's slots, one sampled outside value per draw, and the extremes of all values that came.
+
+    A draw's uniform is fixed by (seed, row id, tokens seen, which draw): all queries of one moment share it, whoever
+    asks along, and asking twice gives the same. Every answer has its law; those of one moment depend on one another,
+    which a union bound allows.
+    """
+
+    def __init__(self, method: WindowSample, spec: Spec) -> None:
+        self.window = tokens(method.budget, 1)[0]
+        super().__init__(method, spec, Slots(spec, [self.window + 1] * spec.rows), block=1)
+        self.outside = ValueSample(method.copies, method.groups).open(spec)
+        wide = {"dtype": spec.compute_dtype, "device": spec.device}
+        self.least = torch.full((spec.rows,), torch.inf, **wide)
+        self.largest = torch.full((spec.rows,), -torch.inf, **wide)
+        self.answers = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)
+
+    @property
+    def _plan(self) -> WindowSample:
+        assert isinstance(self.method, WindowSample)
+        return self.method
+
+    # ---- answering -----------------------------------------------------------------------------------------
+
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+        del new_k, new_v, before  # a block is one token: whatever is held is visible
+        return self._draw(q.flatten(1, 2), self.seen + 1).shaped(*q.shape[:3])
+
+    def _read(self, q: Tensor) -> Partial:
+        return self._draw(q, self.seen)
+
+    def _draw(self, q: Tensor, n: Tensor) -> Partial:
+        """Draws for q (rows, m, d) when row r has seen n[r] tokens."""
+        view, spec = self.slots.view(), self.spec
+        hide = None if view.live is None else ~view.live.unsqueeze(1)
+        mean, inside, weights = weigh(q, view.k, view.v, spec.scale, spec.softcap, hide=hide)
+        left = self.outside.count
+        whole = torch.logaddexp(inside, torch.log(left.to(torch.float64)).to(inside.dtype).unsqueeze(1))
+        if not bool((left > 0).any()) or not weights.numel():
+            return Partial(mean, whole)
+        samples = self.outside.value.shape[1]
+        lane = row_keys(spec.seed, spec.ids(), "window sample").unsqueeze(1)
+        u = uniform(lane, n.to(q.device).unsqueeze(1) * samples + torch.arange(samples, device=q.device))
+        u = u.unsqueeze(1).expand(-1, q.shape[1], -1)  # (rows, m, samples)
+        share = torch.exp((inside - whole).to(torch.float64)).unsqueeze(2)
+        # Below the window's share, u is uniform on it: the same draw picks the token.
+        ladder = weights.to(torch.float64).cumsum(-1)
+        slot = torch.searchsorted(ladder, (u / share).clamp_max(1.0) * ladder[..., -1:]).clamp_max(ladder.shape[-1] - 1)
+        picked = view.v.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
+        picked = picked.gather(2, slot.unsqueeze(-1).expand(-1, -1, -1, spec.dv))
+        drawn = torch.where((u < share).unsqueeze(-1), picked, self.outside.value.unsqueeze(1))
+        answer = middle(drawn.to(mean.dtype), self._plan.copies, self._plan.groups)
+        return Partial(torch.where((left > 0).view(-1, 1, 1), answer, mean), whole)
+
+    # ---- learning ------------------------------------------------------------------------------------------
+
+    def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
+        del before
+        self.answers += q.shape[1] * take.to(self.answers.device)
+
+    def _attend(self, q: Tensor) -> Partial:
+        self.answers += q.shape[1] * q.shape[2]
+        return super()._attend(q)
+
+    def _close(self, rows: Tensor | None) -> None:
+        view = self.slots.view()
+        live = torch.ones(view.position.shape, dtype=torch.bool) if view.live is None else view.live.cpu()
+        position = view.position.cpu()
+        self._extend(view.v, live & (position == self.seen.unsqueeze(1) - 1))
+        leaving = live & (position < self.seen.unsqueeze(1) - self.window)
+        if bool(leaving.any()):
+            self.outside.absorb(*self.slots.flat(leaving))
+            self.slots.evict(leaving)
+
+    def _extend(self, v: Tensor, newest: Tensor) -> None:
+        """Let the newest tokens' values into the extremes."""
+        new = newest.to(v.device).unsqueeze(-1)
+        wide = v.to(self.least.dtype)
+        self.least = torch.minimum(self.least, wide.masked_fill(~new, torch.inf).amin((1, 2)))
+        self.largest = torch.maximum(self.largest, wide.masked_fill(~new, -torch.inf).amax((1, 2)))
+
+    def guarantee(self) -> Guarantee | None:
+        stated = self._plan.guarantee(self.spec)
+        if stated is None or not bool((self.seen > 0).any()):
+            return stated
+        assert self._plan.spread is not None and self._plan.horizon is not None
+        asked = int(self.answers.max())
+        why = out_of_range(self.least, self.largest, self._plan.spread)
+        if asked > self._plan.horizon:
+            why = f"{asked} answers were given, more than the horizon"
+        return replace(stated, holds=False, why=why) if why else stated

@@ -1,0 +1,1 @@
+"""Remember a little of the tokens that left, one form per file."""

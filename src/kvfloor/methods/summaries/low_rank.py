@@ -1,0 +1,252 @@
+"""Low rank (LESS): evicted tokens leave their trace in a small linear-attention state with trained kernels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from kvfloor.core.message import CorruptState
+from kvfloor.core.method import Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+from kvfloor.core.summary import Summary, SummaryState, lots
+from kvfloor.models.load import BUILTIN, builtin_path
+from kvfloor.validation import count
+
+UNTRAINED_HIDDEN = 64
+FIRST_SIZE = 1e-4  # of s1 and s2 before training
+_SHARED = "less/"
+
+
+@dataclass(frozen=True)
+class Less(Summary):
+    """A state of rank R per row: H = sum of psi(k) v^T and z = sum of psi(k) over the evicted tokens.
+
+    Law (Dong et al. 2024): the evicted tokens add phi(q) H to the numerator and phi(q) z to the denominator of
+    attention, so psi(k).phi(q) stands for exp(scale q.k). phi and psi are small non-negative networks (`Kernels`),
+    trained for one model and policy by `python -m kvfloor.training.less`. The mass is never negative, and the
+    answer is a convex combination of the evicted values. R (dv + 1) float32 numbers per row: with R = 8, about 4
+    tokens; the fair control is the same policy with as many tokens more. No guarantee.
+
+    rank     R
+    kernels  the trainer's safetensors file: one pair of networks per (layer, kv head), which rows find by
+             `Spec.places`; "builtin" for those shipped with the built-in model. A file with a single pair serves
+             every row. None: untrained networks, which weigh next to nothing.
+    A message names the kernels' file and holds a tag of its contents; it is refused once the file has changed.
+    """
+
+    name: ClassVar[str] = "less"
+    paper: ClassVar[str] = "Dong et al. 2024, LESS (arXiv 2402.09398)"
+    rank: int = 8
+    kernels: str | None = None
+
+    def __post_init__(self) -> None:
+        count(self.name, least=1, rank=self.rank)
+        if self.kernels is None:
+            return
+        if not isinstance(self.kernels, str):
+            raise ValueError(f"{self.name}: kernels must be a file's path or {BUILTIN!r}, got {self.kernels!r}")
+        rank = self._file().kernels.s1.shape[1]
+        if rank != self.rank:
+            raise ValueError(f"{self.name}: the kernels in {self.kernels!r} have rank {rank}: write rank={rank}")
+
+    def _file(self) -> KernelFile:
+        assert self.kernels is not None
+        path = builtin_path() / "less.safetensors" if self.kernels == BUILTIN else Path(self.kernels)
+        try:
+            stamp = path.stat()
+        except OSError as cause:
+            raise ValueError(f"{self.name}: cannot read the kernels {str(path)!r}: {cause.strerror}") from None
+        return read_kernels(path, (stamp.st_mtime_ns, stamp.st_size))
+
+    @property
+    def traits(self) -> Traits:
+        if self.kernels is None:
+            return Traits()
+        file = self._file()
+        return Traits(trained_for=(file.layers, file.heads, file.kernels.query_in.shape[1]))
+
+    def open(self, spec: Spec) -> LessState:
+        """Raises ValueError where the kernels were trained for another head width, or not for a row's place."""
+        if self.kernels is None:
+            return LessState(Kernels.untrained(1, spec.d, self.rank, UNTRAINED_HIDDEN, seed=0), [(0, 0)], 0, spec)
+        file = self._file()
+        d = file.kernels.query_in.shape[1]
+        if d != spec.d:
+            raise ValueError(f"{self.name}: the kernels in {self.kernels!r} are for heads of width {d}, not {spec.d}")
+        if file.layers * file.heads == 1:
+            return LessState(file.kernels, [(0, 0)], file.tag, spec)
+        if spec.places is None:
+            raise ValueError(
+                f"{self.name}: {self.kernels!r} has kernels for {file.layers} layers of {file.heads} kv heads, and the "
+                f"rows' Spec.places do not say which are theirs; kvfloor.hf sets them"
+            )
+        places = sorted(set(spec.places))
+        for layer, head in places:
+            if not (0 <= layer < file.layers and 0 <= head < file.heads):
+                raise ValueError(
+                    f"{self.name}: {self.kernels!r} has kernels for {file.layers} layers of {file.heads} kv heads, "
+                    f"none for layer {layer}, kv head {head}: train them on this model"
+                )
+        chosen = torch.tensor([layer * file.heads + head for layer, head in places])
+        return LessState(file.kernels.of(chosen), places, file.tag, spec)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The feature maps of P heads; every tensor has the heads as first axis.
+
+        phi(q) = | gelu(gelu(q query_in) query_out) |          query_in (P, d, h), query_out (P, h, R)
+        psi(k) = | x + (x key_mix) s2 |                        key_mix (P, R, R), s2 (P, R)
+             x = |s1| gelu(gelu(k key_in) key_out)             key_in (P, d, h), key_out (P, h, R), s1 (P, R)
+
+    They take queries and keys as the cache gets them, rotated; the model's scale is theirs to learn.
+    """
+
+    query_in: Tensor
+    query_out: Tensor
+    key_in: Tensor
+    key_out: Tensor
+    key_mix: Tensor
+    s1: Tensor
+    s2: Tensor
+
+    @classmethod
+    def untrained(cls, heads: int, d: int, rank: int, hidden: int, seed: int) -> Kernels:
+        """Where training starts: uniform in +-sqrt(6 / (fan in + fan out)), s1 and s2 at 1e-4."""
+        source = torch.Generator().manual_seed(seed)
+
+        def uniform(fan_in: int, fan_out: int) -> Tensor:
+            bound = (6.0 / (fan_in + fan_out)) ** 0.5
+            return (2.0 * torch.rand(heads, fan_in, fan_out, generator=source) - 1.0) * bound
+
+        query_in, query_out = uniform(d, hidden), uniform(hidden, rank)
+        key_in, key_out, key_mix = uniform(d, hidden), uniform(hidden, rank), uniform(rank, rank)
+        small = torch.full((heads, rank), FIRST_SIZE)
+        return cls(query_in, query_out, key_in, key_out, key_mix, small, small.clone())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def of(self, head: Tensor) -> Kernels:
+        """The kernels of heads head (r,), side by side; no copy where there is one pair for all."""
+        if self.s1.shape[0] == 1:
+            return Kernels(*(x.expand(len(head), *x.shape[1:]) for x in self.tensors().values()))
+        return Kernels(*(x[head] for x in self.tensors().values()))
+
+    def phi(self, q: Tensor, dropout: float = 0.0) -> Tensor:
+        """Features (P, m, R) >= 0 of queries (P, m, d); in training, a share `dropout` of the hidden units is off."""
+        return F.gelu(torch.bmm(_hidden(q, self.query_in, dropout), self.query_out)).abs()
+
+    def psi(self, k: Tensor, dropout: float = 0.0) -> Tensor:
+        """Features (P, c, R) >= 0 of keys (P, c, d)."""
+        x = F.gelu(torch.bmm(_hidden(k, self.key_in, dropout), self.key_out)) * self.s1.abs().unsqueeze(1)
+        return (x + torch.bmm(x, self.key_mix) * self.s2.unsqueeze(1)).abs()
+
+
+def _hidden(x: Tensor, weight: Tensor, dropout: float) -> Tensor:
+    hidden = F.gelu(torch.bmm(x, weight))
+    return F.dropout(hidden, dropout) if dropout else hidden
+
+
+@dataclass(frozen=True)
+class KernelFile:
+    """What a kernels file holds: the pairs of (layer, kv head) in rows, layer by layer, and a tag of the contents."""
+
+    kernels: Kernels
+    layers: int
+    heads: int
+    tag: int
+
+
+@lru_cache(maxsize=4)
+def read_kernels(path: Path, stamp: tuple[int, int]) -> KernelFile:
+    """The file's kernels; ValueError saying what is wrong with it. `stamp` tells one version of it from another."""
+    del stamp
+    try:
+        data = path.read_bytes()
+        tensors = load(data)
+    except (OSError, SafetensorError) as cause:
+        raise ValueError(f"less: {str(path)!r} is no safetensors file: {cause}") from None
+    layers, heads = _check_shapes(tensors, str(path))
+    kernels = Kernels(*(tensors[f.name].to(torch.float32).flatten(0, 1) for f in fields(Kernels)))
+    return KernelFile(kernels, layers, heads, int.from_bytes(hashlib.sha256(data).digest()[:6], "little"))
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
+    """(layers, heads) of kernels by name, each (layers, heads, ...); ValueError where they do not fit together."""
+    names = {f.name for f in fields(Kernels)}
+    if set(tensors) != names:
+        raise ValueError(f"less: {path!r} has tensors {sorted(tensors)}; kernels are {sorted(names)}")
+    first = tensors["query_in"].shape
+    if len(first) != 4 or min(first) < 1:
+        raise ValueError(f"less: query_in in {path!r} must be (layers, kv heads, d, hidden), got {tuple(first)}")
+    layers, heads, d, hidden = first
+    rank = tensors["query_out"].shape[-1]
+    wanted = {
+        "query_in": (d, hidden),
+        "query_out": (hidden, rank),
+        "key_in": (d, hidden),
+        "key_out": (hidden, rank),
+        "key_mix": (rank, rank),
+        "s1": (rank,),
+        "s2": (rank,),
+    }
+    for name, shape in wanted.items():
+        x = tensors[name]
+        if tuple(x.shape) != (layers, heads, *shape) or not x.is_floating_point():
+            raise ValueError(
+                f"less: {name} in {path!r} must be {(layers, heads, *shape)} floats, got {x.dtype} {tuple(x.shape)}"
+            )
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"less: {name} in {path!r} has NaN or infinite entries")
+    return layers, heads
+
+
+class LessState(SummaryState):
+    """sums (rows, R, dv + 1) in the compute dtype: H, and z as the last column; `tag` of the kernels' file."""
+
+    def __init__(self, kernels: Kernels, places: list[tuple[int, int]], tag: int, spec: Spec) -> None:
+        super().__init__(spec)
+        like = {"dtype": spec.compute_dtype, "device": spec.device}
+        self.shared[_SHARED + "place"] = torch.tensor(places)
+        for name, tensor in kernels.tensors().items():
+            self.shared[_SHARED + name] = tensor.to(**like)
+        self.tag = tag
+        self.sums = torch.zeros(spec.rows, kernels.s1.shape[1], spec.dv + 1, **like)
+
+    def _kernels(self, row: Tensor | None = None) -> Kernels:
+        """The kernels of these rows (None: all)."""
+        of_places = Kernels(*(self.shared[_SHARED + f.name] for f in fields(Kernels)))
+        head = torch.zeros(self.spec.rows, dtype=torch.int64)
+        place = self.shared[_SHARED + "place"]
+        if len(place) > 1:
+            same = (torch.tensor(self.spec.places).unsqueeze(1) == place).all(2)
+            head = same.to(torch.int64).argmax(1)
+        return of_places.of(head.to(self.sums.device) if row is None else head.to(row.device)[row])
+
+    def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+        del position
+        for at, keys, values in lots(row, k.to(self.sums.dtype), v.to(self.sums.dtype)):
+            psi = self._kernels(at).psi(keys).transpose(1, 2)
+            self.sums[at] += torch.bmm(psi, torch.cat([values, torch.ones_like(values[..., :1])], -1))
+
+    def read(self, q: Tensor) -> Partial:
+        sums = torch.bmm(self._kernels().phi(q.to(self.sums.dtype)), self.sums)  # (rows, m, dv + 1)
+        mass = sums[..., -1:]
+        return Partial(torch.where(mass > 0, sums[..., :-1] / mass, 0.0), torch.log(mass.squeeze(-1)))
+
+    def adopt(self, fields: dict[str, Any]) -> None:
+        if fields["tag"] != self.tag:
+            raise CorruptState("less: the kernels' file has changed since this state was saved, or is another one")
+        super().adopt(fields)

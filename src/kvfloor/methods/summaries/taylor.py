@@ -1,0 +1,260 @@
+"""Taylor: exact sums of all monomials of the evicted keys up to a degree; the exponential, truncated, needs no more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Guarantee, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+from kvfloor.core.summary import Summary, SummaryState, lots
+from kvfloor.validation import count, positives
+
+FEATURES_LIMIT = 10_000
+_FEATURES_PER_ROW = 1 << 18  # of one product: tokens (or queries) x t
+_LARGEST_EXPONENT = 700.0
+_SHARED = "taylor/"
+_UNIT = 2.0**-53  # of rounding
+
+
+@dataclass(frozen=True)
+class Taylor(Summary):
+    """Evicted tokens weigh p(x) = sum over j <= g of x^j / j! instead of e^x, x = scale q.k: one pass, no tokens.
+
+    Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so
+    S = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give phi(q) S / phi(q) z: t (dv + 1) float64 numbers.
+    In a cache k and v arrive together, so S needs no sketched product. Usable where |x| stays below 2 or so.
+
+    degree  g. Even: every weight is positive for every query, so answers stay in the values' hull. Odd: a query whose
+            weights sum to 0 or less is answered without the evicted tokens (1 + x is negative below -1).
+    radius  bound on |x|, for the guarantee below; withdrawn once a query or a key exceeds it
+    A softcap's own series is used, exp(c tanh(x/c)); a state whose series is not positive is refused. More than
+    FEATURES_LIMIT = 10,000 features are refused, with the numbers.
+
+    Guarantee: on |x| <= r the ratio p(x) e^-x is monotone on either side of 0 (its derivative is -e^-x x^g / g!), so
+    it lies between its values at -r, 0 and r. Weights relative to their sum are then off by a factor within
+    1 +- epsilon, epsilon = largest / least ratio - 1, surely and for every query.
+    """
+
+    name: ClassVar[str] = "taylor"
+    paper: ClassVar[str] = "Addanki, Li, Song and Yang 2023 (arXiv 2311.14652), polynomial part; exact sums"
+    degree: int = 2
+    radius: float | None = None
+
+    def __post_init__(self) -> None:
+        count(self.name, degree=self.degree)
+        if self.radius is not None:
+            positives(self.name, radius=self.radius)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(normalised=self.degree % 2 == 0)
+
+    def open(self, spec: Spec) -> TaylorState:
+        """Raises ValueError where there are too many features, or where a softcap's series is not positive."""
+        features = math.comb(spec.d + self.degree, self.degree)
+        if features > FEATURES_LIMIT:
+            fits = next(g for g in range(self.degree, -1, -1) if math.comb(spec.d + g, g) <= FEATURES_LIMIT)
+            raise ValueError(
+                f"{self.name}: degree {self.degree} in d = {spec.d} dimensions has C({spec.d + self.degree}, "
+                f"{self.degree}) = {features:,} monomials, {8 * features * (spec.dv + 1):,} bytes per row; at most "
+                f"{FEATURES_LIMIT:,} are allowed: d = {spec.d} takes degree {fits} or less"
+            )
+        return TaylorState(self, spec)
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        if self.radius is None or spec.softcap is not None:
+            return None
+        return bounded_by(
+            relative_error(self.degree, self.radius),
+            Guarantee(
+                0.0,
+                0.0,
+                "relative, every coordinate, for values >= 0 (for others times the largest |value|), up to rounding",
+                "every query",
+                (f"scale |q| |k| <= {self.radius} for every query and evicted key", "epsilon < 1"),
+                "the truncated exponential's ratio to the exponential; derived here",
+            ),
+        )
+
+    def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Taylor:
+        """The least even degree, up to where the features are too many."""
+        del delta
+        degree = 0
+        while self.radius is not None and relative_error(degree, self.radius) > epsilon:
+            if math.comb(spec.d + degree + 2, degree + 2) > FEATURES_LIMIT:
+                break
+            degree += 2
+        return replace(self, degree=degree)
+
+
+def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
+    """The guarantee with this epsilon, which says nothing from 1 on."""
+    why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
+    return replace(stated, epsilon=epsilon, holds=not why, why=why)
+
+
+def relative_error(degree: int, r: float) -> float:
+    """The largest relative error of an answer whose weights are p(x) instead of e^x, |x| <= r; inf where p may be <= 0.
+
+    Law: high / low - 1 with low and high the extremes of p(x) e^-x, which are at x = -r, 0 or r.
+    """
+    ratio = [1.0] + [_truncated(degree, x) for x in (-r, r)]
+    return max(ratio) / min(ratio) - 1.0 + 4.0 * _UNIT if min(ratio) > 0 else math.inf
+
+
+def _truncated(degree: int, x: float) -> float:
+    """p(x) e^-x; p is summed in rationals, because for x < 0 its terms cancel down to e^x."""
+    total = term = Fraction(1)
+    for j in range(1, degree + 1):
+        term *= Fraction(x) / j
+        total += term
+    return float(total) * math.exp(-x) if x > -_LARGEST_EXPONENT else math.inf
+
+
+def series(degree: int, cap: float | None) -> list[float]:
+    """Coefficients of exp(x), or of exp(c tanh(x/c)), at 0 up to `degree`."""
+    if cap is None:
+        return [1.0 / math.factorial(j) for j in range(degree + 1)]
+    bent, whole = [0.0] * (degree + 1), [1.0] + [0.0] * degree  # c tanh(x/c), and its exponential
+    for j in range(degree):
+        squares = sum(bent[i] * bent[j - i] for i in range(j + 1)) / cap**2
+        bent[j + 1] = ((j == 0) - squares) / (j + 1)  # (c tanh)' = 1 - tanh^2
+        whole[j + 1] = sum((i + 1) * bent[i + 1] * whole[j - i] for i in range(j + 1)) / (j + 1)  # E' = E (c tanh)'
+    return whole
+
+
+@dataclass(frozen=True)
+class Monomials:
+    """The t monomials of degree <= g in d variables. Monomial 0 is the constant; each other one is made from one of a
+    degree less: monomial[i] = monomial[parent[i-1]] * variable[i-1], with 1 / sqrt(its exponent) as `factor`."""
+
+    parent: Tensor
+    variable: Tensor
+    factor: Tensor
+    degree: Tensor  # of each, ascending: (t,)
+
+    def features(self, u: Tensor) -> Tensor:
+        """phi(u) (..., t) of u (..., d) in float64: phi(u).phi(w) is the truncated exponential of u.w."""
+        u = u.to(torch.float64)
+        phi = u.new_ones(*u.shape[:-1], len(self.degree))
+        start = 1
+        for size in torch.bincount(self.degree).tolist()[1:]:
+            made, stop = slice(start - 1, start - 1 + size), start + size
+            phi[..., start:stop] = phi[..., self.parent[made]] * u[..., self.variable[made]] * self.factor[made]
+            start = stop
+        return phi
+
+
+@lru_cache(maxsize=16)
+def monomials(d: int, degree: int) -> Monomials:
+    """All monomials of degree <= `degree` in d variables."""
+    parent, variable, factor, degrees = [], [], [], [0]
+    last = [(0, 0, 0)]  # (index, last variable, its exponent) of the monomials of the current degree
+    for g in range(1, degree + 1):
+        fresh = []
+        for index, top, exponent in last:
+            for j in range(top, d):
+                power = exponent + 1 if j == top else 1
+                fresh.append((len(degrees), j, power))
+                parent.append(index)
+                variable.append(j)
+                factor.append(power**-0.5)
+                degrees.append(g)
+        last = fresh
+    return Monomials(
+        torch.tensor(parent, dtype=torch.int64),
+        torch.tensor(variable, dtype=torch.int64),
+        torch.tensor(factor, dtype=torch.float64),
+        torch.tensor(degrees, dtype=torch.int64),
+    )
+
+
+class TaylorState(SummaryState):
+    """moments (rows, t, dv + 1) in float64, the last column of which is z; the longest evicted key and asked query."""
+
+    def __init__(self, summary: Taylor, spec: Spec) -> None:
+        super().__init__(spec)
+        table = monomials(spec.d, summary.degree)
+        for f in fields(Monomials):
+            self.shared[_SHARED + f.name] = getattr(table, f.name).to(spec.device)
+        coefficients = series(summary.degree, spec.softcap)
+        if spec.softcap is not None and summary.degree % 2 == 0 and not _positive(coefficients):
+            raise ValueError(
+                f"{summary.name}: the series of a capped exponential (softcap {spec.softcap}) to degree "
+                f"{summary.degree} is not positive everywhere: take degree 2, whose series is"
+            )
+        weight = torch.tensor([a * math.factorial(j) for j, a in enumerate(coefficients)], dtype=torch.float64)
+        self.shared[_SHARED + "weight"] = weight.to(spec.device)[self.shared[_SHARED + "degree"]]
+        wide = {"dtype": torch.float64, "device": spec.device}
+        self.moments = torch.zeros(spec.rows, len(table.degree), spec.dv + 1, **wide)
+        self.longest_key = torch.zeros(spec.rows, **wide)
+        self.longest_query = torch.zeros(spec.rows, **wide)
+        self.radius = 0.0 if summary.radius is None else summary.radius
+
+    @property
+    def _step(self) -> int:
+        """Tokens or queries per product; the rows beside do not matter, so that sums round alike beside any."""
+        return max(1, _FEATURES_PER_ROW // self.moments.shape[1])
+
+    def _features(self, u: Tensor) -> Tensor:
+        return Monomials(*(self.shared[_SHARED + f.name] for f in fields(Monomials))).features(u)
+
+    def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+        del position
+        for at, keys, values in lots(row, k, v):
+            for start in range(0, keys.shape[1], self._step):
+                some = slice(start, start + self._step)
+                phi = self._features(keys[:, some]).transpose(1, 2)
+                wide = values[:, some].to(torch.float64)
+                self.moments[at] += torch.bmm(phi, torch.cat([wide, torch.ones_like(wide[..., :1])], -1))
+            norms = torch.linalg.vector_norm(keys.to(torch.float64), dim=-1).amax(1)
+            self.longest_key[at] = torch.maximum(self.longest_key[at], norms)
+
+    def read(self, q: Tensor) -> Partial:
+        pieces = [self._sums(q[:, i : i + self._step]) for i in range(0, max(1, q.shape[1]), self._step)]
+        sums = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)  # (rows, m, dv + 1)
+        mass = sums[..., -1:]
+        mean = torch.where(mass > 0, sums[..., :-1] / mass, 0.0)
+        log_mass = torch.log(mass.squeeze(-1).clamp_min(0.0))
+        return Partial(mean.to(self.spec.compute_dtype), log_mass.to(self.spec.compute_dtype))
+
+    def _sums(self, q: Tensor) -> Tensor:
+        phi = self._features(q.to(torch.float64) * self.spec.scale) * self.shared[_SHARED + "weight"]
+        return torch.bmm(phi, self.moments)
+
+    def on_queries(self, q: Tensor) -> None:
+        if self.radius and q.numel():
+            norms = torch.linalg.vector_norm(q.to(torch.float64), dim=-1).amax((1, 2))
+            self.longest_query = torch.maximum(self.longest_query, norms)
+
+    def guarantee(self, stated: Guarantee) -> Guarantee:
+        """Evaluated at the largest logit that the queries and evicted keys seen so far can have made, row by row.
+
+        Rounding is added: sums of n tokens' t features, of size e^r at most where weights are e^-r at least.
+        """
+        r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
+        if r > self.radius * (1.0 + 1e-12):  # a norm's own rounding
+            why = f"a logit of {r:.4g} was possible, radius is {self.radius}"
+            return replace(stated, holds=False, why=why)
+        terms = self.moments.shape[1] + float(self.moments[:, 0, -1].max())
+        rounding = 2.0 * terms * _UNIT * math.exp(min(2.0 * r, _LARGEST_EXPONENT))
+        degree = int(self.shared[_SHARED + "degree"][-1])
+        return bounded_by(relative_error(degree, r) + rounding, stated)
+
+
+def _positive(coefficients: list[float]) -> bool:
+    """Whether the polynomial with these coefficients, from the constant up, is positive everywhere."""
+    highest = np.trim_zeros(coefficients[::-1], "f")
+    if len(highest) % 2 == 0 or highest[0] < 0:  # of odd degree, or falling on both sides
+        return False
+    roots = np.roots(highest)
+    return not bool((np.abs(roots.imag) < 1e-9).any())

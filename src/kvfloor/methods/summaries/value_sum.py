@@ -1,0 +1,65 @@
+"""Value sum: evicted tokens keep logit 0. With a window this is the paper's unmasked sliding window, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.method import Guarantee, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+from kvfloor.core.summary import Summary, SummaryState
+
+
+@dataclass(frozen=True)
+class ValueSum(Summary):
+    """Sum and count of the evicted values: dv + 1 numbers per row, no error.
+
+    Law (Haris and Onak 2025, section 4, "sliding window with unmasked values"): scores outside the window are
+    0 rather than -inf, so the c evicted tokens add c to the denominator and the sum of their values to the
+    numerator. The paper's Algorithm 1 estimates that with a reservoir sample; keeping the sum is exact.
+    """
+
+    name: ClassVar[str] = "value_sum"
+    paper: ClassVar[str] = "Haris and Onak 2025 (arXiv 2502.15955), section 4; exact form"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(reference="unmasked")
+
+    def open(self, spec: Spec) -> ValueSumState:
+        return ValueSumState(spec)
+
+    def guarantee(self, spec: Spec) -> Guarantee:
+        del spec
+        return Guarantee(
+            0.0,
+            0.0,
+            "max norm, up to rounding, against the unmasked law",
+            "every query",
+            (),
+            "Haris and Onak 2025, section 4: the closed form of the unmasked window",
+        )
+
+
+class ValueSumState(SummaryState):
+    """total (rows, dv) in float64, which holds sums of 2**29 bfloat16 or float32 values of equal size to 24 bits."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.total = torch.zeros(spec.rows, spec.dv, dtype=torch.float64, device=spec.device)
+        self.count = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)
+
+    def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+        del k, position
+        self.total = self.total.index_add(0, row, v.to(torch.float64))
+        self.count = self.count.index_add(0, row, torch.ones_like(row))
+
+    def read(self, q: Tensor) -> Partial:
+        mean = self.total / self.count.clamp_min(1).unsqueeze(1)
+        log_mass = torch.log(self.count.to(torch.float64))  # log 0 = -inf: nothing absorbed, nothing weighs
+        dtype, m = self.spec.compute_dtype, q.shape[1]
+        return Partial(mean.to(dtype).unsqueeze(1).expand(-1, m, -1), log_mass.to(dtype).unsqueeze(1).expand(-1, m))

@@ -1,0 +1,257 @@
+"""SubGen for tensor attention: clusters and a reservoir for each of the two sides, read in all pairs of their points.
+
+A side of the cache, (K1, V1) or (K2, V2), becomes two sets of weighted points: samples of its key clusters, whose
+weights sum to n, and its sampled pairs. Denominator and numerator are each one sum over the product of two such sets,
+so neither the n^2 products nor the clusters of products are ever held. After Zandieh et al. 2024, who sketch standard
+attention; Chen et al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not known to us.
+Constants are derived in docs/floors.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.budget import Budget
+from kvfloor.core.memory import Memory
+from kvfloor.core.method import Guarantee, Method, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.floors.sampling import subgen_s, subgen_t
+from kvfloor.methods.sketches.clusters import Clusters, Reservoir, check_budget, drain, longest, shared_out
+from kvfloor.methods.sketches.subgen import PAIRS, SAMPLES, chebyshev, ratio
+from kvfloor.methods.variants.tensor import Points, over_pairs
+from kvfloor.validation import count, positives
+
+# The first side draws as SubGen does; the second must draw for itself, or pairs would not be independent.
+_PURPOSES = ((PAIRS, SAMPLES), ("subgen second pairs", "subgen second samples"))
+
+
+@dataclass(frozen=True)
+class SubGenTensor(Method):
+    """Tensor attention in memory that follows how the keys cluster. The answer is z / tau with
+
+        tau = sum over samples x of the first side, y of the second, of  n_x n_y / t^2 * exp(score(x, y))
+        z   = sum over pairs   x of the first side, y of the second, of  w_x w_y * exp(score(x, y)) * (v_x * v_y)
+
+    n_x is the size of x's cluster, w_x = mu1 / (s |v_x|^2) with mu1 the sum of all |v1|^2, likewise for y.
+    delta1, delta2  cluster radius of the first and of the second keys (l2)
+    t               samples per cluster and side: a product of two clusters is seen through t^2 pairs of keys
+    s               tokens kept per side with probability proportional to |v1|^2 and |v2|^2: s^2 pairs
+    centres         cap on the clusters of a side; past it the guarantee is withdrawn
+    block           the last `block - 1` tokens at most wait and count as points of weight 1
+    radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; its probability
+    budget          tokens per row instead of s and centres, shared out as SubGen does
+    A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], as `tensor` does.
+    """
+
+    name: ClassVar[str] = "subgen_tensor"
+    paper: ClassVar[str] = "after Zandieh et al. 2024, SubGen (arXiv 2402.06082)"
+    delta1: float = 0.5
+    delta2: float = 0.5
+    t: int = 4
+    s: int = 256
+    centres: int | None = None
+    block: int = 16
+    radius: float | None = None
+    largest: float = 1.0
+    failure: float = 0.1
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        own = self.name
+        positives(own, delta1=self.delta1, delta2=self.delta2, largest=self.largest, failure=self.failure)
+        count(own, least=1, t=self.t, s=self.s, block=self.block)
+        if self.centres is not None:
+            count(own, least=1, centres=self.centres)
+        if self.radius is not None:
+            positives(own, radius=self.radius)
+        if self.failure >= 1:
+            raise ValueError(f"{own}: failure must lie in (0, 1), got {self.failure}")
+        check_budget(own, self.budget, self.block, self.t)
+
+    @property
+    def traits(self) -> Traits:
+        capped = self.centres is not None or self.budget is not None
+        return Traits(
+            reference="tensor", normalised=False, value_linear=False, lossy_values=True, constant_memory=capped
+        )
+
+    def sizes(self) -> tuple[int, int | None]:
+        """(pairs s, cap on centres) of each side, after the budget is shared out."""
+        return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
+
+    def open(self, spec: Spec) -> SubGenTensorState:
+        return SubGenTensorState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        del prompt, pinned
+        return min(n, self.block - 1)  # whole tokens; samples are sketch entries
+
+    def with_budget(self, budget: Budget) -> SubGenTensor:
+        return replace(self, budget=budget)
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        """||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F for one query fixed in advance.
+
+        Two pairs of the same two clusters differ by at most 2 radius largest (delta1 + delta2) in their score, so
+        R = exp of that. By Chebyshev, half of `failure` each: s = 9 / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f).
+        """
+        del spec
+        if self.radius is None:
+            return None
+        epsilon = chebyshev(self.sizes()[0], self.t, self._reach * self.radius, self.failure)
+        return Guarantee(
+            epsilon,
+            self.failure,
+            "l2, relative to ||softmax||_2 ||V1||_F ||V2||_F",
+            "one query fixed before the stream (oblivious)",
+            (
+                f"|q| * scale <= {self.radius}",
+                f"entries of keys in [-{self.largest}, {self.largest}]",
+                "no key joined a cluster farther than its delta",
+                "epsilon < 1",
+            ),
+            "derived by Chebyshev, docs/floors.md, after Zandieh et al. 2024",
+            holds=epsilon < 1,
+            why="" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: more t or s is needed",
+        )
+
+    @property
+    def _reach(self) -> float:
+        """How far the products of two clusters' keys are from the product of their centres, at most (l2)."""
+        return self.largest * (self.delta1 + self.delta2)
+
+    def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGenTensor:
+        """s and t for these cluster radii; the centres follow from the keys, so there is no cap and no budget."""
+        if self.radius is None or not (0 < epsilon < 1 and delta > 0):
+            return self
+        s = subgen_s(spec.dv, epsilon, delta / 2, norm="frobenius")
+        t = subgen_t(self._reach, self.radius, epsilon, delta / 2)
+        if not math.isfinite(s + t):
+            raise ValueError(f"{self}: keys of a cluster differ by e^{2 * self._reach * self.radius:g} in weight")
+        return replace(self, s=math.ceil(s), t=max(1, math.ceil(t)), failure=delta, centres=None, budget=None)
+
+
+class Side(Memory):
+    """What is kept of one side: the clusters of its keys and its pairs of key and value."""
+
+    def __init__(self, spec: Spec, method: SubGenTensor) -> None:
+        s, cap = method.sizes()
+        self.spec = spec
+        self.keys = Clusters(spec, method.t, cap)
+        self.pairs = Reservoir(spec, s)
+
+    def masses(self, waiting: Points) -> Points:
+        """The points of the denominator: no values."""
+        keys, weight = self.keys.weighted(int(self.keys.used.max()))
+        nothing = Points(waiting.k, torch.zeros_like(waiting.v[..., :1]), waiting.log_weight)
+        return _points(keys, keys.new_zeros(*keys.shape[:2], 1), weight, nothing)
+
+    def values(self, waiting: Points) -> Points:
+        """The points of the numerator."""
+        return _points(self.pairs.k, self.pairs.v, self.pairs.log_weight(), waiting)
+
+
+class SubGenTensorState(Blocked):
+    """Two sides, and the open block's tokens, which belong to both."""
+
+    def __init__(self, method: SubGenTensor, spec: Spec) -> None:
+        tokens = replace(spec, d=2 * spec.d, dv=2 * spec.dv)
+        super().__init__(method, spec, Slots(tokens, [method.block] * spec.rows), method.block)
+        self.first, self.second = Side(spec, method), Side(spec, method)
+        wide = {"dtype": torch.float64, "device": spec.device}
+        self.longest_query = torch.zeros(spec.rows, **wide)  # |q| of the queries that came with tokens
+        self.largest_entry = torch.zeros(spec.rows, **wide)  # of the keys that left the open block
+
+    @property
+    def _plan(self) -> SubGenTensor:
+        assert isinstance(self.method, SubGenTensor)
+        return self.method
+
+    @property
+    def key_width(self) -> int:
+        return 2 * self.spec.d
+
+    @property
+    def value_width(self) -> int:
+        return 2 * self.spec.dv
+
+    @property
+    def clusters(self) -> Tensor:
+        """Number of centres of each side per row (rows, 2)."""
+        return torch.stack([self.first.keys.used, self.second.keys.used], 1)
+
+    def guarantee(self) -> Guarantee | None:
+        stated = self._plan.guarantee(self.spec)
+        if stated is None or self._plan.radius is None:
+            return None
+        length, entry = float(self.longest_query.max()) * abs(self.spec.scale), float(self._entries().max())
+        if bool((self.first.keys.overfull | self.second.keys.overfull).any()):
+            return replace(stated, holds=False, why="the cap on centres was reached: a key joined beyond its delta")
+        if length > self._plan.radius:
+            return replace(stated, holds=False, why=f"a query of |q| * scale = {length:.4g} was asked")
+        if entry > self._plan.largest:
+            return replace(stated, holds=False, why=f"a key with an entry of {entry:.4g} came")
+        return stated
+
+    def _entries(self) -> Tensor:
+        """The largest entry of any key so far, in size (rows,)."""
+        view = self.slots.view()
+        waiting = view.k.abs() if view.live is None else view.k.abs().masked_fill(~view.live.unsqueeze(-1), 0)
+        if waiting.shape[1] == 0:
+            return self.largest_entry
+        return torch.maximum(self.largest_entry, waiting.amax((1, 2)).to(torch.float64))
+
+    def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
+        self.longest_query = torch.maximum(self.longest_query, longest(q, take))
+
+    def _attend(self, q: Tensor) -> Partial:
+        self._on_queries(q, self.slots.held, torch.full_like(self.seen, q.shape[2]))
+        return super()._attend(q)
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    def _read(self, q: Tensor) -> Partial:
+        return self._pairs(q, self.slots.held)
+
+    def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+        """A token sees all pairs up to itself, of which its own are no set of tokens: one answer at a time."""
+        parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
+        return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))
+
+    def _pairs(self, q: Tensor, visible: Tensor) -> Partial:
+        """The answer to q (rows, m, d) from both sides and the first visible (rows,) tokens of the open block."""
+        view = self.slots.view(width=self.block)  # of one shape, whatever waits: the same rounding for every chunking
+        hidden = (torch.arange(self.block) >= visible.unsqueeze(1)).to(q.device)
+        weight = torch.zeros(hidden.shape, dtype=torch.float64, device=q.device).masked_fill(hidden, -torch.inf)
+        (k1, k2), (v1, v2) = view.k.chunk(2, -1), view.v.chunk(2, -1)
+        one, two = Points(k1, v1, weight), Points(k2, v2, weight)
+        z = over_pairs(q, self.first.values(one), self.second.values(two), self.spec)
+        tau = over_pairs(q, self.first.masses(one), self.second.masses(two), self.spec)
+        return ratio(z, tau.log_mass)
+
+    # ---- learning ------------------------------------------------------------------------------------------
+
+    def _close(self, rows: Tensor | None) -> None:
+        rows = torch.arange(self.spec.rows) if rows is None else rows
+        k, v, position = drain(self.slots, rows, self.block)
+        at = rows.to(k.device)
+        self.largest_entry[at] = torch.maximum(self.largest_entry[at], k.abs().amax((1, 2)).to(torch.float64))
+        deltas = (self._plan.delta1, self._plan.delta2)
+        sides = zip((self.first, self.second), k.chunk(2, -1), v.chunk(2, -1), deltas, _PURPOSES, strict=True)
+        for side, key, value, delta, (pairs, samples) in sides:
+            side.pairs.offer(at, key, value, position, pairs)
+            side.keys.join(at, key, position, delta, samples)
+
+
+def _points(k: Tensor, v: Tensor, log_weight: Tensor, waiting: Points) -> Points:
+    """Weighted points and the tokens that wait, side by side."""
+    assert waiting.log_weight is not None
+    return Points(*(torch.cat(x, 1) for x in ((k, waiting.k), (v, waiting.v), (log_weight, waiting.log_weight))))

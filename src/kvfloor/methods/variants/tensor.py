@@ -1,0 +1,182 @@
+"""Tensor attention: every pair of tokens is a key and a value; a token brings two of each.
+
+    score(j1, j2) = scale * sum_l q_l K1[j1, l] K2[j2, l]         value(j1, j2) = V1[j1] * V2[j2], entry by entry
+    answer(q)     = softmax over all n^2 pairs of the scores, applied to the values
+
+Law: Alman and Song 2023 (arXiv 2310.04064), D^-1 exp(Q (K1 (x) K2)^T) (V1 (x) V2) with (x) the column-wise Kronecker
+(Khatri-Rao) product. With K2 = V2 = 1 it is standard attention on (K1, V1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.bounded import Bounded
+from kvfloor.core.budget import Budget
+from kvfloor.core.exact import Exact
+from kvfloor.core.method import Method, Traits
+from kvfloor.core.partial import Partial
+from kvfloor.core.selector import Everything
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+from kvfloor.core.summary import Drop
+from kvfloor.methods.registry import parse
+
+_LOGITS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class TensorAttention(Method):
+    """Tensor attention over the tokens that `store` keeps: exact with the exact store, else over the kept pairs.
+
+    store   a method that keeps whole tokens: exact, or an eviction policy that drops the rest. It is given each
+            token's two keys side by side (width 2d), two values likewise (2dv), and never sees a query.
+    A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], queries of width d, and answers with
+    width dv. The n^2 products are never held: 2n(d + dv) numbers at rest, a block of pairs at a time in `read`.
+    Raises ValueError for a store that does not keep whole tokens.
+    """
+
+    name: ClassVar[str] = "tensor"
+    paper: ClassVar[str] = "Alman and Song 2023 (arXiv 2310.04064)"
+    store: Method | str = field(default_factory=Exact)
+
+    def __post_init__(self) -> None:
+        store = parse(self.store) if isinstance(self.store, str) else self.store
+        object.__setattr__(self, "store", store)
+        keeps = isinstance(store, Exact) or (isinstance(store, Bounded) and isinstance(store.summary, Drop))
+        if not keeps or not isinstance(getattr(store, "selector", None), Everything):
+            raise ValueError(
+                f"tensor: the store must keep whole tokens and read them all (exact, or an eviction policy such as "
+                f"window@64), got {store}"
+            )
+
+    @property
+    def kept(self) -> Method:
+        """The store, as a method."""
+        assert isinstance(self.store, Method)
+        return self.store
+
+    @property
+    def budget(self) -> Budget | None:
+        return getattr(self.kept, "budget", None)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            reference="tensor", normalised=False, value_linear=False,
+            constant_memory=self.kept.traits.constant_memory,
+        )  # fmt: skip
+
+    def open(self, spec: Spec) -> TensorState:
+        return TensorState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        return self.kept.capacity(n, prompt, pinned)
+
+    def with_budget(self, budget: Budget) -> TensorAttention | None:
+        store = self.kept.with_budget(budget)
+        return None if store is None else replace(self, store=store)
+
+    def __str__(self) -> str:
+        text, at, budget = str(self.kept).partition("@")
+        text = repr(text) if ":" in text else text  # module:Class is no word
+        name = "tensor" if text == "exact" else f"tensor(store={text})"
+        return f"{name}@{budget}" if at else name
+
+
+class TensorState(State):
+    """The store's state on pairs side by side; reading runs over pairs in blocks."""
+
+    def __init__(self, method: TensorAttention, spec: Spec) -> None:
+        super().__init__(method, spec)
+        self.store = method.kept.open(replace(spec, d=2 * spec.d, dv=2 * spec.dv))
+
+    @property
+    def key_width(self) -> int:
+        return 2 * self.spec.d
+
+    @property
+    def value_width(self) -> int:
+        return 2 * self.spec.dv
+
+    @property
+    def held(self) -> Tensor:
+        return self.store.held
+
+    def select_rows(self, index: Tensor) -> None:
+        super().select_rows(index)
+        assert isinstance(self.method, TensorAttention)
+        self.method = replace(self.method, store=self.store.method)  # budgets per row travel with their rows
+
+    def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        self.store._append(k, v, take)
+        self.seen = self.seen + take
+
+    def _seal(self) -> None:
+        self.store.seal()
+
+    def _read(self, q: Tensor) -> Partial:
+        slots: Slots = self.store.slots  # type: ignore[attr-defined]
+        view = slots.view()
+        weight = None if view.live is None else torch.zeros_like(view.live, dtype=self.spec.compute_dtype)
+        if view.live is not None and weight is not None:
+            weight = weight.masked_fill(~view.live, -torch.inf)
+        one, two = (Points(k, v, weight) for k, v in zip(view.k.chunk(2, -1), view.v.chunk(2, -1), strict=True))
+        return over_pairs(q, one, two, self.spec)
+
+
+@dataclass(frozen=True)
+class Points:
+    """One side of the pairs: keys k (rows, s, d), values v (rows, s, dv), and the log of how many tokens each stands
+    for, log_weight (rows, s): -inf for none, None where each stands for itself."""
+
+    k: Tensor
+    v: Tensor
+    log_weight: Tensor | None = None
+
+    def part(self, at: slice) -> Points:
+        """The points `at` some places."""
+        weight = None if self.log_weight is None else self.log_weight[:, at]
+        return Points(self.k[:, at], self.v[:, at], weight)
+
+
+def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
+    """Tensor attention of q (rows, m, d) over all pairs of `one` and `two`, a block of pairs at a time.
+
+    A pair weighs as the product of its points' weights.
+    """
+    (rows, m, _), s = q.shape, one.k.shape[1]
+    part = Partial.empty(rows, m, dv=one.v.shape[-1], dtype=spec.compute_dtype, device=q.device)
+    at_once = max(1, _LOGITS_AT_ONCE // max(1, rows * m * two.k.shape[1]))
+    for start in range(0, s, at_once):
+        part = part.merge(_turned(q, one.part(slice(start, start + at_once)), two, spec))
+    return part
+
+
+def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
+    """As `over_pairs`, at once.
+
+    For a fixed first token it is standard attention of the query q * k1[j1] over the second tokens; the first
+    tokens are then weighed by the masses of those.
+    """
+    (rows, m, d), s = q.shape, one.k.shape[1]
+    dtype = spec.compute_dtype
+    turned = (q.to(dtype).unsqueeze(2) * one.k.to(dtype).unsqueeze(1)).reshape(rows, m * s, d)
+    second = Partial.over(turned, two.k.to(dtype), two.v.to(dtype), spec, two.log_weight)
+    mass = second.log_mass.view(rows, m, s)
+    if one.log_weight is not None:
+        mass = mass + one.log_weight.to(dtype).unsqueeze(1)
+    top = mass.logsumexp(-1)
+    weight = torch.exp(mass - top.nan_to_num(neginf=0.0).unsqueeze(-1))
+    values = one.v.to(dtype).unsqueeze(1) * second.mean.view(rows, m, s, one.v.shape[-1])
+    return Partial((weight.unsqueeze(-1) * values).sum(2), top)
+
+
+def products(x1: Tensor, x2: Tensor) -> Tensor:
+    """The explicit definition: all n^2 entrywise products (rows, n^2, width) of x1, x2 (rows, n, width), x1-major."""
+    return (x1.unsqueeze(2) * x2.unsqueeze(1)).flatten(1, 2)

@@ -1,1 +1,0 @@
-"""Policies: which held token leaves when the budget is exceeded."""

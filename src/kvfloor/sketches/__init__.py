@@ -1,1 +1,0 @@
-"""Whole-state methods whose memory is not a set of whole tokens."""

@@ -1,0 +1,140 @@
+"""Intervals for shares of right answers and for their paired differences.
+
+Both are score intervals: they invert a test instead of guessing a standard error, so they stay honest at 0
+and at n of n, where a Wald interval or a bootstrap has width zero.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+
+from kvfloor.validation import whole, within
+
+MIN_SAMPLES = 32
+"""Fewest samples an audit row may rest on."""
+
+
+def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval for a share, `right` of `n` independent samples.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    Raises ValueError where the counts or the confidence are impossible.
+    """
+    if n < 1 or not 0 <= right <= n:
+        raise ValueError(f"{right} right of {n} samples is impossible: give n >= 1 and 0 <= right <= n")
+    z = _quantile(confidence)
+    share = right / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low = 0.0 if right == 0 else max(0.0, centre - half)
+    high = 1.0 if right == n else min(1.0, centre + half)
+    return low, high
+
+
+def clopper_pearson_limit(wrong: int, drawn: int, alpha: float) -> float:
+    """Return the upper limit on a share: the largest e with Pr[Binomial(drawn, e) <= wrong] >= alpha.
+
+    Source: Clopper and Pearson, "The use of confidence or fiducial limits", Biometrika 26 (1934).
+    """
+    wrong, drawn = whole("wrong", wrong, least=0), whole("drawn", drawn)
+    alpha = within("alpha", alpha, 0.0, 1.0, low_open=True)
+    if wrong > drawn:
+        raise ValueError(f"wrong must be at most drawn = {drawn}, got {wrong}")
+    if wrong == drawn:
+        return 1.0
+    low, high = wrong / drawn, 1.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if _binomial_cdf(wrong, drawn, middle) >= alpha else (low, middle)
+    return high
+
+
+def _binomial_cdf(k: int, n: int, e: float) -> float:
+    """Pr[Binomial(n, e) <= k] for k < n, summed outwards from the largest term so that nothing underflows early."""
+    if e <= 0.0:
+        return 1.0
+    if e >= 1.0:
+        return 0.0
+    log_odds = math.log(e) - math.log1p(-e)
+    choose = math.lgamma(n + 1)
+    logs = [
+        choose - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_odds + n * math.log1p(-e) for i in range(k + 1)
+    ]
+    top = max(logs)
+    return math.exp(top) * math.fsum(math.exp(term - top) for term in logs)
+
+
+def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[int, int]:
+    """`(gained, lost)`: samples only `outcomes` has right, and samples only `reference` has right.
+
+    Raises ValueError where the two are not paired sample by sample.
+    """
+    if len(outcomes) != len(reference):
+        raise ValueError(
+            f"{len(outcomes)} outcomes cannot be paired with {len(reference)}: run both methods on the same samples"
+        )
+    gained = sum(1 for a, b in zip(outcomes, reference, strict=True) if a and not b)
+    lost = sum(1 for a, b in zip(outcomes, reference, strict=True) if b and not a)
+    return gained, lost
+
+
+def paired_difference_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval for (share right) - (reference's share right) over `n` paired samples.
+
+    `gained` of them only the method has right, `lost` only the reference; the agreeing pairs carry no other
+    information. The interval holds every difference D that Tango's score test does not reject, with the
+    discordant shares re-estimated under D. With no discordant pair it is +-z^2 / (n + z^2): +-0.107 at n =
+    32, never zero.
+
+    Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the
+    paired-sample design", Statistics in Medicine 17 (1998), 891-908. Coverage at n = 32 and 95 %, enumerated
+    over every outcome on a grid of discordant shares: 0.967 on average, 0.934 at worst
+    (`tests/audit/test_statistics.py`).
+    Raises ValueError where the counts or the confidence are impossible.
+    """
+    if n < 1 or gained < 0 or lost < 0 or gained + lost > n:
+        raise ValueError(f"{gained} gained and {lost} lost of {n} pairs is impossible: the two must sum to at most n")
+    z = _quantile(confidence)
+    estimate = (gained - lost) / n
+
+    def score(difference: float) -> float:
+        return tango_score(gained, lost, n, difference)
+
+    low = -1.0 if lost == n else _bisect(score, -1.0, estimate, z)
+    high = 1.0 if gained == n else _bisect(score, estimate, 1.0, -z)
+    return low, high
+
+
+def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
+    """Tango's statistic for "the true difference is `difference`": standard normal under it, falling in
+    `difference`.
+
+    The variance uses the discordant shares of highest likelihood among those that differ by `difference`.
+    """
+    deviation = gained - lost - n * difference
+    a = 2 * n
+    b = -gained - lost + (2 * n - gained + lost) * difference
+    c = -lost * difference * (1 - difference)
+    lost_share = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    variance = n * (2 * lost_share + difference * (1 - difference))
+    if variance > 0:
+        return deviation / math.sqrt(variance)
+    return math.copysign(math.inf, deviation) if deviation else 0.0
+
+
+def _bisect(falling: Callable[[float], float], low: float, high: float, target: float) -> float:
+    """Where a falling function meets `target` between `low` and `high`, to 2^-60 of their distance."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        if falling(middle) > target:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _quantile(confidence: float) -> float:
+    """The z of a two-sided interval at `confidence`, which lies strictly between 0 and 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence} is impossible: give a share strictly between 0 and 1, e.g. 0.95")
+    return NormalDist().inv_cdf((1 + confidence) / 2)

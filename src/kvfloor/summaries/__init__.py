@@ -1,1 +1,0 @@
-"""Summaries: what stays of the tokens that left, as one more partial."""

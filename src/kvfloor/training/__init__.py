@@ -1,0 +1,1 @@
+"""Train LESS's kernels for a model of your own."""

@@ -1,0 +1,84 @@
+"""Check arguments: every refusal names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an int; raise ValueError unless it is a whole number >= `least`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return number
+
+
+def within(
+    name: str, value: float, low: float, high: float, *, low_open: bool = False, high_open: bool = False
+) -> float:
+    """Return `value` as a float; raise ValueError unless it lies in the interval from `low` to `high`."""
+    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+    refusal = f"{name} must lie in {interval}, got {value!r}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(refusal) from None
+    above = number > low if low_open else number >= low
+    below = number < high if high_open else number <= high
+    if not (above and below):
+        raise ValueError(refusal)
+    return number
+
+
+def positive(name: str, value: Any) -> float:
+    """Return `value` as a float; raise ValueError unless it is finite and above 0."""
+    number = None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    if number is None or not 0.0 < number < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return number
+
+
+def relative_error(eta: float) -> float:
+    """Return `eta` as a float; raise ValueError unless it is a relative error in [0, 1). 0 is exact attention."""
+    return within("eta", eta, 0.0, 1.0, high_open=True)
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """Return `value`; raise ValueError unless it is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def count(owner: str, least: int = 0, **values: Any) -> None:
+    """Raise ValueError for any of the owner's arguments that is not a whole number >= `least`."""
+    for name, value in values.items():
+        whole(f"{owner}: {name}", value, least)
+
+
+def positives(owner: str, **values: Any) -> None:
+    """Raise ValueError for any of the owner's arguments that is not a positive finite number."""
+    for name, value in values.items():
+        positive(f"{owner}: {name}", value)
+
+
+def literals(config: Any) -> None:
+    """Raise ValueError for any field of this dataclass that is annotated as a Literal and has another value."""
+    for name, allowed in _choices(type(config)).items():
+        if getattr(config, name) not in allowed:
+            words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            raise ValueError(f"{config.name}: {name} must be {words}, got {getattr(config, name)!r}")
+
+
+@cache
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    """Return the allowed words of every field of `kind` that is a Literal."""
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+    return {name: get_args(hint) for name, hint in hints.items()}

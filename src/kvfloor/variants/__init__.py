@@ -1,7 +1,0 @@
-"""Other attention laws over the same memory: tensor attention over pairs of tokens, and the next-scale stream."""
-
-from kvfloor.variants.subgen_tensor import SubGenTensor
-from kvfloor.variants.tensor import TensorAttention
-from kvfloor.variants.visual import NextScale, keep_coarse, scale_budgets, tokens_in
-
-__all__ = ["NextScale", "SubGenTensor", "TensorAttention", "keep_coarse", "scale_budgets", "tokens_in"]

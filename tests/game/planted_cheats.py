@@ -1,0 +1,222 @@
+"""Methods that keep their tokens where no one counts them. Copied beside the run by the tests and played by name.
+
+Every state answers with exact attention over tokens it put somewhere; only the place differs. What Bob appends on his
+copies of the state stays in the copy, so the cheats play every game. `Forgets` and `Oldest` are honest: a third party's
+parts of an eviction method.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from kvfloor import Method, Partial, State, Traits
+from kvfloor.core.policy import Policy
+from kvfloor.core.summary import Summary
+from kvfloor.methods.variants.tensor import TensorAttention, products
+
+HERE = Path(__file__).parent
+GLOBAL_TOKENS: list = []
+PADDING_TOKENS: list = []
+
+
+class Cheat(State):
+    """Keeps nothing of Alice's itself; `_put` and `_all` are the hiding place."""
+
+    def __init__(self, method, spec):
+        super().__init__(method, spec)
+        self.late_k = torch.zeros(spec.rows, 0, self.key_width, dtype=spec.dtype)
+        self.late_v = torch.zeros(spec.rows, 0, self.value_width, dtype=spec.dtype)
+
+    def _put(self, k, v):
+        raise NotImplementedError
+
+    def _all(self):
+        raise NotImplementedError
+
+    def _append(self, k, v, take):
+        if self.sealed:
+            self.late_k, self.late_v = torch.cat([self.late_k, k], 1), torch.cat([self.late_v, v], 1)
+        else:
+            self._put(k.clone(), v.clone())
+        self.seen = self.seen + take
+
+    def _read(self, q):
+        part = self._over(q, self.late_k, self.late_v)
+        tokens = self._all()
+        if tokens:
+            k, v = (torch.cat(parts, dim=1).expand(len(q), -1, -1) for parts in zip(*tokens, strict=True))
+            part = part.merge(self._over(q, k, v))
+        return part
+
+    def _over(self, q, k, v):
+        return Partial.over(q, k, v, self.spec)
+
+
+class CheatMethod(Method):
+    traits = Traits()
+    state: ClassVar[type[Cheat]]
+
+    def open(self, spec):
+        return self.state(self, spec)
+
+    def capacity(self, n, prompt=None, pinned=0):
+        return 0
+
+
+class InList(Cheat):
+    """A Python list that hangs on the method, outside the walk of the state."""
+
+    def __init__(self, method, spec):
+        super().__init__(method, spec)
+        object.__setattr__(method, "_tokens", [])
+
+    def _put(self, k, v):
+        self.method._tokens.append((k, v))  # type: ignore[attr-defined]
+
+    def _all(self):
+        return self.method._tokens  # type: ignore[attr-defined]
+
+
+class InGlobal(Cheat):
+    def _put(self, k, v):
+        GLOBAL_TOKENS.append((k, v))
+
+    def _all(self):
+        return GLOBAL_TOKENS
+
+
+class InShared(Cheat):
+    def _put(self, k, v):
+        self.shared[f"k{len(self.shared) // 2}"] = k
+        self.shared[f"v{len(self.shared) // 2}"] = v
+
+    def _all(self):
+        return [(self.shared[f"k{i}"], self.shared[f"v{i}"]) for i in range(len(self.shared) // 2)]
+
+
+class InFile(Cheat):
+    def _put(self, k, v):
+        torch.save([*self._all(), (k, v)], HERE / "tokens.pt")
+
+    def _all(self):
+        return torch.load(HERE / "tokens.pt") if (HERE / "tokens.pt").exists() else []
+
+
+class InGlobalPadded(Cheat):
+    """A global again, with enough idle bytes in the state that no certificate exceeds them."""
+
+    def __init__(self, method, spec):
+        super().__init__(method, spec)
+        self.idle = torch.zeros(spec.rows, 1 << 17)
+
+    def _put(self, k, v):
+        PADDING_TOKENS.append((k, v))
+
+    def _all(self):
+        return PADDING_TOKENS
+
+
+class PairsInGlobal(InGlobal):
+    """Tensor attention by the explicit n^2 products of tokens with two keys and two values each."""
+
+    @property
+    def key_width(self):
+        return 2 * self.spec.d
+
+    @property
+    def value_width(self):
+        return 2 * self.spec.dv
+
+    def _over(self, q, k, v):
+        return Partial.over(q, products(*k.chunk(2, -1)), products(*v.chunk(2, -1)), self.spec)
+
+
+class InAttribute(Cheat):
+    """A plain list on the state: counted, but no message can carry it."""
+
+    def __init__(self, method, spec):
+        super().__init__(method, spec)
+        self.tokens: list = []
+
+    def _put(self, k, v):
+        self.tokens.append((k, v))
+
+    def _all(self):
+        return self.tokens
+
+
+class Spying(InGlobal):
+    """Tells, in the only words that come back, what the fresh process can see."""
+
+    def adopt(self, fields):
+        raise RuntimeError(f"cwd={os.listdir()} environ={sorted(os.environ)} isolated={sys.flags.isolated}")
+
+
+@dataclass(frozen=True)
+class HidesInList(CheatMethod):
+    name: ClassVar[str] = "hides_in_list"
+    state = InList
+
+
+@dataclass(frozen=True)
+class HidesInGlobal(CheatMethod):
+    name: ClassVar[str] = "hides_in_global"
+    state = InGlobal
+
+
+@dataclass(frozen=True)
+class HidesPairs(TensorAttention):
+    name: ClassVar[str] = "hides_pairs"
+
+    def open(self, spec):
+        return PairsInGlobal(self, spec)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class HidesInShared(CheatMethod):
+    name: ClassVar[str] = "hides_in_shared"
+    state = InShared
+
+
+@dataclass(frozen=True)
+class HidesInFile(CheatMethod):
+    name: ClassVar[str] = "hides_in_file"
+    state = InFile
+
+
+@dataclass(frozen=True)
+class HidesBehindPadding(CheatMethod):
+    name: ClassVar[str] = "hides_behind_padding"
+    state = InGlobalPadded
+
+
+@dataclass(frozen=True)
+class HidesInAttribute(CheatMethod):
+    name: ClassVar[str] = "hides_in_attribute"
+    state = InAttribute
+
+
+@dataclass(frozen=True)
+class Spies(CheatMethod):
+    name: ClassVar[str] = "spies"
+    state = Spying
+
+
+@dataclass(frozen=True)
+class Forgets(Summary):
+    name: ClassVar[str] = "forgets"
+
+    def open(self, spec):
+        return None
+
+
+@dataclass(frozen=True)
+class Oldest(Policy):
+    name: ClassVar[str] = "oldest"
+
+    def priority(self, held):
+        return -held.position
