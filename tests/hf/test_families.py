@@ -242,9 +242,11 @@ def test_what_only_the_call_tells_is_refused_there() -> None:
     keys, values = layer.update(k, k)
     with pytest.raises(ValueError, match="bias by position"):
         attention(module, q, keys, values, None, position_bias=torch.zeros(1, 4, 3, 3))
+    keys, values = layer.update(k, k)
     with pytest.raises(ValueError, match="looks ahead"):
         attention(module, q, keys, values, None, is_causal=False)
     short = LazyMask({"attention_mask": torch.ones(1, 2, dtype=torch.bool)})
+    keys, values = layer.update(k, k)
     with pytest.raises(ValueError, match="mask has 2 slots and the cache 3"):
         attention(module, q, keys, values, short)
 

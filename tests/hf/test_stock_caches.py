@@ -207,6 +207,17 @@ def test_attention_weights_are_those_of_eager_attention(family: str, attention: 
         torch.testing.assert_close(ours[..., :width][1], theirs[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif("gemma4_text" not in families(), reason="this release of transformers has no such family")
+def test_layers_that_answer_the_last_tokens_alone_are_unchanged() -> None:
+    """Layers without keys of their own cut the mask to the tokens whose logits are asked for: they need one to cut."""
+    model: Any = tiny_model("gemma4_text")
+    ids = _prompt()["input_ids"]
+    with torch.no_grad():
+        right = model(ids).logits[:, -3:]
+        assert torch.allclose(model(ids, logits_to_keep=3).logits, right, atol=1e-4)
+        assert torch.allclose(prepare(model)(ids, logits_to_keep=3).logits, right, atol=1e-4)
+
+
 def test_a_compressed_cache_has_no_weights_and_stays_as_it_was() -> None:
     model = prepare(tiny_model("llama"))
     cache, other = (CompressedCache(model.config, "exact") for _ in range(2))
