@@ -207,6 +207,16 @@ def test_attention_weights_are_those_of_eager_attention(family: str, attention: 
         torch.testing.assert_close(ours[..., :width][1], theirs[1], rtol=0, atol=1e-5)
 
 
+def test_weights_of_an_unpadded_prompt_look_back_only() -> None:
+    model: Any = tiny_model("llama")
+    ids = _prompt()["input_ids"]
+    model.set_attn_implementation("eager")
+    right = model(ids, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    mine = prepare(model)(ids, output_attentions=True).attentions
+    torch.testing.assert_close(torch.stack(mine), torch.stack(right), rtol=0, atol=1e-5)
+
+
 @pytest.mark.skipif("gemma4_text" not in families(), reason="this release of transformers has no such family")
 def test_layers_that_answer_the_last_tokens_alone_are_unchanged() -> None:
     """Layers without keys of their own cut the mask to the tokens whose logits are asked for: they need one to cut."""
