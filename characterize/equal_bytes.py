@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from characterize.lib.table import save
-from kvfloor.audit import plan, run
+from kvfloor.audit import run
+from kvfloor.splitting import split_list
 from kvfloor.statistics import wilson_interval
 
 CELLS = {"recall": ("after",), "registers": ("after",), "kv": ("after", "visible")}
@@ -54,13 +55,13 @@ def main() -> None:
     parser.add_argument("--methods", help="with commas; instead of all")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    methods = METHODS if given.methods is None else plan.split_list(given.methods)
+    methods = METHODS if given.methods is None else split_list(given.methods)
     rows = []
     for task, protocols in CELLS.items():
         with tempfile.TemporaryDirectory() as folder:
             question = run.Question(
                 methods=methods,
-                budgets=plan.split_list(given.budgets),
+                budgets=split_list(given.budgets),
                 tasks=(task,),
                 protocols=protocols,
                 n=given.n,

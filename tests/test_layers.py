@@ -10,13 +10,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src/kvfloor"
 
 # A room is a folder or module directly under kvfloor/. It imports rooms on lower floors only.
 FLOORS = (
-    {"version", "validation", "files"},
-    {"core", "floors", "tasks", "models", "statistics"},
+    {"version", "validation", "files", "splitting"},
+    {"core", "floors", "tasks", "models", "statistics", "options"},
     {"methods"},
     {"game", "hf"},
     {"audit", "check"},
-    {"report", "training"},
+    {"report", "training", "breaking"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -10,33 +10,78 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
+from kvfloor.audit.protocols import PROTOCOLS
+from kvfloor.floors import ATTENTIONS, METRICS
+from kvfloor.options import JSON, real, whole
+from kvfloor.splitting import split_list
 from kvfloor.version import __version__
+
+_LONGEST = 2000  # characters of an error's line
+_MOST_SAMPLES = 100_000
+_MOST_CONTEXT = 2**20
+# Of the click that this typer uses, its own or the installed one.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+class _Commands(TyperGroup):
+    """The commands; `break` gets its options, which follow from the table of barriers, once it is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the arguments name, and the rest of them."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name == "break":
+            from kvfloor.breaking import with_options
+
+            alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+            alone.command(name, help=break_.__doc__)(with_options(_play))
+            command = typer.main.get_command(alone)
+        return name, command, rest
+
 
 app = typer.Typer(
     name="kvfloor",
+    cls=_Commands,
     help="Streaming attention in bounded memory, beside the proof of how little memory is possible.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
+Json = Annotated[bool, JSON]
 
 
 def main() -> None:
     """Entry point: bad input becomes one line on stderr and exit code 2."""
     sys.path.insert(0, os.getcwd())  # so that module:Class finds the user's own files
     try:
-        app()
-    except (ValueError, TypeError) as error:
-        message = str(error) if os.environ.get("KVFLOOR_DEBUG") is None else repr(error)
-        print(f"kvfloor: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+        status = app(prog_name="kvfloor", standalone_mode=False)
+    except typer.Abort:
+        _refuse("stopped", 130)
+    except _UsageError as error:
+        _refuse(error.format_message())  # type: ignore[attr-defined]
+    except (ValueError, TypeError, OSError) as error:
+        _refuse(str(error) if os.environ.get("KVFLOOR_DEBUG") is None else repr(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        _refuse(f"there is not enough memory for this; ask for less ({error})")
+    else:
+        sys.exit(status or 0)
+
+
+def _refuse(message: str, status: int = 2) -> NoReturn:
+    """Print one line on stderr, in which nothing steers a terminal, and exit."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    print(f"kvfloor: {line}", file=sys.stderr)
+    sys.exit(status)
 
 
 def _version(wanted: bool) -> None:
@@ -47,11 +92,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     del version
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -71,10 +120,10 @@ def audit(
     ] = None,
     contexts: Annotated[str | None, typer.Option(help="Comma-separated context lengths in tokens.")] = None,
     protocols: Annotated[
-        str, typer.Option(help="after: the question follows the compression; visible: it is compressed too.")
-    ] = "after",
-    n: Annotated[int, typer.Option("--n", help="Samples per row, at least 32.")] = 40,
-    seed: Annotated[int, typer.Option(help="Seeds the samples and the methods.")] = 0,
+        str, typer.Option(help="; ".join(f"{name}: {words}" for name, words in PROTOCOLS.items()) + ".")
+    ] = next(iter(PROTOCOLS)),
+    n: Annotated[int, typer.Option("--n", help="Samples per row, at least 32.", **whole(0, _MOST_SAMPLES))] = 40,
+    seed: Annotated[int, typer.Option(help="Seeds the samples and the methods.", **whole())] = 0,
     require: Annotated[
         str | None, typer.Option(help="Exit 1 unless this holds, e.g. 'h2o@192:recall.score>=0.9'.")
     ] = None,
@@ -85,14 +134,11 @@ def audit(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from kvfloor.audit.plan import split_list
-    from kvfloor.audit.require import parse_requirement, shortfalls
     from kvfloor.audit.run import Question, run
     from kvfloor.report.html import render
     from kvfloor.report.terminal import print_report
     from kvfloor.report.text import visible
 
-    clauses = parse_requirement(require) if require else ()
     chosen: dict[str, Any] = {}
     for name, text in (("methods", methods), ("budgets", budgets), ("tasks", tasks), ("protocols", protocols)):
         if text is not None:
@@ -102,10 +148,10 @@ def audit(
 
         chosen["tasks"] = tuple(TASKS)
     if contexts is not None:
-        if not all(part.isdigit() and int(part) > 0 for part in split_list(contexts)):
-            raise ValueError(f"--contexts {contexts!r}: give numbers of tokens joined by commas, such as 1024,2048")
-        chosen["contexts"] = tuple(int(part) for part in split_list(contexts))
-    question = Question(model=model, prompts=prompts, n=n, seed=seed, out=out, command=_command_line(), **chosen)
+        chosen["contexts"] = _contexts(contexts)
+    question = Question(
+        model=model, prompts=prompts, n=n, seed=seed, require=require, out=out, command=_command_line(), **chosen
+    )
     _quiet_transformers()
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -123,12 +169,21 @@ def audit(
     else:
         print_report(answer.rows, answer.recommendation, Console())
         print(f"\nreport: {answer.report}")
-    if clauses:
-        missed = shortfalls(clauses, answer.rows, answer.asked)
-        for line in missed:
-            stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)
-        if missed:
-            raise typer.Exit(1)
+    for line in answer.shortfalls:
+        stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)
+    if answer.shortfalls:
+        raise typer.Exit(1)
+
+
+def _contexts(text: str) -> tuple[int, ...]:
+    one = whole(1, _MOST_CONTEXT)["parser"]
+    try:
+        lengths = tuple(one(part) for part in split_list(text))
+    except typer.BadParameter as error:
+        raise ValueError(f"--contexts: {error.message}; join lengths by commas, such as 1024,2048") from None
+    if not lengths:
+        raise ValueError(f"--contexts {text!r}: give numbers of tokens joined by commas, such as 1024,2048")
+    return lengths
 
 
 def _quiet_transformers() -> None:
@@ -145,26 +200,29 @@ def _command_line() -> str:
 
 @app.command()
 def floors(
-    n: Annotated[int, typer.Option("--n", help="Tokens in the stream; visual: side of the last map.")],
-    d: Annotated[int, typer.Option("--d", help="Width of a key.")],
-    dv: Annotated[int | None, typer.Option("--dv", help="Width of a value; d unless given.")] = None,
-    attention: Annotated[str, typer.Option(help="standard, window, tensor or visual.")] = "standard",
+    n: Annotated[int, typer.Option("--n", help="Tokens in the stream; visual: side of the last map.", **whole())],
+    d: Annotated[int, typer.Option("--d", help="Width of a key.", **whole())],
+    dv: Annotated[int | None, typer.Option("--dv", help="Width of a value; d unless given.", **whole())] = None,
+    attention: Annotated[str, typer.Option(help=f"{', '.join(ATTENTIONS)}.")] = ATTENTIONS[0],
     metric: Annotated[
-        str, typer.Option(help="entrywise (takes --eta), or max, frobenius, operator (take --epsilon).")
-    ] = "entrywise",
+        str, typer.Option(help=f"{METRICS[0]} (takes --eta), or {', '.join(METRICS[1:])} (take --epsilon).")
+    ] = METRICS[0],
     epsilon: Annotated[
-        float | None, typer.Option(help="L2 error of max, frobenius, operator, relative to the values' norm.")
+        float | None,
+        typer.Option(help=f"L2 error of {', '.join(METRICS[1:])}, relative to the values' norm.", **real()),
     ] = None,
-    eta: Annotated[float, typer.Option(help="Relative error that answers may have, in [0, 1).")] = 0.5,
-    p: Annotated[float, typer.Option("--p", help="Probability that a whole answer is right, in (0, 1].")] = 0.9,
-    radius: Annotated[float | None, typer.Option(help="Bound on the logits: scale * max|q| * max|k|.")] = None,
-    window: Annotated[int | None, typer.Option(help="Sliding window, in tokens.")] = None,
-    caches: Annotated[int | None, typer.Option(help="tensor: 4 (tokens arrive; the default) or 2 (pairs do).")] = None,
+    eta: Annotated[float, typer.Option(help="Relative error that answers may have, in [0, 1).", **real())] = 0.5,
+    p: Annotated[float, typer.Option("--p", help="Probability that an answer is right, in (0, 1].", **real())] = 0.9,
+    radius: Annotated[float | None, typer.Option(help="Bound on logits: scale * max|q| * max|k|.", **real())] = None,
+    window: Annotated[int | None, typer.Option(help="Sliding window, in tokens.", **whole())] = None,
+    caches: Annotated[
+        int | None, typer.Option(help="tensor: 4 (tokens arrive; the default) or 2 (pairs do).", **whole())
+    ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="visual: how much smaller the map before is; 2 if not given.")
+        float | None, typer.Option(help="visual: how much smaller the map before is; 2 if not given.", **real())
     ] = None,
-    heads: Annotated[int, typer.Option(help="Kv heads.")] = 1,
-    layers: Annotated[int, typer.Option(help="Layers.")] = 1,
+    heads: Annotated[int, typer.Option(help="Kv heads.", **whole())] = 1,
+    layers: Annotated[int, typer.Option(help="Layers.", **whole())] = 1,
     as_json: Json = False,
 ) -> None:
     """Bits of memory that attention needs in the worst case, by theorem, beside what is known to suffice."""
@@ -232,42 +290,18 @@ def _number(value: Any) -> str:
 
 
 @app.command("break")
-def break_(
-    method: Annotated[str, typer.Argument(help="A method, e.g. 'window@256', module:Class, or optimum.")],
-    barrier: Annotated[
-        str, typer.Option(help="spike, packing, sparse, window, probing, tensor, visual, or all.")
-    ] = "spike",
-    n: Annotated[int | None, typer.Option("--n", help="Tokens of the stream; 1024 unless given.")] = None,
-    d: Annotated[int | None, typer.Option("--d", help="Width of a key; 64 (packing: 8) unless given.")] = None,
-    dv: Annotated[int | None, typer.Option("--dv", help="Width of a value; d (packing: 64) unless given.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Hidden bits per value coordinate, 1 to 24.")] = None,
-    eta: Annotated[float | None, typer.Option(help="Relative error that answers may have, in [0, 1).")] = None,
-    seed: Annotated[int, typer.Option(help="Seeds the public keys and the method, never the hidden bits.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    heads: Annotated[int | None, typer.Option(help="spike: kv heads, independent instances in one state.")] = None,
-    layers: Annotated[int | None, typer.Option(help="spike: layers, likewise.")] = None,
-    codebook: Annotated[int | None, typer.Option(help="spike: hide which n of so many public keys come.")] = None,
-    radius: Annotated[float | None, typer.Option(help="packing: the largest logit.")] = None,
-    window: Annotated[int | None, typer.Option(help="window: coded tokens at the end.")] = None,
-    caches: Annotated[int | None, typer.Option(help="tensor: 4 (tokens are kept) or 2 (pairs are).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for result.json and barriers.html with its sweeps.")] = None,
-    as_json: Json = False,
-) -> None:
+def break_() -> None:
     """Play lower bounds' hard instances against a method: what it certifies against what it spends."""
+    raise AssertionError("made with its options where it is called")
+
+
+def _play(method: str, barrier: str, arguments: dict[str, Any], out: Path | None, as_json: bool) -> None:
     from kvfloor.files import open_folder, replace_file
     from kvfloor.game import play, play_all
 
-    given = {
-        "n": n, "d": d, "dv": dv, "bits": bits, "eta": eta, "dtype": dtype, "heads": heads, "layers": layers,
-        "codebook": codebook, "radius": radius, "window": window, "caches": caches,
-    }  # fmt: skip
-    arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if out is not None:
         open_folder(out)
-    if barrier == "all":
-        results = play_all(method, seed=seed, **arguments)
-    else:
-        results = [play(method, barrier=barrier, seed=seed, **arguments)]
+    results = play_all(method, **arguments) if barrier == "all" else [play(method, barrier=barrier, **arguments)]
     plain = [result.as_dict() for result in results]
     document = {"schema": 1, "rows": plain} if barrier == "all" else {"schema": 1, **plain[0]}
     if out is not None:

@@ -1,7 +1,8 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and reading one of bounded size."""
 
 import os
 import secrets
+import stat
 from pathlib import Path
 
 
@@ -47,6 +48,34 @@ def replace_file(path: Path, content: str | bytes, mode: int = 0o666) -> None:
             raise _cannot_write(path, error) from error
         raise
     _flush_folder(path.parent)
+
+
+def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
+    """Return the bytes of the regular file `path`; `what` names it in errors, such as "prompts file".
+
+    A pipe, a device or a folder is refused without waiting for it, a file of more than `most_bytes` before it is read.
+    Raises ValueError with one line naming the path and the reason.
+    """
+    reason, data = "", b""
+    try:
+        with open(path, "rb", opener=_without_waiting) as stream:
+            about = os.fstat(stream.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                reason = "it is no regular file"
+            elif about.st_size > most_bytes:
+                reason = f"it has {about.st_size:,} bytes, and at most {most_bytes:,} are read"
+            else:
+                data = stream.read(about.st_size + 1)
+                reason = "it grows while it is read" if len(data) > about.st_size else ""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    if reason:
+        raise ValueError(f"cannot read the {what} {str(path)!r}: {reason}")
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe opens at once, whether or not it has a writer
 
 
 def _flush_folder(folder: Path) -> None:

@@ -8,15 +8,20 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+MOST_WHOLE = 2**63 - 1
+"""The largest count that a user may give: what theorems make of a few of them are finite floats."""
 
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int; raise ValueError unless it is a whole number >= `least`."""
+
+def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """Return `value` as an int; raise ValueError unless it is a whole number >= `least`, and <= `most` if given."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got a number of {number.bit_length()} bits")
     return number
 
 
@@ -28,7 +33,7 @@ def within(
     refusal = f"{name} must lie in {interval}, got {value!r}"
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(refusal) from None
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
@@ -39,7 +44,10 @@ def within(
 
 def positive(name: str, value: Any) -> float:
     """Return `value` as a float; raise ValueError unless it is finite and above 0."""
-    number = None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    try:
+        number = None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:
+        number = math.inf
     if number is None or not 0.0 < number < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
     return number

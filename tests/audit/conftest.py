@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from kvfloor.audit.rows import Protocol, Row, measured_row
+from kvfloor.audit.setting import Setting
+from kvfloor.methods.registry import parse
 
 Maker = Callable[..., Row]
 
@@ -24,9 +26,10 @@ def row() -> Maker:
         exact_right: int = 40,
         protocol: Protocol = "after",
         peak: int | None = None,
+        baseline: bool = False,
     ) -> Row:
         return measured_row(
-            method=method,
+            setting=Setting(parse(method), baseline=baseline),
             budget_tokens=None,
             task=task,
             context=512,

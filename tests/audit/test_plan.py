@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, split_list, task_work
+from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, task_work
+from kvfloor.audit.setting import Setting
+from kvfloor.methods.registry import parse
+from kvfloor.models import builtin_path
 
 
 def words(text: str) -> int:
     return len(text.split())
 
 
-def test_commas_inside_parentheses_do_not_split() -> None:
-    assert split_list("h2o(recent=8,score=mean), window,") == ["h2o(recent=8,score=mean)", "window"]
-
-
 def test_baselines_run_beside_the_methods_and_nothing_twice() -> None:
-    found = [str(method) for method in settings(["window", "h2o", "sinks(4)@16"], ["32", "64"])]
+    found = [one.text for one in settings(["window", "h2o", "sinks(4)@16"], ["32", "64"])]
     assert found[0] == "exact"
     assert len(found) == len(set(found))
     assert {"exact", "quant", "quant(bits=4)", "random@32", "random@64", "window@32", "sinks@64"} <= set(found)
@@ -86,3 +85,41 @@ def test_too_few_prompts_and_no_file(tmp_path: Path) -> None:
         read_prompts(prompts(tmp_path, [json.dumps({"prompt": "x", "answer": "y"})]), 32)
     with pytest.raises(ValueError, match="cannot read the prompts file"):
         read_prompts(tmp_path / "none.jsonl", 32)
+
+
+def test_baselines_and_what_was_asked_for_are_told_apart() -> None:
+    marks = {one.text: (one.baseline, one.asked) for one in settings(["window", "sinks(16)", "quant(bits=2)"], ["64"])}
+    assert marks["window@64"] == (True, True)
+    assert marks["sinks(count=16)@64"] == marks["quant(bits=2)"] == (False, True)
+    assert marks["sinks@64"] == marks["quant"] == marks["quant(bits=4)"] == marks["exact"] == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "configuration", "name", "budget"),
+    [
+        ("h2o(recent=64)@256", "h2o(recent=64)", "h2o", "256"),
+        ("sinks(4)+less(rank=3)@25%", "sinks+less(rank=3)", "sinks+less", "25%"),
+        ("window+value_sum|top_k(k=4)@8:9", "window+value_sum|top_k(k=4)", "window+value_sum|top_k", "8:9"),
+        ("window+less(kernels='x(y@1')@64MiB", "window+less(kernels='x(y@1')", "window+less", "64MiB"),
+        ("quant(bits=4)", "quant(bits=4)", "quant", None),
+        ("exact|hip(k=64)", "exact|hip(k=64)", "exact|hip", None),
+        ("exact", "exact", "exact", None),
+        ("subgen@64", "subgen", "subgen", "64"),
+        ("tensor(store=sinks(4)@32)", "tensor(store=sinks)", "tensor", "32"),
+    ],
+)
+def test_a_setting_tells_its_parts(
+    text: str, configuration: str, name: str, budget: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x(y@1").write_bytes((builtin_path() / "less.safetensors").read_bytes())
+    one = Setting(parse(text))
+    assert (one.configuration, one.name, one.budget) == (configuration, name, budget)
+    assert one.text == (configuration if budget is None else f"{configuration}@{budget}")
+
+
+def test_a_cell_named_twice_is_measured_once() -> None:
+    work = task_work(["kv", "kv"], [64, 64], ["after", "after"], 2, seed=0, count=words)
+    assert len(work) == 1
+    items = (Item("a b", "c", "d"),)
+    assert len(prompt_work("mine", items, ["after", "after"], words)) == 1

@@ -67,7 +67,7 @@ def test_a_model_that_cannot_do_the_task_shows_no_loss(row) -> None:
 
 def test_more_methods_ask_for_more_evidence(row) -> None:
     few = exact(row, "recall") + [row("h2o@64", right=38, size=2000)]
-    many = few + [row(f"method{i}@64", right=0, size=9000) for i in range(40)]
+    many = few + [row(f"sinks({i})@64", right=0, size=9000) for i in range(40)]
     assert recommend(few, margin=0.17).method == "h2o@64"
     assert recommend(many, margin=0.17).method is None
 

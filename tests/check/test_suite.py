@@ -13,7 +13,7 @@ from kvfloor import Spec, check_method, parse
 from kvfloor.check import CHECKS, Broken, Setting, run_checks
 from kvfloor.check.plain_attention import attention
 from kvfloor.check.storage import storages
-from kvfloor.check.streams import play, probes, slots_of, small_pieces, spec_for, stream_for, tokens_of
+from kvfloor.check.streams import play, probes, small_pieces, spec_for, stream_for, tokens_of
 from kvfloor.check.tolerance import AGREE, apart, require_accuracy
 
 
@@ -96,7 +96,7 @@ def test_tokens_of_gives_held_tokens_by_age() -> None:
     method = parse("sinks(count=2,block=4)@8")
     state, stream = method.open(spec_for(method, Setting())), stream_for(method, Setting())
     play(state, stream, cuts=small_pieces(stream.n))
-    assert slots_of(state) is not None
+    assert state.slots is not None
     for row, tokens in enumerate(tokens_of(state)):
         position = tokens.position.tolist()
         assert position[:2] == [0, 1] and position == sorted(position) and position[-1] == stream.n - 1

@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from running import kvfloor
 
-from kvfloor import cli, models
-
-
-@dataclass(frozen=True)
-class Run:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def kvfloor(*arguments: str, cwd: Path | None = None) -> Run:
-    """The command in this process, from folder `cwd`."""
-    out, err = io.StringIO(), io.StringIO()
-    before, here, path = sys.argv, Path.cwd(), list(sys.path)
-    try:
-        os.chdir(cwd or here)
-        sys.argv = ["kvfloor", *arguments]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.main()
-                code = 0
-            except SystemExit as end:
-                code = int(end.code or 0)
-    finally:
-        sys.argv, sys.path[:] = before, path
-        os.chdir(here)
-    return Run(code, out.getvalue(), err.getvalue())
+from kvfloor import models
 
 
 def test_help_does_not_load_torch() -> None:
     code = "import sys; import kvfloor.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("break",), ("floors",)])
+def test_help_is_there(arguments: tuple[str, ...]) -> None:
+    run = kvfloor(*arguments, "--help")
+    assert run.returncode == 0 and run.stdout.startswith(f"Usage: {' '.join(('kvfloor', *arguments))} ")
+
+
+def test_without_a_command_it_says_which_there_are() -> None:
+    run = kvfloor()
+    assert run.returncode == 2 and run.stdout == "" and "audit" in run.stderr
+
+
+def test_python_m_is_the_same_command() -> None:
+    run = subprocess.run([sys.executable, "-m", "kvfloor", "--version"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == kvfloor("--version").stdout
 
 
 def test_version() -> None:
@@ -132,7 +119,13 @@ BAD = {
     "no such model": (("audit", "--model", "/nowhere"), "no model at '/nowhere'"),
     "too few samples": (("audit", "--n", "5"), "at least 32"),
     "bad requirement": (("audit", "--require", "score>>1"), "is no condition"),
+    "requirement about no row": (("audit", "--require", "sinks(8):score>=0"), "is about no row"),
     "bad contexts": (("audit", "--contexts", "many"), "--contexts"),
+    "no contexts": (("audit", "--contexts", ","), "--contexts"),
+    "unknown option": (("floors", "--nn", "3"), "--nn"),
+    "unknown command": (("flors",), "flors"),
+    "missing option": (("floors", "--n", "3"), "--d"),
+    "foreign argument": (("break", "exact", "--barrier", "packing", "--bits", "2"), "takes no bits"),
     "unknown protocol": (("audit", "--protocols", "later"), "after, visible"),
     "unknown barrier": (("break", "exact", "--barrier", "wall"), "wall"),
     "negative n": (("floors", "--n", "-1", "--d", "4"), "n"),
@@ -144,6 +137,7 @@ BAD = {
     "norm without error": (("floors", "--n", "8", "--d", "4", "--metric", "max"), "needs epsilon"),
     "bad probability": (("floors", "--n", "8", "--d", "4", "--p", "1.5"), "p"),
     "no class": (("check", "nowhere:Nothing"), "cannot be imported"),
+    "no seed above 2^63": (("break", "exact", "--seed", "9223372036854775808"), "'--seed'"),
 }
 
 
@@ -176,6 +170,12 @@ for arguments in json.loads(sys.argv.pop()):
     ]
 
 
+def test_a_users_module_that_breaks_off_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "breaks_off.py").write_text("1 / 0")
+    run = kvfloor("check", "breaks_off:Mine@8", cwd=tmp_path)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "ZeroDivisionError" in run.stderr
+
+
 def test_unwritable_out_is_found_before_anything_runs(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
@@ -205,6 +205,8 @@ def test_audit_json_report_and_require(tmp_path: Path) -> None:
     assert set(by_method) == {"exact", "quant", "quant(bits=4)", "random@24", "window@24", "sinks@24", "h2o@24"}
     assert by_method["h2o@24"]["state_bytes"] < by_method["exact"]["state_bytes"]
     assert all(row["n"] == 32 and row["floor_bytes"] > 0 for row in document["rows"])
+    parts = {(row["configuration"], row["name"], row["budget"], row["baseline"]) for row in document["rows"]}
+    assert {("h2o", "h2o", "24", False), ("quant(bits=4)", "quant", None, True), ("exact", "exact", None, True)} < parts
     report = (tmp_path / document["report"]).read_text(encoding="utf-8")
     assert "<script" not in report and "h2o@24" in report
     lines = (tmp_path / "out/audit/rows.jsonl").read_text(encoding="utf-8").splitlines()

@@ -58,7 +58,14 @@ def few(rows: list[Row]) -> list[Row]:
 
 def hostile_page(rows: list[Row], meta: Meta, poison: str) -> str:
     bad = [
-        replace(row, task=row.task + poison, method=row.method if row.method == "exact" else row.method + poison)
+        replace(
+            row,
+            task=row.task + poison,
+            method=row.method if row.method == "exact" else row.method + poison,
+            configuration=row.configuration + poison,
+            name=row.name + poison,
+            budget=None if row.budget is None else row.budget + poison,
+        )
         for row in rows
     ]
     notes = tuple(note + poison for note in meta.notes)

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfloor.audit.names import split_setting
 from kvfloor.audit.rows import Cell, Row
 from kvfloor.audit.traces import Trace
 from kvfloor.floors.measured import causal_mass, readable_by, readable_within
@@ -122,7 +121,7 @@ def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> 
     layer, head = place
     settings: dict[str, list[Row]] = {}
     for row in rows:
-        if row.cell in cells and split_setting(row.method)[0] != "exact":
+        if row.cell in cells and row.method != "exact":
             settings.setdefault(row.method, []).append(row)
     serving = []
     for method, of_method in settings.items():

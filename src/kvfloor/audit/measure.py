@@ -14,6 +14,7 @@ from kvfloor.audit import traces
 from kvfloor.audit.heads import HeadFloor, head_floors
 from kvfloor.audit.plan import Work
 from kvfloor.audit.rows import Row, measured_row
+from kvfloor.audit.setting import Setting
 from kvfloor.core.budget import resolve
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
@@ -102,7 +103,7 @@ class Bench:
         dialogue.feed(prepared.asks)
         most = max(len(answer) for answer in prepared.answers) + self._extra_tokens
         said, steps_ms = dialogue.answer(most, self.tokenizer.eos_token_id)
-        budget = getattr(method, "budget", None)
+        budget = method.budget
         return Outcome(
             right=tuple(int(self._is_right(*pair)) for pair in zip(prepared.work.items, said, strict=True)),
             state_bytes=math.ceil(state_bytes / batch),
@@ -114,17 +115,17 @@ class Bench:
             budget_tokens=budget if isinstance(budget, int) else None,
         )
 
-    def row(self, method: Method, prepared: Prepared, outcome: Outcome, exact: Outcome) -> Row:
+    def row(self, setting: Setting, prepared: Prepared, outcome: Outcome, exact: Outcome) -> Row:
         """The row of a setting, beside what exact did on the same samples."""
         cell = prepared.work.cell
-        by_head = traces.errors(prepared.traces, self.resolved(method, prepared))
+        by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
         trace = prepared.traces[0]
         floor = floors.space(
             cell.context, trace.k.shape[2], trace.v.shape[2], heads=trace.kv_heads, layers=len(prepared.traces)
         )
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         return measured_row(
-            method=str(method),
+            setting=setting,
             budget_tokens=outcome.budget_tokens,
             task=cell.task,
             context=cell.context,
@@ -156,7 +157,7 @@ class Bench:
 
 
 def run_cells(
-    bench: Bench, settings: Sequence[Method], work: Sequence[Work], progress: Callable[[str], None]
+    bench: Bench, settings: Sequence[Setting], work: Sequence[Work], progress: Callable[[str], None]
 ) -> tuple[list[Row], list[HeadFloor]]:
     """Every setting on every cell, exact first, because the others are compared with it; and every head's floor."""
     rows, floors = [], []
@@ -165,9 +166,9 @@ def run_cells(
         progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: floors of the heads")
         floors += head_floors(one.cell, prepared.traces)
         exact: Outcome | None = None
-        for method in settings:
-            progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: {method}")
-            outcome = bench.run(method, prepared)
+        for setting in settings:
+            progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: {setting.text}")
+            outcome = bench.run(setting.method, prepared)
             exact = outcome if exact is None else exact
-            rows.append(bench.row(method, prepared, outcome, exact))
+            rows.append(bench.row(setting, prepared, outcome, exact))
     return rows, floors

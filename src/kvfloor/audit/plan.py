@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvfloor.audit.protocols import PROTOCOLS
 from kvfloor.audit.rows import Cell
+from kvfloor.audit.setting import Setting
 from kvfloor.core.budget import Budget, parse_budget
 from kvfloor.core.method import Method, standard_law
+from kvfloor.files import read_regular
 from kvfloor.methods.registry import parse
 
-BASELINES = ("exact", "quant(bits=8)", "quant(bits=4)", "random", "window", "sinks")
+BASELINES = {
+    "exact": "keeps every token at full precision",
+    "quant(bits=8)": "keeps every token at 8 bits",
+    "quant(bits=4)": "keeps every token at 4 bits",
+    "random": "keeps a random sample of the tokens: the control every idea must beat",
+    "window": "keeps the most recent tokens (recency)",
+    "sinks": "keeps the first tokens and the most recent ones",
+}
+"""Method -> its work in words, for the methods that every audit compares with."""
+
 METHODS = ("h2o", "subgen")
 BUDGETS = ("64", "192")
+MOST_PROMPT_BYTES = 2**28
 TASKS = ("recall", "passkey64", "vartrack", "registers")
 
 
@@ -40,39 +53,35 @@ class Work:
     items: tuple[Item, ...]
 
 
-def split_list(text: str) -> list[str]:
-    """The parts of a comma-separated list; commas inside parentheses belong to their part."""
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if c == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    parts.append(text[start:])
-    return [part.strip() for part in parts if part.strip()]
-
-
-def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Method]:
+def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Setting]:
     """Every method under every budget, the baselines first, each setting once.
 
-    A method whose text has a budget keeps it; one that no budget bounds runs once. Raises ValueError for an
-    unknown method and for a budget smaller than what the method protects.
+    A method whose text has a budget keeps it; one that no budget bounds runs once. A setting that is asked for and a
+    baseline is marked as both. Raises ValueError for an unknown method and for a budget smaller than what the method
+    protects.
     """
     sizes: list[Budget] = [parse_budget(text) for text in budgets]
     if not sizes:
         raise ValueError("an audit needs at least one budget, for example --budgets 64,256")
-    found: dict[str, Method] = {}
-    for text in (*BASELINES, *methods):
-        method = standard_law(parse(text), "an audit")
-        options = [method] if getattr(method, "budget", None) is not None else _under(method, sizes)
-        for option in options:
-            found.setdefault(str(option), option)
+    found = {one.text: one for text in BASELINES for one in _under(parse(text), sizes, baseline=True)}
+    for text in methods:
+        for one in _under(standard_law(parse(text), "an audit"), sizes, asked=True):
+            found[one.text] = replace(one, baseline=one.text in found and found[one.text].baseline)
     return list(found.values())
 
 
-def _under(method: Method, sizes: Sequence[Budget]) -> list[Method]:
+def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[Setting]:
+    if method.budget is not None:
+        return [Setting(method, **marks)]
     bounded = [method.with_budget(size) for size in sizes]
-    return [m for m in bounded if m is not None] or [method]
+    return [Setting(one, **marks) for one in bounded if one is not None] or [Setting(method, **marks)]
+
+
+def check_protocols(protocols: Sequence[str]) -> None:
+    """Raise ValueError for a name that is no protocol."""
+    unknown = [name for name in protocols if name not in PROTOCOLS]
+    if unknown or not protocols:
+        raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(PROTOCOLS)}")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -97,11 +106,11 @@ def task_work(
 
     check_tasks(tasks)
     work = []
-    for task in tasks:
-        for context in contexts:
+    for task in dict.fromkeys(tasks):
+        for context in dict.fromkeys(contexts):
             samples = [KNOWN[task].generate(seed, i, context, count=count) for i in range(n)]
             items = tuple(Item(s.context, s.questions[0].ask, s.questions[0].answer) for s in samples)
-            work += [Work(Cell(task, context, protocol), items) for protocol in protocols]
+            work += [Work(Cell(task, context, protocol), items) for protocol in dict.fromkeys(protocols)]
     return work
 
 
@@ -111,8 +120,8 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     Raises ValueError naming the file and the line that is broken, or how many samples there are if fewer than `n`.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as cause:
+        lines = read_regular(path, MOST_PROMPT_BYTES, "prompts file").decode("utf-8").split("\n")
+    except UnicodeDecodeError as cause:
         raise ValueError(f"cannot read the prompts file {str(path)!r}: {cause}") from None
     items = tuple(_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip())
     if len(items) < n:
@@ -125,7 +134,7 @@ def prompt_work(
 ) -> list[Work]:
     """Cells of a user's prompts; a bare prompt has no separate question, so only `visible` applies to it."""
     split = all(item.question for item in items)
-    allowed = [p for p in protocols if split or p == "visible"] or ["visible"]
+    allowed = [p for p in dict.fromkeys(protocols) if split or p == "visible"] or ["visible"]
     context = max(count(item.context) for item in items)
     return [Work(Cell(name, context, protocol), items) for protocol in allowed]
 
@@ -135,12 +144,16 @@ def _item(line: str, where: str) -> Item:
         record = json.loads(line)
     except json.JSONDecodeError as cause:
         raise ValueError(f"{where} is not JSON: {cause.msg} at column {cause.colno}") from None
+    except (ValueError, RecursionError) as cause:  # a number of thousands of digits, brackets thousands deep
+        raise ValueError(f"{where} is not JSON that can be read: {cause}") from None
     forms = ({"prompt", "answer"}, {"context", "question", "answer"})
     fits = isinstance(record, dict) and any(
         form <= record.keys() and all(isinstance(record[key], str) and record[key] for key in form) for form in forms
     )
     if not fits:
         raise ValueError(f'{where} must have non-empty texts "prompt" and "answer", or "context", "question", "answer"')
+    if any(0xD800 <= ord(c) < 0xE000 for value in record.values() if isinstance(value, str) for c in value):
+        raise ValueError(f"{where} has half of a surrogate pair, which is no text: write the character itself")
     if "prompt" in record:
         return Item(record["prompt"], "", record["answer"], ends=False)
     return Item(record["context"], record["question"], record["answer"], ends=False)

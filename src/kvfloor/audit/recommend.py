@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfloor.audit.criterion import SEVERITY, Standard, Verdict
-from kvfloor.audit.names import bare_name, split_setting
 from kvfloor.audit.rows import Cell, Row
 
 WEAK_EXACT_SCORE = 0.5
@@ -46,7 +45,7 @@ class Judged:
 
     @property
     def method(self) -> str:
-        return split_setting(self.setting)[0]
+        return self.weakest.configuration
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.9
     if not exact:
         raise ValueError("the rows hold no exact reference: audit with the method 'exact' too")
     candidates = _candidates(rows, exact)
-    standard = Standard(margin, confidence, methods=len({split_setting(name)[0] for name in candidates}))
+    standard = Standard(margin, confidence, methods=len({of_one[0].configuration for of_one in candidates.values()}))
     judged = _judge(candidates, standard)
     safe = [one for one in judged if one.believed]
     answer = Recommendation(
@@ -113,7 +112,7 @@ def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[R
     return {
         setting: list(cells.values())
         for setting, cells in settings.items()
-        if bare_name(setting) not in ("exact", "random")
+        if next(iter(cells.values())).name not in ("exact", "random")
         and cells.keys() == exact.keys()
         and sum(row.state_bytes for row in cells.values()) < sum(row.exact_bytes for row in cells.values())
     }
@@ -131,7 +130,7 @@ def _judge(candidates: dict[str, list[Row]], standard: Standard) -> tuple[Judged
     for setting, rows in sorted(candidates.items(), key=lambda item: (-_mean_bytes(item[1]), item[0])):
         weakest = min(rows, key=strength)
         verdict = standard.verdict(weakest)
-        method = split_setting(setting)[0]
+        method = weakest.configuration
         if verdict != "holds":
             stopped.add(method)
         judged.append(

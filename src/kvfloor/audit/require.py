@@ -8,24 +8,27 @@ Grammar, with the word `and` between clauses:
 
 e.g. `h2o@256:recall.score>=0.9 and h2o@256:diff_low>=-15%`.
 
-METHOD is a setting as the rows write it, or the same without arguments (`h2o@256` means `h2o(recent=64)@256`
-too) or without a budget (`h2o` means all its budgets). Without METHOD a clause is about the settings that
-were asked for, not the baselines beside them; without TASK, about every task. It must hold on every row it is
-about.
+METHOD is a setting in any spelling of the grammar. Without arguments it means every configuration (`h2o@256` means
+`h2o(recent=64)@256` too), without a budget every budget. Without METHOD a clause is about the settings that were asked
+for, not the baselines beside them; without TASK, about every task. It must hold on every row it is about.
 
-Exit codes: 0 where every clause holds, 1 where one does not, 2 (ValueError here) for text that is no
-condition, or is about no row: nothing is ever met by being about nothing.
+Exit codes: 0 where every clause holds, 1 where one does not, 2 (ValueError here, before anything is measured) for text
+that is no condition, or is about no row: nothing is ever met by being about nothing.
 """
 
+import math
 import operator
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from kvfloor.audit.names import bare_name, split_setting
 from kvfloor.audit.rows import CONTRACT_FIELDS, Row
+from kvfloor.audit.setting import Setting
+from kvfloor.methods.registry import parse
+from kvfloor.splitting import outline, split_words
 
-FIGURES = tuple(name for name in CONTRACT_FIELDS if name not in ("method", "task", "protocol"))
+_WORDS = ("method", "task", "protocol", "configuration", "name", "budget", "baseline")
+FIGURES = tuple(name for name in CONTRACT_FIELDS if name not in _WORDS)
 
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _UNITS = {"": 1.0, "%": 0.01, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
@@ -38,19 +41,26 @@ _CLAUSE = re.compile(
 
 @dataclass(frozen=True)
 class Clause:
-    """One parsed condition; `method` and `task` are None where the text names none."""
+    """One parsed condition; `setting` and `task` are None where the text names none.
+
+    every   the setting is named without arguments, which stands for all of them
+    """
 
     text: str
-    method: str | None
+    setting: Setting | None
+    every: bool
     task: str | None
     figure: str
     comparison: str
     bound: float
 
-    def is_about(self, row: Row, asked: Collection[str]) -> bool:
-        if self.task is not None and row.task != self.task:
-            return False
-        return row.method in asked if self.method is None else _names(self.method, row)
+    def names(self, setting: Setting) -> bool:
+        """Whether the clause is about a setting of the audit, on the tasks that it is about."""
+        named = self.setting
+        if named is None:
+            return setting.asked
+        alike = named.name == setting.name if self.every else named.configuration == setting.configuration
+        return alike and named.budget in (None, setting.budget)
 
     def holds(self, row: Row) -> bool:
         """Whether the row's figure meets the bound; a figure that was not measured does not."""
@@ -58,25 +68,45 @@ class Clause:
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
 
-def parse_requirement(text: str) -> tuple[Clause, ...]:
-    """The clauses of a `--require` text. Raises ValueError naming the clause, the grammar and the figures."""
-    return tuple(_parse_clause(part.strip()) for part in re.split(r"\s+and\s+", text))
+@dataclass(frozen=True)
+class Condition:
+    """A clause and what it is about: settings as the rows write them, and tasks."""
+
+    clause: Clause
+    methods: frozenset[str]
+    tasks: frozenset[str]
+
+    def is_about(self, row: Row) -> bool:
+        return row.method in self.methods and row.task in self.tasks
 
 
-def shortfalls(clauses: Sequence[Clause], rows: Sequence[Row], asked: Collection[str]) -> list[str]:
-    """One line per row that misses a clause; empty where everything holds.
+def conditions(text: str, settings: Sequence[Setting], tasks: Collection[str]) -> tuple[Condition, ...]:
+    """The conditions of a `--require` text on an audit of these settings and tasks.
 
-    `asked` are the settings the user asked for, as the rows write them.
-    Raises ValueError for a clause that is about no row.
+    Raises ValueError naming the clause that is none, with the grammar and the figures, or that is about no row.
     """
+    found = []
+    for part in split_words(text.strip(), r"\s+and\s+") or [text]:
+        clause = _parse_clause(part)
+        methods = frozenset(one.text for one in settings if clause.names(one))
+        about = frozenset(task for task in tasks if clause.task in (None, task))
+        if not methods or not about:
+            raise ValueError(
+                f"{clause.text!r} is about no row: the settings asked for are "
+                f"{', '.join(one.text for one in settings if one.asked) or 'none'}; the baselines are "
+                f"{', '.join(one.text for one in settings if one.baseline)}; the tasks are {', '.join(tasks)}"
+            )
+        found.append(Condition(clause, methods, about))
+    return tuple(found)
+
+
+def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str]:
+    """One line per row that misses a condition; empty where everything holds."""
     lines = []
-    for clause in clauses:
-        about = [row for row in rows if clause.is_about(row, asked)]
-        if not about:
-            settings, tasks = (", ".join(sorted(names)) for names in ({r.method for r in rows}, {r.task for r in rows}))
-            raise ValueError(f"{clause.text!r} is about no row: the settings are {settings}; the tasks are {tasks}")
-        for row in about:
-            if not clause.holds(row):
+    for condition in conditions:
+        clause = condition.clause
+        for row in rows:
+            if condition.is_about(row) and not clause.holds(row):
                 value = getattr(row, clause.figure)
                 found = "not measured" if value is None else f"{value:,.6g}"
                 lines.append(f"{clause.text}: {row.method} on {row.cell} has {clause.figure} {found}")
@@ -84,29 +114,21 @@ def shortfalls(clauses: Sequence[Clause], rows: Sequence[Row], asked: Collection
 
 
 def _parse_clause(text: str) -> Clause:
-    match = _CLAUSE.fullmatch(text)
-    if match is None or match["figure"] not in FIGURES:
+    match = _CLAUSE.fullmatch(outline(text))
+    if match is None or match["figure"] not in FIGURES or not math.isfinite(float(match["number"])):
         raise ValueError(
             f"{text!r} is no condition: write [METHOD:][TASK.]FIGURE>=NUMBER, e.g. "
             "'h2o@256:recall.score>=0.9', with "
             f">=, <=, > or < and a figure of {', '.join(FIGURES)}"
         )
+    method, task = (text[match.start(group) : match.end(group)].strip() or None for group in ("method", "task"))
     unit = next(factor for name, factor in _UNITS.items() if name.lower() == match["unit"].lower())
     return Clause(
         text=text,
-        method=match["method"].strip() if match["method"] else None,
-        task=match["task"].strip() if match["task"] else None,
+        setting=None if method is None else Setting(parse(method)),
+        every=method is not None and "(" not in method,
+        task=task,
         figure=match["figure"],
         comparison=match["comparison"],
         bound=float(match["number"]) * unit,
     )
-
-
-def _names(pattern: str, row: Row) -> bool:
-    """Whether a METHOD of the grammar names the row's setting."""
-    if pattern == row.method:
-        return True
-    method, budget = split_setting(pattern)
-    row_method, row_budget = split_setting(row.method)
-    same_method = method in (row_method, bare_name(row.method))
-    return same_method and (budget is None or budget in (row_budget, str(row.budget_tokens)))

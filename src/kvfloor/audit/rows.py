@@ -5,16 +5,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
-from kvfloor.audit.names import is_baseline
-from kvfloor.files import replace_file
+from kvfloor.audit.protocols import Protocol
+from kvfloor.audit.setting import Setting
+from kvfloor.files import read_regular, replace_file
 from kvfloor.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
 
-Protocol = Literal["visible", "after"]
-"""`visible`: the question stands in the context while that is compressed. `after`: it comes afterwards."""
-
 SCHEMA = 1
+MOST_BYTES = 2**28  # of a rows.jsonl
 
 
 class Cell(NamedTuple):
@@ -50,6 +49,8 @@ class Row:
     output_error           mean of `output_error_by_layer`
     prefill_ms             time to take in the context; `decode_ms_per_token` is None where no step was timed
     output_tokens          mean length of the answers, in tokens
+    configuration          the setting without its budget; `name` without arguments too; `budget` as it was asked
+                           for, None without one
     baseline               one of the methods every audit compares with
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
@@ -78,8 +79,11 @@ class Row:
     prefill_ms: float
     decode_ms_per_token: float | None
     output_tokens: float
-    token_id_bytes: int
+    configuration: str
+    name: str
+    budget: str | None
     baseline: bool
+    token_id_bytes: int
     output_error_by_layer: tuple[float, ...]
     output_error_by_head: tuple[tuple[float, ...], ...]
     outcomes: tuple[int, ...]
@@ -133,13 +137,13 @@ class Row:
         return self.state_bytes < self.floor_bytes
 
 
-CONTRACT_FIELDS = tuple(field.name for field in fields(Row))[:21]
+CONTRACT_FIELDS = tuple(field.name for field in fields(Row))[:25]
 """The fields of a row in the `--json` document, which scripts rely on; `rows.jsonl` has the others too."""
 
 
 def measured_row(
     *,
-    method: str,
+    setting: Setting,
     budget_tokens: int | None,
     task: str,
     context: int,
@@ -164,7 +168,7 @@ def measured_row(
     `outcomes`.
     Raises ValueError where fewer than 32 samples were run, the two do not pair, or a number is not finite.
     """
-    n = len(outcomes)
+    n, method = len(outcomes), setting.text
     gained, lost = paired_counts(outcomes, exact_outcomes)
     if n < MIN_SAMPLES:
         raise ValueError(
@@ -195,8 +199,11 @@ def measured_row(
         prefill_ms=float(prefill_ms),
         decode_ms_per_token=None if decode_ms_per_token is None else float(decode_ms_per_token),
         output_tokens=float(output_tokens),
+        configuration=setting.configuration,
+        name=setting.name,
+        budget=setting.budget,
+        baseline=setting.baseline,
         token_id_bytes=token_id_bytes,
-        baseline=is_baseline(method),
         output_error_by_layer=tuple(float(error) for error in output_error_by_layer),
         output_error_by_head=tuple(tuple(float(error) for error in layer) for layer in output_error_by_head),
         outcomes=tuple(int(outcome) for outcome in outcomes),
@@ -213,8 +220,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """The rows `write_rows` wrote. Raises ValueError naming the file and line that is not a row."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_regular(path, MOST_BYTES, "rows").decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}; give a rows.jsonl that an audit wrote") from error
     rows = []
     for number, line in enumerate(lines, start=1):

@@ -12,8 +12,19 @@ from pathlib import Path
 from kvfloor.audit.explain import why
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.meta import Meta
-from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, check_tasks, prompt_work, read_prompts, settings, task_work
+from kvfloor.audit.plan import (
+    BUDGETS,
+    METHODS,
+    TASKS,
+    check_protocols,
+    check_tasks,
+    prompt_work,
+    read_prompts,
+    settings,
+    task_work,
+)
 from kvfloor.audit.recommend import Recommendation, recommend
+from kvfloor.audit.require import conditions, shortfalls
 from kvfloor.audit.rows import Row, document, write_rows
 from kvfloor.files import open_folder
 from kvfloor.statistics import MIN_SAMPLES
@@ -30,6 +41,7 @@ class Question:
     budgets   texts; tokens, shares or bytes     tasks     built-in task names, unless `prompts` is given
     contexts  tokens of context per task         n         samples per row, at least 32
     protocols "after": the question follows the compression; "visible": it is compressed with the context
+    require   conditions on the rows (`audit/require.py`), or None
     """
 
     model: str = "builtin"
@@ -41,6 +53,7 @@ class Question:
     protocols: Sequence[str] = ("after",)
     n: int = DEFAULT_SAMPLES
     seed: int = 0
+    require: str | None = None
     out: Path = Path("out/audit")
     command: str = "kvfloor audit"
 
@@ -49,15 +62,15 @@ class Question:
 class Answer:
     """What an audit gives.
 
-    asked   the settings beside the baselines, as the rows write them
-    report  where the page is to be written: `kvfloor.report.render` does so
+    report      where the page is to be written: `kvfloor.report.render` does so
+    shortfalls  a line for each row that misses what was required
     """
 
     rows: list[Row]
     heads: list[Head]
     recommendation: Recommendation
     report: Path
-    asked: frozenset[str]
+    shortfalls: tuple[str, ...]
     question: Question
     meta: Meta
 
@@ -82,11 +95,11 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
     begin = time.perf_counter()
     if question.n < MIN_SAMPLES:
         raise ValueError(f"--n {question.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
-    unknown = [p for p in question.protocols if p not in ("after", "visible")]
-    if unknown or not question.protocols:
-        raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from after, visible")
-    plan = settings(question.methods, question.budgets)
+    check_protocols(question.protocols)
     check_tasks(question.tasks)
+    plan = settings(question.methods, question.budgets)
+    tasks = question.tasks if question.prompts is None else (question.prompts.stem,)
+    required = () if question.require is None else conditions(question.require, plan, tasks)
     items = None if question.prompts is None else read_prompts(question.prompts, question.n)
     open_folder(question.out)
 
@@ -104,9 +117,6 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
     rows, floors = run_cells(bench, plan, work, lambda text: track(total, text))
     by_head = heads(floors, rows)
     answer = recommend(rows)
-    asked = frozenset(str(method) for method in settings(question.methods, question.budgets)) - {
-        row.method for row in rows if row.baseline
-    }
     report = question.out / "report.html"
     meta = Meta(
         model=question.model,
@@ -122,7 +132,7 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
         duration_s=time.perf_counter() - begin,
     )
     write_rows(question.out / "rows.jsonl", rows)
-    return Answer(rows, by_head, answer, report, asked, question, meta)
+    return Answer(rows, by_head, answer, report, tuple(shortfalls(required, rows)), question, meta)
 
 
 def _threads() -> int:

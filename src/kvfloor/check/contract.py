@@ -41,7 +41,7 @@ def check_text(method: Method, at: Setting) -> None:
 def check_documented(method: Method, at: Setting) -> None:
     """A method and its parts have a docstring, and name a source."""
     del at
-    parts = [method, *(getattr(method, name) for name in ("policy", "summary", "selector") if hasattr(method, name))]
+    parts = [method, *(part for part in method.parts if part is not None)]
     for part in parts:
         text = type(part).__doc__ or ""
         generated = text.startswith(f"{type(part).__name__}(")  # what a dataclass writes for want of a docstring

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfloor.check.law import Setting, require
 from kvfloor.check.plain_attention import attention, causal
-from kvfloor.check.streams import Stream, play, probes, slots_of, small_pieces, spec_for, stream_for, tokens_of
+from kvfloor.check.streams import Stream, play, probes, small_pieces, spec_for, stream_for, tokens_of
 from kvfloor.check.tolerance import AGREE, require_accuracy, require_agreement
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.method import Method
@@ -20,8 +20,8 @@ from kvfloor.core.state import State
 
 def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
     """The slots (rows, m, s) that the method's selector leaves unread for q (rows, m, d); None if it has none."""
-    slots = slots_of(state)
-    if slots is None or not hasattr(method, "selector") or not isinstance(state, Blocked):
+    slots = state.slots
+    if slots is None or method.parts.selector is None or not isinstance(state, Blocked):
         return None
     hide = state.unread(q)
     return None if hide is None else hide.expand(q.shape[0], q.shape[1], int(slots.held.max()))
@@ -31,12 +31,12 @@ def waits_whole(method: Method) -> bool:
     """True if the first token is kept whole, whatever becomes of it later."""
     state, stream = method.open(spec_for(method, Setting())), stream_for(method, Setting(), n=1)
     state.append(stream.k, stream.v)
-    return all(len(row.position) == 1 for row in tokens_of(state)) and slots_of(state) is not None
+    return all(len(row.position) == 1 for row in tokens_of(state)) and state.slots is not None
 
 
 def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
     """True if every token seen is held whole and read by every query q (rows, m, d)."""
-    slots = slots_of(state)
+    slots = state.slots
     held = state.held if slots is None else slots.held
     whole = bool((held == state.seen).all())
     if slots is None:
@@ -49,7 +49,7 @@ def check_reference(method: Method, at: Setting) -> None:
     """While nothing was lost the answers are exact attention, to 1.5 times the error of plain same-dtype attention."""
     for softcap in (None, 4.0):
         spec, stream = replace(spec_for(method, at), softcap=softcap), stream_for(method, at)
-        state, budget = method.open(spec), getattr(method, "budget", None)
+        state, budget = method.open(spec), method.budget
         room = min(budget) if isinstance(budget, tuple) else budget
         whole = 0
 
@@ -60,7 +60,7 @@ def check_reference(method: Method, at: Setting) -> None:
             if not _nothing_lost(method, state, q.flatten(1, 2)):
                 break
             whole = b
-        if isinstance(room, int) and not method.traits.lossy_values and getattr(method, "selector", None) is None:
+        if isinstance(room, int) and not method.traits.lossy_values and method.parts.selector is None:
             require(whole + 16 > min(room, stream.n), f"tokens are lost after {whole} of a budget of {room}")
         require(whole > 0, "the first token is lost at once: a method that stores values inexactly claims lossy_values")
         q, k, v = stream.q[:, :, :whole], stream.k[:, :whole], stream.v[:, :whole]
@@ -94,7 +94,7 @@ def check_attends_to_held(method: Method, at: Setting) -> None:
 
     def look(i: int) -> None:
         part, hide = state.read(q), unread(method, state, q)
-        slots: Any = slots_of(state)
+        slots: Any = state.slots
         for row, (offset, held) in enumerate(zip(slots.offset.tolist(), slots.held.tolist(), strict=True)):
             here = slice(offset, offset + held)
             gone = torch.ones(i, dtype=torch.bool)

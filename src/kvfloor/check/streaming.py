@@ -9,13 +9,11 @@ import torch
 
 from kvfloor.check.law import Setting, require
 from kvfloor.check.streams import (
-    block_of,
     long_stream_length,
     of_rows,
     play,
     probes,
     require_same_memory,
-    slots_of,
     some_absent,
     spec_for,
     stream_for,
@@ -34,7 +32,7 @@ def check_chunking(method: Method, at: Setting) -> None:
     stream = stream_for(method, at, n=n)
     rng = random.Random(at.seed)
     few = rng.sample(range(1, n), n // 24)
-    slow = (*range(1, 6), *range(stream.prompt + 1, min(n, stream.prompt + block_of(method) + 4)))
+    slow = (*range(1, 6), *range(stream.prompt + 1, min(n, stream.prompt + method.block + 4)))
     for present in (None, some_absent(stream, at.seed)):
         whole = method.open(spec)
         outputs = play(whole, stream, present=present)
@@ -44,7 +42,7 @@ def check_chunking(method: Method, at: Setting) -> None:
         what = "a stream in one call and in pieces" + ("" if present is None else ", with pads")
         require_agreement(pieces, outputs, at.dtype, f"the outputs of {what}")
         require_same_memory(split, whole, at, what)
-        if method.traits.constant_memory and slots_of(whole) is not None:
+        if method.traits.constant_memory and whole.slots is not None:
             require(split.to_bytes() == whole.to_bytes(), f"the messages of {what} differ")
 
 
@@ -55,7 +53,7 @@ def check_causality(method: Method, at: Setting) -> None:
     future = stream_for(method, at, salt=1)
     future = replace(future, v=-8.0 * future.v)
     for cut in (stream.prompt // 2, stream.n - 3):
-        settled = cut - cut % block_of(method) if method.traits.block_causal else cut
+        settled = cut - cut % method.block if method.traits.block_causal else cut
         early = outputs[:, :, :settled]
         prefix = play(method.open(spec), stream, stop=cut)[:, :, :settled]
         require_agreement(

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvfloor.check.law import Setting, require
 from kvfloor.check.tolerance import require_agreement
 from kvfloor.core.method import Method
-from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 
@@ -53,13 +52,13 @@ class Stream:
 
 def rows_of(method: Method) -> int:
     """As many rows as the method has budgets for, if it has one per row."""
-    budget = getattr(method, "budget", None)
+    budget = method.budget
     return len(budget) if isinstance(budget, tuple) else _ROWS
 
 
 def of_rows(method: Method, index: Sequence[int]) -> Method:
     """The method for a state of some rows only: their budgets, if it has one per row."""
-    budget = getattr(method, "budget", None)
+    budget = method.budget
     if not isinstance(budget, tuple):
         return method
     changed = method.with_budget(tuple(budget[i] for i in index))
@@ -87,25 +86,20 @@ def placed(method: Method, spec: Spec) -> Spec:
     return replace(spec, places=[(r // heads % layers, r % heads) for r in range(spec.rows)])
 
 
-def block_of(method: Method) -> int:
-    """Tokens between two decisions of the method; a method that does not say gets the usual 32."""
-    return getattr(method, "block", 32)
-
-
 def prompt_length(method: Method) -> int:
     """A prompt that overflows the method's bound by a block, and ends inside one."""
     bound = method.capacity(_LONG, prompt=0)
-    return block_of(method) + 5 + (64 if bound is None else bound)
+    return method.block + 5 + (64 if bound is None else bound)
 
 
 def stream_length(method: Method) -> int:
     """The prompt, and more than a block after it."""
-    return prompt_length(method) + block_of(method) + 14
+    return prompt_length(method) + method.block + 14
 
 
 def long_stream_length(method: Method) -> int:
     """As `stream_length`, and across 20 block ends at least."""
-    return max(stream_length(method), _BLOCK_ENDS * block_of(method) + block_of(method) // 2 + 1)
+    return max(stream_length(method), _BLOCK_ENDS * method.block + method.block // 2 + 1)
 
 
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
@@ -176,14 +170,9 @@ class Tokens:
     v: Tensor
 
 
-def slots_of(state: State) -> Slots | None:
-    """The state's token store, if it keeps whole tokens."""
-    return next((part for part in vars(state).values() if isinstance(part, Slots)), None)
-
-
 def tokens_of(state: State) -> list[Tokens]:
     """The whole tokens of every row; nothing for a state without a token store."""
-    slots = slots_of(state)
+    slots = state.slots
     if slots is None:
         return []
     rows = []

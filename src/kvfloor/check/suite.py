@@ -13,7 +13,7 @@ from kvfloor.check import randomness as chance
 from kvfloor.check import reference as truth
 from kvfloor.check import tokens as holding
 from kvfloor.check.law import Broken, Check, Setting
-from kvfloor.check.streams import slots_of, spec_for
+from kvfloor.check.streams import spec_for
 from kvfloor.check.tensor_adapter import beside_ones
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
@@ -29,20 +29,20 @@ def _opened(method: Method) -> State:
 
 
 def _keeps_tokens(method: Method) -> str | None:
-    return None if slots_of(_opened(method)) is not None else "it keeps no store of whole tokens"
+    return None if _opened(method).slots is not None else "it keeps no store of whole tokens"
 
 
 def _pins(method: Method) -> str | None:
-    return None if hasattr(_opened(method), "pin") else "its state cannot pin tokens"
+    return None if method.traits.pins else "it does not claim pins"
 
 
 def _absorbs(method: Method) -> str | None:
-    absorbs = holding.takes_summary(method) or method.traits.reference == "unmasked"
+    absorbs = method.parts.summary is not None or method.traits.reference == "unmasked"
     return None if absorbs else "it has no summary and does not claim the unmasked law"
 
 
 def _selects(method: Method) -> str | None:
-    return None if hasattr(method, "selector") else "it has no selector"
+    return None if method.parts.selector is not None else "it has no selector"
 
 
 def _single_queries(method: Method) -> str | None:
@@ -58,8 +58,9 @@ def _exact_at_first(method: Method) -> str | None:
 def _attends_to_held(method: Method) -> str | None:
     if method.traits.lossy_values:
         return "it claims lossy_values: more than whole tokens answers"
-    if method.traits.reference == "unmasked" or getattr(_opened(method), "summary", None) is not None:
-        stated = getattr(method, "summary", method).guarantee(spec_for(method, Setting()))
+    summary, spec = method.parts.summary, spec_for(method, Setting())
+    if method.traits.reference == "unmasked" or (summary is not None and summary.open(spec) is not None):
+        stated = (method if summary is None else summary).guarantee(spec)
         if method.traits.reference != "unmasked" or stated is None or stated.epsilon > 0:
             return "it approximates the tokens that left: it does not state that they answer without error"
     return _keeps_tokens(method)

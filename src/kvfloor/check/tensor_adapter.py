@@ -43,11 +43,11 @@ class Ones(Method):
 
     @property
     def block(self) -> int:
-        return getattr(self.kept, "block", 32)
+        return self.kept.block
 
     @property
     def budget(self) -> Budget | None:
-        return getattr(self.kept, "budget", None)
+        return self.kept.budget
 
     def open(self, spec: Spec) -> OnesState:
         return OnesState(self, spec)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kvfloor.check.law import Setting, require
+from kvfloor.check.law import Broken, Setting, require
 from kvfloor.check.reference import unread
 from kvfloor.check.streams import (
     Stream,
     play,
     probes,
-    slots_of,
     small_pieces,
     some_absent,
     spec_for,
@@ -22,6 +21,7 @@ from kvfloor.check.streams import (
     tokens_of,
 )
 from kvfloor.check.tolerance import AGREE, apart, require_same_bits
+from kvfloor.core.budget import tokens
 from kvfloor.core.method import Method
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
@@ -31,10 +31,9 @@ from kvfloor.core.summary import Summary, SummaryState
 
 def _budgets(method: Method, rows: int) -> list[int] | None:
     """Tokens per row that a method of whole tokens was given, if it has a budget."""
-    budget = getattr(method, "budget", None)
-    if method.traits.lossy_values or budget is None:
+    if method.traits.lossy_values or method.budget is None:
         return None
-    return list(budget) if isinstance(budget, tuple) else [budget] * rows
+    return tokens(method.budget, rows)
 
 
 def check_capacity(method: Method, at: Setting) -> None:
@@ -63,14 +62,14 @@ def check_held_tokens(method: Method, at: Setting) -> None:
     real = [stream.rows([row]).packed(present[row]) for row in range(spec.rows)]
 
     def look(i: int) -> None:
-        for row, tokens in enumerate(tokens_of(state)):
+        for row, kept in enumerate(tokens_of(state)):
             where = f"row {row} after {i} tokens"
             count = int(present[row, :i].sum())
-            require(len(set(tokens.position.tolist())) == len(tokens.position), f"{where} holds a token twice")
-            inside = bool(((tokens.position >= 0) & (tokens.position < count)).all())
+            require(len(set(kept.position.tolist())) == len(kept.position), f"{where} holds a token twice")
+            inside = bool(((kept.position >= 0) & (kept.position < count)).all())
             require(inside, f"{where} holds a position outside its {count} tokens")
-            require_same_bits(tokens.k, real[row].k[0, tokens.position], f"{where}: held keys and the stream's")
-            require_same_bits(tokens.v, real[row].v[0, tokens.position], f"{where}: held values and the stream's")
+            require_same_bits(kept.k, real[row].k[0, kept.position], f"{where}: held keys and the stream's")
+            require_same_bits(kept.v, real[row].v[0, kept.position], f"{where}: held values and the stream's")
 
     play(state, stream, cuts=range(0, stream.n, 13), present=present, after=look)
 
@@ -78,7 +77,7 @@ def check_held_tokens(method: Method, at: Setting) -> None:
 def check_pinned(method: Method, at: Setting) -> None:
     """Pinned tokens never leave, not through a message, a copy or a selection of rows either."""
     spec, stream = spec_for(method, at), stream_for(method, at)
-    state: Any = method.open(spec)
+    state = method.open(spec)
     start, stop = 5, 6
     play(state, stream, stop=stop)
     before = state.to_bytes()
@@ -89,8 +88,8 @@ def check_pinned(method: Method, at: Setting) -> None:
         return
 
     def look(i: int) -> None:
-        for row, tokens in enumerate(tokens_of(state)):
-            require(start in tokens.position.tolist(), f"after {i} tokens row {row} has lost its pinned token {start}")
+        for row, kept in enumerate(tokens_of(state)):
+            require(start in kept.position.tolist(), f"after {i} tokens row {row} has lost its pinned token {start}")
 
     middle = stream.prompt + 3
     play(state, stream, start=stop, stop=middle, cuts=small_pieces(stream.n), after=look)
@@ -128,18 +127,15 @@ class TallyState(SummaryState):
         return Partial.empty(*q.shape[:2], dv=self.spec.dv, dtype=self.spec.compute_dtype)
 
 
-def takes_summary(method: Method) -> bool:
-    return is_dataclass(method) and any(f.name == "summary" for f in fields(method))
-
-
 def check_absorbed_once(method: Method, at: Setting) -> None:
     """Each token that leaves is absorbed by the summary exactly once."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     whole = Stream(
         stream.q, (8 * stream.k).round(), (8 * stream.v).round(), stream.prompt
     )  # sums of integers are exact
-    if takes_summary(method):
-        _check_tally(replace(method, summary=Tally()), spec, whole)  # type: ignore[type-var]
+    counting = method.with_summary(Tally())
+    if counting is not None:
+        _check_tally(counting, spec, whole)
     if method.traits.reference == "unmasked":
         _check_weight(method.open(spec), stream, at)
 
@@ -150,17 +146,17 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 
     def look(i: int) -> None:
         tally = state.summary
-        for row, tokens in enumerate(tokens_of(state)):
+        for row, kept in enumerate(tokens_of(state)):
             real = stream.rows([row]).packed(present[row])
             seen = int(present[row, :i].sum())
-            where = f"row {row} after {i} tokens ({seen} real, {len(tokens.position)} held)"
-            gone = seen - len(tokens.position)
+            where = f"row {row} after {i} tokens ({seen} real, {len(kept.position)} held)"
+            gone = seen - len(kept.position)
             require(int(tally.count[row]) == gone, f"{where} absorbed {int(tally.count[row])} tokens, not {gone}")
-            for name, absorbed, fed, kept in (
-                ("keys", tally.k, real.k, tokens.k),
-                ("values", tally.v, real.v, tokens.v),
+            for name, absorbed, fed, held in (
+                ("keys", tally.k, real.k, kept.k),
+                ("values", tally.v, real.v, kept.v),
             ):
-                left = fed[0, :seen].double().sum(0) - kept.double().sum(0)
+                left = fed[0, :seen].double().sum(0) - held.double().sum(0)
                 require(apart(absorbed[row], left) == 0.0, f"{where} absorbed other {name} than those that left")
 
     play(state, stream, cuts=range(0, stream.n, 17), present=present, after=look)
@@ -191,10 +187,10 @@ def check_selector_subset(method: Method, at: Setting) -> None:
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
-    slots: Any = slots_of(state)
+    slots: Any = state.slots
     q, source = probes(spec), torch.Generator().manual_seed(at.seed)
     if state.selection is None:
-        _check_hiding(method, state, q, source)
+        _check_hiding(method.parts.selector, state, q, source)
     else:
         _check_choosing(state, q, source)
     before = state.read(q).mean
@@ -204,7 +200,7 @@ def check_selector_subset(method: Method, at: Setting) -> None:
     require_same_bits(state.read(q).mean, before, "answers before and after slots that hold no token were overwritten")
 
 
-def _check_hiding(method: Method, state: Any, q: Tensor, source: torch.Generator) -> None:
+def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
     """A selector without an index hides all that it is told to hide, and not all that there is."""
     view = state.slots.view()
     width = view.k.shape[1]
@@ -212,9 +208,10 @@ def _check_hiding(method: Method, state: Any, q: Tensor, source: torch.Generator
         hide = torch.rand(*q.shape[:2], width, generator=source) < hidden_share
         hide[:, :, 0] = False
         hide = hide if view.live is None else hide | ~view.live.unsqueeze(1)
-        unread = method.selector.hide(q, view, state.spec, hide)  # type: ignore[attr-defined]
-        require(unread is not None, f"asked to hide {int(hide.sum())} slots, the selector reads everything")
-        unread = unread.expand(hide.shape)
+        answer = selector.hide(q, view, state.spec, hide)
+        if answer is None:
+            raise Broken(f"asked to hide {int(hide.sum())} slots, the selector reads everything")
+        unread = answer.expand(hide.shape)
         require(bool((unread | ~hide).all()), "the selector reads slots that it was told to hide")
         require(bool((~unread).any(-1).all()), "the selector reads nothing at all for some query")
 

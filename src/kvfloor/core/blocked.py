@@ -24,6 +24,8 @@ class Blocked(State):
     index is told of every token that comes; a variant from whose slots tokens leave tells it of those.
     """
 
+    slots: Slots
+
     def __init__(self, method: Method, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
         super().__init__(method, spec)
         self.slots = slots

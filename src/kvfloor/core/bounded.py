@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget, size_bytes, tokens
-from kvfloor.core.method import Guarantee, Method, Traits, part_text
+from kvfloor.core.method import Guarantee, Method, Parts, Traits, budget_text, part_text
 from kvfloor.core.partial import Partial
 from kvfloor.core.policy import Held, Policy, Queries
 from kvfloor.core.selector import Everything, Selector
@@ -87,7 +87,11 @@ class Bounded(Method):
     def traits(self) -> Traits:
         constant = self.prefill == "stream" and self.policy.spares == "nothing"
         linear = self.summary.traits.value_linear and not self.policy.weighs_values
-        return replace(self.summary.traits, value_linear=linear, constant_memory=constant)
+        return replace(self.summary.traits, value_linear=linear, constant_memory=constant, pins=True)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.policy, self.summary, self.selector)
 
     def open(self, spec: Spec) -> BoundedState:
         budgets = tokens(self.budget, spec.rows)
@@ -112,6 +116,9 @@ class Bounded(Method):
     def with_budget(self, budget: Budget) -> Bounded:
         return replace(self, budget=budget)
 
+    def with_summary(self, summary: Summary) -> Bounded:
+        return replace(self, summary=summary)
+
     def guarantee(self, spec: Spec) -> Guarantee | None:
         return self.summary.guarantee(spec) if isinstance(self.selector, Everything) else None
 
@@ -134,9 +141,7 @@ class Bounded(Method):
             text += f"+{part_text(self.summary)}"
         if not isinstance(self.selector, Everything):
             text += f"|{part_text(self.selector)}"
-        if isinstance(self.budget, tuple):
-            return f"{text}@{':'.join(map(str, self.budget))}"
-        return text if self.budget is None else f"{text}@{self.budget}"
+        return text if self.budget is None else f"{text}@{budget_text(self.budget)}"
 
 
 class BoundedState(Blocked):
@@ -169,13 +174,7 @@ class BoundedState(Blocked):
         assert isinstance(self.method, Bounded)
         return self.method
 
-    def pin(self, start: int, stop: int) -> None:
-        """Tokens start <= position < stop of every row never leave; call it before they are evicted.
-
-        Raises ValueError if the budget cannot hold all that is protected, or if some are gone already.
-        """
-        if not 0 <= start < stop:
-            raise ValueError(f"a pinned span needs 0 <= start < stop, got {start}..{stop}")
+    def _pin(self, start: int, stop: int) -> None:
         pinned = int((self.pins[0, :, 1] - self.pins[0, :, 0]).sum()) + stop - start
         for budget in self.budget.tolist():
             self._plan._check_room(budget, pinned)

@@ -6,14 +6,14 @@ import re
 
 import torch
 
-from kvfloor.core.method import Method
+from kvfloor.core.method import Budget, Method
 from kvfloor.core.spec import Spec
+from kvfloor.splitting import shortened
 from kvfloor.validation import count
-
-Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one number of tokens per row
 
 _PROBE = 1024
 _MOST_TOKENS = 2**40
+_LONGEST = 32  # characters of a share or a size
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FORMS = "a number of tokens (512), a share of the context (25%) or bytes (64MiB, 8MB)"
 
@@ -21,24 +21,26 @@ _FORMS = "a number of tokens (512), a share of the context (25%) or bytes (64MiB
 def parse_budget(text: str) -> Budget:
     """A budget from its text; ValueError naming the allowed forms."""
     text = text.strip()
-    if re.fullmatch(r"\d+", text):
-        tokens = int(text)
-        if tokens < 1:
+    if re.fullmatch(r"[0-9]+", text):
+        digits = text.lstrip("0")
+        if not digits:
             raise ValueError(f"a budget must be at least 1 token, got {text!r}")
-        return tokens
-    if re.fullmatch(r"\d+(\.\d+)?%", text):
+        if len(digits) > 13 or int(digits) > _MOST_TOKENS:
+            raise ValueError(f"a budget must be at most {_MOST_TOKENS} tokens, got {shortened(text)}")
+        return int(digits)
+    if len(text) <= _LONGEST and re.fullmatch(r"[0-9]+(\.[0-9]+)?%", text):
         if not 0 < float(text[:-1]) <= 100:
-            raise ValueError(f"a share of the context must lie in (0, 100] %, got {text!r}")
+            raise ValueError(f"a budget as a share of the context must lie in (0, 100] %, got {text!r}")
         return text
     if size_bytes(text) is not None:
         return text
-    raise ValueError(f"{text!r} is not a budget: give {_FORMS}")
+    raise ValueError(f"{shortened(text)} is not a budget: give {_FORMS}")
 
 
 def size_bytes(text: str) -> int | None:
     """Bytes meant by "64MiB" or "8MB"; None if the text is not a size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
-    if match is None or match[2].upper() not in _UNITS:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS or len(text) > _LONGEST:
         return None
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -64,7 +66,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     the state allocates: scores, positions, spare slots. Raises ValueError for a method that no budget bounds, for
     a share without a length, and for bytes too few for one token.
     """
-    budget = getattr(method, "budget", None)
+    budget = method.budget
     if not isinstance(budget, str):
         return method
     count("resolve", least=1, layers=layers, g=g, **({} if length is None else {"length": length}))

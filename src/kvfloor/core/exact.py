@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
-from kvfloor.core.method import Guarantee, Method, Traits, part_text
+from kvfloor.core.method import Guarantee, Method, Parts, Traits, part_text
 from kvfloor.core.selector import Everything, Indexed, Selector
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
@@ -31,7 +31,11 @@ class Exact(Method):
 
     @property
     def traits(self) -> Traits:
-        return Traits(constant_memory=False)
+        return Traits(constant_memory=False, pins=True)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(selector=self.selector)
 
     def open(self, spec: Spec) -> ExactState:
         return ExactState(self, spec)
@@ -69,6 +73,9 @@ class ExactState(Blocked):
 
     def _close(self, rows: Tensor | None) -> None:
         """Nothing ever leaves."""
+
+    def _pin(self, start: int, stop: int) -> None:
+        """Nothing ever leaves, so that every span is pinned."""
 
     def _at_once(self, seen: int, left: int) -> int:
         del seen

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -12,8 +13,12 @@ from kvfloor.core import message
 from kvfloor.core.spec import Spec
 
 if TYPE_CHECKING:
-    from kvfloor.core.budget import Budget
+    from kvfloor.core.policy import Policy
+    from kvfloor.core.selector import Selector
     from kvfloor.core.state import State
+    from kvfloor.core.summary import Summary
+
+Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one number of tokens per row
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Traits:
     lossy_values    values are stored with an error even while nothing was dropped
     block_causal    a query may be answered by its block rather than alone
     constant_memory nbytes never grows once opened
+    pins            `State.pin` keeps a span of tokens for good
     trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it fits any model
     """
 
@@ -36,6 +42,7 @@ class Traits:
     lossy_values: bool = False
     block_causal: bool = False
     constant_memory: bool = True
+    pins: bool = False
     trained_for: tuple[int, int, int] | None = None
 
 
@@ -60,12 +67,46 @@ class Guarantee:
     why: str = ""
 
 
+class Parts(NamedTuple):
+    """The parts that a method is composed of; None where it has no such part."""
+
+    policy: Policy | None = None
+    summary: Summary | None = None
+    selector: Selector | None = None
+
+
+class _Usual:
+    """The value of a member that a subclass does not declare.
+
+    Only instances have it: were it an attribute of the class, a dataclass would take it for the default of the
+    subclass's own field of that name.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        if instance is None:
+            raise AttributeError("a subclass declares this member, or its instances have the usual value")
+        return self.value
+
+
 class Method(ABC):
-    """A frozen configuration from which states are opened. Subclasses are frozen dataclasses, and final."""
+    """A frozen configuration from which states are opened. Subclasses are frozen dataclasses, and final.
+
+    traits   what it promises
+    budget   tokens per row, a share or bytes; None where it has none, or none yet
+    block    tokens between two decisions of a row
+    parts    policy, summary and selector, where it is composed of such
+    Each is a field or a property of the subclass; all but `traits` have the usual value where it declares none.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    traits: Traits  # a field or a property of the subclass
+    traits: Traits
+    budget: Budget | None = _Usual(None)  # type: ignore[assignment]
+    block: int = _Usual(32)  # type: ignore[assignment]
+    parts: Parts = _Usual(Parts())  # type: ignore[assignment]
 
     @abstractmethod
     def open(self, spec: Spec) -> State:
@@ -78,6 +119,11 @@ class Method(ABC):
     def with_budget(self, budget: Budget) -> Method | None:
         """This method under another budget, in tokens per row; None if it cannot be bounded by one."""
         del budget
+        return None
+
+    def with_summary(self, summary: Summary) -> Method | None:
+        """This method with another summary of what leaves; None if it has no such part."""
+        del summary
         return None
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
@@ -121,8 +167,7 @@ class Method(ABC):
     def __str__(self) -> str:
         """The text that parses back to this method; a third party's class is written `module:Class`."""
         text = part_text(self, skip=("budget",))
-        budget = getattr(self, "budget", None)
-        return text if budget is None else f"{text}@{budget}"
+        return text if self.budget is None else f"{text}@{budget_text(self.budget)}"
 
 
 def rebuilt(method: Method, plain: dict[str, Any], fields: dict[str, Any], device: str | torch.device) -> State:
@@ -158,13 +203,24 @@ def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
 
 
 def _literal(value: Any) -> str:
-    if isinstance(value, str):  # a bare word, unless it would be read as something else
-        return value if value.isidentifier() and value not in ("True", "False", "None") else repr(value)
+    if isinstance(value, str):  # a bare word, unless Python reads it as something else
+        bare = value.isascii() and value.isidentifier() and not keyword.iskeyword(value)
+        return value if bare else repr(value)
     return repr(value) if isinstance(value, float) else str(value)
+
+
+def budget_text(budget: Budget) -> str:
+    """The text of a budget, as it stands behind the "@" of a method's."""
+    return ":".join(map(str, budget)) if isinstance(budget, tuple) else str(budget)
 
 
 def part_text(part: Any, skip: tuple[str, ...] = ()) -> str:
     """The text that parses back to this part; a third party's class is written `module:Class`."""
+    return call_text(part_name(part), part, skip)
+
+
+def part_name(part: Any) -> str:
+    """The part's name without its arguments; a third party's class is written `module:Class`."""
     kind = type(part)
     own = kind.__module__.partition(".")[0] == "kvfloor"
-    return call_text(kind.name if own else f"{kind.__module__}:{kind.__qualname__}", part, skip)
+    return kind.name if own else f"{kind.__module__}:{kind.__qualname__}"

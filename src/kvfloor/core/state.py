@@ -6,7 +6,7 @@ import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from kvfloor.core.memory import Memory
 from kvfloor.core.method import Guarantee, Method
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
+
+if TYPE_CHECKING:
+    from kvfloor.core.slots import Slots
 
 Self = TypeVar("Self", bound="State")
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -48,8 +51,10 @@ class State(Memory, metaclass=_Plain):
     A variant writes `_append` and `_read`, and `_step_partial` where it can do better than token by token. Shapes:
     k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group, queries
     of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the state as
-    it was.
+    it was. A state that keeps whole tokens holds them in `slots`.
     """
+
+    slots: Slots | None = None
 
     def __init__(self, method: Method, spec: Spec) -> None:
         self.method = method
@@ -107,6 +112,10 @@ class State(Memory, metaclass=_Plain):
     def _seal(self) -> None:
         """React to the prompt's end."""
 
+    def _pin(self, start: int, stop: int) -> None:
+        """Keep the tokens start <= position < stop of every row for good, if the method's traits say that it can."""
+        raise ValueError(f"{self.method} cannot pin tokens: take a method that keeps whole tokens, such as 'h2o@512'")
+
     # ---- what users call -----------------------------------------------------------------------------------
 
     @_plain
@@ -163,6 +172,17 @@ class State(Memory, metaclass=_Plain):
         if not self.sealed:
             self._seal()
             self.sealed = True
+
+    @_plain
+    def pin(self, start: int, stop: int) -> None:
+        """Keep the tokens start <= position < stop of every row for good; call it before they are evicted.
+
+        Raises ValueError if the method cannot pin (its traits say so), if the budget cannot hold all that is
+        protected, and if some of the tokens are gone already.
+        """
+        if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop):
+            raise ValueError(f"a pinned span needs 0 <= start < stop, got {start}..{stop}")
+        self._pin(start, stop)
 
     def guarantee(self) -> Guarantee | None:
         """The method's guarantee, withdrawn (`holds` False) where what was seen breaks an assumption."""

@@ -15,6 +15,7 @@ from kvfloor.floors.entropy import H2
 from kvfloor.floors.floor import Floor
 from kvfloor.validation import one_of, positive, whole, within
 
+MOST_WIDTH = 4096  # every width of rows up to dv is tried, at a cost that grows with the square
 NORMS = ("max", "frobenius", "operator")
 _GUARANTEES = {
     "max": "||z - A||_2 <= epsilon max |v_i|_2",
@@ -98,6 +99,8 @@ def metric_space(
     """
     n, d = whole("n", n), whole("d", d)
     dv = d if dv is None else whole("dv", dv)
+    if dv > MOST_WIDTH:
+        raise ValueError(f"dv must be at most {MOST_WIDTH} for the metrics {', '.join(NORMS)}, got {dv}")
     one_of("metric", metric, NORMS)
     epsilon = within("epsilon", epsilon, 0.0, math.inf, high_open=True)
     p = within("p", p, 0.0, 1.0, low_open=True)

@@ -5,7 +5,7 @@ from kvfloor.floors.metric import NORMS, metric_space
 from kvfloor.floors.standard import space as standard_space
 from kvfloor.floors.tensor import tensor_space
 from kvfloor.floors.visual import visual_space
-from kvfloor.validation import one_of
+from kvfloor.validation import MOST_WHOLE, one_of, whole
 
 ATTENTIONS = ("standard", "window", "tensor", "visual")
 METRICS = ("entrywise", *NORMS)
@@ -39,6 +39,10 @@ def space(
     Laws: `standard.space`, `metric_space`, `tensor_space`, `visual_space`. The bound is over worst-case keys and
     values: attention as a data structure. Raises ValueError naming the argument, what was given and what is allowed.
     """
+    counts = {"n": n, "d": d, "dv": dv, "window": window, "caches": caches, "heads": heads, "layers": layers}
+    for name, value in counts.items():
+        if value is not None:
+            whole(name, value, most=MOST_WHOLE)
     one_of("attention", attention, ATTENTIONS)
     one_of("metric", metric, METRICS)
     _belongs("window", window, attention, ("standard", "window"))

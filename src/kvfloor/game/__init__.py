@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvfloor.core.method import Method
-from kvfloor.game.engine.instance import Instance
+from kvfloor.game.engine.instance import DTYPES, Instance
 from kvfloor.game.engine.result import Result
 from kvfloor.game.instances import packing, probing, sparse, spike, tensor, visual, window
 from kvfloor.game.instances.codebook import Codebook
@@ -20,6 +20,7 @@ from kvfloor.game.instances.spike import Spike
 from kvfloor.game.instances.tensor import FourCaches, TwoCaches
 from kvfloor.game.instances.visual import Visual
 from kvfloor.game.instances.window import Window
+from kvfloor.game.keys.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,27 @@ BARRIERS: dict[str, Barrier] = {
     "tensor": Barrier(tensor.play, "pairs of tokens are the keys: four caches of tokens, or two of pairs", 1024),
     "visual": Barrier(visual.play, "a pyramid of scales hides rows; one more scale reads a whole map at once", 2**14),
 }
+ARGUMENTS: dict[str, str] = {
+    "n": "Tokens of the stream",
+    "d": "Width of a key",
+    "dv": "Width of a value; d (packing: 64) unless given",
+    "bits": "Hidden bits per value coordinate, 1 to 24",
+    "eta": "Relative error that answers may have, in [0, 1)",
+    "seed": "Seeds the public keys and the method, never the hidden bits",
+    "dtype": f"What the method is opened for: {', '.join(DTYPES)}",
+    "heads": "Kv heads, independent instances in one state",
+    "layers": "Layers, likewise",
+    "rows": "Rows to ask, drawn with replacement; all up to n = 16,384 unless given, else 2,048",
+    "family": f"Public keys: {', '.join(FAMILIES)}; the one that separates best unless given",
+    "codebook": "Hide which n of so many public keys come",
+    "radius": "The largest logit; 32 unless given",
+    "window": "Coded tokens at the end; a quarter of them unless given",
+    "append": "Append a zero token before each query",
+    "runs": "Independent streams; 256 unless given, fewer where n d is large",
+    "caches": "4 (tokens are kept) or 2 (pairs are); what the method keeps unless given",
+}
+"""Argument of `play` -> its words, for those that the command line offers; the others are for Python alone."""
+
 INSTANCES: dict[str, type[Instance]] = {
     kind.__name__: kind for kind in (Spike, Codebook, Packing, Sparse, Window, Probing, FourCaches, TwoCaches, Visual)
 }
@@ -82,4 +104,4 @@ def play_all(method: Method | str, **arguments: Any) -> list[Result]:
     return results
 
 
-__all__ = ["BARRIERS", "INSTANCES", "Barrier", "Instance", "Result", "play", "play_all"]
+__all__ = ["ARGUMENTS", "BARRIERS", "INSTANCES", "Barrier", "Instance", "Result", "play", "play_all"]

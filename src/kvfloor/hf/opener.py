@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvfloor.core.bounded import Bounded, BoundedState
 from kvfloor.core.budget import least_budget, resolve, with_budget
-from kvfloor.core.exact import Exact
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
@@ -45,14 +43,14 @@ class Opening:
         for name, table in (("budgets", self.budgets), ("allocate", self.shares)):
             if table is not None and len(table) != self.layers:
                 raise ValueError(f"{name} has {len(table)} layers; this model has {self.layers} compressed ones")
-        own = getattr(self.method, "budget", None)
+        own = self.method.budget
         if self.budgets is not None and (own is not None or self.shares is not None):
             raise ValueError(
                 f"budgets= says every head's tokens, so {self.method} takes no '@' and there is no allocate="
             )
         if self.shares is not None and (own is None or isinstance(own, tuple)):
             raise ValueError(f"allocate= shares out one budget; give {self.method} one, as in '@512' or '@64MiB'")
-        if self.pinned and not isinstance(self.method, (Bounded, Exact)):
+        if self.pinned and not self.method.traits.pins:
             raise ValueError(f"pinned spans need a method that keeps whole tokens, not {self.method}")
         for span in self.pinned:
             if len(span) != 2 or not 0 <= span[0] < span[1]:
@@ -91,9 +89,8 @@ class Opening:
             tied=tied,
         )
         state = self._sized(spec, place, batch, kv_heads, g).open(spec)
-        if isinstance(state, BoundedState):
-            for start, stop in self.pinned:
-                state.pin(start, stop)
+        for start, stop in self.pinned:
+            state.pin(start, stop)
         return state
 
     def _sized(self, spec: Spec, place: int, batch: int, kv_heads: int, g: int) -> Method:
@@ -103,7 +100,8 @@ class Opening:
         method = resolve(self.method, spec, layers=self.layers, length=self.context, g=g)
         if self.shares is None:
             return method
-        budget: int = vars(method)["budget"]
+        budget = method.budget
+        assert isinstance(budget, int)
         least = least_budget(method) + sum(stop - start for start, stop in self.pinned)
         table = spread([per_head(line, kv_heads, i) for i, line in enumerate(self.shares)], budget, least)
         return _with(method, table[place], batch)

@@ -66,7 +66,7 @@ def _guarantee(name: str, part: type, method: Method) -> str:
 def _memory(method: Method) -> str:
     if method.traits.constant_memory:
         return "constant"
-    bounded = method.with_budget(64) if getattr(method, "budget", None) is None else None
+    bounded = method.with_budget(64) if method.budget is None else None
     if bounded is not None and bounded.traits.constant_memory:
         return "constant under a budget"
     return "grows with the stream"

@@ -49,6 +49,7 @@ from kvfloor.methods.summaries.moments import Moments
 from kvfloor.methods.summaries.taylor import Taylor
 from kvfloor.methods.summaries.value_sample import ValueSample
 from kvfloor.methods.summaries.value_sum import ValueSum
+from kvfloor.splitting import split_once
 
 KINDS: dict[str, type] = {"method": Method, "policy": Policy, "summary": Summary, "selector": Selector}
 
@@ -119,7 +120,6 @@ VARIANTS: dict[str, str] = {
     "public_bits": "kvfloor.game.engine.public_bits:PublicBits",
 }
 
-_QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")  # a file's path among the arguments
 _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's arguments
 
 
@@ -138,9 +138,9 @@ def parse(text: str) -> Method:
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a method is text such as 'h2o(recent=64)@512', got {text!r}")
-    body, at, budget_text = _rsplit(text.strip(), "@")
-    body, bar, selector_text = _rsplit(body, "|")
-    body, plus, summary_text = _rsplit(body, "+")
+    body, at, budget_text = split_once(text.strip(), "@")
+    body, bar, selector_text = split_once(body, "|")
+    body, plus, summary_text = split_once(body, "+")
     options: dict[str, Any] = {}
     head = _build(body, ("policy", "method"), text, options)
     selector = _build(selector_text, ("selector",), text) if bar else None
@@ -172,19 +172,10 @@ def _whole(head: Method, summary: Any, selector: Any, options: dict[str, Any], t
 
 
 def _whole_number(text: str, whole: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    budget = parse_budget(text) if re.fullmatch(r"[0-9]*[1-9][0-9]*", text) else None
+    if not isinstance(budget, int):
         raise ValueError(f"in {whole!r}: budgets per row are whole numbers >= 1 joined by ':', got {text!r}")
-    return int(text)
-
-
-def _rsplit(text: str, mark: str) -> tuple[str, str, str]:
-    """Split at the first `mark` outside parentheses and quotes: (before, mark or "", after)."""
-    depth = 0
-    for i, c in enumerate(_QUOTED.sub(lambda quoted: "_" * len(quoted[0]), text)):
-        depth += (c == "(") - (c == ")")
-        if c == mark and depth == 0:
-            return text[:i].strip(), mark, text[i + 1 :].strip()
-    return text, "", ""
+    return budget
 
 
 def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any] | None = None) -> Any:
@@ -269,6 +260,8 @@ def _imported(name: str) -> type:
         part = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as cause:
         raise ValueError(f"{name} cannot be imported: {cause}") from None
+    except Exception as cause:  # whatever the user's own module raises
+        raise ValueError(f"{name} cannot be imported: {type(cause).__name__}: {cause}") from cause
     if not isinstance(part, type):
         raise ValueError(f"{name} is a {type(part).__name__}; give a class")
     return part

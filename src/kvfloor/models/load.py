@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import Any
 
 BUILTIN = "builtin"
+MOST_TEXT_BYTES = 2**28  # of a configuration or a tokenizer
+_TEXTS = (".json", ".txt", ".model", ".jinja")
 
 
 def builtin_path() -> Path:
@@ -21,11 +24,28 @@ def load(name_or_path: str | Path = BUILTIN) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = builtin_path() if str(name_or_path) == BUILTIN else Path(name_or_path)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"no model at {str(name_or_path)!r}: give {BUILTIN!r} or a local folder with a config.json "
-            "(models are never downloaded)"
-        )
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    _check_folder(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as cause:  # whatever a damaged file makes of its reader
+        raise ValueError(f"the model in {str(folder)!r} cannot be loaded: {type(cause).__name__}: {cause}") from cause
     return model.eval(), tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError unless the folder has a configuration, and files that can be read in bounded time and memory."""
+    try:
+        if not (folder / "config.json").exists():
+            raise ValueError(
+                f"no model at {str(folder)!r}: give {BUILTIN!r} or a local folder with a config.json "
+                "(models are never downloaded)"
+            )
+        for path in sorted(folder.iterdir()):
+            about = path.stat()
+            if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+                raise ValueError(f"{str(path)!r} is no regular file: a model's folder holds files and folders only")
+            if path.suffix in _TEXTS and about.st_size > MOST_TEXT_BYTES:
+                raise ValueError(f"{str(path)!r} has {about.st_size:,} bytes; at most {MOST_TEXT_BYTES:,} are read")
+    except OSError as cause:
+        raise ValueError(f"no model at {str(folder)!r}: {cause.strerror}") from None

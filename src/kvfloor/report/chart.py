@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvfloor.audit.format import bytes_text, percent_text
-from kvfloor.audit.names import split_setting
 from kvfloor.audit.rows import Cell, Row
 from kvfloor.report.marks import Mark
 
@@ -76,7 +75,7 @@ def chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
     curves: dict[str, list[Row]] = {method: [] for method in marks}
     for row in sorted(rows, key=lambda row: row.state_bytes):
         if row is not exact:
-            curves[split_setting(row.method)[0]].append(row)
+            curves[row.configuration].append(row)
     shifts = _shifts([row for row in rows if row is not exact], axis)
     return Chart(
         cell=exact.cell,

@@ -8,7 +8,7 @@ from typing import Any
 from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.heads import ETA, GOOD, Head, summary
 from kvfloor.audit.meta import Meta
-from kvfloor.audit.names import BASELINES, split_setting
+from kvfloor.audit.plan import BASELINES
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.files import replace_file
@@ -71,11 +71,11 @@ def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, An
     A cache opened for a stream of unknown length takes no share, so the largest audited number of tokens
     stands for it.
     """
-    if answer.method is None:
+    chosen = [row for row in rows if row.method == answer.method]
+    if answer.method is None or not chosen:
         return None
-    method, budget = split_setting(answer.method)
-    share = budget is not None and budget.endswith("%")
-    if not share:
+    one = chosen[0]
+    if one.budget is None or not one.budget.endswith("%"):
         return {"literal": json.dumps(answer.method), "share": None}
-    tokens = max(row.budget_tokens or 0 for row in rows if row.method == answer.method)
-    return {"literal": json.dumps(f"{method}@{tokens}"), "share": budget}
+    tokens = max(row.budget_tokens or 0 for row in chosen)
+    return {"literal": json.dumps(f"{one.configuration}@{tokens}"), "share": one.budget}

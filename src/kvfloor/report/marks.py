@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvfloor.audit.names import split_setting
 from kvfloor.audit.rows import Row
 
 COLOURS = 8
@@ -42,14 +41,14 @@ class Mark:
 
 
 def marks(rows: Sequence[Row]) -> dict[str, Mark]:
-    """Method (a setting without its budget) -> mark, in the rows' order, `exact` left out: it has its own.
+    """Configuration (a setting without its budget) -> mark, in the rows' order, `exact` left out: it has its own.
 
     The first 64 methods get different pairs of colour and marker.
     """
     methods: dict[str, bool] = {}
     for row in rows:
         if row.method != "exact":
-            methods.setdefault(split_setting(row.method)[0], row.baseline)
+            methods.setdefault(row.configuration, row.baseline)
     ordered = sorted(methods.items(), key=lambda item: item[1])
     return {
         method: Mark(

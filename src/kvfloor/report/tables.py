@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from statistics import median
 
 from kvfloor.audit.criterion import Standard, Verdict
-from kvfloor.audit.names import split_setting
 from kvfloor.audit.rows import Cell, Row
 
 VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"}
@@ -65,13 +64,13 @@ class Speed:
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
     """Exact first, then the methods as the rows have them, baselines last; each from its largest bytes down."""
-    methods = list(dict.fromkeys(split_setting(row.method)[0] for row in rows))
+    methods = list(dict.fromkeys(row.configuration for row in rows))
     largest: dict[str, int] = {}
     for row in rows:
         largest[row.method] = max(row.state_bytes, largest.get(row.method, 0))
 
     def place(row: Row) -> tuple[bool, bool, int, int, str, Cell]:
-        method = methods.index(split_setting(row.method)[0])
+        method = methods.index(row.configuration)
         return row.method != "exact", row.baseline, method, -largest[row.method], row.method, row.cell
 
     return sorted(rows, key=place)

@@ -21,11 +21,11 @@ from kvfloor.core.exact import Exact
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.selector import Everything
-from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.core.summary import Drop
 from kvfloor.methods.registry import parse
+from kvfloor.splitting import split_once
 
 _LOGITS_AT_ONCE = 2**22
 
@@ -49,7 +49,7 @@ class TensorAttention(Method):
         store = parse(self.store) if isinstance(self.store, str) else self.store
         object.__setattr__(self, "store", store)
         keeps = isinstance(store, Exact) or (isinstance(store, Bounded) and isinstance(store.summary, Drop))
-        if not keeps or not isinstance(getattr(store, "selector", None), Everything):
+        if not keeps or not isinstance(store.parts.selector, Everything):
             raise ValueError(
                 f"tensor: the store must keep whole tokens and read them all (exact, or an eviction policy such as "
                 f"window@64), got {store}"
@@ -63,7 +63,7 @@ class TensorAttention(Method):
 
     @property
     def budget(self) -> Budget | None:
-        return getattr(self.kept, "budget", None)
+        return self.kept.budget
 
     @property
     def traits(self) -> Traits:
@@ -83,7 +83,7 @@ class TensorAttention(Method):
         return None if store is None else replace(self, store=store)
 
     def __str__(self) -> str:
-        text, at, budget = str(self.kept).partition("@")
+        text, at, budget = split_once(str(self.kept), "@")
         text = repr(text) if ":" in text else text  # module:Class is no word
         name = "tensor" if text == "exact" else f"tensor(store={text})"
         return f"{name}@{budget}" if at else name
@@ -121,7 +121,8 @@ class TensorState(State):
         self.store.seal()
 
     def _read(self, q: Tensor) -> Partial:
-        slots: Slots = self.store.slots  # type: ignore[attr-defined]
+        slots = self.store.slots
+        assert slots is not None
         view = slots.view()
         weight = None if view.live is None else torch.zeros_like(view.live, dtype=self.spec.compute_dtype)
         if view.live is not None and weight is not None:
