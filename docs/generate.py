@@ -89,7 +89,9 @@ def models_page() -> str:
         "",
         "Bold: compressed. Sliding, chunked, linear and convolution layers keep transformers' own state (hybrid: such",
         "a state beside compressed attention in one layer); layers without keys have no attention, or read the keys of",
-        "an earlier layer.",
+        "an earlier layer. Text only: the model takes images or sound too, and was compared on text. Where the",
+        "tokens of an image see each other (Gemma 3, Gemma 4, PaliGemma), it is refused before anything changes, and",
+        "text goes on.",
         "",
         "| family | model | its layers | `exact` differs by | evicting differs by | held of 49 | releases |",
         "|---|---|---|---|---|---|---|",
@@ -101,7 +103,8 @@ def models_page() -> str:
         exact = max(row["difference"] for row in rows)
         there = ", ".join(row["release"] for row in rows)
         evicted, held = f"{last['evicted']:.1e}", last["held"]
-        lines.append(f"| {family} | {last['model']} | {layers} | {exact:.0e} | {evicted} | {held} | {there} |")
+        model = last["model"] + (", text only" if last["model"].endswith("ForConditionalGeneration") else "")
+        lines.append(f"| {family} | {model} | {layers} | {exact:.0e} | {evicted} | {held} | {there} |")
     for verdict, title in OTHER_VERDICTS.items():
         rows_of = {family: rows for (family, said), rows in sorted(seen.items()) if said == verdict}
         if rows_of:

@@ -32,7 +32,7 @@ def by_forwards(model: Any, cache: Cache | None) -> Heard:
     for start in range(0, ids.shape[1], CHUNK):
         stop = min(start + CHUNK, ids.shape[1])
         out: Any = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        cache = same_cache(cache, out)
         logits.append(out.logits)
         if isinstance(cache, CompressedCache):
             check_bound(cache)
@@ -63,7 +63,7 @@ def by_generate(model: Any, cache: Cache | None, **prefill: Any) -> Heard:
             output_logits=True,
             **options,
         )
-        ids, cache = out.sequences, out.past_key_values
+        ids, cache = out.sequences, same_cache(cache, out)
         logits += out.logits
     return Heard(torch.cat(logits), ids)
 
@@ -96,6 +96,13 @@ def difference(mine: Heard, theirs: Heard) -> float:
 def apart(mine: Heard, theirs: Heard) -> float:
     """Largest difference of two logits over the largest stock logit, whatever tokens were chosen."""
     return float((mine.logits - theirs.logits).abs().max() / theirs.logits.abs().max())
+
+
+def same_cache(given: Cache | None, out: Any) -> Cache:
+    """Return the cache that a forward or generate() went on with; RuntimeError if it is not the one it was given."""
+    if given is not None and out.past_key_values is not given:
+        raise RuntimeError(f"a {type(given).__name__} was given, a {type(out.past_key_values).__name__} was used")
+    return out.past_key_values
 
 
 def check_bound(cache: CompressedCache) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvfloor.hf import CompressedCache, prepare, restore
+from kvfloor.hf.prepare import is_prepared
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
 
@@ -71,7 +72,7 @@ def test_restore_selects_the_former_attention(llama: PreTrainedModel) -> None:
     before = llama.config._attn_implementation
     prepare(llama)
     prepare(llama)
-    assert llama.config._attn_implementation == "kvfloor"
+    assert is_prepared(llama)
     assert restore(llama).config._attn_implementation == before
 
 

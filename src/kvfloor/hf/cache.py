@@ -25,7 +25,9 @@ from kvfloor.hf.passage import Passage, outside_inference
 from kvfloor.hf.positions import Memo, TurnBack, rotations
 from kvfloor.hf.prepare import is_prepared
 from kvfloor.hf.presence import Presence
+from kvfloor.hf.replaced import SwitchingRotation
 from kvfloor.hf.saved import MOST_BYTES, load, save
+from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
 from kvfloor.methods.registry import parse
 
 
@@ -68,8 +70,9 @@ class CompressedCache(Cache):
         on_evict: Callable[[Eviction], None] | None = None,
         positions: Literal["stream", "cache"] = "stream",
     ) -> None:
-        model = config if isinstance(config, PreTrainedModel) else None
-        config = config.config if isinstance(config, PreTrainedModel) else config
+        refuse_own_cache(config)
+        model = None if isinstance(config, PreTrainedConfig) else unwrapped(config)
+        config = config if isinstance(config, PreTrainedConfig) else unwrapped(config).config
         self.method = parse(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a kvfloor Method or its text, got {type(method).__name__}")
@@ -93,6 +96,7 @@ class CompressedCache(Cache):
             self.arguments["positions"] = positions
         self._meter, self.presence = Meter(), Presence()
         self._passage = Passage.of(config)
+        self._rotation = SwitchingRotation.of(config)
         super().__init__(layers=cache_layers(config, opening, self._meter, self._passage, self.presence))
         self._empty = [None if isinstance(layer, CompressedLayer) else stock.blank(layer) for layer in self.layers]
         memo = Memo()
@@ -115,6 +119,19 @@ class CompressedCache(Cache):
     def compressed(self) -> list[CompressedLayer]:
         """The layers that a kvfloor state serves."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots seen, pads included."""
+        seen = super().get_seq_length(layer_idx)
+        return seen if self._rotation is None else self._rotation.seen(seen)
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Sizes of the mask of a forward; ValueError if it cannot continue this cache."""
+        slots, offset = super().get_mask_sizes(query_length, layer_idx)
+        if self._rotation is not None:
+            seen = int(super().get_seq_length())
+            self._rotation.refuse_crossing(seen, slots + offset - seen)
+        return slots, offset
 
     def seal(self) -> None:
         """Mark the prompt's end now; the first one-token forward does so otherwise."""

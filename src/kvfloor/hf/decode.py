@@ -99,6 +99,11 @@ class Dialogue:
             use_cache=True,
             logits_to_keep=0 if every else 1,
         )
+        if output.past_key_values is not self.cache:
+            raise RuntimeError(
+                f"{type(self.model).__name__} was given a {type(self.cache).__name__} and used a "
+                f"{type(output.past_key_values).__name__}: what is measured would not be what was asked for"
+            )
         self.logits = output.logits[:, -1]
         return output.logits
 

@@ -88,7 +88,17 @@ def refusal(config: PreTrainedConfig) -> str | None:
             "its attention is sparse (DSA): an indexer with keys of its own in the cache picks the tokens that each "
             "query may read, and it would pick among those that have left"
         )
+    if any("sparse" in kind for kind in _declared(config)):
+        return (
+            "some of its layers are sparse: they make a mask of the blocks that each query may read, and only where "
+            "transformers' own attention is selected"
+        )
     return REFUSED.get(config.model_type)
+
+
+def _declared(config: PreTrainedConfig) -> list[str]:
+    declared = getattr(config.get_text_config(decoder=True), "layer_types", None)
+    return list(declared) if isinstance(declared, (list, tuple)) else []
 
 
 def _picks_tokens(decoder: PreTrainedConfig) -> bool:

@@ -16,9 +16,11 @@ from kvfloor.core.bounded import BoundedState
 from kvfloor.core.broken import BrokenState
 from kvfloor.core.state import State
 from kvfloor.hf import latent, precision
+from kvfloor.hf.masks import Slots
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage
 from kvfloor.hf.presence import Presence
+from kvfloor.hf.replaced import refuse_other_attention
 from kvfloor.hf.rows import present_rows, step_rows
 
 
@@ -32,6 +34,7 @@ class Meter:
         self.held_bytes: dict[int, int] = {}
         self.seen: dict[int, int] = {}
         self.peak_bytes = 0
+        self.staged: weakref.ref[CompressedLayer] | None = None  # the layer whose keys wait for their attention
 
     def measure(self, layer: int, held_bytes: int, transient_bytes: int) -> None:
         self.held_bytes[layer] = held_bytes
@@ -119,13 +122,37 @@ class CompressedLayer(CacheLayerMixin):
         return self._stage(key_states, value_states)
 
     def _stage(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_other_attention(self.served_by)
+        waiting = None if self._meter.staged is None else self._meter.staged()
+        if waiting is not None and waiting.staged_bytes and not self._passage.asked(self.index):
+            waiting.unstage()
+            raise RuntimeError(
+                f"the keys of layer {waiting.index} were never asked for by kvfloor's attention, so their tokens are "
+                f"not in this cache: call kvfloor.hf.prepare(model) first"
+            )
+        self.expect(key_states.shape[0])
         self._passage.begin_keys(self.index)
         self.is_initialized, self._before, self._unturned = True, None, None
         keys = key_states.view_as(key_states)  # a tensor object of its own, so that the tag is not the caller's
         setattr(keys, _TAG, weakref.ref(self))
         latent.staged(keys, value_states)
         self.staged_bytes = key_states.nbytes + value_states.nbytes
+        self._meter.staged = weakref.ref(self)
         return keys, value_states
+
+    def unstage(self) -> None:
+        """Forget the keys that were staged and not answered: the layer is as it was."""
+        self.staged_bytes, self._meter.staged = 0, None
+        self._passage.unchanged(self.index)
+
+    def expect(self, batch: int) -> None:
+        """Raise ValueError unless a forward of this batch size can continue the layer."""
+        if self.state is not None and batch != self.batch:
+            raise ValueError(
+                f"this cache holds a batch of {self.batch} and cannot go on with one of {batch}: give each item a copy "
+                f"of what it holds first, cache.batch_repeat_interleave(copies), choose items by "
+                f"cache.batch_select_indices(indices), or begin with a new cache"
+            )
 
     def get_seq_length(self, *args: Any) -> int:
         """Slots seen (pads included), not tokens stored.
@@ -142,8 +169,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """(slots seen and new, 0). Until transformers 5.3 the argument is the tensor of cache positions."""
+        refuse_other_attention(self.served_by)
         n = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return self.seen + n, 0
+        return Slots(self.seen + n, self), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -288,11 +316,6 @@ class CompressedLayer(CacheLayerMixin):
                 self.call_on_evict(self._on_evict)
                 before = None, 0, (self.state.seen, self.state.sealed)
             state = self.state
-            if batch != self.batch:
-                raise ValueError(
-                    f"this cache holds a batch of {self.batch} and {batch} rows came: repeat its rows first, with "
-                    f"cache.batch_repeat_interleave(n), or choose among them with cache.batch_select_indices(rows)"
-                )
             present = present_rows(padding, slice(self.seen, self.seen + n), kv_heads)
             leaving = self._presence.leaving(padding, self.seen, batch)
             dropped = None if leaving is None else _in_rows(leaving, kv_heads)

@@ -64,6 +64,10 @@ class Passage:
         self._request((layer, _KEYS, 0))
         self._open.add(layer)
 
+    def asked(self, layer: int) -> bool:
+        """Return whether the newest forward has given the layer keys already: what comes now is the next forward."""
+        return (layer, _KEYS, 0) in self._made
+
     def changing(self, layer: int) -> None:
         """The layer begins to take the keys in."""
         self._moved = True

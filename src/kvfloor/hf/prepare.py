@@ -1,85 +1,38 @@
 """`prepare(model)`: the attention function that answers from a compressed layer, and exactly from any other cache.
 
-Nothing is patched: transformers' own registries get one attention and one mask function, and the model selects
-them by name. `restore(model)` selects what was selected before.
+Nothing is patched: transformers' own registries get an attention and a mask function for each attention that a part
+of the model had selected, and the model selects them by name (see `selection`). With any other cache they are the
+attention and the mask that the part had. `restore(model)` selects what was selected before.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
-from kvfloor.hf import latent
+from kvfloor.hf import latent, selection
 from kvfloor.hf.families import ignores_the_interface, own_cache_class, refusal
 from kvfloor.hf.layer import CompressedLayer
+from kvfloor.hf.masks import LazyMask, mask_over, refuse_other_rules
 from kvfloor.hf.positions import table_room
+from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
 
-NAME = "kvfloor"
-EVERY = slice(None)
-_before: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
+try:
+    from transformers.utils.output_capturing import _active_collector as _collector
+except ImportError:  # until transformers 5.3 or so: there it is told by the argument alone
+    _collector = None
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 _prepared: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # now or earlier: their caches can be saved
-
-
-class LazyMask:
-    """What the mask function returns: the rule and the padding, made into a mask only for stock caches."""
-
-    def __init__(self, arguments: dict[str, Any], queries: slice = EVERY) -> None:
-        self._arguments = arguments
-        self._queries = queries
-        self._built: dict[Any, Tensor | None] = {}
-        self._plain: bool | None = None
-
-    def __getitem__(self, index: tuple[slice, slice, slice, slice]) -> LazyMask:
-        """The mask of some queries alone: mask[:, :, queries, :], as the layers without keys of their own cut it."""
-        batch, heads, queries, keys = index
-        if (batch, heads, keys) != (EVERY, EVERY, EVERY) or self._queries != EVERY:
-            raise ValueError(f"a mask of kvfloor can be cut along its queries once, not by {index}")
-        return LazyMask(self._arguments | {"allow_is_causal_skip": False}, queries)
-
-    @property
-    def plainly_causal(self) -> bool:
-        """Whether each token sees all before it and nothing else, padding apart.
-
-        A rule that adds to this, such as images whose tokens see each other, may add nothing for the tokens at hand:
-        both rules are written out then, once for all layers.
-        """
-        if self._arguments.get("mask_function", causal_mask_function) is causal_mask_function:
-            return True
-        if self._plain is None:
-            unpadded: dict[str, Any] = self._arguments | {"attention_mask": None, "allow_is_causal_skip": False}
-            its_own: Any = sdpa_mask(**unpadded)
-            unpadded["mask_function"] = causal_mask_function
-            plain: Any = sdpa_mask(**unpadded)
-            self._plain = bool((its_own == plain).all())
-        return self._plain
-
-    @property
-    def padding(self) -> Tensor | None:
-        """Bool (batch, slots seen and new), True where a token is real; None if all are."""
-        return self._arguments.get("attention_mask")
-
-    def build(self, form: Callable[..., Tensor | None]) -> Tensor | None:
-        """The mask that transformers' own attention of this form would have got; made once for all layers."""
-        if form not in self._built:
-            mask = form(**self._arguments)
-            self._built[form] = None if mask is None else mask[:, :, self._queries, :]
-        return self._built[form]
-
-
-def lazy_mask(*args: Any, **kwargs: Any) -> LazyMask:
-    """The mask function in transformers' registry."""
-    if args:
-        raise TypeError("this transformers release passes mask arguments by position; kvfloor supports 5.2 and newer")
-    return LazyMask(kwargs)
 
 
 def attention(
@@ -90,15 +43,20 @@ def attention(
     attention_mask: LazyMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    over: str = "sdpa",
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function in transformers' registry: query (B, H, n, d) -> (B, n, H, dv)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Answer a query (B, H, n, d) by (B, n, H, dv): from a compressed layer, or by the attention that this is `over`.
+
+    The second is the attention's weights, where a stock cache was asked and the family's eager form gives them.
+    """
     answer: Any = _latent if hasattr(module, "expand_kv") else _stock
     if CompressedLayer.of(key) is not None:
         answer = _compressed
     if answer is not _stock and torch.compiler.is_compiling():
         answer = torch.compiler.disable(answer)
-    return answer(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    kwargs |= {"scaling": scaling, "dropout": dropout, "over": over}
+    return answer(module, query, key, value, attention_mask, **kwargs)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -116,7 +74,7 @@ class _NoGradient(torch.autograd.Function):
 
 def _latent(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of a module that makes its keys of what `update` returned: of a compressed layer, or stock."""
     pair = latent.awaited()
     layer = None if pair is None else CompressedLayer.of(pair[0])
@@ -125,7 +83,7 @@ def _latent(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     expansion = latent.expansion(module, pair[0], key, value)
     asking, asked = latent.absorbed(expansion, query, *pair)
-    out = _answered(layer, module, asking, asked, asked, mask, scale, **kwargs)
+    out = _answered(layer, module, asking, asked, asked, mask, scale, kwargs)
     return latent.values(expansion, out, value.shape[-1]), None
 
 
@@ -136,7 +94,7 @@ def _compressed(
     layer = CompressedLayer.of(key)
     assert layer is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _answered(layer, module, query, key, value, mask, scale, **kwargs), None
+    return _answered(layer, module, query, key, value, mask, scale, kwargs), None
 
 
 def _answered(
@@ -147,76 +105,139 @@ def _answered(
     value: Tensor,
     mask: Any,
     scale: float,
-    **kwargs: Any,
+    call: dict[str, Any],
 ) -> Tensor:
     """The layer's answer (B, n, H, dv), once the rules of this call are found to be ones that it follows."""
-    padding = None
+    try:
+        _refuse(module, query, key, mask, call)
+    except ValueError:
+        layer.unstage()
+        raise
+    padding = mask.padding if isinstance(mask, LazyMask) else None
+    law = (scale, call.get("softcap"), call.get("s_aux"))
+    out = layer.answer(query, key, value, padding, *law, call.get("position_ids"))
+    if layer.served_by is None:
+        layer.room = table_room(owner(module))
+    layer.served_by = weakref.ref(module)
+    sources = [x for x in (query, key, value, call.get("s_aux")) if x is not None and x.requires_grad]
+    return _NoGradient.apply(out, *sources) if sources and torch.is_grad_enabled() else out
+
+
+def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call: dict[str, Any]) -> None:
+    """Raise ValueError for a rule of this call that a compressed layer cannot follow."""
+    config = getattr(module, "config", None)
+    crossing = query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True)
+    if crossing and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(module).__name__} looks at the encoder's tokens through the same cache as at its own: give an "
+            f"encoder-decoder model EncoderDecoderCache(CompressedCache(...), DynamicCache()), and begin with new ones"
+        )
     if isinstance(mask, LazyMask):
-        if not mask.plainly_causal:
-            raise ValueError("a compressed layer follows the plain causal rule; this model's mask adds to it")
-        padding = mask.padding
+        refuse_other_rules(mask)
     elif mask is not None:
         raise ValueError("a compressed layer needs the 2-d attention mask (batch, tokens), not a ready 4-d one")
-    if kwargs.get("position_bias") is not None:
+    if call.get("position_bias") is not None:
         raise ValueError(
             f"{type(module).__name__} adds a bias by position to its logits, which a compressed layer cannot: it "
             f"keeps keys, not a bias for every pair; use a stock cache with this model"
         )
-    if kwargs.get("is_causal") is False:
+    if call.get("is_causal") is False:
         raise ValueError(f"{type(module).__name__} looks ahead; a compressed layer answers from what came before")
-    law = (scale, kwargs.get("softcap"), kwargs.get("s_aux"))
-    out = layer.answer(query, key, value, padding, *law, kwargs.get("position_ids"))
-    if layer.served_by is None:
-        layer.room = table_room(owner(module))
-    layer.served_by = weakref.ref(module)
-    sources = [x for x in (query, key, value, kwargs.get("s_aux")) if x is not None and x.requires_grad]
-    return _NoGradient.apply(out, *sources) if sources and torch.is_grad_enabled() else out
-
-
-def _stock(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    """Attention over a stock cache: transformers' sdpa, or the family's own eager form where sdpa cannot follow it."""
-    plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
-    if isinstance(mask, LazyMask):
-        mask = mask.build(sdpa_mask if plain else eager_mask)
-    if plain:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)
-
-
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Let `model` work with a `CompressedCache`; it stays exact with every other cache. Returns the model.
-
-    Raises TypeError for what is no transformers model and ValueError for a family that ignores the attention
-    interface (its attention cannot be reached from outside).
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"prepare needs a transformers model, got {type(model).__name__}")
-    if ignores_the_interface(model):
+    if _wants_weights(module, call):
         raise ValueError(
-            f"{type(model).__name__} ignores transformers' attention interface, so its cache cannot be compressed "
+            "output_attentions=True asks for the weight of every token, which a compressed layer does not have: leave "
+            "it out, or use a stock cache"
+        )
+
+
+def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
+    """Whether this forward is to return its attention's weights; some families do not pass the argument on."""
+    if call.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    if torch.compiler.is_compiling() or _collector is None:
+        return False
+    return "attentions" in (_collector.get() or {})
+
+
+def _stock(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over a stock cache: the one that was selected before, or the family's own eager form.
+
+    That is taken where sdpa cannot follow it: logits capped, sinks, weights asked for.
+    """
+    if isinstance(mask, LazyMask):
+        mask = mask.for_stock()
+    beyond_sdpa = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    eager = _eager(module) if over.endswith("eager") or beyond_sdpa or _wants_weights(module, kwargs) else None
+    if eager is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    if not over.endswith("eager"):
+        mask = _additive(module, query, key, mask, kwargs.get("is_causal"))
+    return eager(module, query, key, value, mask, **kwargs)
+
+
+def _eager(module: torch.nn.Module) -> Any:
+    """The function of the family's own file that answers where "eager" is selected; None if it has not exactly one."""
+    file = vars(sys.modules[type(module).__module__])
+    if "eager_attention_forward" in file:
+        return file["eager_attention_forward"]
+    likely = [thing for name, thing in file.items() if name.endswith("eager_attention_forward")]
+    return likely[0] if len(likely) == 1 else None
+
+
+def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
+    """The mask of an eager form where sdpa's was made: bool, or None for the plain causal rule."""
+    n, slots = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if mask is None and causal and n > 1:
+        mask = torch.ones(n, slots, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )
+
+
+def prepare(model: Model) -> Model:
+    """Let `model` work with a `CompressedCache`; with every other cache it gives what it gave. Returns `model`.
+
+    `model` may be wrapped (torch.compile, PEFT, DataParallel). The model gets configurations of its own, so that others
+    built from the same ones are left as they are. Raises TypeError for what is no transformers model and ValueError for
+    a family that cannot be served.
+    """
+    inner = unwrapped(model)
+    refuse_own_cache(model)
+    if ignores_the_interface(inner):
+        raise ValueError(
+            f"{type(inner).__name__} ignores transformers' attention interface, so its cache cannot be compressed "
             f"from outside; families such as Llama, Mistral, Qwen or Gemma honour it"
         )
-    reason = refusal(model.config)
+    reason = refusal(inner.config)
     if reason is not None:
-        raise ValueError(f"{type(model).__name__} cannot have a compressed cache: {reason}")
-    own = own_cache_class(model)
+        raise ValueError(f"{type(inner).__name__} cannot have a compressed cache: {reason}")
+    own = own_cache_class(inner)
     if own is not None:
         raise ValueError(
-            f"{type(model).__name__} fills a cache class of its own, {own}, so that no other cache can take its place "
+            f"{type(inner).__name__} fills a cache class of its own, {own}, so that no other cache can take its place "
             f"in transformers {transformers.__version__}; newer releases have dropped most such classes"
         )
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, lazy_mask)
-    _prepared.add(model)
-    if model.config._attn_implementation != NAME:
-        _before[model] = model.config._attn_implementation or "eager"
-        model.set_attn_implementation(NAME)
+    for name in selection.select(inner):
+        before = selection.before(name)
+        assert before is not None
+        AttentionInterface.register(name, partial(attention, over=before))
+        AttentionMaskInterface.register(name, partial(mask_over, before))
+    _prepared.add(inner)
     return model
 
 
 def is_prepared(model: object) -> bool:
-    """Whether this is a transformers model that works with a `CompressedCache` now."""
-    return isinstance(model, PreTrainedModel) and model in _prepared and model.config._attn_implementation == NAME
+    """Return whether this is, or wraps, a transformers model that works with a `CompressedCache` now."""
+    try:
+        inner = unwrapped(model)
+    except TypeError:
+        return False
+    return inner in _prepared and selection.selects_kvfloor(inner.config)
 
 
 def owner(module: torch.nn.Module | None) -> PreTrainedModel | None:
@@ -225,8 +246,10 @@ def owner(module: torch.nn.Module | None) -> PreTrainedModel | None:
     return max(holders, key=lambda model: sum(1 for _ in model.modules()), default=None)
 
 
-def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `prepare`: select the attention that was selected before. Does nothing if it was not prepared."""
-    if model in _before:
-        model.set_attn_implementation(_before.pop(model))
+def restore(model: Model) -> Model:
+    """Undo `prepare`: select in every part the attention that was selected there before. Does nothing if there is none.
+
+    Works on a copy of a prepared model too.
+    """
+    selection.deselect(unwrapped(model))
     return model

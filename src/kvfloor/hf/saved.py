@@ -27,6 +27,7 @@ from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
 from kvfloor.hf.weights import device_of
+from kvfloor.hf.wrappers import unwrapped
 from kvfloor.methods.registry import parse
 from kvfloor.version import __version__
 
@@ -94,6 +95,7 @@ def load(
     for a model that is not prepared, TypeError for what is no path, no model or no method.
     """
     path = named(path, _WHAT)
+    model = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     _check_arguments(model, method, most_bytes)
     header, fields = message.unpack(message.read(path, most_bytes, _WHAT))
     here = fingerprint(model)  # what cannot be read of the model is no fault of the file
@@ -218,8 +220,9 @@ def _model_of(cache: CompressedCache) -> PreTrainedModel:
     (model,) = models.values()
     if model is None:
         raise ValueError(
-            "the model that filled this cache is gone, or the cache was unpickled and has served none since: save it "
-            "before the model is deleted, and after a forward"
+            "the model that filled this cache is gone or is a copy of a prepared one, or the cache was unpickled and "
+            "has served none since: save before the model is deleted and after a forward, and call "
+            "kvfloor.hf.prepare(model) on a copy first"
         )
     return model
 

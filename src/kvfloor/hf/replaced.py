@@ -1,0 +1,79 @@
+"""A compressed cache that the model would pass by: other attention asks its keys, or generate() goes on without it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from kvfloor.hf.selection import selects_kvfloor
+
+
+def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
+    """Raise RuntimeError if the module that asked a layer before would not ask kvfloor's attention now.
+
+    Other attention would read the newest tokens alone, for `update` returns no others.
+    """
+    module = None if served_by is None else served_by()
+    config = getattr(module, "config", None)
+    if isinstance(config, PreTrainedConfig) and not selects_kvfloor(config):
+        raise RuntimeError(
+            f"the attention of this model is {config._attn_implementation!r} now, which cannot read a compressed "
+            f"cache: call kvfloor.hf.prepare(model) again, or go on with a stock cache. The cache is as it was"
+        )
+
+
+class SwitchingRotation:
+    """The length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) turns its keys by other angles than before.
+
+    Keys from before do not go with keys from after it, so generate() would drop the cache there, whatever it is, and go
+    on with a DynamicCache of all tokens. A compressed cache cannot be filled anew from tokens it no longer has.
+    """
+
+    def __init__(self, length: int, angles_differ: bool) -> None:
+        self._length, self._angles_differ = length, angles_differ
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> SwitchingRotation | None:
+        """Return that of this configuration; None if its model has none."""
+        length = getattr(config, "original_max_position_embeddings", None)
+        if not isinstance(length, int):
+            return None
+        rope = getattr(config, "rope_parameters", None) or {}
+        return cls(length, rope.get("rope_type", "default") != "default")
+
+    def seen(self, slots: int) -> int:
+        """Return the number in a form that raises when generate() asks whether it is time to drop the cache."""
+        return _Seen(slots, self)
+
+    def refuse_crossing(self, seen: int, new: int) -> None:
+        """Raise ValueError for a forward whose keys would not go with those in the cache."""
+        if self._angles_differ and 0 < seen <= self._length < seen + new:
+            raise ValueError(self.told(seen))
+
+    def told(self, seen: int) -> str:
+        """Tell what stands in the way, and what to do."""
+        return (
+            f"this model turns its keys by other angles above {self._length} tokens "
+            f"(original_max_position_embeddings), so the {seen} in this cache do not go with more than that, and "
+            f"generate() would go on with a DynamicCache instead: give an empty compressed cache all the tokens in one "
+            f"forward, model(input_ids, past_key_values=cache), and generate from there; or use a stock cache"
+        )
+
+
+class _Seen(int):
+    """Slots seen, by a cache of a model whose generate() compares them with the length at which it drops the cache."""
+
+    _rotation: SwitchingRotation
+
+    def __new__(cls, slots: int, rotation: SwitchingRotation) -> _Seen:
+        seen = super().__new__(cls, slots)
+        seen._rotation = rotation
+        return seen
+
+    def __le__(self, other: Any) -> bool:
+        if int(self) <= other and other == self._rotation._length:
+            raise ValueError(self._rotation.told(int(self)))
+        return int(self) <= other
