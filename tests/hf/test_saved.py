@@ -221,7 +221,18 @@ def test_every_attribute_of_a_layer_is_saved_or_made_anew(started: Talk) -> None
     layer = started.cache.compressed[0]
     saved = {"state", *layer.clocks()}
     anew = {"opening", "index", "place", "staged_bytes", "served_by", "record", "keys", "values"}
-    anew |= {"_meter", "_passage", "_presence", "_on_evict", "_readers", "_waiting", "_before"}
+    anew |= {
+        "_meter",
+        "_passage",
+        "_presence",
+        "_on_evict",
+        "_readers",
+        "_waiting",
+        "_before",
+        "_unturned",
+        "turn_back",
+        "room",
+    }
     assert set(vars(layer)) == saved | anew
 
 
@@ -515,5 +526,5 @@ def test_the_file_is_plain_safetensors_that_tells_what_it_holds(started: Talk, t
         assert "0/state/slots/k" in set(file.keys())
     header, fields = message.unpack((tmp_path / "cache.safetensors").read_bytes())
     assert header["method"] == str(parse("h2o@32")) and header["model"]["model"] == "LlamaForCausalLM"
-    assert list(fields) == ["0", "1", "2"] and {"k", "v"} < set(fields["2"]["state"]["slots"])
+    assert list(fields) == ["0", "1", "2", "masks"] and {"k", "v"} < set(fields["2"]["state"]["slots"])
     assert header["arguments"]["requests"] == [4, 9] and header["arguments"]["seed"] == 0

@@ -100,7 +100,7 @@ def test_a_deep_copy_works_and_its_cache_is_saved_once_it_is_prepared(tmp_path: 
     _served(twin)
     cache = CompressedCache(twin, "exact")
     _logits(twin, cache)
-    with pytest.raises(ValueError, match=r"call kvfloor\.hf\.prepare\(model\) on the copy"):
+    with pytest.raises(ValueError, match=r"call kvfloor\.hf\.prepare\(model\) on a copy"):
         cache.save(tmp_path / "cache")
     prepare(twin)
     cache.save(tmp_path / "cache")

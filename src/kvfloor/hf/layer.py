@@ -36,6 +36,10 @@ class Meter:
         self.peak_bytes = 0
         self.staged: weakref.ref[CompressedLayer] | None = None  # the layer whose keys wait for their attention
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles take: no keys wait in them."""
+        return vars(self) | {"staged": None}
+
     def measure(self, layer: int, held_bytes: int, transient_bytes: int) -> None:
         self.held_bytes[layer] = held_bytes
         self.peak_bytes = max(self.peak_bytes, sum(self.held_bytes.values()) + transient_bytes)
@@ -124,11 +128,11 @@ class CompressedLayer(CacheLayerMixin):
     def _stage(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         refuse_other_attention(self.served_by)
         waiting = None if self._meter.staged is None else self._meter.staged()
-        if waiting is not None and waiting.staged_bytes and not self._passage.asked(self.index):
+        if waiting is not None and waiting.staged_bytes and self._passage.passed_over(self.index):
             waiting.unstage()
             raise RuntimeError(
                 f"the keys of layer {waiting.index} were never asked for by kvfloor's attention, so their tokens are "
-                f"not in this cache: call kvfloor.hf.prepare(model) first"
+                f"not in this cache: the forward broke off there, or call kvfloor.hf.prepare(model) first"
             )
         self.expect(key_states.shape[0])
         self._passage.begin_keys(self.index)

@@ -23,6 +23,10 @@ from kvfloor.hf.families import layer_roles
 _LINEAR_SEEN = hasattr(Cache, "get_conv_state")
 _KEYS = "keys"
 _REMEDY = "reset() it, load the last one you saved, or begin with a new one"
+_CROSSING = (
+    ". If it was given alone, its model asked it for the encoder's tokens too: give an encoder-decoder model "
+    "EncoderDecoderCache(CompressedCache(...), DynamicCache())"
+)
 
 Request = tuple[int, str, int]  # layer, what of it is asked for or given, and which of several
 
@@ -34,8 +38,9 @@ class Passage:
     keeps   per layer, whether it keeps anything that a forward has to fill
     """
 
-    def __init__(self, kinds: Sequence[str | None], keeps: Sequence[bool]) -> None:
-        self._kinds, self._keeps = list(kinds), list(keeps)
+    def __init__(self, kinds: Sequence[str | None], keeps: Sequence[bool], hint: str = "") -> None:
+        """hint: what else may be wrong where a forward seems to have broken off."""
+        self._kinds, self._keeps, self._hint = list(kinds), list(keeps), hint
         self._known: set[int] = set()  # layers whose keys came in forwards before
         self._broke: str | None = None
         self._clear()
@@ -47,6 +52,7 @@ class Passage:
         return cls(
             [type(theirs).__name__ if hasattr(theirs, "conv_states") else None for _, theirs in roles],
             [keeps_something(theirs, own=role == "own") for role, theirs in roles],
+            _CROSSING if getattr(config, "is_encoder_decoder", False) else "",
         )
 
     def _clear(self) -> None:
@@ -64,9 +70,13 @@ class Passage:
         self._request((layer, _KEYS, 0))
         self._open.add(layer)
 
-    def asked(self, layer: int) -> bool:
-        """Return whether the newest forward has given the layer keys already: what comes now is the next forward."""
-        return (layer, _KEYS, 0) in self._made
+    def passed_over(self, layer: int) -> bool:
+        """Return whether keys that wait for their attention were passed over, now that keys come to `layer`.
+
+        So it is where the same forward has gone on to this layer. Where it is a new forward, the old one broke off,
+        or a model of one layer is not prepared.
+        """
+        return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
     def changing(self, layer: int) -> None:
         """The layer begins to take the keys in."""
@@ -157,7 +167,7 @@ class Passage:
             return None
         return (
             f"the last forward broke off (or has not ended): some layers of this cache have its tokens, layer "
-            f"{missing[0]} does not, so that it is of no use: {_REMEDY}"
+            f"{missing[0]} does not, so that it is of no use: {_REMEDY}{self._hint}"
         )
 
     def _half_filled(self, last: int) -> set[int]:
