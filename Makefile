@@ -10,12 +10,13 @@ PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 
-# The oldest transformers that kvfloor serves, and lm-eval with all that it brings, in environments of their own.
+# The oldest transformers that kvfloor serves, and lm-eval with all that it brings, and the docs site, in environments of their own.
 OLDEST := .venv-oldest
 EVAL   := .venv-eval
 PEERS  := .venv-peers
+DOCS   := .venv-docs
 
-.PHONY: audit test test-slow test-isa test-oldest test-eval check docs models models-newest models-oldest bench peers clean
+.PHONY: audit test test-slow test-isa test-oldest test-eval check docs site models models-newest models-oldest bench peers clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -48,8 +49,14 @@ check: $(VENV)/.development
 	$(BIN)/pyright
 	$(BIN)/python docs/generate.py --check
 
+# The generated pages, then the site in site/.
 docs: $(VENV)/.development
 	$(BIN)/python docs/generate.py
+	$(MAKE) site
+
+site: $(VENV)/.development $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	$(BIN)/python docs/offline.py site
 
 # Every model family in both ends of the supported range: minutes each; make -j2 models runs them side by side.
 models: models-newest models-oldest
@@ -70,7 +77,7 @@ peers: $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python bench/peers/kvpress_beside.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) out
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(DOCS) out site
 
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -101,4 +108,9 @@ $(PEERS)/.installed: bench/peers/requirements.txt pyproject.toml
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
 		-r bench/peers/requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(DOCS)/.installed: requirements-docs.lock
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
 	touch $@

@@ -11,7 +11,7 @@ import pytest
 from kvfloor.methods.registry import TABLE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md") if ">>> " in path.read_text(encoding="utf-8"))
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if re.search(r"(?m)^>>> ", path.read_text("utf-8")))
 
 
 def failures(text: str) -> list[str]:

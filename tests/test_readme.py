@@ -1,4 +1,4 @@
-"""The README's example prints what the README says it prints."""
+"""The README is short, and its example prints what it says."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def test_the_first_example_and_its_output() -> None:
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     assert printed.getvalue() == output
+
+
+def test_the_readme_is_short_enough_to_be_read() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert all(len(line) <= 140 or line.startswith("|") for line in lines)

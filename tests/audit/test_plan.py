@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, task_work
+from kvfloor.audit.run import Question, run
 from kvfloor.audit.setting import Setting
 from kvfloor.methods.registry import parse
 from kvfloor.models import builtin_path
@@ -52,6 +53,62 @@ def test_protocols_share_their_samples() -> None:
 def test_unknown_task_is_named() -> None:
     with pytest.raises(ValueError, match="unknown task 'crosswords'"):
         task_work(["crosswords"], [64], ["after"], 3, 0, words)
+
+
+PAIRED = """
+from kvfloor.tasks import Plot, Question, Task, Woven
+
+def plot(rng, n, lexicon):
+    things = rng.sample(lexicon.things, 2 * n)
+    pairs = list(zip(things[::2], things[1::2]))
+    return Plot(
+        [[f"{one} goes with {other}."] for one, other in pairs],
+        [(Question(f"{one} goes with", other), i) for i, (one, other) in enumerate(pairs)],
+    )
+
+PAIRED = Task("couples", "words in pairs", "pairs", 1, 64, lambda length: 4, Woven(plot))
+SAME_NAME = Task("couples", "another of that name", "pairs", 1, 64, lambda length: 4, Woven(plot))
+BUILT_IN = Task("recall", "a built-in name", "pairs", 1, 64, lambda length: 4, Woven(plot))
+"""
+
+
+@pytest.fixture
+def paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "paired_task.py").write_text(PAIRED, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("paired")
+def test_a_task_is_brought_as_module_and_name() -> None:
+    work = task_work(["paired_task:PAIRED", "recall", "paired_task:PAIRED"], [64], ["after"], 3, 0, words)
+    assert [one.cell.task for one in work] == ["couples", "recall"]
+    assert all(f"{item.question} {item.answer}." in item.context for item in work[0].items)
+
+
+@pytest.mark.usefixtures("paired")
+def test_a_condition_names_a_brought_task_by_its_own_name(tmp_path: Path) -> None:
+    asked = Question(tasks=("paired_task:PAIRED",), require="recall.score>=0.5", out=tmp_path)
+    with pytest.raises(ValueError, match=r"is about no row: .*the tasks are couples$"):
+        run(asked, lambda total, text: None)
+
+
+@pytest.mark.usefixtures("paired")
+@pytest.mark.parametrize(
+    ("tasks", "told"),
+    [
+        ([], "at least one task"),
+        (["recal"], "did you mean 'recall'"),
+        (["paired_task:NOTHING"], "paired_task:NOTHING cannot be imported"),
+        (["no_such_module:TASK"], "no_such_module:TASK cannot be imported"),
+        ([":TASK"], ":TASK cannot be imported"),
+        (["paired_task:plot"], "paired_task:plot is a function; give a kvfloor.tasks.Task"),
+        (["paired_task:BUILT_IN"], "is a built-in task: give it another name"),
+        (["paired_task:PAIRED", "paired_task:SAME_NAME"], "two of the tasks are named 'couples'"),
+    ],
+)
+def test_what_is_no_task_is_refused(tasks: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        task_work(tasks, [64], ["after"], 3, 0, words)
 
 
 def prompts(tmp_path: Path, lines: list[str]) -> Path:

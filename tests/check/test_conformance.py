@@ -67,7 +67,7 @@ SELECTING = (
 )
 REGISTERED = tuple(dict.fromkeys(str(default_method(name, budget=32)) for name in TABLE))
 METHODS = REGISTERED + COMBINATIONS
-NEVER_UNCLAIMED = {"chunking", "causality", "pads", "capacity", "row_isolation", "reference", "index_floor"}
+NEVER_UNCLAIMED = {"chunking", "causality", "pads", "capacity", "row_isolation", "index_floor"}
 
 
 def _require_conformance(text: str, dtype: torch.dtype, g: int, seed: int = 0) -> None:

@@ -15,6 +15,7 @@ from kvfloor.core.budget import Budget, parse_budget
 from kvfloor.core.method import Method, standard_law
 from kvfloor.files import read_regular
 from kvfloor.methods.registry import parse
+from kvfloor.tasks import Task, lookup
 
 BASELINES = {
     "exact": "keeps every token at full precision",
@@ -84,13 +85,18 @@ def check_protocols(protocols: Sequence[str]) -> None:
         raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(PROTOCOLS)}")
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise ValueError for a name that is no built-in task."""
-    from kvfloor.tasks import TASKS as KNOWN
+def chosen_tasks(names: Sequence[str]) -> list[Task]:
+    """Return the tasks of these names, each once: built-in ones, or a third party's as `module:TASK`.
 
-    unknown = [name for name in tasks if name not in KNOWN]
-    if unknown or not tasks:
-        raise ValueError(f"unknown task {(unknown or [''])[0]!r}; the tasks are {', '.join(KNOWN)}")
+    Raises ValueError for a name that is no task, for two tasks of one name, and where none is named.
+    """
+    if not names:
+        raise ValueError(f"an audit needs at least one task, for example --tasks {TASKS[0]}")
+    tasks = [lookup(name) for name in dict.fromkeys(names)]
+    for task in tasks:
+        if [other.name for other in tasks].count(task.name) > 1:
+            raise ValueError(f"two of the tasks are named {task.name!r}: a report tells them apart by name only")
+    return tasks
 
 
 def task_work(
@@ -101,16 +107,13 @@ def task_work(
     seed: int,
     count: Callable[[str], int],
 ) -> list[Work]:
-    """Cells of the built-in tasks; samples are the same for every protocol."""
-    from kvfloor.tasks import TASKS as KNOWN
-
-    check_tasks(tasks)
+    """Cells of the tasks; samples are the same for every protocol."""
     work = []
-    for task in dict.fromkeys(tasks):
+    for task in chosen_tasks(tasks):
         for context in dict.fromkeys(contexts):
-            samples = [KNOWN[task].generate(seed, i, context, count=count) for i in range(n)]
+            samples = [task.generate(seed, i, context, count=count) for i in range(n)]
             items = tuple(Item(s.context, s.questions[0].ask, s.questions[0].answer) for s in samples)
-            work += [Work(Cell(task, context, protocol), items) for protocol in dict.fromkeys(protocols)]
+            work += [Work(Cell(task.name, context, protocol), items) for protocol in dict.fromkeys(protocols)]
     return work
 
 

@@ -17,7 +17,7 @@ from kvfloor.audit.plan import (
     METHODS,
     TASKS,
     check_protocols,
-    check_tasks,
+    chosen_tasks,
     prompt_work,
     read_prompts,
     settings,
@@ -38,7 +38,7 @@ class Question:
     """What an audit is asked: every field has the command line's default.
 
     model     "builtin" or a local folder        methods   method texts, without the baselines
-    budgets   texts; tokens, shares or bytes     tasks     built-in task names, unless `prompts` is given
+    budgets   texts; tokens, shares or bytes     tasks     names or module:TASK, unless `prompts` is given
     contexts  tokens of context per task         n         samples per row, at least 32
     protocols "after": the question follows the compression; "visible": it is compressed with the context
     require   conditions on the rows (`audit/require.py`), or None
@@ -96,9 +96,9 @@ def run(question: Question, track: Callable[[int, str], None]) -> Answer:
     if question.n < MIN_SAMPLES:
         raise ValueError(f"--n {question.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
     check_protocols(question.protocols)
-    check_tasks(question.tasks)
+    known = tuple(task.name for task in chosen_tasks(question.tasks))
     plan = settings(question.methods, question.budgets)
-    tasks = question.tasks if question.prompts is None else (question.prompts.stem,)
+    tasks = known if question.prompts is None else (question.prompts.stem,)
     required = () if question.require is None else conditions(question.require, plan, tasks)
     items = None if question.prompts is None else read_prompts(question.prompts, question.n)
     open_folder(question.out)

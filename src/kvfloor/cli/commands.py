@@ -114,7 +114,9 @@ def audit(
         str | None, typer.Option(help="Comma-separated methods; the baselines run beside them in any case.")
     ] = None,
     budgets: Annotated[str | None, typer.Option(help="Comma-separated budgets: 64, 25%, 8MiB.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated built-in tasks, or all.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated tasks: built-in ones, all, or module:TASK.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with prompt and answer (or context, question, answer).")
     ] = None,

@@ -9,17 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvfloor.core.method import Method
-from kvfloor.game.engine.instance import DTYPES, Instance
+from kvfloor.game.engine.instance import DTYPES, Instance, KeyedInstance
 from kvfloor.game.engine.result import Result
 from kvfloor.game.instances import packing, probing, sparse, spike, tensor, visual, window
-from kvfloor.game.instances.codebook import Codebook
-from kvfloor.game.instances.packing import Packing
-from kvfloor.game.instances.probing import Probing
-from kvfloor.game.instances.sparse import Sparse
-from kvfloor.game.instances.spike import Spike
-from kvfloor.game.instances.tensor import FourCaches, TwoCaches
-from kvfloor.game.instances.visual import Visual
-from kvfloor.game.instances.window import Window
 from kvfloor.game.keys.families import FAMILIES
 
 
@@ -68,7 +60,10 @@ ARGUMENTS: dict[str, str] = {
 """Argument of `play` -> its words, for those that the command line offers; the others are for Python alone."""
 
 INSTANCES: dict[str, type[Instance]] = {
-    kind.__name__: kind for kind in (Spike, Codebook, Packing, Sparse, Window, Probing, FourCaches, TwoCaches, Visual)
+    kind.__name__: kind
+    for base in (Instance, KeyedInstance)
+    for kind in base.__subclasses__()
+    if kind.__module__.startswith("kvfloor.game.instances.")  # others come from tests
 }
 
 

@@ -29,4 +29,5 @@ COPY = Task(
     default=lambda length: max(3, min(48, length // 6)),
     make=Woven(plot),
     depth_moves="the passage",
+    things=64,
 )

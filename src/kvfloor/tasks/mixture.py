@@ -11,13 +11,6 @@ from .sample import Question
 from .task import Woven
 from .weave import Count, weave
 
-THINGS_NEEDED = {
-    "recall": 96,
-    "needles": 16,
-    "vartrack": 24,
-    "copy": 64,
-}  # names a task may take at its default
-
 
 def mixable() -> tuple[str, ...]:
     """The tasks whose facts can stand among other tasks' facts."""
@@ -33,8 +26,8 @@ def mix(
     its own names, so that no task's fact answers another task's question.
     """
     rng = stream("mixture", seed, index)
-    scale = len(lexicon.things) / sum(THINGS_NEEDED.values())
-    sizes = [int(THINGS_NEEDED.get(name, 0) * min(1.0, scale)) for name in names]
+    scale = len(lexicon.things) / sum(task.things for task in TASKS.values())
+    sizes = [int(TASKS[name].things * min(1.0, scale)) for name in names]
     threads: list[Sequence[str]] = []
     asked: list[tuple[str, Question]] = []
     for name, part in zip(names, lexicon.split(rng, sizes), strict=True):

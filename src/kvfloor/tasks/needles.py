@@ -39,4 +39,5 @@ NEEDLES = Task(
     default=lambda length: max(2, min(8, length // 24)),
     make=Woven(plot),
     depth_moves="the asked needle",
+    things=16,
 )

@@ -29,4 +29,5 @@ RECALL = Task(
     default=lambda length: max(2, min(64, length // 12)),
     make=Woven(plot),
     depth_moves="the asked pair",
+    things=96,
 )

@@ -32,6 +32,7 @@ class Task:
     `unit` says what `difficulty` counts, `lowest` and `highest` are its limits, `default` gives it for a
     length.
     `depth_moves` names what `depth` places; None where the evidence is spread over the whole context.
+    `things` is how many of the lexicon's things it may take at its default difficulty, where contexts are shared.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     default: Callable[[int], int]
     make: Callable[[Request], Sample]
     depth_moves: str | None = None
+    things: int = 0
 
     def generate(
         self,

@@ -37,4 +37,5 @@ VARTRACK = Task(
     default=lambda length: 1 if length < 96 else 2 if length < 160 else 3 if length < 256 else 4,
     make=Woven(plot),
     depth_moves="the first assignment of the asked chain",
+    things=24,
 )
