@@ -59,14 +59,14 @@ Shapes: `rows` = independent streams (batch x kv head), `t` tokens of a call, `g
 **Errors.** Bad input raises `TypeError` or `ValueError`, which names what was given, what is allowed and what to do.
 The state is then as it was. A NaN or an infinity in a real token is bad input; in an absent one it is ignored.
 
-**Failures.** Any other exception (out of memory, Ctrl-C, a callback, policy or selector that raises) leaves the state as
-it was, or broken. Every call on a broken state raises `kvfloor.BrokenState`, which names the call that broke off. `nbytes`,
-`held` and `broken` can still be read.
+**Failures.** Any other exception (out of memory, Ctrl-C, a callback, policy or selector that raises) leaves the state
+as it was, or broken. Every call on a broken state raises `kvfloor.BrokenState`, which names the call that broke off.
+`nbytes`, `held` and `broken` can still be read.
 
 **Bits.** Two things have the same bits for every split of a stream into calls, beside any other rows, and wherever the
-input lies in memory: which tokens a row keeps, and the message of a method with bounded memory. This holds for one number
-of threads on one machine. Answers agree within the dtype's tolerance. They are the same bits only for calls of the same
-shapes with the same tokens present, because a product over a batch rounds a row by its place in it.
+input lies in memory: which tokens a row keeps, and the message of a method with bounded memory. This holds for one
+number of threads on one machine. Answers agree within the dtype's tolerance. They are the same bits only for calls of
+the same shapes with the same tokens present, because a product over a batch rounds a row by its place in it.
 
 **Budgets.** With budget b and block B a row holds at most b + B - 1 tokens between the ends of blocks, and b at the end
 of one. `prefill=dense` keeps every token until `seal`. A policy that spares the prompt (`raas`) holds the prompt and at

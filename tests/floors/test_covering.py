@@ -67,7 +67,7 @@ def test_monotone_in_every_argument(delta, d, factor):
 
 def test_refusals_name_the_argument():
     for count in (floors.covering_balls, floors.clusters, floors.greedy_centres):
-        with pytest.raises(ValueError, match=r"delta must lie in \(0, inf\), got 0.0"):
+        with pytest.raises(ValueError, match=r"delta must be a positive number, got 0.0"):
             count(0.0, 3)
         with pytest.raises(ValueError, match="d must be a whole number >= 1, got 0"):
             count(0.5, 0)

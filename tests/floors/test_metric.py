@@ -286,7 +286,7 @@ def test_monotone_in_every_argument_and_below_what_suffices(given_arguments, mor
         ({"epsilon": -0.1}, r"epsilon must lie in \[0, inf\), got -0.1"),
         ({"epsilon": math.inf}, r"epsilon must lie in \[0, inf\), got inf"),
         ({"p": 0.0}, r"p must lie in \(0, 1\], got 0.0"),
-        ({"radius": -1.0}, r"radius must lie in \(0, inf\), got -1.0"),
+        ({"radius": -1.0}, r"radius must be a positive number, got -1.0"),
         ({"window": 0}, "window must be a whole number >= 1, got 0"),
         ({"heads": 0}, "heads must be a whole number >= 1, got 0"),
         ({"layers": 0}, "layers must be a whole number >= 1, got 0"),

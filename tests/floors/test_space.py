@@ -105,7 +105,7 @@ def test_infinite_constants_become_null():
         ({"eta": float("nan")}, r"eta must lie in \[0, 1\), got nan"),
         ({"eta": "half"}, r"eta must lie in \[0, 1\), got 'half'"),
         ({"p": 0.0}, r"p must lie in \(0, 1\], got 0.0"),
-        ({"radius": 0.0}, r"radius must lie in \(0, inf\), got 0.0"),
+        ({"radius": 0.0}, r"radius must be a positive number, got 0.0"),
         ({"window": 0}, "window must be a whole number >= 1, got 0"),
         ({"heads": 0}, "heads must be a whole number >= 1, got 0"),
         ({"layers": 0}, "layers must be a whole number >= 1, got 0"),

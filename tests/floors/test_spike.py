@@ -81,7 +81,7 @@ def test_numbers_by_hand():
     assert floors.spike_C(1025, 0, 0.5, 1.0, 0.125) == pytest.approx(13 * math.log(2) * 2)
     with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\), got 1.0"):
         floors.eps_s(1.0)
-    with pytest.raises(ValueError, match="g must lie in"):
+    with pytest.raises(ValueError, match="g must be a positive number"):
         floors.spike_C(10, 0, 0.0, 1.0, 0.1)
 
 

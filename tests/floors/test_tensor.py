@@ -218,7 +218,7 @@ def test_monotone_in_every_argument_and_below_what_suffices(n, d, dv, eta, p, ra
         ({"caches": 3}, r"caches must be 4 .* or 2 .*, got 3"),
         ({"eta": 1.0}, r"eta must lie in \[0, 1\), got 1.0"),
         ({"p": 2.0}, r"p must lie in \(0, 1\], got 2.0"),
-        ({"radius": 0.0}, r"radius must lie in \(0, inf\), got 0.0"),
+        ({"radius": 0.0}, r"radius must be a positive number, got 0.0"),
         ({"heads": 0}, "heads must be a whole number >= 1, got 0"),
         ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
     ],
@@ -229,7 +229,7 @@ def test_refusals_name_the_argument(changed, message):
 
 
 def test_refusals_of_the_formulas():
-    with pytest.raises(ValueError, match="g must lie in"):
+    with pytest.raises(ValueError, match="g must be a positive number"):
         floors.tensor_C(8, 0.0, 0.1)
     with pytest.raises(ValueError, match="eps_s must lie in"):
         floors.tensor_C(8, 0.5, 0.0)

@@ -299,6 +299,7 @@ class State(Memory, metaclass=_Plain):
             raise ValueError(f"a pinned span needs whole numbers 0 <= start < stop, got {start!r}..{stop!r}")
         self._pin(start, stop)
 
+    @whole
     def guarantee(self) -> Guarantee | None:
         """The method's guarantee, withdrawn (`holds` False) where what was seen breaks an assumption."""
         return self.method.guarantee(self.spec)

@@ -7,16 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from kvfloor.core.exact import Exact
 from kvfloor.floors.measured import readable_by
 from kvfloor.hf.allocate import Shares
-from kvfloor.hf.layer import CompressedLayer, Meter
-from kvfloor.hf.layers import cache_layers, layers_served
-from kvfloor.hf.opener import Opening
-from kvfloor.hf.passage import Passage
-from kvfloor.hf.presence import Presence
+from kvfloor.hf.layers import watched_cache
 from kvfloor.hf.recording import Recorded, Recorder
 
 ETA, P = 0.25, 0.9  # additive error, of values in [-1, 1], and success probability at which heads' floors are taken
@@ -40,9 +34,7 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
         raise ValueError(f"a calibration prompt is one row of at least two token ids, got shape {tuple(ids.shape)}")
-    opening = Opening(Exact(), layers_served(model.config))
-    cache = Cache(layers=cache_layers(model.config, opening, Meter(), Passage.of(model.config), Presence()))
-    layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    cache, layers = watched_cache(model.config)
     seen = Recorder(layers)
     with torch.inference_mode():
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)

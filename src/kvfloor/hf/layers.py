@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
 
+from kvfloor.core.exact import Exact
 from kvfloor.hf.families import key_readers, layer_roles
 from kvfloor.hf.layer import CompressedLayer, Meter
 from kvfloor.hf.opener import Opening
@@ -16,6 +18,13 @@ from kvfloor.hf.presence import Presence
 def layers_served(config: PreTrainedConfig) -> int:
     """Count the layers of a model that a kvfloor state serves."""
     return sum(role != "own" for role, _ in layer_roles(config))
+
+
+def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer]]:
+    """Return an exact cache for a single forward, and its compressed layers, whose `record` may watch it."""
+    opening = Opening(Exact(), layers_served(config))
+    cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))
+    return cache, [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
 
 
 def cache_layers(

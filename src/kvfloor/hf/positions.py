@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kvfloor.core.attend import compute_dtype
 from kvfloor.core.rotation import Circle, Rotation
+from kvfloor.hf.layers import watched_cache
 
 FAR = 1_000_003  # a position that no model was trained for, and that float32 angles already round
 TOLERANCE = {
@@ -145,12 +146,10 @@ class _Recorder:
 
 def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[_Seen]]:
     """What each compressed layer is given for one token at these positions, one batch item each."""
-    from kvfloor.hf.cache import CompressedCache
-
     name, place = type(model).__name__, torch.tensor(positions, device=model.device)
-    cache = CompressedCache(model.config, "exact")
-    recorders = {layer.index: _Recorder(place) for layer in cache.compressed}
-    for layer in cache.compressed:
+    cache, layers = watched_cache(model.config)
+    recorders = {layer.index: _Recorder(place) for layer in layers}
+    for layer in layers:
         layer.turn_back = recorders[layer.index]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     token = torch.full((len(positions), 1), vocabulary // 3, device=model.device)

@@ -94,7 +94,7 @@ def test_a_radius_beyond_floats_is_vacuous(draw):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda k: greedy_cover(k, 0.0), r"delta must lie in \(0, inf\), got 0.0"),
+        (lambda k: greedy_cover(k, 0.0), r"delta must be a positive number, got 0.0"),
         (lambda k: greedy_cover(k[0], 1.0), "k must have shape"),
         (lambda k: covering_number(k, 1.0), r"k must be a tensor \(rows, n, d\)"),
         (lambda k: covering_curve(k[None], (1.0,), dv=0, epsilon=0.5, radius=1.0), "dv must be a whole number"),

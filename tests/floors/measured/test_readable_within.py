@@ -158,8 +158,8 @@ def test_rows_have_their_own_radius_and_real_tokens(draw):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"radius": 0.0}, r"radius must lie in \(0, inf\), got 0.0"),
-        ({"radius": math.nan}, "radius must lie in"),
+        ({"radius": 0.0}, r"radius must be a positive number, got 0.0"),
+        ({"radius": math.nan}, "radius must be a positive number"),
         ({"others": "gone"}, "others must be one of absent, present, got 'gone'"),
         ({"k": torch.ones(0, 4)}, "k must have shape"),
         ({"later_mass": math.inf}, "later_mass must be finite or -inf"),

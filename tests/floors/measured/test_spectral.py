@@ -121,7 +121,7 @@ def test_the_products_of_both_spectra_are_the_variances_of_the_answers(draw):
         ({}, "give one of distortion, mean_squared, relative; got none"),
         ({"distortion": 1.0, "relative": 0.1}, "got distortion, relative"),
         ({"distortion": -1.0}, r"distortion must lie in \[0, inf\], got -1.0"),
-        ({"relative": 0.0}, "relative must lie in"),
+        ({"relative": 0.0}, "relative must be a positive number"),
         ({"values": torch.ones(3, 2), "distortion": 1.0}, "values must have 5 rows, one per column of a, got 3"),
         ({"values": None, "distortion": 1.0}, "give either values or spread"),
         ({"spread": torch.ones(2), "distortion": 1.0}, "give either values or spread"),
