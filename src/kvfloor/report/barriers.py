@@ -7,9 +7,9 @@ from kvfloor.files import replace_file
 from kvfloor.game import BARRIERS, Result
 from kvfloor.game.engine.probing_readers import success_bound
 from kvfloor.game.sweep import packings, precision
-from kvfloor.report import plot
+from kvfloor.report.chart import Chart, line, line_chart
 from kvfloor.report.environment import environment
-from kvfloor.report.plot import Plot, Series
+from kvfloor.report.marks import bound_mark, nth_mark
 from kvfloor.version import __version__
 
 _PLAIN = (str, int, float, bool)
@@ -40,14 +40,13 @@ def page(results: Sequence[Result], command: str) -> str:
                 result.barrier: {k: v for k, v in result.details.items() if isinstance(v, _PLAIN)} for result in results
             },
             plots=plots(results),
-            frame=plot,
             command=command,
             version=__version__,
         )
     )
 
 
-def plots(results: Sequence[Result]) -> list[Plot]:
+def plots(results: Sequence[Result]) -> list[Chart]:
     """One figure per barrier that has something to sweep over."""
     drawn = []
     for result in results:
@@ -60,16 +59,16 @@ def plots(results: Sequence[Result]) -> list[Plot]:
     return drawn
 
 
-def _precision(result: Result) -> Plot:
+def _precision(result: Result) -> Chart:
     found = precision(result.method, result.seed)
-    hidden = Series("hidden", [(one.hidden, one.hidden) for one in found], "s7", dashed=True, marked=False)
-    kept = Series("certified", [(one.hidden, one.certified) for one in found], "s0")
-    return plot.plot(
+    hidden = line(bound_mark(7, "hidden"), [(one.hidden, one.hidden) for one in found])
+    kept = line(nth_mark(0, "certified"), [(one.hidden, one.certified) for one in found])
+    return line_chart(
         "Precision that survives (spike)", "bits hidden per value", "Bits certified per value.", [hidden, kept]
     )
 
 
-def _packing(result: Result) -> Plot:
+def _packing(result: Result) -> Chart:
     found = packings(result.method, result.seed)
     series = []
     for colour, d in enumerate(dict.fromkeys(one.d for one in found)):
@@ -77,10 +76,10 @@ def _packing(result: Result) -> Plot:
         certified = [(one.radius, one.certified_bits) for one in games if one.certified_bits > 0]
         floor = [(one.radius, one.floor_bits) for one in games if one.floor_bits > 0]
         if certified:
-            series.append(Series(f"certified, d = {d}", certified, f"s{colour}"))
+            series.append(line(nth_mark(colour, f"certified, d = {d}"), certified))
         if floor:
-            series.append(Series(f"floor, d = {d}", floor, f"s{colour}", dashed=True, marked=False))
-    return plot.plot(
+            series.append(line(bound_mark(colour, f"floor, d = {d}"), floor))
+    return line_chart(
         "Few dimensions, bounded logits (packing)",
         "logit radius (log scale)",
         "Bits, log scale, at most 512 keys of 64 values. The floor is the closed form at p = 0.9; more may be built.",
@@ -90,15 +89,15 @@ def _packing(result: Result) -> Plot:
     )
 
 
-def _probing(result: Result) -> Plot:
+def _probing(result: Result) -> Chart:
     details, n = result.details, result.details["tokens"]
     grid = [k * (n - 1) / 32 for k in range(33)]
-    series = [Series("bound", [(t, success_bound(n, t)) for t in grid], "s7", dashed=True, marked=False)]
+    series = [line(bound_mark(7, "bound"), [(t, success_bound(n, t)) for t in grid])]
     for colour, name in enumerate(dict.fromkeys(one["reader"] for one in details["readers"])):
         points = [(one["probes"], one["success"]) for one in details["readers"] if one["reader"] == name]
-        series.append(Series(name, points, f"s{colour + 1}"))
-    series.append(Series(result.method, [(details["probes_per_query"], result.row_success)], "s0"))
-    return plot.plot(
+        series.append(line(nth_mark(colour + 1, name), points))
+    series.append(line(nth_mark(0, result.method), [(details["probes_per_query"], result.row_success)]))
+    return line_chart(
         "Success against probes (probing)",
         "scores read for the last answer",
         f"Share of runs answered right, n = {n:,}. Above the bound: keys were looked at on arrival.",

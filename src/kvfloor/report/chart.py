@@ -1,172 +1,163 @@
-"""Quality against bytes for one cell, laid out: coordinates and words, which `chart.html` draws as SVG.
+"""Series of points on two axes: the numbers, their places and their words, which `chart.html` draws as SVG.
 
 Drawn as plain SVG and not by a plotting library, so that every name passes the page's one escaping path, the
 figure follows the reader's light or dark mode, and a point tells its exact figures without a script.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvfloor.audit.format import bytes_text, percent_text
-from kvfloor.audit.rows import Cell, Row
 from kvfloor.report.marks import Mark
 
 WIDTH, HEIGHT = 480, 350
-LEFT, RIGHT, TOP, BOTTOM = 52, 464, 78, 300
-"""The plot area's edges within the figure."""
+LEFT, RIGHT, TOP, BOTTOM = 64, 464, 78, 300
+"""The plot area's edges within the figure; above TOP stand the words beside vertical lines."""
 
-BELOW_FLOOR = "below the worst-case floor: this task's data is easier than the worst case"
-BELOW_FLOOR_AND_FALLS = "below the worst-case floor, and it loses to exact here"
+CLEAR = 16
+"""Room above the plot area of a figure without vertical lines."""
+
+LETTER = 5.7
+"""Mean width of a letter of the figure's words, to tell on which side of a line they fit."""
+
+
+def number_text(value: float) -> str:
+    """Write a number with at most four digits, a whole one below a million in full."""
+    for size, unit in ((1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def power_text(size: float) -> str:
+    """Write a power of two as bytes, e.g. `64 KiB`."""
+    k = round(math.log2(size))
+    step = max(0, min(k // 10, 4))
+    return f"{2 ** (k - 10 * step)} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[step]}"
+
+
+class Axis:
+    """Numbers to page coordinates between `start` and `end`, with `room` (a share of the span) beyond the outermost.
+
+    A logarithmic axis takes its ends from the positive numbers and places any other at its lower end.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[float],
+        start: float,
+        end: float,
+        *,
+        log: bool = False,
+        room: float = 0.0,
+        most_ticks: int = 7,
+        write: Callable[[float], str] = number_text,
+    ) -> None:
+        self.start, self.end, self.log, self.most_ticks, self.write = start, end, log, most_ticks, write
+        shown = [math.log2(value) for value in values if value > 0] if log else [0.0, *values]
+        self.low, self.high = min(shown, default=0.0), max(shown, default=1.0)
+        if self.high <= self.low:
+            self.high = self.low + 1.0
+        beyond = room * (self.high - self.low)
+        self.low, self.high = self.low - beyond, self.high + beyond
+
+    def place(self, value: float) -> float:
+        """Return the coordinate of a number."""
+        at = value if not self.log else math.log2(value) if value > 0 else self.low
+        return self.start + (at - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """List places and words: powers of two, or round numbers."""
+        if self.log:
+            first, last = math.ceil(self.low), math.floor(self.high)
+            stride = max(1, math.ceil((last - first + 1) / self.most_ticks))
+            values = [2.0**k for k in range(first, last + 1, stride)]
+        else:
+            rough = (self.high - self.low) / 5
+            unit = 10.0 ** math.floor(math.log10(rough))
+            step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
+            values = [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [(self.place(value), self.write(value)) for value in values]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One setting: its place, its error bar from `low` to `high`, and the words shown on pointing at it."""
+class Datum:
+    """One point in the axes' numbers, and the words shown on pointing at it.
+
+    interval  the ends of its error bar, if it has one
+    shift     how far to the side it is drawn, so that points of almost equal x stand beside one another
+    ringed    drawn with a ring around it
+    """
 
     x: float
     y: float
-    low: float
-    high: float
     words: str
-    below_floor: bool
+    interval: tuple[float, float] | None = None
+    shift: float = 0.0
+    ringed: bool = False
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One method's points, from the fewest bytes up; `path` joins them."""
+class Series:
+    """Points joined from the left, and the mark they are drawn with."""
 
     mark: Mark
-    points: tuple[Point, ...]
-
-    @property
-    def path(self) -> str:
-        return "M" + "L".join(f"{point.x:.1f} {point.y:.1f}" for point in self.points)
+    data: tuple[Datum, ...]
 
 
 @dataclass(frozen=True)
-class Bound:
-    """A vertical line: where it stands, the words beside it, and on which side they fit."""
+class Rule:
+    """A vertical line at x, with lines of words beside it from the height `top` down; `style` is its class."""
 
     x: float
-    lines: tuple[str, ...]
-    anchor: str
+    words: tuple[str, ...]
+    style: str
+    top: int
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Everything `chart.html` draws for one cell."""
+    """Everything `chart.html` draws; `level` is a point whose height runs across the figure as a line and a band."""
 
-    cell: Cell
-    curves: tuple[Curve, ...]
-    exact: Point
-    floor: Bound
-    token_ids: Bound
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    notes: tuple[str, ...]
+    title: str
+    label: str
+    x_name: str
+    across: Axis
+    up: Axis
+    series: tuple[Series, ...]
+    captions: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    level: Datum | None = None
 
+    @property
+    def top(self) -> int:
+        """Return the height at which the figure is cut off above."""
+        return 0 if self.rules else TOP - CLEAR
 
-def chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
-    """The chart of one cell's rows, exact among them. x is log2 of bytes, y the score."""
-    exact = next(row for row in rows if row.method == "exact")
-    sizes = [row.state_bytes for row in rows] + [exact.exact_bytes, exact.floor_bytes, exact.token_id_bytes]
-    axis = _Axis(min(size for size in sizes if size > 0), max(sizes))
-    curves: dict[str, list[Row]] = {method: [] for method in marks}
-    for row in sorted(rows, key=lambda row: row.state_bytes):
-        if row is not exact:
-            curves[row.configuration].append(row)
-    shifts = _shifts([row for row in rows if row is not exact], axis)
-    return Chart(
-        cell=exact.cell,
-        curves=tuple(
-            Curve(marks[method], tuple(_point(row, axis, shifts[row.method]) for row in settings))
-            for method, settings in curves.items()
-            if settings
-        ),
-        exact=_point(exact, axis, 0.0),
-        floor=axis.bound(
-            exact.floor_bytes,
-            f"floor, {bytes_text(exact.floor_bytes)}: worst case over keys",
-            "and values, attention as a data structure",
-        ),
-        token_ids=axis.bound(exact.token_id_bytes, f"token ids, {bytes_text(exact.token_id_bytes)}"),
-        x_ticks=axis.ticks(),
-        y_ticks=tuple((_height(share), percent_text(share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
-        notes=_notes(rows),
-    )
+    def path(self, series: Series) -> str:
+        """Write the SVG path that joins a series' points."""
+        return "M" + "L".join(f"{self.x(one):.1f} {self.up.place(one.y):.1f}" for one in series.data)
+
+    def x(self, one: Datum) -> float:
+        """Return where a point is drawn, its shift included."""
+        return self.across.place(one.x) + one.shift
+
+    def side(self, rule: Rule) -> str:
+        """Choose the side of a vertical line on which its words fit: `start` to its right, `end` to its left."""
+        width = LETTER * max(map(len, rule.words))
+        return "start" if self.across.place(rule.x) + 6 + width <= WIDTH else "end"
 
 
-class _Axis:
-    """Bytes on a log scale between the plot's edges."""
-
-    def __init__(self, smallest: int, largest: int) -> None:
-        room = 0.06 * max(1.0, math.log2(largest / smallest))
-        self.low = math.log2(smallest) - room
-        self.high = math.log2(largest) + room
-
-    def place(self, size: float) -> float:
-        share = (math.log2(max(size, 1)) - self.low) / (self.high - self.low)
-        return LEFT + share * (RIGHT - LEFT)
-
-    def ticks(self) -> tuple[tuple[float, str], ...]:
-        """Powers of two, at most six."""
-        first, last = math.ceil(self.low), math.floor(self.high)
-        stride = max(1, math.ceil((last - first + 1) / 6))
-        return tuple((self.place(2.0**k), _power_text(k)) for k in range(first, last + 1, stride))
-
-    def bound(self, size: int, *lines: str) -> Bound:
-        x = self.place(size)
-        return Bound(x, lines, anchor="start" if x < (LEFT + RIGHT) / 2 else "end")
+def line_chart(
+    title: str, x_name: str, caption: str, series: Sequence[Series], *, log_x: bool = False, log_y: bool = False
+) -> Chart:
+    """Lay series out on common axes that end at their outermost numbers."""
+    data = [one for line in series for one in line.data]
+    across = Axis([one.x for one in data], LEFT, RIGHT, log=log_x)
+    up = Axis([one.y for one in data], BOTTOM, TOP, log=log_y)
+    return Chart(title, title, x_name, across, up, tuple(series), captions=(caption,))
 
 
-def _power_text(k: int) -> str:
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    step = min(k // 10, len(units) - 1)
-    return f"{2 ** (k - 10 * step)} {units[step]}"
-
-
-def _height(share: float) -> float:
-    return BOTTOM - share * (BOTTOM - TOP)
-
-
-def _shifts(rows: Sequence[Row], axis: _Axis) -> dict[str, float]:
-    """Setting -> sideways shift, so that settings of almost equal bytes stand beside one another."""
-    clusters: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: (row.state_bytes, row.method)):
-        if clusters and axis.place(row.state_bytes) - axis.place(clusters[-1][0].state_bytes) < 8:
-            clusters[-1].append(row)
-        else:
-            clusters.append([row])
-    return {
-        row.method: 6.0 * (index - (len(cluster) - 1) / 2) for cluster in clusters for index, row in enumerate(cluster)
-    }
-
-
-def _point(row: Row, axis: _Axis, shift: float) -> Point:
-    return Point(
-        x=axis.place(row.state_bytes) + shift,
-        y=_height(row.score),
-        low=_height(row.score_low),
-        high=_height(row.score_high),
-        words=(
-            f"{row.method}: {percent_text(row.score)} ({percent_text(row.score_low)} to "
-            f"{percent_text(row.score_high)}) in {row.state_bytes:,} bytes"
-            + (f"; {note_below_floor(row)}" if row.below_floor else "")
-        ),
-        below_floor=row.below_floor,
-    )
-
-
-def note_below_floor(row: Row) -> str:
-    """What to say of a row left of the floor; never that it is impossible."""
-    return BELOW_FLOOR_AND_FALLS if row.diff_high < 0 else BELOW_FLOOR
-
-
-def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """One line per kind of point left of the floor, naming the settings."""
-    named: dict[str, list[str]] = {}
-    for row in rows:
-        if row.below_floor:
-            named.setdefault(note_below_floor(row), []).append(row.method)
-    return tuple(f"{', '.join(settings)}: {note}." for note, settings in sorted(named.items()))
+def line(mark: Mark, points: Sequence[tuple[float, float]]) -> Series:
+    """Make a series of bare points, each with its mark's name and its numbers as words."""
+    return Series(mark, tuple(Datum(x, y, f"{mark.name}: {number_text(x)}, {number_text(y)}") for x, y in points))

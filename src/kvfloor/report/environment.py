@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from kvfloor.audit.format import bytes_text, percent_text, points_text, smaller_text
 from kvfloor.report import chart
+from kvfloor.report.decision import note_below_floor
 from kvfloor.report.text import visible
 
 
@@ -30,9 +31,9 @@ def environment() -> Environment:
         "milliseconds": _milliseconds,
         "error": "{:.2g}".format,
         "short": _short,
-        "below_floor": chart.note_below_floor,
+        "below_floor": note_below_floor,
     }
-    made.globals |= {"smaller": smaller_text}
+    made.globals |= {"smaller": smaller_text, "frame": chart}
     return made
 
 

@@ -1,6 +1,7 @@
 """The report page: one file, no script, nothing fetched, every field escaped."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from kvfloor.audit.plan import BASELINES
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.files import replace_file
-from kvfloor.report import chart, heatmap, ladder, tables
+from kvfloor.report import heatmap, ladder, tables
+from kvfloor.report.chart import Chart
+from kvfloor.report.decision import decision_chart
 from kvfloor.report.environment import environment
 from kvfloor.report.marks import marks
 from kvfloor.statistics import MIN_SAMPLES
@@ -32,14 +35,15 @@ def page(rows: Sequence[Row], answer: Recommendation, meta: Meta, by_head: Seque
         raise ValueError("there is nothing to report: give at least the rows of 'exact'")
     drawn = marks(rows)
     cells, lines = tables.scoreboard(rows, answer.standard)
-    figures: dict[str, list[chart.Chart]] = {}
+    figures: dict[str, list[Chart]] = {}
     for cell in sorted(cells, key=lambda cell: (cell.task, cell.context, cell.protocol != "visible")):
-        figures.setdefault(cell.task, []).append(chart.chart([r for r in rows if r.cell == cell], drawn))
+        figures.setdefault(cell.task, []).append(decision_chart([r for r in rows if r.cell == cell], drawn))
     return (
         environment()
         .get_template("page.html")
         .render(
             meta=meta,
+            model_name=_last_component(meta.model),
             answer=answer,
             why=why(answer),
             what_breaks=what_breaks(answer),
@@ -53,16 +57,20 @@ def page(rows: Sequence[Row], answer: Recommendation, meta: Meta, by_head: Seque
             figures=figures,
             marks=drawn,
             heatmaps=heatmap.heatmaps(rows),
-            ladder=ladder.ladder(by_head) if by_head else None,
+            ladders=ladder.ladders(by_head),
             ladder_frame=ladder,
             heads=by_head,
             heads_summary=summary(by_head),
             head_limits={"eta": ETA, "good": GOOD},
-            frame=chart,
             baselines=BASELINES,
             min_samples=MIN_SAMPLES,
         )
     )
+
+
+def _last_component(model: str) -> str:
+    """Return the last component of a model's path or hub name, without a slash at its end."""
+    return re.split(r"[/\\\\]", model.rstrip("/\\"))[-1] or model
 
 
 def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, Any] | None:

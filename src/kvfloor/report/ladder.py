@@ -1,13 +1,16 @@
 """Floor, cheapest good setting and exact cache of every head, on one logarithmic axis of bytes."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfloor.audit.format import bytes_text
 from kvfloor.audit.heads import Head
+from kvfloor.report.chart import Axis, power_text
 
 WIDTH, LEFT, RIGHT, TOP, STEP = 900, 130, 880, 34, 20
+
+WORST = 10
+"""Heads shown at once; the others of a larger model are folded away."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,34 @@ class Ladder:
     ticks: tuple[tuple[float, str], ...]
 
 
-def ladder(heads: Sequence[Head]) -> Ladder:
-    """The heads from the first layer down."""
+def ladders(heads: Sequence[Head]) -> list[Ladder]:
+    """Lay out the WORST heads of the largest floors, from the largest down, then the others from the first layer down.
+
+    Both stand on one scale of bytes. A model of at most WORST heads has one ladder, from the first layer down.
+    """
     sizes = [size for one in heads for size in (one.floor_bytes, one.best_bytes, one.exact_bytes) if size]
-    low, high = math.floor(math.log2(min(sizes))), math.log2(max(sizes)) + 0.2
+    across = Axis(sizes, LEFT, RIGHT, log=True, room=0.02, most_ticks=9, write=power_text)
+    if len(heads) <= WORST:
+        return [_ladder(heads, across)] if heads else []
+    ranked = sorted(heads, key=lambda one: -one.floor_bytes)
+    others = sorted(ranked[WORST:], key=lambda one: (one.layer, one.head))
+    return [_ladder(ranked[:WORST], across), _ladder(others, across)]
 
-    def place(size: int) -> float:
-        return LEFT + (math.log2(max(size, 2**low)) - low) / (high - low) * (RIGHT - LEFT)
 
+def _ladder(heads: Sequence[Head], across: Axis) -> Ladder:
     rungs = tuple(
         Rung(
             name=f"layer {one.layer}, head {one.head}",
             y=TOP + STEP * (index + 0.5),
-            floor=place(one.floor_bytes),
-            best=None if one.best_bytes is None else place(one.best_bytes),
-            exact=place(one.exact_bytes),
+            floor=across.place(one.floor_bytes),
+            best=None if one.best_bytes is None else across.place(one.best_bytes),
+            exact=across.place(one.exact_bytes),
             compressible=one.compressible,
             words=_words(one),
         )
         for index, one in enumerate(heads)
     )
-    stride = max(1, math.ceil((math.floor(high) - low + 1) / 9))
-    ticks = tuple((place(2**k), bytes_text(2**k)) for k in range(low, math.floor(high) + 1, stride))
-    return Ladder(TOP + STEP * len(rungs) + 8, rungs, ticks)
+    return Ladder(TOP + STEP * len(rungs) + 8, rungs, tuple(across.ticks()))
 
 
 def _words(one: Head) -> str:

@@ -32,9 +32,9 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Mark:
-    """How one method is drawn: `s0`..`s7`, an SVG path, and hollow and dashed where it is a baseline."""
+    """A curve's looks: `s0`..`s7`, an SVG path (empty: no markers), and hollow and dashed where it is a baseline."""
 
-    method: str
+    name: str
     colour: str
     shape: str
     baseline: bool
@@ -50,12 +50,15 @@ def marks(rows: Sequence[Row]) -> dict[str, Mark]:
         if row.method != "exact":
             methods.setdefault(row.configuration, row.baseline)
     ordered = sorted(methods.items(), key=lambda item: item[1])
-    return {
-        method: Mark(
-            method=method,
-            colour=f"s{index % COLOURS}",
-            shape=SHAPES[(index + index // COLOURS) % len(SHAPES)],
-            baseline=baseline,
-        )
-        for index, (method, baseline) in enumerate(ordered)
-    }
+    return {method: nth_mark(index, method, baseline) for index, (method, baseline) in enumerate(ordered)}
+
+
+def nth_mark(index: int, name: str, baseline: bool = False) -> Mark:
+    """Make the mark of the given number; the first 64 differ in colour or marker."""
+    shape = SHAPES[(index + index // COLOURS) % len(SHAPES)]
+    return Mark(name, f"s{index % COLOURS}", shape, baseline)
+
+
+def bound_mark(index: int, name: str) -> Mark:
+    """Make the mark of a bound in the colour of the given number: a dashed line without markers."""
+    return Mark(name, f"s{index % COLOURS}", "", baseline=True)
