@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from kvfloor.game import BARRIERS, Result, play, play_all
-from kvfloor.report import barriers, plot
-from kvfloor.report.plot import Series
+from kvfloor.report import barriers, chart
+from kvfloor.report.chart import Axis, Chart, Rule
+from kvfloor.report.marks import nth_mark
 
 SMALL = {"n": 64, "d": 32, "dv": 16, "isolated": False, "hidden_seed": 5}
 
@@ -53,7 +54,7 @@ def test_each_swept_barrier_has_its_figure(results: list[Result]) -> None:
 
 def test_the_precision_curve_never_rises_above_what_was_hidden(results: list[Result]) -> None:
     figure = barriers.plots([results[0]])[0]
-    hidden, certified = (curve.series.points for curve in figure.curves)
+    hidden, certified = ([(one.x, one.y) for one in line.data] for line in figure.series)
     assert all(found <= there for (_, found), (_, there) in zip(certified, hidden, strict=True))
     assert [bits for bits, _ in certified] == [bits for bits, _ in hidden]
 
@@ -71,15 +72,32 @@ def test_no_result_is_refused() -> None:
         barriers.page([], "x")
 
 
+def places(figure: Chart) -> list[tuple[float, float]]:
+    return [(figure.x(one), figure.up.place(one.y)) for line in figure.series for one in line.data]
+
+
 def test_points_stand_where_their_numbers_are() -> None:
-    figure = plot.plot("t", "x", "y", [Series("a", [(1.0, 4.0), (16.0, 64.0)], "s0")], log_x=True, log_y=True)
-    low, high = figure.curves[0].spots
-    assert (low.x, low.y, high.x, high.y) == (plot.LEFT, plot.BOTTOM, plot.RIGHT, plot.TOP)
-    assert [words for _, words in figure.x_ticks] == ["1", "2", "4", "8", "16"]
-    middle = plot.plot("t", "x", "y", [Series("a", [(0.0, 0.0), (5.0, 1.0), (10.0, 2.0)], "s0")]).curves[0].spots[1]
-    assert (middle.x, middle.y) == ((plot.LEFT + plot.RIGHT) / 2, (plot.TOP + plot.BOTTOM) / 2)
-    flat = plot.plot("t", "x", "y", [Series("a", [(3.0, 0.0)], "s0")])
-    assert all(plot.LEFT <= spot.x <= plot.RIGHT for curve in flat.curves for spot in curve.spots)
+    series = [chart.line(nth_mark(0, "a"), [(1.0, 4.0), (16.0, 64.0)])]
+    figure = chart.line_chart("t", "x", "y", series, log_x=True, log_y=True)
+    assert places(figure) == [(chart.LEFT, chart.BOTTOM), (chart.RIGHT, chart.TOP)]
+    assert [words for _, words in figure.across.ticks()] == ["1", "2", "4", "8", "16"]
+    series = [chart.line(nth_mark(0, "a"), [(0.0, 0.0), (5.0, 1.0), (10.0, 2.0)])]
+    middle = places(chart.line_chart("t", "x", "y", series))[1]
+    assert middle == ((chart.LEFT + chart.RIGHT) / 2, (chart.TOP + chart.BOTTOM) / 2)
+    flat = chart.line_chart("t", "x", "y", [chart.line(nth_mark(0, "a"), [(3.0, 0.0)])])
+    assert all(chart.LEFT <= x <= chart.RIGHT for x, _ in places(flat))
+
+
+def test_what_a_logarithmic_axis_cannot_place_stands_at_its_lower_end() -> None:
+    axis = Axis([0.0, 4.0, 16.0], 0.0, 100.0, log=True)
+    assert [axis.place(value) for value in (0.0, 4.0, 8.0, 16.0)] == [0.0, 0.0, 50.0, 100.0]
+
+
+def test_words_beside_a_line_stay_within_the_figure() -> None:
+    axis = Axis([0.0, 1.0], chart.LEFT, chart.RIGHT)
+    figure = Chart("t", "t", "x", axis, axis, ())
+    sides = [figure.side(Rule(x, ("x" * 40,), "floor", 24)) for x in (0.0, 0.25, 0.75, 1.0)]
+    assert sides == ["start", "start", "end", "end"]
 
 
 def test_arguments_that_no_barrier_takes_are_named() -> None:

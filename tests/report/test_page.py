@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from kvfloor.audit.heads import Head
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Row
+from kvfloor.report.decision import decision_chart
 from kvfloor.report.html import page, render
+from kvfloor.report.ladder import WORST, ladders
+from kvfloor.report.marks import marks
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -140,3 +144,48 @@ def test_the_same_rows_give_the_same_page(few: list[Row], meta: Meta, tmp_path: 
 def test_nothing_to_report_is_refused(meta: Meta, answer: Recommendation) -> None:
     with pytest.raises(ValueError, match="nothing to report"):
         page([], answer, meta)
+
+
+def test_every_setting_is_drawn_at_its_bytes_and_score(few: list[Row], meta: Meta) -> None:
+    cell = [row for row in few if row.cell == few[0].cell]
+    figure = decision_chart(cell, marks(cell))
+    drawn = {(one.x, one.y, one.interval) for series in figure.series for one in series.data}
+    assert drawn == {(row.state_bytes, row.score, (row.score_low, row.score_high)) for row in cell}
+    assert [rule.x for rule in figure.rules] == [cell[0].floor_bytes, cell[0].token_id_bytes]
+    text = page(cell, recommend(cell), meta)
+    for series in figure.series:
+        for one in series.data:
+            assert f"translate({figure.x(one)} {figure.up.place(one.y)})" in text
+
+
+def measured_heads(count: int) -> list[Head]:
+    floors = [1000 + 37 * index % 101 * 50 for index in range(count)]
+    return [
+        Head(index // 3, index % 3, 0.5, size, size // 2, 65536, None, None, None, False)
+        for index, size in enumerate(floors)
+    ]
+
+
+def test_all_but_the_heads_of_the_largest_floors_are_folded(few: list[Row], meta: Meta) -> None:
+    heads = measured_heads(90)
+    worst, others = ladders(heads)
+    largest = sorted(heads, key=lambda one: one.floor_bytes)[-WORST:][::-1]
+    assert [rung.name for rung in worst.rungs] == [f"layer {one.layer}, head {one.head}" for one in largest]
+    assert [rung.name for rung in others.rungs] == [
+        f"layer {one.layer}, head {one.head}" for one in heads if one not in largest
+    ]
+    assert worst.ticks == others.ticks
+    text = page(few, recommend(few), meta, heads)
+    folded = re.search(r"<details>\s*<summary>The other 80 heads</summary>.*?</details>", text, re.DOTALL)
+    assert folded and folded[0].count("<title>layer") == 80 and text.count("<title>layer 29, head 2: floor") == 1
+    few_heads = page(few, recommend(few), meta, heads[:WORST])
+    assert "The other" not in few_heads and [len(one.rungs) for one in ladders(heads[:WORST])] == [WORST]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("/a/b/small/", "small"), ("org/small", "small"), ("C:\\a\\small", "small"), ("/", "/")]
+)
+def test_the_title_is_the_last_component_of_the_model(few: list[Row], meta: Meta, model: str, name: str) -> None:
+    text = html.unescape(page(few, recommend(few), replace(meta, model=model)))
+    assert f"<title>kvfloor audit of {name}</title>" in text and f"KV cache costs {name}</h1>" in text
+    assert f"<dd>{model}</dd>" in text

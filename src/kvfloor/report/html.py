@@ -70,7 +70,7 @@ def page(rows: Sequence[Row], answer: Recommendation, meta: Meta, by_head: Seque
 
 def _last_component(model: str) -> str:
     """Return the last component of a model's path or hub name, without a slash at its end."""
-    return re.split(r"[/\\\\]", model.rstrip("/\\"))[-1] or model
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] or model
 
 
 def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, Any] | None:
