@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfloor.check.faults import Faults, Injected, Tally, operations, spread_out
+from kvfloor.check.faults import Faults, FaultTally, Injected, operations, spread_out
 from kvfloor.core.broken import BrokenState
 from kvfloor.hf.cache import CompressedCache
 
@@ -30,14 +30,16 @@ def forward_of(model: Any) -> Forward:
     return forward
 
 
-def broken_forwards(model: Any, cache: CompressedCache, ids: Tensor, then: Tensor, most: int | None = None) -> Tally:
+def broken_forwards(
+    model: Any, cache: CompressedCache, ids: Tensor, then: Tensor, most: int | None = None
+) -> FaultTally:
     """Let the forward of `ids` (B, n) fail at each of its operations, or `most` of them, on copies of `cache`.
 
     As before: the forward made again gives the logits that it gives undisturbed. Taken in: `get_seq_length` counts the
     tokens, and the forward of `then` gives what it gives after an undisturbed one. Refused: forwards, `generate`,
     saving and reordering raise BrokenState, and after `reset` the cache is a new one.
     """
-    forward, tally = forward_of(model), Tally()
+    forward, tally = forward_of(model), FaultTally()
     before, twin = cache.get_seq_length(), copy.deepcopy(cache)
     logits, following = forward(twin, ids), forward(twin, then)
     dry = copy.deepcopy(cache)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kvfloor.audit.rows import Protocol, Row, measured_row
-from kvfloor.audit.setting import Setting
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.registry import parse
 
 Maker = Callable[..., Row]
@@ -29,7 +29,7 @@ def row() -> Maker:
         baseline: bool = False,
     ) -> Row:
         return measured_row(
-            setting=Setting(parse(method), baseline=baseline),
+            setting=BudgetedMethod(parse(method), baseline=baseline),
             budget_tokens=None,
             task=task,
             context=512,

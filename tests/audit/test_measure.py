@@ -12,7 +12,7 @@ from kvfloor.audit import traces
 from kvfloor.audit.measure import Bench
 from kvfloor.audit.plan import Item, Work, task_work
 from kvfloor.audit.rows import Cell
-from kvfloor.audit.setting import Setting
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.decode import Dialogue
 
@@ -90,7 +90,7 @@ def test_a_row_pairs_with_exact(bench: Bench, work: Work) -> None:
     prepared = bench.prepare(work)
     exact = bench.run(parse("exact"), prepared)
     method = parse("window@16")
-    row = bench.row(Setting(method), prepared, bench.run(method, prepared), exact)
+    row = bench.row(BudgetedMethod(method), prepared, bench.run(method, prepared), exact)
     assert row.n == 32 and row.exact_bytes == exact.state_bytes
     assert row.gained - row.lost == sum(row.outcomes) - sum(exact.right)
     assert row.floor_bytes > 0 and row.token_id_bytes > 0

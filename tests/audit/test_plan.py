@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, task_work
-from kvfloor.audit.run import Question, run
-from kvfloor.audit.setting import Setting
+from kvfloor.audit.run import AuditRequest, run
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.registry import parse
 from kvfloor.models import builtin_path
 
@@ -87,7 +87,7 @@ def test_a_task_is_brought_as_module_and_name() -> None:
 
 @pytest.mark.usefixtures("paired")
 def test_a_condition_names_a_brought_task_by_its_own_name(tmp_path: Path) -> None:
-    asked = Question(tasks=("paired_task:PAIRED",), require="recall.score>=0.5", out=tmp_path)
+    asked = AuditRequest(tasks=("paired_task:PAIRED",), require="recall.score>=0.5", out=tmp_path)
     with pytest.raises(ValueError, match=r"is about no row: .*the tasks are couples$"):
         run(asked, lambda total, text: None)
 
@@ -170,7 +170,7 @@ def test_a_setting_tells_its_parts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x(y@1").write_bytes((builtin_path() / "less.safetensors").read_bytes())
-    one = Setting(parse(text))
+    one = BudgetedMethod(parse(text))
     assert (one.configuration, one.name, one.budget) == (configuration, name, budget)
     assert one.text == (configuration if budget is None else f"{configuration}@{budget}")
 

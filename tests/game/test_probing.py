@@ -188,7 +188,7 @@ def test_many_probes_are_made_a_bounded_number_at_a_time(monkeypatch):
 def test_the_result_lists_the_readers_as_plain_numbers():
     readers = played(runs=32).details["readers"]
     assert {reader["reader"] for reader in readers} == {*NON_ADAPTIVE, "index made on arrival"}
-    assert all(set(reader) == {field.name for field in dataclasses.fields(oracle.Point)} for reader in readers)
+    assert all(set(reader) == {field.name for field in dataclasses.fields(oracle.ReaderSuccess)} for reader in readers)
     uniform = [reader["success"] for reader in readers if reader["reader"] == "uniform"]
     assert len(uniform) == 6 and all(a < b + 0.05 for a, b in pairwise(uniform))
 

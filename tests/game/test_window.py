@@ -12,7 +12,7 @@ from kvfloor.game.engine.decode import leak_ratio
 from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import window
-from kvfloor.game.instances.window import Window
+from kvfloor.game.instances.window import WindowInstance
 from kvfloor.game.keys.public import PublicKeys
 
 PAID = math.log2(3) + 20
@@ -20,7 +20,7 @@ PAID = math.log2(3) + 20
 
 def instance_of(n=256, window=32, append=False, d=32, bits=1, eta=0.5, family=None, dv=16):
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=0)
-    return Window(**shared, n=n, window=window, append=append, public=keys_for(shared, window, family))
+    return WindowInstance(**shared, n=n, window=window, append=append, public=keys_for(shared, window, family))
 
 
 def played(text="exact", **given):
@@ -73,7 +73,7 @@ def test_a_window_of_just_that_size_holds_masked_or_not(text, append):
 
 def test_a_mutant_that_hides_the_row_which_bobs_token_pushes_out_is_rejected(monkeypatch):
     """Hiding W rows although he appends: the window of W cannot answer the first."""
-    monkeypatch.setattr(Window, "rows", property(lambda self: self.window))
+    monkeypatch.setattr(WindowInstance, "rows", property(lambda self: self.window))
     result = played("window(block=1)@64", append=True)
     assert result.row_success == 63 / 64
     assert result.bit_error > 0.0

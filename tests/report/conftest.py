@@ -9,7 +9,7 @@ import pytest
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Protocol, Row, measured_row
-from kvfloor.audit.setting import Setting
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.registry import parse
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY, CONTEXT = 4, 2, 32, 512, 2048
@@ -75,7 +75,7 @@ def _row(
         for layer in range(LAYERS)
     ]
     return measured_row(
-        setting=Setting(parse(method), baseline=not method.startswith("h2o")),
+        setting=BudgetedMethod(parse(method), baseline=not method.startswith("h2o")),
         budget_tokens=budget,
         task=task,
         context=CONTEXT,

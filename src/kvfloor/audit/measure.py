@@ -14,7 +14,7 @@ from kvfloor.audit import traces
 from kvfloor.audit.heads import HeadFloor, head_floors
 from kvfloor.audit.plan import Work
 from kvfloor.audit.rows import Row, measured_row
-from kvfloor.audit.setting import Setting
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.core.budget import resolve
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
@@ -40,7 +40,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Measurement:
     """What running one setting on one cell gave; bytes are of one sequence, times of one sequence in the batch."""
 
     right: tuple[int, ...]
@@ -90,7 +90,7 @@ class Bench:
         spec = Spec(heads, d, dv, trace.scale, trace.softcap, trace.k.dtype, places=places)
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
-    def run(self, method: Method, prepared: Prepared) -> Outcome:
+    def run(self, method: Method, prepared: Prepared) -> Measurement:
         """Prefill, seal, ask, answer: all samples in one batch."""
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
         cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
@@ -104,7 +104,7 @@ class Bench:
         most = max(len(answer) for answer in prepared.answers) + self._extra_tokens
         said, steps_ms = dialogue.answer(most, self.tokenizer.eos_token_id)
         budget = method.budget
-        return Outcome(
+        return Measurement(
             right=tuple(int(self._is_right(*pair)) for pair in zip(prepared.work.items, said, strict=True)),
             state_bytes=math.ceil(state_bytes / batch),
             peak_state_bytes=math.ceil(cache.peak_nbytes / batch),
@@ -115,7 +115,7 @@ class Bench:
             budget_tokens=budget if isinstance(budget, int) else None,
         )
 
-    def row(self, setting: Setting, prepared: Prepared, outcome: Outcome, exact: Outcome) -> Row:
+    def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: Measurement) -> Row:
         """The row of a setting, beside what exact did on the same samples."""
         cell = prepared.work.cell
         by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
@@ -157,7 +157,7 @@ class Bench:
 
 
 def run_cells(
-    bench: Bench, settings: Sequence[Setting], work: Sequence[Work], progress: Callable[[str], None]
+    bench: Bench, settings: Sequence[BudgetedMethod], work: Sequence[Work], progress: Callable[[str], None]
 ) -> tuple[list[Row], list[HeadFloor]]:
     """Every setting on every cell, exact first, because the others are compared with it; and every head's floor."""
     rows, floors = [], []
@@ -165,7 +165,7 @@ def run_cells(
         prepared = bench.prepare(one)
         progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: floors of the heads")
         floors += head_floors(one.cell, prepared.traces)
-        exact: Outcome | None = None
+        exact: Measurement | None = None
         for setting in settings:
             progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: {setting.text}")
             outcome = bench.run(setting.method, prepared)

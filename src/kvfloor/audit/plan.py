@@ -10,7 +10,7 @@ from typing import Any
 
 from kvfloor.audit.protocols import PROTOCOLS
 from kvfloor.audit.rows import Cell
-from kvfloor.audit.setting import Setting
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.core.budget import Budget, parse_budget
 from kvfloor.core.method import Method, standard_law
 from kvfloor.files import read_regular
@@ -54,7 +54,7 @@ class Work:
     items: tuple[Item, ...]
 
 
-def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Setting]:
+def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMethod]:
     """Every method under every budget, the baselines first, each setting once.
 
     A method whose text has a budget keeps it; one that no budget bounds runs once. A setting that is asked for and a
@@ -71,11 +71,11 @@ def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Setting]:
     return list(found.values())
 
 
-def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[Setting]:
+def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[BudgetedMethod]:
     if method.budget is not None:
-        return [Setting(method, **marks)]
+        return [BudgetedMethod(method, **marks)]
     bounded = [method.with_budget(size) for size in sizes]
-    return [Setting(one, **marks) for one in bounded if one is not None] or [Setting(method, **marks)]
+    return [BudgetedMethod(one, **marks) for one in bounded if one is not None] or [BudgetedMethod(method, **marks)]
 
 
 def check_protocols(protocols: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kvfloor.audit.rows import CONTRACT_FIELDS, Row
-from kvfloor.audit.setting import Setting
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.registry import parse
 from kvfloor.splitting import outline, split_words
 
@@ -47,14 +47,14 @@ class Clause:
     """
 
     text: str
-    setting: Setting | None
+    setting: BudgetedMethod | None
     every: bool
     task: str | None
     figure: str
     comparison: str
     bound: float
 
-    def names(self, setting: Setting) -> bool:
+    def names(self, setting: BudgetedMethod) -> bool:
         """Whether the clause is about a setting of the audit, on the tasks that it is about."""
         named = self.setting
         if named is None:
@@ -80,7 +80,7 @@ class Condition:
         return row.method in self.methods and row.task in self.tasks
 
 
-def conditions(text: str, settings: Sequence[Setting], tasks: Collection[str]) -> tuple[Condition, ...]:
+def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[str]) -> tuple[Condition, ...]:
     """The conditions of a `--require` text on an audit of these settings and tasks.
 
     Raises ValueError naming the clause that is none, with the grammar and the figures, or that is about no row.
@@ -125,7 +125,7 @@ def _parse_clause(text: str) -> Clause:
     unit = next(factor for name, factor in _UNITS.items() if name.lower() == match["unit"].lower())
     return Clause(
         text=text,
-        setting=None if method is None else Setting(parse(method)),
+        setting=None if method is None else BudgetedMethod(parse(method)),
         every=method is not None and "(" not in method,
         task=task,
         figure=match["figure"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from kvfloor.audit.protocols import Protocol
-from kvfloor.audit.setting import Setting
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.files import read_regular, replace_file
 from kvfloor.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
 
@@ -143,7 +143,7 @@ CONTRACT_FIELDS = tuple(field.name for field in fields(Row))[:25]
 
 def measured_row(
     *,
-    setting: Setting,
+    setting: BudgetedMethod,
     budget_tokens: int | None,
     task: str,
     context: int,

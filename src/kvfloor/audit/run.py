@@ -34,7 +34,7 @@ DEFAULT_CONTEXT = 512
 
 
 @dataclass(frozen=True)
-class Question:
+class AuditRequest:
     """What an audit is asked: every field has the command line's default.
 
     model     "builtin" or a local folder        methods   method texts, without the baselines
@@ -71,7 +71,7 @@ class Answer:
     recommendation: Recommendation
     report: Path
     shortfalls: tuple[str, ...]
-    question: Question
+    question: AuditRequest
     meta: Meta
 
     def as_dict(self) -> dict:
@@ -87,7 +87,7 @@ class Answer:
         return plain | {"heads": [head.as_dict() for head in self.heads]}
 
 
-def run(question: Question, track: Callable[[int, str], None]) -> Answer:
+def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
     """Run an audit; `track(total, text)` is called before each of `total` measurements.
 
     Raises ValueError with one line for anything in the question that cannot be done; nothing is written then.

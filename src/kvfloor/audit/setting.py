@@ -11,7 +11,7 @@ from kvfloor.core.summary import Drop
 
 
 @dataclass(frozen=True)
-class Setting:
+class BudgetedMethod:
     """A parsed method with its budget. Its texts are made here, and nothing downstream takes them apart again.
 
     method     the method, whose budget may be tokens, a share of the context, or bytes

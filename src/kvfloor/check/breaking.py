@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvfloor.check.faults import Call, Tally, broken_at, operations, spread_out
+from kvfloor.check.faults import Call, FaultTally, broken_at, operations, spread_out
 from kvfloor.check.law import Setting, require
 from kvfloor.check.streams import prompt_length, spec_for
 from kvfloor.core.method import Method
@@ -20,7 +20,7 @@ def check_broken(method: Method, at: Setting) -> None:
         require(not tally.silent, f"{what}, failed {' '.join(tally.silent[:1])}")
 
 
-def broken(state: State, call: Call, most: int | None = None) -> Tally:
+def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
     """Let the call fail at each of its operations, or `most` of them, on copies of `state`."""
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))

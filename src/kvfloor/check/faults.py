@@ -50,7 +50,7 @@ def spread_out(operations: int, most: int | None) -> list[int]:
 
 
 @dataclass
-class Tally:
+class FaultTally:
     """How often a memory was as before after a failure, had all tokens, or refused; what else it did, in words."""
 
     as_before: int = 0
@@ -70,13 +70,13 @@ class Tally:
             self.silent.append(verdict)
 
 
-def broken_at(state: State, call: Call, points: Iterable[int]) -> Tally:
+def broken_at(state: State, call: Call, points: Iterable[int]) -> FaultTally:
     """Let the call fail at each of these operations, on a clone, and see what the clone does then.
 
     As before: its message is the one from before the call, and the call made again gives the bits that it gives
     undisturbed. Refused: every public call raises BrokenState. Anything else is told in `silent`.
     """
-    before, twin, tally = state.to_bytes(), state.clone(), Tally()
+    before, twin, tally = state.to_bytes(), state.clone(), FaultTally()
     answer = call(twin)
     after = twin.to_bytes()
     for at in points:

@@ -101,16 +101,16 @@ def check_pinned(method: Method, at: Setting) -> None:
 
 
 @dataclass(frozen=True)
-class Tally(Summary):
+class CountingProbe(Summary):
     """A probe: counts and adds up what it absorbs, and answers nothing."""
 
     name: ClassVar[str] = "tally"
 
-    def open(self, spec: Spec) -> TallyState:
-        return TallyState(spec)
+    def open(self, spec: Spec) -> CountingProbeState:
+        return CountingProbeState(spec)
 
 
-class TallyState(SummaryState):
+class CountingProbeState(SummaryState):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.count = torch.zeros(spec.rows, dtype=torch.int64)
@@ -133,7 +133,7 @@ def check_absorbed_once(method: Method, at: Setting) -> None:
     whole = Stream(
         stream.q, (8 * stream.k).round(), (8 * stream.v).round(), stream.prompt
     )  # sums of integers are exact
-    counting = method.with_summary(Tally())
+    counting = method.with_summary(CountingProbe())
     if counting is not None:
         _check_tally(counting, spec, whole)
     if method.traits.reference == "unmasked":

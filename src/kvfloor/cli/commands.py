@@ -136,7 +136,7 @@ def audit(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from kvfloor.audit.run import Question, run
+    from kvfloor.audit.run import AuditRequest, run
     from kvfloor.report.html import render
     from kvfloor.report.terminal import print_report
     from kvfloor.report.text import visible
@@ -151,7 +151,7 @@ def audit(
         chosen["tasks"] = tuple(TASKS)
     if contexts is not None:
         chosen["contexts"] = _contexts(contexts)
-    question = Question(
+    question = AuditRequest(
         model=model, prompts=prompts, n=n, seed=seed, require=require, out=out, command=_command_line(), **chosen
     )
     _quiet_transformers()

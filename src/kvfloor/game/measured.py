@@ -21,7 +21,7 @@ _TOKENS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Played:
+class MeasuredGame:
     """One game. Shares are of groups; a group counts only if its whole row does.
 
     answered       answers within eta of exact attention in max norm: what the floor's theorem asks with probability p
@@ -43,7 +43,7 @@ class Played:
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
 
-def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> Played:
+def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> MeasuredGame:
     """Hide uniform levels in the values of `readable`'s groups over its stream of keys from k (n, d), and ask for them.
 
     Values are stored in the format that the floor was computed for, which must be one that states take. Each group's
@@ -65,7 +65,7 @@ def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> Pla
     state.seal()
     message = state.to_bytes()
     if groups == 0:
-        return Played(1.0, 1.0, 0.0, readable.bits, 0.0, len(message))
+        return MeasuredGame(1.0, 1.0, 0.0, readable.bits, 0.0, len(message))
     read = method.from_bytes(message).read(queries.unsqueeze(0))
     if readable.later_mass is not None:
         beyond = readable.later_mass.to(read.log_mass.dtype).unsqueeze(0)
@@ -81,7 +81,7 @@ def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> Pla
     rest = answers - pairs.tril(-1) @ rows.double()
     found = ((rest / pairs.diagonal().unsqueeze(1) + 1.0) * (levels - 1.0) / 2.0).round().clamp(0.0)
     right = (torch.minimum(found, levels - 1.0) == hidden).all(1)
-    return Played(
+    return MeasuredGame(
         answered=float((error <= demand.eta).double().mean()),
         decoded=float(right.double().mean()),
         worst_error=float(error.max()),

@@ -12,7 +12,7 @@ VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"
 
 
 @dataclass(frozen=True)
-class Score:
+class CellScore:
     """One setting on one cell; `row` is None where it was not measured."""
 
     row: Row | None
@@ -31,7 +31,7 @@ class SettingScores:
     baseline: bool
     state_bytes: float
     exact_bytes: float
-    scores: tuple[Score, ...]
+    scores: tuple[CellScore, ...]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...
                 baseline=group[0].baseline,
                 state_bytes=sum(row.state_bytes for row in group) / len(group),
                 exact_bytes=sum(row.exact_bytes for row in group) / len(group),
-                scores=tuple(Score(row, standard.verdict(row) if row else None) for row in measured),
+                scores=tuple(CellScore(row, standard.verdict(row) if row else None) for row in measured),
             )
         )
     return cells, tuple(lines)

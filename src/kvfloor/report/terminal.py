@@ -13,7 +13,7 @@ from kvfloor.audit.format import bytes_text, percent_text, points_text, smaller_
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.game.engine.result import Result
-from kvfloor.report.tables import Score, scoreboard
+from kvfloor.report.tables import CellScore, scoreboard
 from kvfloor.report.text import visible
 
 _VERDICTS = {"holds": "green", "breaks": "yellow", "cheats": "red"}
@@ -86,7 +86,7 @@ def _table(rows: Sequence[Row], answer: Recommendation) -> Table:
     return table
 
 
-def _score(score: Score) -> Text:
+def _score(score: CellScore) -> Text:
     if score.row is None:
         return Text("-", style="dim")
     return Text(f"{percent_text(score.row.score)} {score.sign}", style=_COLOURS[score.verdict])

@@ -61,7 +61,7 @@ _SCORES_AT_ONCE = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class ReaderSuccess:
     """A reader that made `probes` probes was right in `success` of the runs (95 % interval `low` to `high`)."""
 
     reader: str
@@ -78,7 +78,7 @@ def success_bound(n: int, probes: float) -> float:
     return (1.0 + min(1.0, probes / (n - 1))) / 2.0
 
 
-def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -> list[Point]:
+def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -> list[ReaderSuccess]:
     """Success of every reader against its probes, on `runs` instances of even odds."""
     place, planted = 1 + hidden.places(n - 1, runs), hidden.levels(runs, 1, 1)[:, 0] == 0
     points = []
@@ -99,12 +99,12 @@ def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -
     return points
 
 
-def _scored(name: str, n: int, told: Tensor, found: Tensor, planted: Tensor) -> Point:
+def _scored(name: str, n: int, told: Tensor, found: Tensor, planted: Tensor) -> ReaderSuccess:
     right, runs, probes = int((found == planted).sum()), len(planted), int(told.max())
     interval = wilson_interval(right, runs)
-    return Point(name, probes, runs, right / runs, interval[0], interval[1], success_bound(n, probes))
+    return ReaderSuccess(name, probes, runs, right / runs, interval[0], interval[1], success_bound(n, probes))
 
 
-def as_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+def as_rows(points: Sequence[ReaderSuccess]) -> list[dict[str, Any]]:
     """The points as plain JSON types."""
     return [dataclasses.asdict(point) for point in points]

@@ -26,7 +26,7 @@ from kvfloor.validation import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Window(KeyedInstance):
+class WindowInstance(KeyedInstance):
     """n - W zero tokens, then W coded ones, the first of which hides nothing where Bob appends."""
 
     barrier: ClassVar[str] = "window"
@@ -90,6 +90,6 @@ def play(
     window = max(least, n // 4) if window is None else whole("window", window, least=least)
     if window > n:
         raise ValueError(f"window must be at most n = {n}, got {window}")
-    instance = Window(**shared, n=n, window=window, append=append, public=keys_for(shared, window, family))
+    instance = WindowInstance(**shared, n=n, window=window, append=append, public=keys_for(shared, window, family))
     floor_bits = row_bits(instance.rows, instance.dv, SUCCESS)
     return run(method, instance, seed=seed, floor_bits=floor_bits, hidden_seed=hidden_seed, isolated=isolated)
