@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -27,6 +28,7 @@ from kvfloor.models.load import BUILTIN, builtin_path
 from kvfloor.validation import count
 
 UNTRAINED_HIDDEN = 64
+_SETTLED_NS = 2_000_000_000  # a file that changed since is read anew: its times may not tell two versions apart
 _MOST_BYTES = 1 << 31  # of a kernels file; 80 layers of 8 heads of width 128 take a quarter
 FIRST_SIZE = 1e-4  # of s1 and s2 before training
 _SHARED = "less/"
@@ -72,7 +74,9 @@ class Less(Summary):
         except (OSError, ValueError) as cause:
             reason = getattr(cause, "strerror", None) or cause
             raise ValueError(f"{self.name}: cannot read the kernels {str(path)!r}: {reason}") from None
-        return read_kernels(path, (stamp.st_mtime_ns, stamp.st_size))
+        if abs(time.time_ns() - stamp.st_mtime_ns) < _SETTLED_NS:  # another write may leave the same times
+            return read_kernels.__wrapped__(path, ())
+        return read_kernels(path, (stamp.st_ino, stamp.st_ctime_ns, stamp.st_mtime_ns, stamp.st_size))
 
     @property
     def traits(self) -> Traits:
@@ -179,7 +183,7 @@ class KernelFile:
 
 
 @lru_cache(maxsize=4)
-def read_kernels(path: Path, stamp: tuple[int, int]) -> KernelFile:
+def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
     """The file's kernels; ValueError saying what is wrong with it. `stamp` tells one version of it from another."""
     del stamp
     try:
