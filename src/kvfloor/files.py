@@ -109,7 +109,10 @@ def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> N
 
 
 def _replaceable(path: str | Path) -> Path:
-    """Return the path to write for `path`, the end of its symbolic links; raise ValueError if it is no file."""
+    """Return the file to write for `path`, the end of its symbolic links.
+
+    Raises ValueError for a folder, a pipe or a device, which no file can replace.
+    """
     path = named(path, "file to write")
     try:
         target = Path(os.path.realpath(path)) if os.path.islink(path) else path

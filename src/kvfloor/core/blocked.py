@@ -93,7 +93,7 @@ class Blocked(State):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if all rows hold equally many tokens with room for one more, and all held tokens are read."""
+        """Return True if rows have equal clocks and counts with room for a token, and every held token is read."""
         at, seen = self.slots.level, self.seen.tolist()
         return self._plainly_read and at is not None and at < self.slots.stride and min(seen) == max(seen)
 
@@ -114,7 +114,7 @@ class Blocked(State):
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
         """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
-        seen, counts = self.seen.tolist(), count.tolist()  # a list of clocks is compared faster than a small tensor
+        seen, counts = self.seen.tolist(), count.tolist()  # comparing lists is faster than comparing small tensors
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
             return self._feed_in_step(k, v, q, count, seen[0])
         out = None
@@ -236,7 +236,7 @@ class Blocked(State):
         if past == 0:
             return part
         view = self.slots.view(width=past)
-        gone = torch.arange(past) >= before.unsqueeze(1)  # the rows' own new tokens, or nothing yet
+        gone = torch.arange(past) >= before.unsqueeze(1)  # slots of a row's own new tokens, or empty
         hide = gone.unsqueeze(1).to(q.device) if bool(gone.any()) else None
         return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 

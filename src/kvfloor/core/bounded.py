@@ -320,8 +320,8 @@ class BoundedState(Blocked):
     def _at_once(self, seen: int, left: int) -> int:
         """Return how many of the `left` next tokens can be taken in at once, without acting at their block ends.
 
-        More than 0 only in a dense prompt: all tokens if the policy needs no queries; all but the newest ones, in
-        whole blocks, if it needs the newest queries only.
+        More than 0 only in a dense prompt where every held token is read and the policy needs no weights or keys: all
+        tokens if it needs no queries; all but the newest ones, in whole blocks, if it needs the newest queries only.
         """
         policy = self._plan.policy
         if self.sealed or self._plan.prefill != "dense" or not isinstance(self._selector, Everything):
@@ -445,7 +445,7 @@ class BoundedState(Blocked):
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
     def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
-        """Return a function from slots `at` to the mask of those that q (r, m, d) does not read.
+        """Return a function from slots `at` to their mask: True for slots that q (r, m, d) does not read.
 
         A slot is unread where it lies beyond visible (r, m), or where the selector did not choose it.
         """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 1 << 48  # of any count or position; more tokens than any stream has, and far from where sums overflow
+MOST = 1 << 48  # bounds any count or position: more tokens than any stream has, far from where sums overflow
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from kvfloor.files import cannot_read, open_regular, read_exactly
 
 FORMAT = 2
 HEADER_LIMIT_BYTES = 1 << 24
-_START = b'{"__metadata__":{"kvfloor":"'  # how the header begins, after its length in 8 bytes
+_START = b'{"__metadata__":{"kvfloor":"'  # the start of the header, after its length in 8 bytes
 _DIGEST = slice(8 + len(_START), 8 + len(_START) + 64)
-_OLD = (b"KVFLOOR\x01", b'{\\"header_sha256\\"')  # how a message and a saved cache of format 1 begin
+_OLD = (b"KVFLOOR\x01", b'{\\"header_sha256\\"')  # the starts of a message and a saved cache of format 1
 _DTYPES = (
     torch.float64,
     torch.float32,

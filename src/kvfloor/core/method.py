@@ -165,7 +165,7 @@ class Method(ABC):
 
     def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
         """Return the state that `to_bytes` packed; raise CorruptState (a ValueError) if the bytes are not intact."""
-        with torch.inference_mode(False), torch.no_grad():  # whose tensors could not be written to later
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to later
             header, fields = message.unpack(data)
             text = header.get("method")
             if text != str(self):

@@ -219,7 +219,7 @@ class Guarded(Policy):
     """Protect the first tokens (attention sinks) and the newest tokens of each row from eviction.
 
     sinks   first tokens that are never evicted; models park attention there
-    recent  newest tokens that are never evicted; unless given 16, or a quarter of a budget smaller than 64
+    recent  newest tokens that are never evicted; if not given, 16, or a quarter of a budget below 64
     The papers' plain rules are sinks=0, recent=0, block=1.
     """
 

@@ -42,7 +42,7 @@ class Rotation:
 
     @property
     def stop(self) -> int:
-        """Return the first entry behind the rotated ones."""
+        """Return the index of the first entry behind the rotated ones."""
         return self.start + 2 * len(self.frequencies)
 
     def circle(self, place: Tensor, dtype: torch.dtype, below: int | None = None) -> Circle:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_BOUNDARY_BYTES = 64  # on which torch starts a tensor
+_BOUNDARY_BYTES = 64  # the alignment of torch's own allocations
 _TERMS = 12  # of the logarithm's series; the next one is below 2^-64
 
 

@@ -106,7 +106,7 @@ class Spec:
         return replace(self, rows=len(chosen), row_ids=chosen, places=places)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form of all fields that differ from their defaults, except the device."""
+        """Return the JSON-ready form of the dtype and all fields that differ from their defaults, except the device."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         plain.pop("device", None)
         plain["dtype"] = str(self.dtype).removeprefix("torch.")

@@ -183,7 +183,7 @@ class State(Memory, metaclass=_Plain):
     def _forget(self, row: Tensor, position: Tensor) -> None:
         """Drop tokens by row (e,) and position (e,), on the CPU, after `_require_forgettable` accepted them."""
 
-    # ---- what users call -----------------------------------------------------------------------------------
+    # ---- public calls -----------------------------------------------------------------------------------
 
     @whole
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
@@ -243,7 +243,7 @@ class State(Memory, metaclass=_Plain):
         if q.shape[1] < 1:
             raise ValueError(f"q must be (rows, g, m, d) with g >= 1, got {tuple(q.shape)}")
         self._require_group(q.shape[1], attending=True)
-        if type(self)._attend is not State._attend:  # the base's is a read
+        if type(self)._attend is not State._attend:  # the base method only reads
             self._underway = "attend"
         mean = self._attend(q).mean
         return mean.view(*q.shape[:3], self.spec.dv).to(self.spec.dtype)
@@ -457,9 +457,10 @@ def _require_dense(x: Tensor, name: str) -> None:
 
 
 def _all_finite(x: Tensor) -> bool:
-    """Return True if all entries are finite: a NaN or an infinity makes the sum not finite. Nothing is written.
+    """Return True if all entries are finite, without writing a mask.
 
-    The sum of finite numbers may overflow, so where it is not finite the extremes decide.
+    A NaN or an infinity makes the sum not finite. The sum of finite numbers may overflow too, so where it is not finite
+    the extremes decide.
     """
     if x.numel() == 0 or math.isfinite(x.sum().item()):
         return True
