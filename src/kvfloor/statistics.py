@@ -65,7 +65,7 @@ def _binomial_cdf(k: int, n: int, e: float) -> float:
 
 
 def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[int, int]:
-    """Return `(gained, lost)`: the samples only `outcomes` has right, and those only `reference` has right.
+    """Return `(gained, lost)`: the samples only `outcomes` has right, and the samples only `reference` has.
 
     Raises ValueError where the two are not paired sample by sample.
     """

@@ -265,8 +265,9 @@ class State(Memory, metaclass=_Plain):
     def forget(self, row: Tensor, position: Tensor) -> None:
         """Drop tokens, named by row (e,) and position (e,), int64: no later query attends to them.
 
-        Clocks do not change, and a policy keeps what it learnt from these tokens. A token that was evicted before is
-        passed over. Raises ValueError, the state unchanged, where a token cannot be taken out again.
+        Clocks do not change, and a policy keeps what it learnt from these tokens. A token that was evicted for good,
+        without a summary, is passed over. Raises ValueError, the state unchanged, where a token cannot be taken out
+        again.
         """
         row, position = self._named(row, position)
         if row.numel():
