@@ -10,7 +10,7 @@ from kvfloor.core.method import Method, Traits
 from kvfloor.core.spec import Spec
 from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, default_method, kind, lookup, parse
 
-_ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # example values of the arguments that a theorem may need
+_ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # examples of what a theorem may need
 
 
 def rows() -> list[dict[str, Any]]:

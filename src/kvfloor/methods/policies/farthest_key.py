@@ -63,7 +63,7 @@ def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -
     line = torch.arange(rows, device=k.device)
     turn = torch.full((rows, width), float(most + 1), dtype=torch.float64, device=k.device).masked_fill(kept, 0.0)
     near = _distance(k, k, kept).masked_fill(kept | ~live, -torch.inf)
-    start = position.masked_fill(~live, torch.iinfo(position.dtype).max).argmin(1)  # the first pick of a row without kept slots
+    start = position.masked_fill(~live, torch.iinfo(position.dtype).max).argmin(1)  # first pick if none is kept
     oldest = torch.where(kept.any(1), near.argmax(1), start)
     for step in range(1, most + 1):
         farthest = oldest if step == 1 else near.argmax(1)

@@ -33,7 +33,8 @@ class Moments(Summary):
     proportion. Under a softcap the expectations over x use Gauss-Hermite quadrature. The mass is always positive.
 
     covariance  "full":      cov(k) and cov(v, k): 2 + d + dv + d(d+1)/2 + d dv numbers per row
-                "diagonal":  the diagonal of cov(k): 2 + 2d + dv numbers; the answer is mean(v), in the hull of the values
+                "diagonal":  the diagonal of cov(k): 2 + 2d + dv numbers; the answer is mean(v), in the hull of the
+                             values
                 "none":      mass c exp(mu), a lower bound of the exact mass: 2 + d + dv numbers
     Averages are kept in float32 (float64 for float64 caches), so that they do not stall in long streams.
     """
