@@ -145,7 +145,7 @@ class HierarchicalState(SelectorState):
         if self.block is None or self.block.shape[1] != g:
             self.block = torch.full((rows, g, self._most), -1, dtype=torch.int32, device=device)
             self.span = torch.full_like(self.span, -1)
-        # The first query of a span makes its choice. The span already open keeps its choice, unless eviction dropped it.
+        # The first query of a span makes its choice. An open span keeps its choice, unless eviction dropped it.
         known = (self.span == first[:, 0]) & asked
         leader = ((first + met) * share - position[:, :1]).clamp(0, a - 1)
         blocks = self._blocks(visible.gather(1, leader))

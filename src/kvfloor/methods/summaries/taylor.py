@@ -33,14 +33,13 @@ class Taylor(Summary):
 
     An evicted token has the weight p(x) = sum over j <= g of x^j / j! instead of e^x, with x = scale q.k. One pass
     over the tokens suffices, and no token is kept.
-    Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so
-    S = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give phi(q) S / phi(q) z: t (dv + 1) float64 numbers.
-    In a cache k and v arrive together, so S needs no sketched product. The method is useful where |x| stays below about
+    Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
+    = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give phi(q) S / phi(q) z: t (dv + 1) float64 numbers. In a
+    cache k and v arrive together, so S needs no sketched product. The method is useful where |x| stays below about
     2.
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
-            answer
-            to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
+            answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
     radius  bound on |x|, for the guarantee below; the guarantee is withdrawn once a query or a key exceeds the bound
     Under a softcap c the series of exp(c tanh(x/c)) is used; a state whose series is not positive is refused. More
     than FEATURES_LIMIT = 10,000 features are refused with an error that names the numbers.

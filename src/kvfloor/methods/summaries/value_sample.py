@@ -39,9 +39,9 @@ class ValueSample(Summary):
 
     Guarantee, for a stream fixed beforehand: with probability 1 - delta every coordinate of every answer, to any query
     at any time, is within epsilon times itself. Each mean is wrong by more than epsilon with probability <= 1/8 by
-    Chebyshev, as a value's variance is at most spread times its squared mean. A median of Q means is wrong by more
-    with probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The published constants, 3 for 8 and
-    12 ln for 2.5 ln with a failure of 1/3 per mean, do not fit together: that exponent is 1/17.)
+    Chebyshev, as a value's variance is at most spread times its squared mean. A median of Q means is wrong by more with
+    probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The published
+    constants, 3 for 8 and 12 ln for 2.5 ln with a failure of 1/3 per mean, do not fit together: that exponent is 1/17.)
     """
 
     name: ClassVar[str] = "value_sample"
