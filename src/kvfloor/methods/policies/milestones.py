@@ -24,7 +24,7 @@ def _keys_at(k: Tensor, slot: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Milestones(Policy):
-    """Evict the least recently needed page, where a bound on the logits of a page's keys decides if it is needed.
+    """Evict the page of the answer that queries needed least recently, by bounds on the logits of its keys.
 
     Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page`. With low and high the least and largest
     entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of the page

@@ -41,13 +41,13 @@ def worst_growth(sharpness: float, centre: bool) -> float:
 def tree_error(dv: int, growth: float, constant: float, c: float, failure: float) -> tuple[float, float]:
     """Return (x, y) in the error bound x / (batch - y) max |v| of a merge-and-reduce tree over pairs.
 
-    The bound holds with probability 1 - 2 failure for one fixed query, e^growth as in `worst_growth`, and no clamped
-    step; a = constant. A direction u of numerator minus answer times denominator is off by the signed sum of e^{q.k} (v
-    - answer).u, which is linear in the walk's vectors e^{k} (v, const); differences of two are at most 2 |e^{k}| sqrt(1
-    + a) max |v| long. So one halving of level l is sub-Gaussian with 4^l 4 sigma^2 |e^{q}|^2 |e^{k}|^2 (1 + a)^2 / a
-    max |v|^2. Halvings are martingale differences; their 4^l sum to 2 n^2 / batch^2, as level l has n / (2^l batch) of
-    them at most. A sub-Gaussian vector is no longer than its deviation times sqrt(dv) + sqrt(2 ln 1/failure) (Hsu,
-    Kakade and Zhang 2012). The denominator is off likewise.
+    The bound holds with probability 1 - 2 failure for one fixed query and no clamped step, with `growth` from
+    `worst_growth`; a = constant. A direction u of numerator minus answer times denominator errs by the signed sum of
+    e^{q.k} (v - answer).u, which is linear in the walk's vectors e^{k} (v, const). Differences of two vectors are at
+    most 2 |e^{k}| sqrt(1 + a) max |v| long. So one halving of level l is sub-Gaussian with 4^l 4 sigma^2 |e^{q}|^2
+    |e^{k}|^2 (1 + a)^2 / a max |v|^2. Halvings are martingale differences; their 4^l sum to 2 n^2 / batch^2, as level l
+    has at most n / (2^l batch) halvings. A sub-Gaussian vector is no longer than its deviation times
+    sqrt(dv) + sqrt(2 ln 1/failure) (Hsu, Kakade and Zhang 2012). The denominator errs likewise.
     """
     walked = 2.0 * math.sqrt(2.0) * sub_gaussian(c) * math.exp(min(600.0, growth))
     x = walked * (1 + constant) / math.sqrt(constant) * (math.sqrt(dv) + math.sqrt(2.0 * math.log(1.0 / failure)))
@@ -58,9 +58,9 @@ def tree_error(dv: int, growth: float, constant: float, c: float, failure: float
 def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, centre: bool) -> Tensor:
     """Return the kernel matrix of the walk, (r, m, m) float64.
 
-    K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), up to one factor per row. k (r, m, d), v (r, m, dv); live (r,
-    m) marks the tokens; all other entries are zero. The unit of `constant` is the square of the longest value. The
-    factor exp(-max |scale| |k|^2) / max |v|^2 keeps every entry within 1 + constant; the walk compares inner products
+    K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), up to one factor per row. k (r, m, d), v (r, m, dv);
+    live (r, m) marks the tokens; all other entries are zero. The unit of `constant` is the square of the longest value.
+    The factor exp(-max |scale| |k|^2) / max |v|^2 keeps every entry within 1 + constant; the walk compares inner products
     with the largest of them, so no common factor changes a sign.
     centre   subtract the mean key first: exp(q.k) loses one factor per query
     """

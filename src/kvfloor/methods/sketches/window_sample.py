@@ -32,12 +32,14 @@ from kvfloor.validation import count, positives
 class WindowSample(Method):
     """Answer with the value of one token, drawn from the window or from a reservoir of older tokens.
 
-    The reservoir, which samples the c tokens outside the window, is chosen with probability c/S. Law (Haris and Onak
-    2025, section 4, Algorithm 1): S is c plus the window's exponentials; a window token is drawn by its exponential.
-    Theorem 23: the answer's mean is unmasked window attention, exactly. Its variance per coordinate is at most
-    max|value| times that mean (values >= 0). While all tokens are in the window the answer is exact.
+    The reservoir, which samples the c tokens outside the window, is chosen with probability c/S.
+    Law (Haris and Onak 2025, section 4, Algorithm 1): S is c plus the sum of exp(logit) over the window, and a window
+    token is drawn in proportion to exp(logit). Theorem 23: the answer's mean is unmasked window attention, exactly. Its
+    variance per coordinate is at most max|value| times that mean (values >= 0). While all tokens are in the window the
+    answer is exact.
 
-    budget   tokens of the window per row. A token is answered before the oldest leaves: the paper's W is one more.
+    budget   tokens of the window per row. A token's query is answered before the oldest token is evicted:
+             the paper's W is one more.
     copies   T: independent draws in a mean           groups   Q: such means, whose coordinatewise median answers; odd
     spread, horizon   for the guarantee (Theorem 24, corrected constants): values lie in [a, spread * a] for some a > 0,
                       and at most `horizon` answers are given; epsilon = sqrt(8 spread / T) with probability

@@ -35,8 +35,7 @@ class Taylor(Summary):
     over the tokens suffices, and no token is kept.
     Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
     = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give phi(q) S / phi(q) z: t (dv + 1) float64 numbers. In a
-    cache k and v arrive together, so S needs no sketched product. The method is useful where |x| stays below about
-    2.
+    cache k and v arrive together, so S needs no sketched product. The method is useful where |x| is below about 2.
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
             answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).

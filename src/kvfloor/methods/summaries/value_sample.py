@@ -32,10 +32,10 @@ class ValueSample(Summary):
 
     copies    T: independent samples in a mean; 1 unless given
     groups    Q: number of such means, whose coordinatewise median is the answer; odd, 1 unless given
-    epsilon, delta   instead of copies and groups: T = 8 spread / epsilon^2, Q = the next odd number >= 2.5 ln(horizon
-    dv / delta)
-    spread, horizon  for the guarantee: evicted values lie in [a, spread * a] for an a > 0, and at most `horizon` are
-    evicted
+    epsilon, delta   instead of copies and groups: T = 8 spread / epsilon^2,
+                     Q = the next odd number >= 2.5 ln(horizon dv / delta)
+    spread, horizon  for the guarantee: evicted values lie in [a, spread * a] for an a > 0, and at most
+                     `horizon` tokens are evicted
 
     Guarantee, for a stream fixed beforehand: with probability 1 - delta every coordinate of every answer, to any query
     at any time, is within epsilon times itself. Each mean is wrong by more than epsilon with probability <= 1/8 by
@@ -191,7 +191,7 @@ class ValueSampleState(SummaryState):
             self.count[at] += values.shape[1]
 
     def _sample(self, at: Tensor, v: Tensor, position: Tensor) -> None:
-        """Sample every slot of rows `at` anew from its value and the values v (r, c, dv) by smallest sampling key."""
+        """Replace the sampled values of rows `at` by those values of v (r, c, dv) that have smaller sampling keys."""
         samples = self.key.shape[1]
         lane = row_keys(self.spec.seed, self.spec.ids(), "value sample")[at].view(-1, 1, 1)
         key = uniform(lane, position.unsqueeze(2) * samples + torch.arange(samples, device=v.device))
