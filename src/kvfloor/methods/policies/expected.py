@@ -1,4 +1,4 @@
-"""Keep the tokens with the largest expected attention from future queries, times the length of their values."""
+"""Keep the tokens of largest score: expected attention from future queries times the length of the value."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, cent
     """Return the kernel matrix of the walk, (r, m, m) float64.
 
     K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), up to one factor per row. k (r, m, d), v (r, m, dv);
-    live (r, m) marks the tokens; all other entries are zero. The unit of `constant` is the square of the longest value.
-    The factor exp(-max |scale| |k|^2) / max |v|^2 keeps every entry within 1 + constant; the walk compares inner products
+    live (r, m) marks the tokens; all other entries are zero. `constant` is in units of the squared longest value. The
+    factor exp(-max |scale| |k|^2) / max |v|^2 keeps every entry within 1 + constant; the walk compares inner products
     with the largest of them, so no common factor changes a sign.
     centre   subtract the mean key first: exp(q.k) loses one factor per query
     """

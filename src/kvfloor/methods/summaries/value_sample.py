@@ -147,7 +147,7 @@ def median_of_means(
 
 
 def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
-    """Return the reason why values with these extremes (rows,) leave [a, spread * a] for every a > 0.
+    """Return a text that says why values with these extremes (rows,) break the assumption on spread.
 
     Returns "" if the values lie in [a, spread * a] for some a > 0.
     """

@@ -64,7 +64,7 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
 
 def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
-    """Return the number of first scales that together take at most `share` of the budget."""
+    """Return the number of coarse scales: the longest run of first scales within `share` of the budget."""
     return sum(taken <= share * total for taken in accumulate(sizes))
 
 
