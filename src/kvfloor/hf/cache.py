@@ -250,8 +250,9 @@ class CompressedCache(Cache):
     def load(
         cls, path: str | Path, model: PreTrainedModel, *, method: Method | None = None, most_bytes: int = MOST_BYTES
     ) -> Self:
-        """Return the cache saved at `path`, to continue on `model`: a prepared model with the weights that filled the cache.
+        """Return the cache saved at `path`, to continue on `model`.
 
+        model       a prepared model with the weights that filled the cache
         method      the method that the cache was made with; needed only if a third party's class is part of it
         most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes about three times the file
         Raises CorruptState, WrongModel, NewerVersion, OlderVersion or UnknownMethod, all ValueErrors, before anything
@@ -265,7 +266,7 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all compressed layers' states, measured on their storages, and of staged keys and values."""
+        """Return the bytes of all compressed layers' states, measured on their storages, and of staged tensors."""
         return sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
 
     @property

@@ -25,7 +25,8 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
              then the floor of each head's keys is searched with the queries of its newest tokens
              (`kvfloor.floors.measured.readable_by`)
     kept     share of the mean that every head gets in any case. A head that distinguishes few tokens can do with few
-             bytes, but not every method finds those tokens: a head that averages over many tokens starves under eviction
+             bytes, but not every method finds those tokens: a head that averages over many tokens loses most of them
+             to eviction
     Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """
     if not 0 <= kept <= 1:

@@ -48,9 +48,9 @@ class Dialogue:
     def score(self, token_ids: Sequence[Sequence[int]], chunk: int = 512) -> list[tuple[Tensor, Tensor]]:
         """Take in one list of tokens per batch item and score each token given all tokens before it.
 
-        Returns per item (log-probability (t,) float32, True where the token was the likeliest (t,) bool), both on the CPU.
-        `chunk` slots per forward bound the logits' memory. Shorter lists are padded at their end, so no tokens can be fed
-        afterwards.
+        Returns per item (log-probability (t,) float32, True for each likeliest token (t,) bool), both on the CPU.
+        `chunk` slots per forward bound the logits' memory. Shorter lists are padded at their end, so no tokens can be
+        fed afterwards.
         """
         assert self.logits is not None
         batch, real = padded(token_ids, side="right")
@@ -68,7 +68,7 @@ class Dialogue:
 
     @torch.inference_mode()
     def answer(self, most: int, stop: int | None) -> tuple[list[list[int]], list[float]]:
-        """Return greedy tokens per batch item, up to `stop` or `most` of them, and milliseconds per step of the batch."""
+        """Return greedy tokens per batch item, up to `stop` or `most` of them, and milliseconds per batch step."""
         assert self.logits is not None
         batch = self.mask.shape[0]
         done = torch.zeros(batch, dtype=torch.bool)
@@ -88,7 +88,10 @@ class Dialogue:
         return said, steps_ms
 
     def _forward(self, token_ids: Tensor, real: Tensor, every: bool = False) -> Tensor:
-        """Return the logits after the last slot (batch, 1, vocabulary), or after `every` slot (batch, slots, vocabulary)."""
+        """Return the logits after the last slot (batch, 1, vocabulary).
+
+        With `every`, return those after every slot (batch, slots, vocabulary).
+        """
         device = self.model.device
         self.mask = torch.cat([self.mask, real.to(device)], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -token_ids.shape[1] :]

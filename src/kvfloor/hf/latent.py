@@ -21,7 +21,10 @@ _newest = threading.local()  # what the last `update` of this thread returned, b
 
 
 def staged(keys: Tensor, values: Tensor) -> None:
-    """Remember the tensors that `update` returned: the calling module makes new ones of them before its attention call."""
+    """Remember the tensors that `update` returned.
+
+    The module that called `update` makes new tensors of them before it calls its attention function.
+    """
     _newest.pair = (weakref.ref(keys), weakref.ref(values))
 
 
