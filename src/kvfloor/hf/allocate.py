@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Shares = tuple[tuple[float, ...], ...]
 Number = TypeVar("Number", int, float)
 
-PYRAMID_SLOPE = 20  # PyramidKV's beta: the deepest layer gets 1 / beta of the mean, the first what that leaves
+PYRAMID_SLOPE = 20  # PyramidKV's beta: the deepest layer gets 1 / beta of the mean, the first 2 - 1 / beta
 
 
 def pyramid(layers: int) -> Shares:

@@ -90,7 +90,7 @@ class CompressedCache(Cache):
             _rotations(positions, self.method, model),
         )
         kept = ("context", "seed", "requests", "budgets", "pinned")
-        # What `load` constructs the cache with; JSON-ready.
+        # The arguments with which `load` constructs the cache; JSON-ready.
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
         if positions == "cache":
             self.arguments["positions"] = positions

@@ -39,7 +39,7 @@ class Dialogue:
         batch, real = padded(token_ids)
         width = batch.shape[1]
         cuts = [*range(0, width, chunk or width), width]
-        if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:  # a token alone would be taken for the first decoded one
+        if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:  # a lone token would count as the first decoded one
             del cuts[-2]
         for start, stop in pairwise(cuts):
             self._forward(batch[:, start:stop], real[:, start:stop])

@@ -21,7 +21,7 @@ _SINCE_THE_FIRST = ("full_attention", "sliding_attention", "chunked_attention")
 _BIAS = "it adds a bias by position to its logits, for every pair of tokens"
 _IMAGES = "its layers that look at images keep those in the same cache, and they are no stream of tokens"
 _MASK_OF_ITS_OWN = "it makes an additive mask of its own for every pair of tokens, which a bounded state cannot follow"
-REFUSED: dict[str, str] = {  # families that ask the registry for their attention but cannot be served, by model_type
+REFUSED: dict[str, str] = {  # families that use the attention registry but cannot be served, by model_type
     "blt": "it keeps several caches, for its bytes and for the patches between them, in one model",
     "cpmant": _BIAS,
     "diffllama": "it asks for every key twice, each time with one half of the values",

@@ -14,7 +14,7 @@ from kvfloor.hf.weights import adapters_of, stored
 
 SAMPLE = 1024  # numbers looked at per parameter
 
-# What a cache depends on and weights do not show. Named one by one: a newer transformers release adds fields.
+# Fields that a cache depends on and weights do not show. Named one by one: a newer transformers release adds fields.
 _FIXED = (
     "model_type",
     "hidden_size",
