@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 # own     sliding, chunked, linear, convolution, or no keys at all: transformers' own layer
 Role = Literal["full", "hybrid", "own"]
 
-# The types that every release's cache knows.
+# The layer types that the cache of every release supports.
 _SINCE_THE_FIRST = ("full_attention", "sliding_attention", "chunked_attention")
 
 _BIAS = "it adds a bias by position to its logits, for every pair of tokens"

@@ -203,7 +203,7 @@ class CompressedLM(TemplateLM):
     def _batches(
         self, sizes: list[int], quiet: bool, title: str, alike: list[str] | None = None
     ) -> Iterator[list[int]]:
-        """Yield the indices of requests that form a batch: the longest first, and only requests that are `alike`."""
+        """Yield the indices of requests that form a batch: the longest first, one value of `alike` per batch."""
         kinds = alike or [""] * len(sizes)
         order = sorted(range(len(sizes)), key=lambda i: (kinds[i], -sizes[i]))
         with tqdm(total=len(sizes), disable=quiet, desc=f"{self.method} {title}") as bar:
