@@ -1,4 +1,4 @@
-"""Masks for compressed layers: the rule and the padding, made into a tensor only where one is asked for."""
+"""Keep the rule and the padding of a compressed layer's mask, and make a tensor of them only on use."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EVERY = slice(None)
 
 
 class Slots(int):
-    """How many slots a mask is to cover, and the compressed layer that was asked for the number.
+    """Carry the number of slots that a mask covers, and the compressed layer that returned the number.
 
-    transformers gives a mask function sizes and no cache. This number comes through to it as it is, so that it can tell
-    a compressed cache from all others.
+    transformers passes sizes and no cache to a mask function. This number reaches the function unchanged, so that it
+    can distinguish a compressed cache from all others.
     """
 
     layer: CompressedLayer
@@ -32,24 +32,24 @@ class Slots(int):
 
 
 class LazyMask:
-    """The mask of a compressed layer: its rule and its padding. A tensor to whoever uses it as one."""
+    """Hold the rule and the padding of a compressed layer's mask, and act as its tensor in any tensor operation."""
 
     ndim = 4
 
     def __init__(
         self, arguments: dict[str, Any], form: Callable[..., Tensor | None] = sdpa_mask, queries: slice = EVERY
     ) -> None:
-        """arguments, form: the call that makes the tensor; queries: those for which it is."""
+        """Keep the call `form(**arguments)` that makes the tensor, and the slice of queries to make it for."""
         self._arguments, self._form, self._queries = arguments, form, queries
         self._built: dict[bool, Tensor | None] = {}
         self._plain: bool | None = None
 
     @property
     def plainly_causal(self) -> bool:
-        """Whether each token sees all before it and nothing else, padding apart.
+        """Return True if each token sees all before it and nothing else, padding apart.
 
-        A rule that adds to this, such as images whose tokens see each other, may add nothing for the tokens at hand:
-        both rules are written out then, once for all layers.
+        A rule that adds to this, such as images whose tokens see each other, may add nothing for the present tokens.
+        Both rules are written out then and compared, once for all layers.
         """
         if self._arguments.get("mask_function", causal_mask_function) is causal_mask_function:
             return True
@@ -64,15 +64,15 @@ class LazyMask:
 
     @property
     def padding(self) -> Tensor | None:
-        """Bool (batch, slots seen and new), True where a token is real; None if all are."""
+        """Return a bool tensor (batch, slots seen and new), True where a token is real; None if all are."""
         return self._arguments.get("attention_mask")
 
     def for_stock(self) -> Tensor | None:
-        """Make what transformers' own attention would have got, once for all layers; None where it goes without."""
+        """Make the mask that transformers' own attention would have got, once for all layers; None if it needs none."""
         return self._make(self._queries == EVERY)
 
     def tensor(self) -> Tensor:
-        """Make the mask (batch, 1, queries, slots), whole in any case. Made once for all layers."""
+        """Make the mask (batch, 1, queries, slots), never None. It is made once for all layers."""
         mask = self._make(False)
         assert mask is not None
         return mask
@@ -87,7 +87,7 @@ class LazyMask:
     # ---- used as a tensor ----------------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> LazyMask | Tensor:
-        """Cut the mask: along its queries alone, as layers without keys of their own do, it stays one of its kind."""
+        """Cut the mask. A cut along the queries alone, as layers without keys of their own make, stays a LazyMask."""
         if isinstance(index, tuple) and len(index) == 4 and self._queries == EVERY:
             batch, heads, queries, keys = index
             if (batch, heads, keys) == (EVERY, EVERY, EVERY) and isinstance(queries, slice):
@@ -95,14 +95,14 @@ class LazyMask:
         return self.tensor()[index]
 
     def __getattr__(self, name: str) -> Any:
-        """A tensor's attributes are those of the tensor that this makes."""
+        """Return the attribute of the tensor that this mask makes."""
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.tensor(), name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Give any function of torch the tensor."""
+        """Pass the mask as a tensor to any function of torch."""
         del types
         made = [_made(x) for x in args]
         return func(*made, **{name: _made(x) for name, x in (kwargs or {}).items()})
@@ -160,7 +160,7 @@ def _made(x: Any) -> Any:
 def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | None:
     """Make a mask where attention `before` was selected: its own for all caches, a lazy one for a compressed layer.
 
-    Raises ValueError, before any layer has changed, for what a compressed layer cannot follow.
+    Raises ValueError, before any layer has changed, for a rule that a compressed layer cannot follow.
     """
     if args:
         raise TypeError("this transformers release passes mask arguments by position; kvfloor supports 5.2 and newer")

@@ -1,4 +1,4 @@
-"""A compressed cache that the model would pass by: other attention asks its keys, or generate() goes on without it."""
+"""Refuse calls that would bypass a compressed cache: other attention over its keys, or generate() without it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvfloor.hf.selection import selects_kvfloor
 
 
 def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
-    """Raise RuntimeError if the module that asked a layer before would not ask kvfloor's attention now.
+    """Raise RuntimeError if the module that called a layer before would not use kvfloor's attention now.
 
     Other attention would read the newest tokens alone, for `update` returns no others.
     """
@@ -26,7 +26,7 @@ def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
 
 
 class SwitchingRotation:
-    """The length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) turns its keys by other angles than before.
+    """Hold the length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) changes the angles that turn its keys.
 
     Keys from before do not go with keys from after it, so generate() would drop the cache there, whatever it is, and go
     on with a DynamicCache of all tokens. A compressed cache cannot be filled anew from tokens it no longer has.
@@ -37,7 +37,7 @@ class SwitchingRotation:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> SwitchingRotation | None:
-        """Return that of this configuration; None if its model has none."""
+        """Return the switching rotation of this configuration; None if its model has none."""
         length = getattr(config, "original_max_position_embeddings", None)
         if not isinstance(length, int):
             return None
@@ -45,7 +45,7 @@ class SwitchingRotation:
         return cls(length, rope.get("rope_type", "default") != "default")
 
     def seen(self, slots: int) -> int:
-        """Return the number in a form that raises when generate() asks whether it is time to drop the cache."""
+        """Return the number in a form that raises when generate() compares it with the length to drop the cache."""
         return _Seen(slots, self)
 
     def refuse_crossing(self, seen: int, new: int) -> None:
@@ -54,7 +54,7 @@ class SwitchingRotation:
             raise ValueError(self.told(seen))
 
     def told(self, seen: int) -> str:
-        """Tell what stands in the way, and what to do."""
+        """Describe the obstacle, and the ways around it."""
         return (
             f"this model turns its keys by other angles above {self._length} tokens "
             f"(original_max_position_embeddings), so the {seen} in this cache do not go with more than that, and "
@@ -64,7 +64,7 @@ class SwitchingRotation:
 
 
 class _Seen(int):
-    """Slots seen, by a cache of a model whose generate() compares them with the length at which it drops the cache."""
+    """Count the slots seen, for a model whose generate() compares them with the length at which it drops the cache."""
 
     _rotation: SwitchingRotation
 
