@@ -67,7 +67,7 @@ def gap_circle(n: int) -> float:
 
 
 def log_packing_count(d: int, gap: float) -> float:
-    """Return the log of a number of unit keys that exist in d >= 2 dimensions with pairwise gap >= `gap`, in nats.
+    """Return the natural log of a number of unit keys that exist in d >= 2 dimensions with pairwise gap >= `gap`.
 
     Law: at least 2 / sin(theta)^(d-1) keys exist with cos(theta) = 1 - gap, as caps of angle theta around a maximal
     packing cover the sphere. Beyond theta = pi/2 the cap bound fails, so gap > 1 raises ValueError. Derived.

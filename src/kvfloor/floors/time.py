@@ -10,8 +10,7 @@ from kvfloor.validation import relative_error, whole, within
 def time_probes(n: int, p: float = 0.9, *, eta: float = 0.0, expected: bool = False) -> float:
     """Bound the scores q.k_l that a non-adaptive method must read to answer at the last of `n` tokens.
 
-    The answer is within 1±eta with probability `p`.
-
+    The answer must be within 1±eta with probability `p`.
     Law: T >= (2 - 1/p)(n-1) when T is fixed, T >= (2p-1)(n-1) when only its expectation is (`expected`); both tight.
     T is 0 for p <= 1/2 and for eta >= 1 - 2/n, where one answer can be right for both streams of the hard pair.
     Source: Haris & Onak (COLT 2025), Theorems 19 and 26, as Omega(n) probes of cost d; instance and constants

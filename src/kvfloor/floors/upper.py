@@ -1,4 +1,4 @@
-"""List the memories that are known to suffice, to compare with a floor."""
+"""List methods whose memory is known to suffice for attention, to compare with a floor."""
 
 import math
 

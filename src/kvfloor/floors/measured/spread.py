@@ -100,7 +100,7 @@ class Spread:
         self._all = torch.arange(k.shape[0], device=k.device)
 
     def candidates(self) -> Iterator[Candidate]:
-        """Yield proposed streams, one after the other, until the caller finds one that yields its estimated bits.
+        """Yield proposed streams with their estimated bits, for the caller to compute the floor of each in turn.
 
         Few tokens: one stream, the best of the revisions from two starts. Many tokens: first all tokens that are
         readable together by a sample's estimate, if these are nearly all; then a set grown by comparing every pair,

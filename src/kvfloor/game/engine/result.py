@@ -1,4 +1,4 @@
-"""Judge a game: sizes, certificates and verdict."""
+"""Judge a game: compare the bits certified from the answers with the bytes of state and message, and give a verdict."""
 
 import dataclasses
 from collections.abc import Callable

@@ -25,7 +25,7 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visual(KeyedInstance):
-    """Stream maps of the given sides, all with hidden values.
+    """Stream the maps of an image pyramid with the given sides; every token hides values.
 
     Bob adds one more map, as large as the last, of zero tokens with spike queries.
     """
