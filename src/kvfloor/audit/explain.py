@@ -13,7 +13,7 @@ def why(answer: Recommendation) -> str:
 
 
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
-    """Name the task that breaks first, then each method's smallest believed budget and the cell that breaks below it."""
+    """Name the task that breaks first, then each method's smallest safe budget and the next cell to break."""
     falling = Counter(one.weakest.task for one in answer.judged if one.verdict == "falls")
     sentences = []
     if falling:

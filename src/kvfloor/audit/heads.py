@@ -42,7 +42,7 @@ class HeadFloor:
 
 @dataclass(frozen=True)
 class Head:
-    """Hold one kv head's figures over all cells: the largest floor, and the cheapest setting that serves it on every cell.
+    """Hold one kv head's largest floor over all cells, and the cheapest setting that serves it on every cell.
 
     best_bytes are the setting's bytes per kv head, the largest over the cells; None with best_method where only exact
     keeps the output error within GOOD. compressible: at most COMPRESSIBLE of the tokens can be read, on every cell.
@@ -65,7 +65,7 @@ class Head:
 
 
 def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
-    """Return the floors of every head on the first recorded sample; none where the context is longer than MOST_TOKENS."""
+    """Return every head's floors on the first recorded sample; none for contexts longer than MOST_TOKENS."""
     found = []
     for layer, trace in enumerate(traces):
         cut = trace.k.shape[1] - trace.asked
@@ -79,7 +79,7 @@ def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
 
 
 def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
-    """Compute the floor of one head: asked (g, t, d) are the queries after the context, own (t, d) the keys of their tokens."""
+    """Compute a head's floor from asked (g, t, d), the queries after the context, and own (t, d), their tokens' keys."""
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
     demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
     radius = trace.q[head][:, trace.present[head]].float().norm(dim=-1).max().item()

@@ -41,7 +41,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Record the answers, bytes and times of one setting on one cell; bytes are of one sequence, times of one sequence in the batch."""
+    """Record a setting's answers on a cell, its bytes per sequence, and its times per sequence of the batch."""
 
     right: tuple[int, ...]
     state_bytes: int
@@ -149,8 +149,10 @@ class Bench:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def _is_right(self, item: Any, said: Sequence[int]) -> bool:
-        """Return True if the answer matches exactly after white space is normalised. A user's prompt has no agreed end, so there a right answer
-        may be followed by more."""
+        """Return True if the answer is the right one, after white space is normalised.
+
+        A user's prompt has no agreed end, so there a right answer may be followed by more tokens.
+        """
         text = self.tokenizer.decode(said, skip_special_tokens=True).split()
         wanted = self.tokenizer.decode(self._plain(" " + item.answer), skip_special_tokens=True).split()
         return text == wanted if item.ends else text[: len(wanted)] == wanted

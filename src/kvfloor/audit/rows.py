@@ -17,7 +17,10 @@ MOST_BYTES = 2**28  # of a rows.jsonl
 
 
 class Cell(NamedTuple):
-    """Identify the task, context and protocol of a measurement: rows of one cell share their samples and are compared in pairs."""
+    """Identify the task, context and protocol of a measurement.
+
+    Rows of one cell share their samples and are compared in pairs.
+    """
 
     task: str
     context: int
