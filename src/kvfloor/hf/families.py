@@ -113,8 +113,8 @@ def ignores_the_interface(model: nn.Module) -> bool:
     return not any(hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS") for part in model.modules())
 
 
-def own_cache_class(model: nn.Module) -> str | None:
+def own_cache_class(model: nn.Module | type[nn.Module]) -> str | None:
     """The cache class that this model's own file defines and fills, if any: a compressed one cannot take its place."""
-    module = sys.modules[type(model).__module__]
+    module = sys.modules[(model if isinstance(model, type) else type(model)).__module__]
     made_there = [name for name, thing in vars(module).items() if name.endswith("Cache") and isinstance(thing, type)]
     return next((name for name in made_there if vars(module)[name].__module__ == module.__name__), None)
