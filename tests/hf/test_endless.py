@@ -118,7 +118,7 @@ def test_a_stream_is_exact_however_far_it_is(far: int) -> None:
 
 @cache
 def chunks_shift_positions() -> bool:
-    """Whether this release's own generate() answers otherwise where it feeds the prompt in chunks: 5.2 is off by one."""
+    """Whether this release's own generate() answers otherwise where it feeds the prompt in chunks (5.2: by one)."""
     model = tiny_model("llama")
     whole, chunks = (run(model, None) for run in (conversations.by_generate, conversations.in_chunks))
     return conversations.difference(chunks, whole) > 1e-4

@@ -68,7 +68,7 @@ def test_so_does_any_boolean_use(use: str) -> None:
 
 def test_cut_along_its_queries_it_is_still_one() -> None:
     every = slice(None)
-    cut = LazyMask(SIZES | {"attention_mask": PADDED})[:, :, -2:, :]
+    cut: Any = LazyMask(SIZES | {"attention_mask": PADDED})[:, :, -2:, :]
     assert isinstance(cut, LazyMask) and cut.padding is PADDED
     whole: Any = sdpa_mask(**SIZES, attention_mask=PADDED)
     assert torch.equal(cut.tensor(), whole[:, :, -2:, :])
@@ -106,7 +106,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("move", MOVES)
 def test_moved_to_a_device_it_is_still_one(move: str) -> None:
-    mask = LazyMask(SIZES | {"attention_mask": PADDED, "allow_is_causal_skip": False})
+    mask: Any = LazyMask(SIZES | {"attention_mask": PADDED, "allow_is_causal_skip": False})
     there = MOVES[move](mask)
     assert isinstance(there, LazyMask) and there.padding is not None and there.plainly_causal
     cut = there[:, :, -2:, :]
@@ -139,7 +139,9 @@ def test_a_model_that_moves_each_layers_arguments_answers_as_without(family: str
     def logits() -> torch.Tensor:
         cache = CompressedCache(model.config, "sinks(2,block=4)@8")
         parts = [(0, 25), (25, 30)]
-        return torch.cat([model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in parts], 1)
+        return torch.cat(
+            [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in parts], 1
+        )
 
     right = logits()
     for layer in model.model.layers:

@@ -194,7 +194,7 @@ def test_continuous_batching_names_restore() -> None:
 
 
 def _keeps_the_wish_for_weights(model: PreTrainedModel) -> bool:
-    """Whether its attention modules take `output_attentions` by name, so that it does not reach the function they ask."""
+    """Whether its attention modules take `output_attentions` by name, and do not pass it on."""
     attentions = [part for part in model.modules() if type(part).__name__.endswith("Attention")]
     return any("output_attentions" in inspect.signature(part.forward).parameters for part in attentions)
 

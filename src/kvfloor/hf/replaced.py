@@ -35,7 +35,7 @@ class SwitchingRotation:
     """
 
     def __init__(self, length: int, angles_differ: bool, dropped_unasked: bool) -> None:
-        """dropped_unasked: generate() asks its own positions whether to drop the cache, so that none can refuse then."""
+        """dropped_unasked: generate() drops a cache by its own count of positions, so that none can refuse."""
         self._length, self._angles_differ, self._dropped_unasked = length, angles_differ, dropped_unasked
 
     @classmethod
@@ -56,8 +56,8 @@ class SwitchingRotation:
         """Raise ValueError if generate() may drop the cache without a question that the cache could answer."""
         if self._dropped_unasked and seen <= self._length:
             raise ValueError(
-                f"{self.told(seen)}. generate() of transformers {transformers.__version__} asks no cache whether it has "
-                f"come to that length, so that it is refused below it too; newer releases ask"
+                f"{self.told(seen)}. generate() of transformers {transformers.__version__} drops a cache there without "
+                f"asking it, so that generating is refused below that length too; newer releases ask"
             )
 
     def refuse_crossing(self, seen: int, new: int) -> None:
@@ -76,7 +76,7 @@ class SwitchingRotation:
 
 
 def _drops_unasked(config: PreTrainedConfig) -> bool:
-    """Whether this family's generate() compares its own count of positions with the length, as until transformers 5.2."""
+    """Whether generate() of this family and release compares its own count of positions with the length."""
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     prepares = getattr(family, "prepare_inputs_for_generation", None)
     return prepares is not None and "cache_position" in inspect.signature(prepares).parameters
