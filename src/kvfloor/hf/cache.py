@@ -18,8 +18,10 @@ from kvfloor.core.rotation import Rotation
 from kvfloor.hf import other_layers as stock
 from kvfloor.hf.allocate import Shares, pyramid
 from kvfloor.hf.calibrate import floor_shares
+from kvfloor.hf.families import key_readers
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.layers import cache_layers, layers_served
+from kvfloor.hf.lent import LentKeys
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage, outside_inference
 from kvfloor.hf.positions import Memo, TurnBack, rotations
@@ -98,6 +100,9 @@ class CompressedCache(Cache):
         self._passage = Passage.of(config)
         self._rotation = SwitchingRotation.of(config)
         super().__init__(layers=cache_layers(config, opening, self._meter, self._passage, self.presence))
+        readers = key_readers(config)
+        if any(readers):
+            self.shared_layers = LentKeys(readers)
         self._empty = [None if isinstance(layer, CompressedLayer) else stock.blank(layer) for layer in self.layers]
         memo = Memo()
         for layer, rotation in zip(self.compressed, opening.rotations or (), strict=False):
@@ -125,6 +130,12 @@ class CompressedCache(Cache):
         seen = super().get_seq_length(layer_idx)
         return seen if self._rotation is None else self._rotation.seen(seen)
 
+    def __bool__(self) -> bool:
+        """Return whether there are layers. Raises ValueError where a release drops a cache after asking this alone."""
+        if self._rotation is not None:
+            self._rotation.refuse_unasked(int(super().get_seq_length()))
+        return len(self.layers) > 0
+
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Return the sizes of a forward's mask. Raises ValueError if the forward cannot continue this cache."""
         slots, offset = super().get_mask_sizes(query_length, layer_idx)
@@ -141,7 +152,15 @@ class CompressedCache(Cache):
                     layer.state.seal()
 
     def to(self, device: str | torch.device) -> Self:
-        """Move all of the cache's tensors to `device`, where the model is now. Returns the cache."""
+        """Move all of the cache's tensors to `device`, where the model is now. Returns the cache.
+
+        Where all are there, nothing is done, even within a forward: accelerate's hooks call this for every layer.
+        """
+        if not self._devices() <= {_place(device)}:
+            self._move(device)
+        return self
+
+    def _move(self, device: str | torch.device) -> None:
         with self._passage.change("to()"):
             for layer in self.layers:
                 if isinstance(layer, CompressedLayer):
@@ -149,7 +168,11 @@ class CompressedCache(Cache):
                     stock.move(layer, device, layer.beside)
                 else:
                     stock.move(layer, device)
-        return self
+
+    def _devices(self) -> set[torch.device]:
+        states = {_place(layer.state.spec.device) for layer in self.compressed if layer.state is not None}
+        beside = [layer.beside if isinstance(layer, CompressedLayer) else None for layer in self.layers]
+        return states.union(*(stock.devices(*pair) for pair in zip(self.layers, beside, strict=True)))
 
     def check_whole(self) -> None:
         """Raise BrokenState if a forward is running, or broke off after some layers had taken its tokens in."""
@@ -229,6 +252,8 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Empty all layers; a cache that a broken forward left unusable can be used again."""
         with self._passage.anew():
+            if hasattr(self, "shared_layers"):
+                self.shared_layers.clear()
             for layer, empty in zip(self.layers, self._empty, strict=True):
                 if empty is None:
                     layer.reset()
@@ -310,6 +335,11 @@ class CompressedCache(Cache):
         guarantee               the method's theorem evaluated on the tokens seen (the fields of `Guarantee`), or None
         """
         return [_entry(layer) for layer in self.compressed]
+
+
+def _place(device: str | torch.device) -> torch.device:
+    """The device that a tensor made there has: "cuda" is one of several."""
+    return torch.empty(0, device=device).device
 
 
 def _told(report: Callable[..., None], *args: Any) -> None:

@@ -113,11 +113,11 @@ def ignores_the_interface(model: nn.Module) -> bool:
     return not any(hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS") for part in model.modules())
 
 
-def own_cache_class(model: nn.Module) -> str | None:
+def own_cache_class(model: nn.Module | type[nn.Module]) -> str | None:
     """Return the cache class that this model's own file defines and fills, or None.
 
     A compressed cache cannot take the place of such a class.
     """
-    module = sys.modules[type(model).__module__]
+    module = sys.modules[(model if isinstance(model, type) else type(model)).__module__]
     made_there = [name for name, thing in vars(module).items() if name.endswith("Cache") and isinstance(thing, type)]
     return next((name for name in made_there if vars(module)[name].__module__ == module.__name__), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
@@ -43,6 +44,7 @@ class LazyMask:
         self._arguments, self._form, self._queries = arguments, form, queries
         self._built: dict[bool, Tensor | None] = {}
         self._plain: bool | None = None
+        self._device: torch.device | str | int | None = None  # where it was moved; None: where its parts are
 
     @property
     def plainly_causal(self) -> bool:
@@ -65,7 +67,7 @@ class LazyMask:
     @property
     def padding(self) -> Tensor | None:
         """Return a bool tensor (batch, slots seen and new), True where a token is real; None if all are."""
-        return self._arguments.get("attention_mask")
+        return self._moved(self._arguments.get("attention_mask"))
 
     def for_stock(self) -> Tensor | None:
         """Make the mask that transformers' own attention would have got, once for all layers; None if it needs none."""
@@ -82,16 +84,34 @@ class LazyMask:
             always = {} if may_be_left_out else {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
             mask = self._form(**(self._arguments | always))
             self._built[may_be_left_out] = None if mask is None else mask[:, :, self._queries, :]
-        return self._built[may_be_left_out]
+        return self._moved(self._built[may_be_left_out])
+
+    def _moved(self, tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or self._device is None else tensor.to(self._device)
 
     # ---- used as a tensor ----------------------------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> LazyMask | Tensor:
+        """Move the mask to a device, which leaves it one of its kind; any other conversion gives a tensor.
+
+        Models whose layers are on several devices move each layer's arguments there. What is made is made once for all.
+        """
+        device = args[0] if len(args) == 1 else kwargs.get("device")
+        other = len(args) > 1 or not set(kwargs) <= {"device", "non_blocking"} or (args and "device" in kwargs)
+        if other or isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+            return self.tensor().to(*args, **kwargs)
+        there = copy.copy(self)
+        there._device = device
+        return there
 
     def __getitem__(self, index: Any) -> LazyMask | Tensor:
         """Cut the mask. A cut along the queries alone, as layers without keys of their own make, stays a LazyMask."""
         if isinstance(index, tuple) and len(index) == 4 and self._queries == EVERY:
             batch, heads, queries, keys = index
             if (batch, heads, keys) == (EVERY, EVERY, EVERY) and isinstance(queries, slice):
-                return LazyMask(self._arguments, self._form, queries)
+                cut = LazyMask(self._arguments, self._form, queries)
+                cut._device = self._device
+                return cut
         return self.tensor()[index]
 
     def __getattr__(self, name: str) -> Any:

@@ -40,6 +40,13 @@ def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = N
             setattr(layer, name, torch.device(device))
 
 
+def devices(layer: Any, names: Iterable[str] | None = None) -> set[torch.device]:
+    """The devices of the tensors among these attributes (None: all), and those that new ones would be made on."""
+    chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]
+    values = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]
+    return {x.device if isinstance(x, Tensor) else x for x in values if isinstance(x, (Tensor, torch.device))}
+
+
 def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
     """Return the bytes of the storages that these attributes (None: all) hold."""
     chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]

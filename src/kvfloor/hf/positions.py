@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvfloor.core.attend import compute_dtype
 from kvfloor.core.rotation import Circle, Rotation
@@ -105,6 +105,11 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
         for kind in _rope_types(module):
             if kind in _LENGTH_DEPENDENT:
                 raise ValueError(f'positions="cache" cannot serve {name}: {_LENGTH_DEPENDENT[kind]}')
+    if _scales_queries(model.config.get_text_config(decoder=True)):
+        raise ValueError(
+            f'positions="cache" cannot serve {name}: it does not turn its keys and queries by one rotation alone, but '
+            f"scales its queries by their position in the stream (llama_4_scaling_beta)"
+        )
     trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
     near = sorted({0, 1, 2, 3, 7, 64, trained // 2, trained - 1} & set(range(trained)))
     first, second = _probed(model, near), _probed(model, [0, 2 * trained + 1, FAR])
@@ -221,6 +226,12 @@ def _rope_types(module: nn.Module) -> list[str]:
     kind = getattr(module, "rope_type", None)
     kinds = list(kind.values()) if isinstance(kind, dict) else [kind]
     return [one for one in kinds if isinstance(one, str)]
+
+
+def _scales_queries(decoder: PreTrainedConfig) -> bool:
+    """Whether queries grow with their position; until transformers 5.3 by a count that no probe can choose."""
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))
 
 
 def table_room(model: nn.Module | None) -> int | None:

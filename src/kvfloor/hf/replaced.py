@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from kvfloor.hf.selection import selects_kvfloor
 
@@ -32,8 +34,9 @@ class SwitchingRotation:
     on with a DynamicCache of all tokens. A compressed cache cannot be filled anew from tokens it no longer has.
     """
 
-    def __init__(self, length: int, angles_differ: bool) -> None:
-        self._length, self._angles_differ = length, angles_differ
+    def __init__(self, length: int, angles_differ: bool, dropped_unasked: bool) -> None:
+        """dropped_unasked: generate() drops a cache by its own count of positions, so that none can refuse."""
+        self._length, self._angles_differ, self._dropped_unasked = length, angles_differ, dropped_unasked
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> SwitchingRotation | None:
@@ -42,11 +45,20 @@ class SwitchingRotation:
         if not isinstance(length, int):
             return None
         rope = getattr(config, "rope_parameters", None) or {}
-        return cls(length, rope.get("rope_type", "default") != "default")
+        reachable = (getattr(config, "max_position_embeddings", None) or 0) > length
+        return cls(length, rope.get("rope_type", "default") != "default", reachable and _drops_unasked(config))
 
     def seen(self, slots: int) -> int:
         """Return the number in a form that raises when generate() compares it with the length to drop the cache."""
         return _Seen(slots, self)
+
+    def refuse_unasked(self, seen: int) -> None:
+        """Raise ValueError if generate() may drop the cache without a question that the cache could answer."""
+        if self._dropped_unasked and seen <= self._length:
+            raise ValueError(
+                f"{self.told(seen)}. generate() of transformers {transformers.__version__} drops a cache there without "
+                f"asking it, so that generating is refused below that length too; newer releases ask"
+            )
 
     def refuse_crossing(self, seen: int, new: int) -> None:
         """Raise ValueError for a forward whose keys would not go with those in the cache."""
@@ -61,6 +73,13 @@ class SwitchingRotation:
             f"generate() would go on with a DynamicCache instead: give an empty compressed cache all the tokens in one "
             f"forward, model(input_ids, past_key_values=cache), and generate from there; or use a stock cache"
         )
+
+
+def _drops_unasked(config: PreTrainedConfig) -> bool:
+    """Whether generate() of this family and release compares its own count of positions with the length."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    prepares = getattr(family, "prepare_inputs_for_generation", None)
+    return prepares is not None and "cache_position" in inspect.signature(prepares).parameters
 
 
 class _Seen(int):
