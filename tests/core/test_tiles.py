@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from literal import positions
+from tests.literal import positions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from literal import Rule, Token, kept_by, positions, run
+from tests.literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor.core.policy import Guarded, Held
