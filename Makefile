@@ -16,7 +16,7 @@ EVAL   := .venv-eval
 PEERS  := .venv-peers
 DOCS   := .venv-docs
 
-.PHONY: audit test test-slow test-isa test-oldest test-eval check docs site models models-newest models-oldest bench peers clean
+.PHONY: audit mutants test test-slow test-isa test-oldest test-eval check docs site models models-newest models-oldest bench peers clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -67,6 +67,13 @@ models-newest: $(VENV)/.development
 
 models-oldest: $(OLDEST)/.development
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m survey --write docs/models
+
+# A seeded sample of one-line mutants of the core against its tests: make mutants SAMPLE=60 SEED=1
+SAMPLE ?= 40
+SEED   ?= 0
+
+mutants: $(VENV)/.development
+	$(BIN)/python bench/mutants.py src/kvfloor/core --sample $(SAMPLE) --seed $(SEED)
 
 bench: $(VENV)/.development
 	$(BIN)/python bench/decode.py
