@@ -1,4 +1,7 @@
-"""Ask for one value among key-value pairs: four-digit keys and four-digit values, each of two tokens that other pairs share."""
+"""Ask for one value among key-value pairs.
+
+Keys and values have four digits, which are two tokens each that other pairs share.
+"""
 
 from __future__ import annotations
 

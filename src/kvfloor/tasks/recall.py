@@ -1,4 +1,7 @@
-"""Ask for the value of one key (associative recall, MQAR): distinct keys, each followed by its value; all pairs are asked equally often."""
+"""Ask for the value of one key (associative recall, MQAR).
+
+Keys are distinct, and each is followed by its value. All pairs are asked for equally often.
+"""
 
 from __future__ import annotations
 

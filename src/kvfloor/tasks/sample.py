@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Question:
-    """Hold a question and its answer: `ask` comes after the context (joined by one space); `answer` is the only text that is right."""
+    """Hold a question and its answer.
+
+    ask     comes after the context, joined by one space
+    answer  the only text that is right
+    """
 
     ask: str
     answer: str

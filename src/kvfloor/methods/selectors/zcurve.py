@@ -33,7 +33,8 @@ class ZCurve(Indexed):
     On each of `curves` curves a key's place is the Morton code of  sqrt(d) P k / |k|  with P three orthonormal rows,
     drawn from public randomness and independent of the data, on the fixed grid of the normal's quantiles, shifted by
     another share of the grid on every curve (a single curve has seams that part near neighbours). The candidates
-    are the `window` keys around the query's own place on each curve and the keys that wait for the next merge. The query reads the k candidates of largest exact logit. Ties are broken in favour of the newer token.
+    are the `window` keys around the query's own place on each curve and the keys that wait for the next merge. The
+    query reads the k candidates of largest exact logit. Ties are broken in favour of the newer token.
 
     The original learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best
     tokens are missed where d is large and keys have no clusters: `characterize.lib.recall` measures the share.
