@@ -194,9 +194,10 @@ def test_continuous_batching_names_restore() -> None:
 
 
 def _keeps_the_wish_for_weights(model: PreTrainedModel) -> bool:
-    """Whether its attention modules take `output_attentions` by name, and do not pass it on."""
+    """Whether model and attention take `output_attentions` by name and collect it, and do not pass it on."""
     attentions = [part for part in model.modules() if type(part).__name__.endswith("Attention")]
-    return any("output_attentions" in inspect.signature(part.forward).parameters for part in attentions)
+    asked = [inspect.signature(part.forward).parameters for part in (model.base_model, *attentions)]
+    return all("output_attentions" in names for names in asked)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
