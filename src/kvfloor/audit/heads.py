@@ -79,7 +79,7 @@ def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
 
 
 def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
-    """Compute a head's floor from asked (g, t, d), the queries after the context, and own (t, d), their tokens' keys."""
+    """Compute a head's floor from asked (g, t, d), the queries after the context, and own (t, d), their keys."""
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
     demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
     radius = trace.q[head][:, trace.present[head]].float().norm(dim=-1).max().item()

@@ -63,7 +63,7 @@ class Speed:
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Order settings: exact first, then methods in the rows' order, baselines last; each from its largest bytes down."""
+    """Order settings: exact, methods in the rows' order, then baselines; each from its largest bytes down."""
     methods = list(dict.fromkeys(row.configuration for row in rows))
     largest: dict[str, int] = {}
     for row in rows:

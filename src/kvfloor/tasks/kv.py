@@ -1,4 +1,4 @@
-"""Ask for one value among key-value pairs: four-digit keys and four-digit values, each of two tokens that other pairs share."""
+"""Ask for one value among key-value pairs of four digits each, two tokens that other pairs share."""
 
 from __future__ import annotations
 

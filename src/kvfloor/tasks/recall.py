@@ -1,4 +1,4 @@
-"""Ask for the value of one key (associative recall, MQAR): distinct keys, each followed by its value; all pairs are asked equally often."""
+"""Ask for the value of one of many distinct keys, all equally often (associative recall, MQAR)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Question:
-    """Hold a question and its answer: `ask` comes after the context (joined by one space); `answer` is the only text that is right."""
+    """Hold `ask`, the text after the context (joined by one space), and `answer`, the only right text."""
 
     ask: str
     answer: str
