@@ -57,7 +57,7 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
 
 def replay(trace: Trace, method: Method) -> Tensor:
-    """Return the answers (rows, g, asked, dv), float32, of a method with a resolved budget to the trace's last queries."""
+    """Return a method's answers (rows, g, asked, dv), float32, to the trace's last queries; its budget is resolved."""
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
     spec = Spec(rows, d, trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype, places=places)

@@ -12,7 +12,10 @@ from kvfloor.core.method import Method
 
 
 class Broken(AssertionError):
-    """Report a law that does not hold. Raised explicitly, never by `assert`: the verdict is the same under `python -O`."""
+    """Report a law that does not hold.
+
+    It is raised explicitly, never by `assert`: the verdict is the same under `python -O`.
+    """
 
 
 def require(holds: bool, otherwise: str) -> None:
@@ -23,7 +26,7 @@ def require(holds: bool, otherwise: str) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """Hold the conditions that a law is tried under: the cache's dtype, the size of the GQA group, the seed of data and states."""
+    """Hold the conditions of a trial: the cache's dtype, the size of the GQA group, the seed of data and states."""
 
     dtype: torch.dtype = torch.float32
     g: int = 4

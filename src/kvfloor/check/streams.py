@@ -23,7 +23,10 @@ _LONG = 1 << 20  # a stream by which every bound of `capacity` is reached
 
 @dataclass(frozen=True)
 class Stream:
-    """Hold the tokens to feed: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv); `seal` comes after `prompt` of them."""
+    """Hold the tokens to feed: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
+
+    `seal` comes after `prompt` of them.
+    """
 
     q: Tensor
     k: Tensor

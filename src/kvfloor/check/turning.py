@@ -51,7 +51,7 @@ def check_turns(method: Method, at: Setting) -> None:
 def _attention(
     kept: tuple[Tensor, Tensor, Tensor, Tensor | None], spec: Spec, hide: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and log-mass in `dtype`: of queries (m, d), keys (h, d), values (h, dv) and values of logit 0 (e, dv)."""
+    """Return mean and log-mass in `dtype` of q (m, d), k (h, d), v (h, dv) and values of logit 0 (e, dv)."""
     q, k, v, left = kept
     zero_logits = None if left is None else left.to(dtype)
     return attention(q.to(dtype), k.to(dtype), v.to(dtype), spec, zero_logits, hide)

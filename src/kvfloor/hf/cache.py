@@ -338,7 +338,7 @@ class CompressedCache(Cache):
 
 
 def _place(device: str | torch.device) -> torch.device:
-    """The device that a tensor made there has: "cuda" is one of several."""
+    """Return the device of a tensor made there: "cuda" stands for one of several."""
     return torch.empty(0, device=device).device
 
 

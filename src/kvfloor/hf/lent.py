@@ -7,7 +7,7 @@ from typing import Any
 
 
 class LentKeys(dict[int, Any]):
-    """The `shared_layers` of a cache (Gemma 3n until transformers 5.3): let go of by the last layer that reads them.
+    """Hold the `shared_layers` of a cache until the last layer that reads them (Gemma 3n, until transformers 5.3).
 
     A plain dict would hold a whole prompt's keys and values, evicted ones too, until the next forward.
     """

@@ -41,7 +41,7 @@ def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = N
 
 
 def devices(layer: Any, names: Iterable[str] | None = None) -> set[torch.device]:
-    """The devices of the tensors among these attributes (None: all), and those that new ones would be made on."""
+    """Return the devices of these attributes' tensors (None: all), and those of tensors to be made."""
     chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]
     values = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]
     return {x.device if isinstance(x, Tensor) else x for x in values if isinstance(x, (Tensor, torch.device))}

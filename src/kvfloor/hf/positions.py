@@ -229,7 +229,7 @@ def _rope_types(module: nn.Module) -> list[str]:
 
 
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
-    """Whether queries grow with their position; until transformers 5.3 by a count that no probe can choose."""
+    """Return True if queries grow with their position; until transformers 5.3 no probe can choose that count."""
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))
 

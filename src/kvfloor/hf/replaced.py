@@ -76,7 +76,7 @@ class SwitchingRotation:
 
 
 def _drops_unasked(config: PreTrainedConfig) -> bool:
-    """Whether generate() of this family and release compares its own count of positions with the length."""
+    """Return True if generate() of this family and release compares its own position count with the length."""
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     prepares = getattr(family, "prepare_inputs_for_generation", None)
     return prepares is not None and "cache_position" in inspect.signature(prepares).parameters
