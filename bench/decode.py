@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kvfloor
 
-TIMED = ["tests/core", "tests/hf/test_exact.py"]
+TIMED = ["tests/core", "tests/methods", "tests/hf/test_exact.py"]
 HEADS, KV_HEADS, WIDTH = 8, 2, 128
 
 

@@ -23,7 +23,7 @@ from gate import green
 from kvfloor import Method, Spec, State
 from kvfloor.methods.registry import TABLE, default_method
 
-TIMED = ["tests/core"]
+TIMED = ["tests/core", "tests/methods"]
 BUDGET, ROWS, GROUP, WIDTH = 256, 4, 2, 64
 STEPS, FIRST, LAST, MARKS, BULK = 64, 1024, 102_400, 25, 1024
 

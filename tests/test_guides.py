@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("adding-a-*.md"))
 # Tests of the repository that a new entry of a table could break, run on the copy once the page was followed.
-TABLE_TESTS = ["tests/core/test_registry.py", "tests/test_docs.py", "tests/check/test_conformance.py", "-k"]
+TABLE_TESTS = ["tests/methods/test_registry.py", "tests/test_docs.py", "tests/check/test_conformance.py", "-k"]
 AFTERWARDS = {
     "adding-a-policy.md": [*TABLE_TESTS, "test_registry or every_part or examples.md or every_second"],
     "adding-a-sketch.md": [*TABLE_TESTS, "test_registry or every_part or examples.md or running_mean"],

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import kvfloor
 
 from kvfloor import models
+from tests.cli.running import kvfloor
 
 
 def test_help_does_not_load_torch() -> None:

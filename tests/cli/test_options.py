@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from running import kvfloor
 
 from kvfloor import cli, models
 from kvfloor.audit.protocols import PROTOCOLS, Protocol
@@ -18,6 +17,7 @@ from kvfloor.cli.break_options import with_options
 from kvfloor.cli.options import real, whole
 from kvfloor.floors import ATTENTIONS, METRICS
 from kvfloor.game import ARGUMENTS, BARRIERS
+from tests.cli.running import kvfloor
 
 HUGE = "1" + 309 * "0"
 NEVER = [

@@ -427,3 +427,14 @@ def test_scores_stay_exact_where_bfloat16_sums_would_stall(draw: Draw) -> None:
     state.step(q, k, torch.zeros(1, 301, 4, dtype=torch.bfloat16))
     assert state.slots.column("score", None, 2).max().item() == 301.0
     assert math.isfinite(state.read(q[:, 0, :1]).log_mass.item())
+
+
+def test_a_summary_is_given_the_real_queries_and_zeros_for_pads(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = parse("window(block=4)+value_sum@8").open(Spec(2, 4, 4, dtype=torch.float64))
+    given: list[Tensor] = []
+    monkeypatch.setattr(type(state.summary), "on_queries", lambda self, q: given.append(q.clone()))
+    q, k, v = draw(2, 3, 4, 4), draw(2, 4, 4), draw(2, 4, 4)
+    state.step(q, k, v, torch.tensor([[True] * 4, [True, True, False, False]]))
+    whole = torch.cat(given, 2)
+    assert torch.equal(whole[0], q[0]) and torch.equal(whole[1, :, :2], q[1, :, :2])
+    assert not whole[1, :, 2:].any()

@@ -237,3 +237,21 @@ def test_tied_keys_want_one_tensor_and_one_width(draw: Callable[..., Tensor]) ->
     with pytest.raises(ValueError, match="one tensor for both"):
         state.append(k, k + 1)
     assert state.to_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text", ["window(block=4)@12", "h2o(block=4)@24", "random(block=4)+value_sum@12", "raas(block=4)@32"]
+)
+def test_what_stands_in_empty_slots_is_never_read(text: str) -> None:
+    draw, spec = torch.Generator().manual_seed(0), Spec(2, 4, 4, dtype=torch.float64)
+    clean, dirty = parse(text).open(spec), parse(text).open(spec)
+    present = torch.arange(50) >= torch.tensor([[0], [7]])
+    q, k, v = (torch.randn(2, *shape, 4, generator=draw, dtype=torch.float64) for shape in ((1, 50), (50,), (50,)))
+    for i in range(50):
+        slots, at = dirty.slots, slice(i, i + 1)
+        empty = torch.ones_like(slots.position, dtype=torch.bool)
+        empty[slots.live_index()] = False
+        slots.position[empty] = int(torch.randint(1 << 40, (1,), generator=draw))
+        given = q[:, :, at], k[:, at], v[:, at], present[:, at]
+        assert torch.equal(clean.step(*given), dirty.step(*given))
+    assert clean.to_bytes() == dirty.to_bytes()

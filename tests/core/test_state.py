@@ -13,23 +13,7 @@ from torch import Tensor
 from kvfloor import CorruptState, Method, Partial, Spec, State, Traits, parse
 
 Draw = Callable[..., Tensor]
-EVERY = [
-    "exact",
-    "window@12",
-    "h2o@12",
-    "random@12",
-    "window+value_sum@12",
-    "subgen(s=8)",
-    "quant(group=8)",
-    "exact|top_k(k=4)",
-    "exact|pages(pages=2,page=4)",
-    "exact|best_first(k=3,page=4)",
-    "exact|hip(k=4,sinks=1,window=2,query_block=5)",
-    "exact|zeta(k=3,curves=2,window=2,chunk=5)",
-    "h2o|pages(pages=1,page=3)@12",
-    "random|hip(k=4,sinks=1,window=2)@12",
-    "window+value_sum|zeta(k=3,window=2)@12",
-]
+MIXED = "window+value_sum|zeta(k=3,window=2)@12"  # a policy, a summary and a selector at once
 
 
 @dataclass(frozen=True)
@@ -70,7 +54,7 @@ def test_the_default_step_goes_token_by_token(draw: Draw) -> None:
     assert torch.equal(out, v.unsqueeze(1).expand(-1, 3, -1, -1))
 
 
-@pytest.mark.parametrize("method", [Newest(), *map(parse, EVERY)], ids=["newest", *EVERY])
+@pytest.mark.parametrize("method", [Newest(), parse(MIXED)], ids=["newest", MIXED])
 def test_pads_full_of_nan_change_nothing_and_are_answered_with_zero(draw: Draw, method: Method) -> None:
     rows, t = 3, 20
     present = torch.arange(t) >= torch.tensor([0, 13, 20]).unsqueeze(1)  # left-padded; the last row is all pads
@@ -86,22 +70,8 @@ def test_pads_full_of_nan_change_nothing_and_are_answered_with_zero(draw: Draw, 
     assert dirty.seen.tolist() == [20, 7, 0]
 
 
-@pytest.mark.parametrize("text", EVERY)
-def test_pads_in_the_middle_leave_the_row_as_if_they_were_not_there(draw: Draw, text: str) -> None:
-    present = torch.tensor([True, False, True, True, False, False, True, True]).repeat(1, 5)
-    n = int(present.sum())
-    q, k, v = draw(1, 2, 40, 4), draw(1, 40, 4), draw(1, 40, 4)
-    spec = Spec(1, 4, 4, dtype=torch.float64)
-    padded, plain = parse(text).open(spec), parse(text).open(spec)
-    out = padded.step(q, k, v, present)[:, :, present[0]]
-    wanted = plain.step(q[:, :, present[0]], k[:, present[0]], v[:, present[0]])
-    torch.testing.assert_close(out, wanted, rtol=1e-11, atol=1e-12)
-    assert padded.seen.tolist() == [n]
-
-
-@pytest.mark.parametrize("text", EVERY)
-def test_no_tokens_change_nothing(draw: Draw, text: str) -> None:
-    state = parse(text).open(Spec(2, 4, 3, dtype=torch.float64))
+def test_no_tokens_change_nothing(draw: Draw) -> None:
+    state = parse(MIXED).open(Spec(2, 4, 3, dtype=torch.float64))
     before = state.to_bytes()
     state.append(torch.zeros(2, 0, 4, dtype=torch.float64), torch.zeros(2, 0, 3, dtype=torch.float64))
     out = state.step(*(torch.zeros(2, *shape, dtype=torch.float64) for shape in ((1, 0, 4), (0, 4), (0, 3))))
@@ -112,11 +82,10 @@ def test_no_tokens_change_nothing(draw: Draw, text: str) -> None:
     assert state.to_bytes() == before
 
 
-@pytest.mark.parametrize("text", EVERY)
-@pytest.mark.parametrize("cut", [1, 17, 32, 45])
-def test_a_restored_state_goes_on_to_the_bit(draw: Draw, text: str, cut: int) -> None:
+@pytest.mark.parametrize("cut", [1, 45])
+def test_a_restored_state_goes_on_to_the_bit(draw: Draw, cut: int) -> None:
     q, k, v = (draw(2, *shape, 4, dtype=torch.bfloat16) for shape in ((2, 60), (60,), (60,)))
-    state = parse(text).open(Spec(2, 4, 4, dtype=torch.bfloat16))
+    state = parse(MIXED).open(Spec(2, 4, 4, dtype=torch.bfloat16))
     state.step(q[:, :, :cut], k[:, :cut], v[:, :cut])
     again = state.method.from_bytes(state.to_bytes())
     rest = q[:, :, cut:], k[:, cut:], v[:, cut:]
@@ -124,18 +93,16 @@ def test_a_restored_state_goes_on_to_the_bit(draw: Draw, text: str, cut: int) ->
     assert state.to_bytes() == again.to_bytes()
 
 
-@pytest.mark.parametrize("text", EVERY)
-def test_a_message_of_another_method_is_refused_by_both_names(text: str) -> None:
-    sent = parse(text).open(Spec(1, 4, 4)).to_bytes()
+def test_a_message_of_another_method_is_refused_by_both_names() -> None:
+    sent = parse(MIXED).open(Spec(1, 4, 4)).to_bytes()
     with pytest.raises(CorruptState, match="not of 'sinks@99'"):
         parse("sinks@99").from_bytes(sent)
 
 
-@pytest.mark.parametrize("text", EVERY)
-def test_selected_rows_go_on_as_they_would_have(draw: Draw, text: str) -> None:
+def test_selected_rows_go_on_as_they_would_have(draw: Draw) -> None:
     q, k, v = draw(3, 1, 40, 4), draw(3, 40, 4), draw(3, 40, 4)
     spec = Spec(3, 4, 4, dtype=torch.float64)
-    whole, part = parse(text).open(spec), parse(text).open(spec)
+    whole, part = parse(MIXED).open(spec), parse(MIXED).open(spec)
     index = torch.tensor([2, 0, 2])
     whole.step(q[:, :, :23], k[:, :23], v[:, :23])
     part.step(q[:, :, :23], k[:, :23], v[:, :23])
@@ -224,3 +191,12 @@ def test_finite_numbers_whose_sum_is_not_are_taken_and_infinite_ones_are_not(dty
         broken[0, 6, 2] = -bad
         with pytest.raises(ValueError, match="NaN or infinite"):
             state.append(torch.zeros(1, 9, 4, dtype=dtype), broken)
+
+
+@pytest.mark.parametrize(
+    "present", [[[True] * 3] * 2, torch.ones(2, 3), torch.ones(2, 2, dtype=torch.bool), torch.ones(3, dtype=torch.bool)]
+)
+def test_what_marks_no_tokens_is_refused(draw: Draw, present: object) -> None:
+    state = parse(MIXED).open(Spec(2, 4, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="present must be a bool tensor"):
+        state.append(draw(2, 3, 4), draw(2, 3, 4), present)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from literal import positions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +14,7 @@ from kvfloor import Spec, parse
 from kvfloor.core import bounded
 from kvfloor.core.attend import weigh
 from kvfloor.core.tiles import weights_by_tile
+from tests.literal import positions
 
 Draw = Callable[..., Tensor]
 

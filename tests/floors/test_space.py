@@ -114,3 +114,9 @@ def test_infinite_constants_become_null():
 def test_refusals_name_the_argument(changed, message):
     with pytest.raises(ValueError, match=message):
         floors.space(**({"n": 64, "d": 8} | changed))
+
+
+def test_the_near_orthogonal_regime_begins_beyond_its_border():
+    n = int(math.exp(37.5))
+    assert 4.0 * math.log(n) == 150.0
+    assert [floors.space(n, d).regime for d in (150, 151)] == ["low-dimensional, unbounded norm", "near-orthogonal"]

@@ -9,15 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from kvfloor.game import Result, play
 from kvfloor.game.engine import secret as hidden
 
 HERE = Path(__file__).parent
-
-torch.set_num_threads(1)
-sys.path.insert(0, str(HERE))
 
 
 @pytest.fixture(autouse=True)

@@ -156,16 +156,19 @@ class Spying(InGlobal):
         raise RuntimeError(f"cwd={os.listdir()} environ={sorted(os.environ)} isolated={sys.flags.isolated}")
 
 
-@dataclass(frozen=True)
-class HidesInList(CheatMethod):
-    name: ClassVar[str] = "hides_in_list"
-    state = InList
+def cheating(cls: str, state: type[Cheat]) -> type[CheatMethod]:
+    """Make the method class `cls`, which a fresh process finds in this module, for states of this kind."""
+    name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in cls).lstrip("_")
+    return dataclass(frozen=True)(type(cls, (CheatMethod,), {"__module__": __name__, "name": name, "state": state}))
 
 
-@dataclass(frozen=True)
-class HidesInGlobal(CheatMethod):
-    name: ClassVar[str] = "hides_in_global"
-    state = InGlobal
+HidesInList = cheating("HidesInList", InList)
+HidesInGlobal = cheating("HidesInGlobal", InGlobal)
+HidesInShared = cheating("HidesInShared", InShared)
+HidesInFile = cheating("HidesInFile", InFile)
+HidesBehindPadding = cheating("HidesBehindPadding", InGlobalPadded)
+HidesInAttribute = cheating("HidesInAttribute", InAttribute)
+Spies = cheating("Spies", Spying)
 
 
 @dataclass(frozen=True)
@@ -174,36 +177,6 @@ class HidesPairs(TensorAttention):
 
     def open(self, spec):
         return PairsInGlobal(self, spec)  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class HidesInShared(CheatMethod):
-    name: ClassVar[str] = "hides_in_shared"
-    state = InShared
-
-
-@dataclass(frozen=True)
-class HidesInFile(CheatMethod):
-    name: ClassVar[str] = "hides_in_file"
-    state = InFile
-
-
-@dataclass(frozen=True)
-class HidesBehindPadding(CheatMethod):
-    name: ClassVar[str] = "hides_behind_padding"
-    state = InGlobalPadded
-
-
-@dataclass(frozen=True)
-class HidesInAttribute(CheatMethod):
-    name: ClassVar[str] = "hides_in_attribute"
-    state = InAttribute
-
-
-@dataclass(frozen=True)
-class Spies(CheatMethod):
-    name: ClassVar[str] = "spies"
-    state = Spying
 
 
 @dataclass(frozen=True)

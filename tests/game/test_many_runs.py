@@ -4,7 +4,6 @@ import functools
 import math
 
 import pytest
-from imperfect_optimum import Imperfect
 
 from kvfloor.game import play
 from kvfloor.game.engine import certificates
@@ -14,6 +13,7 @@ from kvfloor.game.engine.result import conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.spike import Spike
 from kvfloor.methods.registry import TABLE, default_method
+from tests.game.imperfect_optimum import Imperfect
 
 METHODS = [
     "exact", "window@32", "sinks(4)@32", "random@32", "h2o(recent=8)@32", "window+value_sum@32",

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from weighing import weights
 
 from kvfloor import floors
 from kvfloor.floors.norm_bounded import N_dr
@@ -16,6 +15,7 @@ from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import packing
 from kvfloor.game.instances.packing import Packing, separable
 from kvfloor.game.keys.gaps import one_sided_gaps
+from tests.game.weighing import weights
 
 PAID = math.log2(3) + 20
 SIZES = [(1, 8.0), (2, 8.0), (2, 64.0), (3, 16.0), (4, 32.0), (8, 8.0), (8, 20.0), (24, 8.0)]

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from weighing import exact_state, weights
 
 from kvfloor import parse
 from kvfloor.floors import space
@@ -14,6 +13,7 @@ from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import sparse
 from kvfloor.game.instances.sparse import Sparse
+from tests.game.weighing import exact_state, weights
 
 PAID = math.log2(3) + 20
 

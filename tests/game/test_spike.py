@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from weighing import weights
 
 from kvfloor import Spec, floors, parse
 from kvfloor.game import play
@@ -16,6 +15,7 @@ from kvfloor.game.instances import spike
 from kvfloor.game.instances.spike import Spike
 from kvfloor.game.keys.gaps import one_sided_gaps
 from kvfloor.game.keys.public import aim
+from tests.game.weighing import weights
 
 PAID = math.log2(3) + 20  # for the best of three certificates, and for alpha = 2^-20
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from weighing import exact_state, weights
 
 from kvfloor import parse
 from kvfloor.floors import row_bits
@@ -15,6 +14,7 @@ from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import tensor
 from kvfloor.game.instances.tensor import FourCaches, TwoCaches
 from kvfloor.methods.variants import TensorAttention
+from tests.game.weighing import exact_state, weights
 
 PAID = math.log2(3) + 20
 

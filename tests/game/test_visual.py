@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from weighing import exact_state, weights
 
 from kvfloor import parse
 from kvfloor.floors import row_bits
@@ -16,6 +15,7 @@ from kvfloor.game.instances import visual
 from kvfloor.game.instances.visual import Visual, doubling
 from kvfloor.game.keys.public import PublicKeys
 from kvfloor.methods.variants.visual import tokens_in
+from tests.game.weighing import exact_state, weights
 
 PAID = math.log2(3) + 20
 

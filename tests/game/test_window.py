@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from weighing import exact_state, weights
 
 from kvfloor import floors
 from kvfloor.game import play
@@ -14,6 +13,7 @@ from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import window
 from kvfloor.game.instances.window import WindowInstance
 from kvfloor.game.keys.public import PublicKeys
+from tests.game.weighing import exact_state, weights
 
 PAID = math.log2(3) + 20
 

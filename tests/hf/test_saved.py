@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvfloor import BrokenState, CorruptState, parse
 from kvfloor.core import message
 from kvfloor.core.bounded import Bounded
-from kvfloor.hf import CompressedCache, NewerVersion, OlderVersion, UnknownMethod, WrongModel, prepare, restore
+from kvfloor.hf import CompressedCache, NewerVersion, OlderVersion, UnknownMethod, WrongModel, prepare, restore, saved
 from kvfloor.hf.families import own_cache_class
 from kvfloor.methods.policies.sinks import Sinks
 from kvfloor.methods.registry import TABLE, default_method
@@ -437,6 +437,24 @@ def test_a_third_partys_method_is_brought_by_the_caller(
     with pytest.raises(UnknownMethod, match="pass method="):
         talk.reloaded(tmp_path / "cache")
     follow(talk, talk.reloaded(tmp_path / "cache", method=method))
+
+
+def test_only_classes_that_the_given_method_has_too_are_taken_from_a_file() -> None:
+    theirs = Bounded(Elsewhere(2), budget=24)
+    assert saved._method("window@24", theirs) == parse("window@24")
+    assert saved._method(str(theirs), theirs) is theirs
+    for given in (None, parse("window@24")):
+        with pytest.raises(UnknownMethod, match="pass method="):
+            saved._method(str(theirs), given)
+
+
+def test_layers_are_restored_to_the_device_of_their_weights(llama_prepared: PreTrainedModel) -> None:
+    split, bare = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2)), torch.nn.Module()
+    for index, part in enumerate((*split, bare)):
+        part.layer_idx = index  # type: ignore[assignment]
+    model = torch.nn.ModuleList([bare, split])
+    assert saved._devices(model) == dict.fromkeys(range(2), torch.device("cpu"))  # type: ignore[arg-type]
+    assert saved._devices(llama_prepared) == dict.fromkeys(range(3), torch.device("cpu"))
 
 
 def test_another_models_file_is_refused(started: Talk, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Series of points on two axes: the numbers, their places and their words, which `chart.html` draws as SVG.
+"""Lay out series of points on two axes: the numbers, their places and their words, which `chart.html` draws as SVG.
 
 Drawn as plain SVG and not by a plotting library, so that every name passes the page's one escaping path, the
 figure follows the reader's light or dark mode, and a point tells its exact figures without a script.
@@ -37,7 +37,7 @@ def power_text(size: float) -> str:
 
 
 class Axis:
-    """Numbers to page coordinates between `start` and `end`, with `room` (a share of the span) beyond the outermost.
+    """Map numbers to page coordinates between `start` and `end`, with `room` (a share of the span) beyond the outermost.
 
     A logarithmic axis takes its ends from the positive numbers and places any other at its lower end.
     """
@@ -82,7 +82,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Datum:
-    """One point in the axes' numbers, and the words shown on pointing at it.
+    """Hold one point in the axes' numbers, and the words shown on pointing at it.
 
     interval  the ends of its error bar, if it has one
     shift     how far to the side it is drawn, so that points of almost equal x stand beside one another
@@ -99,7 +99,7 @@ class Datum:
 
 @dataclass(frozen=True)
 class Series:
-    """Points joined from the left, and the mark they are drawn with."""
+    """Hold points joined from the left, and the mark they are drawn with."""
 
     mark: Mark
     data: tuple[Datum, ...]
@@ -107,7 +107,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Rule:
-    """A vertical line at x, with lines of words beside it from the height `top` down; `style` is its class."""
+    """Hold a vertical line at x, with lines of words beside it from the height `top` down; `style` is its class."""
 
     x: float
     words: tuple[str, ...]
@@ -117,7 +117,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Chart:
-    """Everything `chart.html` draws; `level` is a point whose height runs across the figure as a line and a band."""
+    """Hold everything that `chart.html` draws; `level` is a point whose height runs across the figure as a line and a band."""
 
     title: str
     label: str

@@ -1,4 +1,4 @@
-"""Quality against bytes for one cell: each method's settings beside exact, the floor and the token ids."""
+"""Draw quality against bytes for one cell: each method's settings beside exact, the floor and the token ids."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Floor, cheapest good setting and exact cache of every head, on one logarithmic axis of bytes."""
+"""Draw the floor, cheapest good setting and exact cache of every head on one logarithmic axis of bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ WORST = 10
 
 @dataclass(frozen=True)
 class Rung:
-    """One head: places along the axis, and the words shown on pointing at it; no `best` where only exact serves."""
+    """Hold one head's places along the axis and its tooltip; no `best` where only exact serves."""
 
     name: str
     y: float
@@ -28,7 +28,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Everything `ladder.html` draws."""
+    """Hold everything that `ladder.html` draws."""
 
     height: float
     rungs: tuple[Rung, ...]

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import families
 import pytest
 import torch
 
 from kvfloor import parse
 from kvfloor.floors.measured import readable_by, readable_within
 from kvfloor.game.measured import play
+from tests.floors.measured import families
 
 METHODS = ("exact", "quant(bits=8)", "quant(bits=4)", "window@16", "random@24", "window+value_sum@16", "subgen(s=64)")
 

@@ -4,9 +4,7 @@ import dataclasses
 import json
 import math
 
-import families
 import pytest
-import read_oracle
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from kvfloor import floors
 from kvfloor.floors.measured import Demand, readable, readable_by, readable_by_rows
 from kvfloor.floors.measured.improve import Choice
+from tests.floors.measured import families, read_oracle
 
 ROW = 0.9 * 16 * math.log2(10) - floors.H2(0.9)  # bits of a group read at ten levels, dv = 16
 

@@ -2,14 +2,13 @@
 
 import math
 
-import families
 import pytest
-import read_oracle
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfloor.floors.measured import Demand, directions, readable_within, readable_within_rows, spread
+from tests.floors.measured import families, read_oracle
 
 BOTH = pytest.mark.parametrize("others", ["absent", "present"])
 

@@ -1,7 +1,6 @@
 """A stream cut in two: what each later query sees, and the floor of the built-in model's own heads."""
 
 import pytest
-import read_oracle
 import torch
 
 from kvfloor import models, parse
@@ -10,6 +9,7 @@ from kvfloor.audit.plan import task_work
 from kvfloor.floors.measured import causal_mass, longest_query, readable_after, readable_within
 from kvfloor.game.measured import play
 from kvfloor.hf import prepare
+from tests.floors.measured import read_oracle
 
 CONTEXT = 160
 

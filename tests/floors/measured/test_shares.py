@@ -1,13 +1,13 @@
 """Bounds on weights and leaks: on the safe side in every precision, and close."""
 
 import pytest
-import read_oracle
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfloor.floors.measured import shares
 from kvfloor.floors.measured.products import Factors, Rounding, short_products
+from tests.floors.measured import read_oracle
 
 PRECISIONS = ["float64", "float32", *(["bfloat16"] if short_products(torch.device("cpu")) else [])]
 

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import read_oracle
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from kvfloor.floors.measured import (
     squared_singular_values,
     value_spread,
 )
+from tests.floors.measured import read_oracle
 
 
 def poured(variances: list[float], distortion: float) -> float:

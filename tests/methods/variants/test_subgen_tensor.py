@@ -296,23 +296,6 @@ def test_any_cut_of_a_stream_keeps_the_same_state_and_gives_the_same_answers() -
     assert cut.to_bytes() == whole.to_bytes()
 
 
-def test_rows_of_different_length_equal_each_row_alone() -> None:
-    (k, v), q = clustered(70, rows=3), queries(70, rows=3).unsqueeze(1)
-    length = [70, 17, 48]
-    present = torch.arange(70) < torch.tensor(length).unsqueeze(1)
-    k[~present], v[~present] = torch.nan, torch.nan
-    state = opened(STREAMED, rows=3)
-    out = state.step(q, k, v, present)
-    part = state.read(q[:, 0])
-    for row, n in enumerate(length):
-        alone = opened(STREAMED, row_ids=[row])
-        mine = alone.step(q[row : row + 1, :, :n], k[row : row + 1, :n], v[row : row + 1, :n])
-        torch.testing.assert_close(out[row : row + 1, :, :n], mine, rtol=1e-10, atol=1e-12)
-        assert not out[row, :, n:].any()
-        assert torch.equal(state.clusters[row], alone.clusters[0])
-        torch.testing.assert_close(part.mean[row], alone.read(q[row : row + 1, 0]).mean[0], rtol=1e-10, atol=1e-12)
-
-
 def test_chosen_rows_and_restored_states_go_on_identically() -> None:
     (k, v), q = clustered(70, rows=3), queries(4, rows=3)
     state = opened(STREAMED, rows=3)
@@ -395,24 +378,6 @@ def test_values_of_zero_answer_zero_with_the_right_mass() -> None:
 )
 def test_the_text_round_trip(text: str) -> None:
     assert str(parse(text)) == text and parse(str(parse(text))) == parse(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("subgen_tensor(delta2=0.0)", "subgen_tensor: delta2 must be a positive number"),
-        ("subgen_tensor(t=0)", "t must be a whole number >= 1"),
-        ("subgen_tensor(centres=0)", "centres must be a whole number >= 1"),
-        ("subgen_tensor(largest=-1.0)", "largest must be a positive number"),
-        ("subgen_tensor(radius=0.0)", "radius must be a positive number"),
-        ("subgen_tensor(failure=1.0)", "failure must lie in"),
-        ("subgen_tensor@21", "needs at least 22"),
-        ("subgen_tensor@64:64", "one budget for all rows"),
-    ],
-)
-def test_impossible_arguments_are_named(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)
 
 
 @pytest.mark.slow

@@ -150,9 +150,3 @@ def test_boxes_of_short_rows_take_few_bytes() -> None:
     spec = Spec(2, 16, 16)
     ragged, level = (parse(f"window|pages@{budget}").open(spec) for budget in ("32:1024", "1024"))
     assert level.nbytes - ragged.nbytes == 992 * (32 * 4 + 8) + 992 // 16 * 2 * 16 * 4
-
-
-@pytest.mark.parametrize("arguments", ["pages=0", "page=0", "pages=1.5"])
-def test_impossible_pages_are_refused(arguments: str) -> None:
-    with pytest.raises(ValueError, match="must be a whole number >= 1"):
-        parse(f"exact|pages({arguments})")

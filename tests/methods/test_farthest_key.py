@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.core.policy import Held
 from kvfloor.methods.policies.farthest_key import FarthestKey, picked
+from tests.literal import Rule, Token, kept_by, positions, run
 
 Draw = Callable[..., Tensor]
 

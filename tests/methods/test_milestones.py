@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.core.policy import Held, Queries
 from kvfloor.methods.policies.milestones import Milestones
+from tests.literal import Rule, Token, kept_by, positions, run
 
 Draw = Callable[..., Tensor]
 
@@ -280,18 +280,3 @@ def test_memory_and_configuration_are_told_as_they_are() -> None:
     parse("raas(prompt=evict)@64MiB")
     with pytest.raises(ValueError, match=r"too small for raas: it protects 4 first, 16 newest .* at least 21"):
         parse("raas@20")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("raas(page=0)@64", "page must be a whole number >= 1"),
-        ("raas(alpha=0)@64", "alpha must be a positive number"),
-        ("raas(top=1.5)@64", r"top must be a share of the pages in \(0, 1\]"),
-        ("raas(prompt=drop)@64", "prompt must be keep or evict"),
-        ("raas(sinks=-1)@64", "sinks must be a whole number >= 0"),
-    ],
-)
-def test_impossible_options_are_refused(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)

@@ -208,9 +208,3 @@ def test_recall_counts_what_is_read(draw: Draw) -> None:
 def test_a_top_beyond_the_keys_is_refused(draw: Draw, top: int) -> None:
     with pytest.raises(ValueError, match=r"1\.\.100"):
         recall(TopK(4), draw(1, 1, 4), draw(1, 100, 4), top)
-
-
-@pytest.mark.parametrize("arguments", ["k=0", "curves=0", "window=0", "chunk=0"])
-def test_impossible_configurations_are_refused(arguments: str) -> None:
-    with pytest.raises(ValueError, match="must be a whole number >= 1"):
-        parse(f"exact|zeta({arguments})")

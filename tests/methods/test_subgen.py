@@ -75,28 +75,6 @@ def test_samples_are_the_same_for_every_block(draw: Draw, block: int) -> None:
     torch.testing.assert_close(one.pairs.mu, other.pairs.mu, rtol=1e-14, atol=0)
 
 
-def test_the_state_does_not_depend_on_the_cuts(draw: Draw) -> None:
-    k, v = clustered(draw, 2, 100), draw(2, 100, 4)
-    whole, cut = (opened("subgen(delta=0.8,t=2,s=3)", rows=2) for _ in range(2))
-    whole.append(k, v)
-    for start, stop in ((0, 1), (1, 30), (30, 31), (31, 99), (99, 100)):
-        cut.append(k[:, start:stop], v[:, start:stop])
-    assert whole.to_bytes() == cut.to_bytes()
-
-
-def test_rows_of_different_length_equal_each_row_alone(draw: Draw) -> None:
-    k, v, q = clustered(draw, 3, 100), draw(3, 100, 4), draw(3, 2, 4)
-    length = [100, 17, 64]
-    state = opened("subgen(delta=0.8,t=2,s=5)", rows=3)
-    state.append(k, v, torch.arange(100) < torch.tensor(length).unsqueeze(1))
-    part = state.read(q)
-    for row, n in enumerate(length):
-        alone = opened("subgen(delta=0.8,t=2,s=5)", row_ids=[row])
-        alone.append(k[row : row + 1, :n], v[row : row + 1, :n])
-        assert state.clusters[row] == alone.clusters[0]
-        torch.testing.assert_close(part.mean[row], alone.read(q[row : row + 1]).mean[0], rtol=1e-11, atol=1e-12)
-
-
 def test_centres_grow_by_doubling(draw: Draw) -> None:
     state = opened("subgen(delta=0.001,t=1,s=1,block=1)")
     sizes = []
@@ -299,26 +277,6 @@ def test_errors_beyond_the_stated_epsilon_are_rarer_than_the_stated_failure(draw
     limit = stated.delta * rows - 4 * math.sqrt(rows * stated.delta * (1 - stated.delta))
     assert failures <= limit
     assert float(error.quantile(0.5)) > allowed / 100  # the bound is not so wide that any answer would pass
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("subgen(delta=0.0)", "delta must be a positive number"),
-        ("subgen(delta=None)", "delta must be a positive number"),
-        ("subgen(t=0)", "t must be a whole number >= 1"),
-        ("subgen(s=2.0)", "s must be a whole number >= 1"),
-        ("subgen(centres=2.5)", "centres must be a whole number >= 1"),
-        ("subgen(block=0)", "block must be a whole number >= 1"),
-        ("subgen(failure=1.0)", "failure must lie in"),
-        ("subgen(radius=-1.0)", "radius must be a positive number"),
-        ("subgen@21", "needs at least 22"),
-        ("subgen@64:64", "one budget for all rows"),
-    ],
-)
-def test_impossible_arguments_are_named(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)
 
 
 @pytest.mark.parametrize("budget", [22, 64, 500])

@@ -322,28 +322,6 @@ def test_traits_say_what_a_median_gives_up() -> None:
         assert traits.reference == "unmasked" and (traits.normalised, traits.value_linear) == (mean, mean)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("window+value_sample(copies=0)@8", "copies must be a whole number >= 1"),
-        ("window+value_sample(groups=2)@8", "groups must be odd"),
-        ("window+value_sample(epsilon=0.5)@8", "needs the spread of the values and a horizon"),
-        ("window+value_sample(epsilon=0.5,copies=3,spread=2.0,horizon=5)@8", "not both"),
-        ("window+value_sample(epsilon=-1.0)@8", "epsilon must be a positive number"),
-        ("window+value_sample(delta=1.0)@8", "delta must lie in"),
-        ("window+value_sample(spread=0.5)@8", "so at least 1"),
-        ("window+value_sample(horizon=0)@8", "horizon must be a whole number >= 1"),
-        ("window_sample(groups=4)@8", "groups must be odd"),
-        ("window_sample(copies=1.5)@8", "copies must be a whole number >= 1"),
-        ("window_sample@8:8", "one budget for all rows"),
-        ("window_sample(spread=0)@8", "spread must be a positive number"),
-    ],
-)
-def test_impossible_arguments_are_named(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)
-
-
 def test_only_the_value_is_replicated_not_the_window() -> None:
     one, many_copies = (opened(f"window+value_sample(copies={c})@64", dv=16, d=16) for c in (1, 101))
     assert many_copies.nbytes - one.nbytes == 100 * (16 * 8 + 8)  # a value and its key

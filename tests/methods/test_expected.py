@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.core.policy import Held
 from kvfloor.methods.policies.expected import Expected, QueryMoments
 from kvfloor.methods.variants.visual import NextScale
+from tests.literal import Rule, Token, kept_by, positions, run
 
 Draw = Callable[..., Tensor]
 PLAIN = Expected(sinks=0, recent=0)
@@ -195,16 +195,3 @@ def test_memory_is_counted_and_constant(draw: Draw) -> None:
 
 def test_it_does_not_claim_what_weighing_values_costs() -> None:
     assert not parse("expected@32").traits.value_linear and parse("h2o@32").traits.value_linear
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("expected(heads=some)@64", "heads must be pool or each"),
-        ("expected(epsilon=-1)@64", "epsilon must be a number >= 0"),
-        ("expected(sinks=-1)@64", "sinks must be a whole number >= 0"),
-    ],
-)
-def test_impossible_options_are_refused(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Bounded, Spec, parse
 from kvfloor.core.policy import Held, Queries
 from kvfloor.methods.policies.last_query import LastQuery
+from tests.literal import Rule, Token, kept_by, positions, run
 
 Draw = Callable[..., Tensor]
 PLAIN = LastQuery(sinks=0, recent=0)

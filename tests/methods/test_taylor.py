@@ -275,19 +275,6 @@ def test_an_absurd_number_of_features_is_refused_with_the_numbers() -> None:
     assert math.comb(64 + 2, 2) <= FEATURES_LIMIT
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("window+taylor(degree=-1)@8", "degree must be a whole number >= 0"),
-        ("window+taylor(degree=2.0)@8", "degree must be a whole number >= 0"),
-        ("window+taylor(radius=0)@8", "radius must be a positive number"),
-    ],
-)
-def test_impossible_arguments_are_named(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)
-
-
 def test_long_calls_go_in_pieces_with_the_same_answers(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     k, v, q = draw(2, 40, 3), draw(2, 40, 2), draw(2, 30, 3)
     answers = []

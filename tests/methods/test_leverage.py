@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.core.policy import Held
 from kvfloor.methods.policies.leverage import RidgeLeverage, leverage
+from tests.literal import Rule, Token, kept_by, positions, run
 
 Draw = Callable[..., Tensor]
 PLAIN = RidgeLeverage(sinks=0, recent=0)
@@ -214,19 +214,3 @@ def test_like_keys_gain_by_leaving_only_where_the_held_are_weighed(draw: Draw) -
 def test_keys_without_length_have_no_leverage() -> None:
     k = torch.zeros(1, 20, 4, dtype=torch.float64)
     assert positions(run(PLAIN, 8, None, k, k, block=4)) == [list(range(12, 20))]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("ridge_leverage(ridge=0)@64", "ridge must be a positive number"),
-        ("ridge_leverage(sketch=0)@64", "sketch must be a whole number >= 1"),
-        ("ridge_leverage(kind=hash)@64", "kind must be gaussian or count"),
-        ("ridge_leverage(over=all)@64", "over must be seen or held"),
-        ("ridge_leverage(centre=1)@64", "centre must be True or False"),
-        ("ridge_leverage(sinks=-1)@64", "sinks must be a whole number >= 0"),
-    ],
-)
-def test_impossible_options_are_refused(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.core.policy import Held, Queries
 from kvfloor.methods.policies import observation
 from kvfloor.methods.policies.observation import LastQueries, Observation
+from tests.literal import Rule, Token, kept_by, positions, run
 
 Draw = Callable[..., Tensor]
 SMALL = {"window": 5, "kernel": 3}
@@ -268,18 +268,3 @@ def test_the_last_queries_are_the_last_that_were_asked(data: st.DataObject) -> N
         assert [int(x) for x in memory.q[row, 0, :, 0]][window - min(window, len(asked[row])) :] == [
             p for p in wanted if p >= 0
         ]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("snapkv(window=0)@64", "window must be a whole number >= 1"),
-        ("snapkv(kernel=4)@64", "kernel must be odd"),
-        ("snapkv(pool=sum)@64", "pool must be max or avg"),
-        ("snapkv(decode=drop)@64", "decode must be keep or evict"),
-        ("snapkv(sinks=-1)@64", "sinks must be a whole number >= 0"),
-    ],
-)
-def test_impossible_options_are_refused(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from literal import Rule, Token, kept_by, positions, run
 from torch import Tensor
 
 from kvfloor.core.policy import Guarded, Held
 from kvfloor.methods.policies.key_difference import KeyDifference
 from kvfloor.methods.policies.key_norm import KeyNorm
+from tests.literal import Rule, Token, kept_by, positions, run
 
 Draw = Callable[..., Tensor]
 

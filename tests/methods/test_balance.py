@@ -360,30 +360,6 @@ def test_there_is_no_guarantee_where_none_is_derived(change: str) -> None:
     assert (stated is not None and not stated.holds and "safe" in stated.why) if change == "c=5.0" else stated is None
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("balance(batch=7)", "batch must be even"),
-        ("balance(batch=0)", "batch must be a whole number >= 2"),
-        ("balance(c=0.0)", "c must be a positive number"),
-        ("balance(c=None)", "give the horizon"),
-        ("balance(keep=most)", "keep must be pairs or smaller"),
-        ("balance(centre=1)", "centre must be True or False"),
-        ("balance(constant=0.0)", "constant must be a positive number"),
-        ("balance(sharpness=0.0)", "sharpness must be a positive number"),
-        ("balance(failure=1.0)", "failure must lie in"),
-        ("balance(spread=0.5)", "at least 1"),
-        ("balance(horizon=0)", "horizon must be a whole number >= 1"),
-        ("balance(sinks=-1)", "sinks must be a whole number >= 0"),
-        ("balance@27", "needs at least 28"),
-        ("balance@64:64", "one budget for all rows"),
-    ],
-)
-def test_impossible_arguments_are_named(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)
-
-
 # ---- mutants: one wrong line each, which the tests above must reject -----------------------------------------------
 
 

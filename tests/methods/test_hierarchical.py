@@ -224,12 +224,3 @@ def test_a_decoded_token_that_follows_reads_only_what_was_chosen(draw: Draw, mon
     for _ in range(8):
         state.step(draw(1, 2, 1, 4), draw(1, 1, 4), draw(1, 1, 4))
     assert len(descents) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [("k=0", "k must"), ("k=9", "multiple of key_block"), ("window=0", "window must"), ("sinks=-1", "sinks must")],
-)
-def test_impossible_configurations_are_refused(arguments: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(f"exact|hip({arguments})")

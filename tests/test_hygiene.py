@@ -103,6 +103,6 @@ def test_the_check_finds_what_it_looks_for(text: str) -> None:
     assert violations(ast.parse(text))
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_no_source_file_unpickles_or_evaluates(path: Path) -> None:
-    assert violations(ast.parse(path.read_text())) == []
+def test_no_source_file_unpickles_or_evaluates() -> None:
+    found = {str(path): violations(ast.parse(path.read_text())) for path in SOURCE.rglob("*.py")}
+    assert len(found) > 100 and {path: bad for path, bad in found.items() if bad} == {}

@@ -239,18 +239,6 @@ def test_a_broken_file_is_refused_by_name(tmp_path: Path) -> None:
         assert said in refusal(tmp_path / "changed")
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("window+less(rank=0)@8", "rank must be a whole number >= 1"),
-        ("window+less(kernels=3)@8", "kernels must be a file's path"),
-    ],
-)
-def test_impossible_arguments_are_named(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        parse(text)
-
-
 def test_places_are_checked_and_travel(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one place per row: 2 rows, 1 places"):
         Spec(2, D, DV, places=[(0, 0)])

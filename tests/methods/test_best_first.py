@@ -81,9 +81,3 @@ def test_an_isolated_needle_is_found_at_the_second_look(draw: Draw) -> None:
         assert (~state.unread(q))[0, 0].nonzero().squeeze(1).tolist() == [place]
         _, looked = state.selection.search(q, state.slots, torch.tensor([[1024]]))
         assert int(looked) == 3
-
-
-@pytest.mark.parametrize("arguments", ["k=0", "page=0"])
-def test_impossible_configurations_are_refused(arguments: str) -> None:
-    with pytest.raises(ValueError, match="must be a whole number >= 1"):
-        parse(f"exact|best_first({arguments})")
