@@ -37,7 +37,7 @@ def power_text(size: float) -> str:
 
 
 class Axis:
-    """Map numbers to page coordinates between `start` and `end`, with `room` (a share of the span) beyond the outermost.
+    """Map numbers to page coordinates between `start` and `end`, with `room`, a share of the span, at both ends.
 
     A logarithmic axis takes its ends from the positive numbers and places any other at its lower end.
     """
@@ -117,7 +117,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Chart:
-    """Hold everything that `chart.html` draws; `level` is a point whose height runs across the figure as a line and a band."""
+    """Hold everything that `chart.html` draws; the height of `level` runs across as a line with its interval as a band."""
 
     title: str
     label: str

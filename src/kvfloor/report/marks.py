@@ -32,7 +32,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Mark:
-    """Define a curve's look: `s0`..`s7`, an SVG path (empty: no markers), and hollow and dashed where it is a baseline."""
+    """Define a curve's look: colour `s0`..`s7`, an SVG path (or none), hollow and dashed where it is a baseline."""
 
     name: str
     colour: str
