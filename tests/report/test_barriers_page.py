@@ -96,7 +96,7 @@ def test_what_a_logarithmic_axis_cannot_place_stands_at_its_lower_end() -> None:
 def test_words_beside_a_line_stay_within_the_figure() -> None:
     axis = Axis([0.0, 1.0], chart.LEFT, chart.RIGHT)
     figure = Chart("t", "t", "x", axis, axis, ())
-    sides = [figure.side(Rule(x, ("x" * 40,), "floor", 24)) for x in (0.0, 0.25, 0.75, 1.0)]
+    sides = [figure.side(Rule(x, ("x" * 31,), "floor", 24)) for x in (0.0, 0.25, 0.75, 1.0)]
     assert sides == ["start", "start", "end", "end"]
 
 

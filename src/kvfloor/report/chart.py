@@ -17,8 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 464, 78, 300
 CLEAR = 16
 """Room above the plot area of a figure without vertical lines."""
 
-LETTER = 5.7
-"""Mean width of a letter of the figure's words, to tell on which side of a line they fit."""
+LETTER = 7.0
+"""Mean width of a letter as a narrow page draws it, to tell on which side of a line the words fit."""
 
 
 def number_text(value: float) -> str:
@@ -117,7 +117,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Chart:
-    """Hold everything that `chart.html` draws; the height of `level` runs across as a line with its interval as a band."""
+    """Hold everything that `chart.html` draws; `level` is drawn across the figure, its interval as a band."""
 
     title: str
     label: str

@@ -39,13 +39,14 @@ def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
             Rule(
                 exact.floor_bytes,
                 (
-                    f"floor, {bytes_text(exact.floor_bytes)}: worst case over keys",
-                    "and values, attention as a data structure",
+                    f"floor, {bytes_text(exact.floor_bytes)}: worst case",
+                    "over keys and values, attention",
+                    "as a data structure",
                 ),
                 "floor",
-                top=24,
+                top=16,
             ),
-            Rule(exact.token_id_bytes, (f"token ids, {bytes_text(exact.token_id_bytes)}",), "tokenids", top=56),
+            Rule(exact.token_id_bytes, (f"token ids, {bytes_text(exact.token_id_bytes)}",), "tokenids", top=62),
         ),
         level=level,
     )
