@@ -31,7 +31,13 @@ ROOT = Path(__file__).parent.parent
 COPIED = ("src", "tests", "docs", "examples", "pyproject.toml", "README.md")
 BESIDE = {
     "attend": ("core/test_step_partial",),
-    "blocked": ("core/test_bounded", "core/test_one_token", "core/test_state", "core/test_rotation"),
+    "blocked": (
+        "core/test_bounded",
+        "core/test_one_token",
+        "core/test_state",
+        "core/test_rotation",
+        "methods/test_selectors",
+    ),
     "bounded": ("core/test_one_token", "core/test_state", "methods/test_value_sum", "core/test_restoring"),
     "broken": ("core/test_doors",),
     "exact": ("core/test_state", "core/test_method"),
@@ -42,6 +48,7 @@ BESIDE = {
     "slots": ("core/test_one_token", "core/test_bounded", "core/test_rotation"),
     "spec": ("core/test_state", "core/test_rotation"),
     "state": ("core/test_one_token", "core/test_doors", "core/test_restoring", "core/test_broken"),
+    "stretches": ("core/test_restoring", "methods/test_quantized"),
     "summary": ("methods/test_value_sum", "core/test_method"),
     "tiles": ("methods/test_observation",),
 }
