@@ -1,6 +1,6 @@
 """Does a stream go on past the positions that its model was trained for, once positions count within the cache?
 
-    python characterize/endless.py [--model FOLDER] [--places 0,2048,...]
+    python -m characterize.endless [--model FOLDER] [--places 0,2048,...]
 
 SmolLM2-135M-Instruct (8,192 trained positions, float32) reads US presidential messages one after the other, through
 sinks(4)@1024, in forwards of 512 tokens; at each place, a copy of the cache reads one message of 2,048 tokens that is
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from table import save
 from torch import Tensor
+
+from characterize.lib.table import save
 
 PLACES = (0, 2048, 8192, 16384, 32768, 65536, 131072)
 METHOD, SINKS, WINDOW = "sinks(4)@1024", 4, 1020

@@ -1,4 +1,4 @@
-"""Streaming attention in bounded memory, beside the proof of how little memory is possible."""
+"""Stream attention in bounded memory, beside the proof of how little memory is possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m kvfloor`: the command line."""
+"""Run the command line as `python -m kvfloor`."""
 
 from kvfloor.cli import main
 

@@ -1,4 +1,4 @@
-"""Files that cannot hurt: written whole or not at all, read only if they are regular and no larger than stated."""
+"""Read and write files safely: written whole or not at all, read only if regular and no larger than stated."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ _IRREGULAR = "it is a folder, a pipe or a device, not a regular file"
 
 
 def open_folder(folder: Path) -> Path:
-    """Create `folder` where it is missing and prove that files can be written and renamed in it.
+    """Create `folder` where it is missing, and prove that files can be written and renamed in it.
 
     An audit calls this first, so that an unwritable `--out` fails in the first second and not in the last.
     Raises ValueError with one line naming the folder and the reason.
@@ -32,8 +32,8 @@ def open_folder(folder: Path) -> Path:
 def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
     """Read a regular file of at most `most_bytes`; `what` names it in errors ("prompts file").
 
-    Raises ValueError, before anything is read, for what is no regular file (a folder, a pipe, a device) and for a
-    file that is larger; never waits for a writer.
+    Raises ValueError, before anything is read, for a path that is no regular file (a folder, a pipe, a device) and for
+    a file that is larger. Never waits for a writer.
     """
     with open_regular(path, what) as (stream, size):
         if size > most_bytes:
@@ -46,10 +46,10 @@ def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
 
 @contextmanager
 def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
-    """Open a regular file for reading, and tell its size in bytes; ValueError for anything else.
+    """Open a regular file for reading, and yield it with its size in bytes; raise ValueError for anything else.
 
-    Opening a device may act on it and opening a pipe waits for its writer, so the name is asked first. It may be given
-    to another file in between, so the opened one is asked again.
+    Opening a device may act on it and opening a pipe waits for its writer, so the path is checked first. The path may
+    be given to another file in between, so the opened file is checked again.
     """
     path = named(path, what)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -68,7 +68,7 @@ def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
 
 
 def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> bytes:
-    """The next `size` bytes of an open file; ValueError if it has become shorter."""
+    """Read the next `size` bytes of an open file; raise ValueError if it has become shorter."""
     data = bytearray()
     try:
         while len(data) < size and (piece := stream.read(min(size - len(data), _PIECE_BYTES))):
@@ -91,7 +91,7 @@ def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> N
     """
     data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
     target = _replaceable(path)
-    temporary = target.with_name(f".kvfloor-{secrets.token_hex(8)}.tmp")  # any name that fits has room for it
+    temporary = target.with_name(f".kvfloor-{secrets.token_hex(8)}.tmp")  # short, however long the target's name
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
         with os.fdopen(descriptor, "wb") as stream:
@@ -100,7 +100,7 @@ def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> N
             os.fsync(stream.fileno())
         os.replace(temporary, target)
     except BaseException as error:
-        with suppress(OSError):  # the first failure is the one to tell
+        with suppress(OSError):  # keep the first failure as the one raised
             temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, ValueError)):
             raise _cannot_write(path, error) from error
@@ -109,7 +109,10 @@ def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> N
 
 
 def _replaceable(path: str | Path) -> Path:
-    """Where to write for `path`: the end of its symbolic links; ValueError for what no file can replace."""
+    """Return the file to write for `path`, the end of its symbolic links.
+
+    Raises ValueError for a folder, a pipe or a device, which no file can replace.
+    """
     path = named(path, "file to write")
     try:
         target = Path(os.path.realpath(path)) if os.path.islink(path) else path
@@ -140,7 +143,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def named(path: str | Path, what: str) -> Path:
-    """`path` as a Path; TypeError if it is neither text nor a Path, ValueError if it is empty."""
+    """Return `path` as a Path; raise TypeError if it is neither text nor a Path, ValueError if it is empty."""
     if not isinstance(path, (str, Path)):
         raise TypeError(f"the path of the {what} must be text or a Path, got {path!r}")
     if not str(path):
@@ -149,7 +152,7 @@ def named(path: str | Path, what: str) -> Path:
 
 
 def cannot_read(path: str | Path, what: str, reason: str) -> ValueError:
-    """The error of a file that cannot be read, for its caller to raise."""
+    """Return the error of a file that cannot be read, for the caller to raise."""
     return ValueError(f"cannot read the {what} {str(path)!r}: {reason}")
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Return softcap * tanh(logits / softcap), or the logits as they are where there is no cap."""
+    """Return softcap * tanh(logits / softcap), or the logits unchanged where there is no cap."""
     return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 

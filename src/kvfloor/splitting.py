@@ -1,10 +1,10 @@
-"""Splitting texts that hold methods, where a mark within parentheses or quotes belongs to an argument."""
+"""Split texts that hold methods; a mark within parentheses or quotes belongs to an argument."""
 
 from __future__ import annotations
 
 import re
 
-_QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)  # a file's path among the arguments
+_QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)  # a quoted argument, such as a file's path
 _SHOWN = 40  # characters of a refused text
 
 
@@ -23,13 +23,13 @@ def outline(text: str) -> str:
 
 
 def split_once(text: str, mark: str) -> tuple[str, str, str]:
-    """Split at the first `mark` of the outline: (before, mark or "", after), without spaces around."""
+    """Split at the first `mark` of the outline: (before, mark or "", after), without surrounding spaces."""
     at = outline(text).find(mark)
     return (text, "", "") if at < 0 else (text[:at].strip(), mark, text[at + len(mark) :].strip())
 
 
 def split_list(text: str) -> list[str]:
-    """Split a comma-separated list into its parts, without spaces around; empty ones are left out."""
+    """Split a comma-separated list into its parts, without surrounding spaces; empty parts are left out."""
     return split_words(text, ",")
 
 

@@ -1,7 +1,7 @@
-"""Intervals for shares of right answers and for their paired differences.
+"""Compute confidence intervals for shares of right answers and for their paired differences.
 
-Both are score intervals: they invert a test instead of guessing a standard error, so they stay honest at 0
-and at n of n, where a Wald interval or a bootstrap has width zero.
+Both are score intervals: they invert a test instead of estimating a standard error. So they keep a positive width at
+0 and at n of n, where a Wald interval or a bootstrap has width zero.
 """
 
 import math
@@ -11,11 +11,11 @@ from statistics import NormalDist
 from kvfloor.validation import whole, within
 
 MIN_SAMPLES = 32
-"""Fewest samples an audit row may rest on."""
+"""Require at least this many samples for an audit row."""
 
 
 def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided interval for a share, `right` of `n` independent samples.
+    """Return the two-sided interval for a share, `right` of `n` independent samples.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
     Raises ValueError where the counts or the confidence are impossible.
@@ -50,7 +50,7 @@ def clopper_pearson_limit(wrong: int, drawn: int, alpha: float) -> float:
 
 
 def _binomial_cdf(k: int, n: int, e: float) -> float:
-    """Pr[Binomial(n, e) <= k] for k < n, summed outwards from the largest term so that nothing underflows early."""
+    """Return Pr[Binomial(n, e) <= k] for k < n, scaled by the largest term so that no sum underflows early."""
     if e <= 0.0:
         return 1.0
     if e >= 1.0:
@@ -65,7 +65,7 @@ def _binomial_cdf(k: int, n: int, e: float) -> float:
 
 
 def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[int, int]:
-    """`(gained, lost)`: samples only `outcomes` has right, and samples only `reference` has right.
+    """Return `(gained, lost)`: the samples only `outcomes` has right, and the samples only `reference` has.
 
     Raises ValueError where the two are not paired sample by sample.
     """
@@ -79,9 +79,9 @@ def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[in
 
 
 def paired_difference_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided interval for (share right) - (reference's share right) over `n` paired samples.
+    """Return the two-sided interval for (share right) - (reference's share right) over `n` paired samples.
 
-    `gained` of them only the method has right, `lost` only the reference; the agreeing pairs carry no other
+    `gained` of the samples only the method has right, `lost` only the reference; the agreeing pairs carry no other
     information. The interval holds every difference D that Tango's score test does not reject, with the
     discordant shares re-estimated under D. With no discordant pair it is +-z^2 / (n + z^2): +-0.107 at n =
     32, never zero.
@@ -106,10 +106,10 @@ def paired_difference_interval(gained: int, lost: int, n: int, confidence: float
 
 
 def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
-    """Tango's statistic for "the true difference is `difference`": standard normal under it, falling in
-    `difference`.
+    """Return Tango's statistic for the hypothesis that the true difference is `difference`.
 
-    The variance uses the discordant shares of highest likelihood among those that differ by `difference`.
+    It is standard normal under the hypothesis, and falls as `difference` grows. The variance uses the discordant shares
+    of highest likelihood among those that differ by `difference`.
     """
     deviation = gained - lost - n * difference
     a = 2 * n
@@ -123,7 +123,7 @@ def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
 
 
 def _bisect(falling: Callable[[float], float], low: float, high: float, target: float) -> float:
-    """Where a falling function meets `target` between `low` and `high`, to 2^-60 of their distance."""
+    """Find the point where a falling function meets `target`, to 2^-60 of the distance from `low` to `high`."""
     for _ in range(60):
         middle = (low + high) / 2
         if falling(middle) > target:
@@ -134,7 +134,7 @@ def _bisect(falling: Callable[[float], float], low: float, high: float, target: 
 
 
 def _quantile(confidence: float) -> float:
-    """The z of a two-sided interval at `confidence`, which lies strictly between 0 and 1."""
+    """Return the z of a two-sided interval at `confidence`, which lies strictly between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence} is impossible: give a share strictly between 0 and 1, e.g. 0.95")
     return NormalDist().inv_cdf((1 + confidence) / 2)

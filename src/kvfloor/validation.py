@@ -1,4 +1,4 @@
-"""Check arguments: every refusal names the argument, what was given and what is allowed."""
+"""Check arguments: every error names the argument, the value given and the values allowed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 MOST_WHOLE = 2**63 - 1
-"""The largest count that a user may give: what theorems make of a few of them are finite floats."""
+"""Bound the counts that a user may give, so that theorems' formulas in a few of them are finite floats."""
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:

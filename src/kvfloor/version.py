@@ -1,3 +1,3 @@
-"""Name this release."""
+"""Define the version of this release."""
 
 __version__ = "0.1.0"

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from kvfloor.hf.families import own_cache_class
+from survey.tiny import families, tiny_model
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
 
@@ -26,6 +38,17 @@ def tiny(family: str = "llama", **changes: object) -> PreTrainedModel:
         sizes["sliding_window"] = None
     config = FAMILIES[family](**(sizes | changes))
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def served(family: str) -> PreTrainedModel:
+    """A tiny model of this family; skips the test where this release has none, or one that kvfloor refuses."""
+    release = f"transformers {transformers.__version__}"
+    if family not in families():
+        pytest.skip(f"{release} has no {family}")
+    own = own_cache_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]])
+    if own is not None:
+        pytest.skip(f"{family} fills a {own} of its own in {release}, and is refused")
+    return tiny_model(family)
 
 
 @pytest.fixture(params=FAMILIES)

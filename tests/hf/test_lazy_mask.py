@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,21 @@ import pytest
 import torch
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from kvfloor.hf import CompressedCache
+from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.masks import LazyMask, Slots, mask_over
-from survey.tiny import tiny_config
+from survey.tiny import tiny_config, tiny_model
 
-SIZES: dict[str, Any] = {"batch_size": 2, "q_length": 5, "kv_length": 7, "q_offset": 2, "kv_offset": 0}
+
+def sizes(queries: int, offset: int) -> dict[str, Any]:
+    """The sizes of a mask over 7 slots, as this release's mask functions take them."""
+    if "cache_position" in inspect.signature(sdpa_mask).parameters:
+        where: dict[str, Any] = {"cache_position": torch.arange(offset, offset + queries)}
+    else:
+        where = {"q_length": queries, "q_offset": offset}
+    return {"batch_size": 2, "kv_length": 7, "kv_offset": 0, **where}
+
+
+SIZES = sizes(5, 2)
 PADDED = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1] * 7], dtype=torch.bool)
 USES: dict[str, Callable[[Any], Any]] = {
     "indexing": lambda mask: mask[:, :, 1:3, :4],
@@ -57,7 +68,7 @@ def test_so_does_any_boolean_use(use: str) -> None:
 
 def test_cut_along_its_queries_it_is_still_one() -> None:
     every = slice(None)
-    cut = LazyMask(SIZES | {"attention_mask": PADDED})[:, :, -2:, :]
+    cut: Any = LazyMask(SIZES | {"attention_mask": PADDED})[:, :, -2:, :]
     assert isinstance(cut, LazyMask) and cut.padding is PADDED
     whole: Any = sdpa_mask(**SIZES, attention_mask=PADDED)
     assert torch.equal(cut.tensor(), whole[:, :, -2:, :])
@@ -65,7 +76,7 @@ def test_cut_along_its_queries_it_is_still_one() -> None:
 
 
 def test_stock_attention_goes_without_a_mask_where_it_can() -> None:
-    plain = SIZES | {"q_length": 7, "q_offset": 0}
+    plain = sizes(7, 0)
     assert LazyMask(plain).for_stock() is None and LazyMask(plain).tensor().shape == (2, 1, 7, 7)
 
 
@@ -73,7 +84,67 @@ def test_only_a_compressed_layer_gets_a_lazy_one_and_a_mask_handed_on_stays_it()
     layer = CompressedCache(tiny_config("llama"), "exact").compressed[0]
     slots, _ = layer.get_mask_sizes(5)
     assert isinstance(slots, Slots) and slots == 5
-    made = mask_over("sdpa", **SIZES | {"kv_length": slots, "q_offset": 0})
+    made = mask_over("sdpa", **sizes(5, 0) | {"kv_length": slots})
     assert isinstance(made, LazyMask)
     assert mask_over("sdpa", **SIZES | {"kv_length": slots, "attention_mask": made}) is made
     assert isinstance(mask_over("sdpa", **SIZES, attention_mask=PADDED), torch.Tensor)
+
+
+MOVES: dict[str, Callable[[Any], Any]] = {
+    "by position": lambda mask: mask.to("meta"),
+    "by name": lambda mask: mask.to(device="meta"),
+    "a device": lambda mask: mask.to(torch.device("meta"), non_blocking=True),
+}
+CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "dtype": lambda mask: mask.to(torch.float64),
+    "dtype by name": lambda mask: mask.to(dtype=torch.float64),
+    "device and dtype": lambda mask: mask.to("cpu", torch.float64),
+    "device and dtype by name": lambda mask: mask.to("cpu", dtype=torch.float64),
+    "as another": lambda mask: mask.to(torch.zeros(1, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moved_to_a_device_it_is_still_one(move: str) -> None:
+    mask: Any = LazyMask(SIZES | {"attention_mask": PADDED, "allow_is_causal_skip": False})
+    there = MOVES[move](mask)
+    assert isinstance(there, LazyMask) and there.padding is not None and there.plainly_causal
+    cut = there[:, :, -2:, :]
+    assert {x.device.type for x in (there.padding, there.tensor(), there.for_stock(), cut.tensor())} == {"meta"}
+    assert mask.padding is PADDED and mask.tensor().device.type == "cpu"
+    assert torch.equal(mask.to("cpu").tensor(), mask.tensor())
+    assert MOVES[move](LazyMask(sizes(7, 0))).padding is None
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_any_other_conversion_gives_the_tensor(conversion: str) -> None:
+    mask = LazyMask(SIZES | {"attention_mask": PADDED, "allow_is_causal_skip": False})
+    converted = CONVERSIONS[conversion](mask)
+    assert type(converted) is torch.Tensor and torch.equal(converted, mask.tensor().double())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_model_that_moves_each_layers_arguments_answers_as_without(family: str) -> None:
+    def move(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        del module
+        send = [name for name, x in kwargs.items() if hasattr(x, "to") and name != "past_key_values"]
+        return args, kwargs | {name: kwargs[name].to("cpu", non_blocking=True) for name in send}
+
+    model: Any = prepare(tiny_model(family))
+    ids = torch.randint(1, 98, (2, 30), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
+        cache = CompressedCache(model.config, "sinks(2,block=4)@8")
+        parts = [(0, 25), (25, 30)]
+        return torch.cat(
+            [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in parts], 1
+        )
+
+    right = logits()
+    for layer in model.model.layers:
+        for module in (layer, layer.self_attn):
+            module.register_forward_pre_hook(move, with_kwargs=True)
+    assert torch.equal(logits(), right)

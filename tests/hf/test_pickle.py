@@ -15,8 +15,7 @@ from torch import Tensor
 
 from kvfloor import parse
 from kvfloor.hf import CompressedCache, prepare
-from survey.tiny import tiny_model
-from tests.hf.conftest import tiny
+from tests.hf.conftest import served, tiny
 
 IDS = torch.randint(1, 98, (2, 40), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
@@ -66,7 +65,7 @@ def test_it_goes_on_to_the_bit_and_shares_nothing(way: str, method: str) -> None
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["gemma3_text", "falcon_h1", "deepseek_v3", "gemma3n_text"])
 def test_so_do_other_layers_beside_it(family: str, way: str) -> None:
-    model = prepare(tiny_model(family))
+    model = prepare(served(family))
     cache = filled(model, "h2o(block=4)@16")
     there = WAYS[way](cache)
     assert torch.equal(onward(model, there), onward(model, cache))

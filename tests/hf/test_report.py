@@ -60,7 +60,9 @@ def test_evictions_are_told_once_each_with_place_and_position(
             assert sorted(gone[divmod(row, 2)] + kept) == list(range(int(state.seen[row])))  # type: ignore[union-attr]
     cache.call_on_evict(None)
     before = len(told)
-    llama.generate(torch.full((2, 140), 7), do_sample=False, max_new_tokens=2, past_key_values=cache)
+    more, mask = torch.full((2, 140), 7), torch.ones(2, 140, dtype=torch.int64)
+    mask[0, :20] = 0  # the prompt's pads
+    llama.generate(more, attention_mask=mask, do_sample=False, max_new_tokens=2, past_key_values=cache)
     assert len(told) == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -106,6 +107,8 @@ def _unchanged(model: PreTrainedModel, attention: str | None = None) -> None:
 
 @pytest.mark.parametrize("family", FAST)
 def test_every_stock_cache_is_unchanged(family: str) -> None:
+    if family not in families():
+        pytest.skip("this release of transformers has no such family")
     _unchanged(tiny_model(family))
 
 
@@ -190,6 +193,13 @@ def test_continuous_batching_names_restore() -> None:
     assert is_prepared(model)
 
 
+def _keeps_the_wish_for_weights(model: PreTrainedModel) -> bool:
+    """Whether model and attention take `output_attentions` by name and collect it, and do not pass it on."""
+    attentions = [part for part in model.modules() if type(part).__name__.endswith("Attention")]
+    asked = [inspect.signature(part.forward).parameters for part in (model.base_model, *attentions)]
+    return all("output_attentions" in names for names in asked)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "deepseek_v3"])
 def test_attention_weights_are_those_of_eager_attention(family: str, attention: str) -> None:
@@ -198,6 +208,8 @@ def test_attention_weights_are_those_of_eager_attention(family: str, attention: 
     right = model(**_prompt(), output_attentions=True).attentions
     if not (family == "gemma2" and attention == "sdpa"):  # sdpa cannot cap logits
         model.set_attn_implementation(attention)
+    if attention == "sdpa" and _keeps_the_wish_for_weights(model):
+        pytest.skip(f"{family} of this release tells no attention function that weights are asked for")
     prepare(model)
     mine = model(**_prompt(), output_attentions=True, past_key_values=_static(model) if family == "gpt2" else None)
     assert len(mine.attentions) == len(right) > 0

@@ -182,3 +182,23 @@ def test_a_part_switched_by_hand_keeps_what_was_selected() -> None:
 def test_names_lead_back_and_spell_out_what_transformers_looks_for(name: str) -> None:
     assert before(name_over(name)) == name and before(name) is None
     assert not any(word in name_over(name) for word in ("flash", "flex", "/"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_layers_that_move_what_they_are_given_may_move_the_cache_where_it_is(family: str) -> None:
+    """accelerate's hooks do, within a forward, where nobody told them to leave it."""
+
+    def move(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        del module
+        return args, {name: x.to("cpu") if hasattr(x, "to") else x for name, x in kwargs.items()}
+
+    model: Any = prepare(tiny_model(family))
+    ids = torch.randint(2, 98, (1, 40), generator=torch.Generator().manual_seed(1))
+    cache = CompressedCache(model.config, "sinks(2,block=4)@16")
+    right = model.generate(ids, past_key_values=cache, max_new_tokens=6)
+    for layer in model.model.layers:
+        for module in (layer, layer.self_attn):
+            module.register_forward_pre_hook(move, with_kwargs=True)
+    cache = CompressedCache(model.config, "sinks(2,block=4)@16")
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=6), right)
+    cache.check_whole()

@@ -1,1 +1,1 @@
-"""The audit: what every method costs and breaks at every budget, measured on one model and its tasks."""
+"""Measure the cost and the lost quality of every method at every budget, on one model and its tasks."""

@@ -1,4 +1,4 @@
-"""What counts as safe: the tolerated loss, the confidence, and the verdict they give on one row."""
+"""Define a safe setting by a tolerated loss and a confidence, and judge one row by them."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SEVERITY: dict[Verdict, int] = {"falls": 0, "open": 1, "holds": 2}
 
 @dataclass(frozen=True)
 class Standard:
-    """The standard of one audit.
+    """Hold the tolerated loss and the confidence that one audit judges by.
 
     margin      largest tolerated loss of score to exact, a share in (0, 1)
     confidence  of the whole recommendation, in (0.5, 1)
@@ -30,20 +30,20 @@ class Standard:
 
     @property
     def cell_confidence(self) -> float:
-        """Of the two-sided interval whose lower end errs with one method's share of the allowed error."""
+        """Return the level of the two-sided interval whose lower end errs with one method's share of the error."""
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
     def lower_end(self, row: Row) -> float:
-        """The largest loss (a negative difference) that the row cannot exclude."""
+        """Return the largest loss (a negative difference) that the row cannot exclude."""
         return paired_difference_interval(row.gained, row.lost, row.n, self.cell_confidence)[0]
 
     def verdict(self, row: Row) -> Verdict:
-        """The verdict on one row; exact holds by definition."""
+        """Judge one row; exact holds by definition."""
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"
         return "falls" if row.diff_high < 0 else "open"
 
     def samples_needed(self, margin: float) -> int:
-        """Samples per cell at which a setting that loses none is shown to lose less than `margin`."""
+        """Return the samples per cell at which a setting that loses none is shown to lose less than `margin`."""
         z = NormalDist().inv_cdf((1 + self.cell_confidence) / 2)
         return math.ceil(z * z * (1 - margin) / margin)

@@ -1,4 +1,4 @@
-"""A recommendation in plain words: why, what breaks first and where, and what the numbers cannot show."""
+"""Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers."""
 
 from collections import Counter, defaultdict
 
@@ -8,12 +8,12 @@ from kvfloor.audit.recommend import WEAK_EXACT_SCORE, Judged, Recommendation
 
 
 def why(answer: Recommendation) -> str:
-    """The reason for the recommendation, or why there is none; one paragraph."""
+    """Return one paragraph with the reason for the recommendation, or the reason that there is none."""
     return _why_none(answer) if answer.chosen is None else _why_chosen(answer, answer.chosen)
 
 
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
-    """The task that breaks first; then per method, down to where it holds and what breaks there."""
+    """Name the task that breaks first, then each method's smallest safe budget and the next cell to break."""
     falling = Counter(one.weakest.task for one in answer.judged if one.verdict == "falls")
     sentences = []
     if falling:
@@ -27,7 +27,7 @@ def what_breaks(answer: Recommendation) -> tuple[str, ...]:
 
 
 def cautions(answer: Recommendation) -> tuple[str, ...]:
-    """What the numbers cannot show; one sentence each."""
+    """List the limits of the numbers, one sentence each."""
     sentences = []
     standard = answer.standard
     n = min(row.n for row in answer.exact)
@@ -101,7 +101,7 @@ def _why_none(answer: Recommendation) -> str:
 
 
 def _along_budgets(settings: list[Judged], standard: Standard) -> str:
-    """One method's budgets, largest first, in one sentence."""
+    """Describe one method's budgets, largest first, in one sentence."""
     believed = [one.setting for one in settings if one.believed]
     broken = next((one for one in settings if one.verdict != "holds"), None)
     if broken is None:
@@ -111,7 +111,7 @@ def _along_budgets(settings: list[Judged], standard: Standard) -> str:
 
 
 def _weakness(one: Judged, standard: Standard) -> str:
-    """Where a setting is weakest and what is seen there."""
+    """Describe a setting's weakest cell and its scores there."""
     cell = one.weakest.cell
     if one.verdict == "falls":
         return f"it breaks on {cell}, {_scores(one)}"

@@ -1,8 +1,8 @@
-"""Numbers as words, written the same way in the recommendation, the terminal table and the report."""
+"""Write numbers as words, in the same way in the recommendation, the terminal table and the report."""
 
 
 def bytes_text(count: float) -> str:
-    """A size with three significant digits in binary units, e.g. `1.25 MiB`; whole bytes below 1 KiB."""
+    """Write a size with three significant digits in binary units, e.g. `1.25 MiB`; whole bytes below 1 KiB."""
     if count < 1024:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB", "GiB", "TiB"):
@@ -14,7 +14,7 @@ def bytes_text(count: float) -> str:
 
 
 def percent_text(share: float) -> str:
-    """A share as whole per cent, except that only 0 and 1 themselves are written 0 % and 100 %."""
+    """Write a share as whole per cent, except that only 0 and 1 themselves are written 0 % and 100 %."""
     if 0 < share < 0.01:
         return "<1 %"
     if 0.99 < share < 1:
@@ -23,15 +23,15 @@ def percent_text(share: float) -> str:
 
 
 def points_text(share: float) -> str:
-    """A difference of shares in percentage points, e.g. `15 points`."""
+    """Write a difference of shares in percentage points, e.g. `15 points`."""
     return f"{100 * share:.0f} points"
 
 
 def smaller_text(exact_bytes: float, state_bytes: float) -> str:
-    """How many times smaller the state is than exact, e.g. `7.5x`; `-` where nothing is held."""
+    """Write the ratio of exact bytes to state bytes, e.g. `7.5x`; `-` where nothing is held."""
     return f"{exact_bytes / state_bytes:.1f}x" if state_bytes else "-"
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 cell`, `3 cells`."""
+    """Write a number with its noun: `1 cell`, `3 cells`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,4 +1,4 @@
-"""What each kv head needs and what it takes: floor, cheapest good setting, exact, per layer and head."""
+"""Compare the floor, the cheapest good setting and the exact bytes of each kv head, per layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_TOKENS = 8192  # longer contexts are left out: the floor's cost grows with 
 
 @dataclass(frozen=True)
 class HeadFloor:
-    """The read floors of one kv head on one recorded sample of a cell. Bytes are of this head alone.
+    """Hold the read floors of one kv head on one recorded sample of a cell. Bytes are of this head alone.
 
     tokens             of the context
     readable_groups    groups of tokens that some query of the recorded length can read
@@ -42,7 +42,7 @@ class HeadFloor:
 
 @dataclass(frozen=True)
 class Head:
-    """One kv head over all cells: the largest floor, and the cheapest setting that serves it on every cell.
+    """Hold one kv head's largest floor over all cells, and the cheapest setting that serves it on every cell.
 
     best_bytes are the setting's bytes per kv head, the largest over the cells; None with best_method where only exact
     keeps the output error within GOOD. compressible: at most COMPRESSIBLE of the tokens can be read, on every cell.
@@ -60,12 +60,12 @@ class Head:
     compressible: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
+        """Return the fields as plain JSON types."""
         return asdict(self)
 
 
 def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
-    """The floors of every head on the first recorded sample; none where the context is longer than MOST_TOKENS."""
+    """Return every head's floors on the first recorded sample; none for contexts longer than MOST_TOKENS."""
     found = []
     for layer, trace in enumerate(traces):
         cut = trace.k.shape[1] - trace.asked
@@ -79,7 +79,10 @@ def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
 
 
 def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
-    """asked (g, t, d) are the queries after the context, own (t, d) the keys of their tokens."""
+    """Compute a head's floor.
+
+    asked  (g, t, d)  the queries after the context        own  (t, d)  the keys of their tokens
+    """
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
     demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
     radius = trace.q[head][:, trace.present[head]].float().norm(dim=-1).max().item()
@@ -92,7 +95,7 @@ def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Te
 
 
 def heads(floors: Iterable[HeadFloor], rows: Sequence[Row]) -> list[Head]:
-    """Every head that has floors, by layer and head."""
+    """Return every head that has floors, ordered by layer and head."""
     found: dict[tuple[int, int], list[HeadFloor]] = {}
     for floor in floors:
         found.setdefault((floor.layer, floor.head), []).append(floor)
@@ -117,7 +120,7 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Ro
 
 
 def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> tuple[int, str, float] | None:
-    """(bytes per head, setting, largest error) of the cheapest setting that serves the head on all the cells."""
+    """Return (bytes per head, setting, largest error) of the cheapest setting that serves the head on all the cells."""
     layer, head = place
     settings: dict[str, list[Row]] = {}
     for row in rows:
@@ -134,7 +137,7 @@ def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> 
 
 
 def summary(found: Sequence[Head]) -> str:
-    """One plain sentence on which heads are compressible."""
+    """Name the compressible heads in one plain sentence."""
     if not found:
         return "No head's floor was measured."
     names = [f"layer {one.layer} head {one.head}" for one in found if one.compressible]

@@ -1,4 +1,4 @@
-"""One row of an audit: a setting on a cell's samples, decoded greedily by the real model."""
+"""Measure one row of an audit: a setting on a cell's samples, decoded greedily by the real model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACED_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Prepared:
-    """A cell's samples as tokens, and what the exact cache did on them.
+    """Hold a cell's samples as tokens, and the recorded traces of the first few.
 
     contexts are taken in before the seal, asks after it (in the visible protocol: the last token only).
     """
@@ -41,7 +41,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running one setting on one cell gave; bytes are of one sequence, times of one sequence in the batch."""
+    """Record a setting's answers on a cell, its bytes per sequence, and its times per sequence of the batch."""
 
     right: tuple[int, ...]
     state_bytes: int
@@ -54,18 +54,18 @@ class Outcome:
 
 
 class Bench:
-    """A prepared model, its tokenizer, and the measurements on it."""
+    """Measure settings on a prepared model with its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self._extra_tokens = extra_tokens  # room to be wrong by going on after the answer
 
     def count(self, text: str) -> int:
-        """Tokens of a text, special ones included."""
+        """Count the tokens of a text, special ones included."""
         return len(self.tokenizer(text).input_ids)
 
     def prepare(self, work: Work) -> Prepared:
-        """Tokens of the samples, split at the seal, and the traces of the first few."""
+        """Tokenize the samples, split them at the seal, and record the traces of the first few."""
         plain = self._plain
         contexts, asks, answers = [], [], []
         for item in work.items:
@@ -83,7 +83,7 @@ class Bench:
         return Prepared(work, contexts, asks, answers, traces.record(self.model, contexts[few], spoken))
 
     def resolved(self, method: Method, prepared: Prepared) -> Method:
-        """The method with its budget in tokens; a share is of the context, bytes are of one sequence's cache."""
+        """Return the method with its budget in tokens; a share is of the context, bytes are of one sequence's cache."""
         trace, layers = prepared.traces[0], len(prepared.traces)
         heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
         places = [(trace.layer, head) for head in range(heads)]
@@ -91,7 +91,7 @@ class Bench:
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
     def run(self, method: Method, prepared: Prepared) -> Outcome:
-        """Prefill, seal, ask, answer: all samples in one batch."""
+        """Prefill, seal, ask and answer all samples in one batch."""
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
         cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
         dialogue = Dialogue.start(self.model, cache, batch)
@@ -116,7 +116,7 @@ class Bench:
         )
 
     def row(self, setting: Setting, prepared: Prepared, outcome: Outcome, exact: Outcome) -> Row:
-        """The row of a setting, beside what exact did on the same samples."""
+        """Build the row of a setting, compared with exact on the same samples."""
         cell = prepared.work.cell
         by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
         trace = prepared.traces[0]
@@ -149,8 +149,10 @@ class Bench:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def _is_right(self, item: Any, said: Sequence[int]) -> bool:
-        """Exact match after white space is normalised. A user's prompt has no agreed end, so there a right answer
-        may be followed by more."""
+        """Return True if the answer is the right one, after white space is normalised.
+
+        A user's prompt has no agreed end, so there a right answer may be followed by more tokens.
+        """
         text = self.tokenizer.decode(said, skip_special_tokens=True).split()
         wanted = self.tokenizer.decode(self._plain(" " + item.answer), skip_special_tokens=True).split()
         return text == wanted if item.ends else text[: len(wanted)] == wanted
@@ -159,7 +161,7 @@ class Bench:
 def run_cells(
     bench: Bench, settings: Sequence[Setting], work: Sequence[Work], progress: Callable[[str], None]
 ) -> tuple[list[Row], list[HeadFloor]]:
-    """Every setting on every cell, exact first, because the others are compared with it; and every head's floor."""
+    """Run every setting on every cell, exact first as the others are compared with it; measure every head's floor."""
     rows, floors = [], []
     for one in work:
         prepared = bench.prepare(one)

@@ -1,4 +1,4 @@
-"""What a report says about the run beside its rows."""
+"""Describe the run that a report's rows come from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Meta:
-    """Where the numbers come from.
+    """Record the source of a report's numbers.
 
     model       the model's name or path, as the user gave it
     seed        what every task and method was seeded with

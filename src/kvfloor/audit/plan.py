@@ -1,4 +1,4 @@
-"""What an audit runs: the settings (methods x budgets, baselines always in) and the samples of each cell."""
+"""Plan an audit's work: the settings (methods x budgets, baselines always in) and the samples of each cell."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TASKS = ("recall", "passkey64", "vartrack", "registers")
 
 @dataclass(frozen=True)
 class Item:
-    """One sample to answer: context and question as text, and the only right answer.
+    """Hold one sample to answer: context and question as text, and the only right answer.
 
     `ends` says that the answer must be followed by the end of text, which the built-in tasks agree on.
     """
@@ -48,14 +48,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Work:
-    """One cell of the audit and its samples."""
+    """Hold one cell of the audit and its samples."""
 
     cell: Cell
     items: tuple[Item, ...]
 
 
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[Setting]:
-    """Every method under every budget, the baselines first, each setting once.
+    """List every method under every budget, the baselines first, each setting once.
 
     A method whose text has a budget keeps it; one that no budget bounds runs once. A setting that is asked for and a
     baseline is marked as both. Raises ValueError for an unknown method and for a budget smaller than what the method
@@ -107,7 +107,7 @@ def task_work(
     seed: int,
     count: Callable[[str], int],
 ) -> list[Work]:
-    """Cells of the tasks; samples are the same for every protocol."""
+    """Return the cells of the tasks; samples are the same for every protocol."""
     work = []
     for task in chosen_tasks(tasks):
         for context in dict.fromkeys(contexts):
@@ -118,7 +118,7 @@ def task_work(
 
 
 def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
-    """A user's JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
+    """Read a user's JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
 
     Raises ValueError naming the file and the line that is broken, or how many samples there are if fewer than `n`.
     """
@@ -135,7 +135,7 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
 def prompt_work(
     name: str, items: tuple[Item, ...], protocols: Sequence[Any], count: Callable[[str], int]
 ) -> list[Work]:
-    """Cells of a user's prompts; a bare prompt has no separate question, so only `visible` applies to it."""
+    """Return the cells of a user's prompts; a bare prompt has no separate question, so only `visible` applies to it."""
     split = all(item.question for item in items)
     allowed = [p for p in dict.fromkeys(protocols) if split or p == "visible"] or ["visible"]
     context = max(count(item.context) for item in items)

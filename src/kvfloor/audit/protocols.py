@@ -1,4 +1,4 @@
-"""When the question of a sample comes: before its context is compressed, or afterwards."""
+"""Define when a sample's question is given: before its context is compressed, or afterwards."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Which setting to use, decided from the rows alone: the fewest bytes that are shown not to lose quality.
+"""Choose the setting of fewest bytes that is shown not to lose quality, from the rows alone.
 
 The claim behind a recommendation is non-inferiority: *with 95 % confidence, the recommended setting loses
 fewer than `margin` points to exact on every audited cell*. How the error stays at 5 % over many cells and
@@ -28,7 +28,7 @@ WEAK_EXACT_SCORE = 0.5
 
 @dataclass(frozen=True)
 class Judged:
-    """One candidate setting over all cells.
+    """Record the verdict on one candidate setting over all cells.
 
     verdict                    the worst over its cells, found on `weakest`
     believed                   it holds, and so does every larger budget of its method
@@ -50,7 +50,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The answer of an audit.
+    """Hold the recommended setting of an audit and all that it was chosen from.
 
     method    the setting to use, as text; None where no setting is safe
     judged    every candidate, from the fewest bytes up
@@ -65,17 +65,17 @@ class Recommendation:
 
     @property
     def weak(self) -> tuple[Row, ...]:
-        """The exact rows of the cells that cannot show much of a loss."""
+        """Return the exact rows of the cells that cannot show much of a loss."""
         return tuple(row for row in self.exact if row.score < WEAK_EXACT_SCORE)
 
     @property
     def chosen(self) -> Judged | None:
-        """What was judged of the recommended setting."""
+        """Return the verdict on the recommended setting."""
         return next((one for one in self.judged if one.setting == self.method), None)
 
 
 def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.95) -> Recommendation:
-    """The smallest safe setting of an audit, if there is one.
+    """Return the smallest safe setting of an audit, if there is one.
 
     The default margin of 15 points is what a short audit can show: at n = 40 and eight methods, a setting
     that loses no sample is shown to lose less than 14 points. A tighter margin needs more samples.
@@ -103,7 +103,7 @@ def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.9
 
 
 def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[Row]]:
-    """Setting -> its rows, one per cell, for the settings that may be recommended."""
+    """Map each setting to its rows, one per cell, for the settings that may be recommended."""
     settings: dict[str, dict[Cell, Row]] = defaultdict(dict)
     for row in rows:
         if row.cell in settings[row.method]:
@@ -119,7 +119,7 @@ def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[R
 
 
 def _judge(candidates: dict[str, list[Row]], standard: Standard) -> tuple[Judged, ...]:
-    """Every candidate, judged from the largest of its method down, in order of rising bytes."""
+    """Judge every candidate, from the largest of its method down, in order of rising bytes."""
 
     def strength(row: Row) -> tuple[int, float, float, Cell]:
         lower_end = standard.lower_end(row)

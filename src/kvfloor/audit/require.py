@@ -1,4 +1,4 @@
-"""`--require`: conditions on the rows, which turn an audit into a check with an exit code.
+"""Check the rows against the conditions of `--require`, for an audit with an exit code.
 
 Grammar, with the word `and` between clauses:
 
@@ -41,7 +41,7 @@ _CLAUSE = re.compile(
 
 @dataclass(frozen=True)
 class Clause:
-    """One parsed condition; `setting` and `task` are None where the text names none.
+    """Hold one parsed condition; `setting` and `task` are None where the text names none.
 
     every   the setting is named without arguments, which stands for all of them
     """
@@ -55,7 +55,7 @@ class Clause:
     bound: float
 
     def names(self, setting: Setting) -> bool:
-        """Whether the clause is about a setting of the audit, on the tasks that it is about."""
+        """Return True if the clause covers this setting of the audit."""
         named = self.setting
         if named is None:
             return setting.asked
@@ -63,14 +63,14 @@ class Clause:
         return alike and named.budget in (None, setting.budget)
 
     def holds(self, row: Row) -> bool:
-        """Whether the row's figure meets the bound; a figure that was not measured does not."""
+        """Return True if the row's figure meets the bound; a figure that was not measured does not."""
         value = getattr(row, self.figure)
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A clause and what it is about: settings as the rows write them, and tasks."""
+    """Hold a clause with its settings, as the rows write them, and its tasks."""
 
     clause: Clause
     methods: frozenset[str]
@@ -81,7 +81,7 @@ class Condition:
 
 
 def conditions(text: str, settings: Sequence[Setting], tasks: Collection[str]) -> tuple[Condition, ...]:
-    """The conditions of a `--require` text on an audit of these settings and tasks.
+    """Parse the conditions of a `--require` text on an audit of these settings and tasks.
 
     Raises ValueError naming the clause that is none, with the grammar and the figures, or that is about no row.
     """
@@ -101,7 +101,7 @@ def conditions(text: str, settings: Sequence[Setting], tasks: Collection[str]) -
 
 
 def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str]:
-    """One line per row that misses a condition; empty where everything holds."""
+    """Write one line per row that misses a condition; empty where everything holds."""
     lines = []
     for condition in conditions:
         clause = condition.clause

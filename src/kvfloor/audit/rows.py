@@ -1,4 +1,4 @@
-"""One measured cell of an audit, and the forms it is written in: `rows.jsonl` and the `--json` document."""
+"""Hold the measured rows of an audit, and write them as `rows.jsonl` and the `--json` document."""
 
 import json
 import math
@@ -17,7 +17,10 @@ MOST_BYTES = 2**28  # of a rows.jsonl
 
 
 class Cell(NamedTuple):
-    """What a setting is measured on: rows of one cell share their samples and are compared in pairs."""
+    """Identify the task, context and protocol of a measurement.
+
+    Rows of one cell share their samples and are compared in pairs.
+    """
 
     task: str
     context: int
@@ -30,7 +33,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One setting measured on one cell. Bytes are of the whole cache: all layers and heads of one sequence.
+    """Record one setting measured on one cell. Bytes are of the whole cache: all layers and heads of one sequence.
 
     method                 the setting, budget included, as `str(method)` gives it
     budget_tokens          tokens kept per row after budget resolution; None for an unbounded method
@@ -133,7 +136,7 @@ class Row:
 
     @property
     def below_floor(self) -> bool:
-        """Whether the state is smaller than the worst-case floor: the data was easier than the worst case."""
+        """Return True if the state is smaller than the worst-case floor: the data was easier than the worst case."""
         return self.state_bytes < self.floor_bytes
 
 
@@ -162,7 +165,7 @@ def measured_row(
     decode_ms_per_token: float | None,
     output_tokens: float,
 ) -> Row:
-    """A row from what was measured: scores, intervals and the paired difference are worked out here.
+    """Build a row from the measurements: compute its scores, intervals and the paired difference.
 
     `exact_outcomes` are the exact cache's on the same samples in the same order; for the exact row they are
     `outcomes`.
@@ -218,7 +221,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows `write_rows` wrote. Raises ValueError naming the file and line that is not a row."""
+    """Read the rows that `write_rows` wrote. Raises ValueError naming the file and line that is not a row."""
     try:
         lines = read_regular(path, MOST_BYTES, "rows").decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -235,7 +238,7 @@ def read_rows(path: Path) -> list[Row]:
 def document(
     *, model: str, seed: int, rows: Iterable[Row], method: str | None, why: str, report: str
 ) -> dict[str, Any]:
-    """The one JSON document of `kvfloor audit --json`; `method` is None where no setting is safe."""
+    """Build the one JSON document of `kvfloor audit --json`; `method` is None where no setting is safe."""
     return {
         "schema": SCHEMA,
         "model": model,

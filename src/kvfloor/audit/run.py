@@ -35,7 +35,7 @@ DEFAULT_CONTEXT = 512
 
 @dataclass(frozen=True)
 class Question:
-    """What an audit is asked: every field has the command line's default.
+    """Hold the settings of an audit: every field has the command line's default.
 
     model     "builtin" or a local folder        methods   method texts, without the baselines
     budgets   texts; tokens, shares or bytes     tasks     names or module:TASK, unless `prompts` is given
@@ -60,7 +60,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an audit gives.
+    """Hold the results of an audit.
 
     report      where the page is to be written: `kvfloor.report.render` does so
     shortfalls  a line for each row that misses what was required
@@ -75,7 +75,7 @@ class Answer:
     meta: Meta
 
     def as_dict(self) -> dict:
-        """The `--json` document."""
+        """Return the `--json` document."""
         plain = document(
             model=self.question.model,
             seed=self.question.seed,

@@ -1,4 +1,4 @@
-"""A setting: one method under one budget, as an audit runs it, its rows name it and its report draws it."""
+"""Define a setting: one method under one budget, as an audit runs it, its rows name it and its report draws it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvfloor.core.summary import Drop
 
 @dataclass(frozen=True)
 class Setting:
-    """A parsed method with its budget. Its texts are made here, and nothing downstream takes them apart again.
+    """Hold a parsed method with its budget. Its texts are made here, and no later code takes them apart again.
 
     method     the method, whose budget may be tokens, a share of the context, or bytes
     baseline   it is in every audit, as a reference
@@ -25,22 +25,22 @@ class Setting:
 
     @cached_property
     def text(self) -> str:
-        """The whole setting, e.g. `h2o(recent=64)@256`."""
+        """Return the whole setting, e.g. `h2o(recent=64)@256`."""
         return str(self.method)
 
     @cached_property
     def budget(self) -> str | None:
-        """The budget as it was asked for, e.g. `256`, `25%` or `8MiB`; None without one."""
+        """Return the budget as it was given, e.g. `256`, `25%` or `8MiB`; None without one."""
         return None if self.method.budget is None else budget_text(self.method.budget)
 
     @cached_property
     def configuration(self) -> str:
-        """The setting without its budget, e.g. `h2o(recent=64)`."""
+        """Return the setting without its budget, e.g. `h2o(recent=64)`."""
         return self.text if self.budget is None else self.text.removesuffix(f"@{self.budget}")
 
     @cached_property
     def name(self) -> str:
-        """The method's parts without their arguments, e.g. `h2o` or `sinks+less|pages`."""
+        """Return the method's parts without their arguments, e.g. `h2o` or `sinks+less|pages`."""
         policy, summary, selector = self.method.parts
         name = part_name(policy or self.method)
         if summary is not None and not isinstance(summary, Drop):

@@ -1,4 +1,4 @@
-"""Attention-output error: a method's answers against exact attention, on the queries a real model asked."""
+"""Measure the attention-output error: a method against exact attention, on a real model's queries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvfloor.hf.recording import Recorder
 
 @dataclass
 class Trace:
-    """One layer's stream for a few samples: q (rows, g, n, d), k and v (rows, n, .), present (rows, n).
+    """Hold one layer's stream for a few samples: q (rows, g, n, d), k and v (rows, n, .), present (rows, n).
 
     The last `asked` slots are the question's and the answer's; the ones before them the context's.
     """
@@ -37,7 +37,7 @@ class Trace:
 
 
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
-    """Run the model exactly over context and question (with the right answer) and keep what each layer saw."""
+    """Run the model exactly over context, question and right answer, and record each layer's stream."""
     cache = CompressedCache(model.config, "exact")
     seen = Recorder(cache.compressed)
     dialogue = Dialogue.start(model, cache, len(contexts))
@@ -57,7 +57,7 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
 
 def replay(trace: Trace, method: Method) -> Tensor:
-    """Answers (rows, g, asked, dv), float32, of a method with a resolved budget to the trace's last queries."""
+    """Return a method's answers (rows, g, asked, dv), float32, to the trace's last queries; its budget is resolved."""
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
     spec = Spec(rows, d, trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype, places=places)
@@ -69,7 +69,7 @@ def replay(trace: Trace, method: Method) -> Tensor:
 
 
 def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:
-    """Relative l2 error of the attention output per layer and kv head: ||answers - exact|| / ||exact||.
+    """Compute the relative l2 error of the attention output per layer and kv head: ||answers - exact|| / ||exact||.
 
     Norms run over the samples, the group's heads, the question's and answer's tokens and the head width.
     """

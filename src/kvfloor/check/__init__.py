@@ -1,4 +1,4 @@
-"""The conformance suite: the laws of the contract as plain functions, and how to try a method against them."""
+"""Test a method against the laws of the contract, each a plain function."""
 
 from kvfloor.check.law import Broken, Check, Setting
 from kvfloor.check.suite import CHECKS, Outcome, check_method, run_checks

@@ -1,4 +1,4 @@
-"""Contract: what a failure in the middle of a call leaves behind."""
+"""Check the state after a failure in the middle of a call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _POINTS = 7  # per call: a law is to be quick; characterize/broken.py tries them
 
 
 def check_broken(method: Method, at: Setting) -> None:
-    """After a failure in the middle of a call the state is as it was, or refuses every further call."""
+    """Require that after a failure in mid-call the state is as it was, or refuses every further call."""
     for what, (state, call) in situations(method, at).items():
         tally = broken(state, call, _POINTS)
         require(not tally.silent, f"{what}, failed {' '.join(tally.silent[:1])}")
@@ -27,7 +27,7 @@ def broken(state: State, call: Call, most: int | None = None) -> Tally:
 
 
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
-    """Every call that changes a state, with a state that has evicted and is in the middle of a block."""
+    """List every call that changes a state, with a state that has evicted and is in the middle of a block."""
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)
     opened = method.open(spec)

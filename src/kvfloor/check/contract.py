@@ -1,4 +1,4 @@
-"""Contract: what a method is, and what its calls take, give back and leave alone."""
+"""Check the contract of a method's text and documents, and of the results and effects of its calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvfloor.methods.registry import parse
 
 
 def check_text(method: Method, at: Setting) -> None:
-    """A method is a frozen value, and its text parses back to it."""
+    """Require that a method is a frozen value, and that its text parses back to it."""
     del at
     text = str(method)
     try:
@@ -39,7 +39,7 @@ def check_text(method: Method, at: Setting) -> None:
 
 
 def check_documented(method: Method, at: Setting) -> None:
-    """A method and its parts have a docstring, and name a source."""
+    """Require that a method and its parts have a docstring, and name a source."""
     del at
     parts = [method, *(part for part in method.parts if part is not None)]
     for part in parts:
@@ -50,7 +50,7 @@ def check_documented(method: Method, at: Setting) -> None:
 
 
 def check_guarantee(method: Method, at: Setting) -> None:
-    """A stated guarantee says its error, probability, norm, quantifier and source, and why it was withdrawn."""
+    """Require that a guarantee states error, probability, norm, quantifier, source, and why it was withdrawn."""
     state, spec = method.open(spec_for(method, at)), spec_for(method, at)
     play(state, stream_for(method, at))
     for stated, where in ((method.guarantee(spec), "the method"), (state.guarantee(), "the state")):
@@ -64,7 +64,7 @@ def check_guarantee(method: Method, at: Setting) -> None:
 
 
 def check_empty(method: Method, at: Setting) -> None:
-    """Before the first token a read is the empty partial, and calls without a token change nothing."""
+    """Require that before the first token a read is the empty partial, and calls without a token change nothing."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at, n=4)
     fresh = state.to_bytes()
@@ -86,7 +86,7 @@ def check_empty(method: Method, at: Setting) -> None:
 
 
 def check_shapes(method: Method, at: Setting) -> None:
-    """Answers have the shapes and dtypes that the spec and the queries give them."""
+    """Require that answers have the shapes and dtypes that the spec and the queries give them."""
     spec = dataclasses.replace(spec_for(method, at), dv=24)
     state, stream = method.open(spec), stream_for(method, at, spec)
     outputs = play(state, stream)
@@ -108,7 +108,7 @@ def check_shapes(method: Method, at: Setting) -> None:
 
 
 def check_read_pure(method: Method, at: Setting) -> None:
-    """`read` changes nothing, and asking twice gives the same bits; `attend` answers as `read` does."""
+    """Require that `read` changes nothing and repeats bit for bit, and that `attend` answers as `read` does."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at)
     play(state, stream, stop=prompt_length(method) + 5)

@@ -1,4 +1,4 @@
-"""Faults: an exception at a chosen torch operation inside a call, and what the state does afterwards."""
+"""Raise an exception at a chosen torch operation inside a call, and record the state's behaviour afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Call = Callable[[State], Tensor | None]
 
 
 class Injected(Exception):
-    """The failure that `Faults` raises; no code expects it."""
+    """Mark the failure that `Faults` raises; no code expects it."""
 
 
 class Faults(TorchDispatchMode):
@@ -36,14 +36,14 @@ class Faults(TorchDispatchMode):
 
 
 def operations(call: Callable[[], object]) -> int:
-    """Torch operations that the call takes."""
+    """Count the torch operations of the call."""
     with Faults() as faults:
         call()
     return faults.done
 
 
 def spread_out(operations: int, most: int | None) -> list[int]:
-    """The points 1 .. operations, or `most` of them at even distances, the first and the last among them."""
+    """Return the points 1 .. operations, or `most` of them at even distances, the first and the last among them."""
     if most is None or operations <= most:
         return list(range(1, operations + 1))
     return sorted({round(1 + i * (operations - 1) / (most - 1)) for i in range(most)})
@@ -51,7 +51,7 @@ def spread_out(operations: int, most: int | None) -> list[int]:
 
 @dataclass
 class Tally:
-    """How often a memory was as before after a failure, had all tokens, or refused; what else it did, in words."""
+    """Count the failures after which a memory was as before, had all tokens, or refused; list anything else."""
 
     as_before: int = 0
     taken_in: int = 0  # of a cache: the forward broke off after its last layer
@@ -71,7 +71,7 @@ class Tally:
 
 
 def broken_at(state: State, call: Call, points: Iterable[int]) -> Tally:
-    """Let the call fail at each of these operations, on a clone, and see what the clone does then.
+    """Let the call fail at each of these operations, on a clone, and record the clone's behaviour afterwards.
 
     As before: its message is the one from before the call, and the call made again gives the bits that it gives
     undisturbed. Refused: every public call raises BrokenState. Anything else is told in `silent`.
@@ -105,7 +105,7 @@ def _verdict(trial: State, call: Call, before: bytes, answer: Tensor | None, aft
 
 
 def public_calls(state: State) -> dict[str, Callable[[], object]]:
-    """Every public call that answers, continues or copies, with good input."""
+    """List every public call that answers, continues or copies, with good input."""
     spec = state.spec
     like = {"dtype": spec.dtype, "device": spec.device}
     k, v = torch.ones(spec.rows, 1, state.key_width, **like), torch.ones(spec.rows, 1, state.value_width, **like)

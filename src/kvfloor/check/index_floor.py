@@ -1,4 +1,4 @@
-"""The INDEX floor: nobody answers more hidden bits than the message, or the memory, has room for."""
+"""Check the INDEX floor: no method answers more hidden bits than its message, or its memory, has room for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ETA = 0.5
 
 
 def check_index_floor(method: Method, at: Setting) -> None:
-    """Certified bits are at most 8 times the message's bytes and 8 times nbytes, live and restored.
+    """Require that certified bits are at most 8 times the message's bytes and 8 times nbytes, live and restored.
 
     A short game in this process: random bits are hidden in values, streamed, and asked back by spike queries. The
     literal game, where a fresh process answers, is `kvfloor break`.

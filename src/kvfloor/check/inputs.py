@@ -1,4 +1,4 @@
-"""Contract: what the calls refuse, and what they never do to their inputs."""
+"""Check that calls refuse wrong input and leave their inputs untouched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Call = Callable[[], object]
 
 
 def _require_refusal(state: State, calls: dict[str, Call], kinds: tuple[type[Exception], ...]) -> None:
-    """Every call must raise one of `kinds` and leave the state as it was."""
+    """Require that every call raises one of `kinds` and leaves the state as it was."""
     before = state.to_bytes()
     wanted = " or ".join(kind.__name__ for kind in kinds)
     for what, call in calls.items():
@@ -34,7 +34,7 @@ def _require_refusal(state: State, calls: dict[str, Call], kinds: tuple[type[Exc
 
 
 def check_wrong_input(method: Method, at: Setting) -> None:
-    """Wrong input raises ValueError or TypeError and leaves the state unchanged."""
+    """Require that wrong input raises ValueError or TypeError and leaves the state unchanged."""
     state, stream = method.open(spec_for(method, at)), stream_for(method, at)
     middle = prompt_length(method) + 5
     play(state, stream, stop=middle)
@@ -124,7 +124,7 @@ def check_wrong_input(method: Method, at: Setting) -> None:
 
 
 def _nested(x: Tensor) -> Tensor:
-    """The same rows, of unequal length, as torch's nested tensor: its shape may not even be asked."""
+    """Return the rows, of unequal length, as torch's nested tensor, whose shape cannot even be read."""
     rows = [row[: len(row) - i % 2] for i, row in enumerate(x)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nested tensors are a prototype
@@ -132,7 +132,7 @@ def _nested(x: Tensor) -> Tensor:
 
 
 def check_non_finite(method: Method, at: Setting) -> None:
-    """NaN and infinities in keys, values or queries raise ValueError and leave the state unchanged."""
+    """Require that NaN and infinities in keys, values or queries raise ValueError, the state unchanged."""
     state, stream = method.open(spec_for(method, at)), stream_for(method, at)
     middle = prompt_length(method) + 5
     play(state, stream, stop=middle)
@@ -157,7 +157,7 @@ def check_non_finite(method: Method, at: Setting) -> None:
 
 
 def check_inputs_untouched(method: Method, at: Setting) -> None:
-    """Calls neither change their inputs nor keep hold of them, and answers do not reach into the state."""
+    """Require that calls neither change nor keep their inputs, and that answers share no storage with the state."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     for start, size in ((0, 1), (0, 7), (prompt_length(method), 1), (prompt_length(method), 7)):
         state = method.open(spec)
@@ -205,7 +205,7 @@ def _read(state: State, q: Tensor, k: Tensor, v: Tensor, present: Tensor) -> lis
 
 
 def check_input_forms(method: Method, at: Setting) -> None:
-    """Transposed, expanded, gradient-carrying and inference-mode inputs are as good as plain ones."""
+    """Require that transposed, expanded, gradient-carrying and inference-mode inputs act as plain ones do."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     middle = prompt_length(method)
     plain = method.open(spec)

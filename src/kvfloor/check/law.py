@@ -1,4 +1,4 @@
-"""What a check is: a plain function of a method and a setting that raises `Broken` where the law does not hold."""
+"""Define a check: a plain function of a method and a setting that raises `Broken` where its law fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from kvfloor.core.method import Method
 
 
 class Broken(AssertionError):
-    """A law does not hold. Raised explicitly, never by `assert`: the verdict is the same under `python -O`."""
+    """Report a law that does not hold.
+
+    It is raised explicitly, never by `assert`: the verdict is the same under `python -O`.
+    """
 
 
 def require(holds: bool, otherwise: str) -> None:
@@ -23,7 +26,7 @@ def require(holds: bool, otherwise: str) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a law is tried under: the cache's dtype, the size of the GQA group, the seed of data and states."""
+    """Hold the conditions of a trial: the cache's dtype, the size of the GQA group, the seed of data and states."""
 
     dtype: torch.dtype = torch.float32
     g: int = 4
@@ -35,7 +38,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Check:
-    """A law of the contract.
+    """Hold one law of the contract, and the cases that it is tried over.
 
     run           raises Broken where it does not hold
     not_claimed   why the method does not claim this law, or None if it does
@@ -52,5 +55,5 @@ class Check:
 
     @property
     def law(self) -> str:
-        """The law in one sentence: the first line of the function's docstring."""
+        """Return the law in one sentence: the first line of the function's docstring."""
         return (self.run.__doc__ or "").strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Plain attention in any dtype: in float64 the truth, in the cache's dtype the yardstick of rounding."""
+"""Compute plain attention in any dtype: in float64 the truth, in the cache's dtype the yardstick of rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvfloor.core.spec import Spec
 def attention(
     q: Tensor, k: Tensor, v: Tensor, spec: Spec, zero_logits: Tensor | None = None, hide: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean (..., m, dv) and log-mass (..., m) of q (..., m, d) over k (..., s, d), v (..., s, dv), in q's dtype.
+    """Return mean (..., m, dv) and log-mass (..., m) of q (..., m, d) over k (..., s, d), v (..., s, dv), in q's dtype.
 
     zero_logits (..., e, dv) are values of tokens whose logit is 0; hide (..., m, s) marks what a query may not see.
     """
@@ -27,7 +27,7 @@ def attention(
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
-    """Exact causal attention of q (rows, g, t, d) over k (rows, t, d), v (rows, t, dv): (rows, g, t, dv)."""
+    """Return exact causal attention of q (rows, g, t, d) over k (rows, t, d), v (rows, t, dv): (rows, g, t, dv)."""
     t = k.shape[1]
     hide = torch.ones(t, t, dtype=torch.bool).triu(1)
     return attention(q, k.unsqueeze(1), v.unsqueeze(1), spec, hide=hide)[0]

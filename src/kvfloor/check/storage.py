@@ -1,4 +1,4 @@
-"""Memory laws: bytes are what is really there, and the message is all of it, intact or refused."""
+"""Check the memory laws: nbytes counts all storage, and a message restores all of it or is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SLACK_BYTES = 8  # what a count, a flag or a container may be charged
 
 
 def storages(state: State) -> tuple[dict[int, int], int]:
-    """Bytes of every tensor storage reachable from the state, by address, and the bytes of all other objects.
+    """Measure every tensor storage reachable from the state, by address, and the bytes of all other objects.
 
     Independent of `Memory`: it follows every attribute and container. Left out, because both sides of a message
     know them: the method, specs and `state.shared`.
@@ -54,7 +54,7 @@ def storages(state: State) -> tuple[dict[int, int], int]:
 
 
 def check_nbytes(method: Method, at: Setting) -> None:
-    """At every step nbytes is the bytes of the storages that an independent walk finds."""
+    """Require that at every step nbytes is the bytes of the storages that an independent walk finds."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
 
@@ -69,7 +69,7 @@ def check_nbytes(method: Method, at: Setting) -> None:
 
 
 def check_message_round_trip(method: Method, at: Setting) -> None:
-    """A state restored from its message answers and goes on with the same bits."""
+    """Require that a state restored from its message answers and continues with the same bits."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     present = some_absent(stream, at.seed)
     live = method.open(spec)
@@ -106,7 +106,7 @@ def _require_twin(live: State, spec: Spec, when: str) -> None:
 
 
 def check_corrupt_message(method: Method, at: Setting) -> None:
-    """A message that was truncated, lengthened or changed in one bit raises CorruptState."""
+    """Require that a message that was truncated, lengthened or changed in one bit raises CorruptState."""
     state = method.open(spec_for(method, at))
     play(state, stream_for(method, at))
     message = state.to_bytes()

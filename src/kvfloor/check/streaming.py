@@ -1,4 +1,4 @@
-"""Stream laws: how a stream is cut, what comes later and who else asks must not matter."""
+"""Check the stream laws: cuts, later tokens and other queries must not change an answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvfloor.core.method import Method
 
 
 def check_chunking(method: Method, at: Setting) -> None:
-    """Any split of a stream into calls keeps the same tokens and gives the same answers.
+    """Require that any split of a stream into calls keeps the same tokens and gives the same answers.
 
     Across 20 block ends, with and without pads, by random pieces and token by token, from tensors that lie elsewhere
     in memory. Where memory never grows and whole tokens wait for their block's end, the messages are the same bytes
@@ -47,7 +47,7 @@ def check_chunking(method: Method, at: Setting) -> None:
 
 
 def check_causality(method: Method, at: Setting) -> None:
-    """What comes later does not change an earlier answer."""
+    """Require that later tokens do not change an earlier answer."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     outputs = play(method.open(spec), stream)
     future = stream_for(method, at, salt=1)
@@ -64,7 +64,7 @@ def check_causality(method: Method, at: Setting) -> None:
 
 
 def check_queries_independent(method: Method, at: Setting) -> None:
-    """A query's answer does not depend on which other queries are asked with it."""
+    """Require that a query's answer does not depend on which other queries are asked with it."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     play(state, stream)
@@ -81,7 +81,7 @@ def check_queries_independent(method: Method, at: Setting) -> None:
 
 
 def check_pads(method: Method, at: Setting) -> None:
-    """Absent tokens never enter: whatever stands there, a padded row is the row of its real tokens."""
+    """Require that absent tokens never enter: whatever they hold, a padded row acts as its real tokens do."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     present = some_absent(stream, at.seed)
     absent = ~present

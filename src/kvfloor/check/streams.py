@@ -1,4 +1,4 @@
-"""The ground that checks stand on: seeded streams, how to feed them, and the tokens that a state holds."""
+"""Provide the checks with seeded streams, ways to feed them, and the tokens that a state holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _LONG = 1 << 20  # a stream by which every bound of `capacity` is reached
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokens to feed: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv); `seal` comes after `prompt` of them."""
+    """Hold the tokens to feed: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
+
+    `seal` comes after `prompt` of them.
+    """
 
     q: Tensor
     k: Tensor
@@ -39,25 +42,25 @@ class Stream:
         return replace(self, q=self.q[at], k=self.k[at], v=self.v[at])
 
     def with_tail(self, other: Stream, start: int) -> Stream:
-        """This stream up to `start`, the other one from there on."""
+        """Return this stream up to `start`, the other one from there on."""
         q = torch.cat([self.q[:, :, :start], other.q[:, :, start:]], 2)
         k = torch.cat([self.k[:, :start], other.k[:, start:]], 1)
         return replace(self, q=q, k=k, v=torch.cat([self.v[:, :start], other.v[:, start:]], 1))
 
     def packed(self, present: Tensor) -> Stream:
-        """The present (n,) tokens only."""
+        """Return the present (n,) tokens only."""
         prompt = int(present[: self.prompt].sum())
         return Stream(self.q[:, :, present], self.k[:, present], self.v[:, present], prompt)
 
 
 def rows_of(method: Method) -> int:
-    """As many rows as the method has budgets for, if it has one per row."""
+    """Return the method's number of budgets as the number of rows, if it has one budget per row."""
     budget = method.budget
     return len(budget) if isinstance(budget, tuple) else _ROWS
 
 
 def of_rows(method: Method, index: Sequence[int]) -> Method:
-    """The method for a state of some rows only: their budgets, if it has one per row."""
+    """Return the method for some rows only, with their budgets if it has one per row."""
     budget = method.budget
     if not isinstance(budget, tuple):
         return method
@@ -66,7 +69,7 @@ def of_rows(method: Method, index: Sequence[int]) -> Method:
 
 
 def spec_for(method: Method, at: Setting) -> Spec:
-    """Rows whose ids are not their places, so that the two cannot be mistaken for each other."""
+    """Return a spec whose row ids differ from row places, so that the two cannot be mistaken for each other."""
     rows, d = rows_of(method), width_of(method)
     ids = [11 + 5 * ((r + 1) % rows) for r in range(rows)]
     plain = Spec(rows=rows, d=d, dv=WIDTH, scale=d**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
@@ -74,12 +77,12 @@ def spec_for(method: Method, at: Setting) -> Spec:
 
 
 def width_of(method: Method, otherwise: int = WIDTH) -> int:
-    """The key width to try a method at: what its parameters were trained for, or any."""
+    """Return the key width to try a method at: what its parameters were trained for, or any."""
     return otherwise if method.traits.trained_for is None else method.traits.trained_for[2]
 
 
 def placed(method: Method, spec: Spec) -> Spec:
-    """The spec with a place for every row, if the method has trained parameters: heads first, then layers."""
+    """Return the spec with a place for every row, if the method has trained parameters: heads first, then layers."""
     if method.traits.trained_for is None:
         return spec
     layers, heads, _ = method.traits.trained_for
@@ -87,23 +90,23 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """A prompt that overflows the method's bound by a block, and ends inside one."""
+    """Return a prompt length that overflows the method's bound by a block, and ends inside a block."""
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
 
 
 def stream_length(method: Method) -> int:
-    """The prompt, and more than a block after it."""
+    """Return the length of the prompt and more than a block after it."""
     return prompt_length(method) + method.block + 14
 
 
 def long_stream_length(method: Method) -> int:
-    """As `stream_length`, and across 20 block ends at least."""
+    """Return a length as `stream_length` does, across 20 block ends at least."""
     return max(stream_length(method), _BLOCK_ENDS * method.block + method.block // 2 + 1)
 
 
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
-    """A stream for this method: n tokens of normal keys and values in [-1, 1]."""
+    """Draw a stream for this method: n tokens of normal keys and values in [-1, 1]."""
     spec = spec_for(method, at) if spec is None else spec
     n = stream_length(method) if n is None else n
     source = torch.Generator().manual_seed(1000 * at.seed + salt)
@@ -115,18 +118,18 @@ def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | N
 
 
 def _off_boundary(x: Tensor) -> Tensor:
-    """The same numbers inside a larger storage, three further on, as a slice of a caller's tensor may lie."""
+    """Return the same numbers inside a larger storage, three further on, as a slice of a caller's tensor may lie."""
     return x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x)
 
 
 def probes(spec: Spec, m: int = 5) -> Tensor:
-    """Queries (rows, m, d) for `read` that belong to no stream."""
+    """Draw queries (rows, m, d) for `read` that belong to no stream."""
     source = torch.Generator().manual_seed(977 + spec.seed)
     return (2.0 * torch.randn(spec.rows, m, spec.d, generator=source)).to(spec.dtype)
 
 
 def some_absent(stream: Stream, seed: int) -> Tensor:
-    """present (rows, n): a third of the tokens is padding, and rows differ in how many are real."""
+    """Draw present (rows, n): a third of the tokens is padding, and rows differ in how many are real."""
     rows, n = stream.k.shape[:2]
     source = torch.Generator().manual_seed(31 + seed)
     share = 1.0 - torch.arange(1, rows + 1).unsqueeze(1) / (1.5 * (rows + 1))
@@ -134,7 +137,7 @@ def some_absent(stream: Stream, seed: int) -> Tensor:
 
 
 def small_pieces(n: int) -> list[int]:
-    """Cuts of n tokens into pieces of 1 to 9."""
+    """Draw cuts of n tokens into pieces of 1 to 9."""
     cuts, sizes = [], cycle((1, 1, 2, 5, 1, 9, 3))
     while sum(cuts[-1:]) < n:
         cuts.append(sum(cuts[-1:]) + next(sizes))
@@ -169,7 +172,7 @@ def play(
 
 @dataclass(frozen=True)
 class Tokens:
-    """What one row holds whole, by age: position (h,), k (h, d), v (h, dv)."""
+    """Hold one row's whole tokens, by age: position (h,), k (h, d), v (h, dv)."""
 
     position: Tensor
     k: Tensor
@@ -177,7 +180,7 @@ class Tokens:
 
 
 def tokens_of(state: State) -> list[Tokens]:
-    """The whole tokens of every row; nothing for a state without a token store."""
+    """Return the whole tokens of every row; nothing for a state without a token store."""
     slots = state.slots
     if slots is None:
         return []

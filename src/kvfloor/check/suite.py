@@ -1,4 +1,4 @@
-"""The table of laws, and how a method is tried against it."""
+"""List the laws, and try a method against them."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ _OF_THE_METHOD = {"text", "documented"}  # no stream is fed
 
 @dataclass
 class Outcome:
-    """What a method's trial showed: names of laws that hold, and why others fail or are not claimed."""
+    """Record the laws that hold for a method, and the reasons why others fail or are not claimed."""
 
     method: str
     passed: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ class Outcome:
     skipped: list[dict[str, str]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
+        """Return the fields as plain JSON types."""
         return {"method": self.method, "passed": self.passed, "failed": self.failed, "skipped": self.skipped}
 
 
@@ -171,7 +171,7 @@ def run_checks(
 
 
 def _try(check: Check, trials: Sequence[tuple[Method, Setting]]) -> tuple[str | None, str | None]:
-    """Why the law is not claimed, or else why it does not hold, or else neither."""
+    """Return why the law is not claimed, or else why it does not hold, or else neither."""
     where = ""
     try:
         unclaimed = check.not_claimed(trials[0][0])

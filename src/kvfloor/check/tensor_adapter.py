@@ -1,4 +1,4 @@
-"""Tensor attention as standard attention: ones stand beside every key and value, so every law applies unmodified."""
+"""Turn tensor attention into standard attention by ones beside every key and value, so every law applies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvfloor.methods.registry import parse
 
 @dataclass(frozen=True)
 class Ones(Method):
-    """`inner`, a method of tensor attention, whose other side is fed ones; `side` (1 or 2) takes the stream.
+    """Wrap `inner`, a tensor-attention method: `side` (1 or 2) takes the stream, the other side takes ones.
 
     With K2 = V2 = 1 tensor attention is standard attention on (K1, V1), each token's mass counted once per token.
     """
@@ -34,7 +34,7 @@ class Ones(Method):
 
     @property
     def kept(self) -> Method:
-        """`inner`, as a method."""
+        """Return `inner` as a method."""
         return cast(Method, self.inner)
 
     @property
@@ -67,7 +67,7 @@ class Ones(Method):
 
 
 class OnesState(State):
-    """The state of tensor attention, fed with ones."""
+    """Feed a state of tensor attention with ones."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -112,11 +112,11 @@ class OnesState(State):
         self.inner.seal()
 
     def _counted_once(self, part: Partial) -> Partial:
-        """Every token's mass is there once per token that is paired: those held of whole tokens, else all seen."""
+        """Count each token's mass once per paired token: tokens held if kept whole, else all tokens seen."""
         paired = self.seen if self._plan.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))
 
 
 def beside_ones(method: Method) -> list[Method]:
-    """What stands for a method in the suite: itself, or for tensor attention its two sides."""
+    """Return the methods to try in a method's place: itself, or for tensor attention its two sides."""
     return [method] if method.traits.reference != "tensor" else [Ones(method, 1), Ones(method, 2)]

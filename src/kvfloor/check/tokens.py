@@ -1,4 +1,4 @@
-"""Stream laws about tokens: how many are held, which, whose they are, and what becomes of those that leave."""
+"""Check the token laws: number, identity and owner of held tokens, and the fate of evicted tokens."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from kvfloor.core.summary import Summary, SummaryState
 
 
 def _budgets(method: Method, rows: int) -> list[int] | None:
-    """Tokens per row that a method of whole tokens was given, if it has a budget."""
+    """Return the tokens per row that a method of whole tokens was given, if it has a budget."""
     if method.traits.lossy_values or method.budget is None:
         return None
     return tokens(method.budget, rows)
 
 
 def check_capacity(method: Method, at: Setting) -> None:
-    """At every step a row holds at most `capacity`, and at least what its budget has room for."""
+    """Require that at every step a row holds at most `capacity`, and at least what its budget has room for."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state, budgets = method.open(spec), _budgets(method, spec.rows)
 
@@ -55,7 +55,7 @@ def check_capacity(method: Method, at: Setting) -> None:
 
 
 def check_held_tokens(method: Method, at: Setting) -> None:
-    """What is held are tokens of the row's own stream, unchanged, each at most once."""
+    """Require that a row holds tokens of its own stream only, unchanged, each at most once."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     present = some_absent(stream, at.seed)
     state = method.open(spec)
@@ -75,7 +75,7 @@ def check_held_tokens(method: Method, at: Setting) -> None:
 
 
 def check_pinned(method: Method, at: Setting) -> None:
-    """Pinned tokens never leave, not through a message, a copy or a selection of rows either."""
+    """Require that pinned tokens never leave, not through a message, a copy or a selection of rows either."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     start, stop = 5, 6
@@ -102,7 +102,7 @@ def check_pinned(method: Method, at: Setting) -> None:
 
 @dataclass(frozen=True)
 class Tally(Summary):
-    """A probe: counts and adds up what it absorbs, and answers nothing."""
+    """Count and add up the tokens that it absorbs, as a probe that answers nothing."""
 
     name: ClassVar[str] = "tally"
 
@@ -128,7 +128,7 @@ class TallyState(SummaryState):
 
 
 def check_absorbed_once(method: Method, at: Setting) -> None:
-    """Each token that leaves is absorbed by the summary exactly once."""
+    """Require that each evicted token is absorbed by the summary exactly once."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     whole = Stream(
         stream.q, (8 * stream.k).round(), (8 * stream.v).round(), stream.prompt
@@ -163,7 +163,7 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 
 
 def _check_weight(state: State, stream: Stream, at: Setting) -> None:
-    """Under the unmasked law a query of zeros weighs every token seen alike, but for held ones that it does not read.
+    """Require equal weights for a query of zeros under the unmasked law, but for held tokens that it does not read.
 
     So constant values are answered, with a mass of one per token.
     """
@@ -183,7 +183,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 
 
 def check_selector_subset(method: Method, at: Setting) -> None:
-    """A selector chooses among what a query may see, never nothing, and what left has no say."""
+    """Require that a selector reads some visible tokens, never none, and that evicted tokens have no influence."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
@@ -201,7 +201,7 @@ def check_selector_subset(method: Method, at: Setting) -> None:
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """A selector without an index hides all that it is told to hide, and not all that there is."""
+    """Require that a selector without an index hides all slots that it is given to hide, but not every slot."""
     view = state.slots.view()
     width = view.k.shape[1]
     for hidden_share in (0.0, 0.5, 0.9):
@@ -217,7 +217,7 @@ def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator)
 
 
 def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
-    """A selector with an index chooses, for every query, among the first slots that it may see, each once.
+    """Require that a selector with an index chooses, for every query, among the first slots that it may see, each once.
 
     A query comes with a token of the open block, and sees at least what is older.
     """

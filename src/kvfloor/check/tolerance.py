@@ -1,4 +1,4 @@
-"""How far two answers may be apart, in one table by dtype. Every check draws values of size at most 1."""
+"""Bound the difference of two answers, in one table by dtype. Every check draws values of size at most 1."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-6, torch.float16: 2.0**-11, 
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference between a and b; equal infinities differ by 0, NaN by infinity."""
+    """Return the largest difference between a and b; equal infinities differ by 0, NaN by infinity."""
     a, b = a.to(torch.float64), b.to(torch.float64)
     difference = torch.where(a == b, 0.0, (a - b).abs())
     return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
 
 
 def _relatively_apart(a: Tensor, b: Tensor) -> float:
-    """As `apart`, numbers of b beyond 1 in units of themselves."""
+    """Return the difference as `apart` does, numbers of b beyond 1 in units of themselves."""
     unit = b.to(torch.float64).abs().clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
     return apart(a.to(torch.float64) / unit, b.to(torch.float64) / unit)
 

@@ -1,4 +1,4 @@
-"""The law of positions that count within a state: what `Spec.rotation` asks of a method that claims `turns`."""
+"""Check positions within a state: the law of `Spec.rotation` for a method that claims `turns`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvfloor.core.spec import Spec
 
 
 def check_turns(method: Method, at: Setting) -> None:
-    """Under a rotation answers are attention over held tokens, keys and queries turned to their ranks among these."""
+    """Require attention over held tokens under a rotation, keys and queries turned to their ranks among these."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     rotation = Rotation(tuple(5.0**-i for i in range(max(1, spec.d // 4))))
     spec = replace(spec, rotation=rotation)
@@ -51,7 +51,7 @@ def check_turns(method: Method, at: Setting) -> None:
 def _attention(
     kept: tuple[Tensor, Tensor, Tensor, Tensor | None], spec: Spec, hide: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Mean and log-mass in `dtype`: of queries (m, d), keys (h, d), values (h, dv) and values of logit 0 (e, dv)."""
+    """Return mean and log-mass in `dtype` of q (m, d), k (h, d), v (h, dv) and values of logit 0 (e, dv)."""
     q, k, v, left = kept
     zero_logits = None if left is None else left.to(dtype)
     return attention(q.to(dtype), k.to(dtype), v.to(dtype), spec, zero_logits, hide)

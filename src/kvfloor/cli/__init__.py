@@ -1,4 +1,4 @@
-"""Parse the command line, call what it asks for, print the result."""
+"""Parse the command line, run the command, print the result."""
 
 from kvfloor.cli.commands import app, main
 

@@ -1,4 +1,4 @@
-"""The options of `kvfloor break`, made from the table of barriers and the signatures of their plays."""
+"""Make the options of `kvfloor break` from the table of barriers and the signatures of their plays."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def _option(name: str) -> inspect.Parameter:
 
 
 def _kind(annotation: Any) -> Any:
-    """The type of an option's value: what the annotation allows beside None."""
+    """Return the type of an option's value: the annotation's type beside None."""
     first = next(one for one in get_args(annotation) or (annotation,) if one is not type(None))
     return type(get_args(first)[0]) if get_origin(first) is Literal else first
 
 
 def _usual(values: dict[str, Any]) -> str:
-    """The most common value, with the barriers that have another one."""
+    """Return the most common value, with the barriers that have another one."""
     common = Counter(values.values()).most_common(1)[0][0]
     others = ", ".join(f"{name}: {value}" for name, value in values.items() if value != common)
     return f"{common} ({others})" if others else str(common)

@@ -1,6 +1,6 @@
-"""The command line. Every command imports what it needs when it runs, so that `--help` is quick.
+"""Define the command line. Every command imports its modules when it runs, so that `--help` is quick.
 
-Exit codes: 0 fine; 1 the thing checked falls short; 2 bad input, told in one line on stderr.
+Exit codes: 0 fine; 1 the thing checked falls short; 2 bad input, reported in one line on stderr.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class _Commands(TyperGroup):
-    """The commands; `break` gets its options, which follow from the table of barriers, once it is called."""
+    """Resolve the commands; `break` gets its options, made from the table of barriers, once it is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that the arguments name, and the rest of them."""
+        """Return the name, the command and the remaining arguments."""
         name, command, rest = super().resolve_command(ctx, args)
         if name == "break":
             from kvfloor.cli.break_options import with_options
@@ -57,7 +57,7 @@ Json = Annotated[bool, JSON]
 
 
 def main() -> None:
-    """Entry point: bad input becomes one line on stderr and exit code 2."""
+    """Run the command line: bad input becomes one line on stderr and exit code 2."""
     sys.path.insert(0, os.getcwd())  # so that module:Class finds the user's own files
     try:
         status = app(prog_name="kvfloor", standalone_mode=False)
@@ -132,7 +132,7 @@ def audit(
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and report.html.")] = Path("out/audit"),
     as_json: Json = False,
 ) -> None:
-    """What each method costs and breaks at each budget, on a real model, beside the provable floor."""
+    """Measure what each method costs and breaks at each budget, on a real model, beside the provable floor."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -189,7 +189,7 @@ def _contexts(text: str) -> tuple[int, ...]:
 
 
 def _quiet_transformers() -> None:
-    """Its own progress bars would break ours, and the promise of one line on stderr."""
+    """Silence transformers' progress bars and logs, which would break ours and the promise of one line on stderr."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -227,7 +227,7 @@ def floors(
     layers: Annotated[int, typer.Option(help="Layers.", **whole())] = 1,
     as_json: Json = False,
 ) -> None:
-    """Bits of memory that attention needs in the worst case, by theorem, beside what is known to suffice."""
+    """Compute the bits of memory that attention needs in the worst case, by theorem, beside those known to suffice."""
     from kvfloor.floors import space
 
     floor = space(
@@ -244,7 +244,7 @@ def floors(
 
 
 def _print_possible(size: int, possible: list[dict[str, Any]]) -> None:
-    """The floor and every memory that suffices, in bytes, and how many times the floor it is."""
+    """Print the floor and every memory that suffices, in bytes and as a multiple of the floor."""
     from rich.console import Console
     from rich.table import Table
 
@@ -345,7 +345,7 @@ def check(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """The table of methods: policies, summaries, selectors and whole methods; --json has all columns."""
+    """List the methods: policies, summaries, selectors and whole methods; --json has all columns."""
     from kvfloor.methods.catalogue import rows
 
     table = rows()

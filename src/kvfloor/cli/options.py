@@ -1,4 +1,4 @@
-"""Options of the command line: numbers are plain ASCII digits within a stated range, or one line says so."""
+"""Declare the options of the command line: numbers are plain ASCII digits within a stated range."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Softmax attention that also returns its log-mass: the eager definition and torch's fused CPU path."""
+"""Compute softmax attention together with its log-mass: the eager definition and torch's fused CPU path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Logits, masses and means live in float32, or in float64 for float64 inputs."""
+    """Return the dtype of logits, masses and means: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -30,10 +30,10 @@ def attend(
     hide: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Mean (rows, m, dv) and log-mass (rows, m) of softmax(scale q k^T + log_weight) v, in the compute dtype.
+    """Return mean (rows, m, dv) and log-mass (rows, m) of softmax(scale q k^T + log_weight) v, in the compute dtype.
 
     q (rows, m, d), k (rows, s, d), v (rows, s, dv); log_weight (rows, s); hide (rows or 1, m or 1, s) bool.
-    A query that sees nothing gets mean 0 and log-mass -inf. `backend="flash"` raises where the fused path
+    A query that sees no key gets mean 0 and log-mass -inf. `backend="flash"` raises ValueError where the fused path
     does not apply; "auto" takes it where it does.
     """
     applies = fused(q, k, v, softcap)
@@ -46,10 +46,10 @@ def attend(
 
 
 def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """The mean (rows, g, 1, dv) of `attend` alone for one token's queries q (rows, g, 1, d), which see all keys.
+    """Return the mean (rows, g, 1, dv) for one token's queries q (rows, g, 1, d), which see all keys.
 
-    The fused path is the same kernel by torch's public function, whose wrapping is a third of a short read's time;
-    it answers in k's dtype.
+    The mean is that of `attend`. The fused path is the same kernel by torch's public function, whose wrapping is a
+    third of a short read's time; it answers in k's dtype.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
@@ -60,9 +60,9 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float 
 def attend_causal(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """`attend` where query i of q (rows, g, a, d) sees the first i + 1 of the keys (rows, a, d): (rows, g, a, ...).
+    """Attend causally: query i of q (rows, g, a, d) sees the first i + 1 of the keys (rows, a, d): (rows, g, a, ...).
 
-    The fused path skips what is hidden instead of masking it.
+    Mean and log-mass are those of `attend`. The fused path skips the hidden keys instead of masking them.
     """
     rows, g, a, _d = q.shape
     if backend != "eager" and fused(q, k, v, softcap):
@@ -85,7 +85,7 @@ def weigh(
     log_weight: Tensor | None = None,
     hide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition: mean (rows, m, dv), log-mass (rows, m) and the softmax weights (rows, m, s)."""
+    """Return mean (rows, m, dv), log-mass (rows, m) and softmax weights (rows, m, s), by the definition."""
     dtype = compute_dtype(k.dtype)
     logits = torch.matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))
     logits = capped(logits, softcap)
@@ -105,7 +105,7 @@ def weigh(
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
-    """Whether attention of these takes torch's fused CPU path, which never writes the logits down."""
+    """Return True if attention of these takes torch's fused CPU path, which never stores the logits."""
     return (
         _FLASH is not None
         and softcap is None
@@ -130,12 +130,12 @@ def _flash(
         blind = (bias == -torch.inf).all(-1)
         bias = bias.expand(q.shape[0], q.shape[1], -1).unsqueeze(1)
     assert _FLASH is not None
-    # The fused kernel takes a last axis of stride 1 for granted: on a transposed input it reads other numbers.
+    # The fused kernel assumes a last axis of stride 1: on a transposed input it reads wrong numbers.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, log_mass = _FLASH(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), 0.0, False, attn_mask=bias, scale=scale)
     mean, log_mass = out.squeeze(1).float(), log_mass.squeeze(1).float()
     if blind is not None and bool(blind.any()):
-        # The fused kernel reports log-mass 0 for a query that sees nothing.
+        # The fused kernel returns log-mass 0 for a query that sees no key.
         log_mass = log_mass.masked_fill(blind, -torch.inf)
         mean = mean.masked_fill(blind.unsqueeze(-1), 0.0)
     return mean, log_mass

@@ -1,4 +1,4 @@
-"""Blocked: a state that acts at every `block`-th token of a row, whatever the caller's chunking."""
+"""Define a state that acts at every `block`-th token of a row, whatever the caller's chunking."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from kvfloor.core.state import State
 
 
 class Blocked(State):
-    """New tokens wait in `slots`, exactly readable; `_close` acts once a row's clock reaches a multiple of `block`.
+    """Keep new tokens whole in `slots`, and call `_close` once a row's clock reaches a multiple of `block`.
 
     Each row has its own clock, so rows of different length close at different calls. A variant writes `_close`,
-    `_rest` (what is remembered outside the slots) and, if it looks at queries, `_on_queries`. A selector that keeps an
-    index is told of every token that comes; a variant from whose slots tokens leave tells it of those.
+    `_rest` (attention over memory outside the slots) and, if it uses queries, `_on_queries`. A selector that keeps an
+    index is given every new token; a variant that evicts tokens from its slots must give it the evicted ones.
     """
 
     slots: Slots
@@ -36,38 +36,40 @@ class Blocked(State):
         if isinstance(self._selector, Indexed):
             self.selection = self._selector.open(spec, slots, self.shared, in_order)
 
-    # ---- what a variant writes -----------------------------------------------------------------------------
+    # ---- methods that a variant writes -----------------------------------------------------------------------------
 
     @abstractmethod
     def _close(self, rows: Tensor | None) -> None:
-        """The block of these rows (None: all) is complete."""
+        """Act on the completed block of these rows (None: all)."""
 
     def _rest(self, q: Tensor) -> Partial | None:
-        """Attention over what is remembered outside the slots, or None if there is nothing."""
+        """Return attention over the memory outside the slots, or None if there is none."""
         del q
         return None
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Of `left` tokens that come after `seen`, how many may be taken in at once because nothing happens at the
-        ends of their blocks; 0: no more than the block's."""
+        """Return how many of the next `left` tokens after `seen` may be taken in at once; 0: only the block's rest.
+
+        A variant returns more than 0 where it does nothing at the ends of these tokens' blocks.
+        """
         del seen, left
         return 0
 
     @property
     def _selector(self) -> Selector:
-        """Which of the held tokens a query reads."""
+        """Return the selector, which chooses the held tokens that a query reads."""
         return Everything()
 
     @property
     def _plainly_read(self) -> bool:
-        """Whether an answer is attention over all slots and nothing else; `_on_query` hears of such ones."""
+        """Return True if an answer is attention over all slots and nothing else; `_on_query` gets such queries."""
         return False
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        """Queries q (rows, g, a, d) were answered; `before` tokens were held when their block-mates arrived."""
+        """Handle answered queries q (rows, g, a, d); rows held `before` tokens before the queries' own tokens came."""
 
     def _on_query(self, q: Tensor, seen: int) -> None:
-        """Take note of one query q (rows, g, 1, d) per row, plainly read; every row had `seen` tokens before it."""
+        """Handle one query q (rows, g, 1, d) per row, plainly read; every row had `seen` tokens before it."""
 
     # ---- written once --------------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ class Blocked(State):
 
     @property
     def _steps_alone(self) -> bool:
-        """Rows are in step with room for a token, and all that is held is read."""
+        """Return True if rows have equal clocks and counts with room for a token, and every held token is read."""
         at, seen = self.slots.level, self.seen.tolist()
         return self._plainly_read and at is not None and at < self.slots.stride and min(seen) == max(seen)
 
@@ -112,7 +114,7 @@ class Blocked(State):
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
         """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
-        seen, counts = self.seen.tolist(), count.tolist()  # a list of clocks is compared faster than a small tensor
+        seen, counts = self.seen.tolist(), count.tolist()  # comparing lists is faster than comparing small tensors
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
             return self._feed_in_step(k, v, q, count, seen[0])
         out = None
@@ -123,7 +125,7 @@ class Blocked(State):
             take = torch.minimum(count - done, self.block - self.seen % self.block)
             a = int(take.max())
             index = (done.unsqueeze(1) + torch.arange(a)).to(k.device)
-            # What lies beyond a row's own tokens may be anything, NaN too.
+            # Padding beyond a row's own tokens may be anything, NaN too.
             beyond = (torch.arange(a) >= take.unsqueeze(1)).unsqueeze(-1).to(k.device)
             new_k, new_v = (_cut(x, index).masked_fill(beyond, 0) for x in (k, v))
             part = self._take(new_k, new_v, None if q is None else _cut(q, index), take)
@@ -135,10 +137,10 @@ class Blocked(State):
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
-        """As `_feed` where `count` is one number for rows that all have `seen` so far, or one token each: slices."""
+        """Do `_feed` by slices, where rows have equal counts and either equal clocks `seen` or one token each."""
         parts: list[Partial] = []
         t, done = int(count[0]), 0
-        # A long piece that is not fused would write all its logits down.
+        # A long piece without the fused kernel would store all its logits.
         fits = t > 1 and (q is None or fused(q, k, v, self.spec.softcap))
         while done < t:
             a = min(t - done, (self._at_once(seen, t - done) if fits else 0) or self.block - seen % self.block)
@@ -152,7 +154,7 @@ class Blocked(State):
             done, seen = done + a, seen + a
         if q is None:
             return None
-        if t < q.shape[2]:  # what is packed behind the real tokens
+        if t < q.shape[2]:  # the padding packed behind the real tokens
             shape = (*q.shape[:2], q.shape[2] - t)
             parts.append(Partial.empty(*shape, dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device))
         if len(parts) == 1:
@@ -162,7 +164,7 @@ class Blocked(State):
     def _take(self, k: Tensor, v: Tensor, q: Tensor | None, take: Tensor) -> Partial | None:
         """Push the first take[r] of these tokens, within a block; answer q (rows, g, a, d), if any: (rows, g, a).
 
-        Then the blocks that they complete are closed.
+        Then close the blocks that they complete.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
@@ -179,18 +181,18 @@ class Blocked(State):
         return part
 
     def _circle(self, place: Tensor, below: int) -> Circle:
-        """The circle of places (...) that are under `below`, in the compute dtype."""
+        """Return the rotation's circle of places (...), all below `below`, in the compute dtype."""
         assert self.spec.rotation is not None
         return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
 
     def _turned(self, q: Tensor, place: Tensor, below: int) -> Tensor:
-        """Queries q (r, g, a, d) turned to their places (r, a), all under `below`; q itself without a rotation."""
+        """Rotate queries q (r, g, a, d) to their places (r, a), all below `below`; without a rotation return q."""
         if self.spec.rotation is None:
             return q
         return self.spec.rotation.turned(q, self._circle(place.unsqueeze(1).to(q.device), below))
 
     def _push(self, k: Tensor, v: Tensor, take: Tensor, bare: Tensor | None = None) -> Tensor:
-        """Take the first take[r] of these tokens into the slots; tokens held before, per row (rows,)."""
+        """Push the first take[r] of these tokens into the slots; return the tokens held before, per row (rows,)."""
         before = self.slots.held
         position = self.seen.unsqueeze(1)
         if k.shape[1] > 1:
@@ -201,7 +203,7 @@ class Blocked(State):
         return before
 
     def _advance(self, take: Tensor) -> None:
-        """These tokens were answered: the clocks go on, and the blocks that are complete now are closed."""
+        """Advance the clocks after these tokens were answered, and close the blocks that are complete now."""
         self.seen = self.seen + take
         ends = [
             seen % self.block == 0 and took > 0 for seen, took in zip(self.seen.tolist(), take.tolist(), strict=True)
@@ -213,17 +215,17 @@ class Blocked(State):
                 self.selection.close(self.slots, rows)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Answers (rows, g, a) to q (rows, g, a, d), whose tokens are the newest: each sees what came up to itself."""
+        """Answer q (rows, g, a, d) of the newest tokens causally: a partial of (rows, g, a)."""
         shape = q.shape[:3]
         rest = self._rest(q.flatten(1, 2))
         part = self._among_slots(q, new_k, new_v, before)
         return part if rest is None else part.merge(rest.shaped(*shape))
 
     def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """As `_answer`, over the slots alone.
+        """Compute `_answer` over the slots alone.
 
-        Where everything held is read, the tokens from before (`before` of them per row) and the new ones are two
-        partials: neither needs a mask of rows x queries x slots.
+        Where every held token is read, the earlier tokens (`before` of them per row) and the new ones give two
+        partials. Merging them needs no mask of rows x queries x slots.
         """
         shape, past = q.shape[:3], int(before.max())
         if self.selection is not None:
@@ -234,19 +236,19 @@ class Blocked(State):
         if past == 0:
             return part
         view = self.slots.view(width=past)
-        gone = torch.arange(past) >= before.unsqueeze(1)  # the rows' own new tokens, or nothing yet
+        gone = torch.arange(past) >= before.unsqueeze(1)  # slots of a row's own new tokens, or empty
         hide = gone.unsqueeze(1).to(q.device) if bool(gone.any()) else None
         return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
-        """One product over all slots, the causal rule as a mask: queries (rows, g*a, d), the selector choosing."""
+        """Attend with queries (rows, g*a, d) to all slots in one product, masked causally and by the selector."""
         m = flat.shape[1]
         view = self.slots.view()
         width, a = view.k.shape[1], m // g
-        if a == 1:  # the newest token sees all that is held
+        if a == 1:  # the newest token sees every held token
             hide = None if view.live is None else ~view.live.unsqueeze(1)
         else:
-            limit = before.unsqueeze(1) + torch.arange(a)  # last slot each query may see, by row
+            limit = before.unsqueeze(1) + torch.arange(a)  # the last slot each query sees, by row
             if bool((before == before[0]).all()):
                 limit = limit[:1]
             hide = (torch.arange(width) > limit.unsqueeze(-1)).to(flat.device)
@@ -255,20 +257,20 @@ class Blocked(State):
         return Partial.over(flat, view.k, view.v, self.spec, hide=hide)
 
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
-        """As `_among_all` for q (rows, g, a, d), the selector choosing by its index."""
+        """Attend with q (rows, g, a, d) to the slots that the selector chooses by its index, causally."""
         assert self.selection is not None
         arrived = torch.arange(q.shape[2])
         visible = before.unsqueeze(1) + arrived + 1
         real = visible <= self.slots.held.unsqueeze(1)
         position = (self.seen.unsqueeze(1) + arrived).masked_fill(~real, -1)
-        if not bool(real.all()):  # beyond a row's own tokens may stand anything, NaN too
+        if not bool(real.all()):  # padding may be anything, NaN too
             q = q.masked_fill(~real.to(q.device)[:, None, :, None], 0)
         visible = torch.minimum(visible, self.slots.held.unsqueeze(1))
         chosen = self.selection.follow(q, self.slots, visible.to(q.device), position.to(q.device))
         return self._over(q.flatten(1, 2), chosen)
 
     def _over(self, q: Tensor, chosen: Chosen) -> Partial:
-        """Attention of q (rows, m, d) over the slots chosen for each query: fetched where few, masked where many."""
+        """Attend with q (rows, m, d) to the slots chosen for each query: fetched where few, masked where many."""
         (rows, m, c), width = chosen.index.shape, int(self.slots.held.max())
         if m * c > width:
             view = self.slots.view()
@@ -280,17 +282,17 @@ class Blocked(State):
         return Partial(part.mean.view(rows, m, self.spec.dv), part.log_mass.view(rows, m))
 
     def unread(self, q: Tensor) -> Tensor | None:
-        """The slots (rows or 1, m or 1, s) that `read` leaves unread for q (rows, m, d); None if it reads them all."""
+        """Return the mask (rows or 1, m or 1, s) of the slots that `read` skips for q (rows, m, d); None if none is."""
         return self._left_unread(self._newest(q))
 
     def _newest(self, q: Tensor) -> Tensor:
-        """Queries q (rows, m, d) turned to the place of their row's newest token, as if they had come with it."""
+        """Rotate queries q (rows, m, d) to the place of their row's newest token, as if they had come with it."""
         held = self.slots.held
         place = (held - 1).clamp_min(0).unsqueeze(1)
         return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
 
     def _left_unread(self, q: Tensor) -> Tensor | None:
-        """As `unread`, for queries that are turned to their places."""
+        """Compute `unread` for queries that are already rotated to their places."""
         view = self.slots.view()
         if self.selection is not None:
             return self._choose(q).unread(view.k.shape[1])
@@ -306,7 +308,7 @@ class Blocked(State):
 
     @property
     def slot_bytes_read(self) -> int:
-        """Bytes of index, keys and values in the slots that one query per row touches."""
+        """Return the bytes of index, keys and values in the slots that one query per row reads."""
         if self.selection is not None:
             return self.selection.bytes_read(self.slots.held)
         return self._selector.bytes_read(self.slots.held, self.spec)
@@ -327,7 +329,7 @@ class Blocked(State):
 
 
 def _cut(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index` (rows, a), clamped, of x (rows, [g,] t, d)."""
+    """Gather the tokens at `index` (rows, a), clamped, of x (rows, [g,] t, d)."""
     index = index.clamp_max(x.shape[-2] - 1)
     if x.ndim == 4:
         index = index.unsqueeze(1).expand(-1, x.shape[1], -1)

@@ -1,4 +1,4 @@
-"""Bounded: the method for everything that keeps whole tokens. Policy x summary x selector, one eviction loop."""
+"""Define the method for all caches that keep whole tokens: policy x summary x selector, with one eviction loop."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from kvfloor.core.tiles import weights_by_tile
 from kvfloor.validation import count
 
 DEFAULT_BLOCK = 32
-TILE_SLOTS = 4096  # bounds the weights that a policy is shown at once: block x group x so many per row
+TILE_SLOTS = 4096  # bounds the weights that a policy gets at once: block x group x this many per row
 
 
 @dataclass(frozen=True)
 class Bounded(Method):
-    """At most `budget` tokens per row after every `block`-th token, `budget + block - 1` in between.
+    """Keep at most `budget` tokens per row after every `block`-th token, and at most `budget + block - 1` in between.
 
-    policy    which held token leaves           summary   what stays of those that left
-    selector  which held tokens a query reads   budget    tokens per row (one number, or one per row)
+    policy    decides which held token is evicted   summary   stores what is kept of evicted tokens
+    selector  picks the held tokens a query reads   budget    tokens per row (one number, or one per row)
     block     1 is the papers' rule: evict after every token. Larger blocks decide `block` evictions at once.
-    prefill   "stream": the budget holds from the first token; "dense": everything is kept until `seal`. Unless
+    prefill   "stream": the budget holds from the first token; "dense": every token is kept until `seal`. Unless
               given it is the policy's usual one.
     """
 
@@ -79,7 +79,10 @@ class Bounded(Method):
             )
 
     def _least_budget(self, budget: int, pinned: int) -> int:
-        """The smallest budget from here on that leaves room for one free token; `last` may grow with the budget."""
+        """Return the smallest budget >= `budget` with room for one unprotected token.
+
+        The newest protected tokens may grow with the budget, so the search repeats until it fits.
+        """
         first = self.policy.protected_first()
         while (needed := first + self.policy.protected_last(budget) + pinned + 1) > budget:
             budget = needed
@@ -148,10 +151,10 @@ class Bounded(Method):
 
 
 class BoundedState(Blocked):
-    """Slots of budget + block tokens per row, allocated once; before the seal of a dense prefill they grow.
+    """Keep slots for budget + block tokens per row, allocated once; before the seal of a dense prefill they grow.
 
-    A policy that watches attention or queries gets them at block ends, in one product of fixed shape over the
-    block's buffered queries: what leaves does not depend on how the stream was cut into calls.
+    A policy that needs attention weights or queries gets them at block ends, in one product of fixed shape over the
+    block's buffered queries. So evictions do not depend on how the stream was cut into calls.
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -167,10 +170,10 @@ class BoundedState(Blocked):
         self.prompt: Tensor | None = None  # tokens per row before the seal, -1 until then; if the policy spares some
         if method.policy.spares != "nothing":
             self.prompt = torch.full((spec.rows,), -1, dtype=torch.int64)
-        self.queries: Tensor | None = None  # (rows, g, block, d) of the open block, if the policy watches
-        self.asked = torch.zeros(spec.rows, method.block, dtype=torch.bool)  # which of them were really asked
+        self.queries: Tensor | None = None  # (rows, g, block, d) of the open block, if the policy needs them
+        self.asked = torch.zeros(spec.rows, method.block, dtype=torch.bool)  # True where such a query was really given
         self.pins = torch.zeros(spec.rows, 0, 2, dtype=torch.int64)  # pinned spans [from, to) of positions
-        self.on_evict: Callable[[Tensor, Tensor], None] | None = None  # told row (e,) and position (e,) of what leaves
+        self.on_evict: Callable[[Tensor, Tensor], None] | None = None  # gets row (e,), position (e,) of evicted tokens
 
     def fields(self) -> dict[str, Any]:
         spec = self.spec
@@ -215,7 +218,7 @@ class BoundedState(Blocked):
 
     def copied(self) -> BoundedState:
         copy = super().copied()
-        copy.on_evict = None  # what leaves a copy has not left this state
+        copy.on_evict = None  # an eviction from the copy is none from this state
         return copy
 
     def _select_rows(self, index: Tensor) -> None:
@@ -236,7 +239,7 @@ class BoundedState(Blocked):
 
     @property
     def learns_from_queries(self) -> bool:
-        """Whether the policy learns from the queries that are asked now."""
+        """Return True if the policy learns from the queries that come now."""
         return self._plan.policy.wants_weights or self._plan.policy.wants_queries(self.sealed)
 
     @property
@@ -254,8 +257,8 @@ class BoundedState(Blocked):
         _rows, g, a, _d = q.shape
         if self.summary is not None:
             real = (torch.arange(a) < take.unsqueeze(1)).to(q.device)[:, None, :, None]
-            self.summary.on_queries(q if bool(real.all()) else q.masked_fill(~real, 0))  # the rest may be NaN
-        if not self.learns_from_queries or a > self.block:  # taken at once, because only newer queries are wanted
+            self.summary.on_queries(q if bool(real.all()) else q.masked_fill(~real, 0))  # padding may be NaN
+        if not self.learns_from_queries or a > self.block:  # taken at once: the policy needs newer queries only
             return
         seen, taken = self.seen.tolist(), take.tolist()
         if min(seen) == max(seen) and min(taken) == max(taken) == a:
@@ -272,12 +275,12 @@ class BoundedState(Blocked):
             self._buffer(q, seen % self.block)
 
     def _buffer(self, q: Tensor, start: int) -> None:
-        """Every row's queries q (rows, g, a, d) take the open block's places from `start` on."""
+        """Store every row's queries q (rows, g, a, d) in the open block, at its places from `start` on."""
         self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
         self.asked[:, start : start + q.shape[2]] = True
 
     def _open_queries(self, g: int) -> Tensor:
-        """The open block's queries (rows, g, block, d); their place is made when the first ones come."""
+        """Return the open block's queries (rows, g, block, d), allocated when the first queries come."""
         if self.queries is None:
             spec = self.spec
             self.queries = torch.zeros(spec.rows, g, self.block, spec.d, dtype=spec.dtype, device=spec.device)
@@ -315,7 +318,11 @@ class BoundedState(Blocked):
             self._evict(rows)
 
     def _at_once(self, seen: int, left: int) -> int:
-        """A dense prompt but for its newest queries, if the policy wants no more than those."""
+        """Return how many of the `left` next tokens can be taken in at once, without acting at their block ends.
+
+        More than 0 only in a dense prompt where every held token is read and the policy needs no weights or keys: all
+        tokens if it needs no queries; all but the newest ones, in whole blocks, if it needs the newest queries only.
+        """
         policy = self._plan.policy
         if self.sealed or self._plan.prefill != "dense" or not isinstance(self._selector, Everything):
             return 0
@@ -338,7 +345,7 @@ class BoundedState(Blocked):
         leaving = self.slots.find(row, position)
         if not bool(leaving.any()):
             return
-        self._show_open_blocks()  # they are shown in the slots where they were pushed, and dropping moves some
+        self._show_open_blocks()  # before the drop, which moves tokens out of the slots they were pushed to
         if self.on_evict is not None:
             gone, _k, _v, when = self.slots.flat(leaving)
             self.on_evict(gone, when)
@@ -347,7 +354,7 @@ class BoundedState(Blocked):
             self.selection.evict(self.slots, leaving)
 
     def _show_open_blocks(self) -> None:
-        """Show the policy what came since each row's last block end."""
+        """Give the policy the keys and queries that came since each row's last block end."""
         every = torch.arange(self.spec.rows)
         self._show_keys(every)
         for fill in (self.seen % self.block).unique().tolist():
@@ -358,7 +365,7 @@ class BoundedState(Blocked):
         self._show_open_blocks()
         if self.prompt is not None:
             self.prompt = self.seen.clone()
-        if self._plan.prefill == "dense" or policy.spares == "answer":  # what comes now is not weighed any more
+        if self._plan.prefill == "dense" or policy.spares == "answer":  # bring the prompt to its budget
             self._evict(every)
         if self._plan.prefill == "dense":
             self.slots.resize(self._limit() + self.block)
@@ -371,14 +378,14 @@ class BoundedState(Blocked):
         super()._seal()
 
     def _limit(self) -> Tensor:
-        """Tokens per row (rows,) that may stay now: the budget, and what the policy spares beside it."""
+        """Return the tokens per row (rows,) that may stay now: the budget, plus those the policy spares beside it."""
         if self.prompt is None:
             return self.budget
         spared = self.prompt if self._plan.policy.spares == "prompt" else self.seen - self.prompt
         return self.budget + spared.masked_fill(self.prompt < 0, 0)
 
     def _show_keys(self, rows: Tensor) -> None:
-        """Show the policy's memory the newest tokens of these rows, which all are still where they were pushed."""
+        """Give the policy's memory the newest tokens of these rows, which are still in the slots they came into."""
         if self.memory is None or not self._plan.policy.wants_keys:
             return
         slot = self.slots.held[rows].unsqueeze(1) - self.block + torch.arange(self.block)
@@ -387,7 +394,7 @@ class BoundedState(Blocked):
         self.memory.on_keys(rows, self.slots.k[index], self.slots.position[index], live)
 
     def _show_block(self, rows: Tensor, fill: int) -> None:
-        """Let the policy see what the last `fill` tokens' queries of these rows attended to."""
+        """Give the policy the queries of the last `fill` tokens of these rows, and the attention weights they had."""
         rows = rows[self.asked[rows].any(1)]
         if self.queries is None or not len(rows):
             return
@@ -403,14 +410,14 @@ class BoundedState(Blocked):
             self.asked[rows] = False
 
     def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
-        """Queries of these rows, which see their first visible (r, b) slots, go to the policy, turned to their places.
+        """Give the policy queries of these rows, rotated to their places; each sees its first visible (r, b) slots.
 
-        A row's weights are made of its own queries and held tokens alone (`weights_by_tile`), so they round alike
+        A row's weights are computed from its own queries and held tokens alone (`weights_by_tile`), so they round alike
         for every chunking and every neighbour row.
         """
         policy, width = self._plan.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows
-        if self.spec.rotation is not None:  # a slot's rank is its token's among those that had come by then
+        if self.spec.rotation is not None:  # a query's place is its own token's rank among those held when it came
             asked = replace(asked, q=self._turned(asked.q, (visible - 1).clamp(0, width - 1), width), bare=asked.q)
         learnt = policy.on_queries(self._held(every, width), asked) if policy.wants_queries(self.sealed) else {}
         if policy.wants_weights:
@@ -422,7 +429,7 @@ class BoundedState(Blocked):
             self.slots.put_column(name, every, values)
 
     def _observed(self, rows: Tensor | None, asked: Queries, visible: Tensor, width: int) -> dict[str, Tensor]:
-        """What the policy's columns become, tile by tile, once it sees which slots the queries attended to."""
+        """Return the policy's new columns, computed tile by tile from the attention weights of these queries."""
         r, g, b, d = asked.q.shape
         flat, held = asked.q.reshape(r, g * b, d), self._held(rows, width)
         unread = self._unread(rows, flat, visible.repeat(1, g).to(flat.device), width)
@@ -438,7 +445,10 @@ class BoundedState(Blocked):
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
     def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
-        """What q (r, m, d) leaves unread of the slots `at`, as a function: beyond visible (r, m), or not chosen."""
+        """Return a function from slots `at` to their mask: True for slots that q (r, m, d) does not read.
+
+        A slot is unread where it lies beyond visible (r, m), or where the selector did not choose it.
+        """
         if isinstance(self._selector, Everything):
             slot = torch.arange(width, device=q.device)
             return lambda at: slot[at] >= visible.unsqueeze(-1)
@@ -473,7 +483,7 @@ class BoundedState(Blocked):
         )
 
     def _evict(self, rows: Tensor) -> None:
-        """Bring these rows down to their budget: the lowest priorities leave, the summary absorbs them."""
+        """Evict the lowest-priority tokens of each of these rows down to its budget; the summary absorbs them."""
         excess = (self.slots.held[rows] - self._limit()[rows]).clamp_min(0)
         due = rows[excess > 0]
         if not len(due):
@@ -509,7 +519,7 @@ class BoundedState(Blocked):
 
 
 def _lowest(priority: Tensor, position: Tensor, n: Tensor) -> Tensor:
-    """The n (r, 1) slots of each row with the lowest priority, bool as priority (r, s); of equal ones the older."""
+    """Mark the n (r, 1) slots of lowest priority in each row, bool as priority (r, s); of equal ones the older."""
     last = priority.topk(int(n.max()), dim=1, largest=False).values.gather(1, n - 1)
     lowest = priority <= last
     if bool((lowest.sum(1, keepdim=True) == n).all()):

@@ -1,18 +1,18 @@
-"""BrokenState: the refusal of a memory in which a call broke off halfway."""
+"""Define the error of a state in which a call broke off halfway."""
 
 from __future__ import annotations
 
 
 class BrokenState(RuntimeError):
-    """A call broke off while it changed a state or a cache, which therefore refuses every further call.
+    """Report that a call broke off while it changed a state or a cache, which therefore refuses every further call.
 
     A call changes many tensors one after the other, so an exception in the middle (out of memory, Ctrl-C, a failing
-    kernel or listener) leaves a mixture of old and new that would answer wrongly.
+    kernel or callback) leaves a mixture of old and new that would answer wrongly.
     """
 
 
 def broken_state(call: str) -> BrokenState:
-    """The refusal of a state whose `call` broke off, or is still running where a callback or a thread asks."""
+    """Return the error of a state whose `call` broke off, or still runs while a callback or a thread uses the state."""
     return BrokenState(
         f"{call} broke off halfway (or has not returned yet), so this state is neither the old one nor the new one and "
         f"refuses every call: reset() the cache that it belongs to, open a new state, or load the last one you saved"

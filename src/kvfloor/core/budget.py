@@ -1,4 +1,4 @@
-"""Budgets: tokens per row, a share of the context, or bytes of the whole cache, and their resolution to tokens."""
+"""Resolve budgets to tokens per row: tokens, a share of the context, or bytes of the whole cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORMS = "a number of tokens (512), a share of the context (25%) or bytes (64MiB
 
 
 def parse_budget(text: str) -> Budget:
-    """A budget from its text; ValueError naming the allowed forms."""
+    """Parse a budget from its text; raise ValueError naming the allowed forms."""
     text = text.strip()
     if re.fullmatch(r"[0-9]+", text):
         digits = text.lstrip("0")
@@ -38,7 +38,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def size_bytes(text: str) -> int | None:
-    """Bytes meant by "64MiB" or "8MB"; None if the text is not a size."""
+    """Return the bytes meant by "64MiB" or "8MB"; None if the text is not a size."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
     if match is None or match[2].upper() not in _UNITS or len(text) > _LONGEST:
         return None
@@ -46,7 +46,7 @@ def size_bytes(text: str) -> int | None:
 
 
 def tokens(budget: Budget | None, rows: int) -> list[int]:
-    """One number of tokens per row, from a resolved budget; ValueError if it is not resolved."""
+    """Return one number of tokens per row from a resolved budget; raise ValueError if it is not resolved."""
     if isinstance(budget, int):
         return [budget] * rows
     if isinstance(budget, tuple):
@@ -59,12 +59,14 @@ def tokens(budget: Budget | None, rows: int) -> list[int]:
 
 
 def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None = None, g: int = 1) -> Method:
-    """`method` with its budget in tokens per row.
+    """Return `method` with its budget in tokens per row.
 
-    spec says the rows of one layer, their widths and dtype; `layers` such states make the cache; `length` is the
-    context in tokens, needed for shares; `g` the GQA group (some policies keep queries). Bytes count everything
-    the state allocates: scores, positions, spare slots. Raises ValueError for a method that no budget bounds, for
-    a share without a length, and for bytes too few for one token.
+    spec     the rows of one layer, their widths and dtype
+    layers   number of such states in the cache
+    length   the context in tokens, needed for shares
+    g        the GQA group (some policies keep queries)
+    Bytes count all that the state allocates: scores, positions, spare slots. Raises ValueError for a method that no
+    budget bounds, for a share without a length, and for bytes too few for one token.
     """
     budget = method.budget
     if not isinstance(budget, str):
@@ -85,7 +87,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
             f"@{budget} leaves {per_row:.0f} bytes for each of {layers} x {spec.rows} rows; {method} needs {floor} for "
             f"its smallest budget of {least} tokens: raise the budget"
         )
-    # Memory is a line in the tokens, but for what a method rounds off (SubGen's clusters): walk down from the line.
+    # Memory is linear in the tokens, up to a method's rounding (SubGen's clusters): walk down from the line.
     slope = (_row_bytes(method, least + _PROBE, spec, g) - floor) / _PROBE
     affordable = least + int((per_row - floor) / slope)
     while affordable > least and _row_bytes(method, affordable, spec, g) > per_row:
@@ -94,12 +96,12 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
 
 
 def least_budget(method: Method) -> int:
-    """The smallest budget in tokens that the method accepts; what it protects may be most of it."""
+    """Return the smallest budget in tokens that the method accepts; protected tokens may be most of it."""
     high = 1
     while not _accepts(method, high):
         high *= 2
         if high > _MOST_TOKENS:
-            with_budget(method, high)  # raises, and says why
+            with_budget(method, high)  # raises the method's own reason
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -110,12 +112,12 @@ def least_budget(method: Method) -> int:
 def _accepts(method: Method, tokens: int) -> bool:
     try:
         return with_budget(method, tokens) is not None
-    except ValueError:  # what it protects does not fit
+    except ValueError:  # its protected tokens do not fit
         return False
 
 
 def with_budget(method: Method, budget: Budget) -> Method:
-    """`method` under this budget; ValueError if no budget bounds it."""
+    """Return `method` under this budget; raise ValueError if no budget bounds it."""
     bounded = method.with_budget(budget)
     if bounded is None:
         raise ValueError(f"{method} keeps every token: no budget bounds it")
@@ -123,7 +125,7 @@ def with_budget(method: Method, budget: Budget) -> Method:
 
 
 def _row_bytes(method: Method, tokens: int, spec: Spec, g: int) -> int:
-    """Bytes that one row allocates under this budget, measured on a state with one token."""
+    """Measure the bytes that one row allocates under this budget, on a state with one token."""
     places = None if spec.places is None else spec.places[:1]
     law = {"scale": spec.scale, "tied": spec.tied, "rotation": spec.rotation}
     one = Spec(rows=1, d=spec.d, dv=spec.dv, dtype=spec.dtype, places=places, **law)

@@ -1,4 +1,4 @@
-"""Exact: every token kept. The oracle, and the base of the methods that only choose what to read."""
+"""Keep every token: the exact reference, and the base of methods that only choose which tokens to read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
 
 @dataclass(frozen=True)
 class Exact(Method):
-    """All keys and values in growing storage; exact attention, read through `selector`."""
+    """Keep all keys and values in growing storage; attend exactly to the tokens that `selector` chooses."""
 
     name: ClassVar[str] = "exact"
     paper: ClassVar[str] = "Vaswani et al. 2017"
@@ -58,7 +58,7 @@ class Exact(Method):
 
 
 class ExactState(Blocked):
-    """Slots that grow by a quarter; a block here is only how many queries are answered in one product."""
+    """Keep every token in slots that grow by a quarter; a block only bounds the queries answered in one product."""
 
     def __init__(self, method: Exact, spec: Spec) -> None:
         block = method.selector.block() if isinstance(method.selector, Indexed) else None
@@ -75,10 +75,10 @@ class ExactState(Blocked):
         return isinstance(self._selector, Everything)
 
     def _close(self, rows: Tensor | None) -> None:
-        """Nothing ever leaves."""
+        """Do nothing: no token is ever evicted."""
 
     def _pin(self, start: int, stop: int) -> None:
-        """Nothing ever leaves, so that every span is pinned."""
+        """Do nothing: no token is ever evicted, so every span is pinned."""
 
     def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
         del row, position
@@ -103,7 +103,7 @@ class ExactState(Blocked):
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)
         held, seen = fields["slots"]["held"], fields["seen"]
-        if self.selection is not None or bool((held >= seen).all()):  # none was dropped by `forget`
+        if self.selection is not None or bool((held >= seen).all()):  # no token was dropped by `forget`
             require_equal(held, seen, "tokens held")
             order = torch.cat([torch.arange(n) for n in seen.tolist()])
             require_equal(fields["slots"]["position"], order, "positions")

@@ -1,4 +1,4 @@
-"""Field: what a message may hold for one field of a state, so that nothing else is taken over from it."""
+"""Define the allowed values of each field of a message, so that no other value enters a state."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 1 << 48  # of any count or position; more tokens than any stream has, and far from where sums overflow
+MOST = 1 << 48  # bounds any count or position: more tokens than any stream has, far from where sums overflow
 
 
 @dataclass(frozen=True)
 class Field:
-    """The tensors, or with a Python type as `kind` the numbers, that a field may hold.
+    """Define the tensors, or with a Python type as `kind` the numbers, that a field may hold.
 
     kind        dtype of a tensor, or bool, int or float for a number
     shape       one size per axis; None is any size, a word one that is the same for all fields of a part that name it
     least, most bounds on every entry; None: none. NaN is within no bounds
     finite      neither NaN nor infinity
-    optional    None will do as well
+    optional    None is allowed too
     """
 
     kind: torch.dtype | type
@@ -32,7 +32,7 @@ class Field:
 
     @classmethod
     def like(cls, x: Tensor) -> Field:
-        """What is not declared: the dtype and shape of a freshly opened state's tensor, in which counts are >= 0.
+        """Return the field of a tensor that is not declared: dtype and shape of a freshly opened state, counts >= 0.
 
         An axis that is empty there is one that grows, and may have any size.
         """
@@ -41,7 +41,10 @@ class Field:
         return cls(x.dtype, shape, least=0 if counts else None, most=MOST if counts else None)
 
     def require(self, value: Any, where: str, sizes: dict[str, int]) -> None:
-        """Raise ValueError unless `value` may stand `where`; `sizes` has what the words stand for so far."""
+        """Raise ValueError unless `value` is allowed at `where`.
+
+        `sizes` maps the words of shapes to the sizes that they stand for so far.
+        """
         if value is None and self.optional:
             return
         if not isinstance(self.kind, torch.dtype):
@@ -78,7 +81,7 @@ def require_equal(found: Tensor, wanted: Tensor, what: str) -> None:
 
 
 def require_room(numbers: float, itemsize: int, what: str) -> None:
-    """Raise ValueError if so many numbers are more than the machine's memory, where that is known."""
+    """Raise ValueError if this many numbers exceed the machine's memory, where its size is known."""
     try:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Memory: what a state holds, measured by walking it, copied, and packed for the message.
+"""Measure, copy and pack a state's memory by walking its attributes.
 
 No variant declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
-every storage once, and raises on what it cannot size.
+every storage once, and raises TypeError on any object that it cannot size.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from torch import Tensor
 
 from kvfloor.core.fields import Field
 
-# Not memory: what is fixed before the stream and known to both sides, the record of past sizes, who listens, and the
+# Not memory: values fixed before the stream and known to both sides, the record of past sizes, the callback, and the
 # call that is running.
 PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "_underway"})
 SCALAR_BYTES = 8
 
 
 class Memory:
-    """A part of a state: its attributes are tensors, numbers, None, or further `Memory`."""
+    """Store a part of a state: its attributes are tensors, numbers, None, or further `Memory`."""
 
     peak = 0  # most bytes this part's own tensors took so far, set where storage is moved (old and new at once)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages reachable from here, each counted once; raises TypeError on the unsizable."""
+        """Return the bytes of all storages reachable from here, each counted once; raise TypeError on the unsizable."""
         storages: dict[int, int] = {}
         scalars = _walk(self, storages, "state")
         return sum(storages.values()) + scalars
 
     @property
     def peak_nbytes(self) -> int:
-        """The most bytes held at any time so far, the copies made while growing or shrinking included."""
+        """Return the most bytes held at any time so far, the copies made while growing or shrinking included."""
         return self.nbytes + self._excess()
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """`nbytes` shared out among the `rows` (rows,), float64: what a row has alone is its own, the rest is split."""
+        """Split `nbytes` among the `rows`, (rows,) float64: a row's own bytes count for it alone, the rest equally."""
         total = torch.zeros(rows, dtype=torch.float64)
         for name, value in vars(self).items():
             if name in PUBLIC:
@@ -52,7 +52,7 @@ class Memory:
         return total
 
     def _by_capacity(self, rows: int, arena: Iterable[Tensor], capacity: Tensor) -> Tensor:
-        """`bytes_by_row` where a row's stretch of these flat tensors is as long as its capacity (rows,)."""
+        """Split bytes by row, where a row's stretch of these flat tensors is as long as its capacity (rows,)."""
         arena_bytes = sum(x.untyped_storage().nbytes() for x in arena)
         owned = arena_bytes * capacity.to(torch.float64) / max(1, int(capacity.sum()))
         return owned + (self.nbytes - arena_bytes) / rows
@@ -63,7 +63,7 @@ class Memory:
         return inside + max(0, self.peak - self._own_bytes())
 
     def _own_bytes(self) -> int:
-        """Bytes of this part's own tensors, a storage that two of them share once."""
+        """Return the bytes of this part's own tensors; a storage that two of them share counts once."""
         storages: dict[int, int] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name not in PUBLIC:
@@ -71,16 +71,16 @@ class Memory:
         return sum(storages.values())
 
     def move(self, name: str, new: Tensor) -> None:
-        """Replace the tensor `name` by its copy in other storage, while both are alive."""
+        """Replace the tensor `name` by its copy in other storage, and record the peak while both are alive."""
         self.peak = max(self.peak, self._own_bytes() + new.untyped_storage().nbytes())
         setattr(self, name, new)
 
     def export(self) -> dict[str, Any]:
-        """The attributes to send: tensors, numbers, None, or nested dicts of them."""
+        """Return the attributes to send: tensors, numbers, None, or nested dicts of them."""
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
     def fields(self) -> dict[str, Any]:
-        """What fields may hold that differ from a freshly opened part's in more than their entries: name -> `Field`.
+        """Declare, name -> `Field`, the fields that may differ from a freshly opened part's in more than their entries.
 
         A part that exports nested dicts of its own nests here as well. Numbers that are not named are configuration:
         they must be as opened. Tensors that are not named follow `Field.like`.
@@ -88,7 +88,7 @@ class Memory:
         return {}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError where `fields`, each of which may hold what it holds, do not fit together."""
+        """Raise ValueError where `fields`, each of them allowed by itself, do not fit together."""
 
     def require(self, fields: Any, where: str = "") -> None:
         """Raise ValueError unless this freshly opened part can `adopt` these fields and answer from them."""
@@ -104,7 +104,7 @@ class Memory:
         self.require_sound(fields)
 
     def adopt(self, fields: dict[str, Any]) -> None:
-        """Take over what `export` of an equal part gave."""
+        """Take over the fields that `export` of an equal part returned."""
         for name, value in fields.items():
             mine = getattr(self, name)
             if isinstance(mine, Memory):
@@ -127,7 +127,7 @@ class Memory:
                 setattr(self, name, value.index_select(0, index.to(value.device)))
 
     def copied(self) -> Any:
-        """A copy that shares no storage with this one, except what is public."""
+        """Return a copy that shares no storage with this one, except for public attributes."""
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)
 
@@ -141,7 +141,7 @@ def _require_names(fields: Any, opened: dict[str, Any], where: str) -> None:
 
 
 def _require_field(declared: Any, opened: Any, value: Any, where: str, sizes: dict[str, int]) -> None:
-    """Raise ValueError unless `value` may stand where a freshly opened part has `opened`."""
+    """Raise ValueError unless `value` is allowed where a freshly opened part has `opened`."""
     if isinstance(declared, Field):
         declared.require(value, where, sizes)
     elif isinstance(opened, dict):
@@ -163,7 +163,7 @@ def _export(value: Any, name: str) -> Any:
 
 
 def _walk(value: Any, storages: dict[int, int], path: str) -> int:
-    """Record each storage in `storages` by address; return the bytes of what is not a tensor."""
+    """Record each storage in `storages` by address; return the bytes of all other objects."""
     if value is None:
         return 0
     if isinstance(value, Tensor):

@@ -1,9 +1,10 @@
-"""The message: a state, or a whole cache, as bytes: what Alice sends Bob in the lower bounds' proofs, what is saved.
+"""Pack a state or a whole cache as bytes: the message of the lower bounds' proofs (Alice to Bob), and a saved file.
 
 A message is a safetensors file. Its metadata have one text, "kvfloor": a SHA-256 of every other byte of the file in 64
-hex digits, and a JSON object with the format, what the caller gives, and under "fields" whatever is no tensor; a tensor
-is named by its path in the fields. Nothing is unpickled. A message that is truncated, flipped or of another format is
-refused before anything is allocated from it. The digest tells damage, not forgery. Equal content makes equal bytes.
+hex digits, and a JSON object with the format, the caller's header, and under "fields" all values that are not tensors.
+A tensor is named by its path in the fields. Nothing is unpickled. A message that is truncated, flipped or of another
+format is refused before anything is allocated from it. The digest detects damage, not forgery. Equal content makes
+equal bytes.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from kvfloor.files import cannot_read, open_regular, read_exactly
 
 FORMAT = 2
 HEADER_LIMIT_BYTES = 1 << 24
-_START = b'{"__metadata__":{"kvfloor":"'  # how the header begins, after its length in 8 bytes
+_START = b'{"__metadata__":{"kvfloor":"'  # the start of the header, after its length in 8 bytes
 _DIGEST = slice(8 + len(_START), 8 + len(_START) + 64)
-_OLD = (b"KVFLOOR\x01", b'{\\"header_sha256\\"')  # how a message and a saved cache of format 1 begin
+_OLD = (b"KVFLOOR\x01", b'{\\"header_sha256\\"')  # the starts of a message and a saved cache of format 1
 _DTYPES = (
     torch.float64,
     torch.float32,
@@ -39,15 +40,15 @@ _DTYPES = (
 
 
 class CorruptState(ValueError):
-    """The bytes are not an intact message of this version."""
+    """Report that the bytes are not an intact message of this version."""
 
 
 class NewerVersion(ValueError):
-    """The message is of a format that a later kvfloor writes."""
+    """Report a message of a format that a later kvfloor writes."""
 
 
 class OlderVersion(ValueError):
-    """The message is of a format that an earlier kvfloor wrote and this one does not read."""
+    """Report a message of a format that an earlier kvfloor wrote and this one does not read."""
 
 
 def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
@@ -67,7 +68,10 @@ def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
 
 
 def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header and fields of a message; CorruptState if it is not intact, OlderVersion or NewerVersion as they say."""
+    """Return header and fields of a message.
+
+    Raises CorruptState if it is not intact, and OlderVersion or NewerVersion for another format.
+    """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"a message is bytes, got {type(data).__name__}")
     data = bytes(data)
@@ -79,7 +83,7 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[s
         version = int(header.pop("format"))
         if version <= FORMAT:
             fields = header.pop("fields")
-            for path, tensor in sorted(safetensors.torch.load(data).items()):  # which come in any order
+            for path, tensor in sorted(safetensors.torch.load(data).items()):  # safetensors returns them in any order
                 _place(fields, path, tensor)
             return header, fields
         writer = header.get("kvfloor", "a later release")
@@ -94,9 +98,9 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[s
 
 
 def read(path: str | Path, most_bytes: int, what: str) -> bytes:
-    """Read a file that begins as a message of at most `most_bytes`; of any other one only the beginning is read.
+    """Read a file that begins as a message of at most `most_bytes`; of any other file read only the beginning.
 
-    Raises what `unpack` raises for a beginning, and ValueError for a file that cannot be read.
+    Raises the errors of `unpack` for a bad beginning, and ValueError for a file that cannot be read.
     """
     with open_regular(path, what) as (stream, size):
         start = read_exactly(stream, min(size, _DIGEST.stop), path, what)
@@ -107,18 +111,18 @@ def read(path: str | Path, most_bytes: int, what: str) -> bytes:
 
 
 def payload_bytes(data: bytes) -> int:
-    """Bytes of a message that are tensors: what is left without the header."""
+    """Return the bytes of a message without its header: those of its tensors."""
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The elements' bytes in row-major order."""
+    """Return the bytes of the elements in row-major order."""
     dense = tensor.detach().cpu().contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # an axis of one element may have come with any stride
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-# What parsing raises where somebody wrote a digest under other content.
+# Errors that parsing raises where the digest matches but the content is forged.
 _FORGED = (
     ArithmeticError,
     AssertionError,
@@ -133,7 +137,7 @@ _FORGED = (
 
 
 def _header_end(start: bytes, size: int) -> int:
-    """Where the header ends in a message of `size` bytes that begins so; CorruptState where that cannot be."""
+    """Return the end of the header in a message of `size` bytes with this start; raise CorruptState if impossible."""
     if size < _DIGEST.stop:
         raise CorruptState(f"a message has at least {_DIGEST.stop} bytes, this one {size}: truncated, or no message")
     if start.startswith(_OLD[0]) or (start.startswith(_START, 8) and start.startswith(_OLD[1], _DIGEST.start)):
@@ -149,7 +153,7 @@ def _header_end(start: bytes, size: int) -> int:
 
 
 def _digest(data: bytes) -> bytes:
-    """SHA-256 of all bytes but the digest's own."""
+    """Compute the SHA-256 of all bytes but the digest's own."""
     rest = memoryview(data)
     digest = hashlib.sha256(rest[: _DIGEST.start])
     digest.update(rest[_DIGEST.stop :])
@@ -157,14 +161,17 @@ def _digest(data: bytes) -> bytes:
 
 
 def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What is no tensor in `fields`; the tensors go to `tensors` by path, dense and each in storage of its own."""
+    """Return all fields that are not tensors; put the tensors in `tensors` by path.
+
+    Each tensor becomes dense, in storage of its own.
+    """
     plain: dict[str, Any] = {}
     for name, value in fields.items():
         full = path + name
         assert "/" not in name, f"{full} has a slash in a name"
         if isinstance(value, dict):
             inside = _split(value, f"{full}/", tensors)
-            if inside or not value:  # a part of tensors alone is told by their paths
+            if inside or not value:  # the paths of its tensors restore a part of tensors alone
                 plain[name] = inside
         elif isinstance(value, Tensor):
             if value.dtype not in _DTYPES:
@@ -177,7 +184,7 @@ def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dic
 
 
 def _place(fields: dict[str, Any], path: str, tensor: Tensor) -> None:
-    """Put a tensor where `_split` found it; CorruptState where there is no such place, or for no such tensor."""
+    """Put a tensor where `_split` found it; raise CorruptState where that place or tensor is not allowed."""
     if tensor.dtype not in _DTYPES:
         raise CorruptState(f"field {path} is a {tensor.dtype} tensor")
     if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
@@ -189,4 +196,4 @@ def _place(fields: dict[str, Any], path: str, tensor: Tensor) -> None:
             raise CorruptState(f"field {path} lies in {parent}, which is no part")
     if name in fields:
         raise CorruptState(f"field {path} is there twice")
-    fields[name] = tensor.clone()  # aligned as torch likes it
+    fields[name] = tensor.clone()  # a clone is aligned as torch's kernels need

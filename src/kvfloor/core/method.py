@@ -1,4 +1,4 @@
-"""Method: the frozen configuration of a way to remember, what it promises, and the text that names it."""
+"""Define methods: the frozen configuration of a cache, its promises, and the text that names it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one n
 
 @dataclass(frozen=True)
 class Traits:
-    """What a method promises; a conformance law runs where its trait is claimed.
+    """Record the promises of a method; a conformance law runs where its trait is claimed.
 
     reference       the attention law it approximates: "softmax", "unmasked" (evicted tokens keep logit 0), or
                     "tensor" (softmax over pairs of tokens)
     normalised      answers are convex combinations of the values it was given (they stay in their hull)
     value_linear    answers are linear in the values, for fixed keys and queries
-    lossy_values    values are stored with an error even while nothing was dropped
+    lossy_values    values are stored with an error even while no token was dropped
     block_causal    a query may be answered by its block rather than alone
     constant_memory nbytes never grows once opened
     pins            `State.pin` keeps a span of tokens for good
-    turns           keys are held whole, so that they can be turned to their place among what is held (`Spec.rotation`)
-    trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it fits any model
+    turns           keys are held whole, so that they can be rotated to their place among the held ones
+    (`Spec.rotation`) trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it
+    fits any model
     """
 
     reference: Literal["softmax", "unmasked", "tensor"] = "softmax"
@@ -51,13 +52,14 @@ class Traits:
 
 @dataclass(frozen=True)
 class Guarantee:
-    """A bound on the error of an answer, with what it is a bound on and what it assumes.
+    """Record a bound on the error of an answer, with its measure and its assumptions.
 
-    epsilon, delta  error and failure probability; norm says how the error is measured
-    quantifier      what the probability is over ("every query", "one query fixed in advance", ...)
+    epsilon, delta  error and failure probability
+    norm            the measure of the error
+    quantifier      the range of the probability ("every query", "one query fixed in advance", ...)
     assumptions     conditions on the stream, in words
     source          the theorem
-    holds           False once the assumptions failed on what was seen; `why` says which
+    holds           False once an assumption failed on the tokens seen; `why` names it
     """
 
     epsilon: float
@@ -71,7 +73,7 @@ class Guarantee:
 
 
 class Parts(NamedTuple):
-    """The parts that a method is composed of; None where it has no such part."""
+    """Hold the parts that a method is composed of; None where it has no such part."""
 
     policy: Policy | None = None
     summary: Summary | None = None
@@ -79,7 +81,7 @@ class Parts(NamedTuple):
 
 
 class _Usual:
-    """The value of a member that a subclass does not declare.
+    """Provide the value of a member that a subclass does not declare.
 
     Only instances have it: were it an attribute of the class, a dataclass would take it for the default of the
     subclass's own field of that name.
@@ -95,13 +97,14 @@ class _Usual:
 
 
 class Method(ABC):
-    """A frozen configuration from which states are opened. Subclasses are frozen dataclasses, and final.
+    """Define a way to cache tokens by a frozen configuration, from which states are opened.
 
-    traits   what it promises
+    traits   the method's promises
     budget   tokens per row, a share or bytes; None where it has none, or none yet
     block    tokens between two decisions of a row
-    parts    policy, summary and selector, where it is composed of such
-    Each is a field or a property of the subclass; all but `traits` have the usual value where it declares none.
+    parts    policy, summary and selector, where the method is composed of such
+    Subclasses are frozen dataclasses, and final. Each member is a field or a property of the subclass; all but `traits`
+    have the usual value where the subclass declares none.
     """
 
     name: ClassVar[str]
@@ -113,33 +116,33 @@ class Method(ABC):
 
     @abstractmethod
     def open(self, spec: Spec) -> State:
-        """A state that has seen nothing. Raises ValueError for a budget that is unresolved or impossible."""
+        """Return a state that has seen no token. Raises ValueError for a budget that is unresolved or impossible."""
 
     @abstractmethod
     def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
-        """The most tokens a row holds after n tokens, `prompt` of them before `seal`; None if unbounded."""
+        """Return the most tokens a row holds after n tokens, `prompt` of them before `seal`; None if unbounded."""
 
     def with_budget(self, budget: Budget) -> Method | None:
-        """This method under another budget, in tokens per row; None if it cannot be bounded by one."""
+        """Return this method under another budget, in tokens per row; None if no budget can bound it."""
         del budget
         return None
 
     def with_summary(self, summary: Summary) -> Method | None:
-        """This method with another summary of what leaves; None if it has no such part."""
+        """Return this method with another summary of evicted tokens; None if it has no such part."""
         del summary
         return None
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """The theorem about this configuration, or None. `State.guarantee` evaluates its assumptions."""
+        """Return the theorem about this configuration, or None. `State.guarantee` evaluates its assumptions."""
         del spec
         return None
 
     def budget_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """The inverse of `guarantee`: this method in the least size that promises `epsilon` and `delta`.
+        """Return this method in the least size that promises `epsilon` and `delta`: the inverse of `guarantee`.
 
-        What the theorem assumes (a radius, a spread, a horizon) is taken from the method's own arguments, the error's
-        norm and quantifier are its guarantee's. Raises ValueError where there is no theorem, where an assumption is
-        not given, and where no size is enough.
+        The theorem's assumptions (a radius, a spread, a horizon) are taken from the method's own arguments; the error's
+        norm and quantifier are those of its guarantee. Raises ValueError where there is no theorem, where an assumption
+        is not given, and where no size is enough.
         """
         if not (isinstance(epsilon, (int, float)) and isinstance(delta, (int, float)) and epsilon >= 0 <= delta < 1):
             raise ValueError(f"budget_for takes epsilon >= 0 and 0 <= delta < 1, got {epsilon!r} and {delta!r}")
@@ -156,13 +159,13 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """The size that `budget_for` then checks; methods without sizes to choose stay as they are."""
+        """Return the size that `budget_for` then checks; a method without sizes to choose returns itself."""
         del epsilon, delta, spec
         return self
 
     def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
-        """The state that `to_bytes` packed; CorruptState (a ValueError) if the bytes are not intact."""
-        with torch.inference_mode(False), torch.no_grad():  # whose tensors could not be written to later
+        """Return the state that `to_bytes` packed; raise CorruptState (a ValueError) if the bytes are not intact."""
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to later
             header, fields = message.unpack(data)
             text = header.get("method")
             if text != str(self):
@@ -170,19 +173,19 @@ class Method(ABC):
             return rebuilt(self, header.get("spec"), fields, device)
 
     def __str__(self) -> str:
-        """The text that parses back to this method; a third party's class is written `module:Class`."""
+        """Return the text that parses back to this method; a third party's class is written `module:Class`."""
         text = part_text(self, skip=("budget",))
         return text if self.budget is None else f"{text}@{budget_text(self.budget)}"
 
 
 def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device) -> State:
-    """A state of `method` for the spec `plain` that takes over `fields`, which another one exported.
+    """Return a state of `method` for the spec `plain` with `fields`, which another state exported.
 
-    Raises CorruptState if they are not the fields that this release's state has, or do not fit the method, the spec
-    and each other: whoever changed them may have written a good digest.
+    Raises CorruptState if the fields are not those of this release's state, or do not fit the method, the spec
+    and each other: a matching digest does not prove that nobody changed them.
     """
     try:
-        if plain["rows"] > _numbers(fields):  # before anything is made for so many
+        if plain["rows"] > _numbers(fields):  # before anything is allocated for so many rows
             raise ValueError(f"{plain['rows']} rows cannot be remembered in {_numbers(fields)} numbers")
         state = method.open(Spec.from_dict(plain, device))
         state.require(fields)
@@ -196,14 +199,14 @@ def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device)
 
 
 def _numbers(fields: Any) -> int:
-    """Entries of all tensors in nested fields."""
+    """Count the entries of all tensors in nested fields."""
     if isinstance(fields, dict):
         return sum(_numbers(value) for value in fields.values())
     return fields.numel() if isinstance(fields, Tensor) else 0
 
 
 def standard_law(method: Method, place: str) -> Method:
-    """`method`, if it is one of standard attention; ValueError names `place`, where only such methods go."""
+    """Return `method` if it computes standard attention; raise ValueError naming `place` if it does not."""
     if method.traits.reference == "tensor":
         raise ValueError(
             f"{method} is tensor attention, over pairs of tokens; {place} takes methods of standard attention"
@@ -212,7 +215,7 @@ def standard_law(method: Method, place: str) -> Method:
 
 
 def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
-    """`name(arg=value, ...)` with the arguments that differ from their defaults."""
+    """Return `name(arg=value, ...)` with the arguments that differ from their defaults."""
     arguments = []
     for f in fields(config):
         value = getattr(config, f.name)
@@ -229,17 +232,17 @@ def _literal(value: Any) -> str:
 
 
 def budget_text(budget: Budget) -> str:
-    """The text of a budget, as it stands behind the "@" of a method's."""
+    """Return the text of a budget, as it stands behind the "@" of a method's text."""
     return ":".join(map(str, budget)) if isinstance(budget, tuple) else str(budget)
 
 
 def part_text(part: Any, skip: tuple[str, ...] = ()) -> str:
-    """The text that parses back to this part; a third party's class is written `module:Class`."""
+    """Return the text that parses back to this part; a third party's class is written `module:Class`."""
     return call_text(part_name(part), part, skip)
 
 
 def part_name(part: Any) -> str:
-    """The part's name without its arguments; a third party's class is written `module:Class`."""
+    """Return the part's name without its arguments; a third party's class is written `module:Class`."""
     kind = type(part)
     own = kind.__module__.partition(".")[0] == "kvfloor"
     return kind.name if own else f"{kind.__module__}:{kind.__qualname__}"

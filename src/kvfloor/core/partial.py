@@ -1,4 +1,4 @@
-"""Partial: what attention over any set of tokens returns, and the algebra that joins two of them."""
+"""Define the partial result of attention over any set of tokens, and the algebra that joins two of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Partial:
-    """The weighted mean of some tokens' values and the log of the softmax mass they hold.
+    """Hold the weighted mean of some tokens' values and the log of their softmax mass.
 
     mean      (..., dv)  zeros where the set is empty
     log_mass  (...)      natural log of the sum of exp(logit); -inf where the set is empty
@@ -30,7 +30,7 @@ class Partial:
 
     @classmethod
     def empty(cls, *shape: int, dv: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Partial:
-        """The identity of `merge`: no tokens, so no mass and a zero mean. `shape` is the batch shape."""
+        """Return the identity of `merge`: no tokens, so no mass and a zero mean. `shape` is the batch shape."""
         return cls(
             torch.zeros(*shape, dv, dtype=dtype, device=device),
             torch.full(shape, -torch.inf, dtype=dtype, device=device),
@@ -46,27 +46,27 @@ class Partial:
         log_weight: Tensor | None = None,
         hide: Tensor | None = None,
     ) -> Partial:
-        """Softmax attention of q (rows, m, d) over k (rows, s, d), v (rows, s, dv) under the spec's logit law.
+        """Compute softmax attention of q (rows, m, d) over k (rows, s, d), v (rows, s, dv) under the spec's logit law.
 
         log_weight (rows, s) is added to the logits: a token of log-weight log(c) stands for c equal tokens.
-        hide (rows or 1, m or 1, s), bool, marks what a query may not see.
+        hide (rows or 1, m or 1, s), bool, marks the tokens that a query may not see.
         """
         return cls(*attend(q, k, v, spec.scale, spec.softcap, log_weight, hide))
 
     @classmethod
     def causal(cls, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Partial:
-        """As `over`, query i of q (rows, g, a, d) seeing the first i + 1 of k (rows, a, d), v (rows, a, dv).
+        """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 keys.
 
-        Returns a partial of (rows, g, a).
+        k (rows, a, d), v (rows, a, dv). Returns a partial of (rows, g, a), under the law of `over`.
         """
         return cls(*attend_causal(q, k, v, spec.scale, spec.softcap))
 
     def shaped(self, *shape: int) -> Partial:
-        """The same under another batch shape of as many entries; a view."""
+        """Return a view under another batch shape of as many entries."""
         return Partial(self.mean.view(*shape, self.mean.shape[-1]), self.log_mass.view(shape))
 
     def merge(self, other: Partial) -> Partial:
-        """The partial over the union of two disjoint token sets; exact, commutative, associative."""
+        """Return the partial over the union of two disjoint token sets; exact, commutative, associative."""
         top = torch.maximum(self.log_mass, other.log_mass)
         shift = torch.where(top == -torch.inf, torch.zeros_like(top), top)
         mine, theirs = torch.exp(self.log_mass - shift), torch.exp(other.log_mass - shift)

@@ -1,4 +1,4 @@
-"""The policy's interface, declared for its caller `Bounded`."""
+"""Define the interface of an eviction policy, which `Bounded` calls."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ GRACE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Held:
-    """What a policy may look at, for r rows of s slots. Slots that hold no token have arbitrary numbers.
+    """Hold all that a policy may read about r rows of s slots. Slots without a token have arbitrary numbers.
 
-    position  (r, s)  when a slot's token came         seen   (r, 1)  tokens of the row so far
-    columns   (r, s)  the policy's numbers per slot    count  (r, 1)  slots 0 .. count - 1 hold a token
-    row_ids   (r,)    what randomness is keyed by      budget (r, 1)  tokens per row
-    rows      (r,)    their places in the state; None: all of them
+    position  (r, s)  arrival index of each slot's token    seen   (r, 1)  tokens of the row so far
+    columns   (r, s)  the policy's own numbers per slot     count  (r, 1)  slots 0 .. count - 1 hold a token
+    row_ids   (r,)    row identities, which key randomness  budget (r, 1)  tokens per row
+    rows      (r,)    indices of the rows in the state; None: all rows
     prompt    (r, 1)  tokens before the seal, -1 until then; None unless the policy spares a part of the stream
-    memory    what the policy remembers of all rows    shared  tensors fixed by (policy, spec) alone
+    memory    the policy's memory of all rows               shared  tensors fixed by (policy, spec) alone
     """
 
     position: Tensor
@@ -44,23 +44,26 @@ class Held:
 
     @property
     def k(self) -> Tensor:
-        """Keys (r, s, d) as they are read, fetched when asked for; a copy only if rows are ragged or not all there."""
+        """Return the keys (r, s, d) that queries read.
+
+        They are fetched on access. They are copied only where rows are ragged or not all of the state's.
+        """
         return self.fetch("k")
 
     @property
     def v(self) -> Tensor:
-        """Values (r, s, dv), as `k`."""
+        """Return the values (r, s, dv). They are fetched on access, as `k` is."""
         return self.fetch("v")
 
     @property
     def live(self) -> Tensor:
-        """Slots that hold a token (r, s)."""
+        """Return True for each slot that holds a token, (r, s)."""
         return torch.arange(self.position.shape[1], device=self.count.device) < self.count
 
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
-        """Queries q (r, g, b, d) as they came, turned to the places that their tokens of position (r, b) have now.
+        """Rotate unrotated queries q (r, g, b, d) to the places that their tokens of position (r, b) have now.
 
-        For tokens behind which nothing has left, such as the newest that never leave.
+        Correct only for tokens behind which no token was evicted, such as the newest tokens, which are never evicted.
         """
         rotation = self.spec.rotation
         if rotation is None:
@@ -83,10 +86,12 @@ class Held:
 
 @dataclass(frozen=True)
 class Queries:
-    """The queries of one block, in order: each sees the tokens up to its own position.
+    """Hold the queries of one block in order. Each query sees the tokens up to its own position.
 
-    q (r, g, b, d); made (r, b) says which of them were really asked; position (r, b) of the token each came with.
-    Under a rotation q are turned to their places, as the ledger's keys are, and `bare` has them as they came.
+    q         (r, g, b, d)  the queries; under a rotation they are rotated to their places, as the held keys are
+    made      (r, b)        True where a query was really given
+    position  (r, b)        position of the token that each query came with
+    bare      (r, g, b, d)  the queries before the rotation; None without one
     """
 
     q: Tensor
@@ -96,11 +101,11 @@ class Queries:
 
     @property
     def as_they_came(self) -> Tensor:
-        """The queries (r, g, b, d) before they were turned, for a memory that outlives the places of now."""
+        """Return the queries (r, g, b, d) before rotation, for a memory that outlives the tokens' present places."""
         return self.q if self.bare is None else self.bare
 
     def last(self) -> tuple[Queries, Tensor]:
-        """The last query of each row that was made, and its place (r, 1) among all; every row has made one."""
+        """Return the last query that each row made, and its index (r, 1) in the block. Every row must have made one."""
         order = torch.arange(1, self.made.shape[1] + 1, device=self.made.device)
         place = (self.made * order).amax(1, keepdim=True) - 1
         r, g, _, d = self.q.shape
@@ -110,87 +115,97 @@ class Queries:
 
 
 class PolicyMemory(Memory, ABC):
-    """What a policy remembers of each row beside its columns: tensors with rows as first axis. `spec` says for what."""
+    """Store a policy's memory of each row beside its columns, as tensors with rows as first axis.
+
+    `spec` is the spec of the state that this memory belongs to.
+    """
 
     spec: Spec
 
     def group(self, g: int) -> None:
-        """The GQA group has g queries per token: allocate what depends on it. Called once, before the first query."""
+        """Allocate all tensors that depend on g, the queries per token of a GQA group.
+
+        Called once, before the first query.
+        """
 
     def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
-        """The last tokens of `rows` (r,) in order, those met before among them: k (r, b, d), position and live (r, b).
+        """Take in the newest tokens of `rows` (r,) in order: k (r, b, d), position and live (r, b).
 
         Called at block ends and at the seal if the policy `wants_keys`; b is the block's length.
+        Tokens that an earlier call gave may be among them.
         """
 
     def seal(self) -> None:
-        """The prompt is over, and what had to leave has left."""
+        """Handle the end of the prompt, after the evictions that it causes."""
 
     def require_fitting(self, fields: dict[str, Any], g: int | None, sealed: bool) -> None:
-        """Raise ValueError where the fields of a message do not fit a group of g queries (None: none came yet)."""
+        """Raise ValueError where a message's fields do not fit a GQA group of g queries (None: no query came yet)."""
 
 
 class Policy(ABC):
-    """Frozen configuration of an eviction rule. The lowest priority leaves first; ties let the older one go."""
+    """Define an eviction rule. The token of lowest priority is evicted first; of equal ones the older.
+
+    Subclasses are frozen dataclasses: the rule's configuration.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    wants_weights: ClassVar[bool] = False  # True: wants the attention that held tokens receive, in `on_weights`
-    weights_of: ClassVar[Literal["all", "last"]] = "all"  # the queries of a block whose attention it wants to see
-    newest_queries: int | None = None  # of a dense prompt's queries it wants only so many of the newest; None: all
-    wants_keys: ClassVar[bool] = False  # True: its memory wants every key once, in `on_keys`
-    weighs_values: ClassVar[bool] = False  # True: what leaves depends on values, so answers are not linear in them
+    wants_weights: ClassVar[bool] = False  # True: `on_weights` gets the attention that held tokens receive
+    weights_of: ClassVar[Literal["all", "last"]] = "all"  # the queries of a block whose attention `on_weights` gets
+    newest_queries: int | None = None  # newest queries of a dense prompt that `on_queries` needs; None: all
+    wants_keys: ClassVar[bool] = False  # True: the memory's `on_keys` gets every key
+    weighs_values: ClassVar[bool] = False  # True: evictions depend on values, so answers are not linear in values
     columns: ClassVar[dict[str, torch.dtype]] = {}  # numbers kept per slot, zero for a new token
 
     @property
     def usual_prefill(self) -> Literal["stream", "dense"]:
-        """The `prefill` of a method that does not say."""
+        """Return the `prefill` of a method that is given none."""
         return "stream"
 
     @property
     def spares(self) -> Literal["nothing", "prompt", "answer"]:
-        """What is kept beside the budget: the tokens before the seal, or those after it."""
+        """Return the part of the stream kept beside the budget: the tokens before the seal, or those after it."""
         return "nothing"
 
     def protected_first(self) -> int:
-        """How many first tokens of a row never leave."""
+        """Return the number of first tokens of a row that are never evicted."""
         return 0
 
     def protected_last(self, budget: int) -> int:
-        """How many newest tokens of a row never leave, under this budget."""
+        """Return the number of newest tokens of a row that are never evicted under this budget."""
         del budget
         return 0
 
     def protected(self, held: Held, last: Tensor) -> Tensor:
-        """Slots (r, s) that never leave, where last (r, 1) is what `protected_last` says of each row."""
+        """Return True for each slot (r, s) that is never evicted; last (r, 1) is `protected_last` of each row."""
         return (held.position < self.protected_first()) | (held.position >= held.seen - last)
 
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
-        """Empty memory, or None if there is none beside the columns; `shared` has what `shared` gave."""
+        """Return empty memory, or None if columns are all it keeps; `shared` has the tensors of `Policy.shared`."""
         del spec, shared
         return None
 
     def shared(self, spec: Spec) -> dict[str, Tensor]:
-        """Public tensors, fixed by (policy, spec) alone."""
+        """Return the policy's public tensors, which are fixed by (policy, spec) alone."""
         del spec
         return {}
 
     @abstractmethod
     def priority(self, held: Held) -> Tensor:
-        """One number per slot (r, s): the smallest leaves first."""
+        """Return one number per slot (r, s): the slot with the smallest is evicted first."""
 
     def wants_queries(self, sealed: bool) -> bool:
-        """Whether `on_queries` wants the queries of a block, before or after the seal."""
+        """Return True if `on_queries` needs the queries of each block, before or after the seal."""
         del sealed
         return False
 
     def on_queries(self, held: Held, queries: Queries) -> dict[str, Tensor]:
-        """New columns, given a block's queries; they may also enter `held.memory`, at `held.rows`."""
+        """Return new columns, given a block's queries. The queries may also enter `held.memory`, at `held.rows`."""
         del held, queries
         return {}
 
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
-        """New columns, given the softmax weights (r, g, b, s) over held tokens of a block's queries.
+        """Return new columns, given the softmax weights (r, g, b, s) of a block's queries over the held tokens.
 
         A query that was not made has weight zero everywhere. `held` may be one of several tiles of slots: a
         slot's numbers may depend on its own weights only.
@@ -201,10 +216,10 @@ class Policy(ABC):
 
 @dataclass(frozen=True)
 class Guarded(Policy):
-    """A policy that never gives up its first and its newest tokens.
+    """Protect the first tokens (attention sinks) and the newest tokens of each row from eviction.
 
-    sinks   first tokens that never leave; models park attention there
-    recent  newest tokens that never leave; 16, or a quarter of a smaller budget than 64, unless given
+    sinks   first tokens that are never evicted; models park attention there
+    recent  newest tokens that are never evicted; if not given, 16, or a quarter of a budget below 64
     The papers' plain rules are sinks=0, recent=0, block=1.
     """
 

@@ -1,4 +1,4 @@
-"""Counter-based randomness: every number is a function of what it is for, never of when it was drawn.
+"""Draw counter-based random numbers: each is a function of its purpose, never of when it was drawn.
 
 A draw is keyed by (seed, row id, position, lane), so it depends neither on the batch a row sits in nor on how
 a stream was cut into calls, and no generator, global or own, is read or advanced. A reservoir keeps the items
@@ -20,36 +20,36 @@ _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64, which torch shifts arithmetically: a new tensor."""
+    """Shift int64 right logically, into a new tensor; torch's own shift is arithmetic."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser (Steele, Lea and Flood 2014) on int64 lanes, in place: callers pass a fresh tensor."""
+    """Apply the splitmix64 finaliser (Steele, Lea and Flood 2014) to int64 lanes in place; pass a fresh tensor."""
     x.bitwise_xor_(_shift(x, 30)).mul_(_MIX1)
     x.bitwise_xor_(_shift(x, 27)).mul_(_MIX2)
     return x.bitwise_xor_(_shift(x, 31))
 
 
 def row_keys(seed: int, row_ids: Tensor, purpose: str) -> Tensor:
-    """One int64 key per row, (rows,), from the seed, the row's identity and what the draw is for."""
+    """Return one int64 key per row, (rows,), from the seed, the row's identity and the purpose of the draw."""
     digest = hashlib.sha256(f"kvfloor/{purpose}/{seed}".encode()).digest()
     salt = int.from_bytes(digest[:8], "little", signed=True)
     return _mix(_mix(row_ids.to(torch.int64) * _GOLDEN + salt) + salt)
 
 
 def uniform(keys: Tensor, counters: Tensor) -> Tensor:
-    """Float64 uniforms in (0, 1): `keys` and int64 `counters` broadcast, one draw per element."""
+    """Draw float64 uniforms in (0, 1): `keys` and int64 `counters` broadcast, one draw per element."""
     bits = _mix(_mix(keys + counters * _GOLDEN).bitwise_xor_(counters))
     return _shift(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)  # 52 bits: the half must not round up to 1
 
 
 def exponential(keys: Tensor, counters: Tensor) -> Tensor:
-    """Float64 Exp(1) draws, as `uniform`."""
+    """Draw float64 Exp(1) numbers from keys and counters, as `uniform` does."""
     return -logarithm(uniform(keys, counters))
 
 
 def normal(keys: Tensor, counters: Tensor) -> Tensor:
-    """Float64 standard normal draws, as `uniform` (Box and Muller 1958)."""
+    """Draw float64 standard normal numbers from keys and counters, as `uniform` does (Box and Muller 1958)."""
     length, angle = uniform(keys, 2 * counters), uniform(keys, 2 * counters + 1)
     return torch.sqrt(-2.0 * torch.log(length)) * torch.cos(2.0 * torch.pi * angle)

@@ -1,4 +1,4 @@
-"""Rotation: rotary positions (RoPE) as part of what a state is opened for, so that positions count within it."""
+"""Define rotary positions (RoPE) as part of the spec, so that positions count within a state's held tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TABLE_PLACES = 1 << 15  # places whose cosines are kept ready; those beyond are taken anew each time
+_TABLE_PLACES = 1 << 15  # places whose cosines are kept; those of later places are computed at each call
 _FIRST_PLACES = 1024
 
 Circle = tuple[Tensor, Tensor]  # cosine and sine of every pair's angle, (..., pairs) each
@@ -18,13 +18,13 @@ Circle = tuple[Tensor, Tensor]  # cosine and sine of every pair's angle, (..., p
 
 @dataclass(frozen=True)
 class Rotation:
-    """Turn pairs of a vector's entries by angles that grow with its place (Su et al. 2021, RoPE, arXiv 2104.09864).
+    """Rotate pairs of a vector's entries by angles that grow with its place (Su et al. 2021, RoPE, arXiv 2104.09864).
 
     frequencies  radians per place, one number per pair
-    start        the first entry that is turned; 2 x pairs of them are, the others stay
-    interleaved  pair i is entries (2i, 2i + 1) of those that are turned; otherwise (i, i + pairs)
+    start        the first rotated entry; 2 x pairs of entries are rotated, the others stay
+    interleaved  pair i is entries (2i, 2i + 1) of the rotated ones; otherwise (i, i + pairs)
     Law: at place p pair (x, y) becomes (x cos a - y sin a, y cos a + x sin a), a = p x frequency rounded to float32, as
-    transformers rounds it. So the turn of a model is undone exactly however large p is, and done as the model does it.
+    transformers rounds it. So a model's rotation is undone exactly however large p is, and done as the model does it.
     """
 
     frequencies: tuple[float, ...]
@@ -42,13 +42,13 @@ class Rotation:
 
     @property
     def stop(self) -> int:
-        """The first entry behind those that are turned."""
+        """Return the index of the first entry behind the rotated ones."""
         return self.start + 2 * len(self.frequencies)
 
     def circle(self, place: Tensor, dtype: torch.dtype, below: int | None = None) -> Circle:
-        """Cosines and sines (..., pairs) of these places (...), int64, in `dtype`.
+        """Return the cosines and sines (..., pairs) of these places (...), int64, in `dtype`.
 
-        below: a number that all places are known to be under; those of a short range are looked up.
+        below: a bound that all places are under; places of a short range are looked up in a table.
         """
         if below is None or below > _TABLE_PLACES:
             return self._computed(place, dtype)
@@ -57,13 +57,16 @@ class Rotation:
         return tuple(x.index_select(0, at).view(*place.shape, -1) for x in (cos, sin))  # pyright: ignore[reportReturnType]
 
     def _computed(self, place: Tensor, dtype: torch.dtype) -> Circle:
-        """Taken in float64 and then rounded: equal bits on any path, vectorised or not."""
+        """Compute cosines and sines in float64 and then round them: equal bits on any path, vectorised or not."""
         frequency = torch.tensor(self.frequencies, dtype=torch.float32, device=place.device)
         angle = (place.to(torch.float32).unsqueeze(-1) * frequency).to(torch.float64)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def _table(self, below: int, dtype: torch.dtype, device: torch.device) -> Circle:
-        """The circle of places 0, 1, 2, ..., at least `below` of them: fixed by the rotation alone, so kept."""
+        """Return the circle of places 0, 1, 2, ..., at least `below` of them.
+
+        It is fixed by the rotation alone, so it is kept for later calls.
+        """
         tables: dict[Any, Circle] = vars(self)["_tables"]
         table = tables.get((dtype, device))
         if table is None or table[0].shape[0] < below:
@@ -74,7 +77,7 @@ class Rotation:
         return table
 
     def turned(self, x: Tensor, circle: Circle, back: bool = False) -> Tensor:
-        """x (..., d) turned by `circle`, or turned back; computed in the circle's dtype, rounded once to x's."""
+        """Rotate x (..., d) by `circle`, or back; compute in the circle's dtype and round once to x's dtype."""
         cos, sin = circle[0], -circle[1] if back else circle[1]
         middle = x[..., self.start : self.stop].to(cos.dtype)
         if self.interleaved:
@@ -88,7 +91,7 @@ class Rotation:
         return torch.cat([x[..., : self.start], turned, x[..., self.stop :]], -1)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return the JSON-ready form."""
         return {"frequencies": list(self.frequencies), "start": self.start, "interleaved": self.interleaved}
 
     @classmethod

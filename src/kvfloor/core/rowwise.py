@@ -1,10 +1,10 @@
-"""Row-wise arithmetic: results whose bits depend on a row's own numbers, on any BLAS and any instruction set.
+"""Compute row by row: a result's bits depend on the row's own numbers alone, on any BLAS and any instruction set.
 
 A matrix product, a factorisation, a reduction or an exponential may round a number by its place in a batch, by how many
 rows are beside it, by how storage is aligned and by how threads share the work. Two forms cannot:
     row by row   the same call on tensors of the same shape, contiguous and aligned alike, one row at a time
     by elements  additions, multiplications, divisions and square roots, each rounded once wherever a number stands
-Whatever becomes part of a state, or decides which tokens stay, is made of these.
+Any number that enters a state, or decides which tokens stay, is computed in one of these forms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_BOUNDARY_BYTES = 64  # on which torch starts a tensor
+_BOUNDARY_BYTES = 64  # the alignment of torch's own allocations
 _TERMS = 12  # of the logarithm's series; the next one is below 2^-64
 
 
@@ -80,12 +80,12 @@ def total(x: Tensor, axis: int = -1) -> Tensor:
 
 
 def length(x: Tensor) -> Tensor:
-    """The Euclidean length of x along its last axis, by `total`."""
+    """Return the Euclidean length of x along its last axis, by `total`."""
     return total(x.square()).sqrt()
 
 
 def logarithm(x: Tensor) -> Tensor:
-    """The natural logarithm of positive float64 numbers, element by element, to a few units in the last place.
+    """Return the natural logarithm of positive float64 numbers, element by element, to a few units in the last place.
 
     Law: x = m 2^e with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh(s) with s = (m - 1) / (m + 1), by its series.
     """

@@ -1,4 +1,4 @@
-"""The selector's interface, declared for its callers `Exact` and `Bounded`."""
+"""Define the interface of a selector, which `Exact` and `Bounded` call."""
 
 from __future__ import annotations
 
@@ -16,95 +16,105 @@ from kvfloor.core.spec import Spec
 
 @dataclass(frozen=True)
 class Chosen:
-    """The slots that queries read: index (r, m, c) int64, each slot at most once; dead (r, m, c) marks no choice."""
+    """Hold the slots that queries read: index (r, m, c) int64, each at most once; dead (r, m, c) marks no choice."""
 
     index: Tensor
     dead: Tensor
 
     def unread(self, width: int) -> Tensor:
-        """The same as a mask (r, m, width): True where a slot is not read."""
+        """Return the choice as a mask (r, m, width): True where a slot is not read."""
         r, m, _ = self.index.shape
         hide = torch.ones(r, m, width + 1, dtype=torch.bool, device=self.index.device)
         return hide.scatter_(2, self.index.masked_fill(self.dead, width), False)[..., :width]
 
 
 class SelectorState(Memory, ABC):
-    """What a selector remembers of the held tokens, kept in step with the slots; `spec` says for what.
+    """Store a selector's index of the held tokens, kept in step with the slots; `spec` is the state's spec.
 
-    Rows are the first axis of every tensor, or the part that holds it selects rows itself. Choices rest on float64
-    scores and break ties by the slot, so that they do not depend on the shape of the call.
+    Rows are the first axis of every tensor, or the part that holds the tensor selects rows itself. Choices rest on
+    float64 scores and break ties by the slot, so that they do not depend on the shape of the call.
     """
 
     spec: Spec
 
     @abstractmethod
     def append(self, slots: Slots, before: Tensor) -> None:
-        """Slots before[r] <= slot < held[r] of each row are new."""
+        """Index the new tokens: slots before[r] <= slot < held[r] of each row."""
 
     @abstractmethod
     def evict(self, slots: Slots, leaving: Tensor) -> None:
-        """The slots marked in leaving (rows, width) have been emptied, and tokens from the end moved into them."""
+        """Update the index after the slots marked in leaving (rows, width) were emptied and refilled.
+
+        Tokens from the end of each row have been moved into the emptied slots.
+        """
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Raise ValueError where the fields of a message do not belong to those of its slots."""
+        """Raise ValueError where the fields of a message do not belong to the fields of its slots."""
 
     def resize(self, slots: Slots) -> None:
-        """The rows' capacities have changed while no token came or went."""
+        """Adapt to the rows' new capacities; no token came or was evicted."""
 
     def close(self, slots: Slots, rows: Tensor | None) -> None:
-        """A block of these rows (None: all) is complete, and what had to leave has left."""
+        """Act on the completed block of these rows (None: all), after the block's evictions."""
 
     def seal(self) -> None:
-        """The prompt is over."""
+        """Handle the end of the prompt."""
 
     @abstractmethod
     def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
-        """What each query of q (r, m, d) reads by itself of the first visible (r, m) slots of `rows`; pure.
+        """Choose the slots that each query of q (r, m, d) reads among the first visible (r, m) slots of `rows`.
 
-        It sees all slots that were held when tokens last left, or more; if it sees any, it reads one.
+        The call changes nothing, and each query's choice is its own. A query sees all slots that were held at the last
+        eviction, or more. It reads at least one slot if it sees any.
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
-        """As `choose`, flattened to (rows, g*a), for the queries q (rows, g, a, d) of the newest tokens.
+        """Choose as `choose` does, flattened to (rows, g*a), for the queries q (rows, g, a, d) of the newest tokens.
 
         visible and position are (rows, a): a query sees up to its own token, whose place in the stream is
-        `position`, or -1 where the row has no such token. A choice may be remembered.
+        `position`, or -1 where the row has no such token. The state may remember a choice.
         """
         del position
         return self.choose(q.flatten(1, 2), slots, visible.repeat(1, q.shape[1]))
 
     @abstractmethod
     def bytes_read(self, held: Tensor) -> int:
-        """Bytes of index, keys and values that one query per row touches when held (rows,) tokens are kept."""
+        """Return the bytes of index, keys and values that one query per row reads of held (rows,) tokens."""
 
 
 class Selector(ABC):
-    """Frozen configuration of a choice among held tokens. One that keeps an index of them derives from `Indexed`."""
+    """Define a choice among held tokens by a frozen configuration.
+
+    A selector that keeps an index of the held tokens derives from `Indexed`.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
 
     @abstractmethod
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
-        """What q (rows, m, d) does not read: bool (rows or 1, m or 1, s), a superset of `hide`, or None."""
+        """Return the mask of slots that q (rows, m, d) does not read: bool (rows or 1, m or 1, s), or None for no slot.
+
+        The mask contains all of `hide`.
+        """
 
     @abstractmethod
     def bytes_read(self, held: Tensor, spec: Spec) -> int:
-        """Bytes of keys and values that one query per row touches when held (rows,) tokens are kept."""
+        """Return the bytes of keys and values that one query per row reads of held (rows,) tokens."""
 
 
 class Indexed(Selector):
-    """A selector that remembers something of the held tokens: its state chooses."""
+    """Define a selector that keeps an index of the held tokens; its state makes the choices."""
 
     @abstractmethod
     def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> SelectorState:
-        """Memory for these empty slots, which stay in order of arrival for ever if `in_order`.
+        """Return an index of these empty slots, which stay in order of arrival for ever if `in_order`.
 
         Public tensors, which follow from selector and spec alone, go into the owner's `shared`.
         """
 
     def block(self) -> int | None:
-        """Tokens between two calls of `close` where no policy sets them; None if that does not matter."""
+        """Return the tokens between two calls of `close` where no policy sets them; None if any number will do."""
         return None
 
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
@@ -118,7 +128,7 @@ class Indexed(Selector):
 
 @dataclass(frozen=True)
 class Everything(Selector):
-    """The default: nothing held is left unread."""
+    """Read every held token; the default."""
 
     name: ClassVar[str] = "everything"
 

@@ -1,4 +1,4 @@
-"""Slots: the one token store. A flat arena of keys and values with an offset and a capacity per row."""
+"""Store the held tokens of all rows: one flat arena of keys and values, with an offset and a capacity per row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvfloor.core.spec import Spec
 
 
 def grown(size: Any) -> Any:
-    """Return the next size of an arena, an int or a tensor of them, that is full at `size`: a quarter more, rounded up.
+    """Return the next size of an arena (an int or a tensor) that is full at `size`: a quarter more, rounded up.
 
     So each token is copied four times on average, however many come, and a fifth of the arena at most is empty.
     """
@@ -24,7 +24,10 @@ def grown(size: Any) -> Any:
 
 @dataclass(frozen=True)
 class View:
-    """Some rows' slots side by side: k (r, s, d), v (r, s, dv), position (r, s), live (r, s) or None if all are."""
+    """Show some rows' slots side by side: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
+
+    live is None if every slot holds a token.
+    """
 
     k: Tensor
     v: Tensor
@@ -33,20 +36,20 @@ class View:
 
     @property
     def position(self) -> Tensor:
-        """When a slot's token came; fetched when asked for, as attention needs none."""
+        """Return the arrival index of each slot's token; fetched on access, as attention does not need it."""
         return self.fetch()
 
 
 class Slots(Memory):
-    """Held tokens of every row, packed at the front of the row's stretch of the arena.
+    """Store the held tokens of every row, packed at the front of the row's stretch of the arena.
 
-    A row's slots carry no order; `position` says when a token came. Rows may have different capacities (per-head
-    budgets free real bytes) and different fill (`held`). `columns` are per-slot numbers that a policy keeps, zero
-    where a slot holds no token. Clocks and counts live on the CPU, so that control flow never waits for a device.
+    A row's slots carry no order; `position` is the arrival index of each token. Rows may have different capacities
+    (per-head budgets free real bytes) and different fill (`held`). `columns` are per-slot numbers that a policy keeps,
+    zero where a slot holds no token. Clocks and counts live on the CPU, so that control flow never waits for a device.
 
-    Under `spec.rotation` k has keys as they are read, turned to the rank of their token among the row's. When tokens
-    leave, the ranks of those behind them change: k is turned anew from `bare`, the keys as they came, so that no
-    rounding builds up. Slots that `lose` no token, and whose values are not the keys, need no `bare`.
+    Under `spec.rotation` k has the keys that queries read, rotated to the rank of their token among the row's. An
+    eviction changes the ranks of the tokens behind the evicted ones. Then k is rotated anew from `bare`, the unrotated
+    keys, so that no rounding builds up. Slots that `lose` no token, and whose values are not the keys, need no `bare`.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Slots(Memory):
 
     @property
     def _own(self) -> tuple[str, ...]:
-        """What is kept of every token beside the columns; of keys that are values as well, one copy."""
+        """Return the names of the per-token tensors beside the columns; tied keys and values are one tensor."""
         own = ("k", "position") if self.spec.tied else ("k", "v", "position")
         return own if self.bare is None else (*own, "bare")
 
@@ -85,20 +88,20 @@ class Slots(Memory):
         return self.columns.tensors()
 
     def _arrays(self) -> list[tuple[Any, str, Tensor]]:
-        """Every per-slot tensor, as (owner, attribute, tensor)."""
+        """Return every per-slot tensor, as (owner, attribute, tensor)."""
         own = [(self, name, getattr(self, name)) for name in self._own]
         return own + [(self.columns, name, tensor) for name, tensor in self._columns().items()]
 
     @property
     def level(self) -> int | None:
-        """Tokens in every row, where rows are in step: as many in each, in stretches of one length; None elsewhere."""
+        """Return the tokens held per row, if all rows hold equally many in stretches of one length; otherwise None."""
         counts = self.held.tolist()
         return counts[0] if self.stride and min(counts) == max(counts) else None
 
     # ---- reading -------------------------------------------------------------------------------------------
 
     def view(self, rows: Tensor | None = None, width: int | None = None) -> View:
-        """The slots of `rows` (all if None), `width` wide (default: the fullest row). Copies only if ragged."""
+        """Return the slots of `rows` (all if None), `width` wide (default: the fullest row). Copies only if ragged."""
         held = self.held if rows is None else self.held[rows]
         counts = held.tolist()
         if width is None:
@@ -111,23 +114,24 @@ class Slots(Memory):
         return View(k, v, live, lambda: self.across(self.position, rows, width))
 
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
-        """A per-slot tensor as (rows, width, ...)."""
+        """Return a per-slot tensor as (rows, width, ...)."""
         if self.stride:
             table = self._table(x, 0, min(width, self.stride))
             return table if rows is None else table[rows.to(x.device)]
         return x[self._index(rows, width)]
 
     def _table(self, x: Tensor, start: int, stop: int, stride: int | None = None) -> Tensor:
-        """Slots start .. stop - 1 of every row of a per-slot tensor, as a view (rows, stop - start, ...).
+        """Return slots start .. stop - 1 of every row of a per-slot tensor, as a view (rows, stop - start, ...).
 
-        Rows have stretches of one length, `stride`. One operation, because each costs more than its work in decoding.
+        Rows have stretches of one length, `stride`. The view is one operation, because in decoding an operation's
+        overhead is more than its work.
         """
         stride, (slot, *inner) = stride or self.stride, x.stride()
         shape = (self.spec.rows, stop - start, *x.shape[1:])
         return x.as_strided(shape, (stride * slot, slot, *inner), start * slot)
 
     def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
-        """A per-slot tensor at slot (r, m, c) of each of `rows`, copied: (r, m, c, ...)."""
+        """Copy a per-slot tensor at slot (r, m, c) of each of `rows`: (r, m, c, ...)."""
         offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
         index = (offset + slot).clamp_max(x.shape[0] - 1).flatten()
         return x.index_select(0, index).view(*slot.shape, *x.shape[1:])
@@ -141,7 +145,7 @@ class Slots(Memory):
         return index.to(self.k.device)
 
     def live_index(self) -> Tensor:
-        """Arena indices of all held tokens, row by row, in slot order."""
+        """Return the arena indices of all held tokens, row by row, in slot order."""
         width = int(self.held.max()) if self.held.numel() else 0
         live = torch.arange(width) < self.held.unsqueeze(1)
         return (self.offset.unsqueeze(1) + torch.arange(width))[live].to(self.k.device)
@@ -151,7 +155,7 @@ class Slots(Memory):
     def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor, bare: Tensor | None = None) -> None:
         """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a).
 
-        bare (rows, a, d): the keys before they were turned to their ranks, under a rotation.
+        bare (rows, a, d): the keys before they were rotated to their ranks, under a rotation.
         """
         a, at = k.shape[1], self.level if min(take.tolist()) == k.shape[1] else None
         if at is None or at + a > self.stride:
@@ -169,7 +173,7 @@ class Slots(Memory):
         self.held = self.held + take
 
     def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
-        """`push` of one token of this position to every row, for rows in step that have room for it."""
+        """Push one token of this position to every row, for rows that hold equally many tokens and have room."""
         at = self.held.tolist()[0]
         self._table(self.k, at, at + 1).copy_(k)
         if self.bare is not None:
@@ -198,7 +202,7 @@ class Slots(Memory):
         leaving = leaving.cpu()
         slot = torch.arange(leaving.shape[1])
         held = self.held - leaving.sum(1)
-        ends = (slot >= held.unsqueeze(1)) & (slot < self.held.unsqueeze(1))  # each row's slots to give up
+        ends = (slot >= held.unsqueeze(1)) & (slot < self.held.unsqueeze(1))  # each row's slots to free
         source, target, freed = (
             (self.offset[row] + at).to(self.k.device)
             for row, at in (x.nonzero(as_tuple=True) for x in (ends & ~leaving, leaving & ~ends, ends))
@@ -213,7 +217,7 @@ class Slots(Memory):
             self._turn(None if bool(fewer.all()) else fewer.nonzero().squeeze(1))
 
     def _turn(self, rows: Tensor | None) -> None:
-        """Turn the keys of `rows` (None: all) to the ranks that their tokens have now."""
+        """Rotate the keys of `rows` (None: all) to the ranks that their tokens have now."""
         bare, rotation = self.bare, self.spec.rotation
         held = self.held if rows is None else self.held[rows]
         width = int(held.max()) if len(held) else 0
@@ -235,13 +239,16 @@ class Slots(Memory):
     def find(self, row: Tensor, position: Tensor) -> Tensor:
         """Mark the slots (rows, width), bool on the CPU, that hold the tokens named by row (e,) and position (e,)."""
         view = self.view()
-        wanted = torch.zeros(self.spec.rows, int(position.max()) + 2, dtype=torch.bool)  # the last column: never wanted
+        wanted = torch.zeros(self.spec.rows, int(position.max()) + 2, dtype=torch.bool)  # the last column stays False
         wanted[row, position] = True
         found = wanted.gather(1, view.position.cpu().clamp_max(wanted.shape[1] - 1))
         return found if view.live is None else found & view.live.cpu()
 
     def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(row, k, v, position) of the slots marked in (rows, width): (e,), (e, d), (e, dv), (e,), in slot order."""
+        """Return (row, k, v, position) of the marked slots, in slot order: (e,), (e, d), (e, dv), (e,).
+
+        marked (rows, width) is a mask.
+        """
         row, slot = marked.cpu().nonzero(as_tuple=True)
         index = (self.offset[row] + slot).to(self.k.device)
         return row.to(self.k.device), self.k[index], self.v[index], self.position[index]
@@ -249,13 +256,13 @@ class Slots(Memory):
     # ---- size ----------------------------------------------------------------------------------------------
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """A row has its stretch of the arena; the clocks are split."""
+        """Return the bytes of each row: its own stretch of the arena, and an equal part of the clocks."""
         return self._by_capacity(rows, [store for _, _, store in self._arrays()], self.capacity)
 
     def _reserve(self, needed: Tensor) -> None:
         if bool((needed > self.capacity).any()):
             wanted = torch.maximum(needed, grown(self.capacity))
-            # Rows in step stay in step: one stride for all keeps every view free of copies.
+            # Rows of one stride keep one stride, so that views need no copies.
             self.resize(
                 wanted.max().expand_as(wanted)
                 if self.stride
@@ -274,7 +281,7 @@ class Slots(Memory):
             moved = store.new_zeros(int(capacity.sum()), *store.shape[1:])
             if level is None:
                 moved[target] = store[source]
-            else:  # rows in step, before and after: no index
+            else:  # one stride before and after: no index needed
                 self._table(moved, 0, level).copy_(self._table(store, 0, level, stride))
             owner.move(name, moved)
         self._tie()
@@ -286,15 +293,15 @@ class Slots(Memory):
     # ---- as a part of a state ------------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
-        """Only held tokens travel: an evicted token's bytes still in the arena never reach the message."""
+        """Return the held tokens only: an evicted token's bytes still in the arena never reach the message."""
         index = self.live_index()
-        follows = ("k",) if self.bare is not None else ()  # from `bare`
+        follows = ("k",) if self.bare is not None else ()  # adopt() rotates it from `bare`
         live = {name: tensor[index] for owner, name, tensor in self._arrays() if owner is self and name not in follows}
         columns = {name: tensor[index] for name, tensor in self._columns().items()}
         return {"held": self.held, "capacity": self.capacity, "columns": columns, **live}
 
     def fields(self) -> dict[str, Any]:
-        """Of each held token one entry in every field."""
+        """Declare one entry per held token in every field."""
         spec, tokens = self.spec, "tokens"
         wide = {"k": spec.d, "v": spec.dv}
         own = {name: Field(spec.dtype, (tokens, wide[name]), finite=True) for name in wide if name in self._own}
@@ -317,7 +324,7 @@ class Slots(Memory):
         for owner, name, store in self._arrays():
             placed = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
             if owner is self and name == "k" and self.bare is not None:
-                setattr(owner, name, placed)  # turned below
+                setattr(owner, name, placed)  # rotated below
                 continue
             sent = fields[name] if owner is self else fields["columns"][name]
             placed[index] = sent.to(store.device)
@@ -340,10 +347,10 @@ class Slots(Memory):
 
 
 class Columns(Memory):
-    """Per-slot tensors (total slots,) that a policy keeps beside the keys and values."""
+    """Store the per-slot tensors (total slots,) that a policy keeps beside the keys and values."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Column name -> tensor."""
+        """Return the tensors by column name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 

@@ -1,4 +1,4 @@
-"""Spec: what a state is opened for. All of it is public, and none of it depends on the stream."""
+"""Define the spec that a state is opened for. All of it is public, and none of it depends on the stream."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a state is opened for; everything in it is public, none of it depends on the stream.
+    """Hold the sizes and constants that a state is opened for; all are public, and none depends on the stream.
 
     rows      independent streams held side by side (batch x kv head)
     d, dv     width of a key and of a value
     scale     the factor on q.k (the papers use 1, models d**-0.5)
     softcap   c in c*tanh(logit/c), or None
     row_ids   one identity per row, which keys its randomness; 0, 1, 2, ... unless given
-    places    where in a model each row stands, as (layer, kv head), for methods whose trained parameters differ from
+    places    each row's place in a model, as (layer, kv head), for methods whose trained parameters differ from
               head to head; None outside a model
     tied      a token's value is its key: both are given as one tensor, and held once
-    rotation  None, or how keys and queries are turned by their place: they are given unturned, and a token's place is
-              its rank among the tokens that its row holds, the oldest at 0, its own query's the same
+    rotation  None, or the rotation of keys and queries by their place (RoPE): they are given unrotated, and a token's
+              place is its rank among the tokens that its row holds, the oldest at 0, its own query's the same
     Raises ValueError naming the field that is out of its domain.
     """
 
@@ -86,27 +86,27 @@ class Spec:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of logits, masses and means."""
+        """Return the dtype of logits, masses and means."""
         return compute_dtype(self.dtype)
 
     @cached_property
     def device_type(self) -> str:
-        """The kind of the spec's device, such as "cpu"."""
+        """Return the kind of the spec's device, such as "cpu"."""
         return torch.device(self.device).type
 
     def ids(self) -> Tensor:
-        """The row ids as an int64 tensor (rows,) on the spec's device."""
+        """Return the row ids as an int64 tensor (rows,) on the spec's device."""
         return torch.tensor(self.row_ids, dtype=torch.int64, device=self.device)
 
     def select(self, index: Tensor) -> Spec:
-        """The spec of the rows at `index`, which keep their ids and places."""
+        """Return the spec of the rows at `index`, which keep their ids and places."""
         assert self.row_ids is not None
         chosen = [self.row_ids[i] for i in index.tolist()]
         places = None if self.places is None else [self.places[i] for i in index.tolist()]
         return replace(self, rows=len(chosen), row_ids=chosen, places=places)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form of what differs from the defaults; where a state lives is no part of it."""
+        """Return the JSON-ready form of the dtype and all fields that differ from their defaults, except the device."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         plain.pop("device", None)
         plain["dtype"] = str(self.dtype).removeprefix("torch.")

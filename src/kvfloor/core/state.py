@@ -1,4 +1,4 @@
-"""State: the living memory of a method. Validation, padding, clocks, the message: written once, here."""
+"""Define the state of a method: checks of input, padding, clocks and the message are written once, here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ANEW = (
 
 
 def _plain(call: Call) -> Call:
-    """Run outside autograd and outside inference mode, whose tensors could not be written to later."""
+    """Run the call outside autograd and outside inference mode, whose tensors could not be written to later."""
 
     @wraps(call)
     def inside(*args: Any, **kwargs: Any) -> Any:
@@ -44,10 +44,10 @@ def _plain(call: Call) -> Call:
 
 
 def whole(call: Call) -> Call:
-    """Refuse a state in which a call broke off; run the call as `_plain` does.
+    """Refuse the call on a state in which an earlier call broke off; otherwise run it as `_plain` does.
 
-    A call that is about to change the state sets `_underway` first, after it has checked its input. The mark is taken
-    away by the last line here, so that whatever is raised before leaves it behind.
+    A call that is about to change the state sets `_underway` first, after it has checked its input. The last line here
+    clears the mark. Any exception before that leaves the mark set.
     """
 
     @wraps(call)
@@ -66,7 +66,7 @@ def whole(call: Call) -> Call:
 
 
 class _Plain(ABCMeta):
-    """States are born outside inference mode too, wherever they are opened."""
+    """Open states outside inference mode, wherever their constructor is called."""
 
     @_plain
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -74,14 +74,14 @@ class _Plain(ABCMeta):
 
 
 class State(Memory, metaclass=_Plain):
-    """What a method remembers of `rows` independent streams.
+    """Store a method's memory of `rows` independent streams of tokens.
 
-    A variant writes `_append` and `_read`, and `_step_partial` where it can do better than token by token. What it
-    cannot take it refuses in `_require_tokens` and `_require_group`, before anything changes. Shapes:
-    k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group, queries
-    of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the state as
-    it was. After any other exception it is as it was too, or refuses every further call with `BrokenState`. A state
-    that keeps whole tokens holds them in `slots`.
+    A variant writes `_append` and `_read`, and `_step_partial` where it can do better than token by token. It refuses
+    unacceptable tokens in `_require_tokens` and unacceptable groups in `_require_group`, before anything changes.
+    Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group,
+    queries of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the state as
+    it was. After any other exception the state is either unchanged, or refuses every further call with `BrokenState`.
+    A state that keeps whole tokens holds them in `slots`.
     """
 
     slots: Slots | None = None
@@ -89,7 +89,7 @@ class State(Memory, metaclass=_Plain):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "guarantee" in vars(cls):  # a theorem about what was seen: not of a state that is half of it
+        if "guarantee" in vars(cls):  # a theorem about the tokens seen, which a broken state holds in part only
             cls.guarantee = whole(cls.guarantee)
 
     def __init__(self, method: Method, spec: Spec) -> None:
@@ -104,16 +104,16 @@ class State(Memory, metaclass=_Plain):
         self.seen = torch.zeros(spec.rows, dtype=torch.int64)  # tokens per row; on the CPU, as all clocks
         self.sealed = False
 
-    # ---- what a variant writes -----------------------------------------------------------------------------
+    # ---- methods that a variant writes -----------------------------------------------------------------------------
 
     @property
     def key_width(self) -> int:
-        """Numbers per token in `k`; the spec's d, unless the attention law takes more than one key."""
+        """Return the numbers per token in `k`: the spec's d, unless the attention law takes more than one key."""
         return self.spec.d
 
     @property
     def value_width(self) -> int:
-        """Numbers per token in `v`; the spec's dv, unless the attention law takes more than one value."""
+        """Return the numbers per token in `v`: the spec's dv, unless the attention law takes more than one value."""
         return self.spec.dv
 
     @abstractmethod
@@ -122,10 +122,13 @@ class State(Memory, metaclass=_Plain):
 
     @abstractmethod
     def _read(self, q: Tensor) -> Partial:
-        """Attention of q (rows, m, d) over everything seen; changes nothing."""
+        """Compute attention of q (rows, m, d) over all tokens seen; change nothing."""
 
     def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
-        """Token i is taken in, then answered: (rows, g, t). This form is the law; it goes token by token."""
+        """Take in each token and then answer its queries: a `Partial` (rows, g, t).
+
+        This token-by-token form is the law that faster variants must reproduce.
+        """
         out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
         for i in range(int(take.max())):
             self._append(k[:, i : i + 1], v[:, i : i + 1], (take > i).to(torch.int64))
@@ -134,40 +137,40 @@ class State(Memory, metaclass=_Plain):
         return out
 
     def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
-        """The mean of `_step_partial`: (rows, g, t, dv)."""
+        """Return the mean of `_step_partial`: (rows, g, t, dv)."""
         return self._step_partial(k, v, q, take).mean
 
     @property
     def _steps_alone(self) -> bool:
-        """Whether `_step_one` is a shorter way to take and answer one token of every row now, the step of decoding."""
+        """Return True if `_step_one` can do the present decode step, one token of every row, in a shorter way."""
         return False
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
-        """`_step` of one token of every row, asked for only while `_steps_alone`."""
+        """Do `_step` for one token of every row. Called only while `_steps_alone`."""
         return self._step(k, v, q, torch.ones(self.spec.rows, dtype=torch.int64))
 
     def _attend(self, q: Tensor) -> Partial:
-        """As `_read` for q (rows, g, m, d), flattened to (rows, g*m); a policy may learn from it."""
+        """Compute `_read` for q (rows, g, m, d), flattened to (rows, g*m); a policy may learn from the queries."""
         return self._read(q.flatten(1, 2))
 
     def _seal(self) -> None:
-        """React to the prompt's end."""
+        """Handle the end of the prompt."""
 
     def _require_group(self, g: int, attending: bool = False) -> None:
-        """Raise ValueError if queries in groups of g do not fit what is kept of earlier ones.
+        """Raise ValueError if queries in groups of g do not fit the data kept of earlier queries.
 
-        attending: they come by `attend`, without tokens of their own.
+        attending: the queries come by `attend`, without tokens of their own.
         """
 
     def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        """Raise ValueError if the first take[r] of these tokens of row r are none that the method takes."""
+        """Raise ValueError if the method cannot take the first take[r] of these tokens of row r."""
 
     def _select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index`, which are known to exist."""
+        """Keep the rows at `index`, which were checked to exist."""
         super().select_rows(index)
 
     def _pin(self, start: int, stop: int) -> None:
-        """Keep the tokens start <= position < stop of every row for good, if the method's traits say that it can."""
+        """Keep the tokens start <= position < stop of every row for good, if the method's traits allow it."""
         raise ValueError(f"{self.method} cannot pin tokens: take a method that keeps whole tokens, such as 'h2o@512'")
 
     def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
@@ -178,13 +181,13 @@ class State(Memory, metaclass=_Plain):
         )
 
     def _forget(self, row: Tensor, position: Tensor) -> None:
-        """Drop tokens by row (e,) and position (e,), on the CPU, which are known to be forgettable."""
+        """Drop tokens by row (e,) and position (e,), on the CPU, after `_require_forgettable` accepted them."""
 
-    # ---- what users call -----------------------------------------------------------------------------------
+    # ---- public calls -----------------------------------------------------------------------------------
 
     @whole
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
-        """Take in tokens without asking anything. present (rows, t), bool, marks the real ones."""
+        """Take in tokens without answering queries. present (rows, t), bool, marks the real ones."""
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         take, order = self._arrange(k, v, None, present)
         if order is not None:
@@ -196,7 +199,7 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
-        """The law of autoregression: token i attends to everything up to and including itself.
+        """Take in tokens and answer their queries causally: token i attends to every token up to and including itself.
 
         q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
         """
@@ -214,9 +217,9 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
-        """As `step`, with the mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
+        """Do `step` and return the log-mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
 
-        Empty where `present` is False. For callers who merge something to the answer, such as a sink's logit.
+        Empty where `present` is False. For callers who merge further terms into the answer, such as a sink's logit.
         """
         k, v, q, take, order = self._packed(k, v, q, present)
         if not any(take.tolist()):
@@ -230,24 +233,24 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def read(self, q: Tensor) -> Partial:
-        """Attention of q (rows, m, d) over what is remembered: a `Partial` (rows, m). Pure."""
+        """Return attention of q (rows, m, d) over the remembered tokens: a `Partial` (rows, m). Changes nothing."""
         return self._read(self._checked(q, "q", self.spec.d, finite=True))
 
     @whole
     def attend(self, q: Tensor) -> Tensor:
-        """Answers (rows, g, m, dv) to q (rows, g, m, d) without new tokens; a policy may learn from them."""
+        """Return answers (rows, g, m, dv) to q (rows, g, m, d) without new tokens; a policy may learn from q."""
         q = self._checked(q, "q", self.spec.d, axes=4, finite=True)
         if q.shape[1] < 1:
             raise ValueError(f"q must be (rows, g, m, d) with g >= 1, got {tuple(q.shape)}")
         self._require_group(q.shape[1], attending=True)
-        if type(self)._attend is not State._attend:  # the base's is a read
+        if type(self)._attend is not State._attend:  # the base method only reads
             self._underway = "attend"
         mean = self._attend(q).mean
         return mean.view(*q.shape[:3], self.spec.dv).to(self.spec.dtype)
 
     @whole
     def seal(self) -> None:
-        """Mark the end of the prompt, once; methods that compress there do so now."""
+        """Mark the end of the prompt, once; methods that compress the prompt do so now."""
         if not self.sealed:
             self._underway = "seal"
             self._seal()
@@ -255,15 +258,16 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def require_forgettable(self, row: Tensor, position: Tensor) -> None:
-        """Raise what `forget` would raise for these tokens; changes nothing."""
+        """Raise the error that `forget` would raise for these tokens; change nothing."""
         self._named(row, position)
 
     @whole
     def forget(self, row: Tensor, position: Tensor) -> None:
         """Drop tokens, named by row (e,) and position (e,), int64: no later query attends to them.
 
-        Clocks do not change, and what a policy has learnt from these tokens stays learnt. A token that was evicted
-        for good before is passed over. Raises ValueError, the state unchanged, where a token cannot be taken out again.
+        Clocks do not change, and a policy keeps what it learnt from these tokens. A token that was evicted for good,
+        without a summary, is passed over. Raises ValueError, the state unchanged, where a token cannot be taken out
+        again.
         """
         row, position = self._named(row, position)
         if row.numel():
@@ -271,7 +275,7 @@ class State(Memory, metaclass=_Plain):
             self._forget(row, position)
 
     def _named(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of `forget` on the CPU, checked; ValueError where one cannot be taken out again."""
+        """Return the tokens of `forget` on the CPU, checked; raise ValueError where one cannot be taken out again."""
         row, position = (torch.as_tensor(x).to("cpu") for x in (row, position))
         if row.ndim != 1 or row.shape != position.shape or row.dtype != torch.int64 or position.dtype != torch.int64:
             raise ValueError(
@@ -291,8 +295,8 @@ class State(Memory, metaclass=_Plain):
     def pin(self, start: int, stop: int) -> None:
         """Keep the tokens start <= position < stop of every row for good; call it before they are evicted.
 
-        Raises ValueError if the method cannot pin (its traits say so), if the budget cannot hold all that is
-        protected, and if some of the tokens are gone already.
+        Raises ValueError if the method cannot pin (its trait `pins` is False), if the budget cannot hold all protected
+        tokens, and if some of the tokens are evicted already.
         """
         whole_numbers = all(isinstance(end, int) and not isinstance(end, bool) for end in (start, stop))
         if not whole_numbers or not 0 <= start < stop:
@@ -301,24 +305,24 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def guarantee(self) -> Guarantee | None:
-        """The method's guarantee, withdrawn (`holds` False) where what was seen breaks an assumption."""
+        """Return the method's guarantee, withdrawn (`holds` False) where the tokens seen break an assumption."""
         return self.method.guarantee(self.spec)
 
     @property
     def held(self) -> Tensor:
-        """Whole tokens kept per row (rows,), int64."""
+        """Return the number of whole tokens kept per row (rows,), int64."""
         return torch.zeros_like(self.seen)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that answering one query token touches, over all rows; everything unless a variant reads less."""
+        """Return the bytes that answering one query token reads, over all rows: all unless a variant reads less."""
         return self.nbytes
 
     def fields(self) -> dict[str, Any]:
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """A state inside this one sees the same tokens and the same seal."""
+        """Raise ValueError unless each state inside this one has seen the same tokens and the same seal."""
         for name, value in vars(self).items():
             if isinstance(value, State):
                 require_equal(fields[name]["seen"], fields["seen"], f"{name}/seen")
@@ -327,7 +331,7 @@ class State(Memory, metaclass=_Plain):
 
     @property
     def broken(self) -> bool:
-        """Whether a call broke off halfway, so that this state refuses every other."""
+        """Return True if a call broke off halfway, so that this state refuses every other call."""
         return self._underway is not None
 
     def export(self) -> dict[str, Any]:
@@ -337,12 +341,12 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def to_bytes(self) -> bytes:
-        """The message: everything that answering and continuing needs beyond method and public randomness."""
+        """Pack the message: all that answering and continuing need beyond the method and public randomness."""
         return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 
     @whole
     def clone(self: Self) -> Self:
-        """An independent copy."""
+        """Return an independent copy."""
         return self.copied()
 
     @whole
@@ -352,7 +356,7 @@ class State(Memory, metaclass=_Plain):
             index = torch.as_tensor(index)
             _require_dense(index, "index")
             index = index.to("cpu")
-        except RuntimeError as cause:  # so torch tells what it can make no tensor of
+        except RuntimeError as cause:  # raised by torch for objects that no tensor can be made of
             raise TypeError(f"select_rows needs a 1-d integer tensor, got {type(index).__name__}: {cause}") from None
         if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or index.numel() == 0:
             raise ValueError(
@@ -382,7 +386,10 @@ class State(Memory, metaclass=_Plain):
         return x.detach() if x.requires_grad else x
 
     def _one_token(self, k: Tensor, v: Tensor, q: Tensor) -> bool:
-        """Whether this is one token of every row, beyond doubt as it should be: `_packed` tells what is wrong."""
+        """Return True if this is surely one valid token of every row.
+
+        False leaves it open: `_packed` checks the input in full and names what is wrong.
+        """
         spec, dense = self.spec, torch.strided
         for x in (k, v, q):
             if type(x) is not Tensor or x.dtype != spec.dtype or x.layout != dense or x.device.type != spec.device_type:
@@ -400,7 +407,7 @@ class State(Memory, metaclass=_Plain):
     def _packed(
         self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Checked k, v and q (rows, g, t, d), each row's real tokens first; tokens per row; the order that did it."""
+        """Return checked k, v and q (rows, g, t, d), each row's real tokens first; tokens per row; the order used."""
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         q = self._checked(q, "q", self.spec.d, axes=4)
         take, order = self._arrange(k, v, q, present)
@@ -410,7 +417,7 @@ class State(Memory, metaclass=_Plain):
         return _pack(k, order), _pack(v, order), _pack(q, by_query), take, order
 
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens per row, and the order that packs real tokens first (None if all are real)."""
+        """Return the tokens per row, and the order that packs real tokens first (None if all are real)."""
         rows, t = k.shape[:2]
         if v.shape[1] != t:
             raise ValueError(f"k has {t} tokens and v has {v.shape[1]}; they must match")
@@ -439,9 +446,9 @@ class State(Memory, metaclass=_Plain):
 
 
 def _require_dense(x: Tensor, name: str) -> None:
-    """Raise TypeError for tensors of which not even the shape may be asked, or no number.
+    """Raise TypeError unless the tensor is dense and has data, so that its shape and numbers can be read.
 
-    Nested, sparse, quantized, on the meta device, or not made yet.
+    Refused are nested, sparse and quantised tensors, tensors on the meta device, and lazy ones without data yet.
     """
     if is_lazy(x):
         raise TypeError(f"{name} must be a dense tensor with data, got a {type(x).__name__}")
@@ -451,9 +458,10 @@ def _require_dense(x: Tensor, name: str) -> None:
 
 
 def _all_finite(x: Tensor) -> bool:
-    """One pass that writes nothing: a NaN or an infinity shows in the sum, and else in the extremes.
+    """Return True if all entries are finite, without writing a mask.
 
-    The sum of finite numbers may overflow, so only a finite one says something.
+    A NaN or an infinity makes the sum not finite. The sum of finite numbers may overflow too, so where it is not finite
+    the extremes decide.
     """
     if x.numel() == 0 or math.isfinite(x.sum().item()):
         return True
@@ -461,7 +469,7 @@ def _all_finite(x: Tensor) -> bool:
 
 
 def _one(k: Tensor, v: Tensor) -> bool:
-    """Whether these are views of the same numbers in the same order."""
+    """Return True if these tensors are views of the same numbers in the same order."""
     return k is v or (k.data_ptr() == v.data_ptr() and k.shape == v.shape and k.stride() == v.stride())
 
 
@@ -471,7 +479,7 @@ def _pack(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
-    """Answers (rows, g, t, w) back to where their tokens stood; `empty` elsewhere, whatever a pad was answered."""
+    """Move answers (rows, g, t, w) back to their tokens' places; put `empty` elsewhere, over any pad's answer."""
     if order is None:
         return out
     real = (torch.arange(out.shape[2]) < take.unsqueeze(1)).to(out.device)

@@ -1,4 +1,4 @@
-"""Stretches: an index's lists, one or more per row, each in its own stretch of a flat arena."""
+"""Store an index's lists, one or more per row, each in its own stretch of a flat arena."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kvfloor.core.spec import Spec
 
 
 class Stretches(Memory):
-    """`lists` lists per row, of `used` items each, packed at the front of stretches of `capacity` places.
+    """Store `lists` lists per row, of `used` items each, packed at the front of stretches of `capacity` places.
 
     An item is one entry in every column, a tensor (places, ...). Rows may differ in capacity, so per-row budgets free
-    real bytes. Places beyond `used` hold `fill` until items stood there; what stands there never travels.
+    real bytes. Places beyond `used` hold `fill` until items stood there; their contents never enter a message.
     """
 
     def __init__(
@@ -45,7 +45,10 @@ class Stretches(Memory):
     # ---- reading and writing -------------------------------------------------------------------------------
 
     def across(self, name: str, rows: Tensor | None, width: int) -> Tensor:
-        """A column as (r, lists, width, ...), from `fill` or garbage beyond `used`. Copies only if rows differ."""
+        """Return a column as (r, lists, width, ...); entries beyond `used` are `fill` or garbage.
+
+        Copies only if capacities differ or not all rows are wanted.
+        """
         column = getattr(self, name)
         if self._level and rows is None:
             stride = int(self.capacity[0])
@@ -53,7 +56,7 @@ class Stretches(Memory):
         return column[self.places(rows, width)]
 
     def write(self, name: str, rows: Tensor, used: Tensor, items: Tensor) -> None:
-        """Let the lists of `rows` (r,) be the first used (r,) of items (r, lists, w), then `fill` to their old end."""
+        """Write the first used (r,) of items (r, lists, w) to the lists of `rows` (r,), and `fill` to their old end."""
         column = getattr(self, name)
         width = int(torch.maximum(used, self.used[rows]).max())
         if width > items.shape[2]:
@@ -73,7 +76,7 @@ class Stretches(Memory):
         return bool((self.capacity == self.capacity[0]).all())
 
     def places(self, rows: Tensor | None, width: int) -> Tensor:
-        """Where the first `width` items of every list stand: (r, lists, width), clamped to the arena."""
+        """Return the places of the first `width` items of every list: (r, lists, width), clamped to the arena."""
         start = (torch.cumsum(self.capacity, 0) - self.capacity) * self.lists
         start = start.unsqueeze(1) + torch.arange(self.lists) * self.capacity.unsqueeze(1)
         start = start if rows is None else start[rows]
@@ -81,7 +84,7 @@ class Stretches(Memory):
         return place.clamp_max(max(0, self._places() - 1)).to(self.spec.device)
 
     def live(self) -> Tensor:
-        """Where all items stand, list by list, row by row."""
+        """Return the places of all items, list by list, row by row."""
         width = int(self.used.max()) if self.used.numel() else 0
         inside = (torch.arange(width) < self.used.unsqueeze(1)).unsqueeze(1).expand(-1, self.lists, -1)
         return self.places(None, width)[inside.to(self.spec.device)]
@@ -98,7 +101,7 @@ class Stretches(Memory):
             self.move(name, moved)
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """A row has its own lists; the clocks are split."""
+        """Return the bytes of each row: its own lists, and an equal part of the clocks."""
         return self._by_capacity(rows, self._columns().values(), self.capacity)
 
     # ---- as a part of a state ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The summary's interface, declared for its caller `Bounded`."""
+"""Define the interface of a summary of evicted tokens, which `Bounded` calls."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kvfloor.core.spec import Spec
 
 
 class SummaryState(Memory, ABC):
-    """What is remembered of evicted tokens: tensors with rows as first axis.
+    """Store a compressed form of evicted tokens, as tensors with rows as first axis.
 
     `shared` are tensors fixed by (method, spec) alone (trained kernels, tables): public and uncounted. Once opened
-    by `Bounded` it is the dictionary that the whole state shows as its own, so names in it start with the summary's.
+    by `Bounded` it is the dictionary of the whole state, so names in it start with the summary's name.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -32,51 +32,54 @@ class SummaryState(Memory, ABC):
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         """Take in evicted tokens, each once: row (e,) int64 ascending, k (e, d), v (e, dv), position (e,) int64.
 
-        A row's tokens come in the same lots whatever the caller's chunking; which other rows come along does depend
-        on it, so what is computed from tokens is computed row by row (`lots`).
+        A row's tokens come in the same lots whatever the caller's chunking, but the other rows in a call depend on it.
+        So all numbers derived from tokens must be computed row by row (`lots`).
         """
 
     @abstractmethod
     def read(self, q: Tensor) -> Partial:
-        """Attention of q (rows, m, d) over the absorbed tokens, under the summary's law; pure."""
+        """Compute attention of q (rows, m, d) over the absorbed tokens, under the summary's law; change nothing."""
 
     def on_queries(self, q: Tensor) -> None:
-        """Queries q (rows, g, a, d) were asked with tokens, or by `attend`; zeros stand where a row asked nothing."""
+        """Handle queries q (rows, g, a, d), given with tokens or by `attend`; zeros stand where a row has no query."""
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """What the configuration states, evaluated on what was absorbed and noticed; withdrawn where that fails."""
+        """Return the configuration's guarantee, evaluated on the tokens and queries seen; withdrawn if it fails."""
         return stated
 
 
 class Summary(ABC):
-    """Frozen configuration of a summary."""
+    """Define the compressed form of evicted tokens by a frozen configuration."""
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
 
     @property
     def traits(self) -> Traits:
-        """What answers promise that this summary has a part in."""
+        """Return the traits of the answers, as far as the summary has a part in them."""
         return Traits()
 
     @abstractmethod
     def open(self, spec: Spec) -> SummaryState | None:
-        """Empty memory, or None if nothing is remembered."""
+        """Return empty memory, or None if nothing is kept of evicted tokens."""
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """What holds whatever the policy evicts, or None; epsilon 0 means that its law is followed exactly."""
+        """Return the bound that holds for any evictions, or None; epsilon 0 means that the law is followed exactly."""
         del spec
         return None
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Summary:
-        """The least size whose guarantee promises this, for `Method.budget_for`; itself if there is none to choose."""
+        """Return the least size whose guarantee reaches epsilon and delta, for `Method.budget_for`.
+
+        A summary without a size to choose returns itself.
+        """
         del epsilon, delta, spec
         return self
 
 
 @dataclass(frozen=True)
 class Drop(Summary):
-    """The default: nothing stays, so the summary's partial is empty."""
+    """Keep nothing of evicted tokens, so the summary's partial is empty; the default."""
 
     name: ClassVar[str] = "drop"
 
@@ -89,10 +92,10 @@ class Drop(Summary):
 
 
 def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield what `absorb` takes, one row after another: (at, column...), at (1,) and columns (1, c, ...).
+    """Yield the tokens that `absorb` takes, one row after another: (at, column...), at (1,) and columns (1, c, ...).
 
-    A lot is contiguous and aligned like every other one of c tokens, and holds no other row's numbers: whatever is
-    computed from it has the same bits beside any neighbours, on any BLAS and any instruction set.
+    A lot is contiguous and aligned like every other one of c tokens, and holds no other row's numbers. So any result
+    computed from a lot has the same bits beside any neighbours, on any BLAS and any instruction set.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     pieces = [column.split(counts.tolist()) for column in columns]
@@ -101,9 +104,9 @@ def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def equal_lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """As `lots`, the rows that each got c tokens side by side: at (r,) and columns (r, c, ...).
+    """Yield lots as `lots` does, the rows with c tokens each side by side: at (r,) and columns (r, c, ...).
 
-    Fewer, larger operations; products and sums over tokens then go through `core.rowwise`.
+    Fewer, larger operations; products and sums over tokens must then go through `core.rowwise`.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     start = counts.cumsum(0) - counts

@@ -1,4 +1,4 @@
-"""Softmax weights over many keys, one tile of them after another: two passes, and never all of them at once."""
+"""Compute softmax weights over many keys in two passes, one tile of keys after another."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def weights_by_tile(
     clear: int = 0,
     held: Sequence[int] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The softmax weights (rows, m, tile) of q (rows, m, d) over k (rows, s, d), tile by tile, in the compute dtype.
+    """Yield the softmax weights (rows, m, tile) of q (rows, m, d) over k (rows, s, d), tile by tile.
 
-    The first pass takes each query's largest logit and mass, the second turns each tile's logits into weights, so
-    no more than rows x m x tile of them exist at a time; what fits in one tile takes one pass. hide(at) is what the
-    queries do not see of the keys `at`, bool (rows, m, keys), and is not asked of the first `clear` keys, which all
-    queries see. A query that sees nothing has weight 0 everywhere.
+    The weights are in the compute dtype. The first pass takes each query's largest logit and mass, the second turns
+    each tile's logits into weights. So at most rows x m x tile of them exist at a time; keys that fit in one tile take
+    one pass. hide(at) is the mask of the keys `at` that queries do not see, bool (rows, m, keys). It is not called for
+    the first `clear` keys, which all queries see. A query that sees no key has weight 0 everywhere.
 
-    held     keys of each row that its queries may see (None: all); the rest has weight 0, whatever `hide` says of it
-    A row's weights are made by themselves from its own queries and held keys: their bits depend on nothing else.
+    held     keys of each row that its queries may see (None: all); the rest has weight 0, whatever `hide` returns for
+    it A row's weights are computed from its own queries and held keys: their bits depend on nothing else.
     """
     dtype, (rows, m, _), width = compute_dtype(k.dtype), q.shape, k.shape[1]
     asked = [aligned(q[row : row + 1]).to(dtype) * scale for row in range(rows)]
@@ -38,7 +38,7 @@ def weights_by_tile(
     pieces = [slice(start, min(start + tile, width)) for start in range(0, width, tile)]
 
     def logits(at: slice, among: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield those of the rows that hold some of the keys `at`, and their logits (1, m, keys) over those."""
+        """Yield the rows that hold some of the keys `at`, with their logits (1, m, keys) over those keys."""
         behind = slice(max(at.start, clear), at.stop)
         hidden = hide(behind) if behind.start < behind.stop else None
         for row in among:

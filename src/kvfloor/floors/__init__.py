@@ -1,6 +1,6 @@
-"""Floors: theorems on how little memory attention can use, as functions that return numbers.
+"""Compute floors: theorems on the least memory that attention can use, as functions that return numbers.
 
-`space` is the question users ask; the other functions are the formulas it is made of. docs/floors.md has the proofs.
+Most users need `space` only. The other functions are the formulas behind it. docs/floors.md has the proofs.
 """
 
 from kvfloor.floors.coherence import (

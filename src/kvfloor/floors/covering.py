@@ -1,6 +1,6 @@
-"""How many balls, clusters or greedy centres the unit ball needs: what a clustering of keys costs at most.
+"""Bound the number of balls, clusters or greedy centres that a clustering of keys in the unit ball needs.
 
-All counts are whole numbers as floats, `inf` beyond the floats. Keys of norm up to R: divide delta by R.
+All counts are whole numbers as floats, `inf` beyond the floats. For keys of norm up to R, divide delta by R.
 """
 
 import math
@@ -11,7 +11,7 @@ _LARGEST_LOG = 700.0  # exp of it is still a float
 
 
 def covering_balls(delta: float, d: int) -> float:
-    """Balls of radius `delta` that cover the unit ball of R^d: at most (1 + 2/delta)^d, and 1 from delta = 1 on.
+    """Bound the number of balls of radius `delta` that cover the unit ball of R^d: (1 + 2/delta)^d, 1 from delta = 1.
 
     Source: a maximal set of points more than delta apart covers; balls of radius delta/2 around them are disjoint
     and lie in one of radius 1 + delta/2. Haris & Onak (COLT 2025), Lemma 13 has (3/delta)^d for delta < 1.
@@ -21,19 +21,19 @@ def covering_balls(delta: float, d: int) -> float:
 
 
 def clusters(delta: float, d: int) -> float:
-    """Clusters of *diameter* `delta` that partition any points of the unit ball: at most (1 + 4/delta)^d, 1 from 2 on.
+    """Bound the number of clusters of *diameter* `delta` that partition points of the unit ball: (1 + 4/delta)^d.
 
-    A ball of radius delta/2 has diameter delta. Derived here; Haris & Onak (COLT 2025), Lemma 14, takes the radius
-    for the diameter (docs/floors.md, "Covering").
+    The bound is 1 from delta = 2 on. A ball of radius delta/2 has diameter delta. Derived here; Haris & Onak (COLT
+    2025), Lemma 14, takes the radius for the diameter (docs/floors.md, "Covering").
     """
     return covering_balls(positive("delta", delta) / 2.0, d)
 
 
 def greedy_centres(delta: float, d: int) -> float:
-    """Centres that an online greedy clustering of the unit ball opens at threshold `delta`: at most (1 + 2/delta)^d.
+    """Bound the number of centres of an online greedy clustering of the unit ball at threshold `delta`.
 
-    A point farther than delta from every centre becomes one, so centres are more than delta apart; 1 from delta = 2
-    on, where no two points are. Derived here.
+    Law: at most (1 + 2/delta)^d. A point farther than delta from every centre becomes a centre, so centres are more
+    than delta apart. The bound is 1 from delta = 2 on, where no two points are farther apart than delta. Derived here.
     """
     delta, d = positive("delta", delta), whole("d", d)
     return 1.0 if delta >= 2.0 else _power(1.0 + 2.0 / delta, d)

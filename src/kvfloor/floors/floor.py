@@ -1,4 +1,4 @@
-"""What a floor tells: the bits that are needed, and beside them the memories that are known to suffice."""
+"""Hold a memory floor: the bits that are needed, and the memories that are known to suffice."""
 
 import dataclasses
 import math
@@ -7,9 +7,9 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Possible:
-    """A memory that suffices: `bits`, under `condition`, by `source`.
+    """Hold a memory that suffices: `bits`, under `condition`, by `source`.
 
-    `vacuous` where the method keeps at least as much as all tokens are, so that nothing is gained.
+    `vacuous` is True where the method keeps at least as much as all tokens take, so that nothing is gained.
     """
 
     name: str
@@ -21,11 +21,11 @@ class Possible:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """A space floor: any method that answers as accurately as asked, a row at a time with probability p, holds `bits`.
+    """Hold a space floor: any method that answers each row to the given accuracy with probability p needs `bits`.
 
-    `bytes` is `bits` in whole bytes; `upper_bits` is what suffices when the keys are public and the values are single
-    bits, so the floor is tight up to p - H2(p)/dv; `regime` and `theorem` say which argument gave the number, and
-    `constants` holds everything that entered it; `possible` lists memories that suffice, smallest first.
+    `bytes` is `bits` in whole bytes. `upper_bits` suffices when the keys are public and the values are single bits, so
+    the floor is tight up to the factor p - H2(p)/dv. `regime` and `theorem` name the argument that gives the number,
+    and `constants` holds everything that entered it. `possible` lists memories that suffice, smallest first.
     """
 
     bits: float
@@ -45,7 +45,7 @@ class Floor:
         constants: dict[str, Any],
         possible: list[Possible],
     ) -> "Floor":
-        """A floor of `bits`: whole bytes counted, the regime marked vacuous at 0, `possible` sorted by size."""
+        """Make a floor of `bits`: count whole bytes, mark the regime vacuous at 0 bits, sort `possible` by size."""
         return Floor(
             bits=bits,
             bytes=whole_bytes(bits),
@@ -57,11 +57,11 @@ class Floor:
         )
 
     def ratio(self, memory: Possible) -> float:
-        """How many times the floor `memory` holds; infinite beside a floor of 0."""
+        """Return the bits of `memory` over the bits of the floor; infinite for a floor of 0."""
         return memory.bits / self.bits if self.bits > 0.0 else math.inf
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types; a number that is not finite becomes None."""
+        """Return the fields as plain JSON types; a number that is not finite becomes None."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["constants"] = {name: _finite(value) for name, value in self.constants.items()}
         fields["possible"] = [
@@ -80,7 +80,7 @@ class Floor:
 
 
 def whole_bytes(bits: float) -> int:
-    """`bits` in whole bytes."""
+    """Return `bits` in whole bytes, rounded up."""
     return math.ceil(bits / 8.0 * (1.0 - 1e-12))  # the factor keeps float noise from adding a byte
 
 

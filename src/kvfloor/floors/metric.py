@@ -1,7 +1,8 @@
-"""What error guarantees in a norm imply: the answer may get some signs wrong, so a row tells fewer hidden bits.
+"""Compute the space floor of error guarantees in a norm, under which an answer may have some wrong signs.
 
-Values are ±1, and Bob reads signs. A guarantee |z - A|_2 <= epsilon * size allows a share rho of wrong signs per row; a
-row then tells p (dv - log2 of a Hamming ball) - H2(p) bits. docs/floors.md, "Other error guarantees", has the proofs.
+Values are ±1, and the receiver (Bob) reads signs. A guarantee |z - A|_2 <= epsilon * size allows a share rho of wrong
+signs per row. A row then gives p (dv - log2 of a Hamming ball) - H2(p) bits. docs/floors.md, "Other error guarantees",
+has the proofs.
 """
 
 import functools
@@ -30,13 +31,13 @@ _THEOREMS = {
 
 
 def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0, norm: float | None = None) -> float:
-    """Share rho of the dv signs of a row that an answer within the guarantee may get wrong, of `m` hidden sign rows.
+    """Bound the share rho of the dv signs of a row, of `m` hidden rows, that an answer within the guarantee gets wrong.
 
     Law, with `leak` = x, (mass off the spike)/(mass on it), so that the weight on the spike is at least 1/(1+x):
         max         epsilon^2 ((1+x)/(1-x))^2
         frobenius   epsilon^2 m (1+x^2)/(1-x)^2
         operator    epsilon^2 ||X||_op^2 / dv (1+x^2)/(1-x)^2      ||X||_op: `norm`, or `sign_norm(m, dv)`
-    Each coordinate of the exact answer is at least (1-x)/(1+x) in size, a wrong sign costs that much, and
+    Each coordinate of the exact answer is at least (1-x)/(1+x) in size, so a wrong sign is an error of that size, and
     ||softmax||_2^2 <= (1+x^2)/(1+x)^2. Infinite for leak >= 1. Derived here.
     """
     one_of("metric", metric, NORMS)
@@ -46,7 +47,7 @@ def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0,
 
 
 def sign_norm(m: int, dv: int) -> float:
-    """An operator norm that at least half of all m x dv sign matrices do not exceed; about sqrt(m) + sqrt(dv).
+    """Return an operator norm that at least half of all m x dv sign matrices do not exceed; about sqrt(m) + sqrt(dv).
 
     Law: B^2 = min(m dv, min over whole k of (2 min(m, dv))^(1/k) s^2 e^(2k/s^2)), s = sqrt(m) + sqrt(dv). For signs R
     and Gaussians G: E||R||^2k <= E tr(RR')^k <= E tr(GG')^k, as every monomial's mean is 0 or 1 for signs and at
@@ -58,14 +59,18 @@ def sign_norm(m: int, dv: int) -> float:
 
 
 def ball_bits(dv: int, wrong: int) -> float:
-    """log2 of the number of strings of `dv` bits within Hamming distance `wrong` of one: at most dv H2(wrong/dv)."""
+    """Return log2 of the number of strings of `dv` bits within Hamming distance `wrong` of a given string.
+
+    It is at most dv H2(wrong/dv) for wrong <= dv/2.
+    """
     dv, wrong = whole("dv", dv), whole("wrong", wrong, least=0)
     return math.log2(sum(math.comb(dv, j) for j in range(min(wrong, dv) + 1)))
 
 
 def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
-    """Least message length, in bits, when each of `m` rows of `dv` bits comes back with at most `wrong` errors w.p. p.
+    """Return the least message length, in bits, to decode each of `m` rows of `dv` bits with at most `wrong` errors.
 
+    Each row is decoded so with probability p.
     Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0; no less than m [p dv (1 - H2(rho)) - H2(p)] for
     rho = wrong/dv <= 1/2, and `row_bits` for wrong = 0. Derived here: Fano's inequality with a list.
     """
@@ -87,14 +92,14 @@ def metric_space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bits that any streaming method must hold to meet `metric`'s guarantee at every step, each w.p. `p`.
+    """Bound the bits that any streaming method must hold to meet `metric`'s guarantee at each step, each w.p. `p`.
 
     Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), rho = `wrong_share` of m
     rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else 0. The instance is
     a stream that is m tokens long so far, m <= n, or W - 1 under `window`, with signs in w <= dv coordinates. m unit
-    keys with gap g = `gap_known`(m, d) leak x = m e^(-radius g), Bob's own token included; without `radius` the leak
-    is as small as is wanted.
-    `norm`: the operator norm that half of all n x dv sign matrices stay below, where it was measured.
+    keys with gap g = `gap_known`(m, d) leak x = m e^(-radius g), Bob's own token included. Without `radius` the leak
+    can be made arbitrarily small.
+    `norm`: a measured operator norm that half of all n x dv sign matrices stay below.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
@@ -145,11 +150,11 @@ def metric_space(
 
 
 def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:
-    """The (m, width, errors, bits) of most `noisy_row_bits`, over m <= `most` rows of width <= `dv` values.
+    """Find the (m, width, errors, bits) of most `noisy_row_bits`, over m <= `most` rows of width <= `dv` values.
 
-    `wrong`(m, width) errors are allowed per row; it must not fall with m. For each width and number of errors the
-    largest m that allows no more is found by bisection, so the maximum is exact, and no argument can lower it.
-    (0, 0, 0, 0.0) where nothing positive is left.
+    `wrong`(m, width) errors are allowed per row; it must not fall with m. For each width and number of errors, the
+    largest m that allows no more errors is found by bisection, so the maximum is exact.
+    Returns (0, 0, 0, 0.0) where no choice gives positive bits.
     """
     best = (0, 0, 0, 0.0)
     for width in range(dv, 0, -1):
@@ -189,7 +194,7 @@ def _squared_norm(m: int, dv: int) -> float:
 
 
 def _leak(m: int, d: int, radius: float | None) -> float:
-    """(Mass off the spike)/(mass on it) for `m` unit keys and Bob's own token, at logit radius `radius`."""
+    """Return (mass off the spike)/(mass on it) for `m` unit keys and Bob's own token, at logit radius `radius`."""
     gap = gap_known(m, d)
     if radius is None:
         return 0.0 if gap > 0.0 else math.inf

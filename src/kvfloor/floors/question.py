@@ -1,4 +1,4 @@
-"""The question users ask: how many bits must attention hold, by its law, its error guarantee and its sizes."""
+"""Bound the bits that attention must hold, given its law, its error guarantee and its sizes."""
 
 from kvfloor.floors.floor import Floor
 from kvfloor.floors.metric import NORMS, metric_space
@@ -28,13 +28,15 @@ def space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bits that any streaming method must hold to answer attention, with what is possible beside it.
+    """Bound the bits that any streaming method must hold to answer attention, and list memories that suffice.
 
     attention  standard, window (needs `window`), tensor (`caches` 4 or 2) or visual, where `n` is the side of the last
-               map, and maps shrink by `ratio` (2): tokens are the sum of their squares. `window` alone means a window
+               map, and maps shrink by `ratio` (2): tokens are the sum of their squares. A `window` given with
+               "standard" means attention "window"
     metric     entrywise: a factor 1±`eta` in every coordinate. max, frobenius, operator: an l2 error of at most
                `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2 ||V||_op (standard and window)
-    p          probability that an answer is as accurate as asked; radius: bound on |logit|, not for visual
+    p          probability that an answer meets the error guarantee
+    radius     bound on |logit|, not for visual
     heads, layers   KV heads and layers, which multiply
     Laws: `standard.space`, `metric_space`, `tensor_space`, `visual_space`. The bound is over worst-case keys and
     values: attention as a data structure. Raises ValueError naming the argument, what was given and what is allowed.

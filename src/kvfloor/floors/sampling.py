@@ -1,4 +1,4 @@
-"""What sampling methods keep: SubGen's constants and stored numbers, and lazy Gumbel sampling for keys on a line."""
+"""Size sampling methods: SubGen's constants and stored numbers, and lazy Gumbel sampling for keys on a line."""
 
 import math
 
@@ -9,11 +9,12 @@ _LARGEST_LOG = 700.0  # exp of it is still a float
 
 
 def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator") -> float:
-    """Value samples with which SubGen's numerator errs by more than (epsilon/3) |exp(Kq)|_2 ||V|| w.p. <= `failure`.
+    """Return the number of value samples with which SubGen's numerator fails with probability at most `failure`.
 
+    Failing means an error of more than (epsilon/3) |exp(Kq)|_2 ||V||.
     Law: 9 dv / (epsilon^2 failure) for the operator norm, as ||V||_F^2 <= dv ||V||_op^2; 9 / (epsilon^2 failure) for
-    `norm` = "frobenius". By Chebyshev from E|z - Ez|^2 = (||V||_F^2 |e^(Kq)|^2 - |Ez|^2)/s, for one fixed query; the
-    1/failure is real for a plain mean. Source: Zandieh et al. 2024 (SubGen); constants derived here.
+    `norm` = "frobenius". By Chebyshev from E|z - Ez|^2 = (||V||_F^2 |e^(Kq)|^2 - |Ez|^2)/s, for one fixed query. A
+    plain mean does need the factor 1/failure. Source: Zandieh et al. 2024 (SubGen); constants derived here.
     """
     dv, epsilon, failure = whole("dv", dv), _accuracy(epsilon), _failure(failure)
     rank = dv if one_of("norm", norm, ("operator", "frobenius")) == "operator" else 1
@@ -21,8 +22,9 @@ def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator")
 
 
 def subgen_t(delta: float, r: float, epsilon: float, failure: float, *, centres: float | None = None) -> float:
-    """Key samples per cluster with which SubGen's denominator errs by more than epsilon/3 of itself w.p. <= `failure`.
+    """Return the number of key samples per cluster with which SubGen's denominator fails w.p. at most `failure`.
 
+    Failing means an error of more than epsilon/3 of the denominator itself.
     Law, with R = exp(2 delta r), keys within `delta` of their centre and |q| <= `r`:
         9 (R-1)^2 / (4 R epsilon^2 failure)            Chebyshev on the sum of all clusters (the default)
         27 R ln(2 centres / failure) / epsilon^2       Chernoff in each of the `centres` clusters, if they are given
@@ -41,8 +43,9 @@ def subgen_t(delta: float, r: float, epsilon: float, failure: float, *, centres:
 
 
 def subgen_numbers(d: int, dv: int, s: int, t: int, centres: int) -> int:
-    """Numbers that SubGen holds: s pairs, per centre its key, its count and t sampled keys, and the sum of all |v|^2.
+    """Count the numbers that SubGen holds, for s pairs, `centres` centres and t sampled keys per centre.
 
+    SubGen holds the s pairs, the sum of all |v|^2, and for each centre its key, its count and t sampled keys.
     Law: s (d + dv) + centres (d (1 + t) + 1) + 1.
     """
     d, dv, centres = whole("d", d), whole("dv", dv), whole("centres", centres)
@@ -52,11 +55,11 @@ def subgen_numbers(d: int, dv: int, s: int, t: int, centres: int) -> int:
 def subgen_plan(
     n: int, d: int, dv: int, epsilon: float, r: float, failure: float, *, norm: str = "operator"
 ) -> tuple[float, int, int, int] | None:
-    """The (delta, s, t, centres) of fewest numbers that guarantee `epsilon` with probability 1 - `failure`.
+    """Find the (delta, s, t, centres) of fewest numbers that guarantee `epsilon` with probability 1 - `failure`.
 
-    For `n` unit-ball keys and |q| <= `r`; half of `failure` goes to each of numerator and denominator, t is the
-    smaller of the two forms, and centres = min(n, greedy_centres). delta is the best of 2^(-j/4), j from -4 to 40.
-    None where s or every t is beyond the floats. Then |z/tau - attention|_2 <= (2 epsilon/3)/(1 - epsilon/3)
+    The plan is for `n` unit-ball keys and |q| <= `r`. Half of `failure` goes to each of numerator and denominator, t is
+    the smaller of the two forms, and centres = min(n, greedy_centres). delta is the best of 2^(-j/4), j from -4 to 40.
+    Returns None where s or every t is beyond the floats. Then |z/tau - attention|_2 <= (2 epsilon/3)/(1 - epsilon/3)
     |softmax|_2 ||V|| <= epsilon |softmax|_2 ||V|| for epsilon <= 1, for one query fixed before the stream.
     """
     n, failure = whole("n", n), _failure(failure)
@@ -74,7 +77,7 @@ def subgen_plan(
 
 
 def lazy_gumbel_tokens(n: int) -> float:
-    """Tokens that lazy Gumbel sampling holds for one unbiased draw when d = 1, in expectation: O(sqrt n).
+    """Return the expected number of tokens that lazy Gumbel sampling holds for one unbiased draw when d = 1: O(sqrt n).
 
     Law: the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled ones in expectation; never
     more than n. Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; the constant is derived here: given B,

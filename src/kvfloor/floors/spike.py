@@ -1,4 +1,4 @@
-"""How long the query must be for one key to own the softmax. Logits are natural (nats), as in exp(q.k)."""
+"""Compute the length of a query that gives one key nearly all softmax mass. Logits are in nats, as in exp(q.k)."""
 
 import math
 
@@ -6,11 +6,11 @@ from kvfloor.validation import positive, relative_error, whole, within
 
 
 def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
-    """Length C of the query q = C k_i that gives key i all but `eps_s` (a ratio) of the softmax mass.
+    """Return the length C of the query q = C k_i that gives key i all but `eps_s` (a ratio) of the softmax mass.
 
     Law: C = ln((n_eff - 1 + z) / eps_s) / min(g, gamma), for n_eff - 1 other keys with one-sided gap
     |k_i|^2 - <k_i, k_j> >= g, z tokens of logit 0 (Bob's own, padding, those outside a window) and
-    gamma = |k_i|^2. Then w_i >= 1/(1 + eps_s). 0 when there is nothing to compete with.
+    gamma = |k_i|^2. Then w_i >= 1/(1 + eps_s). C is 0 when there is no other token.
     Source: the proof of Haris & Onak (COLT 2025), Theorems 6 and 8, made exact (docs/floors.md, "The spike").
     """
     others = whole("n_eff", n_eff) - 1 + whole("z", z, least=0)
@@ -20,8 +20,9 @@ def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
 
 
 def paper_C(n: int, eta: float, coherence: float) -> float:
-    """The paper's C for two-sided coherence: (ln n + ln((1+eta)/(1-eta))) / (1 - 2 coherence); exceed it strictly.
+    """Return the paper's C for two-sided coherence: (ln n + ln((1+eta)/(1-eta))) / (1 - 2 coherence).
 
+    The query must be strictly longer.
     Source: Haris & Onak (COLT 2025), Theorem 8, for |<k_i,k_j>| <= coherence and ||k_i|^2 - 1| <= coherence.
     """
     eta = relative_error(eta)
@@ -30,11 +31,11 @@ def paper_C(n: int, eta: float, coherence: float) -> float:
 
 
 def window_C(W: int, n: int, z: int, g: float, eps_s: float, gamma: float = 1.0) -> float:
-    """C for a sliding window of `W` keys whose n - W older tokens keep logit 0 instead of leaving the softmax.
+    """Return C for a sliding window of `W` keys whose n - W older tokens keep logit 0 instead of leaving the softmax.
 
     Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma), half the ratio for each kind of competitor;
     ln 0 counts as -inf. When `n` excludes Bob's token and he appends before he asks, z = 2: his own token and the
-    row that it pushes out.
+    row that his token pushes out.
     Source: Haris & Onak (COLT 2025), Theorem 25; its printed constant is too small (docs/floors.md, "Window").
     """
     W, n, z = whole("W", W), whole("n", n), whole("z", z, least=0)

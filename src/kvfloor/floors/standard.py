@@ -1,4 +1,4 @@
-"""The space floor of standard softmax attention and of its sliding window."""
+"""Compute the space floor of standard softmax attention and of its sliding window."""
 
 import math
 from typing import Any
@@ -34,7 +34,7 @@ def space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bits that any streaming method must hold after `n` tokens to answer attention within a factor 1±eta.
+    """Bound the bits that any streaming method must hold after `n` tokens to answer attention within a factor 1±eta.
 
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0. m = n; min(n, N_dr(d, radius, eta)) under `radius`, the
     largest scale |q| |k| in nats; at most W - 1 under `window` = W (append, then attend); at most 2 for d = 1.
@@ -89,7 +89,7 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 
 
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
-    """The separation constants of the instance with `rows` distinct keys, Bob's own token included (z = 1).
+    """Return the separation constants of the instance with `rows` distinct keys, Bob's own token included (z = 1).
 
     Under a norm bound every key is `copied` n/rows times; when that is not whole, the leak grows by ceil/floor.
     """

@@ -1,4 +1,4 @@
-"""Attention from moments: a truncated exponential needs only sums of monomials of the keys, one pass, no tokens."""
+"""Size attention from moments: a truncated exponential needs only sums of monomials of the keys, and no tokens."""
 
 import math
 
@@ -8,7 +8,7 @@ LARGEST_RADIUS = 1e6
 
 
 def taylor_degree(r: float, error: float) -> int:
-    """Least degree g with e^r r^(g+1) / (g+1)! <= error / (2 + error), for logits of size at most `r` nats.
+    """Return the least degree g with e^r r^(g+1) / (g+1)! <= error / (2 + error), for logits of size at most `r` nats.
 
     Then every truncated weight is within a factor 1±b of its exponential, b = error/(2+error), and every normalised
     weight within (1+b)/(1-b) = 1 + error: answers are (1±error)-approximations for values >= 0, and meet the max,
@@ -33,9 +33,10 @@ def taylor_degree(r: float, error: float) -> int:
 
 
 def taylor_numbers(d: int, dv: int, g: int) -> int:
-    """Numbers kept for degree `g`: (dv + 1) sums for each of the C(d+g, g) monomials of degree at most g.
+    """Count the numbers kept for degree `g`: (dv + 1) sums for each of the C(d+g, g) monomials of degree at most g.
 
-    One sum per value coordinate and one for the denominator. For d = 1 it is (g + 1)(dv + 1): g + 1 moments.
+    One sum is kept per value coordinate, and one for the denominator. For d = 1 the count is (g + 1)(dv + 1): g + 1
+    moments.
     """
     d, dv, g = whole("d", d), whole("dv", dv), whole("g", g, least=0)
     return math.comb(d + g, g) * (dv + 1)

@@ -1,4 +1,4 @@
-"""What is possible: memories that are known to suffice, to stand beside a floor."""
+"""List methods whose memory is known to suffice for attention, to compare with a floor."""
 
 import math
 
@@ -10,21 +10,21 @@ from kvfloor.validation import one_of, whole
 FORMATS = {"fp32": 32, "fp16": 16, "bf16": 16}  # bits of a number
 _SIGNIFICANT = {"fp32": "24 significant bits", "fp16": "11 significant bits", "bf16": "8 significant bits"}
 _SUMS_AT = 32  # bits of a number that a sampling method keeps
-_MOMENTS_AT = 64  # of a moment, whose signs cancel
+_MOMENTS_AT = 64  # bits of a moment: terms of opposite sign cancel, so that float32 is too short
 _LARGEST_LOG = 600.0  # exp of it, times any sizes, is still a float
 _DERIVED = "derived, docs/floors.md"
 
 
 def exact_bytes(tokens: int, d: int, dv: int, dtype: str = "fp16") -> int:
-    """Bytes of keys and values of `tokens` tokens kept whole: tokens (d + dv) numbers of fp32, fp16 or bf16."""
+    """Return the bytes of the keys and values of `tokens` tokens: tokens (d + dv) numbers of fp32, fp16 or bf16."""
     size = FORMATS[one_of("dtype", dtype, tuple(FORMATS))]
     return whole("tokens", tokens, least=0) * (whole("d", d) + whole("dv", dv)) * size // 8
 
 
 def running_sum_numbers(W: int, d: int, dv: int) -> int:
-    """Numbers that exact attention over a window of `W` tokens holds when older tokens keep logit 0.
+    """Count the numbers that exact attention over a window of `W` tokens holds when older tokens keep logit 0.
 
-    Law: W (d + dv) for the window, dv for the sum of the values that left it, 1 for their count.
+    Law: W (d + dv) for the window, dv for the sum of the values of older tokens, 1 for the count of these.
     Derived here: the answer is (sum + the window's weighted values) / (count + the window's mass).
     """
     W, d, dv = whole("W", W), whole("d", d), whole("dv", dv)
@@ -32,7 +32,7 @@ def running_sum_numbers(W: int, d: int, dv: int) -> int:
 
 
 def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") -> list[Possible]:
-    """Exact attention from `numbers` stored numbers per copy, in each of the three usual formats."""
+    """List exact attention from `numbers` stored numbers per copy, in each of the three usual formats."""
     return [
         Possible(
             f"{name}, {dtype}",
@@ -45,12 +45,16 @@ def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") ->
 
 
 def public_keys(copies: int, rows: int, dv: int) -> Possible:
-    """One bit per value coordinate when both sides know the keys: what the hard instance itself needs."""
+    """Return the memory of the hard instance itself: one bit per value coordinate, the keys being public."""
     return Possible("public keys", float(copies * rows * dv), "keys known to both sides, values of one bit", _DERIVED)
 
 
 def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -> list[Possible]:
-    """What suffices for standard attention whatever the error: exact caches, public keys, the window's running sum."""
+    """List memories that suffice for standard attention at any error: exact caches, public keys, a window's sum.
+
+    "Window and running sum" applies where older tokens keep logit 0. For d = 1 without a window, lazy Gumbel sampling
+    is listed too.
+    """
     slides = windowed and n > held
     proviso = "; old tokens leave the softmax" if slides else ""
     possible = [*caches(copies, held * (d + dv), proviso=proviso), public_keys(copies, held, dv)]
@@ -74,9 +78,9 @@ def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -
 
 
 def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: float) -> list[Possible]:
-    """Taylor moments that meet a relative `error` (or a norm's epsilon) over `n` tokens at logit radius `radius`.
+    """List the Taylor moments that meet a relative `error` (or a norm's epsilon) over `n` tokens at logit `radius`.
 
-    [] at error 0 and where the radius is beyond `LARGEST_RADIUS`.
+    The list is empty at error 0 and where the radius is beyond `LARGEST_RADIUS`.
     """
     if error <= 0.0 or radius > LARGEST_RADIUS:
         return []
@@ -97,7 +101,10 @@ def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: fl
 def sampled(
     copies: int, n: int, d: int, dv: int, metric: str, epsilon: float, radius: float, failure: float
 ) -> list[Possible]:
-    """SubGen with the best delta, for its own guarantee (operator) and for BalanceKV's (Frobenius); [] elsewhere."""
+    """List SubGen with the best delta, for its own guarantee (operator) or BalanceKV's (Frobenius); [] for others.
+
+    The list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and where no plan is finite.
+    """
     if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:
         return []
     plan = subgen_plan(n, d, dv, epsilon, radius, failure, norm=metric)

@@ -1,6 +1,6 @@
-"""The space floor of visual autoregression: an image is predicted map by map, a whole map of queries at once.
+"""Compute the space floor of visual autoregression, which predicts an image map by map, a whole map of queries at once.
 
-Map k is h_k x h_k tokens; its queries see all maps up to and including it (block-wise causal).
+Map k has h_k x h_k tokens. Its queries see all maps up to and including map k (block-wise causal).
 """
 
 import math
@@ -22,7 +22,7 @@ _THEOREM = (
 
 
 def pyramid(n: int, ratio: float = 2.0) -> tuple[int, ...]:
-    """Sides of the maps up to one of side `n`, ascending: each is the floor of the next over `ratio`, down to 1."""
+    """List the sides of the maps, ascending to `n`: each is the next larger side over `ratio`, rounded down, to 1."""
     side, ratio = whole("n", n), within("ratio", ratio, 1.0, math.inf, low_open=True, high_open=True)
     sides = [side]
     while side > 1:
@@ -32,9 +32,10 @@ def pyramid(n: int, ratio: float = 2.0) -> tuple[int, ...]:
 
 
 def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> float:
-    """Tokens of maps of sides 1, a, a^2, .., n, a = `ratio`: (a^2 n^2 - 1)/(a^2 - 1), or (n^2 - 1)/(a^2 - 1) before n.
+    """Count the tokens of maps of sides 1, a, a^2, .., n, a = `ratio`, by the closed form (a^2 n^2 - 1)/(a^2 - 1).
 
-    Exact where n is a power of a whole ratio; else the sum over `pyramid` is what counts, at most n^2 a^2/(a^2 - 1).
+    `before_last` leaves out the last map: (n^2 - 1)/(a^2 - 1). Exact where n is a power of a whole ratio. Else the sum
+    over `pyramid` is the count to use, at most n^2 a^2/(a^2 - 1).
     """
     n, ratio = whole("n", n), within("ratio", ratio, 1.0, math.inf, low_open=True, high_open=True)
     square = ratio**2
@@ -42,7 +43,7 @@ def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> 
 
 
 def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
-    """Rows that a pyramid hides: sum h_k^2 if a further map asks, the sum before the last map if that one must ask."""
+    """Count the rows that a pyramid hides: sum h_k^2 if a further map asks; without the last map if the last asks."""
     squares = [whole("side", side) ** 2 for side in sides]
     if not squares:
         raise ValueError("sides must hold the side of at least one map, got none")
@@ -50,7 +51,7 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 
 
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
-    """Length of the spikes of a map of `asking` zero tokens, all aimed at once at `rows` unit keys with gap >= `g`.
+    """Return the length of the spikes of a map of `asking` zero tokens, aimed at `rows` unit keys with gap >= `g`.
 
     Law: ln((rows - 1 + asking)/eps_s) / min(g, 1): the asking map's own tokens have logit 0. Derived here.
     """
@@ -70,7 +71,7 @@ def visual_space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bits that visual autoregression holds after a pyramid whose last map is `n` x `n`, answering within 1±eta.
+    """Bound the bits of visual autoregression after a pyramid whose last map is `n` x `n`, answering within 1±eta.
 
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `visual_rows`(sides, last_asks); m <= 2 for d = 1.
     sides: ascending, the last of them n; by default `pyramid`(n, ratio). last_asks: no map follows, so that the last
@@ -106,6 +107,6 @@ def visual_space(
 
 
 def _readable(sides: Sequence[int], d: int, last_asks: bool) -> int:
-    """Hidden rows, of which a spike reads the two ends only where d = 1."""
+    """Count the hidden rows that spikes can read: for d = 1 only the two ends of the line."""
     rows = visual_rows(sides, last_asks=last_asks)
     return min(rows, 2) if d == 1 else rows

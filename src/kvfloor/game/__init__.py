@@ -1,6 +1,7 @@
-"""Barriers: one hard instance per theorem, each played against any method. docs/floors.md has the proofs.
+"""Play the hard instance of each theorem (a barrier) against any method. docs/floors.md has the proofs.
 
-Every barrier is a file with an `Instance` (the public half, what Alice streams, how Bob asks) and a `play`.
+Alice streams hidden values into the method's state; Bob decodes them from the state's bytes. Every barrier is a file
+with an `Instance` (the public half, Alice's stream, Bob's queries) and a `play`.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from kvfloor.game.keys.families import FAMILIES
 
 @dataclass(frozen=True)
 class Barrier:
-    """A barrier's `play`, one sentence about it, and the largest n that it plays when all of them are asked for."""
+    """Hold a barrier's `play`, one sentence about it, and the largest n at which `play_all` plays it."""
 
     play: Callable[..., Result]
     about: str
@@ -25,7 +26,7 @@ class Barrier:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """What `play` takes besides the method."""
+        """Return the names of the arguments that `play` takes besides the method."""
         return tuple(inspect.signature(self.play).parameters)[1:]
 
 
@@ -57,7 +58,7 @@ ARGUMENTS: dict[str, str] = {
     "runs": "Independent streams; 256 unless given, fewer where n d is large",
     "caches": "4 (tokens are kept) or 2 (pairs are); what the method keeps unless given",
 }
-"""Argument of `play` -> its words, for those that the command line offers; the others are for Python alone."""
+"""Map each argument of `play` that the command line offers to its description; the others are for Python alone."""
 
 INSTANCES: dict[str, type[Instance]] = {
     kind.__name__: kind
@@ -70,7 +71,8 @@ INSTANCES: dict[str, type[Instance]] = {
 def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
     """Play the named barrier with its own arguments (the `play` of its module explains them).
 
-    Raises ValueError listing the barriers there are or the arguments this one takes, and whatever it refuses.
+    Raises ValueError for an unknown barrier (listing all barriers), for an argument that the barrier does not take
+    (listing those it takes), and for the errors of the barrier's own `play`.
     """
     if barrier not in BARRIERS:
         raise ValueError(f"barrier must be one of {', '.join(BARRIERS)}, got {barrier!r}")
@@ -82,9 +84,9 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
 
 
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:
-    """Every barrier in turn, each with those of the arguments that it takes, n at most its `most`.
+    """Play every barrier in turn, each with the given arguments that it takes, n at most its `most`.
 
-    Raises ValueError for an argument that none takes, and whatever a barrier refuses.
+    Raises ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """
     known = {name for barrier in BARRIERS.values() for name in barrier.arguments}
     foreign = [name for name in arguments if name not in known]

@@ -1,7 +1,7 @@
-"""Bob: a fresh process that has the public half and the message, and answers every query from them.
+"""Run Bob, the receiver: a fresh process that answers every query from the public half and the message alone.
 
-Reads 8 bytes of header length (little-endian), the JSON request and the message on stdin; writes the answers as raw
-float32 on stdout. What a method prints goes to stderr.
+Bob reads 8 bytes of header length (little-endian), the JSON request and the message on stdin, and writes the answers as
+raw float32 on stdout. Output that a method prints goes to stderr.
 """
 
 import json
@@ -17,7 +17,7 @@ from kvfloor.methods.registry import parse
 
 
 def main() -> None:
-    """Answer one request; exit status 0, `NOT_REBUILT` if the public half fails, 1 if the message does."""
+    """Answer one request; exit with status 0, `NOT_REBUILT` if the public half fails, or 1 if the message fails."""
     answer_stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     source = sys.stdin.buffer

@@ -1,6 +1,7 @@
-"""The read floor, played: hidden levels as the values of the groups, one message, one query per group, levels back.
+"""Play the game of the read floor: hide levels in the values of token groups, and decode them from one message.
 
-The method is trusted to keep nothing beside its message; `kvfloor.game.engine.play` is for methods that may not be.
+Each group has one query. The method is trusted to keep nothing beside its message; `kvfloor.game.engine.play` is for
+methods that are not trusted so.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ _TOKENS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Played:
-    """One game. Shares are of groups; a group counts only if its whole row does.
+    """Record one game. Shares are of groups; a group counts only if its whole row is right.
 
-    answered       answers within eta of exact attention in max norm: what the floor's theorem asks with probability p
-    decoded        rows read right when the levels of groups decoded earlier are known, as in the proof
+    answered       share of answers within eta of exact attention in max norm; the floor's theorem requires each answer
+                   to be so with probability p
+    decoded        share of rows decoded right when the levels of groups decoded earlier are given, as in the proof
     worst_error    largest deviation of an answer from exact attention
-    floor_bits     the floor; hidden_bits what was hidden; message_bytes what was sent
+    floor_bits     the floor
+    hidden_bits    bits that were hidden
+    message_bytes  bytes that were sent
     """
 
     answered: float
@@ -39,15 +43,15 @@ class Played:
 
     @property
     def contradicts(self) -> bool:
-        """Every answer was within eta, and yet the message is shorter than the floor."""
+        """Return True if every answer was within eta, and yet the message is shorter than the floor."""
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
 
 def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> Played:
-    """Hide uniform levels in the values of `readable`'s groups over its stream of keys from k (n, d), and ask for them.
+    """Hide uniform levels in the values of `readable`'s groups over its stream of keys from k (n, d), and decode them.
 
-    Values are stored in the format that the floor was computed for, which must be one that states take. Each group's
-    query is asked of a state restored from the message; mass beyond the stream counts with value 0.
+    Values are stored in the format that the floor was computed for, which must be a format that states take. A state
+    restored from the message answers each group's query. Mass beyond the stream counts with value 0.
     """
     demand, groups, dv = readable.demand, readable.groups, readable.demand.dv
     keys = matrix("k", k)[readable.stream].to(demand.dtype)

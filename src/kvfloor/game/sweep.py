@@ -1,6 +1,6 @@
-"""Many small games over one argument: what a method certifies as the instance grows harder.
+"""Play many small games over one argument, and record the bits certified for a method as the instance grows harder.
 
-They restore the message in this process: the game of the report's table is the isolated one.
+These games restore the message in this process; the game of the report's table uses an isolated process.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ RADII = (8.0, 16.0, 32.0, 64.0, 128.0)
 
 @dataclass(frozen=True)
 class Precision:
-    """`certified` bits per value came back of `hidden` bits per value."""
+    """Record the bits per value that were certified, of the `hidden` bits per value."""
 
     hidden: int
     certified: float
@@ -26,7 +26,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Packed:
-    """A game at (d, radius): bits hidden, certified, and the closed-form floor at the same n."""
+    """Record a game at (d, radius): bits hidden, bits certified, and the closed-form floor at the same n."""
 
     d: int
     radius: float
@@ -36,7 +36,10 @@ class Packed:
 
 
 def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n: int = 128) -> list[Precision]:
-    """The spike at n = 128 with ever finer values: where the curve leaves the diagonal is what a method keeps."""
+    """Play the spike at n = 128 with ever finer values, to measure the precision that a method keeps.
+
+    The precision is the point at which certified bits per value fall below hidden bits per value.
+    """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
     return [Precision(game.bits, game.bits_per_value) for game in games]
 
@@ -49,7 +52,7 @@ def packings(
     n: int = 512,
     dv: int = 64,
 ) -> list[Packed]:
-    """The packing game at every (d, radius), with at most n = 512 keys."""
+    """Play the packing game at every (d, radius), with at most n = 512 keys."""
     found = []
     for d in dimensions:
         for radius in radii:

@@ -1,4 +1,4 @@
-"""Compressed caches for transformers' `generate()`. The only folder that imports transformers' internals."""
+"""Provide compressed caches for transformers' `generate()`. No other folder imports transformers' internals."""
 
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.calibrate import floor_shares

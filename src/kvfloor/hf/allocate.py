@@ -1,4 +1,4 @@
-"""Who gets how much of one budget: the same for all, less for deeper layers, or what each kv head's floor asks for."""
+"""Divide one budget among kv heads: evenly, less for deeper layers, or by the floor of each kv head."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 Shares = tuple[tuple[float, ...], ...]
 Number = TypeVar("Number", int, float)
 
-PYRAMID_SLOPE = 20  # PyramidKV's beta: the deepest layer gets 1 / beta of the mean, the first what that leaves
+PYRAMID_SLOPE = 20  # PyramidKV's beta: the deepest layer gets 1 / beta of the mean, the first 2 - 1 / beta
 
 
 def pyramid(layers: int) -> Shares:
-    """Shares that fall linearly with depth and have mean 1 (Cai et al. 2024, PyramidKV, arXiv 2406.02069)."""
+    """Return shares that fall linearly with depth and have mean 1 (Cai et al. 2024, PyramidKV, arXiv 2406.02069)."""
     if layers == 1:
         return ((1.0,),)
     least = 1 / PYRAMID_SLOPE
@@ -26,7 +26,7 @@ def pyramid(layers: int) -> Shares:
 
 
 def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number, ...]:
-    """One layer's line of a table as one number per kv head; ValueError if it has another length."""
+    """Return one layer's line of a table as one number per kv head. Raises ValueError for another length."""
     if len(line) not in (1, kv_heads):
         raise ValueError(
             f"line {place} of the table has {len(line)} numbers for {kv_heads} kv heads; give one or {kv_heads}"
@@ -35,9 +35,9 @@ def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number,
 
 
 def spread(shares: Sequence[Sequence[float]], budget: int, least: int) -> list[tuple[int, ...]]:
-    """Tokens per layer and head: `budget` on average, never fewer than `least`, above that in proportion to `shares`.
+    """Return the tokens per layer and head: `budget` on average, at least `least`, the rest in proportion to `shares`.
 
-    The sum is exactly `budget` times the number of heads. Raises ValueError if `least` leaves nothing to share out.
+    The sum is exactly `budget` times the number of heads. Raises ValueError if `budget` is less than `least`.
     """
     flat = torch.tensor([share for line in shares for share in line], dtype=torch.float64)
     total = budget * len(flat)

@@ -1,4 +1,4 @@
-"""CompressedCache: what is passed to `generate(past_key_values=...)`."""
+"""Define CompressedCache, which is passed to `generate(past_key_values=...)`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from kvfloor.core.rotation import Rotation
 from kvfloor.hf import other_layers as stock
 from kvfloor.hf.allocate import Shares, pyramid
 from kvfloor.hf.calibrate import floor_shares
+from kvfloor.hf.families import key_readers
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.layers import cache_layers, layers_served
+from kvfloor.hf.lent import LentKeys
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage, outside_inference
 from kvfloor.hf.positions import Memo, TurnBack, rotations
@@ -32,7 +34,7 @@ from kvfloor.methods.registry import parse
 
 
 class CompressedCache(Cache):
-    """A cache whose full-attention layers remember by a kvfloor method; other layers keep transformers' own.
+    """Store the tokens of full-attention layers by a kvfloor method, and those of other layers as transformers does.
 
     config    the model's configuration, or the model
     method    a Method or its text, e.g. "h2o(recent=64)@512"; budgets in bytes are for the whole cache
@@ -41,18 +43,18 @@ class CompressedCache(Cache):
     requests  one id per batch item, which keys that randomness; 0, 1, 2, ... unless given
     budgets   instead of '@': tokens per compressed layer and kv head, [[512, 128], [64, 64], ...]; one number in a
               layer is for all its heads
-    allocate  who gets how much of the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (in
-              proportion to what each head reads apart in the `calibration` prompt; needs the model), or multiples of
-              the budget, as `budgets`
-    pinned    spans [from, to) of a row's token positions that never leave, e.g. [(0, 40)] for a system prompt
-    on_evict  called with an `Eviction` whenever tokens leave a layer
+    allocate  how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (in
+              proportion to the tokens of the `calibration` prompt that each head distinguishes; needs the model), or
+              multiples of the budget, in the form of `budgets`
+    pinned    spans [from, to) of a row's token positions that are never evicted, e.g. [(0, 40)] for a system prompt
+    on_evict  called with an `Eviction` whenever a layer evicts tokens
     positions "stream": keys stay where the model put them, so that a distance is one in the stream. "cache": a token's
               position is its rank among those that its kv head holds, so that no distance is longer than the budget and
               a stream goes on past the positions that the model was trained for (StreamingLLM). Needs the model,
               prepared, rotary positions, and a method that holds whole tokens
     One cache serves one request (or one batch) at a time, on a model that went through `prepare`.
-    Raises TypeError and ValueError naming the argument; what only the first forward can tell (a budget too small for
-    what is protected, a table with a wrong number of heads) it raises there.
+    Raises TypeError and ValueError naming the argument. Errors that need the model's keys to detect (a budget too small
+    for the protected tokens, a table with a wrong number of heads) are raised in the first forward.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class CompressedCache(Cache):
             _rotations(positions, self.method, model),
         )
         kept = ("context", "seed", "requests", "budgets", "pinned")
-        # What `load` constructs the cache with; JSON-ready.
+        # The arguments with which `load` constructs the cache; JSON-ready.
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
         if positions == "cache":
             self.arguments["positions"] = positions
@@ -98,6 +100,9 @@ class CompressedCache(Cache):
         self._passage = Passage.of(config)
         self._rotation = SwitchingRotation.of(config)
         super().__init__(layers=cache_layers(config, opening, self._meter, self._passage, self.presence))
+        readers = key_readers(config)
+        if any(readers):
+            self.shared_layers = LentKeys(readers)
         self._empty = [None if isinstance(layer, CompressedLayer) else stock.blank(layer) for layer in self.layers]
         memo = Memo()
         for layer, rotation in zip(self.compressed, opening.rotations or (), strict=False):
@@ -106,7 +111,7 @@ class CompressedCache(Cache):
             self.call_on_evict(on_evict)
 
     def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
-        """Call `on_evict` with an `Eviction` whenever tokens leave a layer from now on; None: no more.
+        """Call `on_evict` with an `Eviction` whenever a layer evicts tokens from now on; None stops the calls.
 
         Raises ValueError for a method that does not evict whole tokens.
         """
@@ -117,16 +122,22 @@ class CompressedCache(Cache):
 
     @property
     def compressed(self) -> list[CompressedLayer]:
-        """The layers that a kvfloor state serves."""
+        """Return the layers that a kvfloor state serves."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots seen, pads included."""
+        """Return the number of slots seen, pads included."""
         seen = super().get_seq_length(layer_idx)
         return seen if self._rotation is None else self._rotation.seen(seen)
 
+    def __bool__(self) -> bool:
+        """Return whether there are layers. Raises ValueError where a release drops a cache after asking this alone."""
+        if self._rotation is not None:
+            self._rotation.refuse_unasked(int(super().get_seq_length()))
+        return len(self.layers) > 0
+
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """Sizes of the mask of a forward; ValueError if it cannot continue this cache."""
+        """Return the sizes of a forward's mask. Raises ValueError if the forward cannot continue this cache."""
         slots, offset = super().get_mask_sizes(query_length, layer_idx)
         if self._rotation is not None:
             seen = int(super().get_seq_length())
@@ -134,14 +145,22 @@ class CompressedCache(Cache):
         return slots, offset
 
     def seal(self) -> None:
-        """Mark the prompt's end now; the first one-token forward does so otherwise."""
+        """Mark the end of the prompt now; otherwise the first one-token forward marks it."""
         with self._passage.change("seal()"):
             for layer in self.compressed:
                 if layer.state is not None:
                     layer.state.seal()
 
     def to(self, device: str | torch.device) -> Self:
-        """Move everything held to `device`, where the model is now; returns the cache."""
+        """Move all of the cache's tensors to `device`, where the model is now. Returns the cache.
+
+        Where all are there, nothing is done, even within a forward: accelerate's hooks call this for every layer.
+        """
+        if not self._devices() <= {_place(device)}:
+            self._move(device)
+        return self
+
+    def _move(self, device: str | torch.device) -> None:
         with self._passage.change("to()"):
             for layer in self.layers:
                 if isinstance(layer, CompressedLayer):
@@ -149,10 +168,14 @@ class CompressedCache(Cache):
                     stock.move(layer, device, layer.beside)
                 else:
                     stock.move(layer, device)
-        return self
+
+    def _devices(self) -> set[torch.device]:
+        states = {_place(layer.state.spec.device) for layer in self.compressed if layer.state is not None}
+        beside = [layer.beside if isinstance(layer, CompressedLayer) else None for layer in self.layers]
+        return states.union(*(stock.devices(*pair) for pair in zip(self.layers, beside, strict=True)))
 
     def check_whole(self) -> None:
-        """Raise BrokenState if a forward broke off after some layers had taken its tokens in, or is running."""
+        """Raise BrokenState if a forward is running, or broke off after some layers had taken its tokens in."""
         self._passage.check()
 
     # ---- transformers' protocol, so that a forward is known to have reached all layers or none --------------
@@ -170,21 +193,21 @@ class CompressedCache(Cache):
         return out
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """As transformers': the convolution's last inputs, or None."""
+        """Return the convolution's last inputs, or None, as transformers does."""
         _told(stock.count_changes, self.layers[layer_idx])
         state = super().get_conv_state(layer_idx, state_idx)
         _told(self._passage.hand_out, layer_idx, "conv", state_idx, state)
         return state
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """As transformers': the recurrent state, or None."""
+        """Return the recurrent state, or None, as transformers does."""
         _told(stock.count_changes, self.layers[layer_idx])
         state = super().get_recurrent_state(layer_idx, state_idx)
         _told(self._passage.hand_out, layer_idx, "recurrent", state_idx, state)
         return state
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """As transformers': take in the convolution's inputs, return those that it needs."""
+        """Take in the convolution's inputs and return those that it needs, as transformers does."""
         call = super().update_conv_state
         _told(self._passage.begin_state, layer_idx, "conv", state_idx)
         _told(stock.count_changes, self.layers[layer_idx])
@@ -195,7 +218,7 @@ class CompressedCache(Cache):
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """As transformers': replace the recurrent state."""
+        """Replace the recurrent state and return it, as transformers does."""
         call = super().update_recurrent_state
         _told(self._passage.begin_state, layer_idx, "recurrent", state_idx)
         _told(stock.count_changes, self.layers[layer_idx])
@@ -204,13 +227,13 @@ class CompressedCache(Cache):
         return out
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these batch items, in all layers or, after a failure, in a cache that refuses."""
+        """Keep these batch items in every layer. After a failure halfway, the cache refuses further use."""
         with self._passage.change("reorder_cache"):
             super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]: int64 is what it takes
             self.presence.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every batch item."""
+        """Repeat every batch item `repeats` times."""
         with self._passage.change("batch_repeat_interleave"):
             batch = max((layer.batch for layer in self.compressed), default=0)
             super().batch_repeat_interleave(repeats)
@@ -223,12 +246,14 @@ class CompressedCache(Cache):
             self.presence.select(indices)
 
     def crop(self, *args: Any) -> None:
-        """Refuse, before any layer is cropped."""
+        """Refuse to crop, before any layer is cropped."""
         self.compressed[0].crop(*args)
 
     def reset(self) -> None:
-        """Forget everything, in all layers; a broken cache is whole again."""
+        """Empty all layers; a cache that a broken forward left unusable can be used again."""
         with self._passage.anew():
+            if hasattr(self, "shared_layers"):
+                self.shared_layers.clear()
             for layer, empty in zip(self.layers, self._empty, strict=True):
                 if empty is None:
                     layer.reset()
@@ -241,8 +266,8 @@ class CompressedCache(Cache):
         """Write the cache to `path`: whole or not at all, readable by its owner only (see `kvfloor.hf.saved`).
 
         A symbolic link stays, and the file that it leads to is replaced. Raises ValueError while the cache is empty or
-        in the middle of a forward, and where `path` cannot be written; TypeError for what is no path; BrokenState if a
-        forward broke off halfway.
+        in the middle of a forward, and where `path` cannot be written. Raises TypeError where `path` is no path, and
+        BrokenState if a forward broke off halfway.
         """
         save(self, path)
 
@@ -250,32 +275,33 @@ class CompressedCache(Cache):
     def load(
         cls, path: str | Path, model: PreTrainedModel, *, method: Method | None = None, most_bytes: int = MOST_BYTES
     ) -> Self:
-        """The cache saved at `path`, to go on with on `model`, a prepared one with the weights that filled it.
+        """Return the cache saved at `path`, to continue on `model`.
 
-        method      needed only if it has a third party's part: the method that the cache was made with
+        model       a prepared model with the weights that filled the cache
+        method      the method that the cache was made with; needed only if a third party's class is part of it
         most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes about three times the file
         Raises CorruptState, WrongModel, NewerVersion, OlderVersion or UnknownMethod, all ValueErrors, before anything
-        is built; ValueError for a path that cannot be read, or is a folder, a pipe or a device.
+        is built. Raises ValueError for a path that cannot be read, or is a folder, a pipe or a device.
         """
         return outside_inference(load, cls, path, model, method, most_bytes)
 
     def resume(self, peak_bytes: int) -> None:
-        """Continue from a saved cache's peak."""
+        """Take over the peak bytes of a saved cache."""
         self._meter.peak_bytes = max(self._meter.peak_bytes, peak_bytes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all compressed layers' states, measured on their storages, and of what is staged."""
+        """Return the bytes of all compressed layers' states, measured on their storages, and of staged tensors."""
         return sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Bytes now, by kind.
+        """Return the bytes held now, by kind.
 
         hot     all compressed layers' states, measured on their storages
         staged  keys and values of a forward that its attention has not answered yet
-        stock   what the other layers keep (sliding windows, convolution and linear states)
-        masks   which slots are pads or hidden, 16 bytes each
+        stock   tensors of the other layers (sliding windows, convolution and linear states)
+        masks   the list of pads and hidden slots, 16 bytes each
         total   of these
         """
         hot = sum(layer.state.nbytes for layer in self.compressed if layer.state)
@@ -288,29 +314,36 @@ class CompressedCache(Cache):
 
     @property
     def peak_nbytes(self) -> int:
-        """The most bytes that states, growth copies and staged tokens took together so far."""
+        """Return the most bytes that states, growth copies and staged tokens took together so far."""
         return self._meter.peak_bytes
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that one more query token would touch, over all compressed layers."""
+        """Return the bytes that one more query token would read, over all compressed layers."""
         return sum(layer.state.bytes_read for layer in self.compressed if layer.state)
 
     def report(self) -> list[dict[str, Any]]:
-        """One entry per compressed layer; its lists go by row, which is batch item x kv head, an item's heads together.
+        """Return one entry per compressed layer.
+
+        Lists in an entry go by row, which is batch item x kv head, an item's heads together.
 
         layer, method, heads    the model's layer, the method in tokens, kv heads per item
         seen                    slots of the batch, pads included
         tokens, held, evicted   per row: real tokens seen, kept whole, no longer kept whole
         row_bytes               per row, measured; their sum is state_bytes up to rounding
         state_bytes, staged_bytes
-        guarantee               the method's theorem evaluated on what was seen (the fields of `Guarantee`), or None
+        guarantee               the method's theorem evaluated on the tokens seen (the fields of `Guarantee`), or None
         """
         return [_entry(layer) for layer in self.compressed]
 
 
+def _place(device: str | torch.device) -> torch.device:
+    """Return the device of a tensor made there: "cuda" stands for one of several."""
+    return torch.empty(0, device=device).device
+
+
 def _told(report: Callable[..., None], *args: Any) -> None:
-    """Make a report of a passage, outside what torch.compile traces: it would compile anew for every layer."""
+    """Call a report method of `Passage` outside torch.compile's trace, which would compile anew for every layer."""
     if torch.compiler.is_compiling():
         torch.compiler.disable(report)(*args)  # pyright: ignore[reportCallIssue]
     else:
@@ -318,7 +351,7 @@ def _told(report: Callable[..., None], *args: Any) -> None:
 
 
 def _which(state_idx: int) -> dict[str, int]:
-    """The argument that only releases with several states in a layer know."""
+    """Return the `state_idx` argument, which only releases with several states in a layer accept."""
     return {"state_idx": state_idx} if state_idx else {}
 
 
@@ -343,7 +376,7 @@ def _entry(layer: CompressedLayer) -> dict[str, Any]:
 
 
 def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...], ...]:
-    """A line of positive numbers per layer; ValueError naming what is wrong."""
+    """Return a line of positive numbers per layer. Raises ValueError naming the entry that is wrong."""
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         raise ValueError(f"{name} is a list with a number, or a list of numbers, per layer; got {given!r}")
     table = tuple(tuple(line) if isinstance(line, (list, tuple)) else (line,) for line in given)
@@ -356,7 +389,7 @@ def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...]
 
 
 def _rotations(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
-    """What turns each compressed layer's keys by their rank; None where positions are the stream's."""
+    """Return the rotation of each compressed layer's keys by their rank; None where positions are the stream's."""
     if positions not in ("stream", "cache"):
         raise ValueError(f'positions count in the "stream" or in the "cache", got {positions!r}')
     if positions == "stream":

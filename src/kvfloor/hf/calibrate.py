@@ -1,4 +1,4 @@
-"""Share a budget out by what each kv head can read apart, measured on a calibration prompt."""
+"""Divide a budget by the number of tokens that each kv head distinguishes, measured on a calibration prompt."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
 
 
 def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept: float = 0.5) -> Shares:
-    """Shares that grow with the tokens of `prompt` that each kv head's own queries can read apart, of mean 1.
+    """Return shares of mean 1 that grow with the tokens of `prompt` that each kv head's own queries distinguish.
 
     Law: share = kept + (1 - kept) * readable / mean readable.
-    prompt   token ids (n,) or (1, n) like the traffic, questions included. The model runs over it exactly; then the
-             floor of each head's keys is searched with the queries of its newest tokens
+    prompt   token ids (n,) or (1, n) like the traffic, questions included. The model runs over it with an exact cache;
+             then the floor of each head's keys is searched with the queries of its newest tokens
              (`kvfloor.floors.measured.readable_by`)
-    kept     what every head gets of the mean, whatever it reads. A head that reads few tokens apart can do with few
-             bytes, but not every method finds them: one that averages over many tokens starves under eviction
+    kept     share of the mean that every head gets in any case. A head that distinguishes few tokens can do with few
+             bytes, but not every method finds those tokens: a head that averages over many tokens loses most of them
+             to eviction
     Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """
     if not 0 <= kept <= 1:
@@ -44,7 +45,7 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
 
 
 def _readable(seen: Recorded) -> list[int]:
-    """Count the tokens that each kv head's newest queries read apart."""
+    """Count the tokens that each kv head's newest queries distinguish."""
     q, k, v = seen.by_row
     asked = q[:, :, -MOST_QUERIES:].flatten(1, 2).float()
     law = {"scale": seen.scale, "softcap": seen.softcap, "dtype": v.dtype}

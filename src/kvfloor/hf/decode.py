@@ -1,6 +1,6 @@
-"""Greedy answers from a prepared model and a cache: a context, the prompt's end, a question, the answer.
+"""Decode greedily from a prepared model and a cache: a context, the prompt's end, a question, the answer.
 
-A plain loop over the model's forward, so that an audit can time its parts, read the cache in between and put
+This is a plain loop over the model's forward, so that an audit can time its parts, read the cache in between and put
 the question after the compression. Rows of different length are left-padded; pads never enter a state.
 """
 
@@ -22,7 +22,7 @@ from kvfloor.hf.cache import CompressedCache
 
 @dataclass
 class Dialogue:
-    """A batch in progress: the cache, the mask over all slots so far, and the last token's logits."""
+    """Hold a batch in progress: the cache, the mask over all slots so far, and the last token's logits."""
 
     model: PreTrainedModel
     cache: CompressedCache | Cache
@@ -39,17 +39,18 @@ class Dialogue:
         batch, real = padded(token_ids)
         width = batch.shape[1]
         cuts = [*range(0, width, chunk or width), width]
-        if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:  # a token alone would be taken for the first decoded one
+        if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:  # a lone token would count as the first decoded one
             del cuts[-2]
         for start, stop in pairwise(cuts):
             self._forward(batch[:, start:stop], real[:, start:stop])
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[Sequence[int]], chunk: int = 512) -> list[tuple[Tensor, Tensor]]:
-        """Take in one list of tokens per batch item and judge each token by what came before it.
+        """Take in one list of tokens per batch item and score each token given all tokens before it.
 
-        Returns per item (log-probability (t,) float32, was it the likeliest (t,) bool), both on the CPU. `chunk` slots
-        per forward bound the logits' memory; shorter lists are padded at their end, so this comes last.
+        Returns per item (log-probability (t,) float32, True for each likeliest token (t,) bool), both on the CPU.
+        `chunk` slots per forward bound the logits' memory. Shorter lists are padded at their end, so no tokens can be
+        fed afterwards.
         """
         assert self.logits is not None
         batch, real = padded(token_ids, side="right")
@@ -67,7 +68,7 @@ class Dialogue:
 
     @torch.inference_mode()
     def answer(self, most: int, stop: int | None) -> tuple[list[list[int]], list[float]]:
-        """Greedy tokens per batch item, up to `stop` or `most` of them, and milliseconds per step of the batch."""
+        """Return greedy tokens per batch item, up to `stop` or `most` of them, and milliseconds per batch step."""
         assert self.logits is not None
         batch = self.mask.shape[0]
         done = torch.zeros(batch, dtype=torch.bool)
@@ -87,7 +88,10 @@ class Dialogue:
         return said, steps_ms
 
     def _forward(self, token_ids: Tensor, real: Tensor, every: bool = False) -> Tensor:
-        """Logits after the last slot (batch, 1, vocabulary), or after `every` one (batch, slots, vocabulary)."""
+        """Return the logits after the last slot (batch, 1, vocabulary).
+
+        With `every`, return those after every slot (batch, slots, vocabulary).
+        """
         device = self.model.device
         self.mask = torch.cat([self.mask, real.to(device)], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -token_ids.shape[1] :]
@@ -111,7 +115,7 @@ class Dialogue:
 def padded(
     token_ids: Sequence[Sequence[int]], pad: int = 0, side: Literal["left", "right"] = "left"
 ) -> tuple[Tensor, Tensor]:
-    """The lists as a batch (b, width), int64, and which of its slots are real, 1 or 0 (b, width)."""
+    """Return the lists as a batch (b, width), int64, and its mask (b, width): 1 in slots of tokens, 0 in pads."""
     width = max(len(ids) for ids in token_ids)
     batch = torch.full((len(token_ids), width), pad, dtype=torch.int64)
     real = torch.zeros_like(batch)

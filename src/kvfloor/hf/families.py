@@ -1,4 +1,4 @@
-"""What is known about model families: which layers a compressed cache serves, which families it refuses, and why."""
+"""Describe model families: the layers that a compressed cache serves, the families that it refuses, and the reasons."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 # own     sliding, chunked, linear, convolution, or no keys at all: transformers' own layer
 Role = Literal["full", "hybrid", "own"]
 
-# The types that every release's cache knows.
+# The layer types that the cache of every release supports.
 _SINCE_THE_FIRST = ("full_attention", "sliding_attention", "chunked_attention")
 
 _BIAS = "it adds a bias by position to its logits, for every pair of tokens"
 _IMAGES = "its layers that look at images keep those in the same cache, and they are no stream of tokens"
 _MASK_OF_ITS_OWN = "it makes an additive mask of its own for every pair of tokens, which a bounded state cannot follow"
-REFUSED: dict[str, str] = {  # families that ask the registry for their attention but cannot be served, by model_type
+REFUSED: dict[str, str] = {  # families that use the attention registry but cannot be served, by model_type
     "blt": "it keeps several caches, for its bytes and for the patches between them, in one model",
     "cpmant": _BIAS,
     "diffllama": "it asks for every key twice, each time with one half of the values",
@@ -36,7 +36,7 @@ REFUSED: dict[str, str] = {  # families that ask the registry for their attentio
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
-    """The type of each decoder layer in transformers' words; "dummy" for one that reads another layer's keys."""
+    """Return the type of each decoder layer in transformers' words; "dummy" for one that reads another layer's keys."""
     decoder = config.get_text_config(decoder=True)
     try:
         from transformers.cache_utils import get_layer_types_and_kwargs
@@ -48,7 +48,7 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
 
 
 def layer_roles(config: PreTrainedConfig) -> list[tuple[Role, Any]]:
-    """For each layer that a cache has: its role, and the object that transformers' own cache has there.
+    """Return, for each layer that a cache has, its role and the object that transformers' own cache has there.
 
     Raises ValueError naming the family and the reason where a compressed cache cannot serve it.
     """
@@ -70,7 +70,7 @@ def layer_roles(config: PreTrainedConfig) -> list[tuple[Role, Any]]:
 
 
 def key_readers(config: PreTrainedConfig) -> list[int]:
-    """For each layer, how many later ones have no keys of their own and read this one's (Gemma 3n, Gemma 4)."""
+    """Count, for each layer, the later layers that have no keys of their own and read its keys (Gemma 3n, Gemma 4)."""
     decoder = config.get_text_config(decoder=True)
     types = layer_types(config)
     declared = getattr(decoder, "layer_types", None) or types
@@ -82,7 +82,7 @@ def key_readers(config: PreTrainedConfig) -> list[int]:
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Why models of this configuration are refused whatever their layers; None if nothing is known against them."""
+    """Return the reason why models of this configuration are refused whatever their layers; None if there is none."""
     if _picks_tokens(config.get_text_config(decoder=True)):
         return (
             "its attention is sparse (DSA): an indexer with keys of its own in the cache picks the tokens that each "
@@ -109,12 +109,15 @@ def _picks_tokens(decoder: PreTrainedConfig) -> bool:
 
 
 def ignores_the_interface(model: nn.Module) -> bool:
-    """Whether no part of this model asks transformers' registry for its attention function."""
+    """Return True if no part of this model looks its attention function up in transformers' registry."""
     return not any(hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS") for part in model.modules())
 
 
-def own_cache_class(model: nn.Module) -> str | None:
-    """The cache class that this model's own file defines and fills, if any: a compressed one cannot take its place."""
-    module = sys.modules[type(model).__module__]
+def own_cache_class(model: nn.Module | type[nn.Module]) -> str | None:
+    """Return the cache class that this model's own file defines and fills, or None.
+
+    A compressed cache cannot take the place of such a class.
+    """
+    module = sys.modules[(model if isinstance(model, type) else type(model)).__module__]
     made_there = [name for name, thing in vars(module).items() if name.endswith("Cache") and isinstance(thing, type)]
     return next((name for name in made_there if vars(module)[name].__module__ == module.__name__), None)

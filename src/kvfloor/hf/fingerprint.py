@@ -1,4 +1,4 @@
-"""A digest that tells one model from another: class, configuration, adapters, a sample of every weight."""
+"""Compute a digest that tells models apart, from class, configuration, adapters and a sample of every weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvfloor.hf.weights import adapters_of, stored
 
 SAMPLE = 1024  # numbers looked at per parameter
 
-# What a cache depends on and weights do not show. Named one by one: a newer transformers release adds fields.
+# Fields that a cache depends on and weights do not show. Named one by one: a newer transformers release adds fields.
 _FIXED = (
     "model_type",
     "hidden_size",
@@ -36,12 +36,12 @@ _FIXED = (
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """{"model": class name, "adapters": names of those that are on, "sha256": hex digest} of the model as it is now.
+    """Return {"model": class name, "adapters": names of active ones, "sha256": hex digest} of the model as it is now.
 
-    The same weights give the same digest on any device, offloaded to disk or not; another dtype or quantisation gives
-    another one, since a cache cannot continue bit for bit there. So does an adapter that is on, another factor of it,
-    or one that was merged; one that is off counts as not there. A weight that was changed at fewer places than the
-    sample sees goes unnoticed. Raises ValueError naming a weight whose numbers cannot be read.
+    The same weights give the same digest on any device, offloaded to disk or not. Another dtype or quantisation gives
+    another digest, since a cache cannot continue bit for bit there. So does an active adapter, another factor of it, or
+    a merged adapter; an inactive adapter counts as not there. A weight that was changed only at places outside the
+    sample goes unnoticed. Raises ValueError naming a weight whose numbers cannot be read.
     """
     adapters = adapters_of(model)
     config = model.config.get_text_config(decoder=True)
@@ -56,6 +56,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _sample(numbers: Tensor) -> Tensor:
-    """About `SAMPLE` numbers; the odd step does not stay in one column of a matrix whose width is a power of two."""
+    """Return about `SAMPLE` of the numbers, at an odd step.
+
+    An odd step does not stay in one column of a matrix whose width is a power of two.
+    """
     flat = numbers.reshape(-1)
     return flat[:: flat.numel() // SAMPLE | 1]

@@ -1,4 +1,4 @@
-"""A compressed layer beside a linear or convolution state in one model layer (Falcon-H1, Zamba, Zaya)."""
+"""Put a compressed layer beside a linear or convolution state in one model layer (Falcon-H1, Zamba, Zaya)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from kvfloor.hf.layer import CompressedLayer
 
 
 class HybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
-    """The attention's keys and values go to the compressed half, everything else to transformers' linear half.
+    """Give the attention's keys and values to the compressed half, everything else to transformers' linear half.
 
-    transformers tells layers apart by their class, so that this one has to be of both; each method is given to
-    exactly one half, or to both.
+    transformers distinguishes layers by their class, so that this class must derive from both. Each method is passed
+    to exactly one half, or to both.
     """
 
     def __init__(self, states: int, *args: Any) -> None:
-        """states: how many convolution and recurrent states the model keeps in this layer; the rest as its base."""
+        """Build both halves; `states` counts the convolution and recurrent states that the model keeps in this layer.
+
+        The other arguments are those of `CompressedLayer`.
+        """
         CompressedLayer.__init__(self, *args)
         LinearAttentionLayer.__init__(self, number_of_states=states)
         self.beside = tuple(vars(LinearAttentionLayer(number_of_states=states)))

@@ -1,10 +1,11 @@
-"""Latent attention (MLA: DeepSeek, GLM, Kimi, Mistral 4): one latent per token, of which all heads make key and value.
+"""Serve latent attention (MLA: DeepSeek, GLM, Kimi, Mistral 4), which makes all heads' keys and values of one latent.
 
 Where transformers caches latents, `update` gets a token's latent c and its rotary key r, one of each for all heads, and
-the module's `expand_kv` makes head h's key [K_h c, r] and value V_h c of what comes back. A head's logit is then
-[K_h' q, q_rot] . [c, r], and its answer V_h times the weighted mean of the c (DeepSeek-V2, arXiv 2405.04434, section
-2.1.2, "absorbed"). So a state serves it as one kv head whose group is all heads, with [c, r] for key and for value:
-one set of kept tokens for all heads. Releases that cache every head's keys instead need none of this.
+the module's `expand_kv` makes head h's key [K_h c, r] and value V_h c of the latents that `update` returns. A head's
+logit is then [K_h' q, q_rot] . [c, r], and its answer V_h times the weighted mean of the c (DeepSeek-V2, arXiv
+2405.04434, section 2.1.2, "absorbed"). So a state serves it as one kv head whose group is all heads, with [c, r] for
+key and for value: one set of kept tokens for all heads. Releases that cache every head's keys instead need none of
+this.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ _newest = threading.local()  # what the last `update` of this thread returned, b
 
 
 def staged(keys: Tensor, values: Tensor) -> None:
-    """Remember what `update` returned: the module that called it makes new tensors of it before it asks."""
+    """Remember the tensors that `update` returned.
+
+    The module that called `update` makes new tensors of them before it calls its attention function.
+    """
     _newest.pair = (weakref.ref(keys), weakref.ref(values))
 
 
 def awaited() -> tuple[Tensor, Tensor] | None:
-    """The pair that this thread's last `update` returned, while the forward that called it is still running.
+    """Return the pair that this thread's last `update` returned, while the forward that called it is still running.
 
-    None where there is none: a forward that ended or broke off has let go of it.
+    Returns None where there is no such pair: a forward that ended or broke off has released it.
     """
     pair = getattr(_newest, "pair", None)
     if pair is None:
@@ -37,7 +41,7 @@ def awaited() -> tuple[Tensor, Tensor] | None:
 
 
 def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-    """The queries (B, H, n, c + r) that ask latents, and the keys (B, 1, n, c + r) that they ask.
+    """Return the queries (B, H, n, c + r) against latents, and the keys (B, 1, n, c + r) that they are compared with.
 
     query (B, H, n, nope + r) as the module made it; latent (B, 1, n, c) and rotary (B, 1, n, r) as it cached them.
     """
@@ -47,19 +51,19 @@ def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -
 
 
 def values(expansion: Tensor, out: Tensor, dv: int) -> Tensor:
-    """The heads' answers (B, n, H, dv), contiguous, of the weighted means (B, n, H, c + r) of what was kept."""
+    """Return the heads' answers (B, n, H, dv), contiguous, given the weighted means (B, n, H, c + r) of [c, r]."""
     of_latent = out[..., : expansion.shape[-1]].transpose(1, 2)  # (B, H, n, c)
     to_value = expansion[:, -dv:]
     return torch.matmul(of_latent, to_value.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What makes every head's key and value of a latent: (H, nope + dv, c). Ask once per forward.
+    """Return the matrix that makes every head's key and value of a latent: (H, nope + dv, c). Call it once per forward.
 
-    Of a plain linear layer that nothing stands before or behind, that is its weight. Any other module is called, on
-    every unit vector: an adapter, a quantised or offloaded weight, a hook count as they are now, nothing is kept. What
-    such a call gives must be linear: it is compared with the newest token's key (B, H, n, .) and value (B, H, n, dv),
-    which the module made of its latent (B, 1, n, c). ValueError if they are not alike.
+    For a plain linear layer without adapter or hook, the matrix is its weight. Any other module is called on every unit
+    vector: an adapter, a quantised or offloaded weight and a hook count as they are now, and nothing is kept. Such a
+    module must be linear. So its result is compared with the newest token's key (B, H, n, .) and value (B, H, n, dv),
+    which the module made of its latent (B, 1, n, c). Raises ValueError if they are not alike.
     """
     project: nn.Module = module.kv_b_proj  # type: ignore[assignment]
     heads, dv = value.shape[1], value.shape[-1]
@@ -77,7 +81,7 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def is_plainly_linear(project: nn.Module) -> bool:
-    """Whether calling this module is a product with its weight and nothing else: no adapter, hook or other storage."""
+    """Return True if a call of this module is a product with its weight only: no adapter, hook or other storage."""
     return (
         type(project) is nn.Linear
         and type(project.weight) is nn.Parameter
@@ -91,6 +95,9 @@ def is_plainly_linear(project: nn.Module) -> bool:
 
 
 def _alike(found: Tensor, right: Tensor) -> bool:
-    """Whether two products differ by no more than rounding, of quantised activations too, and by no constant."""
+    """Return True if two products differ by no more than rounding, that of quantised activations included.
+
+    A constant factor between the two counts as a difference.
+    """
     found, right = found.detach().float(), right.detach().float()
     return bool((found - right).norm() <= _ROUNDING * right.norm())

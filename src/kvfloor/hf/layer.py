@@ -1,4 +1,4 @@
-"""One layer of a compressed cache: transformers' cache protocol on one side, a kvfloor state on the other."""
+"""Implement one layer of a compressed cache: transformers' cache protocol outside, a kvfloor state inside."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from kvfloor.hf.rows import present_rows, step_rows
 
 
 class Meter:
-    """What a cache's layers took together: bytes, the most of them with what was staged or copied, and slots seen.
+    """Record the bytes of a cache's layers, their peak with staged and copied tensors, and the slots seen.
 
-    A layer that was never asked is not in it.
+    A layer that never answered a query has no entry.
     """
 
     def __init__(self) -> None:
         self.held_bytes: dict[int, int] = {}
         self.seen: dict[int, int] = {}
         self.peak_bytes = 0
-        self.staged: weakref.ref[CompressedLayer] | None = None  # the layer whose keys wait for their attention
+        self.staged: weakref.ref[CompressedLayer] | None = None  # the layer whose keys are staged
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles take: no keys wait in them."""
+        """Return the attributes to copy or pickle, without the layer whose keys are staged."""
         return vars(self) | {"staged": None}
 
     def measure(self, layer: int, held_bytes: int, transient_bytes: int) -> None:
@@ -45,14 +45,14 @@ class Meter:
         self.peak_bytes = max(self.peak_bytes, sum(self.held_bytes.values()) + transient_bytes)
 
     def forget(self, layer: int) -> None:
-        """The layer holds nothing any more."""
+        """Remove the entries of a layer that holds nothing any more."""
         self.seen.pop(layer, None)
         self.held_bytes.pop(layer, None)
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """Tokens that left a layer for good, an entry each: batch item (e,), kv head (e,), position in the row (e,)."""
+    """Hold the tokens that a layer evicted, one entry each: batch item (e,), kv head (e,), position in the row (e,)."""
 
     layer: int
     item: Tensor
@@ -65,18 +65,18 @@ _TAG = "kv_layer"  # the attribute by which a staged key tensor names its layer
 
 
 class CompressedLayer(CacheLayerMixin):
-    """Keys and values are staged by `update` and taken in by `answer`, which the attention function calls.
+    """Stage keys and values in `update`, and take them in by `answer`, which the attention function calls.
 
     Batch x kv head is the state's rows, a GQA group its g. `seen` counts slots, pads included, because generate()
     derives positions from it; the state's own clocks count real tokens per row. `readers` later layers have no keys
-    of their own and ask this layer's (Gemma 3n, Gemma 4): they are answered from a copy of the state as it was
+    of their own and attend to this layer's (Gemma 3n, Gemma 4): they are answered from a copy of the state as it was
     before the forward, which is dropped with the last of them.
     """
 
     is_compileable = False
     is_sliding = False
     is_croppable = False
-    beside: tuple[str, ...] = ()  # attributes of a second half that is transformers' own; they are saved too
+    beside: tuple[str, ...] = ()  # attributes of transformers' own half of a hybrid layer; they are saved too
 
     def __init__(
         self,
@@ -88,29 +88,29 @@ class CompressedLayer(CacheLayerMixin):
         presence: Presence,
         readers: int = 0,
     ) -> None:
-        """The place-th compressed layer of a cache, which is layer `index` of the model."""
+        """Build the place-th compressed layer of a cache, which is layer `index` of the model."""
         super().__init__()
         self.opening, self.index, self.place = opening, index, place
         self.state: State | None = None
         self.seen = 0
         self.batch = 0
         self.staged_bytes = 0
-        self.served_by: weakref.ref[torch.nn.Module] | None = None  # who last asked: `save` finds the model by it
+        self.served_by: weakref.ref[torch.nn.Module] | None = None  # last to call `answer`: leads `save` to the model
         self.record: Callable[[Tensor, Tensor, Tensor, float, float | None], None] | None = (
-            None  # sees what is answered
+            None  # called with the inputs of every answer
         )
         self._meter, self._passage, self._presence = meter, passage, presence
-        # What positions="cache" puts before the state: (query, key, value, positions) -> query and key without a turn.
+        # For positions="cache": (query, key, value, positions) -> query and key without their rotation.
         self.turn_back: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
         self.room: int | None = None  # positions in the model's learned table, if it has one
         self._on_evict: Callable[[Eviction], None] | None = None
-        self._readers, self._waiting = readers, 0  # layers that share these keys; how many of them come in this forward
+        self._readers, self._waiting = readers, 0  # layers that share these keys; those still to come in this forward
         self._before: State | None = None
         self._unturned: Tensor | None = None  # this forward's keys as the state took them, while readers wait
 
     @staticmethod
     def of(key: Tensor) -> CompressedLayer | None:
-        """The layer that staged this key tensor; None if a stock cache returned it."""
+        """Return the layer that staged this key tensor; None if a stock cache returned it."""
         reference = getattr(key, _TAG, None)
         return None if reference is None else reference()
 
@@ -145,7 +145,7 @@ class CompressedLayer(CacheLayerMixin):
         return keys, value_states
 
     def unstage(self) -> None:
-        """Forget the keys that were staged and not answered: the layer is as it was."""
+        """Drop the keys that were staged and not answered: the layer is as it was before `update`."""
         self.staged_bytes, self._meter.staged = 0, None
         self._passage.unchanged(self.index)
 
@@ -159,9 +159,10 @@ class CompressedLayer(CacheLayerMixin):
             )
 
     def get_seq_length(self, *args: Any) -> int:
-        """Slots seen (pads included), not tokens stored.
+        """Return the number of slots seen (pads included), not of tokens stored.
 
-        The model asks before it looks its positions up, so a table that has no more of them is refused here.
+        The model calls this before it looks its positions up. So a learned table that has no more positions is refused
+        here with ValueError.
         """
         if self.room is not None and self.state is not None and int(self.state.seen.max()) >= self.room:
             raise ValueError(
@@ -172,7 +173,7 @@ class CompressedLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """(slots seen and new, 0). Until transformers 5.3 the argument is the tensor of cache positions."""
+        """Return (slots seen and new, 0). Until transformers 5.3 the argument is the tensor of cache positions."""
         refuse_other_attention(self.served_by)
         n = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         return Slots(self.seen + n, self), 0
@@ -189,7 +190,7 @@ class CompressedLayer(CacheLayerMixin):
         self._presence.reset()
 
     def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
-        """Tell `on_evict` of the tokens that leave from now on; None: no one."""
+        """Call `on_evict` with the tokens evicted from now on; None stops the calls."""
         self._on_evict = on_evict
         if isinstance(self.state, BoundedState):
             self.state.on_evict = None if on_evict is None else self._report
@@ -200,11 +201,11 @@ class CompressedLayer(CacheLayerMixin):
         self._on_evict(Eviction(self.index, row // heads, row % heads, position))
 
     def clocks(self) -> dict[str, Any]:
-        """What continuing needs beside the state; JSON-ready."""
+        """Return the counters that a loaded layer needs beside its state; JSON-ready."""
         return {"seen": self.seen, "batch": self.batch, "is_initialized": self.is_initialized}
 
     def resume(self, state: State | None, clocks: dict[str, Any], model: torch.nn.Module) -> None:
-        """Continue from what a saved layer held, in `model`, which filled it."""
+        """Continue from a saved layer's state and clocks, in `model`, which filled it."""
         self.state, self.served_by = state, weakref.ref(model)
         self.seen, self.batch, self.is_initialized = clocks["seen"], clocks["batch"], clocks["is_initialized"]
         if state is not None:
@@ -213,7 +214,10 @@ class CompressedLayer(CacheLayerMixin):
         self.call_on_evict(self._on_evict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle and torch.save take: the state as its message, without evicted tokens, callbacks or the model."""
+        """Return the attributes for pickle and torch.save, with the state as its message.
+
+        Evicted tokens, callbacks and the model are left out.
+        """
         if self.staged_bytes:
             raise ValueError("a forward is not finished: its tokens are staged but not answered yet; pickle after it")
         kept = vars(self) | dict.fromkeys(("served_by", "record", "_on_evict", "_before"))
@@ -228,7 +232,7 @@ class CompressedLayer(CacheLayerMixin):
             self.state = method.from_bytes(message, device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """An independent copy of everything, the model that filled it and who is told of evictions included."""
+        """Return an independent copy of everything, the reference to the model and the eviction callback included."""
         made = memo[id(self)] = self.__class__.__new__(self.__class__)
         vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return made
@@ -243,10 +247,10 @@ class CompressedLayer(CacheLayerMixin):
         raise ValueError("a compressed cache is not offloaded: its state is small and stays on the model's device")
 
     def prefetch(self) -> None:
-        """Nothing is ever offloaded."""
+        """Do nothing: no layer is ever offloaded."""
 
     def to(self, device: str | torch.device) -> None:
-        """Move the state; its copy is made by way of its message, on the CPU."""
+        """Move the state to `device`. The copy is made from the state's message, on the CPU."""
         if self.state is not None:
             self.state = self.state.method.from_bytes(self.state.to_bytes(), device)
             self.call_on_evict(self._on_evict)
@@ -258,7 +262,7 @@ class CompressedLayer(CacheLayerMixin):
         self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these batch items: each takes its kv heads' rows along."""
+        """Keep these batch items, each with the rows of its kv heads."""
         if self.state is None:
             return
         heads = self.state.spec.rows // self.batch
@@ -279,7 +283,7 @@ class CompressedLayer(CacheLayerMixin):
         sink: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """query (B, H, n, d), staged key and value (B, Hkv, n, .) -> (B, n, H, dv); commits what was staged.
+        """Answer queries (B, H, n, d) by (B, n, H, dv), and take in the staged key and value (B, Hkv, n, .).
 
         padding: bool (B, slots), None if every token is real. sink: a logit per query head (H,) that takes its share
         of the softmax and has no value. positions (B or 1, n): the model's, for a layer that turns its keys back.
@@ -303,7 +307,7 @@ class CompressedLayer(CacheLayerMixin):
         positions: Tensor | None,
         lower: torch.dtype | None,
     ) -> Tensor:
-        """`answer` to this layer's own keys; `lower` is autocast's dtype, None if it is off."""
+        """Answer queries to this layer's own keys; `lower` is autocast's dtype, None if it is off."""
         batch, heads, n, _d = query.shape
         kv_heads, dv = key.shape[1], value.shape[-1]
         g = heads // kv_heads
@@ -357,9 +361,9 @@ class CompressedLayer(CacheLayerMixin):
         return out
 
     def _refused(self, state: State | None, batch: int, clocks: tuple[Tensor, bool] | None) -> None:
-        """Be the layer from before the call that failed, if its state is as it was.
+        """Restore the layer from before the call that failed, if its state did not change.
 
-        state, batch: from before; clocks: those of the state that was asked.
+        state, batch: from before the call; clocks: those of the state that was called.
         """
         asked = self.state
         if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):
@@ -383,9 +387,9 @@ class CompressedLayer(CacheLayerMixin):
         positions: Tensor | None,
         lower: torch.dtype | None,
     ) -> Tensor:
-        """The answer to a layer that asks this one's keys: query (B, H, m, d) of the newest m tokens of this forward.
+        """Answer the queries (B, H, m, d) of a later layer that shares these keys, for this forward's newest m tokens.
 
-        What this layer keeps is its own queries' business: the reader's leave no trace in the state.
+        Only this layer's own queries decide which tokens it keeps. A reader's queries do not change the state.
         """
         del scale, softcap  # as the state was opened for
         if self._before is None:
@@ -412,7 +416,7 @@ class CompressedLayer(CacheLayerMixin):
 
 
 def _in_rows(tokens: tuple[Tensor, Tensor], kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Tokens by batch item and position as tokens by row and position, one for each kv head."""
+    """Convert tokens given by batch item and position to tokens by row and position, one for each kv head."""
     item, position = tokens
     rows = item.unsqueeze(1) * kv_heads + torch.arange(kv_heads)
     return rows.flatten(), position.repeat_interleave(kv_heads)

@@ -1,14 +1,14 @@
-"""lm-eval over a compressed cache: the model class "kvfloor", and `python -m kvfloor.hf.lm_eval` in lm_eval's place.
+"""Run lm-eval over a compressed cache: the model class "kvfloor", and a command line in place of `lm_eval`.
 
-lm-eval finds a third party's model class only once its module was imported, which its own command line cannot be told
-to do. So this module is a command line too: it registers the class and then is `lm_eval`, argument for argument.
+lm-eval finds a third party's model class only once its module was imported, and its own command line has no option
+for that. So this module is a command line too: it registers the class and then is `lm_eval`, argument for argument.
 
     python -m kvfloor.hf.lm_eval --model kvfloor --model_args pretrained=builtin,method=h2o@512 \\
         --include_path tasks --tasks mine
 
-What is measured: of each request all tokens of the context but the last are streamed into a cache as the prompt, the
+Measurement: of each request, all tokens of the context but the last are streamed into a cache as the prompt. Then the
 prompt's end is marked (`seal`), and the rest is fed as decoding would feed it. So every scored token is predicted from
-what the method kept, also by methods that compress at the prompt's end only. Nothing is shared between requests.
+the tokens that the method kept, also by methods that compress at the prompt's end only. Requests share nothing.
 """
 
 # pyright: reportMissingImports=false
@@ -42,12 +42,12 @@ from kvfloor.methods.registry import parse
 from kvfloor.models import load
 from kvfloor.version import __version__
 
-_MOST_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's own classes
+_MOST_NEW_TOKENS = 256  # where a task sets no number, as in lm-eval's own classes
 
 
 @register_model("kvfloor")
 class CompressedLM(TemplateLM):
-    """A local transformers model whose cache is compressed by a kvfloor method.
+    """Evaluate a local transformers model whose cache is compressed by a kvfloor method.
 
     pretrained  "builtin", the folder of a transformers model, or a model
     method      text such as "h2o(recent=64)@512"; with commas in it, give --model_args as JSON
@@ -55,10 +55,10 @@ class CompressedLM(TemplateLM):
     chunk       prompt tokens per forward: the memory of a long prompt is bounded by it
     seed        of the method's own randomness
     batch_size  requests per forward, left-padded; pads never enter a state
-    device      such as "cuda:0", which is what lm-eval's command line says; the CPU where there is no such device
+    device      such as "cuda:0", the default of lm-eval's command line; the CPU where there is no such device
     dtype       "float32", "bfloat16" or "float16"
-    max_length  tokens that the model can see; its configuration says so otherwise
-    Raises ValueError naming the argument for what is not allowed.
+    max_length  tokens that the model can see; taken from its configuration unless given
+    Raises ValueError naming the argument that is not allowed.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class CompressedLM(TemplateLM):
         if not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk must be a number of tokens per forward, got {chunk!r}")
         if not torch.cuda.is_available() and str(device).startswith("cuda"):
-            device = "cpu"  # lm-eval's command line says cuda:0 unless told otherwise
+            device = "cpu"  # lm-eval's command line passes cuda:0 by default
         self.model: Any = prepare(model.to(device=device or "cpu", dtype=getattr(torch, dtype)).eval())
         self.tokenizer: Any = tokenizer
         self.method = parse(str(method))
@@ -98,7 +98,7 @@ class CompressedLM(TemplateLM):
         self.max_length = max_length or resolve_max_length(self.model.config, tokenizer)
         self.usage = Usage()
         self._context, self._seed = context, seed
-        self._cache([0])  # a method that does not go into a model's cache is refused now
+        self._cache([0])  # refuses now a method that cannot serve a model's cache
         self._device = self.model.device
 
     # ---- tokens ------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class CompressedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the beginning-of-text token where there is one."""
+        """Return the token before a text without context: beginning-of-text where there is one, else end-of-text."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -130,12 +130,12 @@ class CompressedLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    # ---- what lm-eval asks -------------------------------------------------------------------------------------
+    # ---- lm-eval's requests --------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, was every token of it the likeliest) for each request."""
+        """Return, per request, the continuation's log-probability, and True if all its tokens were the likeliest."""
         answers: dict[int, tuple[float, bool]] = {}
         sizes = [len(context) + len(continuation) for _, context, continuation in requests]
         for batch in self._batches(sizes, disable_tqdm, "loglikelihood"):
@@ -158,9 +158,9 @@ class CompressedLM(TemplateLM):
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in windows of `max_length` tokens that each fill a cache of their own.
+        """Return the log-probability of each whole text, in windows of `max_length` tokens with a cache of their own.
 
-        The prompt is one token here: nearly all of the text is decoded from what the method kept.
+        The prompt is one token here: nearly all of the text is decoded from the tokens that the method kept.
         """
         windows: list[tuple[Any, list[int], list[int]]] = []
         owner: list[int] = []
@@ -177,7 +177,7 @@ class CompressedLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that generate() says for each request, up to a stop string or the task's number of tokens."""
+        """Return the text that generate() produces per request, up to a stop string or the task's number of tokens."""
         said: dict[int, str] = {}
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         alike = [repr(sorted(request.args[1].items())) for request in requests]
@@ -190,7 +190,7 @@ class CompressedLM(TemplateLM):
         return [said[i] for i in range(len(requests))]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into its results: the method, and what its caches held and took."""
+        """Return the entry that lm-eval writes into its results: the method, and the tokens and bytes of its caches."""
         return {"kvfloor": {"version": __version__, "method": str(self.method)} | self.usage.totals()}
 
     # ---- inside ------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class CompressedLM(TemplateLM):
     def _batches(
         self, sizes: list[int], quiet: bool, title: str, alike: list[str] | None = None
     ) -> Iterator[list[int]]:
-        """Indices of requests that go together: the longest first, and only such as are `alike`."""
+        """Yield the indices of requests that form a batch: the longest first, one value of `alike` per batch."""
         kinds = alike or [""] * len(sizes)
         order = sorted(range(len(sizes)), key=lambda i: (kinds[i], -sizes[i]))
         with tqdm(total=len(sizes), disable=quiet, desc=f"{self.method} {title}") as bar:

@@ -1,7 +1,8 @@
-"""Masks for compressed layers: the rule and the padding, made into a tensor only where one is asked for."""
+"""Keep the rule and the padding of a compressed layer's mask, and make a tensor of them only on use."""
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
@@ -17,10 +18,10 @@ EVERY = slice(None)
 
 
 class Slots(int):
-    """How many slots a mask is to cover, and the compressed layer that was asked for the number.
+    """Carry the number of slots that a mask covers, and the compressed layer that returned the number.
 
-    transformers gives a mask function sizes and no cache. This number comes through to it as it is, so that it can tell
-    a compressed cache from all others.
+    transformers passes sizes and no cache to a mask function. This number reaches the function unchanged, so that it
+    can distinguish a compressed cache from all others.
     """
 
     layer: CompressedLayer
@@ -32,24 +33,25 @@ class Slots(int):
 
 
 class LazyMask:
-    """The mask of a compressed layer: its rule and its padding. A tensor to whoever uses it as one."""
+    """Hold the rule and the padding of a compressed layer's mask, and act as its tensor in any tensor operation."""
 
     ndim = 4
 
     def __init__(
         self, arguments: dict[str, Any], form: Callable[..., Tensor | None] = sdpa_mask, queries: slice = EVERY
     ) -> None:
-        """arguments, form: the call that makes the tensor; queries: those for which it is."""
+        """Keep the call `form(**arguments)` that makes the tensor, and the slice of queries to make it for."""
         self._arguments, self._form, self._queries = arguments, form, queries
         self._built: dict[bool, Tensor | None] = {}
         self._plain: bool | None = None
+        self._device: torch.device | str | int | None = None  # where it was moved; None: where its parts are
 
     @property
     def plainly_causal(self) -> bool:
-        """Whether each token sees all before it and nothing else, padding apart.
+        """Return True if each token sees all before it and nothing else, padding apart.
 
-        A rule that adds to this, such as images whose tokens see each other, may add nothing for the tokens at hand:
-        both rules are written out then, once for all layers.
+        A rule that adds to this, such as images whose tokens see each other, may add nothing for the present tokens.
+        Both rules are written out then and compared, once for all layers.
         """
         if self._arguments.get("mask_function", causal_mask_function) is causal_mask_function:
             return True
@@ -64,15 +66,15 @@ class LazyMask:
 
     @property
     def padding(self) -> Tensor | None:
-        """Bool (batch, slots seen and new), True where a token is real; None if all are."""
-        return self._arguments.get("attention_mask")
+        """Return a bool tensor (batch, slots seen and new), True where a token is real; None if all are."""
+        return self._moved(self._arguments.get("attention_mask"))
 
     def for_stock(self) -> Tensor | None:
-        """Make what transformers' own attention would have got, once for all layers; None where it goes without."""
+        """Make the mask that transformers' own attention would have got, once for all layers; None if it needs none."""
         return self._make(self._queries == EVERY)
 
     def tensor(self) -> Tensor:
-        """Make the mask (batch, 1, queries, slots), whole in any case. Made once for all layers."""
+        """Make the mask (batch, 1, queries, slots), never None. It is made once for all layers."""
         mask = self._make(False)
         assert mask is not None
         return mask
@@ -82,27 +84,45 @@ class LazyMask:
             always = {} if may_be_left_out else {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
             mask = self._form(**(self._arguments | always))
             self._built[may_be_left_out] = None if mask is None else mask[:, :, self._queries, :]
-        return self._built[may_be_left_out]
+        return self._moved(self._built[may_be_left_out])
+
+    def _moved(self, tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or self._device is None else tensor.to(self._device)
 
     # ---- used as a tensor ----------------------------------------------------------------------------------
 
+    def to(self, *args: Any, **kwargs: Any) -> LazyMask | Tensor:
+        """Move the mask to a device, which leaves it one of its kind; any other conversion gives a tensor.
+
+        Models whose layers are on several devices move each layer's arguments there. What is made is made once for all.
+        """
+        device = args[0] if len(args) == 1 else kwargs.get("device")
+        other = len(args) > 1 or not set(kwargs) <= {"device", "non_blocking"} or (args and "device" in kwargs)
+        if other or isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+            return self.tensor().to(*args, **kwargs)
+        there = copy.copy(self)
+        there._device = device
+        return there
+
     def __getitem__(self, index: Any) -> LazyMask | Tensor:
-        """Cut the mask: along its queries alone, as layers without keys of their own do, it stays one of its kind."""
+        """Cut the mask. A cut along the queries alone, as layers without keys of their own make, stays a LazyMask."""
         if isinstance(index, tuple) and len(index) == 4 and self._queries == EVERY:
             batch, heads, queries, keys = index
             if (batch, heads, keys) == (EVERY, EVERY, EVERY) and isinstance(queries, slice):
-                return LazyMask(self._arguments, self._form, queries)
+                cut = LazyMask(self._arguments, self._form, queries)
+                cut._device = self._device
+                return cut
         return self.tensor()[index]
 
     def __getattr__(self, name: str) -> Any:
-        """A tensor's attributes are those of the tensor that this makes."""
+        """Return the attribute of the tensor that this mask makes."""
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.tensor(), name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Give any function of torch the tensor."""
+        """Pass the mask as a tensor to any function of torch."""
         del types
         made = [_made(x) for x in args]
         return func(*made, **{name: _made(x) for name, x in (kwargs or {}).items()})
@@ -160,7 +180,7 @@ def _made(x: Any) -> Any:
 def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | None:
     """Make a mask where attention `before` was selected: its own for all caches, a lazy one for a compressed layer.
 
-    Raises ValueError, before any layer has changed, for what a compressed layer cannot follow.
+    Raises ValueError, before any layer has changed, for a rule that a compressed layer cannot follow.
     """
     if args:
         raise TypeError("this transformers release passes mask arguments by position; kvfloor supports 5.2 and newer")

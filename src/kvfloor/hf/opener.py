@@ -1,4 +1,4 @@
-"""How the layers of one cache open their states: method, budget of each kv head, pinned spans, randomness."""
+"""Open the states of a cache's layers: method, budget of each kv head, pinned spans, randomness."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Budgets = tuple[
 
 @dataclass(frozen=True)
 class Opening:
-    """What every layer of a cache opens its state with; raises ValueError for what does not go together.
+    """Hold the settings that every layer of a cache opens its state with. Raises ValueError for settings in conflict.
 
-    method    its budget is each kv head's, unless `budgets` says each head's own or `shares` multiples of it
-    layers    compressed ones
+    method    its budget is each kv head's, unless `budgets` has each head's own or `shares` multiples of it
+    layers    number of compressed layers
     context   tokens that a share such as "@25%" refers to
     requests  one id per batch item, which keys the method's randomness
-    pinned    spans [from, to) of token positions that never leave
+    pinned    spans [from, to) of token positions that are never evicted
     rotations  one per compressed layer, of keys that come unturned and are turned by their rank; None: none is turned
     """
 
@@ -70,7 +70,7 @@ class Opening:
         softcap: float | None,
         tied: bool = False,
     ) -> State:
-        """The state of `layer`, the place-th compressed one, for keys like `key` (B, Hkv, n, d) and values of dv.
+        """Open the state of `layer`, the place-th compressed one, for keys like `key` (B, Hkv, n, d) and values of dv.
 
         tied: the values are the keys.
         """
@@ -98,7 +98,7 @@ class Opening:
         return state
 
     def _sized(self, spec: Spec, place: int, batch: int, kv_heads: int, g: int) -> Method:
-        """The method with this layer's budget in tokens, per row where its heads differ."""
+        """Return the method with this layer's budget in tokens, per row where its heads differ."""
         if self.budgets is not None:
             return _with(self.method, per_head(self.budgets[place], kv_heads, place), batch)
         method = resolve(self.method, spec, layers=self.layers, length=self.context, g=g)
@@ -117,6 +117,6 @@ def _with(method: Method, by_head: Sequence[int], batch: int) -> Method:
 
 
 def _row_id(request: int, layer: int, head: int) -> int:
-    """A row's identity: the same request draws the same numbers in any batch."""
+    """Return a row's identity, by which the same request draws the same numbers in any batch."""
     digest = hashlib.sha256(f"{request}/{layer}/{head}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

@@ -1,4 +1,4 @@
-"""What transformers' own layers hold (sliding windows, convolutions, linear attention), taken out and put back."""
+"""Save and restore the tensors of transformers' own layers: sliding windows, convolutions, linear attention."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def export(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """These attributes (None: all) as `message.pack` takes them; TypeError names one that cannot be saved."""
+    """Return these attributes (None: all) for `message.pack`. Raises TypeError naming one that cannot be saved."""
     chosen = vars(layer) if names is None else {name: getattr(layer, name) for name in names}
     return {name: _plain(value, f"{type(layer).__name__}.{name}") for name, value in chosen.items()}
 
 
 def adopt(layer: Any, fields: dict[str, Any], device: torch.device, names: Iterable[str] | None = None) -> None:
-    """Give a fresh layer of the same class what `export` took; ValueError if the classes' attributes differ."""
+    """Set on a fresh layer of the same class the attributes from `export`. Raises ValueError if attributes differ."""
     missing = set(vars(layer) if names is None else names) - set(fields)
     if missing:
         raise ValueError(f"{type(layer).__name__} keeps {', '.join(sorted(missing))} here, which the saved one did not")
@@ -29,7 +29,7 @@ def adopt(layer: Any, fields: dict[str, Any], device: torch.device, names: Itera
 
 
 def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = None) -> None:
-    """Put the tensors among these attributes (None: all) on `device`, and let the layer know."""
+    """Move the tensors among these attributes (None: all) to `device`, and update the device attribute of the layer."""
     for name in vars(layer) if names is None else names:
         value = getattr(layer, name)
         if isinstance(value, Tensor):
@@ -40,8 +40,15 @@ def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = N
             setattr(layer, name, torch.device(device))
 
 
+def devices(layer: Any, names: Iterable[str] | None = None) -> set[torch.device]:
+    """Return the devices of these attributes' tensors (None: all), and those of tensors to be made."""
+    chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]
+    values = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]
+    return {x.device if isinstance(x, Tensor) else x for x in values if isinstance(x, (Tensor, torch.device))}
+
+
 def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
-    """Bytes of the storages that these attributes (None: all) hold."""
+    """Return the bytes of the storages that these attributes (None: all) hold."""
     chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]
     tensors = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]
     storages = [x.untyped_storage() for x in tensors if isinstance(x, Tensor)]
@@ -49,12 +56,12 @@ def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
 
 
 def blank(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """A copy of these attributes (None: all) of a layer that is empty yet, for `refresh`."""
+    """Copy these attributes (None: all) of a layer that is still empty, for `refresh`."""
     return copy.deepcopy({name: getattr(layer, name) for name in (vars(layer) if names is None else names)})
 
 
 def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """Make the layer empty again, whatever state it is in; `blank` gave `empty`.
+    """Empty the layer, whatever state it is in; `empty` comes from `blank`.
 
     A layer's own reset is not enough after a failure in the middle of its update, and differs from release to release.
     """
@@ -64,7 +71,7 @@ def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = Non
 
 
 def count_changes(layer: Any) -> None:
-    """Let the linear states of a layer count their changes in place, as tensors made in inference mode do not."""
+    """Make the linear states of a layer count their in-place changes, which inference-mode tensors do not count."""
     for states in (layer.conv_states, layer.recurrent_states):
         for index, state in states.items():
             if state is not None and state.is_inference():
@@ -78,7 +85,7 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, torch.dtype):
         return ["dtype", str(value).removeprefix("torch.")]
     if isinstance(value, torch.device):
-        return ["device"]  # where the layer lives next is for the model to say
+        return ["device"]  # the device is chosen at loading, by the model
     if isinstance(value, dict) and all(isinstance(key, int) for key in value):
         return {str(key): _plain(item, f"{path}[{key}]") for key, item in value.items()}
     raise TypeError(f"{path} is a {type(value).__name__}: such a layer cannot be saved")

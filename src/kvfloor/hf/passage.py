@@ -1,8 +1,8 @@
-"""Passage: how far the tokens of one forward came through the layers of a cache.
+"""Track the layers of a cache that the tokens of one forward have reached.
 
 A forward hands its tokens to one layer after the other. If it breaks off, some layers have them and others do not, and
-the cache is of no use. No layer can see that alone, and nothing tells a cache when a forward begins or ends. But a
-model asks each layer for the same things in every forward: what is asked a second time is asked by the next one.
+the cache is of no use. No layer can detect that alone, and a cache gets no signal when a forward begins or ends. But a
+model makes the same requests to each layer in every forward: a request made a second time belongs to the next one.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _CROSSING = (
     "EncoderDecoderCache(CompressedCache(...), DynamicCache())"
 )
 
-Request = tuple[int, str, int]  # layer, what of it is asked for or given, and which of several
+Request = tuple[int, str, int]  # layer, kind of tensor read or given, index among several
 
 
 class Passage:
-    """Which layers have taken in the tokens of the newest forward.
+    """Record which layers have taken in the tokens of the newest forward.
 
     kinds   per layer the type of its linear state, if it has one, else None: those of one type are filled alike
-    keeps   per layer, whether it keeps anything that a forward has to fill
+    keeps   per layer, True if it keeps anything that a forward has to fill
     """
 
     def __init__(self, kinds: Sequence[str | None], keeps: Sequence[bool], hint: str = "") -> None:
-        """hint: what else may be wrong where a forward seems to have broken off."""
+        """Begin with no forward. `hint` names another likely cause where a forward seems to have broken off."""
         self._kinds, self._keeps, self._hint = list(kinds), list(keeps), hint
         self._known: set[int] = set()  # layers whose keys came in forwards before
         self._broke: str | None = None
@@ -47,7 +47,7 @@ class Passage:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Passage:
-        """The passage of a cache for this model."""
+        """Return the passage of a cache for this model."""
         roles = layer_roles(config)
         return cls(
             [type(theirs).__name__ if hasattr(theirs, "conv_states") else None for _, theirs in roles],
@@ -66,47 +66,47 @@ class Passage:
     # ---- what the cache and its layers report --------------------------------------------------------------
 
     def begin_keys(self, layer: int) -> None:
-        """Keys are given to the layer; it has not changed yet. BrokenState if an earlier forward broke off."""
+        """Note that a layer, still unchanged, is given keys. Raises BrokenState if an earlier forward broke off."""
         self._request((layer, _KEYS, 0))
         self._open.add(layer)
 
     def passed_over(self, layer: int) -> bool:
-        """Return whether keys that wait for their attention were passed over, now that keys come to `layer`.
+        """Return True if staged keys that wait for their attention were passed over, now that keys come to `layer`.
 
-        So it is where the same forward has gone on to this layer. Where it is a new forward, the old one broke off,
-        or a model of one layer is not prepared.
+        They were if the same forward has gone on to this layer. If this is a new forward instead, the old one broke
+        off, or a model of one layer is not prepared.
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
     def changing(self, layer: int) -> None:
-        """The layer begins to take the keys in."""
+        """Note that the layer begins to take the keys in."""
         self._moved = True
 
     def unchanged(self, layer: int) -> None:
-        """The layer refused the keys, and is as it was before."""
+        """Note that the layer refused the keys, and is as it was before."""
         self._open.discard(layer)
         self._made.discard((layer, _KEYS, 0))
         self._moved = bool(self._made)
 
     def took_keys(self, layer: int) -> None:
-        """The layer has taken the keys in."""
+        """Note that the layer has taken the keys in."""
         self._moved = True
         self._open.discard(layer)
 
     def hand_out(self, layer: int, kind: str, index: int, state: Tensor | None) -> None:
-        """The model gets a linear state, which it may change in place."""
+        """Note that the model gets a linear state, which it may change in place."""
         self._request((layer, kind, index))
         if state is not None:
             self._moved = True
             self._handed[layer, kind, index] = (state, _version(state))
 
     def begin_state(self, layer: int, kind: str, index: int) -> None:
-        """A linear state is about to be filled."""
+        """Note that a linear state is about to be filled."""
         self._request((layer, f"new {kind}", index))
         self._moved = True
 
     def filled_state(self, layer: int, kind: str, index: int) -> None:
-        """A linear state was filled."""
+        """Note that a linear state was filled."""
         self._filled.add((layer, kind, index))
 
     def _request(self, request: Request) -> None:
@@ -114,10 +114,10 @@ class Passage:
             self.settle()
         self._made.add(request)
 
-    # ---- what became of it ---------------------------------------------------------------------------------
+    # ---- completed or broken --------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """The newest forward is over: forget it. BrokenState, now and from now on, if it broke off halfway."""
+        """End the newest forward. Raises BrokenState, now and in later calls, if it broke off halfway."""
         self._broke = self._broke or self._fault()
         self.check()
         self._known |= {layer for layer, kind, _ in self._made if kind == _KEYS and self._moved}
@@ -131,7 +131,7 @@ class Passage:
 
     @contextmanager
     def change(self, what: str) -> Iterator[None]:
-        """Change all layers outside a forward: the cache is broken unless it comes to its end."""
+        """Change all layers outside a forward: the cache is broken unless the change is completed."""
         self.settle()
         self._broke = f"{what} broke off after some layers of this cache had changed: {_REMEDY}"
         yield
@@ -139,7 +139,7 @@ class Passage:
 
     @contextmanager
     def anew(self) -> Iterator[None]:
-        """Empty all layers, whatever they were."""
+        """Empty all layers, whatever their state."""
         self._broke = f"reset() broke off halfway: call it again, {_REMEDY.partition(', ')[2]}"
         yield
         self._broke = None
@@ -147,7 +147,7 @@ class Passage:
         self._clear()
 
     def _fault(self) -> str | None:
-        """The reason why the newest forward's tokens are in some layers and not in others; None if they are not."""
+        """Return the reason why only some layers have the newest forward's tokens; None if there is no such fault."""
         if not self._made:
             return None
         last, given = max(layer for layer, _, _ in self._made), {layer for layer, _, _ in self._made}
@@ -171,7 +171,10 @@ class Passage:
         )
 
     def _half_filled(self, last: int) -> set[int]:
-        """The last layer, if its linear states are not filled as those of its likes were. The others were passed."""
+        """Return the last layer if its linear states are not filled as those of layers of its kind; else the empty set.
+
+        Earlier layers are complete, since the forward went past them.
+        """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]
         if kind is None or len({self._changed(layer) for layer in like}) == 1:
@@ -179,13 +182,16 @@ class Passage:
         return {last}
 
     def _changed(self, layer: int) -> frozenset[tuple[str, int, int]]:
-        """The layer's linear states, each with how often it was changed in place (a model may do it head by head)."""
+        """Return the layer's linear states, each with its count of in-place changes.
+
+        A model may change one state several times, head by head.
+        """
         often = {request: _version(state) - version for request, (state, version) in self._handed.items()}
         filled = {(f"new {kind}", index, 1) for at, kind, index in self._filled if at == layer}
         return frozenset(filled | {(kind, index, times) for (at, kind, index), times in often.items() if at == layer})
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy's tensors count their versions anew, so it is judged now."""
+        """Return the attributes of a copy, with the fault found now: a copy's tensors count their versions anew."""
         plain = dict(self.__dict__)
         try:
             self.check()
@@ -195,12 +201,12 @@ class Passage:
 
 
 def _version(state: Tensor) -> int:
-    """How often the tensor was changed in place; made in inference mode it does not count, and gives 0."""
+    """Count the in-place changes of a tensor. A tensor made in inference mode does not count them, and gives 0."""
     return 0 if state.is_inference() else state._version
 
 
 def outside_inference(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """Make the call outside inference mode, so that the tensors it makes count how often they are changed."""
+    """Make the call outside inference mode, so that the tensors it makes count their in-place changes."""
     if not torch.is_inference_mode_enabled():
         return call(*args, **kwargs)
     with torch.inference_mode(False), torch.no_grad():
@@ -208,7 +214,7 @@ def outside_inference(call: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def keeps_something(layer: Any, own: bool) -> bool:
-    """Whether a forward must give this layer something: one that keeps keys, or linear states whose use is seen."""
+    """Return True if a forward must fill this layer: it keeps keys, or linear states whose use the cache can see."""
     if not own or hasattr(layer, "get_seq_length"):
         return True
     return _LINEAR_SEEN and hasattr(layer, "conv_states")

@@ -1,4 +1,4 @@
-"""Positions that count within the cache: how a model turns its keys, found by asking it, and turning them back.
+"""Count positions within the cache: find how a model turns its keys, and turn them back.
 
 A rotary model turns queries and keys by their position before a cache gets them. For `positions="cache"` they are
 turned back here and turned to their rank by the state (`Spec.rotation`). No family is known by name: one token is fed
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvfloor.core.attend import compute_dtype
 from kvfloor.core.rotation import Circle, Rotation
@@ -36,7 +36,7 @@ _LENGTH_DEPENDENT = {
 
 
 class Memo:
-    """The circles of one forward's positions, for all layers that turn alike."""
+    """Keep the cosines and sines of one forward's positions, for all layers that turn alike."""
 
     def __init__(self) -> None:
         self._positions: weakref.ref[Tensor] | None = None
@@ -44,7 +44,7 @@ class Memo:
         self._circles: dict[tuple[Rotation, torch.dtype], Circle] = {}
 
     def circle(self, rotation: Rotation, place: int, positions: Tensor, dtype: torch.dtype) -> Circle:
-        """Cosines and sines (batch or 1, 1, n, pairs) of positions (batch or 1, n), for the place-th layer."""
+        """Return cosines and sines (batch or 1, 1, n, pairs) of positions (batch or 1, n), for the place-th layer."""
         same = self._positions is not None and self._positions() is positions
         if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
             self._circles.clear()
@@ -64,7 +64,7 @@ class TurnBack:
     memo: Memo
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """query (B, H, n, d) and key (B, Hkv, n, d) as they were before; positions (B or 1, n) or (axes, B, n)."""
+        """Return the unturned query (B, H, n, d) and key (B, Hkv, n, d); positions (B or 1, n) or (axes, B, n)."""
         del value
         if positions is None:
             raise ValueError('the model passed no position_ids to its attention, which positions="cache" turns back by')
@@ -73,7 +73,7 @@ class TurnBack:
 
 
 def plain(positions: Tensor) -> Tensor:
-    """Positions (B or 1, n) of text; ValueError where several axes differ, as those of images do."""
+    """Return positions (B or 1, n) of text. Raises ValueError where several axes differ, as those of images do."""
     if positions.ndim < 3:
         return positions
     if not bool((positions == positions[:1]).all()):
@@ -85,7 +85,7 @@ def plain(positions: Tensor) -> Tensor:
 
 
 def rotations(model: PreTrainedModel) -> list[Rotation | None]:
-    """How each compressed layer of a prepared model turns its keys and queries; None for one that does not.
+    """Return each compressed layer's rotation of keys and queries in a prepared model; None for a layer without one.
 
     Runs one token through the model at a few positions, twice. Raises ValueError for a model whose positions are not
     rotations fixed once and for all, naming why.
@@ -105,6 +105,11 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
         for kind in _rope_types(module):
             if kind in _LENGTH_DEPENDENT:
                 raise ValueError(f'positions="cache" cannot serve {name}: {_LENGTH_DEPENDENT[kind]}')
+    if _scales_queries(model.config.get_text_config(decoder=True)):
+        raise ValueError(
+            f'positions="cache" cannot serve {name}: it does not turn its keys and queries by one rotation alone, but '
+            f"scales its queries by their position in the stream (llama_4_scaling_beta)"
+        )
     trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
     near = sorted({0, 1, 2, 3, 7, 64, trained // 2, trained - 1} & set(range(trained)))
     first, second = _probed(model, near), _probed(model, [0, 2 * trained + 1, FAR])
@@ -121,7 +126,7 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
 
 @dataclass
 class _Seen:
-    """What a layer's attention was given for one token at each of the probe's positions, each (batch, heads, d)."""
+    """Record the attention inputs of a layer for one token at each of the probe's positions, each (batch, heads, d)."""
 
     place: Tensor  # (batch,)
     query: Tensor
@@ -132,7 +137,7 @@ class _Seen:
 
 @dataclass
 class _Recorder:
-    """Stands where `TurnBack` will, and changes nothing."""
+    """Record attention inputs in the place of `TurnBack`, and return query and key unchanged."""
 
     place: Tensor
     seen: list[_Seen] = field(default_factory=list)
@@ -145,7 +150,7 @@ class _Recorder:
 
 
 def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[_Seen]]:
-    """What each compressed layer is given for one token at these positions, one batch item each."""
+    """Record the attention inputs of each compressed layer for one token at these positions, one batch item each."""
     name, place = type(model).__name__, torch.tensor(positions, device=model.device)
     cache, layers = watched_cache(model.config)
     recorders = {layer.index: _Recorder(place) for layer in layers}
@@ -168,7 +173,7 @@ def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[
 
 
 def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
-    """The frequencies in the model's own rotary modules, each once, and as often turned the other way (NanoChat)."""
+    """List the frequencies in the model's own rotary modules, each once, then with the opposite sign (NanoChat)."""
     found: dict[tuple[float, ...], None] = {}
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -178,7 +183,7 @@ def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
 
 
 def _found(name: str, index: int, seen: Sequence[_Seen], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
-    """The one rule that explains all that layer `index` was given."""
+    """Return the one rule that explains all attention inputs of layer `index`; None if its keys are not turned."""
     d = seen[0].key.shape[-1]
     for one in seen:
         if one.value is not None and _apart(one.value, one.value[:1]) > TOLERANCE[one.value.dtype]:
@@ -200,7 +205,7 @@ def _found(name: str, index: int, seen: Sequence[_Seen], candidates: Sequence[tu
 
 
 def _explains(rule: Rotation | None, seen: _Seen) -> bool:
-    """Whether queries and keys at all positions are those at position 0, turned by the rule."""
+    """Return True if queries and keys at all positions are those at position 0, turned by the rule."""
     for x in (seen.query, seen.key):
         wide = x.to(compute_dtype(x.dtype))
         expected = wide[:1].expand_as(wide)
@@ -212,7 +217,7 @@ def _explains(rule: Rotation | None, seen: _Seen) -> bool:
 
 
 def _apart(x: Tensor, y: Tensor) -> float:
-    """The largest difference, as a share of the largest entry; infinite where there is nothing to compare."""
+    """Return the largest difference, as a share of the largest entry; infinite where every entry is 0."""
     largest = float(x.abs().max())
     return float((x - y).abs().max()) / largest if largest > 0 else float("inf")
 
@@ -223,8 +228,14 @@ def _rope_types(module: nn.Module) -> list[str]:
     return [one for one in kinds if isinstance(one, str)]
 
 
+def _scales_queries(decoder: PreTrainedConfig) -> bool:
+    """Return True if queries grow with their position; until transformers 5.3 no probe can choose that count."""
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))
+
+
 def table_room(model: nn.Module | None) -> int | None:
-    """How many positions a model's learned table of them has; None where there is no such table."""
+    """Count the positions in a model's learned table; None where there is no such table."""
     if not isinstance(model, PreTrainedModel):
         return None
     declared = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""One dtype for what a layer keeps, whatever mixture a model makes under torch.autocast.
+"""Convert keys and values to the one dtype that a layer keeps, whatever mixture torch.autocast makes.
 
 Rotary keys come in float32 there and values in bfloat16. A state is opened in autocast's own dtype, in which
 transformers' attention would compute; outside autocast in the dtype that holds the keys and the values without loss.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def lowered(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes in now where `x` is; None if it is off."""
+    """Return the dtype that autocast computes in now on the device of `x`; None if it is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -28,9 +28,10 @@ def settled(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def one_dtype(
     held: torch.dtype | None, lower: torch.dtype | None, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in the dtype that is `held`, or else (None) in the one to open a state in; autocast's is `lower`.
+    """Return query, key and value in the dtype `held`; if that is None, in the dtype to open a state in.
 
-    Keys that are their values stay one tensor. Raises ValueError outside autocast where the held dtype would round.
+    `lower` is autocast's dtype, None if it is off. Keys that are their values stay one tensor. Raises ValueError
+    outside autocast where the held dtype would round.
     """
     given = torch.promote_types(key.dtype, value.dtype)
     dtype = held or lower or given

@@ -1,8 +1,8 @@
-"""`prepare(model)`: the attention function that answers from a compressed layer, and exactly from any other cache.
+"""Select an attention function that answers from a compressed layer, and exactly from any other cache.
 
 Nothing is patched: transformers' own registries get an attention and a mask function for each attention that a part
 of the model had selected, and the model selects them by name (see `selection`). With any other cache they are the
-attention and the mask that the part had. `restore(model)` selects what was selected before.
+attention and the mask that the part had. `restore(model)` selects the earlier ones again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
 
 try:
     from transformers.utils.output_capturing import _active_collector as _collector
-except ImportError:  # until transformers 5.3 or so: there it is told by the argument alone
+except ImportError:  # until transformers 5.3 or so: there the argument alone requests weights
     _collector = None
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -46,9 +46,10 @@ def attention(
     over: str = "sdpa",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Answer a query (B, H, n, d) by (B, n, H, dv): from a compressed layer, or by the attention that this is `over`.
+    """Answer a query (B, H, n, d) by (B, n, H, dv): from a compressed layer, or by the attention named `over`.
 
-    The second is the attention's weights, where a stock cache was asked and the family's eager form gives them.
+    The second result is the attention's weights, where a stock cache holds the keys and the family's eager form gives
+    them.
     """
     answer: Any = _latent if hasattr(module, "expand_kv") else _stock
     if CompressedLayer.of(key) is not None:
@@ -60,7 +61,7 @@ def attention(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Pass the first argument on, as if it depended on all others, and refuse to go back."""
+    """Return the first argument as if it depended on all others, and refuse the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *sources: Tensor | None) -> Tensor:
@@ -75,7 +76,7 @@ class _NoGradient(torch.autograd.Function):
 def _latent(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a module that makes its keys of what `update` returned: of a compressed layer, or stock."""
+    """Answer for a module that makes its keys of latents from `update`: from a compressed layer, or stock."""
     pair = latent.awaited()
     layer = None if pair is None else CompressedLayer.of(pair[0])
     if pair is None or layer is None or layer.index != module.layer_idx:
@@ -90,7 +91,7 @@ def _latent(
 def _compressed(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention that a compressed layer answers; outside what torch.compile traces, which would trace every block."""
+    """Answer from a compressed layer, outside torch.compile's trace, which would trace every block."""
     layer = CompressedLayer.of(key)
     assert layer is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -107,7 +108,7 @@ def _answered(
     scale: float,
     call: dict[str, Any],
 ) -> Tensor:
-    """The layer's answer (B, n, H, dv), once the rules of this call are found to be ones that it follows."""
+    """Return the layer's answer (B, n, H, dv), after a check that the layer can follow the rules of this call."""
     try:
         _refuse(module, query, key, mask, call)
     except ValueError:
@@ -151,7 +152,7 @@ def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call
 
 
 def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
-    """Whether this forward is to return its attention's weights; some families do not pass the argument on."""
+    """Return True if this forward is to return its attention's weights; some families do not pass the argument on."""
     if call.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         return True
     if torch.compiler.is_compiling() or _collector is None:
@@ -162,9 +163,9 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over a stock cache: the one that was selected before, or the family's own eager form.
+    """Attend over a stock cache by the attention selected before, or by the family's own eager form.
 
-    That is taken where sdpa cannot follow it: logits capped, sinks, weights asked for.
+    The eager form is taken where sdpa cannot follow it: logits capped, sinks, weights requested.
     """
     if isinstance(mask, LazyMask):
         mask = mask.for_stock()
@@ -178,7 +179,7 @@ def _stock(
 
 
 def _eager(module: torch.nn.Module) -> Any:
-    """The function of the family's own file that answers where "eager" is selected; None if it has not exactly one."""
+    """Return the eager attention function in the family's own file; None if the file has not exactly one."""
     file = vars(sys.modules[type(module).__module__])
     if "eager_attention_forward" in file:
         return file["eager_attention_forward"]
@@ -187,7 +188,7 @@ def _eager(module: torch.nn.Module) -> Any:
 
 
 def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
-    """The mask of an eager form where sdpa's was made: bool, or None for the plain causal rule."""
+    """Return the mask of an eager form where sdpa's was made: bool, or None for the plain causal rule."""
     n, slots = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if mask is None and causal and n > 1:
@@ -200,11 +201,11 @@ def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor 
 
 
 def prepare(model: Model) -> Model:
-    """Let `model` work with a `CompressedCache`; with every other cache it gives what it gave. Returns `model`.
+    """Make `model` work with a `CompressedCache`; its results with every other cache stay the same. Returns `model`.
 
     `model` may be wrapped (torch.compile, PEFT, DataParallel). The model gets configurations of its own, so that others
-    built from the same ones are left as they are. Raises TypeError for what is no transformers model and ValueError for
-    a family that cannot be served.
+    built from the same ones are left as they are. Raises TypeError if there is no transformers model in `model`, and
+    ValueError for a family that cannot be served.
     """
     inner = unwrapped(model)
     refuse_own_cache(model)
@@ -232,7 +233,7 @@ def prepare(model: Model) -> Model:
 
 
 def is_prepared(model: object) -> bool:
-    """Return whether this is, or wraps, a transformers model that works with a `CompressedCache` now."""
+    """Return True if `model` is, or wraps, a transformers model that works with a `CompressedCache` now."""
     try:
         inner = unwrapped(model)
     except TypeError:
@@ -241,7 +242,7 @@ def is_prepared(model: object) -> bool:
 
 
 def owner(module: torch.nn.Module | None) -> PreTrainedModel | None:
-    """The prepared model that `module` is a part of, the whole one if it was prepared in parts; None if it is gone."""
+    """Return the prepared model that `module` is a part of, the largest if there are several; None if it is gone."""
     holders = [model for model in _prepared if module is not None and any(part is module for part in model.modules())]
     return max(holders, key=lambda model: sum(1 for _ in model.modules()), default=None)
 

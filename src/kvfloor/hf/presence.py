@@ -1,8 +1,8 @@
-"""The slots of a cache that hold no token to attend to, by the masks of its forwards: pads, and tokens hidden since.
+"""Track the slots of a cache without a token to attend to, from the masks of its forwards: pads and hidden tokens.
 
-A 2-d mask is about every slot, those of earlier forwards too. A pad was never taken in, so it cannot be shown later. A
-token that was taken in and is hidden by a later mask, such as what `generate()` appends to a row that has ended, is
-dropped by every layer. A mask that repeats what is known costs one count of its entries per forward, not per layer.
+A 2-d mask covers every slot, those of earlier forwards too. A pad was never taken in, so it cannot be shown later. A
+token that was taken in and is hidden by a later mask, such as the tokens that `generate()` appends to an ended row, is
+dropped by every layer. A mask that repeats known pads costs one count of its entries per forward, not per layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _WHOLE = "give the same zeros again, or feed the tokens of these slots with all 
 
 
 class Presence:
-    """What all layers of one cache know about their slots; the first of them to answer a forward compares its mask."""
+    """Hold the pads and hidden slots of one cache; the first layer to answer a forward compares its mask with them."""
 
     def __init__(self) -> None:
         self.reset()
@@ -24,21 +24,21 @@ class Presence:
     def reset(self) -> None:
         """Forget everything: the cache is empty."""
         self.slots = 0
-        self.pads = torch.zeros(0, 2, dtype=torch.int64)  # (batch item, slot) of what was never taken in
-        self.hidden = torch.zeros(0, 2, dtype=torch.int64)  # and of what was taken in and is dropped
+        self.pads = torch.zeros(0, 2, dtype=torch.int64)  # (batch item, slot) of slots never taken in
+        self.hidden = torch.zeros(0, 2, dtype=torch.int64)  # (batch item, slot) of tokens taken in and dropped
         self._leaving: Tokens | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is remembered: 16 per pad and per dropped token."""
+        """Return the bytes of the lists: 16 per pad and per dropped token."""
         return self.pads.nbytes + self.hidden.nbytes
 
     def leaving(self, padding: Tensor | None, seen: int, batch: int) -> Tokens | None:
-        """The tokens that this forward's mask hides though they were taken in; None if there are none.
+        """Return the tokens that this forward's mask hides though they were taken in; None if there are none.
 
-        padding: bool (batch, slots), `seen` of which came before this forward. None says nothing about those, and
-        that the new ones are real: so a padded prompt may be followed by tokens without a mask.
-        Raises ValueError for a mask that shows a slot again which holds no token. Changes nothing.
+        padding: bool (batch, slots), `seen` of which came before this forward. None leaves the earlier slots as they
+        were, with all new ones real: so a padded prompt may be followed by tokens without a mask.
+        Raises ValueError for a mask that shows a slot again that holds no token. Changes nothing.
         """
         if self.slots != seen:  # another layer of this forward has compared this mask already
             return self._leaving
@@ -59,7 +59,7 @@ class Presence:
         return self._positions(newly.cpu().nonzero(), batch, seen)
 
     def commit(self, padding: Tensor | None, seen: int, n: int, leaving: Tokens | None) -> None:
-        """Take over what the mask of a forward of n slots told, once a layer has followed it."""
+        """Record the pads and hidden tokens in the mask of a forward of n slots, once a layer has followed it."""
         if self.slots != seen:
             return
         self.slots, self._leaving = seen + n, leaving
@@ -79,16 +79,19 @@ class Presence:
         self._leaving = None
 
     def export(self) -> dict[str, Tensor]:
-        """What a saved cache needs of it beside its layers' clocks."""
+        """Return the tensors that a saved cache needs beside its layers' clocks."""
         return {"pads": self.pads, "hidden": self.hidden}
 
     def adopt(self, fields: dict[str, Tensor], slots: int) -> None:
-        """Continue from what `export` gave of a cache that had seen so many slots."""
+        """Continue from the tensors that `export` returned for a cache that had seen `slots` slots."""
         self.reset()
         self.slots, self.pads, self.hidden = slots, fields["pads"], fields["hidden"]
 
     def _positions(self, newly: Tensor, batch: int, seen: int) -> Tokens:
-        """Item and position of the tokens in the slots (e, 2): a row counts what it took in, hidden since or not."""
+        """Return item and position of the tokens in these slots (e, 2).
+
+        A row counts all tokens that it took in, hidden since or not.
+        """
         taken = torch.ones(batch, seen, dtype=torch.int64)
         taken[tuple(self.pads.unbind(1))] = 0
         item, slot = newly.unbind(1)
@@ -96,7 +99,7 @@ class Presence:
 
 
 def _selected(absent: Tensor, items: list[int]) -> Tensor:
-    """The slots (e, 2) of these batch items, under the items' new places."""
+    """Return the slots (e, 2) of these batch items, under the items' new places."""
     parts = [absent[absent[:, 0] == item] for item in items]
     for place, part in enumerate(parts):
         part[:, 0] = place
@@ -104,6 +107,6 @@ def _selected(absent: Tensor, items: list[int]) -> Tensor:
 
 
 def _spelled(absent: Tensor) -> str:
-    """The first of these slots (e, 2) in words."""
+    """Describe the first of these slots (e, 2) in words."""
     item, slot = absent[0].tolist()
     return f"slot {slot} of row {item}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")

@@ -1,4 +1,4 @@
-"""Record the queries, keys and values that the compressed layers of a cache are given."""
+"""Record the queries, keys and values that the compressed layers of a cache receive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvfloor.hf.layer import CompressedLayer
 
 @dataclass(frozen=True)
 class Recorded:
-    """What one layer was given over all forwards: q (B, H, n, d), k and v (B, Hkv, n, .), after RoPE.
+    """Hold the inputs of one layer over all forwards: q (B, H, n, d), k and v (B, Hkv, n, .), after RoPE.
 
     last   tokens of the newest forward
     """
@@ -34,7 +34,7 @@ class Recorded:
 
 
 class Recorder:
-    """Copy what these layers are given from now on. A layer has one recorder at a time."""
+    """Copy the inputs of these layers from now on. A layer has one recorder at a time."""
 
     def __init__(self, layers: Iterable[CompressedLayer]) -> None:
         self._parts: dict[int, list[tuple[Tensor, Tensor, Tensor, float, float | None]]] = {}
@@ -50,7 +50,7 @@ class Recorder:
         return keep
 
     def of(self, index: int) -> Recorded:
-        """Return all that layer `index` of the model was given, its forwards joined along the tokens."""
+        """Return all inputs of layer `index` of the model, its forwards joined along the tokens."""
         parts = self._parts[index]
         q, k, v = (torch.cat(given, dim=2) for given in zip(*(part[:3] for part in parts), strict=True))
         return Recorded(q, k, v, parts[0][3], parts[0][4], last=parts[-1][0].shape[2])

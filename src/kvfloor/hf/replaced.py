@@ -1,18 +1,20 @@
-"""A compressed cache that the model would pass by: other attention asks its keys, or generate() goes on without it."""
+"""Refuse calls that would bypass a compressed cache: other attention over its keys, or generate() without it."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from kvfloor.hf.selection import selects_kvfloor
 
 
 def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
-    """Raise RuntimeError if the module that asked a layer before would not ask kvfloor's attention now.
+    """Raise RuntimeError if the module that called a layer before would not use kvfloor's attention now.
 
     Other attention would read the newest tokens alone, for `update` returns no others.
     """
@@ -26,27 +28,37 @@ def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
 
 
 class SwitchingRotation:
-    """The length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) turns its keys by other angles than before.
+    """Hold the length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) changes the angles that turn its keys.
 
     Keys from before do not go with keys from after it, so generate() would drop the cache there, whatever it is, and go
     on with a DynamicCache of all tokens. A compressed cache cannot be filled anew from tokens it no longer has.
     """
 
-    def __init__(self, length: int, angles_differ: bool) -> None:
-        self._length, self._angles_differ = length, angles_differ
+    def __init__(self, length: int, angles_differ: bool, dropped_unasked: bool) -> None:
+        """dropped_unasked: generate() drops a cache by its own count of positions, so that none can refuse."""
+        self._length, self._angles_differ, self._dropped_unasked = length, angles_differ, dropped_unasked
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> SwitchingRotation | None:
-        """Return that of this configuration; None if its model has none."""
+        """Return the switching rotation of this configuration; None if its model has none."""
         length = getattr(config, "original_max_position_embeddings", None)
         if not isinstance(length, int):
             return None
         rope = getattr(config, "rope_parameters", None) or {}
-        return cls(length, rope.get("rope_type", "default") != "default")
+        reachable = (getattr(config, "max_position_embeddings", None) or 0) > length
+        return cls(length, rope.get("rope_type", "default") != "default", reachable and _drops_unasked(config))
 
     def seen(self, slots: int) -> int:
-        """Return the number in a form that raises when generate() asks whether it is time to drop the cache."""
+        """Return the number in a form that raises when generate() compares it with the length to drop the cache."""
         return _Seen(slots, self)
+
+    def refuse_unasked(self, seen: int) -> None:
+        """Raise ValueError if generate() may drop the cache without a question that the cache could answer."""
+        if self._dropped_unasked and seen <= self._length:
+            raise ValueError(
+                f"{self.told(seen)}. generate() of transformers {transformers.__version__} drops a cache there without "
+                f"asking it, so that generating is refused below that length too; newer releases ask"
+            )
 
     def refuse_crossing(self, seen: int, new: int) -> None:
         """Raise ValueError for a forward whose keys would not go with those in the cache."""
@@ -54,7 +66,7 @@ class SwitchingRotation:
             raise ValueError(self.told(seen))
 
     def told(self, seen: int) -> str:
-        """Tell what stands in the way, and what to do."""
+        """Describe the obstacle, and the ways around it."""
         return (
             f"this model turns its keys by other angles above {self._length} tokens "
             f"(original_max_position_embeddings), so the {seen} in this cache do not go with more than that, and "
@@ -63,8 +75,15 @@ class SwitchingRotation:
         )
 
 
+def _drops_unasked(config: PreTrainedConfig) -> bool:
+    """Return True if generate() of this family and release compares its own position count with the length."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    prepares = getattr(family, "prepare_inputs_for_generation", None)
+    return prepares is not None and "cache_position" in inspect.signature(prepares).parameters
+
+
 class _Seen(int):
-    """Slots seen, by a cache of a model whose generate() compares them with the length at which it drops the cache."""
+    """Count the slots seen, for a model whose generate() compares them with the length at which it drops the cache."""
 
     _rotation: SwitchingRotation
 

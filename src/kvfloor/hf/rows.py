@@ -1,4 +1,4 @@
-"""A model's tensors as a state has them: batch x kv head as its rows, a GQA group as its g."""
+"""Convert a model's tensors to a state's: batch x kv head as its rows, a GQA group as its g."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvfloor.core.state import State
 
 
 def present_rows(padding: Tensor | None, slots: slice, kv_heads: int) -> Tensor | None:
-    """Which of these slots hold a real token, per row (B * Hkv, n); None if all do."""
+    """Return True for each of these slots that holds a real token, per row (B * Hkv, n); None if all do."""
     if padding is not None and padding.shape[1] != slots.stop:
         raise ValueError(
             f"the attention mask has {padding.shape[1]} slots and the cache {slots.stop} with this forward's: give one "
@@ -23,7 +23,7 @@ def present_rows(padding: Tensor | None, slots: slice, kv_heads: int) -> Tensor 
 def step_rows(
     state: State, query: Tensor, key: Tensor, value: Tensor, present: Tensor | None, sink: Tensor | None
 ) -> Tensor:
-    """One step of a state with batch and heads folded into rows: (B, H, n, d) -> (B, n, H, dv), contiguous."""
+    """Step a state with batch and heads folded into rows: (B, H, n, d) -> (B, n, H, dv), contiguous."""
     (batch, heads, n, d), kv_heads, dv = query.shape, key.shape[1], value.shape[-1]
     g = heads // kv_heads
     keys = key.reshape(batch * kv_heads, n, d)

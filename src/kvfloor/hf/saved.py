@@ -1,8 +1,8 @@
-"""Saving a compressed cache and loading it again: what continues is what would have gone on, bit for bit.
+"""Save a compressed cache and load it again, to continue bit for bit as the original would have.
 
-A saved cache is a message (`kvfloor.core.message`) whose header tells the method, the constructor's arguments, the
-model's fingerprint and what each layer is; its fields are each layer's state, under the layer's number. No module is
-imported because a file names it.
+A saved cache is a message (`kvfloor.core.message`). Its header holds the method, the constructor's arguments, the
+model's fingerprint and the class of each layer; its fields are each layer's state, under the layer's number. No module
+is imported because a file names it.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ __all__ = ["MOST_BYTES", "NewerVersion", "OlderVersion", "UnknownMethod", "Wrong
 
 Held = TypeVar("Held", bound="CompressedCache")
 
-MOST_BYTES = 1 << 35  # of a file that `load` reads unless told otherwise
-_MODE = 0o600  # a cache tells what was said
+MOST_BYTES = 1 << 35  # largest file that `load` reads by default
+_MODE = 0o600  # a cache reveals its text
 _WHAT = "saved cache"
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _FOREIGN = re.compile(r"[\w.]+:[A-Za-z_]\w*")  # module:Class; a budget per row has digits after its colon
 
 
 class WrongModel(ValueError):
-    """The cache was filled by another model than the one it is loaded for."""
+    """Report that the cache was filled by another model than the one it is loaded for."""
 
 
 class UnknownMethod(ValueError):
-    """The file's method is not one that can be made here."""
+    """Report that the file's method cannot be made here."""
 
 
 def save(cache: CompressedCache, path: str | Path) -> None:
-    """Write `cache` to `path`, mode 0600, so that the path holds all of it or what it held before.
+    """Write `cache` to `path`, mode 0600: after a failure the path holds what it held before.
 
     Where `path` is a symbolic link, the file that it leads to is replaced and the link stays. Takes about twice the
-    saved bytes for a moment. Raises ValueError for a cache in which nothing is, for one in the middle of a forward, for
-    one whose model is gone, and for a path that cannot be written, TypeError for what is no path, BrokenState for one
-    in which a forward broke off.
+    saved bytes for a moment. Raises ValueError for an empty cache, for one in the middle of a forward, for one whose
+    model is gone, and for a path that cannot be written. Raises TypeError where `path` is no path, and BrokenState for
+    a cache in which a forward broke off.
     """
     path = named(path, _WHAT)
     cache.check_whole()
@@ -88,17 +88,17 @@ def load(
     method: Method | None = None,
     most_bytes: int = MOST_BYTES,
 ) -> Held:
-    """The cache of class `kind` in the file `path`, to continue with `model` where it was saved.
+    """Return the cache of class `kind` in the file `path`, to continue with `model` where it was saved.
 
     Raises CorruptState for a file that is damaged, truncated or something else, OlderVersion, NewerVersion, WrongModel
     and UnknownMethod as their names say, ValueError for a file that cannot be read or has more than `most_bytes` and
-    for a model that is not prepared, TypeError for what is no path, no model or no method.
+    for a model that is not prepared, TypeError where path, model or method has another type.
     """
     path = named(path, _WHAT)
     model = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     _check_arguments(model, method, most_bytes)
     header, fields = message.unpack(message.read(path, most_bytes, _WHAT))
-    here = fingerprint(model)  # what cannot be read of the model is no fault of the file
+    here = fingerprint(model)  # outside the try: an unreadable model is no fault of the file
     try:
         _check_model(header["model"], here)
         own = _method(header["method"], method)
@@ -136,7 +136,7 @@ def _check_arguments(model: Any, method: Any, most_bytes: Any) -> None:
 
 
 def _described(layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a layer is, JSON-ready, and what it holds."""
+    """Return the description of a layer, JSON-ready, and its tensors."""
     plain: dict[str, Any] = {"layer": type(layer).__name__}
     if not isinstance(layer, CompressedLayer):
         return plain, stock.export(layer)
@@ -151,7 +151,7 @@ def _described(layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def _restored(
     layer: Any, plain: dict[str, Any], fields: dict[str, Any], device: torch.device, own: Method, model: PreTrainedModel
 ) -> None:
-    """Give a fresh layer what `_described` took from the saved one."""
+    """Give a fresh layer the description and tensors that `_described` returned for the saved one."""
     if type(layer).__name__ != plain["layer"]:
         raise ValueError(f"a {plain['layer']} was saved where this cache has a {type(layer).__name__}")
     if not isinstance(layer, CompressedLayer):
@@ -166,7 +166,7 @@ def _restored(
 
 
 def _check_clocks(clocks: dict[str, Any], state: State | None) -> None:
-    """Raise ValueError where a layer's clocks are not those of this state."""
+    """Raise ValueError if a layer's clocks do not fit this state."""
     kinds = {name: type(value) for name, value in clocks.items()}
     if kinds != {"seen": int, "batch": int, "is_initialized": bool}:
         raise ValueError(f"a layer's clocks are {clocks!r}")
@@ -177,7 +177,7 @@ def _check_clocks(clocks: dict[str, Any], state: State | None) -> None:
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
-    """Layer index -> device of its weights."""
+    """Map each layer index to the device of the layer's weights."""
     devices: dict[int, torch.device] = {}
     for module in model.modules():
         index, place = getattr(module, "layer_idx", None), device_of(module)
@@ -190,7 +190,7 @@ def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
 
 
 def _method(text: str, given: Method | None) -> Method:
-    """The method that the text describes; a third party's class only if `given` has it too."""
+    """Return the method that the text describes; a third party's class only if `given` has it too."""
     if given is not None and str(given) == text:
         return given
     foreign = _foreign(text) - (set() if given is None else _foreign(str(given)))
@@ -210,7 +210,7 @@ def _foreign(text: str) -> set[str]:
 
 
 def _model_of(cache: CompressedCache) -> PreTrainedModel:
-    """The prepared model that filled the cache."""
+    """Return the prepared model that filled the cache."""
     served = [layer.served_by for layer in cache.compressed if layer.state is not None]
     if not served:
         raise ValueError("nothing was fed to this cache yet: there is nothing to save")

@@ -1,7 +1,7 @@
-"""Which attention a configuration selects: kvfloor's beside the one that was selected before, both in one name.
+"""Select kvfloor's attention in a configuration under a name that also holds the attention selected before.
 
-The name is all that there is to remember. It goes along with deep copies, pickles and parts of a model, each of which
-has its own, and transformers' own errors about it tell how to undo it.
+Nothing else is stored. The name goes along with deep copies, pickles and parts of a model, each of which has its own,
+and transformers' own error messages about it include how to undo it.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ _AS_THEY_ARE = ("eager", "sdpa")
 def name_over(before: str | None) -> str:
     """Name kvfloor's attention where `before` was selected.
 
-    transformers looks for words such as "flash" in a name and prepares other inputs then, and takes one with a slash
-    for a kernel to load: all names but the two that it may find are spelled out.
+    transformers looks for words such as "flash" in a name and prepares other inputs then. It takes a name with a slash
+    for a kernel to load. So all names but "eager" and "sdpa", which it may find, are spelled out.
     """
     before = before or "eager"
     return _BEGIN + (before if before in _AS_THEY_ARE else "·".join(before).replace("/", "÷")) + _END
 
 
 def before(name: str | None) -> str | None:
-    """Return what was selected before, given kvfloor's name; None for the name of any other attention."""
+    """Return the attention selected before, given kvfloor's name; None for the name of any other attention."""
     if name is None or not (name.startswith(_BEGIN) and name.endswith(_END)):
         return None
     return name[len(_BEGIN) : -len(_END)].replace("·", "").replace("÷", "/")
 
 
 def selects_kvfloor(config: PreTrainedConfig) -> bool:
-    """Return whether models of this configuration ask for kvfloor's attention."""
+    """Return True if models of this configuration use kvfloor's attention."""
     return before(config._attn_implementation) is not None
 
 
 def configurations(model: nn.Module) -> list[PreTrainedConfig]:
     """List the configurations, each once, by which this model and its parts select their attention.
 
-    Those of parts that transformers lets no one select for are left out.
+    Configurations of parts whose attention transformers does not let users select are left out.
     """
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     fixed = {id(part.config) for part in parts if not part._can_set_attn_implementation()}
@@ -80,7 +80,7 @@ def select(model: nn.Module) -> set[str]:
 
 
 def deselect(model: nn.Module) -> None:
-    """Select in every part what was selected there before; a part in which something else is selected keeps it."""
+    """Restore in every part the attention selected before kvfloor's; a part with another selection keeps it."""
     for config in configurations(model):
         earlier = before(config._attn_implementation)
         if earlier is not None:

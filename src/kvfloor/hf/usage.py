@@ -1,4 +1,4 @@
-"""What many caches held and took, beside what exact caches would have taken: proof that a method was really applied."""
+"""Sum the tokens and bytes of many caches, beside the bytes of exact caches: proof that a method was really applied."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from kvfloor.hf.cache import CompressedCache
 
 
 class Usage:
-    """Adds up caches at the end of their use; sequences, tokens per kv head, bytes."""
+    """Add up caches at the end of their use: sequences, tokens per kv head, bytes."""
 
     def __init__(self) -> None:
         self._sequences = self._most_seen = self._most_held = 0
@@ -28,7 +28,10 @@ class Usage:
         self._peak_bytes = max(self._peak_bytes, cache.peak_nbytes)
 
     def totals(self) -> dict[str, int]:
-        """JSON-ready; `state_bytes` and `exact_bytes` are sums over sequences at their ends, the rest are maxima."""
+        """Return JSON-ready totals: `sequences`, `state_bytes` and `exact_bytes` are sums, the others maxima.
+
+        Bytes are summed over sequences at their ends.
+        """
         return {
             "sequences": self._sequences,
             "most_tokens_seen": self._most_seen,

@@ -1,6 +1,6 @@
-"""A model's weights wherever they are: on a device, on disk behind accelerate's hooks, or packed by a quantiser.
+"""Read a model's weights wherever they are: on a device, on disk behind accelerate's hooks, or packed by a quantiser.
 
-Also the adapters (PEFT's, or transformers' own use of them) that change what the weights do.
+Also read the adapters (PEFT's, or transformers' own use of them) that change the effect of the weights.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_WRAPPED = ("base_layer", "original_module")  # what PEFT calls the layer inside an adapter, and inside a trained copy
+_WRAPPED = ("base_layer", "original_module")  # PEFT's names of the layer inside an adapter, and inside a trained copy
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """What the adapter layers of a model do now.
+    """Hold the present effect of a model's adapter layers.
 
-    active  names of those that are on, "name (merged)" for those that were merged into the weights
-    off     prefixes of the names of weights that do nothing now
+    active  names of active adapters, "name (merged)" for those that were merged into the weights
+    off     prefixes of the names of weights that have no effect now
     base    names of the model's own layers inside adapters
-    scales  (layer, adapter, factor) of those that are on
+    scales  (layer, adapter, factor) of active adapters
     """
 
     active: list[str]
@@ -34,7 +34,7 @@ class Adapters:
 
 
 def adapters_of(model: nn.Module) -> Adapters:
-    """The adapters of `model`, by the attributes that PEFT's layers have."""
+    """Return the adapters of `model`, found by the attributes that PEFT's layers have."""
     active: set[str] = set()
     off: list[str] = []
     base: list[str] = []
@@ -60,9 +60,9 @@ def adapters_of(model: nn.Module) -> Adapters:
 
 
 def stored(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
-    """Name and numbers of everything that the model computes with and keeps: parameters and persistent buffers.
+    """Yield name and numbers of every parameter and persistent buffer that the model computes with.
 
-    Weights of adapters that are off are left out, and a layer inside an adapter has the name that it has without one.
+    Weights of inactive adapters are left out, and a layer inside an adapter has the name that it has without one.
     Raises ValueError naming a weight whose numbers cannot be read.
     """
     whole, plain = model.state_dict(keep_vars=True), {}
@@ -75,7 +75,10 @@ def stored(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor]]
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Where this module computes: its weights' device, or the one that a hook brings offloaded weights to."""
+    """Return the device where this module computes, or None if unknown.
+
+    It is the weights' device, or the one to which a hook brings offloaded weights.
+    """
     for weight in module.parameters():
         if not weight.is_meta:
             return weight.device
@@ -88,14 +91,14 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 
 def _at(part: Any, path: str) -> Any:
-    """The attribute at a dotted path, or None."""
+    """Return the attribute at a dotted path, or None."""
     for name in path.split("."):
         part = getattr(part, name, None)
     return part
 
 
 def _fetched(model: nn.Module, name: str, value: Any) -> Any:
-    """A weight of the state dict, or what the hook of its module would load in its place."""
+    """Return a weight of the state dict, or the one that its module's hook would load in its place."""
     if not isinstance(value, Tensor) or not value.is_meta:
         return value
     path, _, own = name.rpartition(".")
@@ -115,7 +118,7 @@ def _hooks(module: nn.Module) -> Iterable[Any]:
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The dense tensors that a weight consists of: one, or the parts of a quantised one."""
+    """Yield the dense tensors that a weight consists of: one, or the parts of a quantised one."""
     if isinstance(value, Tensor):
         inner = getattr(value, "__tensor_flatten__", None)
         if inner is not None:

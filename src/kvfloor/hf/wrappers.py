@@ -1,4 +1,4 @@
-"""The transformers model inside what people hold: torch.compile, PEFT, DataParallel and others wrap it."""
+"""Find the transformers model inside its wrappers: torch.compile, PEFT, DataParallel and others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def refuse_own_cache(model: object) -> None:
 
 
 def _layers(model: object) -> Iterator[object]:
-    """The model, what it wraps, what that wraps, and so on."""
+    """Yield the model, the module that it wraps, the module inside that one, and so on."""
     inner, seen = model, []
     while not any(inner is each for each in seen):
         yield inner

@@ -1,1 +1,1 @@
-"""Collect every way to remember, and the one table that names them."""
+"""Collect every method of the library and the one table that names the methods."""

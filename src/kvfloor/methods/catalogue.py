@@ -1,4 +1,4 @@
-"""The methods table in words, made from the registry: for `kvfloor methods` and the generated docs."""
+"""Describe every registered method in words, for `kvfloor methods` and the generated docs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from kvfloor.core.method import Method, Traits
 from kvfloor.core.spec import Spec
 from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, default_method, kind, lookup, parse
 
-_ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # arguments that a theorem may ask for
+_ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # examples of what a theorem may need
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row per entry: name, kind, paper, guarantee, memory, traits, aliases, and the first sentence of its docs.
+    """Return one row per registered method.
 
-    Variants, methods of another attention law that are no model's cache, come last; what a barrier builds for itself
-    (it has arguments without defaults) is left out.
+    A row holds the name, kind, paper, guarantee, memory, traits, aliases, and the first sentence of the docstring.
+    Variants come last: methods of another attention law, which cannot serve as a model's cache. A variant with an
+    argument that has no default is left out, because only a barrier builds it.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]
@@ -43,13 +44,16 @@ def _row(name: str, label: str) -> dict[str, Any]:
 
 
 def _first_sentence(text: str) -> str:
-    """Up to the first full stop, on one line."""
+    """Return the text up to its first full stop, on one line."""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     return re.split(r"(?<! al)\. ", paragraph)[0].rstrip(".:") + "."
 
 
 def _guarantee(name: str, part: type, method: Method) -> str:
-    """The error's norm and the theorem; which arguments must be given where it has assumptions, or "none"."""
+    """Return the norm and the theorem of the method's guarantee, or "none".
+
+    A theorem with assumptions is followed by the names of the arguments that must be given.
+    """
     spec = Spec(rows=1, d=4, dv=4)
     stated, given = method.guarantee(spec), ""
     if stated is None:
@@ -73,6 +77,6 @@ def _memory(method: Method) -> str:
 
 
 def _claims(traits: Traits) -> list[str]:
-    """Traits in words: the reference law, then every promise made."""
+    """Return the traits in words: the reference law, then every property that the method promises."""
     promised = [f.name for f in fields(traits) if f.name != "reference" and getattr(traits, f.name)]
     return [f"reference={traits.reference}", *promised]

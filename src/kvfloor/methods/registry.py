@@ -1,10 +1,10 @@
-"""The one table of methods, and the text grammar over it.
+"""Register every method in one table and parse the text that names a method.
 
     METHOD  =  policy(args) + summary(args) | selector(args) @ budget
             |  method(args) | selector(args) @ budget
 
 CLI choices, the docs' tables, the conformance matrix and the report all follow from `TABLE`. A part may also be
-`module:Class`, which is imported: that is how third parties bring their own.
+written `module:Class`, which is imported: third parties add their own parts this way.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ ALIASES: dict[str, str] = {
     "kivi": "quant",
 }
 
-# Not for a model's cache, so not in the table: another attention law, and what a barrier's floor is tight against.
+# Left out of the table because no model's cache can use them: methods of another attention law, and the method that
+# attains a barrier's floor.
 VARIANTS: dict[str, str] = {
     "tensor": "kvfloor.methods.variants.tensor:TensorAttention",
     "subgen_tensor": "kvfloor.methods.variants.subgen_tensor:SubGenTensor",
@@ -124,7 +125,7 @@ _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's argume
 
 
 def kind(part: type) -> str:
-    """method, policy, summary or selector."""
+    """Return the kind of a part: "method", "policy", "summary" or "selector"."""
     for name, base in KINDS.items():
         if issubclass(part, base):
             return name
@@ -132,9 +133,10 @@ def kind(part: type) -> str:
 
 
 def parse(text: str) -> Method:
-    """The method that the text describes; `str(method)` parses back to an equal one.
+    """Return the method that the text describes.
 
-    Raises ValueError naming the part that is unknown, malformed or out of place, and what is allowed.
+    `str(method)` parses back to an equal method. Raises ValueError naming the part that is unknown, malformed or out
+    of place, and the parts that are allowed.
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a method is text such as 'h2o(recent=64)@512', got {text!r}")
@@ -204,7 +206,7 @@ def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any
 
 
 class _Nested(str):
-    """An argument that is more than a literal or a word: the text of a method."""
+    """Mark an argument that is the text of a method, as opposed to a literal or a word."""
 
 
 def _malformed(text: str) -> str:
@@ -227,7 +229,7 @@ def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _value(node: ast.expr) -> Any:
-    """A literal, or as a string a bare word (score=mean) or a method (store=sinks(4)@32)."""
+    """Return the value of a literal; a bare word (score=mean) or a method (store=sinks(4)@32) as a string."""
     if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
         return node.id
     if isinstance(node, (ast.Call, ast.BinOp)):
@@ -236,7 +238,11 @@ def _value(node: ast.expr) -> Any:
 
 
 def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
-    """The class behind a name, an alias or `module:Class`; ValueError listing what there is."""
+    """Return the class of a name, an alias or `module:Class`.
+
+    Raises ValueError listing the known names where the name is unknown, the class is of another kind or is no
+    dataclass.
+    """
     if ":" in name or name in VARIANTS:
         part = _imported(VARIANTS.get(name, name))
     else:
@@ -268,7 +274,10 @@ def _imported(name: str) -> type:
 
 
 def default_method(name: str, budget: int = 64) -> Method:
-    """A runnable method around one entry of the table: what tests, docs and the conformance matrix iterate."""
+    """Return a runnable method that contains one entry of the table.
+
+    Tests, docs and the conformance matrix iterate over these methods.
+    """
     part = lookup(name)
     texts = {"policy": "{0}@{1}", "summary": "window+{0}@{1}", "selector": "exact|{0}", "method": "{0}"}
     return parse(texts[kind(part)].format(name, budget))

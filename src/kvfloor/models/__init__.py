@@ -1,4 +1,4 @@
-"""The small built-in model, its tokenizer and its trainer."""
+"""Provide the small built-in model, its tokenizer and its trainer."""
 
 from kvfloor.models.load import builtin_path, load
 

@@ -1,4 +1,4 @@
-"""Where the built-in model lies, and how any local model is loaded."""
+"""Locate the built-in model, and load any local model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _TEXTS = (".json", ".txt", ".model", ".jinja")
 
 
 def builtin_path() -> Path:
-    """Folder of the shipped weights, tokenizer and `training.json`."""
+    """Return the folder of the shipped weights, tokenizer and `training.json`."""
     return Path(__file__).parent / "builtin"
 
 
 def load(name_or_path: str | Path = BUILTIN) -> tuple[Any, Any]:
-    """(model, tokenizer) in float32 and evaluation mode; "builtin" or the folder of a transformers model.
+    """Load (model, tokenizer) in float32 and evaluation mode: "builtin" or the folder of a transformers model.
 
     Nothing is downloaded. Raises ValueError where the folder holds no model.
     """
@@ -28,7 +28,7 @@ def load(name_or_path: str | Path = BUILTIN) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as cause:  # whatever a damaged file makes of its reader
+    except Exception as cause:  # a damaged file may raise any exception in its reader
         raise ValueError(f"the model in {str(folder)!r} cannot be loaded: {type(cause).__name__}: {cause}") from cause
     return model.eval(), tokenizer
 

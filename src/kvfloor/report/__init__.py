@@ -1,4 +1,4 @@
-"""An audit's rows made readable: one self-contained HTML page, and a table for the terminal."""
+"""Render an audit's rows: one self-contained HTML page, and a table for the terminal."""
 
 from kvfloor.audit.meta import Meta
 from kvfloor.report.html import render

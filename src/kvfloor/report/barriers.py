@@ -1,4 +1,4 @@
-"""The page of `kvfloor break --out`: every game that was played, and sweeps of where a method leaves the bound."""
+"""Render the page of `kvfloor break --out`: every game played, and sweeps to where a method leaves the bound."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def render(results: Sequence[Result], command: str, path: Path) -> None:
 
 
 def page(results: Sequence[Result], command: str) -> str:
-    """The page as HTML text."""
+    """Return the page as HTML text."""
     if not results:
         raise ValueError("there is nothing to report: play at least one barrier")
     worst = min(results, key=lambda result: ("cheats", "breaks", "holds").index(result.verdict))
@@ -48,7 +48,7 @@ def page(results: Sequence[Result], command: str) -> str:
 
 
 def plots(results: Sequence[Result]) -> list[Plot]:
-    """One figure per barrier that has something to sweep over."""
+    """Draw one figure per barrier that has a parameter to sweep."""
     drawn = []
     for result in results:
         if result.barrier == "spike":

@@ -22,7 +22,7 @@ BELOW_FLOOR_AND_FALLS = "below the worst-case floor, and it loses to exact here"
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: its place, its error bar from `low` to `high`, and the words shown on pointing at it."""
+    """Hold one setting: its place, its error bar from `low` to `high`, and the words shown on pointing at it."""
 
     x: float
     y: float
@@ -34,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One method's points, from the fewest bytes up; `path` joins them."""
+    """Hold one method's points, from the fewest bytes up; `path` joins them."""
 
     mark: Mark
     points: tuple[Point, ...]
@@ -46,7 +46,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bound:
-    """A vertical line: where it stands, the words beside it, and on which side they fit."""
+    """Hold a vertical line: where it stands, the words beside it, and on which side they fit."""
 
     x: float
     lines: tuple[str, ...]
@@ -68,7 +68,7 @@ class Chart:
 
 
 def chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
-    """The chart of one cell's rows, exact among them. x is log2 of bytes, y the score."""
+    """Draw the chart of one cell's rows, exact among them. x is log2 of bytes, y the score."""
     exact = next(row for row in rows if row.method == "exact")
     sizes = [row.state_bytes for row in rows] + [exact.exact_bytes, exact.floor_bytes, exact.token_id_bytes]
     axis = _Axis(min(size for size in sizes if size > 0), max(sizes))
@@ -159,12 +159,12 @@ def _point(row: Row, axis: _Axis, shift: float) -> Point:
 
 
 def note_below_floor(row: Row) -> str:
-    """What to say of a row left of the floor; never that it is impossible."""
+    """Return the note on a row left of the floor; it never calls the row impossible."""
     return BELOW_FLOOR_AND_FALLS if row.diff_high < 0 else BELOW_FLOOR
 
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """One line per kind of point left of the floor, naming the settings."""
+    """Return one line per kind of point left of the floor, naming the settings."""
     named: dict[str, list[str]] = {}
     for row in rows:
         if row.below_floor:

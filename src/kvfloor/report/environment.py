@@ -1,4 +1,4 @@
-"""The one template environment of all report pages: every field escaped, controls made visible, nothing undefined."""
+"""Define the template environment of all report pages: every field escaped, controls shown, none undefined."""
 
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ from kvfloor.report.text import visible
 
 @cache
 def environment() -> Environment:
-    """Templates of this folder with the filters that write numbers."""
+    """Return the template environment of this folder, with the filters that write numbers."""
     made = Environment(
         loader=PackageLoader("kvfloor", "report"),
         autoescape=True,
@@ -37,7 +37,7 @@ def environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Text has its controls written out before it is escaped; markup that the templates made is left alone."""
+    """Write out the control characters of text before it is escaped; leave markup of the templates as it is."""
     return value if isinstance(value, Markup) else visible(str(value))
 
 
@@ -48,5 +48,5 @@ def _milliseconds(time: float | None) -> str:
 
 
 def _short(value: Any) -> str:
-    """A number with at most four significant digits; anything else as text."""
+    """Write a number with at most four significant digits; anything else as text."""
     return f"{value:,.4g}" if isinstance(value, float) else str(value)

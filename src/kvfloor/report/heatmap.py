@@ -1,4 +1,4 @@
-"""Attention-output error per layer and kv head, one map per setting."""
+"""Draw the attention-output error per layer and kv head, one map per setting."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ FAINTEST, STRONGEST = 1e-3, 1.0
 
 @dataclass(frozen=True)
 class Tile:
-    """One layer and kv head: its mean error over the cells, and the ink it is drawn with, in [0, 1]."""
+    """Hold the mean error of one layer and kv head over the cells, and its ink in the map, in [0, 1]."""
 
     layer: int
     head: int
@@ -22,7 +22,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """One setting's tiles. `overall` is the mean of its rows' output error."""
+    """Hold one setting's tiles. `overall` is the mean of its rows' output error."""
 
     setting: str
     overall: float
@@ -32,7 +32,7 @@ class Heatmap:
 
 
 def heatmaps(rows: Sequence[Row]) -> tuple[Heatmap, ...]:
-    """One map per setting but exact (whose error is zero), in the rows' order, averaged over its cells.
+    """Return one map per setting but exact (whose error is zero), in the rows' order, averaged over its cells.
 
     Raises ValueError where a setting's rows differ in their number of layers or kv heads.
     """
@@ -44,7 +44,7 @@ def heatmaps(rows: Sequence[Row]) -> tuple[Heatmap, ...]:
 
 
 def ink(error: float) -> float:
-    """How strongly an error is drawn, in [0, 1]."""
+    """Return the strength that an error is drawn with, in [0, 1]."""
     if error <= FAINTEST:
         return 0.0
     return min(1.0, math.log(error / FAINTEST) / math.log(STRONGEST / FAINTEST))

@@ -1,4 +1,4 @@
-"""The report page: one file, no script, nothing fetched, every field escaped."""
+"""Render the report page: one file, no script, nothing fetched, every field escaped."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path, 
 
 
 def page(rows: Sequence[Row], answer: Recommendation, meta: Meta, by_head: Sequence[Head] = ()) -> str:
-    """The report as HTML text."""
+    """Return the report as HTML text."""
     if not rows:
         raise ValueError("there is nothing to report: give at least the rows of 'exact'")
     drawn = marks(rows)
@@ -66,7 +66,7 @@ def page(rows: Sequence[Row], answer: Recommendation, meta: Meta, by_head: Seque
 
 
 def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, Any] | None:
-    """The recommended setting as a Python string literal, a share of the context made tokens.
+    """Return the recommended setting as a Python string literal, with a share of the context turned into tokens.
 
     A cache opened for a stream of unknown length takes no share, so the largest audited number of tokens
     stands for it.

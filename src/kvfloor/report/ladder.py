@@ -1,4 +1,4 @@
-"""Floor, cheapest good setting and exact cache of every head, on one logarithmic axis of bytes."""
+"""Draw the floor, cheapest good setting and exact cache of every head on one logarithmic axis of bytes."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ WIDTH, LEFT, RIGHT, TOP, STEP = 900, 130, 880, 34, 20
 
 @dataclass(frozen=True)
 class Rung:
-    """One head: places along the axis, and the words shown on pointing at it; no `best` where only exact serves."""
+    """Hold one head's places along the axis and its tooltip; no `best` where only exact serves."""
 
     name: str
     y: float
@@ -25,7 +25,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Everything `ladder.html` draws."""
+    """Hold everything that `ladder.html` draws."""
 
     height: float
     rungs: tuple[Rung, ...]
@@ -33,7 +33,7 @@ class Ladder:
 
 
 def ladder(heads: Sequence[Head]) -> Ladder:
-    """The heads from the first layer down."""
+    """Lay the heads out from the first layer down."""
     sizes = [size for one in heads for size in (one.floor_bytes, one.best_bytes, one.exact_bytes) if size]
     low, high = math.floor(math.log2(min(sizes))), math.log2(max(sizes)) + 0.2
 

@@ -1,4 +1,4 @@
-"""One colour and one marker per method, the same in every figure of a report and told apart without colour."""
+"""Assign one colour and marker to each method, the same in every figure and distinct without colour."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Mark:
-    """How one method is drawn: `s0`..`s7`, an SVG path, and hollow and dashed where it is a baseline."""
+    """Define one method's look: colour `s0`..`s7`, an SVG path, and hollow and dashed where it is a baseline."""
 
     method: str
     colour: str
@@ -41,7 +41,7 @@ class Mark:
 
 
 def marks(rows: Sequence[Row]) -> dict[str, Mark]:
-    """Configuration (a setting without its budget) -> mark, in the rows' order, `exact` left out: it has its own.
+    """Map each configuration (a setting without its budget) to a mark, in the rows' order; `exact` has its own.
 
     The first 64 methods get different pairs of colour and marker.
     """

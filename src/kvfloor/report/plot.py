@@ -22,7 +22,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Spot:
-    """A point on the page and the words shown on pointing at it."""
+    """Hold a point on the page, and the words shown on pointing at it."""
 
     x: float
     y: float
@@ -31,7 +31,7 @@ class Spot:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A series in page coordinates; `path` joins its spots."""
+    """Hold a series in page coordinates; `path` joins its spots."""
 
     series: Series
     spots: tuple[Spot, ...]

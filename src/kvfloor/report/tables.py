@@ -1,4 +1,4 @@
-"""The report's tables as plain data, from which both the page and the terminal draw."""
+"""Compute the report's tables as plain data, for both the page and the terminal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"
 
 @dataclass(frozen=True)
 class Score:
-    """One setting on one cell; `row` is None where it was not measured."""
+    """Hold one setting's row on one cell; `row` is None where it was not measured."""
 
     row: Row | None
     verdict: Verdict | None
@@ -25,7 +25,7 @@ class Score:
 
 @dataclass(frozen=True)
 class SettingScores:
-    """One line of the scoreboard: a setting and its score on every cell."""
+    """Hold one line of the scoreboard: a setting and its score on every cell."""
 
     setting: str
     baseline: bool
@@ -36,7 +36,7 @@ class SettingScores:
 
 @dataclass(frozen=True)
 class Sizes:
-    """One setting's bytes at one context; each the largest over its tasks and protocols."""
+    """Hold one setting's bytes at one context; each the largest over its tasks and protocols."""
 
     setting: str
     baseline: bool
@@ -52,7 +52,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Speed:
-    """One setting's times at one context; medians over its tasks and protocols. None: not measured."""
+    """Hold one setting's times at one context: medians over its tasks and protocols. None: not measured."""
 
     setting: str
     baseline: bool
@@ -63,7 +63,7 @@ class Speed:
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Exact first, then the methods as the rows have them, baselines last; each from its largest bytes down."""
+    """Order settings: exact first, methods in the rows' order, baselines last; each from its largest bytes down."""
     methods = list(dict.fromkeys(row.configuration for row in rows))
     largest: dict[str, int] = {}
     for row in rows:
@@ -77,7 +77,7 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...], tuple[SettingScores, ...]]:
-    """The cells, sorted, and one line per setting in `ordered` order."""
+    """Return the cells, sorted, and one line per setting in `ordered` order."""
     cells = tuple(sorted({row.cell for row in rows}))
     found = {(row.method, row.cell): row for row in rows}
     lines = []
@@ -96,7 +96,7 @@ def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...
 
 
 def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
-    """The bytes table."""
+    """Return the table of bytes, per setting and context."""
     return tuple(
         Sizes(
             setting=setting,
@@ -115,7 +115,7 @@ def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
 
 
 def speeds(rows: Sequence[Row]) -> tuple[Speed, ...]:
-    """The speed table."""
+    """Return the table of times, per setting and context."""
     table = []
     for (setting, context), group in _by_context(rows).items():
         decode = [row.decode_ms_per_token for row in group if row.decode_ms_per_token is not None]

@@ -1,4 +1,4 @@
-"""The audit as tables for the terminal; names from outside can neither colour nor steer it."""
+"""Print the audit as tables; names from outside can neither colour nor steer the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def print_report(rows: Sequence[Row], answer: Recommendation, console: Console) 
 
 
 def print_barriers(results: Sequence[Result]) -> None:
-    """One line per game, or all fields of a single one."""
+    """Print one line per game, or all fields of a single game."""
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("barrier", "verdict", "rows", "hidden", "certified", "floor", "message", "state"):
@@ -57,7 +57,7 @@ def print_barriers(results: Sequence[Result]) -> None:
 
 
 def details_text(details: Mapping[str, Any]) -> str:
-    """A barrier's own numbers in one line; lists are left to the JSON and the page."""
+    """Write a barrier's own numbers in one line; lists are left to the JSON and the page."""
     shown = {name: value for name, value in details.items() if isinstance(value, (str, int, float))}
     return ", ".join(
         f"{name.replace('_', ' ')} {f'{value:,.4g}' if isinstance(value, float) else value}"

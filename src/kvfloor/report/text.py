@@ -1,4 +1,4 @@
-"""Text from models, tasks and methods, made safe to show: nothing in it can steer a terminal or reorder a line."""
+"""Make text from models, tasks and methods safe to show: it cannot steer a terminal or reorder a line."""
 
 import unicodedata
 
@@ -7,7 +7,7 @@ _STEERING = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def visible(text: str) -> str:
-    """`text` with every control, bidi mark, surrogate and line break written as its `\\u` code.
+    """Return `text` with every control, bidi mark, surrogate and line break written as its `\\u` code.
 
     >>> visible("a\\x1b[31mb")
     'a\\\\u001b[31mb'

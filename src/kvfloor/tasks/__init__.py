@@ -1,4 +1,4 @@
-"""Seeded offline tasks with exact answers: `lookup(name).generate(seed, index, length) -> Sample`."""
+"""Generate seeded offline tasks with exact answers: `lookup(name).generate(seed, index, length) -> Sample`."""
 
 from .lexicon import FULL, Lexicon
 from .registry import TASKS, lookup

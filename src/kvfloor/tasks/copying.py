@@ -1,4 +1,4 @@
-"""Copying: a marked passage of random words somewhere in filler, to be repeated word for word."""
+"""Ask for a marked passage of random words, hidden in filler, to be repeated word for word (copying)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, words: int, lexicon: Lexicon) -> Plot:
-    """A passage of two thirds of `words` up to `words` words, drawn with replacement."""
+    """Plot a passage of two thirds of `words` up to `words` words, drawn with replacement."""
     n = rng.randint(max(1, words * 2 // 3), words)
     passage = " ".join(rng.choice(lexicon.things) for _ in range(n))
     return Plot(

@@ -1,4 +1,4 @@
-"""Sentences that say nothing a question asks about: a seeded grammar, no repeated constant paragraph."""
+"""Generate filler sentences that answer no question, from a seeded grammar rather than one repeated paragraph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATTERNS = (
 
 
 def sentence(rng: random.Random) -> str:
-    """One sentence of 5 to 15 tokens of the built-in tokenizer."""
+    """Draw one sentence of 5 to 15 tokens of the built-in tokenizer."""
     return rng.choice(PATTERNS).format(
         manner=rng.choice(MANNERS),
         person=rng.choice(PEOPLE),

@@ -1,4 +1,7 @@
-"""Key-value retrieval: four-digit keys and four-digit values, each of two tokens that other pairs share."""
+"""Ask for one value among key-value pairs.
+
+Keys and values have four digits, which are two tokens each that other pairs share.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, pairs: int, lexicon: Lexicon) -> Plot:
-    """`pairs` facts "4821 = 9043." with different keys; the question is "4821 ="."""
+    """Plot `pairs` facts "4821 = 9043." with different keys; the question is "4821 ="."""
     keys = lexicon.numbers(rng, 4, pairs)
     values = [lexicon.number(rng, 4) for _ in keys]
     return Plot(

@@ -1,4 +1,4 @@
-"""The words and numbers that tasks are made of. The tokenizer has one entry for each of them."""
+"""Define the words and numbers that tasks are made of. The tokenizer has one entry for each of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The words of `text`, in order."""
+    """Split `text` into words, in order."""
     return tuple(text.split())
 
 
@@ -92,31 +92,31 @@ PAIRS = tuple(f"{i:02d}" for i in range(100))
 
 @dataclass(frozen=True)
 class Lexicon:
-    """The pools a generator draws from. A smaller lexicon makes the same task with fewer symbols."""
+    """Hold the pools of words that a generator draws from. A smaller lexicon makes the same task with fewer symbols."""
 
     things: tuple[str, ...] = THINGS
     traits: tuple[str, ...] = TRAITS
     pairs: tuple[str, ...] = PAIRS
 
     def shrink(self, symbols: int) -> Lexicon:
-        """At most `symbols` (>= 1) entries in every pool; training starts this way."""
+        """Keep at most `symbols` (>= 1) entries in every pool; training starts this way."""
         if symbols < 1:
             raise ValueError(f"symbols={symbols}: a lexicon needs at least 1 symbol per pool")
         return Lexicon(self.things[:symbols], self.traits[:symbols], self.pairs[:symbols])
 
     def split(self, rng: random.Random, sizes: Sequence[int]) -> list[Lexicon]:
-        """Lexicons with `sizes[i]` things each, none shared: several tasks can live in one context."""
+        """Return lexicons with `sizes[i]` things each, none shared: several tasks can live in one context."""
         things = rng.sample(self.things, sum(sizes))
         ends = list(accumulate(sizes, initial=0))
         return [Lexicon(tuple(things[a:b]), self.traits, self.pairs) for a, b in pairwise(ends)]
 
     def number(self, rng: random.Random, digits: int) -> str:
-        """`digits` random digits: two-digit groups, and one single digit last where the count is odd."""
+        """Draw `digits` random digits: two-digit groups, and one single digit last where the count is odd."""
         groups = "".join(rng.choice(self.pairs) for _ in range(digits // 2))
         return groups + (rng.choice("0123456789") if digits % 2 else "")
 
     def numbers(self, rng: random.Random, digits: int, n: int) -> list[str]:
-        """`n` different numbers of `digits` digits."""
+        """Draw `n` different numbers of `digits` digits."""
         room = len(self.pairs) ** (digits // 2) * (10 if digits % 2 else 1)
         if n > room:
             raise ValueError(f"{n} different numbers of {digits} digits asked, only {room} exist in this lexicon")

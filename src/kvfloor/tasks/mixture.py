@@ -1,4 +1,4 @@
-"""Several tasks' facts woven into one context, so that one long sequence can ask about all of them."""
+"""Weave several tasks' facts into one context, so that one long sequence can ask about all of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .weave import Count, weave
 
 
 def mixable() -> tuple[str, ...]:
-    """The tasks whose facts can stand among other tasks' facts."""
+    """Return the tasks whose facts can stand among other tasks' facts."""
     return tuple(name for name, task in TASKS.items() if isinstance(task.make, Woven))
 
 
 def mix(
     names: Sequence[str], seed: int, index: int, length: int, questions: int, count: Count, lexicon: Lexicon
 ) -> tuple[str, list[tuple[str, Question]]]:
-    """One context of `length` tokens with the facts of tasks `names`; up to `questions` questions of each.
+    """Generate one context of `length` tokens with the facts of tasks `names`, and up to `questions` questions of each.
 
     Returns the context and (task name, question) in random order. Each task gets its share of the length and
     its own names, so that no task's fact answers another task's question.

@@ -1,4 +1,4 @@
-"""Many needles in filler, all of one form; their keys share words, and one of them is asked."""
+"""Ask for one of many needles in filler, all of one form, with keys that share words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, needles: int, lexicon: Lexicon) -> Plot:
-    """`needles` facts "the code of the pale fox is 4821.", of so few words that both words of a key count."""
+    """Plot `needles` facts "the code of the pale fox is 4821.", of so few words that both words of a key count."""
     side = max(2, min(needles, len(lexicon.traits), len(lexicon.things)))
     traits, things = rng.sample(lexicon.traits, side), rng.sample(lexicon.things, side)
     if needles > side * side:

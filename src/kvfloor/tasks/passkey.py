@@ -1,4 +1,4 @@
-"""Pass keys: one number hidden in filler, short (5 or 6 digits) or long (64 digits, 32 tokens to copy)."""
+"""Ask for one number hidden in filler (a pass key), short (5 or 6 digits) or long (64 digits, 32 tokens to copy)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .weave import Plot
 
 
 def hide(rng: random.Random, digits: int, lexicon: Lexicon, kind: str) -> Plot:
-    """One fact "the pass key is 48213."; the question ends in the same words."""
+    """Plot one fact "the pass key is 48213."; the question ends in the same words."""
     number = lexicon.number(rng, digits)
     ask = f"what is the {kind} key? the {kind} key is"
     return Plot([[f"the {kind} key is {number}."]], [(Question(ask, number), 0)])
 
 
 def short(rng: random.Random, digits: int, lexicon: Lexicon) -> Plot:
-    """A number of `digits` digits, or one fewer: both counts come up, so that the end has to be read, too."""
+    """Draw a number of `digits` digits or one fewer: with both counts, the end has to be read, too."""
     return hide(rng, digits - (digits > 2 and rng.random() < 0.5), lexicon, "pass")
 
 
 def long(rng: random.Random, digits: int, lexicon: Lexicon) -> Plot:
-    """A number of exactly `digits` digits."""
+    """Draw a number of exactly `digits` digits."""
     return hide(rng, digits, lexicon, "vault")
 
 

@@ -1,4 +1,7 @@
-"""Associative recall (MQAR): distinct keys, each followed by its value; all pairs are asked equally often."""
+"""Ask for the value of one key (associative recall, MQAR).
+
+Keys are distinct, and each is followed by its value. All pairs are asked for equally often.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, pairs: int, lexicon: Lexicon) -> Plot:
-    """`pairs` facts "fox 47."; the question is the key."""
+    """Plot `pairs` facts "fox 47."; the question is the key."""
     keys = rng.sample(lexicon.things, pairs)
     values = [rng.choice(lexicon.pairs) for _ in keys]
     return Plot(

@@ -1,4 +1,4 @@
-"""A register machine: a long run of assignments; all current values are asked at the end.
+"""Ask for the current values of all registers after a long run of assignments.
 
 Register speeds differ by powers: the fastest is written every other line, the slowest twice in the whole
 program; so some current values are recent and others are very old, and every register has stale values.
@@ -16,7 +16,7 @@ JITTER = 0.2  # a period varies by this share: the next write is not known from 
 
 
 def make(request: Request) -> Sample:
-    """Lines "r3 = 47." until the length is reached; answer "47 r1 = 12 ..." in the registers' order."""
+    """Write lines "r3 = 47." until the length is reached; answer "47 r1 = 12 ..." in the registers' order."""
     rng, k = request.rng, request.difficulty
     empty = request.count("")
     size = request.count("r0 = 00.") - empty
@@ -38,7 +38,7 @@ def make(request: Request) -> Sample:
 
 
 def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
-    """Which register each line writes: jittered clocks whose numbers of writes grow geometrically."""
+    """Choose the register that each line writes: jittered clocks whose numbers of writes grow geometrically."""
     times: list[tuple[float, str]] = []
     for name, writes in zip(rng.sample(names, len(names)), speeds(len(names), lines), strict=True):
         phase = rng.random()
@@ -48,7 +48,7 @@ def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
 
 
 def speeds(k: int, lines: int) -> list[int]:
-    """Numbers of writes 2, 2q, 2q^2, ... of `k` registers, with q chosen so that they sum to `lines`."""
+    """Return the numbers of writes 2, 2q, 2q^2, ... of `k` registers, with q chosen so that they sum to `lines`."""
     low, high = 1.0, float(lines)
     for _ in range(60):
         middle = (low + high) / 2

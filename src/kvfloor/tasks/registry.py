@@ -1,4 +1,4 @@
-"""The one table of built-in tasks, and the way to a task by its name or by `module:TASK`."""
+"""List the built-in tasks, and find a task by its name or by `module:TASK`."""
 
 from __future__ import annotations
 

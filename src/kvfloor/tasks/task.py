@@ -1,4 +1,4 @@
-"""What every task is: a name, a default difficulty, and a seeded generator."""
+"""Define a task: a name, a default difficulty, and a seeded generator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .weave import Count, Plot, weave
 
 @dataclass(frozen=True)
 class Request:
-    """One sample's wishes, checked: lengths in tokens of `count`, `depth` a share of the context or None."""
+    """Hold one sample's checked settings: lengths in tokens of `count`, `depth` a share of the context or None."""
 
     rng: random.Random
     length: int
@@ -27,7 +27,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Task:
-    """One built-in task.
+    """Generate the samples of one built-in task.
 
     `unit` says what `difficulty` counts, `lowest` and `highest` are its limits, `default` gives it for a
     length.
@@ -57,7 +57,7 @@ class Task:
         count: Count | None = None,
         lexicon: Lexicon = FULL,
     ) -> Sample:
-        """Sample `index` of stream `seed`: a context of at most (and nearly) `length` tokens, and its
+        """Generate sample `index` of stream `seed`: a context of at most (and nearly) `length` tokens, and its
         questions.
 
         `count(text)` is the number of tokens of a text, the built-in tokenizer's (BOS included) by default.
@@ -81,7 +81,7 @@ class Task:
 
 
 def builtin_count() -> Count:
-    """The built-in tokenizer's count; imported late, since the tokenizer is made from the tasks' words."""
+    """Count tokens by the built-in tokenizer; imported late, since the tokenizer is made from the tasks' words."""
     from kvfloor.tasks.tokenizer import count_tokens
 
     return count_tokens
@@ -89,7 +89,7 @@ def builtin_count() -> Count:
 
 @dataclass(frozen=True)
 class Woven:
-    """The generator of a task whose facts stand in filler: `plot(rng, difficulty, lexicon)` says which."""
+    """Generate a task whose facts stand in filler: `plot(rng, difficulty, lexicon)` returns the facts."""
 
     plot: Callable[[random.Random, int, Lexicon], Plot]
 

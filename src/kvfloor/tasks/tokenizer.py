@@ -1,4 +1,4 @@
-"""The built-in tokenizer: one entry per word of the tasks, two digits per token, BOS first.
+"""Build the built-in tokenizer: one entry per word of the tasks, two digits per token, BOS first.
 
 WordPiece over white-space and punctuation splits: a word is one token, a run of digits is cut from the left
 into pairs ("48213" -> "48" "##21" "##3"), and a word that is not listed is spelt in letters, so that plain
@@ -22,7 +22,7 @@ SENTENCE = 160  # characters; longer texts are contexts
 
 
 def vocabulary() -> dict[str, int]:
-    """Token to id, in a fixed order: specials, digits, letters and punctuation, then the tasks' words."""
+    """Map each token to its id, in a fixed order: specials, digits, letters and punctuation, then the tasks' words."""
     digits = [*string.digits, *lexicon.PAIRS]
     letters = list(string.ascii_lowercase)
     words = [
@@ -43,7 +43,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, made from the task lexicon alone; the same on every call."""
+    """Build the tokenizer from the task lexicon alone; the same on every call."""
     vocab = vocabulary()
     # WordPiece takes the longest match, so that two digits are taken before one
     fast = Tokenizer(models.WordPiece(vocab=vocab, unk_token=UNK, continuing_subword_prefix="##"))
@@ -69,12 +69,12 @@ def _shared() -> Tokenizer:
 
 
 def encode(text: str, *, bos: bool = True) -> list[int]:
-    """Token ids of `text`, with BOS first unless `bos=False`; no transformers overhead."""
+    """Return the token ids of `text`, with BOS first unless `bos=False`; no transformers overhead."""
     return _shared().encode(text, add_special_tokens=bos).ids
 
 
 def count_tokens(text: str) -> int:
-    """Number of tokens of `text`, BOS included. Sentences are remembered, whole contexts are not."""
+    """Count the tokens of `text`, BOS included. Sentences are remembered, whole contexts are not."""
     return _count_sentence(text) if len(text) < SENTENCE else len(encode(text))
 
 

@@ -1,4 +1,4 @@
-"""Variable tracking: scattered chains of assignments; the answer walks one chain, hop by hop."""
+"""Ask for a variable's value through scattered chains of assignments, followed hop by hop (variable tracking)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHAINS = 4
 
 
 def plot(rng: random.Random, hops: int, lexicon: Lexicon) -> Plot:
-    """Chains of `hops` hops from "let fox = 4821." on; the question starts at a chain's last name."""
+    """Plot chains of `hops` hops from "let fox = 4821." on; the question starts at a chain's last name."""
     chains = min(CHAINS, len(lexicon.things) // (hops + 1))
     if chains < 1:
         raise ValueError(f"difficulty={hops}: a chain of {hops} hops needs {hops + 1} names")

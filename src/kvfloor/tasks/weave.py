@@ -1,4 +1,4 @@
-"""Facts hidden in filler: where each stands, and how the context is made to have the length asked for."""
+"""Place facts among filler, and fit the context to the requested length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIVE_UP = 8  # sentences in a row that did not fit before the rest of the room i
 
 @dataclass(frozen=True)
 class Plot:
-    """A task's facts before they are placed.
+    """Hold a task's facts before they are placed.
 
     `threads`: each a list of sentences that keep their order in the context; the threads themselves mix
     freely.
@@ -31,7 +31,7 @@ class Plot:
 def weave(
     rng: random.Random, threads: Sequence[Sequence[str]], length: int, count: Count, pinned: dict[int, float]
 ) -> str:
-    """The context: all facts at random places among filler, at most `length` tokens as `count` counts.
+    """Build the context: all facts at random places among filler, at most `length` tokens as `count` counts.
 
     `pinned[i] = depth` puts the first sentence of thread `i` at that share of the context (0 first, 1 last);
     the rest of the thread follows somewhere after it. Raises ValueError where the facts alone are too long.
@@ -63,7 +63,7 @@ def weave(
 
 
 def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[str, int]]:
-    """Sentences with their token counts that together take at most `room` tokens, and nearly that."""
+    """Return sentences with their token counts that together take nearly, and at most, `room` tokens."""
     chosen: list[tuple[str, int]] = []
     misses = 0
     while room > 0 and misses < GIVE_UP:
@@ -79,7 +79,7 @@ def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[
 
 
 def interleave(facts: list[tuple[float, str]], sizes: list[int], filler: list[tuple[str, int]]) -> str:
-    """Each fact goes before the first filler sentence at which the text so far has reached its share."""
+    """Put each fact before the first filler sentence at which the text so far has reached its share."""
     total = sum(sizes) + sum(size for _, size in filler)
     ahead = list(accumulate(sizes, initial=0))
     out: list[str] = []

@@ -1,4 +1,4 @@
-"""Frequent words: a long shuffled list of words whose counts follow Zipf's law; the most frequent one is asked."""
+"""Ask for the most frequent word of a long shuffled list whose counts follow Zipf's law."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHORTEST = 16  # words below which the first two ranks can come up equally often
 
 
 def make(request: Request) -> Sample:
-    """Words at counts that fall as 1/rank: the asked one comes up twice as often as the next; shuffled."""
+    """Draw shuffled words with counts that fall as 1/rank: the asked word is twice as frequent as the next."""
     rng, things = request.rng, request.lexicon.things
     if len(things) < 2:
         raise ValueError(f"words needs at least 2 different words, this lexicon has {len(things)}")
@@ -29,7 +29,7 @@ def make(request: Request) -> Sample:
 
 
 def zipf(total: int, kinds: int) -> list[int]:
-    """`total` split over `kinds` ranks as 1/rank, by largest remainders; the smallest ranks may get none."""
+    """Split `total` over `kinds` ranks as 1/rank, by largest remainders; the smallest ranks may get none."""
     mass = sum(1 / rank for rank in range(1, kinds + 1))
     shares = [total / (mass * rank) for rank in range(1, kinds + 1)]
     counts = [int(share) for share in shares]

@@ -23,10 +23,10 @@ _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the kernels, beside model and policy.
+    """Hold all settings that decide the kernels, beside model and policy.
 
-    samples texts with contexts of `length` tokens; a tenth of them, not learnt from, chooses among the epochs. The
-    paper takes 512 texts and a hidden width of 512; the other defaults are its own.
+    samples texts with contexts of `length` tokens; a tenth of them, kept out of training, chooses among the epochs.
+    The paper takes 512 texts and a hidden width of 512; the other defaults are its own.
     """
 
     rank: int = 8
@@ -50,13 +50,13 @@ class Recipe:
 
 
 def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
-    """The layer's answers (P, g, m, dv) with the kernels' state in place of the tokens that have left."""
+    """Return the layer's answers (P, g, m, dv) with the kernels' state in place of the evicted tokens."""
     heads, g, m, _ = given.q.shape
     psi = kernels.psi(given.k, dropout)
     values = torch.cat([given.v, torch.ones_like(given.v[..., :1])], -1)
     added = psi.new_zeros(heads * (given.departures + 1), psi.shape[2], values.shape[2])
     group = torch.arange(heads, device=psi.device).unsqueeze(1) * (given.departures + 1) + given.rank
-    # What never leaves is added to a group of its own, which no query reaches.
+    # Tokens that are never evicted go to a group of their own, which no query reaches.
     added = added.index_add(0, group.flatten(), torch.einsum("pnr,pnv->pnrv", psi, values).flatten(0, 1))
     state = added.view(heads, given.departures + 1, *added.shape[1:]).cumsum(1)[:, given.gone - 1]  # (P, m, R, dv+1)
     phi = kernels.phi(given.q.flatten(1, 2), dropout).view(heads, g, m, -1)
@@ -67,7 +67,7 @@ def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
 
 
 def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
-    """The weight (hidden, width) by which the model mixes this layer's heads, if its module has a usual name."""
+    """Return the weight (hidden, width) by which the model mixes this layer's heads, if its module has a usual name."""
     for module in model.modules():
         if getattr(module, "layer_idx", None) != layer:
             continue
@@ -78,20 +78,20 @@ def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
 
 
 def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
-    """x (P, g, m, dv) as the layer's output (m, hidden): heads side by side, times the output weight."""
+    """Convert x (P, g, m, dv) to the layer's output (m, hidden): heads side by side, times the output weight."""
     heads = x.permute(2, 0, 1, 3).flatten(1)
     return heads if weight is None else heads @ weight.T
 
 
 def loss_of(kernels: Kernels, given: Lesson, weight: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """The sum of squared errors of the layer's output."""
+    """Return the sum of squared errors of the layer's output."""
     return mixed(answers(kernels, given, dropout) - given.exact, weight).square().sum()
 
 
 def fit(
     lessons: Sequence[Lesson], weight: Tensor | None, start: Kernels, recipe: Recipe, say: Callable[[str], None]
 ) -> Kernels:
-    """Adam on the mean squared error of the layer's output; the kernels that were best on the last tenth are kept."""
+    """Fit kernels to the mean squared error of the layer's output by Adam, and return the best on the last tenth."""
     kept_back = max(1, len(lessons) // 10)
     seen, unseen = lessons[:-kept_back], lessons[-kept_back:]
     size = sum(float(mixed(one.exact, weight).square().sum()) for one in lessons) / len(lessons)
@@ -129,7 +129,7 @@ def fit(
 def train(
     model: Any, material: Sequence[Text], method: Bounded, recipe: Recipe, say: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Kernels for every layer of a prepared model, as the file's tensors (layers, kv heads, ...).
+    """Train kernels for every layer of a prepared model; return the file's tensors (layers, kv heads, ...).
 
     Layers that no compressed cache serves keep untrained kernels. Raises ValueError where the policy drops nothing.
     """

@@ -1,8 +1,8 @@
 """Train the kernels of LESS for a model and a policy of your own: `kvfloor train-less`.
 
 The model stays as it is. Layer by layer its queries, keys and values are recorded once. The policy runs over them and
-says which tokens have left when a query is asked. The kernels of that layer's heads learn to give back what the
-layer's output lost. Arguments and seed decide everything.
+decides which tokens are evicted before each query. The kernels of that layer's heads learn to restore the loss in the
+layer's output. Arguments and seed decide everything.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def run(
     policy    an eviction policy with a budget in tokens
     prompts   JSON lines as an audit takes them; samples of the built-in tasks unless given
     compared  fresh texts to compare on
-    say       called with one line of progress at a time
+    say       called with each line of progress
     Returns (method, bytes per kv head, output error per layer) for the policy alone, the policy with as many bytes
-    more in tokens, and the policy with the kernels. Raises ValueError with one line for what cannot be done.
+    more in tokens, and the policy with the kernels. Raises ValueError with one line where an argument cannot be served.
     """
     method = parse(policy)
     if not isinstance(method, Bounded) or not isinstance(method.budget, int):
@@ -72,13 +72,13 @@ def run(
         return []
     less = Less(recipe.rank, str(out))
     _, _, d, _ = tensors["query_in"].shape
-    dv = d  # what a token more costs, in the model's own widths
+    dv = d  # the cost of one more token, in the model's own widths
     spec = Spec(1, d, dv, places=[(0, 0)])
     return compare(model, texts(tokenizer, fresh), rivals(method, less, spec))
 
 
 def weights_tag(model: Any) -> str:
-    """Names a model's weights: kernels serve the weights they were trained for."""
+    """Return a digest of a model's weights: kernels serve the weights they were trained for."""
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
         digest.update(name.encode() + x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -86,7 +86,10 @@ def weights_tag(model: Any) -> str:
 
 
 def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> list[tuple[str, int, list[float]]]:
-    """(method, bytes per kv head, error per layer) on the last part of each text, which follows the prompt's end."""
+    """Measure methods on the last part of each text, which follows the prompt's end.
+
+    Returns (method, bytes per kv head, error per layer) for each method.
+    """
     seen = traces.record(model, [text.context for text in material], [text.rest for text in material])
     d, dv, dtype = seen[0].k.shape[2], seen[0].v.shape[2], seen[0].k.dtype
     rows = []
@@ -98,7 +101,7 @@ def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> 
 
 
 def rivals(method: Bounded, less: Less, spec: Spec) -> list[Bounded]:
-    """The policy alone, the policy with as many tokens more as the state's bytes buy, and the policy with the state."""
+    """Return the policy alone, the policy with the state's bytes spent on tokens, and the policy with the state."""
     budget = method.budget
     assert isinstance(budget, int)
     plain, more, with_state = (

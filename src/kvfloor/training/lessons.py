@@ -1,4 +1,4 @@
-"""Make the lessons that LESS's kernels learn from: what left, what was asked, and what was missed, layer by layer."""
+"""Make the lessons that LESS's kernels learn from: evicted tokens, later queries, and exact answers, layer by layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _QUERIES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of a context and of what follows it; the prompt ends between the two."""
+    """Hold the token ids of a context and of the rest that follows it; the prompt ends between the two."""
 
     context: list[int]
     rest: list[int]
@@ -32,9 +32,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Lesson:
-    """One text in one layer: the queries that came after tokens had left, and what was held for them.
+    """Hold one text in one layer: the queries after the first eviction, and attention over the tokens still held.
 
-    q (P, g, m, d); k (P, n, d), v (P, n, dv); rank (P, n): the departure at which each token left, 0 the first,
+    q (P, g, m, d); k (P, n, d), v (P, n, dv); rank (P, n): the departure at which each token was evicted, 0 the first,
     or `departures` if never; gone (m,): departures before each query; mean (P, g, m, dv) and log_mass (P, g, m) of
     attention over the held tokens; exact (P, g, m, dv).
     """
@@ -51,7 +51,7 @@ class Lesson:
 
 
 def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
-    """Every item's context, and its question with the right answer."""
+    """Return every item's context, and its question with the right answer, as token ids."""
 
     def plain(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -66,7 +66,7 @@ def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
 
 
 def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Item]:
-    """Samples of the built-in tasks in turn, with contexts of `length` tokens."""
+    """Draw samples of the built-in tasks in turn, with contexts of `length` tokens."""
 
     def size(text: str) -> int:
         return len(tokenizer(text).input_ids)
@@ -77,7 +77,10 @@ def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Ite
 
 
 def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Any, Any]]:
-    """q (kv heads, g, n, d), k and v (kv heads, n, .), scale and softcap of one layer for each text, run exactly."""
+    """Yield q, k, v, scale and softcap of one layer for each text, run with an exact cache.
+
+    q (kv heads, g, n, d), k and v (kv heads, n, .).
+    """
     for text in material:
         cache = CompressedCache(model.config, "exact")
         seen = Recorder(one for one in cache.compressed if one.index == layer)
@@ -87,7 +90,10 @@ def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple
 
 
 def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
-    """(rows, n): how many tokens had been seen when each token left, n + 1 if it stayed. Sealed after `prompt`."""
+    """Return (rows, n): the number of tokens seen when each token was evicted, n + 1 if it stayed.
+
+    The state is sealed after `prompt` tokens.
+    """
     state = replace(method, summary=Drop()).open(spec)
     assert isinstance(state, BoundedState)
     n = k.shape[1]
@@ -107,14 +113,14 @@ def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, pro
 
 
 def lesson(method: Bounded, layer: int, text: Text, taken: tuple[Tensor, Tensor, Tensor, Any, Any]) -> Lesson | None:
-    """What the layer's kernels can learn from one text; None if nothing had left when a query was asked."""
+    """Return the lesson that the layer's kernels learn from one text; None if no query follows an eviction."""
     q, k, v, scale, softcap = taken
     rows, g, n, d = q.shape
     places = [(layer, head) for head in range(rows)]
     spec = Spec(rows, d, v.shape[2], scale, softcap, k.dtype, places=places)
     left = departures(method, spec, q, k, v, len(text.context)).to(q.device)
     times, order = torch.unique(left.clamp_max(n), return_inverse=True)
-    times = times[times < n]  # what leaves with the last token is missed by none
+    times = times[times < n]  # no query follows a token evicted with the last one
     if not len(times):
         return None
     first = int(times[0])

@@ -1,6 +1,6 @@
-"""Floors measured on given keys and attention: what memory *this* model's attention needs, by theorem.
+"""Measure memory floors on given keys and queries: the bits that *this* model's attention needs, by theorem.
 
-`readable_by` and `readable_within` are floors; `gaussian_reference` and `covering_curve` stand beside them.
+`readable_by` and `readable_within` are floors. `gaussian_reference` and `covering_curve` are figures to compare with.
 docs/floors.md ("Readable tokens", "Gaussian reference", "Covering ceiling") has the proofs and their limits.
 """
 

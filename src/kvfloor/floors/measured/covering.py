@@ -1,4 +1,4 @@
-"""The covering ceiling: how many balls given keys need, and what SubGen costs where it uses as many centres."""
+"""Measure the covering ceiling: the balls that cover given keys, and the memory of SubGen with as many centres."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ _TOKENS_AT_ONCE = 512
 
 
 def greedy_cover(k: Tensor, delta: float) -> Tensor:
-    """Tokens (c,) that an online greedy clustering of keys k (n, d) makes centres, in order of arrival.
+    """Return the tokens (c,) that an online greedy clustering of keys k (n, d) makes centres, in order of arrival.
 
-    Law: a token farther than `delta` (l2) from every centre so far becomes one; SubGen clusters so. Decisions are those
-    of distances computed directly, token by token: products only sort out the pairs that are not close to `delta`.
+    Law: a token farther than `delta` (l2) from every centre so far becomes a centre, as in SubGen. Results equal those
+    of distances computed directly, token by token. Matrix products only decide pairs whose distance is not close to
+    `delta`.
     """
     k, delta = matrix("k", k), positive("delta", delta)
     k = k if k.dtype == torch.float64 else k.float()
     n = len(k)
     norms = k.square().sum(1)
-    # Twice what |x|^2 - 2xc + |c|^2 and the direct sum may each miss, in any order of summation.
+    # Twice the largest error of |x|^2 - 2xc + |c|^2 and of the direct sum, in any order of summation.
     band = 8.0 * (k.shape[1] + 8) * torch.finfo(k.dtype).eps * (float(norms.max()) + delta**2)
     held, centre_norms = torch.empty_like(k), torch.empty_like(norms)
     centres = torch.empty(n, dtype=torch.int64, device=k.device)
@@ -42,7 +43,7 @@ def greedy_cover(k: Tensor, delta: float) -> Tensor:
 
 
 def covering_number(k: Tensor, delta: float) -> Tensor:
-    """Greedy centres of each row of keys k (rows, n, d) at radius `delta`: (rows,) int64."""
+    """Count the greedy centres of each row of keys k (rows, n, d) at radius `delta`: (rows,) int64."""
     if not isinstance(k, Tensor) or k.ndim != 3:
         raise ValueError(f"k must be a tensor (rows, n, d), got {getattr(k, 'shape', type(k).__name__)}")
     return torch.tensor([len(greedy_cover(row, delta)) for row in k])
@@ -50,9 +51,10 @@ def covering_number(k: Tensor, delta: float) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """What SubGen with radius `delta` holds for one row of keys: an upper bound on memory, under its own guarantee.
+    """Hold the memory of SubGen with radius `delta` for one row of keys: an upper bound, under SubGen's own guarantee.
 
-    `numbers` counts stored numbers; `vacuous` where s or t reaches n, or where keeping every token takes no more.
+    `numbers` counts stored numbers. `vacuous` is True where s or t reaches n, or where keeping every token takes no
+    more numbers.
     """
 
     delta: float
@@ -72,10 +74,11 @@ def covering_curve(
     radius: float,
     failure: float = 0.1,
 ) -> list[list[Ceiling]]:
-    """For every row of k (rows, n, d) the `Ceiling` at every delta: error `epsilon`, |scale q| <= `radius`.
+    """Return for every row of k (rows, n, d) the `Ceiling` at every delta: error `epsilon`, |scale q| <= `radius`.
 
     Law: centres from `covering_number`; s = 9 dv / (epsilon^2 f), t the smaller of `subgen_t`'s two forms at f, with
-    f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is that of n.
+    f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is that of all n tokens
+    kept.
     Guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op with probability 1 - failure, for a query fixed
     before the stream; keys need not be short. Source: Zandieh et al. 2024 (SubGen); docs/floors.md, "Covering ceiling".
     """
@@ -99,7 +102,7 @@ def _ceiling(delta: float, centres: int, s: float, t: float, n: int, d: int, dv:
 
 
 def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, delta: float, band: float) -> Tensor:
-    """Whether each key (b, d) lies within delta of one of the centres (c, d)."""
+    """Return True (b,) for each key (b, d) within delta of one of the centres (c, d)."""
     if len(centres) == 0:
         return torch.zeros_like(norms, dtype=torch.bool)
     squared = torch.addmm(centre_norms.unsqueeze(0), k, centres.T, alpha=-2.0)
@@ -112,10 +115,10 @@ def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, de
 
 
 def _first_come(k: Tensor, delta: float) -> Tensor:
-    """Among keys (b, d) that no older centre covers, which become centres: (b,) bool.
+    """Mark the keys that become centres (b,), bool, among keys (b, d) that no older centre covers.
 
-    The rule "no earlier centre within delta" has one solution, and iterating it settles at least one more token each
-    time, in order of arrival.
+    The rule "no earlier centre within delta" has one solution. Each iteration of it settles at least one more token, in
+    order of arrival.
     """
     near = (_distances(k, k) <= delta).tril(-1).float()
     opens = torch.ones(len(k), dtype=torch.bool, device=k.device)

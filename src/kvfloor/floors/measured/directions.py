@@ -1,9 +1,12 @@
-"""Queries of bounded length that favour one key each: the search behind `readable_within`. They propose, never prove.
+"""Search for queries of bounded length that put most weight on one key each, for `readable_within`.
 
-The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is concave in q, so its maximum over a
-ball has no local traps. If the rivals were Gaussian with mean mu and covariance C, it would lie at
+The queries are proposals: the floor is computed from them and never rests on their being the best.
+
+The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is concave in q, so every local maximum
+over a ball is global. If the rival keys were Gaussian with mean mu and covariance C, the maximum would lie at
     q = (scale C + lambda I)^-1 (k_i - mu),   lambda >= 0 the least with |q| <= radius.
-From there on, mu is replaced by the rivals' mean under the query's own softmax: a Newton step in that metric.
+The search starts there, then replaces mu by the rivals' mean under the query's own softmax: a Newton step in that
+metric.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from torch import Tensor
 from kvfloor.floors.measured.products import logits, rough_dtype
 from kvfloor.logits import capped
 
-FEW = 4096  # keys up to which all of them are rivals
-SAMPLE = 1024  # keys that stand for all where they are more
+FEW = 4096  # up to so many keys, every key is compared with all others
+SAMPLE = 1024  # keys in the sample that stands for all others where there are more
 _KEYS_AT_ONCE = 512
 _STEPS, _STEPS_LONG = 6, 2  # refinements of each query
 _SECULAR_STEPS = 8  # Newton steps for lambda; the equation in 1/|q| is nearly linear
@@ -24,9 +27,9 @@ _INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding 
 
 
 class Ball:
-    """Queries of length at most `radius` under a logit law, in the metric of some rivals (c, d).
+    """Search queries of length at most `radius` under a logit law, in the metric of some rival keys (c, d).
 
-    `beyond` is the log mass of further tokens that every query sees, or None; `few` keys are compared in float32.
+    `beyond` is the log mass of further tokens that every query sees, or None. `few` keys are compared in float32.
     """
 
     def __init__(
@@ -44,10 +47,10 @@ class Ball:
         self._vectors = vectors.to(rivals.dtype)
 
     def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
-        """A query (n, d) for each key (n, d), whose place (n,) among the rivals is given, or -1.
+        """Return a query (n, d) for each key (n, d), given the key's place (n,) among the rivals, or -1.
 
-        It is the best met of: straight away from the rivals' mean, the Gaussian direction, `first` if given, along the
-        key where there is mass beyond, and `steps` refinements of the best of these.
+        The query is the best found among these: straight away from the rivals' mean; the Gaussian direction; `first` if
+        given; along the key, where there is mass beyond; and `steps` refinements of the best of these.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):
@@ -81,7 +84,7 @@ class Ball:
         return aim * (self.radius / aim.norm(dim=1, keepdim=True).clamp_min(1e-30))
 
     def _longest(self, aim: Tensor) -> Tensor:
-        """(C + lambda I)^-1 aim for the least lambda >= 0 that keeps each row within the radius."""
+        """Return (C + lambda I)^-1 aim for the least lambda >= 0 that keeps each row within the radius."""
         along = aim @ self._vectors
         shift = torch.zeros_like(along[:, :1])
         for _ in range(_SECULAR_STEPS):
@@ -100,7 +103,7 @@ class Ball:
         return raw
 
     def _lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
-        """How far each key's logit lies above the rivals' log mass (n,)."""
+        """Return each key's logit less the log mass of its rivals and of the tokens beyond (n,)."""
         own = capped((query * keys).sum(1) * self.scale, self.softcap)
         rivals = torch.logsumexp(self._rival_logits(query, place), 1)
         return own - torch.logaddexp(rivals, torch.full_like(rivals, self.beyond))
@@ -112,7 +115,7 @@ def _better(best: Tensor, lead: Tensor, query: Tensor, found: Tensor) -> tuple[T
 
 
 def towards_each(k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None) -> Tensor:
-    """A query (n, d) of length at most `radius` for every key (n, d), all keys present."""
+    """Search a query (n, d) of length at most `radius` for every key (n, d), all keys being in the stream."""
     everything = torch.arange(len(k), device=k.device)
     return with_rivals(k, everything, radius, scale, softcap, beyond)
 
@@ -121,7 +124,7 @@ def with_rivals(
     k: Tensor, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None,
     first: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A query (n, d) for every key against the keys at `rivals` (c,), or against a sample where the keys are many.
+    """Search a query (n, d) for every key against the keys at `rivals` (c,), or a sample of these for many keys.
 
     `first` (n, d) holds queries to improve on.
     """
@@ -135,5 +138,5 @@ def with_rivals(
 
 
 def thinned(tokens: Tensor) -> Tensor:
-    """At most `SAMPLE` of the tokens, evenly spaced."""
+    """Return at most `SAMPLE` of the tokens, evenly spaced."""
     return tokens[:: max(1, -(-len(tokens) // SAMPLE))]

@@ -1,7 +1,7 @@
-"""Improving a choice of groups on a dense matrix of weights: reorder, prune, hand tokens over, repeat.
+"""Improve a choice of token groups on a dense matrix of softmax weights: reorder, prune, reassign tokens, repeat.
 
-The promise of a group is log2(1 + w / (error + l)), a smooth stand-in for log2 L, with w its weight and l the weight
-that its query puts on groups decoded later.
+The search maximises, per group, log2(1 + w / (error + l)), a smooth stand-in for log2 L. Here w is the weight of the
+group under its query, and l the weight that this query puts on groups decoded later.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ from torch import Tensor
 from kvfloor.floors.measured.levels import Demand
 
 _ROUNDS = 10
-_PATIENCE = 2  # rounds without a gain of more than a thousandth end the improvement
+_PATIENCE = 2  # so many rounds in a row without a gain of more than a thousandth end the improvement
 _WORTHWHILE = 1.001
 _PRUNINGS = 40
 _GAIN = 1e-3  # bits that dropping a group must gain
 
 
 class Choice(NamedTuple):
-    """Who reads what: queries in the order of decoding (G,), and for every token (n,) its query, or -1."""
+    """Hold an assignment of tokens to queries: queries in the order of decoding (G,), each token's query (n,) or -1."""
 
     order: Tensor
     reader: Tensor
 
 
 def promised(pairs: Tensor, demand: Demand) -> Tensor:
-    """Bits of each group (G,) from the weight (G, G) of query j on group k, both in the order of decoding."""
+    """Return the bits of each group (G,), given the weight (G, G) of query j on group k, in the order of decoding."""
     return demand.bits(pairs.diagonal(), pairs.triu(1).sum(1))
 
 
 def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
-    """Weight (M, M) of query j on the tokens that query k reads; weights (M, n), reader (n,) in [-1, M)."""
+    """Return the weight (M, M) of query j on the tokens of query k, from weights (M, n) and reader (n,) in [-1, M).
+
+    `reader` holds the query that reads each token, -1 for none.
+    """
     count, n = weights.shape
     column = torch.where(reader < 0, count, reader)
     member = weights.new_zeros(n, count + 1).scatter_(1, column.unsqueeze(1), 1.0)
@@ -41,9 +44,9 @@ def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
 
 
 def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tuple[float, Choice]:
-    """The best choice on the way of at most `rounds` rounds, and its bits.
+    """Return the most bits found in at most `rounds` rounds of improvement, and the choice that has them.
 
-    Queries without a group may stand in `choice.order`: tokens may be handed to them.
+    `choice.order` may contain queries without a group: tokens may be assigned to these.
     """
     order, reader = choice
     best, most = Choice(order[:0], reader), 0.0
@@ -69,10 +72,10 @@ def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tu
 
 
 def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
-    """An order of decoding (G,): first those that would cost the others most if they came later.
+    """Return an order of decoding (G,): first the groups that would cost the others most bits if decoded later.
 
-    Group k is worth asking before group j by log2(1 + pairs_jk / c_j), which j loses otherwise, c_j = error + half of
-    what query j puts on other groups; groups are sorted by what they cost less what they suffer.
+    Decoding group k before group j spares group j log2(1 + pairs_jk / c_j), where c_j = error + half of the weight that
+    query j puts on other groups. Groups are sorted by the bits they cost others less the bits others cost them.
     """
     others = pairs - torch.diag(pairs.diagonal())
     cost = torch.log2(1.0 + others / (demand.error + 0.5 * others.sum(1, keepdim=True)))
@@ -80,10 +83,11 @@ def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def pruned(pairs: Tensor, demand: Demand) -> Tensor:
-    """Places (in the order of decoding) of the groups that stay when those that cost more than they give are dropped.
+    """Drop the groups that cost other groups more bits than they give; return the places of the remaining groups.
 
-    A dropped group's values are 0: it leaks no more. Groups too faint to be read even without a leak go first, then the
-    worst half of the groups without bits, then the worst quarter of those whose absence gains bits, again and again.
+    Places count in the order of decoding. The values of a dropped group are 0, so that it leaks into no answer. Groups
+    whose weight is too small to be read even without a leak are dropped first. Then, repeatedly, the worst half of the
+    groups without bits is dropped, or else the worst quarter of the groups whose absence gains bits.
     """
     places = (demand.bits(pairs.diagonal(), torch.zeros_like(pairs[:, 0])) > 0.0).nonzero()[:, 0]
     for _ in range(_PRUNINGS):
@@ -111,10 +115,10 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
-    """For every token the query (n,) that should read it, or -1, by the promise linearised at the present choice.
+    """Return for every token the query (n,) that should read it, or -1, by the objective linearised at this choice.
 
-    Under query g a token gains its weight times d promise / d w_g, and costs every query before g its weight there
-    times -d promise / d l.
+    Assigned to query g, a token gains its weight under g times d objective / d w_g. It costs every query decoded before
+    g the token's weight under that query times -d objective / d l.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

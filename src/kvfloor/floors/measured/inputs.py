@@ -1,4 +1,4 @@
-"""Checks of the tensors that the measured floors take; a refusal names the argument, what came and what is allowed."""
+"""Check the tensors given to the measured floors; errors name the argument, what was given and what is allowed."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def matrix(name: str, value: Tensor, width: int | None = None, least: int = 1) -> Tensor:
-    """A finite floating-point matrix of at least `least` rows, and of `width` columns if that is given."""
+    """Require a finite floating-point matrix of at least `least` rows, and of `width` columns if given; return it."""
     shape = f"(n, {'d' if width is None else width})"
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -20,7 +20,7 @@ def matrix(name: str, value: Tensor, width: int | None = None, least: int = 1) -
 
 
 def log_masses(name: str, value: Tensor | float | None, count: int) -> Tensor | None:
-    """Log masses (count,), float64: one number stands for all; -inf is no mass; None stays None."""
+    """Return log masses (count,), float64: one number is repeated for all, -inf is no mass, None stays None."""
     if value is None:
         return None
     masses = torch.as_tensor(value).detach().to(torch.float64)
@@ -34,7 +34,7 @@ def log_masses(name: str, value: Tensor | float | None, count: int) -> Tensor | 
 
 
 def logit_law(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """`scale` as a finite float and `softcap` as None or a positive one."""
+    """Return `scale` as a finite float, and `softcap` as None or a positive float."""
     if not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):

@@ -1,4 +1,4 @@
-"""How many values an answer tells apart, and the bits that follow: the arithmetic of the read floor."""
+"""Compute the number of value levels that an answer distinguishes, and the bits of the read floor that follow."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ _MOST = 2**53  # whole numbers up to which float64 counts
 
 
 def grain(dtype: torch.dtype) -> float:
-    """Largest rounding error of a number in [-1, 1] stored as `dtype`: 2^-25 for float32, 2^-9 for bfloat16."""
+    """Return the largest rounding error of a number in [-1, 1] in `dtype`: 2^-25 for float32, 2^-9 for bfloat16."""
     return torch.finfo(dtype).eps / 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """What answers are asked to be, and what the values can be.
+    """Hold the accuracy required of attention's answers, and the format of the values.
 
     eta          additive error in max norm, in [0, 1), for values in [-1, 1]
     p            chance that a whole row of dv values comes back within eta
@@ -44,33 +44,33 @@ class Demand:
 
     @property
     def error(self) -> float:
-        """By how much an answer may miss the one of the ideal levels: eta and the values' rounding."""
+        """Return the largest deviation of an answer from that of unrounded levels: eta plus the values' rounding."""
         return self.eta + grain(self.dtype)
 
     def levels(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """The largest whole L with (L - 1)(error + leak) < weight, at least 1 and at most `most_levels`: int64.
+        """Return the largest whole L with (L - 1)(error + leak) < weight, in 1..`most_levels`: int64.
 
-        Equally spaced levels in [-1, 1] lie 2/(L-1) apart; an answer divided by its weight errs by at most
-        (error + leak)/weight, and rounding to a level bears less than half a spacing.
+        L equally spaced levels in [-1, 1] lie 2/(L-1) apart. An answer divided by its weight errs by at most
+        (error + leak)/weight. Rounding to the nearest level is right if that error is below half a spacing.
         """
         ratio = weights.double() / (self.error + leaks.double())
         return torch.ceil(ratio * (1.0 - _SHAVE)).clamp(1.0, self._cap).to(torch.int64)
 
     def bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """p dv log2 L - H2(p) for every group, clamped at 0 and 0 for a single level: float64."""
+        """Return the bits p dv log2 L - H2(p) of every group, clamped at 0, and 0 for a single level: float64."""
         levels = self.levels(weights, leaks)
         bits = self.p * self.dv * torch.log2(levels.double()) - H2(self.p)
         return bits.clamp_min(0.0).masked_fill(levels < 2, 0.0)
 
     def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """`bits` in the precision of its arguments, for searching."""
+        """Return `bits` in the precision of its arguments, for searching."""
         levels = torch.ceil(weights / (self.error + leaks)).clamp_(1.0, self._cap)
         bits = torch.log2(levels).mul_(self.p * self.dv).sub_(H2(self.p)).clamp_min_(0.0)
         return bits.masked_fill_(levels < 2.0, 0.0)
 
     @property
     def ceiling(self) -> float:
-        """Bits of a group that its query puts all its weight on."""
+        """Return the bits of a group on which its query puts all its weight."""
         return float(self.bits(torch.ones(()), torch.zeros(())))
 
     @property

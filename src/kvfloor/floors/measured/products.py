@@ -1,4 +1,4 @@
-"""Logits in a chosen precision, and how far each precision can be from the truth."""
+"""Compute logits in a chosen precision, and bound the rounding error of each precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FLOAT32_UNIT = 2.0**-24
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """The factors of the logits in one precision: q times the scale (m, d), k (n, d), and the cap."""
+    """Hold the factors of the logits in one precision: q times the scale (m, d), k (n, d), and the cap."""
 
     q: Tensor
     k: Tensor
@@ -23,11 +23,11 @@ class Factors:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, scale: float, softcap: float | None, dtype: torch.dtype) -> Factors:
-        """Factors rounded to `dtype` once."""
+        """Return the factors, rounded to `dtype` once."""
         return Factors((q.double() * scale).to(dtype), k.to(dtype), softcap)
 
     def logits(self, queries: slice | Tensor, tokens: slice | Tensor) -> Tensor:
-        """Logits (q, t) of some queries on some tokens, capped to softcap * tanh(logit / softcap) where there is a cap.
+        """Return the logits (q, t) of some queries on some tokens; softcap * tanh(logit / softcap) if there is a cap.
 
         bfloat16 factors give float32.
         """
@@ -37,16 +37,16 @@ class Factors:
 
     @property
     def sum_unit(self) -> float:
-        """Unit of rounding of sums, and of what is computed from the logits."""
+        """Return the unit of rounding of the sums, and of all that is computed from the logits."""
         return _FLOAT32_UNIT if self.q.dtype == torch.bfloat16 else torch.finfo(self.q.dtype).eps / 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """What the factors' precision costs, per query (m,), float64.
+    """Hold bounds on the logits computed in one precision, per query (m,), float64.
 
-    error  by how much a logit may be off, whatever the key
-    reach  no logit is larger in size
+    error  largest deviation of a computed logit from the true one, whatever the key
+    reach  largest size of a logit
     """
 
     error: Tensor
@@ -54,7 +54,7 @@ class Rounding:
 
     @staticmethod
     def of(factors: Factors, q: Tensor, k: Tensor, scale: float) -> Rounding:
-        """The rounding of `factors`, made from these q, k and scale.
+        """Bound the rounding of `factors`, which were made from these q, k and scale.
 
         With u the unit of the sums (float32's for bfloat16), primes for the factors and |.| l2 norms, the error is
             |q - q'| |k| + |q'| |k - k'|      the factors' own rounding, measured
@@ -73,20 +73,20 @@ class Rounding:
         return Rounding(error * 1.001, reach * 1.001)
 
     def of_sums(self, unit: float, terms: int) -> Tensor:
-        """Log of the factor by which a sum of `terms` exponentials of logits, in a precision of `unit`, may be off."""
+        """Bound the log of the factor by which a sum of `terms` exponentials of logits errs, in precision `unit`."""
         return self.error + unit * (_EXP_ULPS + 2.0 * self.reach + terms) * 1.01
 
 
 def logits(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Logits (m, n) of q (m, d) on k (n, d) in the precision of k; float32 for bfloat16 keys."""
+    """Return the logits (m, n) of q (m, d) on k (n, d) in the precision of k; float32 for bfloat16 keys."""
     everything = slice(None)
     return Factors((q * scale).to(k.dtype), k, softcap).logits(everything, everything)
 
 
 def short_products(device: torch.device) -> bool:
-    """Whether bfloat16 products are fast here and summed in float32: on a CPU where oneDNN has them.
+    """Return True if bfloat16 products are fast here and summed in float32: on a CPU where oneDNN supports them.
 
-    On a GPU float32 is fast enough, and bfloat16 sums may be shortened.
+    On a GPU float32 is fast enough, and sums of bfloat16 products may be accumulated in lower precision.
     """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     mkldnn = torch.backends.mkldnn
@@ -94,5 +94,5 @@ def short_products(device: torch.device) -> bool:
 
 
 def rough_dtype(device: torch.device, few: bool) -> torch.dtype:
-    """A precision for searching: float32 for few tokens, bfloat16 for many where that is faster."""
+    """Choose a precision for searching: float32 for few tokens, bfloat16 for many where that is faster."""
     return torch.bfloat16 if not few and short_products(device) else torch.float32

@@ -1,8 +1,9 @@
-"""The read floor: bits that a state must hold to answer given queries, or bounded ones, over given keys.
+"""Compute the read floor: bits that a state must hold to answer given queries, or bounded ones, over given keys.
 
-Keys and queries are public and fixed before the values. Tokens in disjoint groups get independent values, all others 0,
-and each group has a query. Asked one after the other, with what earlier groups contributed subtracted, the answers give
-the values back: Fano's inequality per group and the chain rule add up (docs/floors.md, "Readable tokens").
+Keys and queries are public and fixed before the values. Tokens are put in disjoint groups. Each group has values of its
+own, independent of the others, and one query; tokens in no group have value 0. The queries are answered one after the
+other, and the contribution of groups decoded earlier is subtracted from each answer. The remainder gives the group's
+values back, so that Fano's inequality per group and the chain rule add up (docs/floors.md, "Readable tokens").
 """
 
 from __future__ import annotations
@@ -24,24 +25,25 @@ from kvfloor.validation import one_of, positive
 
 OTHERS = ("absent", "present")
 Law = tuple[float, float | None]  # scale and softcap of the logits
-_SETTLED_UP_TO = 2**32  # groups x tokens x d up to which weights are bounded again when groups without bits have left
+_SETTLED_UP_TO = 2**32  # groups x tokens x d up to which weights are bounded again once groups without bits are dropped
 _SETTLINGS = 4
-_KEPT = 0.8  # share of its promise that a candidate must keep to end the search
+_KEPT = 0.8  # share of its estimated bits that a candidate must reach to end the search
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Readable:
-    """A read floor: after the `n` tokens of `stream`, any method that answers as `demand` says holds `bits`.
+    """Hold a read floor: after the `n` tokens of `stream`, any method that meets `demand` holds at least `bits`.
 
-    Groups are numbered in the order in which they are decoded. Units: bits; weights and leaks are shares of a softmax.
+    Groups are numbered in the order in which they are decoded. Weights and leaks are shares of a softmax.
 
     stream      (n,) int64, the tokens of the given keys that the stream holds, in their order there
     group       (n,) int64, the group of each of these, -1 for tokens whose values are 0
-    queries     (G, d), the query that reads each group; `asked` (G,) int64 tells which one it is: an index into the
-                given queries, or for `readable_within` the token of the given keys that it was made for
-    weights     (G,) float64, softmax weight of query g on its group, at most the true one
-    leaks       (G,) float64, its weight on the groups decoded later; both with the others' mass rounded up
-    levels      (G,) int64, (levels - 1)(eta + grain + leak) < weight, for these and so for the true weights
+    queries     (G, d), the query that reads each group
+    asked       (G,) int64, the source of each query: an index into the given queries, or for `readable_within` the
+                token of the given keys for which the query was made
+    weights     (G,) float64, softmax weight of query g on its group, at most the true weight
+    leaks       (G,) float64, weight of query g on the groups decoded later; in both, other tokens' mass is rounded up
+    levels      (G,) int64, (levels - 1)(eta + grain + leak) < weight, for these and hence for the true weights
     later_mass  (G,) float64 or None, log mass that query g sees beyond the stream
     """
 
@@ -60,21 +62,21 @@ class Readable:
 
     @property
     def n(self) -> int:
-        """Tokens of the stream."""
+        """Return the number of tokens in the stream."""
         return len(self.stream)
 
     @property
     def groups(self) -> int:
-        """Groups that are read."""
+        """Return the number of groups that are read."""
         return len(self.levels)
 
     @property
     def bytes(self) -> int:
-        """`bits` in whole bytes."""
+        """Return `bits` in whole bytes, rounded up."""
         return math.ceil(self.bits / 8.0 * (1.0 - 1e-12))
 
     def as_dict(self) -> dict[str, Any]:
-        """What the floor says, as plain JSON types; tensors are left out."""
+        """Return the floor's numbers as plain JSON types, without the tensors."""
         demand = self.demand
         return {
             "bits": self.bits, "bytes": self.bytes, "n": self.n, "groups": self.groups,
@@ -97,16 +99,18 @@ def readable_by(
     dtype: torch.dtype = torch.float32,
     most_levels: int | None = None,
 ) -> Readable:
-    """Bits that answering the queries `q` over the stored keys `k` takes, within eta, a whole row with probability p.
+    """Bound the bits needed to answer queries `q` over stored keys `k` within eta, each whole row with probability p.
 
     Law: S >= sum over groups of max(0, p dv log2 L_g - H2(p)), with L_g the most levels for which
     (L_g - 1)(eta + grain + leak_g) < weight_g, leak_g the weight on groups decoded after g (`Demand`, `Readable`).
     Worst case over values, for these keys: not a claim about recorded values.
 
     k, q         (n, d) stored keys, (m, d) queries that may be asked once the state is sent
-    later_mass   log mass of further tokens that a query sees, its own too: (m,), or one number; `causal_mass`
+    later_mass   log mass of further tokens that a query sees, its own token included: (m,), or one number; see
+                 `causal_mass`
     dtype        the values' number format; most_levels caps the levels further
-    Groups, their queries and their order come from a search; any choice is valid, so more search can only raise bits.
+    Groups, their queries and their order come from a search. Any choice gives a valid floor, so a longer search can
+    only raise it.
     Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".
     """
     k = matrix("k", k)
@@ -130,14 +134,15 @@ def readable_within(
     dtype: torch.dtype = torch.float32,
     most_levels: int | None = None,
 ) -> Readable:
-    """Bits that answering every query of length at most `radius` takes, over a stream of the keys `k` or some of them.
+    """Bound the bits needed to answer every query of length at most `radius` over a stream of keys from `k`.
 
-    Law: as `readable_by`, for the best queries found in the ball. `others` says what becomes of keys that are not read:
+    Law: as `readable_by`, for the best queries found in the ball. `others` sets the place of keys that are not read:
         "absent"   the stream is the read tokens alone: fewer than the given keys, and the floor is for that stream
         "present"  all given keys are in the stream, with value 0 where they are not read; near-duplicates, which no
                    query tells apart, are read as one group
-    later_mass  log mass that every query sees beyond the stream (its own token, say), or None: asked without appending
-    The other arguments, errors and source as `readable_by`.
+    later_mass  log mass that every query sees beyond the stream, such as that of its own token; None: no token is
+                appended before the query
+    The other arguments, errors and source are those of `readable_by`.
     """
     k = matrix("k", k)
     demand, law = Demand(eta, p, dv, dtype, most_levels), logit_law(scale, softcap)
@@ -160,10 +165,10 @@ def readable_by_rows(
     k: Tensor, q: Tensor, *, present: Tensor | None = None, asked: Tensor | None = None,
     later_mass: Tensor | None = None, **demand: Any,
 ) -> list[Readable]:  # fmt: skip
-    """`readable_by` for every row: k (rows, n, d), q (rows, m, d), later_mass (rows, m) or None.
+    """Apply `readable_by` to every row: k (rows, n, d), q (rows, m, d), later_mass (rows, m) or None.
 
-    present (rows, n) and asked (rows, m), bool, mark real tokens and queries; `stream` and `asked` of the results count
-    all of a row's. Rows have values of their own, so their bits add up.
+    present (rows, n) and asked (rows, m), bool, mark the real tokens and queries. In the results, `stream` and `asked`
+    are indices into all tokens and queries of the row. Rows have independent values, so their bits add up.
     """
     rows = _rows("k", k)
     if _rows("q", q) != rows:
@@ -180,7 +185,7 @@ def readable_by_rows(
 def readable_within_rows(
     k: Tensor, *, radius: Tensor | float, present: Tensor | None = None, **demand: Any
 ) -> list[Readable]:
-    """`readable_within` for every row of k (rows, n, d); radius one number or (rows,), present (rows, n) bool."""
+    """Apply `readable_within` to every row of k (rows, n, d); radius one number or (rows,), present (rows, n) bool."""
     rows = _rows("k", k)
     radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()
     found = []
@@ -192,7 +197,7 @@ def readable_within_rows(
 
 
 def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand) -> Readable:
-    """The floor of the groups that the search finds, all tokens of `k` in the stream."""
+    """Compute the floor of the groups that the search finds, with all tokens of `k` in the stream."""
     order, reader = find_groups(Sight(q, k, *law, later), demand)
     place = torch.full((len(q) + 1,), -1, device=k.device)
     place[order] = torch.arange(len(order), device=k.device)
@@ -203,20 +208,20 @@ def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Deman
         weights, leaks = ordered_shares(q[order], k, group, scale=law[0], softcap=law[1], later_mass=mass)
         stays = demand.bits(weights, leaks) > 0.0
         order, group = order[stays], _renumbered(group, stays)
-        # Groups that left leak no more: the bounds hold as they are, and are tighter when computed again.
+        # Dropped groups no longer leak: the bounds hold as they are, and are tighter when computed again.
         if bool(stays.all()) or settling == _SETTLINGS or len(order) * k.numel() > _SETTLED_UP_TO:
             break
     return _readable(everything, group, q[order], order, weights[stays], leaks[stays], later, law, demand)
 
 
 def _read_alone(k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor | None, demand: Demand) -> Readable:
-    """The floor of a stream of `tokens` alone, each a group with its query in q, in the order of decoding."""
+    """Compute the floor of a stream of `tokens` alone, each a group with its query in q, in the order of decoding."""
     for settling in range(1, _SETTLINGS + 1):
         group = torch.arange(len(tokens), device=k.device)
         mass = None if beyond is None else beyond[tokens]
         weights, leaks = ordered_shares(q, k[tokens], group, scale=law[0], softcap=law[1], later_mass=mass)
         stays = demand.bits(weights, leaks) > 0.0
-        # Tokens without bits leave the stream, or stay in it with value 0 where computing again takes long.
+        # Tokens without bits are dropped from the stream, or stay in it with value 0 where computing again takes long.
         if bool(stays.all()) or settling == _SETTLINGS or len(tokens) ** 2 * k.shape[1] > _SETTLED_UP_TO:
             break
         tokens, q = tokens[stays], q[stays]
@@ -235,7 +240,7 @@ def _readable(
 
 
 def _renumbered(group: Tensor, stays: Tensor) -> Tensor:
-    """Groups counted anew among those that stay; tokens of the others belong to none."""
+    """Renumber the groups (n,) that stay; tokens of the dropped groups get -1."""
     number = torch.where(stays, torch.cumsum(stays, 0) - 1, -1)
     return torch.where(group < 0, -1, torch.cat([number, number.new_tensor([-1])])[group])
 
@@ -247,7 +252,7 @@ def _rows(name: str, value: Tensor) -> int:
 
 
 def _marked(name: str, mask: Tensor | None, like: Tensor, row: int) -> Tensor:
-    """Places (t,) that are marked in a row."""
+    """Return the places (t,) that the mask marks in a row, or all places without a mask."""
     if mask is None:
         return torch.arange(like.shape[1], device=like.device)
     if mask.dtype != torch.bool or mask.shape != like.shape[:2]:

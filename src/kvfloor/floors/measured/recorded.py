@@ -1,4 +1,4 @@
-"""The read floor of a recorded stream at a cut: what a state sent there must hold for the queries that came after."""
+"""Compute the read floor of a recorded stream at a cut: bits of a state sent there, for the queries after the cut."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kvfloor.validation import whole
 def causal_mass(
     q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """Log mass that query i sees among the tokens 0..i that came with it: (g * t,) float64, for `later_mass`.
+    """Return the log mass of query i over the tokens 0..i after the cut: (g * t,) float64, for `later_mass`.
 
-    q (g, t, d), the queries of a group of heads; k (t, d), their tokens' keys; present (t,) bool marks real tokens.
-    Flattened as q.reshape(g * t, d). -inf where a query sees none of them.
+    q (g, t, d), the queries of a GQA group; k (t, d), the keys of the same tokens; present (t,) bool marks real tokens.
+    The result is flattened as q.reshape(g * t, d). It is -inf where a query sees no real token.
     """
     g, t, d = q.shape
     everything = slice(None)
@@ -39,12 +39,14 @@ def readable_after(
     softcap: float | None = None,
     **demand: Any,
 ) -> list[Readable]:
-    """`readable_by` per row for a recorded stream cut in two: stored are the first `cut` tokens, asked are all queries
-    after them, each beside its own token and those between.
+    """Apply `readable_by` to each row of a recorded stream, cut in two after `cut` tokens.
+
+    The first `cut` tokens are stored, and all later queries are asked. Each later query also sees its own token and the
+    tokens between the cut and it.
 
     q (rows, g, n, d), k (rows, n, d), present (rows, n) bool; `demand` as for `readable_by`. In the results `asked`
-    counts a row's later queries flattened as q[row, :, cut:].reshape(-1, d), and `stream` its tokens. Bits of rows add
-    up: their values are independent of each other.
+    indexes a row's later queries flattened as q[row, :, cut:].reshape(-1, d), and `stream` indexes its tokens. Bits of
+    rows add up: their values are independent of each other.
     """
     if q.ndim != 4 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[1:]:
         raise ValueError(f"q must be (rows, g, n, d) and k (rows, n, d), got {tuple(q.shape)} and {tuple(k.shape)}")
@@ -69,7 +71,7 @@ def readable_after(
 
 
 def longest_query(q: Tensor, present: Tensor | None = None) -> Tensor:
-    """Length (rows,), float64, of each row's longest query: a radius for `readable_within_rows`.
+    """Return the length (rows,), float64, of each row's longest query: a radius for `readable_within_rows`.
 
     q (rows, g, n, d), present (rows, n) bool.
     """

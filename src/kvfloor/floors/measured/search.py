@@ -1,8 +1,8 @@
-"""Which tokens each query reads, and in which order: the search behind `readable_by`.
+"""Search the groups of tokens that each query reads, and their order of decoding, for `readable_by`.
 
-Everything here proposes; nothing proves. Any disjoint groups in any order give a valid floor, and `readable.py`
-computes it from weights bounded anew: what is chosen here decides how large the floor is, never whether it holds.
-Choices depend on keys and queries only.
+The search only proposes groups. Any disjoint groups in any order give a valid floor, and `readable.py` computes it from
+weights bounded anew. The search decides how large the floor is, never whether it holds. Choices depend on keys and
+queries only.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ _RANKED_UP_TO = 2**28  # up to which queries are ranked before any is chosen
 _IMPROVED_UP_TO = 2**23  # up to which a choice is improved
 _THOROUGH_UP_TO = 2**21  # and up to which from several starts
 _WORK = 2**27  # weights looked at while improving, about
-_POOL = 256  # queries up to which all of them take part in that
+_POOL = 256  # up to so many queries, all of them take part in the improvement
 _QUERIES_AT_ONCE = 128
 _SAMPLED_QUERIES = 1024
 _NEARNESS = (0.5, 0.2, 0.05, 0.0)  # a token belongs to a query's group from this share of its largest weight on
 _ENOUGH = 1.001  # within a thousandth of all that there is, the search ends
-_PASSES = 16  # at most this many to settle who is chosen within a block
+_PASSES = 16  # most iterations that settle which queries of a block are chosen
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Some queries' attention: `softmax` (b, n) over stored tokens, and `share` (b,) of all mass that is on these."""
+    """Hold the attention of some queries: `softmax` (b, n) over stored tokens, and the `share` (b,) of mass on these.
+
+    `share` is the mass on stored tokens over all mass that the query sees.
+    """
 
     queries: Tensor
     softmax: Tensor
@@ -41,20 +44,20 @@ class Block:
 
     @property
     def weights(self) -> Tensor:
-        """The weight (b, n) of each query on each stored token."""
+        """Return the weight (b, n) of each query on each stored token."""
         return self.softmax * self.share.unsqueeze(1)
 
     def near(self, share: float) -> Tensor:
-        """Tokens (b, n) with at least this share of the query's largest weight."""
+        """Mark the tokens (b, n) with at least this share of the query's largest weight."""
         return self.softmax >= share * self.softmax.amax(1, keepdim=True)
 
     def at(self, places: Tensor) -> Block:
-        """Some of the queries."""
+        """Return the block of the queries at `places`."""
         return Block(self.queries[places], self.softmax[places], self.share[places])
 
 
 class Sight:
-    """How m queries weigh n stored tokens, in a precision that suffices for searching."""
+    """Compute the softmax weights of m queries on n stored tokens, in a precision that suffices for searching."""
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, later_mass: Tensor | None) -> None:
         self.m, self.n, self.device = q.shape[0], k.shape[0], k.device
@@ -64,15 +67,15 @@ class Sight:
         self._kept = self._made(self.all()) if size <= _KEPT_WEIGHTS else None
 
     def all(self) -> Tensor:
-        """Every query (m,)."""
+        """Return the indices of all queries (m,)."""
         return torch.arange(self.m, device=self.device)
 
     def rows(self, queries: Tensor) -> Block:
-        """The attention of some queries."""
+        """Return the attention of some queries."""
         return self._made(queries) if self._kept is None else self._kept.at(queries)
 
     def blocks(self, queries: Tensor) -> Iterator[Block]:
-        """The same, a fixed number of queries at a time."""
+        """Yield the attention of some queries, a fixed number of queries at a time."""
         return (self.rows(part) for part in queries.split(_QUERIES_AT_ONCE))
 
     def _made(self, queries: Tensor) -> Block:
@@ -85,7 +88,7 @@ class Sight:
 
 
 def find_groups(sight: Sight, demand: Demand) -> Choice:
-    """The choice that promises most bits among a few settings; no groups where none is readable."""
+    """Return the choice of groups with the most estimated bits among a few settings; no groups if none is readable."""
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)
     best, most = Choice(sight.all()[:0], last), 0.0
@@ -107,7 +110,7 @@ def find_groups(sight: Sight, demand: Demand) -> Choice:
 
 
 def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Iterator[tuple[float, Choice]]:
-    """What becomes of a choice with the pool's other queries left out, decoded last or decoded first."""
+    """Improve a choice, with the pool's other queries decoded first, decoded last or left out; yield each result."""
     weights = sight.rows(pool).weights
     place = torch.full((sight.m + 1,), -1, device=sight.device)
     place[pool] = torch.arange(len(pool), device=sight.device)
@@ -125,7 +128,7 @@ def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Ite
 
 
 def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
-    """Queries (m,), first those whose group is mostly their own: its weight against what other queries put on it."""
+    """Rank the queries (m,) by the weight on their own group over the weight that other queries put on that group."""
     step = max(1, sight.m // _SAMPLED_QUERIES)
     asked = sum(block.share @ block.softmax for block in sight.blocks(sight.all()[::step])) * float(step)
     score = []
@@ -137,11 +140,11 @@ def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
 
 
 def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tuple[float, Choice]:
-    """Queries taken one after the other where they are readable, each with its near tokens that no one has yet; with
-    the bits that this promises.
+    """Choose queries greedily where they are readable, each with its near tokens that no query reads yet.
 
-    Groups are built from the last decoded to the first: one that joins in front leaks nothing into those behind it.
-    Within a block every candidate counts what the earlier ones of the block take and leak, settled by iteration.
+    Returns the estimated bits and the choice. Groups are built from the last decoded to the first: a group added in
+    front adds no leak to the groups behind it. Within a block, the tokens and the leak that earlier candidates of the
+    block take from a candidate are settled by iteration.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0

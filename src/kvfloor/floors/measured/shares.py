@@ -1,4 +1,4 @@
-"""Softmax weights of ordered groups of tokens, bounded on the safe side of rounding: what a read floor rests on.
+"""Bound the softmax weights of ordered groups of tokens on the safe side of rounding, for the read floor.
 
 Groups are numbered in the order in which their queries are decoded, and query g belongs to group g.
 """
@@ -25,13 +25,14 @@ def ordered_shares(
     softcap: float | None = None,
     later_mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weight of query g on group g, and on all groups after it: two (G,) float64 in [0, 1], on the safe side.
+    """Bound the weight of query g on group g, and on all later groups: two (G,) float64 in [0, 1], on the safe side.
 
     q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,) float64, log mass of
-    further tokens that query g sees. Weights are over all n tokens and those.
-    A group's own mass is always float64. That of other tokens is so for small inputs; for larger ones it is bfloat16 or
-    float32, and counts with the factor e^error that its rounding can hide (`Rounding`). So the first result is at most
-    the true weight, and for every e >= 0 first / (e + second) is at most what it is for the true weights.
+    further tokens that query g sees. Weights are over all n tokens and these further tokens.
+    A group's own mass is always computed in float64. The mass of other tokens is float64 for small inputs. For larger
+    ones it is bfloat16 or float32, multiplied by the factor e^error that its rounding can hide (`Rounding`). So the
+    first result is at most the true weight, and for every e >= 0 first / (e + second) is at most the same quotient of
+    the true weights.
     """
     count, n, device = q.shape[0], k.shape[0], k.device
     if count == 0:
@@ -77,7 +78,7 @@ def ordered_shares(
 
 
 def _factors(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Factors, Rounding]:
-    """The factors in the shortest precision that is allowed and precise enough, and their rounding."""
+    """Return the factors in the shortest precision that is allowed and precise enough, and their rounding."""
     allowed = [torch.float64]
     if len(q) * k.numel() > _WIDE_UP_TO:
         if torch.get_float32_matmul_precision() == "highest":
@@ -100,7 +101,7 @@ def _mass(factors: Factors, asked: slice, tokens: slice, shift: Tensor | None) -
 
 
 def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, softcap: float | None) -> Tensor:
-    """Logit of every grouped token under its own group's query, float64."""
+    """Return the logit of every grouped token under its own group's query, float64."""
     parts = [k.new_zeros(0, dtype=torch.float64)]
     for low in range(start, k.shape[0], _TOKENS_AT_ONCE):
         here = slice(low, low + _TOKENS_AT_ONCE)
@@ -110,7 +111,7 @@ def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, s
 
 
 def _pieces(inside: int, beyond: int, n: int) -> list[tuple[int, int]]:
-    """Ranges of tokens, cut where a block's own groups begin and end, so that each piece is of one kind."""
+    """Return ranges of tokens, each entirely before, inside or after the tokens of a block's own groups."""
     pieces = []
     for low, high in ((0, inside), (inside, beyond), (beyond, n)):
         pieces += [(at, min(high, at + _TOKENS_AT_ONCE)) for at in range(low, high, _TOKENS_AT_ONCE)]

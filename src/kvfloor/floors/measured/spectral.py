@@ -1,6 +1,6 @@
-"""The Gaussian reference: the rate at which attention's answers could be sent if the values were Gaussian.
+"""Compute the Gaussian reference: the rate-distortion function of attention's answers if the values were Gaussian.
 
-A reference to stand beside measurements, never the floor of recorded data: see `gaussian_reference`.
+It is a reference to compare measurements with, never the floor of recorded data: see `gaussian_reference`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kvfloor.validation import positive, within
 
 @dataclasses.dataclass(frozen=True)
 class GaussianReference:
-    """Bits by reverse water-filling, at total squared error `distortion`.
+    """Hold the bits of reverse water-filling at total squared error `distortion`.
 
     level       theta, the error of every component that is sent
-    variance    what guessing the mean errs by: the total variance of the answers
-    sent, components   components of the answers above `level`, and all of positive variance
+    variance    total variance of the answers: the squared error of guessing their mean
+    sent, components   number of components of the answers above `level`, and of all with positive variance
     """
 
     bits: float
@@ -36,9 +36,10 @@ class GaussianReference:
 def attention_matrix(
     q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, later_mass: Tensor | float | None = None
 ) -> Tensor:
-    """Softmax weights (m, n), float64, of queries q (m, d) on stored keys k (n, d).
+    """Return the softmax weights (m, n), float64, of queries q (m, d) on stored keys k (n, d).
 
-    later_mass (m,), or one number: log mass of tokens that a query sees beyond these; rows then sum to less than 1.
+    later_mass (m,), or one number: log mass of tokens that a query sees beyond the stored ones; rows then sum to less
+    than 1.
     """
     k = matrix("k", k)
     q = matrix("q", q, k.shape[1])
@@ -53,9 +54,9 @@ def attention_matrix(
 
 
 def squared_singular_values(a: Tensor) -> Tensor:
-    """Squared singular values (min(m, n),) of a (m, n), float64, largest first.
+    """Return the squared singular values (min(m, n),) of a (m, n), float64, largest first.
 
-    They are the eigenvalues of the smaller of a a^T and a^T a; those within rounding of 0 are 0.
+    They are the eigenvalues of the smaller of a a^T and a^T a. Eigenvalues within rounding of 0 are set to 0.
     """
     wide = matrix("a", a).double()
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
@@ -65,14 +66,16 @@ def squared_singular_values(a: Tensor) -> Tensor:
 
 
 def value_spread(values: Tensor) -> Tensor:
-    """Eigenvalues (dv,) of the covariance of values (n, dv) about their mean (divided by n), float64, largest first."""
+    """Return the eigenvalues (dv,) of the covariance (divided by n) of values (n, dv), float64, largest first."""
     wide = matrix("values", values).double()
     away = wide - wide.mean(0)
     return torch.linalg.eigvalsh(away.T @ away / len(wide)).flip(0).clamp_min(0.0)
 
 
 def gaussian_rate(variances: Tensor, distortion: float) -> GaussianReference:
-    """Rate-distortion function of independent Gaussians of the given variances, at total squared error `distortion`.
+    """Evaluate the rate-distortion function of independent Gaussians of these variances at squared error `distortion`.
+
+    `distortion` is the total over all components.
 
     Law: 1/2 sum max(0, log2(variance / theta)) bits, theta solving sum min(theta, variance) = distortion; 0 from the
     total variance on, infinite at distortion 0. Reverse water-filling (Shannon; Kolmogorov).
@@ -87,7 +90,7 @@ def gaussian_rate(variances: Tensor, distortion: float) -> GaussianReference:
         return GaussianReference(0.0, distortion, float(positives[-1]) if count else 0.0, variance, 0, count)
     if distortion == 0.0:
         return GaussianReference(math.inf, 0.0, 0.0, variance, count, count)
-    below = torch.cumsum(positives, 0) - positives  # what the smaller components sum to
+    below = torch.cumsum(positives, 0) - positives  # sum of the smaller components
     remaining = torch.arange(count, 0, -1, device=positives.device, dtype=torch.float64)
     at = int(torch.searchsorted(below + remaining * positives, distortion))  # theta <= positives[at]
     at = min(at, count - 1)
@@ -106,16 +109,17 @@ def gaussian_reference(
     mean_squared: float | None = None,
     relative: float | None = None,
 ) -> GaussianReference:
-    """Bits with which answers a V could be given if the rows of V were independent N(mean, Sigma): R_A(D).
+    """Return the rate R_A(D) of the answers a V if the rows of V were independent N(mean, Sigma), in bits.
 
     Law: `gaussian_rate` of the products sigma_i^2 lambda_j, sigma the singular values of `a` (m, n), lambda the
     eigenvalues of Sigma: `spread` (dv,), or those of the covariance of `values` (n, dv). One error must be given:
         distortion    D, the expected squared error summed over all m dv entries
         mean_squared  D / (m dv)
         relative      sqrt(D) / ||a V||_F; without `values`, over the root of the mean of ||a V||_F^2 for mean 0
-    For Gaussian values it is a lower bound on any state, whether or not its reader or writer knows `a`. For values of
-    another law it bounds nothing: those of the same covariance can be simpler. Hence a reference, never a floor of
-    recorded data. Raises ValueError naming the argument. Source: derived, docs/floors.md, "Gaussian reference".
+    For Gaussian values it is a lower bound on any state, whether or not the state's reader or writer is given `a`. For
+    values of another law it bounds nothing: values of the same covariance can take fewer bits. Hence it is a reference,
+    never a floor of recorded data. Raises ValueError naming the argument. Source: derived, docs/floors.md, "Gaussian
+    reference".
     """
     a = matrix("a", a)
     if (values is None) == (spread is None):

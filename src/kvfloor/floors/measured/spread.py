@@ -1,10 +1,11 @@
-"""Which keys can stand in one stream so that bounded queries read each of them: the search behind
-`readable_within(others="absent")`. It proposes; `readable.py` computes the floor from weights bounded anew.
+"""Search for a stream of keys in which one bounded query reads each key: `readable_within(others="absent")`.
 
-With R_ij = exp(logit_ij - logit_ii) for the query of token i, a set of tokens leaves token i the weight
-1 / (1 + sum_j R_ij) over the others j of the set, and as leak that weight times the sum over the j decoded later.
-Sets grow from the last decoded token to the first: one that joins in front leaks nothing into those behind it, and only
-shrinks their weights.
+The search only proposes a stream. `readable.py` then bounds the softmax weights anew and computes the floor.
+
+Let R_ij = exp(logit_ij - logit_ii) under the query of token i. In a given set of tokens, the query of token i puts the
+weight 1 / (1 + sum_j R_ij) on token i, j over the other tokens of the set. Its leak is that weight times the sum of
+R_ij over the tokens j decoded later. A set grows from the last decoded token to the first: a token added in front adds
+no leak to the tokens behind it, and only shrinks their weights.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from kvfloor.logits import capped
 _TOKENS_AT_ONCE = _OTHERS_AT_ONCE = 512
 _REVISED_UP_TO = 2**25  # tokens x members up to which a set is revised in rounds
 _ROUNDS = 3
-_PATIENCE = 2  # steps without a gain of more than a thousandth end the revisions
+_PATIENCE = 2  # so many steps in a row without a gain of more than a thousandth end the revisions
 _WORTHWHILE = 1.001
-_NEARLY_ALL = 0.9  # share of tokens that a sample says are readable from which all of these are tried
-_PASSES = 16  # at most this many to settle who is chosen within a block
-_TOP = 60.0  # logit differences are cut here: finite above, and far from slow subnormal numbers below
+_NEARLY_ALL = 0.9  # from this share of tokens on that are readable by a sample's estimate, all of these are tried
+_PASSES = 16  # most iterations that settle which tokens of a block are accepted
+_TOP = 60.0  # logit differences are cut to +-60: exponentials stay finite, and clear of slow subnormal numbers
 
 
 class Pull:
-    """R, from every token's own query: how much others draw from it. `beyond` is log mass that all queries see."""
+    """Compute the ratios R_ij: the softmax mass on token j over that on token i, under the query of token i.
+
+    `beyond` is the log mass of further tokens that every query sees, or None.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, beyond: float | None) -> None:
         self.q, self.n = q, len(k)
@@ -43,7 +47,7 @@ class Pull:
         self.beyond = torch.zeros_like(self._own) if beyond is None else torch.exp((beyond - self._own).clamp_max(_TOP))
 
     def on(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """R (t, o), 0 where both are the same token."""
+        """Return R (t, o) of `tokens` against `others`, 0 where both are the same token."""
         pull = self._factors.logits(tokens, others).sub_(self._own[tokens].unsqueeze(1))
         pull = (pull if self._tame else pull.clamp_(-_TOP, _TOP)).exp_()
         place = torch.full((self.n,), -1, device=tokens.device)
@@ -54,7 +58,7 @@ class Pull:
         return pull
 
     def load(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Row sums (t,) of R."""
+        """Return the row sums (t,) of R: the mass that `others` take from each of `tokens`."""
         total = torch.zeros_like(self._own[tokens])
         for row in range(0, len(tokens), _TOKENS_AT_ONCE):
             rows = slice(row, row + _TOKENS_AT_ONCE)
@@ -63,21 +67,21 @@ class Pull:
         return total
 
     def damage(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Column sums (o,) of R cut at 1: how much the queries of `tokens` see of each other token."""
+        """Return the column sums (o,) of R cut at 1: the mass that the queries of `tokens` put on each other token."""
         total = torch.zeros_like(self._own[others])
         for rows in tokens.split(_TOKENS_AT_ONCE):
             total += self.on(rows, others).clamp_max_(1.0).sum(0)
         return total
 
     def pairs(self, members: Tensor) -> Tensor:
-        """Weight (G, G) of each member's query on each member, in a stream of these alone."""
+        """Return the weight (G, G) of each member's query on each member, in a stream of the members alone."""
         pull = self.on(members, members)
         pull.fill_diagonal_(1.0)
         return pull / (pull.sum(1) + self.beyond[members]).unsqueeze(1)
 
 
 class Candidate(NamedTuple):
-    """Tokens (G,) in the order of decoding for a stream of these alone, their queries (G, d), and the promised bits."""
+    """Hold a proposed stream: its tokens (G,) in the order of decoding, their queries (G, d), the estimated bits."""
 
     tokens: Tensor
     q: Tensor
@@ -85,7 +89,7 @@ class Candidate(NamedTuple):
 
 
 class Spread:
-    """The search for one matrix of keys (n, d), float32, under one logit law and radius."""
+    """Search one matrix of keys (n, d), float32, for streams to read, under one logit law and query radius."""
 
     def __init__(
         self, k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None, demand: Demand
@@ -96,10 +100,11 @@ class Spread:
         self._all = torch.arange(k.shape[0], device=k.device)
 
     def candidates(self) -> Iterator[Candidate]:
-        """Choices to be judged one after the other, until one keeps what it promises.
+        """Yield proposed streams with their estimated bits, for the caller to compute the floor of each in turn.
 
-        Few tokens: the best of the revisions from two starts. Many: all that a sample says can stand together, if that
-        is nearly all; then a set grown pair by pair, which also sees near-duplicates that a sample misses.
+        Few tokens: one stream, the best of the revisions from two starts. Many tokens: first all tokens that are
+        readable together by a sample's estimate, if these are nearly all; then a set grown by comparing every pair,
+        which also finds near-duplicates that a sample misses.
         """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)
@@ -117,7 +122,7 @@ class Spread:
         yield self._best(pull, (load.argsort(),))
 
     def _best(self, pull: Pull, orders: tuple[Tensor, ...]) -> Candidate:
-        """The best revision of the sets that grow in the given orders."""
+        """Return the best revision of the sets grown by adding tokens in each of the given orders."""
         best = Candidate(self._all[:0], self.k[:0], 0.0)
         for order in orders:
             before, idle = 0.0, 0
@@ -132,13 +137,17 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Every token's best query against the given rivals."""
+        """Find a query for every token against the given rivals, and return the ratios R of these queries."""
         scale, softcap, beyond = self._law
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
         return Pull(q, self.k, scale, softcap, beyond)
 
     def _revisions(self, pull: Pull, members: Tensor) -> Iterator[Candidate]:
-        """A set's order, what is left when harmful members go, queries anew against it, further members; and again."""
+        """Revise a set of tokens in rounds, and yield each version of it.
+
+        Each round reorders the set, drops the members that cost more bits than they give, searches new queries against
+        the remaining members, and adds further tokens.
+        """
         for _ in range(_ROUNDS):
             bits, members = self._arranged(pull, members)
             yield Candidate(members, pull.q[members], bits)
@@ -151,7 +160,10 @@ class Spread:
             members = self._grown(pull, pull.load(self._all, members).argsort(), members)
 
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
-        """The members in a better order, and the bits promised; where all pairs are too many, easy ones first."""
+        """Return the estimated bits and the members in a better order of decoding.
+
+        Where the members are too many to compare all pairs, those with the least competing mass come first.
+        """
         if len(members) <= FEW:
             pairs = pull.pairs(members)
             again = by_damage(pairs, self.demand)
@@ -165,7 +177,10 @@ class Spread:
         return float(self.demand.bits(own, own * load / 2.0).sum()), members[load.argsort()]
 
     def _grown(self, pull: Pull, order: Tensor, members: Tensor) -> Tensor:
-        """Members and, in front of them, further tokens of the given order that are readable beside the others."""
+        """Put further tokens, taken in the given order, in front of the members where they stay readable.
+
+        Returns the tokens added and the members, in the order of decoding.
+        """
         new = torch.ones_like(self._all, dtype=torch.bool)
         new[members] = False
         for part in order[new[order]].split(_TOKENS_AT_ONCE):
@@ -183,6 +198,6 @@ class Spread:
         return members
 
     def _reads(self, load: Tensor, beyond: Tensor) -> Tensor:
-        """Whether a token in front of others that draw `load` from it still has bits."""
+        """Return True for each token that still carries bits when all tokens behind it have the ratio sum `load`."""
         own = 1.0 / (1.0 + load + beyond)
         return self.demand.bits(own, own * load) > 0.0

@@ -1,4 +1,4 @@
-"""How Bob asks. Every way leaves the state as it was and answers row by row, a bounded number at a time."""
+"""Ask a state for hidden rows, by reading or by appending; the state stays as it was, and memory is bounded."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,11 @@ from torch import Tensor
 from kvfloor.core.state import State
 
 _QUERIES_AT_ONCE = 256
-_FORK_BYTES = 2**28  # copies of the state that may live at once
+_FORK_BYTES = 2**28  # bytes that copies of the state may take at once
 
 
 def by_reading(state: State, copy: Tensor, queries: Tensor) -> Tensor:
-    """Answers (m, dv), float32, to queries (m, d) of streams copy (m,): nothing is appended."""
+    """Return the answers (m, dv), float32, to queries (m, d) of streams copy (m,), appending nothing."""
     rows, m = state.spec.rows, len(queries)
     order = torch.argsort(copy, stable=True)
     count = torch.bincount(copy, minlength=rows)
@@ -26,9 +26,10 @@ def by_reading(state: State, copy: Tensor, queries: Tensor) -> Tensor:
 def by_appending(
     state: State, copy: Tensor, queries: Tensor, k: Tensor | None = None, v: Tensor | None = None
 ) -> Tensor:
-    """The same, each query on its own copy of the state to which one token was appended: k (m, d), v (m, dv).
+    """Return the answers (m, dv), float32, each from a copy of the state to which one token was appended.
 
-    Zeros unless given: the form in which the theorems let Bob go on with the stream.
+    queries (m, d), streams copy (m,), appended tokens k (m, d), v (m, dv). The appended token is zero unless given: in
+    this form the theorems let Bob continue the stream.
     """
     spec = state.spec
     k = queries.new_zeros(len(queries), spec.d) if k is None else k

@@ -1,9 +1,9 @@
-"""How many bits one message provably carries, judged from what its receiver decoded. All results in bits.
+"""Certify how many bits one message carries, from the values that its receiver decoded. All results in bits.
 
 Each certificate turns one decoding into a gain T with Pr_X[T >= S + t] <= 2^-t for every message of S bits, over
 uniform hidden X that is independent of everything public. So S >= T - log2(1/alpha) with confidence 1 - alpha from a
-single run, and the best of k kinds pays log2 k more. A decoder may look at the message and at public randomness only:
-an erasure set, a threshold or a width chosen by looking at X pays log2 of the number of choices.
+single run, and taking the best of k certificates costs log2 k more. A decoder may use the message and public randomness
+only: an erasure set, a threshold or a width chosen by looking at X costs log2 of the number of choices.
 Derived here; docs/floors.md ("Certificates") has the proofs. The message length is taken as public; where a method's
 length depends on the values, add log2 of the number of possible lengths.
 """
@@ -21,7 +21,7 @@ ALPHA = 2.0**-20
 
 
 def hard(bits: int, wrong: int) -> float:
-    """Gain of decoding `bits` hidden bits with `wrong` of them wrong: bits (1 - H2(wrong/bits)), 0 from 1/2 on.
+    """Return the gain of decoding `bits` hidden bits, `wrong` of them wrong: bits (1 - H2(wrong/bits)), 0 from 1/2 on.
 
     At most 2^(bits H2(rho)) strings lie within rho bits of the decoded one, for rho < 1/2.
     """
@@ -32,7 +32,7 @@ def hard(bits: int, wrong: int) -> float:
 
 
 def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
-    """Gain over the rows that the decoder trusts: `hard` on them alone.
+    """Return the gain over the rows that the decoder trusts: `hard` on these rows alone.
 
     row_bits  hidden bits per row
     wrong     (m,) wrong bits of every row
@@ -42,9 +42,10 @@ def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
 
 
 def log_loss(gains: Sequence[float]) -> float:
-    """Gain of the best of several predictors: each gain is sum (log2 L + log2 p(x)) under a pmf fixed by the answers.
+    """Return the gain of the best of several predictors, less log2 of their number.
 
-    Every pmf must sum to 1 over all symbols; choosing the best of len(gains) by looking at X costs log2 of that number.
+    Each gain is sum (log2 L + log2 p(x)) under a pmf fixed by the answers. Every pmf must sum to 1 over all symbols.
+    Choosing the best of len(gains) by looking at X costs log2 of that number.
     """
     if not gains:
         raise ValueError("gains must hold the gain of at least one predictor, got none")
@@ -52,7 +53,7 @@ def log_loss(gains: Sequence[float]) -> float:
 
 
 def certified(gains: Sequence[float], alpha: float = ALPHA) -> float:
-    """Bits that the message holds with confidence 1 - alpha: the best gain less log2 len(gains) and log2(1/alpha)."""
+    """Return the bits certified at confidence 1 - alpha: the best gain less log2 len(gains) and log2(1/alpha)."""
     alpha = within("alpha", alpha, 0.0, 1.0, low_open=True)
     if not gains:
         raise ValueError("gains must hold at least one certificate's gain, got none")
@@ -60,11 +61,12 @@ def certified(gains: Sequence[float], alpha: float = ALPHA) -> float:
 
 
 def certified_from_sample(n: int, row_bits: int, wrong: int, drawn: int, alpha: float = ALPHA) -> float:
-    """Bits that the message holds, from `drawn` rows of `n` drawn with replacement, `wrong` of them not all right.
+    """Return the bits certified from `drawn` rows of `n`, drawn with replacement, `wrong` of them with an error.
 
     Law: n (row_bits (1-e) - H2(e)) - log2(2/alpha), e the upper Clopper-Pearson limit on the share of wrong rows at
-    alpha/2; together they fail with probability at most alpha. Draw the rows after the message is fixed, from entropy
-    that the method never sees. 0 from e = 1 - 2^-row_bits on, where guessing does as well.
+    alpha/2. The limit and the certificate together fail with probability at most alpha. Draw the rows after the message
+    is fixed, from entropy that the method never sees. The result is 0 from e = 1 - 2^-row_bits on, where guessing does
+    as well.
     """
     n, row_bits = whole("n", n), whole("row_bits", row_bits)
     e = clopper_pearson_limit(wrong, drawn, alpha / 2.0)

@@ -1,4 +1,4 @@
-"""From answers to hidden values: what the receiver may conclude, using the answers and public numbers only."""
+"""Decode hidden values from answers, using the answers and public numbers only."""
 
 import dataclasses
 
@@ -9,19 +9,19 @@ from kvfloor.floors.separation import eps_s, level_eps_s, tau
 from kvfloor.game.engine import certificates
 from kvfloor.game.engine.predict import predictor_gains
 
-_ROUNDING = 2.0**-20  # what float32 arithmetic may add to an answer in [0, 1], also at eta = 0
-_LARGEST_ANSWER = 0.3  # below it a row is no spike, whatever its pattern
-_OFF_LEVEL = 0.15  # mean distance to the nearest level, in level spacings, from which a row is a blur
-_SPREAD = 0.15  # standard deviation in [0, 1] below which a row is an average of many
+_ROUNDING = 2.0**-20  # error that float32 arithmetic may add to an answer in [0, 1], also at eta = 0
+_LARGEST_ANSWER = 0.3  # a row whose largest answer is below it is no spike, whatever its pattern
+_OFF_LEVEL = 0.15  # mean distance to the nearest level, in level spacings, from which a row is not trusted
+_SPREAD = 0.15  # standard deviation in [0, 1] below which a row is an average of many tokens
 
 
 def leak_ratio(bits: int, eta: float) -> float:
-    """The eps_s the game uses: (1-eta)/4 for single bits; for finer values also at most 2^-(bits+3)."""
+    """Return the eps_s that the game uses: (1-eta)/4 for single bits; for finer values also at most 2^-(bits+3)."""
     return eps_s(eta) if bits == 1 else min(eps_s(eta), level_eps_s(bits))
 
 
 def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
-    """The hidden levels (m, dv), int64 in [0, 2^bits): `tau` decides single bits, the nearest level finer ones.
+    """Decode the hidden levels (m, dv), int64 in [0, 2^bits): single bits by `tau`, finer values by the nearest level.
 
     An answer that is not finite decodes as level 0.
     """
@@ -33,10 +33,10 @@ def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
 
 
 def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Rows whose answers look like one token's own values: (trusted (m,) bool, their levels (m, dv)).
+    """Find the rows whose answers look like one token's own values: (trusted (m,) bool, levels of all rows (m, dv)).
 
-    A row of single bits is scaled by its largest answer first (sampling methods return it scaled). Trusted: finite,
-    large enough, close to levels, and not the flat average that a forgotten token leaves.
+    A row of single bits is first divided by its largest answer (sampling methods return it scaled). A trusted row is
+    finite, large enough, close to levels, and not the flat average that is left of an evicted token.
     """
     answers = answers.double()
     finite = torch.isfinite(answers).all(dim=1)
@@ -53,17 +53,17 @@ def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def wrong_bits(decoded: Tensor, hidden: Tensor, bits: int) -> Tensor:
-    """Wrong bits per row (m,) under the Gray code, in which neighbouring levels differ in one bit."""
+    """Count the wrong bits per row (m,) under the Gray code, in which neighbouring levels differ in one bit."""
     differing = (decoded ^ (decoded >> 1)) ^ (hidden ^ (hidden >> 1))
     return sum(((differing >> place) & 1).sum(dim=1) for place in range(bits))  # type: ignore[return-value]
 
 
 def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Tensor:
-    """Rows (m,), bool, that a (1±eta)-accurate method could have returned.
+    """Mark the rows (m,), bool, that a (1±eta)-accurate method could have returned.
 
-    For single bits: the whole row decodes right. For finer values x: every coordinate lies between (1-eta) times the
-    least and (1+eta) times the most that exact attention gives when the spike leaks at most `leak_ratio`, give or
-    take float32 rounding.
+    For single bits, the whole row must decode right. For finer values x, every coordinate must lie between (1-eta)
+    times the least and (1+eta) times the largest value that exact attention gives when the spike leaks at most
+    `leak_ratio`, up to float32 rounding.
     """
     if bits == 1:
         return (nearest_levels(answers, bits, eta) == hidden).all(dim=1)
@@ -76,7 +76,7 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What one set of answers gave away: bits certified and by which kind, share of wrong bits, share of good rows."""
+    """Record the decoding of one set of answers: certified bits, certificate, share of wrong bits and of good rows."""
 
     certified_bits: float
     certificate: str
@@ -87,8 +87,8 @@ class Decoded:
 def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_from: int | None = None) -> Decoded:
     """Compare answers (m, dv) with the hidden levels (m, dv) and certify what the message held.
 
-    All rows once, in order, give the best of the hard, erasure and log-loss certificates. `sampled_from` = n says that
-    the rows were drawn with replacement from n; then the share of whole rows decoded right is certified.
+    All rows once, in order, give the best of the hard, erasure and log-loss certificates. `sampled_from` = n means that
+    the rows were drawn with replacement from n; then the share of whole rows decoded right gives the certificate.
     """
     m, dv = hidden.shape
     decoded = nearest_levels(answers, bits, eta)

@@ -1,4 +1,4 @@
-"""The public half of the game: everything that Alice and Bob agree on before any value is hidden."""
+"""Define the public half of the game: all that Alice and Bob agree on before any value is hidden."""
 
 import dataclasses
 import hashlib
@@ -22,18 +22,21 @@ _TOKENS_AT_ONCE = 1024
 
 
 def derived_seed(purpose: str, seed: int | str) -> int:
-    """63 bits of SHA-256 over "kvfloor/barriers/v1/PURPOSE/SEED": streams for different purposes are unrelated."""
+    """Derive a seed for one purpose: 63 bits of SHA-256 over "kvfloor/barriers/v1/PURPOSE/SEED".
+
+    Streams for different purposes are unrelated.
+    """
     digest = hashlib.sha256(f"kvfloor/barriers/v1/{purpose}/{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instance(ABC):
-    """One hard instance: `copies` independent streams, each hiding `rows` rows of dv values of `bits` bits.
+    """Define one hard instance: `copies` independent streams, each hiding `rows` rows of dv values of `bits` bits.
 
-    A barrier writes `rows`, `length`, `keys`, `stream` and `answers`. All fields are public and plain: Bob's process
-    gets them as JSON and nothing else about the instance. key_seed and method_seed derive from the run's seed by
-    `derived_seed`; neither tells the run's seed nor the hidden values.
+    A barrier implements `rows`, `length`, `keys`, `stream` and `answers`. All fields are public and plain: Bob's
+    process receives them as JSON, and nothing else about the instance. key_seed and method_seed derive from the run's
+    seed by `derived_seed`; neither reveals the run's seed nor the hidden values.
     """
 
     barrier: ClassVar[str]
@@ -46,69 +49,69 @@ class Instance(ABC):
     dtype: str = "float32"
     copies: int = 1
 
-    # ---- what a barrier writes -----------------------------------------------------------------------------
+    # ---- implemented by each barrier -----------------------------------------------------------------------
 
     @property
     @abstractmethod
     def rows(self) -> int:
-        """Hidden rows per stream."""
+        """Return the number of hidden rows per stream."""
 
     @property
     @abstractmethod
     def length(self) -> int:
-        """Tokens per stream, Bob's own not counted."""
+        """Return the number of tokens per stream, without Bob's own."""
 
     @abstractmethod
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
-        """Alice's tokens in order: k (copies, t, d), v (copies, t, dv), from hidden values (copies, rows, dv)."""
+        """Yield Alice's tokens in order: k (copies, t, d), v (copies, t, dv), from hidden values (copies, rows, dv)."""
 
     @abstractmethod
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """What the state says when asked for hidden row row[i] of stream copy[i]: (m, dv), float32, in [0, 1]."""
+        """Return the state's answers for hidden row row[i] of stream copy[i]: (m, dv), float32, in [0, 1]."""
 
     def lift(self, method: Method) -> Method:
-        """The method that plays when this one is asked to; another one only where the attention law differs."""
+        """Return the method that plays in place of the given one; they differ only where the attention law differs."""
         return standard_law(method, f"barrier {self.barrier!r}")
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """One piece of Alice's stream; nothing is asked unless the barrier says so."""
+        """Feed one piece of Alice's stream to the state; no query is asked unless the barrier overrides this."""
         state.append(k, v)
 
     def optimum(self) -> Method:
-        """The smallest method that answers this instance, where one is known; ValueError elsewhere."""
+        """Return the smallest method that answers this instance, where one is known; raise ValueError elsewhere."""
         raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
 
     def details(self) -> dict[str, Any]:
-        """Numbers about the instance for the result, computed from public data alone."""
+        """Return numbers about the instance for the result, computed from public data alone."""
         return {}
 
-    # ---- written once --------------------------------------------------------------------------------------
+    # ---- common to all barriers ----------------------------------------------------------------------------
 
     @property
     def hidden_bits(self) -> int:
-        """Bits that Alice hides."""
+        """Return the number of bits that Alice hides."""
         return self.copies * self.rows * self.dv * self.bits
 
     def spec(self) -> Spec:
-        """What the method is opened for: the papers' scale 1."""
+        """Return the spec that the method is opened for, with the papers' scale 1."""
         return Spec(rows=self.copies, d=self.d, dv=self.dv, scale=1.0, seed=self.method_seed, dtype=DTYPES[self.dtype])
 
     def feed(self, state: State, levels: Tensor, hidden: Hidden) -> None:
-        """Alice's part: all tokens in order, then the prompt's end."""
+        """Feed all of Alice's tokens to the state in order, then seal it: the prompt ends there."""
         values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):
             self.take_in(state, k, v)
         state.seal()
 
     def ask(self, state: State, rows: Tensor | None) -> Tensor:
-        """Answers (m, dv) to hidden rows (m,), numbered across streams; all of them in order if None."""
+        """Return the answers (m, dv) for hidden rows (m,), numbered across streams; for all rows in order if None."""
         rows = torch.arange(self.copies * self.rows) if rows is None else rows
         return self.answers(state, rows // self.rows, rows % self.rows).float().contiguous()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyedInstance(Instance):
-    """An instance whose tokens have the keys of one public family."""
+    """Define an instance whose tokens have the keys of one public family."""
 
     public: PublicKeys
 
@@ -118,7 +121,7 @@ class KeyedInstance(Instance):
 
     @property
     def keys(self) -> Tensor:
-        """The public keys (n, d), in the spec's dtype."""
+        """Return the public keys (n, d), in the spec's dtype."""
         return self.public.table
 
     def details(self) -> dict[str, Any]:
@@ -126,12 +129,12 @@ class KeyedInstance(Instance):
 
 
 def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
-    """Return n public keys for an instance with these `agreed` fields; ValueError as `PublicKeys.chosen`."""
+    """Return n public keys for an instance with these `agreed` fields; errors as `PublicKeys.chosen`."""
     return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
 
 
 def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: str = "float32") -> dict[str, Any]:
-    """The fields that all instances share, from a user's arguments; ValueError names the one out of its domain."""
+    """Return the fields that all instances share; raise ValueError naming the argument that is out of its domain."""
     d = whole("d", d)
     if whole("bits", bits) > MOST_BITS:
         raise ValueError(f"bits must lie in 1..{MOST_BITS}, got {bits}")
@@ -144,6 +147,6 @@ def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: s
 
 
 def pieces(k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same keys (n, d) for every stream with its own values (copies, n, dv), a bounded number at a time."""
+    """Yield the same keys (n, d) for every stream with its own values (copies, n, dv), some tokens at a time."""
     k = k.unsqueeze(0).expand(v.shape[0], -1, -1)
     yield from zip(k.split(_TOKENS_AT_ONCE, dim=1), v.split(_TOKENS_AT_ONCE, dim=1), strict=True)

@@ -1,4 +1,4 @@
-"""The INDEX game, played literally: Alice streams, her state's bytes cross to a fresh process, Bob answers there."""
+"""Play the INDEX game literally: Alice streams, her state's bytes go to a fresh process, and Bob answers there."""
 
 import dataclasses
 import importlib.util
@@ -21,7 +21,7 @@ from kvfloor.game.engine.instance import Instance
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.methods.registry import parse
 
-OPTIMUM = "optimum"  # in place of a method: what the instance's floor is tight against
+OPTIMUM = "optimum"  # in place of a method: the method against which the instance's floor is tight
 NOT_REBUILT = 3  # Bob's exit status when the public half fails: an error of the set-up, not of the state
 _INTERPRETER_NEEDS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # to find its own libraries
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob import main; main()"
@@ -29,7 +29,7 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob impo
 
 @dataclasses.dataclass(frozen=True)
 class Played:
-    """What came out of one game. `restored` is None where nothing could answer from the message; `why` says why."""
+    """Record one game; `restored` is None if no state could answer from the message, and `why` gives the reason."""
 
     method: str
     rows: Tensor  # (m,) asked rows, numbered across streams
@@ -40,21 +40,21 @@ class Played:
     message_bytes: int
     payload_bytes: int
     state_bytes: int
-    bytes_read: int = 0  # what answering one query token touches, over all streams
+    bytes_read: int = 0  # bytes read to answer one query token, over all streams
     hidden_seed: str = ""
     seconds: float = 0.0
     why: str = ""
 
     @property
     def agree(self) -> bool:
-        """Both sides gave the same bits."""
+        """Return True if the live and the restored state gave bit-identical answers."""
         return self.restored is not None and self.live.numpy().tobytes() == self.restored.numpy().tobytes()
 
 
 def method_text(method: Method, given: str | None = None) -> str:
-    """Text from which a fresh process rebuilds the method: as given, its own, or `module:Class(...)`.
+    """Return text from which a fresh process rebuilds the method: as given, its own, or `module:Class(...)`.
 
-    Raises ValueError where neither parses back to an equal method.
+    Raises ValueError where none of these parses back to an equal method.
     """
     own = type(method)
     for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
@@ -72,11 +72,11 @@ def method_text(method: Method, given: str | None = None) -> str:
 def play_index(
     method: Method | str, instance: Instance, hidden: Hidden, sampled: int | None = None, *, isolated: bool = True
 ) -> Played:
-    """Hide the values, stream them, send the message, ask for every row (or `sampled` ones) on both sides.
+    """Hide the values, stream them, send the message, and ask for every row (or `sampled` rows) on both sides.
 
-    Bob's request (method, code path, instance) is fixed before the first value is streamed; rows are drawn after the
-    message is. Not `isolated`, the message is restored in this process. Raises ValueError for a method that cannot be
-    opened or rebuilt.
+    Bob's request (method, code path, instance) is fixed before the first value is streamed. Sampled rows are drawn
+    after the message is fixed. If `isolated` is False, the message is restored in this process. Raises ValueError for a
+    method that cannot be opened or rebuilt.
     """
     started = time.perf_counter()
     if method == OPTIMUM:
@@ -121,7 +121,7 @@ def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor |
 
 
 def _request(text: str, instance: Instance) -> dict[str, Any]:
-    """Everything public that Bob gets; a third party's code is found where this process finds it."""
+    """Return all public data that Bob receives; a third party's code is found where this process finds it."""
     third_party = ":" in text.split("@")[0]
     return {
         "method": text,
@@ -133,9 +133,10 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
 
 
 def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
-    """Bob's answers from a new interpreter: isolated, in an empty directory, with an empty environment.
+    """Return Bob's answers from a new interpreter: isolated, in an empty directory, with an empty environment.
 
-    It receives the request and the message on stdin and nothing else. Returns (answers, "") or (None, why).
+    The interpreter receives the request and the message on stdin, and nothing else. Returns (answers, "") or
+    (None, why).
     """
     package = importlib.util.find_spec("kvfloor")
     assert package is not None and package.origin is not None

@@ -1,8 +1,9 @@
-"""Predictive distributions over the hidden levels, for the log-loss certificate.
+"""Compute predictive distributions over the hidden levels, for the log-loss certificate.
 
-Every distribution here sums to 1 over all levels by construction: level s gets the logistic mass between s - 1/2 and
-s + 1/2, the two end levels the tails, mixed with a uniform share; a row is a mixture of that product and of pure
-guessing. None of it looks at the hidden values, which only pick the entry that is scored.
+Every distribution here sums to 1 over all levels by construction. Level s gets the logistic mass between s - 1/2 and
+s + 1/2, the two end levels get the tails, and a uniform share is mixed in. A row's distribution is a mixture of the
+product over its entries and of pure guessing. No distribution depends on the hidden values, which only select the entry
+that is scored.
 """
 
 import math
@@ -17,7 +18,7 @@ _EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
 
 
 def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
-    """log2 of the probability of `level` when the answer, in level spacings, is `centre`; same shape as both."""
+    """Return log2 of the probability of `level` given the answer `centre`, in level spacings; same shape as both."""
     top = 2**bits - 1
     below = torch.where(level == 0, -math.inf, (level - 0.5 - centre) / width)
     above = torch.where(level == top, math.inf, (level + 0.5 - centre) / width)
@@ -28,15 +29,15 @@ def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: floa
 
 
 def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
-    """Gain of believing a row's prediction with probability `belief` and guessing otherwise: (m,) and (m,) to (m,)."""
+    """Return the gain (m,) of using a row's prediction (m,) with probability `belief` (m,) and guessing otherwise."""
     return torch.logaddexp2(row_gain + torch.log2(belief), torch.log2(1.0 - belief))
 
 
 def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
-    """Gain sum (bits + log2 p(x)) of every predictor on a public grid, for answers and hidden levels (m, dv).
+    """Return the gain sum (bits + log2 p(x)) of every predictor on a public grid, for answers and levels (m, dv).
 
-    The grid: answers as they are or scaled by the row's largest; widths from 1/64 of a level to half the range; two
-    uniform shares; belief by row following `trusted` (m,) or equal for all.
+    The grid has answers as they are or divided by the row's largest; widths from 1/64 of a level to half the range; two
+    uniform shares; belief by row following `trusted` (m,), or equal for all rows.
     """
     m = hidden.shape[0]
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]
@@ -52,7 +53,7 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
 
 
 def _centres(answers: Tensor, bits: int) -> Iterator[Tensor]:
-    """The answers in level spacings, as they are and with every row's largest moved to the top level."""
+    """Yield the answers in level spacings: as they are, then with every row's largest scaled to the top level."""
     top = 2**bits - 1
     answers = torch.nan_to_num(answers.double(), nan=0.5, posinf=1.0, neginf=0.0)
     yield answers * top

@@ -1,8 +1,8 @@
-"""Keys and values behind a counter, and readers that pay for every look at them.
+"""Measure the success of readers that look up scores one by one, with every look-up counted.
 
-The instance of the time barrier (docs/floors.md, "Time"): n tokens, token 0 has value n, all others 0; all keys are
-zero (the answer is 1), or one of the others carries a key that takes nearly all the mass (the answer is 1/(n-1)). A
-reader that has not looked at that key cannot know which.
+The instance is that of the time barrier (docs/floors.md, "Time"). Token 0 of n tokens has value n, all others 0. Either
+all keys are zero (the answer is 1), or one of the other tokens has a key that takes nearly all the mass (the answer is
+1/(n-1)). A reader that has not read the score of that key cannot distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from kvfloor.statistics import wilson_interval
 
 
 class ScoreOracle:
-    """Scores q.k_l of `runs` instances, told one at a time and counted."""
+    """Return scores q.k_l of `runs` instances on request, and count the requests."""
 
     def __init__(self, n: int, place: Tensor, planted: Tensor) -> None:
-        """place (runs,) in 1..n-1: where the heavy key is; planted (runs,) bool: whether there is one at all."""
+        """Set the place (runs,) of the heavy key, in 1..n-1; planted (runs,) bool is True where there is one at all."""
         self._n, self._place, self._planted = n, place, planted
         self.probes = torch.zeros(len(place), dtype=torch.int64)
 
     def score(self, index: Tensor) -> Tensor:
-        """Scores (runs, t) of tokens index (runs, t) in [0, n); every entry counts as one probe."""
+        """Return the scores (runs, t) of tokens index (runs, t) in [0, n); every entry counts as one probe."""
         self.probes += index.shape[1]
         heavy = (index == self._place.unsqueeze(1)) & self._planted.unsqueeze(1)
         return torch.where(heavy, 2.0 * math.log(self._n - 1), 0.0)
 
 
 def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Distinct tokens of 1..n-1, each as likely as any other (token 0 has no key in either case): the best there is.
+    """Choose distinct tokens of 1..n-1, each equally likely (token 0 has no key in either case): the best choice.
 
-    A random order that every run enters at a place of its own.
+    All runs share one random order, and each run starts at its own random place in it.
     """
     order = 1 + torch.randperm(n - 1, generator=generator)
     start = torch.randint(n - 1, (runs, 1), generator=generator)
@@ -45,13 +45,13 @@ def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tenso
 
 
 def recent(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """The newest tokens, as a window has them."""
+    """Choose the newest tokens, as a sliding window does."""
     del generator
     return torch.arange(n - probes, n).expand(runs, -1)
 
 
 def strided(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Evenly spaced tokens."""
+    """Choose evenly spaced tokens."""
     del generator
     return (1 + torch.arange(probes) * (n - 1) // max(1, probes)).expand(runs, -1)
 
@@ -62,7 +62,7 @@ _SCORES_AT_ONCE = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A reader that made `probes` probes was right in `success` of the runs (95 % interval `low` to `high`)."""
+    """Record the share `success` of runs in which a reader with `probes` probes was right (95 % interval low..high)."""
 
     reader: str
     probes: int
@@ -74,12 +74,12 @@ class Point:
 
 
 def success_bound(n: int, probes: float) -> float:
-    """What no reader without a look at the keys on arrival exceeds: (1 + T/(n-1))/2."""
+    """Bound the success of every reader that has not read the keys on arrival: (1 + T/(n-1))/2, T probes."""
     return (1.0 + min(1.0, probes / (n - 1))) / 2.0
 
 
 def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -> list[Point]:
-    """Success of every reader against its probes, on `runs` instances of even odds."""
+    """Measure the success of every reader at each number of probes, on `runs` instances of even odds."""
     place, planted = 1 + hidden.places(n - 1, runs), hidden.levels(runs, 1, 1)[:, 0] == 0
     points = []
     for name, commit in NON_ADAPTIVE.items():
@@ -92,7 +92,7 @@ def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -
                 told.append(oracle.probes)
             points.append(_scored(name, n, torch.cat(told), torch.cat(found), planted))
     oracle = ScoreOracle(n, place, planted)
-    # A reader that may look at keys as they arrive keeps the place of the longest one, and probes only that.
+    # A reader that may read keys as they arrive keeps the place of the longest key, and probes only that place.
     longest = torch.where(planted, place, 1).unsqueeze(1)
     found = oracle.score(longest)[:, 0] > 0.0
     points.append(_scored("index made on arrival", n, oracle.probes, found, planted))
@@ -106,5 +106,5 @@ def _scored(name: str, n: int, told: Tensor, found: Tensor, planted: Tensor) -> 
 
 
 def as_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """The points as plain JSON types."""
+    """Return the points as plain JSON types."""
     return [dataclasses.asdict(point) for point in points]

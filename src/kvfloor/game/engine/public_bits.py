@@ -1,4 +1,4 @@
-"""What the spike's floor is tight against: keys are public, so it stores the hidden levels and nothing else."""
+"""Define the method against which the spike's floor is tight: public keys, and only the hidden levels are stored."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -18,10 +18,10 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True)
 class PublicBits(Method):
-    """Exactly n dv `bits` bits for n tokens whose keys everyone knows: a key family, its size and its seed.
+    """Store exactly n dv `bits` bits for n tokens with public keys, given by a key family, its size and its seed.
 
-    It answers a stream of just those keys, in order, with values on the 2^bits levels of [0, 1]; the message's payload
-    is the floor at p = 1. Other keys raise ValueError.
+    The method answers only a stream of exactly these keys, in order, with values on the 2^bits levels of [0, 1]. The
+    message's payload is the floor at p = 1. Other keys raise ValueError.
     """
 
     name: ClassVar[str] = "public_bits"
@@ -49,7 +49,7 @@ class PublicBits(Method):
 
 
 class PublicBitsState(State):
-    """A packed array of levels; the keys are shared."""
+    """Hold a packed array of levels; the keys are shared."""
 
     def __init__(self, method: PublicBits, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -63,7 +63,7 @@ class PublicBitsState(State):
         return self.method
 
     def _levels(self) -> np.ndarray[Any, Any]:
-        """All levels as bits: (rows, n, dv, bits) of 0 and 1, most significant first."""
+        """Return all levels as bits: (rows, n, dv, bits) of 0 and 1, most significant first."""
         plan, spec = self._plan, self.spec
         flat = np.unpackbits(self.packed.numpy(), axis=1, count=plan.n * spec.dv * plan.bits)
         return flat.reshape(spec.rows, plan.n, spec.dv, plan.bits)
@@ -91,7 +91,7 @@ class PublicBitsState(State):
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """The clock is a public number, so it travels in the header."""
+        """Return the state's fields with the token count `seen`, a public number that is sent in the header."""
         return super().export() | {"seen": int(self.seen[0])}
 
     def fields(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a game says: sizes, certificates, verdict."""
+"""Judge a game: compare the bits certified from the answers with the bytes of state and message, and give a verdict."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,20 +21,23 @@ Verdict = Literal["holds", "breaks", "cheats"]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One game. Sizes in bytes, information in bits.
+    """Record one game. Sizes in bytes, information in bits.
 
     n                    hidden rows per stream; hidden_bits counts all streams
-    certified_bits       what the message provably carries; live_certified_bits the same for Alice's own state
+    certified_bits       bits that the message provably carries
+    live_certified_bits  the same for Alice's own state
     bits_per_value       certified bits per hidden value: the precision that survives, at most `bits`
-    bit_error            share of hidden bits decoded wrong, and row_success share of rows answered within 1±eta,
-                         both from the restored state (from the live one where nothing could be restored)
-    message_bytes        all that crossed; payload_bytes of it are the state's tensors, the rest is header and digest
-    floor_bits           what any method that answers within 1±eta must hold on this instance
-    verdict              cheats: more is certified than the bytes can hold, or the two sides answer differently;
-                         breaks: row_success < 0.9; else holds
-    certificate          the certificate that won
+    bit_error            share of hidden bits decoded wrong
+    row_success          share of rows answered within 1±eta; it and bit_error are from the restored state (from the
+                         live state where no state could be restored)
+    message_bytes        all bytes that were sent; payload_bytes of these are the state's tensors, the rest is header
+                         and digest
+    floor_bits           bits that any method that answers within 1±eta must hold on this instance
+    verdict              cheats: more is certified than the bytes can hold, or the two sides answer differently, or
+                         no state answers from the message; breaks: row_success < 0.9; else holds
+    certificate          the certificate with the largest gain
     details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
-    hidden_seed          repeats the run's hidden values
+    hidden_seed          seed that repeats the run's hidden values
     """
 
     method: str
@@ -65,7 +68,7 @@ class Result:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
+        """Return the fields as plain JSON types."""
         return dataclasses.asdict(self)
 
 
@@ -79,7 +82,7 @@ def run(
     sampled: int | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play an instance against a method and judge the answers: what most barriers' `play` ends with."""
+    """Play an instance against a method and judge the answers, as the last step of most barriers' `play`."""
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     return conclude(played, instance, seed=seed, floor_bits=floor_bits)
 
@@ -93,7 +96,7 @@ def conclude(
     judge: Callable[[Tensor, Played], Decoded] | None = None,
     **details: Any,
 ) -> Result:
-    """Judge both sides' answers, and compare with what their bytes have room for."""
+    """Judge both sides' answers, and compare the certified bits with the bytes of the state and of the message."""
     bits, eta = instance.bits, instance.eta
     total = instance.copies * instance.rows
 
@@ -117,7 +120,7 @@ def conclude(
 
 
 def judge_bytes(played: Played, live: Decoded, sent: Decoded, certified: float) -> tuple[Verdict, str]:
-    """The verdict and its reason in words."""
+    """Return the verdict and its reason in words."""
     message_bits, state_bits = 8 * played.message_bytes, 8 * played.state_bytes
     if played.restored is None:
         return "cheats", played.why

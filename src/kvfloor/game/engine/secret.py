@@ -1,4 +1,4 @@
-"""The private half of the game: hidden values, secret places and sampled rows, which no one is told the source of."""
+"""Draw the private half of the game (hidden values, secret places, sampled rows) from a seed kept from the method."""
 
 import hashlib
 import secrets
@@ -8,30 +8,30 @@ from torch import Tensor
 
 
 class Hidden:
-    """What Alice hides and which rows are asked, neither of which a method or Bob's process can foresee.
+    """Draw the values that Alice hides and the rows that are asked; no method and no process of Bob's can foresee them.
 
-    All of it is SHAKE-256 over a domain-separated string with `seed`; by default 128 fresh bits from the operating
-    system. A given seed repeats a run; the method is shown neither it nor anything that it derives from.
+    All draws are SHAKE-256 over a domain-separated string with `seed`; by default the seed is 128 fresh bits from the
+    operating system. A given seed repeats a run. The method receives neither the seed nor anything it derives from.
     """
 
     def __init__(self, seed: int | str | None = None) -> None:
         self.seed = secrets.token_hex(16) if seed is None else str(seed)
 
     def levels(self, rows: int, dv: int, bits: int) -> Tensor:
-        """The hidden levels (rows, dv), int64, independent and uniform in [0, 2^bits), bits <= 32."""
+        """Draw the hidden levels (rows, dv), int64, independent and uniform in [0, 2^bits), bits <= 32."""
         words = torch.frombuffer(bytearray(self._stream("values", 4 * rows * dv)), dtype=torch.int32)
         return (words.long() & (2**bits - 1)).view(rows, dv)
 
     def rows(self, n: int, count: int) -> Tensor:
-        """`count` rows (count,), int64, drawn uniformly from n with replacement. Call it once the message is fixed."""
+        """Draw `count` rows (count,), int64, uniformly from n with replacement. Call it after the message is fixed."""
         return self._whole("rows", count) % n
 
     def places(self, n: int, count: int) -> Tensor:
-        """`count` secret places (count,), int64, independent and uniform in [0, n): part of what Alice knows."""
+        """Draw `count` secret places (count,), int64, independent and uniform in [0, n): part of Alice's input."""
         return self._whole("places", count) % n
 
     def subset(self, n: int, size: int) -> Tensor:
-        """A uniform subset of [0, n), (size,) int64, in random order."""
+        """Draw a uniform subset of [0, n), (size,) int64, in random order."""
         return torch.argsort(self._whole("subset", n))[:size]
 
     def _whole(self, purpose: str, count: int) -> Tensor:

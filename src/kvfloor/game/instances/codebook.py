@@ -1,8 +1,9 @@
-"""Bits hidden in the keys: which n keys of a public codebook were streamed, on top of what their values hide.
+"""Play the spike with bits hidden in the keys too: a secret choice of n keys of a public codebook is streamed.
 
-log2 C(M, n) bits more, about n log2(M e / n). Bob asks for every key of the codebook; before each question he appends a
-marker, a token with a slightly shorter copy of that key and value -1. If the key was streamed, it outweighs the marker;
-if not, the marker outweighs all other keys (docs/floors.md, "Bits in the keys"; derived).
+The choice hides log2 C(M, n) bits more than the values, about n log2(M e / n). Bob asks for every key of the codebook.
+Before each query he appends a marker, a token with a slightly shorter copy of that key and value -1. If the key was
+streamed, it outweighs the marker; if not, the marker outweighs all other keys (docs/floors.md, "Bits in the keys";
+derived).
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ _BELIEFS = (1.0 - 2.0**-20, 0.75)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codebook(KeyedInstance):
-    """M public keys, n of which are streamed in a secret order; hidden values go with all M, only n of them matter."""
+    """Stream n of M public keys in a secret order; all M have hidden values, of which only n matter."""
 
     barrier: ClassVar[str] = "spike"
     n: int
@@ -43,7 +44,7 @@ class Codebook(KeyedInstance):
 
     @property
     def rows(self) -> int:
-        """Codebook keys: Bob asks for each."""
+        """Return the number of codebook keys: Bob asks for each."""
         return self.codebook
 
     @property
@@ -70,7 +71,7 @@ class Codebook(KeyedInstance):
         return by_appending(state, copy, queries, markers, markers.new_full((len(row), self.dv), -1.0))
 
     def judge(self, answers: Tensor, levels: Tensor, present: Tensor) -> Decoded:
-        """Membership and values from the answers (M, dv), by log-loss over subsets and values alike."""
+        """Certify membership and values from the answers (M, dv), by log-loss over subsets and values together."""
         believed = answers.double().mean(dim=1) > -0.5  # a marker answers -1, a streamed key at least 0
         right = believed == present
         both = believed & present
@@ -121,9 +122,9 @@ def play(
 ) -> Result:
     """Play the spike with bits in the keys too: a secret n of `codebook` public keys (n <= codebook <= 16,384).
 
-    row_success of the result is the lesser of two shares: of streamed keys that come back with all their bits, and of
-    the other keys that are told to be missing. bits_per_value leaves out what the keys hide.
-    Arguments otherwise as for the spike; raises ValueError naming the one that is out of its domain.
+    row_success of the result is the lesser of two shares: of streamed keys decoded with all their bits, and of other
+    keys decoded as missing. bits_per_value leaves out the bits hidden in the keys.
+    The other arguments are those of the spike. Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n, codebook = whole("n", n), whole("codebook", codebook)
@@ -144,10 +145,10 @@ def play(
 
 
 def subset_bits(codebook: int, n: int, p: float) -> float:
-    """Least message length, in bits, when a share p >= 1/2 of a secret n-subset, and of the rest, is told right.
+    """Return the least message length, in bits, to decode a share p >= 1/2 of a secret n-subset, and of the rest.
 
-    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), f = n/M, clamped at 0: what is left open about one
-    key, given what is told about it, is at most that of a binary channel with error 1-p, and entropy is concave.
+    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), f = n/M, clamped at 0. The entropy that is left of one
+    key's membership, given its decoding, is at most that of a binary channel with error 1-p, and entropy is concave.
     """
     f = n / codebook
     left_open = H2(f) + H2(p) - H2(f * p + (1.0 - f) * (1.0 - p))

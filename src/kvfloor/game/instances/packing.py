@@ -1,8 +1,9 @@
-"""Few dimensions, bounded logits: as many keys as queries of logit radius r can tell apart.
+"""Play few dimensions and bounded logits, with as many keys as queries of logit radius r can separate.
 
-The norm-aware floor (p dv - H2(p)) min(n, N(d, r, eta)) (docs/floors.md, "Bounded norms"; it replaces the e^d of Haris
-& Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form N is a lower estimate; here keys are built, so more may
-be hidden. Every key and its value come n/m times: repeating a token changes no answer.
+It is the instance of the norm-aware floor (p dv - H2(p)) min(n, N(d, r, eta)) (docs/floors.md, "Bounded norms"; it
+replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form N is a lower estimate. Here
+keys are built, so more rows may be hidden. Every key and its value are streamed n/m times: repeating all tokens alike
+changes no answer.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ _MOST_KEYS = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing(KeyedInstance):
-    """m separable keys, each repeated `repeats` times with its value; no query has a logit above `radius`."""
+    """Stream m separable keys, each `repeats` times with its value; no query has a logit above `radius`."""
 
     barrier: ClassVar[str] = "packing"
     m: int
@@ -56,7 +57,7 @@ class Packing(KeyedInstance):
             yield from pieces(self.keys, values)
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        # all the length that the radius allows: the gap was chosen to suffice for it
+        # Queries take the full length that the radius allows: the keys were chosen so that their gap suffices for it.
         queries = (self.keys[row].double() * self.radius).to(DTYPES[self.dtype])
         return by_reading(state, copy, queries)
 
@@ -69,10 +70,10 @@ class Packing(KeyedInstance):
 
 
 def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tuple[str, int]:
-    """The key family with the most keys, up to `most`, that queries of logit radius `radius` tell apart, and how many.
+    """Find the key family with the most keys, up to `most`, that queries of logit radius `radius` separate.
 
-    Measured on the keys themselves: C = ln(m / eps_s) / gap must not exceed the radius (Bob's own token is one of the
-    m competitors). One key is always separable.
+    Returns the family and the number of keys. The gap is measured on the keys themselves: C = ln(m / eps_s) / gap must
+    not exceed the radius (Bob's own token is one of the m competitors). One key is always separable.
     """
     best = ("sphere", 1)
     names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
@@ -107,10 +108,11 @@ def play(
     hidden_seed: int | str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play a packing of separable keys against a method; arguments as for the spike (one bit per value), and
+    """Play a packing of separable keys against a method, with one bit per value.
 
     dv       64 by default: few dimensions hide few bits otherwise
-    radius   the largest logit, 32 by default; the keys that it separates are looked for up to min(n, 2,048)
+    radius   the largest logit, 32 by default; up to min(n, 2,048) keys that it separates are searched
+    The other arguments are those of the spike.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=_DEFAULT_DV if dv is None else dv, bits=1, eta=eta, seed=seed)

@@ -1,9 +1,9 @@
-"""The time barrier: without a look at the keys on arrival, the last answer takes Omega(n) probes.
+"""Play the time barrier: a method that does not read the keys on arrival needs Omega(n) probes for the last answer.
 
-Haris & Onak (COLT 2025), Theorem 19 (26), on a corrected family: the printed one separates relative errors below 1/3
-only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one of two cases by a hidden
-bit: all keys zero, or one heavy key at a secret place. A method plays it through the usual message; what it reads per
-query is counted, and beside it stand readers that pay an oracle for every score.
+It is Haris & Onak (COLT 2025), Theorem 19 (26), on a corrected family: the printed one separates relative errors below
+1/3 only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one of two cases by a
+hidden bit: all keys zero, or one heavy key at a secret place. A method plays through the usual message, and the bytes
+it reads per query are counted. Its success is compared with that of readers whose every score is counted by an oracle.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ _SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at whic
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probing(Instance):
-    """`copies` streams of n tokens; one hidden bit each: 1 for all keys zero (answer 1), 0 for a heavy key."""
+    """Stream `copies` streams of n tokens, one hidden bit each: 1 for all keys zero (answer 1), 0 for a heavy key."""
 
     barrier: ClassVar[str] = "probing"
     n: int
@@ -52,7 +52,10 @@ class Probing(Instance):
         return self.n
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
-        """Values here are the bits (copies, 1, 1): whether there is a heavy key, at a place from `hidden`."""
+        """Yield the tokens of each stream from its hidden bit, `values` (copies, 1, 1).
+
+        A bit 0 puts a heavy key at a secret place drawn from `hidden`.
+        """
         place, planted = 1 + hidden.places(self.n - 1, self.copies), values[:, 0, 0] == 0
         for start in range(0, self.n, _TOKENS_AT_ONCE):
             position = torch.arange(start, min(self.n, start + _TOKENS_AT_ONCE))
@@ -62,7 +65,7 @@ class Probing(Instance):
             yield k, v
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """q = (2/d) ln(n-1) in every coordinate, the same in both cases."""
+        """Return the answers to q = (2/d) ln(n-1) in every coordinate, the same query in both cases."""
         q = torch.full((len(copy), self.d), 2.0 * math.log(self.n - 1) / self.d)
         return by_reading(state, copy, q.to(DTYPES[self.dtype]))
 
@@ -78,12 +81,14 @@ def play(
     hidden_seed: int | str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the time barrier against a method; arguments as for the spike (values are single numbers), and
+    """Play the time barrier against a method; values are single numbers.
 
     runs   independent streams, 256 by default, fewer where n d is large
-    details of the result: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on its
-    success if it had not looked at the keys on arrival, `adaptive` (its success is above that bound with 99.9 %
-    confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and the `readers` that an oracle counted.
+    The other arguments are those of the spike.
+    details of the result: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on the
+    success of a method that has not read the keys on arrival, `adaptive` (this method's success is above that bound
+    with 99.9 % confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and the `readers` whose scores an oracle
+    counted.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=1, bits=1, eta=eta, seed=seed)

@@ -1,9 +1,9 @@
-"""The sparsity promise: every attention row is one-sparse, and the floor does not move.
+"""Play the spike with every attention row one-sparse, under which the floor stays the same.
 
-Haris & Onak (COLT 2025), Corollary 16: knowing that nearly all attention is negligible, but not where, does not help.
-The spike already is that sparse when Alice asks nothing (queries 0). Here she asks q_t = C k_t at every token, so that
-every row of the softmax, hers and Bob's, sits on a single token. Queries that do not depend on the hidden bits change
-nothing in the proof (docs/floors.md).
+Haris & Onak (COLT 2025), Corollary 16: the promise that nearly all attention is negligible, at undisclosed places, does
+not help. The spike is already that sparse when Alice asks nothing (queries 0). Here she asks q_t = C k_t at every
+token, so that every softmax row, hers and Bob's, has nearly all its mass on a single token. Queries that do not depend
+on the hidden bits change nothing in the proof (docs/floors.md).
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from kvfloor.game.engine.result import SUCCESS, Result, run
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.validation import whole
 
-_NEGLIGIBLE = 1e-3  # of the largest score: what counts as close to zero
+_NEGLIGIBLE = 1e-3  # share of the row's largest score below which a score counts as close to zero
 _ROWS_MEASURED = 512
 _MOST_TOKENS = 16_384
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(KeyedInstance):
-    """n public keys; Alice asks for each token as it comes, Bob for all of them."""
+    """Stream n public keys; Alice queries each token as it is appended, Bob queries all of them at the end."""
 
     barrier: ClassVar[str] = "sparse"
     n: int
@@ -47,7 +47,7 @@ class Sparse(KeyedInstance):
 
     @cached_property
     def queries(self) -> Tensor:
-        """The spike query of every key (n, d): Alice's at that token, and Bob's."""
+        """Return the spike query of every key (n, d), asked by Alice at that token and by Bob at the end."""
         ratio = leak_ratio(self.bits, self.eta)
         everything = torch.arange(self.n)
         return self.public.aim(everything, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))[0]
@@ -57,7 +57,7 @@ class Sparse(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Alice asks q_t = C k_t while she streams: policies learn from perfectly sparse attention."""
+        """Append tokens with Alice's queries q_t = C k_t, so that policies observe perfectly sparse attention."""
         start = int(state.seen[0])
         q = self.queries[start : start + k.shape[1]].expand(self.copies, 1, -1, -1)
         state.step(q, k, v)
@@ -66,7 +66,7 @@ class Sparse(KeyedInstance):
         return by_reading(state, copy, self.queries[row])
 
     def details(self) -> dict[str, Any]:
-        """Measured on up to 512 of the causal rows: how much of Q K^T and of its softmax is concentrated."""
+        """Measure on up to 512 of the causal rows how concentrated Q K^T and its softmax are."""
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T
         later = torch.arange(self.n) > rows.unsqueeze(1)
@@ -95,8 +95,9 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the sparse stream against a method; arguments as for the spike, n at most 16,384.
+    """Play the sparse stream against a method, n at most 16,384.
 
+    The arguments are those of the spike.
     details of the result: the share of entries of Q K^T below 1e-3 of their row's largest, of softmax weights below
     1e-3, and the least weight that any row puts on its one token.
     """

@@ -1,4 +1,4 @@
-"""The spike: one hidden row per public key, each read back by a query that gives its key nearly all the softmax mass.
+"""Play the spike: one hidden row per public key, read by a query that gives this key nearly all the softmax mass.
 
 It is the hard instance of Haris & Onak (COLT 2025), Theorems 6 (eta = 0) and 8, with exact constants (docs/floors.md).
 Independent copies in one state are the direct sum over kv heads and layers.
@@ -30,7 +30,7 @@ ROWS_SAMPLED = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spike(KeyedInstance):
-    """n public keys of one family, each with a hidden row; Bob asks without appending."""
+    """Stream n public keys of one family, each with a hidden row; Bob asks without appending."""
 
     barrier: ClassVar[str] = "spike"
     n: int
@@ -48,7 +48,7 @@ class Spike(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """The spike queries (m, d) of rows (m,), and the rows' gaps (m,)."""
+        """Return the spike queries (m, d) of rows (m,), and the rows' gaps (m,)."""
         ratio = leak_ratio(self.bits, self.eta)
         return self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))
 
@@ -77,21 +77,21 @@ def play(
     codebook: int | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the spike against a method and certify what it really carries.
+    """Play the spike against a method and certify the bits that its message carries.
 
-    method       or the word "optimum": public keys and packed levels, against which the floor is tight
+    method       a method, or the word "optimum": public keys and packed levels, against which the floor is tight
     n, d, dv     keys, their width, the values' width (dv = d by default); `bits` per value, 1 to 24: with many bits
                  the certificate reads out the precision that a method keeps (`bits_per_value` of the result)
     heads        kv heads, and `layers`: heads * layers independent instances side by side in one state
     dtype        float32, float16 or bfloat16: what the method is opened for
     rows         how many rows to ask, drawn with replacement; by default all up to n = 16,384, else 2,048
-    seed         gives the public keys and, by a one-way derivation, the seed that the method sees
+    seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive
                  from anything that the method sees, also where hidden_seed equals seed
     family       of keys, by default the one that separates best at (n, d)
     codebook     hide bits in the keys too: n of this many public keys, in secret (`kvfloor.game.instances.codebook`)
-    isolated     False: restore the message in this process; quick, but blind to what outlives a state elsewhere
-    Raises ValueError naming the argument that is out of its domain, or what keeps the method from being rebuilt.
+    isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected
+    Raises ValueError naming the argument that is out of its domain, or the reason that the method cannot be rebuilt.
     """
     if codebook is not None:
         if heads != 1 or layers != 1 or rows is not None:

@@ -1,4 +1,4 @@
-"""The scale pyramid: all scales of an image hide bits, and one further scale reads them, a whole map of spikes at once.
+"""Play the scale pyramid: all scales of an image hide bits, and one further scale reads them, a whole map at once.
 
 Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881)
 state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
@@ -25,7 +25,10 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visual(KeyedInstance):
-    """Maps of the given sides, all coded; Bob adds one more map, as large as the last, of zero tokens and spikes."""
+    """Stream the maps of an image pyramid with the given sides; every token hides values.
+
+    Bob adds one more map, as large as the last, of zero tokens with spike queries.
+    """
 
     barrier: ClassVar[str] = "visual"
     sides: tuple[int, ...]
@@ -44,7 +47,7 @@ class Visual(KeyedInstance):
 
     @property
     def asked_at_once(self) -> int:
-        """Queries of Bob's map."""
+        """Return the number of queries in Bob's map."""
         return self.sides[-1] ** 2
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
@@ -53,11 +56,11 @@ class Visual(KeyedInstance):
         yield from zip(scale_by_scale(self.sides, keys), scale_by_scale(self.sides, values), strict=True)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Alice produces a scale: its queries are zero, so they tell nothing."""
+        """Append one of Alice's scales with zero queries, which carry no information."""
         NextScale(state).step(k.new_zeros(self.copies, 1, *k.shape[1:]), k, v)
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Every map of Bob's asks sides[-1]^2 rows at once, on its own copy of the state."""
+        """Return the answers to maps of sides[-1]^2 queries at once, each map on its own copy of the state."""
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
         queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
         answers = []
@@ -80,7 +83,7 @@ class Visual(KeyedInstance):
 
 
 def doubling(tokens: int) -> tuple[int, ...]:
-    """Sides 1, 2, 4, ... of the largest pyramid with at most `tokens` tokens."""
+    """Return the sides 1, 2, 4, ... of the largest pyramid with at most `tokens` tokens."""
     sides = [1]
     while tokens_in([*sides, 2 * sides[-1]]) <= tokens:
         sides.append(2 * sides[-1])
@@ -102,9 +105,10 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the scale pyramid against a method; arguments as for the spike, and
+    """Play the scale pyramid against a method.
 
-    sides   of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
+    sides   sides of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
+    The other arguments are those of the spike.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

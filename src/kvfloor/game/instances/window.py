@@ -1,9 +1,9 @@
-"""The sliding window: n - W tokens of zeros, then W coded ones. A window costs its own size, masked or not.
+"""Play the sliding window: n - W zero tokens, then W tokens with hidden values, read with the old tokens masked or not.
 
-Haris & Onak (COLT 2025), Theorems 17 and 25, with a corrected constant (docs/floors.md). The zeros have logit 0: a
-masked window has forgotten them, an unmasked one and full attention count them, and the query is long enough for
-either. If Bob appends before he asks (append=True, the published order), his token pushes the oldest coded one out, so
-W - 1 rows are hidden; if he only asks, W are.
+It is Haris & Onak (COLT 2025), Theorems 17 and 25, with a corrected constant (docs/floors.md). The zero tokens have
+logit 0. A masked window leaves them out; an unmasked window and full attention count them. The query is long enough for
+both. If Bob appends before he asks (append=True, the published order), his token pushes the oldest coded token out of
+the window, so W - 1 rows are hidden; if he only asks, W rows are.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Window(KeyedInstance):
-    """n - W zero tokens, then W coded ones, the first of which hides nothing where Bob appends."""
+    """Stream n - W zero tokens, then W coded tokens, the first of which hides nothing where Bob appends."""
 
     barrier: ClassVar[str] = "window"
     n: int
@@ -78,10 +78,11 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the window against a method; arguments as for the spike, and
+    """Play the sliding window against a method.
 
-    window   coded tokens W at the end of the n, a quarter of them by default
-    append   Bob appends a zero token before he asks, each query on its own copy of the state
+    window   number W of coded tokens at the end of the n tokens, n/4 by default
+    append   True: Bob appends a zero token before he asks, each query on its own copy of the state
+    The other arguments are those of the spike.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

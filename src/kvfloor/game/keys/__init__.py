@@ -1,1 +1,1 @@
-"""Make public keys: near-orthogonal families, codes, and how far apart keys lie."""
+"""Make public keys: near-orthogonal families, codes, and the gaps between keys."""

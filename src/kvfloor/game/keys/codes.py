@@ -1,4 +1,4 @@
-"""Key families from codes over prime fields: explicit, deterministic, with a coherence known in closed form."""
+"""Make key families from codes over prime fields: explicit, deterministic, with a coherence known in closed form."""
 
 import math
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from kvfloor.floors.coherence import mu_chirp, mu_reed_solomon
 
 
 def primes_up_to(limit: int) -> list[int]:
-    """All primes <= limit, ascending."""
+    """Return all primes <= limit, ascending."""
     return [p for p in range(2, limit + 1) if all(p % q for q in range(2, math.isqrt(p) + 1))]
 
 
 def digits_needed(n: int, p: int) -> int:
-    """The least m with p^m >= n (at least 1)."""
+    """Return the least m with p^m >= n (at least 1)."""
     m, reach = 1, p
     while reach < n:
         m, reach = m + 1, reach * p
@@ -23,7 +23,7 @@ def digits_needed(n: int, p: int) -> int:
 
 
 def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
-    """(p, m) of the least coherent chirp code with n keys in d dimensions, or None: the largest prime p <= d/2."""
+    """Find (p, m) of the least coherent chirp code with n keys in d dimensions, or None: the largest prime p <= d/2."""
     for p in reversed(primes_up_to(d // 2)):
         m = digits_needed(n, p)
         if p > m and mu_chirp(p, m) < 1.0:
@@ -32,7 +32,7 @@ def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
 
 
 def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
-    """(p, b, m) of the least coherent one-hot Reed-Solomon code with n keys in d dimensions, or None."""
+    """Find (p, b, m) of the least coherent one-hot Reed-Solomon code with n keys in d dimensions, or None."""
 
     def fitting() -> Iterator[tuple[int, int, int]]:
         for p in primes_up_to(d):
@@ -44,8 +44,9 @@ def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
 
 
 def chirp(n: int, d: int, seed: int = 0) -> Tensor:
-    """n unit keys (n, d), float64: cosine and sine of 2 pi f(x)/p over the points x, f(x) = a_1 x + ... + a_m x^m.
+    """Make n unit keys (n, d), float64: cosine and sine of 2 pi f(x)/p over the points x, divided by sqrt(p).
 
+    f(x) = a_1 x + ... + a_m x^m, one polynomial per key.
     Inner products are at most (m-1)/sqrt(p) (Weil). `seed` is not used: the code is explicit.
     Raises ValueError where no chirp code has n keys in d dimensions.
     """
@@ -65,7 +66,7 @@ def chirp(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
-    """n unit keys (n, d), float64: a polynomial's value at each of b points, one-hot, over sqrt(b).
+    """Make n unit keys (n, d), float64: a polynomial's value at each of b points, one-hot, divided by sqrt(b).
 
     Inner products lie in [0, (m-1)/b]. `seed` is not used: the code is explicit.
     Raises ValueError where no such code has n keys in d dimensions.
@@ -81,7 +82,7 @@ def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def _evaluate(n: int, p: int, m: int, points: Tensor, first_power: int) -> Tensor:
-    """Values mod p (n, points) of the first n polynomials; the base-p digits of l are the coefficients of the l-th."""
+    """Evaluate the first n polynomials mod p: (n, points); the base-p digits of l are the coefficients of the l-th."""
     number, value, power = torch.arange(n), torch.zeros(n, len(points), dtype=torch.int64), points**first_power
     for _ in range(m):
         value = (value + (number % p).unsqueeze(1) * power) % p

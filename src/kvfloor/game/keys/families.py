@@ -1,7 +1,7 @@
-"""Public keys for the game: families of nearly orthogonal keys, each a deterministic function of (n, d, seed).
+"""Make public keys for the game: families of nearly orthogonal keys, each a deterministic function of (n, d, seed).
 
-`seed` is public and is never the seed of the hidden values. All families but `jl` have unit norm. docs/floors.md tells
-how n, d and the gap hang together.
+`seed` is public and is never the seed of the hidden values. All families but `jl` have unit norm. docs/floors.md gives
+the relation of n, d and the gap.
 """
 
 import math
@@ -21,18 +21,18 @@ def _random(seed: int) -> torch.Generator:
 
 
 def rademacher(n: int, d: int, seed: int = 0) -> Tensor:
-    """n keys (n, d), float64, of independent fair signs ±1/sqrt(d)."""
+    """Draw n keys (n, d), float64, of independent fair signs ±1/sqrt(d)."""
     signs = torch.randint(0, 2, (n, d), generator=_random(seed), dtype=torch.int64)
     return (2.0 * signs.double() - 1.0) / math.sqrt(d)
 
 
 def sphere(n: int, d: int, seed: int = 0) -> Tensor:
-    """n keys (n, d), float64, uniform on the unit sphere."""
+    """Draw n keys (n, d), float64, uniform on the unit sphere."""
     return _unit(torch.randn(n, d, generator=_random(seed), dtype=torch.float64))
 
 
 def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
-    """The first n of the 2^s sign vectors on s = max(1, ceil(log2 n)) coordinates, (n, d) float64; gap 2/s.
+    """List the first n of the 2^s sign vectors on s = max(1, ceil(log2 n)) coordinates, (n, d) float64; gap 2/s.
 
     `seed` is not used. Raises ValueError when d < s.
     """
@@ -47,21 +47,21 @@ def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def jl(n: int, d: int, seed: int = 0) -> Tensor:
-    """The paper's keys (n, d), float64: a Johnson-Lindenstrauss image of n unit vectors, Gaussian of variance 1/d.
+    """Draw the paper's keys (n, d), float64: a Johnson-Lindenstrauss image of n unit vectors, Gaussian, variance 1/d.
 
-    Not of unit norm. Its theorem needs d >= `jl_dimension(n)`; below that the gap can be negative.
+    The keys are not of unit norm. The paper's theorem needs d >= `jl_dimension(n)`; below that the gap can be negative.
     Source: Haris & Onak (COLT 2025), Lemma 3.
     """
     return torch.randn(n, d, generator=_random(seed), dtype=torch.float64) / math.sqrt(d)
 
 
 def jl_dimension(n: int, eps: float = 0.1) -> int:
-    """The dimension that the paper's theorem asks of `jl` keys, at its own eps = 0.1."""
+    """Return the dimension that the paper's theorem requires of `jl` keys, at the paper's eps = 0.1."""
     return math.ceil(jl_dim_paper(n, eps))
 
 
 def packing(n: int, d: int, seed: int = 0) -> Tensor:
-    """n keys (n, d), float64, spread greedily: each is the candidate farthest from the keys before it.
+    """Spread n keys (n, d), float64, greedily: each is the candidate farthest from the keys before it.
 
     For d = 2 the optimum is known, n equally spaced points of the circle; for d = 1 only ±1 exist.
     Raises ValueError for d = 1 and n > 2.

@@ -1,4 +1,4 @@
-"""How far each key stands out from all others, and the family of keys in which the worst one stands out most."""
+"""Measure the one-sided gap of each key to all others, and choose the key family with the largest worst gap."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ _PRODUCTS_AT_ONCE = 2**24
 
 
 def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
-    """|k_i|^2 - max_{j != i} <k_i, k_j> for the given rows (all by default): float64 (m,); |k_i|^2 for a single key.
+    """Return |k_i|^2 - max_{j != i} <k_i, k_j> for the given rows (all by default): float64 (m,).
 
+    The gap of a single key is |k_i|^2.
     keys (n, d) of any float type. Time n m d, memory bounded by chunks.
     """
     keys = keys.double()
@@ -33,9 +34,9 @@ def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def promised_gaps(n: int, d: int) -> dict[str, float]:
-    """A lower estimate of the worst gap of every family that has n keys in d dimensions, from its formula.
+    """Bound from below the worst gap of every family that has n keys in d dimensions, from the family's formula.
 
-    Random families: what they reach with even odds at least (rademacher) or with positive probability (sphere).
+    For random families, the bound holds with even odds at least (rademacher) or with positive probability (sphere).
     """
     gaps: dict[str, float] = {}
     if chirp_code := chirp_parameters(n, d):
@@ -52,7 +53,7 @@ def promised_gaps(n: int, d: int) -> dict[str, float]:
 
 
 def best_family(n: int, d: int, seed: int = 0) -> str:
-    """The family with the largest worst gap among those that exist and are cheap at (n, d).
+    """Choose the family with the largest worst gap among the families that exist and are cheap at (n, d).
 
     Explicit codes count with their closed form. Random families, and packing in few dimensions, are measured up to
     16,384 keys and count with their formula beyond. Raises ValueError where no family separates (d = 1 and n > 2).

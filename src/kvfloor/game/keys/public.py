@@ -1,4 +1,4 @@
-"""Name public keys by what both sides agree on, and aim queries at them."""
+"""Name public keys by a family, a size and a seed that both sides agree on, and make spike queries for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LENGTH_STEP = 64.0  # query lengths are rounded up to 1/64, so that float noise
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """n keys of width d: a family and a public seed, from which Alice and Bob make the same table."""
+    """Name n keys of width d by a family and a public seed, from which Alice and Bob make the same table."""
 
     family: str
     n: int
@@ -30,9 +30,9 @@ class PublicKeys:
 
     @classmethod
     def chosen(cls, family: str | None, n: int, d: int, seed: int, dtype: str = "float32") -> PublicKeys:
-        """Return keys of the family asked for, or of the one that separates best at (n, d).
+        """Return keys of the given family, or of the family that separates best at (n, d).
 
-        Raises ValueError where there is no such family, or none with n keys that queries tell apart.
+        Raises ValueError where there is no such family, or none with n keys that queries separate.
         """
         if family is None:
             return cls(best_family(n, d, seed), n, d, seed, dtype)
@@ -46,7 +46,7 @@ class PublicKeys:
 
     @cached_property
     def table(self) -> Tensor:
-        """The keys (n, d), in `dtype`."""
+        """Return the keys (n, d), in `dtype`."""
         return FAMILIES[self.family](self.n, self.d, self.seed).to(DTYPES[self.dtype])
 
     def aim(self, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:

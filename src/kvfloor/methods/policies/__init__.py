@@ -1,1 +1,1 @@
-"""Choose which held token leaves, one rule per file."""
+"""Choose the held token to evict, one rule per file."""

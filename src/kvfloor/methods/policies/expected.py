@@ -1,4 +1,4 @@
-"""Expected attention: the tokens that future queries are expected to attend to stay, if their values are large."""
+"""Keep the tokens of largest score: expected attention from future queries times the length of the value."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from kvfloor.validation import literals
 
 @dataclass(frozen=True)
 class Expected(Guarded):
-    """Queries are taken to be Gaussian, and a token's expected weight times its value's length decides.
+    """Evict the token of smallest expected weight times value length, for queries modelled as Gaussian.
 
     Law (Devoto et al. 2025, ExpectedAttention): for q ~ N(mu, Sigma), E exp(scale q.k) is
     z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||, and the
-    lowest score leaves. mu and Sigma are the mean and the covariance of the row's queries so far, as they come: after
-    RoPE, those of past positions standing for those to come. The first `sinks` tokens' queries are left out of them.
+    token of lowest score is evicted. mu and Sigma are the mean and the covariance of the row's queries so far, taken
+    after RoPE: queries of past positions stand for future queries. Queries of the first `sinks` tokens are left out.
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
-              "each": one per query head, the mean of whose weights counts, as in the paper (g times as many)
-    epsilon   how much a value's length counts for a token that is not attended to
-    sinks, recent   first and newest tokens that never leave: 4, and 16 or a quarter of a smaller budget than 64
-    A stream without queries has z = 1: the shortest values leave. Where the spec has a softcap, logits are taken
-    without it. Statistics and scores are float32 (float64 for a float64 cache).
+              "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
+    epsilon   weight of the value's length for a token that receives no attention
+    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64
+    A stream without queries has z = 1: the tokens with the shortest values are evicted. Logits are taken without the
+    spec's softcap. Statistics and scores are float32 (float64 for a float64 cache).
     """
 
     name: ClassVar[str] = "expected"
@@ -72,7 +72,7 @@ class Expected(Guarded):
 
 
 class QueryMoments(PolicyMemory):
-    """Mean and covariance of the queries so far, updated block by block without cancellation (Chan et al. 1979).
+    """Hold the mean and covariance of the queries so far, updated by blocks without cancellation (Chan et al. 1979).
 
     count (rows,), mean (rows, h, d), spread (rows, h, d, d): the sum of (q - mean)(q - mean)'; h is 1 if pooled,
     otherwise the group's g.
@@ -102,7 +102,7 @@ class QueryMoments(PolicyMemory):
             raise ValueError(f"moments of the queries of {heads} heads, in a group of {g}")
 
     def take(self, rows: Tensor | None, q: Tensor, wanted: Tensor) -> None:
-        """Queries q (r, g, b, d) of these rows, those marked in wanted (r, b)."""
+        """Add the queries q (r, g, b, d) of these rows that are marked in wanted (r, b) to the moments."""
         mine = slice(None) if rows is None else rows.to(self.count.device)
         x, mark = q.to(self.mean.dtype), wanted[:, None, :, None]
         if self.pooled:
@@ -119,7 +119,7 @@ class QueryMoments(PolicyMemory):
         self.count[mine] = self.count[mine] + fresh.view(-1).to(torch.int64)
 
     def gaussian(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean (r, h, d) and covariance (r, h, d, d) of the queries; zeros before the first one."""
+        """Return the mean (r, h, d) and covariance (r, h, d, d) of the queries; zeros before the first query."""
         mine = slice(None) if rows is None else rows.to(self.count.device)
         count = self.count[mine].clamp_min(1).view(-1, 1, 1, 1).to(self.mean.dtype)
         return self.mean[mine], self.spread[mine] / count

@@ -1,4 +1,4 @@
-"""Farthest key (greedy k-center): the kept keys are spread out, so that every key has a kept one near it."""
+"""Keep keys that are spread out, so that every key has a kept key near it (greedy k-center)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from kvfloor.validation import literals
 
 @dataclass(frozen=True)
 class FarthestKey(Guarded):
-    """Greedy k-center over the keys, and no query is needed: the offline clustering of SubGen's experiments.
+    """Evict the tokens that greedy k-center over the keys leaves out, without looking at queries.
 
+    This is the offline clustering of SubGen's experiments.
     Law (Gonzalez 1985): the held token whose key is farthest in l2 from all kept keys is kept next, until the budget
-    is full; the tokens that may not leave are kept first, or else the oldest. Every key that was held is then within
-    twice the least radius that as many centres beside those can reach (pinned spans count as any other token).
-    sinks, recent   first and newest tokens that never leave: 4, and 16 or a quarter of a smaller budget than 64
-    decode          "evict": each block of the answer is chosen among anew, so memory stays bounded after the prompt;
-                    "keep": what comes after the prompt never leaves, as in the experiments
-    Prefill is dense, as the clustering was offline; `prefill=stream` chooses block by block. Clusters' sizes and
-    samples, which `subgen` has, are not kept: what left has no weight. One pass over the held keys per kept token.
+    is full. The protected tokens are kept first; the oldest token is kept first where none is protected. Every held
+    key is then within twice the least radius that as many centres, beside the protected tokens, can reach (pinned
+    spans count as any other token).
+    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64
+    decode          "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;
+                    "keep": tokens after the prompt are never evicted, as in the experiments
+    Prefill is dense, as the clustering was offline; `prefill=stream` chooses block by block. Evicted tokens have no
+    weight: the clusters' sizes and samples, which `subgen` holds, are not kept. Each kept token costs one pass over
+    the held keys.
     """
 
     name: ClassVar[str] = "k_center"
@@ -50,16 +53,17 @@ class FarthestKey(Guarded):
 
 
 def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -> Tensor:
-    """When farthest-first traversal of the keys k (r, s, d) from the `kept` slots reaches each slot: (r, s) float64.
+    """Return the turn at which farthest-first traversal of the keys k (r, s, d) picks each slot: (r, s) float64.
 
-    0 for kept slots, 1 for the first that is picked, and so on; `most` + 1 for those that are never reached.
+    The traversal starts from the `kept` slots, whose turn is 0. The first picked slot has turn 1, and so on. Slots
+    that are never picked have turn `most` + 1.
     """
     k = k if k.dtype == torch.float64 else k.to(torch.float32)
     rows, width, d = k.shape
     line = torch.arange(rows, device=k.device)
     turn = torch.full((rows, width), float(most + 1), dtype=torch.float64, device=k.device).masked_fill(kept, 0.0)
     near = _distance(k, k, kept).masked_fill(kept | ~live, -torch.inf)
-    start = position.masked_fill(~live, torch.iinfo(position.dtype).max).argmin(1)  # where nothing is kept yet
+    start = position.masked_fill(~live, torch.iinfo(position.dtype).max).argmin(1)  # first pick if none is kept
     oldest = torch.where(kept.any(1), near.argmax(1), start)
     for step in range(1, most + 1):
         farthest = oldest if step == 1 else near.argmax(1)
@@ -74,7 +78,7 @@ def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -
 
 
 def _distance(k: Tensor, centres: Tensor, which: Tensor) -> Tensor:
-    """Distance (r, s) of every key to the nearest centre among the marked slots; inf where a row has none."""
+    """Return the distance (r, s) of every key to the nearest marked centre; inf in a row without marked slots."""
     order = torch.argsort((~which).to(torch.int8), dim=1, stable=True)[:, : max(1, int(which.sum(1).max()))]
     index = order.unsqueeze(-1).expand(-1, -1, k.shape[2])
     apart = torch.cdist(k, centres.gather(1, index), compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,4 +1,4 @@
-"""Heavy hitters (H2O): the tokens that received the most attention stay, beside the newest ones."""
+"""Keep the tokens that received the most attention, and the newest tokens (H2O)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from kvfloor.validation import count, literals
 
 @dataclass(frozen=True)
 class HeavyHitters(Policy):
-    """Accumulated attention decides (Zhang et al. 2023, H2O, Algorithm 1 with the heavy/recent split of section 5).
+    """Evict the token that has received the least attention so far.
 
+    Source: Zhang et al. 2023, H2O, Algorithm 1 with the heavy/recent split of section 5.
     score   "sum":   the paper's running sum of softmax weights over held tokens
-            "mean":  the sum divided by the number of tokens since, so that age is no advantage
-            "decay": a running sum that forgets by `decay` per query
-    recent  newest tokens that never leave; half the budget unless given
-    sinks   first tokens that never leave; 4 unless given
-    group   how the weights of a GQA group's queries join: "mean" or "max"
-    Scores are float32 whatever the cache's dtype: bfloat16 sums stall at 256. With prefill=dense they are the column
-    sums of the prompt's whole attention matrix, taken a block of rows and a tile of columns at a time.
+            "mean":  the sum divided by the token's age in tokens, so that age is no advantage
+            "decay": a running sum multiplied by `decay` at every query
+    recent  newest tokens that are never evicted; half the budget unless given
+    sinks   first tokens that are never evicted; 4 unless given
+    group   reduction of the weights over a GQA group's queries: "mean" or "max"
+    Scores are float32 whatever the cache's dtype: bfloat16 sums stall at 256. With prefill=dense the scores are the
+    column sums of the prompt's whole attention matrix, taken a block of rows and a tile of columns at a time.
     """
 
     name: ClassVar[str] = "h2o"
@@ -62,7 +63,7 @@ class HeavyHitters(Policy):
             return {"score": score + (total(weights.flatten(1, 2), 1) / weights.shape[1]).to(torch.float32)}
         joined = total(weights, 1) / weights.shape[1] if self.group == "mean" else weights.amax(1)  # (r, b, s)
         if self.score == "decay":
-            made = queries.made.to(torch.int64)  # places of the block without a query fade nothing
+            made = queries.made.to(torch.int64)  # positions of the block without a query cause no decay
             later = made.sum(1, keepdim=True) - made.cumsum(1)
             fade = joined.new_tensor([self.decay**i for i in range(made.shape[1] + 1)])
             joined = joined * fade[later].unsqueeze(2)

@@ -1,4 +1,4 @@
-"""Key difference (KeyDiff): the keys most like the mean of all held keys leave."""
+"""Evict the tokens whose keys are most similar to the mean of all held keys (KeyDiff)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kvfloor.core.rowwise import row_by_row
 
 @dataclass(frozen=True)
 class KeyDifference(Guarded):
-    """Keys that point elsewhere than the others stay, and no query is needed (Park et al. 2025, KeyDiff).
+    """Evict the token whose key is most similar to the mean key direction, without looking at queries.
 
-    Law: score(token) = -cos(k, m), where m is the mean of k / ||k|| over the tokens held when the block ends, the
-    block's own among them; the lowest score, the key most like the mean, leaves.
-    sinks, recent   first and newest tokens that never leave: 4, and 16 or a quarter of a smaller budget than 64;
+    Law (Park et al. 2025, KeyDiff): score(token) = -cos(k, m), where m is the mean of k / ||k|| over the tokens held
+    at the end of the block, including the block's own tokens. The token of lowest score is evicted.
+    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64;
                     the paper's rule is keydiff(sinks=0,recent=0)
     Cosines are float32 whatever the cache's dtype; a key of length 0 is at right angles to everything.
     """
@@ -32,7 +32,7 @@ class KeyDifference(Guarded):
 
 
 def _against_the_mean(k: Tensor) -> Tensor:
-    """Minus the cosine of each key of k (1, s, d) with the mean of their directions: (1, s)."""
+    """Return minus the cosine of each key of k (1, s, d) with the mean of the keys' directions: (1, s)."""
     unit = torch.nn.functional.normalize(k, dim=-1)
     direction = torch.nn.functional.normalize(unit.sum(1, dtype=torch.float64), dim=-1).to(unit.dtype)
     return -torch.matmul(unit, direction.unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Key norm (Knorm): the longest keys leave."""
+"""Evict the tokens with the longest keys (Knorm)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from kvfloor.core.rowwise import length
 
 @dataclass(frozen=True)
 class KeyNorm(Guarded):
-    """The key's length decides, and no query is needed (Devoto et al. 2024).
+    """Evict the token with the longest key, without looking at queries.
 
-    Law: score(token) = -||k||; the lowest score leaves. In trained decoders short keys tend to receive the attention.
-    sinks, recent   first and newest tokens that never leave: 4, and 16 or a quarter of a smaller budget than 64;
+    Law (Devoto et al. 2024): score(token) = -||k||; the token of lowest score is evicted. In trained decoders, tokens
+    with short keys tend to receive most of the attention.
+    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64;
                     the paper's rule is knorm(sinks=0,recent=0,block=1)
-    Norms are float32 whatever the cache's dtype. A token's score never changes, so any block length keeps the same
-    tokens but for what the newest ones are.
+    Norms are float32 whatever the cache's dtype. A token's score never changes, so every block length keeps the
+    same tokens, except for the choice of the newest tokens.
     """
 
     name: ClassVar[str] = "knorm"

@@ -1,4 +1,4 @@
-"""Last query (TOVA): the token that the newest query attends to least leaves."""
+"""Evict the token that the newest query attends to least (TOVA)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kvfloor.core.rowwise import row_by_row, total
 
 @dataclass(frozen=True)
 class LastQuery(Guarded):
-    """The attention of the last query alone decides, averaged over its GQA group (Oren et al. 2024, TOVA).
+    """Evict the token that the last query of each block attends to least.
 
-    Law: after each block, score(token) = mean over the group of softmax(q . k) over held tokens, for the last query
-    that was asked in the block; the lowest score leaves. The paper's rule is tova(sinks=0,recent=0,block=1): a
-    larger block lets its last query choose all that leave at once.
-    sinks, recent   first and newest tokens that never leave: 4, and 16 or a quarter of a smaller budget than 64
-    A token that came after the last query has not been judged, and outlives those that were. A stream without any
-    query lets the oldest token leave. Scores are float32 whatever the cache's dtype.
+    Law (Oren et al. 2024, TOVA): after each block, score(token) = mean over the GQA group of softmax(q . k) over held
+    tokens, for the last query of the block; the token of lowest score is evicted. The paper's rule is
+    tova(sinks=0,recent=0,block=1): in a larger block, one last query decides all evictions at once.
+    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64
+    A token after the last query has no score yet, and stays longer than every token with a score. In a stream without
+    queries the oldest token is evicted. Scores are float32 whatever the cache's dtype.
     """
 
     name: ClassVar[str] = "tova"
     paper: ClassVar[str] = "Oren et al. 2024, TOVA (arXiv 2401.06104)"
     wants_weights: ClassVar[bool] = True
     weights_of: ClassVar[Literal["all", "last"]] = "last"
-    # The logarithm, so that a new token's 0 stands for all the attention there is.
+    # Stored as a logarithm: the initial 0 of a new token is the largest possible weight, 1.
     columns: ClassVar[dict[str, torch.dtype]] = {"log_weight": torch.float32}
 
     def priority(self, held: Held) -> Tensor:

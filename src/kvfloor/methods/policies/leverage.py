@@ -1,4 +1,4 @@
-"""Ridge leverage: keys that the others already span leave."""
+"""Evict the tokens whose keys are already spanned by the other keys (ridge leverage)."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _ROUNDING = 1e-4  # of float32 sums, as a share of the trace
 
 @dataclass(frozen=True)
 class RidgeLeverage(Guarded):
-    """The ridge leverage score of a token's key decides, and no query is needed (after Compactor, 2025).
+    """Evict the token whose key has the lowest ridge leverage score, without looking at queries.
 
-    Law: score(token) = x' (X'X + lambda I)^-1 x with x = S'k and lambda = ridge tr(X'X) / d; the lowest score leaves.
+    Law (after Compactor, 2025): score(token) = x' (X'X + lambda I)^-1 x with x = S'k and lambda = ridge tr(X'X) / d.
     S (d, sketch) is public, fixed by the seed, with E SS' = I. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2
     for all u in the span of the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact
-    k' (K'K + lambda I)^-1 k; a Gaussian S does that if sketch is some rank / e^2. A sketch as wide as the keys is
-    left out: the scores are exact.
+    k' (K'K + lambda I)^-1 k; a Gaussian S satisfies this if sketch is of the order rank / e^2. A sketch as wide as
+    the keys is left out: the scores are exact.
     ridge    lambda, as a share of the mean eigenvalue of X'X
-    sketch   width of the sketched keys, 48; their Gram matrix is all that is remembered
-    kind     "gaussian", or "count": each key channel goes to one sketched one with a random sign
-    over     "seen": X has the keys of all tokens so far; "held": of those that are held, so that when many like
-             keys have left the last of them gains
-    centre   take the keys' mean off first
-    sinks, recent   first and newest tokens that never leave: 4, and 16 or a quarter of a smaller budget than 64
+    sketch   width of the sketched keys, 48; only their Gram matrix is stored
+    kind     "gaussian", or "count": each key channel is added to one sketched channel with a random sign
+    over     "seen": X has the keys of all tokens so far; "held": X has the keys of the held tokens only, so the score
+             of a key rises as similar keys are evicted
+    centre   subtract the mean of the keys first
+    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64
     Compactor scores the whole prompt once, with ridge_leverage(centre=True,sinks=8,recent=4,prefill=dense), before
-    RoPE, and blends in attention; here keys are as they are cached. Scores are float64, their memory float32.
+    RoPE, and blends in attention; here keys are taken as cached. Scores are float64, the stored Gram matrix float32.
     """
 
     name: ClassVar[str] = "ridge_leverage"
@@ -61,7 +61,7 @@ class RidgeLeverage(Guarded):
         return {} if self.sketch >= spec.d else {"key sketch": self._sketch(spec)}
 
     def _sketch(self, spec: Spec) -> Tensor:
-        """S (d, sketch), float64, the same for all rows."""
+        """Return S (d, sketch), float64, the same for all rows."""
         keys = row_keys(spec.seed, torch.zeros(1, dtype=torch.int64), f"leverage sketch {self.kind}")
         if self.kind == "gaussian":
             at = torch.arange(spec.d * self.sketch).view(spec.d, self.sketch)
@@ -94,16 +94,16 @@ class RidgeLeverage(Guarded):
 
 
 def sketched(k: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
-    """Keys (..., d) through the public sketch, if there is one: (..., sketch), float64."""
+    """Return the keys (..., d) multiplied by the public sketch: (..., sketch), or unchanged without one; float64."""
     sketch = shared.get("key sketch")
     k = k.to(torch.float64)
     return k if sketch is None else torch.matmul(k, sketch)
 
 
 def leverage(x: Tensor, gram: Tensor, ridge: float, d: int) -> Tensor:
-    """x' (gram + lambda I)^-1 x for x (r, s, w) and gram (r, w, w), lambda = ridge tr(gram) / d: (r, s)."""
+    """Return x' (gram + lambda I)^-1 x (r, s) for x (r, s, w) and gram (r, w, w), lambda = ridge tr(gram) / d."""
     size = gram.diagonal(dim1=1, dim2=2).sum(1) / d
-    size = torch.where(size > 0, ridge * size, torch.ones_like(size))  # no key has any length: every score is 0
+    size = torch.where(size > 0, ridge * size, torch.ones_like(size))  # all keys are zero: every score is 0
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     root = torch.linalg.cholesky(gram + size.view(-1, 1, 1) * eye)
     half = torch.linalg.solve_triangular(root, x.transpose(1, 2), upper=False)
@@ -111,9 +111,9 @@ def leverage(x: Tensor, gram: Tensor, ridge: float, d: int) -> Tensor:
 
 
 class KeyGram(PolicyMemory):
-    """The Gram matrix of all sketched keys so far, and their sum if they are to be centred.
+    """Hold the Gram matrix of all sketched keys so far, and the sum of the keys if they are centred.
 
-    gram (rows, w, w), total (rows, w or 0) float32; met (rows,): tokens that are in it.
+    gram (rows, w, w), total (rows, w or 0) float32; met (rows,): number of tokens in the Gram matrix.
     """
 
     def __init__(self, spec: Spec, width: int, shared: dict[str, Tensor], centred: bool) -> None:
@@ -137,7 +137,7 @@ class KeyGram(PolicyMemory):
         return {name: Field(torch.float32, shape, finite=True) for name, shape in shapes.items()}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """The Gram matrix of any keys has no negative eigenvalue, neither before nor after their mean is taken off."""
+        """Require a Gram matrix without negative eigenvalues, before and after the mean key is subtracted."""
         gram, total = fields["gram"].double(), fields["total"].double()
         if total.shape[1]:
             mean = total / fields["met"].clamp_min(1).unsqueeze(1)
@@ -147,6 +147,6 @@ class KeyGram(PolicyMemory):
             raise ValueError("gram is the Gram matrix of no keys")
 
     def moments(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Gram (r, w, w), total (r, w or 0) in float64, and tokens (r, 1)."""
+        """Return the Gram matrix (r, w, w), total (r, w or 0), both float64, and the number of tokens (r, 1)."""
         mine = slice(None) if rows is None else rows.to(self.met.device)
         return self.gram[mine].double(), self.total[mine].double(), self.met[mine].unsqueeze(1)

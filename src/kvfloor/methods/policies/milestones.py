@@ -1,4 +1,4 @@
-"""Milestones (RaaS): pages of the answer that no query has needed for longest leave; the prompt stays."""
+"""Evict the pages of the answer that have gone unneeded by queries for longest, and keep the prompt (RaaS)."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from kvfloor.logits import capped
 from kvfloor.validation import count, literals, positives
 
 _NO_PAGE = 1 << 40
-_PAGES = 1 << 22  # more pages than a row can hold: a page's time and age are one float64
+_PAGES = 1 << 22  # more pages than a row can hold: one float64 holds a page's timestamp and age
 
 
 def _keys_at(k: Tensor, slot: Tensor) -> Tensor:
-    """Keys (r, c, d) of the slots (r, c) of k (r, s, d)."""
+    """Return the keys (r, c, d) of the slots (r, c) of k (r, s, d)."""
     return k[torch.arange(k.shape[0], device=k.device).unsqueeze(1), slot]
 
 
 @dataclass(frozen=True)
 class Milestones(Policy):
-    """Least recently needed pages leave, needed as a bound on their keys' logits tells (Hu et al. 2025, RaaS).
+    """Evict the page of the answer that queries needed least recently, by bounds on the logits of its keys.
 
-    Tokens after the prompt form pages of `page`. With low and high the least and largest entry per channel of a
-    page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of the page (Quest). A query's
-    estimate of a page is softmax(scale bound) over all pages it sees, the largest of its GQA group; where that
-    exceeds `alpha` the page's timestamp becomes the query's position. The page with the oldest timestamp leaves,
-    among equals the older page, its oldest tokens first, as many as the budget asks for.
+    Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page`. With low and high the least and largest
+    entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of the page
+    (Quest). The estimate of a page is softmax(scale bound) over all pages visible to the query, the largest within its
+    GQA group. Where the estimate exceeds `alpha`, the page's timestamp becomes the query's position. The page with the
+    oldest timestamp is evicted, and the older page among equals. The oldest tokens of a page are evicted first, as many
+    as the budget requires.
     page     tokens per page
     alpha    estimate above which a page counts as needed
     top      instead of alpha: the share of pages, of largest estimates, that counts as needed (the paper runs 0.5)
-    prompt   "keep": tokens before the seal never leave and are not counted: a row holds prompt + budget, and prefill
-             is dense. "evict": nothing counts as prompt, and the budget holds from the first token on
-    sinks    first tokens of the stream that never leave; nor does the page that is being filled
-    The decision is one per kv head. Bounds are taken anew from the held keys at each block's end, so nothing but a
-    timestamp per token is stored. Without queries the oldest page leaves.
+    prompt   "keep": tokens before the seal are never evicted and not counted: a row holds prompt + budget, and prefill
+             is dense. "evict": no token counts as prompt, and the budget applies from the first token on
+    sinks    first tokens of the stream that are never evicted; the page being filled is never evicted either
+    Each kv head decides for itself. Bounds are recomputed from the held keys at the end of each block, so only a
+    timestamp per token is stored. Without queries the oldest page is evicted.
     """
 
     name: ClassVar[str] = "raas"
@@ -71,7 +72,7 @@ class Milestones(Policy):
         return self.sinks
 
     def protected_last(self, budget: int) -> int:
-        """The page that is being filled, at its fullest."""
+        """Return the length of a full page, because the page being filled is protected."""
         del budget
         return self.page
 
@@ -92,26 +93,26 @@ class Milestones(Policy):
 
     def priority(self, held: Held) -> Tensor:
         index, pages, _ = self._held_pages(held)
-        time = torch.maximum(held.columns["stamp"].to(torch.int64), held.position)  # a new page is needed by itself
+        time = torch.maximum(held.columns["stamp"].to(torch.int64), held.position)  # a new page counts as needed
         newest = torch.zeros_like(pages).scatter_reduce(1, index, time, "amax")
         return newest.gather(1, index).to(torch.float64) * _PAGES + index
 
     # ---- pages -----------------------------------------------------------------------------------------------
 
     def _start(self, held: Held) -> Tensor:
-        """Position (r, 1) of the first token after the prompt."""
+        """Return the position (r, 1) of the first token after the prompt."""
         return torch.zeros_like(held.seen) if held.prompt is None else held.prompt.clamp_min(0)
 
     def _page(self, position: Tensor, held: Held) -> Tensor:
-        """The number of the page of each position (r, ...), by age; the prompt's pages and the answer's do not mix."""
+        """Return the page number of each position (r, ...), by age; no page has tokens of both prompt and answer."""
         start = self._start(held)
         behind = -(-start // self.page) + (position - start).clamp_min(0) // self.page
         return torch.where(position < start, position // self.page, behind)
 
     def _held_pages(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
-        """Each slot's place (r, s) among the held pages, the oldest first; those pages' numbers (r, p) and slots.
+        """Return each slot's index (r, s) among the held pages, oldest first; the pages' numbers (r, p) and slots.
 
-        The slots are (r, p, page): a page that is not full names its first slot again.
+        The slots are (r, p, page): a page that is not full repeats its first slot.
         """
         page = self._page(held.position, held).masked_fill(~held.live, _NO_PAGE)
         page, order = page.sort(1)
@@ -129,7 +130,7 @@ class Milestones(Policy):
     # ---- estimates -------------------------------------------------------------------------------------------
 
     def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
-        """What each query of q (r, g, b, d) expects each page to weigh, the largest of its group: (r, b, p)."""
+        """Return the estimated weight (r, b, p) of each page for each query (r, g, b, d), the largest of its group."""
         _, g, b, _ = queries.q.shape
         members = _keys_at(held.k, slots.flatten(1)).unflatten(1, slots.shape[1:])
         low, high = members.amin(2).double(), members.amax(2).double()
@@ -151,10 +152,10 @@ class Milestones(Policy):
         return row_by_row(shares, high, low, pages, beside=(up, down, own, at), held=many)
 
     def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
-        """Least and largest entries (r, b, d) of each query's own page as it was when the query came."""
+        """Return the least and largest key entries (r, b, d) of each query's own page, at the time of the query."""
         r, b = queries.position.shape
         start, first = self._start(held), self._page(queries.position[:, :1], held)
-        many = (b - 1) // self.page + 3  # pages that b positions in a row can touch, and one where the prompt ends
+        many = (b - 1) // self.page + 3  # pages that b consecutive positions can touch, plus one at the prompt's end
 
         def cell(position: Tensor) -> Tensor:
             offset = torch.where(position < start, position, position - start) % self.page
@@ -172,7 +173,7 @@ class Milestones(Policy):
         return _keys_at(low, mine).double(), _keys_at(high, mine).double()
 
     def _needed(self, estimate: Tensor, pages: Tensor, own: Tensor) -> Tensor:
-        """Pages (r, b, p) that a query needs, of those it sees: all up to its own (r, b)."""
+        """Mark the pages (r, b, p) that each query needs, among the pages up to the query's own page (r, b)."""
         if self.top is None:
             return estimate > self.alpha
         seen = pages.unsqueeze(1) <= own.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Observation (SnapKV): when the prompt ends, what its last queries attended to stays."""
+"""Keep the prompt tokens that the last queries of the prompt attended to (SnapKV)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ _TILE_SLOTS = 4096
 
 @dataclass(frozen=True)
 class Observation(Policy):
-    """The last `window` prompt queries vote on the tokens before them, once, at the seal (Li et al. 2024, SnapKV).
+    """Evict the tokens that receive the least attention from the last queries of the prompt.
 
-    Law: vote(token) = sum over the window's queries of softmax(q . k) over all they see; pooled over the `kernel`
-    positions around a token, those before the window only; averaged over the GQA group. The window's own tokens
-    stay, and of the others the budget - window with the highest votes.
+    Law (Li et al. 2024, SnapKV): the last `window` prompt queries vote once, at the seal. vote(token) = sum over the
+    window's queries of softmax(q . k) over all visible tokens. Votes are pooled over the `kernel` positions around a
+    token, positions before the window only, and averaged over the GQA group. The window's own tokens stay; of the
+    other tokens, the budget - window with the highest votes stay.
     window   queries that vote, and newest tokens that stay: 32, or half of a smaller budget than 64
     kernel   positions that are pooled, an odd number; 1 pools nothing
-    pool     "max" or "avg": of the votes around a token, those that are held
-    decode   "keep": what comes after the prompt never leaves, so memory grows with the answer;
-             "evict": each block of the answer is compressed as the prompt was, by the last `window` queries so far
-    sinks    first tokens that never leave; none, as in the paper
-    Prefill is dense unless `prefill=stream` is asked for: then each block of the prompt is compressed so. A prompt
-    within the budget stays whole. Queries that were never asked (tokens only appended) do not vote; without any vote
-    the oldest tokens leave, as from a window. Votes are float32 whatever the cache's dtype, and are taken tile by tile.
+    pool     "max" or "avg" of the votes of the held tokens around a token
+    decode   "keep": tokens after the prompt are never evicted, so memory grows with the answer;
+             "evict": each block of the answer is compressed like the prompt, by the last `window` queries so far
+    sinks    first tokens that are never evicted; none by default, as in the paper
+    Prefill is dense by default; with `prefill=stream` each block of the prompt is compressed in turn. A prompt within
+    the budget stays whole. Tokens appended without queries add no votes; without any vote the oldest tokens are
+    evicted, as from a window. Votes are float32 whatever the cache's dtype, and are computed tile by tile.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -90,12 +91,12 @@ class Observation(Policy):
         window = (held.budget // 2).clamp_max(self.window)
         q, position = memory.q[rows], memory.position[rows]
         place = torch.arange(self.window, 0, -1, device=position.device)
-        position = position.masked_fill(place > window, -1)  # sees nothing, so it has no vote
+        position = position.masked_fill(place > window, -1)  # no visible token, so no vote
         votes = self._votes(held.turned(q, position), position, held)
         return total(self._pooled(votes, held, held.seen - window), 1) / votes.shape[1]
 
     def _votes(self, q: Tensor, position: Tensor, held: Held) -> Tensor:
-        """Attention that each slot got from the queries q (r, g, w, d) of these positions (r, w): (r, g, s)."""
+        """Return the attention (r, g, s) of the queries q (r, g, w, d) at these positions (r, w) to each slot."""
         r, g, w, d = q.shape
         k, hide = held.k, self._later(position, g, held)
         votes = torch.zeros(r, g, k.shape[1], dtype=held.spec.compute_dtype, device=k.device)
@@ -116,11 +117,11 @@ class Observation(Policy):
         return hide
 
     def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
-        """Votes (r, g, s) joined with those of the held tokens at most kernel // 2 positions away, before `stop`."""
+        """Pool the votes (r, g, s) over held tokens before `stop` that are at most kernel // 2 positions apart."""
         reach = self.kernel // 2
         voted = held.live & (held.position < stop)
         position = held.position.masked_fill(~voted, 1 << 62)
-        position, order = position.sort(1)  # tokens near in position are near in this order
+        position, order = position.sort(1)  # sorted, so that tokens close in position are close in this order
         votes = votes.gather(2, order.unsqueeze(1).expand_as(votes))
         pooled, near = votes, torch.ones_like(position)
         for shift in range(1, min(reach, position.shape[1] - 1) + 1):
@@ -141,10 +142,10 @@ class Observation(Policy):
 
 
 class LastQueries(PolicyMemory):
-    """The last `window` queries that were asked: q (rows, g, window, d), the newest last, and their positions.
+    """Hold the last `window` queries q (rows, g, window, d), the newest last, and their positions.
 
-    The queries are as they came, before any turn. A place that no query fills yet has position -1. Unless they are
-    wanted `for_good`, they are given up at the seal.
+    The queries are held as they were given, before any rotation. An entry without a query has position -1. The
+    queries are dropped at the seal, unless `for_good` is set.
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:

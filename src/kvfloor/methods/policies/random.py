@@ -1,4 +1,4 @@
-"""Random: a uniform sample of the stream stays."""
+"""Keep a uniform random sample of the stream."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from kvfloor.validation import count
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """Every token has a uniform key fixed by (seed, row id, position); the largest keys stay.
+    """Evict tokens at random, so that the held tokens are a uniform sample of all tokens seen.
 
-    So the kept set is a uniform sample without replacement of all tokens seen (a bottom-k sample, Cohen and
+    Each token has a uniform draw fixed by (seed, row id, position), and the tokens with the largest draws stay. The
+    kept set is therefore a uniform sample without replacement of all tokens seen (a bottom-k sample, Cohen and
     Kaplan 2007), the same for any chunking. `sinks` and `recent` tokens can be protected; both are 0 by default.
     """
 

@@ -1,4 +1,4 @@
-"""Sinks: the first few tokens and the newest ones stay."""
+"""Keep the first few tokens (attention sinks) and the newest tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from kvfloor.validation import count
 
 @dataclass(frozen=True)
 class Sinks(Policy):
-    """A window that never gives up a row's first `count` tokens, on which models park attention.
+    """Evict the oldest token, except a row's first `count` tokens (attention sinks).
 
-    The paper counts positions within the cache, which is a matter of the state's spec (`Spec.rotation`) for any policy.
+    Trained models give the first tokens much attention. The paper counts positions within the cache; here
+    `Spec.rotation` selects this for any policy.
     """
 
     name: ClassVar[str] = "sinks"

@@ -1,4 +1,4 @@
-"""Window: the newest tokens stay. Also called recency, or sliding-window attention."""
+"""Keep the newest tokens. Also called recency, or sliding-window attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvfloor.core.policy import Held, Policy
 
 @dataclass(frozen=True)
 class Window(Policy):
-    """The oldest token leaves."""
+    """Evict the oldest token."""
 
     name: ClassVar[str] = "window"
     paper: ClassVar[str] = "Beltagy et al. 2020 (arXiv 2004.05150)"

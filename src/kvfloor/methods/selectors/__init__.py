@@ -1,1 +1,1 @@
-"""Choose which held tokens a query reads, one rule per file."""
+"""Select the held tokens that a query reads, one rule per file."""

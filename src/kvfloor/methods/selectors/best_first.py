@@ -1,4 +1,4 @@
-"""Best-first: exactly the tokens of largest logit, from pages looked into by their bounds until none can help."""
+"""Read exactly the tokens of largest logit, found by visiting pages in order of their logit bounds (best-first)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from kvfloor.validation import count
 
 @dataclass(frozen=True)
 class BestFirst(Indexed):
-    """The k tokens of largest logit, as `top_k` reads them, without a look at every key where keys have structure.
+    """Read the k tokens of largest logit by branch and bound over pages.
 
-    Law: branch and bound over the boxes of `pages`. The newest page is looked into, then the others from the largest
-    bound on, until the next bound is below the k-th best logit found: no page behind it holds a better token, whatever
-    the keys are. So an isolated token is never lost, which halving (`hip`) cannot say. Where keys have no structure the
-    bounds are loose and nearly all pages are looked into. Ties let the newer token be read.
+    The result equals that of `top_k`, without a visit to every key where keys have structure.
+    Law: branch and bound over the boxes of `pages`. The newest page is visited first, then the other pages from the
+    largest bound on, until the next bound is below the k-th best logit found. No page after that holds a better token,
+    whatever the keys are. An isolated token is therefore never lost, unlike with halving (`hip`). Where keys have no
+    structure the bounds are loose and nearly all pages are visited. Ties are broken in favour of the newer token.
     k      tokens read per query
     page   tokens per page, as in `pages`
     """
@@ -41,7 +42,7 @@ class BestFirst(Indexed):
 
 
 class BestFirstState(SelectorState):
-    """The boxes of the full pages; a search leaves nothing behind."""
+    """Hold the boxes of the full pages; a search does not change the state."""
 
     def __init__(self, spec: Spec, slots: Slots, method: BestFirst) -> None:
         self.spec = spec
@@ -64,7 +65,7 @@ class BestFirstState(SelectorState):
         return self.search(q, slots, visible, rows)[0]
 
     def search(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> tuple[Chosen, Tensor]:
-        """What `choose` says, and how many pages each query looked into: (r, m) int64."""
+        """Return the result of `choose` and the number of pages that each query visited: (r, m) int64."""
         (r, m, _), k, size, device = q.shape, self.method.k, self.method.page, q.device
         visible = visible.to(device).expand(r, m)
         newest = (visible - 1).clamp_min(0) // size
@@ -95,7 +96,7 @@ class BestFirstState(SelectorState):
         return chosen, looked.view(r, m)
 
     def _in_order(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Bounds and numbers (r*m, pages) in the order of looking: newest page, then by bound; -inf and -1: none."""
+        """Return page bounds and numbers (r*m, pages): newest page first, then by bound; -inf and -1 where none."""
         bound = self.pages.bounds(q, newest, rows).flip(-1)
         order = bound.argsort(dim=-1, descending=True, stable=True)
         bound = bound.gather(-1, order)
@@ -105,14 +106,14 @@ class BestFirstState(SelectorState):
         return bound.flatten(0, 1), page.flatten(0, 1)
 
     def bytes_read(self, held: Tensor) -> int:
-        """The worst case, in which every page is looked into: all boxes, all keys, and the values of the k best."""
+        """Return the bytes of the worst case, which visits every page: all boxes, all keys, the k best values."""
         full = (held - 1).clamp_min(0) // self.method.page
         numbers = int((2 * full + held).sum()) * self.spec.d + int(held.clamp_max(self.method.k).sum()) * self.spec.dv
         return numbers * self.spec.dtype.itemsize
 
 
 def _largest(logit: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of (a, c) and their slots, among equals the newer."""
+    """Return the k largest logits of (a, c) and their slots, the newer slot among equals."""
     by_age = slot.argsort(dim=1, descending=True, stable=True)
     logit, slot = logit.gather(1, by_age), slot.gather(1, by_age)
     best = logit.argsort(dim=1, descending=True, stable=True)[:, :k]

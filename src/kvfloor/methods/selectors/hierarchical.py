@@ -1,4 +1,4 @@
-"""Hierarchical: halve intervals of the stream again and again, and keep the halves whose centre has large logits."""
+"""Read the tokens found by halving intervals of the stream repeatedly, by the logits at their centres (HiP)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _KEY_NUMBERS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Hierarchical(Indexed):
-    """Lee et al. 2024 (HiP attention): k tokens found by log2(n / k) rounds of halving, instead of n logits.
+    """Read tokens found by log2(n / k) rounds of halving the stream instead of by n logits.
 
-    Between `sinks` and the newest `window` tokens the stream is cut into blocks of `key_block` tokens, and the blocks
-    into k / key_block equal intervals. Every interval is split into two halves, a half is worth the largest logit in
-    its centre block, the better half of the halves stays; until an interval is one block. Sinks, the blocks that are
-    left, and everything newer are read. Nothing is lost while blocks are at most k / key_block; beyond that a token
-    with a large logit among others with small ones is found only if a centre happens to lie on it: no guarantee.
+    Law (Lee et al. 2024, HiP attention): between `sinks` and the newest `window` tokens the stream is cut into blocks
+    of `key_block` tokens, and the blocks into k / key_block equal intervals. Each round splits every interval into two
+    halves, scores a half by the largest logit in its centre block, and keeps the better half of all halves. Rounds end
+    when every interval is one block. The query reads the sinks, the remaining blocks, and all newer tokens. Every
+    token is read while there are at most k / key_block blocks. Beyond that a token of large logit among tokens of
+    small logit is found only if it lies in a centre block: there is no guarantee.
 
-    query_block  before the seal, queries at positions with equal p // query_block share a choice, which the first of
-                 them makes: so a choice never depends on later queries, nor on how the stream is cut
-    refresh      the same after the seal: how many decoded tokens share a choice
-    Each query of a GQA group chooses for itself. `read` and `attend` choose anew for every query.
+    query_block  before the seal, queries at positions with equal p // query_block share the choice of their first
+                 query, so a choice depends neither on later queries nor on the cuts of the stream
+    refresh      number of decoded tokens that share a choice, after the seal
+    Each query of a GQA group has its own choice. `read` and `attend` choose anew for every query.
     """
 
     name: ClassVar[str] = "hip"
@@ -57,11 +58,11 @@ class Hierarchical(Indexed):
 
 
 class HierarchicalState(SelectorState):
-    """The open choice of every row, and the order of arrival of slots that eviction has shuffled.
+    """Hold the current choice of every row, and the order of arrival of slots that eviction has shuffled.
 
-    block    (rows, g, k / key_block) blocks of the open choice, ascending, -1 beyond the last; None before the first
-    blocks   (rows,) blocks there were to choose from: what lies behind them is read
-    span     (rows,) which stretch of `query_block` or `refresh` positions the choice is for; -1: none
+    block    (rows, g, k / key_block) blocks of the current choice, ascending, -1 beyond the last; None before a choice
+    blocks   (rows,) number of blocks that the choice was made from: all tokens after these blocks are read
+    span     (rows,) index of the span of `query_block` or `refresh` positions that the choice is for; -1: none
     """
 
     def __init__(self, spec: Spec, slots: Slots, method: Hierarchical, in_order: bool) -> None:
@@ -97,7 +98,7 @@ class HierarchicalState(SelectorState):
         self._number(slots, first, position.argsort(dim=1, stable=True))
 
     def _number(self, slots: Slots, first: Tensor, slot: Tensor) -> None:
-        """Of each row, the token of rank i stands in slot[r, i], for first[r] <= i < held[r]."""
+        """Record in each row r that the token of rank i is in slot[r, i], for first[r] <= i < held[r]."""
         assert self.order is not None
         width = slot.shape[1]
         rank = torch.arange(width)
@@ -139,12 +140,12 @@ class HierarchicalState(SelectorState):
         share = self.method.refresh if self.sealed else self.method.query_block
         span, asked = position // share, (position >= 0).any(1)
         first = span[:, :1]
-        step = (span - first).clamp_min(0)  # the how manyth span of this call a query falls into
+        step = (span - first).clamp_min(0)  # index of the query's span among the spans of this call
         met = torch.arange(int(step.max()) + 1, device=device)
         if self.block is None or self.block.shape[1] != g:
             self.block = torch.full((rows, g, self._most), -1, dtype=torch.int32, device=device)
             self.span = torch.full_like(self.span, -1)
-        # A span's first query leads. The span that was open already has its choice, unless it was lost.
+        # The first query of a span makes its choice. An open span keeps its choice, unless eviction dropped it.
         known = (self.span == first[:, 0]) & asked
         leader = ((first + met) * share - position[:, :1]).clamp(0, a - 1)
         blocks = self._blocks(visible.gather(1, leader))
@@ -169,13 +170,14 @@ class HierarchicalState(SelectorState):
         return self.method.k // self.method.key_block
 
     def _blocks(self, visible: Tensor) -> Tensor:
-        """Whole blocks between the sinks and the window of a query that sees `visible` tokens."""
+        """Return the number of whole blocks between sinks and window for a query with `visible` visible tokens."""
         return (visible - self.method.sinks - self.method.window).clamp_min(0) // self.method.key_block
 
     def _descend(self, q: Tensor, slots: Slots, blocks: Tensor, rows: Tensor | None) -> Tensor:
-        """The blocks kept, of `blocks` (r, m), for q (r, m, d): (r, m, most) int32, ascending, -1 where there is none.
+        """Return the blocks chosen from `blocks` (r, m) for q (r, m, d): (r, m, most) int32, ascending, -1 for none.
 
-        Intervals [low, high) of blocks; halving them newest first lets a stable sort keep the newer of equal halves.
+        Intervals are [low, high) in blocks. They are kept newest first, so that a stable sort prefers the newer of
+        equal halves.
         """
         most, (r, m) = self._most, blocks.shape
         share = torch.arange(most, device=q.device).flip(0)
@@ -192,7 +194,7 @@ class HierarchicalState(SelectorState):
         return kept.to(torch.int32).view(r, m, most)
 
     def _worth(self, q: Tensor, slots: Slots, low: Tensor, high: Tensor, rows: Tensor | None) -> Tensor:
-        """The largest logit in the centre block of every interval, (r, m, c) float64; -inf for an empty one."""
+        """Return the largest logit in the centre block of every interval (r, m, c), float64; -inf if empty."""
         (r, m, c), b = low.shape, self.method.key_block
         rank = (
             ((low + high - 1) // 2).clamp_min(0).unsqueeze(3) * b + self.method.sinks + torch.arange(b, device=q.device)
@@ -207,7 +209,7 @@ class HierarchicalState(SelectorState):
         return torch.cat(worth, 1).masked_fill(high <= low, -torch.inf)
 
     def _to_read(self, block: Tensor, blocks: Tensor, visible: Tensor, slots: Slots, rows: Tensor | None) -> Chosen:
-        """Sinks, the blocks kept, and all that is newer than the blocks that there were, as slots."""
+        """Return the slots of the sinks, of the chosen blocks, and of all tokens newer than the last block."""
         sinks, b, device = self.method.sinks, self.method.key_block, block.device
         r, m, _ = block.shape
         middle = sinks + block.unsqueeze(3) * b + torch.arange(b, device=device)
@@ -219,7 +221,7 @@ class HierarchicalState(SelectorState):
         return Chosen(self._slots(rank.masked_fill(dead, 0), slots, rows), dead)
 
     def _slots(self, rank: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Slots of the tokens with these ranks (r, m, c) by age."""
+        """Return the slots of the tokens with these ranks (r, m, c) by age."""
         width = int(slots.held.max())
         if self.order is None or width == 0:
             return rank
@@ -230,10 +232,10 @@ class HierarchicalState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """Averaged over the queries that share a choice: one descends, all read what it chose.
+        """Return the bytes read, averaged over the queries that share a choice.
 
-        A descent of r rounds looks at 2 k / key_block centre blocks in each; index bytes are the open choice and, under
-        eviction, the order of the slots looked at.
+        One of these queries descends, and all of them read the chosen tokens. Each round of a descent reads 2 k /
+        key_block centre blocks. Index bytes are the current choice and, under eviction, the order of the slots read.
         """
         method, number = self.method, self.spec.dtype.itemsize
         share = method.refresh if self.sealed else method.query_block

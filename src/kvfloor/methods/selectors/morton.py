@@ -1,4 +1,4 @@
-"""Morton codes: points on a grid as integers along a Z-shaped curve, near points mostly near along it."""
+"""Encode grid points as integers along a Z-shaped curve, on which near points are mostly near (Morton codes)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch import Tensor
 
 
 def cells(x: Tensor, bits: int) -> Tensor:
-    """The grid cell of every coordinate of x, int64 in [0, 2**bits): the standard normal's quantiles are the grid.
+    """Return the grid cell of every coordinate of x, int64 in [0, 2**bits), on the standard normal's quantiles.
 
-    The grid is fixed beforehand: a range taken from the data would let later tokens move the codes of earlier ones.
+    The grid is fixed in advance: a range taken from the data would let later tokens move the codes of earlier ones.
     """
     share = 0.5 * (1.0 + torch.erf(x.to(torch.float64) / math.sqrt(2.0)))
     return (share * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.int64)
 
 
 def interleave(cell: Tensor, bits: int) -> Tensor:
-    """Morton codes (...) of grid points cell (..., dims) int64: bit b of coordinate j becomes bit b * dims + j.
+    """Return the Morton codes (...) of grid points cell (..., dims) int64.
 
+    Bit b of coordinate j becomes bit b * dims + j.
     Raises ValueError where dims * bits exceeds 62, which an int64 does not hold.
     """
     dims = cell.shape[-1]

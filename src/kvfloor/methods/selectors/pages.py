@@ -1,4 +1,4 @@
-"""Pages: read the pages of tokens whose keys could have the largest logits, by a bound that never errs."""
+"""Read the pages of tokens with the largest upper bounds on their logits (Quest)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from kvfloor.validation import count
 
 @dataclass(frozen=True)
 class Pages(Indexed):
-    """The `pages` full pages of largest logit bound are read, and the newest page, which is still filling.
+    """Read the `pages` full pages of largest logit bound, and the newest page, which is still filling.
 
     Law (Tang et al. 2024, Quest): with low and high the least and largest entry per channel of a page's keys, no key
-    of the page has a larger q.k than  sum_j max(q_j low_j, q_j high_j).  Ties let the newer page be read.
+    of the page has a larger q.k than  sum_j max(q_j low_j, q_j high_j).  Ties are broken in favour of the newer page.
     pages   pages read beside the newest one
-    page    tokens per page: slots page*i .. page*(i+1) - 1. Under an eviction policy a slot that was emptied is
-            filled by another token, and its page's bound is taken anew.
+    page    tokens per page: slots page*i .. page*(i+1) - 1. Under an eviction policy an emptied slot is
+            filled by another token, and the bound of its page is recomputed.
     """
 
     name: ClassVar[str] = "pages"
@@ -42,7 +42,7 @@ class Pages(Indexed):
 
 
 class PagesState(SelectorState):
-    """The box of every full page: its least and largest key entries, in the keys' own dtype."""
+    """Hold the box of every full page: its least and largest key entries, in the dtype of the keys."""
 
     def __init__(self, spec: Spec, slots: Slots, method: Pages) -> None:
         self.spec = spec
@@ -86,7 +86,7 @@ class PagesState(SelectorState):
             self.boxes.resize(room)
 
     def _take(self, slots: Slots, wanted: Tensor) -> None:
-        """Take the boxes of the full pages marked in wanted (rows, pages) from their keys."""
+        """Compute the boxes of the full pages marked in wanted (rows, pages) from their keys."""
         row, page = wanted.nonzero(as_tuple=True)
         if not len(row):
             return
@@ -114,10 +114,11 @@ class PagesState(SelectorState):
         return Chosen(index, dead)
 
     def unread_logit(self, q: Tensor, visible: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What no unread token exceeds: (largest logit, log of the sum of exp(logit)), each (r, m) in float64.
+        """Bound the logits of the unread tokens: (largest logit, log-sum-exp of the logits), each (r, m) in float64.
 
-        For q (r, m, d) that sees the first visible (r, m) slots and reads as `choose` says. -inf where nothing is
-        left unread. The bounds hold for the logits in exact arithmetic, under the spec's scale and softcap.
+        The queries q (r, m, d) see the first visible (r, m) slots and read the slots that `choose` returns. The bounds
+        are -inf where every token is read. The bounds hold for the logits in exact arithmetic, under the spec's scale
+        and softcap.
         """
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
         bound = self.bounds(q, newest, rows)
@@ -132,7 +133,7 @@ class PagesState(SelectorState):
         return unread[..., 0], torch.logsumexp(unread, -1) + torch.tensor(self.method.page, dtype=bound.dtype).log()
 
     def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
-        """Bounds on the scaled q.k of each page before the newest one: (r, m, pages) float64, -inf elsewhere."""
+        """Return bounds on the scaled q.k of each page before the newest: (r, m, pages) float64, -inf elsewhere."""
         most = int(newest.max()) if newest.numel() else 0
         low, high = (self.boxes.across(name, rows, most)[:, 0].double() for name in ("low", "high"))
         q = q.double() * self.spec.scale

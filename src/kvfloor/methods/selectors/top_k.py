@@ -1,4 +1,4 @@
-"""Top-k: each query reads the k held tokens of largest logit. The oracle that candidate generators aim at."""
+"""Read the k held tokens of largest logit, the oracle for selectors that generate candidates."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from kvfloor.validation import count
 
 @dataclass(frozen=True)
 class TopK(Selector):
-    """Exact top-k by logit: it scans every key, and saves the values' reads only.
+    """Read the k held tokens of largest logit, after a scan of every key.
 
-    k: tokens read per query. Ties at the k-th logit are all read.
+    Only reads of values are saved. k: tokens read per query. Tokens tied at the k-th logit are all read.
     """
 
     name: ClassVar[str] = "top_k"

@@ -1,4 +1,4 @@
-"""Z-curve: keys near a query along curves through random projections are candidates; the best of them are read."""
+"""Read the best of the keys that lie near the query along Z-curves of random projections (ZETA)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ _KEY_NUMBERS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class ZCurve(Indexed):
-    """ZETA's search (Zeng et al. 2025) on the keys of a model that was not trained for it.
+    """Read the best of the tokens whose keys are near the query along space-filling curves.
 
+    This is ZETA's search (Zeng et al. 2025), on the keys of a model that was not trained for the search.
     On each of `curves` curves a key's place is the Morton code of  sqrt(d) P k / |k|  with P three orthonormal rows,
     drawn from public randomness and independent of the data, on the fixed grid of the normal's quantiles, shifted by
-    another share of the grid on every curve (a single curve has seams that part near neighbours). A query's
-    candidates are the `window` keys around its own place on each curve and the keys that wait for the next merge; by
-    their exact logits the best k are read. Ties let the newer token be read.
+    another share of the grid on every curve (a single curve has seams that part near neighbours). The candidates
+    are the `window` keys around the query's own place on each curve and the keys that wait for the next merge. The
+    query reads the k candidates of largest exact logit. Ties are broken in favour of the newer token.
 
-    The original learns queries and keys of 3 numbers. Here 3 numbers stand for d, so most of the true best are missed
-    where d is large and keys have no clusters: `characterize.lib.recall` measures how many.
+    The original learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best
+    tokens are missed where d is large and keys have no clusters: `characterize.lib.recall` measures the share.
 
     k        tokens read per query
     chunk    new keys wait unsorted, and are all candidates, until `chunk` of them are merged into the curves; under
@@ -63,7 +64,7 @@ class ZCurve(Indexed):
 
 
 def projections(spec: Spec, curves: int) -> Tensor:
-    """Orthonormal rows (curves, min(3, d), d) in float64, fixed by the spec's seed and width: public randomness."""
+    """Return orthonormal rows (curves, min(3, d), d), float64, fixed by the spec's seed and width (public)."""
     dims = min(_DIMS, spec.d)
     key = row_keys(spec.seed, torch.arange(curves), "z-curve projections").view(-1, 1, 1)
     radius, angle = (uniform(key, torch.arange(spec.d * dims).view(spec.d, dims) * 2 + lane) for lane in (0, 1))
@@ -72,7 +73,7 @@ def projections(spec: Spec, curves: int) -> Tensor:
 
 
 class ZCurveState(SelectorState):
-    """Per row and curve, the codes of the merged slots in order, and the slots that they belong to."""
+    """Hold the sorted codes of the merged slots and the slots of these codes, per row and curve."""
 
     def __init__(self, spec: Spec, slots: Slots, method: ZCurve, shared: dict[str, Tensor]) -> None:
         self.spec = spec
@@ -92,7 +93,7 @@ class ZCurveState(SelectorState):
             self.sorted.resize(slots.capacity)
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Every list has the first `used` slots of its row, in the order of their codes."""
+        """Require that every list has the first `used` slots of its row, in the order of their codes."""
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
         if bool((merged["used"] > slots["held"]).any()):
@@ -126,7 +127,7 @@ class ZCurveState(SelectorState):
         gone = (torch.arange(n) >= first.unsqueeze(1)).unsqueeze(1).to(device)
         every = None if len(rows) == self.spec.rows else rows
         old = self.sorted.across("code", every, n).masked_fill(gone, _NONE)
-        # Where each item stands after the merge: its rank among its own, and the others before it.
+        # An item's place after the merge: its rank in its own list plus the items of the other list before it.
         at = torch.arange(n, device=device) + torch.searchsorted(code, old)
         at = torch.cat([at, torch.arange(c, device=device) + torch.searchsorted(old, code, right=True)], 2)
         for name, before, new in (("code", old, code), ("slot", self.sorted.across("slot", every, n), slot)):
@@ -135,10 +136,10 @@ class ZCurveState(SelectorState):
         self.sorted.used = self.sorted.used.index_copy(0, rows, held)
 
     def _codes(self, x: Tensor) -> Tensor:
-        """Places of x (r, s, d) on the curves: (r, curves, s) int32."""
+        """Return the places of x (r, s, d) on the curves: (r, curves, s) int32."""
         x = x.double()
         x = x / length(x).unsqueeze(-1).clamp_min(torch.finfo(x.dtype).tiny)
-        # By `total`: a code is part of the state, so a token's must not depend on those that come along with it.
+        # By `total`: codes are part of the state, so a token's code must not depend on the other tokens of its call.
         axes = self.shared["projections"].unsqueeze(1)  # (curves, 1, dims, d)
         many = max(1, _KEY_NUMBERS_AT_ONCE // max(1, axes.numel() * x.shape[0]))
         at = torch.cat([total(part[:, None, :, None] * axes) for part in x.split(many, 1)], 2) * math.sqrt(x.shape[-1])
@@ -149,7 +150,7 @@ class ZCurveState(SelectorState):
 
     def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
         slot = self._candidates(q, visible, rows)
-        # Newest first, for ties; a slot met on several curves counts once.
+        # Newest first, for ties; a slot found on several curves counts once.
         slot = slot.masked_fill(slot >= visible.unsqueeze(2), -1).sort(dim=-1, descending=True).values
         again = torch.zeros_like(slot, dtype=torch.bool)
         again[..., 1:] = slot[..., 1:] == slot[..., :-1]
@@ -158,14 +159,14 @@ class ZCurveState(SelectorState):
         return Chosen(slot.gather(2, best).clamp_min(0), logit.gather(2, best) == -torch.inf)
 
     def _candidates(self, q: Tensor, visible: Tensor, rows: Tensor | None) -> Tensor:
-        """Slots (r, m, c), with repeats; those from `visible` on are none."""
+        """Return candidate slots (r, m, c), with repeats; slots from `visible` on are to be ignored."""
         (r, m, _), device, window = q.shape, q.device, self.method.window
         used = (self.sorted.used if rows is None else self.sorted.used[rows]).to(device)
         width = int(self.sorted.capacity.max())
         gone = torch.arange(width, device=device) >= used.view(-1, 1, 1)
         code = self.sorted.across("code", rows, width)
         if rows is not None or bool((self.sorted.capacity != width).any()):
-            code = code.masked_fill(gone, _NONE)  # what was gathered beyond a row's stretch is another row's
+            code = code.masked_fill(gone, _NONE)  # entries gathered beyond a row's stretch belong to another row
         at = torch.searchsorted(code, self._codes(q)) - window // 2
         at = torch.minimum(at, (used - window).view(-1, 1, 1)).clamp_min(0)
         at = (at.unsqueeze(3) + torch.arange(window, device=device)).flatten(2)
@@ -177,7 +178,7 @@ class ZCurveState(SelectorState):
         return torch.cat([near, first.unsqueeze(2) + waiting], 2)
 
     def _logits(self, q: Tensor, slot: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Scaled q.k in float64 (r, m, c) for q (r, m, d) and slots (r, m, c)."""
+        """Return the scaled q.k in float64 (r, m, c) for q (r, m, d) and slots (r, m, c)."""
         (r, m, c), logits = slot.shape, []
         q = q.double() * self.spec.scale
         at_once = max(1, _KEY_NUMBERS_AT_ONCE // max(1, r * c * self.spec.d))
@@ -190,7 +191,7 @@ class ZCurveState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """A search and a window of slots per curve, the keys of all candidates, the values of the k best."""
+        """Return the bytes of a search and a window of slots per curve, all candidates' keys, the k best values."""
         used, method, number = self.sorted.used, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()
         index = 4 * method.curves * (searched + used.clamp_max(method.window))

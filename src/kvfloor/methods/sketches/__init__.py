@@ -1,1 +1,1 @@
-"""Remember a stream without keeping whole tokens, one sketch per file."""
+"""Store a stream in a sketch instead of whole tokens, one sketch per file."""

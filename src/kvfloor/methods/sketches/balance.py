@@ -1,4 +1,4 @@
-"""BalanceKV: tokens are halved by a self-balancing walk and the survivors weigh double, again and again."""
+"""Halve the tokens repeatedly by a self-balancing walk and double the weight of the rest (BalanceKV)."""
 
 from __future__ import annotations
 
@@ -22,34 +22,40 @@ from kvfloor.methods.sketches.self_balancing import Keep, gram, halve, safe_thre
 from kvfloor.validation import count, literals, positives
 
 _LEVELS = 64  # a token of level l stands for 2^l; positions are below 2^57
-_BLOCKS = 8  # blocks in the tokens that a budget leaves beside sinks and recent ones: at least a token each
-_WALK = 4  # blocks of one level that are halved at once: larger walks balance better, smaller ones keep weights alike
+_BLOCKS = 8  # number of blocks in a budget less sinks and recent tokens; a block has at least a token
+_WALK = 4  # blocks of one level halved at once: large walks balance better, small walks keep weights similar
 
 
 @dataclass(frozen=True)
 class Balance(Method):
-    """Kochetkova et al. 2025 (arXiv 2502.07861): SoftmaxBalance in a merge-and-reduce tree, one set of tokens for all.
+    """Halve the tokens in a merge-and-reduce tree, by a walk that nearly preserves attention sums.
 
-    A token of level l weighs 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
-    Halving a level keeps half of its tokens, one level higher, so that the signed sum of e^{k} (v, const), those kept
-    minus those not, stays short (`self_balancing`). The paper has a tree per numerator bucket and one for the
-    denominator; the constant coordinate makes one tree serve both, so answers are convex combinations.
-    batch     tokens that make a level full; rows act at every batch-th token, until then what came is read exactly.
-              Without a budget a full level is halved: at most batch tokens per level, log2(n / batch) + 2 levels.
-    budget    tokens per row, held always; rows act at every eighth of them (or batch-th token). Nothing is halved while
-              the next eighth has room; else the oldest half a budget of the level that has the most of them per 4^l,
-              as halving level l adds 4^l to the squared error whatever the size. Halving no more than that keeps
-              weights alike. Where every level has one token, a fair coin drops or doubles that of the lightest.
-    keep      pairs: one of each two neighbours stays, weights add up to n; smaller: the paper's smaller sign class,
+    Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, with one set of tokens for all sums.
+    A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
+    Halving a level keeps half of its tokens and moves them up one level. The kept half is chosen so that the sum of
+    e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short (`self_balancing`). The paper has one
+    tree per numerator bucket and one for the denominator. Here the constant coordinate lets one tree serve both, so
+    answers are convex combinations.
+    batch     number of tokens that makes a level full. A row halves levels at every batch-th token; newer tokens are
+              read exactly. Without a budget every full level is halved, which leaves at most batch tokens per level
+              and log2(n / batch) + 2 levels.
+    budget    upper bound on tokens per row at all times. A row checks its space once per block; a block is an eighth
+              of the budget less sinks and recent tokens, or `batch` tokens if that is less. While the next block does
+              not fit, the row halves the oldest tokens of one level, at most four blocks. It picks the level with the
+              largest count / 4^l, because halving level l adds 4^l to the squared error whatever the count. Halving
+              at most four blocks keeps weights similar. Where every level has one token, a fair coin drops the token
+              of the lowest level or doubles its weight.
+    keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's smaller sign class,
               which loses a little mass each time
-    c         the walk's threshold: small is greedy, large is a fair coin; None: the safe one for `horizon` and
-              `failure`, at which the guarantee holds. The paper's code has 1/8.
-    constant  square of the constant coordinate, relative to the longest value halved; the paper's code has 0.025,
+    c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for
+              `horizon` and `failure`, at which the guarantee holds. The paper's code has 1/8.
+    constant  square of the constant coordinate, relative to the longest value halved; the paper's code has 0.025, and
               the bound of the guarantee is least at 1
-    sharpness the walk's kernel is exp(sharpness |scale| k.k'), the paper's at 1; at less, keys balance farther ones
-    centre    subtract the level's mean key in the walk; answers always have the keys as they are
-    sinks, recent   this many first and newest tokens are never halved
-    radius, spread, horizon, failure   for the guarantee, see there
+    sharpness exponent of the walk's kernel exp(sharpness |scale| k.k'); the paper has 1, and a smaller exponent lets
+              keys balance more distant keys
+    centre    subtract the level's mean key in the walk; answers always use the original keys
+    sinks, recent   numbers of first and newest tokens that are never halved
+    radius, spread, horizon, failure   assumptions of the guarantee, see `guarantee`
     The paper's algorithm is balance(keep=smaller,centre=False,sharpness=1,c=None,horizon=n,sinks=0,recent=0).
     """
 
@@ -102,20 +108,23 @@ class Balance(Method):
 
     @property
     def traits(self) -> Traits:
-        """normalised: the same positive weights in numerator and denominator. lossy_values: what is held does not
-        answer with weight 1. Not value_linear: values have a say in which tokens stay."""
+        """Return the traits of the sketch.
+
+        normalised: numerator and denominator have the same positive weights. lossy_values: held tokens do not have
+        weight 1 in answers. Not value_linear: the choice of kept tokens depends on values.
+        """
         return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
 
     @property
     def block(self) -> int:
-        """Tokens between two moments at which levels may be halved."""
+        """Return the number of tokens between two points at which levels may be halved."""
         if not isinstance(self.budget, int):
             return self.batch
         return min(self.batch, (self.budget - self.sinks - self.recent) // _BLOCKS)
 
     @property
     def threshold(self) -> float:
-        """c, or the safe one: pairs make n steps at most over all levels, single tokens 2n."""
+        """Return c, or the safe threshold for the walks' steps over all levels: at most n for pairs, 2n for tokens."""
         if self.c is not None:
             return self.c
         return self._safe_threshold()
@@ -145,14 +154,15 @@ class Balance(Method):
         return tree_error(spec.dv, growth, self.constant, self._safe_threshold(), self.failure / 3)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance (`tree_error`).
+        """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance.
 
+        The epsilon is derived in `tree_error`.
         radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
         spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
         horizon   bound on the tokens seen
-        For keep=pairs without a budget and without softcap, and c at least the safe threshold. Elsewhere there is none:
-        the paper's theorem for the smaller class does not say its constants. As no answer is farther off than
-        2 max|v|, an epsilon of 2 sqrt(spread) says nothing.
+        The bound needs keep=pairs without a budget and without softcap, and c at least the safe threshold. There is no
+        guarantee otherwise: the paper's theorem for the smaller class does not state its constants. Every answer errs
+        by at most 2 max|v|, so an epsilon of 2 sqrt(spread) or more is vacuous.
         """
         if self.radius is None or self.spread is None or self.horizon is None:
             return None
@@ -182,7 +192,7 @@ class Balance(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Balance:
-        """The least even batch: x / (batch - y) <= epsilon / sqrt(spread)."""
+        """Return the method with the least even batch for which x / (batch - y) <= epsilon / sqrt(spread)."""
         if self.radius is None or self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
             return self
         sized = replace(self, c=None, failure=delta, budget=None)
@@ -194,14 +204,14 @@ class Balance(Method):
 
 
 class BalanceState(Blocked):
-    """Held tokens with their levels (slots, column `level`), and what the guarantee's assumptions need per row."""
+    """Hold tokens with levels (slots, column `level`), and each row's measurements for the guarantee."""
 
     def __init__(self, method: Balance, spec: Spec) -> None:
         room = 2 * method.batch if method.budget is None else tokens(method.budget, 1)[0]
         slots = Slots(spec, [room] * spec.rows, {"level": torch.uint8})
         super().__init__(method, spec, slots, method.block)
         wide = {"dtype": torch.float64, "device": spec.device}
-        self.clamped = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)  # steps of walks
+        self.clamped = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)  # clamped steps of walks
         self.longest_key = torch.zeros(spec.rows, **wide)  # of closed blocks, if there is a radius; as all below
         self.longest_value = torch.zeros(spec.rows, **wide)
         self.square_sum = torch.zeros(spec.rows, **wide)  # of values
@@ -226,7 +236,7 @@ class BalanceState(Blocked):
     # ---- reading -------------------------------------------------------------------------------------------
 
     def _weighted(self, q: Tensor, width: int, hide: Tensor | None) -> Partial:
-        """Attention of q (rows, m, d) over the first `width` slots under their weights."""
+        """Return the attention of q (rows, m, d) over the first `width` slots under their weights."""
         view = self.slots.view(width=width)
         log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
         return Partial.over(q, view.k, view.v, self.spec, log_weight, hide)
@@ -261,7 +271,7 @@ class BalanceState(Blocked):
                 self._halve(rows, level[due], size[due], free[due])
 
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each row: the level to halve (r,), how many of its oldest (r,), 0 if none is due, and its slots (r, s)."""
+        """Return each row's level to halve (r,), number of tokens to halve (r,), 0 for none, and slots (r, s)."""
         plan, seen = self._plan, self.seen[rows].unsqueeze(1)
         view = self.slots.view(rows)
         position, level = view.position.cpu(), self.slots.column("level", rows, view.position.shape[1]).long().cpu()
@@ -274,14 +284,14 @@ class BalanceState(Blocked):
         else:
             sizes = sizes.clamp_max(_WALK * self.block)
             worth = sizes.double() * 4.0 ** -torch.arange(_LEVELS)
-            worth = worth + (sizes > 1) * 2.0  # two of any level before one of the lightest
+            worth = worth + (sizes > 1) * 2.0  # a level with two tokens comes before any with one
             chosen = worth.argmax(1)
             due = self.slots.held[rows] + self.block > tokens(plan.budget, 1)[0]
         size = sizes.gather(1, chosen.unsqueeze(1)).squeeze(1).masked_fill(~due, 0)
         return chosen, size, free & (level == chosen.unsqueeze(1))
 
     def _halve(self, rows: Tensor, level: Tensor, size: Tensor, members: Tensor) -> None:
-        """Halve the oldest size[r] of the slots `members` (r, s), which are of level[r]."""
+        """Halve the oldest size[r] tokens of the slots `members` (r, s), all of level[r]."""
         plan, device, width = self._plan, self.slots.k.device, int(size.max() + 1) // 2 * 2
         view = self.slots.view(rows, members.shape[1])
         age = view.position.masked_fill(~members.to(device), torch.iinfo(torch.int64).max)
@@ -313,7 +323,7 @@ class BalanceState(Blocked):
     # ---- the guarantee's assumptions -----------------------------------------------------------------------
 
     def _measure(self, rows: Tensor) -> None:
-        """Lengths in the blocks that these rows complete: their newest slots."""
+        """Update the key and value lengths of these rows by the blocks just completed, the newest slots."""
         slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
         at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)
         key = length(self.slots.k[slot].to(torch.float64)).amax(1)

@@ -1,4 +1,4 @@
-"""What SubGen keeps: online clusters of keys with uniform samples, and pairs drawn by the size of their value."""
+"""Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn by value length."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _RINGS_LIMIT = 2**24  # counters of one token: filling s slots takes some s log 
 
 
 class Clusters(Memory):
-    """Per row: x centres (c, d), how many keys joined each (c,), and t of those keys, uniform (c, t, d).
+    """Hold online clusters of keys: for each row, centres (c, d), sizes (c,) and uniform key samples (c, t, d).
 
-    A key within `delta` of the nearest centre joins it, another becomes a centre; past the cap on centres a key
-    joins whatever the distance, and `overfull` (rows,) tells.
+    A key within `delta` of the nearest centre joins that centre; any other key becomes a centre. Past the cap on
+    centres a key joins its nearest centre whatever the distance, and `overfull` (rows,) becomes True.
     Every sample slot keeps the key of smallest counter-based draw, so samples do not depend on chunking.
     """
 
@@ -57,23 +57,26 @@ class Clusters(Memory):
 
     @property
     def used(self) -> Tensor:
-        """Number of centres per row (rows,)."""
+        """Return the number of centres per row (rows,)."""
         return (self.count > 0).sum(1)
 
     def weighted(self, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """The samples of the first `width` clusters (all if None) as keys (rows, s, d), and log of the tokens that
-        each stands for (rows, s), float64: a sample stands for count / t of them, -inf where there is no cluster."""
+        """Return the samples of the first `width` clusters (all if None) and their log weights.
+
+        Samples are keys (rows, s, d). A sample represents count / t tokens; the log of that number is (rows, s),
+        float64, and -inf where there is no cluster.
+        """
         sample, size = self.sample[:, :width], self.count[:, :width]
         t = sample.shape[2]
         share = torch.log(size.to(torch.float64) / t).unsqueeze(2).expand(-1, -1, t)
         return sample.flatten(1, 2), share.flatten(1)
 
     def join(self, rows: Tensor, k: Tensor, position: Tensor, delta: float, purpose: str) -> None:
-        """The sequential greedy rule over the keys k (r, b, d) of `rows`, in order, for all rows at once.
+        """Add the keys k (r, b, d) of `rows` to the clusters by the sequential greedy rule, for all rows at once.
 
-        Old centres first, by one search for the whole block; then the rule among those it left uncovered; then every
-        key goes to the nearest of the old centres and of the new ones made no later than itself.
-        `purpose` names the draws of the samples.
+        One search compares the whole block with the old centres. The rule then runs over the keys that no old centre
+        covers. Finally every key joins the nearest centre among the old centres and the new centres made no later than
+        the key. `purpose` names the random draws of the samples.
         """
         used = self.used[rows]
         self._grow(int(used.max()) + k.shape[1])
@@ -101,7 +104,7 @@ class Clusters(Memory):
 
     @staticmethod
     def _open(wide: Tensor, uncovered: Tensor, room: Tensor, delta: float) -> Tensor:
-        """Which keys (r, b) become centres: uncovered by old ones and by those opened before, while there is room."""
+        """Mark the keys (r, b) that become centres: covered by no old or earlier new centre, while there is room."""
         most = int(uncovered.sum(1).max())
         order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age
         waits = uncovered.gather(1, order)
@@ -115,7 +118,10 @@ class Clusters(Memory):
         return torch.zeros_like(uncovered).scatter(1, order, chosen)
 
     def _sample(self, rows: Tensor, k: Tensor, position: Tensor, joined: Tensor, purpose: str) -> None:
-        """Slot i of a cluster keeps the member of smallest uniform key: t uniform samples with replacement."""
+        """Update the t uniform samples, with replacement, of each cluster.
+
+        Slot i of a cluster keeps the member of smallest uniform draw.
+        """
         t = self.sample.shape[2]
         lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows].view(-1, 1, 1)
         key = uniform(lane, position.unsqueeze(2) * t + torch.arange(t, device=k.device))  # (r, b, t)
@@ -139,9 +145,10 @@ class Clusters(Memory):
 
 
 class Reservoir(Memory):
-    """Per row s pairs k (s, d), v (s, dv), each an own draw of a token with probability |v|^2 / mu; mu sums |v|^2.
+    """Hold s sampled pairs k (s, d), v (s, dv) per row, each an independent draw proportional to |v|^2.
 
-    Every slot keeps the token of smallest counter-based draw, so samples do not depend on chunking.
+    A token is drawn with probability |v|^2 / mu, where mu is the sum of all |v|^2. Every slot keeps the token of
+    smallest counter-based draw, so samples do not depend on chunking.
     """
 
     def __init__(self, spec: Spec, s: int) -> None:
@@ -162,24 +169,28 @@ class Reservoir(Memory):
         }
 
     def log_weight(self) -> Tensor:
-        """Log of the weight mu / (s |v|^2) of each pair (rows, s), float64, which makes sums over pairs unbiased for
-        sums over tokens; -inf where no pair is."""
+        """Return the log of the weight mu / (s |v|^2) of each pair (rows, s), float64; -inf where there is no pair.
+
+        Under these weights, sums over pairs are unbiased for sums over tokens.
+        """
         norm = self.v.to(torch.float64).square().sum(-1)
         weight = torch.where(norm > 0, torch.log(self.mu.unsqueeze(1) / (norm * norm.shape[1])), -torch.inf)
         return weight.masked_fill(torch.isinf(self.key), -torch.inf)
 
     def offer(self, rows: Tensor, k: Tensor, v: Tensor, position: Tensor, purpose: str) -> None:
-        """Slot i keeps the token with the smallest Exp(1)/|v|^2: token j wins with probability |v_j|^2 / mu.
+        """Sample from the given tokens and the kept pairs, with probability proportional to |v|^2.
 
-        A token's s clocks are drawn as one: rings at rate s |v|^2, each in a uniform slot, in which the first ring is
-        that slot's clock. A token stops ringing once it is later than every slot's keeper, so a long stream costs
-        O(log(s) s / n) draws per token instead of s, and which token a slot keeps depends on no cut.
+        Slot i keeps the token with the smallest Exp(1)/|v|^2, so token j is kept with probability |v_j|^2 / mu.
+        The s exponential clocks of a token are drawn as one Poisson process of rate s |v|^2. Each ring falls in a
+        uniform slot, and the first ring in a slot is the token's clock there. Drawing stops once the time passes the
+        clocks of all kept pairs. A long stream thus costs O(log(s) s / n) draws per token instead of s, and the kept
+        tokens do not depend on the cuts of the stream.
         """
         norm = total(v.to(torch.float64).square())  # (r, b)
         s = self.key.shape[1]
         lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows]
         best = self.key[rows]
-        token = torch.full_like(best, -1, dtype=torch.int64)  # who takes slot i over
+        token = torch.full_like(best, -1, dtype=torch.int64)  # the token that replaces the pair of slot i, or -1
         line, j = (norm > 0).nonzero(as_tuple=True)
         time = torch.zeros(len(line), dtype=torch.float64, device=k.device)
         ring = torch.arange(_RINGS, device=k.device)
@@ -203,7 +214,7 @@ class Reservoir(Memory):
 
 
 def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `block` tokens of each of `rows`, which leave, by age: k (r, b, d), v (r, b, dv), position (r, b)."""
+    """Evict and return the `block` tokens of each of `rows`, by age: k (r, b, d), v (r, b, dv), position (r, b)."""
     view = slots.view(rows, block)
     order = view.position.argsort(1)
     k = view.k.gather(1, order.unsqueeze(-1).expand_as(view.k))
@@ -217,14 +228,14 @@ def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block: int) -> None:
-    """Raise ValueError unless the open block waits in the slots and all older tokens are in each of the clusters."""
+    """Raise ValueError unless the slots hold exactly the open block and every cluster set all older tokens."""
     require_equal(fields["slots"]["held"], fields["seen"] % block, "tokens of the open block")
     for keys in parts:
         require_equal(keys["count"].sum(1), fields["seen"] // block * block, "tokens in the clusters")
 
 
 def longest(q: Tensor, take: Tensor) -> Tensor:
-    """The largest |q| (rows,), float64, of the first take[r] queries of each row of q (rows, g, a, d); 0 of none."""
+    """Return the largest |q| (rows,), float64, of the first take[r] queries of q (rows, g, a, d); 0 without any."""
     if q.numel() == 0:
         return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
     real = torch.arange(q.shape[2]) < take.unsqueeze(1)
@@ -233,9 +244,9 @@ def longest(q: Tensor, take: Tensor) -> Tensor:
 
 
 def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
-    """(value pairs s, cap on centres) under a budget in tokens: half for the pairs, half for the clusters.
+    """Return (value pairs s, cap on centres) for a budget in tokens: half for pairs, half for clusters.
 
-    A pair is a token, a centre with its t sampled keys is (1 + t) / 2 of one.
+    A pair costs one token. A centre with its t sampled keys costs (1 + t) / 2 tokens.
     """
     free = tokens(budget, 1)[0] - block
     s = max(1, free // 2)
@@ -243,7 +254,7 @@ def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
 
 
 def check_budget(owner: str, budget: Budget | None, block: int, t: int) -> None:
-    """Raise ValueError for a budget that is not one number for all rows, or has no room for a pair and a cluster."""
+    """Raise ValueError for a budget per row, or for a budget without room for a pair and a cluster."""
     if isinstance(budget, tuple):
         raise ValueError(f"{owner} takes one budget for all rows, not one per row")
     if budget is not None and not isinstance(budget, str):

@@ -1,4 +1,4 @@
-"""The nearest of many points, by one product and a direct look at the few that its rounding leaves open."""
+"""Find the nearest of many points, by one matrix product and direct distances to the few candidates left."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ _MEASURED_AT_ONCE = 2**18  # pairs whose distance is taken directly at a time
 
 
 def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the nearest allowed point and its index, both (r, b), for x (r, b, d) and points (r, c, d).
+    """Return the distance to the nearest allowed point and its index, both (r, b), for x (r, b, d).
 
-    allowed (r, b or 1, c); where no point is, the distance is inf. One product finds the points that its rounding
-    cannot rule out, and those few are measured directly: the result is that of measuring all, whatever the shapes.
-    Of equally near points the first one counts.
+    points (r, c, d), allowed (r, b or 1, c); the distance is inf where no point is allowed. One matrix product rules
+    out all points except a few that its rounding leaves possible, and the distances to these few are computed
+    directly. The result equals that of computing all distances directly, whatever the shapes. The first of equally
+    near points is returned.
     """
     (r, b, _d), c = x.shape, points.shape[1]
     apart = x.new_full((r * b,), torch.inf)
@@ -39,14 +40,14 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
-    """The (row, key, point) triples, in that order, among which the nearest allowed points are for sure."""
+    """Return sorted (row, key, point) triples that are certain to include the nearest allowed points."""
     norm, size = (torch.linalg.vector_norm(one, dim=-1).square_() for one in (x, points))
     side = size.unsqueeze(1).masked_fill(~allowed, torch.inf)
     rough = torch.bmm(x, points.transpose(1, 2)).mul_(-2).add_(side)  # less |x|^2
     exact_products = x.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
     unit = torch.finfo(x.dtype).eps if exact_products else 2.0**-7
     doubt = 4 * unit * (x.shape[-1] + 4) * (norm + size.masked_fill(~allowed.any(1), 0).amax(1, keepdim=True))
-    # Groups first: their least products are found fast, and few groups need a look inside.
+    # Groups first: the least product of a group is found fast, and few groups need a closer search.
     if short := -rough.shape[2] % _GROUP:
         rough = torch.nn.functional.pad(rough, (0, short), value=torch.inf)
     grouped = rough.unflatten(2, (-1, _GROUP))

@@ -1,4 +1,4 @@
-"""Quantised: every token kept in a few bits per number. The baseline that eviction has to beat."""
+"""Quantise every token to a few bits per number, the baseline for eviction methods."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from kvfloor.validation import count
 
 @dataclass(frozen=True)
 class Quantized(Method):
-    """Keys per channel over groups of `group` tokens, values per token: asymmetric, rounded to nearest.
+    """Quantise keys per channel over groups of `group` tokens, and values per token.
 
-    After KIVI (Liu et al. 2024, arXiv 2402.02750). The newest tokens, up to group - 1 of them, wait unquantised.
+    Quantisation is asymmetric and rounds to nearest, after KIVI (Liu et al. 2024, arXiv 2402.02750). The newest
+    tokens, up to group - 1 of them, stay unquantised.
     bits: 8, 4 or 2 per number. Scales and offsets are kept in the cache's own dtype.
     """
 
@@ -50,7 +51,7 @@ class Quantized(Method):
 
 
 class QuantizedState(Blocked):
-    """Whole groups in packed codes, the open group in slots."""
+    """Hold full groups as packed codes, and the tokens of the open group in slots."""
 
     def __init__(self, method: Quantized, spec: Spec) -> None:
         super().__init__(method, spec, Slots(spec, [method.group] * spec.rows), method.group)
@@ -97,7 +98,7 @@ class QuantizedState(Blocked):
 
 
 class Codes(Memory):
-    """Packed integers of (rows, groups, group, width) numbers, with an offset and a step per channel or token.
+    """Hold (rows, groups, group, width) numbers as packed integers, with an offset and a step per channel or token.
 
     packed  (rows, groups, group, bytes) uint8, the width axis packed
     low, step  (rows, groups, 1, width) per channel, or (rows, groups, group, 1) per token
@@ -128,7 +129,7 @@ class Codes(Memory):
         self.packed[rows, at], self.low[rows, at], self.step[rows, at] = self._pack(code), low, step
 
     def decode(self, groups: int, spec: Spec) -> Tensor:
-        """The first `groups` groups of every row: (rows, groups * group, width) in the spec's dtype."""
+        """Return the first `groups` groups of every row: (rows, groups * group, width) in the spec's dtype."""
         code = self.packed[:, :groups]
         if self.bits < 8:
             shifts = torch.arange(8 // self.bits, dtype=torch.uint8, device=code.device) * self.bits

@@ -1,4 +1,4 @@
-"""The self-balancing walk: signs, drawn one after the other, under which vectors nearly cancel."""
+"""Draw signs one after the other, under which vectors nearly cancel (the self-balancing walk)."""
 
 from __future__ import annotations
 
@@ -12,40 +12,42 @@ Keep = Literal["pairs", "smaller"]
 
 
 def safe_threshold(steps: float, failure: float) -> float:
-    """c = 1/2 + ln(2 steps / failure): with at least this no step of the walk is clamped, but for `failure`.
+    """Return c = 1/2 + ln(2 steps / failure), a threshold at which no step of the walk is clamped.
 
-    The same walk, moved by -<w, x> / c instead of a sign where |<w, x>| > c, is sigma-sub-Gaussian in every fixed
-    direction with sigma^2 = c^2 / (2c - 1), for |x| <= 1 and c >= 1: the noise of a step lies in an interval of length
-    2, so Hoeffding gives (theta.x)^2 / 2, and the pull back takes away at least as much. Hence a step is clamped with
-    probability 2 exp(1/2 - c) at most. The paper's 30 ln(n / failure) is safe as well, and nearly a fair coin.
+    This holds with probability 1 - failure, for every c of at least this value. The same walk, moved by -<w, x> / c
+    instead of a sign where |<w, x>| > c, is sigma-sub-Gaussian in every fixed direction with sigma^2 = c^2 / (2c - 1),
+    for |x| <= 1 and c >= 1: the noise of a step lies in an interval of length 2, so Hoeffding gives (theta.x)^2 / 2,
+    and the pull back takes away at least as much. Hence a step is clamped with probability 2 exp(1/2 - c) at most. The
+    paper's 30 ln(n / failure) is safe as well, and nearly a fair coin.
     """
     return max(1.0, 0.5 + math.log(2.0 * steps / failure))
 
 
 def sub_gaussian(c: float) -> float:
-    """sigma of the signed sum of vectors of length <= 1 (`safe_threshold`); c >= 1."""
+    """Return sigma of the signed sum of vectors of length <= 1 (`safe_threshold`); c >= 1."""
     return c / math.sqrt(2.0 * c - 1.0)
 
 
 def worst_growth(sharpness: float, centre: bool) -> float:
-    """g in exp(g r^2), by which `tree_error` grows where sqrt(|scale|) |q| and sqrt(|scale|) |k| are r at most.
+    """Return g, where `tree_error` grows by the factor exp(g r^2).
 
+    r bounds sqrt(|scale|) |q| and sqrt(|scale|) |k|.
     With h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and the
-    denominator is at least n e^{-r^2}. Centred, |k - mean| may be 2r, and the factor e^{q.mean} is back.
+    denominator is at least n e^{-r^2}. Centred, |k - mean| may be 2r, and the factor e^{q.mean} returns.
     """
     return 0.5 / sharpness + (2.0 * sharpness + 2.0 if centre else 0.5 * sharpness + 1.0)
 
 
 def tree_error(dv: int, growth: float, constant: float, c: float, failure: float) -> tuple[float, float]:
-    """(x, y): a merge-and-reduce tree over pairs errs by less than x / (batch - y) max |v|, but for 2 `failure`.
+    """Return (x, y) in the error bound x / (batch - y) max |v| of a merge-and-reduce tree over pairs.
 
-    For one fixed query, e^growth as in `worst_growth`, and no clamped step; a = constant. A direction u of numerator
-    minus answer times denominator is off by the signed sum of e^{q.k} (v - answer).u, which is linear in the walk's
-    vectors e^{k} (v, const); differences of two are at most 2 |e^{k}| sqrt(1 + a) max |v| long. So one halving of level
-    l is sub-Gaussian with 4^l 4 sigma^2 |e^{q}|^2 |e^{k}|^2 (1 + a)^2 / a max |v|^2. Halvings are martingale
-    differences; their 4^l sum to 2 n^2 / batch^2, as level l has n / (2^l batch) of them at most. A sub-Gaussian vector
-    is no longer than its deviation times sqrt(dv) + sqrt(2 ln 1/failure) (Hsu, Kakade and Zhang 2012). The
-    denominator is off likewise.
+    The bound holds with probability 1 - 2 failure for one fixed query and no clamped step, with `growth` from
+    `worst_growth`; a = constant. A direction u of numerator minus answer times denominator errs by the signed sum of
+    e^{q.k} (v - answer).u, which is linear in the walk's vectors e^{k} (v, const). Differences of two vectors are at
+    most 2 |e^{k}| sqrt(1 + a) max |v| long. So one halving of level l is sub-Gaussian with 4^l 4 sigma^2 |e^{q}|^2
+    |e^{k}|^2 (1 + a)^2 / a max |v|^2. Halvings are martingale differences; their 4^l sum to 2 n^2 / batch^2, as level l
+    has at most n / (2^l batch) halvings. A sub-Gaussian vector is no longer than its deviation times
+    sqrt(dv) + sqrt(2 ln 1/failure) (Hsu, Kakade and Zhang 2012). The denominator errs likewise.
     """
     walked = 2.0 * math.sqrt(2.0) * sub_gaussian(c) * math.exp(min(600.0, growth))
     x = walked * (1 + constant) / math.sqrt(constant) * (math.sqrt(dv) + math.sqrt(2.0 * math.log(1.0 / failure)))
@@ -54,11 +56,12 @@ def tree_error(dv: int, growth: float, constant: float, c: float, failure: float
 
 
 def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, centre: bool) -> Tensor:
-    """K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), up to one factor per row: (r, m, m), float64.
+    """Return the kernel matrix of the walk, (r, m, m) float64.
 
-    k (r, m, d), v (r, m, dv); live (r, m) marks what is there, the rest gets zeros. `constant` counts in squares of the
-    longest value. The factor exp(-max |scale| |k|^2) / max |v|^2 keeps every entry within 1 + constant; the walk
-    compares inner products with the largest of them, so no common factor changes a sign.
+    K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), up to one factor per row. k (r, m, d), v (r, m, dv);
+    live (r, m) marks the tokens; all other entries are zero. `constant` is in units of the squared longest value. The
+    factor exp(-max |scale| |k|^2) / max |v|^2 keeps every entry within 1 + constant; the walk compares inner products
+    with the largest of them, so no common factor changes a sign.
     centre   subtract the mean key first: exp(q.k) loses one factor per query
     """
     there = live.unsqueeze(-1)
@@ -68,7 +71,7 @@ def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, cent
         k = (k - k.sum(1, keepdim=True) / live.sum(1).clamp_min(1).view(-1, 1, 1)).masked_fill(~there, 0.0)
     exponent = abs(scale) * torch.matmul(k, k.transpose(1, 2))
     top = exponent.diagonal(dim1=1, dim2=2).amax(1).view(-1, 1, 1)
-    # Keys beyond 1e150 overflow the product itself; there the coin is fair.
+    # Keys beyond 1e150 overflow the product itself; their entries become 0 and their coin is fair.
     exponent = torch.nan_to_num(exponent - top, nan=-torch.inf).clamp_max(0.0)
     v = v / v.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     v = v / v.norm(dim=2, keepdim=True).amax(1, keepdim=True).clamp_min(1.0)
@@ -77,19 +80,19 @@ def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, cent
 
 
 def of_pairs(products: Tensor) -> Tensor:
-    """Inner products (r, m/2, m/2) of the differences x_0 - x_1, x_2 - x_3, ... from those of the x, (r, m, m)."""
+    """Return inner products (r, m/2, m/2) of the differences x_0 - x_1, x_2 - x_3, ... from those of x, (r, m, m)."""
     rows = products[:, 0::2] - products[:, 1::2]
     return rows[:, :, 0::2] - rows[:, :, 1::2]
 
 
 def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor, Tensor]:
-    """Signs (r, m) in {-1, 1} of vectors with these inner products (r, m, m), and how many steps were clamped (r,).
+    """Return signs (r, m) in {-1, 1} of vectors with these inner products (r, m, m), and clamped steps (r,).
 
     Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if draws (r, m), uniform, is below
     1/2 - y / (2a), else -. With R the longest of the vectors, a is
-        c R^2       as the paper has it (`even` False), or
+        c R^2       as in the paper (`even` False), or
         c |x_j| R   which pulls short vectors back as firmly as long ones; the bounds of `safe_threshold` hold for both
-    Where |y| > a the probability is clamped to 0 or 1. Rows side by side; a vector of zeros gets a fair coin.
+    Where |y| > a the probability is clamped to 0 or 1. Rows are independent; a vector of zeros gets a fair coin.
     """
     length = products.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
     longest = length.amax(1, keepdim=True)
@@ -106,11 +109,11 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
 
 
 def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the first count[r] vectors stay, and which go: two masks (r, m), and the clamped steps (r,).
+    """Return masks (r, m) of the vectors kept and dropped among the first count[r], and clamped steps (r,).
 
     products (r, m, m) with m even and zeros beyond the count; draws (r, m) uniform, one per vector.
-    pairs    of each two neighbours one stays, so exactly half do, each with probability 1/2; an odd last one neither
-             stays nor goes. The walk signs the differences of the two, pulling evenly.
+    pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2; an odd last vector
+             is in neither mask. The walk signs the differences of the two, pulling evenly.
     smaller  the paper's rule: the smaller class of signs stays, + if they are equal
     """
     place = torch.arange(products.shape[1], device=products.device)

@@ -1,4 +1,4 @@
-"""SubGen: the softmax denominator from samples of online clusters, the numerator from a value reservoir."""
+"""Estimate the softmax denominator from samples of key clusters, the numerator from a value reservoir (SubGen)."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ _LOG_RATIO_LIMIT = 60.0
 
 @dataclass(frozen=True)
 class SubGen(Method):
-    """Samples of online key clusters give the denominator, pairs sampled by |v|^2 the numerator.
+    """Estimate attention from samples of key clusters and from pairs sampled by |v|^2.
 
-    The streaming algorithm of Zandieh, Han, Mirrokni and Karbasi 2024 (arXiv 2402.06082).
+    The clusters give the denominator and the pairs the numerator. This is the streaming algorithm of Zandieh, Han,
+    Mirrokni and Karbasi 2024 (arXiv 2402.06082).
 
-    Keys are clustered online: a key within `delta` of the nearest centre joins it, another becomes a centre.
+    Keys are clustered online: a key within `delta` of the nearest centre joins it, any other key becomes a centre.
     Each cluster keeps `t` uniform samples of its keys; `s` (key, value) pairs are kept with probability
     proportional to |v|^2. The answer is z / tau with
         z   = sum over the s pairs of  mu / (s |v|^2) * exp(q.k) * v        (mu: sum of all |v|^2)
@@ -46,9 +47,9 @@ class SubGen(Method):
     delta    cluster radius in key space (l2)
     centres  cap on the clusters; past it a key joins its nearest centre whatever the distance, and the guarantee
              is withdrawn. None: as many as the stream needs.
-    block    the last `block - 1` tokens at most wait unclustered and are read exactly; 1 is the paper's rule.
-             The clustering is the sequential one for every block.
-    radius   bound on |q| * scale, and failure: probability, for `guarantee`.
+    block    at most the last `block - 1` tokens stay unclustered and are read exactly; 1 is the paper's rule.
+             The clusters equal those of sequential clustering for every block.
+    radius, failure   bound on |q| * scale, and failure probability, for `guarantee`
     budget   tokens per row instead of s and centres: half of it for the pairs, half for the clusters.
     """
 
@@ -80,7 +81,7 @@ class SubGen(Method):
         return Traits(normalised=False, value_linear=False, lossy_values=True, constant_memory=capped)
 
     def sizes(self) -> tuple[int, int | None]:
-        """(value pairs s, cap on centres), after the budget is shared out."""
+        """Return (value pairs s, cap on centres), after the budget is divided."""
         return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
 
     def open(self, spec: Spec) -> SubGenState:
@@ -94,10 +95,10 @@ class SubGen(Method):
         return replace(self, budget=budget)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op for one query fixed in advance.
+        """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op for one query fixed in advance.
 
         Constants by Chebyshev (each half of `failure`): s = 9 dv / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f) with
-        R = exp(2 delta radius). An epsilon of 1 or more says nothing.
+        R = exp(2 delta radius). An epsilon of 1 or more is vacuous.
         """
         if self.radius is None:
             return None
@@ -114,7 +115,7 @@ class SubGen(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGen:
-        """s and t for this cluster radius; the centres follow from the keys, so there is no cap and no budget."""
+        """Return the method with s and t for this cluster radius, without cap or budget: keys fix the centres."""
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
         s = subgen_s(spec.dv, epsilon, delta / 2)
@@ -126,7 +127,7 @@ class SubGen(Method):
 
 
 class SubGenState(Blocked):
-    """Clusters of keys, a reservoir of value pairs, and the open block's tokens."""
+    """Hold the clusters of keys, the reservoir of value pairs, and the tokens of the open block."""
 
     def __init__(self, method: SubGen, spec: Spec) -> None:
         super().__init__(method, spec, Slots(spec, [method.block] * spec.rows), method.block)
@@ -149,7 +150,7 @@ class SubGenState(Blocked):
 
     @property
     def clusters(self) -> Tensor:
-        """Number of centres per row (rows,)."""
+        """Return the number of centres per row (rows,)."""
         return self.keys.used
 
     def guarantee(self) -> Guarantee | None:
@@ -187,7 +188,7 @@ class SubGenState(Blocked):
 
 
 def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
-    """The epsilon of s pairs and t samples per cluster, half of `failure` each, relative to a Frobenius norm.
+    """Return the epsilon of s pairs and t samples per cluster, half of `failure` each, for a Frobenius norm.
 
     Law: the larger of sqrt(9 / (s f)) and sqrt(9 (R-1)^2 / (4 R t f)), where logits are within `reach` of their
     cluster's centre: R = exp(2 reach). For the operator norm a pair counts as 1 / dv.
@@ -197,8 +198,9 @@ def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
 
 
 def ratio(z: Partial, log_tau: Tensor) -> Partial:
-    """The answer z / tau, of mass tau, from the numerator's samples (their mean times their mass is z) and log tau.
+    """Return the answer z / tau, of mass tau, from the samples of the numerator and log tau.
 
+    The mean of the samples times their mass is z.
     Past the cap on centres the two estimates may differ without bound; the answer stays finite.
     """
     share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))

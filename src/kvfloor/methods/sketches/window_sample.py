@@ -1,4 +1,4 @@
-"""Window sample: Algorithm 1 as the paper writes it, which draws one token and answers with its value."""
+"""Answer with the value of one drawn token, as the paper's Algorithm 1 does (window sample)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ from kvfloor.validation import count, positives
 
 @dataclass(frozen=True)
 class WindowSample(Method):
-    """A drawn token answers: with probability c/S a reservoir value of the c outside, else one of the window's.
+    """Answer with the value of one token, drawn from the window or from a reservoir of older tokens.
 
-    Law (Haris and Onak 2025, section 4, Algorithm 1): S is c plus the window's exponentials; a window token is drawn
-    by its exponential. Theorem 23: the answer's mean is unmasked window attention, exactly. Its variance per
-    coordinate is at most max|value| times that mean (values >= 0). While nothing is outside the answer is exact.
+    The reservoir, which samples the c tokens outside the window, is chosen with probability c/S.
+    Law (Haris and Onak 2025, section 4, Algorithm 1): S is c plus the sum of exp(logit) over the window, and a window
+    token is drawn in proportion to exp(logit). Theorem 23: the answer's mean is unmasked window attention, exactly. Its
+    variance per coordinate is at most max|value| times that mean (values >= 0). While all tokens are in the window the
+    answer is exact.
 
-    budget   tokens of the window per row. A token is answered before the oldest leaves: the paper's W is one more.
-    copies   T: independent draws in a mean           groups   Q: such means, whose median by coordinates answers; odd
+    budget   tokens of the window per row. A token's query is answered before the oldest token is evicted:
+             the paper's W is one more.
+    copies   T: independent draws in a mean           groups   Q: such means, whose coordinatewise median answers; odd
     spread, horizon   for the guarantee (Theorem 24, corrected constants): values lie in [a, spread * a] for some a > 0,
                       and at most `horizon` answers are given; epsilon = sqrt(8 spread / T) with probability
                       1 - horizon dv exp(-Q / 2.5)
@@ -82,7 +85,10 @@ class WindowSample(Method):
         return replace(self, budget=budget)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """None without spread and horizon, and where the median is over too few groups to say anything."""
+        """Return the guarantee of the median of means.
+
+        Returns None without spread and horizon, and where too few groups make the bound vacuous.
+        """
         if self.spread is None or self.horizon is None:
             return None
         return median_of_means(
@@ -102,11 +108,11 @@ class WindowSample(Method):
 
 
 class WindowSampleState(Blocked):
-    """The window's slots, one sampled outside value per draw, and the extremes of all values that came.
+    """Hold the slots of the window, one sampled older value per draw, and the extremes of all values so far.
 
-    A draw's uniform is fixed by (seed, row id, tokens seen, which draw): all queries of one moment share it, whoever
-    asks along, and asking twice gives the same. Every answer has its law; those of one moment depend on one another,
-    which a union bound allows.
+    A draw's uniform is fixed by (seed, row id, tokens seen, which draw): all queries at one moment share the uniform,
+    and repeating a query repeats the answer. Every answer has the stated distribution. Answers of one moment depend on
+    one another, which a union bound allows.
     """
 
     def __init__(self, method: WindowSample, spec: Spec) -> None:
@@ -139,7 +145,7 @@ class WindowSampleState(Blocked):
         return self._draw(q, self.seen)
 
     def _draw(self, q: Tensor, n: Tensor) -> Partial:
-        """Draws for q (rows, m, d) when row r has seen n[r] tokens."""
+        """Return the answers drawn for q (rows, m, d) when row r has seen n[r] tokens."""
         view, spec = self.slots.view(), self.spec
         hide = None if view.live is None else ~view.live.unsqueeze(1)
         mean, inside, weights = weigh(q, view.k, view.v, spec.scale, spec.softcap, hide=hide)
@@ -182,7 +188,7 @@ class WindowSampleState(Blocked):
             self.slots.evict(leaving)
 
     def _extend(self, v: Tensor, newest: Tensor) -> None:
-        """Let the newest tokens' values into the extremes."""
+        """Extend the extremes by the values of the newest tokens."""
         new = newest.to(v.device).unsqueeze(-1)
         wide = v.to(self.least.dtype)
         self.least = torch.minimum(self.least, wide.masked_fill(~new, torch.inf).amin((1, 2)))

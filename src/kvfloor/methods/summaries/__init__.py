@@ -1,1 +1,1 @@
-"""Remember a little of the tokens that left, one form per file."""
+"""Summarise the evicted tokens in a few numbers, one form per file."""

@@ -1,8 +1,9 @@
-"""Low rank (LESS): evicted tokens leave their trace in a small linear-attention state with trained kernels."""
+"""Summarise the evicted tokens in a small linear-attention state with trained kernels (LESS, low rank)."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -27,6 +28,7 @@ from kvfloor.models.load import BUILTIN, builtin_path
 from kvfloor.validation import count
 
 UNTRAINED_HIDDEN = 64
+_SETTLED_NS = 2_000_000_000  # a file that changed since is read anew: its times may not tell two versions apart
 _MOST_BYTES = 1 << 31  # of a kernels file; 80 layers of 8 heads of width 128 take a quarter
 FIRST_SIZE = 1e-4  # of s1 and s2 before training
 _SHARED = "less/"
@@ -34,19 +36,20 @@ _SHARED = "less/"
 
 @dataclass(frozen=True)
 class Less(Summary):
-    """A state of rank R per row: H = sum of psi(k) v^T and z = sum of psi(k) over the evicted tokens.
+    """Summarise the evicted tokens in a linear-attention state of rank R with trained feature maps.
 
-    Law (Dong et al. 2024): the evicted tokens add phi(q) H to the numerator and phi(q) z to the denominator of
-    attention, so psi(k).phi(q) stands for exp(scale q.k). phi and psi are small non-negative networks (`Kernels`),
-    trained for one model and policy by `kvfloor train-less`. The mass is never negative, and the
-    answer is a convex combination of the evicted values. R (dv + 1) float32 numbers per row: with R = 8, about 4
-    tokens; the fair control is the same policy with as many tokens more. No guarantee.
+    Law (Dong et al. 2024): the state is H = sum of psi(k) v^T and z = sum of psi(k) over the evicted tokens of a row.
+    The evicted tokens add phi(q) H to the numerator and phi(q) z to the denominator of attention, so psi(k).phi(q)
+    replaces exp(scale q.k). phi and psi are small non-negative networks (`Kernels`),
+    trained for one model and policy by `kvfloor train-less`. The mass is never negative, and the answer is
+    a convex combination of the evicted values. The state is R (dv + 1) float32 numbers per row: with R = 8, about 4
+    tokens. The fair control is the same policy with that many more tokens. There is no guarantee.
 
     rank     R
-    kernels  the trainer's safetensors file: one pair of networks per (layer, kv head), which rows find by
-             `Spec.places`; "builtin" for those shipped with the built-in model. A file with a single pair serves
-             every row. None: untrained networks, which weigh next to nothing.
-    A message names the kernels' file and holds a tag of its contents; it is refused once the file has changed.
+    kernels  the trainer's safetensors file: one pair of networks per (layer, kv head), selected for each row
+             by `Spec.places`; "builtin": the kernels shipped with the built-in model. A file with a single pair
+             serves every row. None: untrained networks, which give the evicted tokens almost no weight.
+    A message holds the path of the kernels' file and a tag of its contents; it is refused once the file has changed.
     """
 
     name: ClassVar[str] = "less"
@@ -72,7 +75,9 @@ class Less(Summary):
         except (OSError, ValueError) as cause:
             reason = getattr(cause, "strerror", None) or cause
             raise ValueError(f"{self.name}: cannot read the kernels {str(path)!r}: {reason}") from None
-        return read_kernels(path, (stamp.st_mtime_ns, stamp.st_size))
+        if abs(time.time_ns() - stamp.st_mtime_ns) < _SETTLED_NS:  # another write may leave the same times
+            return read_kernels.__wrapped__(path, ())
+        return read_kernels(path, (stamp.st_ino, stamp.st_ctime_ns, stamp.st_mtime_ns, stamp.st_size))
 
     @property
     def traits(self) -> Traits:
@@ -82,7 +87,10 @@ class Less(Summary):
         return Traits(trained_for=(file.layers, file.heads, file.kernels.query_in.shape[1]))
 
     def open(self, spec: Spec) -> LessState:
-        """Raises ValueError where the kernels were trained for another head width, or not for a row's place."""
+        """Return an empty state with the kernels of every row.
+
+        Raises ValueError where the kernels were trained for another head width, or have none for a row's place.
+        """
         if self.kernels is None:
             return LessState(Kernels.untrained(1, spec.d, self.rank, UNTRAINED_HIDDEN, seed=0), [(0, 0)], 0, spec)
         file = self._file()
@@ -109,13 +117,13 @@ class Less(Summary):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The feature maps of P heads; every tensor has the heads as first axis.
+    """Hold the feature maps of P heads; every tensor has the heads as first axis.
 
         phi(q) = | gelu(gelu(q query_in) query_out) |          query_in (P, d, h), query_out (P, h, R)
         psi(k) = | x + (x key_mix) s2 |                        key_mix (P, R, R), s2 (P, R)
              x = |s1| gelu(gelu(k key_in) key_out)             key_in (P, d, h), key_out (P, h, R), s1 (P, R)
 
-    They take queries and keys as the cache gets them, rotated; the model's scale is theirs to learn.
+    The maps take queries and keys as the cache receives them, after RoPE. The model's scale is learned in training.
     """
 
     query_in: Tensor
@@ -128,7 +136,7 @@ class Kernels:
 
     @classmethod
     def untrained(cls, heads: int, d: int, rank: int, hidden: int, seed: int) -> Kernels:
-        """Where training starts: uniform in +-sqrt(6 / (fan in + fan out)), s1 and s2 at 1e-4."""
+        """Return the initial kernels of training: uniform in +-sqrt(6 / (fan in + fan out)), s1 and s2 at 1e-4."""
         source = torch.Generator().manual_seed(seed)
 
         def uniform(fan_in: int, fan_out: int) -> Tensor:
@@ -144,21 +152,21 @@ class Kernels:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def of(self, head: Tensor) -> Kernels:
-        """The kernels of heads head (r,), side by side; no copy where there is one pair for all."""
+        """Return the kernels of the heads with indices head (r,), stacked; not copied if one pair serves all."""
         if self.s1.shape[0] == 1:
             return Kernels(*(x.expand(len(head), *x.shape[1:]) for x in self.tensors().values()))
         return Kernels(*(x[head] for x in self.tensors().values()))
 
     def one(self, place: int) -> Kernels:
-        """The kernels that stand at this place."""
+        """Return the kernels of the head with index `place`."""
         return Kernels(*(aligned(x[place : place + 1]) for x in self.tensors().values()))
 
     def phi(self, q: Tensor, dropout: float = 0.0) -> Tensor:
-        """Features (P, m, R) >= 0 of queries (P, m, d); in training, a share `dropout` of the hidden units is off."""
+        """Return features (P, m, R) >= 0 of queries (P, m, d); training drops a share `dropout` of the hidden units."""
         return F.gelu(torch.bmm(_hidden(q, self.query_in, dropout), self.query_out)).abs()
 
     def psi(self, k: Tensor, dropout: float = 0.0) -> Tensor:
-        """Features (P, c, R) >= 0 of keys (P, c, d)."""
+        """Return features (P, c, R) >= 0 of keys (P, c, d)."""
         x = F.gelu(torch.bmm(_hidden(k, self.key_in, dropout), self.key_out)) * self.s1.abs().unsqueeze(1)
         return (x + torch.bmm(x, self.key_mix) * self.s2.unsqueeze(1)).abs()
 
@@ -170,7 +178,7 @@ def _hidden(x: Tensor, weight: Tensor, dropout: float) -> Tensor:
 
 @dataclass(frozen=True)
 class KernelFile:
-    """What a kernels file holds: the pairs of (layer, kv head) in rows, layer by layer, and a tag of the contents."""
+    """Hold the contents of a kernels file: one pair per (layer, kv head), layer by layer, and a tag of the contents."""
 
     kernels: Kernels
     layers: int
@@ -179,8 +187,11 @@ class KernelFile:
 
 
 @lru_cache(maxsize=4)
-def read_kernels(path: Path, stamp: tuple[int, int]) -> KernelFile:
-    """The file's kernels; ValueError saying what is wrong with it. `stamp` tells one version of it from another."""
+def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
+    """Read the kernels of a file.
+
+    `stamp` distinguishes versions of the file, for the cache. Raises ValueError describing the fault of the file.
+    """
     del stamp
     try:
         data = read_regular(path, _MOST_BYTES, "kernels")
@@ -188,13 +199,16 @@ def read_kernels(path: Path, stamp: tuple[int, int]) -> KernelFile:
     except (KeyError, OverflowError, RuntimeError, SafetensorError) as cause:
         raise ValueError(f"less: {str(path)!r} is no safetensors file: {cause}") from None
     layers, heads = _check_shapes(tensors, str(path))
-    # Aligned, which they are not in the file: products with them must round alike in every process.
+    # Tensors are not aligned in the file; aligned ones make products round alike in every process.
     kernels = Kernels(*(aligned(tensors[f.name].to(torch.float32).flatten(0, 1)) for f in fields(Kernels)))
     return KernelFile(kernels, layers, heads, int.from_bytes(hashlib.sha256(data).digest()[:6], "little"))
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
-    """(layers, heads) of kernels by name, each (layers, heads, ...); ValueError where they do not fit together."""
+    """Return (layers, heads) of the named kernels, each (layers, heads, ...).
+
+    Raises ValueError where the names, shapes, dtypes or values do not fit together.
+    """
     names = {f.name for f in fields(Kernels)}
     if set(tensors) != names:
         raise ValueError(f"less: {path!r} has tensors {sorted(tensors)}; kernels are {sorted(names)}")
@@ -224,7 +238,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
 
 
 class LessState(SummaryState):
-    """sums (rows, R, dv + 1) in the compute dtype: H, and z as the last column; `tag` of the kernels' file."""
+    """Hold sums (rows, R, dv + 1) in the compute dtype: H, with z as last column; and `tag` of the kernels' file."""
 
     def __init__(self, kernels: Kernels, places: list[tuple[int, int]], tag: int, spec: Spec) -> None:
         super().__init__(spec)
@@ -236,7 +250,7 @@ class LessState(SummaryState):
         self.sums = torch.zeros(spec.rows, kernels.s1.shape[1], spec.dv + 1, **like)
 
     def _kernels(self, row: Tensor | None = None) -> Kernels:
-        """The kernels of these rows (None: all)."""
+        """Return the kernels of these rows (None: all)."""
         of_places = Kernels(*(self.shared[_SHARED + f.name] for f in fields(Kernels)))
         head = torch.zeros(self.spec.rows, dtype=torch.int64)
         place = self.shared[_SHARED + "place"]

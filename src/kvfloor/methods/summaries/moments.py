@@ -1,4 +1,4 @@
-"""Moments: count, mean and covariance of the evicted keys and values, read as if the keys were Gaussian. Untrained."""
+"""Summarise the evicted tokens by the count, means and covariances of their keys and values, without training."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ _NODES = 24  # of the quadrature under a softcap; exact for polynomials of degre
 
 @dataclass(frozen=True)
 class Moments(Summary):
-    """The evicted tokens answer as a Gaussian of their count, means and covariances would: no training, no samples.
+    """Summarise the evicted tokens as a Gaussian of the same count, means and covariances.
 
+    Neither training nor sampling is needed.
     Law, with x = scale q.k of mean mu = scale q.mean(k) and variance s2 = scale^2 q^T cov(k) q:
         mass       c E[e^x]                = c exp(mu + s2/2)
         numerator  c E[v e^x]              = c (mean(v) + scale cov(v, k) q) exp(mu + s2/2)
-    exact for jointly Gaussian (k, v), and to second order in the logits for any. A log-mass never passes
-    log c + scale |q| max|k|, which holds for any keys; where that bites, the shift of the mean shrinks in proportion.
-    Under a softcap the expectations over x are taken by Gauss-Hermite quadrature. The mass is positive always.
+    exact for jointly Gaussian (k, v), and to second order in the logits for any. The log-mass is capped at
+    log c + scale |q| max|k|, a bound that holds for any keys; where the cap applies, the shift of the mean shrinks in
+    proportion. Under a softcap the expectations over x use Gauss-Hermite quadrature. The mass is always positive.
 
     covariance  "full":      cov(k) and cov(v, k): 2 + d + dv + d(d+1)/2 + d dv numbers per row
-                "diagonal":  the diagonal of cov(k): 2 + 2d + dv numbers; the answer is mean(v), in the values' hull
-                "none":      mass c exp(mu), the least it can be: 2 + d + dv numbers
-    Averages are kept in float32 (float64 for float64 caches), so that they do not stall however long the stream.
+                "diagonal":  the diagonal of cov(k): 2 + 2d + dv numbers; the answer is mean(v), in the hull of the
+                             values
+                "none":      mass c exp(mu), a lower bound of the exact mass: 2 + d + dv numbers
+    Averages are kept in float32 (float64 for float64 caches), so that they do not stall in long streams.
     """
 
     name: ClassVar[str] = "moments"
@@ -53,8 +55,11 @@ class Moments(Summary):
 
 
 class MomentsState(SummaryState):
-    """count (rows,); mean_k (rows, d); mean_v (rows, dv); longest |k| (rows,); cov_k, the lower triangle row by row
-    (rows, d(d+1)/2) or the diagonal (rows, d); cov_vk (rows, dv, d). What the setting leaves out is None."""
+    """Hold the count, means and covariances of the evicted keys and values of each row.
+
+    count (rows,); mean_k (rows, d); mean_v (rows, dv); longest |k| (rows,); cov_k, the lower triangle row by row
+    (rows, d(d+1)/2) or the diagonal (rows, d); cov_vk (rows, dv, d). A covariance that the setting leaves out is None.
+    """
 
     def __init__(self, covariance: str, spec: Spec) -> None:
         super().__init__(spec)
@@ -102,7 +107,11 @@ class MomentsState(SummaryState):
         self.count[at] += c
 
     def _blend(self, name: str, at: Tensor, new: Tensor, inside: Tensor, between: Tensor) -> None:
-        """The covariance of both parts: `new` is the arriving part's share, `between` the product of their steps."""
+        """Update the named covariance of rows `at` with the covariance `inside` of the arriving tokens.
+
+        new      share of the arriving tokens in the joint count
+        between  product of the differences between the arriving tokens' means and the stored means
+        """
         old: Tensor = getattr(self, name)
         old[at] = ((1 - new) * old[at] + new * inside + new * (1 - new) * between).to(old.dtype)
 
@@ -120,7 +129,7 @@ class MomentsState(SummaryState):
         return Partial(mean, log_count + growth)
 
     def _variance(self, x: Tensor) -> Tensor:
-        """x^T cov(k) x for x (rows, m, d), or zeros if no covariance is kept."""
+        """Return x^T cov(k) x for x (rows, m, d), or zeros if no covariance is kept."""
         if self.cov_k is None:
             return x.new_zeros(x.shape[:2])
         if self.cov_vk is None:
@@ -133,7 +142,10 @@ class MomentsState(SummaryState):
         return (torch.matmul(x, whole) * x).sum(-1).clamp_min(0.0)
 
     def _growth(self, centre: Tensor, variance: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """(log E[e^y], E[y' e^y] / E[e^y]) of the capped logit y of x ~ N(centre, variance), where |x| <= largest."""
+        """Return (log E[e^y], E[y' e^y] / E[e^y]) for the capped logit y of x ~ N(centre, variance).
+
+        x is limited to |x| <= largest.
+        """
         cap = self.spec.softcap
         if cap is None:
             room = (largest - centre).clamp_min(0.0)
@@ -143,7 +155,7 @@ class MomentsState(SummaryState):
         nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
         node = torch.as_tensor(nodes, dtype=centre.dtype, device=centre.device)
         log_weight = torch.as_tensor(np.log(weights / math.sqrt(2 * math.pi)), dtype=centre.dtype, device=centre.device)
-        limit = torch.maximum(largest, centre.abs()).unsqueeze(-1)  # the centre is inside but for rounding
+        limit = torch.maximum(largest, centre.abs()).unsqueeze(-1)  # the centre is inside, except for rounding
         x = centre.unsqueeze(-1) + variance.sqrt().unsqueeze(-1) * node
         x = torch.minimum(torch.maximum(x, -limit), limit)
         bent = torch.tanh(x / cap)

@@ -1,4 +1,4 @@
-"""Taylor: exact sums of all monomials of the evicted keys up to a degree; the exponential, truncated, needs no more."""
+"""Summarise the evicted tokens by exact sums of monomials of their keys, for a truncated exponential (Taylor)."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ _UNIT = 2.0**-53  # of rounding
 
 @dataclass(frozen=True)
 class Taylor(Summary):
-    """Evicted tokens weigh p(x) = sum over j <= g of x^j / j! instead of e^x, x = scale q.k: one pass, no tokens.
+    """Summarise the evicted tokens by monomial sums that give each token its truncated exponential weight.
 
-    Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so
-    S = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give phi(q) S / phi(q) z: t (dv + 1) float64 numbers.
-    In a cache k and v arrive together, so S needs no sketched product. Usable where |x| stays below 2 or so.
+    An evicted token has the weight p(x) = sum over j <= g of x^j / j! instead of e^x, with x = scale q.k. One pass
+    over the tokens suffices, and no token is kept.
+    Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
+    = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give phi(q) S / phi(q) z: t (dv + 1) float64 numbers. In a
+    cache k and v arrive together, so S needs no sketched product. The method is useful where |x| is below about 2.
 
-    degree  g. Even: every weight is positive for every query, so answers stay in the values' hull. Odd: a query whose
-            weights sum to 0 or less is answered without the evicted tokens (1 + x is negative below -1).
-    radius  bound on |x|, for the guarantee below; withdrawn once a query or a key exceeds it
-    A softcap's own series is used, exp(c tanh(x/c)); a state whose series is not positive is refused. More than
-    FEATURES_LIMIT = 10,000 features are refused, with the numbers.
+    degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
+            answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
+    radius  bound on |x|, for the guarantee below; the guarantee is withdrawn once a query or a key exceeds the bound
+    Under a softcap c the series of exp(c tanh(x/c)) is used; a state whose series is not positive is refused. More
+    than FEATURES_LIMIT = 10,000 features are refused with an error that names the numbers.
 
     Guarantee: on |x| <= r the ratio p(x) e^-x is monotone on either side of 0 (its derivative is -e^-x x^g / g!), so
-    it lies between its values at -r, 0 and r. Weights relative to their sum are then off by a factor within
-    1 +- epsilon, epsilon = largest / least ratio - 1, surely and for every query.
+    the ratio lies between its values at -r, 0 and r. Weights relative to their sum are then wrong by a factor within
+    1 +- epsilon, epsilon = largest / least ratio - 1, with certainty and for every query.
     """
 
     name: ClassVar[str] = "taylor"
@@ -61,7 +63,10 @@ class Taylor(Summary):
         return Traits(normalised=self.degree % 2 == 0)
 
     def open(self, spec: Spec) -> TaylorState:
-        """Raises ValueError where there are too many features, or where a softcap's series is not positive."""
+        """Return an empty state.
+
+        Raises ValueError where there are too many features, or where a softcap's series is not positive.
+        """
         features = math.comb(spec.d + self.degree, self.degree)
         if features > FEATURES_LIMIT:
             fits = next(g for g in range(self.degree, -1, -1) if math.comb(spec.d + g, g) <= FEATURES_LIMIT)
@@ -88,7 +93,7 @@ class Taylor(Summary):
         )
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Taylor:
-        """The least even degree, up to where the features are too many."""
+        """Return the summary with the least even degree of error <= epsilon, up to the limit on features."""
         del delta
         degree = 0
         while self.radius is not None and relative_error(degree, self.radius) > epsilon:
@@ -99,22 +104,23 @@ class Taylor(Summary):
 
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
-    """The guarantee with this epsilon, which says nothing from 1 on."""
+    """Return the guarantee with this epsilon, withdrawn where epsilon is 1 or more and thus vacuous."""
     why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
     return replace(stated, epsilon=epsilon, holds=not why, why=why)
 
 
 def relative_error(degree: int, r: float) -> float:
-    """The largest relative error of an answer whose weights are p(x) instead of e^x, |x| <= r; inf where p may be <= 0.
+    """Return the largest relative error of an answer with weights p(x) instead of e^x, for |x| <= r.
 
-    Law: high / low - 1 with low and high the extremes of p(x) e^-x, which are at x = -r, 0 or r.
+    The error is inf where p may be <= 0. Law: high / low - 1 with low and high the extremes of p(x) e^-x, which are at
+    x = -r, 0 or r.
     """
     ratio = [1.0] + [_truncated(degree, x) for x in (-r, r)]
     return max(ratio) / min(ratio) - 1.0 + 4.0 * _UNIT if min(ratio) > 0 else math.inf
 
 
 def _truncated(degree: int, x: float) -> float:
-    """p(x) e^-x; p is summed in rationals, because for x < 0 its terms cancel down to e^x."""
+    """Return p(x) e^-x, with p summed in rationals because its terms cancel down to e^x for x < 0."""
     total = term = Fraction(1)
     for j in range(1, degree + 1):
         term *= Fraction(x) / j
@@ -123,7 +129,7 @@ def _truncated(degree: int, x: float) -> float:
 
 
 def series(degree: int, cap: float | None) -> list[float]:
-    """Coefficients of exp(x), or of exp(c tanh(x/c)), at 0 up to `degree`."""
+    """Return the Taylor coefficients at 0 of exp(x), or of exp(c tanh(x/c)), up to `degree`."""
     if cap is None:
         return [1.0 / math.factorial(j) for j in range(degree + 1)]
     bent, whole = [0.0] * (degree + 1), [1.0] + [0.0] * degree  # c tanh(x/c), and its exponential
@@ -136,8 +142,11 @@ def series(degree: int, cap: float | None) -> list[float]:
 
 @dataclass(frozen=True)
 class Monomials:
-    """The t monomials of degree <= g in d variables. Monomial 0 is the constant; each other one is made from one of a
-    degree less: monomial[i] = monomial[parent[i-1]] * variable[i-1], with 1 / sqrt(its exponent) as `factor`."""
+    """Hold the table of the t monomials of degree <= g in d variables.
+
+    Monomial 0 is the constant. Every other monomial is the product of a monomial of one degree less and a variable:
+    monomial[i] = monomial[parent[i-1]] * variable[i-1], with 1 / sqrt(the variable's exponent) as `factor`.
+    """
 
     parent: Tensor
     variable: Tensor
@@ -145,7 +154,7 @@ class Monomials:
     degree: Tensor  # of each, ascending: (t,)
 
     def features(self, u: Tensor) -> Tensor:
-        """phi(u) (..., t) of u (..., d) in float64: phi(u).phi(w) is the truncated exponential of u.w."""
+        """Return phi(u) (..., t) of u (..., d) in float64: phi(u).phi(w) is the truncated exponential of u.w."""
         u = u.to(torch.float64)
         phi = u.new_ones(*u.shape[:-1], len(self.degree))
         start = 1
@@ -158,7 +167,7 @@ class Monomials:
 
 @lru_cache(maxsize=16)
 def monomials(d: int, degree: int) -> Monomials:
-    """All monomials of degree <= `degree` in d variables."""
+    """Return the table of all monomials of degree <= `degree` in d variables."""
     parent, variable, factor, degrees = [], [], [], [0]
     last = [(0, 0, 0)]  # (index, last variable, its exponent) of the monomials of the current degree
     for g in range(1, degree + 1):
@@ -181,7 +190,10 @@ def monomials(d: int, degree: int) -> Monomials:
 
 
 class TaylorState(SummaryState):
-    """moments (rows, t, dv + 1) in float64, the last column of which is z; the longest evicted key and asked query."""
+    """Hold the monomial sums of the evicted tokens, and the longest evicted key and query of each row.
+
+    moments (rows, t, dv + 1) in float64, with z as last column.
+    """
 
     def __init__(self, summary: Taylor, spec: Spec) -> None:
         super().__init__(spec)
@@ -204,7 +216,7 @@ class TaylorState(SummaryState):
 
     @property
     def _step(self) -> int:
-        """Tokens or queries per product; the rows beside do not matter, so that sums round alike beside any."""
+        """Return the tokens or queries per product, the same for any number of rows so that sums round alike."""
         return max(1, _FEATURES_PER_ROW // self.moments.shape[1])
 
     def _features(self, u: Tensor) -> Tensor:
@@ -243,12 +255,12 @@ class TaylorState(SummaryState):
         return {"longest_key": length, "longest_query": length}
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Evaluated at the largest logit that the queries and evicted keys seen so far can have made, row by row.
+        """Return the guarantee at the largest logit possible for the queries and evicted keys so far, by row.
 
-        Rounding is added: sums of n tokens' t features, of size e^r at most where weights are e^-r at least.
+        The rounding error is added: sums of n tokens' t features of size at most e^r, where weights are at least e^-r.
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
-        if r > self.radius * (1.0 + 1e-12):  # a norm's own rounding
+        if r > self.radius * (1.0 + 1e-12):  # the rounding of a norm
             why = f"a logit of {r:.4g} was possible, radius is {self.radius}"
             return replace(stated, holds=False, why=why)
         terms = self.moments.shape[1] + float(self.moments[:, 0, -1].max())
@@ -258,7 +270,7 @@ class TaylorState(SummaryState):
 
 
 def _positive(coefficients: list[float]) -> bool:
-    """Whether the polynomial with these coefficients, from the constant up, is positive everywhere."""
+    """Return True if the polynomial with these coefficients, from the constant up, is positive everywhere."""
     highest = np.trim_zeros(coefficients[::-1], "f")
     if len(highest) % 2 == 0 or highest[0] < 0:  # of odd degree, or falling on both sides
         return False

@@ -1,4 +1,4 @@
-"""Value sample: evicted tokens keep logit 0, and uniform samples of their values answer for them (Algorithm 1)."""
+"""Summarise the evicted tokens by uniform samples of their values, at logit 0 (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ _DRAWS_AT_ONCE = 1 << 20  # bounds the keys drawn in one product: rows x tokens 
 
 @dataclass(frozen=True)
 class ValueSample(Summary):
-    """Reservoir samples of the evicted values stand for their mean; `value_sum` keeps the mean itself, in less.
+    """Summarise the evicted tokens by reservoir samples of their values, which estimate the mean value.
 
+    `value_sum` keeps the exact mean in less memory.
     Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law the c evicted tokens
-    weigh c in all and answer with their mean value. The paper draws one value with a reservoir, and a token of the
-    window by its weight; here the window answers exactly (Rao-Blackwell: the same mean, no more variance) and only
-    the sampled value is replicated. `window_sample` is the paper's own form.
+    have total weight c and contribute their mean value. The paper draws one value with a reservoir, and a token of
+    the window by its weight. Here the window's attention is exact (Rao-Blackwell: the same mean, no more variance)
+    and only the sampled value is replicated. `window_sample` is the paper's own form.
 
     copies    T: independent samples in a mean; 1 unless given
-    groups    Q: such means, whose median by coordinates answers; odd, 1 unless given
-    epsilon, delta   instead of the two: T = 8 spread / epsilon^2, Q = the next odd number >= 2.5 ln(horizon dv / delta)
-    spread, horizon  for the guarantee: evicted values lie in [a, spread * a] for an a > 0, and at most `horizon` leave
+    groups    Q: number of such means, whose coordinatewise median is the answer; odd, 1 unless given
+    epsilon, delta   instead of copies and groups: T = 8 spread / epsilon^2,
+                     Q = the next odd number >= 2.5 ln(horizon dv / delta)
+    spread, horizon  for the guarantee: evicted values lie in [a, spread * a] for an a > 0, and at most
+                     `horizon` tokens are evicted
 
     Guarantee, for a stream fixed beforehand: with probability 1 - delta every coordinate of every answer, to any query
-    at any time, is within epsilon times itself. Each mean misses by more than epsilon with probability <= 1/8 by
-    Chebyshev, as a value's variance is at most spread times its squared mean; a median of Q misses with probability
-    <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5); there are horizon * dv of them. (The published constants, 3 for 8 and
-    12 ln for 2.5 ln with a failure of 1/3 per mean, do not fit together: that exponent is 1/17.)
+    at any time, is within epsilon times itself. Each mean is wrong by more than epsilon with probability <= 1/8 by
+    Chebyshev, as a value's variance is at most spread times its squared mean. A median of Q means is wrong by more with
+    probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The published
+    constants, 3 for 8 and 12 ln for 2.5 ln with a failure of 1/3 per mean, do not fit together: that exponent is 1/17.)
     """
 
     name: ClassVar[str] = "value_sample"
@@ -73,7 +76,7 @@ class ValueSample(Summary):
         return Traits(reference="unmasked", normalised=mean, value_linear=mean, turns=True)
 
     def sizes(self, dv: int) -> tuple[int, int]:
-        """(T, Q) for values of width dv."""
+        """Return (T, Q) for values of width dv."""
         if self.epsilon is None:
             return self.copies or 1, self.groups or 1
         assert self.spread is not None and self.horizon is not None
@@ -83,7 +86,10 @@ class ValueSample(Summary):
         return ValueSampleState(self, spec)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """None without spread and horizon, and where the median is over too few groups to say anything."""
+        """Return the guarantee of the median of means.
+
+        Returns None without spread and horizon, and where too few groups make the bound vacuous.
+        """
         if self.spread is None or self.horizon is None:
             return None
         t, q = self.sizes(spec.dv)
@@ -112,7 +118,10 @@ def check_sampling(owner: str, copies: int | None, groups: int | None) -> None:
 
 
 def sizes_for(epsilon: float, delta: float, spread: float, answers: int) -> tuple[int, int]:
-    """(T, Q) with which `answers` medians of Q means of T draws are all within epsilon, with probability 1 - delta."""
+    """Return the (T, Q) that a given number of answers needs for accuracy epsilon.
+
+    With probability 1 - delta, `answers` medians of Q means of T draws are then all within epsilon.
+    """
     q = math.ceil(2.5 * math.log(answers / delta))
     return math.ceil(8.0 * spread / epsilon**2), max(1, q + 1 - q % 2)
 
@@ -120,7 +129,10 @@ def sizes_for(epsilon: float, delta: float, spread: float, answers: int) -> tupl
 def median_of_means(
     t: int, q: int, spread: float, answers: int, quantifier: str, assumptions: tuple[str, ...]
 ) -> Guarantee | None:
-    """What `answers` medians of q means of t draws guarantee; a draw's variance is <= spread times its squared mean."""
+    """Return the guarantee of `answers` medians of q means of t draws, or None where it is vacuous.
+
+    The variance of a draw is at most spread times its squared mean.
+    """
     delta = answers * math.exp(-q / 2.5)
     if delta >= 1:
         return None
@@ -135,7 +147,10 @@ def median_of_means(
 
 
 def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
-    """Why values with these extremes (rows,) do not lie in [a, spread * a] for some a > 0; "" if they do."""
+    """Return a text that says why values with these extremes (rows,) break the assumption on spread.
+
+    Returns "" if the values lie in [a, spread * a] for some a > 0.
+    """
     low, high = float(least.min()), float(largest.max())
     if low <= 0:
         return f"a value of {low:.4g} was seen"
@@ -145,10 +160,11 @@ def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
 
 
 class ValueSampleState(SummaryState):
-    """value (rows, T Q, dv), each with the key (rows, T Q) by which it won; count (rows,); extremes of all values.
+    """Hold the sampled values of each row, the number of evicted tokens, and the extremes of all values.
 
-    Slot i keeps the value whose key, a uniform fixed by (seed, row id, position, i), is the smallest: a uniform draw
-    from all that left, independent between slots and the same for every chunking and block.
+    value (rows, T Q, dv), each with its sampling key (rows, T Q); count (rows,). Slot i keeps the value of smallest
+    sampling key, a uniform fixed by (seed, row id, position, i). Each slot is therefore a uniform draw from all
+    evicted tokens, independent between slots and the same for every chunking and block.
     """
 
     def __init__(self, summary: ValueSample, spec: Spec) -> None:
@@ -175,7 +191,7 @@ class ValueSampleState(SummaryState):
             self.count[at] += values.shape[1]
 
     def _sample(self, at: Tensor, v: Tensor, position: Tensor) -> None:
-        """Let the values v (r, c, dv) of rows `at` compete for every slot."""
+        """Replace the sampled values of rows `at` by those values of v (r, c, dv) that have smaller sampling keys."""
         samples = self.key.shape[1]
         lane = row_keys(self.spec.seed, self.spec.ids(), "value sample")[at].view(-1, 1, 1)
         key = uniform(lane, position.unsqueeze(2) * samples + torch.arange(samples, device=v.device))
@@ -206,6 +222,6 @@ class ValueSampleState(SummaryState):
 
 
 def middle(draws: Tensor, copies: int, groups: int) -> Tensor:
-    """The median of means of draws (..., copies * groups, dv), coordinate by coordinate: (..., dv)."""
+    """Return the coordinatewise median of means of draws (..., copies * groups, dv): (..., dv)."""
     means = draws.unflatten(-2, (groups, copies)).mean(-2)
     return means.squeeze(-2) if groups == 1 else means.median(-2).values

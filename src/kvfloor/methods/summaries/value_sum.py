@@ -1,4 +1,7 @@
-"""Value sum: evicted tokens keep logit 0. With a window this is the paper's unmasked sliding window, exactly."""
+"""Summarise the evicted tokens by the sum of their values, at logit 0.
+
+With a window policy this is exactly the paper's unmasked sliding window.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from kvfloor.core.summary import Summary, SummaryState
 
 @dataclass(frozen=True)
 class ValueSum(Summary):
-    """Sum and count of the evicted values: dv + 1 numbers per row, no error.
+    """Summarise the evicted tokens by the sum and count of their values.
 
+    The summary takes dv + 1 numbers per row and has no error.
     Law (Haris and Onak 2025, section 4, "sliding window with unmasked values"): scores outside the window are
     0 rather than -inf, so the c evicted tokens add c to the denominator and the sum of their values to the
     numerator. The paper's Algorithm 1 estimates that with a reservoir sample; keeping the sum is exact.
@@ -46,7 +50,10 @@ class ValueSum(Summary):
 
 
 class ValueSumState(SummaryState):
-    """total (rows, dv) in float64, which holds sums of 2**29 bfloat16 or float32 values of equal size to 24 bits."""
+    """Hold the sum of the evicted values, total (rows, dv), and their count (rows,).
+
+    The sum is float64, which holds 2**29 bfloat16 or float32 values of equal size to 24 bits.
+    """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -60,6 +67,6 @@ class ValueSumState(SummaryState):
 
     def read(self, q: Tensor) -> Partial:
         mean = self.total / self.count.clamp_min(1).unsqueeze(1)
-        log_mass = torch.log(self.count.to(torch.float64))  # log 0 = -inf: nothing absorbed, nothing weighs
+        log_mass = torch.log(self.count.to(torch.float64))  # log 0 = -inf: no token absorbed, no mass
         dtype, m = self.spec.compute_dtype, q.shape[1]
         return Partial(mean.to(dtype).unsqueeze(1).expand(-1, m, -1), log_mass.to(dtype).unsqueeze(1).expand(-1, m))

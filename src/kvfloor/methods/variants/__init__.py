@@ -1,4 +1,4 @@
-"""Other attention laws over the same memory: tensor attention over pairs of tokens, and the next-scale stream."""
+"""Define other attention laws over the same memory: tensor attention over token pairs, and next-scale streams."""
 
 from kvfloor.methods.variants.subgen_tensor import SubGenTensor
 from kvfloor.methods.variants.tensor import TensorAttention

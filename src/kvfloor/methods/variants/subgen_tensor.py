@@ -1,8 +1,8 @@
-"""SubGen for tensor attention: clusters and a reservoir for each of the two sides, read in all pairs of their points.
+"""Estimate tensor attention from clusters and a reservoir per side, read in all pairs of points (SubGen).
 
 A side of the cache, (K1, V1) or (K2, V2), becomes two sets of weighted points: samples of its key clusters, whose
 weights sum to n, and its sampled pairs. Denominator and numerator are each one sum over the product of two such sets,
-so neither the n^2 products nor the clusters of products are ever held. After Zandieh et al. 2024, who sketch standard
+so neither the n^2 products nor the clusters of products are ever stored. After Zandieh et al. 2024, who sketch standard
 attention; Chen et al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not known to us.
 Constants are derived in docs/floors.md.
 """
@@ -38,25 +38,27 @@ from kvfloor.methods.sketches.subgen import PAIRS, SAMPLES, chebyshev, ratio
 from kvfloor.methods.variants.tensor import Points, over_pairs
 from kvfloor.validation import count, positives
 
-# The first side draws as SubGen does; the second must draw for itself, or pairs would not be independent.
+# The first side uses the draws of SubGen; the second needs its own draws, so that the sides are independent.
 _PURPOSES = ((PAIRS, SAMPLES), ("subgen second pairs", "subgen second samples"))
 
 
 @dataclass(frozen=True)
 class SubGenTensor(Method):
-    """Tensor attention in memory that follows how the keys cluster. The answer is z / tau with
+    """Estimate tensor attention in memory that grows with the number of key clusters.
+
+    The answer is z / tau with
 
         tau = sum over samples x of the first side, y of the second, of  n_x n_y / t^2 * exp(score(x, y))
         z   = sum over pairs   x of the first side, y of the second, of  w_x w_y * exp(score(x, y)) * (v_x * v_y)
 
     n_x is the size of x's cluster, w_x = mu1 / (s |v_x|^2) with mu1 the sum of all |v1|^2, likewise for y.
     delta1, delta2  cluster radius of the first and of the second keys (l2)
-    t               samples per cluster and side: a product of two clusters is seen through t^2 pairs of keys
+    t               samples per cluster and side: a product of two clusters is estimated by t^2 pairs of keys
     s               tokens kept per side with probability proportional to |v1|^2 and |v2|^2: s^2 pairs
     centres         cap on the clusters of a side; past it the guarantee is withdrawn
-    block           the last `block - 1` tokens at most wait and count as points of weight 1
+    block           at most the last `block - 1` tokens stay unclustered, as points of weight 1
     radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; its probability
-    budget          tokens per row instead of s and centres, shared out as SubGen does
+    budget          tokens per row instead of s and centres, divided as in SubGen
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], as `tensor` does.
     """
 
@@ -93,7 +95,7 @@ class SubGenTensor(Method):
         )
 
     def sizes(self) -> tuple[int, int | None]:
-        """(pairs s, cap on centres) of each side, after the budget is shared out."""
+        """Return (pairs s, cap on centres) of each side, after the budget is divided."""
         return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
 
     def open(self, spec: Spec) -> SubGenTensorState:
@@ -107,8 +109,9 @@ class SubGenTensor(Method):
         return replace(self, budget=budget)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F for one query fixed in advance.
+        """Return the error bound for one query fixed in advance.
 
+        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F.
         Two pairs of the same two clusters differ by at most 2 radius largest (delta1 + delta2) in their score, so
         R = exp of that. By Chebyshev, half of `failure` each: s = 9 / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f).
         """
@@ -134,11 +137,11 @@ class SubGenTensor(Method):
 
     @property
     def _reach(self) -> float:
-        """How far the products of two clusters' keys are from the product of their centres, at most (l2)."""
+        """Return the largest l2 distance of products of two clusters' keys from the product of the centres."""
         return self.largest * (self.delta1 + self.delta2)
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGenTensor:
-        """s and t for these cluster radii; the centres follow from the keys, so there is no cap and no budget."""
+        """Return the method with s and t for these cluster radii, without cap or budget: keys fix the centres."""
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
         s = subgen_s(spec.dv, epsilon, delta / 2, norm="frobenius")
@@ -149,7 +152,7 @@ class SubGenTensor(Method):
 
 
 class Side(Memory):
-    """What is kept of one side: the clusters of its keys and its pairs of key and value."""
+    """Hold the memory of one side: the clusters of its keys and its sampled pairs of key and value."""
 
     def __init__(self, spec: Spec, method: SubGenTensor) -> None:
         s, cap = method.sizes()
@@ -158,25 +161,25 @@ class Side(Memory):
         self.pairs = Reservoir(spec, s)
 
     def masses(self, waiting: Points) -> Points:
-        """The points of the denominator: no values."""
+        """Return the points of the denominator, with zeros as values."""
         keys, weight = self.keys.weighted(int(self.keys.used.max()))
         nothing = Points(waiting.k, torch.zeros_like(waiting.v[..., :1]), waiting.log_weight)
         return _points(keys, keys.new_zeros(*keys.shape[:2], 1), weight, nothing)
 
     def values(self, waiting: Points) -> Points:
-        """The points of the numerator."""
+        """Return the points of the numerator."""
         return _points(self.pairs.k, self.pairs.v, self.pairs.log_weight(), waiting)
 
 
 class SubGenTensorState(Blocked):
-    """Two sides, and the open block's tokens, which belong to both."""
+    """Hold the two sides, and the tokens of the open block, which belong to both sides."""
 
     def __init__(self, method: SubGenTensor, spec: Spec) -> None:
         tokens = replace(spec, d=2 * spec.d, dv=2 * spec.dv)
         super().__init__(method, spec, Slots(tokens, [method.block] * spec.rows), method.block)
         self.first, self.second = Side(spec, method), Side(spec, method)
         wide = {"dtype": torch.float64, "device": spec.device}
-        self.longest_query = torch.zeros(spec.rows, **wide)  # |q| of the queries that came with tokens
+        self.longest_query = torch.zeros(spec.rows, **wide)  # |q| of queries given with tokens
         self.largest_entry = torch.zeros(spec.rows, **wide)  # of the keys that left the open block
 
     @property
@@ -202,7 +205,7 @@ class SubGenTensorState(Blocked):
 
     @property
     def clusters(self) -> Tensor:
-        """Number of centres of each side per row (rows, 2)."""
+        """Return the number of centres of each side per row (rows, 2)."""
         return torch.stack([self.first.keys.used, self.second.keys.used], 1)
 
     def guarantee(self) -> Guarantee | None:
@@ -219,7 +222,7 @@ class SubGenTensorState(Blocked):
         return stated
 
     def _entries(self) -> Tensor:
-        """The largest entry of any key so far, in size (rows,)."""
+        """Return the largest absolute entry of any key so far (rows,)."""
         view = self.slots.view()
         waiting = view.k.abs() if view.live is None else view.k.abs().masked_fill(~view.live.unsqueeze(-1), 0)
         if waiting.shape[1] == 0:
@@ -239,13 +242,17 @@ class SubGenTensorState(Blocked):
         return self._pairs(q, self.slots.held)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """A token sees all pairs up to itself, of which its own are no set of tokens: one answer at a time."""
+        """Answer the queries of the open block one at a time.
+
+        Each query attends to all pairs of tokens up to its own token, so every query of the block has another set of
+        pairs.
+        """
         parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
         return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))
 
     def _pairs(self, q: Tensor, visible: Tensor) -> Partial:
-        """The answer to q (rows, m, d) from both sides and the first visible (rows,) tokens of the open block."""
-        view = self.slots.view(width=self.block)  # of one shape, whatever waits: the same rounding for every chunking
+        """Return the answer to q (rows, m, d) from both sides and the first visible (rows,) tokens of the block."""
+        view = self.slots.view(width=self.block)  # of fixed shape, so that every chunking rounds alike
         hidden = (torch.arange(self.block) >= visible.unsqueeze(1)).to(q.device)
         weight = torch.zeros(hidden.shape, dtype=torch.float64, device=q.device).masked_fill(hidden, -torch.inf)
         (k1, k2), (v1, v2) = view.k.chunk(2, -1), view.v.chunk(2, -1)
@@ -269,6 +276,6 @@ class SubGenTensorState(Blocked):
 
 
 def _points(k: Tensor, v: Tensor, log_weight: Tensor, waiting: Points) -> Points:
-    """Weighted points and the tokens that wait, side by side."""
+    """Return the weighted points followed by the waiting tokens."""
     assert waiting.log_weight is not None
     return Points(*(torch.cat(x, 1) for x in ((k, waiting.k), (v, waiting.v), (log_weight, waiting.log_weight))))

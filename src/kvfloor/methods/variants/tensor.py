@@ -1,4 +1,6 @@
-"""Tensor attention: every pair of tokens is a key and a value; a token brings two of each.
+"""Compute tensor attention, in which every pair of tokens forms one key and one value.
+
+    Each token has two keys and two values:
 
     score(j1, j2) = scale * sum_l q_l K1[j1, l] K2[j2, l]         value(j1, j2) = V1[j1] * V2[j2], entry by entry
     answer(q)     = softmax over all n^2 pairs of the scores, applied to the values
@@ -32,12 +34,13 @@ _LOGITS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class TensorAttention(Method):
-    """Tensor attention over the tokens that `store` keeps: exact with the exact store, else over the kept pairs.
+    """Compute tensor attention over all pairs of the tokens that `store` keeps.
 
-    store   a method that keeps whole tokens: exact, or an eviction policy that drops the rest. It is given each
-            token's two keys side by side (width 2d), two values likewise (2dv), and never sees a query.
+    The answer is exact with the exact store.
+    store   a method that keeps whole tokens: exact, or an eviction policy that drops the rest. The store
+            receives the two keys of a token side by side (width 2d), the two values likewise (2dv), and no query.
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], queries of width d, and answers with
-    width dv. The n^2 products are never held: 2n(d + dv) numbers at rest, a block of pairs at a time in `read`.
+    width dv. The n^2 products are never stored: 2n(d + dv) numbers at rest, a block of pairs at a time in `read`.
     Raises ValueError for a store that does not keep whole tokens.
     """
 
@@ -57,7 +60,7 @@ class TensorAttention(Method):
 
     @property
     def kept(self) -> Method:
-        """The store, as a method."""
+        """Return the store as a method."""
         assert isinstance(self.store, Method)
         return self.store
 
@@ -90,7 +93,7 @@ class TensorAttention(Method):
 
 
 class TensorState(State):
-    """The store's state on pairs side by side; reading runs over pairs in blocks."""
+    """Hold the state of the store, whose tokens have two keys and two values side by side."""
 
     def __init__(self, method: TensorAttention, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -111,7 +114,7 @@ class TensorState(State):
     def _select_rows(self, index: Tensor) -> None:
         super()._select_rows(index)
         assert isinstance(self.method, TensorAttention)
-        self.method = replace(self.method, store=self.store.method)  # budgets per row travel with their rows
+        self.method = replace(self.method, store=self.store.method)  # budgets per row follow the selected rows
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         self.store._append(k, v, take)
@@ -133,23 +136,26 @@ class TensorState(State):
 
 @dataclass(frozen=True)
 class Points:
-    """One side of the pairs: keys k (rows, s, d), values v (rows, s, dv), and the log of how many tokens each stands
-    for, log_weight (rows, s): -inf for none, None where each stands for itself."""
+    """Hold one side of the pairs: keys k (rows, s, d), values v (rows, s, dv) and log_weight (rows, s).
+
+    log_weight is the log of the number of tokens that a point represents: -inf for no token. None: every point is one
+    token.
+    """
 
     k: Tensor
     v: Tensor
     log_weight: Tensor | None = None
 
     def part(self, at: slice) -> Points:
-        """The points `at` some places."""
+        """Return the points in the slice `at`."""
         weight = None if self.log_weight is None else self.log_weight[:, at]
         return Points(self.k[:, at], self.v[:, at], weight)
 
 
 def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
-    """Tensor attention of q (rows, m, d) over all pairs of `one` and `two`, a block of pairs at a time.
+    """Return the tensor attention of q (rows, m, d) over all pairs of `one` and `two`, by blocks of pairs.
 
-    A pair weighs as the product of its points' weights.
+    The weight of a pair is the product of the weights of its points.
     """
     (rows, m, _), s = q.shape, one.k.shape[1]
     part = Partial.empty(rows, m, dv=one.v.shape[-1], dtype=spec.compute_dtype, device=q.device)
@@ -160,10 +166,10 @@ def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 
 
 def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
-    """As `over_pairs`, at once.
+    """Return the tensor attention of `over_pairs` in one block.
 
-    For a fixed first token it is standard attention of the query q * k1[j1] over the second tokens; the first
-    tokens are then weighed by the masses of those.
+    For a fixed first token j1, tensor attention is standard attention of the query q * k1[j1] over the second tokens.
+    The first tokens are then weighted by the masses of these standard attentions.
     """
     (rows, m, d), s = q.shape, one.k.shape[1]
     dtype = spec.compute_dtype
@@ -179,5 +185,5 @@ def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 
 
 def products(x1: Tensor, x2: Tensor) -> Tensor:
-    """The explicit definition: all n^2 entrywise products (rows, n^2, width) of x1, x2 (rows, n, width), x1-major."""
+    """Return all n^2 entrywise products (rows, n^2, width) of x1, x2 (rows, n, width), x1-major, by definition."""
     return (x1.unsqueeze(2) * x2.unsqueeze(1)).flatten(1, 2)

@@ -1,7 +1,7 @@
-"""Visual autoregression: an image is predicted scale by scale, a whole scale of queries at once.
+"""Stream an image scale by scale, a whole scale of queries at once (visual autoregression).
 
-Scale k is a map of h_k x h_k tokens. Its queries see all earlier scales and all of their own (block-wise causal), and
-any Method keeps the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
+Scale k is a map of h_k x h_k tokens. Its queries attend to all earlier scales and their own scale (block-wise
+causal), and any Method stores the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from kvfloor.validation import whole, within
 
 
 def tokens_in(sides: Sequence[int]) -> int:
-    """Tokens of a pyramid with maps of these sides: the sum of their squares."""
+    """Return the number of tokens of a pyramid with maps of these sides: the sum of the squared sides."""
     return sum(whole("side", side) ** 2 for side in sides)
 
 
 def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[int]:
-    """Tokens of each scale to keep under a budget of `total`: coarse scales whole, the finer ones in proportion.
+    """Return the number of tokens to keep of each scale under a budget of `total` tokens.
 
-    Scales count as coarse, in order, while all of them take at most `share` of the budget; what is left goes to the
-    others by their tokens, rounded down, and the odd ones one each from the finest on. A budget with room for all keeps
-    all.
+    Coarse scales are kept whole, and finer scales in proportion to their tokens.
+    Scales count as coarse, in order, while all of them take at most `share` of the budget; the rest of the
+    budget is divided among the other scales by their tokens, rounded down. Left-over tokens go to the finest scales,
+    one each. A budget with room for all tokens keeps all.
     """
     total = whole("total", total)
     share = within("share", share, 0.0, 1.0)
@@ -45,10 +46,10 @@ def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[
 
 
 def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
-    """Pin the coarse scales of a pyramid that is yet to come: none of their tokens leaves. Returns how many scales.
+    """Pin the coarse scales of a future pyramid against eviction, and return the number of pinned scales.
 
-    They are those that `scale_budgets` keeps whole under the state's (smallest) budget; which tokens of the finer
-    scales stay is the policy's choice, and for `random` their `scale_budgets` are what stays in expectation. Raises
+    These are the scales that `scale_budgets` keeps whole under the state's (smallest) budget. The policy chooses the
+    tokens of the finer scales; `random` keeps `scale_budgets` tokens of them in expectation. Raises
     ValueError for a state that cannot pin, has seen tokens, or whose policy protects too much besides.
     """
     if not isinstance(state, BoundedState):
@@ -63,15 +64,15 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
 
 def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
-    """How many of the first scales together take at most `share` of the budget."""
+    """Return the number of coarse scales: the longest run of first scales within `share` of the budget."""
     return sum(taken <= share * total for taken in accumulate(sizes))
 
 
 class NextScale:
-    """A state of any method, driven a scale at a time.
+    """Play a stream of image scales through the state of any method, one scale at a time.
 
-    `step` answers a scale from the remembered past and from the scale itself, and only then lets the state take the
-    scale in: every token is readable by its own scale, whatever the budget. The new scale's tokens are alive during
+    `step` answers a scale from the stored past and from the scale itself before the state may evict any of its
+    tokens: every token is readable by its own scale, whatever the budget. The new scale's tokens are alive during
     the call only, as the tokens of any forward pass are.
     """
 
@@ -80,9 +81,9 @@ class NextScale:
         self._underway = False  # also after a step that broke off between the state's own calls
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Answers (rows, g, t, dv) to the scale's queries q (rows, g, t, d) with its tokens k, v (rows, t, ...).
+        """Return answers (rows, g, t, dv) to a scale's queries q (rows, g, t, d) with its tokens k, v (rows, t, ...).
 
-        A policy that watches attention sees these queries ask the past. Raises what `State.append` raises, with the
+        A policy that uses attention weights receives these queries. Raises what `State.append` raises, with the
         state as it was.
         """
         spec = self.state.spec
@@ -116,7 +117,7 @@ class NextScale:
 
 
 def scale_by_scale(sides: Sequence[int], x: Tensor) -> list[Tensor]:
-    """Cut tokens (..., t, width) of a whole pyramid into its scales; ValueError unless t is `tokens_in(sides)`."""
+    """Split tokens (..., t, width) of a whole pyramid into scales; ValueError unless t is `tokens_in(sides)`."""
     sizes = [side**2 for side in sides]
     if sum(sizes) != x.shape[-2]:
         raise ValueError(f"scales {tuple(sides)} have {sum(sizes)} tokens, got {x.shape[-2]}")
