@@ -17,17 +17,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kvfloor.statistics import wilson_interval
+
+Outcome = Literal["killed", "SURVIVED", "TIMED OUT"]
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("src", "tests", "docs", "examples", "pyproject.toml", "README.md")
 BESIDE = {
     "attend": ("core/test_step_partial",),
-    "blocked": ("core/test_bounded", "core/test_one_token", "core/test_state", "core/test_rotation"),
+    "blocked": (
+        "core/test_bounded",
+        "core/test_one_token",
+        "core/test_state",
+        "core/test_rotation",
+        "methods/test_selectors",
+    ),
     "bounded": ("core/test_one_token", "core/test_state", "methods/test_value_sum", "core/test_restoring"),
     "broken": ("core/test_doors",),
     "exact": ("core/test_state", "core/test_method"),
@@ -38,6 +48,7 @@ BESIDE = {
     "slots": ("core/test_one_token", "core/test_bounded", "core/test_rotation"),
     "spec": ("core/test_state", "core/test_rotation"),
     "state": ("core/test_one_token", "core/test_doors", "core/test_restoring", "core/test_broken"),
+    "stretches": ("core/test_restoring", "methods/test_quantized"),
     "summary": ("methods/test_value_sum", "core/test_method"),
     "tiles": ("methods/test_observation",),
 }
@@ -149,8 +160,11 @@ def tests_of(path: Path) -> list[str]:
     return [str(file) for file in (own, *beside) if (ROOT / file).exists()]
 
 
-def fails(tests: list[str], where: Path, seconds: int | None = None) -> bool:
-    """Run the tests in the copy at `where` until the first failure."""
+def outcome(tests: list[str], where: Path, seconds: int | None = None) -> Outcome:
+    """Run the tests in the copy at `where` until the first failure.
+
+    Raises RuntimeError where pytest did not come to a verdict: such a run says nothing about the mutant.
+    """
     environment = os.environ | {
         "PYTHONPATH": str(where / "src"),
         "OMP_NUM_THREADS": "1",
@@ -159,20 +173,20 @@ def fails(tests: list[str], where: Path, seconds: int | None = None) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(command, cwd=where, env=environment, capture_output=True, timeout=seconds, text=True)
-    except subprocess.TimeoutExpired:  # a loop that does not end is a failure
-        return True
-    if done.returncode in (3, 4, 5):  # pytest's own: no tests, no such file
-        raise RuntimeError(f"pytest could not run {tests}: {done.stdout}{done.stderr}")
-    return done.returncode != 0
+    except subprocess.TimeoutExpired:
+        return "TIMED OUT"
+    if done.returncode not in (0, 1, 2):  # 2: a module that cannot be imported
+        raise RuntimeError(f"pytest ended with {done.returncode} on {tests}: {done.stdout}{done.stderr}")
+    return "killed" if done.returncode else "SURVIVED"
 
 
-def killed(mutant: Mutant, tests: list[str], where: Path, seconds: int) -> bool:
+def tried(mutant: Mutant, tests: list[str], where: Path, seconds: int) -> Outcome:
     """Write the mutant into the copy at `where`, run its tests, and put the module back."""
     file = where / mutant.path
     whole = file.read_text()
     file.write_text(mutant.source)
     try:
-        return fails(tests, where, seconds)
+        return outcome(tests, where, seconds)
     finally:
         file.write_text(whole)
 
@@ -182,28 +196,30 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("src/kvfloor/core"))
     parser.add_argument("--sample", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=int, default=120, help="longest run of one mutant's tests")
+    parser.add_argument("--seconds", type=int, default=300, help="longest run of one mutant's tests")
     parser.add_argument("--trusted", action="store_true", help="do not first run the tests without a mutant")
     asked = parser.parse_args()
     files = [asked.folder] if asked.folder.suffix else sorted(asked.folder.rglob("*.py"))
     tests = {file: tests_of(file) for file in files}
     every = [mutant for file in files if tests[file] for mutant in mutants(file)]
     drawn = random.Random(asked.seed).sample(every, min(asked.sample, len(every)))
+    count: Counter[Outcome] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         for name in COPIED:
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, where / name)
-        if not asked.trusted and fails(sorted({test for mutant in drawn for test in tests[mutant.path]}), where):
+        used = sorted({test for mutant in drawn for test in tests[mutant.path]})
+        if not asked.trusted and outcome(used, where) != "SURVIVED":
             raise SystemExit("the tests fail without any mutant: mend them first")
-        dead = 0
         for mutant in drawn:
-            gone = killed(mutant, tests[mutant.path], where, asked.seconds)
-            dead += gone
-            print("killed  " if gone else "SURVIVED", mutant, flush=True)
-    low, high = wilson_interval(dead, len(drawn))
-    print(
-        f"{dead} of {len(drawn)} killed ({len(every)} mutants in all): {dead / len(drawn):.2f} [{low:.2f}, {high:.2f}]"
-    )
+            found = tried(mutant, tests[mutant.path], where, asked.seconds)
+            count[found] += 1
+            print(f"{found:9}", mutant, flush=True)
+    judged = count["killed"] + count["SURVIVED"]
+    print(f"{count['killed']} of {judged} killed, {count['TIMED OUT']} timed out, of {len(every)} mutants in all")
+    if judged:
+        low, high = wilson_interval(count["killed"], judged)
+        print(f"score {count['killed'] / judged:.2f}, 95 % interval [{low:.2f}, {high:.2f}]")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,12 @@ def test_weights_sum_to_one_and_make_the_mean(draw: Draw) -> None:
     torch.testing.assert_close(weights @ v, mean)
 
 
+def test_the_fused_path_reads_inputs_of_any_stride(draw: Draw) -> None:
+    q, k, v = (draw(2, size, 32, dtype=torch.float32)[..., ::2] for size in (3, 50, 50))
+    for found, wanted in zip(attend(q, k, v, 0.25, backend="flash"), oracle(q, k, v, 0.25), strict=True):
+        assert error(found, wanted) < 1e-5
+
+
 def test_every_backend_is_the_path_that_its_name_says(draw: Draw) -> None:
     q, k, v = (draw(2, size, 16, dtype=torch.bfloat16) for size in (3, 200, 200))
     auto, fused, eager = (attend(q, k, v, 1.0, backend=name)[0] for name in ("auto", "flash", "eager"))

@@ -268,3 +268,12 @@ def test_a_spec_with_a_rotation_is_plain_and_back() -> None:
     spec = Spec(2, D, 6, rotation=PAIRS)
     assert Spec.from_dict(json.loads(json.dumps(spec.as_dict()))) == spec
     assert "rotation" not in Spec(2, D, 6).as_dict()
+
+
+def test_more_places_than_the_first_table_has_are_turned_in_one_call_as_in_several(draw: Draw) -> None:
+    q, k, v = draw(1, 1, 1030, D), draw(1, 1030, D), draw(1, 1030, D)
+    spec = Spec(1, D, D, scale=SCALE, rotation=Rotation((1.0, 0.31, 0.052, 0.0031)), dtype=torch.float64)
+    whole = parse("window(block=1030)@2000").open(spec).step(q, k, v)
+    cut = parse("window(block=1030)@2000").open(replace(spec, rotation=Rotation((1.0, 0.31, 0.052, 0.0031))))
+    parts = [cut.step(q[:, :, a:b], k[:, a:b], v[:, a:b]) for a, b in ((0, 7), (7, 1000), (1000, 1030))]
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-11, atol=1e-12)

@@ -255,3 +255,12 @@ def test_what_stands_in_empty_slots_is_never_read(text: str) -> None:
         given = q[:, :, at], k[:, at], v[:, at], present[:, at]
         assert torch.equal(clean.step(*given), dirty.step(*given))
     assert clean.to_bytes() == dirty.to_bytes()
+
+
+@pytest.mark.parametrize("capacities", [[5, 9], [9, 9]])
+def test_rows_in_step_keep_their_tokens_in_stretches_of_any_length(capacities: list[int]) -> None:
+    slots, model = opened([6, 6]), Model(2)
+    push(slots, model, [4, 4], torch.Generator().manual_seed(0))
+    slots.resize(torch.tensor(capacities))
+    assert slots.stride == (0 if capacities[0] != capacities[1] else 9)
+    assert tokens_of(slots) == model.rows
