@@ -34,7 +34,7 @@ TRAINING_SEED = 1_000_000_000  # added to the seed: training samples never are e
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelRecipe:
     """All that decides the weights."""
 
     seed: int = 0
@@ -61,7 +61,7 @@ class Recipe:
 class Trainer:
     """Model, optimiser and curriculum, with everything a checkpoint needs."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: ModelRecipe) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.tokenizer = build_tokenizer()
@@ -151,7 +151,7 @@ class Trainer:
         (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def new_model(tokenizer: Any, recipe: Recipe) -> LlamaForCausalLM:
+def new_model(tokenizer: Any, recipe: ModelRecipe) -> LlamaForCausalLM:
     """A freshly initialised model; the caller has seeded torch."""
     config = small_llama(
         len(tokenizer),
@@ -172,7 +172,7 @@ def answers(logits: torch.Tensor, data: Batch) -> list[tuple[str, bool]]:
     return [(task, bool(hits[i, a:b].all())) for i, row in enumerate(data.spans) for task, a, b in row]
 
 
-def flags(recipe: Recipe) -> list[str]:
+def flags(recipe: ModelRecipe) -> list[str]:
     """The command-line flags that give this recipe."""
     names = (
         "seed",
@@ -195,7 +195,7 @@ def flags(recipe: Recipe) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    usual = Recipe()
+    usual = ModelRecipe()
     parser = argparse.ArgumentParser(prog="python -m builtin_model.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -211,7 +211,7 @@ def main() -> None:
     out, resume, threads, every, stop = (given.pop(key) for key in ("out", "resume", "threads", "every", "stop"))
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(Recipe(**given))
+    trainer = Trainer(ModelRecipe(**given))
     if resume:
         trainer.resume(out / "checkpoint.pt")
     mean = 0.0

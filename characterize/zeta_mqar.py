@@ -51,7 +51,7 @@ class SoftmaxAttention(nn.Module):
         return self.mix(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
-class Block(nn.Module):
+class _DecoderBlock(nn.Module):
     """A short causal convolution, attention, and a feed-forward net, each added to what came in."""
 
     def __init__(self, attention: nn.Module) -> None:
@@ -76,7 +76,7 @@ class Recaller(nn.Module):
         self.token, self.place = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
         for table in (self.token, self.place):
             nn.init.normal_(table.weight, std=0.5)
-        self.blocks = nn.Sequential(*(Block(attention(kind)) for _ in range(2)))
+        self.blocks = nn.Sequential(*(_DecoderBlock(attention(kind)) for _ in range(2)))
         self.norm, self.say = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: Tensor, asked: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Docstrings of the package begin with what is done, a verb and its object."""
+"""Docstrings of the package begin with what is done, a verb and its object; a class's name is its alone."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,22 @@ def test_a_refused_word_is_found_in_every_kind_of_docstring(word: str) -> None:
 def test_every_docstring_begins_with_what_is_done() -> None:
     found = [f"{path.relative_to(SOURCE)}:{text}" for path in SOURCE.rglob("*.py") for text in offenders(_tree(path))]
     assert not found, f"{len(found)} docstrings begin with a word of {sorted(REFUSED)}:\n" + "\n".join(sorted(found))
+
+
+def repeated(trees: list[ast.AST]) -> list[str]:
+    """List the names that more than one class of these files bears."""
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    return sorted(name for name, count in names.items() if count > 1)
+
+
+def test_a_repeated_class_name_is_found_within_and_across_files() -> None:
+    one, other = ast.parse("class A: pass"), ast.parse("def f():\n    class A: pass\nclass B: pass")
+    assert repeated([one]) == repeated([other]) == [] and repeated([one, other]) == ["A"]
+
+
+def test_no_two_classes_bear_one_name() -> None:
+    rooms = [SOURCE, *(SOURCE.parents[1] / room for room in ("survey", "characterize", "builtin_model", "bench"))]
+    assert repeated([_tree(path) for room in rooms for path in sorted(room.rglob("*.py"))]) == []
 
 
 def _tree(path: Path) -> ast.AST:

@@ -11,7 +11,7 @@ import torch
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from kvfloor.hf import CompressedCache, prepare
-from kvfloor.hf.masks import LazyMask, Slots, mask_over
+from kvfloor.hf.masks import LazyMask, SlotCount, mask_over
 from survey.tiny import tiny_config, tiny_model
 
 
@@ -83,7 +83,7 @@ def test_stock_attention_goes_without_a_mask_where_it_can() -> None:
 def test_only_a_compressed_layer_gets_a_lazy_one_and_a_mask_handed_on_stays_it() -> None:
     layer = CompressedCache(tiny_config("llama"), "exact").compressed[0]
     slots, _ = layer.get_mask_sizes(5)
-    assert isinstance(slots, Slots) and slots == 5
+    assert isinstance(slots, SlotCount) and slots == 5
     made = mask_over("sdpa", **sizes(5, 0) | {"kv_length": slots})
     assert isinstance(made, LazyMask)
     assert mask_over("sdpa", **SIZES | {"kv_length": slots, "attention_mask": made}) is made

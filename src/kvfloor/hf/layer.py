@@ -16,7 +16,7 @@ from kvfloor.core.bounded import BoundedState
 from kvfloor.core.broken import BrokenState
 from kvfloor.core.state import State
 from kvfloor.hf import latent, precision
-from kvfloor.hf.masks import Slots
+from kvfloor.hf.masks import SlotCount
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage
 from kvfloor.hf.presence import Presence
@@ -176,7 +176,7 @@ class CompressedLayer(CacheLayerMixin):
         """Return (slots seen and new, 0). Until transformers 5.3 the argument is the tensor of cache positions."""
         refuse_other_attention(self.served_by)
         n = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return Slots(self.seen + n, self), 0
+        return SlotCount(self.seen + n, self), 0
 
     def get_max_length(self) -> int:
         return -1

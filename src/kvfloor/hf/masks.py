@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EVERY = slice(None)
 
 
-class Slots(int):
+class SlotCount(int):
     """Carry the number of slots that a mask covers, and the compressed layer that returned the number.
 
     transformers passes sizes and no cache to a mask function. This number reaches the function unchanged, so that it
@@ -187,7 +187,7 @@ def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | Non
     if isinstance(kwargs.get("attention_mask"), LazyMask):
         return kwargs["attention_mask"]  # a mask that was made already and is handed on
     form = eager_mask if before.endswith("eager") else sdpa_mask
-    if not isinstance(kwargs.get("kv_length"), Slots):
+    if not isinstance(kwargs.get("kv_length"), SlotCount):
         if getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
             kwargs["allow_is_causal_skip"] = False  # such models cut it along its queries, and need one to cut
         return form(**kwargs)
@@ -196,7 +196,7 @@ def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | Non
 
 
 def _asked(form: Callable[..., Tensor | None], arguments: dict[str, Any]) -> LazyMask:
-    slots: Slots = arguments["kv_length"]
+    slots: SlotCount = arguments["kv_length"]
     mask = LazyMask(arguments | {"kv_length": int(slots)}, form)
     if arguments.get("local_size") is None:  # a window's mask, which some models make whether a layer has one or not
         refuse_other_rules(mask)

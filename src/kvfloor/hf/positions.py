@@ -125,7 +125,7 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
 
 
 @dataclass
-class _Seen:
+class _Inputs:
     """Record the attention inputs of a layer for one token at each of the probe's positions, each (batch, heads, d)."""
 
     place: Tensor  # (batch,)
@@ -140,16 +140,16 @@ class _Recorder:
     """Record attention inputs in the place of `TurnBack`, and return query and key unchanged."""
 
     place: Tensor
-    seen: list[_Seen] = field(default_factory=list)
+    seen: list[_Inputs] = field(default_factory=list)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         came = positions is not None and torch.equal(plain(positions)[:, 0].to(self.place), self.place)
         other = None if value is key else value[:, :, 0].clone()
-        self.seen.append(_Seen(self.place, query[:, :, 0].clone(), key[:, :, 0].clone(), other, came))
+        self.seen.append(_Inputs(self.place, query[:, :, 0].clone(), key[:, :, 0].clone(), other, came))
         return query, key
 
 
-def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[_Seen]]:
+def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[_Inputs]]:
     """Record the attention inputs of each compressed layer for one token at these positions, one batch item each."""
     name, place = type(model).__name__, torch.tensor(positions, device=model.device)
     cache, layers = watched_cache(model.config)
@@ -182,7 +182,7 @@ def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
     return [*found, *(tuple(-x for x in one) for one in found)]
 
 
-def _found(name: str, index: int, seen: Sequence[_Seen], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
+def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
     """Return the one rule that explains all attention inputs of layer `index`; None if its keys are not turned."""
     d = seen[0].key.shape[-1]
     for one in seen:
@@ -204,7 +204,7 @@ def _found(name: str, index: int, seen: Sequence[_Seen], candidates: Sequence[tu
     )
 
 
-def _explains(rule: Rotation | None, seen: _Seen) -> bool:
+def _explains(rule: Rotation | None, seen: _Inputs) -> bool:
     """Return True if queries and keys at all positions are those at position 0, turned by the rule."""
     for x in (seen.query, seen.key):
         wide = x.to(compute_dtype(x.dtype))

@@ -50,7 +50,7 @@ class SwitchingRotation:
 
     def seen(self, slots: int) -> int:
         """Return the number in a form that raises when generate() compares it with the length to drop the cache."""
-        return _Seen(slots, self)
+        return _SlotsSeen(slots, self)
 
     def refuse_unasked(self, seen: int) -> None:
         """Raise ValueError if generate() may drop the cache without a question that the cache could answer."""
@@ -82,12 +82,12 @@ def _drops_unasked(config: PreTrainedConfig) -> bool:
     return prepares is not None and "cache_position" in inspect.signature(prepares).parameters
 
 
-class _Seen(int):
+class _SlotsSeen(int):
     """Count the slots seen, for a model whose generate() compares them with the length at which it drops the cache."""
 
     _rotation: SwitchingRotation
 
-    def __new__(cls, slots: int, rotation: SwitchingRotation) -> _Seen:
+    def __new__(cls, slots: int, rotation: SwitchingRotation) -> _SlotsSeen:
         seen = super().__new__(cls, slots)
         seen._rotation = rotation
         return seen
