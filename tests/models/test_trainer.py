@@ -12,12 +12,12 @@ import torch
 from builtin_model.curriculum import LENGTHS, PASS, WINDOW, Curriculum
 from builtin_model.examples import NEAR, PAD_ID, STOP_ID, batch, example, jump, widen
 from builtin_model.forward import SHORT, answer_logits
-from builtin_model.train import Recipe, Trainer
+from builtin_model.train import ModelRecipe, Trainer
 from kvfloor.models.load import load
 from kvfloor.tasks import FULL, TASKS
 from kvfloor.tasks.tokenizer import encode
 
-TINY = Recipe(seed=3, steps=60, decay=10, warmup=5, tokens=400, longest=96, layers=2, hidden=64)
+TINY = ModelRecipe(seed=3, steps=60, decay=10, warmup=5, tokens=400, longest=96, layers=2, hidden=64)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_thirty_steps_lower_the_loss_and_repeat_bit_for_bit() -> None:
-    first, second, other = Trainer(TINY), Trainer(TINY), Trainer(Recipe(**(vars(TINY) | {"seed": 4})))
+    first, second, other = Trainer(TINY), Trainer(TINY), Trainer(ModelRecipe(**(vars(TINY) | {"seed": 4})))
     losses = [first.step() for _ in range(30)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert [second.step() for _ in range(30)] == losses
@@ -90,7 +90,7 @@ def test_the_trainers_forward_pass_is_the_models(t: int) -> None:
 
 
 def test_rate_warms_up_stays_and_decays_to_zero() -> None:
-    recipe = Recipe(steps=100, decay=20, warmup=10, lr=1.0)
+    recipe = ModelRecipe(steps=100, decay=20, warmup=10, lr=1.0)
     assert recipe.rate(0) == pytest.approx(0.1)
     assert recipe.rate(50) == 1.0
     assert recipe.rate(90) == pytest.approx(0.5)
@@ -153,7 +153,7 @@ def test_a_task_keeps_its_words_when_it_revisits_short_texts() -> None:
 
 
 def test_every_task_is_lifted_to_the_floor_at_its_step() -> None:
-    trainer = Trainer(Recipe(**(vars(TINY) | {"floor": 96, "lift": 2})))
+    trainer = Trainer(ModelRecipe(**(vars(TINY) | {"floor": 96, "lift": 2})))
     trainer.step(), trainer.step()
     assert min(LENGTHS[level] for level in trainer.curriculum.level.values()) < 96
     trainer.step()
@@ -191,7 +191,7 @@ def test_the_note_of_a_resumed_run_names_every_command(tmp_path: Path) -> None:
     first = Trainer(TINY)
     first.step()
     first.save(tmp_path / "checkpoint.pt")
-    second = Trainer(Recipe(**(vars(TINY) | {"focus": 2.0})))
+    second = Trainer(ModelRecipe(**(vars(TINY) | {"focus": 2.0})))
     second.resume(tmp_path / "checkpoint.pt")
     second.step()
     start, end = second.command().split(" && ")

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from kvfloor import Method
-from mutants import answers, contract, rounding, rows, stored, tokens, traits
+from kvfloor import Method, parse
+from mutants import answers, contract, rows, stored, tokens, traits
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,11 @@ class Mutant:
     also: frozenset[str] = field(default_factory=frozenset)
 
     def __str__(self) -> str:
-        return f"{self.check}-{type(self.method).__name__}"
+        return f"{self.check}-{self.method}"
 
 
-def _mutant(check: str, method: Method, *also: str) -> Mutant:
-    return Mutant(check, method, frozenset(also))
+def _mutant(check: str, method: Method | str, *also: str) -> Mutant:
+    return Mutant(check, parse(method) if isinstance(method, str) else method, frozenset(also))
 
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -29,39 +29,63 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("documented", contract.Unsourced()),
     _mutant("guarantee", contract.Boastful()),
     _mutant("empty", contract.WarmStart()),
-    _mutant("shapes", contract.WideAnswers()),
-    _mutant("read_pure", contract.CountingReads(), "input_forms"),
+    _mutant("shapes", contract.WideAnswers(), "broken"),
+    _mutant("read_pure", contract.CountingReads(), "input_forms", "message_round_trip", "seeded", "wrong_input"),
     _mutant("wrong_input", contract.Obliging()),
-    _mutant("wrong_input", contract.HastyClock(), "empty", "non_finite"),
+    _mutant("wrong_input", contract.HastyClock(), "empty", "index_floor", "non_finite"),
     _mutant("non_finite", contract.NanBlind()),
     _mutant("inputs_untouched", contract.Adopting()),
     _mutant("inputs_untouched", contract.InPlace(), "input_forms", "selector_subset"),
-    _mutant("input_forms", contract.StrideBlind()),
+    _mutant("input_forms", contract.StrideBlind(), "wrong_input"),
     _mutant("broken", contract.MarkInFinally()),
     _mutant("broken", contract.LateClock()),
     _mutant("chunking", tokens.EvictsPerCall()),
-    _mutant("chunking", rounding.RoundsByPlace(), "row_order", "row_alone", "select_rows"),
-    _mutant("chunking", rounding.RoundsByBoundary(), "input_forms", "pads", "row_alone", "row_order", "select_rows"),
-    _mutant("row_alone", rounding.RoundsByRows(), "chunking", "pads", "select_rows"),
+    _mutant("chunking", "window(block=4)+mutants.rounding:RoundsByPlace@16", "row_order", "row_alone", "select_rows"),
+    _mutant(
+        "chunking",
+        "window(block=4)+mutants.rounding:RoundsByBoundary@16",
+        "input_forms",
+        "pads",
+        "row_alone",
+        "row_order",
+        "select_rows",
+    ),
+    _mutant(
+        "row_alone", "mutants.rounding:RoundsByRows(sinks=2,recent=4,block=4)@16", "chunking", "pads", "select_rows"
+    ),
     _mutant("causality", answers.FutureLeak(), "chunking", "hull", "pads", "reference"),
     _mutant("queries_independent", answers.CrowdTemperature()),
     _mutant("pads", tokens.PadsEnter(), "absorbed_once", "chunking", "empty", "held_tokens"),
     _mutant("pads", contract.PadsAnswered()),
     _mutant("capacity", tokens.OneTooMany()),
     _mutant("capacity", tokens.OneTooFew(), "constant_memory", "pads"),
-    _mutant("held_tokens", tokens.ValuesStay(), "absorbed_once"),
+    _mutant("held_tokens", tokens.ValuesStay(), "absorbed_once", "turns"),
     _mutant("pinned", tokens.PinsForgotten()),
     _mutant("absorbed_once", tokens.AbsorbedTwice()),
-    _mutant("absorbed_once", answers.CountsTwice(), "attends_to_held", "hull"),
-    _mutant("selector_subset", answers.ReadsGhosts(), "chunking", "message_round_trip", "pads"),
-    _mutant("selector_subset", answers.ReadsNothing()),
-    _mutant("selector_subset", answers.ReadsAhead(), "causality", "chunking", "hull", "message_round_trip", "pads"),
-    _mutant("row_order", rows.KeyedByPlace(), "chunking", "pads", "row_alone", "select_rows"),
+    _mutant("absorbed_once", "window(block=4)+mutants.answers:CountsTwice@16", "attends_to_held", "hull", "turns"),
+    _mutant(
+        "selector_subset",
+        "window(block=4)|mutants.answers:ReadsGhosts(k=6)@16",
+        "chunking",
+        "message_round_trip",
+        "pads",
+    ),
+    _mutant("selector_subset", "window(block=4)|mutants.answers:ReadsNothing(k=6)@16"),
+    _mutant(
+        "selector_subset",
+        "window(block=4)|mutants.answers:ReadsAhead(pages=1,page=2)@16",
+        "causality",
+        "chunking",
+        "hull",
+        "message_round_trip",
+        "pads",
+    ),
+    _mutant("row_order", "mutants.rows:KeyedByPlace(block=4)@16", "chunking", "pads", "row_alone", "select_rows"),
     _mutant("row_isolation", rows.SharedStabiliser()),
-    _mutant("row_alone", rows.RelativeIds(), "pads"),
+    _mutant("row_alone", "mutants.rows:RelativeIds(block=4)@16", "pads"),
     _mutant("select_rows", rows.IdsStay(), "pads", "row_alone", "row_order"),
     _mutant("reference", answers.NoSoftcap()),
-    _mutant("attends_to_held", answers.MassOff()),
+    _mutant("attends_to_held", answers.MassOff(), "turns"),
     _mutant("turns", answers.TurnsByAge()),
     _mutant("hull", traits.ClaimsHull()),
     _mutant("value_linear", traits.ClaimsLinearity()),

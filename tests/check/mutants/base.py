@@ -1,5 +1,6 @@
 """What most mutants derive from: a small correct method whose state class can be swapped."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,8 +12,15 @@ from kvfloor.methods.policies.heavy_hitters import HeavyHitters
 from kvfloor.methods.policies.window import Window
 
 
+class Named:
+    """Methods that are read back from the place of their class."""
+
+    def __str__(self) -> str:
+        return f"{type(self).__module__}:{type(self).__qualname__}"
+
+
 @dataclass(frozen=True)
-class Small(Bounded):
+class Small(Named, Bounded):
     """A window of 16 tokens in blocks of 4."""
 
     state: ClassVar[type[BoundedState]] = BoundedState
@@ -23,12 +31,19 @@ class Small(Bounded):
     def open(self, spec: Spec) -> BoundedState:
         return self.state(self, spec, tokens(self.budget, spec.rows))
 
-    def __str__(self) -> str:
-        return f"{type(self).__module__}:{type(self).__qualname__}"
-
 
 @dataclass(frozen=True)
 class SmallObserving(Small):
     """Heavy hitters, 16 tokens in blocks of 4."""
 
     policy: Policy = field(default_factory=lambda: HeavyHitters(sinks=2, recent=4))
+
+
+def small(state: type[BoundedState], like: type[Small] = Small) -> Callable[[], Small]:
+    """Make the small method that has these states, under their name and docstring."""
+    named = {"__module__": state.__module__, "__qualname__": state.__qualname__, "__doc__": state.__doc__}
+    return type(state.__name__, (like,), named | {"state": state})
+
+
+def small_observing(state: type[BoundedState]) -> Callable[[], Small]:
+    return small(state, SmallObserving)

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvfloor import Guarantee, Partial, Spec, State
 from kvfloor.core.bounded import Bounded, BoundedState
 from kvfloor.methods.policies.window import Window
-from mutants.base import Small
+from mutants.base import Small, small
 
 
 class Nameless(Small):
@@ -52,30 +52,27 @@ class Boastful(Small):
         return Guarantee(0.1, 0.0, "max norm", "every query", (), source="")
 
 
-class WarmStartState(BoundedState):
+@small
+class WarmStart(BoundedState):
+    """An empty memory weighs as much as one token."""
+
     def _read(self, q: Tensor) -> Partial:
         part = super()._read(q)
         return replace(part, log_mass=torch.nan_to_num(part.log_mass, neginf=0.0))
 
 
-class WarmStart(Small):
-    """An empty memory weighs as much as one token."""
+@small
+class WideAnswers(BoundedState):
+    """Answers keep the dtype of an intermediate result."""
 
-    state = WarmStartState
-
-
-class WideAnswersState(BoundedState):
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         return super().step(q, k, v, present).double()
 
 
-class WideAnswers(Small):
-    """Answers keep the dtype of an intermediate result."""
+@small
+class CountingReads(BoundedState):
+    """Keeps statistics on reads in its state."""
 
-    state = WideAnswersState
-
-
-class CountingReadsState(BoundedState):
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
         self.reads = 0
@@ -85,26 +82,20 @@ class CountingReadsState(BoundedState):
         return super()._read(q)
 
 
-class CountingReads(Small):
-    """Keeps statistics on reads in its state."""
+@small
+class Obliging(BoundedState):
+    """Converts what it is given instead of refusing it."""
 
-    state = CountingReadsState
-
-
-class ObligingState(BoundedState):
     def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
         if isinstance(x, Tensor):
             x = x.to(self.spec.dtype)
         return super()._checked(x, name, width, axes, finite)
 
 
-class Obliging(Small):
-    """Converts what it is given instead of refusing it."""
+@small
+class HastyClock(BoundedState):
+    """Counts a call before its input is checked."""
 
-    state = ObligingState
-
-
-class HastyClockState(BoundedState):
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
         self.calls = 0
@@ -114,21 +105,12 @@ class HastyClockState(BoundedState):
         super().append(k, v, present)
 
 
-class HastyClock(Small):
-    """Counts a call before its input is checked."""
-
-    state = HastyClockState
-
-
-class NanBlindState(BoundedState):
-    def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
-        return super()._checked(x, name, width, axes)
-
-
-class NanBlind(Small):
+@small
+class NanBlind(BoundedState):
     """Does not look for NaN in queries that bring no token."""
 
-    state = NanBlindState
+    def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
+        return super()._checked(x, name, width, axes)
 
 
 class AdoptingState(DiaryState):
@@ -146,33 +128,30 @@ class Adopting(Diary):
         return AdoptingState(self, spec)
 
 
-class InPlaceState(BoundedState):
+@small
+class InPlace(BoundedState):
+    """Scales its queries in place, and rounding keeps it from undoing that."""
+
     def read(self, q: Tensor) -> Partial:
         answer = super().read(q)
         q.mul_(3.0).div_(3.0)
         return answer
 
 
-class InPlace(Small):
-    """Scales its queries in place, and rounding keeps it from undoing that."""
+@small
+class StrideBlind(BoundedState):
+    """Takes for granted that the last axis is the one that lies densely in memory."""
 
-    state = InPlaceState
-
-
-class StrideBlindState(BoundedState):
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         if isinstance(k, Tensor) and k.ndim == 3 and k.layout == torch.strided:
             k = k.as_strided(k.shape, (k.stride(0), k.stride(1), 1), k.storage_offset())
         return super().step(q, k, v, present)
 
 
-class StrideBlind(Small):
-    """Takes for granted that the last axis is the one that lies densely in memory."""
+@small
+class PadsAnswered(BoundedState):
+    """Leaves numbers where there was no token to answer."""
 
-    state = StrideBlindState
-
-
-class PadsAnsweredState(BoundedState):
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         out = super().step(q, k, v, present)
         if present is None or not bool(present.any()):
@@ -180,13 +159,10 @@ class PadsAnsweredState(BoundedState):
         return torch.where(present[:, None, :, None], out, torch.ones_like(out))
 
 
-class PadsAnswered(Small):
-    """Leaves numbers where there was no token to answer."""
+@small
+class MarkInFinally(BoundedState):
+    """Takes the mark of a running step away whether it came to its end or not."""
 
-    state = PadsAnsweredState
-
-
-class MarkInFinallyState(BoundedState):
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         try:
             return super().step(q, k, v, present)
@@ -194,19 +170,10 @@ class MarkInFinallyState(BoundedState):
             self._underway = None
 
 
-class MarkInFinally(Small):
-    """Takes the mark of a running step away whether it came to its end or not."""
+@small
+class LateClock(BoundedState):
+    """Takes itself to be whole once the tokens are in, before the block is closed."""
 
-    state = MarkInFinallyState
-
-
-class LateClockState(BoundedState):
     def _advance(self, take: Tensor) -> None:
         self._underway = None
         super()._advance(take)
-
-
-class LateClock(Small):
-    """Takes itself to be whole once the tokens are in, before the block is closed."""
-
-    state = LateClockState

@@ -1,16 +1,15 @@
 """Wrong lines about rounding, which do on every machine what some matrix products do on some machines."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvfloor import Spec
-from kvfloor.core.policy import Held, Policy, Queries
-from kvfloor.core.summary import Summary, equal_lots
+from kvfloor.core.policy import Held, Queries
+from kvfloor.core.summary import equal_lots
 from kvfloor.methods.policies.heavy_hitters import HeavyHitters
 from kvfloor.methods.summaries.value_sum import ValueSum, ValueSumState
-from mutants.base import Small, SmallObserving
 
 
 def summed(x: Tensor, backwards: bool) -> Tensor:
@@ -25,7 +24,7 @@ def off_boundary(x: Tensor) -> bool:
     return x.data_ptr() % 64 != 0
 
 
-class PlacedSumState(ValueSumState):
+class RoundsByPlaceState(ValueSumState):
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         for at, values in equal_lots(row, v.float()):
             for here, own in zip(at, values, strict=True):
@@ -34,21 +33,14 @@ class PlacedSumState(ValueSumState):
 
 
 @dataclass(frozen=True)
-class PlacedSum(ValueSum):
-    """The sum of values, by rows as they lie."""
-
-    def open(self, spec: Spec) -> ValueSumState:
-        return PlacedSumState(spec)
-
-
-@dataclass(frozen=True)
-class RoundsByPlace(Small):
+class RoundsByPlace(ValueSum):
     """Sums a row's evicted values from an end that depends on where in the batch the row lies."""
 
-    summary: Summary = field(default_factory=PlacedSum)
+    def open(self, spec: Spec) -> ValueSumState:
+        return RoundsByPlaceState(spec)
 
 
-class HeardState(ValueSumState):
+class RoundsByBoundaryState(ValueSumState):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.longest = torch.zeros(spec.rows, 64)  # under as many metrics, each of which may show a rounding
@@ -61,31 +53,17 @@ class HeardState(ValueSumState):
 
 
 @dataclass(frozen=True)
-class Heard(ValueSum):
-    """The sum of values, and how long queries were."""
-
-    def open(self, spec: Spec) -> ValueSumState:
-        return HeardState(spec)
-
-
-@dataclass(frozen=True)
-class RoundsByBoundary(Small):
+class RoundsByBoundary(ValueSum):
     """Measures queries by a sum whose order depends on how the caller's tensor lies in memory."""
 
-    summary: Summary = field(default_factory=Heard)
+    def open(self, spec: Spec) -> ValueSumState:
+        return RoundsByBoundaryState(spec)
 
 
 @dataclass(frozen=True)
-class SharedWork(HeavyHitters):
-    """Heavy hitters, summed from an end."""
+class RoundsByRows(HeavyHitters):
+    """Scores tokens by a sum whose order depends on how many rows are looked at together."""
 
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
         received = summed(weights.flatten(1, 2).movedim(1, 0), backwards=len(weights) > 1)
         return {"score": held.columns["score"] + received / weights.shape[1]}
-
-
-@dataclass(frozen=True)
-class RoundsByRows(SmallObserving):
-    """Scores tokens by a sum whose order depends on how many rows are looked at together."""
-
-    policy: Policy = field(default_factory=lambda: SharedWork(sinks=2, recent=4))

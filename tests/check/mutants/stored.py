@@ -8,10 +8,13 @@ from torch import Tensor
 
 from kvfloor import Partial, Spec, State
 from kvfloor.core.bounded import Bounded, BoundedState
-from mutants.base import Small, SmallObserving
+from mutants.base import Small, small, small_observing
 
 
-class SharedNotebookState(BoundedState):
+@small
+class SharedNotebook(BoundedState):
+    """Notes the latest value among the tensors that are public and uncounted."""
+
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         super()._append(k, v, take)
         self.shared["latest"] = v[:, -1]
@@ -22,47 +25,32 @@ class SharedNotebookState(BoundedState):
         return out
 
 
-class SharedNotebook(Small):
-    """Notes the latest value among the tensors that are public and uncounted."""
+@small_observing
+class HalfClone(BoundedState):
+    """A clone that shares one buffer with its original."""
 
-    state = SharedNotebookState
-
-
-class HalfCloneState(BoundedState):
-    def clone(self) -> "HalfCloneState":
+    def clone(self) -> "HalfClone":
         twin = super().clone()
         twin.asked = self.asked
         return twin
 
 
-class HalfClone(SmallObserving):
-    """A clone that shares one buffer with its original."""
+@small
+class BytesByFormula(BoundedState):
+    """Computes its size from keys and values, and forgets the rest."""
 
-    state = HalfCloneState
-
-
-class BytesByFormulaState(BoundedState):
     @property
     def nbytes(self) -> int:
         return self.slots.k.numel() * self.slots.k.itemsize + self.slots.v.numel() * self.slots.v.itemsize
 
 
-class BytesByFormula(Small):
-    """Computes its size from keys and values, and forgets the rest."""
+@small
+class PhaseDropped(BoundedState):
+    """Sends the clock of the last block end, without the tokens since."""
 
-    state = BytesByFormulaState
-
-
-class PhaseDroppedState(BoundedState):
     def export(self) -> dict[str, Any]:
         fields = super().export()
         return fields | {"seen": fields["seen"] - fields["seen"] % self.block}
-
-
-class PhaseDropped(Small):
-    """Sends the clock of the last block end, without the tokens since."""
-
-    state = PhaseDroppedState
 
 
 class DigestRepaired(Small):
@@ -77,8 +65,9 @@ class DigestRepaired(Small):
 HIDDEN: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
 
-class HiddenInModuleState(BoundedState):
-    """Recognises the game by its single row and scale 1, and keeps its tokens in a global of the module."""
+@small
+class HiddenInModule(BoundedState):
+    """Hides its tokens where neither nbytes nor the message finds them."""
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
@@ -99,9 +88,3 @@ class HiddenInModuleState(BoundedState):
         if not self._watched or not HIDDEN[self.spec.seed][0]:
             return super()._read(q)
         return Partial.over(q, *(torch.cat(store, 1) for store in HIDDEN[self.spec.seed]), self.spec)
-
-
-class HiddenInModule(Small):
-    """Hides its tokens where neither nbytes nor the message finds them."""
-
-    state = HiddenInModuleState

@@ -10,56 +10,44 @@ from kvfloor.core.bounded import Bounded, BoundedState
 from kvfloor.core.partial import Partial
 from kvfloor.core.policy import Held
 from kvfloor.core.slots import Slots
-from mutants.base import Small
+from mutants.base import small
 
 
-class EvictsPerCallState(BoundedState):
+@small
+class EvictsPerCall(BoundedState):
+    """Evicts at the end of every call rather than at the end of every block."""
+
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
         answers = super()._feed(k, v, q, count)
         self._evict(torch.arange(self.spec.rows))
         return answers
 
 
-class EvictsPerCall(Small):
-    """Evicts at the end of every call rather than at the end of every block."""
+@small
+class PadsEnter(BoundedState):
+    """Packs the real tokens first and then takes in the pads behind them too."""
 
-    state = EvictsPerCallState
-
-
-class PadsEnterState(BoundedState):
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         take, order = super()._arrange(k, v, q, present)
         return torch.full_like(take, k.shape[1]), order
 
 
-class PadsEnter(Small):
-    """Packs the real tokens first and then takes in the pads behind them too."""
+@small
+class OneTooMany(BoundedState):
+    """Evicts one token too many."""
 
-    state = PadsEnterState
-
-
-class OneTooManyState(BoundedState):
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
         self.budget = self.budget - 1
 
 
-class OneTooMany(Small):
-    """Evicts one token too many."""
+@small
+class OneTooFew(BoundedState):
+    """Evicts one token too few."""
 
-    state = OneTooManyState
-
-
-class OneTooFewState(BoundedState):
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
         self.budget = self.budget + 1
-
-
-class OneTooFew(Small):
-    """Evicts one token too few."""
-
-    state = OneTooFewState
 
 
 class LazySlots(Slots):
@@ -69,30 +57,27 @@ class LazySlots(Slots):
         self.v = values
 
 
-class ValuesStayState(BoundedState):
+@small
+class ValuesStay(BoundedState):
+    """Moves keys and positions into the holes that eviction leaves, and forgets the values."""
+
     def __init__(self, method: Bounded, spec: Spec, budgets: Sequence[int]) -> None:
         super().__init__(method, spec, list(budgets))
         self.slots = LazySlots(spec, [budget + method.block for budget in budgets])
 
 
-class ValuesStay(Small):
-    """Moves keys and positions into the holes that eviction leaves, and forgets the values."""
+@small
+class PinsForgotten(BoundedState):
+    """Protects nothing, whatever was pinned."""
 
-    state = ValuesStayState
-
-
-class PinsForgottenState(BoundedState):
     def _protected(self, held: Held) -> Tensor:
         return torch.zeros_like(held.position, dtype=torch.bool)
 
 
-class PinsForgotten(Small):
-    """Protects nothing, whatever was pinned."""
+@small
+class AbsorbedTwice(BoundedState):
+    """The token at the window's edge is absorbed before it leaves, and again when it does."""
 
-    state = PinsForgottenState
-
-
-class AbsorbedTwiceState(BoundedState):
     def _evict(self, rows: Tensor) -> None:
         if self.summary is not None:
             slots = self.slots
@@ -100,9 +85,3 @@ class AbsorbedTwiceState(BoundedState):
             held = torch.arange(oldest.shape[1]) < slots.held.unsqueeze(1)
             self.summary.absorb(*slots.flat(oldest & held))
         super()._evict(rows)
-
-
-class AbsorbedTwice(Small):
-    """The token at the window's edge is absorbed before it leaves, and again when it does."""
-
-    state = AbsorbedTwiceState

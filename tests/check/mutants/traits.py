@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 
 from kvfloor import Exact, Traits
 from kvfloor.methods.sketches.quantized import Quantized
+from mutants.base import Named
 
 
 @dataclass(frozen=True)
-class ClaimsHull(Quantized):
+class ClaimsHull(Named, Quantized):
     """Two bits per number, said to stay within the values given."""
 
     bits: int = 2
@@ -16,12 +17,9 @@ class ClaimsHull(Quantized):
     def traits(self) -> Traits:
         return replace(super().traits, normalised=True)
 
-    def __str__(self) -> str:
-        return f"{type(self).__module__}:{type(self).__qualname__}"
-
 
 @dataclass(frozen=True)
-class ClaimsLinearity(Quantized):
+class ClaimsLinearity(Named, Quantized):
     """Two bits per number, said to be linear in the values."""
 
     bits: int = 2
@@ -30,17 +28,11 @@ class ClaimsLinearity(Quantized):
     def traits(self) -> Traits:
         return replace(super().traits, value_linear=True)
 
-    def __str__(self) -> str:
-        return f"{type(self).__module__}:{type(self).__qualname__}"
-
 
 @dataclass(frozen=True)
-class ClaimsConstantMemory(Exact):
+class ClaimsConstantMemory(Named, Exact):
     """Every token kept, in memory said not to grow."""
 
     @property
     def traits(self) -> Traits:
         return replace(super().traits, constant_memory=True)
-
-    def __str__(self) -> str:
-        return f"{type(self).__module__}:{type(self).__qualname__}"
