@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
+
+from tests.support import Draw, seeded
 
 torch.set_num_threads(1)
 settings.register_profile("kvfloor", deadline=None, derandomize=True)
@@ -15,11 +14,5 @@ settings.load_profile("kvfloor")
 
 
 @pytest.fixture
-def draw() -> Callable[..., Tensor]:
-    """draw(3, 4) gives seeded standard normal float64 numbers of that shape; dtype= and scale= adapt them."""
-    generator = torch.Generator().manual_seed(20260101)
-
-    def numbers(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
-
-    return numbers
+def draw() -> Draw:
+    return seeded(20260101)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kvfloor import Bounded, Spec
 from kvfloor.core.policy import Policy
+from tests.support import positions
 
 
 @dataclass
@@ -40,9 +42,14 @@ class Rule:
     def safe(self, token: Token, seen: int) -> bool:
         return token.position < self.sinks or token.position >= seen - self.recent
 
+    def meeting(self, held: list[Token], q: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (held, d) of the tokens and queries (g, d) of the newest of them, as they meet."""
+        return torch.stack([token.k for token in held]), q
+
     def weights(self, held: list[Token], q: Tensor) -> Tensor:
         """Softmax weights (g, held)."""
-        return torch.softmax(torch.stack([torch.stack([h @ t.k for t in held]) for h in q]) * self.scale, 1)
+        keys, q = self.meeting(held, q)
+        return torch.softmax(torch.stack([torch.stack([h @ k for k in keys]) for h in q]) * self.scale, 1)
 
 
 def kept_by(
@@ -55,12 +62,14 @@ def kept_by(
     prompt: int | None = None,
     asked: set[int] | None = None,
     spares: str = "nothing",
+    answers: list[Tensor] | None = None,
 ) -> list[int]:
     """Positions held at the end of one row: q (g, n, d), k (n, d), v (n, dv).
 
     prompt  tokens kept whole, and weighed where they end; None: there is no such prefill
     asked   positions whose query is asked; None: all of them
     spares  "answer": nothing leaves after the prompt; "prompt": nothing of the prompt leaves, the rest has the budget
+    answers gets what each token's queries are answered (g, dv)
     """
     held: list[Token] = []
 
@@ -78,6 +87,8 @@ def kept_by(
         held.append(Token(i, k[i], v[i]))
         if q is not None and (asked is None or i in asked):
             rule.ask(held, i, q[:, i])
+            if answers is not None:
+                answers.append(rule.weights(held, q[:, i]) @ torch.stack([token.v for token in held]))
         answer = prompt is not None and i >= prompt
         if (i + 1) % block == 0 and (prompt is None or (answer and spares != "answer")):
             evict(i + 1)
@@ -116,7 +127,22 @@ def run(
     return state
 
 
-def positions(state: Any) -> list[list[int]]:
-    """Sorted positions held per row."""
-    view, held = state.slots.view(), state.held.tolist()
-    return [sorted(view.position[row, : held[row]].tolist()) for row in range(state.spec.rows)]
+def keeps_alike(
+    policy: Policy,
+    rule: Callable[[int, int], Rule],
+    tokens: tuple[Tensor | None, Tensor, Tensor],
+    budget: int | tuple[int, ...] = 12,
+    block: int = 1,
+    prompt: int | None = None,
+    spares: str = "nothing",
+    **how: Any,
+) -> bool:
+    """True where `policy` keeps in every row exactly what the rule made by rule(row, budget) keeps."""
+    q, k, v = tokens
+    budgets = budget if isinstance(budget, tuple) else (budget,) * len(k)
+    found = positions(run(policy, budget, q, k, v, block=block, prompt=prompt, **how))
+    wanted = []
+    for row, b in enumerate(budgets):
+        asked = None if q is None else q[row]
+        wanted.append(kept_by(rule(row, b), b, asked, k[row], v[row], block, prompt, spares=spares))
+    return found == wanted

@@ -10,7 +10,10 @@ from kvfloor.core.partial import Partial
 from kvfloor.methods.variants.subgen_tensor import SubGenTensorState
 from kvfloor.methods.variants.tensor import TensorState
 
-QUICK = ("text", "shapes", "message_round_trip", "empty", "pads")
+QUICK = (
+    *("text", "shapes", "message_round_trip", "empty", "pads"),
+    *("clone", "select_rows", "row_alone", "corrupt_message", "wrong_input"),
+)
 
 
 @pytest.mark.parametrize("side", [1, 2])
@@ -67,6 +70,8 @@ def test_a_mutant_whose_message_holds_one_side_twice_is_rejected(monkeypatch: py
         "tensor(store=sinks(count=2,block=16))@24:40:32",
         "tensor(store=random(block=1))@20",
         "tensor(store=h2o(recent=3))@48",
+        "subgen_tensor(delta1=0.4,delta2=0.4,t=2,s=16)",
+        "subgen_tensor(t=2)@40",
     ],
 )
 def test_every_law_holds(text: str) -> None:

@@ -1,15 +1,13 @@
 """The attention product: the eager definition against float64 softmax, and the fused path against both."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from kvfloor.core import attend as kernel
 from kvfloor.core.attend import attend, attend_causal, attend_newest, weigh
+from tests.support import Draw, stream
 
-Draw = Callable[..., Tensor]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FUSED = [torch.float32, torch.bfloat16]
 
@@ -192,7 +190,7 @@ def test_causal_attention_is_attention_with_what_comes_later_hidden(draw: Draw, 
 
 
 def test_causal_attention_takes_any_strides_and_the_definition_where_nothing_is_fused(draw: Draw) -> None:
-    q, k, v = draw(3, 2, 16, 70), draw(3, 16, 70), draw(3, 16, 70)
+    q, k, v = stream(draw, 3, 2, 16, 70)
     later = torch.ones(70, 70, dtype=torch.bool).triu(1).repeat(2, 1).unsqueeze(0)
     for dtype, softcap in ((torch.float32, None), (torch.float32, 2.0), (torch.float64, None)):
         part = [x.to(dtype).transpose(-1, -2) for x in (q, k, v)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,99 +18,62 @@ from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.methods.policies.heavy_hitters import HeavyHitters
 from kvfloor.methods.policies.sinks import Sinks
 from kvfloor.methods.policies.window import Window
-
-Draw = Callable[..., Tensor]
-
-
-@dataclass
-class Held:
-    position: int
-    k: Tensor
-    v: Tensor
-    score: float = 0.0
+from tests.literal import Rule, Token, kept_by
+from tests.support import Draw, causal, close, filled, later, opened, part, stream
+from tests.support import positions as kept
 
 
-def reference(
-    rule: str,
-    budget: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    block: int = 1,
-    sinks: int = 0,
-    recent: int = 0,
-    decay: float = 0.98,
-    row: int = 0,
-) -> tuple[Tensor, list[int]]:
-    """One row, token by token: q (g, n, d), k (n, d), v (n, dv) -> answers (g, n, dv), positions kept at the end."""
-    held: list[Held] = []
-    answers = torch.zeros(q.shape[0], len(k), v.shape[1], dtype=torch.float64)
-    for i in range(len(k)):
-        held.append(Held(i, k[i], v[i]))
-        logits = torch.stack([token.k for token in held]) @ q[:, i].T * scale
-        weights = torch.softmax(logits, 0)  # (held, g)
-        answers[:, i] = weights.T @ torch.stack([token.v for token in held])
-        for token, weight in zip(held, weights.mean(1).tolist(), strict=True):
-            token.score = token.score * (decay if rule == "decay" else 1.0) + weight
-        if (i + 1) % block:
-            continue
-        while len(held) > budget:
-            free = [t for t in held if t.position >= sinks and t.position < i + 1 - recent]
-            held.remove(min(free, key=lambda t, now=i + 1: (priority(rule, t, now, row), t.position)))
-    return answers, sorted(token.position for token in held)
+class Oldest(Rule):
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        return [float(token.position) for token in held]
 
 
-@functools.cache
-def random_priorities(row: int) -> list[float]:
-    return uniform(row_keys(0, torch.tensor([row]), "random policy"), torch.arange(200)).tolist()
+class Drawn(Rule):
+    def __init__(self, row: int, sinks: int = 0, recent: int = 0) -> None:
+        super().__init__(0.5, sinks, recent)
+        self.draws = uniform(row_keys(0, torch.tensor([row]), "random policy"), torch.arange(200)).tolist()
+
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        return [self.draws[token.position] for token in held]
 
 
-def priority(rule: str, token: Held, seen: int, row: int) -> float:
-    if rule in ("window", "sinks"):
-        return float(token.position)
-    if rule == "random":
-        return random_priorities(row)[token.position]
-    return token.score / (seen - token.position) if rule == "mean" else token.score
+class Scored(Rule):
+    def __init__(self, score: str, sinks: int = 0, recent: int = 0, decay: float = 1.0) -> None:
+        super().__init__(0.5, sinks, recent)
+        self.score, self.decay = score, decay
+
+    def ask(self, held: list[Token], position: int, q: Tensor) -> None:
+        for token, weight in zip(held, self.weights(held, q).mean(0).tolist(), strict=True):
+            token.marks["score"] = token.marks.get("score", 0.0) * self.decay + weight
+
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        return [t.marks["score"] / (seen - t.position if self.score == "mean" else 1) for t in held]
 
 
-def stream(draw: Draw, rows: int, g: int, n: int, d: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    return draw(rows, g, n, d), draw(rows, n, d), draw(rows, n, d)
+CASES: dict[str, Callable[[int], Rule]] = {
+    "window@12": lambda row: Oldest(0.5),
+    "sinks(3)@12": lambda row: Oldest(0.5, sinks=3),
+    "random@12": lambda row: Drawn(row),
+    "random(sinks=2,recent=4)@12": lambda row: Drawn(row, sinks=2, recent=4),
+    "h2o(sinks=0,recent=0)@12": lambda row: Scored("sum"),
+    "h2o@12": lambda row: Scored("sum", sinks=4, recent=6),
+    "h2o(recent=3,sinks=1)@12": lambda row: Scored("sum", sinks=1, recent=3),
+    "h2o(score=mean,sinks=0,recent=4)@12": lambda row: Scored("mean", recent=4),
+    "h2o(score=decay,sinks=0,recent=4,decay=0.9)@12": lambda row: Scored("decay", recent=4, decay=0.9),
+}
 
 
-def kept(state) -> list[list[int]]:
-    view = state.slots.view()
-    return [sorted(view.position[row, : int(state.held[row])].tolist()) for row in range(state.spec.rows)]
-
-
-CASES = [
-    ("window@12", "window", {}),
-    ("sinks(3)@12", "sinks", {"sinks": 3}),
-    ("random@12", "random", {}),
-    ("random(sinks=2,recent=4)@12", "random", {"sinks": 2, "recent": 4}),
-    ("h2o(sinks=0,recent=0)@12", "sum", {}),
-    ("h2o@12", "sum", {"sinks": 4, "recent": 6}),
-    ("h2o(recent=3,sinks=1)@12", "sum", {"sinks": 1, "recent": 3}),
-    ("h2o(score=mean,sinks=0,recent=4)@12", "mean", {"recent": 4}),
-    ("h2o(score=decay,sinks=0,recent=4,decay=0.9)@12", "decay", {"recent": 4, "decay": 0.9}),
-]
-
-
-@pytest.mark.parametrize("block", [1, 5])
-@pytest.mark.parametrize("g", [1, 3])
-@pytest.mark.parametrize(("text", "rule", "arguments"), CASES, ids=[case[0] for case in CASES])
-def test_answers_and_kept_tokens_equal_the_papers_algorithm(
-    draw: Draw, text: str, rule: str, arguments: dict, g: int, block: int
-) -> None:
-    method = parse(text)
-    method = Bounded(method.policy, budget=method.budget, block=block)  # type: ignore[attr-defined]
-    q, k, v = stream(draw, 2, g, 80)
+@pytest.mark.parametrize(("g", "block"), [(1, 5), (3, 1), (3, 5)])
+@pytest.mark.parametrize("text", CASES)
+def test_answers_and_kept_tokens_equal_the_papers_algorithm(draw: Draw, text: str, g: int, block: int) -> None:
+    q, k, v = stream(draw, 2, g, 80, 8)
+    method = replace(parse(text), block=block)  # type: ignore[type-var]
     state = method.open(Spec(2, 8, 8, scale=0.5, dtype=torch.float64))
     out = state.step(q, k, v)
     for row in range(2):
-        answers, positions = reference(rule, 12, q[row], k[row], v[row], 0.5, block, row=row, **arguments)
-        assert kept(state)[row] == positions
-        torch.testing.assert_close(out[row], answers, rtol=1e-11, atol=1e-12)
+        answers: list[Tensor] = []
+        assert kept(state)[row] == kept_by(CASES[text](row), 12, q[row], k[row], v[row], block, answers=answers)
+        close(out[row], torch.stack(answers, 1))
 
 
 def test_the_maximum_of_a_group_decides_when_asked_for() -> None:
@@ -185,16 +147,15 @@ def test_a_budget_too_small_names_the_least_one_that_works(text: str, needed: in
         parse(f"{head}@{needed - 1}")
 
 
-@pytest.mark.parametrize("text", ["window", "h2o(recent=3,sinks=1)", "random", "sinks(2)+value_sum"])
-@pytest.mark.parametrize("g", [1, 2])
-def test_rows_of_a_ragged_budget_equal_each_row_alone(draw: Draw, text: str, g: int) -> None:
+@pytest.mark.parametrize("text", ["h2o(recent=3,sinks=1)", "random"])
+def test_rows_of_a_ragged_budget_equal_each_row_alone(draw: Draw, text: str) -> None:
     budgets = (5, 17, 9)
-    q, k, v = stream(draw, 3, g, 70)
+    q, k, v = stream(draw, 3, 2, 70, 8)
     spec = Spec(3, 8, 8, dtype=torch.float64, row_ids=[10, 11, 12])
     together = parse(f"{text}@{':'.join(map(str, budgets))}").open(spec)
     out = together.step(q, k, v)
     for row, budget in enumerate(budgets):
-        alone = parse(f"{text}@{budget}").open(Spec(1, 8, 8, dtype=torch.float64, row_ids=[10 + row]))
+        alone = opened(f"{text}@{budget}", 1, 8, row_ids=[10 + row])
         wanted = alone.step(q[row : row + 1], k[row : row + 1], v[row : row + 1])
         torch.testing.assert_close(out[row], wanted[0], rtol=1e-12, atol=1e-13)
         assert kept(together)[row] == kept(alone)[0]
@@ -207,13 +168,13 @@ def test_ragged_budgets_free_real_bytes() -> None:
 
 
 def test_selecting_rows_of_a_ragged_state_gives_one_that_travels(draw: Draw) -> None:
-    q, k, v = (draw(3, *shape, 4, dtype=torch.float32) for shape in ((1, 40), (40,), (40,)))
+    q, k, v = stream(draw, 3, 1, 40, dtype=torch.float32)
     state = parse("h2o(recent=2,sinks=0,block=8)@4:9:6").open(Spec(3, 4, 4))
     state.step(q, k, v)
     state.select_rows(torch.tensor([1, 1, 2, 0]))
     assert str(state.method) == "h2o(recent=2,sinks=0,block=8)@9:9:6:4"
     again = state.method.from_bytes(state.to_bytes())
-    q, k, v = (draw(4, *shape, 4, dtype=torch.float32) for shape in ((1, 24), (24,), (24,)))
+    q, k, v = stream(draw, 4, 1, 24, dtype=torch.float32)
     assert torch.equal(state.step(q, k, v), again.step(q, k, v))
     assert state.held.tolist() == [9, 9, 6, 4]
 
@@ -225,7 +186,7 @@ def test_selecting_rows_of_a_ragged_state_gives_one_that_travels(draw: Draw) -> 
 def test_a_dense_prefill_keeps_everything_until_the_seal_and_its_budget_after(draw: Draw, text: str) -> None:
     state = parse(text).open(Spec(2, 4, 4))
     for _ in range(5):
-        state.step(*(draw(2, *shape, 4, dtype=torch.float32) for shape in ((1, 33), (33,), (33,))))
+        state.step(*stream(draw, 2, 1, 33, dtype=torch.float32))
     assert state.held.tolist() == [165, 165]
     state.seal()
     assert state.held.tolist() == state.budget.tolist()  # type: ignore[attr-defined]
@@ -233,7 +194,7 @@ def test_a_dense_prefill_keeps_everything_until_the_seal_and_its_budget_after(dr
 
 def test_sealing_a_dense_prefill_gives_the_bytes_back(draw: Draw) -> None:
     dense, stream_ = parse("h2o(prefill=dense)@20").open(Spec(2, 4, 4)), parse("h2o@20").open(Spec(2, 4, 4))
-    tokens = [draw(2, *shape, 4, dtype=torch.float32) for shape in ((1, 300), (300,), (300,))]
+    tokens = stream(draw, 2, 1, 300, dtype=torch.float32)
     dense.step(*tokens)
     stream_.step(*tokens)
     assert dense.nbytes > stream_.nbytes
@@ -243,20 +204,17 @@ def test_sealing_a_dense_prefill_gives_the_bytes_back(draw: Draw) -> None:
 
 
 def test_a_dense_prefill_is_answered_exactly(draw: Draw) -> None:
-    q, k, v = stream(draw, 2, 2, 150)
-    spec = Spec(2, 8, 8, dtype=torch.float64)
-    out = parse("h2o(prefill=dense)@20").open(spec).step(q, k, v)
-    torch.testing.assert_close(out, parse("exact").open(spec).step(q, k, v), rtol=1e-11, atol=1e-12)
+    q, k, v = stream(draw, 2, 2, 150, 8)
+    close(opened("h2o(prefill=dense)@20", 2, 8).step(q, k, v), causal(q, k, v))
 
 
 @pytest.mark.parametrize("prompt", [64, 77])
 def test_a_dense_seal_keeps_what_full_attention_scored_highest(draw: Draw, prompt: int) -> None:
-    q, k, v = stream(draw, 1, 1, prompt)
-    state = parse("h2o(prefill=dense,sinks=0,recent=5)@20").open(Spec(1, 8, 8, dtype=torch.float64))
+    q, k, v = stream(draw, 1, 1, prompt, 8)
+    state = opened("h2o(prefill=dense,sinks=0,recent=5)@20", 1, 8)
     state.step(q, k, v)
     state.seal()
-    causal = torch.ones(prompt, prompt, dtype=torch.bool).triu(1)
-    scores = torch.softmax((q[0, 0] @ k[0].T).masked_fill(causal, -torch.inf), -1).sum(0)[: prompt - 5]
+    scores = torch.softmax((q[0, 0] @ k[0].T).masked_fill(later(prompt), -torch.inf), -1).sum(0)[: prompt - 5]
     wanted = sorted(scores.topk(15).indices.tolist()) + list(range(prompt - 5, prompt))
     assert kept(state)[0] == wanted
 
@@ -264,15 +222,12 @@ def test_a_dense_seal_keeps_what_full_attention_scored_highest(draw: Draw, promp
 @pytest.mark.parametrize("prefill", ["stream", "dense"])
 def test_a_seal_inside_a_block_ages_scores_by_queries_and_not_by_places(draw: Draw, prefill: str) -> None:
     """decay ** (queries since): 13 queries before the seal, 19 after, in one block of 32."""
-    q, k, v = stream(draw, 1, 1, 32)
-    state = parse(f"h2o(score=decay,decay=0.7,sinks=0,recent=0,prefill={prefill})@40").open(
-        Spec(1, 8, 8, dtype=torch.float64)
-    )
-    state.step(q[:, :, :13], k[:, :13], v[:, :13])
+    q, k, v = stream(draw, 1, 1, 32, 8)
+    state = opened(f"h2o(score=decay,decay=0.7,sinks=0,recent=0,prefill={prefill})@40", 1, 8)
+    state.step(*part((q, k, v), 0, 13))
     state.seal()
-    state.step(q[:, :, 13:], k[:, 13:], v[:, 13:])
-    causal = torch.ones(32, 32, dtype=torch.bool).triu(1)
-    weights = torch.softmax((q[0, 0] @ k[0].T).masked_fill(causal, -torch.inf), -1)
+    state.step(*part((q, k, v), 13))
+    weights = torch.softmax((q[0, 0] @ k[0].T).masked_fill(later(32), -torch.inf), -1)
     wanted = (0.7 ** torch.arange(31, -1, -1, dtype=torch.float64)) @ weights
     score = state.slots.column("score", None, 32)[0]  # type: ignore[attr-defined]
     torch.testing.assert_close(score.double(), wanted, rtol=1e-5, atol=1e-7)
@@ -280,7 +235,7 @@ def test_a_seal_inside_a_block_ages_scores_by_queries_and_not_by_places(draw: Dr
 
 def test_sealing_twice_is_sealing_once(draw: Draw) -> None:
     state = parse("h2o(prefill=dense)@20").open(Spec(1, 4, 4))
-    state.step(*(draw(1, *shape, 4, dtype=torch.float32) for shape in ((1, 50), (50,), (50,))))
+    state.step(*stream(draw, 1, 1, 50, dtype=torch.float32))
     state.seal()
     before = state.to_bytes()
     state.seal()
@@ -296,7 +251,7 @@ def test_pinned_tokens_never_leave(draw: Draw, text: str) -> None:
     state.pin(3, 7)
     state.append(draw(2, 10, 4, dtype=torch.float32), draw(2, 10, 4, dtype=torch.float32))
     state.pin(9, 11)
-    state.step(*(draw(2, *shape, 4, dtype=torch.float32) for shape in ((1, 90), (90,), (90,))))
+    state.step(*stream(draw, 2, 1, 90, dtype=torch.float32))
     for positions in kept(state):
         assert {3, 4, 5, 6, 9, 10} <= set(positions)
     assert all(held <= budget + 3 for held, budget in zip(state.held.tolist(), state.budget.tolist(), strict=True))
@@ -329,7 +284,7 @@ def test_a_span_that_is_none_is_refused(span: tuple[int, int]) -> None:
 
 
 def test_attend_teaches_the_policy_and_read_does_not(draw: Draw) -> None:
-    state = parse("h2o(sinks=0,recent=0,block=8)@8").open(Spec(1, 4, 4, dtype=torch.float64))
+    state = opened("h2o(sinks=0,recent=0,block=8)@8")
     k, v = draw(1, 8, 4), draw(1, 8, 4)
     state.append(k, v)
     q = draw(1, 1, 6, 4, scale=3.0)
@@ -342,8 +297,8 @@ def test_attend_teaches_the_policy_and_read_does_not(draw: Draw) -> None:
 
 
 def test_attend_and_read_give_the_same_answer(draw: Draw) -> None:
-    state = parse("h2o@16").open(Spec(2, 4, 4, dtype=torch.float64))
-    state.step(draw(2, 3, 50, 4), draw(2, 50, 4), draw(2, 50, 4))
+    state = opened("h2o@16", rows=2)
+    state.step(*stream(draw, 2, 3, 50))
     q = draw(2, 3, 5, 4)
     wanted = state.read(q.flatten(1, 2)).mean.view(2, 3, 5, 4)
     assert torch.equal(state.attend(q), wanted)
@@ -361,18 +316,17 @@ def test_an_evicted_value_is_no_longer_in_the_message(text: str, draw: Draw) -> 
 
 
 def test_a_group_that_changes_its_size_is_refused_before_anything_changes(draw: Draw) -> None:
-    state = parse("h2o@16").open(Spec(1, 4, 4, dtype=torch.float64))
-    state.step(draw(1, 2, 5, 4), draw(1, 5, 4), draw(1, 5, 4))
+    state = opened("h2o@16")
+    state.step(*stream(draw, 1, 2, 5))
     before = state.to_bytes()
     with pytest.raises(ValueError, match="group was 2 so far and is 3"):
-        state.step(draw(1, 3, 5, 4), draw(1, 5, 4), draw(1, 5, 4))
+        state.step(*stream(draw, 1, 3, 5))
     assert state.to_bytes() == before
 
 
 def test_a_selector_under_a_policy_reads_only_what_it_chose(draw: Draw) -> None:
     q, k, v = draw(1, 3, 4), draw(1, 10, 4), draw(1, 10, 4)
-    state = parse("window|top_k(k=3)@10").open(Spec(1, 4, 4, dtype=torch.float64))
-    state.append(k, v)
+    state = filled("window|top_k(k=3)@10", k, v)
     logits = q[0] @ k[0].T
     unread = logits < logits.topk(3).values[:, -1:]
     wanted = torch.softmax(logits.masked_fill(unread, -torch.inf), -1) @ v[0]
@@ -414,7 +368,7 @@ def test_no_more_than_budget_and_block_slots_are_ever_allocated(draw: Draw) -> N
     state = parse("h2o(block=8)@12").open(Spec(2, 4, 4))
     opened = state.slots.k.shape[0]
     for t in (1, 7, 100, 3):
-        state.step(*(draw(2, *shape, 4, dtype=torch.float32) for shape in ((1, t), (t,), (t,))))
+        state.step(*stream(draw, 2, 1, t, dtype=torch.float32))
         assert state.slots.k.shape[0] == opened == 2 * 20
 
 
@@ -430,10 +384,10 @@ def test_scores_stay_exact_where_bfloat16_sums_would_stall(draw: Draw) -> None:
 
 
 def test_a_summary_is_given_the_real_queries_and_zeros_for_pads(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = parse("window(block=4)+value_sum@8").open(Spec(2, 4, 4, dtype=torch.float64))
+    state = opened("window(block=4)+value_sum@8", rows=2)
     given: list[Tensor] = []
     monkeypatch.setattr(type(state.summary), "on_queries", lambda self, q: given.append(q.clone()))
-    q, k, v = draw(2, 3, 4, 4), draw(2, 4, 4), draw(2, 4, 4)
+    q, k, v = stream(draw, 2, 3, 4)
     state.step(q, k, v, torch.tensor([[True] * 4, [True, True, False, False]]))
     whole = torch.cat(given, 2)
     assert torch.equal(whole[0], q[0]) and torch.equal(whole[1, :, :2], q[1, :, :2])

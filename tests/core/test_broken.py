@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,8 +20,8 @@ from kvfloor.core.slots import View
 from kvfloor.methods.policies.window import Window
 from kvfloor.methods.registry import TABLE, default_method
 from kvfloor.methods.variants.visual import NextScale
+from tests.support import Draw
 
-Draw = Callable[..., Tensor]
 QUICK = (
     "exact",
     "sinks(2,block=4)@16",

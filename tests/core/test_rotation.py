@@ -5,9 +5,10 @@ from __future__ import annotations
 import cmath
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import count, repeat
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from torch import Tensor
 from kvfloor import Spec, parse
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.rotation import Rotation
-from kvfloor.core.state import State
+from tests import support
+from tests.literal import Rule, Token, kept_by
+from tests.support import Draw, fed, part, positions, stream
 
-Draw = Callable[..., Tensor]
 D, BUDGET, SCALE = 8, 12, 0.5
 HALF = Rotation((1.0, 0.31, 0.052, 0.003))
 PAIRS = Rotation((0.9, 0.2), start=4, interleaved=True)  # two pairs at the end, the rest is not turned
@@ -37,14 +39,6 @@ def turned(x: Tensor, place: int, rotation: Rotation) -> list[float]:
     return out
 
 
-@dataclass
-class Held:
-    position: int
-    k: Tensor
-    v: Tensor
-    score: float = 0.0
-
-
 PROTECTED = {"window": (0, 0), "sinks": (2, 0), "h2o": (2, 3), "tova": (2, 3), "keydiff": (2, 3), "snapkv": (0, 4)}
 TEXTS = {
     "window": "window(block={})@12",
@@ -56,76 +50,70 @@ TEXTS = {
 }
 
 
-def worths(
-    rule: str, held: list[Held], keys: Tensor, queries: list[tuple[int, Tensor]], rotation: Rotation
-) -> list[float]:
-    """What each held token is worth, where keys (held, d) are turned to their ranks: the smallest leaves first."""
-    if rule in ("window", "sinks"):
-        return [float(token.position) for token in held]
-    if rule == "keydiff":
-        unit = keys / keys.norm(dim=1, keepdim=True)
-        return (-(unit @ unit.sum(0)) / unit.sum(0).norm()).tolist()
-    if rule == "snapkv":
-        votes = torch.zeros(len(held), dtype=torch.float64)
-        for position, q in queries[-4:]:
-            place = [token.position for token in held].index(position)
-            asked = torch.tensor([turned(x, place, rotation) for x in q], dtype=torch.float64)
-            votes[: place + 1] += torch.softmax(asked @ keys[: place + 1].T * SCALE, 1).mean(0)
-        return votes.tolist()
-    return [token.score for token in held]
+class Ranked(Rule):
+    """A rule whose held tokens and queries are turned to their ranks among what is held."""
+
+    def __init__(self, rule: str, rotation: Rotation) -> None:
+        super().__init__(SCALE, *PROTECTED[rule])
+        self.rule, self.rotation = rule, rotation
+        self.queries: list[tuple[int, Tensor]] = []
+
+    def turned(self, vectors: list[Tensor], places: Iterable[int]) -> Tensor:
+        made = [turned(x, place, self.rotation) for x, place in zip(vectors, places, strict=False)]
+        return torch.tensor(made, dtype=torch.float64)
+
+    def meeting(self, held: list[Token], q: Tensor) -> tuple[Tensor, Tensor]:
+        return self.turned([token.k for token in held], count()), self.turned(list(q), repeat(len(held) - 1))
+
+    def ask(self, held: list[Token], position: int, q: Tensor) -> None:
+        self.queries.append((position, q))
+        for token, weight in zip(held, self.weights(held, q).mean(0).tolist(), strict=True):
+            token.marks["score"] = (token.marks.get("score", 0.0) if self.rule == "h2o" else 0.0) + weight
+
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        if self.rule in ("window", "sinks"):
+            return [float(token.position) for token in held]
+        if self.rule == "keydiff":
+            keys = self.turned([token.k for token in held], count())
+            unit = keys / keys.norm(dim=1, keepdim=True)
+            return (-(unit @ unit.sum(0)) / unit.sum(0).norm()).tolist()
+        if self.rule == "snapkv":
+            votes = torch.zeros(len(held), dtype=torch.float64)
+            for position, q in self.queries[-4:]:
+                place = [token.position for token in held].index(position)
+                votes[: place + 1] += self.weights(held[: place + 1], q).mean(0)
+            return votes.tolist()
+        return [token.marks["score"] for token in held]
 
 
 def reference(rule: str, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, block: int) -> tuple[Tensor, list[int]]:
     """One row, token by token: q (g, n, d), k (n, d), v (n, dv) -> answers (g, n, dv), positions kept at the end."""
-    held: list[Held] = []
-    queries: list[tuple[int, Tensor]] = []
-    first, last = PROTECTED[rule]
-    answers = torch.zeros(q.shape[0], len(k), v.shape[1], dtype=torch.float64)
-    for i in range(len(k)):
-        held.append(Held(i, k[i], v[i]))
-        queries.append((i, q[:, i]))
-        keys = torch.tensor([turned(token.k, rank, rotation) for rank, token in enumerate(held)], dtype=torch.float64)
-        for j, query in enumerate(q[:, i]):
-            asked = torch.tensor(turned(query, len(held) - 1, rotation), dtype=torch.float64)
-            weights = torch.softmax(keys @ asked * SCALE, 0)
-            answers[j, i] = weights @ torch.stack([token.v for token in held])
-            for token, weight in zip(held, weights.tolist(), strict=True):
-                token.score = (token.score if rule == "h2o" or j else 0.0) + weight / q.shape[0]
-        if (i + 1) % block == 0 and len(held) > BUDGET:
-            worth = worths(rule, held, keys, queries, rotation)
-            free = [at for at, token in enumerate(held) if first <= token.position <= i - last]
-            gone = sorted(free, key=lambda at: (worth[at], at))[: len(held) - BUDGET]
-            held = [token for at, token in enumerate(held) if at not in gone]
-    return answers, [token.position for token in held]
+    answers: list[Tensor] = []
+    kept = kept_by(Ranked(rule, rotation), BUDGET, q, k, v, block, answers=answers)
+    return torch.stack(answers, 1), kept
 
 
-def opened(rule: str, rotation: Rotation | None, block: int, rows: int, **changes: object) -> State:
-    spec = Spec(rows, D, 6, scale=SCALE, dtype=torch.float64, rotation=rotation)
-    return parse(TEXTS[rule].format(block)).open(replace(spec, **changes))  # type: ignore[arg-type]
-
-
-def kept(state: State, row: int) -> list[int]:
-    assert isinstance(state, Blocked)
-    return sorted(state.slots.view().position[row, : int(state.held[row])].tolist())
+def opened(rule: str, rotation: Rotation | None, block: int, rows: int) -> Any:
+    return support.opened(TEXTS[rule].format(block), rows, D, 6, scale=SCALE, rotation=rotation)
 
 
 @pytest.mark.parametrize("rotation", [HALF, PAIRS], ids=["half", "pairs"])
 @pytest.mark.parametrize("block", [1, 4, 5])
 @pytest.mark.parametrize("rule", list(TEXTS))
 def test_answers_equal_the_loops_whatever_the_chunks(draw: Draw, rule: str, block: int, rotation: Rotation) -> None:
-    q, k, v = draw(2, 3, 60, D), draw(2, 60, D), draw(2, 60, 6)
+    q, k, v = stream(draw, 2, 3, 60, D, 6)
     expected = [reference(rule, q[row], k[row], v[row], rotation, block) for row in range(2)]
-    for cuts in ((0, 60), (0, 7, 8, 9, 31, 60), tuple(range(61))):
+    for cuts in ((), (7, 8, 9, 31), range(60)):
         state = opened(rule, rotation, block, 2)
-        out = torch.cat([state.step(q[:, :, a:b], k[:, a:b], v[:, a:b]) for a, b in pairwise(cuts)], 2)
+        out = fed(state, (q, k, v), *cuts)
         for row in range(2):
-            assert kept(state, row) == expected[row][1]
+            assert positions(state)[row] == expected[row][1]
             torch.testing.assert_close(out[row], expected[row][0], rtol=0, atol=1e-12)
 
 
 def test_the_turn_matters(draw: Draw) -> None:
     """Without it, or turned by age, the same stream is answered otherwise: what the test above would see."""
-    q, k, v = draw(2, 3, 60, D), draw(2, 60, D), draw(2, 60, 6)
+    q, k, v = stream(draw, 2, 3, 60, D, 6)
     age = torch.arange(60)
     circle = HALF.circle(age, torch.float64)
     by_rank = opened("sinks", HALF, 4, 2).step(q, k, v)
@@ -138,48 +126,47 @@ def test_the_turn_matters(draw: Draw) -> None:
 
 @pytest.mark.parametrize("rule", list(TEXTS))
 def test_padded_rows_equal_the_row_alone(draw: Draw, rule: str) -> None:
-    q, k, v = draw(3, 2, 70, D), draw(3, 70, D), draw(3, 70, 6)
+    q, k, v = stream(draw, 3, 2, 70, D, 6)
     present = torch.ones(3, 70, dtype=torch.bool)
     present[0, :9] = False
     present[1, 20:33] = False
     state = opened(rule, HALF, 4, 3)
-    out = torch.cat(
-        [state.step(q[:, :, a:b], k[:, a:b], v[:, a:b], present[:, a:b]) for a, b in ((0, 25), (25, 70))], 2
-    )
+    out = fed(state, (q, k, v), 25, present=present)
     for row in range(3):
         real = present[row]
-        alone, positions = reference(rule, q[row][:, real], k[row][real], v[row][real], HALF, 4)
+        alone, kept = reference(rule, q[row][:, real], k[row][real], v[row][real], HALF, 4)
         torch.testing.assert_close(out[row][:, real], alone, rtol=0, atol=1e-12)
-        assert kept(state, row) == positions
+        assert positions(state)[row] == kept
 
 
 @pytest.mark.parametrize("rule", ["sinks", "h2o"])
 def test_ragged_rows_restored_rows_and_copies_go_on_alike(draw: Draw, rule: str) -> None:
-    q, k, v = draw(2, 2, 60, D), draw(2, 60, D), draw(2, 60, 6)
+    q, k, v = stream(draw, 2, 2, 60, D, 6)
     method = parse(TEXTS[rule].format(4).replace("@12", "@12:20"))
     spec = Spec(2, D, 6, scale=SCALE, dtype=torch.float64, rotation=PAIRS)
     state = method.open(spec)
-    state.step(q[:, :, :37], k[:, :37], v[:, :37])
+    state.step(*part((q, k, v), 0, 37))
     others = [state.clone(), method.from_bytes(state.to_bytes())]
     swapped = state.clone()
     swapped.select_rows(torch.tensor([1, 0]))
     expected, _ = reference(rule, q[0], k[0], v[0], PAIRS, 4)
-    out = state.step(q[:, :, 37:], k[:, 37:], v[:, 37:])
+    rest = part((q, k, v), 37)
+    out = state.step(*rest)
     torch.testing.assert_close(out[0], expected[:, 37:], rtol=0, atol=1e-12)
     for other in others:
-        assert torch.equal(other.step(q[:, :, 37:], k[:, 37:], v[:, 37:]), out)
-    flipped = swapped.step(q.flip(0)[:, :, 37:], k.flip(0)[:, 37:], v.flip(0)[:, 37:])
+        assert torch.equal(other.step(*rest), out)
+    flipped = swapped.step(*(x.flip(0) for x in rest))
     torch.testing.assert_close(flipped.flip(0), out, rtol=0, atol=1e-12)
 
 
 def test_a_dense_prompt_is_turned_to_its_ranks_where_it_ends(draw: Draw) -> None:
-    q, k, v = draw(1, 2, 50, D), draw(1, 50, D), draw(1, 50, 6)
+    q, k, v = stream(draw, 1, 2, 50, D, 6)
     state = parse("sinks(2,block=4,prefill=dense)@12").open(
         Spec(1, D, 6, scale=SCALE, dtype=torch.float64, rotation=HALF)
     )
     state.step(q, k, v)
     state.seal()
-    assert kept(state, 0) == [0, 1, *range(40, 50)]
+    assert positions(state)[0] == [0, 1, *range(40, 50)]
     asked, held = draw(1, 1, D), [0, 1, *range(40, 50)]
     keys = torch.tensor([turned(k[0, at], rank, HALF) for rank, at in enumerate(held)], dtype=torch.float64)
     query = torch.tensor(turned(asked[0, 0], 11, HALF), dtype=torch.float64)  # as of the newest token
@@ -248,7 +235,7 @@ def test_methods_whose_keys_cannot_be_turned_are_refused_by_name(text: str) -> N
 @pytest.mark.parametrize("text", ["window+value_sum@8", "window+value_sample@8", "sinks(2)|top_k(k=4)@12"])
 def test_summaries_of_values_and_selectors_without_an_index_are_served(text: str, draw: Draw) -> None:
     state = parse(text).open(Spec(1, D, 6, dtype=torch.float64, rotation=HALF))
-    q, k, v = draw(1, 2, 40, D), draw(1, 40, D), draw(1, 40, 6)
+    q, k, v = stream(draw, 1, 2, 40, D, 6)
     assert bool(torch.isfinite(state.step(q, k, v)).all())
 
 
@@ -271,9 +258,8 @@ def test_a_spec_with_a_rotation_is_plain_and_back() -> None:
 
 
 def test_more_places_than_the_first_table_has_are_turned_in_one_call_as_in_several(draw: Draw) -> None:
-    q, k, v = draw(1, 1, 1030, D), draw(1, 1030, D), draw(1, 1030, D)
+    q, k, v = stream(draw, 1, 1, 1030, D)
     spec = Spec(1, D, D, scale=SCALE, rotation=Rotation((1.0, 0.31, 0.052, 0.0031)), dtype=torch.float64)
     whole = parse("window(block=1030)@2000").open(spec).step(q, k, v)
     cut = parse("window(block=1030)@2000").open(replace(spec, rotation=Rotation((1.0, 0.31, 0.052, 0.0031))))
-    parts = [cut.step(q[:, :, a:b], k[:, a:b], v[:, a:b]) for a, b in ((0, 7), (7, 1000), (1000, 1030))]
-    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(fed(cut, (q, k, v), 7, 1000), whole, rtol=1e-11, atol=1e-12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvfloor import CorruptState, Method, Partial, Spec, State, Traits, parse
+from tests.support import Draw, filled, opened, stream
 
-Draw = Callable[..., Tensor]
 MIXED = "window+value_sum|zeta(k=3,window=2)@12"  # a policy, a summary and a selector at once
 
 
@@ -49,7 +48,7 @@ class NewestState(State):
 
 
 def test_the_default_step_goes_token_by_token(draw: Draw) -> None:
-    q, k, v = draw(2, 3, 5, 4), draw(2, 5, 4), draw(2, 5, 2)
+    q, k, v = stream(draw, 2, 3, 5, 4, 2)
     out = Newest().open(Spec(2, 4, 2, dtype=torch.float64)).step(q, k, v)
     assert torch.equal(out, v.unsqueeze(1).expand(-1, 3, -1, -1))
 
@@ -58,7 +57,7 @@ def test_the_default_step_goes_token_by_token(draw: Draw) -> None:
 def test_pads_full_of_nan_change_nothing_and_are_answered_with_zero(draw: Draw, method: Method) -> None:
     rows, t = 3, 20
     present = torch.arange(t) >= torch.tensor([0, 13, 20]).unsqueeze(1)  # left-padded; the last row is all pads
-    q, k, v = draw(rows, 2, t, 4), draw(rows, t, 4), draw(rows, t, 4)
+    q, k, v = stream(draw, rows, 2, t)
     pad = ~present.unsqueeze(-1)
     spec = Spec(rows, 4, 4, dtype=torch.float64)
     clean, dirty = method.open(spec), method.open(spec)
@@ -71,7 +70,7 @@ def test_pads_full_of_nan_change_nothing_and_are_answered_with_zero(draw: Draw, 
 
 
 def test_no_tokens_change_nothing(draw: Draw) -> None:
-    state = parse(MIXED).open(Spec(2, 4, 3, dtype=torch.float64))
+    state = opened(MIXED, 2, 4, 3)
     before = state.to_bytes()
     state.append(torch.zeros(2, 0, 4, dtype=torch.float64), torch.zeros(2, 0, 3, dtype=torch.float64))
     out = state.step(*(torch.zeros(2, *shape, dtype=torch.float64) for shape in ((1, 0, 4), (0, 4), (0, 3))))
@@ -84,7 +83,7 @@ def test_no_tokens_change_nothing(draw: Draw) -> None:
 
 @pytest.mark.parametrize("cut", [1, 45])
 def test_a_restored_state_goes_on_to_the_bit(draw: Draw, cut: int) -> None:
-    q, k, v = (draw(2, *shape, 4, dtype=torch.bfloat16) for shape in ((2, 60), (60,), (60,)))
+    q, k, v = stream(draw, 2, 2, 60, dtype=torch.bfloat16)
     state = parse(MIXED).open(Spec(2, 4, 4, dtype=torch.bfloat16))
     state.step(q[:, :, :cut], k[:, :cut], v[:, :cut])
     again = state.method.from_bytes(state.to_bytes())
@@ -100,7 +99,7 @@ def test_a_message_of_another_method_is_refused_by_both_names() -> None:
 
 
 def test_selected_rows_go_on_as_they_would_have(draw: Draw) -> None:
-    q, k, v = draw(3, 1, 40, 4), draw(3, 40, 4), draw(3, 40, 4)
+    q, k, v = stream(draw, 3, 1, 40)
     spec = Spec(3, 4, 4, dtype=torch.float64)
     whole, part = parse(MIXED).open(spec), parse(MIXED).open(spec)
     index = torch.tensor([2, 0, 2])
@@ -125,7 +124,7 @@ def test_rows_that_do_not_exist_cannot_be_selected(index: list) -> None:
     "text", ["exact", "exact|top_k(k=100)", "window@100", "h2o@100", "random@100", "subgen(block=100)"]
 )
 def test_a_method_that_lost_nothing_is_exact(draw: Draw, text: str) -> None:
-    q, k, v = draw(2, 3, 64, 4), draw(2, 64, 4), draw(2, 64, 5)
+    q, k, v = stream(draw, 2, 3, 64, 4, 5)
     spec = Spec(2, 4, 5, scale=0.3, softcap=7.0, dtype=torch.float64)
     logits = 7.0 * torch.tanh(torch.einsum("rgmd,rsd->rgms", q, k) * 0.3 / 7.0)
     logits = logits.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -torch.inf)
@@ -136,7 +135,7 @@ def test_a_method_that_lost_nothing_is_exact(draw: Draw, text: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 300])
 def test_exact_answers_do_not_depend_on_the_cuts(draw: Draw, chunk: int) -> None:
     n = 700
-    q, k, v = draw(1, 2, n, 4), draw(1, n, 4), draw(1, n, 4)
+    q, k, v = stream(draw, 1, 2, n)
     spec = Spec(1, 4, 4, dtype=torch.float64)
     cut, whole = parse("exact").open(spec), parse("exact").open(spec)
     outs = [cut.step(q[:, :, i : i + chunk], k[:, i : i + chunk], v[:, i : i + chunk]) for i in range(0, n, chunk)]
@@ -146,8 +145,7 @@ def test_exact_answers_do_not_depend_on_the_cuts(draw: Draw, chunk: int) -> None
 def test_top_k_reads_ties_at_the_last_place_all() -> None:
     k = torch.tensor([[[2.0], [1.0], [1.0], [0.0]]])
     v = torch.tensor([[[1.0], [2.0], [4.0], [100.0]]])
-    state = parse("exact|top_k(k=2)").open(Spec(1, 1, 1))
-    state.append(k, v)
+    state = filled("exact|top_k(k=2)", k, v)
     e = torch.exp(torch.tensor([2.0, 1.0, 1.0]))
     wanted = (e * torch.tensor([1.0, 2.0, 4.0])).sum() / e.sum()
     assert state.read(torch.ones(1, 1, 1)).mean.item() == pytest.approx(float(wanted))
@@ -182,8 +180,7 @@ def test_a_spec_travels_as_json() -> None:
 def test_finite_numbers_whose_sum_is_not_are_taken_and_infinite_ones_are_not(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     v = torch.full((1, 9, 4), largest, dtype=dtype)
-    state = parse("exact").open(Spec(1, 4, 4, dtype=dtype))
-    state.append(torch.zeros(1, 9, 4, dtype=dtype), v)
+    state = filled("exact", torch.zeros(1, 9, 4, dtype=dtype), v)
     assert state.held.tolist() == [9]
     for bad in (torch.inf, -torch.inf, torch.nan):
         broken = v.clone()
@@ -197,6 +194,6 @@ def test_finite_numbers_whose_sum_is_not_are_taken_and_infinite_ones_are_not(dty
     "present", [[[True] * 3] * 2, torch.ones(2, 3), torch.ones(2, 2, dtype=torch.bool), torch.ones(3, dtype=torch.bool)]
 )
 def test_what_marks_no_tokens_is_refused(draw: Draw, present: object) -> None:
-    state = parse(MIXED).open(Spec(2, 4, 4, dtype=torch.float64))
+    state = opened(MIXED, rows=2)
     with pytest.raises(ValueError, match="present must be a bool tensor"):
         state.append(draw(2, 3, 4), draw(2, 3, 4), present)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvfloor import Spec, parse
+from tests.support import opened
 
 METHODS = ["exact", "window(block=4)@8", "h2o(recent=2,block=4)@8", "sinks(2,block=4)+value_sum@8", "quant(bits=8)"]
 
@@ -45,7 +46,7 @@ def test_absent_tokens_are_answered_with_the_empty_partial(text: str) -> None:
     present = torch.arange(13) >= torch.tensor([0, 5, 13]).unsqueeze(1)
     spec = Spec(3, 4, 4, dtype=torch.float64)
     part = parse(text).open(spec).step_partial(q, k, v, present)
-    alone = parse(text).open(Spec(1, 4, 4, dtype=torch.float64, row_ids=[1]))
+    alone = opened(text, row_ids=[1])
     only = alone.step_partial(q[1:2, :, 5:], k[1:2, 5:], v[1:2, 5:])
     torch.testing.assert_close(part.log_mass[1:2, :, 5:], only.log_mass, rtol=1e-12, atol=1e-12)
     for gone in (part.log_mass[1, :, :5], part.log_mass[2]):

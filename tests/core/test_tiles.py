@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +13,7 @@ from kvfloor import Spec, parse
 from kvfloor.core import bounded
 from kvfloor.core.attend import weigh
 from kvfloor.core.tiles import weights_by_tile
-from tests.literal import positions
-
-Draw = Callable[..., Tensor]
+from tests.support import Draw, positions, stream
 
 
 @pytest.mark.parametrize("tile", [1, 3, 16, 100])
@@ -62,7 +59,7 @@ def test_a_dense_prefills_column_sums_equal_their_definition(
 ) -> None:
     monkeypatch.setattr(bounded, "TILE_SLOTS", tile)
     n, g = 230, 3
-    q, k, v = draw(2, g, n, 4), draw(2, n, 4), draw(2, n, 4)
+    q, k, v = stream(draw, 2, g, n)
     state = dense(f"h2o(prefill=dense,score={score},group={group},decay=0.95)@64", q, k, v, n)
     weights = torch.softmax(
         (q @ k.unsqueeze(1).transpose(-1, -2)).masked_fill(torch.ones(n, n).bool().triu(1), -torch.inf), -1
@@ -92,7 +89,7 @@ def test_a_dense_prefill_makes_no_square_of_weights(
     query is shown); the largest tensor made is the arena of 1,536 slots, or a tile."""
     monkeypatch.setattr(bounded, "TILE_SLOTS", 64)
     monkeypatch.setattr("kvfloor.methods.policies.observation._TILE_SLOTS", 64)
-    q, k, v = (draw(1, *shape, 4, dtype=torch.float32) for shape in ((2, 700), (700,), (700,)))
+    q, k, v = stream(draw, 1, 2, 700, dtype=torch.float32)
     with Largest() as largest:
         dense(text, q, k, v, 700).seal()
     assert largest.elements <= 8192

@@ -18,16 +18,9 @@ from kvfloor.methods.sketches import self_balancing
 from kvfloor.methods.sketches.balance import BalanceState
 from kvfloor.methods.sketches.self_balancing import gram, halve, safe_threshold, sub_gaussian, walk
 from kvfloor.statistics import clopper_pearson_limit
+from tests.support import Draw, filled, opened
 
-Draw = Callable[..., Tensor]
 ALONE = "sinks=0,recent=0"
-
-
-def opened(text: str, rows: int = 1, d: int = 4, dv: int = 4, **given: Any) -> BalanceState:
-    spec: dict[str, Any] = {"dtype": torch.float64, **given}
-    state = parse(text).open(Spec(rows, d, dv, **spec))
-    assert isinstance(state, BalanceState)
-    return state
 
 
 def levels(state: BalanceState, row: int) -> dict[int, int]:
@@ -129,8 +122,7 @@ def test_the_sum_of_signed_vectors_is_as_sub_gaussian_as_stated(draw: Draw) -> N
 def test_everything_is_exact_while_the_budget_lasts(draw: Draw, text: str) -> None:
     n = 56 if "@" in text else 127
     k, v, q = draw(2, n, 4), draw(2, n, 4), draw(2, 3, 4)
-    state = opened(text, rows=2)
-    state.append(k, v)
+    state = filled(text, k, v)
     part, logits = state.read(q), q @ k.transpose(1, 2)
     torch.testing.assert_close(part.mean, torch.softmax(logits, -1) @ v)
     torch.testing.assert_close(part.log_mass, torch.logsumexp(logits, -1))
@@ -165,37 +157,10 @@ def test_levels_of_the_tree_are_those_of_merge_and_reduce(draw: Draw) -> None:
         assert limit is not None and len(held) <= limit
 
 
-@pytest.mark.parametrize("text", ["balance@64", "balance(batch=16)", "balance(keep=smaller,c=1.0)@40"])
-def test_the_message_does_not_depend_on_the_cuts(draw: Draw, text: str) -> None:
-    k, v = draw(2, 300, 4), draw(2, 300, 4)
-    whole, cut = opened(text, rows=2), opened(text, rows=2)
-    whole.append(k, v)
-    for start, stop in ((0, 1), (1, 30), (30, 31), (31, 255), (255, 300)):
-        cut.append(k[:, start:stop], v[:, start:stop])
-    assert [levels(whole, row) for row in range(2)] == [levels(cut, row) for row in range(2)]
-    if "@" in text:  # elsewhere the arena grew in other steps
-        assert whole.to_bytes() == cut.to_bytes()
-
-
-def test_rows_of_different_length_equal_each_row_alone_selected_and_restored(draw: Draw) -> None:
-    k, v = draw(3, 200, 4), draw(3, 200, 4)
-    length = [200, 17, 140]
-    state = opened("balance@40", rows=3)
-    state.append(k, v, torch.arange(200) < torch.tensor(length).unsqueeze(1))
-    again = state.method.from_bytes(state.to_bytes())
-    assert isinstance(again, BalanceState) and again.to_bytes() == state.to_bytes()
-    again.select_rows(torch.tensor([2, 0, 1]))
-    for row, n in enumerate(length):
-        alone = opened("balance@40", row_ids=[row])
-        alone.append(k[row : row + 1, :n], v[row : row + 1, :n])
-        assert levels(state, row) == levels(alone, 0) == levels(again, (row + 1) % 3)
-
-
 def test_the_signs_of_a_stream_are_those_of_the_literal_walk_with_its_draws(draw: Draw) -> None:
     """One level of one row from the state itself: draws keyed by (seed, row id, position, level)."""
     k, v = draw(1, 16, 3), draw(1, 16, 2)
-    state = opened(f"balance(batch=16,centre=False,constant=1.0,sharpness=1.0,{ALONE})", d=3, dv=2, seed=5, row_ids=[9])
-    state.append(k, v)
+    state = filled(f"balance(batch=16,centre=False,constant=1.0,sharpness=1.0,{ALONE})", k, v, seed=5, row_ids=[9])
     draws = uniform(row_keys(5, torch.tensor([9]), "balance"), torch.arange(0, 16, 2) * 64)
     signs = literal_walk(k[0], v[0], draws.tolist(), 1.0, 0.125, pairs=True)
     assert levels(state, 0) == {2 * i + (sign < 0): 1 for i, sign in enumerate(signs)}
@@ -208,8 +173,7 @@ def z_scores(text: str, draw: Draw, seeds: int = 400) -> Tensor:
     """(numerator estimates - numerator) in standard errors, over row ids: (m, dv), for one stream and 4 queries."""
     n, d = 96, 3
     k, v, q = draw(n, d) * 0.7, draw(n, 2), draw(4, d) * 0.7
-    state = opened(text, rows=seeds, d=d, dv=2)
-    state.append(k.expand(seeds, -1, -1), v.expand(seeds, -1, -1))
+    state = filled(text, k.expand(seeds, -1, -1), v.expand(seeds, -1, -1))
     part = state.read(q.expand(seeds, -1, -1))
     estimate = part.mean * part.log_mass.exp().unsqueeze(-1)
     error = estimate - torch.exp(q @ k.T) @ v
@@ -231,8 +195,9 @@ def test_the_numerator_is_unbiased_over_ten_thousand_seeds(draw: Draw, text: str
 def test_the_paper_s_smaller_class_loses_mass(draw: Draw) -> None:
     """What the test above would say of it: the smaller class has less than half of the weight on average."""
     v = torch.ones(1, 16, 2, dtype=torch.float64)
-    state = opened(f"balance(batch=16,keep=smaller,c=9.0,{ALONE})", rows=400, d=3, dv=2)
-    state.append(draw(1, 16, 3).expand(400, -1, -1), v.expand(400, -1, -1))
+    state = filled(
+        f"balance(batch=16,keep=smaller,c=9.0,{ALONE})", draw(1, 16, 3).expand(400, -1, -1), v.expand(400, -1, -1)
+    )
     mass = state.read(torch.zeros(400, 1, 3, dtype=torch.float64)).log_mass.exp()
     assert float(mass.max()) <= 16.0 + 1e-9 and float(mass.mean()) < 15.5
 
@@ -258,8 +223,7 @@ def test_errors_are_below_those_of_uniform_samples_of_equal_size(draw: Draw, tex
 
 
 def test_huge_keys_and_values_stay_finite(draw: Draw) -> None:
-    state = opened("balance@32", dtype=torch.float32)
-    state.append((1e18 * draw(1, 200, 4)).float(), (1e36 * draw(1, 200, 4)).float())
+    state = filled("balance@32", (1e18 * draw(1, 200, 4)).float(), (1e36 * draw(1, 200, 4)).float())
     assert bool(torch.isfinite(state.read(1e-18 * torch.ones(1, 2, 4)).mean).all())
 
 
@@ -276,8 +240,7 @@ def misses(draw: Draw, seeds: int) -> tuple[int, float]:
     """Of so many seeds on one stream: how many err by more than they state; and the largest error as a share of it."""
     n = 400
     q, k, v = short_stream(draw, n)
-    state = opened(f"balance(batch=128,{STATED})", rows=seeds)
-    state.append(k.expand(seeds, -1, -1), v.expand(seeds, -1, -1))
+    state = filled(f"balance(batch=128,{STATED})", k.expand(seeds, -1, -1), v.expand(seeds, -1, -1))
     assert int(state.held.max()) < n
     stated = state.guarantee()
     assert stated is not None and stated.holds, stated
@@ -401,18 +364,6 @@ def _halved_too_late(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BalanceState, "_due", late)
 
 
-def _keyed_by_place(patch: pytest.MonkeyPatch) -> None:
-    def by_place(seed: int, ids: Tensor, purpose: str) -> Tensor:
-        return row_keys(seed, torch.arange(len(ids)), purpose)
-
-    patch.setattr(balance_module, "row_keys", by_place)
-
-
-def _keyed_by_arrival(patch: pytest.MonkeyPatch) -> None:
-    arrivals = iter(range(10**6))
-    patch.setattr(balance_module, "uniform", lambda lane, counter: uniform(lane, counter + next(arrivals)))
-
-
 def _nothing_measured(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BalanceState, "_measure", lambda *given: None)
 
@@ -423,8 +374,6 @@ MUTANTS: tuple[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Draw], None
     (_blind_to_keys, test_the_signs_of_a_stream_are_those_of_the_literal_walk_with_its_draws),
     (_survivors_weigh_one, lambda draw: test_a_budget_holds_after_every_token_and_weights_add_up_to_n(draw, 64)),
     (_halved_too_late, lambda draw: test_a_budget_holds_after_every_token_and_weights_add_up_to_n(draw, 64)),
-    (_keyed_by_place, test_rows_of_different_length_equal_each_row_alone_selected_and_restored),
-    (_keyed_by_arrival, lambda draw: test_the_message_does_not_depend_on_the_cuts(draw, "balance@64")),
     (_always_the_first, lambda draw: test_the_numerator_is_unbiased(draw, f"balance(c=1.0,{ALONE})@24")),
     (_coin, lambda draw: test_errors_are_below_those_of_uniform_samples_of_equal_size(draw, f"balance({ALONE})@64")),
     (_clamping_unseen, test_clamped_steps_are_counted),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.methods.selectors.pages import PagesState
-
-Draw = Callable[..., Tensor]
+from tests.support import Draw
 
 
 def opened(text: str, k: Tensor) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +15,9 @@ from kvfloor import Spec, parse
 from kvfloor.core.policy import Held
 from kvfloor.methods.policies.expected import Expected, QueryMoments
 from kvfloor.methods.variants.visual import NextScale
-from tests.literal import Rule, Token, kept_by, positions, run
+from tests.literal import Rule, Token, keeps_alike, run
+from tests.support import Draw, opened, positions, stream, wrong
 
-Draw = Callable[..., Tensor]
 PLAIN = Expected(sinks=0, recent=0)
 
 
@@ -43,11 +43,8 @@ class Expect(Rule):
 
 
 def agrees(policy: Expected, draw: Draw, budget: Any = 12, block: int = 1) -> bool:
-    q, k, v = draw(2, 3, 50, 5, scale=2.0) + torch.linspace(-1, 1, 5), draw(2, 50, 5), draw(2, 50, 4)
-    found = positions(run(policy, budget, q, k, v, block=block))
-    budgets = budget if isinstance(budget, tuple) else (budget, budget)
-    wanted = [kept_by(Expect(policy, b), b, q[row], k[row], v[row], block) for row, b in enumerate(budgets)]
-    return found == wanted
+    tokens = draw(2, 3, 50, 5, scale=2.0) + torch.linspace(-1, 1, 5), draw(2, 50, 5), draw(2, 50, 4)
+    return keeps_alike(policy, lambda row, b: Expect(policy, b), tokens, budget, block)
 
 
 @pytest.mark.parametrize("heads", ["pool", "each"])
@@ -57,47 +54,35 @@ def test_what_is_kept_equals_the_papers_rule(draw: Draw, heads: Any, block: int)
     assert agrees(Expected(heads=heads, sinks=2, epsilon=0.3), draw, (9, 21), block)
 
 
-@dataclass(frozen=True)
-class NoCovariance(Expected):
-    """Every query is taken to be the mean one."""
+def spread(factor: float) -> type[Expected]:
+    def priority(self: Expected, held: Held) -> Tensor:
+        other = held.memory.copied()
+        other.spread = factor * other.spread
+        return Expected.priority(self, replace(held, memory=other))
 
-    def priority(self, held: Held) -> Tensor:
-        flat = held.memory.copied()
-        flat.spread = torch.zeros_like(flat.spread)
-        return super().priority(replace(held, memory=flat))
-
-
-@dataclass(frozen=True)
-class WholeCovariance(Expected):
-    """The half in the exponent is forgotten."""
-
-    def priority(self, held: Held) -> Tensor:
-        twice = held.memory.copied()
-        twice.spread = 2.0 * twice.spread
-        return super().priority(replace(held, memory=twice))
+    return wrong(Expected, priority=priority)
 
 
-@dataclass(frozen=True)
-class NoValues(Expected):
-    """Values do not count."""
-
-    def priority(self, held: Held) -> Tensor:
-        ones = torch.ones_like(held.v)
-        return super().priority(replace(held, fetch=lambda name: ones if name == "v" else held.k))
+def looking_at(look: Callable[[Held], Held]) -> type[Expected]:
+    return wrong(Expected, priority=lambda self, held: Expected.priority(self, look(held)))
 
 
-@dataclass(frozen=True)
-class DeadTokensCount(Expected):
-    """Slots that hold no token take their share of the expected weight."""
+WRONG = {
+    "every query is taken to be the mean one": spread(0.0),
+    "the half in the exponent is forgotten": spread(2.0),
+    "values do not count": looking_at(
+        lambda held: replace(held, fetch=lambda name: torch.ones_like(held.v) if name == "v" else held.k)
+    ),
+    "slots that hold no token take their share": looking_at(
+        lambda held: replace(held, count=torch.full_like(held.count, held.position.shape[1]))
+    ),
+}
 
-    def priority(self, held: Held) -> Tensor:
-        return super().priority(replace(held, count=torch.full_like(held.count, held.position.shape[1])))
 
-
-@pytest.mark.parametrize("mutant", [NoCovariance, WholeCovariance, NoValues, DeadTokensCount])
+@pytest.mark.parametrize("mutant", WRONG)
 @pytest.mark.parametrize("heads", ["pool", "each"])
-def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[Expected], heads: Any) -> None:
-    assert not agrees(mutant(sinks=0, recent=0, heads=heads, epsilon=0.05), draw, (9, 21), block=7)
+def test_a_wrong_line_is_rejected(draw: Draw, mutant: str, heads: Any) -> None:
+    assert not agrees(WRONG[mutant](sinks=0, recent=0, heads=heads, epsilon=0.05), draw, (9, 21), block=7)
 
 
 def test_the_closed_form_is_the_mean_over_drawn_queries(draw: Draw) -> None:
@@ -150,7 +135,7 @@ def test_a_mutant_that_sums_squares_in_float32_is_rejected() -> None:
 
 
 def test_what_attend_asks_is_heard_and_what_read_asks_is_not(draw: Draw) -> None:
-    state = run(PLAIN, 16, draw(1, 2, 16, 4), draw(1, 16, 4), draw(1, 16, 4), block=8)
+    state = run(PLAIN, 16, *stream(draw, 1, 2, 16), block=8)
     before = state.to_bytes()
     q = draw(1, 2, 5, 4)
     state.read(q.flatten(1, 2))
@@ -162,10 +147,10 @@ def test_what_attend_asks_is_heard_and_what_read_asks_is_not(draw: Draw) -> None
 
 
 def test_the_queries_of_a_scale_are_heard(draw: Draw) -> None:
-    state = parse("expected(sinks=0)@16").open(Spec(1, 4, 4, dtype=torch.float64))
+    state = opened("expected(sinks=0)@16")
     driver = NextScale(state)
     for t in (1, 4, 9):
-        driver.step(draw(1, 2, t, 4), draw(1, t, 4), draw(1, t, 4))
+        driver.step(*stream(draw, 1, 2, t))
     assert state.memory.count.tolist() == [2 * 14]
 
 
@@ -180,11 +165,10 @@ def test_memory_is_counted_and_constant(draw: Draw) -> None:
     sizes = {}
     for text in ("expected@32", "expected(heads=each)@32", "h2o@32"):
         state = parse(text).open(spec)
-        tokens = [draw(2, *shape, 16, dtype=torch.float32) for shape in ((4, 1), (1,), (1,))]
-        state.step(*tokens)
+        state.step(*stream(draw, 2, 4, 1, 16, dtype=torch.float32))
         sizes[text] = state.nbytes
         for _ in range(3):
-            state.step(*(draw(2, *shape, 16, dtype=torch.float32) for shape in ((4, 50), (50,), (50,))))
+            state.step(*stream(draw, 2, 4, 50, 16, dtype=torch.float32))
         assert state.nbytes == sizes[text]
     # One mean and one covariance per row or per head, a count per row and one flag; no score per slot.
     moments = {heads: 2 * (many * (16 + 256) * 4 + 8) + 8 for heads, many in (("pool", 1), ("each", 4))}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -11,12 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfloor import Spec, parse
 from kvfloor.core.policy import Held
 from kvfloor.methods.policies.farthest_key import FarthestKey, picked
-from tests.literal import Rule, Token, kept_by, positions, run
-
-Draw = Callable[..., Tensor]
+from tests.literal import Rule, Token, keeps_alike
+from tests.support import Draw, filled, positions, stream, wrong
 
 
 class Gonzalez(Rule):
@@ -33,44 +29,32 @@ class Gonzalez(Rule):
 
 
 def agrees(policy: FarthestKey, draw: Draw, budget: Any, block: int, prefill: str) -> bool:
-    rows = 2
-    q, k, v = draw(rows, 2, 61, 8), draw(rows, 61, 8) + 0.5, draw(rows, 61, 8)
-    found = positions(run(policy, budget, q, k, v, block=block, prefill=prefill))
-    budgets = budget if isinstance(budget, tuple) else (budget,) * rows
-    wanted = [
-        kept_by(Gonzalez(0.5, policy.sinks, policy.protected_last(b)), b, q[row], k[row], v[row], block)
-        for row, b in enumerate(budgets)
-    ]
-    return found == wanted
+    q, k, v = stream(draw, 2, 2, 61, 8)
+
+    def rule(row: int, b: int) -> Rule:
+        return Gonzalez(0.5, policy.sinks, policy.protected_last(b))
+
+    return keeps_alike(policy, rule, (q, k + 0.5, v), budget, block, prefill=prefill)
 
 
 @pytest.mark.parametrize("options", [{"sinks": 0, "recent": 0}, {}, {"sinks": 2, "recent": 5}], ids=str)
-@pytest.mark.parametrize("block", [1, 6])
-@pytest.mark.parametrize("budget", [12, (9, 17)])
+@pytest.mark.parametrize(("block", "budget"), [(1, 12), (6, (9, 17))])
 def test_what_is_kept_equals_farthest_first(draw: Draw, options: dict[str, int], block: int, budget: Any) -> None:
     assert agrees(FarthestKey(**options), draw, budget, block, "stream")
 
 
-@dataclass(frozen=True)
-class Nearest(FarthestKey):
-    """The picks leave and the others stay."""
-
-    def priority(self, held: Held) -> Tensor:
-        return -super().priority(held)
-
-
-@dataclass(frozen=True)
-class Unaware(FarthestKey):
+def unaware(self: FarthestKey, held: Held) -> Tensor:
     """Tokens that stay anyway are no centres."""
-
-    def priority(self, held: Held) -> Tensor:
-        nothing = torch.zeros_like(held.live)
-        return -picked(held.k, held.live, nothing, held.position, int(held.budget.max()))
+    return -picked(held.k, held.live, torch.zeros_like(held.live), held.position, int(held.budget.max()))
 
 
-@pytest.mark.parametrize("wrong", [Nearest(), Unaware(sinks=3, recent=4)])
-def test_wrong_rules_keep_other_tokens(draw: Draw, wrong: FarthestKey) -> None:
-    assert not agrees(wrong, draw, 12, 6, "stream")
+@pytest.mark.parametrize(
+    ("priority", "given"),
+    [(lambda self, held: -FarthestKey.priority(self, held), {}), (unaware, {"sinks": 3, "recent": 4})],
+    ids=["the picks leave", "what stays is no centre"],
+)
+def test_wrong_rules_keep_other_tokens(draw: Draw, priority: Any, given: dict[str, int]) -> None:
+    assert not agrees(wrong(FarthestKey, priority=priority)(**given), draw, 12, 6, "stream")
 
 
 def radius(k: Tensor, centres: list[int]) -> float:
@@ -99,8 +83,7 @@ def test_one_token_of_every_cluster_stays(draw: Draw) -> None:
     centre = 50.0 * draw(24, 6)
     k = (centre.repeat(20, 1) + 0.1 * draw(480, 6))[torch.randperm(480, generator=torch.Generator().manual_seed(1))]
     for text, clusters in (("k_center(sinks=0,recent=0,block=1)@24", 24), ("window(block=1)@24", 16)):
-        state = parse(text).open(Spec(1, 6, 6, dtype=k.dtype))
-        state.append(k[None], k[None])
+        state = filled(text, k[None])
         state.seal()
         held = k[torch.tensor(positions(state)[0])]
         represented = len(torch.cdist(held, centre).argmin(1).unique())
@@ -110,8 +93,7 @@ def test_one_token_of_every_cluster_stays(draw: Draw) -> None:
 def test_the_answer_is_kept_where_it_is_to_be(draw: Draw) -> None:
     k = draw(1, 90, 4)
     for decode, held in (("keep", 16 + 40), ("evict", 16)):
-        state = parse(f"k_center(decode={decode},block=4)@16").open(Spec(1, 4, 4, dtype=k.dtype))
-        state.append(k[:, :50], k[:, :50])
+        state = filled(f"k_center(decode={decode},block=4)@16", k[:, :50])
         state.seal()
         state.append(k[:, 50:], k[:, 50:])
         assert int(state.held[0]) <= held + 3 and (decode == "evict" or positions(state)[0][16:] == list(range(50, 90)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,8 +14,7 @@ from torch import Tensor
 from kvfloor import Exact, Method, Spec, parse
 from kvfloor.core.slots import Slots
 from kvfloor.methods.selectors.hierarchical import Hierarchical, HierarchicalState
-
-Draw = Callable[..., Tensor]
+from tests.support import Draw, opened, stream
 
 
 def blocks_kept(q: Tensor, keys: Tensor, method: Hierarchical) -> tuple[list[int], int]:
@@ -85,7 +83,7 @@ CONFIGURATIONS = [
 @pytest.mark.parametrize("method", CONFIGURATIONS, ids=["pairs", "single keys", "fours"])
 def test_answers_equal_the_halving_written_out(draw: Draw, method: Hierarchical, chunk: int) -> None:
     n, seal = 66, 43
-    q, k, v = draw(2, 2, n, 6), draw(2, n, 6), draw(2, n, 6)
+    q, k, v = stream(draw, 2, 2, n, 6)
     out = answers(Exact(method), q, k, v, seal, chunk)
     for row in range(2):
         wanted = written_out(q[row], k[row], v[row], method, seal)
@@ -121,7 +119,7 @@ class Wrong(Hierarchical):
 def test_the_comparison_notices_a_wrong_line(draw: Draw, state: type[HierarchicalState]) -> None:
     """The first block speaks for a half; a choice outlives the seal; every query chooses for itself."""
     n, seal = 66, 42
-    q, k, v = draw(1, 2, n, 6), draw(1, n, 6), draw(1, n, 6)
+    q, k, v = stream(draw, 1, 2, n, 6)
     right = {"k": 8, "key_block": 2, "sinks": 2, "window": 3, "query_block": 5, "refresh": 5}
     out = answers(Exact(Wrong(**right, state=state)), q, k, v, seal, 66)  # type: ignore[arg-type]
     wanted = written_out(q[0], k[0], v[0], Hierarchical(**right), seal)
@@ -130,9 +128,7 @@ def test_the_comparison_notices_a_wrong_line(draw: Draw, state: type[Hierarchica
 
 def test_a_choice_under_eviction_goes_by_age_and_not_by_slot(draw: Draw) -> None:
     method = Hierarchical(k=6, key_block=2, sinks=1, window=2)
-    state: Any = parse("random(block=4)|hip(k=6,key_block=2,sinks=1,window=2)@30").open(
-        Spec(2, 5, 5, dtype=torch.float64)
-    )
+    state: Any = opened("random(block=4)|hip(k=6,key_block=2,sinks=1,window=2)@30", 2, 5)
     for t in (50, 1, 2, 37):
         state.append(draw(2, t, 5), draw(2, t, 5))
         q, view = draw(2, 3, 5), state.slots.view()
@@ -148,10 +144,10 @@ def test_a_choice_under_eviction_goes_by_age_and_not_by_slot(draw: Draw) -> None
 
 @pytest.mark.parametrize("refresh", [1, 5])
 def test_reading_neither_uses_nor_moves_the_open_choice(draw: Draw, refresh: int) -> None:
-    state: Any = parse(f"exact|hip(k=4,sinks=1,window=2,refresh={refresh})").open(Spec(1, 4, 4, dtype=torch.float64))
-    state.step(draw(1, 1, 60, 4), draw(1, 60, 4), draw(1, 60, 4))
+    state: Any = opened(f"exact|hip(k=4,sinks=1,window=2,refresh={refresh})")
+    state.step(*stream(draw, 1, 1, 60))
     state.seal()
-    state.step(draw(1, 1, 2, 4), draw(1, 2, 4), draw(1, 2, 4))
+    state.step(*stream(draw, 1, 1, 2))
     before, q = state.to_bytes(), draw(1, 1, 4)
     first = state.read(q).mean
     state.attend(draw(1, 2, 3, 4))
@@ -159,26 +155,16 @@ def test_reading_neither_uses_nor_moves_the_open_choice(draw: Draw, refresh: int
     assert torch.equal(state.read(q).mean, first)
 
 
-def test_a_group_is_its_queries_one_by_one(draw: Draw) -> None:
-    q, k, v = draw(2, 3, 70, 4), draw(2, 70, 4), draw(2, 70, 4)
-    method = parse("exact|hip(k=8,sinks=1,window=4,query_block=6)")
-    spec = Spec(2, 4, 4, dtype=torch.float64)
-    together = method.open(spec).step(q, k, v)
-    for head in range(3):
-        alone = method.open(spec).step(q[:, head : head + 1], k, v)
-        torch.testing.assert_close(together[:, head : head + 1], alone, rtol=1e-11, atol=1e-12)
-
-
 def test_another_group_chooses_anew(draw: Draw) -> None:
-    state = parse("exact|hip(k=4,sinks=1,window=2)").open(Spec(1, 4, 4, dtype=torch.float64))
-    state.step(draw(1, 2, 40, 4), draw(1, 40, 4), draw(1, 40, 4))
-    out = state.step(draw(1, 3, 1, 4), draw(1, 1, 4), draw(1, 1, 4))
+    state = opened("exact|hip(k=4,sinks=1,window=2)")
+    state.step(*stream(draw, 1, 2, 40))
+    out = state.step(*stream(draw, 1, 3, 1))
     assert out.shape == (1, 3, 1, 4) and bool(torch.isfinite(out).all())
 
 
 @pytest.mark.parametrize("n", [4 + 32 + 64, 4 + 32 + 65])
 def test_nothing_is_lost_while_the_blocks_are_few_enough(draw: Draw, n: int) -> None:
-    q, k, v = draw(1, 2, n, 4), draw(1, n, 4), draw(1, n, 4)
+    q, k, v = stream(draw, 1, 2, n)
     spec = Spec(1, 4, 4, dtype=torch.float64)
     out = parse("exact|hip(k=64)").open(spec).step(q, k, v)
     torch.testing.assert_close(out, parse("exact").open(spec).step(q, k, v), rtol=1e-11, atol=1e-12)
@@ -211,7 +197,7 @@ def test_an_isolated_needle_is_lost_and_a_smooth_landscape_is_not(draw: Draw) ->
 
 
 def test_a_decoded_token_that_follows_reads_only_what_was_chosen(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
-    state: Any = parse("exact|hip(k=16,refresh=4)").open(Spec(1, 4, 4, dtype=torch.float64))
+    state: Any = opened("exact|hip(k=16,refresh=4)")
     state.append(draw(1, 400, 4), draw(1, 400, 4))
     state.seal()
     descents, true_descend = [], HierarchicalState._descend
@@ -222,5 +208,5 @@ def test_a_decoded_token_that_follows_reads_only_what_was_chosen(draw: Draw, mon
 
     monkeypatch.setattr(HierarchicalState, "_descend", counted)
     for _ in range(8):
-        state.step(draw(1, 2, 1, 4), draw(1, 1, 4), draw(1, 1, 4))
+        state.step(*stream(draw, 1, 2, 1))
     assert len(descents) == 2

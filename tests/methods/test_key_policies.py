@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from torch import Tensor
 from kvfloor.core.policy import Guarded, Held
 from kvfloor.methods.policies.key_difference import KeyDifference
 from kvfloor.methods.policies.key_norm import KeyNorm
-from tests.literal import Rule, Token, kept_by, positions, run
-
-Draw = Callable[..., Tensor]
+from tests.literal import Rule, Token, keeps_alike, run
+from tests.support import Draw, positions, stream, wrong
 
 
 class Shortest(Rule):
@@ -33,72 +31,44 @@ RULES = {KeyNorm: Shortest, KeyDifference: MostDifferent}
 
 
 def agrees(policy: Guarded, rule: type[Rule], draw: Draw, budget: Any = 12, block: int = 1) -> bool:
-    rows = 2
-    q, k, v = draw(rows, 2, 61, 8), draw(rows, 61, 8) + 0.5, draw(rows, 61, 8)
-    found = positions(run(policy, budget, q, k, v, block=block))
-    budgets = budget if isinstance(budget, tuple) else (budget,) * rows
-    wanted = [
-        kept_by(rule(0.5, policy.sinks, policy.protected_last(b)), b, q[row], k[row], v[row], block)
-        for row, b in enumerate(budgets)
-    ]
-    return found == wanted
+    q, k, v = stream(draw, 2, 2, 61, 8)
+    return keeps_alike(
+        policy, lambda row, b: rule(0.5, policy.sinks, policy.protected_last(b)), (q, k + 0.5, v), budget, block
+    )
 
 
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("options", [{"sinks": 0, "recent": 0}, {}, {"sinks": 2, "recent": 5}], ids=str)
-@pytest.mark.parametrize("block", [1, 6])
-@pytest.mark.parametrize("budget", [12, (9, 17)])
+@pytest.mark.parametrize(("block", "budget"), [(1, 12), (6, (9, 17))])
 def test_what_is_kept_equals_the_papers_rule(
     draw: Draw, kind: type[Guarded], options: dict[str, int], block: int, budget: Any
 ) -> None:
     assert agrees(kind(**options), RULES[kind], draw, budget, block)
 
 
-@dataclass(frozen=True)
-class Longest(KeyNorm):
-    """Long keys stay."""
-
-    def priority(self, held: Held) -> Tensor:
-        return -super().priority(held)
+def plain_mean(self: KeyDifference, held: Held) -> Tensor:
+    mean = held.k.masked_fill(~held.live.unsqueeze(-1), 0.0).sum(1, keepdim=True)
+    return -torch.cosine_similarity(held.k, mean, dim=-1)
 
 
-@dataclass(frozen=True)
-class ValueNorm(KeyNorm):
-    """Values are measured, not keys."""
-
-    def priority(self, held: Held) -> Tensor:
-        return super().priority(replace(held, fetch=lambda name: held.v))
+def dead_keys_count(self: KeyDifference, held: Held) -> Tensor:
+    whole = torch.full_like(held.count, held.position.shape[1])
+    return KeyDifference.priority(self, replace(held, count=whole))
 
 
-@dataclass(frozen=True)
-class MostAlike(KeyDifference):
-    """The keys most like the mean stay."""
-
-    def priority(self, held: Held) -> Tensor:
-        return -super().priority(held)
-
-
-@dataclass(frozen=True)
-class PlainMean(KeyDifference):
-    """The mean of the keys as they are, in which long ones count for more."""
-
-    def priority(self, held: Held) -> Tensor:
-        mean = held.k.masked_fill(~held.live.unsqueeze(-1), 0.0).sum(1, keepdim=True)
-        return -torch.cosine_similarity(held.k, mean, dim=-1)
+WRONG = {
+    "long keys stay": (KeyNorm, lambda self, held: -KeyNorm.priority(self, held)),
+    "values are measured": (KeyNorm, lambda self, held: KeyNorm.priority(self, replace(held, fetch=lambda _: held.v))),
+    "the keys most like the mean stay": (KeyDifference, lambda self, held: -KeyDifference.priority(self, held)),
+    "long keys count for more in the mean": (KeyDifference, plain_mean),
+    "slots that hold no token any more are part of the mean": (KeyDifference, dead_keys_count),
+}
 
 
-@dataclass(frozen=True)
-class DeadKeysCount(KeyDifference):
-    """Slots that hold no token any more are part of the mean."""
-
-    def priority(self, held: Held) -> Tensor:
-        return super().priority(replace(held, count=torch.full_like(held.count, held.position.shape[1])))
-
-
-@pytest.mark.parametrize("mutant", [Longest, ValueNorm, MostAlike, PlainMean, DeadKeysCount])
-def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[Guarded]) -> None:
-    rule = Shortest if issubclass(mutant, KeyNorm) else MostDifferent
-    assert not agrees(mutant(sinks=0, recent=0), rule, draw, (9, 17), block=6)
+@pytest.mark.parametrize("mutant", WRONG)
+def test_a_wrong_line_is_rejected(draw: Draw, mutant: str) -> None:
+    kind, priority = WRONG[mutant]
+    assert not agrees(wrong(kind, priority=priority)(sinks=0, recent=0), RULES[kind], draw, (9, 17), block=6)
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -122,12 +92,6 @@ def test_a_key_of_length_zero_is_unlike_every_other(draw: Draw) -> None:
     k = draw(1, 16, 4).abs()
     k[0, 3] = 0.0
     assert 3 in positions(run(KeyDifference(sinks=0, recent=0), 4, None, k, k, block=16))[0]
-
-
-def test_key_norms_keep_the_same_tokens_for_any_block(draw: Draw) -> None:
-    k, v = draw(2, 64, 8), draw(2, 64, 8)
-    kept = [positions(run(KeyNorm(sinks=0, recent=0), 12, None, k, v, block=block)) for block in (1, 4, 32)]
-    assert kept[0] == kept[1] == kept[2]
 
 
 @pytest.mark.parametrize("options", [{"sinks": -1}, {"recent": 2.5}, {"sinks": True}], ids=str)

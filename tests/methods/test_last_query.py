@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +13,9 @@ from torch import Tensor
 from kvfloor import Bounded, Spec, parse
 from kvfloor.core.policy import Held, Queries
 from kvfloor.methods.policies.last_query import LastQuery
-from tests.literal import Rule, Token, kept_by, positions, run
+from tests.literal import Rule, Token, keeps_alike, kept_by, run
+from tests.support import Draw, filled, positions, stream, wrong
 
-Draw = Callable[..., Tensor]
 PLAIN = LastQuery(sinks=0, recent=0)
 
 
@@ -28,15 +28,9 @@ class Tova(Rule):
         return [token.marks.get("weight", 2.0) for token in held]  # not judged yet: above every weight
 
 
-def stream(draw: Draw, g: int = 3, n: int = 70, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    return draw(rows, g, n, 8), draw(rows, n, 8), draw(rows, n, 8)
-
-
 def agrees(policy: LastQuery, draw: Draw, g: int = 3, block: int = 1) -> bool:
-    q, k, v = stream(draw, g)
-    found = positions(run(policy, 12, q, k, v, block=block))
     rule = Tova(0.5, policy.sinks, policy.protected_last(12))
-    return found == [kept_by(rule, 12, q[row], k[row], v[row], block) for row in range(2)]
+    return keeps_alike(policy, lambda row, b: rule, stream(draw, 2, g, 70, 8), 12, block)
 
 
 @pytest.mark.parametrize("policy", [PLAIN, LastQuery(), LastQuery(sinks=1, recent=5)], ids=repr)
@@ -46,63 +40,41 @@ def test_what_is_kept_equals_the_papers_rule(draw: Draw, policy: LastQuery, g: i
     assert agrees(policy, draw, g, block)
 
 
-@dataclass(frozen=True)
-class FirstQuery(LastQuery):
-    """The block's first query decides."""
+def looking_at(look: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], weights_of: str = "all") -> type[LastQuery]:
+    """TOVA that takes look(weights, positions) of a block's queries for what they are."""
 
-    weights_of = "all"
+    def on_weights(self: LastQuery, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
+        weights, position = look(weights, queries.position)
+        return LastQuery.on_weights(self, held, weights, replace(queries, position=position))
 
-    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
-        queries = replace(queries, position=queries.position[:, :1])
-        return super().on_weights(held, weights[:, :, :1], queries)
-
-
-@dataclass(frozen=True)
-class LastPlace(LastQuery):
-    """The block's last place decides, whether or not a query was asked there."""
-
-    weights_of = "all"
-
-    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
-        return super().on_weights(held, weights[:, :, -1:], replace(queries, position=queries.position[:, -1:]))
+    return wrong(LastQuery, weights_of=weights_of, on_weights=on_weights)
 
 
-@dataclass(frozen=True)
-class Largest(LastQuery):
-    """The largest weight of the group decides, not the mean."""
-
-    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
-        return super().on_weights(held, weights.amax(1, keepdim=True), queries)
-
-
-@dataclass(frozen=True)
-class Summed(LastQuery):
-    """What all the block's queries gave decides."""
-
-    weights_of = "all"
-
-    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
-        queries = replace(queries, position=queries.position[:, -1:])
-        return super().on_weights(held, weights, queries)
+LAST_PLACE = looking_at(lambda weights, position: (weights[:, :, -1:], position[:, -1:]))
+WRONG = {
+    "the block's first query decides": looking_at(lambda weights, position: (weights[:, :, :1], position[:, :1])),
+    "the largest weight of the group decides": looking_at(
+        lambda weights, position: (weights.amax(1, keepdim=True), position), weights_of=LastQuery.weights_of
+    ),
+    "what all the block's queries gave decides": looking_at(lambda weights, position: (weights, position[:, -1:])),
+    "the token with the most attention leaves": wrong(
+        LastQuery, priority=lambda self, held: -held.columns["log_weight"]
+    ),
+}
 
 
-@dataclass(frozen=True)
-class Backwards(LastQuery):
-    """The token with the most attention leaves."""
-
-    def priority(self, held: Held) -> Tensor:
-        return -held.columns["log_weight"]
+@pytest.mark.parametrize("mutant", WRONG)
+def test_a_wrong_line_is_rejected(draw: Draw, mutant: str) -> None:
+    assert not agrees(WRONG[mutant](sinks=0, recent=0), draw, block=5)
 
 
-@pytest.mark.parametrize("mutant", [FirstQuery, Largest, Summed, Backwards])
-def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[LastQuery]) -> None:
-    assert not agrees(mutant(sinks=0, recent=0), draw, block=5)
-
-
-@pytest.mark.parametrize(("policy", "right"), [(PLAIN, True), (LastPlace(sinks=0, recent=0), False)])
+@pytest.mark.parametrize(("policy", "right"), [(PLAIN, True), (LAST_PLACE(sinks=0, recent=0), False)])
 def test_tokens_after_the_last_query_are_not_judged_and_stay(draw: Draw, policy: LastQuery, right: bool) -> None:
-    """Half of each block is only appended: its tokens outlive all those that were judged."""
-    q, k, v = stream(draw, n=24, rows=1)
+    """Half of each block is only appended: its tokens outlive all those that were judged.
+
+    The wrong line takes the block's last place to decide, whether or not a query was asked there.
+    """
+    q, k, v = stream(draw, 1, 3, 24, 8)
     state: Any = Bounded(policy, budget=12, block=8).open(Spec(1, 8, 8, scale=0.5, dtype=torch.float64))
     for a in range(0, 24, 8):
         state.step(q[:, :, a : a + 4], k[:, a : a + 4], v[:, a : a + 4])
@@ -113,15 +85,14 @@ def test_tokens_after_the_last_query_are_not_judged_and_stay(draw: Draw, policy:
 
 
 def test_without_a_query_it_is_a_window(draw: Draw) -> None:
-    _, k, v = stream(draw, n=40)
+    _, k, v = stream(draw, 2, 3, 40, 8)
     assert positions(run(PLAIN, 12, None, k, v, block=8)) == [list(range(28, 40))] * 2
 
 
 def test_a_query_after_the_prompt_judges_every_token(draw: Draw) -> None:
     """`attend` counts: the last of its queries decides what leaves when the block ends."""
-    q, k, v = stream(draw, n=15, rows=1)
-    state = parse("tova(sinks=0,recent=0,block=16)@12").open(Spec(1, 8, 8, scale=0.5, dtype=torch.float64))
-    state.append(k, v)
+    q, k, v = stream(draw, 1, 3, 15, 8)
+    state = filled("tova(sinks=0,recent=0,block=16)@12", k, v, scale=0.5)
     state.attend(q[:, :, :3])
     state.append(k[:, :1], v[:, :1])
     weights = torch.softmax(q[0, :, 2] @ k[0].T * 0.5, 1).mean(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,9 @@ from torch import Tensor
 from kvfloor import CorruptState, Spec, parse
 from kvfloor.methods.summaries import low_rank
 from kvfloor.methods.summaries.low_rank import Kernels
+from tests import support
+from tests.support import Draw
 
-Draw = Callable[..., Tensor]
 D, DV, RANK = 4, 3, 5
 
 
@@ -70,8 +71,7 @@ def oracle(kernels: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, held: Te
     return (weight.unsqueeze(1) * v).sum(0) / weight.sum()
 
 
-def opened(text: str, places: list[tuple[int, int]] | None = None, rows: int = 2, **spec):
-    return parse(text).open(Spec(rows, D, DV, **({"dtype": torch.float64, "scale": 0.5, "places": places} | spec)))
+opened = partial(support.opened, rows=2, d=D, dv=DV, scale=0.5)
 
 
 def of_place(path: str, layer: int, head: int) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def of_place(path: str, layer: int, head: int) -> dict[str, Tensor]:
 
 def assert_follows(path: str, head: str, places: list[tuple[int, int]], draw: Draw) -> None:
     k, v, q = draw(2, 40, D), draw(2, 40, DV), draw(2, 3, D)
-    state = opened(f"{head}+less(rank={RANK},kernels={path!r})@12", places)
+    state = opened(f"{head}+less(rank={RANK},kernels={path!r})@12", places=places)
     state.append(k, v)
     answers = state.read(q).mean
     for row, place in enumerate(places):
@@ -120,7 +120,7 @@ def test_a_wrong_kernel_is_told(draw: Draw, monkeypatch: pytest.MonkeyPatch, per
 
 def test_rows_take_their_places_along(draw: Draw, per_head: str) -> None:
     places = [(1, 0), (1, 1)]
-    state = opened(f"window(block=4)+less(rank={RANK},kernels={per_head!r})@8", places)
+    state = opened(f"window(block=4)+less(rank={RANK},kernels={per_head!r})@8", places=places)
     k, v, q = draw(2, 30, D), draw(2, 30, DV), draw(2, 2, D)
     state.append(k, v)
     before = state.read(q)
@@ -134,7 +134,9 @@ def test_rows_take_their_places_along(draw: Draw, per_head: str) -> None:
 
 def test_kernels_are_shared_and_the_state_is_small(per_head: str) -> None:
     """R (dv + 1) numbers per row and a tag, whatever the kernels' size; the kernels are public."""
-    with_state = opened(f"window+less(rank={RANK},kernels={per_head!r})@8", [(0, 0), (1, 1)], dtype=torch.float32)
+    with_state = opened(
+        f"window+less(rank={RANK},kernels={per_head!r})@8", places=[(0, 0), (1, 1)], dtype=torch.float32
+    )
     plain = opened("window@8", dtype=torch.float32)
     assert with_state.nbytes - plain.nbytes == 2 * RANK * (DV + 1) * 4 + 8
     assert with_state.shared["less/query_in"].shape == (2, D, 6)  # of the two places that the rows have
@@ -156,21 +158,6 @@ def test_the_mass_is_never_negative_whatever_the_query(draw: Draw, single: str) 
     part = state.summary.read(20 * draw(2, 500, D, dtype=torch.float32))
     assert bool((part.log_mass > -torch.inf).any()) and not bool(part.log_mass.isnan().any())
     assert bool(torch.isfinite(part.mean).all())
-
-
-def test_nothing_evicted_weighs_nothing(draw: Draw, single: str) -> None:
-    part = opened(f"window+less(rank={RANK},kernels={single!r})@8").summary.read(draw(2, 3, D))
-    assert bool((part.log_mass == -torch.inf).all()) and bool((part.mean == 0).all())
-
-
-def test_a_copy_keeps_what_was_absorbed_when_the_original_goes_on(draw: Draw, single: str) -> None:
-    """What is absorbed cannot be taken back: a beam or a rollback needs the copy from before."""
-    k, v, q = draw(2, 60, D), draw(2, 60, DV), draw(2, 2, D)
-    state = opened(f"window(block=4)+less(rank={RANK},kernels={single!r})@8")
-    state.append(k[:, :30], v[:, :30])
-    before, snapshot = state.read(q).mean, state.clone()
-    state.append(k[:, 30:], v[:, 30:])
-    assert torch.equal(snapshot.read(q).mean, before) and not torch.equal(state.read(q).mean, before)
 
 
 # ---- the file -----------------------------------------------------------------------------------------------------
@@ -199,7 +186,7 @@ def test_kernels_for_another_model_are_refused(per_head: str, single: str) -> No
     with pytest.raises(ValueError, match=r"3 layers of 2 kv heads, and the rows' Spec\.places do not say"):
         opened(text)
     with pytest.raises(ValueError, match="none for layer 3, kv head 0"):
-        opened(text, [(0, 0), (3, 0)])
+        opened(text, places=[(0, 0), (3, 0)])
     with pytest.raises(ValueError, match="for heads of width 4, not 7"):
         parse(f"window+less(rank={RANK},kernels={single!r})@8").open(Spec(1, 7, DV))
     with pytest.raises(ValueError, match="have rank 5: write rank=5"):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvfloor import Spec, parse
+from kvfloor import parse
 from kvfloor.core.policy import Held, Queries
 from kvfloor.methods.policies.milestones import Milestones
-from tests.literal import Rule, Token, kept_by, positions, run
-
-Draw = Callable[..., Tensor]
+from tests.literal import Rule, Token, keeps_alike, kept_by, run
+from tests.support import Draw, Stream, opened, positions, stream, wrong
 
 
 class Raas(Rule):
@@ -66,31 +64,26 @@ class Raas(Rule):
         return token.position < self.sinks or self.page(token.position) == self.page(seen - 1)
 
 
-def stream(draw: Draw, n: int = 90, g: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def tokens(draw: Draw, n: int = 90, g: int = 2) -> Stream:
     return draw(2, g, n, 6, scale=2.0), draw(2, n, 6), draw(2, n, 6)
 
 
 def agrees(
     policy: Milestones, draw: Draw, budget: Any = 14, block: int = 1, prompt: int | None = 21, g: int = 2
 ) -> bool:
-    q, k, v = stream(draw, g=g)
-    prompt = prompt if policy.prompt == "keep" else None
-    found = positions(run(policy, budget, q, k, v, block=block, prompt=prompt))
-    budgets = budget if isinstance(budget, tuple) else (budget, budget)
-    spares = "prompt" if policy.prompt == "keep" else "nothing"
-    wanted = [
-        kept_by(Raas(policy), b, q[row], k[row], v[row], block, prompt, spares=spares) for row, b in enumerate(budgets)
-    ]
-    return found == wanted
+    keeps = policy.prompt == "keep"
+    prompt, spares = (prompt, "prompt") if keeps else (None, "nothing")
+    return keeps_alike(policy, lambda row, b: Raas(policy), tokens(draw, g=g), budget, block, prompt, spares)
 
 
 SMALL = Milestones(page=4, alpha=0.1, sinks=2)
 
 
-@pytest.mark.parametrize("block", [1, 3, 9])
 @pytest.mark.parametrize("prompt", ["keep", "evict"])
 @pytest.mark.parametrize(
-    "needed", [{"alpha": 0.1}, {"alpha": 0.4}, {"alpha": 0.003}, {"top": 0.5}, {"top": 0.2}], ids=str
+    ("needed", "block"),
+    [({"alpha": 0.1}, 1), ({"alpha": 0.4}, 3), ({"alpha": 0.003}, 9), ({"top": 0.5}, 9), ({"top": 0.2}, 1)],
+    ids=str,
 )
 def test_what_is_kept_equals_the_papers_rule(draw: Draw, block: int, prompt: Any, needed: dict[str, float]) -> None:
     assert agrees(replace(SMALL, prompt=prompt, **needed), draw, block=block)
@@ -108,11 +101,9 @@ def test_pages_of_any_length(draw: Draw, page: int) -> None:
 
 
 def test_a_soft_cap_bounds_the_estimate_too(draw: Draw) -> None:
-    q, k, v = stream(draw)
+    q, k, v = tokens(draw)
     policy = replace(SMALL, prompt="evict")
-    state = parse("raas(page=4,alpha=0.1,sinks=2,prompt=evict,block=3)@14").open(
-        Spec(2, 6, 6, scale=0.5, softcap=1.5, dtype=torch.float64)
-    )
+    state = opened("raas(page=4,alpha=0.1,sinks=2,prompt=evict,block=3)@14", 2, 6, scale=0.5, softcap=1.5)
     state.step(q, k, v)
     wanted = [kept_by(Raas(policy, softcap=1.5), 14, q[row], k[row], v[row], 3) for row in range(2)]
     assert positions(state) == wanted
@@ -121,84 +112,59 @@ def test_a_soft_cap_bounds_the_estimate_too(draw: Draw) -> None:
 # ---- wrong lines -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MeanOfGroup(Milestones):
-    """The group's mean estimate counts, not its largest."""
-
-    def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
-        heads = [
-            super(MeanOfGroup, self)._estimate(held, replace(queries, q=queries.q[:, h : h + 1]), pages, slots)
-            for h in range(queries.q.shape[1])
-        ]
-        return torch.stack(heads).mean(0)
+def mean_of_group(self: Milestones, held: Held, queries: Queries, *pages: Tensor) -> Tensor:
+    heads = [replace(queries, q=queries.q[:, h : h + 1]) for h in range(queries.q.shape[1])]
+    return torch.stack([Milestones._estimate(self, held, head, *pages) for head in heads]).mean(0)
 
 
-@dataclass(frozen=True)
-class HighOnly(Milestones):
-    """The bound forgets that a negative query entry is largest at the least key entry."""
-
-    def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
-        return super()._estimate(held, replace(queries, q=queries.q.clamp_min(0)), pages, slots)
+def high_only(self: Milestones, held: Held, queries: Queries, *pages: Tensor) -> Tensor:
+    return Milestones._estimate(self, held, replace(queries, q=queries.q.clamp_min(0)), *pages)
 
 
-@dataclass(frozen=True)
-class WholePage(Milestones):
-    """A query's own page is bounded by keys that came after the query."""
-
-    def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
-        last = queries.position + self.page - 1 - (queries.position - self._start(held)) % self.page
-        return super()._filling(held, replace(queries, position=last))
+def whole_page(self: Milestones, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
+    last = queries.position + self.page - 1 - (queries.position - self._start(held)) % self.page
+    return Milestones._filling(self, held, replace(queries, position=last))
 
 
-@dataclass(frozen=True)
-class AgeOnly(Milestones):
-    """Nothing is ever needed: first in, first out."""
-
-    def _needed(self, estimate: Tensor, pages: Tensor, own: Tensor) -> Tensor:
-        return torch.zeros_like(estimate, dtype=torch.bool)
+def newest_ties_leave(self: Milestones, held: Held) -> Tensor:
+    index, _, _ = self._held_pages(held)
+    return Milestones.priority(self, held) - 2 * index
 
 
-@dataclass(frozen=True)
-class PagesFromZero(Milestones):
-    """Pages are counted from the stream's start, so that one of them is half prompt, half answer."""
-
-    def _start(self, held: Held) -> Tensor:
-        return torch.zeros_like(held.seen)
+def filling_page_leaves(self: Milestones, held: Held) -> Tensor:
+    index, pages, _ = self._held_pages(held)
+    stamp = held.columns["stamp"].to(torch.int64)
+    return torch.zeros_like(pages).scatter_reduce(1, index, stamp, "amax").gather(1, index) * 1000.0 + index
 
 
-@dataclass(frozen=True)
-class NewestTiesLeave(Milestones):
-    """Among pages needed last at the same time the newer one leaves."""
-
-    def priority(self, held: Held) -> Tensor:
-        index, _, _ = self._held_pages(held)
-        return super().priority(held) - 2 * index
-
-
-@dataclass(frozen=True)
-class FillingPageLeaves(Milestones):
-    """The page that is being filled is a page like any other, and not needed by being new."""
-
-    def protected(self, held: Held, last: Tensor) -> Tensor:
-        return held.position < self.sinks
-
-    def priority(self, held: Held) -> Tensor:
-        index, pages, _ = self._held_pages(held)
-        stamp = held.columns["stamp"].to(torch.int64)
-        return torch.zeros_like(pages).scatter_reduce(1, index, stamp, "amax").gather(1, index) * 1000.0 + index
+WRONG = {
+    "the group's mean estimate counts, not its largest": {"_estimate": mean_of_group},
+    "a negative query entry is bounded by the largest key entry": {"_estimate": high_only},
+    "nothing is ever needed: first in, first out": {
+        "_needed": lambda self, estimate, pages, own: torch.zeros_like(estimate, dtype=torch.bool)
+    },
+    "pages are counted from the stream's start, one of them half prompt": {
+        "_start": lambda self, held: torch.zeros_like(held.seen)
+    },
+    "among pages needed last at the same time the newer one leaves": {"priority": newest_ties_leave},
+    "the page that is being filled is one like any other": {
+        "priority": filling_page_leaves,
+        "protected": lambda self, held, last: held.position < self.sinks,
+    },
+}
 
 
-MUTANTS = [MeanOfGroup, HighOnly, AgeOnly, PagesFromZero, NewestTiesLeave, FillingPageLeaves]
+@pytest.mark.parametrize("mutant", WRONG)
+def test_a_wrong_line_is_rejected(draw: Draw, mutant: str) -> None:
+    assert not agrees(wrong(Milestones, **WRONG[mutant])(page=4, alpha=0.1, sinks=2), draw, block=9)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[Milestones]) -> None:
-    assert not agrees(mutant(page=4, alpha=0.1, sinks=2), draw, block=9)
-
-
-@pytest.mark.parametrize(("policy", "survivor"), [(Milestones, 8), (WholePage, 16)])
+@pytest.mark.parametrize(("policy", "survivor"), [(Milestones, 8), (wrong(Milestones, _filling=whole_page), 16)])
 def test_keys_after_a_query_do_not_count_in_its_own_page(policy: type[Milestones], survivor: int) -> None:
-    """Query 20 needs the page of token 9; token 21, in the query's page, would outweigh it."""
+    """Query 20 needs the page of token 9; token 21, in the query's page, would outweigh it.
+
+    The wrong line bounds a query's own page by keys that came after the query.
+    """
     k = torch.zeros(1, 32, 4, dtype=torch.float64)
     k[0, 9, 0], k[0, 21, 0] = 8.0, 20.0
     q = torch.zeros(1, 1, 32, 4, dtype=torch.float64)
@@ -211,14 +177,14 @@ def test_keys_after_a_query_do_not_count_in_its_own_page(policy: type[Milestones
 
 
 def test_the_prompt_never_leaves_and_the_answer_has_its_budget(draw: Draw) -> None:
-    method = parse("raas(page=4,block=4)@24")
-    state = method.open(Spec(2, 4, 4, dtype=torch.float64))
-    state.step(draw(2, 1, 70, 4), draw(2, 70, 4), draw(2, 70, 4))
+    state = opened("raas(page=4,block=4)@24", rows=2)
+    method = state.method
+    state.step(*stream(draw, 2, 1, 70))
     assert state.held.tolist() == [70, 70] and method.capacity(70) == 70
     state.seal()
     room = state.slots.k.shape[0]
     for i in range(60):
-        state.step(draw(2, 1, 1, 4), draw(2, 1, 4), draw(2, 1, 4))
+        state.step(*stream(draw, 2, 1, 1))
         seen = 71 + i
         assert max(state.held.tolist()) <= method.capacity(seen, prompt=70) <= 70 + 24 + 3
         for kept in positions(state):
@@ -229,10 +195,10 @@ def test_the_prompt_never_leaves_and_the_answer_has_its_budget(draw: Draw) -> No
 
 
 def test_prompts_of_different_length_each_keep_their_own(draw: Draw) -> None:
-    q, k, v = draw(2, 1, 80, 4), draw(2, 80, 4), draw(2, 80, 4)
+    q, k, v = stream(draw, 2, 1, 80)
     present = torch.ones(2, 80, dtype=torch.bool)
     present[0, :25] = False
-    state = parse("raas(page=4,sinks=0,block=4)@8").open(Spec(2, 4, 4, dtype=torch.float64))
+    state = opened("raas(page=4,sinks=0,block=4)@8", rows=2)
     state.step(q[:, :, :40], k[:, :40], v[:, :40], present[:, :40])
     state.seal()
     state.step(q[:, :, 40:], k[:, 40:], v[:, 40:])
@@ -256,13 +222,13 @@ def test_a_needed_page_outlives_newer_ones(draw: Draw) -> None:
 @pytest.mark.parametrize("alpha", [1e-12, 1.0])
 def test_a_useless_alpha_makes_it_first_in_first_out(draw: Draw, alpha: float) -> None:
     """Too small: all pages are needed all the time, and age decides. Too large: none ever is."""
-    q, k, v = stream(draw, n=60)
+    q, k, v = tokens(draw, n=60)
     kept = positions(run(Milestones(page=4, alpha=alpha, sinks=0, prompt="evict"), 16, q, k, v, block=4))
     assert kept == [list(range(44, 60))] * 2
 
 
 def test_without_a_query_the_oldest_page_leaves(draw: Draw) -> None:
-    _, k, v = stream(draw, n=60)
+    _, k, v = tokens(draw, n=60)
     kept = positions(run(Milestones(page=4, sinks=4, prompt="evict"), 16, None, k, v, block=4))
     assert kept == [[0, 1, 2, 3, *range(48, 60)]] * 2
 

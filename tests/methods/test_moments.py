@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.methods.summaries.moments import MomentsState
+from tests import support
+from tests.support import Draw, filled
 
-Draw = Callable[..., Tensor]
 KINDS = ("full", "diagonal", "none")
 
 
-def opened(text: str, rows: int = 1, d: int = 4, dv: int = 3, **spec):
-    return parse(text).open(Spec(rows, d, dv, **({"dtype": torch.float64, "scale": 0.6} | spec)))
+opened = partial(support.opened, d=4, dv=3, scale=0.6)
 
 
 def covariance(state) -> Tensor:
@@ -53,16 +53,14 @@ def assert_moments(state, k: Tensor, v: Tensor, tolerance: float = 1e-12) -> Non
 @pytest.mark.parametrize("block", [1, 8])
 def test_moments_join_to_those_of_all_that_left(draw: Draw, block: int) -> None:
     k, v = draw(1, 50, 4) + 2.0, draw(1, 50, 3)
-    state = opened(f"window(block={block})+moments@10")
-    state.append(k, v)
+    state = filled(f"window(block={block})+moments@10", k, v, scale=0.6)
     gone = 50 - int(state.held[0])
     assert_moments(state, k[0, :gone], v[0, :gone])
 
 
 def test_moments_of_whatever_a_policy_evicts(draw: Draw) -> None:
     k, v = draw(1, 64, 4), draw(1, 64, 3)
-    state = opened("random(block=8)+moments@16")
-    state.append(k, v)
+    state = filled("random(block=8)+moments@16", k, v, scale=0.6)
     gone = torch.ones(64, dtype=torch.bool)
     gone[state.slots.view().position[0]] = False
     assert_moments(state, k[0, gone], v[0, gone])
@@ -73,8 +71,7 @@ def test_averages_do_not_stall_over_a_long_stream() -> None:
     n, source = 1 << 17, torch.Generator().manual_seed(0)
     k = torch.randn(1, n, 2, generator=source) + 5.0
     v = torch.randn(1, n, 1, generator=source)
-    state = opened("window(block=512)+moments@64", d=2, dv=1, dtype=torch.float32)
-    state.append(k, v)
+    state = filled("window(block=512)+moments@64", k, v, scale=0.6)
     gone = n - int(state.held[0])
     assert_moments(state, k[0, :gone].double(), v[0, :gone].double(), 2e-6)
 
@@ -91,8 +88,7 @@ def test_a_wrong_join_is_told(draw: Draw, monkeypatch: pytest.MonkeyPatch, wrong
 
     monkeypatch.setattr(MomentsState, "_blend", blend)
     k, v = draw(1, 50, 4), draw(1, 50, 3)
-    state = opened("window(block=8)+moments@10")
-    state.append(k, v)
+    state = filled("window(block=8)+moments@10", k, v, scale=0.6)
     with pytest.raises(AssertionError):
         assert_moments(state, k[0, : 50 - int(state.held[0])], v[0, : 50 - int(state.held[0])])
 
@@ -198,24 +194,6 @@ def test_bytes_are_those_of_the_documented_numbers(kind: str) -> None:
     spec = Spec(1, d, dv, dtype=torch.float32)
     summary = parse(f"window+moments(covariance={kind})@8").open(spec).summary  # type: ignore[attr-defined]
     assert summary.nbytes == 4 * numbers + 4  # the count is an int64
-
-
-def test_nothing_evicted_weighs_nothing(draw: Draw) -> None:
-    for kind in KINDS:
-        part = opened(f"window+moments(covariance={kind})@8", 2).summary.read(draw(2, 3, 4))
-        assert bool((part.log_mass == -torch.inf).all()) and bool((part.mean == 0).all())
-
-
-def test_a_copy_keeps_what_was_absorbed_when_the_original_goes_on(draw: Draw) -> None:
-    k, v, q = draw(2, 60, 4), draw(2, 60, 3), draw(2, 2, 4)
-    state = opened("window(block=4)+moments@8", 2)
-    state.append(k[:, :30], v[:, :30])
-    before, snapshot = state.read(q), state.clone()
-    beam = state.clone()
-    beam.select_rows(torch.tensor([1, 1, 0]))
-    state.append(k[:, 30:], v[:, 30:])
-    assert torch.equal(snapshot.read(q).mean, before.mean)
-    assert torch.equal(beam.read(q[[1, 1, 0]]).log_mass, before.log_mass[[1, 1, 0]])
 
 
 def test_a_wrong_setting_is_named() -> None:

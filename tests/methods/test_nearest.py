@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from kvfloor.methods.sketches import nearest as module
 from kvfloor.methods.sketches.nearest import DIRECT, nearest
-
-Draw = Callable[..., Tensor]
+from tests.support import Draw
 
 
 def direct(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,9 +14,9 @@ from kvfloor import Spec, parse
 from kvfloor.core.policy import Held, Queries
 from kvfloor.methods.policies import observation
 from kvfloor.methods.policies.observation import LastQueries, Observation
-from tests.literal import Rule, Token, kept_by, positions, run
+from tests.literal import Rule, Token, keeps_alike, run
+from tests.support import Draw, fed, opened, positions, stream, wrong
 
-Draw = Callable[..., Tensor]
 SMALL = {"window": 5, "kernel": 3}
 
 
@@ -48,30 +46,18 @@ class Snap(Rule):
         return worth
 
 
-def agrees(
-    policy: Observation,
-    draw: Draw,
-    n: int = 60,
-    prompt: int = 53,
-    budget: Any = 16,
-    block: int = 4,
-    cuts: tuple[int, ...] = (),
-    prefill: str = "dense",
-) -> bool:
-    q, k, v = draw(2, 3, n, 8, scale=2.0), draw(2, n, 8), draw(2, n, 8)
-    found = positions(run(policy, budget, q, k, v, block=block, prompt=prompt, cuts=cuts, prefill=prefill))
-    budgets = budget if isinstance(budget, tuple) else (budget, budget)
+def agrees(policy: Observation, draw: Draw, n: int = 60, prompt: int = 53, budget: Any = 16, block: int = 4) -> bool:
+    tokens = draw(2, 3, n, 8, scale=2.0), draw(2, n, 8), draw(2, n, 8)
     spares = "answer" if policy.decode == "keep" else "nothing"
-    wanted = [
-        kept_by(Snap(policy), b, q[row], k[row], v[row], block, prompt, spares=spares) for row, b in enumerate(budgets)
-    ]
-    return found == wanted
+    return keeps_alike(
+        policy, lambda row, b: Snap(policy), tokens, budget, block, prompt, spares=spares, prefill="dense"
+    )
 
 
-@pytest.mark.parametrize("pool", ["max", "avg"])
-@pytest.mark.parametrize("kernel", [1, 3, 7])
 @pytest.mark.parametrize("decode", ["keep", "evict"])
-@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize(
+    ("pool", "kernel", "sinks"), [("max", 1, 0), ("max", 3, 2), ("max", 7, 0), ("avg", 3, 0), ("avg", 7, 2)]
+)
 def test_what_is_kept_equals_the_papers_rule(draw: Draw, pool: Any, kernel: int, decode: Any, sinks: int) -> None:
     assert agrees(Observation(window=5, kernel=kernel, pool=pool, decode=decode, sinks=sinks), draw)
 
@@ -84,69 +70,49 @@ def test_a_budget_per_row_and_a_window_wider_than_half_of_it(draw: Draw, decode:
 @pytest.mark.parametrize("prompt", [17, 31, 32, 53])
 @pytest.mark.parametrize("cuts", [(), (1, 2, 30), tuple(range(1, 60))])
 def test_neither_cuts_nor_blocks_matter_where_the_prompt_ends(draw: Draw, prompt: int, cuts: tuple[int, ...]) -> None:
-    q, k, v = draw(1, 2, 60, 8), draw(1, 60, 8), draw(1, 60, 8)
-    kept = [
-        positions(run(Observation(**SMALL), 12, q, k, v, block=block, prompt=prompt, cuts=cuts)) for block in (1, 8, 64)
-    ]
-    assert kept[0] == kept[1] == kept[2]
-    assert kept[0] == positions(run(Observation(**SMALL), 12, q, k, v, block=32, prompt=prompt))
+    tokens = stream(draw, 1, 2, 60, 8)
+    whole = positions(run(Observation(**SMALL), 12, *tokens, block=32, prompt=prompt))
+    for block in (1, 8, 64):
+        assert positions(run(Observation(**SMALL), 12, *tokens, block=block, prompt=prompt, cuts=cuts)) == whole
 
 
 # ---- wrong lines -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PoolsTheWindow(Observation):
-    """What the window's own tokens got spills over onto the tokens beside them."""
-
-    def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
-        return super()._pooled(votes, held, held.seen)
+def first_queries(self: Observation, held: Held, queries: Queries) -> dict[str, Tensor]:
+    if int(held.memory.position.min()) < 0:
+        Observation.on_queries(self, held, queries)
+    return {}
 
 
-@dataclass(frozen=True)
-class MeanBeforePool(Observation):
-    """The group is averaged first and pooled then."""
-
-    def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
-        return super()._pooled(votes.mean(1, keepdim=True), held, stop)
-
-
-@dataclass(frozen=True)
-class PoolsBySlot(Observation):
-    """Neighbours in the arena are taken for neighbours in the text."""
-
-    def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
-        reach = self.kernel // 2
-        return torch.nn.functional.max_pool1d(votes, self.kernel, 1, reach)
+WRONG = {
+    "what the window's own tokens got spills over onto those beside them": wrong(
+        Observation, _pooled=lambda self, votes, held, stop: Observation._pooled(self, votes, held, held.seen)
+    ),
+    "the group is averaged first and pooled then": wrong(
+        Observation,
+        _pooled=lambda self, votes, held, stop: Observation._pooled(self, votes.mean(1, keepdim=True), held, stop),
+    ),
+    "the window's queries see the tokens after them": wrong(
+        Observation, _votes=lambda self, q, at, held: Observation._votes(self, q, at.clamp_min(1 << 20), held)
+    ),
+    "the first queries vote, not the last": wrong(Observation, on_queries=first_queries),
+}
 
 
-@dataclass(frozen=True)
-class SeesTheFuture(Observation):
-    """The window's queries see the tokens after them."""
-
-    def _votes(self, q: Tensor, position: Tensor, held: Held) -> Tensor:
-        return super()._votes(q, position.clamp_min(1 << 20), held)
-
-
-@dataclass(frozen=True)
-class FirstQueries(Observation):
-    """The first queries vote, not the last."""
-
-    def on_queries(self, held: Held, queries: Queries) -> dict[str, Tensor]:
-        if int(held.memory.position.min()) < 0:
-            super().on_queries(held, queries)
-        return {}
-
-
-@pytest.mark.parametrize("mutant", [PoolsTheWindow, MeanBeforePool, SeesTheFuture, FirstQueries])
-def test_a_wrong_line_is_rejected(draw: Draw, mutant: type[Observation]) -> None:
-    assert not agrees(mutant(window=5, kernel=7), draw, n=53)
+@pytest.mark.parametrize("mutant", WRONG)
+def test_a_wrong_line_is_rejected(draw: Draw, mutant: str) -> None:
+    assert not agrees(WRONG[mutant](window=5, kernel=7), draw, n=53)
 
 
 def test_pooling_over_slots_instead_of_positions_is_rejected(draw: Draw) -> None:
     """Tokens move in the arena once some have left, so the two differ from the answer's first block on."""
-    assert agrees(Observation(**SMALL, decode="evict"), draw, prefill="dense")
-    assert not agrees(PoolsBySlot(**SMALL, decode="evict"), draw, prefill="dense")
+
+    def pooled(self: Observation, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
+        return torch.nn.functional.max_pool1d(votes, self.kernel, 1, self.kernel // 2)
+
+    assert agrees(Observation(**SMALL, decode="evict"), draw)
+    assert not agrees(wrong(Observation, _pooled=pooled)(**SMALL, decode="evict"), draw)
 
 
 # ---- the edges -------------------------------------------------------------------------------------------------
@@ -155,8 +121,8 @@ def test_pooling_over_slots_instead_of_positions_is_rejected(draw: Draw) -> None
 @pytest.mark.parametrize("text", ["snapkv@64", "snapkv(window=100)@64", "snapkv(window=5,kernel=1,pool=avg)@64"])
 @pytest.mark.parametrize("prompt", [1, 3, 31, 64])
 def test_a_prompt_within_the_budget_stays_whole(draw: Draw, text: str, prompt: int) -> None:
-    state = parse(text).open(Spec(2, 4, 4, dtype=torch.float64))
-    state.step(draw(2, 2, prompt, 4), draw(2, prompt, 4), draw(2, prompt, 4))
+    state = opened(text, rows=2)
+    state.step(*stream(draw, 2, 2, prompt))
     state.seal()
     assert positions(state) == [list(range(prompt))] * 2
 
@@ -171,10 +137,10 @@ def test_no_query_means_no_vote_and_the_newest_tokens_stay(draw: Draw) -> None:
 
 
 def test_what_comes_after_the_prompt_stays_unless_it_is_asked_to_leave(draw: Draw) -> None:
-    q, k, v = draw(1, 1, 140, 4), draw(1, 140, 4), draw(1, 140, 4)
-    kept = positions(run(Observation(**SMALL), 12, q, k, v, block=8, prompt=40))[0]
+    tokens = stream(draw, 1, 1, 140)
+    kept = positions(run(Observation(**SMALL), 12, *tokens, block=8, prompt=40))[0]
     assert kept[12:] == list(range(40, 140)) and len(kept) == 112
-    evicting = run(Observation(**SMALL, decode="evict"), 12, q, k, v, block=8, prompt=40)
+    evicting = run(Observation(**SMALL, decode="evict"), 12, *tokens, block=8, prompt=40)
     assert evicting.held.tolist() == [12 + 140 % 8]
 
 
@@ -188,12 +154,11 @@ def test_the_window_stays_and_so_do_the_best_voted(draw: Draw) -> None:
 
 
 def test_padded_rows_vote_as_they_would_alone(draw: Draw) -> None:
-    q, k, v = draw(2, 2, 50, 4), draw(2, 50, 4), draw(2, 50, 4)
+    q, k, v = stream(draw, 2, 2, 50)
     present = torch.ones(2, 50, dtype=torch.bool)
     present[0, :17] = False
-    state = parse("snapkv(window=5,kernel=3)@12").open(Spec(2, 4, 4, dtype=torch.float64))
-    for part in (slice(0, 30), slice(30, 50)):
-        state.step(q[:, :, part], k[:, part], v[:, part], present[:, part])
+    state = opened("snapkv(window=5,kernel=3)@12", rows=2)
+    fed(state, (q, k, v), 30, present=present)
     state.seal()
     alone = run(Observation(**SMALL), 12, q[:1, :, 17:], k[:1, 17:], v[:1, 17:], scale=1.0, block=32, prompt=33)
     assert positions(state)[0] == positions(alone)[0]
@@ -201,14 +166,13 @@ def test_padded_rows_vote_as_they_would_alone(draw: Draw) -> None:
 
 def test_a_streamed_prefill_never_holds_more_than_budget_and_block(draw: Draw) -> None:
     """Chunk by chunk the last queries so far decide; at the seal the prompt has its budget, and then it grows."""
-    method = parse("snapkv(window=5,kernel=3,prefill=stream,block=8)@12")
-    state = method.open(Spec(1, 4, 4, dtype=torch.float64))
+    state = opened("snapkv(window=5,kernel=3,prefill=stream,block=8)@12")
     for _ in range(30):
-        state.step(draw(1, 2, 3, 4), draw(1, 3, 4), draw(1, 3, 4))
+        state.step(*stream(draw, 1, 2, 3))
         assert int(state.held) < 12 + 8
     state.seal()
     assert state.held.tolist() == [12] and set(range(85, 90)) <= set(positions(state)[0])
-    state.step(draw(1, 2, 50, 4), draw(1, 50, 4), draw(1, 50, 4))
+    state.step(*stream(draw, 1, 2, 50))
     assert state.held.tolist() == [62]
 
 
@@ -224,12 +188,10 @@ def test_memory_is_told_as_it_is() -> None:
 
 
 def test_the_seal_gives_back_the_queries_and_the_room(draw: Draw) -> None:
-    spec = Spec(2, 4, 4, dtype=torch.float64)
-    state = parse("snapkv(window=5)@12").open(spec)
-    state.step(draw(2, 2, 300, 4), draw(2, 300, 4), draw(2, 300, 4))
+    state, window = opened("snapkv(window=5)@12", rows=2), opened("window@12", rows=2)
+    state.step(*stream(draw, 2, 2, 300))
     before = state.nbytes
     state.seal()
-    window = parse("window@12").open(spec)
     assert state.nbytes < before
     assert state.nbytes - window.nbytes == 2 * 8 + 2 * 8  # the prompt's length per row; the policy's two settings
     again = state.method.from_bytes(state.to_bytes())
@@ -238,10 +200,10 @@ def test_the_seal_gives_back_the_queries_and_the_room(draw: Draw) -> None:
 
 @pytest.mark.parametrize("tile", [1, 7, 64])
 def test_tiles_of_any_size_give_the_same_tokens(draw: Draw, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    q, k, v = draw(2, 3, 90, 8), draw(2, 90, 8), draw(2, 90, 8)
-    whole = positions(run(Observation(**SMALL), 12, q, k, v, prompt=90))
+    tokens = stream(draw, 2, 3, 90, 8)
+    whole = positions(run(Observation(**SMALL), 12, *tokens, prompt=90))
     monkeypatch.setattr(observation, "_TILE_SLOTS", tile)
-    assert positions(run(Observation(**SMALL), 12, q, k, v, prompt=90)) == whole
+    assert positions(run(Observation(**SMALL), 12, *tokens, prompt=90)) == whole
 
 
 @given(st.data())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import Tensor
 from kvfloor import Exact, Spec, parse
 from kvfloor.core.slots import Slots
 from kvfloor.methods.selectors.pages import Pages, PagesState
-
-Draw = Callable[..., Tensor]
+from tests.support import Draw, filled, opened, stream
 
 
 def pages_read(q: Tensor, keys: Tensor, pages: int, page: int) -> list[int]:
@@ -65,12 +63,12 @@ class CentredState(PagesState):
 
 @pytest.mark.parametrize("chunk", [1, 7, 38])
 def test_answers_equal_the_rule_written_out(draw: Draw, chunk: int) -> None:
-    q, k, v = draw(2, 2, 38, 6), draw(2, 38, 6), draw(2, 38, 6)
+    q, k, v = stream(draw, 2, 2, 38, 6)
     assert furthest(Exact(Pages(2, 4)), q, k, v, 2, 4, chunk) <= 1e-12
 
 
 def test_the_comparison_notices_another_bound(draw: Draw) -> None:
-    q, k, v = draw(1, 1, 30, 6), draw(1, 30, 6), draw(1, 30, 6)
+    q, k, v = stream(draw, 1, 1, 30, 6)
     assert furthest(Exact(Centred(2, 4)), q, k, v, 2, 4, 30) > 1e-3
 
 
@@ -93,11 +91,9 @@ def bound_holds(state: Any, q: Tensor) -> bool:
 def test_the_bound_is_above_every_unread_logit(draw: Draw, text: str, scale: float, softcap: float | None) -> None:
     """Under eviction too: a page whose tokens were replaced has another bound."""
     head, at, budget = text.partition("@")
-    state = parse(f"{head}|pages(pages=2,page=5){at}{budget}").open(
-        Spec(3, 8, 8, scale=scale, softcap=softcap, dtype=torch.float64)
-    )
+    state = opened(f"{head}|pages(pages=2,page=5){at}{budget}", 3, 8, scale=scale, softcap=softcap)
     for t in (31, 1, 1, 17, 60, 2):
-        state.step(draw(3, 2, t, 8), draw(3, t, 8), draw(3, t, 8))
+        state.step(*stream(draw, 3, 2, t, 8))
         assert bound_holds(state, draw(3, 7, 8, scale=2.0))
 
 
@@ -106,13 +102,13 @@ def test_the_bound_test_notices_boxes_that_are_not_taken_anew(draw: Draw, monkey
         self.boxes.used = slots.held // self.method.page
 
     monkeypatch.setattr(PagesState, "evict", forgetful)
-    state = parse("random(block=8)|pages(pages=1,page=4)@40").open(Spec(1, 4, 4, dtype=torch.float64))
+    state = opened("random(block=8)|pages(pages=1,page=4)@40")
     state.append(draw(1, 200, 4), draw(1, 200, 4))
     assert not bound_holds(state, draw(1, 50, 4))
 
 
 def test_with_pages_for_all_nothing_is_left_unread(draw: Draw) -> None:
-    state: Any = parse("exact|pages(pages=9,page=4)").open(Spec(1, 4, 4, dtype=torch.float64))
+    state: Any = opened("exact|pages(pages=9,page=4)")
     state.append(draw(1, 40, 4), draw(1, 40, 4))
     assert not bool(state.unread(draw(1, 3, 4)).any())
     logit, log_mass = state.selection.unread_logit(draw(1, 3, 4), torch.full((1, 3), 40))
@@ -125,21 +121,18 @@ def test_an_isolated_needle_is_always_read(draw: Draw) -> None:
     for place in range(3, 500, 31):
         planted = keys.clone()
         planted[0, place] = 1.0
-        state: Any = parse("exact|pages(pages=1)").open(Spec(1, 16, 16, dtype=torch.float64))
-        state.append(planted, planted)
+        state = filled("exact|pages(pages=1)", planted)
         assert not bool(state.unread(q)[0, 0, place])
 
 
 def test_equal_bounds_let_the_newer_page_be_read() -> None:
-    state: Any = parse("exact|pages(pages=1,page=2)").open(Spec(1, 1, 1))
-    state.append(torch.ones(1, 7, 1), torch.arange(7.0).view(1, 7, 1))
+    state = filled("exact|pages(pages=1,page=2)", torch.ones(1, 7, 1), torch.arange(7.0).view(1, 7, 1))
     assert state.unread(torch.ones(1, 1, 1))[0, 0].tolist() == [True] * 4 + [False] * 3
 
 
 def test_an_evicted_key_does_not_travel_inside_a_box(draw: Draw) -> None:
     k = draw(1, 96, 4, dtype=torch.float32)
-    state = parse("window|pages(pages=2,page=4)@32").open(Spec(1, 4, 4))
-    state.append(k, k)
+    state = filled("window|pages(pages=2,page=4)@32", k)
     message = state.to_bytes()
     for token in range(96):
         for number in k[0, token]:

@@ -1,15 +1,12 @@
 """Quantised storage: an error bound on every number, and bytes that are really that few."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.methods.sketches.quantized import Codes
-
-Draw = Callable[..., Tensor]
+from tests.support import Draw, filled
 
 
 def encoded(x: Tensor, bits: int, per_channel: bool) -> tuple[Tensor, Tensor]:
@@ -97,8 +94,7 @@ def test_eight_bits_answer_better_than_two(draw: Draw) -> None:
     k, v, q = draw(1, 256, 16), draw(1, 256, 16), draw(1, 8, 16)
     errors = []
     for bits in (8, 4, 2):
-        state = parse(f"quant(bits={bits})").open(Spec(1, 16, 16, scale=0.25, dtype=torch.float64))
-        state.append(k, v)
+        state = filled(f"quant(bits={bits})", k, v, scale=0.25)
         wanted = torch.softmax(q @ k.transpose(1, 2) * 0.25, -1) @ v
         errors.append(float((state.read(q).mean - wanted).norm() / wanted.norm()))
     assert errors[0] < errors[1] < errors[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ from torch import Tensor
 from kvfloor import Spec, parse
 from kvfloor.core.memory import Memory
 from kvfloor.core.slots import Slots
+from tests.support import Draw, filled, stream
 
-Draw = Callable[..., Tensor]
 SELECTORS = [
     "pages(pages=3,page=4)",
     "hip(k=16,sinks=2,window=6)",
@@ -56,8 +56,9 @@ def test_bytes_read_are_index_keys_and_values_truly_touched(
     draw: Draw, monkeypatch: pytest.MonkeyPatch, selector: str, stated: int
 ) -> None:
     rows = 2
-    state: Any = parse(f"exact|{selector}").open(Spec(rows, 8, 4))
-    state.append(draw(rows, 1000, 8, dtype=torch.float32), draw(rows, 1000, 4, dtype=torch.float32))
+    state = filled(
+        f"exact|{selector}", draw(rows, 1000, 8, dtype=torch.float32), draw(rows, 1000, 4, dtype=torch.float32)
+    )
     state.seal()
     assert state.bytes_read == rows * stated
     one_token = rows * 12 * 4  # a place without a choice fetches slot 0
@@ -83,7 +84,7 @@ def test_a_step_is_an_append_and_a_read_of_its_own_queries(draw: Draw, head: str
     But at a chunk's end: zeta has merged the chunk by then, and a policy has evicted.
     """
     method = parse(head.format(selector))
-    q, k, v = draw(2, 3, 60, 6), draw(2, 60, 6), draw(2, 60, 6)
+    q, k, v = stream(draw, 2, 3, 60, 6)
     stepped, read = (method.open(Spec(2, 6, 6, dtype=torch.float64)) for _ in range(2))
     for state in (stepped, read):
         state.seal()
@@ -105,7 +106,7 @@ def test_a_step_is_an_append_and_a_read_of_its_own_queries(draw: Draw, head: str
 def test_a_copy_and_a_restored_state_go_on_to_the_bit(draw: Draw, head: str, selector: str) -> None:
     method = parse(head.format(selector))
     present = torch.arange(75) >= torch.tensor([0, 20, 41]).unsqueeze(1)  # rows of different length
-    q, k, v = draw(3, 2, 150, 6), draw(3, 150, 6), draw(3, 150, 6)
+    q, k, v = stream(draw, 3, 2, 150, 6)
     state = method.open(Spec(3, 6, 6, dtype=torch.float64))
     state.step(q[:, :, :75], k[:, :75], v[:, :75], present)
     others = [state.clone(), method.from_bytes(state.to_bytes())]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,14 +10,7 @@ from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.methods.sketches.subgen import SubGenState
-
-Draw = Callable[..., Tensor]
-
-
-def opened(text: str, rows: int = 1, d: int = 4, dv: int = 4, **spec) -> SubGenState:
-    state = parse(text).open(Spec(rows, d, dv, **({"dtype": torch.float64} | spec)))
-    assert isinstance(state, SubGenState)
-    return state
+from tests.support import Draw, filled, opened
 
 
 def clustered(draw: Draw, rows: int, n: int, d: int = 4) -> Tensor:
@@ -47,8 +39,7 @@ def greedy(k: Tensor, delta: float, cap: int | None = None) -> tuple[list[int], 
 @pytest.mark.parametrize("block", [1, 16, 64])
 def test_clusters_are_those_of_the_sequential_rule(draw: Draw, block: int, cap: int | None) -> None:
     k, v = clustered(draw, 2, 192), draw(2, 192, 4)
-    state = opened(f"subgen(delta=0.8,t=3,s=5,block={block},centres={cap})", rows=2)
-    state.append(k, v)
+    state = filled(f"subgen(delta=0.8,t=3,s=5,block={block},centres={cap})", k, v)
     for row in range(2):
         centres, joined = greedy(k[row], 0.8, cap)
         assert cap is not None or 5 < len(centres) < 150
@@ -91,9 +82,7 @@ ROWS = 4000
 
 def many(text: str, k: Tensor, v: Tensor, rows: int = ROWS) -> SubGenState:
     """The same stream (n, d), (n, dv) in many rows, which differ in their randomness alone."""
-    state = opened(text, rows=rows, d=k.shape[1], dv=v.shape[1])
-    state.append(k.expand(rows, -1, -1), v.expand(rows, -1, -1))
-    return state
+    return filled(text, k.expand(rows, -1, -1), v.expand(rows, -1, -1))
 
 
 def chi_square_limit(cells: int) -> float:
@@ -174,8 +163,7 @@ def test_the_denominator_is_unbiased_with_the_variance_of_uniform_samples(draw: 
 
 def test_a_cluster_of_equal_keys_gives_its_mass_without_error(draw: Draw) -> None:
     k = draw(1, 1, 4).expand(1, 32, 4)
-    state = opened("subgen(delta=0.5,t=1,s=2)")
-    state.append(k, draw(1, 32, 4))
+    state = filled("subgen(delta=0.5,t=1,s=2)", k, draw(1, 32, 4))
     q = draw(1, 1, 4)
     wanted = math.log(32) + float((q[0, 0] * k[0, 0]).sum())
     assert float(state.read(q).log_mass) == pytest.approx(wanted, abs=1e-12)
@@ -187,8 +175,7 @@ def test_a_cluster_of_equal_keys_gives_its_mass_without_error(draw: Draw) -> Non
 def test_tokens_of_zero_value_are_never_stored_as_pairs(draw: Draw) -> None:
     v = draw(1, 64, 4)
     v[:, ::2] = 0.0
-    state = opened("subgen(delta=0.5,t=1,s=40)")
-    state.append(draw(1, 64, 4), v)
+    state = filled("subgen(delta=0.5,t=1,s=40)", draw(1, 64, 4), v)
     assert bool((state.pairs.v.norm(dim=-1) > 0).all())
 
 
@@ -205,8 +192,7 @@ def test_values_of_extreme_sizes_stay_finite(draw: Draw) -> None:
     v = draw(1, 32, 4, dtype=torch.float32)
     v[:, ::2] *= 1e15
     v[:, 1::2] *= 1e-15
-    state = opened("subgen(delta=0.5,t=1,s=8)", dtype=torch.float32)
-    state.append(draw(1, 32, 4, dtype=torch.float32), v)
+    state = filled("subgen(delta=0.5,t=1,s=8)", draw(1, 32, 4, dtype=torch.float32), v)
     assert bool(torch.isfinite(state.read(draw(1, 3, 4, dtype=torch.float32)).mean).all())
 
 
@@ -256,8 +242,7 @@ def test_the_guarantee_is_withdrawn_past_the_cap_on_centres(draw: Draw) -> None:
 
 
 def test_a_withdrawn_guarantee_stays_withdrawn_in_a_restored_state(draw: Draw) -> None:
-    state = opened("subgen(delta=0.05,radius=0.5,t=4,s=5000,centres=3,failure=0.5)", d=2, dv=1)
-    state.append(draw(1, 32, 2), draw(1, 32, 1))
+    state = filled("subgen(delta=0.05,radius=0.5,t=4,s=5000,centres=3,failure=0.5)", draw(1, 32, 2), draw(1, 32, 1))
     again = state.method.from_bytes(state.to_bytes()).guarantee()
     assert again is not None and not again.holds
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
 from kvfloor import Spec
 from kvfloor.methods.sketches.subgen import SubGen
 from kvfloor.statistics import clopper_pearson_limit
+from tests.support import Draw
 
-Draw = Callable[..., Tensor]
 N, D, DV, EPSILON, FAILURE = 96, 3, 2, 0.9, 0.2
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +15,10 @@ from kvfloor import Spec, parse
 from kvfloor.floors.taylor import taylor_degree, taylor_numbers
 from kvfloor.methods.summaries import taylor
 from kvfloor.methods.summaries.taylor import FEATURES_LIMIT, monomials, relative_error, series
+from tests import support
+from tests.support import Draw, filled
 
-Draw = Callable[..., Tensor]
-
-
-def opened(text: str, rows: int = 1, d: int = 3, dv: int = 2, **spec):
-    return parse(text).open(Spec(rows, d, dv, **({"dtype": torch.float64} | spec)))
+opened = partial(support.opened, d=3, dv=2)
 
 
 def truncated(x: Tensor, degree: int) -> Tensor:
@@ -35,8 +33,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, held: Tensor, degree: int, scale: fl
 
 
 def assert_follows(text: str, degree: int, q: Tensor, k: Tensor, v: Tensor, scale: float = 0.5) -> None:
-    state = opened(text, k.shape[0], k.shape[2], v.shape[2], scale=scale)
-    state.append(k, v)
+    state = filled(text, k, v, scale=scale)
     part = state.read(q)
     for row in range(k.shape[0]):
         held = torch.zeros(k.shape[1], dtype=torch.bool)
@@ -280,8 +277,7 @@ def test_long_calls_go_in_pieces_with_the_same_answers(draw: Draw, monkeypatch: 
     answers = []
     for limit in (1 << 18, 50):
         monkeypatch.setattr(taylor, "_FEATURES_PER_ROW", limit)
-        state = opened("window(block=8)+taylor@8", rows=2)
-        state.append(k, v)
+        state = filled("window(block=8)+taylor@8", k, v)
         answers.append(state.read(q).mean)
         assert state.read(q[:, :0]).mean.shape == (2, 0, 2)
     torch.testing.assert_close(answers[0], answers[1], rtol=1e-12, atol=1e-13)

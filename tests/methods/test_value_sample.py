@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvfloor import Spec, parse
+from kvfloor import parse
 from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.methods.sketches.window_sample import WindowSampleState
 from kvfloor.methods.summaries import value_sample
 from kvfloor.methods.summaries.value_sample import ValueSample, ValueSampleState, middle, sizes_for
 from kvfloor.statistics import clopper_pearson_limit
+from tests import support
+from tests.support import Draw, filled
 
-Draw = Callable[..., Tensor]
 ROWS = 3000
 
 
-def opened(text: str, rows: int = 1, d: int = 3, dv: int = 2, **spec):
-    return parse(text).open(Spec(rows, d, dv, **({"dtype": torch.float64} | spec)))
+opened = partial(support.opened, d=3, dv=2)
 
 
 def sample_of(state) -> ValueSampleState:
@@ -31,9 +31,7 @@ def sample_of(state) -> ValueSampleState:
 
 def many(text: str, k: Tensor, v: Tensor, rows: int = ROWS):
     """The same stream (n, d), (n, dv) in many rows, which differ in their randomness alone."""
-    state = opened(text, rows, k.shape[1], v.shape[1])
-    state.append(k.expand(rows, -1, -1), v.expand(rows, -1, -1))
-    return state
+    return filled(text, k.expand(rows, -1, -1), v.expand(rows, -1, -1))
 
 
 def unmasked(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
@@ -64,8 +62,7 @@ def assert_smallest_keys_win(state, v: Tensor, gone: list[list[int]], samples: i
 @pytest.mark.parametrize("head", ["window(block=1)", "window(block=8)", "random(block=4)"])
 def test_every_slot_keeps_the_value_of_smallest_key(draw: Draw, head: str) -> None:
     k, v = draw(2, 40, 3), draw(2, 40, 2)
-    state = opened(f"{head}+value_sample(copies=3,groups=3)@8", rows=2, row_ids=[5, 9], seed=3)
-    state.append(k, v)
+    state = filled(f"{head}+value_sample(copies=3,groups=3)@8", k, v, row_ids=[5, 9], seed=3)
     held = [set(state.slots.view().position[row].tolist()) for row in range(2)]
     gone = [[i for i in range(40) if i not in held[row]] for row in range(2)]
     assert_smallest_keys_win(state, v, gone, 9)
@@ -166,8 +163,7 @@ def test_the_literal_form_draws_tokens_by_their_weight(draw: Draw, text: str) ->
 
 def test_the_literal_form_answers_with_a_value_that_was_given(draw: Draw) -> None:
     k, v, q = draw(1, 40, 3), draw(1, 40, 2), draw(1, 5, 3)
-    state = opened("window_sample@8")
-    state.append(k, v)
+    state = filled("window_sample@8", k, v)
     for answer in state.read(q).mean[0]:
         assert float((v[0] - answer).abs().sum(1).min()) == 0.0
 
@@ -182,8 +178,7 @@ def test_the_literal_form_is_exact_until_a_token_leaves(draw: Draw) -> None:
 
 def test_a_query_draws_the_same_alone_and_in_company_and_afresh_once_a_token_came(draw: Draw) -> None:
     k, v, q = draw(1, 60, 3), draw(1, 60, 2), draw(1, 50, 3)
-    state = opened("window_sample@8")
-    state.append(k[:, :59], v[:, :59])
+    state = filled("window_sample@8", k[:, :59], v[:, :59])
     together = state.read(q).mean
     alone = torch.cat([state.read(q[:, i : i + 1]).mean for i in range(50)], 1)
     assert torch.equal(together, alone)
@@ -227,7 +222,7 @@ def failures(text: str, rows: int, draw: Draw) -> tuple[int, float, float]:
     n, window = STREAM["n"], STREAM["window"]
     k, q = draw(n, 3), draw(n, 3)
     v = torch.where(draw(n, 1) > 1.0, STREAM["high"], STREAM["low"]).double()
-    state = opened(text, rows, 3, 1)
+    state = opened(text, rows, dv=1)
     out = state.step(q.expand(rows, 1, -1, -1), k.expand(rows, -1, -1), v.expand(rows, -1, -1))
     stated = state.guarantee()
     assert stated is not None and stated.holds, stated
@@ -254,7 +249,7 @@ def test_misses_are_rarer_than_stated_over_ten_thousand_seeds(draw: Draw, text: 
 def test_the_test_tells_a_method_that_misses_too_often(draw: Draw) -> None:
     """With one draw in place of the 1005 that its epsilon needs, the misses are many."""
     text = RAO_BLACKWELL.replace("epsilon=0.6,delta=0.2,", "copies=1,groups=1,")
-    state = opened(text, 200, 3, 1)
+    state = opened(text, 200, dv=1)
     assert state.guarantee() is None  # one group: no probability below 1
     v = torch.where(draw(40, 1) > 1.0, 3.0, 1.0).double()
     state.append(torch.zeros(200, 40, 3, dtype=torch.float64), v.expand(200, -1, -1))
@@ -286,8 +281,8 @@ def test_a_mean_of_t_and_a_median_of_q_fail_no_more_than_their_exponents_say() -
 @pytest.mark.parametrize("text", ["window(block=1)+{}@1", "window_sample({})@1"])
 def test_the_guarantee_is_withdrawn_with_its_assumption(text: str, values: list[float], said: str) -> None:
     arguments = "copies=40,groups=15,spread=3.0,horizon=8"
-    filled = text.format(arguments if "window_sample" in text else f"value_sample({arguments})")
-    state = opened(filled, d=1, dv=1)
+    whole = text.format(arguments if "window_sample" in text else f"value_sample({arguments})")
+    state = opened(whole, d=1, dv=1)
     fine = torch.tensor([[[2.0], [1.0], [3.0]]], dtype=torch.float64)
     state.append(torch.zeros_like(fine), fine)
     kept = state.guarantee()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,7 @@ from kvfloor.core.slots import Slots
 from kvfloor.methods.selectors.morton import cells, interleave
 from kvfloor.methods.selectors.top_k import TopK
 from kvfloor.methods.selectors.zcurve import ZCurve, ZCurveState, projections
-
-Draw = Callable[..., Tensor]
-
+from tests.support import Draw, stream
 
 # ---- codes -----------------------------------------------------------------------------------------------------
 
@@ -85,7 +82,7 @@ RULE = {"k": 4, "curves": 3, "window": 4, "chunk": 8}
 def furthest(method: ZCurve, draw: Draw, chunk: int) -> float:
     """The largest difference of `step`, in calls of `chunk` tokens, from the rule written out."""
     n, d = 37, 6
-    q, k, v = draw(1, 2, n, d), draw(1, n, d), draw(1, n, d)
+    q, k, v = stream(draw, 1, 2, n, d)
     spec = Spec(1, d, d, dtype=torch.float64, seed=9)
     state = Exact(method).open(spec)
     cuts = range(0, n, chunk)

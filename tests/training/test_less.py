@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from kvfloor.methods.summaries.low_rank import Kernels, Less
 from kvfloor.training.fit import Recipe, answers, fit, loss_of, output_weight, train
 from kvfloor.training.less import rivals, run
 from kvfloor.training.lessons import Lesson, Text, departures, lesson, recorded, task_items, texts
+from tests.support import Draw
 
-Draw = Callable[..., Tensor]
 SMALL = Recipe(rank=4, hidden=8, samples=4, length=48, epochs=2, batch=2)
 
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfloor import Spec, floors, parse
+from kvfloor import floors
 from kvfloor.floors.measured import covering, covering_curve, covering_number, greedy_cover
+from tests.support import filled
 
 
 def greedy(k, delta):
@@ -52,8 +53,7 @@ def test_within_a_block_earlier_tokens_count(monkeypatch):
 def test_is_the_number_of_clusters_that_subgen_opens(dtype, delta):
     generator = torch.Generator().manual_seed(2)
     k = torch.randn(2, 320, 12, generator=generator).to(dtype) + 3.0
-    state = parse(f"subgen(delta={delta},block=64,s=1,t=1)").open(Spec(2, 12, 12, dtype=dtype))
-    state.append(k, k)
+    state = filled(f"subgen(delta={delta},block=64,s=1,t=1)", k)
     assert covering_number(k, delta).tolist() == state.clusters.tolist()
     assert 5 < int(state.clusters.min()) < 300
 

@@ -9,6 +9,7 @@ from kvfloor.game.keys.families import FAMILIES
 from kvfloor.methods.registry import TABLE, default_method
 from kvfloor.methods.variants import NextScale, tokens_in
 from kvfloor.methods.variants.visual import scale_by_scale
+from tests.support import opened
 
 SIDES = (1, 2, 3, 4)
 ROWS, G, D, DV = 2, 3, 5, 4
@@ -57,7 +58,7 @@ def test_a_mutant_that_is_causal_token_by_token_is_another_law():
     out, _, _ = driven("exact", q, k, v)
     causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     assert not torch.allclose(out, dense(q, k, v, causal), atol=1e-2)
-    stepped = parse("exact").open(Spec(rows=ROWS, d=D, dv=DV, dtype=torch.float64)).step(q, k, v)
+    stepped = opened("exact", ROWS, D, DV).step(q, k, v)
     assert torch.allclose(stepped, dense(q, k, v, causal), atol=1e-12)
 
 
@@ -103,7 +104,7 @@ def test_any_method_is_driven_and_keeps_its_capacity(name):
 
 def test_the_first_scale_is_answered_by_itself():
     q, k, v = pyramid()
-    state = parse("window@16").open(Spec(rows=ROWS, d=D, dv=DV, dtype=torch.float64))
+    state = opened("window@16", ROWS, D, DV)
     out = NextScale(state).step(q[:, :, :9], k[:, :9], v[:, :9])
     assert torch.allclose(out, dense(q[:, :, :9], k[:, :9], v[:, :9], torch.ones(9, 9).bool()), atol=1e-12)
 
@@ -134,14 +135,14 @@ def test_a_policy_that_watches_learns_from_the_scales_queries(asked, kept):
 
 def test_a_policy_that_does_not_watch_is_not_shown_the_queries(monkeypatch):
     q, k, v = pyramid()
-    state = parse("window@16").open(Spec(rows=ROWS, d=D, dv=DV, dtype=torch.float64))
+    state = opened("window@16", ROWS, D, DV)
     monkeypatch.setattr(type(state), "attend", lambda self, q: pytest.fail("a window does not watch"))
     NextScale(state).step(q[:, :, :4], k[:, :4], v[:, :4])
 
 
 def test_a_refused_scale_leaves_the_state_as_it_was():
     q, k, v = pyramid()
-    state = parse("h2o(recent=2)@12").open(Spec(rows=ROWS, d=D, dv=DV, dtype=torch.float64))
+    state = opened("h2o(recent=2)@12", ROWS, D, DV)
     driver = NextScale(state)
     driver.step(q[:, :, :4], k[:, :4], v[:, :4])
     before = state.to_bytes()

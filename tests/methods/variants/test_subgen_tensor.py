@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.check import run_checks
 from kvfloor.core.partial import Partial
 from kvfloor.floors.sampling import subgen_s, subgen_t
 from kvfloor.game.instances.tensor import play
 from kvfloor.methods.variants import subgen_tensor as module
 from kvfloor.methods.variants.subgen_tensor import SubGenTensorState
 from kvfloor.methods.variants.tensor import products
+from tests import support
+from tests.support import fed
 
 ROWS = 4000
 D, DV = 3, 2
 
 
-def opened(text: str, rows: int = 1, d: int = D, dv: int = DV, **spec) -> SubGenTensorState:
-    state = parse(text).open(Spec(rows, d, dv, **({"dtype": torch.float64} | spec)))
-    assert isinstance(state, SubGenTensorState)
-    return state
+opened = partial(support.opened, d=D, dv=DV)
 
 
 def clustered(n: int, rows: int = 1, seed: int = 0, spread: float = 0.15, size: float = 0.7) -> tuple[Tensor, Tensor]:
@@ -283,31 +282,12 @@ def test_a_guarantee_that_says_nothing_says_so() -> None:
 
 # ---- streams and memory ---------------------------------------------------------------------------------------------
 
-STREAMED = "subgen_tensor(delta1=0.4,delta2=0.6,t=2,s=5)"
-
 
 def test_any_cut_of_a_stream_keeps_the_same_state_and_gives_the_same_answers() -> None:
     (k, v), q = clustered(70, rows=2), queries(140, rows=2).view(2, 2, 70, D)
-    whole, cut = (opened(STREAMED, rows=2) for _ in range(2))
-    out = whole.step(q, k, v)
-    cuts = ((0, 1), (1, 30), (30, 31), (31, 69), (69, 70))
-    pieces = [cut.step(q[:, :, a:b], k[:, a:b], v[:, a:b]) for a, b in cuts]
-    torch.testing.assert_close(torch.cat(pieces, 2), out, rtol=1e-10, atol=1e-12)
+    whole, cut = (opened("subgen_tensor(delta1=0.4,delta2=0.6,t=2,s=5)", rows=2) for _ in range(2))
+    torch.testing.assert_close(fed(cut, (q, k, v), 1, 30, 31, 69), whole.step(q, k, v), rtol=1e-10, atol=1e-12)
     assert cut.to_bytes() == whole.to_bytes()
-
-
-def test_chosen_rows_and_restored_states_go_on_identically() -> None:
-    (k, v), q = clustered(70, rows=3), queries(4, rows=3)
-    state = opened(STREAMED, rows=3)
-    state.append(k[:, :39], v[:, :39])
-    chosen, twin = state.clone(), state.method.from_bytes(state.to_bytes())
-    index = torch.tensor([2, 0, 2])
-    chosen.select_rows(index)
-    for each, rows in ((state, slice(None)), (twin, slice(None)), (chosen, index)):
-        each.append(k[rows, 39:], v[rows, 39:])
-    assert twin.to_bytes() == state.to_bytes()
-    assert torch.equal(twin.read(q).mean, state.read(q).mean)
-    torch.testing.assert_close(chosen.read(q[index]).mean, state.read(q).mean[index], rtol=1e-12, atol=1e-14)
 
 
 def test_memory_does_not_grow_while_the_keys_cluster_and_does_where_they_do_not() -> None:
@@ -365,27 +345,6 @@ def test_values_of_zero_answer_zero_with_the_right_mass() -> None:
 
 
 # ---- the contract ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "subgen_tensor",
-        "subgen_tensor(delta1=0.2,t=2,s=64)",
-        "subgen_tensor(radius=1.0,largest=3.0)@64",
-        "subgen_tensor@25%",
-    ],
-)
-def test_the_text_round_trip(text: str) -> None:
-    assert str(parse(text)) == text and parse(str(parse(text))) == parse(text)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("text", ["subgen_tensor(delta1=0.4,delta2=0.4,t=2,s=16)", "subgen_tensor(t=2)@40"])
-def test_every_law_of_the_suite_holds(text: str) -> None:
-    outcome = run_checks(parse(text), dtypes=(torch.float32,), groups=(4,))
-    assert outcome.failed == []
-    assert not {"chunking", "causality", "pads", "row_isolation", "index_floor"} & {x["check"] for x in outcome.skipped}
 
 
 def test_it_breaks_on_the_barrier_of_tensor_attention() -> None:

@@ -1,0 +1,111 @@
+"""Serve many tests: streams that are drawn and fed in pieces, states of a text, and attention by its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvfloor import Spec, State, parse
+
+Draw = Callable[..., Tensor]
+Stream = tuple[Tensor, Tensor, Tensor]
+Part = TypeVar("Part")
+
+
+def seeded(seed: int) -> Draw:
+    """draw(3, 4) gives seeded standard normal float64 numbers of that shape; dtype= and scale= adapt them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    return numbers
+
+
+def stream(draw: Draw, rows: int, g: int, n: int, d: int = 4, dv: int | None = None, **how: Any) -> Stream:
+    """Draw the queries (rows, g, n, d), keys (rows, n, d) and values (rows, n, dv) of n tokens."""
+    return draw(rows, g, n, d, **how), draw(rows, n, d, **how), draw(rows, n, dv or d, **how)
+
+
+def opened(text: str, rows: int = 1, d: int = 4, dv: int | None = None, **spec: Any) -> Any:
+    """Open a state of the method with this text, of float64 unless a dtype is given."""
+    return parse(text).open(Spec(rows, d, dv or d, **({"dtype": torch.float64} | spec)))
+
+
+def filled(text: str, k: Tensor, v: Tensor | None = None, **spec: Any) -> Any:
+    """Open a state of this text and append k (rows, n, d) and v (rows, n, dv), None: the keys as values."""
+    v = k if v is None else v
+    state = opened(text, len(k), k.shape[2], v.shape[2], **({"dtype": k.dtype} | spec))
+    state.append(k, v)
+    return state
+
+
+def fed(state: State, tokens: Stream, *cuts: int, present: Tensor | None = None) -> Tensor:
+    """Step through the tokens (q, k, v) in pieces that end at the cuts; the answers of all."""
+    q, k, v = tokens
+    parts = [slice(*edges) for edges in pairwise(sorted({0, *cuts, k.shape[1]}))]
+    marks = [() if present is None else (present[:, at],) for at in parts]
+    return torch.cat(
+        [state.step(q[:, :, at], k[:, at], v[:, at], *mark) for at, mark in zip(parts, marks, strict=True)], 2
+    )
+
+
+def part(tokens: Stream, start: int, stop: int | None = None) -> Stream:
+    """The tokens from start to stop."""
+    q, k, v = tokens
+    return q[:, :, start:stop], k[:, start:stop], v[:, start:stop]
+
+
+def later(n: int) -> Tensor:
+    """(n, n): True where a token comes after the query's."""
+    return torch.ones(n, n, dtype=torch.bool).triu(1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    log_weight: Tensor | None = None,
+    hide: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and log-mass of attention in float64 with torch's softmax and logsumexp: 0 and -inf where nothing is seen.
+
+    q (..., m, d), k (..., s, d), v (..., s, dv), log_weight (..., s), hide (..., m, s).
+    """
+    logits = q.double() @ k.double().mT * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if log_weight is not None:
+        logits = logits + log_weight.double().unsqueeze(-2)
+    if hide is not None:
+        logits = logits.masked_fill(hide, -torch.inf)
+    log_mass = torch.logsumexp(logits, -1)
+    weights = torch.softmax(logits, -1).masked_fill((log_mass == -torch.inf).unsqueeze(-1), 0.0)
+    return weights @ v.double(), log_mass
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """Answers (rows, g, n, dv) of exact attention to the stream q (rows, g, n, d), k (rows, n, d), v (rows, n, dv)."""
+    return attention(q, k.unsqueeze(1), v.unsqueeze(1), scale, softcap, hide=later(k.shape[1]))[0]
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Require equal float64 tensors but for rounding."""
+    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def positions(state: Any) -> list[list[int]]:
+    """Sorted positions that each row holds."""
+    view, held = state.slots.view(), state.held.tolist()
+    return [sorted(view.position[row, : held[row]].tolist()) for row in range(state.spec.rows)]
+
+
+def wrong(part: type[Part], **methods: Any) -> type[Part]:
+    """Make the class with other methods in the place of some of its own: one wrong line, to see it rejected."""
+    return type(f"Wrong{part.__name__}", (part,), methods)
