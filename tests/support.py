@@ -54,7 +54,7 @@ def fed(state: State, tokens: Stream, *cuts: int, present: Tensor | None = None)
     )
 
 
-def part(tokens: Stream, start: int, stop: int | None = None) -> Stream:
+def between(tokens: Stream, start: int, stop: int | None = None) -> Stream:
     """The tokens from start to stop."""
     q, k, v = tokens
     return q[:, :, start:stop], k[:, start:stop], v[:, start:stop]

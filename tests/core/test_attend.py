@@ -6,32 +6,11 @@ from torch import Tensor
 
 from kvfloor.core import attend as kernel
 from kvfloor.core.attend import attend, attend_causal, attend_newest, weigh
-from tests.support import Draw, stream
+from tests.support import Draw, later, stream
+from tests.support import attention as oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FUSED = [torch.float32, torch.bfloat16]
-
-
-def oracle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    log_weight: Tensor | None = None,
-    hide: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention in float64 with torch's softmax and logsumexp; zeros and -inf where nothing is seen."""
-    logits = torch.einsum("rmd,rsd->rms", q.double(), k.double()) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if log_weight is not None:
-        logits = logits + log_weight.double().unsqueeze(1)
-    if hide is not None:
-        logits = logits.masked_fill(hide, -torch.inf)
-    log_mass = torch.logsumexp(logits, -1)
-    weights = torch.softmax(logits, -1).masked_fill((log_mass == -torch.inf).unsqueeze(-1), 0.0)
-    return weights @ v.double(), log_mass
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -183,18 +162,18 @@ def test_a_torch_without_the_private_operator_is_served_by_the_definition(
 @pytest.mark.parametrize("dtype", FUSED)
 def test_causal_attention_is_attention_with_what_comes_later_hidden(draw: Draw, dtype: torch.dtype, backend) -> None:
     q, k, v = draw(3, 2, 70, 16).to(dtype), draw(3, 70, 16).to(dtype), draw(3, 70, 16).to(dtype)
-    later = torch.ones(70, 70, dtype=torch.bool).triu(1).repeat(2, 1).unsqueeze(0)
-    wanted = oracle(q.flatten(1, 2), k, v, 0.25, hide=later)
+    hide = later(70).repeat(2, 1)
+    wanted = oracle(q.flatten(1, 2), k, v, 0.25, hide=hide)
     for found, right in zip(attend_causal(q, k, v, 0.25, backend=backend), wanted, strict=True):
         assert error(found.flatten(1, 2), right) < (0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_causal_attention_takes_any_strides_and_the_definition_where_nothing_is_fused(draw: Draw) -> None:
     q, k, v = stream(draw, 3, 2, 16, 70)
-    later = torch.ones(70, 70, dtype=torch.bool).triu(1).repeat(2, 1).unsqueeze(0)
+    hide = later(70).repeat(2, 1)
     for dtype, softcap in ((torch.float32, None), (torch.float32, 2.0), (torch.float64, None)):
         part = [x.to(dtype).transpose(-1, -2) for x in (q, k, v)]
-        wanted = oracle(part[0].flatten(1, 2), part[1], part[2], 0.25, softcap, hide=later)
+        wanted = oracle(part[0].flatten(1, 2), part[1], part[2], 0.25, softcap, hide=hide)
         for found, right in zip(attend_causal(*part, 0.25, softcap), wanted, strict=True):
             assert error(found.flatten(1, 2), right) < 1e-5
 

@@ -19,7 +19,7 @@ from kvfloor.methods.policies.heavy_hitters import HeavyHitters
 from kvfloor.methods.policies.sinks import Sinks
 from kvfloor.methods.policies.window import Window
 from tests.literal import Rule, Token, kept_by
-from tests.support import Draw, causal, close, filled, later, opened, part, stream
+from tests.support import Draw, between, causal, close, filled, later, opened, stream
 from tests.support import positions as kept
 
 
@@ -224,9 +224,9 @@ def test_a_seal_inside_a_block_ages_scores_by_queries_and_not_by_places(draw: Dr
     """decay ** (queries since): 13 queries before the seal, 19 after, in one block of 32."""
     q, k, v = stream(draw, 1, 1, 32, 8)
     state = opened(f"h2o(score=decay,decay=0.7,sinks=0,recent=0,prefill={prefill})@40", 1, 8)
-    state.step(*part((q, k, v), 0, 13))
+    state.step(*between((q, k, v), 0, 13))
     state.seal()
-    state.step(*part((q, k, v), 13))
+    state.step(*between((q, k, v), 13))
     weights = torch.softmax((q[0, 0] @ k[0].T).masked_fill(later(32), -torch.inf), -1)
     wanted = (0.7 ** torch.arange(31, -1, -1, dtype=torch.float64)) @ weights
     score = state.slots.column("score", None, 32)[0]  # type: ignore[attr-defined]

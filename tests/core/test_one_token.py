@@ -7,26 +7,22 @@ import torch
 
 from kvfloor import Spec, State, parse
 from kvfloor.methods.registry import TABLE, default_method
+from tests.support import Stream, between, close, seeded, stream
 
 OTHERS = ["window(block=2)+value_sum@4", "sinks(1,block=2)+value_sum@4", "exact|top_k(k=2)"]
 SHORT = ["exact", "window(block=2)@4", "h2o(recent=2,sinks=1,block=2)@4"]
 
 
-def drawn(t: int, rows: int = 2, d: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(t)
-    shapes = ((rows, 2, t, d), (rows, t, d), (rows, t, d))
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return q, k, v
+def drawn(t: int) -> Stream:
+    return stream(seeded(t), 2, 2, t)
 
 
-def goes_on_alike(one: State, other: State, tokens: int) -> None:
+def goes_on_alike(one: State, other: State, n: int) -> None:
     """Step `one` token by token, `other` too but by the general way, which `present` asks for."""
-    q, k, v = drawn(tokens)
-    present = torch.ones(2, 1, dtype=torch.bool)
-    for i in range(tokens):
-        at = slice(i, i + 1)
-        short = one.step(q[:, :, at], k[:, at], v[:, at])
-        torch.testing.assert_close(short, other.step(q[:, :, at], k[:, at], v[:, at], present), rtol=1e-11, atol=1e-12)
+    tokens, present = drawn(n), torch.ones(2, 1, dtype=torch.bool)
+    for i in range(n):
+        token = between(tokens, i, i + 1)
+        close(one.step(*token), other.step(*token, present))
     assert one.seen.tolist() == other.seen.tolist()
     if one.held.any():
         assert one.held.tolist() == other.held.tolist()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kvfloor import Partial, Spec
+from tests.support import attention
 
 WIDTH = 3
 log_masses = st.one_of(
@@ -69,12 +69,6 @@ def test_equal_masses_average_and_add_up() -> None:
     assert merged.log_mass.item() == pytest.approx(700.0 + math.log(2.0))
 
 
-def literal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention written with torch's own softmax and logsumexp."""
-    logits = torch.einsum("rmd,rsd->rms", q, k) * scale
-    return torch.softmax(logits, -1) @ v, torch.logsumexp(logits, -1)
-
-
 @given(st.integers(1, 12), st.lists(st.integers(0, 4), min_size=12, max_size=12), st.floats(-4, 4), st.integers(0, 99))
 @settings(max_examples=60)
 def test_merging_any_split_gives_attention_over_the_union(n: int, parts: list[int], log10: float, seed: int) -> None:
@@ -85,7 +79,7 @@ def test_merging_any_split_gives_attention_over_the_union(n: int, parts: list[in
     merged = Partial.empty(2, 3, dv=4, dtype=torch.float64)
     for part in range(5):
         merged = merged.merge(Partial.over(q, k[:, belongs == part], v[:, belongs == part], spec))
-    mean, log_mass = literal(q, k, v, spec.scale)
+    mean, log_mass = attention(q, k, v, spec.scale)
     torch.testing.assert_close(merged.mean, mean, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(merged.log_mass, log_mass, rtol=1e-12, atol=1e-12)
 

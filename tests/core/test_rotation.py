@@ -20,7 +20,7 @@ from kvfloor.core.blocked import Blocked
 from kvfloor.core.rotation import Rotation
 from tests import support
 from tests.literal import Rule, Token, kept_by
-from tests.support import Draw, fed, part, positions, stream
+from tests.support import Draw, between, fed, positions, stream
 
 D, BUDGET, SCALE = 8, 12, 0.5
 HALF = Rotation((1.0, 0.31, 0.052, 0.003))
@@ -145,12 +145,12 @@ def test_ragged_rows_restored_rows_and_copies_go_on_alike(draw: Draw, rule: str)
     method = parse(TEXTS[rule].format(4).replace("@12", "@12:20"))
     spec = Spec(2, D, 6, scale=SCALE, dtype=torch.float64, rotation=PAIRS)
     state = method.open(spec)
-    state.step(*part((q, k, v), 0, 37))
+    state.step(*between((q, k, v), 0, 37))
     others = [state.clone(), method.from_bytes(state.to_bytes())]
     swapped = state.clone()
     swapped.select_rows(torch.tensor([1, 0]))
     expected, _ = reference(rule, q[0], k[0], v[0], PAIRS, 4)
-    rest = part((q, k, v), 37)
+    rest = between((q, k, v), 37)
     out = state.step(*rest)
     torch.testing.assert_close(out[0], expected[:, 37:], rtol=0, atol=1e-12)
     for other in others:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import CorruptState, Method, Partial, Spec, State, Traits, parse
-from tests.support import Draw, filled, opened, stream
+from tests.support import Draw, between, causal, close, fed, filled, opened, stream
 
 MIXED = "window+value_sum|zeta(k=3,window=2)@12"  # a policy, a summary and a selector at once
 
@@ -83,12 +83,11 @@ def test_no_tokens_change_nothing(draw: Draw) -> None:
 
 @pytest.mark.parametrize("cut", [1, 45])
 def test_a_restored_state_goes_on_to_the_bit(draw: Draw, cut: int) -> None:
-    q, k, v = stream(draw, 2, 2, 60, dtype=torch.bfloat16)
-    state = parse(MIXED).open(Spec(2, 4, 4, dtype=torch.bfloat16))
-    state.step(q[:, :, :cut], k[:, :cut], v[:, :cut])
+    tokens = stream(draw, 2, 2, 60, dtype=torch.bfloat16)
+    state = opened(MIXED, rows=2, dtype=torch.bfloat16)
+    state.step(*between(tokens, 0, cut))
     again = state.method.from_bytes(state.to_bytes())
-    rest = q[:, :, cut:], k[:, cut:], v[:, cut:]
-    assert torch.equal(state.step(*rest), again.step(*rest))
+    assert torch.equal(state.step(*between(tokens, cut)), again.step(*between(tokens, cut)))
     assert state.to_bytes() == again.to_bytes()
 
 
@@ -99,16 +98,15 @@ def test_a_message_of_another_method_is_refused_by_both_names() -> None:
 
 
 def test_selected_rows_go_on_as_they_would_have(draw: Draw) -> None:
-    q, k, v = stream(draw, 3, 1, 40)
-    spec = Spec(3, 4, 4, dtype=torch.float64)
-    whole, part = parse(MIXED).open(spec), parse(MIXED).open(spec)
+    tokens = stream(draw, 3, 1, 40)
+    whole, chosen = opened(MIXED, rows=3), opened(MIXED, rows=3)
+    for state in (whole, chosen):
+        state.step(*between(tokens, 0, 23))
     index = torch.tensor([2, 0, 2])
-    whole.step(q[:, :, :23], k[:, :23], v[:, :23])
-    part.step(q[:, :, :23], k[:, :23], v[:, :23])
-    part.select_rows(index)
-    assert part.spec.row_ids == (2, 0, 2)
-    out = part.step(q[index, :, 23:], k[index, 23:], v[index, 23:])
-    torch.testing.assert_close(out, whole.step(q[:, :, 23:], k[:, 23:], v[:, 23:])[index], rtol=1e-11, atol=1e-12)
+    chosen.select_rows(index)
+    assert chosen.spec.row_ids == (2, 0, 2)
+    rest = between(tokens, 23)
+    close(chosen.step(*(x[index] for x in rest)), whole.step(*rest)[index])
 
 
 @pytest.mark.parametrize("index", [[], [3], [-1], [[0]], [0.5]])
@@ -125,21 +123,13 @@ def test_rows_that_do_not_exist_cannot_be_selected(index: list) -> None:
 )
 def test_a_method_that_lost_nothing_is_exact(draw: Draw, text: str) -> None:
     q, k, v = stream(draw, 2, 3, 64, 4, 5)
-    spec = Spec(2, 4, 5, scale=0.3, softcap=7.0, dtype=torch.float64)
-    logits = 7.0 * torch.tanh(torch.einsum("rgmd,rsd->rgms", q, k) * 0.3 / 7.0)
-    logits = logits.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -torch.inf)
-    wanted = torch.softmax(logits, -1) @ v.unsqueeze(1)
-    torch.testing.assert_close(parse(text).open(spec).step(q, k, v), wanted, rtol=1e-11, atol=1e-12)
+    close(opened(text, 2, 4, 5, scale=0.3, softcap=7.0).step(q, k, v), causal(q, k, v, 0.3, 7.0))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 300])
 def test_exact_answers_do_not_depend_on_the_cuts(draw: Draw, chunk: int) -> None:
-    n = 700
-    q, k, v = stream(draw, 1, 2, n)
-    spec = Spec(1, 4, 4, dtype=torch.float64)
-    cut, whole = parse("exact").open(spec), parse("exact").open(spec)
-    outs = [cut.step(q[:, :, i : i + chunk], k[:, i : i + chunk], v[:, i : i + chunk]) for i in range(0, n, chunk)]
-    torch.testing.assert_close(torch.cat(outs, 2), whole.step(q, k, v), rtol=1e-11, atol=1e-12)
+    tokens = stream(draw, 1, 2, 700)
+    close(fed(opened("exact"), tokens, *range(0, 700, chunk)), opened("exact").step(*tokens))
 
 
 def test_top_k_reads_ties_at_the_last_place_all() -> None:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvfloor import Spec, parse
 from kvfloor.core import bounded
 from kvfloor.core.attend import weigh
 from kvfloor.core.tiles import weights_by_tile
-from tests.support import Draw, positions, stream
+from tests.support import Draw, Stream, fed, later, opened, positions, stream
 
 
 @pytest.mark.parametrize("tile", [1, 3, 16, 100])
@@ -44,10 +43,11 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def dense(text: str, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Any:
-    state = parse(text).open(Spec(len(k), k.shape[2], v.shape[2], dtype=k.dtype))
-    for part in (slice(0, prompt // 3), slice(prompt // 3, prompt)):
-        state.step(q[:, :, part], k[:, part], v[:, part])
+def dense(text: str, tokens: Stream) -> Any:
+    """The state after a prompt of these tokens in two calls."""
+    _, k, v = tokens
+    state = opened(text, len(k), k.shape[2], v.shape[2], dtype=k.dtype)
+    fed(state, tokens, k.shape[1] // 3)
     return state
 
 
@@ -60,10 +60,8 @@ def test_a_dense_prefills_column_sums_equal_their_definition(
     monkeypatch.setattr(bounded, "TILE_SLOTS", tile)
     n, g = 230, 3
     q, k, v = stream(draw, 2, g, n)
-    state = dense(f"h2o(prefill=dense,score={score},group={group},decay=0.95)@64", q, k, v, n)
-    weights = torch.softmax(
-        (q @ k.unsqueeze(1).transpose(-1, -2)).masked_fill(torch.ones(n, n).bool().triu(1), -torch.inf), -1
-    )
+    state = dense(f"h2o(prefill=dense,score={score},group={group},decay=0.95)@64", (q, k, v))
+    weights = torch.softmax((q @ k.unsqueeze(1).mT).masked_fill(later(n), -torch.inf), -1)
     joined = weights.mean(1) if group == "mean" else weights.amax(1)
     fade = 0.95 ** torch.arange(n - 1, -1, -1.0) if score == "decay" else torch.ones(n)
     wanted = (fade.double() @ joined) / (torch.arange(n, 0, -1) if score == "mean" else 1)
@@ -89,12 +87,12 @@ def test_a_dense_prefill_makes_no_square_of_weights(
     query is shown); the largest tensor made is the arena of 1,536 slots, or a tile."""
     monkeypatch.setattr(bounded, "TILE_SLOTS", 64)
     monkeypatch.setattr("kvfloor.methods.policies.observation._TILE_SLOTS", 64)
-    q, k, v = stream(draw, 1, 2, 700, dtype=torch.float32)
+    tokens = stream(draw, 1, 2, 700, dtype=torch.float32)
     with Largest() as largest:
-        dense(text, q, k, v, 700).seal()
+        dense(text, tokens).seal()
     assert largest.elements <= 8192
     monkeypatch.setattr(bounded, "TILE_SLOTS", 4096)
     monkeypatch.setattr("kvfloor.methods.policies.observation._TILE_SLOTS", 4096)
     with Largest() as whole:
-        dense(text, q, k, v, 700).seal()
+        dense(text, tokens).seal()
     assert whole.elements >= untiled

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvfloor import Exact, Method, Spec, parse
+from kvfloor import Exact, Method, Spec
 from kvfloor.core.slots import Slots
 from kvfloor.methods.selectors.hierarchical import Hierarchical, HierarchicalState
-from tests.support import Draw, opened, stream
+from tests.support import Draw, Stream, between, causal, close, fed, filled, opened, stream
 
 
 def blocks_kept(q: Tensor, keys: Tensor, method: Hierarchical) -> tuple[list[int], int]:
@@ -60,16 +59,12 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, method: Hierarchical, seal: int
     return out
 
 
-def answers(method: Method, q: Tensor, k: Tensor, v: Tensor, seal: int, chunk: int) -> Tensor:
-    rows, _, n, d = q.shape
-    state = method.open(Spec(rows, d, d, dtype=torch.float64))
-    edges = sorted({0, n, seal, *range(0, n, chunk)})
-    pieces = []
-    for a, b in pairwise(edges):
-        if a == seal:
-            state.seal()
-        pieces.append(state.step(q[:, :, a:b], k[:, a:b], v[:, a:b]))
-    return torch.cat(pieces, 2)
+def answers(method: Method, tokens: Stream, seal: int, chunk: int) -> Tensor:
+    (rows, _, n, d), v = tokens[0].shape, tokens[2]
+    state = method.open(Spec(rows, d, v.shape[2], dtype=torch.float64))
+    before = fed(state, between(tokens, 0, seal), *range(0, seal, chunk))
+    state.seal()
+    return torch.cat([before, fed(state, between(tokens, seal), *range(chunk - seal % chunk, n - seal, chunk))], 2)
 
 
 CONFIGURATIONS = [
@@ -84,7 +79,7 @@ CONFIGURATIONS = [
 def test_answers_equal_the_halving_written_out(draw: Draw, method: Hierarchical, chunk: int) -> None:
     n, seal = 66, 43
     q, k, v = stream(draw, 2, 2, n, 6)
-    out = answers(Exact(method), q, k, v, seal, chunk)
+    out = answers(Exact(method), (q, k, v), seal, chunk)
     for row in range(2):
         wanted = written_out(q[row], k[row], v[row], method, seal)
         torch.testing.assert_close(out[row], wanted, rtol=1e-11, atol=1e-12)
@@ -121,7 +116,7 @@ def test_the_comparison_notices_a_wrong_line(draw: Draw, state: type[Hierarchica
     n, seal = 66, 42
     q, k, v = stream(draw, 1, 2, n, 6)
     right = {"k": 8, "key_block": 2, "sinks": 2, "window": 3, "query_block": 5, "refresh": 5}
-    out = answers(Exact(Wrong(**right, state=state)), q, k, v, seal, 66)  # type: ignore[arg-type]
+    out = answers(Exact(Wrong(**right, state=state)), (q, k, v), seal, 66)  # type: ignore[arg-type]
     wanted = written_out(q[0], k[0], v[0], Hierarchical(**right), seal)
     assert float((out[0] - wanted).abs().max()) > 1e-3
 
@@ -165,16 +160,12 @@ def test_another_group_chooses_anew(draw: Draw) -> None:
 @pytest.mark.parametrize("n", [4 + 32 + 64, 4 + 32 + 65])
 def test_nothing_is_lost_while_the_blocks_are_few_enough(draw: Draw, n: int) -> None:
     q, k, v = stream(draw, 1, 2, n)
-    spec = Spec(1, 4, 4, dtype=torch.float64)
-    out = parse("exact|hip(k=64)").open(spec).step(q, k, v)
-    torch.testing.assert_close(out, parse("exact").open(spec).step(q, k, v), rtol=1e-11, atol=1e-12)
+    close(opened("exact|hip(k=64)").step(q, k, v), causal(q, k, v))
 
 
 def share_found(keys: Tensor, q: Tensor, text: str, places: Tensor) -> float:
     """How often the token at `places[row]` is among those that q (rows, 1, d) reads."""
-    state: Any = parse(text).open(Spec(*keys.shape[::2], keys.shape[2], dtype=torch.float64))
-    state.append(keys, keys)
-    unread = state.unread(q)
+    unread = filled(text, keys).unread(q)
     return float((~unread[torch.arange(len(places)), 0, places]).double().mean())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfloor import Exact, Spec, parse
 from kvfloor.core.slots import Slots
 from kvfloor.methods.selectors.pages import Pages, PagesState
-from tests.support import Draw, filled, opened, stream
+from tests.support import Draw, fed, filled, opened, stream
 
 
 def pages_read(q: Tensor, keys: Tensor, pages: int, page: int) -> list[int]:
@@ -35,8 +35,7 @@ def furthest(method: Exact, q: Tensor, k: Tensor, v: Tensor, pages: int, page: i
     """The largest difference of `step`, in calls of `chunk` tokens, from the rule written out."""
     rows, g, n, d = q.shape
     state = method.open(Spec(rows, d, d, scale=0.7, dtype=torch.float64))
-    cuts = range(0, n, chunk)
-    out = torch.cat([state.step(q[:, :, a : a + chunk], k[:, a : a + chunk], v[:, a : a + chunk]) for a in cuts], 2)
+    out = fed(state, (q, k, v), *range(0, n, chunk))
     worst = 0.0
     for row in range(rows):
         for head in range(g):

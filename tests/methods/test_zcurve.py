@@ -20,7 +20,7 @@ from kvfloor.core.slots import Slots
 from kvfloor.methods.selectors.morton import cells, interleave
 from kvfloor.methods.selectors.top_k import TopK
 from kvfloor.methods.selectors.zcurve import ZCurve, ZCurveState, projections
-from tests.support import Draw, stream
+from tests.support import Draw, fed, stream
 
 # ---- codes -----------------------------------------------------------------------------------------------------
 
@@ -85,8 +85,7 @@ def furthest(method: ZCurve, draw: Draw, chunk: int) -> float:
     q, k, v = stream(draw, 1, 2, n, d)
     spec = Spec(1, d, d, dtype=torch.float64, seed=9)
     state = Exact(method).open(spec)
-    cuts = range(0, n, chunk)
-    out = torch.cat([state.step(q[:, :, a : a + chunk], k[:, a : a + chunk], v[:, a : a + chunk]) for a in cuts], 2)
+    out = fed(state, (q, k, v), *range(0, n, chunk))
     planes, worst = projections(spec, 3), 0.0
     for head in range(2):
         for i in range(n):
