@@ -274,37 +274,3 @@ def test_monotone_in_every_argument_and_below_what_suffices(given_arguments, mor
     floor = floors.metric_space(**given_arguments)
     assert 0.0 <= floor.bits <= floor.upper_bits * slack
     assert (floor.bits == 0.0) == floor.regime.startswith("vacuous")
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"n": 0}, "n must be a whole number >= 1, got 0"),
-        ({"d": 0}, "d must be a whole number >= 1, got 0"),
-        ({"dv": 0}, "dv must be a whole number >= 1, got 0"),
-        ({"metric": "l1"}, "metric must be one of max, frobenius, operator, got 'l1'"),
-        ({"epsilon": -0.1}, r"epsilon must lie in \[0, inf\), got -0.1"),
-        ({"epsilon": math.inf}, r"epsilon must lie in \[0, inf\), got inf"),
-        ({"p": 0.0}, r"p must lie in \(0, 1\], got 0.0"),
-        ({"radius": -1.0}, r"radius must be a positive number, got -1.0"),
-        ({"window": 0}, "window must be a whole number >= 1, got 0"),
-        ({"heads": 0}, "heads must be a whole number >= 1, got 0"),
-        ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
-        ({"norm": 20.0}, "norm belongs to metric='operator', got norm=20.0 with metric='max'"),
-        ({"norm": 7.0, "metric": "operator"}, "norm must be at least 8, as that of any 64 x 8 sign matrix is, got 7.0"),
-    ],
-)
-def test_refusals_name_the_argument(changed, message):
-    with pytest.raises(ValueError, match=message):
-        floors.metric_space(**({"n": 64, "d": 8, "metric": "max", "epsilon": 0.1} | changed))
-
-
-def test_refusals_of_the_formulas():
-    with pytest.raises(ValueError, match=r"leak must lie in \[0, inf\], got -1"):
-        floors.wrong_share("max", 0.1, 5, 5, -1)
-    with pytest.raises(ValueError, match="m must be a whole number >= 1, got 0"):
-        floors.sign_norm(0, 5)
-    with pytest.raises(ValueError, match="wrong must be a whole number >= 0, got -1"):
-        floors.ball_bits(5, -1)
-    with pytest.raises(ValueError, match=r"p must lie in \(0, 1\], got 2"):
-        floors.noisy_row_bits(5, 5, 2, 1)

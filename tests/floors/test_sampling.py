@@ -131,25 +131,3 @@ def test_monotone_in_every_argument(dv, epsilon, failure, delta, r, factor, n):
     assert min(floors.subgen_numbers(4, 4, dv, 5, 6), floors.subgen_numbers(3, 5, dv, 5, 6),
                floors.subgen_numbers(3, 4, dv + 1, 5, 6), floors.subgen_numbers(3, 4, dv, 6, 6),
                floors.subgen_numbers(3, 4, dv, 5, 7)) > here  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: floors.subgen_s(0, 0.5, 0.1), "dv must be a whole number >= 1, got 0"),
-        (lambda: floors.subgen_s(8, 1.5, 0.1), r"epsilon must lie in \(0, 1\], got 1.5"),
-        (lambda: floors.subgen_s(8, 0.5, 1.0), r"failure must lie in \(0, 1\), got 1.0"),
-        (lambda: floors.subgen_s(8, 0.5, 0.1, norm="max"), "norm must be one of operator, frobenius, got 'max'"),
-        (lambda: floors.subgen_t(0.0, 1.0, 0.5, 0.1), r"delta must be a positive number, got 0.0"),
-        (lambda: floors.subgen_t(1.0, 0.0, 0.5, 0.1), r"r must be a positive number, got 0.0"),
-        (lambda: floors.subgen_t(1.0, 1.0, 0.5, 0.1, centres=0), r"centres must lie in \[1, inf\], got 0"),
-        (lambda: floors.subgen_numbers(8, 8, 0, 1, 1), "s must be a whole number >= 1, got 0"),
-        (lambda: floors.subgen_numbers(8, 8, 1, 0, 1), "t must be a whole number >= 1, got 0"),
-        (lambda: floors.subgen_numbers(8, 8, 1, 1, 0), "centres must be a whole number >= 1, got 0"),
-        (lambda: floors.subgen_plan(0, 8, 8, 0.5, 1.0, 0.1), "n must be a whole number >= 1, got 0"),
-        (lambda: floors.lazy_gumbel_tokens(0), "n must be a whole number >= 1, got 0"),
-    ],
-)
-def test_refusals_name_the_argument(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -93,29 +93,6 @@ def test_infinite_constants_become_null():
     assert floor.as_dict()["constants"]["N"] is None
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"n": 0}, "n must be a whole number >= 1, got 0"),
-        ({"n": 2.5}, "n must be a whole number >= 1, got 2.5"),
-        ({"n": True}, "n must be a whole number"),
-        ({"d": 0}, "d must be a whole number >= 1, got 0"),
-        ({"dv": -1}, "dv must be a whole number >= 1, got -1"),
-        ({"eta": 1.0}, r"eta must lie in \[0, 1\), got 1.0"),
-        ({"eta": float("nan")}, r"eta must lie in \[0, 1\), got nan"),
-        ({"eta": "half"}, r"eta must lie in \[0, 1\), got 'half'"),
-        ({"p": 0.0}, r"p must lie in \(0, 1\], got 0.0"),
-        ({"radius": 0.0}, r"radius must be a positive number, got 0.0"),
-        ({"window": 0}, "window must be a whole number >= 1, got 0"),
-        ({"heads": 0}, "heads must be a whole number >= 1, got 0"),
-        ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
-    ],
-)
-def test_refusals_name_the_argument(changed, message):
-    with pytest.raises(ValueError, match=message):
-        floors.space(**({"n": 64, "d": 8} | changed))
-
-
 def test_the_near_orthogonal_regime_begins_beyond_its_border():
     n = int(math.exp(37.5))
     assert 4.0 * math.log(n) == 150.0

@@ -207,31 +207,3 @@ def test_monotone_in_every_argument_and_below_what_suffices(n, d, dv, eta, p, ra
     floor = floors.tensor_space(n, d, dv, eta=eta, p=p, radius=radius, caches=caches)
     assert 0.0 <= floor.bits <= floor.upper_bits * slack
     assert floor.bits <= min(memory.bits for memory in floor.possible) * slack
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"n": 0}, "n must be a whole number >= 1, got 0"),
-        ({"d": 0}, "d must be a whole number >= 1, got 0"),
-        ({"dv": 0}, "dv must be a whole number >= 1, got 0"),
-        ({"caches": 3}, r"caches must be 4 .* or 2 .*, got 3"),
-        ({"eta": 1.0}, r"eta must lie in \[0, 1\), got 1.0"),
-        ({"p": 2.0}, r"p must lie in \(0, 1\], got 2.0"),
-        ({"radius": 0.0}, r"radius must be a positive number, got 0.0"),
-        ({"heads": 0}, "heads must be a whole number >= 1, got 0"),
-        ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
-    ],
-)
-def test_refusals_name_the_argument(changed, message):
-    with pytest.raises(ValueError, match=message):
-        floors.tensor_space(**({"n": 8, "d": 8} | changed))
-
-
-def test_refusals_of_the_formulas():
-    with pytest.raises(ValueError, match="g must be a positive number"):
-        floors.tensor_C(8, 0.0, 0.1)
-    with pytest.raises(ValueError, match="eps_s must lie in"):
-        floors.tensor_C(8, 0.5, 0.0)
-    with pytest.raises(ValueError, match="n must be a whole number"):
-        floors.mu_tensor(0, 8)

@@ -112,19 +112,3 @@ def test_monotone_in_every_argument(n, d, p, other, eta, expected):
     assert reads(d=1) == floors.time_probes(n, low, eta=eta, expected=expected)
     assert floors.probing_success(d, n + 1) <= floors.probing_success(d + 1, n + 1)
     assert floors.probing_success(d, n + 1) >= floors.probing_success(d, n + 2)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: floors.time_probes(0), "n must be a whole number >= 1, got 0"),
-        (lambda: floors.time_probes(9, 0.0), r"p must lie in \(0, 1\], got 0.0"),
-        (lambda: floors.time_probes(9, 0.9, eta=1.0), r"eta must lie in \[0, 1\), got 1.0"),
-        (lambda: floors.time_operations(9, 0), "d must be a whole number >= 1, got 0"),
-        (lambda: floors.probing_success(-1, 9), r"T must lie in \[0, inf\], got -1"),
-        (lambda: floors.probing_success(3, 1), "n must be a whole number >= 2, got 1"),
-    ],
-)
-def test_refusals_name_the_argument(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfloor import floors
-from kvfloor.floors import upper
 
 
 def named(floor: floors.Floor) -> dict[str, floors.Possible]:
@@ -115,12 +114,3 @@ def test_what_is_possible_is_never_impossible(n, d, dv, radius, epsilon, metric,
     for memory, told in zip(floor.possible, floor.as_dict()["possible"], strict=True):
         assert told["ratio"] is None or told["ratio"] == pytest.approx(memory.bits / floor.bits)
         assert told["ratio"] is not None or floor.bits == 0.0 or memory.bits == math.inf
-
-
-def test_refusals_name_the_argument():
-    with pytest.raises(ValueError, match="dtype must be one of fp32, fp16, bf16, got 'fp64'"):
-        upper.exact_bytes(8, 8, 8, "fp64")
-    with pytest.raises(ValueError, match="tokens must be a whole number >= 0, got -1"):
-        upper.exact_bytes(-1, 8, 8)
-    with pytest.raises(ValueError, match="W must be a whole number >= 1, got 0"):
-        upper.running_sum_numbers(0, 8, 8)

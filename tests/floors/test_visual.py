@@ -119,32 +119,3 @@ def test_monotone_in_every_argument_and_below_what_suffices(n, d, dv, ratio, las
     floor = floors.visual_space(n, d, dv, ratio=ratio, last_asks=last_asks, eta=eta, p=p)
     assert 0.0 <= floor.bits <= floor.upper_bits * slack
     assert floor.bits <= min(memory.bits for memory in floor.possible) * slack
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"n": 0}, "n must be a whole number >= 1, got 0"),
-        ({"d": 0}, "d must be a whole number >= 1, got 0"),
-        ({"dv": 0}, "dv must be a whole number >= 1, got 0"),
-        ({"ratio": 1.0}, r"ratio must lie in \(1, inf\), got 1.0"),
-        ({"sides": ()}, r"sides must hold|sides must ascend and end in n = 8, got \(\)"),
-        ({"sides": (1, 4)}, r"sides must ascend and end in n = 8, got \(1, 4\)"),
-        ({"sides": (4, 1, 8)}, r"sides must ascend and end in n = 8, got \(4, 1, 8\)"),
-        ({"sides": (0, 8)}, "side must be a whole number >= 1, got 0"),
-        ({"eta": 1.0}, r"eta must lie in \[0, 1\), got 1.0"),
-        ({"p": 0.0}, r"p must lie in \(0, 1\], got 0.0"),
-        ({"heads": 0}, "heads must be a whole number >= 1, got 0"),
-        ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
-    ],
-)
-def test_refusals_name_the_argument(changed, message):
-    with pytest.raises(ValueError, match=message):
-        floors.visual_space(**({"n": 8, "d": 8} | changed))
-
-
-def test_refusals_of_the_formulas():
-    with pytest.raises(ValueError, match="asking must be a whole number >= 1, got 0"):
-        floors.visual_C(8, 0, 0.5, 0.1)
-    with pytest.raises(ValueError, match="sides must hold the side of at least one map, got none"):
-        floors.visual_rows(())
