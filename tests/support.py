@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -98,6 +99,19 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, softcap: float |
 def close(a: Tensor, b: Tensor) -> None:
     """Require equal float64 tensors but for rounding."""
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def require_mean(samples: Tensor, wanted: Tensor | float) -> None:
+    """Require that each column's mean lies within 4.5 standard errors of `wanted`."""
+    error = samples.std(0) / math.sqrt(len(samples))
+    assert bool(((samples.mean(0) - wanted).abs() <= 4.5 * error + 1e-12).all())
+
+
+def require_drawn(picked: Tensor, cells: int, share: Tensor | None = None) -> None:
+    """Require of numbers below `cells` that chi-square does not tell them from fair draws, or from these shares."""
+    expected = picked.numel() * (torch.full((cells,), 1.0 / cells) if share is None else share)
+    counts = torch.bincount(picked.flatten(), minlength=cells)
+    assert float(((counts - expected) ** 2 / expected).sum()) < cells - 1 + 4 * math.sqrt(2 * (cells - 1))
 
 
 def positions(state: Any) -> list[list[int]]:

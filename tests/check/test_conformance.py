@@ -1,5 +1,7 @@
 """Every registered method, and what users combine them to, keeps every law that it claims."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -73,20 +75,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEVER_UNCLAIMED = {"chunking", "causality", "pads", "capacity", "row_isolation", "index_floor"}
 
 
-def _require_conformance(text: str, dtype: torch.dtype, g: int, seed: int = 0) -> None:
-    outcome = run_checks(parse(text), dtypes=(dtype,), groups=(g,), seed=seed)
+def _require_conformance(text: str, **setting: Any) -> None:
+    outcome = run_checks(parse(text), **setting)
     assert outcome.failed == []
     assert not NEVER_UNCLAIMED & {skip["check"] for skip in outcome.skipped}
 
 
 @pytest.mark.parametrize("text", METHODS)
 def test_method_keeps_its_laws(text: str) -> None:
-    _require_conformance(text, torch.float32, g=4)
+    _require_conformance(text, dtypes=(torch.float32,), groups=(4,))
 
 
 @pytest.mark.parametrize("text", REGISTERED)
 def test_method_keeps_its_laws_in_half_precision_and_without_a_group(text: str) -> None:
-    _require_conformance(text, torch.bfloat16, g=1)
+    _require_conformance(text, dtypes=(torch.bfloat16,), groups=(1,))
 
 
 BLOCKS = tuple(
@@ -104,30 +106,10 @@ BLOCKS = tuple(
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("text", METHODS)
 def test_method_keeps_its_laws_in_every_setting(text: str, seed: int) -> None:
-    outcome = run_checks(parse(text), dtypes=DTYPES[seed:] + DTYPES[:seed], seed=seed)
-    assert outcome.failed == []
-    assert not NEVER_UNCLAIMED & {skip["check"] for skip in outcome.skipped}
+    _require_conformance(text, dtypes=DTYPES[seed:] + DTYPES[:seed], seed=seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", SUMMARISING)
-def test_summaries_keep_their_laws_behind_every_kind_of_policy(text: str) -> None:
-    assert run_checks(parse(text)).failed == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("text", SELECTING)
-def test_selectors_keep_their_laws_over_every_kind_of_cache(text: str) -> None:
-    assert run_checks(parse(text)).failed == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("text", OPTIONS)
-def test_policies_keep_their_laws_whatever_their_options(text: str) -> None:
-    assert run_checks(parse(text)).failed == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("text", BLOCKS)
-def test_method_keeps_its_laws_at_every_block(text: str) -> None:
+@pytest.mark.parametrize("text", SUMMARISING + SELECTING + OPTIONS + BLOCKS)
+def test_every_combination_keeps_its_laws(text: str) -> None:
     assert run_checks(parse(text)).failed == []

@@ -229,33 +229,6 @@ def test_a_hidden_seed_repeats_the_run_and_by_default_it_is_fresh(monkeypatch):
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_bad_input_is_refused_by_name():
-    for changed, message in (
-        ({"bits": 0}, "bits must be a whole number >= 1, got 0"),
-        ({"bits": 25}, r"bits must lie in 1\.\.24, got 25"),
-        ({"eta": 1.0}, r"eta must lie in \[0, 1\)"),
-        ({"n": 0}, "n must be"),
-        ({"d": 0}, "d must be"),
-        ({"dv": 0}, "dv must be"),
-        ({"rows": 0}, "rows must be"),
-        ({"heads": 0}, "heads must be"),
-        ({"layers": 0}, "layers must be"),
-        ({"seed": -1}, "seed must be"),
-        ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, got 'int8'"),
-        ({"family": "golden"}, "family must be one of chirp, .*, got 'golden'"),
-        ({"family": "jl", "d": 16, "n": 1024}, "its theorem needs d >= 9242"),
-        ({"d": 1, "n": 5}, "no family has n=5 keys"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            play("exact", **({"n": 16, "d": 8} | changed))
-    with pytest.raises(ValueError, match=r"barrier must be one of spike, packing, .*, got 'wall'"):
-        play("exact", barrier="wall")
-    with pytest.raises(ValueError, match="barrier 'visual' takes no window; it takes n, d, dv"):
-        play("exact", barrier="visual", window=3)
-    with pytest.raises(ValueError, match="unknown policy or method 'windw'"):
-        play("windw@3")
-
-
 @pytest.mark.parametrize("barrier", sorted(set(BARRIERS) - {"spike"}))
 def test_only_the_spike_has_a_known_optimum(barrier):
     with pytest.raises(ValueError, match=f"barrier '{barrier}' has no known optimum to play; give a method"):

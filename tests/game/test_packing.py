@@ -129,17 +129,3 @@ def test_a_window_with_too_little_memory_is_caught():
     assert (result.n, result.details["repeats"]) == (64, 1)
     assert (result.verdict, result.row_success) == ("breaks", 0.25)
     assert what_is_left(64, 16) < result.certified_bits <= 16 * 64 - PAID
-
-
-def test_bad_input_is_refused_by_name():
-    for changed, message in (
-        ({"radius": 0.0}, "radius must be a positive number"),
-        ({"radius": math.inf}, "radius must be a positive number"),
-        ({"radius": -3}, "radius must be a positive number"),
-        ({"n": 0}, "n must be"),
-        ({"d": 0}, "d must be"),
-        ({"eta": -0.1}, "eta must lie in"),
-        ({"bits": 2}, "barrier 'packing' takes no bits"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            play("exact", barrier="packing", isolated=False, **changed)

@@ -191,15 +191,3 @@ def test_the_result_lists_the_readers_as_plain_numbers():
     assert all(set(reader) == {field.name for field in dataclasses.fields(oracle.ReaderSuccess)} for reader in readers)
     uniform = [reader["success"] for reader in readers if reader["reader"] == "uniform"]
     assert len(uniform) == 6 and all(a < b + 0.05 for a, b in pairwise(uniform))
-
-
-def test_bad_input_is_refused_by_name():
-    for changed, message in (
-        ({"n": 15}, "n must be a whole number >= 16, got 15"),
-        ({"n": 16, "eta": 0.95}, r"n must be at least 54 for barrier 'probing' at eta=0.95, got 16"),
-        ({"runs": 0}, "runs must be"),
-        ({"d": 0}, "d must be"),
-        ({"bits": 2}, "barrier 'probing' takes no bits"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            played(**changed)

@@ -107,14 +107,3 @@ def test_streams_longer_than_a_piece_are_asked_for_at_the_right_place():
     score = policy.slots.columns.score[:1088]  # whole blocks have been looked at
     assert torch.equal(view.position[0, :1088], torch.arange(1088))
     assert score.min() > 1 / (1 + leak_ratio(1, 0.5)) - 1e-3  # each token was asked for when it came
-
-
-def test_bad_input_is_refused_by_name():
-    for changed, message in (
-        ({"n": 16_385}, "n must be at most 16384 for barrier 'sparse', got 16385"),
-        ({"n": 0}, "n must be"),
-        ({"family": "golden"}, "family must be one of"),
-        ({"rows": 3}, "barrier 'sparse' takes no rows"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            play("exact", barrier="sparse", isolated=False, **changed)

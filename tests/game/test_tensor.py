@@ -175,18 +175,3 @@ def test_the_method_is_lifted_once():
     lifted = instance.lift(parse("window@16"))
     assert lifted == TensorAttention(parse("window@16")) == instance.lift(lifted)
     assert two().lift(parse("window@16")) == parse("window@16")
-
-
-def test_bad_input_is_refused_by_name():
-    for changed, message in (
-        ({"caches": 3}, "caches must be 2 or 4, got 3"),
-        ({"n": 3}, "n must be a whole number >= 4, got 3"),
-        ({"n": 1025}, r"n must be at most 1024 tokens for four caches \(n\^2 pairs are read\), got 1025"),
-        ({"d": 4}, "two pairs of the 48 tokens have the same product key in d=4: take d above 6 ln n"),
-        ({"d": 4, "caches": 2}, "cannot be singled out by any query"),
-        ({"family": "chirp"}, "barrier 'tensor' takes no family"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            played(**changed)
-    with pytest.raises(ValueError, match="tensor: the store must keep whole tokens and read them all"):
-        played("quant(bits=8)", caches=4)

@@ -109,18 +109,6 @@ def test_any_method_plays():
         assert result.verdict in ("holds", "breaks") and result.certified_bits <= result.hidden_bits
 
 
-def test_bad_input_is_refused_by_name():
-    for changed, message in (
-        ({"sides": ()}, "sides must hold the side of at least one map, got none"),
-        ({"sides": (2, 0)}, "side must be a whole number >= 1, got 0"),
-        ({"sides": (2, 1.5)}, "side must be a whole number >= 1, got 1.5"),
-        ({"sides": None, "n": 0}, "n must be"),
-        ({"append": True}, "barrier 'visual' takes no append"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            played(**changed)
-
-
 def test_a_pyramid_from_json_is_the_same():
     instance = instance_of()
     assert Visual(**{**vars(instance), "sides": [1, 2, 4, 6]}) == instance

@@ -17,7 +17,7 @@ from kvfloor.methods.summaries import value_sample
 from kvfloor.methods.summaries.value_sample import ValueSample, ValueSampleState, middle, sizes_for
 from kvfloor.statistics import clopper_pearson_limit
 from tests import support
-from tests.support import Draw, filled
+from tests.support import Draw, filled, require_drawn, require_mean
 
 ROWS = 3000
 
@@ -37,12 +37,6 @@ def many(text: str, k: Tensor, v: Tensor, rows: int = ROWS):
 def unmasked(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
     weight = torch.where(inside, torch.exp(k @ q), 1.0)
     return (weight.unsqueeze(1) * v).sum(0) / weight.sum()
-
-
-def assert_mean(samples: Tensor, wanted: Tensor) -> None:
-    """Each column's mean lies within 4.5 standard errors of `wanted`."""
-    error = samples.std(0) / math.sqrt(len(samples))
-    assert bool(((samples.mean(0) - wanted).abs() <= 4.5 * error + 1e-12).all())
 
 
 # ---- the reservoir ----------------------------------------------------------------------------------------------
@@ -80,21 +74,11 @@ def test_the_samples_do_not_depend_on_block_or_cuts(draw: Draw) -> None:
         assert torch.equal(states[0].value, other.value) and torch.equal(states[0].key, other.key)
 
 
-def chi_square(picked: Tensor, cells: int) -> float:
-    counts = torch.bincount(picked.flatten(), minlength=cells).double()
-    expected = picked.numel() / cells
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-def limit(cells: int) -> float:
-    return cells - 1 + 4 * math.sqrt(2 * (cells - 1))
-
-
 def assert_uniform_and_independent(state, n: int) -> None:
     """Samples whose values are token numbers: each slot uniform over n tokens, two slots independent."""
     picked = sample_of(state).value[:, :, 0].round().long()
-    assert chi_square(picked, n) < limit(n)
-    assert chi_square(picked[:, 0] * n + picked[:, 1], n * n) < limit(n * n)
+    require_drawn(picked, n)
+    require_drawn(picked[:, 0] * n + picked[:, 1], n * n)
 
 
 def numbered(text: str):
@@ -136,7 +120,7 @@ LITERAL = ("window_sample@8", "window_sample(copies=4)@8")
 def test_answers_are_unbiased_with_the_bounded_variance_of_theorem_23(draw: Draw, text: str) -> None:
     answers, q, k, v = answered(draw, text)
     wanted = unmasked(q, k, v, torch.arange(32) >= 24)
-    assert_mean(answers, wanted)
+    require_mean(answers, wanted)
     copies = 4 if "copies" in text else 1
     assert bool((answers.var(0) <= v.max() * wanted / copies).all())
 
@@ -148,7 +132,7 @@ def test_the_variance_comes_from_the_outside_alone(draw: Draw, text: str) -> Non
     inside = torch.exp(k[24:] @ q).sum()
     share = 24 / (24 + inside)
     wanted = share**2 * v[:24].var(0, correction=0) / (4 if "copies" in text else 1)
-    assert_mean((answers - unmasked(q, k, v, torch.arange(32) >= 24)).square(), wanted)
+    require_mean((answers - unmasked(q, k, v, torch.arange(32) >= 24)).square(), wanted)
 
 
 @pytest.mark.parametrize("text", LITERAL)
@@ -158,7 +142,7 @@ def test_the_literal_form_draws_tokens_by_their_weight(draw: Draw, text: str) ->
     weight = torch.where(torch.arange(32) >= 24, torch.exp(k @ q), 1.0)
     weight = weight / weight.sum()
     variance = weight @ v.square() - (weight @ v).square()
-    assert_mean((answers - weight @ v).square(), variance / (4 if "copies" in text else 1))
+    require_mean((answers - weight @ v).square(), variance / (4 if "copies" in text else 1))
 
 
 def test_the_literal_form_answers_with_a_value_that_was_given(draw: Draw) -> None:
@@ -198,7 +182,7 @@ def test_a_uniform_draw_from_the_window_is_told(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(window_sample, "weigh", flat)
     answers, q, k, v = answered(draw, "window_sample@8")
     with pytest.raises(AssertionError):
-        assert_mean(answers, unmasked(q, k, v, torch.arange(32) >= 24))
+        require_mean(answers, unmasked(q, k, v, torch.arange(32) >= 24))
 
 
 def test_the_middle_is_the_median_of_the_groups_means(draw: Draw) -> None:
