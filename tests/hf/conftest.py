@@ -15,9 +15,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from kvfloor.hf import prepare
 from kvfloor.hf.families import own_cache_class
 from survey.tiny import families, tiny_model
 
+Prompt = dict[str, torch.Tensor]
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
 
 
@@ -62,7 +64,12 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.fixture
-def prompt() -> dict[str, torch.Tensor]:
+def prepared() -> PreTrainedModel:
+    return prepare(tiny())
+
+
+@pytest.fixture
+def prompt() -> Prompt:
     """Two prompts of 70 and 50 tokens; the shorter one is left-padded."""
     ids = torch.randint(2, 98, (2, 70), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kvfloor.hf import CompressedCache, floor_shares, prepare
 from kvfloor.hf.allocate import pyramid, spread
+from tests.hf.conftest import Prompt
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
 TABLE = [[40, 24], 32, [24, 64]]
@@ -21,41 +22,36 @@ def held(cache: CompressedCache) -> list[list[int]]:
     return [entry["held"] for entry in cache.report()]
 
 
-def test_heads_keep_their_own_budgets_and_the_rest_is_freed(
-    llama: PreTrainedModel, prompt: dict[str, torch.Tensor]
-) -> None:
-    prepare(llama)
-    ragged = CompressedCache(llama.config, "sinks(4,block=1)", budgets=TABLE)
-    llama.generate(**prompt, **GREEDY, past_key_values=ragged)
+def test_heads_keep_their_own_budgets_and_the_rest_is_freed(prepared: PreTrainedModel, prompt: Prompt) -> None:
+    ragged = CompressedCache(prepared.config, "sinks(4,block=1)", budgets=TABLE)
+    prepared.generate(**prompt, **GREEDY, past_key_values=ragged)
     assert held(ragged) == [[40, 24] * 2, [32] * 4, [24, 61, 24, 64]]  # the padded row saw 61 tokens
-    even = CompressedCache(llama.config, "sinks(4,block=1)@64")
-    llama.generate(**prompt, **GREEDY, past_key_values=even)
+    even = CompressedCache(prepared.config, "sinks(4,block=1)@64")
+    prepared.generate(**prompt, **GREEDY, past_key_values=even)
     per_token = {entry["state_bytes"] // (4 * 65) for entry in even.report()}  # 64 and the block of one
     assert len(per_token) == 1
     tokens = 2 * (40 + 24 + 32 + 32 + 24 + 64)
     assert ragged.nbytes < even.nbytes * (tokens + 12) / (12 * 65) * 1.05
 
 
-def test_a_ragged_cache_answers_as_its_rows_alone(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
-    prepare(llama)
-    both = CompressedCache(llama.config, "h2o(block=8)", budgets=TABLE)
-    together = llama.generate(**prompt, **GREEDY, past_key_values=both)
-    alone = CompressedCache(llama.config, "h2o(block=8)", budgets=TABLE)
-    only = llama.generate(prompt["input_ids"][:1, 20:], **GREEDY, past_key_values=alone)
+def test_a_ragged_cache_answers_as_its_rows_alone(prepared: PreTrainedModel, prompt: Prompt) -> None:
+    both = CompressedCache(prepared.config, "h2o(block=8)", budgets=TABLE)
+    together = prepared.generate(**prompt, **GREEDY, past_key_values=both)
+    alone = CompressedCache(prepared.config, "h2o(block=8)", budgets=TABLE)
+    only = prepared.generate(prompt["input_ids"][:1, 20:], **GREEDY, past_key_values=alone)
     assert torch.equal(together[0, 70:], only[0, 50:])
     assert [line[:2] for line in held(both)] == held(alone)
 
 
-def test_one_budget_for_all_heads_is_the_uniform_table(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
-    prepare(llama)
+def test_one_budget_for_all_heads_is_the_uniform_table(prepared: PreTrainedModel, prompt: Prompt) -> None:
     outs = []
     for arguments in (
         {"method": "h2o@32"},
         {"method": "h2o", "budgets": [32, [32, 32], 32]},
         {"method": "h2o@32", "allocate": [1, 1, 1]},
     ):
-        cache = CompressedCache(llama.config, **arguments)  # type: ignore[arg-type]
-        outs.append((llama(**prompt, past_key_values=cache).logits, cache.nbytes))
+        cache = CompressedCache(prepared.config, **arguments)  # type: ignore[arg-type]
+        outs.append((prepared(**prompt, past_key_values=cache).logits, cache.nbytes))
     assert all(torch.equal(logits, outs[0][0]) and size == outs[0][1] for logits, size in outs)
 
 
@@ -64,14 +60,13 @@ def test_one_budget_for_all_heads_is_the_uniform_table(llama: PreTrainedModel, p
 )
 @pytest.mark.parametrize("allocate", ["uniform", "pyramid", [[1.0, 3.0], [0.5, 0.5], 1.0]])
 def test_bytes_never_pass_the_declared_bound(
-    llama: PreTrainedModel, prompt: dict[str, torch.Tensor], method: str, allocate: Any
+    prepared: PreTrainedModel, prompt: Prompt, method: str, allocate: Any
 ) -> None:
-    prepare(llama)
-    cache = CompressedCache(llama.config, method, allocate=allocate)
+    cache = CompressedCache(prepared.config, method, allocate=allocate)
     staged = 2 * 2 * 2 * 10 * 16 * 4  # keys and values of ten tokens: 2 items, 2 heads, width 16, four bytes
     with torch.no_grad():
         for start in range(0, 70, 10):
-            llama(
+            prepared(
                 prompt["input_ids"][:, start : start + 10],
                 attention_mask=prompt["attention_mask"][:, : start + 10],
                 past_key_values=cache,
@@ -112,33 +107,31 @@ def test_spreading_keeps_the_sum_the_least_and_the_order(shares: list[list[float
     )
 
 
-def test_the_floor_gives_the_budget_to_the_heads_that_read_many_tokens_apart(llama: PreTrainedModel) -> None:
+def test_the_floor_gives_the_budget_to_the_heads_that_read_many_tokens_apart(prepared: PreTrainedModel) -> None:
     """Layer 0 gets queries of no length (it reads nothing apart), layer 2 long ones."""
-    prepare(llama)
     with torch.no_grad():
-        llama.model.layers[0].self_attn.q_proj.weight.zero_()
-        llama.model.layers[2].self_attn.q_proj.weight.mul_(200)
+        prepared.model.layers[0].self_attn.q_proj.weight.zero_()
+        prepared.model.layers[2].self_attn.q_proj.weight.mul_(200)
     ids = torch.randint(2, 98, (80,), generator=torch.Generator().manual_seed(3))
     with pytest.raises(ValueError, match="from 0 to 1"):
-        floor_shares(llama, ids, kept=1.5)
-    assert floor_shares(llama, ids, kept=1) == ((1, 1),) * 3
-    assert min(min(line) for line in floor_shares(llama, ids)) > 0.5
-    shares = floor_shares(llama, ids, kept=0)
+        floor_shares(prepared, ids, kept=1.5)
+    assert floor_shares(prepared, ids, kept=1) == ((1, 1),) * 3
+    assert min(min(line) for line in floor_shares(prepared, ids)) > 0.5
+    shares = floor_shares(prepared, ids, kept=0)
     assert [len(line) for line in shares] == [2, 2, 2]
     assert max(shares[0]) < 0.3 < 1 < min(shares[2])
     assert sum(map(sum, shares)) == pytest.approx(6)
-    cache = CompressedCache(llama, "sinks(4,block=1)@40", allocate=floor_shares(llama, ids))
-    llama(torch.randint(2, 98, (1, 300), generator=torch.Generator().manual_seed(0)), past_key_values=cache)
+    cache = CompressedCache(prepared, "sinks(4,block=1)@40", allocate=floor_shares(prepared, ids))
+    prepared(torch.randint(2, 98, (1, 300), generator=torch.Generator().manual_seed(0)), past_key_values=cache)
     assert sum(map(sum, held(cache))) == 240
     assert max(held(cache)[0]) < min(held(cache)[2])
 
 
-def test_pinned_spans_never_leave(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
-    prepare(llama)
+def test_pinned_spans_never_leave(prepared: PreTrainedModel, prompt: Prompt) -> None:
     kept = []
     for pinned in ([], [(3, 9), (20, 25)]):
-        cache = CompressedCache(llama.config, "window(block=1)@24", pinned=pinned)
-        llama.generate(**prompt, **GREEDY, past_key_values=cache)
+        cache = CompressedCache(prepared.config, "window(block=1)@24", pinned=pinned)
+        prepared.generate(**prompt, **GREEDY, past_key_values=cache)
         state = cache.compressed[1].state
         kept.append(
             [set(row[:n].tolist()) for row, n in zip(state.slots.view().position, state.held.tolist(), strict=True)]
@@ -148,9 +141,8 @@ def test_pinned_spans_never_leave(llama: PreTrainedModel, prompt: dict[str, torc
     assert all(wanted <= row and len(row) == 24 for row in kept[1])  # a padded row counts its own tokens
 
 
-def test_what_does_not_go_together_is_refused(llama: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
-    prepare(llama)
-    config = llama.config
+def test_what_does_not_go_together_is_refused(prepared: PreTrainedModel, prompt: Prompt) -> None:
+    config = prepared.config
     refusals: list[tuple[dict[str, Any], str]] = [
         ({"method": "h2o@32", "budgets": [32, 32, 32]}, "takes no '@'"),
         ({"method": "h2o", "budgets": [32, 32]}, "2 layers; this model has 3"),
@@ -175,6 +167,6 @@ def test_what_does_not_go_together_is_refused(llama: PreTrainedModel, prompt: di
     ]
     for arguments, message in late:
         with pytest.raises(ValueError, match=message):
-            llama(**prompt, past_key_values=CompressedCache(config, **arguments))
+            prepared(**prompt, past_key_values=CompressedCache(config, **arguments))
     with pytest.raises(ValueError, match="at least two token ids"):
-        floor_shares(llama, [5])
+        floor_shares(prepared, [5])

@@ -44,24 +44,22 @@ def test_scores_are_the_models_log_probabilities(llama: PreTrainedModel, chunk: 
 
 
 @pytest.mark.parametrize("length", [7, 8, 9, 15])
-def test_a_chunk_of_one_token_does_not_end_the_prompt(llama: PreTrainedModel, length: int) -> None:
-    prepare(llama)
-    cache = CompressedCache(llama.config, "window(prefill=dense,block=1)@4")
-    dialogue = Dialogue.start(llama, cache, 1)
+def test_a_chunk_of_one_token_does_not_end_the_prompt(prepared: PreTrainedModel, length: int) -> None:
+    cache = CompressedCache(prepared.config, "window(prefill=dense,block=1)@4")
+    dialogue = Dialogue.start(prepared, cache, 1)
     dialogue.feed([list(range(2, 2 + length))], 7)
     assert all(layer.state is not None and not layer.state.sealed for layer in cache.compressed)
     assert {held for layer in cache.report() for held in layer["held"]} == {length}
 
 
-def test_a_ledger_adds_up_what_caches_took(llama: PreTrainedModel) -> None:
-    prepare(llama)
+def test_a_ledger_adds_up_what_caches_took(prepared: PreTrainedModel) -> None:
     usage, caches = Usage(), []
     for n in (40, 60):
-        cache = CompressedCache(llama.config, "sinks(4,block=8)@16")
-        Dialogue.start(llama, cache, 2).feed([[5] * n, [6] * 30])
+        cache = CompressedCache(prepared.config, "sinks(4,block=8)@16")
+        Dialogue.start(prepared, cache, 2).feed([[5] * n, [6] * 30])
         usage.record(cache)
         caches.append(cache)
-    usage.record(CompressedCache(llama.config, "exact"))  # served nobody
+    usage.record(CompressedCache(prepared.config, "exact"))  # served nobody
     token_bytes = 3 * 2 * (16 + 16) * 4  # layers, kv heads, numbers per key and value, float32
     assert usage.totals() == {
         "sequences": 4,

@@ -10,14 +10,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvfloor.hf import CompressedCache, prepare, restore
 from kvfloor.hf.prepare import is_prepared
+from tests.hf.conftest import Prompt
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
 
 
 @pytest.mark.parametrize("chunk", [None, 16])
-def test_padded_batch_one_shot_and_chunked(
-    model: PreTrainedModel, prompt: dict[str, torch.Tensor], chunk: int | None
-) -> None:
+def test_padded_batch_one_shot_and_chunked(model: PreTrainedModel, prompt: Prompt, chunk: int | None) -> None:
     options = {} if chunk is None else {"prefill_chunk_size": chunk}
     stock = model.generate(**prompt, **GREEDY, **options)
     ours = prepare(model).generate(
@@ -26,7 +25,7 @@ def test_padded_batch_one_shot_and_chunked(
     assert torch.equal(ours, stock)
 
 
-def test_second_turn_continues_the_first(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+def test_second_turn_continues_the_first(model: PreTrainedModel, prompt: Prompt) -> None:
     prepare(model)
     cache = CompressedCache(model.config, "exact")
     first = model.generate(**prompt, **GREEDY, past_key_values=cache)
@@ -37,7 +36,7 @@ def test_second_turn_continues_the_first(model: PreTrainedModel, prompt: dict[st
     assert torch.equal(ours, stock)
 
 
-def test_beams(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+def test_beams(model: PreTrainedModel, prompt: Prompt) -> None:
     stock = model.generate(**prompt, **GREEDY, num_beams=3)
     cache = CompressedCache(model.config, "exact")
     ours = prepare(model).generate(**prompt, **GREEDY, num_beams=3, past_key_values=cache)
@@ -51,7 +50,7 @@ def test_one_token_prompt(llama: PreTrainedModel) -> None:
     assert torch.equal(ours, stock)
 
 
-def test_logits_match_to_rounding(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+def test_logits_match_to_rounding(model: PreTrainedModel, prompt: Prompt) -> None:
     real = prompt["attention_mask"].bool()
     with torch.no_grad():
         stock = model(**prompt).logits
@@ -59,9 +58,7 @@ def test_logits_match_to_rounding(model: PreTrainedModel, prompt: dict[str, torc
     assert (stock - ours)[real].abs().max() < 1e-5
 
 
-def test_a_prepared_model_is_unchanged_for_stock_caches(
-    model: PreTrainedModel, prompt: dict[str, torch.Tensor]
-) -> None:
+def test_a_prepared_model_is_unchanged_for_stock_caches(model: PreTrainedModel, prompt: Prompt) -> None:
     stock = model.generate(**prompt, **GREEDY)
     prepare(model)
     assert torch.equal(model.generate(**prompt, **GREEDY), stock)
@@ -76,7 +73,7 @@ def test_restore_selects_the_former_attention(llama: PreTrainedModel) -> None:
     assert restore(llama).config._attn_implementation == before
 
 
-def test_a_windows_model_with_nothing_evicted_is_exact(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+def test_a_windows_model_with_nothing_evicted_is_exact(model: PreTrainedModel, prompt: Prompt) -> None:
     stock = model.generate(**prompt, **GREEDY)
     cache = CompressedCache(model.config, "h2o@256")
     assert torch.equal(prepare(model).generate(**prompt, **GREEDY, past_key_values=cache), stock)

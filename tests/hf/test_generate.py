@@ -9,15 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from kvfloor.hf import CompressedCache, prepare
-from tests.hf.conftest import tiny
+from tests.hf.conftest import Prompt, tiny
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
-Prompt = dict[str, torch.Tensor]
-
-
-@pytest.fixture
-def prepared(llama: PreTrainedModel) -> PreTrainedModel:
-    return prepare(llama)
 
 
 @pytest.mark.parametrize("method", ["h2o@24", "random@24", "window(block=1)+value_sum@24", "quant(bits=4)"])

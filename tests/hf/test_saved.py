@@ -26,7 +26,7 @@ from tests.corruption import (
     require_every_flip_is_noticed,
     require_every_truncation_is_noticed,
 )
-from tests.hf.conftest import tiny
+from tests.hf.conftest import Prompt, tiny
 
 METHODS = [
     "exact",
@@ -87,10 +87,17 @@ def llama_prepared() -> PreTrainedModel:
 
 
 @pytest.fixture
-def started(llama_prepared: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> Talk:
+def started(llama_prepared: PreTrainedModel, prompt: Prompt) -> Talk:
     talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, "h2o@32", requests=[4, 9]))
     talk.hear(prompt["input_ids"], prompt["attention_mask"])
     return talk
+
+
+@pytest.fixture
+def path(started: Talk, tmp_path: Path) -> Path:
+    """The file to which `started` was saved."""
+    started.cache.save(tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 # ---- continuing ------------------------------------------------------------------------------------------------
@@ -98,7 +105,7 @@ def started(llama_prepared: PreTrainedModel, prompt: dict[str, torch.Tensor]) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loaded_cache_goes_on_bit_for_bit(
-    llama_prepared: PreTrainedModel, prompt: dict[str, torch.Tensor], tmp_path: Path, method: str
+    llama_prepared: PreTrainedModel, prompt: Prompt, tmp_path: Path, method: str
 ) -> None:
     talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method, requests=[4, 9], seed=3))
     talk.hear(prompt["input_ids"], prompt["attention_mask"])
@@ -117,7 +124,7 @@ def test_a_loaded_cache_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize("name", [name for name in TABLE if default_method(name).traits.reference != "tensor"])
 def test_every_entry_of_the_registry_can_be_saved(
-    llama_prepared: PreTrainedModel, prompt: dict[str, torch.Tensor], tmp_path: Path, name: str
+    llama_prepared: PreTrainedModel, prompt: Prompt, tmp_path: Path, name: str
 ) -> None:
     method = default_method(name)
     if method.traits.trained_for is not None or name == "less":
@@ -136,7 +143,7 @@ def test_every_entry_of_the_registry_can_be_saved(
     ],
 )
 def test_every_argument_goes_on_too(
-    llama_prepared: PreTrainedModel, prompt: dict[str, torch.Tensor], tmp_path: Path, method: str, options: Any
+    llama_prepared: PreTrainedModel, prompt: Prompt, tmp_path: Path, method: str, options: Any
 ) -> None:
     talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method, **options))
     talk.hear(prompt["input_ids"], prompt["attention_mask"])
@@ -149,7 +156,7 @@ def test_every_argument_goes_on_too(
     follow(talk, loaded, (60, 1, 1), seed=9)
 
 
-def test_half_precision_goes_on_bit_for_bit(prompt: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_half_precision_goes_on_bit_for_bit(prompt: Prompt, tmp_path: Path) -> None:
     model = prepare(tiny().to(torch.bfloat16))
     for method in ("h2o@32", "snapkv(block=4)@24", "quant(bits=4)"):
         talk = Talk(model, CompressedCache(model.config, method))
@@ -277,16 +284,12 @@ def rewritten(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_a_newer_format_is_told_from_damage(started: Talk, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    started.cache.save(path)
+def test_a_newer_format_is_told_from_damage(started: Talk, path: Path) -> None:
     with pytest.raises(NewerVersion, match="upgrade kvfloor"):
         CompressedCache.load(rewritten(path, format=message.FORMAT + 1, kvfloor="9.0"), started.model)
 
 
-def test_fields_that_do_not_fit_are_refused(started: Talk, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    started.cache.save(path)
+def test_fields_that_do_not_fit_are_refused(started: Talk, path: Path) -> None:
     layers = message.unpack(path.read_bytes())[0]["layers"]
     other = {**layers[0], "layer": "DynamicLayer"}
     for changes in ({"layers": layers[:2]}, {"layers": [other, *layers[1:]]}, {"arguments": {"colour": 3}}):
@@ -295,9 +298,7 @@ def test_fields_that_do_not_fit_are_refused(started: Talk, tmp_path: Path) -> No
         started.cache.save(path)
 
 
-def test_edited_layers_are_refused(started: Talk, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    started.cache.save(path)
+def test_edited_layers_are_refused(started: Talk, path: Path) -> None:
     header, _ = message.unpack(path.read_bytes())
     first, *others = header["layers"]
     clocks = [{"seen": 3}, {"seen": -1}, {"seen": 2**62}, {"seen": "70"}, {"batch": 3}, {"batch": 0}, {"batch": True}]
@@ -368,15 +369,13 @@ def test_a_folder_is_no_cache_and_is_not_replaced(
     assert os.listdir() == ["folder"] and not os.listdir("folder")
 
 
-def test_no_file_can_take_the_machine(started: Talk, tmp_path: Path) -> None:
+def test_no_file_can_take_the_machine(started: Talk, path: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", "/dev/zero"):
+    for special in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(ValueError, match="not a regular file"):
-            CompressedCache.load(path, started.model)
+            CompressedCache.load(special, started.model)
         with pytest.raises(ValueError, match="a pipe or a device"):
-            started.cache.save(path)
-    path = tmp_path / "cache"
-    started.cache.save(path)
+            started.cache.save(special)
     whole = path.read_bytes()
     for start in (b"", (2**60).to_bytes(8, "little") + whole[8:], whole):
         path.write_bytes(start)
@@ -408,9 +407,7 @@ def test_any_name_will_do_and_a_link_stays(started: Talk, tmp_path: Path) -> Non
     follow(started, Talk(started.model, CompressedCache.load(tmp_path / "link", started.model), started.mask), (1,))
 
 
-def test_an_unknown_method_is_refused_and_nothing_is_imported_for_it(started: Talk, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    started.cache.save(path)
+def test_an_unknown_method_is_refused_and_nothing_is_imported_for_it(started: Talk, path: Path) -> None:
     with pytest.raises(UnknownMethod, match="tomorrow"):
         CompressedCache.load(rewritten(path, method="tomorrow@32"), started.model)
     with pytest.raises(UnknownMethod, match="not imported"):
@@ -457,9 +454,7 @@ def test_layers_are_restored_to_the_device_of_their_weights(llama_prepared: PreT
     assert saved._devices(llama_prepared) == dict.fromkeys(range(3), torch.device("cpu"))
 
 
-def test_another_models_file_is_refused(started: Talk, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    started.cache.save(path)
+def test_another_models_file_is_refused(started: Talk, path: Path) -> None:
     weights, law = tiny(), tiny(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     with torch.no_grad():
         weights.model.layers[1].mlp.down_proj.weight.mul_(1.01)
@@ -479,7 +474,7 @@ def test_prepare_comes_first(started: Talk, tmp_path: Path) -> None:
         CompressedCache.load(tmp_path / "cache", twin)
 
 
-def test_what_cannot_be_saved_is_refused(tmp_path: Path, prompt: dict[str, torch.Tensor]) -> None:
+def test_what_cannot_be_saved_is_refused(tmp_path: Path, prompt: Prompt) -> None:
     model = prepare(tiny())
     cache = CompressedCache(model.config, "window@24")
     with pytest.raises(ValueError, match="nothing to save"):
@@ -517,10 +512,8 @@ def test_only_the_owner_may_read_it(started: Talk, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failing_disk_leaves_the_old_file(
-    started: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    started: Talk, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    path = tmp_path / "cache"
-    started.cache.save(path)
     old = path.read_bytes()
     started.hear(*turns(3, 5))
 
