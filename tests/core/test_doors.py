@@ -235,12 +235,3 @@ def test_no_query_and_no_token_are_answered_with_nothing(text: str) -> None:
     assert state.step(q, k, v, torch.zeros(2, 3, dtype=torch.bool)).abs().sum() == 0
     state.append(k[:, :0], v[:, :0])
     assert state.to_bytes() == before
-
-
-@pytest.mark.parametrize("span", [(None, 3), (0.0, 3), (0, 2.5), (True, 3), ("0", 3), (3, 3), (-1, 3), (5, 2)])
-def test_a_span_to_pin_is_two_whole_numbers(span: tuple[Any, Any]) -> None:
-    state = parse("h2o@32").open(Spec(rows=2, d=4, dv=3))
-    before = state.to_bytes()
-    with pytest.raises((TypeError, ValueError), match="pinned span needs"):
-        state.pin(*span)  # type: ignore[attr-defined]
-    assert state.to_bytes() == before

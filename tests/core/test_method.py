@@ -76,9 +76,11 @@ def test_methods_that_claim_pins_take_a_span(text: str) -> None:
     state = method.open(Spec(1, 4, 4))
     state.append(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))
     state.pin(0, 3)
-    for span in ((2, 2), (-1, 3), (3, 1), (0, 1.5), ("0", 3)):
-        with pytest.raises(ValueError, match="0 <= start < stop"):
+    before = state.to_bytes()
+    for span in ((2, 2), (-1, 3), (3, 1), (0, 1.5), (0.0, 3), ("0", 3), (None, 3), (True, 3)):
+        with pytest.raises(ValueError, match=r"a pinned span needs .*0 <= start < stop"):
             state.pin(*span)
+    assert state.to_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["quant", "subgen@64", "balance@64", "tensor"])

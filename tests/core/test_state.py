@@ -69,18 +69,6 @@ def test_pads_full_of_nan_change_nothing_and_are_answered_with_zero(draw: Draw, 
     assert dirty.seen.tolist() == [20, 7, 0]
 
 
-def test_no_tokens_change_nothing(draw: Draw) -> None:
-    state = opened(MIXED, 2, 4, 3)
-    before = state.to_bytes()
-    state.append(torch.zeros(2, 0, 4, dtype=torch.float64), torch.zeros(2, 0, 3, dtype=torch.float64))
-    out = state.step(*(torch.zeros(2, *shape, dtype=torch.float64) for shape in ((1, 0, 4), (0, 4), (0, 3))))
-    assert out.shape == (2, 1, 0, 3)
-    absent = torch.zeros(2, 5, dtype=torch.bool)
-    out = state.step(draw(2, 1, 5, 4), draw(2, 5, 4), draw(2, 5, 3), absent)
-    assert bool((out == 0).all())
-    assert state.to_bytes() == before
-
-
 @pytest.mark.parametrize("cut", [1, 45])
 def test_a_restored_state_goes_on_to_the_bit(draw: Draw, cut: int) -> None:
     tokens = stream(draw, 2, 2, 60, dtype=torch.bfloat16)
@@ -107,15 +95,6 @@ def test_selected_rows_go_on_as_they_would_have(draw: Draw) -> None:
     assert chosen.spec.row_ids == (2, 0, 2)
     rest = between(tokens, 23)
     close(chosen.step(*(x[index] for x in rest)), whole.step(*rest)[index])
-
-
-@pytest.mark.parametrize("index", [[], [3], [-1], [[0]], [0.5]])
-def test_rows_that_do_not_exist_cannot_be_selected(index: list) -> None:
-    state = parse("window@8").open(Spec(3, 4, 4))
-    before = state.to_bytes()
-    with pytest.raises(ValueError, match=r"row|integer"):
-        state.select_rows(torch.tensor(index))
-    assert state.to_bytes() == before
 
 
 @pytest.mark.parametrize(

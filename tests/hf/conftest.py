@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
 )
+from transformers.cache_utils import Cache
 
 from kvfloor.hf import prepare
 from kvfloor.hf.families import own_cache_class
@@ -51,6 +52,25 @@ def served(family: str) -> PreTrainedModel:
     if own is not None:
         pytest.skip(f"{family} fills a {own} of its own in {release}, and is refused")
     return tiny_model(family)
+
+
+class Talk:
+    """A model and a cache of two rows, fed step by step under one growing mask; slots of the past can be hidden."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, mask: torch.Tensor | None = None) -> None:
+        self.model, self.cache = model, cache
+        self.mask = torch.zeros(2, 0, dtype=torch.int64) if mask is None else mask
+
+    @torch.inference_mode()
+    def hear(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, hide: tuple[int, slice] | None = None
+    ) -> torch.Tensor:
+        """Logits (2, n, vocabulary)."""
+        self.mask = torch.cat([self.mask, torch.ones_like(ids) if mask is None else mask], 1)
+        if hide is not None:
+            self.mask[hide] = 0  # of a new tensor
+        where = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        return self.model(ids, attention_mask=self.mask, position_ids=where, past_key_values=self.cache).logits
 
 
 @pytest.fixture(params=FAMILIES)

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from kvfloor.hf import CompressedCache, prepare
 from survey.tiny import tiny_model
-from tests.hf.conftest import served, tiny
+from tests.hf.conftest import Talk, served, tiny
 
 PADS = 4
 
@@ -23,38 +23,23 @@ def spoken(seed: int, *shape: int) -> Tensor:
     return torch.randint(2, 97, shape, generator=torch.Generator().manual_seed(seed))
 
 
-class Talk:
-    """A batch of two under one growing mask; single slots of its past can be hidden."""
-
-    def __init__(self, model: Any, cache: Cache, left: int = 0) -> None:
-        self.model, self.cache = model, cache
-        self.mask = torch.zeros(2, 0, dtype=torch.int64)
-        self.left = left
-
-    @torch.inference_mode()
-    def hear(self, ids: Tensor, hide: tuple[int, slice] | None = None) -> Tensor:
-        """Logits of the last slot (2, vocabulary)."""
-        new = torch.ones_like(ids)
-        if self.left:
-            new[0, : self.left] = 0
-            self.left = 0
-        self.mask = torch.cat([self.mask, new], 1)
-        if hide is not None:
-            self.mask[hide] = 0  # of a new tensor
-        where = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        out = self.model(ids, attention_mask=self.mask, position_ids=where, past_key_values=self.cache)
-        return out.logits[:, -1]
+def padded(n: int, left: int) -> Tensor:
+    """The mask of n slots whose first row begins with so many pads."""
+    mask = torch.ones(2, n, dtype=torch.int64)
+    mask[0, :left] = 0
+    return mask
 
 
 def follow(model: Any, method: str, left: int = 0) -> float:
     """Hide slots of row 0 in two of five turns; the largest difference to a stock cache over its largest logit."""
-    mine = Talk(model, CompressedCache(model.config, method), left)
-    theirs = Talk(model, DynamicCache(config=model.config), left)
+    mine = Talk(model, CompressedCache(model.config, method))
+    theirs = Talk(model, DynamicCache(config=model.config))
     apart = 0.0
     for seed, (n, hide) in enumerate(
         [(20, None), (1, None), (6, (0, slice(15, 19))), (1, None), (1, (0, slice(20, 24))), (5, None), (1, None)]
     ):
-        found, right = (talk.hear(spoken(seed, 2, n), hide) for talk in (mine, theirs))
+        pads = padded(n, left) if seed == 0 else None
+        found, right = (talk.hear(spoken(seed, 2, n), pads, hide)[:, -1] for talk in (mine, theirs))
         apart = max(apart, float((found - right).abs().max() / right.abs().max()))
     return apart
 
@@ -157,7 +142,7 @@ def test_a_mask_that_shows_pads_is_refused_and_changes_nothing() -> None:
 def test_a_token_that_was_hidden_is_not_shown_again() -> None:
     talk = Talk(prepare(tiny()), CompressedCache(tiny().config, "exact"))
     talk.hear(spoken(0, 2, 9))
-    talk.hear(spoken(1, 2, 2), (1, slice(3, 5)))
+    talk.hear(spoken(1, 2, 2), hide=(1, slice(3, 5)))
     talk.hear(spoken(2, 2, 2))
     talk.mask = talk.mask.clone()
     talk.mask[1, 4] = 1
@@ -173,7 +158,7 @@ def test_what_cannot_be_taken_out_again_is_refused_with_the_next_step(method: st
     twin = copy.deepcopy(talk.cache)
     mask = talk.mask
     with pytest.raises(ValueError, match="start again with an empty state"):
-        talk.hear(spoken(1, 2, 2), (1, slice(3, 5)))
+        talk.hear(spoken(1, 2, 2), hide=(1, slice(3, 5)))
     talk.mask = mask
     other = Talk(model, twin)
     other.mask = mask
@@ -184,9 +169,9 @@ def test_a_summary_gives_nothing_back_but_what_is_still_held_is_dropped() -> Non
     model = prepare(tiny())
     talk = Talk(model, CompressedCache(model.config, "window(block=4)+value_sum@8"))
     talk.hear(spoken(0, 2, 20))
-    talk.hear(spoken(1, 2, 1), (0, slice(18, 20)))
+    talk.hear(spoken(1, 2, 1), hide=(0, slice(18, 20)))
     with pytest.raises(ValueError, match="in the summary of"):
-        talk.hear(spoken(2, 2, 1), (0, slice(2, 3)))
+        talk.hear(spoken(2, 2, 1), hide=(0, slice(2, 3)))
 
 
 def test_what_has_left_may_be_hidden_too() -> None:
@@ -195,7 +180,7 @@ def test_what_has_left_may_be_hidden_too() -> None:
     for talk in (one, other):
         talk.hear(spoken(0, 2, 24))
     with torch.inference_mode():
-        hidden = one.hear(spoken(1, 2, 1), (0, slice(0, 9)))
+        hidden = one.hear(spoken(1, 2, 1), hide=(0, slice(0, 9)))[:, -1]
         where = torch.tensor([[15], [24]])
         mask = torch.ones(2, 25, dtype=torch.int64)
         shown = model(spoken(1, 2, 1), attention_mask=mask, position_ids=where, past_key_values=other.cache).logits
@@ -204,9 +189,9 @@ def test_what_has_left_may_be_hidden_too() -> None:
 
 def test_beams_and_saved_caches_take_the_record_along(tmp_path: Path) -> None:
     model = prepare(tiny())
-    talk = Talk(model, CompressedCache(model.config, "exact"), left=3)
-    talk.hear(spoken(0, 2, 12))
-    talk.hear(spoken(1, 2, 2), (1, slice(4, 6)))
+    talk = Talk(model, CompressedCache(model.config, "exact"))
+    talk.hear(spoken(0, 2, 12), padded(12, 3))
+    talk.hear(spoken(1, 2, 2), hide=(1, slice(4, 6)))
     talk.cache.save(tmp_path / "cache")  # type: ignore[attr-defined]
     loaded = Talk(model, CompressedCache.load(tmp_path / "cache", model))
     turned = Talk(model, copy.deepcopy(talk.cache))
@@ -214,9 +199,9 @@ def test_beams_and_saved_caches_take_the_record_along(tmp_path: Path) -> None:
     turned.cache.batch_select_indices(torch.tensor([1, 0]))
     turned.mask = talk.mask.flip(0)
     ids = spoken(2, 2, 4)
-    right = talk.hear(ids, (0, slice(5, 7)))
-    assert torch.equal(loaded.hear(ids, (0, slice(5, 7))), right)
-    torch.testing.assert_close(turned.hear(ids.flip(0), (1, slice(5, 7))), right.flip(0))
+    right = talk.hear(ids, hide=(0, slice(5, 7)))
+    assert torch.equal(loaded.hear(ids, hide=(0, slice(5, 7))), right)
+    torch.testing.assert_close(turned.hear(ids.flip(0), hide=(1, slice(5, 7))), right.flip(0))
     turned.cache.batch_repeat_interleave(2)
     assert turned.cache.presence.pads.tolist() == [[2, 0], [2, 1], [2, 2], [3, 0], [3, 1], [3, 2]]  # type: ignore
 

@@ -26,7 +26,7 @@ from tests.corruption import (
     require_every_flip_is_noticed,
     require_every_truncation_is_noticed,
 )
-from tests.hf.conftest import Prompt, tiny
+from tests.hf.conftest import Prompt, Talk, tiny
 
 METHODS = [
     "exact",
@@ -49,24 +49,10 @@ METHODS = [
 ]
 
 
-class Talk:
-    """A model and a cache, fed ids step by step under one growing mask."""
-
-    def __init__(self, model: PreTrainedModel, cache: CompressedCache, mask: torch.Tensor | None = None) -> None:
-        self.model, self.cache = model, cache
-        self.mask = torch.zeros(2, 0, dtype=torch.int64) if mask is None else mask
-
-    @torch.inference_mode()
-    def hear(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (2, n, vocabulary)."""
-        self.mask = torch.cat([self.mask, torch.ones_like(ids) if mask is None else mask], 1)
-        where = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        return self.model(ids, attention_mask=self.mask, position_ids=where, past_key_values=self.cache).logits
-
-    def reloaded(self, path: Path, **options: Any) -> Talk:
-        """The same talk, over a cache that went through the file."""
-        self.cache.save(path)
-        return Talk(self.model, CompressedCache.load(path, self.model, **options), self.mask)
+def reloaded(talk: Talk, path: Path, **options: Any) -> Talk:
+    """The same talk, over a cache that went through the file."""
+    talk.cache.save(path)
+    return Talk(talk.model, CompressedCache.load(path, talk.model, **options), talk.mask)
 
 
 def turns(seed: int, *lengths: int) -> list[torch.Tensor]:
@@ -109,15 +95,15 @@ def test_a_loaded_cache_goes_on_bit_for_bit(
 ) -> None:
     talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method, requests=[4, 9], seed=3))
     talk.hear(prompt["input_ids"], prompt["attention_mask"])
-    after_prompt = talk.reloaded(tmp_path / "a")
+    after_prompt = reloaded(talk, tmp_path / "a")
     assert after_prompt.cache.nbytes == talk.cache.nbytes
     assert after_prompt.cache.peak_nbytes == talk.cache.peak_nbytes
     assert after_prompt.cache.get_seq_length() == 70
     follow(talk, after_prompt)
-    in_the_middle = talk.reloaded(tmp_path / "b")
+    in_the_middle = reloaded(talk, tmp_path / "b")
     assert in_the_middle.cache.nbytes == talk.cache.nbytes
     follow(talk, in_the_middle, seed=6)
-    again = in_the_middle.reloaded(tmp_path / "c").reloaded(tmp_path / "d")  # no token between load and save
+    again = reloaded(reloaded(in_the_middle, tmp_path / "c"), tmp_path / "d")  # no token between load and save
     assert (tmp_path / "c").read_bytes() == (tmp_path / "d").read_bytes()
     follow(talk, again, (1, 3), seed=7)
 
@@ -131,7 +117,7 @@ def test_every_entry_of_the_registry_can_be_saved(
         pytest.skip("LESS is trained for one model; no trained parameters for a tiny model")
     talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method))
     talk.hear(prompt["input_ids"], prompt["attention_mask"])
-    follow(talk, talk.reloaded(tmp_path / "cache"), (1, 5, 1))
+    follow(talk, reloaded(talk, tmp_path / "cache"), (1, 5, 1))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +133,7 @@ def test_every_argument_goes_on_too(
 ) -> None:
     talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method, **options))
     talk.hear(prompt["input_ids"], prompt["attention_mask"])
-    loaded = talk.reloaded(tmp_path / "cache")
+    loaded = reloaded(talk, tmp_path / "cache")
     assert loaded.cache.nbytes == talk.cache.nbytes and loaded.cache.arguments == talk.cache.arguments
     follow(talk, loaded)
     for each in (talk, loaded):  # what the arguments say holds for the next conversation as well
@@ -161,7 +147,7 @@ def test_half_precision_goes_on_bit_for_bit(prompt: Prompt, tmp_path: Path) -> N
     for method in ("h2o@32", "snapkv(block=4)@24", "quant(bits=4)"):
         talk = Talk(model, CompressedCache(model.config, method))
         talk.hear(prompt["input_ids"], prompt["attention_mask"])
-        follow(talk, talk.reloaded(tmp_path / "cache"))
+        follow(talk, reloaded(talk, tmp_path / "cache"))
 
 
 # sliding windows | convolutions | linear attention | both halves in one layer | keys shared between layers | sinks
@@ -174,8 +160,8 @@ def test_layers_that_are_not_compressed_go_on_too(family: str, tmp_path: Path) -
         pytest.skip(f"in this transformers {family} fills a cache class of its own")
     talk = Talk(prepare(model), CompressedCache(model.config, "h2o@32"))
     talk.hear(*turns(1, 70))
-    follow(talk, talk.reloaded(tmp_path / "cache"))
-    again = talk.reloaded(tmp_path / "cache")
+    follow(talk, reloaded(talk, tmp_path / "cache"))
+    again = reloaded(talk, tmp_path / "cache")
     for each in (talk, again):
         each.cache.reorder_cache(torch.tensor([1, 0]))
     follow(talk, again, seed=8)
@@ -196,7 +182,7 @@ def test_generate_goes_on_from_a_loaded_cache(llama_prepared: PreTrainedModel, t
 
 
 def test_beams_and_reset_work_after_loading(started: Talk, tmp_path: Path) -> None:
-    loaded = started.reloaded(tmp_path / "cache")
+    loaded = reloaded(started, tmp_path / "cache")
     order = torch.tensor([1, 1])
     for talk in (started, loaded):
         talk.cache.reorder_cache(order)
@@ -432,8 +418,8 @@ def test_a_third_partys_method_is_brought_by_the_caller(
     talk = Talk(llama_prepared, CompressedCache(llama_prepared.config, method))
     talk.hear(*turns(2, 60))
     with pytest.raises(UnknownMethod, match="pass method="):
-        talk.reloaded(tmp_path / "cache")
-    follow(talk, talk.reloaded(tmp_path / "cache", method=method))
+        reloaded(talk, tmp_path / "cache")
+    follow(talk, reloaded(talk, tmp_path / "cache", method=method))
 
 
 def test_only_classes_that_the_given_method_has_too_are_taken_from_a_file() -> None:
