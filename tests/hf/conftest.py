@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -16,6 +18,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
+from kvfloor import models
 from kvfloor.hf import prepare
 from kvfloor.hf.families import own_cache_class
 from survey.tiny import families, tiny_model
@@ -86,6 +89,23 @@ def llama() -> PreTrainedModel:
 @pytest.fixture
 def prepared() -> PreTrainedModel:
     return prepare(tiny())
+
+
+@pytest.fixture(scope="session")
+def builtin() -> tuple[Any, Any]:
+    """The built-in model, prepared, and its tokenizer."""
+    model, tokenizer = models.load()
+    return prepare(model), tokenizer
+
+
+def left_padded(rows: list[list[int]]) -> Prompt:
+    """A batch of these rows of ids, with its mask."""
+    width = max(map(len, rows))
+    ids, mask = (
+        [[0] * (width - len(row)) + part for row, part in zip(rows, parts, strict=True)]
+        for parts in (rows, [[1] * len(row) for row in rows])
+    )
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 @pytest.fixture

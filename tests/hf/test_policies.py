@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvfloor import models
-from kvfloor.hf import CompressedCache, prepare
+from kvfloor.hf import CompressedCache
 from kvfloor.tasks import TASKS
+from tests.hf.conftest import Prompt, left_padded
 
 NEW_TOKENS, BUDGET = 19, 14
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
@@ -28,33 +28,22 @@ POLICIES = [
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any]:
-    torch.set_num_threads(1)
-    model, tokenizer = models.load("builtin")
-    return prepare(model), tokenizer
-
-
-@pytest.fixture(scope="module")
-def prompts(loaded: tuple[Any, Any]) -> dict[str, torch.Tensor]:
+def prompts(builtin: tuple[Any, Any]) -> Prompt:
     """Two prompts of the built-in tasks; the shorter one is left-padded."""
-    ids = [loaded[1](TASKS["recall"].generate(5, i, length).context).input_ids for i, length in ((0, 60), (1, 45))]
-    width = max(map(len, ids))
-    padded = [[0] * (width - len(x)) + x for x in ids]
-    mask = [[0] * (width - len(x)) + [1] * len(x) for x in ids]
-    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+    return left_padded(
+        [builtin[1](TASKS["recall"].generate(5, i, length).context).input_ids for i, length in ((0, 60), (1, 45))]
+    )
 
 
 @pytest.fixture(scope="module")
-def exact(loaded: tuple[Any, Any], prompts: dict[str, torch.Tensor]) -> torch.Tensor:
-    cache = CompressedCache(loaded[0].config, "exact")
-    return loaded[0].generate(**prompts, **(GREEDY | FEW), past_key_values=cache)
+def exact(builtin: tuple[Any, Any], prompts: Prompt) -> torch.Tensor:
+    cache = CompressedCache(builtin[0].config, "exact")
+    return builtin[0].generate(**prompts, **(GREEDY | FEW), past_key_values=cache)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_generate_runs_in_the_promised_room(
-    loaded: tuple[Any, Any], prompts: dict[str, torch.Tensor], policy: str
-) -> None:
-    model, _ = loaded
+def test_generate_runs_in_the_promised_room(builtin: tuple[Any, Any], prompts: Prompt, policy: str) -> None:
+    model, _ = builtin
     cache = CompressedCache(model.config, f"{policy}@{BUDGET}", requests=[3, 4])
     out = model.generate(**prompts, **GREEDY, past_key_values=cache)
     real = prompts["attention_mask"].sum(1).tolist()
@@ -74,7 +63,7 @@ def test_generate_runs_in_the_promised_room(
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_room_for_everything_changes_no_token(
-    loaded: tuple[Any, Any], prompts: dict[str, torch.Tensor], exact: torch.Tensor, policy: str
+    builtin: tuple[Any, Any], prompts: Prompt, exact: torch.Tensor, policy: str
 ) -> None:
-    cache = CompressedCache(loaded[0].config, f"{policy}@400")
-    assert torch.equal(loaded[0].generate(**prompts, **(GREEDY | FEW), past_key_values=cache), exact)
+    cache = CompressedCache(builtin[0].config, f"{policy}@400")
+    assert torch.equal(builtin[0].generate(**prompts, **(GREEDY | FEW), past_key_values=cache), exact)

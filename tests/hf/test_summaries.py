@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 
 from kvfloor.audit import traces
-from kvfloor.hf import CompressedCache, prepare
+from kvfloor.hf import CompressedCache
 from kvfloor.methods.registry import parse
-from kvfloor.models import builtin_path, load
+from kvfloor.models import builtin_path
 from kvfloor.training.less import weights_tag
 from kvfloor.training.lessons import task_items, texts
+from tests.hf.conftest import left_padded
 
 torch.set_num_threads(1)
 
@@ -31,24 +32,11 @@ METHODS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def builtin() -> tuple[Any, Any]:
-    model, tokenizer = load()
-    return prepare(model), tokenizer
-
-
 def prompts(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Two prompts of up to 100 and 80 tokens, the shorter one left-padded."""
-    items = task_items(tokenizer, 2, 90, seed=7)
-    ids = [(text.context + text.rest)[:100] for text in texts(tokenizer, items)]
-    width = max(len(row) for row in ids)
-    ids[0] = ids[0][:80]
-    batch = torch.zeros(2, width, dtype=torch.int64)
-    mask = torch.zeros_like(batch)
-    for row, tokens in enumerate(ids):
-        batch[row, width - len(tokens) :] = torch.tensor(tokens)
-        mask[row, width - len(tokens) :] = 1
-    return batch, mask
+    long, other = (text.context + text.rest for text in texts(tokenizer, task_items(tokenizer, 2, 90, seed=7)))
+    batch = left_padded([long[:80], other[:100]])
+    return batch["input_ids"], batch["attention_mask"]
 
 
 @pytest.mark.parametrize("method", METHODS)
