@@ -208,17 +208,6 @@ def test_a_dense_prefill_is_answered_exactly(draw: Draw) -> None:
     close(opened("h2o(prefill=dense)@20", 2, 8).step(q, k, v), causal(q, k, v))
 
 
-@pytest.mark.parametrize("prompt", [64, 77])
-def test_a_dense_seal_keeps_what_full_attention_scored_highest(draw: Draw, prompt: int) -> None:
-    q, k, v = stream(draw, 1, 1, prompt, 8)
-    state = opened("h2o(prefill=dense,sinks=0,recent=5)@20", 1, 8)
-    state.step(q, k, v)
-    state.seal()
-    scores = torch.softmax((q[0, 0] @ k[0].T).masked_fill(later(prompt), -torch.inf), -1).sum(0)[: prompt - 5]
-    wanted = sorted(scores.topk(15).indices.tolist()) + list(range(prompt - 5, prompt))
-    assert kept(state)[0] == wanted
-
-
 @pytest.mark.parametrize("prefill", ["stream", "dense"])
 def test_a_seal_inside_a_block_ages_scores_by_queries_and_not_by_places(draw: Draw, prefill: str) -> None:
     """decay ** (queries since): 13 queries before the seal, 19 after, in one block of 32."""

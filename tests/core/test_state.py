@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import CorruptState, Method, Partial, Spec, State, Traits, parse
-from tests.support import Draw, between, causal, close, fed, filled, opened, stream
+from tests.support import Draw, between, close, fed, filled, opened, stream
 
 MIXED = "window+value_sum|zeta(k=3,window=2)@12"  # a policy, a summary and a selector at once
 
@@ -95,14 +95,6 @@ def test_selected_rows_go_on_as_they_would_have(draw: Draw) -> None:
     assert chosen.spec.row_ids == (2, 0, 2)
     rest = between(tokens, 23)
     close(chosen.step(*(x[index] for x in rest)), whole.step(*rest)[index])
-
-
-@pytest.mark.parametrize(
-    "text", ["exact", "exact|top_k(k=100)", "window@100", "h2o@100", "random@100", "subgen(block=100)"]
-)
-def test_a_method_that_lost_nothing_is_exact(draw: Draw, text: str) -> None:
-    q, k, v = stream(draw, 2, 3, 64, 4, 5)
-    close(opened(text, 2, 4, 5, scale=0.3, softcap=7.0).step(q, k, v), causal(q, k, v, 0.3, 7.0))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 300])

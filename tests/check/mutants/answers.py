@@ -11,8 +11,8 @@ from kvfloor.core.selector import Chosen
 from kvfloor.core.slots import Slots, View
 from kvfloor.methods.selectors.pages import Pages, PagesState
 from kvfloor.methods.selectors.top_k import TopK
-from kvfloor.methods.summaries.value_sum import ValueSum, ValueSumState
-from mutants.base import small
+from kvfloor.methods.summaries.value_sum import ValueSumState
+from mutants.base import small, summing
 
 
 @small
@@ -41,18 +41,13 @@ class CrowdTemperature(BoundedState):
         return super()._read(q * (limit / max(limit, largest)))
 
 
-class CountsTwiceState(ValueSumState):
+@summing
+class CountsTwice(ValueSumState):
+    """A sum of values that counts each evicted token twice."""
+
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         super().absorb(row, k, v, position)
         self.count = self.count.index_add(0, row, torch.ones_like(row))
-
-
-@dataclass(frozen=True)
-class CountsTwice(ValueSum):
-    """A sum of values that counts each evicted token twice."""
-
-    def open(self, spec: Spec) -> ValueSumState:
-        return CountsTwiceState(spec)
 
 
 @dataclass(frozen=True)

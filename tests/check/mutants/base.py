@@ -10,6 +10,7 @@ from kvfloor.core.budget import Budget, tokens
 from kvfloor.core.policy import Policy
 from kvfloor.methods.policies.heavy_hitters import HeavyHitters
 from kvfloor.methods.policies.window import Window
+from kvfloor.methods.summaries.value_sum import ValueSum, ValueSumState
 
 
 class Named:
@@ -47,3 +48,9 @@ def small(state: type[BoundedState], like: type[Small] = Small) -> Callable[[], 
 
 def small_observing(state: type[BoundedState]) -> Callable[[], Small]:
     return small(state, SmallObserving)
+
+
+def summing(state: type[ValueSumState]) -> type[ValueSum]:
+    """Make the sum of values that has these states, under their name and docstring."""
+    named = {"__module__": state.__module__, "__qualname__": state.__qualname__, "__doc__": state.__doc__}
+    return type(state.__name__, (ValueSum,), named | {"open": lambda self, spec: state(spec)})

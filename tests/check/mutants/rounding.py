@@ -9,7 +9,8 @@ from kvfloor import Spec
 from kvfloor.core.policy import Held, Queries
 from kvfloor.core.summary import equal_lots
 from kvfloor.methods.policies.heavy_hitters import HeavyHitters
-from kvfloor.methods.summaries.value_sum import ValueSum, ValueSumState
+from kvfloor.methods.summaries.value_sum import ValueSumState
+from mutants.base import summing
 
 
 def summed(x: Tensor, backwards: bool) -> Tensor:
@@ -24,7 +25,10 @@ def off_boundary(x: Tensor) -> bool:
     return x.data_ptr() % 64 != 0
 
 
-class RoundsByPlaceState(ValueSumState):
+@summing
+class RoundsByPlace(ValueSumState):
+    """Sums a row's evicted values from an end that depends on where in the batch the row lies."""
+
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         for at, values in equal_lots(row, v.float()):
             for here, own in zip(at, values, strict=True):
@@ -32,15 +36,10 @@ class RoundsByPlaceState(ValueSumState):
             self.count[at] += values.shape[1]
 
 
-@dataclass(frozen=True)
-class RoundsByPlace(ValueSum):
-    """Sums a row's evicted values from an end that depends on where in the batch the row lies."""
+@summing
+class RoundsByBoundary(ValueSumState):
+    """Measures queries by a sum whose order depends on how the caller's tensor lies in memory."""
 
-    def open(self, spec: Spec) -> ValueSumState:
-        return RoundsByPlaceState(spec)
-
-
-class RoundsByBoundaryState(ValueSumState):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.longest = torch.zeros(spec.rows, 64)  # under as many metrics, each of which may show a rounding
@@ -50,14 +49,6 @@ class RoundsByBoundaryState(ValueSumState):
             metric = 1.0 + torch.arange(64 * q.shape[-1]).view(64, -1) % 7
             squares = summed((q.float().square().unsqueeze(-2) * metric).movedim(-1, 0), off_boundary(q))
             self.longest = torch.maximum(self.longest, squares.amax((1, 2)))
-
-
-@dataclass(frozen=True)
-class RoundsByBoundary(ValueSum):
-    """Measures queries by a sum whose order depends on how the caller's tensor lies in memory."""
-
-    def open(self, spec: Spec) -> ValueSumState:
-        return RoundsByBoundaryState(spec)
 
 
 @dataclass(frozen=True)
