@@ -45,6 +45,11 @@ def filled(text: str, k: Tensor, v: Tensor | None = None, **spec: Any) -> Any:
     return state
 
 
+def many(text: str, k: Tensor, v: Tensor, rows: int, **spec: Any) -> Any:
+    """Append the same k (n, d) and v (n, dv) to many rows, which differ in their randomness alone."""
+    return filled(text, k.expand(rows, -1, -1), v.expand(rows, -1, -1), **spec)
+
+
 def fed(state: State, tokens: Stream, *cuts: int, present: Tensor | None = None) -> Tensor:
     """Step through the tokens (q, k, v) in pieces that end at the cuts; the answers of all."""
     q, k, v = tokens

@@ -18,7 +18,7 @@ from kvfloor.methods.sketches import self_balancing
 from kvfloor.methods.sketches.balance import BalanceState
 from kvfloor.methods.sketches.self_balancing import gram, halve, safe_threshold, sub_gaussian, walk
 from kvfloor.statistics import clopper_pearson_limit
-from tests.support import Draw, filled, opened
+from tests.support import Draw, filled, many, opened
 
 ALONE = "sinks=0,recent=0"
 
@@ -173,7 +173,7 @@ def z_scores(text: str, draw: Draw, seeds: int = 400) -> Tensor:
     """(numerator estimates - numerator) in standard errors, over row ids: (m, dv), for one stream and 4 queries."""
     n, d = 96, 3
     k, v, q = draw(n, d) * 0.7, draw(n, 2), draw(4, d) * 0.7
-    state = filled(text, k.expand(seeds, -1, -1), v.expand(seeds, -1, -1))
+    state = many(text, k, v, seeds)
     part = state.read(q.expand(seeds, -1, -1))
     estimate = part.mean * part.log_mass.exp().unsqueeze(-1)
     error = estimate - torch.exp(q @ k.T) @ v
@@ -194,20 +194,17 @@ def test_the_numerator_is_unbiased_over_ten_thousand_seeds(draw: Draw, text: str
 
 def test_the_paper_s_smaller_class_loses_mass(draw: Draw) -> None:
     """What the test above would say of it: the smaller class has less than half of the weight on average."""
-    v = torch.ones(1, 16, 2, dtype=torch.float64)
-    state = filled(
-        f"balance(batch=16,keep=smaller,c=9.0,{ALONE})", draw(1, 16, 3).expand(400, -1, -1), v.expand(400, -1, -1)
-    )
+    v = torch.ones(16, 2, dtype=torch.float64)
+    state = many(f"balance(batch=16,keep=smaller,c=9.0,{ALONE})", draw(16, 3), v, 400)
     mass = state.read(torch.zeros(400, 1, 3, dtype=torch.float64)).log_mass.exp()
     assert float(mass.max()) <= 16.0 + 1e-9 and float(mass.mean()) < 15.5
 
 
 def relative_errors(text: str, k: Tensor, v: Tensor, q: Tensor, seeds: int) -> Tensor:
     """Root mean square error over the queries (m, d), relative to the answers': (seeds,)."""
-    spec = Spec(seeds, k.shape[1], v.shape[1], scale=k.shape[1] ** -0.5, dtype=torch.float64)
-    state = parse(text).open(spec)
-    state.append(k.expand(seeds, -1, -1), v.expand(seeds, -1, -1))
-    truth = torch.softmax(spec.scale * q @ k.T, -1) @ v
+    scale = k.shape[1] ** -0.5
+    state = many(text, k, v, seeds, scale=scale)
+    truth = torch.softmax(scale * q @ k.T, -1) @ v
     return ((state.read(q.expand(seeds, -1, -1)).mean - truth).norm(dim=(1, 2))) / truth.norm()
 
 
@@ -240,7 +237,7 @@ def misses(draw: Draw, seeds: int) -> tuple[int, float]:
     """Of so many seeds on one stream: how many err by more than they state; and the largest error as a share of it."""
     n = 400
     q, k, v = short_stream(draw, n)
-    state = filled(f"balance(batch=128,{STATED})", k.expand(seeds, -1, -1), v.expand(seeds, -1, -1))
+    state = many(f"balance(batch=128,{STATED})", k, v, seeds)
     assert int(state.held.max()) < n
     stated = state.guarantee()
     assert stated is not None and stated.holds, stated

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 from kvfloor import Exact, Method, Spec
-from kvfloor.core.slots import Slots
 from kvfloor.methods.selectors.hierarchical import Hierarchical, HierarchicalState
-from tests.support import Draw, Stream, between, causal, close, fed, filled, opened, stream
+from tests.support import Draw, Stream, between, causal, close, fed, filled, opened, stream, wrong
 
 
 def blocks_kept(q: Tensor, keys: Tensor, method: Hierarchical) -> tuple[list[int], int]:
@@ -85,38 +83,29 @@ def test_answers_equal_the_halving_written_out(draw: Draw, method: Hierarchical,
         torch.testing.assert_close(out[row], wanted, rtol=1e-11, atol=1e-12)
 
 
-class FirstBlockState(HierarchicalState):
-    def _worth(self, q: Tensor, slots: Slots, low: Tensor, high: Tensor, rows: Tensor | None) -> Tensor:
-        return super()._worth(q, slots, low, torch.minimum(high, low + 1), rows)
+WRONG = {
+    "the first block speaks for a half": {
+        "_worth": lambda self, q, slots, low, high, rows: HierarchicalState._worth(
+            self, q, slots, low, torch.minimum(high, low + 1), rows
+        )
+    },
+    "a choice outlives the seal": {"seal": lambda self: setattr(self, "sealed", True)},
+    "every query chooses for itself": {
+        "follow": lambda self, q, slots, visible, position: self.choose(
+            q.flatten(1, 2), slots, visible.repeat(1, q.shape[1])
+        )
+    },
+}
 
 
-class StaleState(HierarchicalState):
-    def seal(self) -> None:
-        self.sealed = True
-
-
-class OwnLeaderState(HierarchicalState):
-    def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Any:
-        return self.choose(q.flatten(1, 2), slots, visible.repeat(1, q.shape[1]))
-
-
-@dataclass(frozen=True)
-class Wrong(Hierarchical):
-    """Opens another state."""
-
-    state: type[HierarchicalState] = HierarchicalState
-
-    def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> HierarchicalState:
-        return self.state(spec, slots, self, in_order)
-
-
-@pytest.mark.parametrize("state", [FirstBlockState, StaleState, OwnLeaderState])
-def test_the_comparison_notices_a_wrong_line(draw: Draw, state: type[HierarchicalState]) -> None:
-    """The first block speaks for a half; a choice outlives the seal; every query chooses for itself."""
+@pytest.mark.parametrize("mutant", WRONG)
+def test_the_comparison_notices_a_wrong_line(draw: Draw, mutant: str) -> None:
     n, seal = 66, 42
     q, k, v = stream(draw, 1, 2, n, 6)
+    state = wrong(HierarchicalState, **WRONG[mutant])
+    method = wrong(Hierarchical, open=lambda self, spec, slots, shared, in_order: state(spec, slots, self, in_order))
     right = {"k": 8, "key_block": 2, "sinks": 2, "window": 3, "query_block": 5, "refresh": 5}
-    out = answers(Exact(Wrong(**right, state=state)), (q, k, v), seal, 66)  # type: ignore[arg-type]
+    out = answers(Exact(method(**right)), (q, k, v), seal, 66)
     wanted = written_out(q[0], k[0], v[0], Hierarchical(**right), seal)
     assert float((out[0] - wanted).abs().max()) > 1e-3
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from kvfloor import Exact, Spec, parse
 from kvfloor.core.slots import Slots
 from kvfloor.methods.selectors.pages import Pages, PagesState
-from tests.support import Draw, fed, filled, opened, stream
+from tests.support import Draw, fed, filled, opened, stream, wrong
 
 
 def pages_read(q: Tensor, keys: Tensor, pages: int, page: int) -> list[int]:
@@ -46,18 +45,10 @@ def furthest(method: Exact, q: Tensor, k: Tensor, v: Tensor, pages: int, page: i
     return worst
 
 
-@dataclass(frozen=True)
-class Centred(Pages):
-    """A page is worth the logit of its box's centre."""
-
-    def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> PagesState:
-        return CentredState(spec, slots, self)
-
-
-class CentredState(PagesState):
-    def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
-        twice = super().bounds(q, newest, rows) - super().bounds(-q, newest, rows)
-        return twice.nan_to_num(nan=-torch.inf)
+def centred(self: PagesState, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
+    """The logit of a box's centre."""
+    twice = PagesState.bounds(self, q, newest, rows) - PagesState.bounds(self, -q, newest, rows)
+    return twice.nan_to_num(nan=-torch.inf)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 38])
@@ -67,8 +58,10 @@ def test_answers_equal_the_rule_written_out(draw: Draw, chunk: int) -> None:
 
 
 def test_the_comparison_notices_another_bound(draw: Draw) -> None:
+    state = wrong(PagesState, bounds=centred)
+    method = wrong(Pages, open=lambda self, spec, slots, shared, in_order: state(spec, slots, self))
     q, k, v = stream(draw, 1, 1, 30, 6)
-    assert furthest(Exact(Centred(2, 4)), q, k, v, 2, 4, 30) > 1e-3
+    assert furthest(Exact(method(2, 4)), q, k, v, 2, 4, 30) > 1e-3
 
 
 def bound_holds(state: Any, q: Tensor) -> bool:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.methods.sketches.subgen import SubGenState
-from tests.support import Draw, filled, opened, require_drawn, require_mean
+from tests.support import Draw, filled, many, opened, require_drawn, require_mean
 
 
 def clustered(draw: Draw, rows: int, n: int, d: int = 4) -> Tensor:
@@ -80,15 +79,10 @@ def test_centres_grow_by_doubling(draw: Draw) -> None:
 ROWS = 4000
 
 
-def many(text: str, k: Tensor, v: Tensor, rows: int = ROWS) -> SubGenState:
-    """The same stream (n, d), (n, dv) in many rows, which differ in their randomness alone."""
-    return filled(text, k.expand(rows, -1, -1), v.expand(rows, -1, -1))
-
-
 def test_key_samples_are_uniform_within_a_cluster() -> None:
     n, t = 20, 2
     k = torch.arange(n, dtype=torch.float64).unsqueeze(1) * 1e-3
-    state = many(f"subgen(delta=1.0,t={t},s=1,block=4)", k, torch.ones(n, 1, dtype=torch.float64))
+    state = many(f"subgen(delta=1.0,t={t},s=1,block=4)", k, torch.ones(n, 1, dtype=torch.float64), ROWS)
     picked = (state.keys.sample[:, 0, :, 0] * 1e3).round().long()
     require_drawn(picked, n)
 
@@ -96,7 +90,7 @@ def test_key_samples_are_uniform_within_a_cluster() -> None:
 def test_the_slots_of_one_cluster_are_independent() -> None:
     n = 8
     k = torch.arange(n, dtype=torch.float64).unsqueeze(1) * 1e-3
-    state = many("subgen(delta=1.0,t=2,s=1,block=8)", k, torch.ones(n, 1, dtype=torch.float64))
+    state = many("subgen(delta=1.0,t=2,s=1,block=8)", k, torch.ones(n, 1, dtype=torch.float64), ROWS)
     picked = (state.keys.sample[:, 0, :, 0] * 1e3).round().long()
     require_drawn(picked[:, 0] * n + picked[:, 1], n * n)
 
@@ -104,7 +98,7 @@ def test_the_slots_of_one_cluster_are_independent() -> None:
 def test_value_pairs_are_kept_with_probability_proportional_to_their_square() -> None:
     n, s = 12, 3
     v = torch.linspace(0.2, 3.0, n, dtype=torch.float64).unsqueeze(1)
-    state = many(f"subgen(delta=1.0,t=1,s={s},block=4)", torch.zeros(n, 1, dtype=torch.float64), v)
+    state = many(f"subgen(delta=1.0,t=1,s={s},block=4)", torch.zeros(n, 1, dtype=torch.float64), v, ROWS)
     picked = (state.pairs.v[:, :, 0].unsqueeze(-1) - v[:, 0]).abs().argmin(-1)
     require_drawn(picked, n, v[:, 0] ** 2 / (v**2).sum())
     assert float(state.pairs.mu[0]) == pytest.approx(float((v**2).sum()), rel=1e-14)
@@ -113,7 +107,7 @@ def test_value_pairs_are_kept_with_probability_proportional_to_their_square() ->
 def moments(draw: Draw, s: int, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One query on one stream of 32 tokens: z (rows, dv), tau (rows,), then e^{Kq} (n,), V (n, dv), cluster of each."""
     k, v, q = clustered(draw, 1, 32, 3)[0], draw(32, 3), draw(1, 1, 3, scale=0.7)
-    state = many(f"subgen(delta=0.8,t={t},s={s})", k, v)
+    state = many(f"subgen(delta=0.8,t={t},s={s})", k, v, ROWS)
     assert bool((state.held == 0).all())
     part = state.read(q.expand(ROWS, -1, -1))
     tau = part.log_mass[:, 0].exp()

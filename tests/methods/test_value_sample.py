@@ -17,7 +17,7 @@ from kvfloor.methods.summaries import value_sample
 from kvfloor.methods.summaries.value_sample import ValueSample, ValueSampleState, middle, sizes_for
 from kvfloor.statistics import clopper_pearson_limit
 from tests import support
-from tests.support import Draw, filled, require_drawn, require_mean
+from tests.support import Draw, filled, many, require_drawn, require_mean
 
 ROWS = 3000
 
@@ -27,11 +27,6 @@ opened = partial(support.opened, d=3, dv=2)
 
 def sample_of(state) -> ValueSampleState:
     return state.outside if isinstance(state, WindowSampleState) else state.summary
-
-
-def many(text: str, k: Tensor, v: Tensor, rows: int = ROWS):
-    """The same stream (n, d), (n, dv) in many rows, which differ in their randomness alone."""
-    return filled(text, k.expand(rows, -1, -1), v.expand(rows, -1, -1))
 
 
 def unmasked(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
@@ -83,7 +78,7 @@ def assert_uniform_and_independent(state, n: int) -> None:
 
 def numbered(text: str):
     v = torch.arange(20, dtype=torch.float64).unsqueeze(1)
-    return many(text, torch.zeros(20, 1, dtype=torch.float64), v)
+    return many(text, torch.zeros(20, 1, dtype=torch.float64), v, ROWS)
 
 
 def test_samples_are_uniform_over_what_left_and_independent() -> None:
@@ -109,7 +104,7 @@ def test_a_wrong_reservoir_is_told(monkeypatch: pytest.MonkeyPatch, wrong: str) 
 def answered(draw: Draw, text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Answers (rows, dv) of many rows to one query after 32 tokens, 8 of them held; q, k, v >= 0."""
     k, v, q = draw(32, 3), draw(32, 2).abs(), draw(1, 1, 3)
-    return many(text, k, v).read(q.expand(ROWS, -1, -1)).mean[:, 0], q[0, 0], k, v
+    return many(text, k, v, ROWS).read(q.expand(ROWS, -1, -1)).mean[:, 0], q[0, 0], k, v
 
 
 SAMPLED = ("window(block=1)+value_sample@8", "window(block=8)+value_sample(copies=4)@8")

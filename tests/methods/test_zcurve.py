@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from kvfloor.core.slots import Slots
 from kvfloor.methods.selectors.morton import cells, interleave
 from kvfloor.methods.selectors.top_k import TopK
 from kvfloor.methods.selectors.zcurve import ZCurve, ZCurveState, projections
-from tests.support import Draw, fed, stream
+from tests.support import Draw, fed, stream, wrong
 
 # ---- codes -----------------------------------------------------------------------------------------------------
 
@@ -100,44 +99,40 @@ def test_answers_equal_the_rule_written_out(draw: Draw, chunk: int) -> None:
     assert furthest(ZCurve(**RULE), draw, chunk) <= 1e-12
 
 
-class RepeatsState(ZCurveState):
-    def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
-        slot = self._candidates(q, visible, rows)
-        dead = slot >= visible.unsqueeze(2)
-        logit = self._logits(q, slot.masked_fill(dead, 0), slots, rows).masked_fill(dead, -torch.inf)
-        best = logit.argsort(dim=-1, descending=True, stable=True)[..., : self.method.k]
-        return Chosen(slot.gather(2, best), logit.gather(2, best) == -torch.inf)
+def repeats(self: ZCurveState, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
+    slot = self._candidates(q, visible, rows)
+    dead = slot >= visible.unsqueeze(2)
+    logit = self._logits(q, slot.masked_fill(dead, 0), slots, rows).masked_fill(dead, -torch.inf)
+    best = logit.argsort(dim=-1, descending=True, stable=True)[..., : self.method.k]
+    return Chosen(slot.gather(2, best), logit.gather(2, best) == -torch.inf)
 
 
-class UnshiftedState(ZCurveState):
-    def _codes(self, x: Tensor) -> Tensor:
-        curves = range(self.method.curves)
-        one = [ZCurveState(self.spec, Slots(self.spec, [1]), ZCurve(curves=1), {"projections": planes}) for planes in
-               self.shared["projections"].split(1)]  # fmt: skip
-        return torch.cat([ZCurveState._codes(one[c], x) for c in curves], 1)
+def unshifted(self: ZCurveState, x: Tensor) -> Tensor:
+    planes = self.shared["projections"].split(1)
+    alone = [ZCurveState(self.spec, Slots(self.spec, [1]), ZCurve(curves=1), {"projections": one}) for one in planes]
+    return torch.cat([CODES(one, x) for one in alone], 1)
 
 
-class EarlyState(ZCurveState):
-    def append(self, slots: Slots, before: Tensor) -> None:
-        super().append(slots, before)
-        self.close(slots, None)
+def early(self: ZCurveState, slots: Slots, before: Tensor) -> None:
+    ZCurveState.append(self, slots, before)
+    self.close(slots, None)
 
 
-@dataclass(frozen=True)
-class Wrong(ZCurve):
-    """Opens another state."""
-
-    state: type[ZCurveState] = ZCurveState
-
-    def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> ZCurveState:
-        super().open(spec, slots, shared, in_order)
-        return self.state(spec, slots, self, shared)
+CODES = ZCurveState._codes
+WRONG = {
+    "a slot met on two curves is read twice": {"choose": repeats},
+    "curves without shifts": {"_codes": unshifted},
+    "keys are merged before their chunk is complete": {"append": early},
+}
 
 
-@pytest.mark.parametrize("state", [RepeatsState, UnshiftedState, EarlyState])
-def test_the_comparison_notices_a_wrong_line(draw: Draw, state: type[ZCurveState]) -> None:
-    """A slot met on two curves is read twice; curves without shifts; keys merged before their chunk is complete."""
-    assert furthest(Wrong(**RULE, state=state), draw, 37) > 1e-3  # type: ignore[arg-type]
+@pytest.mark.parametrize("mutant", WRONG)
+def test_the_comparison_notices_a_wrong_line(draw: Draw, mutant: str) -> None:
+    def opened(self: ZCurve, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> ZCurveState:
+        ZCurve.open(self, spec, slots, shared, in_order)
+        return wrong(ZCurveState, **WRONG[mutant])(spec, slots, self, shared)
+
+    assert furthest(wrong(ZCurve, open=opened)(**RULE), draw, 37) > 1e-3
 
 
 @pytest.mark.parametrize("text", ["exact", "random(block=4)@30", "window(block=4)@20:30"])
