@@ -32,6 +32,13 @@ def stream(draw: Draw, rows: int, g: int, n: int, d: int = 4, dv: int | None = N
     return draw(rows, g, n, d, **how), draw(rows, n, d, **how), draw(rows, n, dv or d, **how)
 
 
+def fitting(draw: Draw, state: State, g: int, n: int) -> Stream:
+    """Draw n tokens of the widths that the state takes, in its spec's dtype."""
+    rows, how = state.spec.rows, {"dtype": state.spec.dtype}
+    q = draw(rows, g, n, state.spec.d, **how)
+    return q, draw(rows, n, state.key_width, **how), draw(rows, n, state.value_width, **how)
+
+
 def opened(text: str, rows: int = 1, d: int = 4, dv: int | None = None, **spec: Any) -> Any:
     """Open a state of the method with this text, of float64 unless a dtype is given."""
     return parse(text).open(Spec(rows, d, dv or d, **({"dtype": torch.float64} | spec)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfloor import Method, Spec, State
 from kvfloor.core import message
+from tests.support import between, fed, fitting, seeded
 
 NUMBERS = (-(2**62), -(2**40), -2, -1, 0, 1, 2, 3, 63, 64, 255, 2**31 - 1, 2**40, 2**62, math.nan, math.inf, -math.inf)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -139,15 +140,11 @@ def live_on(state: State, draw: random.Random) -> None:
 def played(method: Method, seed: int, sealed: bool) -> State:
     """A state of two rows that saw 45 and about 30 tokens, in the middle of a block."""
     state = method.open(Spec(rows=2, d=4, dv=3, scale=0.5, seed=seed))
-    source = torch.Generator().manual_seed(seed)
-    q, k, v = (
-        torch.randn(2, *shape, generator=source)
-        for shape in ((2, 45, 4), (45, state.key_width), (45, state.value_width))
-    )
+    tokens = fitting(seeded(seed), state, 2, 45)
     present = torch.ones(2, 45, dtype=torch.bool)
-    present[1] = torch.rand(45, generator=source) < 0.7
-    state.step(q[:, :, :25], k[:, :25], v[:, :25], present[:, :25])
+    present[1] = torch.rand(45, generator=torch.Generator().manual_seed(seed)) < 0.7
+    fed(state, between(tokens, 0, 25), present=present[:, :25])
     if sealed:
         state.seal()
-    state.step(q[:, :, 25:], k[:, 25:], v[:, 25:], present[:, 25:])
+    fed(state, between(tokens, 25), present=present[:, 25:])
     return state

@@ -20,7 +20,8 @@ from kvfloor.core.slots import View
 from kvfloor.methods.policies.window import Window
 from kvfloor.methods.registry import TABLE, default_method
 from kvfloor.methods.variants.visual import NextScale
-from tests.support import Draw
+from tests import support
+from tests.support import Draw, Stream, between, stream
 
 QUICK = (
     "exact",
@@ -84,12 +85,12 @@ def test_points_cover_the_whole_call() -> None:
 # ---- what a broken state does ------------------------------------------------------------------------------
 
 
-def opened(draw: Draw, text: str = "h2o(block=4)@16", tokens: int = 23, g: int = 2) -> tuple[State, tuple[Tensor, ...]]:
-    state = parse(text).open(Spec(rows=2, d=8, dv=8, scale=0.3, seed=1))
-    q = draw(2, g, tokens + 9, 8, dtype=torch.float32)
-    k, v = draw(2, tokens + 9, 8, dtype=torch.float32), draw(2, tokens + 9, 8, dtype=torch.float32)
-    state.step(q[:, :, :tokens], k[:, :tokens], v[:, :tokens])
-    return state, (q[:, :, tokens:], k[:, tokens:], v[:, tokens:])
+def opened(draw: Draw, text: str = "h2o(block=4)@16", tokens: int = 23, g: int = 2) -> tuple[State, Stream]:
+    """A state that has seen these tokens, and the nine that follow."""
+    whole = stream(draw, 2, g, tokens + 9, 8, dtype=torch.float32)
+    state = support.opened(text, 2, 8, scale=0.3, seed=1, dtype=torch.float32)
+    state.step(*between(whole, 0, tokens))
+    return state, between(whole, tokens)
 
 
 def break_off(state: State, more: tuple[Tensor, ...]) -> None:

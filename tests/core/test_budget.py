@@ -7,6 +7,7 @@ import torch
 
 from kvfloor import Method, Spec, parse, resolve
 from kvfloor.core.budget import parse_budget, size_bytes
+from tests.support import fitting, seeded
 
 
 @pytest.mark.parametrize(
@@ -58,8 +59,7 @@ def test_zero_tokens_and_shares_beyond_the_whole_are_refused() -> None:
 def measured(method: Method, spec: Spec, g: int) -> int:
     """Bytes of a state that was opened and has answered once."""
     state = method.open(spec)
-    shapes = (spec.rows, g, 1, spec.d), (spec.rows, 1, spec.d), (spec.rows, 1, spec.dv)
-    state.step(*(torch.zeros(shape, dtype=spec.dtype) for shape in shapes))
+    state.step(*fitting(seeded(0), state, g, 1))
     return state.nbytes
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, State, parse
+from tests.support import between, fitting, seeded
 
 Make = Callable[[Tensor], Any]
 
@@ -161,15 +162,10 @@ BAD_INDEX: dict[str, Any] = {
 
 def opened(text: str) -> tuple[State, Tensor, Tensor, Tensor]:
     """A state in the middle of a block, and q, k, v of the next 3 tokens."""
-    method = parse(text)
-    state = method.open(Spec(rows=2, d=4, dv=3, seed=1))
-    source = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(2, *shape, generator=source)
-        for shape in ((2, 48, 4), (48, state.key_width), (48, state.value_width))
-    )
-    state.step(q[:, :, :45], k[:, :45], v[:, :45])
-    return state, q[:, :, 45:], k[:, 45:], v[:, 45:]
+    state = parse(text).open(Spec(rows=2, d=4, dv=3, seed=1))
+    tokens = fitting(seeded(0), state, 2, 48)
+    state.step(*between(tokens, 0, 45))
+    return state, *between(tokens, 45)
 
 
 def calls(state: State, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -9,16 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfloor import Spec, parse
 from kvfloor.methods.selectors.pages import PagesState
-from tests.support import Draw
-
-
-def opened(text: str, k: Tensor) -> Any:
-    rows, _, d = k.shape
-    state = parse(text).open(Spec(rows, d, d, scale=0.5, dtype=k.dtype))
-    state.append(k, k)
-    return state
+from tests.support import Draw, filled
 
 
 def largest(state: Any, q: Tensor, k: int) -> Tensor:
@@ -37,20 +29,20 @@ def largest(state: Any, q: Tensor, k: int) -> Tensor:
 @pytest.mark.parametrize("selector", ["best_first(k=7,page=5)", "best_first(k=1,page=1)", "best_first(k=200)"])
 def test_the_tokens_of_largest_logit_are_read_and_no_others(draw: Draw, text: str, selector: str) -> None:
     k = int(selector.partition("k=")[2].partition(",")[0].rstrip(")"))
-    state, q = opened(text.format(selector), draw(2, 150, 6)), draw(2, 9, 6)
+    state, q = filled(text.format(selector), draw(2, 150, 6), scale=0.5), draw(2, 9, 6)
     unread = state.unread(q)
     assert torch.equal(~unread, largest(state, q, k))
 
 
 def test_ties_let_the_newer_be_read() -> None:
-    state = opened("exact|best_first(k=3,page=2)", torch.ones(1, 9, 2))
+    state = filled("exact|best_first(k=3,page=2)", torch.ones(1, 9, 2), scale=0.5)
     assert (~state.unread(torch.ones(1, 1, 2)))[0, 0].nonzero().squeeze(1).tolist() == [6, 7, 8]
 
 
 def test_the_comparison_notices_a_bound_that_errs(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     true_bounds = PagesState.bounds
     monkeypatch.setattr(PagesState, "bounds", lambda self, *a: true_bounds(self, *a) - 2.0)
-    state, q = opened("exact|best_first(k=7,page=5)", draw(2, 150, 6)), draw(2, 9, 6)
+    state, q = filled("exact|best_first(k=7,page=5)", draw(2, 150, 6), scale=0.5), draw(2, 9, 6)
     assert not torch.equal(~state.unread(q), largest(state, q, 7))
 
 
@@ -65,8 +57,8 @@ def test_few_pages_are_looked_into_where_keys_have_structure(draw: Draw) -> None
     """On keys that turn slowly a tenth, on random ones nearly all: bounds of boxes are loose there."""
     angle = torch.arange(2048, dtype=torch.float64) * (math.pi / 2048)
     turn = torch.stack([angle.cos(), angle.sin()], 1).unsqueeze(0)
-    assert looked_into(opened("exact|best_first(k=16)", turn), turn[:, ::97]) <= 0.15
-    assert looked_into(opened("exact|best_first(k=16)", draw(1, 2048, 32)), draw(1, 20, 32)) >= 0.9
+    assert looked_into(filled("exact|best_first(k=16)", turn, scale=0.5), turn[:, ::97]) <= 0.15
+    assert looked_into(filled("exact|best_first(k=16)", draw(1, 2048, 32), scale=0.5), draw(1, 20, 32)) >= 0.9
 
 
 def test_an_isolated_needle_is_found_at_the_second_look(draw: Draw) -> None:
@@ -75,7 +67,7 @@ def test_an_isolated_needle_is_found_at_the_second_look(draw: Draw) -> None:
     for place in range(5, 1000, 83):
         planted = keys.clone()
         planted[0, place] = 1.0
-        state = opened("exact|best_first(k=1)", planted)
+        state = filled("exact|best_first(k=1)", planted, scale=0.5)
         assert (~state.unread(q))[0, 0].nonzero().squeeze(1).tolist() == [place]
         _, looked = state.selection.search(q, state.slots, torch.tensor([[1024]]))
         assert int(looked) == 3

@@ -16,7 +16,7 @@ from kvfloor.core.policy import Held
 from kvfloor.methods.policies.expected import Expected, QueryMoments
 from kvfloor.methods.variants.visual import NextScale
 from tests.literal import Rule, Token, keeps_alike, run
-from tests.support import Draw, opened, positions, stream, wrong
+from tests.support import Draw, between, fed, opened, positions, stream, wrong
 
 PLAIN = Expected(sinks=0, recent=0)
 
@@ -108,10 +108,9 @@ def test_the_statistics_are_those_of_all_queries_at_once(draw: Draw, heads: Any,
     q, k = (draw(2, 3, 96, 4) + 30.0).to(dtype), draw(2, 96, 4, dtype=dtype)
     present = torch.rand(2, 96, generator=torch.Generator().manual_seed(1)) < 0.8
     state = parse(f"expected(heads={heads},block=8)@16").open(Spec(2, 4, 4, dtype=dtype))
-    for a, b in ((0, 7), (7, 40), (40, 96)):
-        state.step(q[:, :, a:b], k[:, a:b], k[:, a:b], present[:, a:b])
-        if b == 40:
-            state.seal()
+    fed(state, between((q, k, k), 0, 40), 7, present=present[:, :40])
+    state.seal()
+    fed(state, between((q, k, k), 40), present=present[:, 40:])
     mean, covariance = state.memory.gaussian(None)
     for row in range(2):
         heard = int(present[row].sum()) // 8 * 8

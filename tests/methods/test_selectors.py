@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfloor import Spec, parse
 from kvfloor.core.memory import Memory
 from kvfloor.core.slots import Slots
-from tests.support import Draw, filled, stream
+from tests.support import Draw, between, close, fed, filled, stream
 
 SELECTORS = [
     "pages(pages=3,page=4)",
@@ -96,8 +96,7 @@ def test_a_step_is_an_append_and_a_read_of_its_own_queries(draw: Draw, head: str
                 continue
             torch.testing.assert_close(out[:, :, i], read.read(q[:, :, i]).mean, rtol=1e-11, atol=1e-12)
     else:
-        pieces = [read.step(q[:, :, i : i + 1], k[:, i : i + 1], v[:, i : i + 1]) for i in range(60)]
-        torch.testing.assert_close(out, torch.cat(pieces, 2), rtol=1e-11, atol=1e-12)
+        close(out, fed(read, (q, k, v), *range(60)))
         assert stepped.to_bytes() == read.to_bytes()
 
 
@@ -106,12 +105,12 @@ def test_a_step_is_an_append_and_a_read_of_its_own_queries(draw: Draw, head: str
 def test_a_copy_and_a_restored_state_go_on_to_the_bit(draw: Draw, head: str, selector: str) -> None:
     method = parse(head.format(selector))
     present = torch.arange(75) >= torch.tensor([0, 20, 41]).unsqueeze(1)  # rows of different length
-    q, k, v = stream(draw, 3, 2, 150, 6)
+    tokens = stream(draw, 3, 2, 150, 6)
     state = method.open(Spec(3, 6, 6, dtype=torch.float64))
-    state.step(q[:, :, :75], k[:, :75], v[:, :75], present)
+    state.step(*between(tokens, 0, 75), present)
     others = [state.clone(), method.from_bytes(state.to_bytes())]
     state.seal()
-    rest = q[:, :, 75:], k[:, 75:], v[:, 75:]
+    rest = between(tokens, 75)
     out = state.step(*rest)
     for other in others:
         other.seal()

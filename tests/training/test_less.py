@@ -20,7 +20,7 @@ from kvfloor.methods.summaries.low_rank import Kernels, Less
 from kvfloor.training.fit import Recipe, answers, fit, loss_of, output_weight, train
 from kvfloor.training.less import rivals, run
 from kvfloor.training.lessons import Lesson, Text, departures, lesson, recorded, task_items, texts
-from tests.support import Draw
+from tests.support import Draw, stream
 
 SMALL = Recipe(rank=4, hidden=8, samples=4, length=48, epochs=2, batch=2)
 
@@ -32,8 +32,7 @@ def bounded(text: str) -> Bounded:
 
 
 def taken(draw: Draw, n: int = 60, heads: int = 2, g: int = 2, d: int = 6) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
-    q, k, v = (draw(*shape, dtype=torch.float32) for shape in ((heads, g, n, d), (heads, n, d), (heads, n, d)))
-    return q, k, v, d**-0.5, None
+    return *stream(draw, heads, g, n, d, dtype=torch.float32), d**-0.5, None
 
 
 def heavy(kernels: Kernels) -> Kernels:
