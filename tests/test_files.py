@@ -47,14 +47,6 @@ def test_a_file_is_read_whole_up_to_what_is_allowed(tmp_path: Path) -> None:
     assert read_regular(tmp_path / "link", 1024, "file") == path.read_bytes()
 
 
-def test_no_pipe_device_or_folder_is_opened(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero"), Path("/dev/stdin"), tmp_path):
-        with within(5), pytest.raises(ValueError, match=r"cannot read the file .*not a regular file"):
-            read_regular(path, 1 << 40, "file")
-
-
 def test_a_pipe_that_takes_the_name_after_it_was_asked_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,25 +58,12 @@ def test_a_pipe_that_takes_the_name_after_it_was_asked_is_refused(
         read_regular(tmp_path / "pipe", 1 << 40, "file")
 
 
-def test_a_large_sparse_file_is_refused_unread(tmp_path: Path) -> None:
-    with open(tmp_path / "sparse", "wb") as file:
-        file.truncate(40 << 30)
-    with within(5), pytest.raises(ValueError, match="more than the 1,000 allowed"):
-        read_regular(tmp_path / "sparse", 1000, "file")
-
-
 @pytest.mark.parametrize("path", [None, 7, b"x", ["x"]])
 def test_what_is_no_path_is_a_type_error(path: Any) -> None:
     with pytest.raises(TypeError, match="the path of the file must be text or a Path, got"):
         read_regular(path, 10, "file")
     with pytest.raises(TypeError, match="path of the file to write must be text or a Path, got"):
         replace_file(path, "")
-
-
-@pytest.mark.parametrize("path", ["", "absent", "no\0name", "x" * 300])
-def test_a_file_that_is_not_there_is_a_value_error(path: str) -> None:
-    with pytest.raises(ValueError, match=r"the file"):
-        read_regular(path, 10, "file")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
@@ -207,12 +186,15 @@ MOST = 1000
     ("kind", "told"),
     [
         ("fifo", "not a regular file"),
+        ("link", "not a regular file"),
+        ("stdin", "not a regular file"),
         ("socket", "not a regular file"),
         ("folder", "not a regular file"),
         ("zero", "not a regular file"),
         ("sparse", "42,949,672,960 bytes, more than the 1,000 allowed"),
         ("one more", "1,001 bytes, more than the 1,000 allowed"),
         ("missing", "No such file"),
+        ("empty", "is empty"),
         ("null", "null"),
         ("long", "name too long"),
         ("loop", "symbolic links"),
@@ -221,8 +203,9 @@ MOST = 1000
 )
 def test_anything_else_is_refused_in_one_line(tmp_path: Path, kind: str, told: str) -> None:
     path = tmp_path / "file"
-    if kind == "fifo":
+    if kind in ("fifo", "link"):
         os.mkfifo(path)
+        (tmp_path / "link").symlink_to(path)
     elif kind == "socket":
         with socket.socket(socket.AF_UNIX) as bound:
             bound.bind(str(path))
@@ -233,7 +216,9 @@ def test_anything_else_is_refused_in_one_line(tmp_path: Path, kind: str, told: s
         os.truncate(path, 40 * 2**30 if kind == "sparse" else MOST + 1)
     elif kind == "loop":
         path.symlink_to(path)
-    named = {"zero": "/dev/zero", "null": "a\0b", "long": "x" * 9999, "kernel's": "/proc/self/stat"}
-    with pytest.raises(ValueError, match=r"^cannot read the notes ") as refused:
+    named = {"zero": "/dev/zero", "stdin": "/dev/stdin", "kernel's": "/proc/self/stat", "link": tmp_path / "link"}
+    named |= {"empty": "", "null": "a\0b", "long": "x" * 9999}
+    with within(5), pytest.raises(ValueError, match="the notes ") as refused:
         read_regular(named.get(kind, path), MOST, "notes")
+    assert kind == "empty" or str(refused.value).startswith("cannot read the notes ")
     assert told in str(refused.value) and "\n" not in str(refused.value)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvfloor.audit.rows import CONTRACT_FIELDS, Row, document, read_rows, write_rows
-from kvfloor.files import open_folder, replace_file
+from kvfloor.files import open_folder
 
 FIELDS = """
     method budget_tokens task context protocol n score score_low score_high exact_score diff_low diff_high state_bytes
@@ -61,22 +59,6 @@ def test_a_broken_line_is_named(row, tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"method": 1}\n')
     with pytest.raises(ValueError, match="line 2"):
         read_rows(path)
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failing_disk_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("old")
-
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, step, full)
-    with pytest.raises(ValueError, match="No space left"):
-        replace_file(path, "new")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

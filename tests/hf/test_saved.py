@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 from dataclasses import dataclass
@@ -342,19 +341,6 @@ def test_other_wrong_arguments_are_named(started: Talk, tmp_path: Path) -> None:
             CompressedCache.load(tmp_path / "cache", **({"model": started.model} | options))
 
 
-@pytest.mark.parametrize("path", ["", ".", "..", "/", "folder"])
-def test_a_folder_is_no_cache_and_is_not_replaced(
-    started: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"is empty|cannot write .* a folder; name a file"):
-        started.cache.save(path)
-    with pytest.raises(ValueError, match=r"is empty|cannot read .* not a regular file"):
-        CompressedCache.load(path, started.model)
-    assert os.listdir() == ["folder"] and not os.listdir("folder")
-
-
 def test_no_file_can_take_the_machine(started: Talk, path: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for special in (tmp_path / "pipe", "/dev/zero"):
@@ -382,15 +368,6 @@ def test_a_cache_of_an_earlier_format_is_named(started: Talk, tmp_path: Path) ->
     (tmp_path / "old").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(OlderVersion, match="format 1, of an earlier kvfloor"):
         CompressedCache.load(tmp_path / "old", started.model)
-
-
-def test_any_name_will_do_and_a_link_stays(started: Talk, tmp_path: Path) -> None:
-    long = tmp_path / ("n" * 252)
-    started.cache.save(long)
-    (tmp_path / "link").symlink_to(long)
-    started.cache.save(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", long.name]
-    follow(started, Talk(started.model, CompressedCache.load(tmp_path / "link", started.model), started.mask), (1,))
 
 
 def test_an_unknown_method_is_refused_and_nothing_is_imported_for_it(started: Talk, path: Path) -> None:
@@ -494,25 +471,6 @@ def test_only_the_owner_may_read_it(started: Talk, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failing_disk_leaves_the_old_file(
-    started: Talk, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    old = path.read_bytes()
-    started.hear(*turns(3, 5))
-
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, step, full)
-        with pytest.raises(ValueError, match="No space left"):
-            started.cache.save(path)
-    assert path.read_bytes() == old and os.listdir(tmp_path) == ["cache"]
-    started.cache.save(path)
-    assert path.read_bytes() != old
 
 
 def test_the_file_is_plain_safetensors_that_tells_what_it_holds(started: Talk, tmp_path: Path) -> None:
