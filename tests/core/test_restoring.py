@@ -165,12 +165,6 @@ def test_what_is_wrong_is_told(text: str, edit: Callable[..., object], said: str
         parse(text).from_bytes(data)
 
 
-def test_what_was_refused_before_is_still_told_apart() -> None:
-    data = state_of("h2o@64", True).to_bytes()
-    with pytest.raises(CorruptState, match="this is a state of 'h2o@64', not of 'h2o@32'"):
-        parse("h2o@32").from_bytes(data)
-
-
 def test_rows_that_were_chosen_are_restored_with_their_budgets_and_room() -> None:
     state = parse("h2o@40:64").open(Spec(rows=2, d=4, dv=4))
     state.step(*(torch.randn(2, 1, 300, 4), torch.randn(2, 300, 4), torch.randn(2, 300, 4)))

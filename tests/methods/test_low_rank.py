@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import partial
 from pathlib import Path
 
@@ -206,9 +205,7 @@ def test_a_broken_file_is_refused_by_name(tmp_path: Path) -> None:
     assert "is no safetensors file" in refusal(tmp_path / "text")
     (tmp_path / "claims").write_bytes((2**60).to_bytes(8, "little") + b"{}" * 50)
     assert "is no safetensors file" in refusal(tmp_path / "claims")
-    os.mkfifo(tmp_path / "pipe")  # nobody writes: to open it for reading would wait for ever
-    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
-        assert "not a regular file" in refusal(path)
+    assert "not a regular file" in refusal(Path("/dev/zero"))
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(40 << 30)
     assert "more than" in refusal(tmp_path / "sparse")
