@@ -66,17 +66,13 @@ class Ones(Method):
         return f"{type(self).__module__}:{type(self).__name__}(inner={str(self.inner)!r},side={self.side})"
 
 
-class OnesState(State):
+class OnesState(State[Ones]):
     """Feed a state of tensor attention with ones."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)
         self.inner = method.kept.open(spec)
         self.shared = self.inner.shared
-
-    @property
-    def _plan(self) -> Ones:
-        return cast(Ones, self.method)
 
     @property
     def held(self) -> Tensor:
@@ -87,11 +83,11 @@ class OnesState(State):
 
     def _select_rows(self, index: Tensor) -> None:
         super()._select_rows(index)
-        self.method = replace(self._plan, inner=self.inner.method)  # budgets per row travel with their rows
+        self.method = replace(self.method, inner=self.inner.method)  # budgets per row travel with their rows
 
     def _beside(self, x: Tensor) -> Tensor:
         both = [x, torch.ones_like(x)]
-        return torch.cat(both if self._plan.side == 1 else both[::-1], -1)
+        return torch.cat(both if self.method.side == 1 else both[::-1], -1)
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         self.inner._append(self._beside(k), self._beside(v), take)
@@ -113,7 +109,7 @@ class OnesState(State):
 
     def _counted_once(self, part: Partial) -> Partial:
         """Count each token's mass once per paired token: tokens held if kept whole, else all tokens seen."""
-        paired = self.seen if self._plan.traits.lossy_values else self.held
+        paired = self.seen if self.method.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))
 
 

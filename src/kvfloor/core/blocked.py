@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.attend import attend_newest, fused
-from kvfloor.core.method import Method
 from kvfloor.core.partial import Partial
 from kvfloor.core.rotation import Circle
 from kvfloor.core.selector import Chosen, Everything, Indexed, Selector, SelectorState
 from kvfloor.core.slots import Slots, require_positions
 from kvfloor.core.spec import Spec
-from kvfloor.core.state import State
+from kvfloor.core.state import M, State
 
 
-class Blocked(State):
+class Blocked(State[M]):
     """Keep new tokens whole in `slots`, and call `_close` once a row's clock reaches a multiple of `block`.
 
     Each row has its own clock, so rows of different length close at different calls. A variant writes `_close`,
@@ -28,7 +27,7 @@ class Blocked(State):
 
     slots: Slots
 
-    def __init__(self, method: Method, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
+    def __init__(self, method: M, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
         super().__init__(method, spec)
         self.slots = slots
         self.block = block

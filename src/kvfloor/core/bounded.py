@@ -150,7 +150,7 @@ class Bounded(Method):
         return text if self.budget is None else f"{text}@{budget_text(self.budget)}"
 
 
-class BoundedState(Blocked):
+class BoundedState(Blocked[Bounded]):
     """Keep slots for budget + block tokens per row, allocated once; before the seal of a dense prefill they grow.
 
     A policy that needs attention weights or queries gets them at block ends, in one product of fixed shape over the
@@ -190,7 +190,7 @@ class BoundedState(Blocked):
         if bool((pins != pins[:1]).any()) or bool((pins[..., 0] >= pins[..., 1]).any()):
             raise ValueError("a pinned span needs a start below its stop, the same in all rows")
         for budget in self.budget.tolist():
-            self._plan._check_room(budget, int((pins[0, :, 1] - pins[0, :, 0]).sum()))
+            self.method._check_room(budget, int((pins[0, :, 1] - pins[0, :, 0]).sum()))
         if prompt is not None and bool((prompt > fields["seen"]).any()):
             raise ValueError("the prompt has more tokens than its row has seen")
         if self.memory is not None:
@@ -198,15 +198,10 @@ class BoundedState(Blocked):
                 fields["memory"], None if queries is None else queries.shape[1], fields["sealed"]
             )
 
-    @property
-    def _plan(self) -> Bounded:
-        assert isinstance(self.method, Bounded)
-        return self.method
-
     def _pin(self, start: int, stop: int) -> None:
         pinned = int((self.pins[0, :, 1] - self.pins[0, :, 0]).sum()) + stop - start
         for budget in self.budget.tolist():
-            self._plan._check_room(budget, pinned)
+            self.method._check_room(budget, pinned)
         view = self.slots.view()
         inside = (view.position >= start) & (view.position < stop)
         inside = inside if view.live is None else inside & view.live
@@ -223,8 +218,8 @@ class BoundedState(Blocked):
 
     def _select_rows(self, index: Tensor) -> None:
         super()._select_rows(index)
-        if isinstance(self._plan.budget, tuple):  # so that the message names a method which opens for these rows
-            self.method = replace(self._plan, budget=tuple(self.budget.tolist()))
+        if isinstance(self.method.budget, tuple):  # so that the message names a method which opens for these rows
+            self.method = replace(self.method, budget=tuple(self.budget.tolist()))
 
     def guarantee(self) -> Guarantee | None:
         stated = super().guarantee()
@@ -240,11 +235,11 @@ class BoundedState(Blocked):
     @property
     def learns_from_queries(self) -> bool:
         """Return True if the policy learns from the queries that come now."""
-        return self._plan.policy.wants_weights or self._plan.policy.wants_queries(self.sealed)
+        return self.method.policy.wants_weights or self.method.policy.wants_queries(self.sealed)
 
     @property
     def _selector(self) -> Selector:
-        return self._plan.selector
+        return self.method.selector
 
     @property
     def _plainly_read(self) -> bool:
@@ -314,7 +309,7 @@ class BoundedState(Blocked):
         rows = torch.arange(self.spec.rows) if rows is None else rows
         self._show_keys(rows)
         self._show_block(rows, self.block)
-        if self.sealed or self._plan.prefill == "stream":
+        if self.sealed or self.method.prefill == "stream":
             self._evict(rows)
 
     def _at_once(self, seen: int, left: int) -> int:
@@ -323,8 +318,8 @@ class BoundedState(Blocked):
         More than 0 only in a dense prompt where every held token is read and the policy needs no weights or keys: all
         tokens if it needs no queries; all but the newest ones, in whole blocks, if it needs the newest queries only.
         """
-        policy = self._plan.policy
-        if self.sealed or self._plan.prefill != "dense" or not isinstance(self._selector, Everything):
+        policy = self.method.policy
+        if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
             return 0
         if policy.wants_weights or policy.wants_keys:
             return 0
@@ -361,13 +356,13 @@ class BoundedState(Blocked):
             self._show_block(every[(self.seen % self.block) == fill], fill)
 
     def _seal(self) -> None:
-        every, policy = torch.arange(self.spec.rows), self._plan.policy
+        every, policy = torch.arange(self.spec.rows), self.method.policy
         self._show_open_blocks()
         if self.prompt is not None:
             self.prompt = self.seen.clone()
-        if self._plan.prefill == "dense" or policy.spares == "answer":  # bring the prompt to its budget
+        if self.method.prefill == "dense" or policy.spares == "answer":  # bring the prompt to its budget
             self._evict(every)
-        if self._plan.prefill == "dense":
+        if self.method.prefill == "dense":
             self.slots.resize(self._limit() + self.block)
             if self.selection is not None:
                 self.selection.resize(self.slots)
@@ -381,12 +376,12 @@ class BoundedState(Blocked):
         """Return the tokens per row (rows,) that may stay now: the budget, plus those the policy spares beside it."""
         if self.prompt is None:
             return self.budget
-        spared = self.prompt if self._plan.policy.spares == "prompt" else self.seen - self.prompt
+        spared = self.prompt if self.method.policy.spares == "prompt" else self.seen - self.prompt
         return self.budget + spared.masked_fill(self.prompt < 0, 0)
 
     def _show_keys(self, rows: Tensor) -> None:
         """Give the policy's memory the newest tokens of these rows, which are still in the slots they came into."""
-        if self.memory is None or not self._plan.policy.wants_keys:
+        if self.memory is None or not self.method.policy.wants_keys:
             return
         slot = self.slots.held[rows].unsqueeze(1) - self.block + torch.arange(self.block)
         index = (self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0)).to(self.slots.k.device)
@@ -415,7 +410,7 @@ class BoundedState(Blocked):
         A row's weights are computed from its own queries and held tokens alone (`weights_by_tile`), so they round alike
         for every chunking and every neighbour row.
         """
-        policy, width = self._plan.policy, int(self.slots.capacity.max())
+        policy, width = self.method.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows
         if self.spec.rotation is not None:  # a query's place is its own token's rank among those held when it came
             asked = replace(asked, q=self._turned(asked.q, (visible - 1).clamp(0, width - 1), width), bare=asked.q)
@@ -441,7 +436,7 @@ class BoundedState(Blocked):
         for at, weights in weights_by_tile(flat, held.k, *law, unread, TILE_SLOTS, clear, fill):
             weights = weights.view(r, g, b, -1)
             weights = weights if made is None else weights * made
-            parts.append(self._plan.policy.on_weights(held.part(at), weights, asked))
+            parts.append(self.method.policy.on_weights(held.part(at), weights, asked))
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
     def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
@@ -462,7 +457,7 @@ class BoundedState(Blocked):
         return lambda at: hide[..., at]
 
     def _held(self, rows: Tensor | None, width: int) -> Held:
-        policy, slots, ids = self._plan.policy, self.slots, self.spec.ids()
+        policy, slots, ids = self.method.policy, self.slots, self.spec.ids()
 
         def clock(x: Tensor) -> Tensor:
             return (x if rows is None else x[rows]).unsqueeze(1).to(ids.device)
@@ -490,7 +485,7 @@ class BoundedState(Blocked):
             return
         width, everyone = int(self.slots.capacity.max()), len(due) == self.spec.rows
         held = self._held(None if everyone else due, width)
-        priority = self._plan.policy.priority(held).to(torch.float64)
+        priority = self.method.policy.priority(held).to(torch.float64)
         priority = priority.masked_fill(self._protected(held) | ~held.live, torch.inf)
         lowest = _lowest(priority, held.position, excess[excess > 0].unsqueeze(1).to(priority.device)).cpu()
         leaving = lowest if everyone else torch.zeros(self.spec.rows, width, dtype=torch.bool)
@@ -507,7 +502,7 @@ class BoundedState(Blocked):
             self.selection.evict(self.slots, leaving)
 
     def _protected(self, held: Held) -> Tensor:
-        policy, position, rows = self._plan.policy, held.position, held.rows
+        policy, position, rows = self.method.policy, held.position, held.rows
         budgets, pins = (x if rows is None else x[rows] for x in (self.budget, self.pins))
         last = torch.tensor([policy.protected_last(budget) for budget in budgets.tolist()]).unsqueeze(1)
         safe = policy.protected(held, last.to(position.device))

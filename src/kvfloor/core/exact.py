@@ -57,7 +57,7 @@ class Exact(Method):
         return "exact" if isinstance(self.selector, Everything) else f"exact|{part_text(self.selector)}"
 
 
-class ExactState(Blocked):
+class ExactState(Blocked[Exact]):
     """Keep every token in slots that grow by a quarter; a block only bounds the queries answered in one product."""
 
     def __init__(self, method: Exact, spec: Spec) -> None:
@@ -67,7 +67,6 @@ class ExactState(Blocked):
 
     @property
     def _selector(self) -> Selector:
-        assert isinstance(self.method, Exact)
         return self.method.selector
 
     @property

@@ -34,9 +34,8 @@ class Traits:
     block_causal    a query may be answered by its block rather than alone
     constant_memory nbytes never grows once opened
     pins            `State.pin` keeps a span of tokens for good
-    turns           keys are held whole, so that they can be rotated to their place among the held ones
-    (`Spec.rotation`) trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it
-    fits any model
+    turns           keys are held whole, so that `Spec.rotation` can rotate each to its place among the held ones
+    trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it fits any model
     """
 
     reference: Literal["softmax", "unmasked", "tensor"] = "softmax"

@@ -6,7 +6,7 @@ import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvfloor.core.slots import Slots
 
 Self = TypeVar("Self", bound="State")
+M = TypeVar("M", bound=Method)  # the class of the method that opens a state
 Call = TypeVar("Call", bound=Callable[..., Any])
 ANEW = (
     "start again with an empty state and without these tokens, or use a method that keeps whole tokens and no summary"
@@ -73,7 +74,7 @@ class _Plain(ABCMeta):
         return super().__call__(*args, **kwargs)
 
 
-class State(Memory, metaclass=_Plain):
+class State(Memory, Generic[M], metaclass=_Plain):
     """Store a method's memory of `rows` independent streams of tokens.
 
     A variant writes `_append` and `_read`, and `_step_partial` where it can do better than token by token. It refuses
@@ -92,7 +93,7 @@ class State(Memory, metaclass=_Plain):
         if "guarantee" in vars(cls):  # a theorem about the tokens seen, which a broken state holds in part only
             cls.guarantee = whole(cls.guarantee)
 
-    def __init__(self, method: Method, spec: Spec) -> None:
+    def __init__(self, method: M, spec: Spec) -> None:
         if spec.rotation is not None and not method.traits.turns:
             raise ValueError(
                 f"{method} does not hold every key that it reads, so none can be turned to its place among what is "

@@ -48,7 +48,7 @@ class PublicBits(Method):
         return 0  # no token is kept whole
 
 
-class PublicBitsState(State):
+class PublicBitsState(State[PublicBits]):
     """Hold a packed array of levels; the keys are shared."""
 
     def __init__(self, method: PublicBits, spec: Spec) -> None:
@@ -57,26 +57,21 @@ class PublicBitsState(State):
         size = -(-method.n * spec.dv * method.bits // 8)
         self.packed = torch.zeros(spec.rows, size, dtype=torch.uint8)
 
-    @property
-    def _plan(self) -> PublicBits:
-        assert isinstance(self.method, PublicBits)
-        return self.method
-
     def _levels(self) -> np.ndarray[Any, Any]:
         """Return all levels as bits: (rows, n, dv, bits) of 0 and 1, most significant first."""
-        plan, spec = self._plan, self.spec
+        plan, spec = self.method, self.spec
         flat = np.unpackbits(self.packed.numpy(), axis=1, count=plan.n * spec.dv * plan.bits)
         return flat.reshape(spec.rows, plan.n, spec.dv, plan.bits)
 
     def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        plan, start, count = self._plan, int(self.seen[0]), int(take[0])
+        plan, start, count = self.method, int(self.seen[0]), int(take[0])
         if bool((take != count).any()) or start + count > plan.n:
             raise ValueError(f"public_bits takes {plan.n} tokens in every row alike")
         if not torch.equal(k[:, :count], self.shared["keys"][start : start + count].expand_as(k[:, :count])):
             raise ValueError("public_bits answers for the public keys only, in their order; these keys differ")
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        plan, start, count = self._plan, int(self.seen[0]), int(take[0])
+        plan, start, count = self.method, int(self.seen[0]), int(take[0])
         levels = (v[:, :count].double() * (2**plan.bits - 1)).round().long().numpy()
         bits = self._levels()
         bits[:, start : start + count] = levels[..., None] >> np.arange(plan.bits)[::-1] & 1
@@ -84,7 +79,7 @@ class PublicBitsState(State):
         self.seen = self.seen + take
 
     def _read(self, q: Tensor) -> Partial:
-        plan, seen = self._plan, int(self.seen[0])
+        plan, seen = self.method, int(self.seen[0])
         levels = torch.from_numpy(self._levels() @ (1 << np.arange(plan.bits)[::-1]))[:, :seen]
         values = (levels.double() / (2**plan.bits - 1)).to(self.spec.dtype)
         keys = self.shared["keys"][:seen].expand(self.spec.rows, -1, -1)
@@ -95,7 +90,7 @@ class PublicBitsState(State):
         return super().export() | {"seen": int(self.seen[0])}
 
     def fields(self) -> dict[str, Any]:
-        return super().fields() | {"seen": Field(int, least=0, most=self._plan.n)}
+        return super().fields() | {"seen": Field(int, least=0, most=self.method.n)}
 
     def adopt(self, fields: dict[str, Any]) -> None:
         super().adopt({name: value for name, value in fields.items() if name != "seen"})

@@ -203,7 +203,7 @@ class Balance(Method):
         return replace(sized, batch=2 * math.ceil(batch / 2))
 
 
-class BalanceState(Blocked):
+class BalanceState(Blocked[Balance]):
     """Hold tokens with levels (slots, column `level`), and each row's measurements for the guarantee."""
 
     def __init__(self, method: Balance, spec: Spec) -> None:
@@ -216,11 +216,6 @@ class BalanceState(Blocked):
         self.longest_value = torch.zeros(spec.rows, **wide)
         self.square_sum = torch.zeros(spec.rows, **wide)  # of values
         self.longest_query = torch.zeros(spec.rows, **wide)
-
-    @property
-    def _plan(self) -> Balance:
-        assert isinstance(self.method, Balance)
-        return self.method
 
     def fields(self) -> dict[str, Any]:
         names = ("longest_key", "longest_value", "square_sum", "longest_query")
@@ -261,7 +256,7 @@ class BalanceState(Blocked):
 
     def _close(self, rows: Tensor | None) -> None:
         rows = torch.arange(self.spec.rows) if rows is None else rows
-        if self._plan.radius is not None:
+        if self.method.radius is not None:
             self._measure(rows)
         while len(rows):
             level, size, free = self._due(rows)
@@ -272,7 +267,7 @@ class BalanceState(Blocked):
 
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return each row's level to halve (r,), number of tokens to halve (r,), 0 for none, and slots (r, s)."""
-        plan, seen = self._plan, self.seen[rows].unsqueeze(1)
+        plan, seen = self.method, self.seen[rows].unsqueeze(1)
         view = self.slots.view(rows)
         position, level = view.position.cpu(), self.slots.column("level", rows, view.position.shape[1]).long().cpu()
         live = torch.arange(position.shape[1]) < self.slots.held[rows].unsqueeze(1)
@@ -292,7 +287,7 @@ class BalanceState(Blocked):
 
     def _halve(self, rows: Tensor, level: Tensor, size: Tensor, members: Tensor) -> None:
         """Halve the oldest size[r] tokens of the slots `members` (r, s), all of level[r]."""
-        plan, device, width = self._plan, self.slots.k.device, int(size.max() + 1) // 2 * 2
+        plan, device, width = self.method, self.slots.k.device, int(size.max() + 1) // 2 * 2
         view = self.slots.view(rows, members.shape[1])
         age = view.position.masked_fill(~members.to(device), torch.iinfo(torch.int64).max)
         slot = torch.nn.functional.pad(age.argsort(1)[:, :width], (0, max(0, width - age.shape[1])))
@@ -333,7 +328,7 @@ class BalanceState(Blocked):
         self.square_sum[at] += total(value, 1)
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        if self._plan.radius is None:
+        if self.method.radius is None:
             return
         real = torch.arange(q.shape[2]) < take.unsqueeze(1)
         asked = length(q.to(torch.float64)).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
@@ -345,7 +340,7 @@ class BalanceState(Blocked):
         return super()._attend(q)
 
     def guarantee(self) -> Guarantee | None:
-        stated, plan = self._plan.guarantee(self.spec), self._plan
+        stated, plan = self.method.guarantee(self.spec), self.method
         if stated is None or not stated.holds:
             return stated
         assert plan.radius is not None and plan.spread is not None and plan.horizon is not None

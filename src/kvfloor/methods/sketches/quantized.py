@@ -50,7 +50,7 @@ class Quantized(Method):
         return None
 
 
-class QuantizedState(Blocked):
+class QuantizedState(Blocked[Quantized]):
     """Hold full groups as packed codes, and the tokens of the open group in slots."""
 
     def __init__(self, method: Quantized, spec: Spec) -> None:

@@ -126,7 +126,7 @@ class SubGen(Method):
         return replace(self, s=math.ceil(s), t=max(1, math.ceil(t)), failure=delta, centres=None, budget=None)
 
 
-class SubGenState(Blocked):
+class SubGenState(Blocked[SubGen]):
     """Hold the clusters of keys, the reservoir of value pairs, and the tokens of the open block."""
 
     def __init__(self, method: SubGen, spec: Spec) -> None:
@@ -135,11 +135,6 @@ class SubGenState(Blocked):
         self.keys = Clusters(spec, method.t, cap)
         self.pairs = Reservoir(spec, s)
         self.longest_query = torch.zeros(spec.rows, dtype=torch.float64, device=spec.device)  # of those with tokens
-
-    @property
-    def _plan(self) -> SubGen:
-        assert isinstance(self.method, SubGen)
-        return self.method
 
     def fields(self) -> dict[str, Any]:
         return super().fields() | {"longest_query": Field(torch.float64, (self.spec.rows,), least=0)}
@@ -154,13 +149,13 @@ class SubGenState(Blocked):
         return self.keys.used
 
     def guarantee(self) -> Guarantee | None:
-        stated = self._plan.guarantee(self.spec)
+        stated = self.method.guarantee(self.spec)
         if stated is None:
             return None
         length = float(self.longest_query.max()) * abs(self.spec.scale)
         if bool(self.keys.overfull.any()):
             return replace(stated, holds=False, why="the cap on centres was reached: a key joined beyond delta")
-        if self._plan.radius is not None and length > self._plan.radius:
+        if self.method.radius is not None and length > self.method.radius:
             return replace(stated, holds=False, why=f"a query of |q| * scale = {length:.4g} was asked")
         return stated
 
@@ -184,7 +179,7 @@ class SubGenState(Blocked):
         k, v, position = drain(self.slots, rows, self.block)
         at = rows.to(k.device)
         self.pairs.offer(at, k, v, position, PAIRS)
-        self.keys.join(at, k, position, self._plan.delta, SAMPLES)
+        self.keys.join(at, k, position, self.method.delta, SAMPLES)
 
 
 def chebyshev(s: float, t: int, reach: float, failure: float) -> float:

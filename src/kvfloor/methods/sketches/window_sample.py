@@ -107,7 +107,7 @@ class WindowSample(Method):
         return replace(self, copies=copies, groups=groups)
 
 
-class WindowSampleState(Blocked):
+class WindowSampleState(Blocked[WindowSample]):
     """Hold the slots of the window, one sampled older value per draw, and the extremes of all values so far.
 
     A draw's uniform is fixed by (seed, row id, tokens seen, which draw): all queries at one moment share the uniform,
@@ -123,11 +123,6 @@ class WindowSampleState(Blocked):
         self.least = torch.full((spec.rows,), torch.inf, **wide)
         self.largest = torch.full((spec.rows,), -torch.inf, **wide)
         self.answers = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)
-
-    @property
-    def _plan(self) -> WindowSample:
-        assert isinstance(self.method, WindowSample)
-        return self.method
 
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)
@@ -164,7 +159,7 @@ class WindowSampleState(Blocked):
         picked = view.v.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
         picked = picked.gather(2, slot.unsqueeze(-1).expand(-1, -1, -1, spec.dv))
         drawn = torch.where((u < share).unsqueeze(-1), picked, self.outside.value.unsqueeze(1))
-        answer = middle(drawn.to(mean.dtype), self._plan.copies, self._plan.groups)
+        answer = middle(drawn.to(mean.dtype), self.method.copies, self.method.groups)
         return Partial(torch.where((left > 0).view(-1, 1, 1), answer, mean), whole)
 
     # ---- learning ------------------------------------------------------------------------------------------
@@ -195,12 +190,12 @@ class WindowSampleState(Blocked):
         self.largest = torch.maximum(self.largest, wide.masked_fill(~new, -torch.inf).amax((1, 2)))
 
     def guarantee(self) -> Guarantee | None:
-        stated = self._plan.guarantee(self.spec)
+        stated = self.method.guarantee(self.spec)
         if stated is None or not bool((self.seen > 0).any()):
             return stated
-        assert self._plan.spread is not None and self._plan.horizon is not None
+        assert self.method.spread is not None and self.method.horizon is not None
         asked = int(self.answers.max())
-        why = out_of_range(self.least, self.largest, self._plan.spread)
-        if asked > self._plan.horizon:
+        why = out_of_range(self.least, self.largest, self.method.spread)
+        if asked > self.method.horizon:
             why = f"{asked} answers were given, more than the horizon"
         return replace(stated, holds=False, why=why) if why else stated

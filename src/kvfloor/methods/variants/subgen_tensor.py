@@ -171,7 +171,7 @@ class Side(Memory):
         return _points(self.pairs.k, self.pairs.v, self.pairs.log_weight(), waiting)
 
 
-class SubGenTensorState(Blocked):
+class SubGenTensorState(Blocked[SubGenTensor]):
     """Hold the two sides, and the tokens of the open block, which belong to both sides."""
 
     def __init__(self, method: SubGenTensor, spec: Spec) -> None:
@@ -181,11 +181,6 @@ class SubGenTensorState(Blocked):
         wide = {"dtype": torch.float64, "device": spec.device}
         self.longest_query = torch.zeros(spec.rows, **wide)  # |q| of queries given with tokens
         self.largest_entry = torch.zeros(spec.rows, **wide)  # of the keys that left the open block
-
-    @property
-    def _plan(self) -> SubGenTensor:
-        assert isinstance(self.method, SubGenTensor)
-        return self.method
 
     @property
     def key_width(self) -> int:
@@ -209,15 +204,15 @@ class SubGenTensorState(Blocked):
         return torch.stack([self.first.keys.used, self.second.keys.used], 1)
 
     def guarantee(self) -> Guarantee | None:
-        stated = self._plan.guarantee(self.spec)
-        if stated is None or self._plan.radius is None:
+        stated = self.method.guarantee(self.spec)
+        if stated is None or self.method.radius is None:
             return None
         length, entry = float(self.longest_query.max()) * abs(self.spec.scale), float(self._entries().max())
         if bool((self.first.keys.overfull | self.second.keys.overfull).any()):
             return replace(stated, holds=False, why="the cap on centres was reached: a key joined beyond its delta")
-        if length > self._plan.radius:
+        if length > self.method.radius:
             return replace(stated, holds=False, why=f"a query of |q| * scale = {length:.4g} was asked")
-        if entry > self._plan.largest:
+        if entry > self.method.largest:
             return replace(stated, holds=False, why=f"a key with an entry of {entry:.4g} came")
         return stated
 
@@ -268,7 +263,7 @@ class SubGenTensorState(Blocked):
         k, v, position = drain(self.slots, rows, self.block)
         at = rows.to(k.device)
         self.largest_entry[at] = torch.maximum(self.largest_entry[at], k.abs().amax((1, 2)).to(torch.float64))
-        deltas = (self._plan.delta1, self._plan.delta2)
+        deltas = (self.method.delta1, self.method.delta2)
         sides = zip((self.first, self.second), k.chunk(2, -1), v.chunk(2, -1), deltas, _PURPOSES, strict=True)
         for side, key, value, delta, (pairs, samples) in sides:
             side.pairs.offer(at, key, value, position, pairs)

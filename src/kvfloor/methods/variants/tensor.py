@@ -92,7 +92,7 @@ class TensorAttention(Method):
         return f"{name}@{budget}" if at else name
 
 
-class TensorState(State):
+class TensorState(State[TensorAttention]):
     """Hold the state of the store, whose tokens have two keys and two values side by side."""
 
     def __init__(self, method: TensorAttention, spec: Spec) -> None:
@@ -113,7 +113,6 @@ class TensorState(State):
 
     def _select_rows(self, index: Tensor) -> None:
         super()._select_rows(index)
-        assert isinstance(self.method, TensorAttention)
         self.method = replace(self.method, store=self.store.method)  # budgets per row follow the selected rows
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
