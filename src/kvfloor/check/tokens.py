@@ -195,7 +195,7 @@ def check_selector_subset(method: Method, at: Setting) -> None:
         _check_choosing(state, q, source)
     before = state.read(q).mean
     held = torch.zeros(slots.k.shape[0], dtype=torch.bool)
-    held[slots.live_index()] = True
+    held[slots.live()] = True
     slots.k[~held], slots.v[~held] = 50.0, 50.0
     require_same_bits(state.read(q).mean, before, "answers before and after slots that hold no token were overwritten")
 

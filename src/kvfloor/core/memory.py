@@ -7,7 +7,6 @@ every storage once, and raises TypeError on any object that it cannot size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,12 +49,6 @@ class Memory:
                 storages: dict[int, int] = {}
                 total += (_walk(value, storages, name) + sum(storages.values())) / rows
         return total
-
-    def _by_capacity(self, rows: int, arena: Iterable[Tensor], capacity: Tensor) -> Tensor:
-        """Split bytes by row, where a row's stretch of these flat tensors is as long as its capacity (rows,)."""
-        arena_bytes = sum(x.untyped_storage().nbytes() for x in arena)
-        owned = arena_bytes * capacity.to(torch.float64) / max(1, int(capacity.sum()))
-        return owned + (self.nbytes - arena_bytes) / rows
 
     def _excess(self) -> int:
         parts = [value for name, value in vars(self).items() if name not in PUBLIC and isinstance(value, Memory)]

@@ -1,4 +1,4 @@
-"""Store the held tokens of all rows: one flat arena of keys and values, with an offset and a capacity per row."""
+"""Store the held tokens of all rows in one arena of keys and values."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfloor.core.arena import Arena, grown
 from kvfloor.core.fields import MOST, Field, require_room
 from kvfloor.core.memory import Memory
 from kvfloor.core.spec import Spec
-
-
-def grown(size: Any) -> Any:
-    """Return the next size of an arena (an int or a tensor) that is full at `size`: a quarter more, rounded up.
-
-    So each token is copied four times on average, however many come, and a fifth of the arena at most is empty.
-    """
-    return size + (size + 3) // 4
 
 
 @dataclass(frozen=True)
@@ -40,12 +33,12 @@ class View:
         return self.fetch()
 
 
-class Slots(Memory):
+class Slots(Arena):
     """Store the held tokens of every row, packed at the front of the row's stretch of the arena.
 
     A row's slots carry no order; `position` is the arrival index of each token. Rows may have different capacities
     (per-head budgets free real bytes) and different fill (`held`). `columns` are per-slot numbers that a policy keeps,
-    zero where a slot holds no token. Clocks and counts live on the CPU, so that control flow never waits for a device.
+    zero where a slot holds no token.
 
     Under `spec.rotation` k has the keys that queries read, rotated to the rank of their token among the row's. An
     eviction changes the ranks of the tokens behind the evicted ones. Then k is rotated anew from `bare`, the unrotated
@@ -59,11 +52,9 @@ class Slots(Memory):
         columns: dict[str, torch.dtype] | None = None,
         lose: bool = True,
     ) -> None:
-        self.spec = spec
-        self.held = torch.zeros(spec.rows, dtype=torch.int64)
+        super().__init__(spec, torch.tensor(list(capacities), dtype=torch.int64))
         self.columns = Columns()
-        self._lay_out(torch.tensor(list(capacities), dtype=torch.int64))
-        total = int(self.capacity.sum())
+        total = self._places
         self.k = torch.zeros(total, spec.d, dtype=spec.dtype, device=spec.device)
         turns = spec.rotation is not None and (lose or spec.tied)
         self.bare = torch.zeros_like(self.k) if turns else None
@@ -72,11 +63,6 @@ class Slots(Memory):
         self.position = torch.zeros(total, dtype=torch.int64, device=spec.device)
         for name, dtype in (columns or {}).items():
             setattr(self.columns, name, torch.zeros(total, dtype=dtype, device=spec.device))
-
-    def _lay_out(self, capacity: Tensor) -> None:
-        self.capacity = capacity
-        self.offset = torch.cumsum(capacity, 0) - capacity
-        self.stride = int(capacity[0]) if bool((capacity == capacity[0]).all()) else 0  # 0: ragged
 
     @property
     def _own(self) -> tuple[str, ...]:
@@ -87,16 +73,8 @@ class Slots(Memory):
     def _columns(self) -> dict[str, Tensor]:
         return self.columns.tensors()
 
-    def _arrays(self) -> list[tuple[Any, str, Tensor]]:
-        """Return every per-slot tensor, as (owner, attribute, tensor)."""
-        own = [(self, name, getattr(self, name)) for name in self._own]
-        return own + [(self.columns, name, tensor) for name, tensor in self._columns().items()]
-
-    @property
-    def level(self) -> int | None:
-        """Return the tokens held per row, if all rows hold equally many in stretches of one length; otherwise None."""
-        counts = self.held.tolist()
-        return counts[0] if self.stride and min(counts) == max(counts) else None
+    def _arrays(self) -> list[tuple[Memory, str, Tensor]]:
+        return super()._arrays() + [(self.columns, name, tensor) for name, tensor in self._columns().items()]
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -120,16 +98,6 @@ class Slots(Memory):
             return table if rows is None else table[rows.to(x.device)]
         return x[self._index(rows, width)]
 
-    def _table(self, x: Tensor, start: int, stop: int, stride: int | None = None) -> Tensor:
-        """Return slots start .. stop - 1 of every row of a per-slot tensor, as a view (rows, stop - start, ...).
-
-        Rows have stretches of one length, `stride`. The view is one operation, because in decoding an operation's
-        overhead is more than its work.
-        """
-        stride, (slot, *inner) = stride or self.stride, x.stride()
-        shape = (self.spec.rows, stop - start, *x.shape[1:])
-        return x.as_strided(shape, (stride * slot, slot, *inner), start * slot)
-
     def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
         """Copy a per-slot tensor at slot (r, m, c) of each of `rows`: (r, m, c, ...)."""
         offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
@@ -140,15 +108,7 @@ class Slots(Memory):
         return self.across(getattr(self.columns, name), rows, width)
 
     def _index(self, rows: Tensor | None, width: int) -> Tensor:
-        offset = self.offset if rows is None else self.offset[rows]
-        index = (offset.unsqueeze(1) + torch.arange(width)).clamp_max(self.k.shape[0] - 1)
-        return index.to(self.k.device)
-
-    def live_index(self) -> Tensor:
-        """Return the arena indices of all held tokens, row by row, in slot order."""
-        width = int(self.held.max()) if self.held.numel() else 0
-        live = torch.arange(width) < self.held.unsqueeze(1)
-        return (self.offset.unsqueeze(1) + torch.arange(width))[live].to(self.k.device)
+        return self.places(rows, width).squeeze(1)
 
     # ---- writing -------------------------------------------------------------------------------------------
 
@@ -255,10 +215,6 @@ class Slots(Memory):
 
     # ---- size ----------------------------------------------------------------------------------------------
 
-    def bytes_by_row(self, rows: int) -> Tensor:
-        """Return the bytes of each row: its own stretch of the arena, and an equal part of the clocks."""
-        return self._by_capacity(rows, [store for _, _, store in self._arrays()], self.capacity)
-
     def _reserve(self, needed: Tensor) -> None:
         if bool((needed > self.capacity).any()):
             wanted = torch.maximum(needed, grown(self.capacity))
@@ -269,21 +225,7 @@ class Slots(Memory):
                 else torch.where(needed > self.capacity, wanted, self.capacity)
             )
 
-    def resize(self, capacity: Tensor) -> None:
-        """Move the held tokens to an arena with these capacities (rows,), each at least what the row holds."""
-        level, stride = self.level, self.stride
-        if bool((capacity != capacity[0]).any()):
-            level = None
-        source = self.live_index() if level is None else None
-        self._lay_out(capacity.clone())
-        target = self.live_index() if level is None else None
-        for owner, name, store in self._arrays():
-            moved = store.new_zeros(int(capacity.sum()), *store.shape[1:])
-            if level is None:
-                moved[target] = store[source]
-            else:  # one stride before and after: no index needed
-                self._table(moved, 0, level).copy_(self._table(store, 0, level, stride))
-            owner.move(name, moved)
+    def _moved(self) -> None:
         self._tie()
 
     def _tie(self) -> None:
@@ -293,12 +235,10 @@ class Slots(Memory):
     # ---- as a part of a state ------------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
-        """Return the held tokens only: an evicted token's bytes still in the arena never reach the message."""
-        index = self.live_index()
-        follows = ("k",) if self.bare is not None else ()  # adopt() rotates it from `bare`
-        live = {name: tensor[index] for owner, name, tensor in self._arrays() if owner is self and name not in follows}
-        columns = {name: tensor[index] for name, tensor in self._columns().items()}
-        return {"held": self.held, "capacity": self.capacity, "columns": columns, **live}
+        sent = super().export() | {"columns": self._export(self.columns)}
+        if self.bare is not None:
+            del sent["k"]  # `adopt` rotates it from `bare`
+        return sent
 
     def fields(self) -> dict[str, Any]:
         """Declare one entry per held token in every field."""
@@ -318,32 +258,13 @@ class Slots(Memory):
         require_room(float(capacity.double().sum()) * width, self.spec.dtype.itemsize, "the slots")
 
     def adopt(self, fields: dict[str, Any]) -> None:
-        self.held = fields["held"]
-        self._lay_out(fields["capacity"])
-        index = self.live_index()
-        for owner, name, store in self._arrays():
-            placed = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
-            if owner is self and name == "k" and self.bare is not None:
-                setattr(owner, name, placed)  # rotated below
-                continue
-            sent = fields[name] if owner is self else fields["columns"][name]
-            placed[index] = sent.to(store.device)
-            setattr(owner, name, placed)
-        self._tie()
+        super().adopt(fields)
         self._turn(None)
 
-    def select_rows(self, index: Tensor) -> None:
-        sources = [int(self.offset[row]) + torch.arange(int(self.held[row])) for row in index.tolist()]
-        source = torch.cat(sources).to(self.k.device)
-        self.held = self.held[index]
-        self.spec = self.spec.select(index)
-        self._lay_out(self.capacity[index])
-        target = self.live_index()
-        for owner, name, store in self._arrays():
-            moved = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
-            moved[target] = store[source]
-            setattr(owner, name, moved)
-        self._tie()
+    def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:
+        if owner is self.columns:
+            return fields["columns"][name]
+        return None if name == "k" and self.bare is not None else fields[name]
 
 
 class Columns(Memory):

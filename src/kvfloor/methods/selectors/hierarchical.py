@@ -83,14 +83,14 @@ class HierarchicalState(SelectorState):
             return
         if not torch.equal(self.order.capacity, slots.capacity):
             self.order.resize(slots.capacity)
-        self.order.used = slots.held
+        self.order.held = slots.held
         self._number(slots, before, torch.arange(int(slots.held.max())).expand(self.spec.rows, -1))
 
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         assert self.order is not None, "slots that stay in order were emptied"
         changed = leaving.any(1)
         self.span[changed.to(self.span.device)] = -1
-        self.order.used = slots.held
+        self.order.held = slots.held
         width = int(slots.held.max())
         live = (torch.arange(width) < slots.held.unsqueeze(1)).to(slots.position.device)
         position = slots.across(slots.position, None, width).masked_fill(~live, torch.iinfo(torch.int64).max)
@@ -117,7 +117,7 @@ class HierarchicalState(SelectorState):
         if order is None:
             return
         require_equal(order["capacity"], slots["capacity"], "room for the order of arrival")
-        require_equal(order["used"], slots["held"], "tokens in the order of arrival")
+        require_equal(order["held"], slots["held"], "tokens in the order of arrival")
         for number, ranks in enumerate(order["slot"].split(slots["held"].tolist())):
             require_equal(ranks.sort().values, torch.arange(len(ranks)), f"slots in the order of row {number}")
 

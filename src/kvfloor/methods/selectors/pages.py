@@ -59,13 +59,13 @@ class PagesState(SelectorState):
         self._fit(slots)
         full = slots.held // self.method.page
         most = int(full.max())
-        self.boxes.used = full
+        self.boxes.held = full
         page = torch.arange(most)
         self._take(slots, (page >= (before // self.method.page).unsqueeze(1)) & (page < full.unsqueeze(1)))
 
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         full = slots.held // self.method.page
-        self.boxes.used = full
+        self.boxes.held = full
         most = int(full.max())
         row, slot = leaving.cpu().nonzero(as_tuple=True)
         touched = torch.zeros(self.spec.rows, -(-leaving.shape[1] // self.method.page), dtype=torch.bool)
@@ -75,7 +75,7 @@ class PagesState(SelectorState):
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
         page = self.method.page
         require_equal(fields["boxes"]["capacity"], slots["capacity"] // page, "room for pages")
-        require_equal(fields["boxes"]["used"], slots["held"] // page, "full pages")
+        require_equal(fields["boxes"]["held"], slots["held"] // page, "full pages")
 
     def resize(self, slots: Slots) -> None:
         self._fit(slots)

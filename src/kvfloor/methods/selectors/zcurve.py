@@ -93,12 +93,12 @@ class ZCurveState(SelectorState):
             self.sorted.resize(slots.capacity)
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Require that every list has the first `used` slots of its row, in the order of their codes."""
+        """Require that every list has the first `held` slots of its row, in the order of their codes."""
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
-        if bool((merged["used"] > slots["held"]).any()):
-            raise ValueError(f"{merged['used'].tolist()} slots on the curves, {slots['held'].tolist()} are held")
-        sizes = merged["used"].repeat_interleave(curves).tolist()
+        if bool((merged["held"] > slots["held"]).any()):
+            raise ValueError(f"{merged['held'].tolist()} slots on the curves, {slots['held'].tolist()} are held")
+        sizes = merged["held"].repeat_interleave(curves).tolist()
         for code, slot in zip(merged["code"].split(sizes), merged["slot"].split(sizes), strict=True):
             if bool((code[1:] < code[:-1]).any()):
                 raise ValueError("codes on a curve are out of order")
@@ -106,7 +106,7 @@ class ZCurveState(SelectorState):
 
     def close(self, slots: Slots, rows: Tensor | None) -> None:
         rows = torch.arange(self.spec.rows) if rows is None else rows
-        self._merge(slots, rows, self.sorted.used[rows])
+        self._merge(slots, rows, self.sorted.held[rows])
 
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         rows = leaving.any(1).nonzero().squeeze(1)
@@ -133,7 +133,7 @@ class ZCurveState(SelectorState):
         for name, before, new in (("code", old, code), ("slot", self.sorted.across("slot", every, n), slot)):
             merged = torch.empty(*new.shape[:2], n + c, dtype=torch.int32, device=device)
             self.sorted.write(name, rows, held, merged.scatter_(2, at, torch.cat([before, new], 2)))
-        self.sorted.used = self.sorted.used.index_copy(0, rows, held)
+        self.sorted.held = self.sorted.held.index_copy(0, rows, held)
 
     def _codes(self, x: Tensor) -> Tensor:
         """Return the places of x (r, s, d) on the curves: (r, curves, s) int32."""
@@ -161,7 +161,7 @@ class ZCurveState(SelectorState):
     def _candidates(self, q: Tensor, visible: Tensor, rows: Tensor | None) -> Tensor:
         """Return candidate slots (r, m, c), with repeats; slots from `visible` on are to be ignored."""
         (r, m, _), device, window = q.shape, q.device, self.method.window
-        used = (self.sorted.used if rows is None else self.sorted.used[rows]).to(device)
+        used = (self.sorted.held if rows is None else self.sorted.held[rows]).to(device)
         width = int(self.sorted.capacity.max())
         gone = torch.arange(width, device=device) >= used.view(-1, 1, 1)
         code = self.sorted.across("code", rows, width)
@@ -192,7 +192,7 @@ class ZCurveState(SelectorState):
 
     def bytes_read(self, held: Tensor) -> int:
         """Return the bytes of a search and a window of slots per curve, all candidates' keys, the k best values."""
-        used, method, number = self.sorted.used, self.method, self.spec.dtype.itemsize
+        used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()
         index = 4 * method.curves * (searched + used.clamp_max(method.window))
         candidates = torch.minimum(used, torch.tensor(method.curves * method.window)) + held - used

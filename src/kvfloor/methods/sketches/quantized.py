@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvfloor.core.arena import grown
 from kvfloor.core.attend import compute_dtype
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
-from kvfloor.core.slots import Slots, grown
+from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.validation import count
 
