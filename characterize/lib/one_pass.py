@@ -150,7 +150,7 @@ class OnePassSketch:
         self._require("queries", "decoding")
         sums = self.sketched_queries @ self.product()  # (depth, buckets, 1 + bits, dv)
         whole, parts = sums[:, :, 0], sums[:, :, 1:]
-        # A token that outweighs the rest of its bucket is read off bit by bit: a bit is 1 if its sum is most of the whole.
+        # A token that outweighs the rest of its bucket is read off bit by bit: a bit is 1 if its sum is most of it.
         bit = (parts.abs() > (whole.unsqueeze(2) - parts).abs()).to(torch.int64)
         named = (bit << torch.arange(self.bits).view(-1, 1)).sum(2)  # (depth, buckets, dv)
         found = []

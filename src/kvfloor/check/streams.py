@@ -54,7 +54,7 @@ class Stream:
 
 
 def rows_of(method: Method) -> int:
-    """Return the method's number of budgets as the number of rows, if it has one budget per row."""
+    """Return the number of rows to try a method with: one row per budget if it has a tuple of budgets, else 3."""
     budget = method.budget
     return len(budget) if isinstance(budget, tuple) else _ROWS
 
@@ -69,7 +69,7 @@ def of_rows(method: Method, index: Sequence[int]) -> Method:
 
 
 def spec_for(method: Method, at: Setting) -> Spec:
-    """Return a spec whose row ids differ from row places, so that the two cannot be mistaken for each other."""
+    """Return a spec whose row ids differ from the rows' places, so that code that confuses the two is found."""
     rows, d = rows_of(method), width_of(method)
     ids = [11 + 5 * ((r + 1) % rows) for r in range(rows)]
     plain = Spec(rows=rows, d=d, dv=WIDTH, scale=d**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
@@ -77,12 +77,15 @@ def spec_for(method: Method, at: Setting) -> Spec:
 
 
 def width_of(method: Method, otherwise: int = WIDTH) -> int:
-    """Return the key width to try a method at: what its parameters were trained for, or any."""
+    """Return the key width to try a method at: the width of its trained parameters, or `otherwise`."""
     return otherwise if method.traits.trained_for is None else method.traits.trained_for[2]
 
 
 def placed(method: Method, spec: Spec) -> Spec:
-    """Return the spec with a place for every row, if the method has trained parameters: heads first, then layers."""
+    """Return the spec with a (layer, head) for every row if the method has trained parameters, else unchanged.
+
+    Rows run through the heads of layer 0 first, then through those of layer 1, and so on.
+    """
     if method.traits.trained_for is None:
         return spec
     layers, heads, _ = method.traits.trained_for
@@ -101,7 +104,7 @@ def stream_length(method: Method) -> int:
 
 
 def long_stream_length(method: Method) -> int:
-    """Return a length as `stream_length` does, across 20 block ends at least."""
+    """Return at least `stream_length`, and enough tokens to pass 20 block ends."""
     return max(stream_length(method), _BLOCK_ENDS * method.block + method.block // 2 + 1)
 
 
@@ -118,7 +121,7 @@ def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | N
 
 
 def _off_boundary(x: Tensor) -> Tensor:
-    """Return the same numbers inside a larger storage, three further on, as a slice of a caller's tensor may lie."""
+    """Copy x to an offset of three numbers in a larger storage, where a slice of a caller's tensor may lie too."""
     return x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x)
 
 
@@ -153,9 +156,10 @@ def play(
     present: Tensor | None = None,
     after: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Step through tokens start..stop in pieces that end at `cuts`, sealing where the prompt ends.
+    """Step through tokens start..stop in pieces that end at `cuts`, and seal the state at the prompt's end.
 
-    Returns the outputs (rows, g, stop - start, dv). `after(i)` is called when i tokens of the stream are in.
+    Returns the outputs (rows, g, stop - start, dv). `after(i)` is called after each piece, with i the number of tokens
+    of the stream so far.
     """
     stop = stream.n if stop is None else stop
     edges = sorted({start, stop, *(c for c in (*cuts, stream.prompt) if start < c < stop)})
@@ -172,7 +176,7 @@ def play(
 
 @dataclass(frozen=True)
 class Tokens:
-    """Hold one row's whole tokens, by age: position (h,), k (h, d), v (h, dv)."""
+    """Hold one row's tokens in order of position: position (h,), k (h, d), v (h, dv)."""
 
     position: Tensor
     k: Tensor
@@ -180,7 +184,7 @@ class Tokens:
 
 
 def tokens_of(state: State) -> list[Tokens]:
-    """Return the whole tokens of every row; nothing for a state without a token store."""
+    """Return the held tokens of every row, in order of position; an empty list for a state without a token store."""
     slots = state.slots
     if slots is None:
         return []
@@ -204,9 +208,9 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 
 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
-    """Raise Broken unless a and b saw equally much, hold the same tokens and answer alike.
+    """Raise Broken unless a and b saw equally many tokens, hold the same tokens and give the same answers.
 
-    Where memory never grows and whole tokens wait for their block's end, the messages must be the same bytes too.
+    If the method has constant memory and the state keeps tokens in slots, the messages must have the same bytes too.
     """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
     require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")
