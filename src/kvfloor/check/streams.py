@@ -1,4 +1,4 @@
-"""Provide the checks with seeded streams, ways to feed them, and the tokens that a state holds."""
+"""Make seeded streams for the checks, feed them to states, and compare the tokens that states hold."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 
-WIDTH = 17  # odd, so that hardly a row starts on a boundary of memory: some kernels round by that
+WIDTH = 17  # odd, so that few rows start on an aligned address: the rounding of some kernels depends on alignment
 _ROWS = 3
 _BLOCK_ENDS = 20
-_LONG = 1 << 20  # a stream by which every bound of `capacity` is reached
+_LONG = 1 << 20  # so many tokens that `capacity` has reached its bound, if it has one
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Hold the tokens to feed: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
+    """Hold the tokens to feed to a state: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
 
-    `seal` comes after `prompt` of them.
+    The first `prompt` tokens are the prompt, after which the state is sealed.
     """
 
     q: Tensor
@@ -42,13 +42,13 @@ class Stream:
         return replace(self, q=self.q[at], k=self.k[at], v=self.v[at])
 
     def with_tail(self, other: Stream, start: int) -> Stream:
-        """Return this stream up to `start`, the other one from there on."""
+        """Return this stream's tokens before `start`, followed by the other stream's from `start` on."""
         q = torch.cat([self.q[:, :, :start], other.q[:, :, start:]], 2)
         k = torch.cat([self.k[:, :start], other.k[:, start:]], 1)
         return replace(self, q=q, k=k, v=torch.cat([self.v[:, :start], other.v[:, start:]], 1))
 
     def packed(self, present: Tensor) -> Stream:
-        """Return the present (n,) tokens only."""
+        """Return the stream without the tokens at which present (n,) is False."""
         prompt = int(present[: self.prompt].sum())
         return Stream(self.q[:, :, present], self.k[:, present], self.v[:, present], prompt)
 
@@ -93,13 +93,13 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return a prompt length that overflows the method's bound by a block, and ends inside a block."""
+    """Return a prompt length that exceeds the method's capacity by about a block, and ends inside a block."""
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
 
 
 def stream_length(method: Method) -> int:
-    """Return the length of the prompt and more than a block after it."""
+    """Return the length of a stream of the prompt and more than one block after it."""
     return prompt_length(method) + method.block + 14
 
 
@@ -132,7 +132,7 @@ def probes(spec: Spec, m: int = 5) -> Tensor:
 
 
 def some_absent(stream: Stream, seed: int) -> Tensor:
-    """Draw present (rows, n): a third of the tokens is padding, and rows differ in how many are real."""
+    """Draw a mask present (rows, n) with pads at random places; each row has another share of them."""
     rows, n = stream.k.shape[:2]
     source = torch.Generator().manual_seed(31 + seed)
     share = 1.0 - torch.arange(1, rows + 1).unsqueeze(1) / (1.5 * (rows + 1))
@@ -140,7 +140,7 @@ def some_absent(stream: Stream, seed: int) -> Tensor:
 
 
 def small_pieces(n: int) -> list[int]:
-    """Draw cuts of n tokens into pieces of 1 to 9."""
+    """Return the places at which n tokens are cut into pieces of 1 to 9 tokens."""
     cuts, sizes = [], cycle((1, 1, 2, 5, 1, 9, 3))
     while sum(cuts[-1:]) < n:
         cuts.append(sum(cuts[-1:]) + next(sizes))
