@@ -38,7 +38,7 @@ class Standard:
         return paired_difference_interval(row.gained, row.lost, row.n, self.cell_confidence)[0]
 
     def verdict(self, row: Row) -> Verdict:
-        """Judge one row by its interval of losses; exact holds by definition."""
+        """Judge one row by the interval of its loss; exact holds by definition."""
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"
         return "falls" if row.diff_high < 0 else "open"

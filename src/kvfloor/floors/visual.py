@@ -51,7 +51,7 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 
 
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
-    """Return the length of spike queries at the `asking` zero tokens of a last map, over `rows` unit keys of gap >= `g`.
+    """Return the length of spike queries of a last map with `asking` zero tokens, over `rows` unit keys of gap >= `g`.
 
     Law: ln((rows - 1 + asking)/eps_s) / min(g, 1), as the tokens of the last map have logit 0. Derived here.
     """
