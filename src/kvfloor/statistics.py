@@ -1,7 +1,7 @@
 """Compute confidence intervals for shares of right answers and for their paired differences.
 
-Both are score intervals: they invert a test instead of estimating a standard error. So they keep a positive width at
-0 and at n of n, where a Wald interval or a bootstrap has width zero.
+The two-sided ones (Wilson, Tango) are score intervals: they invert a test instead of estimating a standard error. So
+they keep a positive width at 0 and at n of n, where a Wald interval or a bootstrap has width zero.
 """
 
 import math
@@ -52,7 +52,7 @@ def clopper_pearson_limit(wrong: int, drawn: int, alpha: float) -> float:
 
 
 def _binomial_cdf(k: int, n: int, e: float) -> float:
-    """Return Pr[Binomial(n, e) <= k] for k < n, scaled by the largest term so that no sum underflows early."""
+    """Return Pr[Binomial(n, e) <= k] for k < n. Terms are scaled by the largest, so that the sum does not underflow."""
     if e <= 0.0:
         return 1.0
     if e >= 1.0:

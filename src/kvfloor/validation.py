@@ -1,4 +1,4 @@
-"""Check arguments: every error names the argument, the value given and the values allowed."""
+"""Check the values of arguments: every error names the argument, the value given and the values allowed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MOST_WHOLE = 2**63 - 1
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """Return `value` as an int. Raises ValueError, naming the argument `name`, unless it is whole and in [least, most].
+    """Return `value` as an int, checked to be a whole number from `least` to `most` (None: no upper limit).
 
-    most None: no upper limit. A bool is no whole number.
+    Raises ValueError, naming the argument `name`, for any other value, bools included.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)

@@ -303,7 +303,7 @@ def _number(value: Any) -> str:
 
 @app.command("break")
 def break_() -> None:
-    """Play lower bounds' hard instances against a method: bits that it certifies, beside the bits that it spends."""
+    """Play lower-bound games against a method: hidden bits decoded from its memory, beside the bits that it takes."""
     raise AssertionError("made with its options where it is called")
 
 
@@ -355,7 +355,7 @@ def check(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the methods: policies, summaries, selectors and whole methods; --json has all columns."""
+    """List the built-in policies, summaries, selectors and whole methods; --json prints all columns."""
     from kvfloor.methods.catalogue import rows
 
     table = rows()

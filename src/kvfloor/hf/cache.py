@@ -306,7 +306,7 @@ class CompressedCache(Cache):
         return outside_inference(load, cls, path, model, method, most_bytes)
 
     def resume(self, peak_bytes: int) -> None:
-        """Raise `peak_nbytes` to the peak in bytes of the saved cache that this one continues."""
+        """Set `peak_nbytes` to at least `peak_bytes`, the peak of the saved cache that this one continues."""
         self._meter.peak_bytes = max(self._meter.peak_bytes, peak_bytes)
 
     @property

@@ -18,7 +18,7 @@ class HybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
     """
 
     def __init__(self, states: int, *args: Any) -> None:
-        """Build an empty layer.
+        """Build the empty cache layer of one model layer.
 
         states   number of convolution and recurrent states that the model keeps in this layer
         args     the arguments of `CompressedLayer`

@@ -33,8 +33,10 @@ def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer
 def cache_layers(
     config: PreTrainedConfig, opening: Opening, meter: Meter, passage: Passage, presence: Presence
 ) -> list[Any]:
-    """Return one cache layer per layer of the model: a `CompressedLayer`, or transformers' own without full attention.
+    """Return one cache layer per layer of the model.
 
+    Layers with full attention get a `CompressedLayer` or, beside a linear state, a `HybridLayer`; the others get
+    transformers' own class.
     opening, meter, passage and presence are shared by all layers of one cache: its settings, byte counts, record of
     how far a forward has got, and list of pads.
     """

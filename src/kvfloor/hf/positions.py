@@ -253,9 +253,10 @@ def _rope_types(module: nn.Module) -> list[str]:
 
 
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
-    """Return True if the model multiplies its queries by a factor that grows with their position (Llama 4).
+    """Return True if the model multiplies its queries by a factor that grows with their position.
 
-    The configuration is read, because until transformers 5.3 the measurement cannot choose the position used there.
+    This is llama_4_scaling_beta in the configuration. The configuration is read, because until transformers 5.3 the
+    measurement cannot choose the position used there.
     """
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))

@@ -40,7 +40,7 @@ class SwitchingRotation:
     """
 
     def __init__(self, length: int, angles_differ: bool, dropped_unasked: bool) -> None:
-        """Store the switch of one model.
+        """Store the length at which a model changes its angles, and how its generate() reacts.
 
         length            tokens up to which the first angles are used
         angles_differ     False if the configuration uses the same angles on both sides
@@ -50,7 +50,10 @@ class SwitchingRotation:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> SwitchingRotation | None:
-        """Return the switching rotation of this configuration; None if its model has none."""
+        """Return the object for models of this configuration, or None.
+
+        None: the configuration states no such length (original_max_position_embeddings).
+        """
         length = getattr(config, "original_max_position_embeddings", None)
         if not isinstance(length, int):
             return None
@@ -77,7 +80,7 @@ class SwitchingRotation:
             )
 
     def refuse_crossing(self, seen: int, new: int) -> None:
-        """Raise ValueError for a forward of `new` slots that crosses the length, after `seen` slots below it."""
+        """Raise ValueError if `new` slots would take a cache of `seen` slots past the length where angles change."""
         if self._angles_differ and 0 < seen <= self._length < seen + new:
             raise ValueError(self.told(seen))
 

@@ -93,9 +93,8 @@ def load(
 
     method       the method of the cache, needed only if a third party's class is part of it
     most_bytes   a larger file is refused unread
-
-    Raises CorruptState for a file that is damaged, truncated or something else, OlderVersion, NewerVersion, WrongModel
-    and UnknownMethod as their names say, ValueError for a file that cannot be read or has more than `most_bytes` and
+    Raises CorruptState for a file that is damaged, truncated or something else; OlderVersion, NewerVersion, WrongModel
+    and UnknownMethod as their names say; ValueError for a file that cannot be read or has more than `most_bytes` and
     for a model that is not prepared, TypeError where path, model or method has another type.
     """
     path = named(path, _WHAT)
@@ -155,7 +154,7 @@ def _described(layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def _restored(
     layer: Any, plain: dict[str, Any], fields: dict[str, Any], device: torch.device, own: Method, model: PreTrainedModel
 ) -> None:
-    """Restore an empty layer from the description `plain` and the tensors `fields` that `_described` returned.
+    """Restore an empty cache layer from the description `plain` and the tensors `fields` that `_described` returned.
 
     own: the method of the cache; model: the model to continue on. Raises ValueError if the layer's class differs.
     """

@@ -1,6 +1,6 @@
 """Generate random filler sentences, in which a task's facts are hidden and which answer no question.
 
-They come from a small grammar, because one repeated paragraph would be too easy to tell from facts.
+They are drawn from a small grammar with a seeded generator, instead of repeating one paragraph.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def make(request: Request) -> Sample:
 def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
     """Return the register that each line assigns to, in order of the lines.
 
-    Each register is written at roughly regular intervals with random jitter, `speeds` times in all; which register is
-    how fast is random.
+    Each register is assigned to at roughly regular intervals with random jitter. The numbers of assignments come from
+    `speeds`, and are given to the registers in random order.
     """
     times: list[tuple[float, str]] = []
     for name, writes in zip(rng.sample(names, len(names)), speeds(len(names), lines), strict=True):

@@ -30,5 +30,8 @@ class Sample:
 
 
 def score(answer: str, generated: str) -> bool:
-    """Return True if the generated text equals the answer, white space at the ends and its amount apart."""
+    """Return True if the generated text equals the answer, word for word.
+
+    White space at the ends is ignored, and a run of white space counts as one space.
+    """
     return answer.split() == generated.split()
