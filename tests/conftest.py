@@ -1,4 +1,4 @@
-"""Serve every test: one thread, derandomised properties, and one source of seeded numbers."""
+"""Set up every test: one thread, derandomised properties, and one source of seeded numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ settings.load_profile("kvfloor")
 
 @pytest.fixture
 def draw() -> Callable[..., Tensor]:
-    """draw(3, 4) gives seeded standard normal float64 numbers of that shape; dtype= and scale= adapt them."""
+    """Return `draw`: draw(3, 4) gives seeded standard normal float64 numbers (3, 4); dtype= and scale= change them."""
     generator = torch.Generator().manual_seed(20260101)
 
     def numbers(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:

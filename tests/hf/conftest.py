@@ -1,4 +1,4 @@
-"""Tiny random models: they say what the plug-in does, not which method is good."""
+"""Build tiny random models: they show the plug-in's behaviour, not the quality of methods."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tiny(family: str = "llama", **changes: object) -> PreTrainedModel:
 
 
 def served(family: str) -> PreTrainedModel:
-    """A tiny model of this family; skips the test where this release has none, or one that kvfloor refuses."""
+    """Build a tiny model of this family; skip the test if this release has none, or one that kvfloor refuses."""
     release = f"transformers {transformers.__version__}"
     if family not in families():
         pytest.skip(f"{release} has no {family}")
@@ -63,7 +63,7 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture
 def prompt() -> dict[str, torch.Tensor]:
-    """Two prompts of 70 and 50 tokens; the shorter one is left-padded."""
+    """Return two prompts of 50 and 70 tokens; the shorter one is left-padded."""
     ids = torch.randint(2, 98, (2, 70), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :20] = 0

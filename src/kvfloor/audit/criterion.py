@@ -1,4 +1,4 @@
-"""Define a safe setting by a tolerated loss and a confidence, and judge one row by them."""
+"""Judge one row of an audit by a tolerated loss of score and a confidence."""
 
 import math
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ SEVERITY: dict[Verdict, int] = {"falls": 0, "open": 1, "holds": 2}
 
 @dataclass(frozen=True)
 class Standard:
-    """Hold the tolerated loss and the confidence that one audit judges by.
+    """Hold the tolerated loss and the confidence by which an audit judges its rows.
 
     margin      largest tolerated loss of score to exact, a share in (0, 1)
-    confidence  of the whole recommendation, in (0.5, 1)
-    methods     how many methods share the allowed error 1 - confidence
+    confidence  confidence of the whole recommendation, in (0.5, 1)
+    methods     number of methods that share the allowed error 1 - confidence
     """
 
     margin: float
@@ -30,7 +30,7 @@ class Standard:
 
     @property
     def cell_confidence(self) -> float:
-        """Return the level of the two-sided interval whose lower end errs with one method's share of the error."""
+        """Return the level of each row's two-sided interval: its lower end errs with 1/methods of the allowed error."""
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
     def lower_end(self, row: Row) -> float:
@@ -38,12 +38,12 @@ class Standard:
         return paired_difference_interval(row.gained, row.lost, row.n, self.cell_confidence)[0]
 
     def verdict(self, row: Row) -> Verdict:
-        """Judge one row; exact holds by definition."""
+        """Judge one row by the interval of its loss; exact holds by definition."""
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"
         return "falls" if row.diff_high < 0 else "open"
 
     def samples_needed(self, margin: float) -> int:
-        """Return the samples per cell at which a setting that loses none is shown to lose less than `margin`."""
+        """Return the samples per cell with which a setting that loses none of them passes the test at `margin`."""
         z = NormalDist().inv_cdf((1 + self.cell_confidence) / 2)
         return math.ceil(z * z * (1 - margin) / margin)

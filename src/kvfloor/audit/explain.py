@@ -101,7 +101,7 @@ def _why_none(answer: Recommendation) -> str:
 
 
 def _along_budgets(settings: list[Judged], standard: Standard) -> str:
-    """Describe one method's budgets, largest first, in one sentence."""
+    """Describe in one sentence the smallest budget that holds and the next one that does not, for one method."""
     believed = [one.setting for one in settings if one.believed]
     broken = next((one for one in settings if one.verdict != "holds"), None)
     if broken is None:
@@ -111,7 +111,7 @@ def _along_budgets(settings: list[Judged], standard: Standard) -> str:
 
 
 def _weakness(one: Judged, standard: Standard) -> str:
-    """Describe a setting's weakest cell and its scores there."""
+    """Describe a setting's weakest cell, and its scores there, as a clause of a sentence."""
     cell = one.weakest.cell
     if one.verdict == "falls":
         return f"it breaks on {cell}, {_scores(one)}"

@@ -28,7 +28,7 @@ def points_text(share: float) -> str:
 
 
 def smaller_text(exact_bytes: float, state_bytes: float) -> str:
-    """Write the ratio of exact bytes to state bytes, e.g. `7.5x`; `-` where nothing is held."""
+    """Write the ratio of exact bytes to state bytes, e.g. `7.5x`; `-` if the state holds no bytes."""
     return f"{exact_bytes / state_bytes:.1f}x" if state_bytes else "-"
 
 

@@ -14,20 +14,20 @@ from kvfloor.audit.traces import Trace
 from kvfloor.floors.measured import causal_mass, readable_by, readable_within
 from kvfloor.hf.calibrate import ETA, P
 
-GOOD = 0.1  # relative l2 error of a head's output up to which a setting serves it
-COMPRESSIBLE = 0.25  # share of the context's tokens that queries can read, up to which a head is called compressible
-MOST_TOKENS = 8192  # longer contexts are left out: the floor's cost grows with the square
+GOOD = 0.1  # largest relative l2 error of a head's output at which a setting counts as good for it
+COMPRESSIBLE = 0.25  # a head is called compressible if queries can read at most this share of the context's tokens
+MOST_TOKENS = 8192  # longer contexts are left out: the time to compute the floor grows with the square
 
 
 @dataclass(frozen=True)
 class HeadFloor:
     """Hold the read floors of one kv head on one recorded sample of a cell. Bytes are of this head alone.
 
-    tokens             of the context
-    readable_groups    groups of tokens that some query of the recorded length can read
-    floor_bytes        what answering every query of that length within ETA takes, for values an adversary chooses
-    asked_floor_bytes  the same for the queries that were really asked after the context
-    exact_bytes        keys and values of the context
+    tokens             number of tokens of the context
+    readable_groups    number of token groups that some query of the recorded length can read
+    floor_bytes        bytes needed to answer every query of that length within ETA, for the worst values
+    asked_floor_bytes  bytes needed to answer the recorded queries after the context within ETA, for the worst values
+    exact_bytes        bytes of the context's keys and values
     """
 
     cell: Cell
@@ -42,10 +42,12 @@ class HeadFloor:
 
 @dataclass(frozen=True)
 class Head:
-    """Hold one kv head's largest floor over all cells, and the cheapest setting that serves it on every cell.
+    """Hold one kv head's largest floor over all cells, and the cheapest setting that is good for it on every cell.
 
-    best_bytes are the setting's bytes per kv head, the largest over the cells; None with best_method where only exact
-    keeps the output error within GOOD. compressible: at most COMPRESSIBLE of the tokens can be read, on every cell.
+    A setting is good for a head if the head's output error is at most GOOD.
+    best_method, best_bytes   the cheapest good setting and its largest bytes per kv head over the cells; None if only
+                              exact is good
+    compressible              queries can read at most COMPRESSIBLE of the tokens, on every cell
     """
 
     layer: int
@@ -65,7 +67,7 @@ class Head:
 
 
 def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
-    """Return every head's floors on the first recorded sample; none for contexts longer than MOST_TOKENS."""
+    """Return every head's floors on the first recorded sample; an empty list for contexts above MOST_TOKENS."""
     found = []
     for layer, trace in enumerate(traces):
         cut = trace.k.shape[1] - trace.asked
@@ -79,9 +81,10 @@ def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
 
 
 def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
-    """Compute a head's floor.
+    """Compute a head's floors over the context's keys k (n, d).
 
-    asked  (g, t, d)  the queries after the context        own  (t, d)  the keys of their tokens
+    asked  (g, t, d)  the queries of the t tokens after the context
+    own    (t, d)     the keys of these tokens
     """
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
     demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
@@ -89,7 +92,7 @@ def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Te
     within = readable_within(k, radius=radius, others="present", **law, **demand)
     by = readable_by(k, asked.flatten(0, 1), later_mass=causal_mass(asked, own, **law), **law, **demand)
     width = (trace.k.shape[-1] + trace.v.shape[-1]) * trace.k.dtype.itemsize
-    # queries that were asked are among those of the recorded length, so either floor holds for the larger demand
+    # the recorded queries are among those of at most their length, so the larger of both floors holds for these
     floor = max(within.bytes, by.bytes)
     return HeadFloor(cell, layer, head, len(k), within.groups, floor, by.bytes, len(k) * width)
 
@@ -120,7 +123,7 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Ro
 
 
 def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> tuple[int, str, float] | None:
-    """Return (bytes per head, setting, largest error) of the cheapest setting that serves the head on all the cells."""
+    """Return (bytes per head, setting, largest error) of the cheapest setting good for the head on all cells."""
     layer, head = place
     settings: dict[str, list[Row]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Measure one row of an audit: a setting on a cell's samples, decoded greedily by the real model."""
+"""Measure one row of an audit: decode a cell's samples greedily with the model's cache under one setting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
 
-CHUNK_SLOTS = 256  # prefill goes in chunks of this many slots, so that staged tokens do not dominate the peak
+CHUNK_SLOTS = 256  # slots per chunk of the prefill, so that the tokens of a call do not dominate the peak
 TRACED_SAMPLES = 4
 
 
@@ -29,7 +29,8 @@ TRACED_SAMPLES = 4
 class Prepared:
     """Hold a cell's samples as tokens, and the recorded traces of the first few.
 
-    contexts are taken in before the seal, asks after it (in the visible protocol: the last token only).
+    contexts  tokens fed before the cache is sealed; in the visible protocol they include the question
+    asks      tokens fed after it: the question, or in the visible protocol only its last token
     """
 
     work: Work
@@ -41,7 +42,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Record a setting's answers on a cell, its bytes per sequence, and its times per sequence of the batch."""
+    """Record a setting's right and wrong answers on a cell, and its bytes and times per sequence of the batch."""
 
     right: tuple[int, ...]
     state_bytes: int
@@ -54,18 +55,18 @@ class Measurement:
 
 
 class Bench:
-    """Measure settings on a prepared model with its tokenizer."""
+    """Measure settings on a model that is prepared for compressed caches, and its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self._extra_tokens = extra_tokens  # room to be wrong by going on after the answer
+        self._extra_tokens = extra_tokens  # an answer that goes on for these is wrong
 
     def count(self, text: str) -> int:
         """Count the tokens of a text, special ones included."""
         return len(self.tokenizer(text).input_ids)
 
     def prepare(self, work: Work) -> Prepared:
-        """Tokenize the samples, split them at the seal, and record the traces of the first few."""
+        """Tokenize the samples, split them where the cache is sealed, and record the traces of the first few."""
         plain = self._plain
         contexts, asks, answers = [], [], []
         for item in work.items:
@@ -83,7 +84,10 @@ class Bench:
         return Prepared(work, contexts, asks, answers, traces.record(self.model, contexts[few], spoken))
 
     def resolved(self, method: Method, prepared: Prepared) -> Method:
-        """Return the method with its budget in tokens; a share is of the context, bytes are of one sequence's cache."""
+        """Return the method with its budget in tokens.
+
+        A share is one of the context's tokens, and bytes are those of one sequence's whole cache.
+        """
         trace, layers = prepared.traces[0], len(prepared.traces)
         heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
         places = [(trace.layer, head) for head in range(heads)]
@@ -91,7 +95,7 @@ class Bench:
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
     def run(self, method: Method, prepared: Prepared) -> Measurement:
-        """Prefill, seal, ask and answer all samples in one batch."""
+        """Feed all samples in one batch: the context, the seal, the question and the greedy answer."""
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
         cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
         dialogue = Dialogue.start(self.model, cache, batch)
@@ -149,9 +153,9 @@ class Bench:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def _is_right(self, item: Any, said: Sequence[int]) -> bool:
-        """Return True if the answer is the right one, after white space is normalised.
+        """Return True if the answer is right, up to white space.
 
-        A user's prompt has no agreed end, so there a right answer may be followed by more tokens.
+        A user's prompt does not define where an answer ends, so there more tokens may follow a right answer.
         """
         text = self.tokenizer.decode(said, skip_special_tokens=True).split()
         wanted = self.tokenizer.decode(self._plain(" " + item.answer), skip_special_tokens=True).split()
@@ -161,7 +165,7 @@ class Bench:
 def run_cells(
     bench: Bench, settings: Sequence[BudgetedMethod], work: Sequence[Work], progress: Callable[[str], None]
 ) -> tuple[list[Row], list[HeadFloor]]:
-    """Run every setting on every cell, exact first as the others are compared with it; measure every head's floor."""
+    """Measure every setting on every cell, exact first as the reference of the others, and every head's floor."""
     rows, floors = [], []
     for one in work:
         prepared = bench.prepare(one)

@@ -9,12 +9,12 @@ class Meta:
     """Record the source of a report's numbers.
 
     model       the model's name or path, as the user gave it
-    seed        what every task and method was seeded with
-    command     the line that makes this report again
-    versions    name -> version of what took part (kvfloor, torch, transformers, python, ...)
+    seed        the seed of every task and method
+    command     the command line that makes this report again
+    versions    name -> version of the software (kvfloor, torch, transformers, python, ...)
     machine     the machine in words
-    duration_s  how long the audit took
-    notes       further plain sentences, e.g. which cells were cut and why
+    duration_s  duration of the audit in seconds
+    notes       further plain sentences, e.g. the cells that were left out, and why
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Plan an audit's work: the settings (methods x budgets, baselines always in) and the samples of each cell."""
+"""Plan an audit: list its settings (methods x budgets, and the baselines) and the samples of each cell."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TASKS = ("recall", "passkey64", "vartrack", "registers")
 class Item:
     """Hold one sample to answer: context and question as text, and the only right answer.
 
-    `ends` says that the answer must be followed by the end of text, which the built-in tasks agree on.
+    If `ends` is True, as for all built-in tasks, the end of text must follow the answer.
     """
 
     context: str
@@ -48,7 +48,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Work:
-    """Hold one cell of the audit and its samples."""
+    """Hold one cell of the audit (a task at a context length under a protocol) and its samples."""
 
     cell: Cell
     items: tuple[Item, ...]
@@ -57,9 +57,9 @@ class Work:
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMethod]:
     """List every method under every budget, the baselines first, each setting once.
 
-    A method whose text has a budget keeps it; one that no budget bounds runs once. A setting that is asked for and a
-    baseline is marked as both. Raises ValueError for an unknown method and for a budget smaller than what the method
-    protects.
+    A method whose text has a budget keeps it. A method that takes no budget runs once. A baseline that is also among
+    `methods` is marked as both. Raises ValueError for an unknown method, and for a budget smaller than the number of
+    tokens that the method protects.
     """
     sizes: list[Budget] = [parse_budget(text) for text in budgets]
     if not sizes:
@@ -79,7 +79,7 @@ def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[Budge
 
 
 def check_protocols(protocols: Sequence[str]) -> None:
-    """Raise ValueError for a name that is no protocol."""
+    """Raise ValueError if a name is no protocol, or if there is no name."""
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown or not protocols:
         raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(PROTOCOLS)}")
@@ -88,7 +88,7 @@ def check_protocols(protocols: Sequence[str]) -> None:
 def chosen_tasks(names: Sequence[str]) -> list[Task]:
     """Return the tasks of these names, each once: built-in ones, or a third party's as `module:TASK`.
 
-    Raises ValueError for a name that is no task, for two tasks of one name, and where none is named.
+    Raises ValueError for a name that is no task, for two tasks of one name, and for an empty list.
     """
     if not names:
         raise ValueError(f"an audit needs at least one task, for example --tasks {TASKS[0]}")
@@ -107,7 +107,7 @@ def task_work(
     seed: int,
     count: Callable[[str], int],
 ) -> list[Work]:
-    """Return the cells of the tasks; samples are the same for every protocol."""
+    """Return the cells of the tasks with their samples, which are the same for every protocol."""
     work = []
     for task in chosen_tasks(tasks):
         for context in dict.fromkeys(contexts):
@@ -120,7 +120,7 @@ def task_work(
 def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     """Read a user's JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
 
-    Raises ValueError naming the file and the line that is broken, or how many samples there are if fewer than `n`.
+    Raises ValueError naming the file and the broken line, or the number of samples if it is less than `n`.
     """
     try:
         lines = read_regular(path, MOST_PROMPT_BYTES, "prompts file").decode("utf-8").split("\n")
@@ -135,7 +135,7 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
 def prompt_work(
     name: str, items: tuple[Item, ...], protocols: Sequence[Any], count: Callable[[str], int]
 ) -> list[Work]:
-    """Return the cells of a user's prompts; a bare prompt has no separate question, so only `visible` applies to it."""
+    """Return the cells of a user's prompts; prompts without a separate question have the protocol `visible` only."""
     split = all(item.question for item in items)
     allowed = [p for p in dict.fromkeys(protocols) if split or p == "visible"] or ["visible"]
     context = max(count(item.context) for item in items)

@@ -1,4 +1,4 @@
-"""Check the rows against the conditions of `--require`, for an audit with an exit code.
+"""Check an audit's rows against the conditions of `--require`, which decide the exit code.
 
 Grammar, with the word `and` between clauses:
 
@@ -8,12 +8,12 @@ Grammar, with the word `and` between clauses:
 
 e.g. `h2o@256:recall.score>=0.9 and h2o@256:diff_low>=-15%`.
 
-METHOD is a setting in any spelling of the grammar. Without arguments it means every configuration (`h2o@256` means
-`h2o(recent=64)@256` too), without a budget every budget. Without METHOD a clause is about the settings that were asked
-for, not the baselines beside them; without TASK, about every task. It must hold on every row it is about.
+METHOD is the text of a setting. Without arguments it covers every configuration (`h2o@256` covers `h2o(recent=64)@256`
+too), and without a budget every budget. A clause without METHOD covers the settings that the user listed, but not the
+baselines beside them. A clause without TASK covers every task. A clause must hold on every row that it covers.
 
-Exit codes: 0 where every clause holds, 1 where one does not, 2 (ValueError here, before anything is measured) for text
-that is no condition, or is about no row: nothing is ever met by being about nothing.
+Exit codes: 0 if every clause holds, 1 if one does not, 2 (ValueError here, before any measurement) for text that is no
+condition or covers no row. A clause without rows is an error, because it would always hold.
 """
 
 import math
@@ -41,9 +41,9 @@ _CLAUSE = re.compile(
 
 @dataclass(frozen=True)
 class Clause:
-    """Hold one parsed condition; `setting` and `task` are None where the text names none.
+    """Hold one parsed clause; `setting` and `task` are None if the text names none.
 
-    every   the setting is named without arguments, which stands for all of them
+    every   the setting is named without arguments, so the clause covers every configuration of it
     """
 
     text: str
@@ -63,14 +63,14 @@ class Clause:
         return alike and named.budget in (None, setting.budget)
 
     def holds(self, row: Row) -> bool:
-        """Return True if the row's figure meets the bound; a figure that was not measured does not."""
+        """Return True if the row's figure satisfies the bound; False if the figure was not measured."""
         value = getattr(row, self.figure)
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Hold a clause with its settings, as the rows write them, and its tasks."""
+    """Hold a clause with the settings (as text, as in the rows) and the tasks that it covers."""
 
     clause: Clause
     methods: frozenset[str]
@@ -83,7 +83,7 @@ class Condition:
 def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[str]) -> tuple[Condition, ...]:
     """Parse the conditions of a `--require` text on an audit of these settings and tasks.
 
-    Raises ValueError naming the clause that is none, with the grammar and the figures, or that is about no row.
+    Raises ValueError naming the clause that cannot be parsed, with the grammar and the figures, or that covers no row.
     """
     found = []
     for part in split_words(text.strip(), r"\s+and\s+") or [text]:
@@ -101,7 +101,7 @@ def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[
 
 
 def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str]:
-    """Write one line per row that misses a condition; empty where everything holds."""
+    """Write one line per row and condition that does not hold on it; an empty list if everything holds."""
     lines = []
     for condition in conditions:
         clause = condition.clause

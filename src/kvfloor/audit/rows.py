@@ -17,9 +17,9 @@ MOST_BYTES = 2**28  # of a rows.jsonl
 
 
 class Cell(NamedTuple):
-    """Identify the task, context and protocol of a measurement.
+    """Identify one cell of an audit: a task at a context length (in tokens) under a protocol.
 
-    Rows of one cell share their samples and are compared in pairs.
+    All rows of a cell have the same samples, and are compared sample by sample.
     """
 
     task: str
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 class Row:
     """Record one setting measured on one cell. Bytes are of the whole cache: all layers and heads of one sequence.
 
-    method                 the setting, budget included, as `str(method)` gives it
+    method                 the setting with its budget, the text of `str(method)`
     budget_tokens          tokens kept per row after budget resolution; None for an unbounded method
     task, context          the task's name; tokens of context
     protocol               `visible` or `after`, see `Protocol`
@@ -44,21 +44,21 @@ class Row:
                            `score_low`..`score_high`
     exact_score            the exact cache's share on the same samples
     diff_low, diff_high    95 % Tango interval of the paired difference score - exact_score
-    state_bytes            measured at the end of the context; `peak_state_bytes` at the highest moment
-    exact_bytes            what the exact cache holds at the end of the same context
+    state_bytes            bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
+    exact_bytes            bytes of the exact cache at the end of the same context
     floor_bytes            lower bound for attention as a data structure, worst case over keys and values
     token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
     bytes_read_per_token   bytes of state read to produce one token
     output_error           mean of `output_error_by_layer`
-    prefill_ms             time to take in the context; `decode_ms_per_token` is None where no step was timed
+    prefill_ms             time to feed the context; `decode_ms_per_token` is None if no step was timed
     output_tokens          mean length of the answers, in tokens
-    configuration          the setting without its budget; `name` without arguments too; `budget` as it was asked
-                           for, None without one
-    baseline               one of the methods every audit compares with
+    configuration          the setting without its budget; `name` also without arguments; `budget` the budget as given,
+                           None without one
+    baseline               True for the methods that every audit compares with
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
-    output_error_by_head   the same per layer and kv head: (layers, kv heads)
+    output_error_by_head   the same error per layer and kv head: (layers, kv heads)
     outcomes               one 0 or 1 per sample, in the samples' order
-    gained, lost           samples only this setting has right; samples only exact has right
+    gained, lost           number of samples that only this setting has right, and that only exact has right
     """
 
     method: str
@@ -136,7 +136,7 @@ class Row:
 
     @property
     def below_floor(self) -> bool:
-        """Return True if the state is smaller than the worst-case floor: the data was easier than the worst case."""
+        """Return True if the state is smaller than the floor, which is for worse data than that of this cell."""
         return self.state_bytes < self.floor_bytes
 
 

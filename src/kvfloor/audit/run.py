@@ -62,8 +62,8 @@ class AuditRequest:
 class Answer:
     """Hold the results of an audit.
 
-    report      where the page is to be written: `kvfloor.report.render` does so
-    shortfalls  a line for each row that misses what was required
+    report      path at which `kvfloor.report.render` will write the page
+    shortfalls  one line for each row on which a required condition does not hold
     """
 
     rows: list[Row]
@@ -90,7 +90,7 @@ class Answer:
 def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
     """Run an audit; `track(total, text)` is called before each of `total` measurements.
 
-    Raises ValueError with one line for anything in the question that cannot be done; nothing is written then.
+    Raises ValueError with one line if the question cannot be audited; then nothing is written.
     """
     begin = time.perf_counter()
     if question.n < MIN_SAMPLES:

@@ -19,9 +19,9 @@ from kvfloor.hf.recording import Recorder
 
 @dataclass
 class Trace:
-    """Hold one layer's stream for a few samples: q (rows, g, n, d), k and v (rows, n, .), present (rows, n).
+    """Hold one layer's recorded stream of a few samples: q (rows, g, n, d), k and v (rows, n, .), present (rows, n).
 
-    The last `asked` slots are the question's and the answer's; the ones before them the context's.
+    The last `asked` slots hold the question and the answer, the slots before them the context.
     """
 
     layer: int
@@ -33,11 +33,11 @@ class Trace:
     softcap: float | None
     kv_heads: int
     asked: int
-    exact: Tensor  # (rows, g, asked, dv), float32
+    exact: Tensor  # exact attention's answers to the last `asked` queries: (rows, g, asked, dv), float32
 
 
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
-    """Run the model exactly over context, question and right answer, and record each layer's stream."""
+    """Run the model with the exact cache over context, question and right answer, and record each layer's stream."""
     cache = CompressedCache(model.config, "exact")
     seen = Recorder(cache.compressed)
     dialogue = Dialogue.start(model, cache, len(contexts))
@@ -57,7 +57,10 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
 
 def replay(trace: Trace, method: Method) -> Tensor:
-    """Return a method's answers (rows, g, asked, dv), float32, to the trace's last queries; its budget is resolved."""
+    """Feed the trace to a method, and return its answers (rows, g, asked, dv), float32, to the last queries.
+
+    The method's budget must be in tokens already.
+    """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
     spec = Spec(rows, d, trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype, places=places)

@@ -10,24 +10,24 @@ from kvfloor.check.streams import prompt_length, spec_for
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
 
-_POINTS = 7  # per call: a law is to be quick; characterize/broken.py tries them all
+_POINTS = 7  # failures per call, so that the check is fast; characterize/broken.py tries every operation
 
 
 def check_broken(method: Method, at: Setting) -> None:
-    """Require that after a failure in mid-call the state is as it was, or refuses every further call."""
+    """Require that after a failure in the middle of a call the state is as before, or refuses every further call."""
     for what, (state, call) in situations(method, at).items():
         tally = broken(state, call, _POINTS)
         require(not tally.silent, f"{what}, failed {' '.join(tally.silent[:1])}")
 
 
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
-    """Let the call fail at each of its operations, or `most` of them, on copies of `state`."""
+    """Make the call fail at each of its torch operations, or at `most` of them, on copies of `state`."""
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))
 
 
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
-    """List every call that changes a state, with a state that has evicted and is in the middle of a block."""
+    """List the calls to break, most of them on a state that has evicted tokens and is in the middle of a block."""
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)
     opened = method.open(spec)

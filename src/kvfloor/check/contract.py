@@ -39,12 +39,12 @@ def check_text(method: Method, at: Setting) -> None:
 
 
 def check_documented(method: Method, at: Setting) -> None:
-    """Require that a method and its parts have a docstring, and name a source."""
+    """Require that a method and its parts have docstrings, and that one of them names a source."""
     del at
     parts = [method, *(part for part in method.parts if part is not None)]
     for part in parts:
         text = type(part).__doc__ or ""
-        generated = text.startswith(f"{type(part).__name__}(")  # what a dataclass writes for want of a docstring
+        generated = text.startswith(f"{type(part).__name__}(")  # the text of a dataclass without a docstring
         require(bool(text) and not generated, f"{type(part).__name__} has no docstring")
     require(any(part.paper for part in parts), f"{method} names no source: set `paper` on the class")
 
@@ -64,7 +64,7 @@ def check_guarantee(method: Method, at: Setting) -> None:
 
 
 def check_empty(method: Method, at: Setting) -> None:
-    """Require that before the first token a read is the empty partial, and calls without a token change nothing."""
+    """Require the empty partial from `read` before the first token, and no change by calls without tokens."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at, n=4)
     fresh = state.to_bytes()
@@ -108,7 +108,7 @@ def check_shapes(method: Method, at: Setting) -> None:
 
 
 def check_read_pure(method: Method, at: Setting) -> None:
-    """Require that `read` changes nothing and repeats bit for bit, and that `attend` answers as `read` does."""
+    """Require that `read` changes nothing and repeats bit for bit, and that `attend` gives the same answers."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at)
     play(state, stream, stop=prompt_length(method) + 5)

@@ -21,7 +21,7 @@ class Injected(Exception):
 
 
 class Faults(TorchDispatchMode):
-    """Count the torch operations of what runs inside, and raise `Injected` when `at` of them are done; None: never."""
+    """Count the torch operations inside the `with` block, and raise `Injected` after number `at`; None: never."""
 
     def __init__(self, at: int | None = None) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class Faults(TorchDispatchMode):
 
 
 def operations(call: Callable[[], object]) -> int:
-    """Count the torch operations of the call."""
+    """Count the torch operations inside the call."""
     with Faults() as faults:
         call()
     return faults.done
 
 
 def spread_out(operations: int, most: int | None) -> list[int]:
-    """Return the points 1 .. operations, or `most` of them at even distances, the first and the last among them."""
+    """Return the numbers 1 .. operations, or `most` of them at even distances, with the first and the last."""
     if most is None or operations <= most:
         return list(range(1, operations + 1))
     return sorted({round(1 + i * (operations - 1) / (most - 1)) for i in range(most)})
@@ -51,10 +51,10 @@ def spread_out(operations: int, most: int | None) -> list[int]:
 
 @dataclass
 class FaultTally:
-    """Count the failures after which a memory was as before, had all tokens, or refused; list anything else."""
+    """Count the failures after which a state was as before, held all tokens, or refused calls; list all others."""
 
     as_before: int = 0
-    taken_in: int = 0  # of a cache: the forward broke off after its last layer
+    taken_in: int = 0  # caches only: the forward broke off after its last layer, so the cache holds all its tokens
     refused: int = 0
     silent: list[str] = field(default_factory=list)
 
@@ -71,10 +71,11 @@ class FaultTally:
 
 
 def broken_at(state: State, call: Call, points: Iterable[int]) -> FaultTally:
-    """Let the call fail at each of these operations, on a clone, and record the clone's behaviour afterwards.
+    """Make the call fail at each of these operations on a clone, and record the clone's behaviour afterwards.
 
-    As before: its message is the one from before the call, and the call made again gives the bits that it gives
-    undisturbed. Refused: every public call raises BrokenState. Anything else is told in `silent`.
+    as before   the message is the one from before the call, and the repeated call gives the bits of an undisturbed one
+    refused     every public call raises BrokenState
+    silent      anything else, described in words
     """
     before, twin, tally = state.to_bytes(), state.clone(), FaultTally()
     answer = call(twin)
@@ -105,7 +106,7 @@ def _verdict(trial: State, call: Call, before: bytes, answer: Tensor | None, aft
 
 
 def public_calls(state: State) -> dict[str, Callable[[], object]]:
-    """List every public call that answers, continues or copies, with good input."""
+    """List the public calls that answer, continue or copy a state, with valid input."""
     spec = state.spec
     like = {"dtype": spec.dtype, "device": spec.device}
     k, v = torch.ones(spec.rows, 1, state.key_width, **like), torch.ones(spec.rows, 1, state.value_width, **like)

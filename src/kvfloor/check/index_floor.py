@@ -1,4 +1,4 @@
-"""Check the INDEX floor: no method answers more hidden bits than its message, or its memory, has room for."""
+"""Check the INDEX floor: no method answers more hidden bits than its message and its memory can hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.spike import Spike
 
 _D = 32
-_BITS = 8  # per value: the more, the fewer tokens it takes to ask for more than whole tokens of float32 can hold
+_BITS = 8  # hidden per value: with more bits, fewer tokens hide more than a float32 token can hold
 _LEAST, _MOST = 128, 1024
 _ETA = 0.5
 
@@ -21,13 +21,13 @@ _ETA = 0.5
 def check_index_floor(method: Method, at: Setting) -> None:
     """Require that certified bits are at most 8 times the message's bytes and 8 times nbytes, live and restored.
 
-    A short game in this process: random bits are hidden in values, streamed, and asked back by spike queries. The
-    literal game, where a fresh process answers, is `kvfloor break`.
+    The check plays a short game in this process: random bits are hidden in values, streamed, and decoded from the
+    answers to spike queries. `kvfloor break` plays the literal game, in which a fresh process answers.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)
     empty = method.open(placed(method, _spike(d, _LEAST, at.seed).spec()))
-    # Enough tokens that the hidden bits outnumber those of a memory that does not grow.
+    # So many tokens that they hide more bits than a memory of constant size can hold.
     n = min(_MOST, max(_LEAST, math.ceil(1.5 * 8 * empty.nbytes / (d * _BITS))))
     instance, hidden = _spike(d, n, at.seed), Hidden()
     levels = hidden.levels(n, d, _BITS)

@@ -124,10 +124,10 @@ def check_wrong_input(method: Method, at: Setting) -> None:
 
 
 def _nested(x: Tensor) -> Tensor:
-    """Return the rows, of unequal length, as torch's nested tensor, whose shape cannot even be read."""
+    """Return rows of unequal length as a nested tensor of torch, whose shape cannot be read."""
     rows = [row[: len(row) - i % 2] for i, row in enumerate(x)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nested tensors are a prototype
+        warnings.simplefilter("ignore")  # torch warns that nested tensors are a prototype
         return torch.nested.nested_tensor(rows)
 
 
@@ -179,7 +179,7 @@ def check_inputs_untouched(method: Method, at: Setting) -> None:
 
 
 def _overwrite(x: Tensor) -> None:
-    """Fill the whole storage behind x, of which x may be any view."""
+    """Overwrite the whole storage of x, even if x is a view of a part of it."""
     torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).fill_(3)
 
 

@@ -1,4 +1,4 @@
-"""Define a check: a plain function of a method and a setting that raises `Broken` where its law fails."""
+"""Define a check: a plain function of a method and a setting that raises `Broken` if its law fails."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Check:
-    """Hold one law of the contract, and the cases that it is tried over.
+    """Hold the check of one law, and the settings that it is tried under.
 
-    run           raises Broken where it does not hold
-    not_claimed   why the method does not claim this law, or None if it does
-    over          what the law is tried over, of "dtype" and "g": where one does not matter, a single value will do
+    run           the check, which raises Broken if the law does not hold
+    not_claimed   returns the reason why the method does not claim this law, or None if it does
+    over          "dtype" or "g" or both: the law is tried under several of each named one, and under a single value of
+                  the other
     """
 
     run: Callable[[Method, Setting], None]

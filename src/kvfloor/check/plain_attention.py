@@ -1,4 +1,4 @@
-"""Compute plain attention in any dtype: in float64 the truth, in the cache's dtype the yardstick of rounding."""
+"""Compute plain attention in any dtype: float64 gives the true answer, the cache's dtype the allowed rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Return mean (..., m, dv) and log-mass (..., m) of q (..., m, d) over k (..., s, d), v (..., s, dv), in q's dtype.
 
-    zero_logits (..., e, dv) are values of tokens whose logit is 0; hide (..., m, s) marks what a query may not see.
+    zero_logits (..., e, dv) are values of tokens whose logit is 0; hide (..., m, s) is True for tokens that a query
+    does not attend to.
     """
     logits = torch.matmul(q, k.transpose(-1, -2)) * spec.scale
     if spec.softcap is not None:

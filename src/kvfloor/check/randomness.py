@@ -51,7 +51,7 @@ def check_shared(method: Method, at: Setting) -> None:
 
 
 def check_clone(method: Method, at: Setting) -> None:
-    """Require that a clone shares no storage with its original and goes on as the original would."""
+    """Require that a clone shares no storage with its original, and continues with the same bits."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     middle = stream.prompt + 5
     state = method.open(spec)

@@ -28,7 +28,7 @@ def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
 
 
 def waits_whole(method: Method) -> bool:
-    """Return True if the first token is kept whole, whatever becomes of it later."""
+    """Return True if the method keeps the first token whole in slots, even if it changes or evicts it later."""
     state, stream = method.open(spec_for(method, Setting())), stream_for(method, Setting(), n=1)
     state.append(stream.k, stream.v)
     return all(len(row.position) == 1 for row in tokens_of(state)) and state.slots is not None
@@ -113,7 +113,7 @@ def check_attends_to_held(method: Method, at: Setting) -> None:
 def check_hull(method: Method, at: Setting) -> None:
     """Require normalised weights: each coordinate of an answer lies between the least and the most value so far."""
     spec, stream = spec_for(method, at), stream_for(method, at)
-    # Far from 0, so that weights that do not sum to 1 show; every coordinate elsewhere, so that mixing them does.
+    # Values far from 0 reveal weights that do not sum to 1; a different range per coordinate reveals mixed coordinates.
     stream = replace(stream, v=stream.v / 4.0 + torch.linspace(2.0, 6.0, spec.dv).to(at.dtype))
     outputs = play(method.open(spec), stream).double()
     low, high = stream.v.double().cummin(1).values.unsqueeze(1), stream.v.double().cummax(1).values.unsqueeze(1)

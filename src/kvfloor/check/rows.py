@@ -49,7 +49,7 @@ def check_row_isolation(method: Method, at: Setting) -> None:
 
 
 def check_row_alone(method: Method, at: Setting) -> None:
-    """Require that a row alone, given its id, keeps the tokens that it keeps in a batch, given its id."""
+    """Require that a row in a state of its own keeps the same tokens as in a batch, under the same row id."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     outputs = play(state, stream)

@@ -1,4 +1,4 @@
-"""Check the memory laws: nbytes counts all storage, and a message restores all of it or is refused."""
+"""Check the memory laws: nbytes counts all storage, and a message restores the whole state or is refused."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 
 _SAMPLED = 24
-_SLACK_BYTES = 8  # what a count, a flag or a container may be charged
+_SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a container
 
 
 def storages(state: State) -> tuple[dict[int, int], int]:
     """Measure every tensor storage reachable from the state, by address, and the bytes of all other objects.
 
-    Independent of `Memory`: it follows every attribute and container. Left out, because both sides of a message
-    know them: the method, specs and `state.shared`.
+    The walk is independent of `Memory`: it follows every attribute and container. It leaves out the method, specs and
+    `state.shared`, because both sides of a message have them.
     """
     found: dict[int, int] = {}
     others, met = 0, {id(state.shared)}  # a part may hold the same dictionary
@@ -54,7 +54,7 @@ def storages(state: State) -> tuple[dict[int, int], int]:
 
 
 def check_nbytes(method: Method, at: Setting) -> None:
-    """Require that at every step nbytes is the bytes of the storages that an independent walk finds."""
+    """Require that at every step nbytes equals the bytes of all storages that an independent walk finds."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
 

@@ -1,4 +1,4 @@
-"""Provide the checks with seeded streams, ways to feed them, and the tokens that a state holds."""
+"""Make seeded streams for the checks, feed them to states, and compare the tokens that states hold."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 
-WIDTH = 17  # odd, so that hardly a row starts on a boundary of memory: some kernels round by that
+WIDTH = 17  # odd, so that few rows start on an aligned address: the rounding of some kernels depends on alignment
 _ROWS = 3
 _BLOCK_ENDS = 20
-_LONG = 1 << 20  # a stream by which every bound of `capacity` is reached
+_LONG = 1 << 20  # so many tokens that `capacity` has reached its bound, if it has one
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Hold the tokens to feed: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
+    """Hold the tokens to feed to a state: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
 
-    `seal` comes after `prompt` of them.
+    The first `prompt` tokens are the prompt, after which the state is sealed.
     """
 
     q: Tensor
@@ -42,19 +42,19 @@ class Stream:
         return replace(self, q=self.q[at], k=self.k[at], v=self.v[at])
 
     def with_tail(self, other: Stream, start: int) -> Stream:
-        """Return this stream up to `start`, the other one from there on."""
+        """Return this stream's tokens before `start`, followed by the other stream's from `start` on."""
         q = torch.cat([self.q[:, :, :start], other.q[:, :, start:]], 2)
         k = torch.cat([self.k[:, :start], other.k[:, start:]], 1)
         return replace(self, q=q, k=k, v=torch.cat([self.v[:, :start], other.v[:, start:]], 1))
 
     def packed(self, present: Tensor) -> Stream:
-        """Return the present (n,) tokens only."""
+        """Return the stream without the tokens at which present (n,) is False."""
         prompt = int(present[: self.prompt].sum())
         return Stream(self.q[:, :, present], self.k[:, present], self.v[:, present], prompt)
 
 
 def rows_of(method: Method) -> int:
-    """Return the method's number of budgets as the number of rows, if it has one budget per row."""
+    """Return the number of rows to try a method with: one row per budget if it has a tuple of budgets, else 3."""
     budget = method.budget
     return len(budget) if isinstance(budget, tuple) else _ROWS
 
@@ -69,7 +69,7 @@ def of_rows(method: Method, index: Sequence[int]) -> Method:
 
 
 def spec_for(method: Method, at: Setting) -> Spec:
-    """Return a spec whose row ids differ from row places, so that the two cannot be mistaken for each other."""
+    """Return a spec whose row ids differ from the rows' places, so that code that confuses the two is found."""
     rows, d = rows_of(method), width_of(method)
     ids = [11 + 5 * ((r + 1) % rows) for r in range(rows)]
     plain = Spec(rows=rows, d=d, dv=WIDTH, scale=d**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
@@ -77,12 +77,15 @@ def spec_for(method: Method, at: Setting) -> Spec:
 
 
 def width_of(method: Method, otherwise: int = WIDTH) -> int:
-    """Return the key width to try a method at: what its parameters were trained for, or any."""
+    """Return the key width to try a method at: the width of its trained parameters, or `otherwise`."""
     return otherwise if method.traits.trained_for is None else method.traits.trained_for[2]
 
 
 def placed(method: Method, spec: Spec) -> Spec:
-    """Return the spec with a place for every row, if the method has trained parameters: heads first, then layers."""
+    """Return the spec with a (layer, head) for every row if the method has trained parameters, else unchanged.
+
+    Rows run through the heads of layer 0 first, then through those of layer 1, and so on.
+    """
     if method.traits.trained_for is None:
         return spec
     layers, heads, _ = method.traits.trained_for
@@ -90,18 +93,18 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return a prompt length that overflows the method's bound by a block, and ends inside a block."""
+    """Return a prompt length that exceeds the method's capacity by about a block, and ends inside a block."""
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
 
 
 def stream_length(method: Method) -> int:
-    """Return the length of the prompt and more than a block after it."""
+    """Return the length of a stream of the prompt and more than one block after it."""
     return prompt_length(method) + method.block + 14
 
 
 def long_stream_length(method: Method) -> int:
-    """Return a length as `stream_length` does, across 20 block ends at least."""
+    """Return at least `stream_length`, and enough tokens to pass 20 block ends."""
     return max(stream_length(method), _BLOCK_ENDS * method.block + method.block // 2 + 1)
 
 
@@ -118,7 +121,7 @@ def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | N
 
 
 def _off_boundary(x: Tensor) -> Tensor:
-    """Return the same numbers inside a larger storage, three further on, as a slice of a caller's tensor may lie."""
+    """Copy x to an offset of three numbers in a larger storage, where a slice of a caller's tensor may lie too."""
     return x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x)
 
 
@@ -129,7 +132,7 @@ def probes(spec: Spec, m: int = 5) -> Tensor:
 
 
 def some_absent(stream: Stream, seed: int) -> Tensor:
-    """Draw present (rows, n): a third of the tokens is padding, and rows differ in how many are real."""
+    """Draw a mask present (rows, n) with pads at random places; each row has another share of them."""
     rows, n = stream.k.shape[:2]
     source = torch.Generator().manual_seed(31 + seed)
     share = 1.0 - torch.arange(1, rows + 1).unsqueeze(1) / (1.5 * (rows + 1))
@@ -137,7 +140,7 @@ def some_absent(stream: Stream, seed: int) -> Tensor:
 
 
 def small_pieces(n: int) -> list[int]:
-    """Draw cuts of n tokens into pieces of 1 to 9."""
+    """Return the places at which n tokens are cut into pieces of 1 to 9 tokens."""
     cuts, sizes = [], cycle((1, 1, 2, 5, 1, 9, 3))
     while sum(cuts[-1:]) < n:
         cuts.append(sum(cuts[-1:]) + next(sizes))
@@ -153,9 +156,10 @@ def play(
     present: Tensor | None = None,
     after: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Step through tokens start..stop in pieces that end at `cuts`, sealing where the prompt ends.
+    """Step through tokens start..stop in pieces that end at `cuts`, and seal the state at the prompt's end.
 
-    Returns the outputs (rows, g, stop - start, dv). `after(i)` is called when i tokens of the stream are in.
+    Returns the outputs (rows, g, stop - start, dv). `after(i)` is called after each piece, with i the number of tokens
+    of the stream so far.
     """
     stop = stream.n if stop is None else stop
     edges = sorted({start, stop, *(c for c in (*cuts, stream.prompt) if start < c < stop)})
@@ -172,7 +176,7 @@ def play(
 
 @dataclass(frozen=True)
 class Tokens:
-    """Hold one row's whole tokens, by age: position (h,), k (h, d), v (h, dv)."""
+    """Hold one row's tokens in order of position: position (h,), k (h, d), v (h, dv)."""
 
     position: Tensor
     k: Tensor
@@ -180,7 +184,7 @@ class Tokens:
 
 
 def tokens_of(state: State) -> list[Tokens]:
-    """Return the whole tokens of every row; nothing for a state without a token store."""
+    """Return the held tokens of every row, in order of position; an empty list for a state without a token store."""
     slots = state.slots
     if slots is None:
         return []
@@ -204,9 +208,9 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 
 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
-    """Raise Broken unless a and b saw equally much, hold the same tokens and answer alike.
+    """Raise Broken unless a and b saw equally many tokens, hold the same tokens and give the same answers.
 
-    Where memory never grows and whole tokens wait for their block's end, the messages must be the same bytes too.
+    If the method has constant memory and the state keeps tokens in slots, the messages must have the same bytes too.
     """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
     require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")

@@ -118,12 +118,12 @@ CHECKS: dict[str, Check] = {
 }
 
 
-_OF_THE_METHOD = {"text", "documented"}  # no stream is fed
+_OF_THE_METHOD = {"text", "documented"}  # checks of the method itself, without a stream
 
 
 @dataclass
 class Outcome:
-    """Record the laws that hold for a method, and the reasons why others fail or are not claimed."""
+    """Record the laws that hold for a method, and the reasons why the others fail or are not claimed."""
 
     method: str
     passed: list[str] = field(default_factory=list)
@@ -142,12 +142,12 @@ def run_checks(
     groups: Sequence[int] = (1, 4),
     seed: int = 0,
 ) -> Outcome:
-    """Try every law that the method claims, under every dtype and GQA group where these matter to it.
+    """Try every law that the method claims, under each dtype and GQA group that the law may depend on.
 
-    Elsewhere the first dtype and the last group stand for all. A law that fails is listed with its first failure;
-    a check that ends in any other exception has failed as well. Tensor attention is tried as standard attention, its
-    two sides taking turns (`check/ones.py`).
-    Raises ValueError where the method cannot be opened at all (no budget, say).
+    Other laws are tried under the first dtype and the last group only. A law that fails is listed with its first
+    failure. A check that ends in any other exception counts as failed too. Tensor attention is tried as standard
+    attention, on its two sides in turn (`check/tensor_adapter.py`).
+    Raises ValueError if the method cannot be opened at all, for instance without a budget.
     """
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law
     outcome, sides = Outcome(str(method)), beside_ones(method)
@@ -171,7 +171,7 @@ def run_checks(
 
 
 def _try(check: Check, trials: Sequence[tuple[Method, Setting]]) -> tuple[str | None, str | None]:
-    """Return why the law is not claimed, or else why it does not hold, or else neither."""
+    """Run one check; return why the law is not claimed and why it fails, each None if that is not the case."""
     where = ""
     try:
         unclaimed = check.not_claimed(trials[0][0])

@@ -1,4 +1,8 @@
-"""Turn tensor attention into standard attention by ones beside every key and value, so every law applies."""
+"""Turn tensor attention into standard attention by ones beside every key and value, so that every law can be tried.
+
+Tensor attention forms pairs of a first and a second side of the tokens. If the keys and values of one side are ones,
+its answers are those of standard attention on the other side.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,10 @@ from kvfloor.methods.registry import parse
 
 @dataclass(frozen=True)
 class Ones(Method):
-    """Wrap `inner`, a tensor-attention method: `side` (1 or 2) takes the stream, the other side takes ones.
+    """Wrap `inner`, a tensor-attention method: feed the stream to `side` (1 or 2), and ones to the other side.
 
-    With K2 = V2 = 1 tensor attention is standard attention on (K1, V1), each token's mass counted once per token.
+    With K2 = V2 = 1 tensor attention over n tokens has the answers of standard attention on (K1, V1), and n times its
+    mass.
     """
 
     name: ClassVar[str] = "ones"
@@ -67,7 +72,7 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Feed a state of tensor attention with ones."""
+    """Hold a state of tensor attention that receives the stream on one side and ones on the other."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -108,11 +113,16 @@ class OnesState(State[Ones]):
         self.inner.seal()
 
     def _counted_once(self, part: Partial) -> Partial:
-        """Count each token's mass once per paired token: tokens held if kept whole, else all tokens seen."""
+        """Divide the mass by the number n of tokens per row, so that it is the mass of standard attention.
+
+        Beside ones, a token has the same score in its pairs with all n tokens, so its mass appears n times. Pairs are
+        formed among the held tokens if the method keeps whole tokens, so n is their number. A method that summarises
+        tokens (`lossy_values`) answers for all pairs of the stream, so n is the number of all tokens seen.
+        """
         paired = self.seen if self.method.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))
 
 
 def beside_ones(method: Method) -> list[Method]:
-    """Return the methods to try in a method's place: itself, or for tensor attention its two sides."""
+    """Return the methods to try in place of `method`: itself, or a tensor-attention method wrapped on either side."""
     return [method] if method.traits.reference != "tensor" else [Ones(method, 1), Ones(method, 2)]

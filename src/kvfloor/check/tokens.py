@@ -30,14 +30,14 @@ from kvfloor.core.summary import Summary, SummaryState
 
 
 def _budgets(method: Method, rows: int) -> list[int] | None:
-    """Return the tokens per row that a method of whole tokens was given, if it has a budget."""
+    """Return the budget in tokens of each row, or None if the method has none or does not keep whole tokens."""
     if method.traits.lossy_values or method.budget is None:
         return None
     return tokens(method.budget, rows)
 
 
 def check_capacity(method: Method, at: Setting) -> None:
-    """Require that at every step a row holds at most `capacity`, and at least what its budget has room for."""
+    """Require that at every step a row holds at most `capacity` tokens, and fills its budget before it evicts."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state, budgets = method.open(spec), _budgets(method, spec.rows)
 
@@ -75,7 +75,7 @@ def check_held_tokens(method: Method, at: Setting) -> None:
 
 
 def check_pinned(method: Method, at: Setting) -> None:
-    """Require that pinned tokens never leave, not through a message, a copy or a selection of rows either."""
+    """Require that pinned tokens are never evicted, not even after a message, a copy or a selection of rows."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     start, stop = 5, 6
@@ -102,7 +102,7 @@ def check_pinned(method: Method, at: Setting) -> None:
 
 @dataclass(frozen=True)
 class CountingProbe(Summary):
-    """Count and add up the tokens that it absorbs, as a probe that answers nothing."""
+    """Count the absorbed tokens and sum their keys and values, for comparison with the evicted ones."""
 
     name: ClassVar[str] = "tally"
 
@@ -163,9 +163,10 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 
 
 def _check_weight(state: State, stream: Stream, at: Setting) -> None:
-    """Require equal weights for a query of zeros under the unmasked law, but for held tokens that it does not read.
+    """Require that a query of zeros gives every token equal weight under the unmasked law.
 
-    So constant values are answered, with a mass of one per token.
+    With all values 1, the answer must be 1 and the mass the number of tokens. Held tokens that the selector leaves
+    unread do not count.
     """
     stream = replace(stream, v=torch.ones_like(stream.v))
     nothing = torch.zeros_like(probes(state.spec, 1))
@@ -183,7 +184,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 
 
 def check_selector_subset(method: Method, at: Setting) -> None:
-    """Require that a selector reads some visible tokens, never none, and that evicted tokens have no influence."""
+    """Require that a selector reads at least one visible token per query, and that evicted tokens have no influence."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
@@ -201,7 +202,7 @@ def check_selector_subset(method: Method, at: Setting) -> None:
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Require that a selector without an index hides all slots that it is given to hide, but not every slot."""
+    """Require that a selector without an index hides all slots of the given mask, but never all slots of a query."""
     view = state.slots.view()
     width = view.k.shape[1]
     for hidden_share in (0.0, 0.5, 0.9):
@@ -217,9 +218,10 @@ def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator)
 
 
 def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Require that a selector with an index chooses, for every query, among the first slots that it may see, each once.
+    """Require that a selector with an index chooses slots that the query may attend to, each at most once.
 
-    A query comes with a token of the open block, and sees at least what is older.
+    A query belongs to a token of the open block. It may attend to all older blocks, and to the open block up to its own
+    token.
     """
     held = state.slots.held.unsqueeze(1)
     newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))

@@ -7,27 +7,28 @@ from torch import Tensor
 
 from kvfloor.check.law import require
 
-# Two answers to the same question from products of different shape: each is rounded to the dtype once (half a unit
-# in the last place of 1) and its weights were rounded inside the product, float32 logits of size 10 by about 1e-6.
-# Answers larger than 1, of methods whose weights do not sum to 1, may err as much relative to themselves.
+# Allowed difference of two answers to one query from products of different shapes. Each answer is rounded to the dtype
+# once (half a unit in the last place of 1), and its weights are rounded inside the product: float32 logits of size 10
+# err by about 1e-6. Answers larger than 1, of methods whose weights do not sum to 1, may err as much relative to their
+# size.
 AGREE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
-# Against float64, an answer may err 1.5 times as much as plain attention in the same dtype does (the rule of
-# FlashAttention's tests is 2), plus what rounding does where plain attention happens to be exact: in half precision to
-# one answer of size 1, otherwise to the few float32 or float64 sums behind a log-mass of size 8.
+# Against float64, an answer may err 1.5 times as much as plain attention in the same dtype (2 times in FlashAttention's
+# tests). ROUNDING is added for cases in which plain attention happens to be exact: in half precision it is the
+# rounding of one answer of size 1, otherwise that of the few float32 or float64 sums behind a log-mass of size 8.
 TIMES_PLAIN = 1.5
 ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference between a and b; equal infinities differ by 0, NaN by infinity."""
+    """Return the largest difference between a and b; two equal infinities differ by 0, NaN differs by infinity."""
     a, b = a.to(torch.float64), b.to(torch.float64)
     difference = torch.where(a == b, 0.0, (a - b).abs())
     return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
 
 
 def _relatively_apart(a: Tensor, b: Tensor) -> float:
-    """Return the difference as `apart` does, numbers of b beyond 1 in units of themselves."""
+    """Return the largest difference between a and b, divided by the size of b's number if that is above 1."""
     unit = b.to(torch.float64).abs().clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
     return apart(a.to(torch.float64) / unit, b.to(torch.float64) / unit)
 

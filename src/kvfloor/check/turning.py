@@ -1,4 +1,4 @@
-"""Check positions within a state: the law of `Spec.rotation` for a method that claims `turns`."""
+"""Check rotary positions within a state: the law of `Spec.rotation`, for a method that claims `turns`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvfloor.core.spec import Spec
 
 
 def check_turns(method: Method, at: Setting) -> None:
-    """Require attention over held tokens under a rotation, keys and queries turned to their ranks among these."""
+    """Require attention over the held tokens with keys and queries rotated to their ranks among these tokens."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     rotation = Rotation(tuple(5.0**-i for i in range(max(1, spec.d // 4))))
     spec = replace(spec, rotation=rotation)

@@ -128,7 +128,7 @@ class Indexed(Selector):
 
 @dataclass(frozen=True)
 class Everything(Selector):
-    """Read every held token; the default."""
+    """Read every held token for every query; the default."""
 
     name: ClassVar[str] = "everything"
 

@@ -79,7 +79,7 @@ class Summary(ABC):
 
 @dataclass(frozen=True)
 class Drop(Summary):
-    """Keep nothing of evicted tokens, so the summary's partial is empty; the default."""
+    """Keep nothing of the evicted tokens: answers come from the held tokens alone; the default."""
 
     name: ClassVar[str] = "drop"
 

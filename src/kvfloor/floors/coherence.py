@@ -11,7 +11,7 @@ from kvfloor.validation import whole, within
 def jl_dim_paper(n: int, eps: float) -> float:
     """Return the dimension that the paper's Gaussian keys need: 12 ln n / (eps^2 - eps^3).
 
-    In that dimension all pairs are within eps with probability 1 - 1/n.
+    In that dimension the inner products of all pairs are within eps of 0, with probability 1 - 1/n.
     Source: Haris & Onak (COLT 2025), Lemma 3 and Lemma 22. At eps = 0.1 it is 1333 ln n, too large for real heads,
     hence the other families.
     """
@@ -61,7 +61,7 @@ def gap_hypercube(d: int) -> float:
 
 
 def gap_circle(n: int) -> float:
-    """Return the gap of `n` equally spaced points of a circle: 1 - cos(2 pi / n); so d >= 2 has room for every n."""
+    """Return the gap of `n` equally spaced points of a circle: 1 - cos(2 pi / n). So every n fits in d >= 2."""
     n = whole("n", n, least=2)
     return 2.0 * math.sin(math.pi / n) ** 2
 

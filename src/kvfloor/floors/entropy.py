@@ -16,8 +16,8 @@ def H2(p: float) -> float:
 def index_bits(N: int, p: float) -> float:
     """Return the least message length, in bits, for the INDEX problem over `N` hidden bits.
 
-    Law: S >= N (1 - H2(1-p)), where `p` is the chance of answering a uniformly drawn bit right, over uniform
-    hidden bits, index and public coins. It is 0 for p <= 1/2, which guessing reaches.
+    Law: S >= N (1 - H2(1-p)), where `p` is the probability that a uniformly drawn bit is answered right, over uniform
+    hidden bits, index and public coins. The bound is 0 for p <= 1/2, because guessing reaches that.
     Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the
     concavity of H2 (derived here: docs/floors.md, "INDEX").
     """

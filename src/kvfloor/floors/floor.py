@@ -1,4 +1,4 @@
-"""Hold a memory floor: the bits that are needed, and the memories that are known to suffice."""
+"""Hold a memory floor: the bits that every method needs, and the memory sizes that are known to suffice."""
 
 import dataclasses
 import math
@@ -7,9 +7,9 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Possible:
-    """Hold a memory that suffices: `bits`, under `condition`, by `source`.
+    """Hold a memory size that suffices: `bits`, under `condition`, by `source`.
 
-    `vacuous` is True where the method keeps at least as much as all tokens take, so that nothing is gained.
+    `vacuous` is True if the method keeps at least as many bits as all tokens take, so that nothing is saved.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Floor:
 
     `bytes` is `bits` in whole bytes. `upper_bits` suffices when the keys are public and the values are single bits, so
     the floor is tight up to the factor p - H2(p)/dv. `regime` and `theorem` name the argument that gives the number,
-    and `constants` holds everything that entered it. `possible` lists memories that suffice, smallest first.
+    and `constants` holds the numbers that it uses. `possible` lists memory sizes that suffice, smallest first.
     """
 
     bits: float

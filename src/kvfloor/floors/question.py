@@ -28,7 +28,7 @@ def space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits that any streaming method must hold to answer attention, and list memories that suffice.
+    """Bound the bits that any streaming method must hold to answer attention, and list memory sizes that suffice.
 
     attention  standard, window (needs `window`), tensor (`caches` 4 or 2) or visual, where `n` is the side of the last
                map, and maps shrink by `ratio` (2): tokens are the sum of their squares. A `window` given with

@@ -28,9 +28,9 @@ _THEOREMS = {
 def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
     """Bound the inner products, over d, of product keys of ±1 rows, with positive probability (so such keys exist).
 
-    Law: with four caches 2(n-1) pairs are asked, each against n^2 - 1 others: sqrt((6 ln n + 2 ln 2)/d), Hoeffding over
-    fewer than 2 n^3. With two caches all n^2 pairs are asked: sqrt((8 ln n - 2 ln 2)/d) over fewer than n^4/2; 0 for
-    n = 1. Derived here.
+    Law: with four caches 2(n-1) pairs are queried, each against n^2 - 1 others: sqrt((6 ln n + 2 ln 2)/d), Hoeffding
+    over fewer than 2 n^3 inner products. With two caches all n^2 pairs are queried: sqrt((8 ln n - 2 ln 2)/d) over
+    fewer than n^4/2; 0 for n = 1. Derived here.
     """
     n, d = whole("n", n), whole("d", d)
     pairs = 3.0 * math.log(n) + math.log(2.0) if _caches(caches) == 4 else 4.0 * math.log(n) - math.log(2.0)
@@ -40,8 +40,9 @@ def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
 def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
     """Return the length C of the query (C/d) K1[i1] * K2[i2] that gives a pair of ±1 keys all but `eps_s` of the mass.
 
-    Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if Bob appends a zero token before he asks, as this token makes 2n + 1 pairs
-    of score 0; ln((n^2 - 1)/eps_s) / g if he only asks. g is 1 less the largest inner product over d. Derived here.
+    Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if Bob appends a zero token before his query, as this token makes 2n + 1 pairs
+    of score 0; ln((n^2 - 1)/eps_s) / g if he appends nothing. g is 1 less the largest inner product over d. Derived
+    here.
     """
     n, g = whole("n", n), positive("g", g)
     return spike_C(n**2, 2 * n + 1, g, 1.0, eps_s) if append else spike_C(n**2, 0, g, g, eps_s)

@@ -50,7 +50,7 @@ def public_keys(copies: int, rows: int, dv: int) -> Possible:
 
 
 def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -> list[Possible]:
-    """List memories that suffice for standard attention at any error: exact caches, public keys, a window's sum.
+    """List memory sizes that suffice for standard attention at any error: exact caches, public keys, a window's sum.
 
     "Window and running sum" applies where older tokens keep logit 0. For d = 1 without a window, lazy Gumbel sampling
     is listed too.

@@ -43,7 +43,7 @@ def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> 
 
 
 def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
-    """Count the rows that a pyramid hides: sum h_k^2 if a further map asks; without the last map if the last asks."""
+    """Count the rows that a pyramid hides: sum h_k^2 if a further map has the queries, else without the last map."""
     squares = [whole("side", side) ** 2 for side in sides]
     if not squares:
         raise ValueError("sides must hold the side of at least one map, got none")
@@ -51,9 +51,9 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 
 
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
-    """Return the length of the spikes of a map of `asking` zero tokens, aimed at `rows` unit keys with gap >= `g`.
+    """Return the length of spike queries of a last map with `asking` zero tokens, over `rows` unit keys of gap >= `g`.
 
-    Law: ln((rows - 1 + asking)/eps_s) / min(g, 1): the asking map's own tokens have logit 0. Derived here.
+    Law: ln((rows - 1 + asking)/eps_s) / min(g, 1), as the tokens of the last map have logit 0. Derived here.
     """
     return spike_C(rows, whole("asking", asking), g, 1.0, eps_s)
 
@@ -74,8 +74,10 @@ def visual_space(
     """Bound the bits of visual autoregression after a pyramid whose last map is `n` x `n`, answering within 1±eta.
 
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `visual_rows`(sides, last_asks); m <= 2 for d = 1.
-    sides: ascending, the last of them n; by default `pyramid`(n, ratio). last_asks: no map follows, so that the last
-    one asks and hides nothing. A further map is taken as large as the last. Norms are unbounded.
+    sides      sides of the maps, ascending to n; by default `pyramid`(n, ratio)
+    last_asks  True: no map follows, so that the last map has the queries and hides nothing; False: a further map, as
+               large as the last one, has the queries
+    Norms are unbounded.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)

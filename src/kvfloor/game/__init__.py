@@ -1,7 +1,7 @@
 """Play the hard instance of each theorem (a barrier) against any method. docs/floors.md has the proofs.
 
-Alice streams hidden values into the method's state; Bob decodes them from the state's bytes. Every barrier is a file
-with an `Instance` (the public half, Alice's stream, Bob's queries) and a `play`.
+Alice streams hidden values into the method's state, and Bob decodes them from the state's bytes. Every barrier is a
+file with an `Instance` (the public data, Alice's stream, Bob's queries) and a function `play`.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from kvfloor.game.keys.families import FAMILIES
 
 @dataclass(frozen=True)
 class Barrier:
-    """Hold a barrier's `play`, one sentence about it, and the largest n at which `play_all` plays it."""
+    """Hold a barrier's `play` function, one sentence about it, and the largest n at which `play_all` plays it."""
 
     play: Callable[..., Result]
     about: str
@@ -84,7 +84,7 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
 
 
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:
-    """Play every barrier in turn, each with the given arguments that it takes, n at most its `most`.
+    """Play every barrier in turn, each with those of the given arguments that it takes, and n at most its `most`.
 
     Raises ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """

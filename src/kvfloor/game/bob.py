@@ -1,4 +1,4 @@
-"""Run Bob, the receiver: a fresh process that answers every query from the public half and the message alone.
+"""Run Bob, the receiver: a fresh process that answers every query from the public data and the message alone.
 
 Bob reads 8 bytes of header length (little-endian), the JSON request and the message on stdin, and writes the answers as
 raw float32 on stdout. Output that a method prints goes to stderr.
@@ -17,7 +17,7 @@ from kvfloor.methods.registry import parse
 
 
 def main() -> None:
-    """Answer one request; exit with status 0, `NOT_REBUILT` if the public half fails, or 1 if the message fails."""
+    """Answer one request; exit with 0, `NOT_REBUILT` if the method or instance fails, or 1 if the message does."""
     answer_stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     source = sys.stdin.buffer

@@ -18,7 +18,7 @@ RADII = (8.0, 16.0, 32.0, 64.0, 128.0)
 
 @dataclass(frozen=True)
 class Precision:
-    """Record the bits per value that were certified, of the `hidden` bits per value."""
+    """Record the certified bits per value, of `hidden` bits per value."""
 
     hidden: int
     certified: float
@@ -26,7 +26,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Packed:
-    """Record a game at (d, radius): bits hidden, bits certified, and the closed-form floor at the same n."""
+    """Record a game at (d, radius): hidden bits, certified bits, and the closed-form floor at the same n."""
 
     d: int
     radius: float
@@ -38,7 +38,7 @@ class Packed:
 def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n: int = 128) -> list[Precision]:
     """Play the spike at n = 128 with ever finer values, to measure the precision that a method keeps.
 
-    The precision is the point at which certified bits per value fall below hidden bits per value.
+    The precision is the number of bits per value beyond which fewer bits are certified than hidden.
     """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
     return [Precision(game.bits, game.bits_per_value) for game in games]

@@ -1,4 +1,8 @@
-"""Divide one budget among kv heads: evenly, less for deeper layers, or by the floor of each kv head."""
+"""Divide one token budget among the kv heads of all layers, in proportion to a table of shares.
+
+Shares are multiples of the budget, one per compressed layer and kv head. They may fall with depth (`pyramid`), be
+measured (`kvfloor.hf.calibrate`), or be given by the user.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,10 @@ PYRAMID_SLOPE = 20  # PyramidKV's beta: the deepest layer gets 1 / beta of the m
 
 
 def pyramid(layers: int) -> Shares:
-    """Return shares that fall linearly with depth and have mean 1 (Cai et al. 2024, PyramidKV, arXiv 2406.02069)."""
+    """Return one share of the budget per layer: falling linearly with depth, of mean 1.
+
+    Source: Cai et al. 2024, PyramidKV, arXiv 2406.02069.
+    """
     if layers == 1:
         return ((1.0,),)
     least = 1 / PYRAMID_SLOPE
@@ -26,7 +33,10 @@ def pyramid(layers: int) -> Shares:
 
 
 def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number, ...]:
-    """Return one layer's line of a table as one number per kv head. Raises ValueError for another length."""
+    """Return one number per kv head of a layer, given the layer's numbers: one for all its heads, or one per head.
+
+    place: the layer's index in the table, for the error. Raises ValueError for any other count of numbers.
+    """
     if len(line) not in (1, kv_heads):
         raise ValueError(
             f"line {place} of the table has {len(line)} numbers for {kv_heads} kv heads; give one or {kv_heads}"
@@ -35,9 +45,10 @@ def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number,
 
 
 def spread(shares: Sequence[Sequence[float]], budget: int, least: int) -> list[tuple[int, ...]]:
-    """Return the tokens per layer and head: `budget` on average, at least `least`, the rest in proportion to `shares`.
+    """Return the budget in tokens of every kv head, one tuple per layer, in proportion to `shares`.
 
-    The sum is exactly `budget` times the number of heads. Raises ValueError if `budget` is less than `least`.
+    Every head gets at least `least` tokens, and the mean over all heads is exactly `budget`. Raises ValueError if
+    `budget` is less than `least`.
     """
     flat = torch.tensor([share for line in shares for share in line], dtype=torch.float64)
     total = budget * len(flat)

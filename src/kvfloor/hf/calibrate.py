@@ -1,4 +1,7 @@
-"""Divide a budget by the number of tokens that each kv head distinguishes, measured on a calibration prompt."""
+"""Measure how many tokens each kv head distinguishes on a calibration prompt, to divide a budget in proportion.
+
+A head distinguishes tokens if, to answer its own queries, its memory must be able to return their values one by one.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
 
 
 def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept: float = 0.5) -> Shares:
-    """Return shares of mean 1 that grow with the tokens of `prompt` that each kv head's own queries distinguish.
+    """Return each kv head's share of a budget, one tuple per compressed layer, of mean 1 over all heads.
 
-    Law: share = kept + (1 - kept) * readable / mean readable.
-    prompt   token ids (n,) or (1, n) like the traffic, questions included. The model runs over it with an exact cache;
-             then the floor of each head's keys is searched with the queries of its newest tokens
-             (`kvfloor.floors.measured.readable_by`)
-    kept     share of the mean that every head gets in any case. A head that distinguishes few tokens can do with few
-             bytes, but not every method finds those tokens: a head that averages over many tokens loses most of them
-             to eviction
+    Law: share = kept + (1 - kept) * readable / mean readable. Readable is the number of tokens of `prompt`, alone or in
+    groups, whose values the head's own queries can tell apart (`kvfloor.floors.measured.readable_by`).
+    prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with an exact
+             cache; each head's tokens are then counted with the queries of its newest tokens
+    kept     share of the mean budget that every head gets in any case. A head that distinguishes few tokens can do
+             with few bytes, but not every method finds those tokens: a head that averages over many tokens loses most
+             of them to eviction
     Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """
     if not 0 <= kept <= 1:
@@ -45,7 +48,10 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
 
 
 def _readable(seen: Recorded) -> list[int]:
-    """Count the tokens that each kv head's newest queries distinguish."""
+    """Count, for each kv head, the groups of tokens whose values its newest queries can tell apart; at least 1.
+
+    seen: the queries, keys and values of one layer on the calibration prompt.
+    """
     q, k, v = seen.by_row
     asked = q[:, :, -MOST_QUERIES:].flatten(1, 2).float()
     law = {"scale": seen.scale, "softcap": seen.softcap, "dtype": v.dtype}

@@ -1,4 +1,4 @@
-"""Wrong lines about what an answer weighs."""
+"""Break the weights of answers."""
 
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +22,7 @@ class FutureLeakState(BoundedState):
 
 
 class FutureLeak(Small):
-    """A causal mask off by one: every token sees the one after it."""
+    """Break causality: the mask is off by one, so that every token attends to the next one."""
 
     state = FutureLeakState
 
@@ -34,7 +34,7 @@ class TurnsByAgeState(BoundedState):
 
 
 class TurnsByAge(Small):
-    """Takes a query's place for its token's number in the stream instead of among what is held."""
+    """Break rotation: place a query at its token's number in the stream instead of its place among the held tokens."""
 
     state = TurnsByAgeState
 
@@ -46,7 +46,7 @@ class CrowdTemperatureState(BoundedState):
 
 
 class CrowdTemperature(Small):
-    """Limits a query by the largest entry of all queries that are asked with it."""
+    """Break the independence of queries: scale each one by the largest entry of all queries in the call."""
 
     state = CrowdTemperatureState
 
@@ -59,7 +59,7 @@ class CountsTwiceState(ValueSumState):
 
 @dataclass(frozen=True)
 class CountingTwice(ValueSum):
-    """Counts an evicted token once with its value and once more."""
+    """Sum each evicted token's value once, but count the token twice."""
 
     def open(self, spec: Spec) -> ValueSumState:
         return CountsTwiceState(spec)
@@ -67,14 +67,14 @@ class CountingTwice(ValueSum):
 
 @dataclass(frozen=True)
 class CountsTwice(Small):
-    """An unmasked window whose summary counts each evicted token twice."""
+    """Break the count of evicted tokens: the summary counts each of them twice."""
 
     summary: Summary = field(default_factory=CountingTwice)
 
 
 @dataclass(frozen=True)
 class Ghostly(TopK):
-    """Forgets what was hidden once rows differ in how much they hold."""
+    """Choose among hidden slots too, once rows hold different numbers of tokens."""
 
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
         return super().hide(q, view, spec, hide if view.live is None else None)
@@ -82,14 +82,14 @@ class Ghostly(TopK):
 
 @dataclass(frozen=True)
 class ReadsGhosts(Small):
-    """Its selector reads slots whose tokens have left."""
+    """Break selection: the selector reads slots whose tokens were evicted."""
 
     selector: Selector = field(default_factory=lambda: Ghostly(k=6))
 
 
 @dataclass(frozen=True)
 class Starving(TopK):
-    """Reads only what is strictly above the threshold among what is not hidden."""
+    """Read nothing for a query that may attend to two slots at most, once more than k slots are there."""
 
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
         unread = super().hide(q, view, spec, hide)
@@ -101,7 +101,7 @@ class Starving(TopK):
 
 @dataclass(frozen=True)
 class ReadsNothing(Small):
-    """Its selector reads nothing where little is left to choose from."""
+    """Break selection: the selector reads nothing for a query with few tokens to choose from."""
 
     selector: Selector = field(default_factory=lambda: Starving(k=6))
 
@@ -113,7 +113,7 @@ class AllBoxesState(PagesState):
 
 @dataclass(frozen=True)
 class AllBoxes(Pages):
-    """Chooses among all slots, whatever a query may see of them."""
+    """Choose among all slots, also those that a query may not attend to."""
 
     def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> PagesState:
         return AllBoxesState(spec, slots, self)
@@ -121,7 +121,7 @@ class AllBoxes(Pages):
 
 @dataclass(frozen=True)
 class ReadsAhead(Small):
-    """Its index chooses among slots whose tokens come later, too."""
+    """Break selection: the index also chooses slots of tokens after the query's own."""
 
     selector: Selector = field(default_factory=lambda: AllBoxes(pages=1, page=2))
 
@@ -136,7 +136,7 @@ class NoSoftcapState(BoundedState):
 
 
 class NoSoftcap(Small):
-    """Forgets the softcap in `step`."""
+    """Break the attention law: `step` leaves out the softcap."""
 
     state = NoSoftcapState
 
@@ -148,6 +148,6 @@ class MassOffState(BoundedState):
 
 
 class MassOff(Small):
-    """Its log-mass is off by a constant: the mean is right, every merge is wrong."""
+    """Break merging: the log-mass is off by a constant, so that the mean is right and every merge is wrong."""
 
     state = MassOffState

@@ -1,4 +1,4 @@
-"""What most mutants derive from: a small correct method whose state class can be swapped."""
+"""Define the small correct methods that most mutants derive from; their state class can be replaced."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -13,7 +13,7 @@ from kvfloor.methods.policies.window import Window
 
 @dataclass(frozen=True)
 class Small(Bounded):
-    """A window of 16 tokens in blocks of 4."""
+    """Keep a window of 16 tokens, evicting in blocks of 4."""
 
     state: ClassVar[type[BoundedState]] = BoundedState
     policy: Policy = field(default_factory=Window)
@@ -29,6 +29,6 @@ class Small(Bounded):
 
 @dataclass(frozen=True)
 class SmallObserving(Small):
-    """Heavy hitters, 16 tokens in blocks of 4."""
+    """Keep 16 heavy hitters, evicting in blocks of 4."""
 
     policy: Policy = field(default_factory=lambda: HeavyHitters(sinks=2, recent=4))

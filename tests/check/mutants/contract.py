@@ -1,4 +1,4 @@
-"""Wrong lines about what calls take, give back and leave alone."""
+"""Break the inputs, the outputs and the side effects of calls."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -14,14 +14,14 @@ from mutants.base import Small
 
 
 class Nameless(Small):
-    """Its text names another method."""
+    """Break the text form: it names another method."""
 
     def __str__(self) -> str:
         return "window(block=4)@16"
 
 
 class Thawed(Small):
-    """Its fields can be set."""
+    """Break immutability: fields can be set."""
 
     __setattr__ = object.__setattr__
 
@@ -33,20 +33,20 @@ class Undocumented(Small):
 
 @dataclass(frozen=True)
 class UnsourcedWindow(Window):
-    """A window without a source."""
+    """Evict the oldest token, without naming a source."""
 
     paper: ClassVar[str] = ""
 
 
 @dataclass(frozen=True)
 class Unsourced(Small):
-    """Nothing says where it comes from."""
+    """Break documentation: the policy names no source."""
 
     policy: UnsourcedWindow = UnsourcedWindow()
 
 
 class Boastful(Small):
-    """States a bound without a theorem."""
+    """Break the guarantee: state a bound without a theorem."""
 
     def guarantee(self, spec: Spec) -> Guarantee:
         return Guarantee(0.1, 0.0, "max norm", "every query", (), source="")
@@ -59,7 +59,7 @@ class WarmStartState(BoundedState):
 
 
 class WarmStart(Small):
-    """An empty memory weighs as much as one token."""
+    """Break the empty state: it has the mass of one token."""
 
     state = WarmStartState
 
@@ -70,7 +70,7 @@ class WideAnswersState(BoundedState):
 
 
 class WideAnswers(Small):
-    """Answers keep the dtype of an intermediate result."""
+    """Break the dtype of answers: keep that of an intermediate result."""
 
     state = WideAnswersState
 
@@ -86,7 +86,7 @@ class CountingReadsState(BoundedState):
 
 
 class CountingReads(Small):
-    """Keeps statistics on reads in its state."""
+    """Break the purity of `read`: count the reads in the state."""
 
     state = CountingReadsState
 
@@ -99,7 +99,7 @@ class ObligingState(BoundedState):
 
 
 class Obliging(Small):
-    """Converts what it is given instead of refusing it."""
+    """Break the refusal of wrong input: convert another dtype instead."""
 
     state = ObligingState
 
@@ -115,7 +115,7 @@ class HastyClockState(BoundedState):
 
 
 class HastyClock(Small):
-    """Counts a call before its input is checked."""
+    """Break the refusal of wrong input: count a call before its input is checked."""
 
     state = HastyClockState
 
@@ -126,7 +126,7 @@ class NanBlindState(BoundedState):
 
 
 class NanBlind(Small):
-    """Does not look for NaN in queries that bring no token."""
+    """Break the refusal of NaN: do not search for it in queries without tokens."""
 
     state = NanBlindState
 
@@ -140,7 +140,7 @@ class AdoptingState(DiaryState):
 
 
 class Adopting(Diary):
-    """Takes over the first chunk of values instead of copying it."""
+    """Break the copying of inputs: keep the caller's tensor of the first values."""
 
     def open(self, spec: Spec) -> State:
         return AdoptingState(self, spec)
@@ -154,7 +154,7 @@ class InPlaceState(BoundedState):
 
 
 class InPlace(Small):
-    """Scales its queries in place, and rounding keeps it from undoing that."""
+    """Break the caller's queries: scale them in place and back, which rounds them."""
 
     state = InPlaceState
 
@@ -167,7 +167,7 @@ class StrideBlindState(BoundedState):
 
 
 class StrideBlind(Small):
-    """Takes for granted that the last axis is the one that lies densely in memory."""
+    """Break other memory layouts: assume that the last axis of keys has stride 1."""
 
     state = StrideBlindState
 
@@ -181,7 +181,7 @@ class PadsAnsweredState(BoundedState):
 
 
 class PadsAnswered(Small):
-    """Leaves numbers where there was no token to answer."""
+    """Break padding: give answers other than zero at absent tokens."""
 
     state = PadsAnsweredState
 
@@ -195,7 +195,7 @@ class MarkInFinallyState(BoundedState):
 
 
 class MarkInFinally(Small):
-    """Takes the mark of a running step away whether it came to its end or not."""
+    """Break the mark of a running step: remove it even if the step fails."""
 
     state = MarkInFinallyState
 
@@ -207,6 +207,6 @@ class LateClockState(BoundedState):
 
 
 class LateClock(Small):
-    """Takes itself to be whole once the tokens are in, before the block is closed."""
+    """Break the mark of a running call: remove it once the tokens are stored, before the block is closed."""
 
     state = LateClockState

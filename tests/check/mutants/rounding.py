@@ -1,4 +1,4 @@
-"""Wrong lines about rounding, which do on every machine what some matrix products do on some machines."""
+"""Break rounding on every machine in the ways in which some matrix products break it on some machines."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from mutants.base import Small, SmallObserving
 
 
 def summed(x: Tensor, backwards: bool) -> Tensor:
-    """The float32 sum of x (n, ...) over its first axis, one addition after another, from either end."""
+    """Sum x (n, ...) over its first axis in float32, one addition after another, from either end."""
     whole = torch.zeros(x.shape[1:])
     for part in x.flip(0) if backwards else x:
         whole = whole + part.float()
@@ -35,7 +35,7 @@ class PlacedSumState(ValueSumState):
 
 @dataclass(frozen=True)
 class PlacedSum(ValueSum):
-    """The sum of values, by rows as they lie."""
+    """Sum evicted values in an order that depends on where a row lies in memory."""
 
     def open(self, spec: Spec) -> ValueSumState:
         return PlacedSumState(spec)
@@ -43,7 +43,7 @@ class PlacedSum(ValueSum):
 
 @dataclass(frozen=True)
 class RoundsByPlace(Small):
-    """Sums a row's evicted values from an end that depends on where in the batch the row lies."""
+    """Break bits by place: sum a row's evicted values from an end that depends on the row's place in the batch."""
 
     summary: Summary = field(default_factory=PlacedSum)
 
@@ -51,7 +51,7 @@ class RoundsByPlace(Small):
 class HeardState(ValueSumState):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self.longest = torch.zeros(spec.rows, 64)  # under as many metrics, each of which may show a rounding
+        self.longest = torch.zeros(spec.rows, 64)  # under 64 metrics: any one may show other rounding
 
     def on_queries(self, q: Tensor) -> None:
         if q.numel():
@@ -62,7 +62,7 @@ class HeardState(ValueSumState):
 
 @dataclass(frozen=True)
 class Heard(ValueSum):
-    """The sum of values, and how long queries were."""
+    """Sum the evicted values, and record the largest lengths of queries."""
 
     def open(self, spec: Spec) -> ValueSumState:
         return HeardState(spec)
@@ -70,14 +70,14 @@ class Heard(ValueSum):
 
 @dataclass(frozen=True)
 class RoundsByBoundary(Small):
-    """Measures queries by a sum whose order depends on how the caller's tensor lies in memory."""
+    """Break bits by address: measure queries by a sum whose order depends on where the caller's tensor lies."""
 
     summary: Summary = field(default_factory=Heard)
 
 
 @dataclass(frozen=True)
 class SharedWork(HeavyHitters):
-    """Heavy hitters, summed from an end."""
+    """Sum each token's attention from an end that depends on the number of rows."""
 
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
         received = summed(weights.flatten(1, 2).movedim(1, 0), backwards=len(weights) > 1)
@@ -86,6 +86,6 @@ class SharedWork(HeavyHitters):
 
 @dataclass(frozen=True)
 class RoundsByRows(SmallObserving):
-    """Scores tokens by a sum whose order depends on how many rows are looked at together."""
+    """Break bits by batch: score tokens by a sum whose order depends on the number of rows in a call."""
 
     policy: Policy = field(default_factory=lambda: SharedWork(sinks=2, recent=4))

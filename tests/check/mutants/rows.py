@@ -1,4 +1,4 @@
-"""Wrong lines about rows and about where chance comes from."""
+"""Break the independence of rows and the sources of randomness."""
 
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +15,7 @@ from mutants.base import Small
 
 @dataclass(frozen=True)
 class PlacePolicy(Random):
-    """Keys its draws by the row's place in the batch."""
+    """Draw by the row's place in the batch."""
 
     def priority(self, held: Held) -> Tensor:
         return super().priority(replace(held, row_ids=torch.arange(len(held.row_ids))))
@@ -23,14 +23,14 @@ class PlacePolicy(Random):
 
 @dataclass(frozen=True)
 class KeyedByPlace(Small):
-    """A random sample that depends on where in the batch a row sits."""
+    """Break row order: a random sample depends on the row's place in the batch."""
 
     policy: Policy = field(default_factory=PlacePolicy)
 
 
 @dataclass(frozen=True)
 class RelativePolicy(Random):
-    """Keys its draws by the distance to the batch's smallest id."""
+    """Draw by the distance to the batch's smallest row id."""
 
     def priority(self, held: Held) -> Tensor:
         keys = row_keys(held.spec.seed, held.row_ids - min(held.spec.row_ids or (0,)), "relative")
@@ -39,7 +39,7 @@ class RelativePolicy(Random):
 
 @dataclass(frozen=True)
 class RelativeIds(Small):
-    """A random sample that depends on which other rows are in the batch."""
+    """Break the independence of rows: a random sample depends on which other rows are in the batch."""
 
     policy: Policy = field(default_factory=RelativePolicy)
 
@@ -52,7 +52,7 @@ class SharedStabiliserState(BoundedState):
 
 
 class SharedStabiliser(Small):
-    """Shifts by the largest number of the whole batch, which rounds away other bits beside other rows."""
+    """Break row isolation: shift answers by the largest key entry of the batch and back, which rounds them."""
 
     state = SharedStabiliserState
 
@@ -64,13 +64,13 @@ class IdsStayState(BoundedState):
 
 
 class IdsStay(Small):
-    """Numbers the rows anew when some are selected."""
+    """Break `select_rows`: number the selected rows anew."""
 
     state = IdsStayState
 
 
 class GlobalDraw(Small):
-    """Draws a start value from torch's global generator."""
+    """Break seeding: draw from torch's global generator."""
 
     def open(self, spec: Spec) -> BoundedState:
         torch.randn(spec.d)

@@ -1,4 +1,4 @@
-"""Wrong lines about bytes: what is counted, copied, sent and hidden."""
+"""Break the counting, copying and sending of a state's bytes, or hide some of them."""
 
 import hashlib
 from typing import Any
@@ -23,7 +23,7 @@ class SharedNotebookState(BoundedState):
 
 
 class SharedNotebook(Small):
-    """Notes the latest value among the tensors that are public and uncounted."""
+    """Break shared tensors: store the latest value among them, which are public and not counted."""
 
     state = SharedNotebookState
 
@@ -36,7 +36,7 @@ class HalfCloneState(BoundedState):
 
 
 class HalfClone(SmallObserving):
-    """A clone that shares one buffer with its original."""
+    """Break `clone`: it shares one buffer with its original."""
 
     state = HalfCloneState
 
@@ -48,7 +48,7 @@ class BytesByFormulaState(BoundedState):
 
 
 class BytesByFormula(Small):
-    """Computes its size from keys and values, and forgets the rest."""
+    """Break `nbytes`: count keys and values only."""
 
     state = BytesByFormulaState
 
@@ -60,13 +60,13 @@ class PhaseDroppedState(BoundedState):
 
 
 class PhaseDropped(Small):
-    """Sends the clock of the last block end, without the tokens since."""
+    """Break messages: send the number of tokens seen at the last block's end instead of now."""
 
     state = PhaseDroppedState
 
 
 class DigestRepaired(Small):
-    """Reads a message without comparing its digest."""
+    """Break the detection of damage: repair a message's digest instead of comparing it."""
 
     def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
         at = data.find(b'"kvfloor":"') + 11
@@ -78,7 +78,7 @@ HIDDEN: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
 
 class HiddenInModuleState(BoundedState):
-    """Recognises the game by its single row and scale 1, and keeps its tokens in a global of the module."""
+    """Keep tokens in a global of the module during the game, recognised by its single row and scale 1."""
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
@@ -102,6 +102,6 @@ class HiddenInModuleState(BoundedState):
 
 
 class HiddenInModule(Small):
-    """Hides its tokens where neither nbytes nor the message finds them."""
+    """Break the index floor: hide tokens where neither `nbytes` nor the message has them."""
 
     state = HiddenInModuleState

@@ -1,4 +1,4 @@
-"""Wrong lines about which tokens are held and what becomes of the others."""
+"""Break the choice of held tokens, and the handling of evicted ones."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ class EvictsPerCallState(BoundedState):
 
 
 class EvictsPerCall(Small):
-    """Evicts at the end of every call rather than at the end of every block."""
+    """Break chunking: evict at the end of every call rather than at the end of every block."""
 
     state = EvictsPerCallState
 
@@ -33,7 +33,7 @@ class PadsEnterState(BoundedState):
 
 
 class PadsEnter(Small):
-    """Packs the real tokens first and then takes in the pads behind them too."""
+    """Break padding: store the pads too, after the real tokens."""
 
     state = PadsEnterState
 
@@ -45,7 +45,7 @@ class OneTooManyState(BoundedState):
 
 
 class OneTooMany(Small):
-    """Evicts one token too many."""
+    """Break the budget: evict one token too many."""
 
     state = OneTooManyState
 
@@ -57,7 +57,7 @@ class OneTooFewState(BoundedState):
 
 
 class OneTooFew(Small):
-    """Evicts one token too few."""
+    """Break the budget: evict one token too few."""
 
     state = OneTooFewState
 
@@ -76,7 +76,7 @@ class ValuesStayState(BoundedState):
 
 
 class ValuesStay(Small):
-    """Moves keys and positions into the holes that eviction leaves, and forgets the values."""
+    """Break eviction: move keys and positions into the freed slots, but not the values."""
 
     state = ValuesStayState
 
@@ -87,7 +87,7 @@ class PinsForgottenState(BoundedState):
 
 
 class PinsForgotten(Small):
-    """Protects nothing, whatever was pinned."""
+    """Break pins: evict pinned tokens as well."""
 
     state = PinsForgottenState
 
@@ -103,6 +103,6 @@ class AbsorbedTwiceState(BoundedState):
 
 
 class AbsorbedTwice(Small):
-    """The token at the window's edge is absorbed before it leaves, and again when it does."""
+    """Break the summary: absorb the token at the window's edge once before its eviction and once at it."""
 
     state = AbsorbedTwiceState

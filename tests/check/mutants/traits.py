@@ -1,4 +1,4 @@
-"""Traits claimed by methods that do not have them."""
+"""Claim traits for methods that do not have them."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ from kvfloor.methods.sketches.quantized import Quantized
 
 @dataclass(frozen=True)
 class ClaimsHull(Quantized):
-    """Two bits per number, said to stay within the values given."""
+    """Break a trait: claim that answers of 2-bit quantisation stay in the convex hull of the values."""
 
     bits: int = 2
 
@@ -22,7 +22,7 @@ class ClaimsHull(Quantized):
 
 @dataclass(frozen=True)
 class ClaimsLinearity(Quantized):
-    """Two bits per number, said to be linear in the values."""
+    """Break a trait: claim that answers of 2-bit quantisation are linear in the values."""
 
     bits: int = 2
 
@@ -36,7 +36,7 @@ class ClaimsLinearity(Quantized):
 
 @dataclass(frozen=True)
 class ClaimsConstantMemory(Exact):
-    """Every token kept, in memory said not to grow."""
+    """Break a trait: keep every token, and claim constant memory."""
 
     @property
     def traits(self) -> Traits:

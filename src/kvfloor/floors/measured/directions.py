@@ -1,6 +1,6 @@
 """Search for queries of bounded length that put most weight on one key each, for `readable_within`.
 
-The queries are proposals: the floor is computed from them and never rests on their being the best.
+The queries are proposals: a floor computed from any queries is valid, and better ones only raise it.
 
 The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is concave in q, so every local maximum
 over a ball is global. If the rival keys were Gaussian with mean mu and covariance C, the maximum would lie at
@@ -18,7 +18,7 @@ from kvfloor.floors.measured.products import logits, rough_dtype
 from kvfloor.logits import capped
 
 FEW = 4096  # up to so many keys, every key is compared with all others
-SAMPLE = 1024  # keys in the sample that stands for all others where there are more
+SAMPLE = 1024  # if there are more rival keys, a sample of this size replaces them
 _KEYS_AT_ONCE = 512
 _STEPS, _STEPS_LONG = 6, 2  # refinements of each query
 _SECULAR_STEPS = 8  # Newton steps for lambda; the equation in 1/|q| is nearly linear
@@ -29,7 +29,8 @@ _INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding 
 class Ball:
     """Search queries of length at most `radius` under a logit law, in the metric of some rival keys (c, d).
 
-    `beyond` is the log mass of further tokens that every query sees, or None. `few` keys are compared in float32.
+    `beyond` is the log mass that every query has on tokens outside the stream, or None. With `few` keys, logits are
+    computed in float32.
     """
 
     def __init__(
@@ -49,8 +50,8 @@ class Ball:
     def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
         """Return a query (n, d) for each key (n, d), given the key's place (n,) among the rivals, or -1.
 
-        The query is the best found among these: straight away from the rivals' mean; the Gaussian direction; `first` if
-        given; along the key, where there is mass beyond; and `steps` refinements of the best of these.
+        The query is the best of these: straight away from the rivals' mean; in the Gaussian direction; `first` if
+        given; along the key if there is mass outside the stream; and `steps` refinements of the best of all these.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):
@@ -103,7 +104,7 @@ class Ball:
         return raw
 
     def _lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
-        """Return each key's logit less the log mass of its rivals and of the tokens beyond (n,)."""
+        """Return each key's logit less the log mass of its rivals and of tokens outside the stream (n,)."""
         own = capped((query * keys).sum(1) * self.scale, self.softcap)
         rivals = torch.logsumexp(self._rival_logits(query, place), 1)
         return own - torch.logaddexp(rivals, torch.full_like(rivals, self.beyond))
@@ -115,7 +116,7 @@ def _better(best: Tensor, lead: Tensor, query: Tensor, found: Tensor) -> tuple[T
 
 
 def towards_each(k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None) -> Tensor:
-    """Search a query (n, d) of length at most `radius` for every key (n, d), all keys being in the stream."""
+    """Search a query (n, d) of length at most `radius` for every key (n, d), against all other keys of the stream."""
     everything = torch.arange(len(k), device=k.device)
     return with_rivals(k, everything, radius, scale, softcap, beyond)
 

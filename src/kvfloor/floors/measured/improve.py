@@ -115,7 +115,7 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
-    """Return for every token the query (n,) that should read it, or -1, by the objective linearised at this choice.
+    """Return for every token the query (n,) that should read it, or -1, by the objective linearised at a choice.
 
     Assigned to query g, a token gains its weight under g times d objective / d w_g. It costs every query decoded before
     g the token's weight under that query times -d objective / d l.

@@ -22,7 +22,7 @@ class Demand:
     """Hold the accuracy required of attention's answers, and the format of the values.
 
     eta          additive error in max norm, in [0, 1), for values in [-1, 1]
-    p            chance that a whole row of dv values comes back within eta
+    p            probability that a whole row of dv values is answered within eta
     dtype        number format of the values; its rounding adds to eta, so it bounds the levels too
     most_levels  a further cap on the levels, such as 16 for 4-bit values
     """
@@ -44,7 +44,7 @@ class Demand:
 
     @property
     def error(self) -> float:
-        """Return the largest deviation of an answer from that of unrounded levels: eta plus the values' rounding."""
+        """Return eta plus the values' rounding: the most that an answer may differ from that for unrounded values."""
         return self.eta + grain(self.dtype)
 
     def levels(self, weights: Tensor, leaks: Tensor) -> Tensor:

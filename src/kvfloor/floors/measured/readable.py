@@ -1,9 +1,10 @@
-"""Compute the read floor: bits that a state must hold to answer given queries, or bounded ones, over given keys.
+"""Compute the read floor: the bits that a state must hold to answer given queries, or short ones, over given keys.
 
-Keys and queries are public and fixed before the values. Tokens are put in disjoint groups. Each group has values of its
-own, independent of the others, and one query; tokens in no group have value 0. The queries are answered one after the
-other, and the contribution of groups decoded earlier is subtracted from each answer. The remainder gives the group's
-values back, so that Fano's inequality per group and the chain rule add up (docs/floors.md, "Readable tokens").
+Keys and queries are public and fixed before the values. Tokens are put in disjoint groups. The tokens of a group share
+one value vector, independent of other groups', and one query reads it; tokens in no group have value 0. The groups are
+decoded one after the other: the contribution of groups decoded earlier is subtracted from each answer, and the
+remainder gives the group's values. Fano's inequality bounds the bits of each group, and the chain rule adds these up
+(docs/floors.md, "Readable tokens").
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Readable:
     asked       (G,) int64, the source of each query: an index into the given queries, or for `readable_within` the
                 token of the given keys for which the query was made
     weights     (G,) float64, softmax weight of query g on its group, at most the true weight
-    leaks       (G,) float64, weight of query g on the groups decoded later; in both, other tokens' mass is rounded up
-    levels      (G,) int64, (levels - 1)(eta + grain + leak) < weight, for these and hence for the true weights
-    later_mass  (G,) float64 or None, log mass that query g sees beyond the stream
+    leaks       (G,) float64, weight of query g on the groups decoded later; for both, other tokens' mass is rounded up
+    levels      (G,) int64, with (levels - 1)(eta + grain + leak) < weight for these weights, hence for the true ones
+    later_mass  (G,) float64 or None, log mass of query g on tokens outside the stream
     """
 
     bits: float
@@ -105,8 +106,8 @@ def readable_by(
     (L_g - 1)(eta + grain + leak_g) < weight_g, leak_g the weight on groups decoded after g (`Demand`, `Readable`).
     Worst case over values, for these keys: not a claim about recorded values.
 
-    k, q         (n, d) stored keys, (m, d) queries that may be asked once the state is sent
-    later_mass   log mass of further tokens that a query sees, its own token included: (m,), or one number; see
+    k, q         (n, d) stored keys, (m, d) queries that may come after the state is sent
+    later_mass   log mass of a query on tokens after the stored ones, its own included: (m,), or one number; see
                  `causal_mass`
     dtype        the values' number format; most_levels caps the levels further
     Groups, their queries and their order come from a search. Any choice gives a valid floor, so a longer search can
@@ -136,12 +137,13 @@ def readable_within(
 ) -> Readable:
     """Bound the bits needed to answer every query of length at most `radius` over a stream of keys from `k`.
 
-    Law: as `readable_by`, for the best queries found in the ball. `others` sets the place of keys that are not read:
-        "absent"   the stream is the read tokens alone: fewer than the given keys, and the floor is for that stream
-        "present"  all given keys are in the stream, with value 0 where they are not read; near-duplicates, which no
-                   query tells apart, are read as one group
-    later_mass  log mass that every query sees beyond the stream, such as that of its own token; None: no token is
-                appended before the query
+    The law is that of `readable_by`, for the best queries found in the ball. `others` decides about keys that no query
+    reads:
+        "absent"   the stream holds the read tokens only, fewer than the given keys, and the floor is for that stream
+        "present"  the stream holds all given keys, with value 0 at tokens that are not read; near-duplicates, which no
+                   query can separate, are read as one group
+    later_mass  log mass of every query on tokens outside the stream, such as its own token; None: no token is appended
+                before the query
     The other arguments, errors and source are those of `readable_by`.
     """
     k = matrix("k", k)
@@ -252,7 +254,7 @@ def _rows(name: str, value: Tensor) -> int:
 
 
 def _marked(name: str, mask: Tensor | None, like: Tensor, row: int) -> Tensor:
-    """Return the places (t,) that the mask marks in a row, or all places without a mask."""
+    """Return the places (t,) at which a row's mask is True, or all places if there is no mask."""
     if mask is None:
         return torch.arange(like.shape[1], device=like.device)
     if mask.dtype != torch.bool or mask.shape != like.shape[:2]:

@@ -1,4 +1,4 @@
-"""Compute the read floor of a recorded stream at a cut: bits of a state sent there, for the queries after the cut."""
+"""Compute the read floor of a recorded stream at a cut: the bits that a state needs for the queries after the cut."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def causal_mass(
     """Return the log mass of query i over the tokens 0..i after the cut: (g * t,) float64, for `later_mass`.
 
     q (g, t, d), the queries of a GQA group; k (t, d), the keys of the same tokens; present (t,) bool marks real tokens.
-    The result is flattened as q.reshape(g * t, d). It is -inf where a query sees no real token.
+    The result is flattened as q.reshape(g * t, d). It is -inf for a query that attends to no real token.
     """
     g, t, d = q.shape
     everything = slice(None)
@@ -41,8 +41,8 @@ def readable_after(
 ) -> list[Readable]:
     """Apply `readable_by` to each row of a recorded stream, cut in two after `cut` tokens.
 
-    The first `cut` tokens are stored, and all later queries are asked. Each later query also sees its own token and the
-    tokens between the cut and it.
+    The state holds the first `cut` tokens and must answer all later queries. Each later query also attends to its own
+    token and to the tokens between the cut and its own.
 
     q (rows, g, n, d), k (rows, n, d), present (rows, n) bool; `demand` as for `readable_by`. In the results `asked`
     indexes a row's later queries flattened as q[row, :, cut:].reshape(-1, d), and `stream` indexes its tokens. Bits of

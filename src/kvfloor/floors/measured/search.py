@@ -1,7 +1,7 @@
 """Search the groups of tokens that each query reads, and their order of decoding, for `readable_by`.
 
-The search only proposes groups. Any disjoint groups in any order give a valid floor, and `readable.py` computes it from
-weights bounded anew. The search decides how large the floor is, never whether it holds. Choices depend on keys and
+The search only proposes groups. Any disjoint groups in any order give a valid floor, which `readable.py` computes from
+weights that it bounds again. So the search decides the size of the floor, never its validity. Groups depend on keys and
 queries only.
 """
 
@@ -27,7 +27,7 @@ _POOL = 256  # up to so many queries, all of them take part in the improvement
 _QUERIES_AT_ONCE = 128
 _SAMPLED_QUERIES = 1024
 _NEARNESS = (0.5, 0.2, 0.05, 0.0)  # a token belongs to a query's group from this share of its largest weight on
-_ENOUGH = 1.001  # within a thousandth of all that there is, the search ends
+_ENOUGH = 1.001  # the search ends within a thousandth of the most bits possible
 _PASSES = 16  # most iterations that settle which queries of a block are chosen
 
 
@@ -35,7 +35,7 @@ _PASSES = 16  # most iterations that settle which queries of a block are chosen
 class Block:
     """Hold the attention of some queries: `softmax` (b, n) over stored tokens, and the `share` (b,) of mass on these.
 
-    `share` is the mass on stored tokens over all mass that the query sees.
+    `share` is the mass of a query on stored tokens over its mass on all tokens.
     """
 
     queries: Tensor

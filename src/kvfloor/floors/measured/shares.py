@@ -1,4 +1,4 @@
-"""Bound the softmax weights of ordered groups of tokens on the safe side of rounding, for the read floor.
+"""Bound the softmax weights of ordered groups of tokens so that rounding cannot raise the read floor.
 
 Groups are numbered in the order in which their queries are decoded, and query g belongs to group g.
 """
@@ -25,10 +25,10 @@ def ordered_shares(
     softcap: float | None = None,
     later_mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Bound the weight of query g on group g, and on all later groups: two (G,) float64 in [0, 1], on the safe side.
+    """Bound the weight of query g on group g, and its weight on all later groups: two (G,) float64 in [0, 1].
 
     q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,) float64, log mass of
-    further tokens that query g sees. Weights are over all n tokens and these further tokens.
+    query g on tokens outside the stream. Weights are shares of the mass on all n tokens and on those outside.
     A group's own mass is always computed in float64. The mass of other tokens is float64 for small inputs. For larger
     ones it is bfloat16 or float32, multiplied by the factor e^error that its rounding can hide (`Rounding`). So the
     first result is at most the true weight, and for every e >= 0 first / (e + second) is at most the same quotient of

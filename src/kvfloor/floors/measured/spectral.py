@@ -22,7 +22,8 @@ class GaussianReference:
 
     level       theta, the error of every component that is sent
     variance    total variance of the answers: the squared error of guessing their mean
-    sent, components   number of components of the answers above `level`, and of all with positive variance
+    sent        number of components of the answers whose variance is above `level`
+    components  number of components of the answers with positive variance
     """
 
     bits: float
@@ -38,7 +39,7 @@ def attention_matrix(
 ) -> Tensor:
     """Return the softmax weights (m, n), float64, of queries q (m, d) on stored keys k (n, d).
 
-    later_mass (m,), or one number: log mass of tokens that a query sees beyond the stored ones; rows then sum to less
+    later_mass (m,), or one number, is the log mass of a query on tokens after the stored ones; rows then sum to less
     than 1.
     """
     k = matrix("k", k)

@@ -35,7 +35,7 @@ _TOP = 60.0  # logit differences are cut to +-60: exponentials stay finite, and 
 class Pull:
     """Compute the ratios R_ij: the softmax mass on token j over that on token i, under the query of token i.
 
-    `beyond` is the log mass of further tokens that every query sees, or None.
+    `beyond` is the log mass of every query on tokens outside the stream, or None.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, beyond: float | None) -> None:

@@ -1,1 +1,1 @@
-"""Play the INDEX game: public half, secret half, message, decoder, certificates."""
+"""Play the INDEX game: public data, hidden values, message, decoder, certificates."""

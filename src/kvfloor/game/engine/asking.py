@@ -1,4 +1,4 @@
-"""Ask a state for hidden rows, by reading or by appending; the state stays as it was, and memory is bounded."""
+"""Query a state for hidden rows, by `read` or on copies with one more token, in bounded memory."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ _FORK_BYTES = 2**28  # bytes that copies of the state may take at once
 
 
 def by_reading(state: State, copy: Tensor, queries: Tensor) -> Tensor:
-    """Return the answers (m, dv), float32, to queries (m, d) of streams copy (m,), appending nothing."""
+    """Return the answers (m, dv), float32, of `read` to queries (m, d); copy (m,) gives each query's stream."""
     rows, m = state.spec.rows, len(queries)
     order = torch.argsort(copy, stable=True)
     count = torch.bincount(copy, minlength=rows)
@@ -28,8 +28,8 @@ def by_appending(
 ) -> Tensor:
     """Return the answers (m, dv), float32, each from a copy of the state to which one token was appended.
 
-    queries (m, d), streams copy (m,), appended tokens k (m, d), v (m, dv). The appended token is zero unless given: in
-    this form the theorems let Bob continue the stream.
+    The arguments are queries (m, d), their streams copy (m,), and the appended tokens k (m, d), v (m, dv). The appended
+    token is zero unless given. The theorems let Bob continue the stream in this form.
     """
     spec = state.spec
     k = queries.new_zeros(len(queries), spec.d) if k is None else k

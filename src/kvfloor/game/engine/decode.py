@@ -33,10 +33,11 @@ def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
 
 
 def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Find the rows whose answers look like one token's own values: (trusted (m,) bool, levels of all rows (m, dv)).
+    """Find the rows whose answers look like one token's own values; return (trusted (m,) bool, levels (m, dv)).
 
-    A row of single bits is first divided by its largest answer (sampling methods return it scaled). A trusted row is
-    finite, large enough, close to levels, and not the flat average that is left of an evicted token.
+    A row of single bits is first divided by its largest answer, because sampling methods return scaled answers. The
+    answers of a trusted row are finite, large enough and close to levels. They are not the flat average that a query
+    for an evicted token gets.
     """
     answers = answers.double()
     finite = torch.isfinite(answers).all(dim=1)
@@ -59,7 +60,7 @@ def wrong_bits(decoded: Tensor, hidden: Tensor, bits: int) -> Tensor:
 
 
 def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Tensor:
-    """Mark the rows (m,), bool, that a (1±eta)-accurate method could have returned.
+    """Mark the rows (m,), bool, whose answers a (1±eta)-accurate method could have returned.
 
     For single bits, the whole row must decode right. For finer values x, every coordinate must lie between (1-eta)
     times the least and (1+eta) times the largest value that exact attention gives when the spike leaks at most
@@ -85,7 +86,7 @@ class Decoded:
 
 
 def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_from: int | None = None) -> Decoded:
-    """Compare answers (m, dv) with the hidden levels (m, dv) and certify what the message held.
+    """Compare answers (m, dv) with the hidden levels (m, dv), and certify the bits that the message held.
 
     All rows once, in order, give the best of the hard, erasure and log-loss certificates. `sampled_from` = n means that
     the rows were drawn with replacement from n; then the share of whole rows decoded right gives the certificate.

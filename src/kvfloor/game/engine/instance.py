@@ -1,4 +1,4 @@
-"""Define the public half of the game: all that Alice and Bob agree on before any value is hidden."""
+"""Define the public data of the game: all that Alice and Bob agree on before any value is hidden."""
 
 import dataclasses
 import hashlib
@@ -59,7 +59,7 @@ class Instance(ABC):
     @property
     @abstractmethod
     def length(self) -> int:
-        """Return the number of tokens per stream, without Bob's own."""
+        """Return the number of Alice's tokens per stream."""
 
     @abstractmethod
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,15 +70,15 @@ class Instance(ABC):
         """Return the state's answers for hidden row row[i] of stream copy[i]: (m, dv), float32, in [0, 1]."""
 
     def lift(self, method: Method) -> Method:
-        """Return the method that plays in place of the given one; they differ only where the attention law differs."""
+        """Return the method to play: the given one, or a wrapper of it if the instance has another attention law."""
         return standard_law(method, f"barrier {self.barrier!r}")
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Feed one piece of Alice's stream to the state; no query is asked unless the barrier overrides this."""
+        """Feed one piece of Alice's stream to the state, without queries unless the barrier overrides this."""
         state.append(k, v)
 
     def optimum(self) -> Method:
-        """Return the smallest method that answers this instance, where one is known; raise ValueError elsewhere."""
+        """Return the smallest method that answers this instance; raise ValueError if none is known."""
         raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
 
     def details(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Instance(ABC):
         return Spec(rows=self.copies, d=self.d, dv=self.dv, scale=1.0, seed=self.method_seed, dtype=DTYPES[self.dtype])
 
     def feed(self, state: State, levels: Tensor, hidden: Hidden) -> None:
-        """Feed all of Alice's tokens to the state in order, then seal it: the prompt ends there."""
+        """Feed all of Alice's tokens to the state in order, then seal it, as at the end of a prompt."""
         values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):
             self.take_in(state, k, v)
@@ -147,6 +147,6 @@ def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: s
 
 
 def pieces(k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the same keys (n, d) for every stream with its own values (copies, n, dv), some tokens at a time."""
+    """Yield chunks of tokens with the same keys (n, d) in every stream, and each stream's values (copies, n, dv)."""
     k = k.unsqueeze(0).expand(v.shape[0], -1, -1)
     yield from zip(k.split(_TOKENS_AT_ONCE, dim=1), v.split(_TOKENS_AT_ONCE, dim=1), strict=True)

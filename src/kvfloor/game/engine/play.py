@@ -32,7 +32,7 @@ class Played:
     """Record one game; `restored` is None if no state could answer from the message, and `why` gives the reason."""
 
     method: str
-    rows: Tensor  # (m,) asked rows, numbered across streams
+    rows: Tensor  # (m,) queried rows, numbered across streams
     sampled: bool
     hidden: Tensor  # (m, dv) their hidden levels
     live: Tensor  # (m, dv) float32, from Alice's own state
@@ -52,9 +52,9 @@ class Played:
 
 
 def method_text(method: Method, given: str | None = None) -> str:
-    """Return text from which a fresh process rebuilds the method: as given, its own, or `module:Class(...)`.
+    """Return text from which a fresh process rebuilds the method: the given text, its own, or `module:Class(...)`.
 
-    Raises ValueError where none of these parses back to an equal method.
+    Raises ValueError if none of these parses back to an equal method.
     """
     own = type(method)
     for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
@@ -72,7 +72,7 @@ def method_text(method: Method, given: str | None = None) -> str:
 def play_index(
     method: Method | str, instance: Instance, hidden: Hidden, sampled: int | None = None, *, isolated: bool = True
 ) -> Played:
-    """Hide the values, stream them, send the message, and ask for every row (or `sampled` rows) on both sides.
+    """Hide the values, stream them, send the message, and query every row (or `sampled` rows) on both sides.
 
     Bob's request (method, code path, instance) is fixed before the first value is streamed. Sampled rows are drawn
     after the message is fixed. If `isolated` is False, the message is restored in this process. Raises ValueError for a
@@ -121,7 +121,7 @@ def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor |
 
 
 def _request(text: str, instance: Instance) -> dict[str, Any]:
-    """Return all public data that Bob receives; a third party's code is found where this process finds it."""
+    """Return all public data for Bob, with the import path on which this process finds a third party's code."""
     third_party = ":" in text.split("@")[0]
     return {
         "method": text,

@@ -23,7 +23,7 @@ class ScoreOracle:
     """Return scores q.k_l of `runs` instances on request, and count the requests."""
 
     def __init__(self, n: int, place: Tensor, planted: Tensor) -> None:
-        """Set the place (runs,) of the heavy key, in 1..n-1; planted (runs,) bool is True where there is one at all."""
+        """Set the place (runs,) of the heavy key, in 1..n-1, and planted (runs,), True in runs that have such a key."""
         self._n, self._place, self._planted = n, place, planted
         self.probes = torch.zeros(len(place), dtype=torch.int64)
 
@@ -62,7 +62,7 @@ _SCORES_AT_ONCE = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class ReaderSuccess:
-    """Record the share `success` of runs in which a reader with `probes` probes was right (95 % interval low..high)."""
+    """Record the share `success` of runs in which a reader with `probes` probes is right (95 % interval low..high)."""
 
     reader: str
     probes: int

@@ -1,4 +1,4 @@
-"""Define the method against which the spike's floor is tight: public keys, and only the hidden levels are stored."""
+"""Define the method that reaches the spike's floor: keys are public, so only the hidden levels are stored."""
 
 import dataclasses
 from typing import Any, ClassVar

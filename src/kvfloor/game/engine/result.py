@@ -25,16 +25,16 @@ class Result:
 
     n                    hidden rows per stream; hidden_bits counts all streams
     certified_bits       bits that the message provably carries
-    live_certified_bits  the same for Alice's own state
+    live_certified_bits  bits certified from the answers of Alice's own state
     bits_per_value       certified bits per hidden value: the precision that survives, at most `bits`
     bit_error            share of hidden bits decoded wrong
-    row_success          share of rows answered within 1±eta; it and bit_error are from the restored state (from the
-                         live state where no state could be restored)
-    message_bytes        all bytes that were sent; payload_bytes of these are the state's tensors, the rest is header
-                         and digest
+    row_success          share of rows answered within 1±eta; row_success and bit_error are of the restored state, or
+                         of the live state if none could be restored
+    message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
     floor_bits           bits that any method that answers within 1±eta must hold on this instance
-    verdict              cheats: more is certified than the bytes can hold, or the two sides answer differently, or
-                         no state answers from the message; breaks: row_success < 0.9; else holds
+    verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
+                         answer differently, or no state answers from the message; breaks: row_success < 0.9; else
+                         holds
     certificate          the certificate with the largest gain
     details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
     hidden_seed          seed that repeats the run's hidden values

@@ -1,4 +1,4 @@
-"""Draw the private half of the game (hidden values, secret places, sampled rows) from a seed kept from the method."""
+"""Draw the game's secrets (hidden values, secret places, sampled rows) from a seed that the method never receives."""
 
 import hashlib
 import secrets
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Hidden:
-    """Draw the values that Alice hides and the rows that are asked; no method and no process of Bob's can foresee them.
+    """Draw the values that Alice hides and the rows that Bob queries, so that neither the method nor Bob foresees them.
 
     All draws are SHAKE-256 over a domain-separated string with `seed`; by default the seed is 128 fresh bits from the
-    operating system. A given seed repeats a run. The method receives neither the seed nor anything it derives from.
+    operating system. A given seed repeats a run. The method receives neither the seed nor data that it derives from.
     """
 
     def __init__(self, seed: int | str | None = None) -> None:

@@ -36,7 +36,7 @@ _BELIEFS = (1.0 - 2.0**-20, 0.75)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codebook(KeyedInstance):
-    """Stream n of M public keys in a secret order; all M have hidden values, of which only n matter."""
+    """Stream n of M public keys in a secret order; all M have hidden values, but only those of the n are streamed."""
 
     barrier: ClassVar[str] = "spike"
     n: int
@@ -44,7 +44,7 @@ class Codebook(KeyedInstance):
 
     @property
     def rows(self) -> int:
-        """Return the number of codebook keys: Bob asks for each."""
+        """Return the number of codebook keys, all of which Bob queries."""
         return self.codebook
 
     @property

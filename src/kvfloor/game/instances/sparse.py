@@ -32,7 +32,7 @@ _MOST_TOKENS = 16_384
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(KeyedInstance):
-    """Stream n public keys; Alice queries each token as it is appended, Bob queries all of them at the end."""
+    """Stream n public keys; Alice queries each token when she appends it, Bob queries all tokens at the end."""
 
     barrier: ClassVar[str] = "sparse"
     n: int
@@ -47,7 +47,7 @@ class Sparse(KeyedInstance):
 
     @cached_property
     def queries(self) -> Tensor:
-        """Return the spike query of every key (n, d), asked by Alice at that token and by Bob at the end."""
+        """Return the spike query of every key (n, d), which Alice uses at that token and Bob uses at the end."""
         ratio = leak_ratio(self.bits, self.eta)
         everything = torch.arange(self.n)
         return self.public.aim(everything, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))[0]
@@ -66,7 +66,7 @@ class Sparse(KeyedInstance):
         return by_reading(state, copy, self.queries[row])
 
     def details(self) -> dict[str, Any]:
-        """Measure on up to 512 of the causal rows how concentrated Q K^T and its softmax are."""
+        """Measure the concentration of Q K^T and of its softmax on up to 512 causal rows."""
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T
         later = torch.arange(self.n) > rows.unsqueeze(1)
@@ -95,7 +95,7 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the sparse stream against a method, n at most 16,384.
+    """Play the sparse stream against a method, with n at most 16,384.
 
     The arguments are those of the spike.
     details of the result: the share of entries of Q K^T below 1e-3 of their row's largest, of softmax weights below

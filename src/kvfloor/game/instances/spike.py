@@ -30,7 +30,7 @@ ROWS_SAMPLED = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spike(KeyedInstance):
-    """Stream n public keys of one family, each with a hidden row; Bob asks without appending."""
+    """Stream n public keys of one family, each with a hidden row of values; Bob queries without appending a token."""
 
     barrier: ClassVar[str] = "spike"
     n: int
@@ -83,8 +83,8 @@ def play(
     n, d, dv     keys, their width, the values' width (dv = d by default); `bits` per value, 1 to 24: with many bits
                  the certificate reads out the precision that a method keeps (`bits_per_value` of the result)
     heads        kv heads, and `layers`: heads * layers independent instances side by side in one state
-    dtype        float32, float16 or bfloat16: what the method is opened for
-    rows         how many rows to ask, drawn with replacement; by default all up to n = 16,384, else 2,048
+    dtype        float32, float16 or bfloat16, the dtype of the method's state
+    rows         number of rows to query, drawn with replacement; by default all up to n = 16,384, else 2,048
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive
                  from anything that the method sees, also where hidden_seed equals seed

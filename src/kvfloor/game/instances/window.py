@@ -27,7 +27,7 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowInstance(KeyedInstance):
-    """Stream n - W zero tokens, then W coded tokens, the first of which hides nothing where Bob appends."""
+    """Stream n - W zero tokens, then W tokens with hidden values, except the first of these if Bob appends."""
 
     barrier: ClassVar[str] = "window"
     n: int

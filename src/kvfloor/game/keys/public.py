@@ -50,15 +50,15 @@ class PublicKeys:
         return FAMILIES[self.family](self.n, self.d, self.seed).to(DTYPES[self.dtype])
 
     def aim(self, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:
-        """Return the spike queries of these keys, as `aim` does."""
+        """Return the spike queries of these keys and their gaps, as the function `aim`."""
         return aim(self.table, rows, spec, length)
 
 
 def aim(keys: Tensor, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:
     """Return one spike query C_i k_i / scale per row (m, d) in the spec's dtype, and the rows' one-sided gaps (m,).
 
-    `length` gives C from a key's gap (at most its squared norm) and its squared norm. Raises ValueError where a key
-    does not stand out from the others.
+    `length` computes C from a key's gap (at most its squared norm) and its squared norm. Raises ValueError if a key has
+    no positive gap to the others.
     """
     gaps = one_sided_gaps(keys, rows)
     if not bool((gaps > 0.0).all()):
