@@ -42,7 +42,7 @@ class Pages(Indexed):
 
 
 class PagesState(SelectorState):
-    """Hold the box of every full page: its least and largest key entries, in the dtype of the keys."""
+    """Hold the box of every full page: the least and largest entry per channel of its keys, in the keys' dtype."""
 
     def __init__(self, spec: Spec, slots: Slots, method: Pages) -> None:
         self.spec = spec
@@ -133,7 +133,10 @@ class PagesState(SelectorState):
         return unread[..., 0], torch.logsumexp(unread, -1) + torch.tensor(self.method.page, dtype=bound.dtype).log()
 
     def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
-        """Return bounds on the scaled q.k of each page before the newest: (r, m, pages) float64, -inf elsewhere."""
+        """Return upper bounds (r, m, pages), float64, on the scaled q.k of each page's keys for queries q (r, m, d).
+
+        newest (r, m) is the page of the newest token that a query sees; the bound of it and of later pages is -inf.
+        """
         most = int(newest.max()) if newest.numel() else 0
         low, high = (self.boxes.across(name, rows, most)[:, 0].double() for name in ("low", "high"))
         q = q.double() * self.spec.scale
