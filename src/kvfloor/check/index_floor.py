@@ -1,4 +1,4 @@
-"""Check the INDEX floor: no method answers more hidden bits than its message, or its memory, has room for."""
+"""Check the INDEX lower bound: queries recover no more hidden bits from a method than its memory has bits."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _ETA = 0.5
 
 
 def check_index_floor(method: Method, at: Setting) -> None:
-    """Require that certified bits are at most 8 times the message's bytes and 8 times nbytes, live and restored.
+    """Require that queries recover at most 8 bits per byte of the message and of nbytes, live and restored.
 
-    A short game in this process: random bits are hidden in values, streamed, and asked back by spike queries. The
-    literal game, where a fresh process answers, is `kvfloor break`.
+    A short game in this process: random bits are hidden in values, the tokens are appended, and the bits are asked
+    back by spike queries, which attend to one token. Counted are the bits that the answers certify (`judge`). The game
+    in which a fresh process answers from the message alone is `kvfloor break`.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)

@@ -1,4 +1,4 @@
-"""Turn tensor attention into standard attention by ones beside every key and value, so every law applies."""
+"""Reduce tensor attention to standard attention by second keys and values of ones, so that every law can be tested."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from kvfloor.methods.registry import parse
 
 @dataclass(frozen=True)
 class Ones(Method):
-    """Wrap `inner`, a tensor-attention method: `side` (1 or 2) takes the stream, the other side takes ones.
+    """Wrap a tensor-attention method `inner` as standard attention: keys and values of one side are the stream's.
 
-    With K2 = V2 = 1 tensor attention is standard attention on (K1, V1), each token's mass counted once per token.
+    A side is (K1, V1) or (K2, V2); `side` (1 or 2) gets the stream, the other side gets ones. With K2 = V2 = 1 tensor
+    attention is standard attention on (K1, V1), but n tokens count each token's mass n times.
     """
 
     name: ClassVar[str] = "ones"
@@ -34,7 +35,7 @@ class Ones(Method):
 
     @property
     def kept(self) -> Method:
-        """Return `inner` as a method."""
+        """Return `inner`, the tensor-attention method, as a Method."""
         return cast(Method, self.inner)
 
     @property
@@ -67,7 +68,7 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Feed a state of tensor attention with ones."""
+    """Feed a state of tensor attention with the stream on one side and ones on the other, and return its answers."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -108,11 +109,14 @@ class OnesState(State[Ones]):
         self.inner.seal()
 
     def _counted_once(self, part: Partial) -> Partial:
-        """Count each token's mass once per paired token: tokens held if kept whole, else all tokens seen."""
+        """Divide the mass of a partial by the number of tokens that each token was paired with.
+
+        These are the tokens held if tokens are kept whole, otherwise all tokens seen.
+        """
         paired = self.seen if self.method.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))
 
 
 def beside_ones(method: Method) -> list[Method]:
-    """Return the methods to try in a method's place: itself, or for tensor attention its two sides."""
+    """Return the methods to test in place of `method`: itself, or for tensor attention its two wraps in `Ones`."""
     return [method] if method.traits.reference != "tensor" else [Ones(method, 1), Ones(method, 2)]

@@ -43,7 +43,7 @@ class Blocked(State[M]):
         """Handle the end of a block in these rows (None: all), for example by evicting tokens."""
 
     def _rest(self, q: Tensor) -> Partial | None:
-        """Return attention of q (rows, m, d) over memory outside the slots, a `Partial` (rows, m); None without any."""
+        """Return attention of q (rows, m, d) over memory outside the slots: a `Partial` (rows, m), None if empty."""
         del q
         return None
 
@@ -77,7 +77,7 @@ class Blocked(State[M]):
         """
 
     def _on_query(self, q: Tensor, seen: int) -> None:
-        """Record the queries q (rows, g, 1, d) of a decode step, if `_plainly_read`; rows had `seen` tokens before."""
+        """Record the queries q (rows, g, 1, d) of a decode step by `_step_one`; every row saw `seen` tokens before."""
 
     # ---- written once --------------------------------------------------------------------------------------
 

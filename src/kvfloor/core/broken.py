@@ -12,9 +12,9 @@ class BrokenState(RuntimeError):
 
 
 def broken_state(call: str) -> BrokenState:
-    """Return the error for use of a state whose method `call` broke off, or has not returned yet.
+    """Return the error of a state in which the call of this name ("append") broke off, or has not returned yet.
 
-    A call that still runs is interrupted by its own callback, or by another thread that uses the same state.
+    A call that still runs meets this error if its own callback, or another thread, uses the same state.
     """
     return BrokenState(
         f"{call} broke off halfway (or has not returned yet), so this state is neither the old one nor the new one and "

@@ -77,7 +77,7 @@ class Memory:
         return sum(storages.values())
 
     def move(self, name: str, new: Tensor) -> None:
-        """Replace the tensor `name` by its copy in other storage, and record the peak while both are alive."""
+        """Replace the tensor attribute `name` by `new`, a copy in other storage; record the peak bytes of both."""
         self.peak = max(self.peak, self._own_bytes() + new.untyped_storage().nbytes())
         setattr(self, name, new)
 

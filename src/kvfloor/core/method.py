@@ -124,7 +124,7 @@ class Method(ABC):
     def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
         """Return the most whole tokens that a row can hold after n tokens; None if the method sets no bound.
 
-        prompt: tokens before `seal`, the end of the prompt (None: no prompt is sealed); pinned: tokens under `pin`.
+        prompt: tokens before `seal`, the end of the prompt (None: not sealed); pinned: tokens kept by `State.pin`.
         """
 
     def with_budget(self, budget: Budget) -> Method | None:
@@ -146,7 +146,7 @@ class Method(ABC):
         return None
 
     def budget_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return this method in the least size whose guarantee is error `epsilon` with failure probability `delta`.
+        """Return this method in the least size that guarantees error `epsilon` with failure probability `delta`.
 
         The theorem's assumptions (a radius, a spread, a horizon) are taken from the method's own arguments; the error's
         norm and quantifier are those of its guarantee. Raises ValueError where there is no theorem, where an assumption
@@ -167,7 +167,10 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return this method in the size for `budget_for`, which checks its guarantee; without sizes, itself."""
+        """Return this method in the size that epsilon and delta need; `budget_for` then checks its guarantee.
+
+        A method without sizes to choose returns itself.
+        """
         del epsilon, delta, spec
         return self
 

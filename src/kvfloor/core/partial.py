@@ -46,8 +46,9 @@ class Partial:
         log_weight: Tensor | None = None,
         hide: Tensor | None = None,
     ) -> Partial:
-        """Compute softmax attention of q (rows, m, d) over k (rows, s, d), v (rows, s, dv) under the spec's logit law.
+        """Compute softmax attention of q (rows, m, d) over k (rows, s, d), v (rows, s, dv): a partial (rows, m).
 
+        Logits have the spec's scale and softcap.
         log_weight (rows, s) is added to the logits: a token of log-weight log(c) counts as c equal tokens.
         hide (rows or 1, m or 1, s), bool, marks the tokens that a query may not see.
         """
@@ -55,7 +56,7 @@ class Partial:
 
     @classmethod
     def causal(cls, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Partial:
-        """Compute causal attention of a tokens: query i of q (rows, g, a, d) sees the first i + 1 keys.
+        """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 of the a keys.
 
         k (rows, a, d), v (rows, a, dv). Returns a partial (rows, g, a), with scale and softcap of the spec.
         """

@@ -61,7 +61,7 @@ class Held:
 
     @property
     def live(self) -> Tensor:
-        """Return True for each slot that holds a token, (r, s)."""
+        """Return a mask (r, s), True for each slot that holds a token."""
         return torch.arange(self.position.shape[1], device=self.count.device) < self.count
 
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class Policy(ABC):
         return 0
 
     def protected(self, held: Held, last: Tensor) -> Tensor:
-        """Return True for each slot (r, s) that is never evicted; last (r, 1) is `protected_last` of each row."""
+        """Return a mask (r, s) of the slots that may not be evicted; last (r, 1) is each row's `protected_last`."""
         return (held.position < self.protected_first()) | (held.position >= held.seen - last)
 
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
@@ -243,7 +243,7 @@ class Policy(ABC):
 class Guarded(Policy):
     """Define a policy that protects the first tokens (attention sinks) and the newest tokens of each row from eviction.
 
-    sinks   first tokens that are never evicted; models park attention there
+    sinks   first tokens that are never evicted; trained models give these much attention
     recent  newest tokens that are never evicted; if not given, 16, or a quarter of a budget below 64
     The papers' plain rules are sinks=0, recent=0, block=1.
     """

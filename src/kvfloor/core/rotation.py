@@ -58,7 +58,10 @@ class Rotation:
         return tuple(x.index_select(0, at).view(*place.shape, -1) for x in (cos, sin))  # pyright: ignore[reportReturnType]
 
     def _computed(self, place: Tensor, dtype: torch.dtype) -> Circle:
-        """Compute cosines and sines in float64 and then round them: equal bits on any path, vectorised or not."""
+        """Compute the cosines and sines (..., pairs) of places (...) in float64, and round them to `dtype`.
+
+        Their bits are then the same whether torch vectorises the computation or not.
+        """
         frequency = torch.tensor(self.frequencies, dtype=torch.float32, device=place.device)
         angle = (place.to(torch.float32).unsqueeze(-1) * frequency).to(torch.float64)
         return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -18,7 +18,7 @@ from kvfloor.core.spec import Spec
 class Chosen:
     """Hold the slots that each query reads: index (r, m, c) int64, at most c per query and each at most once.
 
-    dead (r, m, c), bool, is True for entries of index that are no choice.
+    dead (r, m, c), bool, is True for entries of index that are padding.
     """
 
     index: Tensor

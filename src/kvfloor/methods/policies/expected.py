@@ -1,4 +1,4 @@
-"""Keep the tokens of largest score: expected attention from future queries times the length of the value."""
+"""Keep the tokens of largest score: expected attention from future queries times the norm of the value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvfloor.validation import literals
 
 @dataclass(frozen=True)
 class Expected(Guarded):
-    """Evict the token of smallest expected weight times value length, for queries modelled as Gaussian.
+    """Evict the token with the least expected attention times value norm, for queries modelled as Gaussian.
 
     Law (Devoto et al. 2025, ExpectedAttention): for q ~ N(mu, Sigma), E exp(scale q.k) is
     z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||, and the

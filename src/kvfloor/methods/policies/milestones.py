@@ -1,4 +1,4 @@
-"""Evict the pages of the answer that have gone unneeded by queries for longest, and keep the prompt (RaaS)."""
+"""Evict the pages (runs of tokens) of the answer that queries needed least recently, and keep the prompt (RaaS)."""
 
 from __future__ import annotations
 

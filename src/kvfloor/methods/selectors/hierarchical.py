@@ -21,7 +21,7 @@ _KEY_NUMBERS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Hierarchical(Indexed):
-    """Read tokens found by log2(n / k) rounds of halving the stream instead of by n logits.
+    """Read about k of n tokens, found by log2(n / k) rounds of halving the stream instead of by n logits.
 
     Law (Lee et al. 2024, HiP attention): between `sinks` and the newest `window` tokens the stream is cut into blocks
     of `key_block` tokens, and the blocks into k / key_block equal intervals. Each round splits every interval into two

@@ -114,8 +114,9 @@ class PagesState(SelectorState):
         return Chosen(index, dead)
 
     def unread_logit(self, q: Tensor, visible: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Bound the logits of the unread tokens: (largest logit, log-sum-exp of the logits), each (r, m) in float64.
+        """Return upper bounds on the largest logit and on the log-sum-exp of the logits of all unread tokens.
 
+        Both are (r, m), float64.
         The queries q (r, m, d) see the first visible (r, m) slots and read the slots that `choose` returns. The bounds
         are -inf where every token is read. The bounds hold for the logits in exact arithmetic, under the spec's scale
         and softcap.

@@ -27,7 +27,7 @@ _KEY_NUMBERS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class ZCurve(Indexed):
-    """Read the best of the tokens whose keys are near the query along space-filling curves.
+    """Read the k tokens of largest logit among those whose keys are near the query along space-filling curves.
 
     This is ZETA's search (Zeng et al. 2025), on the keys of a model that was not trained for the search.
     On each of `curves` curves a key's place is the Morton code of  sqrt(d) P k / |k|  with P three orthonormal rows,

@@ -28,7 +28,7 @@ _WALK = 4  # blocks of one level halved at once: large walks balance better, sma
 
 @dataclass(frozen=True)
 class Balance(Method):
-    """Halve the tokens in a merge-and-reduce tree, by a walk that nearly preserves attention sums.
+    """Halve the number of tokens repeatedly, by a random walk over the tokens that nearly preserves attention sums.
 
     Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, with one set of tokens for all sums.
     A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.

@@ -91,7 +91,7 @@ def of_pairs(products: Tensor) -> Tensor:
 
 
 def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor, Tensor]:
-    """Return signs (r, m) in {-1, 1} for vectors with the inner products (r, m, m), and the clamped steps (r,).
+    """Return signs (r, m) in {-1, 1} for m vectors of inner products (r, m, m), and the clamped steps (r,).
 
     Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if draws (r, m), uniform, is below
     1/2 - y / (2a), else -. With R the longest of the vectors, a is

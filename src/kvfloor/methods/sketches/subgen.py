@@ -131,7 +131,7 @@ class SubGen(Method):
 
 
 class SubGenState(Blocked[SubGen]):
-    """Hold the clusters of keys, the reservoir of value pairs, and the tokens of the open block."""
+    """Hold the clusters of keys, the sampled (key, value) pairs, and the whole tokens since the last block end."""
 
     def __init__(self, method: SubGen, spec: Spec) -> None:
         super().__init__(method, spec, Slots(spec, [method.block] * spec.rows), method.block)
@@ -149,7 +149,7 @@ class SubGenState(Blocked[SubGen]):
 
     @property
     def clusters(self) -> Tensor:
-        """Return the number of centres per row (rows,)."""
+        """Return the number of cluster centres per row, (rows,)."""
         return self.keys.used
 
     def guarantee(self) -> Guarantee | None:

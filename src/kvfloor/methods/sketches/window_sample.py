@@ -1,4 +1,4 @@
-"""Answer with the value of one token, drawn by its attention weight (Haris and Onak 2025, Algorithm 1)."""
+"""Answer with one token's value, drawn by its unmasked window attention (Haris and Onak 2025, Algorithm 1)."""
 
 from __future__ import annotations
 

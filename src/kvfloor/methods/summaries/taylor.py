@@ -29,7 +29,7 @@ _UNIT = 2.0**-53  # of rounding
 
 @dataclass(frozen=True)
 class Taylor(Summary):
-    """Summarise the evicted tokens by monomial sums that give each token its truncated exponential weight.
+    """Summarise the evicted tokens by sums of key monomials, for weights that are Taylor polynomials of e^(q.k).
 
     An evicted token has the weight p(x) = sum over j <= g of x^j / j! instead of e^x, with x = scale q.k. One pass
     over the tokens suffices, and no token is kept.

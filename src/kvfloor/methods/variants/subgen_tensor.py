@@ -1,11 +1,11 @@
 """Estimate tensor attention from key clusters and sampled (key, value) pairs, combined in all pairs (SubGen).
 
-A side of the cache is (K1, V1) or (K2, V2), as every token has two keys and two values, and a pair of tokens takes one
-of each. A side becomes two sets of weighted points: samples of its key clusters, whose
-weights sum to n, and its sampled pairs. Denominator and numerator are each one sum over the product of two such sets,
-so neither the n^2 products nor the clusters of products are ever stored. After Zandieh et al. 2024, who sketch standard
-attention; Chen et al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not known to us.
-Constants are derived in docs/floors.md.
+Every token has two keys and two values; a side of the cache is (K1, V1) or (K2, V2), and a pair of tokens takes one of
+each. A side becomes two sets of weighted points: samples of its key clusters, whose weights sum to n, and its sampled
+(key, value) pairs. Denominator and numerator are each one sum over the product of two such sets, so neither the n^2
+products nor the clusters of products are ever stored. After Zandieh et al. 2024, who sketch standard attention; Chen et
+al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not known to us. Constants are
+derived in docs/floors.md.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SubGenTensor(Method):
     s               tokens kept per side with probability proportional to |v1|^2 and |v2|^2: s^2 pairs
     centres         cap on the clusters of a side; past it the guarantee is withdrawn
     block           at most the last `block - 1` tokens stay unclustered, as points of weight 1
-    radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; its probability
+    radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; failure probability
     budget          tokens per row instead of s and centres, divided as in SubGen
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], as `tensor` does.
     """

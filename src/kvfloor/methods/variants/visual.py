@@ -28,10 +28,9 @@ def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[
     """Return the number of tokens to keep of each scale under a budget of `total` tokens per row.
 
     sides are the sides of the scales' square maps, coarse first. Coarse scales are kept whole, and finer scales in
-    proportion to their tokens.
-    Scales count as coarse, in order, while all of them take at most `share` of the budget; the rest of the
-    budget is divided among the other scales by their tokens, rounded down. Left-over tokens go to the finest scales,
-    one each. A budget with room for all tokens keeps all.
+    proportion to their tokens. Scales count as coarse, in order, while all of them take at most `share` of the budget;
+    the rest of the budget is divided among the other scales by their tokens, rounded down. Left-over tokens go to the
+    finest scales, one each. A budget with room for all tokens keeps all.
     """
     total = whole("total", total)
     share = within("share", share, 0.0, 1.0)
@@ -49,10 +48,10 @@ def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[
 def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
     """Pin the tokens of an image's coarse scales against eviction, and return the number of pinned scales.
 
-    sides are the sides of the scales' square maps, coarse first.
-    These are the scales that `scale_budgets` keeps whole under the state's (smallest) budget. The policy chooses the
-    tokens of the finer scales; `random` keeps `scale_budgets` tokens of them in expectation. Raises
-    ValueError for a state that cannot pin, has seen tokens, or whose policy protects too much besides.
+    sides are the sides of the scales' square maps, coarse first. The coarse scales are those that `scale_budgets` keeps
+    whole under the state's (smallest) budget. The policy chooses the tokens of the finer scales; `random` keeps
+    `scale_budgets` tokens of them in expectation. Raises ValueError for a state that cannot pin, has seen tokens, or
+    whose policy protects too much besides.
     """
     if not isinstance(state, BoundedState):
         raise ValueError(f"{state.method} has no budget to share out over scales: give an eviction policy")
