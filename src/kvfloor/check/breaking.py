@@ -1,4 +1,4 @@
-"""Check the state after a failure in the middle of a call."""
+"""Check that an exception in the middle of a call leaves a state unchanged, or makes it refuse further calls."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ _POINTS = 7  # failures per call, so that the check is fast; characterize/broken
 
 
 def check_broken(method: Method, at: Setting) -> None:
-    """Require that after a failure in the middle of a call the state is as before, or refuses every further call."""
+    """Require that an exception within a call leaves the state as it was, or makes it refuse every further call."""
     for what, (state, call) in situations(method, at).items():
         tally = broken(state, call, _POINTS)
         require(not tally.silent, f"{what}, failed {' '.join(tally.silent[:1])}")
 
 
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
-    """Make the call fail at each of its torch operations, or at `most` of them, on copies of `state`."""
+    """Make the call fail at each of its torch operations, or at `most` of them, each time on a copy of `state`.
+
+    Returns the number of failures by their outcome.
+    """
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))
 
 
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
-    """List the calls to break, most of them on a state that has evicted tokens and is in the middle of a block."""
+    """Return every kind of call that changes a state, by description, as (state, call on that state).
+
+    Each state has evicted tokens and is in the middle of a block, except for the call that seals (ends the prompt).
+    """
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)
     opened = method.open(spec)

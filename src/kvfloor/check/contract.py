@@ -1,4 +1,4 @@
-"""Check the contract of a method's text and documents, and of the results and effects of its calls."""
+"""Check a method's text and docstrings, and the shapes, dtypes and side effects of its state's calls."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_guarantee(method: Method, at: Setting) -> None:
 
 
 def check_empty(method: Method, at: Setting) -> None:
-    """Require the empty partial from `read` before the first token, and no change by calls without tokens."""
+    """Require that a read before the first token gives mean 0 and log-mass -inf, and tokenless calls change nothing."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at, n=4)
     fresh = state.to_bytes()
@@ -86,7 +86,7 @@ def check_empty(method: Method, at: Setting) -> None:
 
 
 def check_shapes(method: Method, at: Setting) -> None:
-    """Require that answers have the shapes and dtypes that the spec and the queries give them."""
+    """Require that answers have the shapes and dtypes that follow from the spec and the queries."""
     spec = dataclasses.replace(spec_for(method, at), dv=24)
     state, stream = method.open(spec), stream_for(method, at, spec)
     outputs = play(state, stream)
@@ -108,7 +108,7 @@ def check_shapes(method: Method, at: Setting) -> None:
 
 
 def check_read_pure(method: Method, at: Setting) -> None:
-    """Require that `read` changes nothing and repeats bit for bit, and that `attend` gives the same answers."""
+    """Require that `read` changes nothing, that repeating it gives the same bits, and that `attend` answers alike."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at)
     play(state, stream, stop=prompt_length(method) + 5)

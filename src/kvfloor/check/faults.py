@@ -1,4 +1,4 @@
-"""Raise an exception at a chosen torch operation inside a call, and record the state's behaviour afterwards."""
+"""Raise an exception at a chosen torch operation inside a state's call, and record how the state behaves afterwards."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ Call = Callable[[State], Tensor | None]
 
 
 class Injected(Exception):
-    """Mark the failure that `Faults` raises; no code expects it."""
+    """Mark the exception that `Faults` raises; no library code catches it by name."""
 
 
 class Faults(TorchDispatchMode):
-    """Count the torch operations inside the `with` block, and raise `Injected` after number `at`; None: never."""
+    """Count the torch operations in a `with` block as `done`, and raise `Injected` after operation number `at`.
+
+    None: never raise.
+    """
 
     def __init__(self, at: int | None = None) -> None:
         super().__init__()
@@ -36,14 +39,14 @@ class Faults(TorchDispatchMode):
 
 
 def operations(call: Callable[[], object]) -> int:
-    """Count the torch operations inside the call."""
+    """Run the call, and return the number of its torch operations."""
     with Faults() as faults:
         call()
     return faults.done
 
 
 def spread_out(operations: int, most: int | None) -> list[int]:
-    """Return the numbers 1 .. operations, or `most` of them at even distances, with the first and the last."""
+    """Return the numbers 1 .. operations, or `most` of them at even distances, including the first and the last."""
     if most is None or operations <= most:
         return list(range(1, operations + 1))
     return sorted({round(1 + i * (operations - 1) / (most - 1)) for i in range(most)})
@@ -51,7 +54,13 @@ def spread_out(operations: int, most: int | None) -> list[int]:
 
 @dataclass
 class FaultTally:
-    """Count the failures after which a state was as before, held all tokens, or refused calls; list all others."""
+    """Count injected failures by their outcome.
+
+    as_before   the state (or cache) was as before the call, and the call made again succeeds
+    taken_in    a cache had already appended all tokens of the call
+    refused     every further call raises BrokenState
+    silent      one sentence for each failure with any other outcome, which is a fault
+    """
 
     as_before: int = 0
     taken_in: int = 0  # caches only: the forward broke off after its last layer, so the cache holds all its tokens
@@ -71,11 +80,10 @@ class FaultTally:
 
 
 def broken_at(state: State, call: Call, points: Iterable[int]) -> FaultTally:
-    """Make the call fail at each of these operations on a clone, and record the clone's behaviour afterwards.
+    """Make the call fail at each torch operation in `points`, each time on a clone of `state`, and count the outcomes.
 
-    as before   the message is the one from before the call, and the repeated call gives the bits of an undisturbed one
-    refused     every public call raises BrokenState
-    silent      anything else, described in words
+    As before: the clone's message is the one from before the call, and the call made again gives the bits that it gives
+    undisturbed. Refused: every public call on the clone raises BrokenState. Anything else is listed in `silent`.
     """
     before, twin, tally = state.to_bytes(), state.clone(), FaultTally()
     answer = call(twin)
@@ -106,7 +114,7 @@ def _verdict(trial: State, call: Call, before: bytes, answer: Tensor | None, aft
 
 
 def public_calls(state: State) -> dict[str, Callable[[], object]]:
-    """List the public calls that answer, continue or copy a state, with valid input."""
+    """Return the public calls of a state that answer, append or copy, by name, each with valid input."""
     spec = state.spec
     like = {"dtype": spec.dtype, "device": spec.device}
     k, v = torch.ones(spec.rows, 1, state.key_width, **like), torch.ones(spec.rows, 1, state.value_width, **like)

@@ -1,4 +1,4 @@
-"""Check the INDEX floor: no method answers more hidden bits than its message and its memory can hold."""
+"""Check the INDEX lower bound: queries recover no more hidden bits from a method than its memory has bits."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _ETA = 0.5
 
 
 def check_index_floor(method: Method, at: Setting) -> None:
-    """Require that certified bits are at most 8 times the message's bytes and 8 times nbytes, live and restored.
+    """Require that queries recover at most 8 bits per byte of the message and of nbytes, live and restored.
 
-    The check plays a short game in this process: random bits are hidden in values, streamed, and decoded from the
-    answers to spike queries. `kvfloor break` plays the literal game, in which a fresh process answers.
+    A short game in this process: random bits are hidden in values, the tokens are appended, and the bits are asked
+    back by spike queries, which attend to one token. Counted are the bits that the answers certify (`judge`). The game
+    in which a fresh process answers from the message alone is `kvfloor break`.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)

@@ -1,4 +1,4 @@
-"""Define a check: a plain function of a method and a setting that raises `Broken` if its law fails."""
+"""Define a check: a function that tests one law on a method under a setting, and raises `Broken` if the law fails."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from kvfloor.core.method import Method
 
 
 class Broken(AssertionError):
-    """Report a law that does not hold.
+    """Report that a method breaks a law of the contract.
 
     It is raised explicitly, never by `assert`: the verdict is the same under `python -O`.
     """
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Raise Broken with the sentence `otherwise` unless `holds`."""
+    """Raise Broken with the sentence `otherwise` if `holds` is False."""
     if not holds:
         raise Broken(otherwise)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Hold the conditions of a trial: the cache's dtype, the size of the GQA group, the seed of data and states."""
+    """Hold the conditions under which a law is tested: the cache's dtype, the size g of the GQA group, and the seed."""
 
     dtype: torch.dtype = torch.float32
     g: int = 4
@@ -38,12 +38,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Check:
-    """Hold the check of one law, and the settings that it is tried under.
+    """Hold one law of the contract, and the settings under which it is tested.
 
-    run           the check, which raises Broken if the law does not hold
-    not_claimed   returns the reason why the method does not claim this law, or None if it does
-    over          "dtype" or "g" or both: the law is tried under several of each named one, and under a single value of
-                  the other
+    run           function of a method and a setting that raises Broken if the law fails
+    not_claimed   function of a method that returns a sentence why the law does not apply to it, or None if it does
+    over          the parts of a setting, of "dtype" and "g", that the law is tested for several values of; for the
+                  others one value is enough
     """
 
     run: Callable[[Method, Setting], None]

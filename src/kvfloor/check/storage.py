@@ -1,4 +1,4 @@
-"""Check the memory laws: nbytes counts all storage, and a message restores the whole state or is refused."""
+"""Check that nbytes counts all storage, and that a message restores a state exactly or is refused."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a contai
 
 
 def storages(state: State) -> tuple[dict[int, int], int]:
-    """Measure every tensor storage reachable from the state, by address, and the bytes of all other objects.
+    """Return the bytes of every tensor storage reachable from the state, by address, and those of all other objects.
 
-    The walk is independent of `Memory`: it follows every attribute and container. It leaves out the method, specs and
-    `state.shared`, because both sides of a message have them.
+    Independent of `Memory`: it follows every attribute and container. The method, specs and `state.shared` are left
+    out, because a message need not contain them.
     """
     found: dict[int, int] = {}
     others, met = 0, {id(state.shared)}  # a part may hold the same dictionary
@@ -54,7 +54,7 @@ def storages(state: State) -> tuple[dict[int, int], int]:
 
 
 def check_nbytes(method: Method, at: Setting) -> None:
-    """Require that at every step nbytes equals the bytes of all storages that an independent walk finds."""
+    """Require that at every step nbytes equals the bytes of the tensors that an independent walk of the state finds."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
 

@@ -1,4 +1,4 @@
-"""Make seeded streams for the checks, feed them to states, and compare the tokens that states hold."""
+"""Draw seeded streams of tokens for the checks, feed them to states, and compare the tokens that states hold."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _LONG = 1 << 20  # so many tokens that `capacity` has reached its bound, if it h
 
 @dataclass(frozen=True)
 class Stream:
-    """Hold the tokens to feed to a state: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
+    """Hold n tokens per row to feed to a state: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
 
-    The first `prompt` tokens are the prompt, after which the state is sealed.
+    The first `prompt` tokens are the prompt, after which `State.seal` is called.
     """
 
     q: Tensor
@@ -42,25 +42,25 @@ class Stream:
         return replace(self, q=self.q[at], k=self.k[at], v=self.v[at])
 
     def with_tail(self, other: Stream, start: int) -> Stream:
-        """Return this stream's tokens before `start`, followed by the other stream's from `start` on."""
+        """Return a stream with the tokens of this one before `start`, and those of `other` from there on."""
         q = torch.cat([self.q[:, :, :start], other.q[:, :, start:]], 2)
         k = torch.cat([self.k[:, :start], other.k[:, start:]], 1)
         return replace(self, q=q, k=k, v=torch.cat([self.v[:, :start], other.v[:, start:]], 1))
 
     def packed(self, present: Tensor) -> Stream:
-        """Return the stream without the tokens at which present (n,) is False."""
+        """Return a stream of the tokens that present (n,), bool, marks; the others are left out."""
         prompt = int(present[: self.prompt].sum())
         return Stream(self.q[:, :, present], self.k[:, present], self.v[:, present], prompt)
 
 
 def rows_of(method: Method) -> int:
-    """Return the number of rows to try a method with: one row per budget if it has a tuple of budgets, else 3."""
+    """Return the number of rows to test a method with: one per budget if it has a budget per row, otherwise 3."""
     budget = method.budget
     return len(budget) if isinstance(budget, tuple) else _ROWS
 
 
 def of_rows(method: Method, index: Sequence[int]) -> Method:
-    """Return the method for some rows only, with their budgets if it has one per row."""
+    """Return the method for the rows at `index`: with their budgets if it has one per row, otherwise itself."""
     budget = method.budget
     if not isinstance(budget, tuple):
         return method
@@ -69,7 +69,7 @@ def of_rows(method: Method, index: Sequence[int]) -> Method:
 
 
 def spec_for(method: Method, at: Setting) -> Spec:
-    """Return a spec whose row ids differ from the rows' places, so that code that confuses the two is found."""
+    """Return the spec to test a method with; its row ids differ from row indices, so that a mix-up would show."""
     rows, d = rows_of(method), width_of(method)
     ids = [11 + 5 * ((r + 1) % rows) for r in range(rows)]
     plain = Spec(rows=rows, d=d, dv=WIDTH, scale=d**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
@@ -77,14 +77,14 @@ def spec_for(method: Method, at: Setting) -> Spec:
 
 
 def width_of(method: Method, otherwise: int = WIDTH) -> int:
-    """Return the key width to try a method at: the width of its trained parameters, or `otherwise`."""
+    """Return the key width d to test a method with: the one its parameters were trained for, or `otherwise`."""
     return otherwise if method.traits.trained_for is None else method.traits.trained_for[2]
 
 
 def placed(method: Method, spec: Spec) -> Spec:
-    """Return the spec with a (layer, head) for every row if the method has trained parameters, else unchanged.
+    """Return the spec with a (layer, kv head) place for every row, if the method has trained parameters.
 
-    Rows run through the heads of layer 0 first, then through those of layer 1, and so on.
+    Rows are the heads of the first layer, then those of the next. Without trained parameters the spec is returned.
     """
     if method.traits.trained_for is None:
         return spec
@@ -93,23 +93,26 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return a prompt length that exceeds the method's capacity by about a block, and ends inside a block."""
+    """Return a prompt length in tokens that exceeds the method's capacity by a block, and ends inside a block."""
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
 
 
 def stream_length(method: Method) -> int:
-    """Return the length of a stream of the prompt and more than one block after it."""
+    """Return a stream length in tokens: that of the prompt, and more than a block after it."""
     return prompt_length(method) + method.block + 14
 
 
 def long_stream_length(method: Method) -> int:
-    """Return at least `stream_length`, and enough tokens to pass 20 block ends."""
+    """Return a stream length in tokens, at least `stream_length`, that contains at least 20 block ends."""
     return max(stream_length(method), _BLOCK_ENDS * method.block + method.block // 2 + 1)
 
 
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
-    """Draw a stream for this method: n tokens of normal keys and values in [-1, 1]."""
+    """Draw a random stream of n tokens: normal queries and keys, uniform values in [-1, 1].
+
+    spec and n are the usual ones for this method unless given; another `salt` gives another stream.
+    """
     spec = spec_for(method, at) if spec is None else spec
     n = stream_length(method) if n is None else n
     source = torch.Generator().manual_seed(1000 * at.seed + salt)
@@ -121,18 +124,18 @@ def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | N
 
 
 def _off_boundary(x: Tensor) -> Tensor:
-    """Copy x to an offset of three numbers in a larger storage, where a slice of a caller's tensor may lie too."""
+    """Return a copy of x that starts three numbers into a larger storage, unaligned as slices of a tensor may be."""
     return x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x)
 
 
 def probes(spec: Spec, m: int = 5) -> Tensor:
-    """Draw queries (rows, m, d) for `read` that belong to no stream."""
+    """Draw m random queries per row for `State.read`, (rows, m, d), which belong to no stream."""
     source = torch.Generator().manual_seed(977 + spec.seed)
     return (2.0 * torch.randn(spec.rows, m, spec.d, generator=source)).to(spec.dtype)
 
 
 def some_absent(stream: Stream, seed: int) -> Tensor:
-    """Draw a mask present (rows, n) with pads at random places; each row has another share of them."""
+    """Draw a mask (rows, n) of the real tokens of a stream: a third is padding, in each row another share."""
     rows, n = stream.k.shape[:2]
     source = torch.Generator().manual_seed(31 + seed)
     share = 1.0 - torch.arange(1, rows + 1).unsqueeze(1) / (1.5 * (rows + 1))
@@ -140,7 +143,7 @@ def some_absent(stream: Stream, seed: int) -> Tensor:
 
 
 def small_pieces(n: int) -> list[int]:
-    """Return the places at which n tokens are cut into pieces of 1 to 9 tokens."""
+    """Return the ends of pieces of 1 to 9 tokens that cut a stream of n tokens; the last end may lie beyond n."""
     cuts, sizes = [], cycle((1, 1, 2, 5, 1, 9, 3))
     while sum(cuts[-1:]) < n:
         cuts.append(sum(cuts[-1:]) + next(sizes))
@@ -156,10 +159,10 @@ def play(
     present: Tensor | None = None,
     after: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Step through tokens start..stop in pieces that end at `cuts`, and seal the state at the prompt's end.
+    """Feed tokens start .. stop - 1 of a stream to `state.step`, in pieces that end at `cuts`; return the outputs.
 
-    Returns the outputs (rows, g, stop - start, dv). `after(i)` is called after each piece, with i the number of tokens
-    of the stream so far.
+    Outputs are (rows, g, stop - start, dv). `State.seal` is called where the prompt ends. present (rows, n) marks the
+    real tokens. `after(i)` is called after each piece, with the number i of tokens fed so far.
     """
     stop = stream.n if stop is None else stop
     edges = sorted({start, stop, *(c for c in (*cuts, stream.prompt) if start < c < stop)})
@@ -176,7 +179,7 @@ def play(
 
 @dataclass(frozen=True)
 class Tokens:
-    """Hold one row's tokens in order of position: position (h,), k (h, d), v (h, dv)."""
+    """Hold the tokens in one row's slots, oldest first: position (h,), k (h, d), v (h, dv)."""
 
     position: Tensor
     k: Tensor
@@ -184,7 +187,7 @@ class Tokens:
 
 
 def tokens_of(state: State) -> list[Tokens]:
-    """Return the held tokens of every row, in order of position; an empty list for a state without a token store."""
+    """Return the tokens in the slots of every row; an empty list for a state without slots."""
     slots = state.slots
     if slots is None:
         return []
@@ -197,7 +200,7 @@ def tokens_of(state: State) -> list[Tokens]:
 
 
 def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> None:
-    """Raise Broken unless the rows of a and b hold the same tokens, bit for bit."""
+    """Raise Broken unless the rows of a and b hold the same tokens, bit for bit; `what` begins the error."""
     require(len(a) == len(b), f"{what}: one holds {len(a)} rows of tokens, the other {len(b)}")
     for row, (one, two) in enumerate(zip(a, b, strict=True)):
         if not torch.equal(one.position, two.position):
@@ -208,9 +211,10 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 
 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
-    """Raise Broken unless a and b saw equally many tokens, hold the same tokens and give the same answers.
+    """Raise Broken unless states a and b have seen equally many tokens, hold the same ones and answer alike.
 
-    If the method has constant memory and the state keeps tokens in slots, the messages must have the same bytes too.
+    For a method of constant memory that keeps tokens in slots, the messages must be the same bytes too. `what` names
+    the two states in the error.
     """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
     require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")

@@ -1,4 +1,4 @@
-"""List the laws, and try a method against them."""
+"""List the laws of the contract as checks, and run them on a method."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ _OF_THE_METHOD = {"text", "documented"}  # checks of the method itself, without 
 
 @dataclass
 class Outcome:
-    """Record the laws that hold for a method, and the reasons why the others fail or are not claimed."""
+    """Record which laws a method passed, failed and skipped, by check name; failures and skips with the reason."""
 
     method: str
     passed: list[str] = field(default_factory=list)
@@ -142,12 +142,13 @@ def run_checks(
     groups: Sequence[int] = (1, 4),
     seed: int = 0,
 ) -> Outcome:
-    """Try every law that the method claims, under each dtype and GQA group that the law may depend on.
+    """Test a method on every law that it claims, and return which laws passed, failed or were skipped.
 
-    Other laws are tried under the first dtype and the last group only. A law that fails is listed with its first
-    failure. A check that ends in any other exception counts as failed too. Tensor attention is tried as standard
-    attention, on its two sides in turn (`check/tensor_adapter.py`).
-    Raises ValueError if the method cannot be opened at all, for instance without a budget.
+    A law whose outcome may depend on the dtype is tested for all dtypes, otherwise for the first one; a law whose
+    outcome may depend on the GQA group is tested for all groups, otherwise for the last one. A law fails at its first
+    Broken or any other exception, whose message is recorded in `Outcome.failed`. Tensor attention is tested as standard
+    attention, with the stream alternately as its first and its second keys and values (`check/tensor_adapter.py`).
+    Raises ValueError if the method cannot be opened at all (for want of a budget, say).
     """
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law
     outcome, sides = Outcome(str(method)), beside_ones(method)
@@ -171,7 +172,10 @@ def run_checks(
 
 
 def _try(check: Check, trials: Sequence[tuple[Method, Setting]]) -> tuple[str | None, str | None]:
-    """Run one check; return why the law is not claimed and why it fails, each None if that is not the case."""
+    """Run a check on each (method, setting) of `trials`; return (reason to skip the law, reason why it failed).
+
+    At most one of the two is not None; both are None if the law holds.
+    """
     where = ""
     try:
         unclaimed = check.not_claimed(trials[0][0])

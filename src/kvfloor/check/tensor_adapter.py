@@ -1,8 +1,4 @@
-"""Turn tensor attention into standard attention by ones beside every key and value, so that every law can be tried.
-
-Tensor attention forms pairs of a first and a second side of the tokens. If the keys and values of one side are ones,
-its answers are those of standard attention on the other side.
-"""
+"""Reduce tensor attention to standard attention by second keys and values of ones, so that every law can be tested."""
 
 from __future__ import annotations
 
@@ -22,10 +18,10 @@ from kvfloor.methods.registry import parse
 
 @dataclass(frozen=True)
 class Ones(Method):
-    """Wrap `inner`, a tensor-attention method: feed the stream to `side` (1 or 2), and ones to the other side.
+    """Wrap a tensor-attention method `inner` as standard attention: keys and values of one side are the stream's.
 
-    With K2 = V2 = 1 tensor attention over n tokens has the answers of standard attention on (K1, V1), and n times its
-    mass.
+    A side is (K1, V1) or (K2, V2); `side` (1 or 2) gets the stream, the other side gets ones. With K2 = V2 = 1 tensor
+    attention is standard attention on (K1, V1), but n tokens count each token's mass n times.
     """
 
     name: ClassVar[str] = "ones"
@@ -39,7 +35,7 @@ class Ones(Method):
 
     @property
     def kept(self) -> Method:
-        """Return `inner` as a method."""
+        """Return `inner`, the tensor-attention method, as a Method."""
         return cast(Method, self.inner)
 
     @property
@@ -72,7 +68,7 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Hold a state of tensor attention that receives the stream on one side and ones on the other."""
+    """Feed a state of tensor attention with the stream on one side and ones on the other, and return its answers."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -113,16 +109,14 @@ class OnesState(State[Ones]):
         self.inner.seal()
 
     def _counted_once(self, part: Partial) -> Partial:
-        """Divide the mass by the number n of tokens per row, so that it is the mass of standard attention.
+        """Divide the mass of a partial by the number of tokens that each token was paired with.
 
-        Beside ones, a token has the same score in its pairs with all n tokens, so its mass appears n times. Pairs are
-        formed among the held tokens if the method keeps whole tokens, so n is their number. A method that summarises
-        tokens (`lossy_values`) answers for all pairs of the stream, so n is the number of all tokens seen.
+        These are the tokens held if tokens are kept whole, otherwise all tokens seen.
         """
         paired = self.seen if self.method.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))
 
 
 def beside_ones(method: Method) -> list[Method]:
-    """Return the methods to try in place of `method`: itself, or a tensor-attention method wrapped on either side."""
+    """Return the methods to test in place of `method`: itself, or for tensor attention its two wraps in `Ones`."""
     return [method] if method.traits.reference != "tensor" else [Ones(method, 1), Ones(method, 2)]

@@ -1,4 +1,4 @@
-"""Check the token laws: number, identity and owner of held tokens, and the fate of evicted tokens."""
+"""Check the tokens that a state holds, their number and origin, and that evicted tokens enter the summary once."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from kvfloor.core.summary import Summary, SummaryState
 
 
 def _budgets(method: Method, rows: int) -> list[int] | None:
-    """Return the budget in tokens of each row, or None if the method has none or does not keep whole tokens."""
+    """Return each row's budget in tokens; None for a method without budget, or one that does not keep whole tokens."""
     if method.traits.lossy_values or method.budget is None:
         return None
     return tokens(method.budget, rows)
 
 
 def check_capacity(method: Method, at: Setting) -> None:
-    """Require that at every step a row holds at most `capacity` tokens, and fills its budget before it evicts."""
+    """Require that a row always holds at most `Method.capacity` tokens, and as many as its budget has room for."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state, budgets = method.open(spec), _budgets(method, spec.rows)
 
@@ -75,7 +75,7 @@ def check_held_tokens(method: Method, at: Setting) -> None:
 
 
 def check_pinned(method: Method, at: Setting) -> None:
-    """Require that pinned tokens are never evicted, not even after a message, a copy or a selection of rows."""
+    """Require that pinned tokens are never evicted, also not from a restored state, a clone or selected rows."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     start, stop = 5, 6
@@ -102,7 +102,7 @@ def check_pinned(method: Method, at: Setting) -> None:
 
 @dataclass(frozen=True)
 class CountingProbe(Summary):
-    """Count the absorbed tokens and sum their keys and values, for comparison with the evicted ones."""
+    """Count the evicted tokens and sum their keys and values, as a summary for tests whose partial is empty."""
 
     name: ClassVar[str] = "tally"
 
@@ -163,10 +163,10 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 
 
 def _check_weight(state: State, stream: Stream, at: Setting) -> None:
-    """Require that a query of zeros gives every token equal weight under the unmasked law.
+    """Raise Broken unless a query of zeros gives each token the weight 1, evicted or held, under the unmasked law.
 
-    With all values 1, the answer must be 1 and the mass the number of tokens. Held tokens that the selector leaves
-    unread do not count.
+    Held tokens that the selector does not read have no weight. So values of 1 give the answer 1, with a mass equal to
+    the number of tokens.
     """
     stream = replace(stream, v=torch.ones_like(stream.v))
     nothing = torch.zeros_like(probes(state.spec, 1))
@@ -184,7 +184,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 
 
 def check_selector_subset(method: Method, at: Setting) -> None:
-    """Require that a selector reads at least one visible token per query, and that evicted tokens have no influence."""
+    """Require that a selector reads at least one visible token and no other, and that evicted ones have no effect."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
@@ -202,7 +202,7 @@ def check_selector_subset(method: Method, at: Setting) -> None:
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Require that a selector without an index hides all slots of the given mask, but never all slots of a query."""
+    """Raise Broken unless a selector without an index hides all slots of its argument `hide`, but not all."""
     view = state.slots.view()
     width = view.k.shape[1]
     for hidden_share in (0.0, 0.5, 0.9):
@@ -218,10 +218,9 @@ def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator)
 
 
 def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Require that a selector with an index chooses slots that the query may attend to, each at most once.
+    """Raise Broken unless a selector with an index chooses for every query at least one visible slot, and each once.
 
-    A query belongs to a token of the open block. It may attend to all older blocks, and to the open block up to its own
-    token.
+    Queries see different numbers of slots: at least all those before the tokens since the last block end.
     """
     held = state.slots.held.unsqueeze(1)
     newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))

@@ -1,4 +1,4 @@
-"""Bound the difference of two answers, in one table by dtype. Every check draws values of size at most 1."""
+"""Compare answers within tolerances, given in one table by dtype. Every check draws values of size at most 1."""
 
 from __future__ import annotations
 
@@ -21,27 +21,33 @@ ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-6, torch.float16: 2.0**-11, 
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference between a and b; two equal infinities differ by 0, NaN differs by infinity."""
+    """Return the largest absolute difference between a and b; equal infinities differ by 0, NaN by infinity."""
     a, b = a.to(torch.float64), b.to(torch.float64)
     difference = torch.where(a == b, 0.0, (a - b).abs())
     return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
 
 
 def _relatively_apart(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference between a and b, divided by the size of b's number if that is above 1."""
+    """Return the largest difference between a and b, divided by |b| where that is more than 1."""
     unit = b.to(torch.float64).abs().clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
     return apart(a.to(torch.float64) / unit, b.to(torch.float64) / unit)
 
 
 def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:
-    """Raise Broken unless a and b agree within the dtype's tolerance for numbers of this size."""
+    """Raise Broken unless a and b agree within the dtype's tolerance times `size`, the typical size of their numbers.
+
+    `what` begins the error, as in all functions here.
+    """
     require(a.shape == b.shape, f"{what}: the shapes are {tuple(a.shape)} and {tuple(b.shape)}")
     difference, allowed = _relatively_apart(a, b), AGREE[dtype] * size
     require(difference <= allowed, f"{what}: they differ by {difference:.3g}, allowed is {allowed:.3g}")
 
 
 def require_accuracy(answer: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Raise Broken unless `answer` is as close to the float64 `truth` as `plain`, the same-dtype reference, allows."""
+    """Raise Broken unless the error of `answer` is at most 1.5 times that of `plain`, and some rounding.
+
+    Errors are against the float64 `truth`; `plain` is plain attention in the answer's dtype.
+    """
     error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + ROUNDING[dtype]
     require(error <= allowed, f"{what}: the error is {error:.3g}, allowed is {allowed:.3g}")
 

@@ -1,4 +1,4 @@
-"""Define a state that acts at every `block`-th token of a row, whatever the caller's chunking."""
+"""Define a state that evicts or compresses at every `block`-th token of a row, however calls cut the stream."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from kvfloor.core.state import M, State
 
 
 class Blocked(State[M]):
-    """Keep new tokens whole in `slots`, and call `_close` once a row's clock reaches a multiple of `block`.
+    """Keep new tokens' keys and values in `slots`, and call `_close` after every `block`-th token of a row.
 
-    Each row has its own clock, so rows of different length close at different calls. A variant writes `_close`,
-    `_rest` (attention over memory outside the slots) and, if it uses queries, `_on_queries`. A selector that keeps an
-    index is given every new token; a variant that evicts tokens from its slots must give it the evicted ones.
+    A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. Each row has its own clock, so rows
+    of different length complete their blocks in different calls. A variant (subclass) writes `_close`, which evicts or
+    compresses; `_rest`, attention over memory outside the slots; and, if it uses queries, `_on_queries`. A selector
+    that keeps an index is given every new token; a variant that evicts tokens from its slots must give it these too.
     """
 
     slots: Slots
@@ -39,36 +40,44 @@ class Blocked(State[M]):
 
     @abstractmethod
     def _close(self, rows: Tensor | None) -> None:
-        """Act on the completed block of these rows (None: all)."""
+        """Handle the end of a block in these rows (None: all), for example by evicting tokens."""
 
     def _rest(self, q: Tensor) -> Partial | None:
-        """Return attention over the memory outside the slots, or None if there is none."""
+        """Return attention of q (rows, m, d) over memory outside the slots: a `Partial` (rows, m), None if empty."""
         del q
         return None
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of the next `left` tokens after `seen` may be taken in at once; 0: only the block's rest.
+        """Return how many of a row's next `left` tokens may be appended in one piece that crosses ends of blocks.
 
-        A variant returns more than 0 where it does nothing at the ends of these tokens' blocks.
+        `seen` tokens came before. A variant returns more than 0 only if `_close` would do nothing at these ends of
+        blocks; 0 allows a piece that stops at the end of the open block.
         """
         del seen, left
         return 0
 
     @property
     def _selector(self) -> Selector:
-        """Return the selector, which chooses the held tokens that a query reads."""
+        """Return the selector, which chooses the held tokens that a query attends to."""
         return Everything()
 
     @property
     def _plainly_read(self) -> bool:
-        """Return True if an answer is attention over all slots and nothing else; `_on_query` gets such queries."""
+        """Return True if a query attends to all held tokens and nothing else: no selector, no summary.
+
+        Such a state may answer a decode step by `_step_one`, which gives its queries to `_on_query`.
+        """
         return False
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        """Handle answered queries q (rows, g, a, d); rows held `before` tokens before the queries' own tokens came."""
+        """Record queries q (rows, g, a, d) just answered, for variants that evict or give a guarantee by queries.
+
+        before  (rows,) tokens that a row held before the queries' own tokens were appended
+        take    (rows,) a row's real queries are its first take[r]; the rest is padding
+        """
 
     def _on_query(self, q: Tensor, seen: int) -> None:
-        """Handle one query q (rows, g, 1, d) per row, plainly read; every row had `seen` tokens before it."""
+        """Record the queries q (rows, g, 1, d) of a decode step by `_step_one`; every row saw `seen` tokens before."""
 
     # ---- written once --------------------------------------------------------------------------------------
 
@@ -92,7 +101,10 @@ class Blocked(State[M]):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if rows have equal clocks and counts with room for a token, and every held token is read."""
+        """Return True if `_step_one` can do the decode step, as every query attends to all held tokens.
+
+        All rows must also have seen equally many tokens, hold equally many, and have a free slot.
+        """
         at, seen = self.slots.level, self.seen.tolist()
         return self._plainly_read and at is not None and at < self.slots.stride and min(seen) == max(seen)
 
@@ -112,7 +124,11 @@ class Blocked(State[M]):
         return out
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
-        """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
+        """Append the first count[r] tokens of row r and answer their queries q, if any: a `Partial` (rows, g, t).
+
+        The tokens are cut at the ends of each row's blocks. After each piece `_close` is called for the rows whose
+        block is complete.
+        """
         seen, counts = self.seen.tolist(), count.tolist()  # comparing lists is faster than comparing small tensors
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
             return self._feed_in_step(k, v, q, count, seen[0])
@@ -136,7 +152,7 @@ class Blocked(State[M]):
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
-        """Do `_feed` by slices, where rows have equal counts and either equal clocks `seen` or one token each."""
+        """Do `_feed` by slices, for rows with equal counts that have equal clocks `seen` or get one token each."""
         parts: list[Partial] = []
         t, done = int(count[0]), 0
         # A long piece without the fused kernel would store all its logits.
@@ -161,9 +177,9 @@ class Blocked(State[M]):
         return Partial(torch.cat([x.mean for x in parts], 2), torch.cat([x.log_mass for x in parts], 2))
 
     def _take(self, k: Tensor, v: Tensor, q: Tensor | None, take: Tensor) -> Partial | None:
-        """Push the first take[r] of these tokens, within a block; answer q (rows, g, a, d), if any: (rows, g, a).
+        """Append the first take[r] tokens of row r and answer their queries q, if any: a `Partial` (rows, g, a).
 
-        Then close the blocks that they complete.
+        q (rows, g, a, d). The tokens of a row lie within one block; if they complete it, `_close` is called afterwards.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
@@ -180,18 +196,24 @@ class Blocked(State[M]):
         return part
 
     def _circle(self, place: Tensor, below: int) -> Circle:
-        """Return the rotation's circle of places (...), all below `below`, in the compute dtype."""
+        """Return the cosines and sines (..., pairs) that rotate to places (...), all below `below`; compute dtype."""
         assert self.spec.rotation is not None
         return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
 
     def _turned(self, q: Tensor, place: Tensor, below: int) -> Tensor:
-        """Rotate queries q (r, g, a, d) to their places (r, a), all below `below`; without a rotation return q."""
+        """Rotate queries q (r, g, a, d) to their places (r, a); return q itself if the spec has no rotation.
+
+        A place is a token's rank among the held tokens of its row, the oldest at 0; all places are below `below`.
+        """
         if self.spec.rotation is None:
             return q
         return self.spec.rotation.turned(q, self._circle(place.unsqueeze(1).to(q.device), below))
 
     def _push(self, k: Tensor, v: Tensor, take: Tensor, bare: Tensor | None = None) -> Tensor:
-        """Push the first take[r] of these tokens into the slots; return the tokens held before, per row (rows,)."""
+        """Append the first take[r] tokens of row r to the slots; return the number of tokens held before, (rows,).
+
+        bare: the keys before rotation, if the spec has a rotation.
+        """
         before = self.slots.held
         position = self.seen.unsqueeze(1)
         if k.shape[1] > 1:
@@ -202,7 +224,7 @@ class Blocked(State[M]):
         return before
 
     def _advance(self, take: Tensor) -> None:
-        """Advance the clocks after these tokens were answered, and close the blocks that are complete now."""
+        """Advance the clocks `seen` by take (rows,) tokens, and call `_close` for rows whose block is complete now."""
         self.seen = self.seen + take
         ends = [
             seen % self.block == 0 and took > 0 for seen, took in zip(self.seen.tolist(), take.tolist(), strict=True)
@@ -214,17 +236,20 @@ class Blocked(State[M]):
                 self.selection.close(self.slots, rows)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Answer q (rows, g, a, d) of the newest tokens causally: a partial of (rows, g, a)."""
+        """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
+
+        The slots have these tokens already, with keys new_k and values new_v, after `before` (rows,) older tokens.
+        """
         shape = q.shape[:3]
         rest = self._rest(q.flatten(1, 2))
         part = self._among_slots(q, new_k, new_v, before)
         return part if rest is None else part.merge(rest.shaped(*shape))
 
     def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Compute `_answer` over the slots alone.
+        """Compute `_answer` over the tokens in the slots alone, without `_rest`.
 
-        Where every held token is read, the earlier tokens (`before` of them per row) and the new ones give two
-        partials. Merging them needs no mask of rows x queries x slots.
+        Where every held token is read, one partial (mean and log-mass) is computed over the `before` older tokens of
+        each row and one over the new tokens. Merging the two needs no mask of rows x queries x slots.
         """
         shape, past = q.shape[:3], int(before.max())
         if self.selection is not None:
@@ -240,7 +265,7 @@ class Blocked(State[M]):
         return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
-        """Attend with queries (rows, g*a, d) to all slots in one product, masked causally and by the selector."""
+        """Attend with queries `flat` (rows, g*a, d) to all slots, under the causal mask and the selector's mask."""
         m = flat.shape[1]
         view = self.slots.view()
         width, a = view.k.shape[1], m // g
@@ -256,7 +281,7 @@ class Blocked(State[M]):
         return Partial.over(flat, view.k, view.v, self.spec, hide=hide)
 
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
-        """Attend with q (rows, g, a, d) to the slots that the selector chooses by its index, causally."""
+        """Attend causally with q (rows, g, a, d) to the slots that the selector's index chooses: (rows, g*a)."""
         assert self.selection is not None
         arrived = torch.arange(q.shape[2])
         visible = before.unsqueeze(1) + arrived + 1
@@ -269,7 +294,10 @@ class Blocked(State[M]):
         return self._over(q.flatten(1, 2), chosen)
 
     def _over(self, q: Tensor, chosen: Chosen) -> Partial:
-        """Attend with q (rows, m, d) to the slots chosen for each query: fetched where few, masked where many."""
+        """Attend with q (rows, m, d) to the slots chosen for each query: a `Partial` (rows, m).
+
+        Few chosen slots are copied out; if they are many, all slots are read under a mask.
+        """
         (rows, m, c), width = chosen.index.shape, int(self.slots.held.max())
         if m * c > width:
             view = self.slots.view()
@@ -281,17 +309,20 @@ class Blocked(State[M]):
         return Partial(part.mean.view(rows, m, self.spec.dv), part.log_mass.view(rows, m))
 
     def unread(self, q: Tensor) -> Tensor | None:
-        """Return the mask (rows or 1, m or 1, s) of the slots that `read` skips for q (rows, m, d); None if none is."""
+        """Return a mask that is True for the slots that `read` skips for q (rows, m, d); None if it skips none.
+
+        The mask is bool (rows or 1, m or 1, s) over the s slots.
+        """
         return self._left_unread(self._newest(q))
 
     def _newest(self, q: Tensor) -> Tensor:
-        """Rotate queries q (rows, m, d) to the place of their row's newest token, as if they had come with it."""
+        """Rotate queries q (rows, m, d), which came without tokens, to the place of their row's newest held token."""
         held = self.slots.held
         place = (held - 1).clamp_min(0).unsqueeze(1)
         return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
 
     def _left_unread(self, q: Tensor) -> Tensor | None:
-        """Compute `unread` for queries that are already rotated to their places."""
+        """Return the mask of `unread` for queries q (rows, m, d) that are already rotated to their places."""
         view = self.slots.view()
         if self.selection is not None:
             return self._choose(q).unread(view.k.shape[1])
@@ -307,7 +338,7 @@ class Blocked(State[M]):
 
     @property
     def slot_bytes_read(self) -> int:
-        """Return the bytes of index, keys and values in the slots that one query per row reads."""
+        """Return the bytes that one query per row reads of the slots' keys and values and of the selector's index."""
         if self.selection is not None:
             return self.selection.bytes_read(self.slots.held)
         return self._selector.bytes_read(self.slots.held, self.spec)
@@ -328,7 +359,7 @@ class Blocked(State[M]):
 
 
 def _cut(x: Tensor, index: Tensor) -> Tensor:
-    """Gather the tokens at `index` (rows, a), clamped, of x (rows, [g,] t, d)."""
+    """Return the tokens of x (rows, [g,] t, d) at index (rows, a); an index beyond the last token gives the last."""
     index = index.clamp_max(x.shape[-2] - 1)
     if x.ndim == 4:
         index = index.unsqueeze(1).expand(-1, x.shape[1], -1)

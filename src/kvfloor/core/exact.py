@@ -1,4 +1,4 @@
-"""Keep every token: the exact reference, and the base of methods that only choose which tokens to read."""
+"""Keep every token: the exact reference, also with a selector that chooses which tokens a query reads."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ class Exact(Method):
 
 
 class ExactState(Blocked[Exact]):
-    """Keep every token in slots that grow by a quarter; a block only bounds the queries answered in one product."""
+    """Keep every token in slots, whose storage grows by a quarter whenever it is full.
+
+    A block only bounds the number of queries answered in one product, unless a selector needs blocks for its index.
+    """
 
     def __init__(self, method: Exact, spec: Spec) -> None:
         block = method.selector.block() if isinstance(method.selector, Indexed) else None

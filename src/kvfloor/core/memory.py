@@ -1,7 +1,7 @@
-"""Measure, copy and pack a state's memory by walking its attributes.
+"""Measure, copy and export the memory of a state by walking its attributes.
 
-No variant declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
-every storage once, and raises TypeError on any object that it cannot size.
+No method declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
+every storage once, and raises TypeError on any object whose size it cannot measure.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all storages reachable from here, each counted once; raise TypeError on the unsizable."""
+        """Return the bytes of all tensors and numbers in this part and the parts inside it, each storage counted once.
+
+        Raises TypeError for an attribute whose size cannot be measured.
+        """
         storages: dict[int, int] = {}
         scalars = _walk(self, storages, "state")
         return sum(storages.values()) + scalars
 
     @property
     def peak_nbytes(self) -> int:
-        """Return the most bytes held at any time so far, the copies made while growing or shrinking included."""
+        """Return the most bytes held at any time so far, including the copies made while storage grew or shrank."""
         return self.nbytes + self._excess()
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """Split `nbytes` among the `rows`, (rows,) float64: a row's own bytes count for it alone, the rest equally."""
+        """Return `nbytes` split by row, (rows,) float64: a row's own slots count for it alone, the rest equally."""
         total = torch.zeros(rows, dtype=torch.float64)
         for name, value in vars(self).items():
             if name in PUBLIC:
@@ -64,27 +67,31 @@ class Memory:
         return sum(storages.values())
 
     def move(self, name: str, new: Tensor) -> None:
-        """Replace the tensor `name` by its copy in other storage, and record the peak while both are alive."""
+        """Replace the tensor attribute `name` by `new`, a copy in other storage; record the peak bytes of both."""
         self.peak = max(self.peak, self._own_bytes() + new.untyped_storage().nbytes())
         setattr(self, name, new)
 
     def export(self) -> dict[str, Any]:
-        """Return the attributes to send: tensors, numbers, None, or nested dicts of them."""
+        """Return the attributes that a message saves, by name: tensors, numbers, None, or nested dicts of them."""
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
     def fields(self) -> dict[str, Any]:
-        """Declare, name -> `Field`, the fields that may differ from a freshly opened part's in more than their entries.
+        """Return the allowed values, name -> `Field`, of attributes that may change shape or number after opening.
 
-        A part that exports nested dicts of its own nests here as well. Numbers that are not named are configuration:
-        they must be as opened. Tensors that are not named follow `Field.like`.
+        They are checked before a message is loaded. A part whose `export` has nested dicts nests here as well. Numbers
+        that are not named are configuration: they must equal those of a freshly opened part. Tensors that are not
+        named must have the dtype and shape of a freshly opened part (`Field.like`).
         """
         return {}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError where `fields`, each of them allowed by itself, do not fit together."""
+        """Raise ValueError if the fields of a message, each allowed by itself, contradict each other."""
 
     def require(self, fields: Any, where: str = "") -> None:
-        """Raise ValueError unless this freshly opened part can `adopt` these fields and answer from them."""
+        """Raise ValueError unless `fields` of a message are sound, so that this freshly opened part can `adopt` them.
+
+        where: path of this part in the message, for the error.
+        """
         opened, declared = self.export(), self.fields()
         sizes: dict[str, int] = {}
         _require_names(fields, opened, where)
@@ -97,7 +104,7 @@ class Memory:
         self.require_sound(fields)
 
     def adopt(self, fields: dict[str, Any]) -> None:
-        """Take over the fields that `export` of an equal part returned."""
+        """Load the fields that `export` returned for a part opened for the same method and spec."""
         for name, value in fields.items():
             mine = getattr(self, name)
             if isinstance(mine, Memory):
@@ -108,7 +115,7 @@ class Memory:
                 setattr(self, name, value)
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index` (r,), repeats allowed. Every tensor here has rows as its first axis."""
+        """Keep only the rows at `index` (r,), in this order, repeats allowed. All tensors have rows as first axis."""
         for name, value in vars(self).items():
             if name == "spec":
                 self.spec = value.select(index)
@@ -120,7 +127,7 @@ class Memory:
                 setattr(self, name, value.index_select(0, index.to(value.device)))
 
     def copied(self) -> Any:
-        """Return a copy that shares no storage with this one, except for public attributes."""
+        """Return a copy that shares no storage with this part, except for public attributes (method, spec, tables)."""
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)
 
@@ -134,7 +141,10 @@ def _require_names(fields: Any, opened: dict[str, Any], where: str) -> None:
 
 
 def _require_field(declared: Any, opened: Any, value: Any, where: str, sizes: dict[str, int]) -> None:
-    """Raise ValueError unless `value` is allowed where a freshly opened part has `opened`."""
+    """Raise ValueError unless `value` may replace `opened`, the same field of a freshly opened part.
+
+    declared: the `Field` of the value, a dict of such for a nested one, or None if the part declares none.
+    """
     if isinstance(declared, Field):
         declared.require(value, where, sizes)
     elif isinstance(opened, dict):
@@ -156,7 +166,10 @@ def _export(value: Any, name: str) -> Any:
 
 
 def _walk(value: Any, storages: dict[int, int], path: str) -> int:
-    """Record each storage in `storages` by address; return the bytes of all other objects."""
+    """Add the bytes of each tensor storage in `value` to `storages`, by address; return the bytes of all the rest.
+
+    path: the name of the value, for errors.
+    """
     if value is None:
         return 0
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Draw counter-based random numbers: each is a function of its purpose, never of when it was drawn.
+"""Draw counter-based random numbers: each is a function of a key and a counter, never of earlier draws.
 
 A draw is keyed by (seed, row id, position, lane), so it depends neither on the batch a row sits in nor on how
 a stream was cut into calls, and no generator, global or own, is read or advanced. A reservoir keeps the items
@@ -32,7 +32,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def row_keys(seed: int, row_ids: Tensor, purpose: str) -> Tensor:
-    """Return one int64 key per row, (rows,), from the seed, the row's identity and the purpose of the draw."""
+    """Return one int64 key per row, (rows,), for draws of one purpose, such as "random policy".
+
+    A key is a function of the seed, the row id and the purpose.
+    """
     digest = hashlib.sha256(f"kvfloor/{purpose}/{seed}".encode()).digest()
     salt = int.from_bytes(digest[:8], "little", signed=True)
     return _mix(_mix(row_ids.to(torch.int64) * _GOLDEN + salt) + salt)

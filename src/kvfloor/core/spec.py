@@ -1,4 +1,4 @@
-"""Define the spec that a state is opened for. All of it is public, and none of it depends on the stream."""
+"""Define the spec of a state: its sizes and constants, all public and independent of the stream."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Spec:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Return the dtype of logits, masses and means."""
+        """Return the dtype of logits, log-masses and attention outputs: float32, or float64 for a float64 spec."""
         return compute_dtype(self.dtype)
 
     @cached_property
@@ -99,14 +99,14 @@ class Spec:
         return torch.tensor(self.row_ids, dtype=torch.int64, device=self.device)
 
     def select(self, index: Tensor) -> Spec:
-        """Return the spec of the rows at `index`, which keep their ids and places."""
+        """Return the spec of the rows at `index` (r,) alone, which keep their row ids and places."""
         assert self.row_ids is not None
         chosen = [self.row_ids[i] for i in index.tolist()]
         places = None if self.places is None else [self.places[i] for i in index.tolist()]
         return replace(self, rows=len(chosen), row_ids=chosen, places=places)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form of the dtype and all fields that differ from their defaults, except the device."""
+        """Return a JSON-ready dict of the dtype and all fields that differ from their defaults, except the device."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         plain.pop("device", None)
         plain["dtype"] = str(self.dtype).removeprefix("torch.")

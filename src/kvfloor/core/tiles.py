@@ -29,8 +29,10 @@ def weights_by_tile(
     one pass. hide(at) is the mask of the keys `at` that queries do not see, bool (rows, m, keys). It is not called for
     the first `clear` keys, which all queries see. A query that sees no key has weight 0 everywhere.
 
-    held     keys of each row that its queries may see (None: all); the rest has weight 0, whatever `hide` returns for
-    it A row's weights are computed from its own queries and held keys: their bits depend on nothing else.
+    held     number of first keys of each row that its queries may see (None: all); the other keys have weight 0,
+             whatever `hide` returns for them
+    Yields (at, weights), where the slice `at` names the keys of the tile. A row's weights are computed from its own
+    queries and held keys: their bits depend on nothing else.
     """
     dtype, (rows, m, _), width = compute_dtype(k.dtype), q.shape, k.shape[1]
     asked = [aligned(q[row : row + 1]).to(dtype) * scale for row in range(rows)]
@@ -38,7 +40,7 @@ def weights_by_tile(
     pieces = [slice(start, min(start + tile, width)) for start in range(0, width, tile)]
 
     def logits(at: slice, among: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield the rows that hold some of the keys `at`, with their logits (1, m, keys) over those keys."""
+        """Yield (row, logits) for each row of `among` that holds some of the keys `at`; logits (1, m, its keys)."""
         behind = slice(max(at.start, clear), at.stop)
         hidden = hide(behind) if behind.start < behind.stop else None
         for row in among:

@@ -18,7 +18,7 @@ class KeyDifference(Guarded):
 
     Law (Park et al. 2025, KeyDiff): score(token) = -cos(k, m), where m is the mean of k / ||k|| over the tokens held
     at the end of the block, including the block's own tokens. The token of lowest score is evicted.
-    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64;
+    sinks, recent   first and newest tokens that are never evicted: 4, and 16 (a quarter of a budget below 64);
                     the paper's rule is keydiff(sinks=0,recent=0)
     Cosines are float32 whatever the cache's dtype; a key of length 0 is at right angles to everything.
     """

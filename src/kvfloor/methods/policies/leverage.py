@@ -1,4 +1,4 @@
-"""Evict the tokens whose keys are already spanned by the other keys (ridge leverage)."""
+"""Evict the tokens whose keys are nearly linear combinations of the other keys (low ridge leverage)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RidgeLeverage(Guarded):
     over     "seen": X has the keys of all tokens so far; "held": X has the keys of the held tokens only, so the score
              of a key rises as similar keys are evicted
     centre   subtract the mean of the keys first
-    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64
+    sinks, recent   first and newest tokens that are never evicted: 4, and 16 (a quarter of a budget below 64)
     Compactor scores the whole prompt once, with ridge_leverage(centre=True,sinks=8,recent=4,prefill=dense), before
     RoPE, and blends in attention; here keys are taken as cached. Scores are float64, the stored Gram matrix float32.
     """
@@ -61,7 +61,7 @@ class RidgeLeverage(Guarded):
         return {} if self.sketch >= spec.d else {"key sketch": self._sketch(spec)}
 
     def _sketch(self, spec: Spec) -> Tensor:
-        """Return S (d, sketch), float64, the same for all rows."""
+        """Return the random projection S (d, sketch) of keys, float64, the same for all rows."""
         keys = row_keys(spec.seed, torch.zeros(1, dtype=torch.int64), f"leverage sketch {self.kind}")
         if self.kind == "gaussian":
             at = torch.arange(spec.d * self.sketch).view(spec.d, self.sketch)
@@ -94,14 +94,20 @@ class RidgeLeverage(Guarded):
 
 
 def sketched(k: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
-    """Return the keys (..., d) multiplied by the public sketch: (..., sketch), or unchanged without one; float64."""
+    """Return keys k (..., d) projected to (..., sketch) by the matrix "key sketch" of `shared`, or k without one.
+
+    The result is float64.
+    """
     sketch = shared.get("key sketch")
     k = k.to(torch.float64)
     return k if sketch is None else torch.matmul(k, sketch)
 
 
 def leverage(x: Tensor, gram: Tensor, ridge: float, d: int) -> Tensor:
-    """Return x' (gram + lambda I)^-1 x (r, s) for x (r, s, w) and gram (r, w, w), lambda = ridge tr(gram) / d."""
+    """Return the ridge leverage scores x' (gram + lambda I)^-1 x (r, s) of keys x (r, s, w), for gram (r, w, w).
+
+    lambda = ridge tr(gram) / d.
+    """
     size = gram.diagonal(dim1=1, dim2=2).sum(1) / d
     size = torch.where(size > 0, ridge * size, torch.ones_like(size))  # all keys are zero: every score is 0
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
@@ -137,7 +143,10 @@ class KeyGram(PolicyMemory):
         return {name: Field(torch.float32, shape, finite=True) for name, shape in shapes.items()}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Require a Gram matrix without negative eigenvalues, before and after the mean key is subtracted."""
+        """Raise ValueError if the Gram matrix in a message has a negative eigenvalue, as no Gram matrix of keys has.
+
+        If keys are centred, this holds before and after the mean key is subtracted.
+        """
         gram, total = fields["gram"].double(), fields["total"].double()
         if total.shape[1]:
             mean = total / fields["met"].clamp_min(1).unsqueeze(1)
@@ -147,6 +156,9 @@ class KeyGram(PolicyMemory):
             raise ValueError("gram is the Gram matrix of no keys")
 
     def moments(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the Gram matrix (r, w, w), total (r, w or 0), both float64, and the number of tokens (r, 1)."""
+        """Return the Gram matrix (r, w, w) and sum (r, w or 0) of the sketched keys, and the number of keys (r, 1).
+
+        Both are float64. The sum is empty unless keys are centred. rows (r,), None: all.
+        """
         mine = slice(None) if rows is None else rows.to(self.met.device)
         return self.gram[mine].double(), self.total[mine].double(), self.met[mine].unsqueeze(1)

@@ -27,7 +27,7 @@ class Observation(Policy):
     window's queries of softmax(q . k) over all visible tokens. Votes are pooled over the `kernel` positions around a
     token, positions before the window only, and averaged over the GQA group. The window's own tokens stay; of the
     other tokens, the budget - window with the highest votes stay.
-    window   queries that vote, and newest tokens that stay: 32, or half of a smaller budget than 64
+    window   queries that vote, and newest tokens that stay: 32 (half of a budget below 64)
     kernel   positions that are pooled, an odd number; 1 pools nothing
     pool     "max" or "avg" of the votes of the held tokens around a token
     decode   "keep": tokens after the prompt are never evicted, so memory grows with the answer;
@@ -96,7 +96,10 @@ class Observation(Policy):
         return total(self._pooled(votes, held, held.seen - window), 1) / votes.shape[1]
 
     def _votes(self, q: Tensor, position: Tensor, held: Held) -> Tensor:
-        """Return the attention (r, g, s) of the queries q (r, g, w, d) at these positions (r, w) to each slot."""
+        """Return the attention (r, g, s) that each slot receives from the w queries q (r, g, w, d), summed over these.
+
+        position (r, w) is that of each query's token; a query sees the tokens up to it.
+        """
         r, g, w, d = q.shape
         k, hide = held.k, self._later(position, g, held)
         votes = torch.zeros(r, g, k.shape[1], dtype=held.spec.compute_dtype, device=k.device)
@@ -117,7 +120,10 @@ class Observation(Policy):
         return hide
 
     def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
-        """Pool the votes (r, g, s) over held tokens before `stop` that are at most kernel // 2 positions apart."""
+        """Return the votes (r, g, s), each replaced by the maximum or mean of the votes around its token.
+
+        These are the votes of held tokens before position `stop` (r, 1), at most kernel // 2 positions away.
+        """
         reach = self.kernel // 2
         voted = held.live & (held.position < stop)
         position = held.position.masked_fill(~voted, 1 << 62)
@@ -142,7 +148,7 @@ class Observation(Policy):
 
 
 class LastQueries(PolicyMemory):
-    """Hold the last `window` queries q (rows, g, window, d), the newest last, and their positions.
+    """Hold the last `window` queries of each row, q (rows, g, window, d), the newest last, and their positions.
 
     The queries are held as they were given, before any rotation. An entry without a query has position -1. The
     queries are dropped at the seal, unless `for_good` is set.

@@ -42,7 +42,7 @@ class BestFirst(Indexed):
 
 
 class BestFirstState(SelectorState):
-    """Hold the boxes of the full pages; a search does not change the state."""
+    """Hold the boxes of the full pages, the least and largest key entry per channel; a search changes nothing."""
 
     def __init__(self, spec: Spec, slots: Slots, method: BestFirst) -> None:
         self.spec = spec
@@ -96,7 +96,10 @@ class BestFirstState(SelectorState):
         return chosen, looked.view(r, m)
 
     def _in_order(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return page bounds and numbers (r*m, pages): newest page first, then by bound; -inf and -1 where none."""
+        """Return the pages in the order of a search, as (bounds, page numbers), each (r*m, pages).
+
+        The newest page comes first, then the others from the largest bound on; places without a page have -inf and -1.
+        """
         bound = self.pages.bounds(q, newest, rows).flip(-1)
         order = bound.argsort(dim=-1, descending=True, stable=True)
         bound = bound.gather(-1, order)
@@ -113,7 +116,7 @@ class BestFirstState(SelectorState):
 
 
 def _largest(logit: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest logits of (a, c) and their slots, the newer slot among equals."""
+    """Return each query's k largest of the logits (a, c), and their slots: (a, k) each; of equal ones the newer."""
     by_age = slot.argsort(dim=1, descending=True, stable=True)
     logit, slot = logit.gather(1, by_age), slot.gather(1, by_age)
     best = logit.argsort(dim=1, descending=True, stable=True)[:, :k]

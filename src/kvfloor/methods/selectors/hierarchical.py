@@ -21,7 +21,7 @@ _KEY_NUMBERS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Hierarchical(Indexed):
-    """Read tokens found by log2(n / k) rounds of halving the stream instead of by n logits.
+    """Read about k of n tokens, found by log2(n / k) rounds of halving the stream instead of by n logits.
 
     Law (Lee et al. 2024, HiP attention): between `sinks` and the newest `window` tokens the stream is cut into blocks
     of `key_block` tokens, and the blocks into k / key_block equal intervals. Each round splits every interval into two
@@ -98,7 +98,7 @@ class HierarchicalState(SelectorState):
         self._number(slots, first, position.argsort(dim=1, stable=True))
 
     def _number(self, slots: Slots, first: Tensor, slot: Tensor) -> None:
-        """Record in each row r that the token of rank i is in slot[r, i], for first[r] <= i < held[r]."""
+        """Record for each row r that its i-th oldest token is in slot[r, i], for first[r] <= i < slots.held[r]."""
         assert self.order is not None
         width = slot.shape[1]
         rank = torch.arange(width)
@@ -170,14 +170,14 @@ class HierarchicalState(SelectorState):
         return self.method.k // self.method.key_block
 
     def _blocks(self, visible: Tensor) -> Tensor:
-        """Return the number of whole blocks between sinks and window for a query with `visible` visible tokens."""
+        """Return the number of whole key blocks between sinks and window for queries that see `visible` tokens."""
         return (visible - self.method.sinks - self.method.window).clamp_min(0) // self.method.key_block
 
     def _descend(self, q: Tensor, slots: Slots, blocks: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the blocks chosen from `blocks` (r, m) for q (r, m, d): (r, m, most) int32, ascending, -1 for none.
+        """Return the key blocks chosen for queries q (r, m, d) by halving: (r, m, most) int32, ascending, -1 for none.
 
-        Intervals are [low, high) in blocks. They are kept newest first, so that a stable sort prefers the newer of
-        equal halves.
+        blocks (r, m) is the number of blocks that a query chooses from. Intervals are [low, high) in blocks. They are
+        kept newest first, so that a stable sort prefers the newer of equal halves.
         """
         most, (r, m) = self._most, blocks.shape
         share = torch.arange(most, device=q.device).flip(0)
@@ -194,7 +194,10 @@ class HierarchicalState(SelectorState):
         return kept.to(torch.int32).view(r, m, most)
 
     def _worth(self, q: Tensor, slots: Slots, low: Tensor, high: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the largest logit in the centre block of every interval (r, m, c), float64; -inf if empty."""
+        """Return the largest logit (r, m, c), float64, in the centre block of each interval [low, high).
+
+        It is -inf for an empty interval.
+        """
         (r, m, c), b = low.shape, self.method.key_block
         rank = (
             ((low + high - 1) // 2).clamp_min(0).unsqueeze(3) * b + self.method.sinks + torch.arange(b, device=q.device)
@@ -209,7 +212,10 @@ class HierarchicalState(SelectorState):
         return torch.cat(worth, 1).masked_fill(high <= low, -torch.inf)
 
     def _to_read(self, block: Tensor, blocks: Tensor, visible: Tensor, slots: Slots, rows: Tensor | None) -> Chosen:
-        """Return the slots of the sinks, of the chosen blocks, and of all tokens newer than the last block."""
+        """Return the slots that a query reads: sinks, chosen blocks `block` (r, m, most), and all newer tokens.
+
+        Newer are the tokens after the blocks (r, m) that were chosen from, up to the visible (r, m) ones.
+        """
         sinks, b, device = self.method.sinks, self.method.key_block, block.device
         r, m, _ = block.shape
         middle = sinks + block.unsqueeze(3) * b + torch.arange(b, device=device)
@@ -221,7 +227,7 @@ class HierarchicalState(SelectorState):
         return Chosen(self._slots(rank.masked_fill(dead, 0), slots, rows), dead)
 
     def _slots(self, rank: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Return the slots of the tokens with these ranks (r, m, c) by age."""
+        """Return the slots (r, m, c) of the tokens with these ranks (r, m, c) by age, the oldest at 0."""
         width = int(slots.held.max())
         if self.order is None or width == 0:
             return rank
@@ -232,10 +238,11 @@ class HierarchicalState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes read, averaged over the queries that share a choice.
+        """Return the bytes that one query per row reads, averaged over the queries that share a choice.
 
-        One of these queries descends, and all of them read the chosen tokens. Each round of a descent reads 2 k /
-        key_block centre blocks. Index bytes are the current choice and, under eviction, the order of the slots read.
+        One of these queries makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
+        reads 2 k / key_block centre blocks. Index bytes are the current choice and, under eviction, the order of the
+        slots read.
         """
         method, number = self.method, self.spec.dtype.itemsize
         share = method.refresh if self.sealed else method.query_block

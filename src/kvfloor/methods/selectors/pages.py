@@ -42,7 +42,7 @@ class Pages(Indexed):
 
 
 class PagesState(SelectorState):
-    """Hold the box of every full page: its least and largest key entries, in the dtype of the keys."""
+    """Hold the box of every full page: the least and largest entry per channel of its keys, in the keys' dtype."""
 
     def __init__(self, spec: Spec, slots: Slots, method: Pages) -> None:
         self.spec = spec
@@ -114,8 +114,9 @@ class PagesState(SelectorState):
         return Chosen(index, dead)
 
     def unread_logit(self, q: Tensor, visible: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Bound the logits of the unread tokens: (largest logit, log-sum-exp of the logits), each (r, m) in float64.
+        """Return upper bounds on the largest logit and on the log-sum-exp of the logits of all unread tokens.
 
+        Both are (r, m), float64.
         The queries q (r, m, d) see the first visible (r, m) slots and read the slots that `choose` returns. The bounds
         are -inf where every token is read. The bounds hold for the logits in exact arithmetic, under the spec's scale
         and softcap.
@@ -133,7 +134,10 @@ class PagesState(SelectorState):
         return unread[..., 0], torch.logsumexp(unread, -1) + torch.tensor(self.method.page, dtype=bound.dtype).log()
 
     def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
-        """Return bounds on the scaled q.k of each page before the newest: (r, m, pages) float64, -inf elsewhere."""
+        """Return upper bounds (r, m, pages), float64, on the scaled q.k of each page's keys for queries q (r, m, d).
+
+        newest (r, m) is the page of the newest token that a query sees; the bound of it and of later pages is -inf.
+        """
         most = int(newest.max()) if newest.numel() else 0
         low, high = (self.boxes.across(name, rows, most)[:, 0].double() for name in ("low", "high"))
         q = q.double() * self.spec.scale

@@ -1,4 +1,4 @@
-"""Read the k held tokens of largest logit, the oracle for selectors that generate candidates."""
+"""Read the k held tokens of largest logit, found by a scan of all keys: the oracle for selectors that scan fewer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read the best of the keys that lie near the query along Z-curves of random projections (ZETA)."""
+"""Read the keys of largest logit among those near the query on Z-order curves of random projections (ZETA)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEY_NUMBERS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class ZCurve(Indexed):
-    """Read the best of the tokens whose keys are near the query along space-filling curves.
+    """Read the k tokens of largest logit among those whose keys are near the query along space-filling curves.
 
     This is ZETA's search (Zeng et al. 2025), on the keys of a model that was not trained for the search.
     On each of `curves` curves a key's place is the Morton code of  sqrt(d) P k / |k|  with P three orthonormal rows,
@@ -64,7 +64,10 @@ class ZCurve(Indexed):
 
 
 def projections(spec: Spec, curves: int) -> Tensor:
-    """Return orthonormal rows (curves, min(3, d), d), float64, fixed by the spec's seed and width (public)."""
+    """Return a random projection with orthonormal rows for each curve: (curves, min(3, d), d), float64.
+
+    It is fixed by the spec's seed and width alone.
+    """
     dims = min(_DIMS, spec.d)
     key = row_keys(spec.seed, torch.arange(curves), "z-curve projections").view(-1, 1, 1)
     radius, angle = (uniform(key, torch.arange(spec.d * dims).view(spec.d, dims) * 2 + lane) for lane in (0, 1))
@@ -93,7 +96,7 @@ class ZCurveState(SelectorState):
             self.sorted.resize(slots.capacity)
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Require that every list has the first `held` slots of its row, in the order of their codes."""
+        """Raise ValueError unless every curve's list in a message has the first `held` slots of its row, by code."""
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
         if bool((merged["held"] > slots["held"]).any()):
@@ -113,7 +116,7 @@ class ZCurveState(SelectorState):
         self._merge(slots, rows, torch.zeros_like(rows))
 
     def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
-        """Keep the first `first` sorted items of these rows and merge all later slots among them."""
+        """Merge slots first[r] .. held[r] - 1 of `rows` into their sorted lists, of which first[r] items are kept."""
         held, device = slots.held[rows], slots.k.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))
         if c == 0:
@@ -136,7 +139,7 @@ class ZCurveState(SelectorState):
         self.sorted.held = self.sorted.held.index_copy(0, rows, held)
 
     def _codes(self, x: Tensor) -> Tensor:
-        """Return the places of x (r, s, d) on the curves: (r, curves, s) int32."""
+        """Return the Morton codes (r, curves, s), int32, of vectors x (r, s, d): their places on each curve."""
         x = x.double()
         x = x / length(x).unsqueeze(-1).clamp_min(torch.finfo(x.dtype).tiny)
         # By `total`: codes are part of the state, so a token's code must not depend on the other tokens of its call.
@@ -159,7 +162,10 @@ class ZCurveState(SelectorState):
         return Chosen(slot.gather(2, best).clamp_min(0), logit.gather(2, best) == -torch.inf)
 
     def _candidates(self, q: Tensor, visible: Tensor, rows: Tensor | None) -> Tensor:
-        """Return candidate slots (r, m, c), with repeats; slots from `visible` on are to be ignored."""
+        """Return the candidate slots (r, m, c) of queries q (r, m, d), with repeats.
+
+        Slots >= visible (r, m) among them are to be ignored.
+        """
         (r, m, _), device, window = q.shape, q.device, self.method.window
         used = (self.sorted.held if rows is None else self.sorted.held[rows]).to(device)
         width = int(self.sorted.capacity.max())
@@ -191,8 +197,11 @@ class ZCurveState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes of a search and a window of slots per curve, all candidates' keys, the k best values."""
-        used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
+        """Return the bytes that one query per row reads of held (rows,) tokens.
+
+        These are a binary search and a window of slots per curve, the keys of all candidates, and the k best values.
+        """
+        used, method, number = self.sorted.used, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()
         index = 4 * method.curves * (searched + used.clamp_max(method.window))
         candidates = torch.minimum(used, torch.tensor(method.curves * method.window)) + held - used

@@ -1,4 +1,4 @@
-"""Halve the tokens repeatedly by a self-balancing walk and double the weight of the rest (BalanceKV)."""
+"""Evict half of the tokens repeatedly, chosen by a self-balancing walk, and double the others' weight (BalanceKV)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WALK = 4  # blocks of one level halved at once: large walks balance better, sma
 
 @dataclass(frozen=True)
 class Balance(Method):
-    """Halve the tokens in a merge-and-reduce tree, by a walk that nearly preserves attention sums.
+    """Halve the number of tokens repeatedly, by a random walk over the tokens that nearly preserves attention sums.
 
     Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, with one set of tokens for all sums.
     A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
@@ -108,23 +108,26 @@ class Balance(Method):
 
     @property
     def traits(self) -> Traits:
-        """Return the traits of the sketch.
+        """Return the promises of this method: normalised, as numerator and denominator have the same positive weights.
 
-        normalised: numerator and denominator have the same positive weights. lossy_values: held tokens do not have
-        weight 1 in answers. Not value_linear: the choice of kept tokens depends on values.
+        lossy_values: held tokens do not have weight 1 in answers. Not value_linear: the choice of kept tokens depends
+        on values.
         """
         return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
 
     @property
     def block(self) -> int:
-        """Return the number of tokens between two points at which levels may be halved."""
+        """Return the block length: after every so many tokens a row checks whether to halve a level of tokens."""
         if not isinstance(self.budget, int):
             return self.batch
         return min(self.batch, (self.budget - self.sinks - self.recent) // _BLOCKS)
 
     @property
     def threshold(self) -> float:
-        """Return c, or the safe threshold for the walks' steps over all levels: at most n for pairs, 2n for tokens."""
+        """Return the walk's threshold: c, or if it is None the safe threshold for `horizon` tokens.
+
+        The walks over all levels take at most n steps for n tokens with keep=pairs, and 2n with keep=smaller.
+        """
         if self.c is not None:
             return self.c
         return self._safe_threshold()
@@ -192,7 +195,10 @@ class Balance(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Balance:
-        """Return the method with the least even batch for which x / (batch - y) <= epsilon / sqrt(spread)."""
+        """Return this method with the least even batch whose error is at most epsilon, and without budget.
+
+        Law: x / (batch - y) <= epsilon / sqrt(spread), with x and y of `tree_error`.
+        """
         if self.radius is None or self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
             return self
         sized = replace(self, c=None, failure=delta, budget=None)
@@ -204,7 +210,7 @@ class Balance(Method):
 
 
 class BalanceState(Blocked[Balance]):
-    """Hold tokens with levels (slots, column `level`), and each row's measurements for the guarantee."""
+    """Hold tokens and their levels l, of weight 2^l each (slots, column `level`), and lengths for the guarantee."""
 
     def __init__(self, method: Balance, spec: Spec) -> None:
         room = 2 * method.batch if method.budget is None else tokens(method.budget, 1)[0]
@@ -231,7 +237,7 @@ class BalanceState(Blocked[Balance]):
     # ---- reading -------------------------------------------------------------------------------------------
 
     def _weighted(self, q: Tensor, width: int, hide: Tensor | None) -> Partial:
-        """Return the attention of q (rows, m, d) over the first `width` slots under their weights."""
+        """Return the attention of q (rows, m, d) over the first `width` slots, with weight 2^level for each token."""
         view = self.slots.view(width=width)
         log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
         return Partial.over(q, view.k, view.v, self.spec, log_weight, hide)
@@ -266,7 +272,10 @@ class BalanceState(Blocked[Balance]):
                 self._halve(rows, level[due], size[due], free[due])
 
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each row's level to halve (r,), number of tokens to halve (r,), 0 for none, and slots (r, s)."""
+        """Return the level to halve in each of `rows`, the number of its tokens to halve, and the mask of its slots.
+
+        Level and number are (r,), a number of 0 meaning that no level is due; the mask is (r, s), bool.
+        """
         plan, seen = self.method, self.seen[rows].unsqueeze(1)
         view = self.slots.view(rows)
         position, level = view.position.cpu(), self.slots.column("level", rows, view.position.shape[1]).long().cpu()
@@ -286,7 +295,10 @@ class BalanceState(Blocked[Balance]):
         return chosen, size, free & (level == chosen.unsqueeze(1))
 
     def _halve(self, rows: Tensor, level: Tensor, size: Tensor, members: Tensor) -> None:
-        """Halve the oldest size[r] tokens of the slots `members` (r, s), all of level[r]."""
+        """Evict about half of the oldest size[r] tokens in slots `members` (r, s), and raise the rest by one level.
+
+        All of them have level[r]. A single token is evicted or raised by a fair coin.
+        """
         plan, device, width = self.method, self.slots.k.device, int(size.max() + 1) // 2 * 2
         view = self.slots.view(rows, members.shape[1])
         age = view.position.masked_fill(~members.to(device), torch.iinfo(torch.int64).max)
@@ -318,7 +330,7 @@ class BalanceState(Blocked[Balance]):
     # ---- the guarantee's assumptions -----------------------------------------------------------------------
 
     def _measure(self, rows: Tensor) -> None:
-        """Update the key and value lengths of these rows by the blocks just completed, the newest slots."""
+        """Update the longest key and value, and the sum of |v|^2, of these rows by their blocks just completed."""
         slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
         at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)
         key = length(self.slots.k[slot].to(torch.float64)).amax(1)

@@ -1,4 +1,4 @@
-"""Find the nearest of many points, by one matrix product and direct distances to the few candidates left."""
+"""Find the nearest of many points (l2) by one matrix product, and by direct distances to the few candidates left."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
-    """Return sorted (row, key, point) triples that are certain to include the nearest allowed points."""
+    """Return the sorted triples (row, index in x, index in points) that may be nearest, given the product's rounding.
+
+    They are three tensors (e,), and are certain to include the nearest allowed point of every x.
+    """
     norm, size = (torch.linalg.vector_norm(one, dim=-1).square_() for one in (x, points))
     side = size.unsqueeze(1).masked_fill(~allowed, torch.inf)
     rough = torch.bmm(x, points.transpose(1, 2)).mul_(-2).add_(side)  # less |x|^2

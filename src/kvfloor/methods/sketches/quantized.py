@@ -1,4 +1,4 @@
-"""Quantise every token to a few bits per number, the baseline for eviction methods."""
+"""Quantise the keys and values of every token to a few bits per number, as a baseline for eviction (KIVI)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Quantized(Method):
 
 
 class QuantizedState(Blocked[Quantized]):
-    """Hold full groups as packed codes, and the tokens of the open group in slots."""
+    """Hold each row's full groups of `group` tokens as packed codes, and the newer tokens unquantised in slots."""
 
     def __init__(self, method: Quantized, spec: Spec) -> None:
         super().__init__(method, spec, Slots(spec, [method.group] * spec.rows), method.group)
@@ -118,7 +118,7 @@ class Codes(Memory):
         return {name: Field(x.dtype, (x.shape[0], "groups", *x.shape[2:])) for name, x in tensors.items()}
 
     def write(self, rows: Tensor, at: Tensor, x: Tensor) -> None:
-        """Encode x (r, group, width) as group at[r] of each row."""
+        """Quantise x (r, group, width) and store it as group at[r] of each of `rows` (r,)."""
         self._grow(int(at.max()) + 1)
         x = x.to(compute_dtype(x.dtype))
         axis = 1 if self.per_channel else 2
@@ -130,7 +130,10 @@ class Codes(Memory):
         self.packed[rows, at], self.low[rows, at], self.step[rows, at] = self._pack(code), low, step
 
     def decode(self, groups: int, spec: Spec) -> Tensor:
-        """Return the first `groups` groups of every row: (rows, groups * group, width) in the spec's dtype."""
+        """Return the dequantised numbers of every row's first `groups` groups: (rows, groups * group, width).
+
+        They are in the spec's dtype.
+        """
         code = self.packed[:, :groups]
         if self.bits < 8:
             shifts = torch.arange(8 // self.bits, dtype=torch.uint8, device=code.device) * self.bits

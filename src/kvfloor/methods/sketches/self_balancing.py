@@ -1,4 +1,4 @@
-"""Draw signs one after the other, under which vectors nearly cancel (the self-balancing walk)."""
+"""Draw random signs for vectors one by one, so that the signed sum stays short (the self-balancing walk)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,31 @@ Keep = Literal["pairs", "smaller"]
 
 
 def safe_threshold(steps: float, failure: float) -> float:
-    """Return c = 1/2 + ln(2 steps / failure), a threshold at which no step of the walk is clamped.
+    """Return c = 1/2 + ln(2 steps / failure), a threshold at which a walk (`walk`) most likely clamps no step.
 
-    This holds with probability 1 - failure, for every c of at least this value. The same walk, moved by -<w, x> / c
-    instead of a sign where |<w, x>| > c, is sigma-sub-Gaussian in every fixed direction with sigma^2 = c^2 / (2c - 1),
-    for |x| <= 1 and c >= 1: the noise of a step lies in an interval of length 2, so Hoeffding gives (theta.x)^2 / 2,
-    and the pull back takes away at least as much. Hence a step is clamped with probability 2 exp(1/2 - c) at most. The
-    paper's 30 ln(n / failure) is safe as well, and nearly a fair coin.
+    A step is clamped if the probability of its sign leaves [0, 1]. With probability 1 - failure none of `steps` is, for
+    every c of at least this value. With w the signed sum so far, the same walk, moved by -<w, x> / c instead of a sign
+    where |<w, x>| > c, is sigma-sub-Gaussian in every fixed direction with sigma^2 = c^2 / (2c - 1), for |x| <= 1 and
+    c >= 1: the noise of a step lies in an interval of length 2, so Hoeffding gives (theta.x)^2 / 2, and the pull back
+    takes away at least as much. Hence a step is clamped with probability 2 exp(1/2 - c) at most. The paper's
+    30 ln(n / failure) is safe as well, and nearly a fair coin.
     """
     return max(1.0, 0.5 + math.log(2.0 * steps / failure))
 
 
 def sub_gaussian(c: float) -> float:
-    """Return sigma of the signed sum of vectors of length <= 1 (`safe_threshold`); c >= 1."""
+    """Return sigma, for which a walk's signed sum of vectors of length <= 1 is sigma-sub-Gaussian (`safe_threshold`).
+
+    c is the walk's threshold, at least 1.
+    """
     return c / math.sqrt(2.0 * c - 1.0)
 
 
 def worst_growth(sharpness: float, centre: bool) -> float:
-    """Return g, where `tree_error` grows by the factor exp(g r^2).
+    """Return the g of the factor exp(g r^2) by which the error of `tree_error` grows.
 
-    r bounds sqrt(|scale|) |q| and sqrt(|scale|) |k|.
+    r bounds sqrt(|scale|) |q| and sqrt(|scale|) |k|. `sharpness` is the exponent of the walk's kernel; `centre` is
+    True if the mean key is subtracted in the walk.
     With h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and the
     denominator is at least n e^{-r^2}. Centred, |k - mean| may be 2r, and the factor e^{q.mean} returns.
     """
@@ -80,13 +85,13 @@ def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, cent
 
 
 def of_pairs(products: Tensor) -> Tensor:
-    """Return inner products (r, m/2, m/2) of the differences x_0 - x_1, x_2 - x_3, ... from those of x, (r, m, m)."""
+    """Return the inner products (r, m/2, m/2) of x_0 - x_1, x_2 - x_3, ..., from those of x_0, x_1, ..., (r, m, m)."""
     rows = products[:, 0::2] - products[:, 1::2]
     return rows[:, :, 0::2] - rows[:, :, 1::2]
 
 
 def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor, Tensor]:
-    """Return signs (r, m) in {-1, 1} of vectors with these inner products (r, m, m), and clamped steps (r,).
+    """Return signs (r, m) in {-1, 1} for m vectors of inner products (r, m, m), and the clamped steps (r,).
 
     Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if draws (r, m), uniform, is below
     1/2 - y / (2a), else -. With R the longest of the vectors, a is
@@ -109,7 +114,7 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
 
 
 def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
-    """Return masks (r, m) of the vectors kept and dropped among the first count[r], and clamped steps (r,).
+    """Return masks (r, m) of the vectors to keep and to drop among the first count[r], and the clamped steps (r,).
 
     products (r, m, m) with m even and zeros beyond the count; draws (r, m) uniform, one per vector.
     pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2; an odd last vector

@@ -81,7 +81,7 @@ class SubGen(Method):
         return Traits(normalised=False, value_linear=False, lossy_values=True, constant_memory=capped)
 
     def sizes(self) -> tuple[int, int | None]:
-        """Return (value pairs s, cap on centres), after the budget is divided."""
+        """Return the number s of sampled pairs and the cap on centres (None: no cap), from the budget if given."""
         return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
 
     def open(self, spec: Spec) -> SubGenState:
@@ -97,8 +97,9 @@ class SubGen(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op for one query fixed in advance.
 
-        Constants by Chebyshev (each half of `failure`): s = 9 dv / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f) with
-        R = exp(2 delta radius). An epsilon of 1 or more is vacuous.
+        V are the values and ||V||_op is their operator norm. Constants by Chebyshev, with f = failure / 2 for numerator
+        and denominator each: s = 9 dv / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f) with R = exp(2 delta radius). An
+        epsilon of 1 or more is vacuous. Returns None without a radius.
         """
         if self.radius is None:
             return None
@@ -115,7 +116,10 @@ class SubGen(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGen:
-        """Return the method with s and t for this cluster radius, without cap or budget: keys fix the centres."""
+        """Return this method with the s and t that epsilon and delta need, and without cap on centres or budget.
+
+        The number of centres then depends on the keys alone.
+        """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
         s = subgen_s(spec.dv, epsilon, delta / 2)
@@ -127,7 +131,7 @@ class SubGen(Method):
 
 
 class SubGenState(Blocked[SubGen]):
-    """Hold the clusters of keys, the reservoir of value pairs, and the tokens of the open block."""
+    """Hold the clusters of keys, the sampled (key, value) pairs, and the whole tokens since the last block end."""
 
     def __init__(self, method: SubGen, spec: Spec) -> None:
         super().__init__(method, spec, Slots(spec, [method.block] * spec.rows), method.block)
@@ -145,7 +149,7 @@ class SubGenState(Blocked[SubGen]):
 
     @property
     def clusters(self) -> Tensor:
-        """Return the number of centres per row (rows,)."""
+        """Return the number of cluster centres per row, (rows,)."""
         return self.keys.used
 
     def guarantee(self) -> Guarantee | None:
@@ -183,20 +187,21 @@ class SubGenState(Blocked[SubGen]):
 
 
 def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
-    """Return the epsilon of s pairs and t samples per cluster, half of `failure` each, for a Frobenius norm.
+    """Return the error epsilon of SubGen with s sampled pairs and t samples per cluster, relative to ||V||_F.
 
-    Law: the larger of sqrt(9 / (s f)) and sqrt(9 (R-1)^2 / (4 R t f)), where logits are within `reach` of their
-    cluster's centre: R = exp(2 reach). For the operator norm a pair counts as 1 / dv.
+    Law: the larger of sqrt(9 / (s f)) for the numerator and sqrt(9 (R-1)^2 / (4 R t f)) for the denominator, by
+    Chebyshev with probability f = failure / 2 each. Logits are within `reach` of that of their cluster's centre:
+    R = exp(2 reach). For the operator norm of the values V instead of the Frobenius norm, s pairs count as s / dv.
     """
     half, spread = failure / 2, math.exp(min(700.0, 2 * reach))
     return max(math.sqrt(9 / (s * half)), math.sqrt(9 * (spread - 1) ** 2 / (4 * spread * t * half)))
 
 
 def ratio(z: Partial, log_tau: Tensor) -> Partial:
-    """Return the answer z / tau, of mass tau, from the samples of the numerator and log tau.
+    """Return the attention estimate z / tau with mass tau, from the estimates of numerator z and denominator tau.
 
-    The mean of the samples times their mass is z.
-    Past the cap on centres the two estimates may differ without bound; the answer stays finite.
+    The argument `z` is the partial over the sampled pairs: its mean times its mass is the numerator. Beyond the cap on
+    centres the two estimates may differ without bound; the answer stays finite.
     """
     share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))
     return Partial(z.mean * torch.where(log_tau == -torch.inf, 0.0, share).unsqueeze(-1), log_tau)

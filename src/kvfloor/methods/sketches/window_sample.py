@@ -1,4 +1,4 @@
-"""Answer with the value of one drawn token, as the paper's Algorithm 1 does (window sample)."""
+"""Answer with one token's value, drawn by its unmasked window attention (Haris and Onak 2025, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class WindowSample(Method):
         return replace(self, budget=budget)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """Return the guarantee of the median of means.
+        """Return the error bound for the median of `groups` means of `copies` draws (Theorem 24).
 
         Returns None without spread and horizon, and where too few groups make the bound vacuous.
         """
@@ -110,9 +110,9 @@ class WindowSample(Method):
 class WindowSampleState(Blocked[WindowSample]):
     """Hold the slots of the window, one sampled older value per draw, and the extremes of all values so far.
 
-    A draw's uniform is fixed by (seed, row id, tokens seen, which draw): all queries at one moment share the uniform,
-    and repeating a query repeats the answer. Every answer has the stated distribution. Answers of one moment depend on
-    one another, which a union bound allows.
+    A draw's random number is fixed by (seed, row id, tokens seen, index of the draw). So all queries of a row at one
+    moment share it, and repeating a query repeats the answer. Every answer has the stated distribution. Answers of one
+    moment depend on one another, which a union bound allows.
     """
 
     def __init__(self, method: WindowSample, spec: Spec) -> None:
@@ -140,7 +140,7 @@ class WindowSampleState(Blocked[WindowSample]):
         return self._draw(q, self.seen)
 
     def _draw(self, q: Tensor, n: Tensor) -> Partial:
-        """Return the answers drawn for q (rows, m, d) when row r has seen n[r] tokens."""
+        """Return the drawn answers to q (rows, m, d) after n[r] tokens of row r: a `Partial` (rows, m)."""
         view, spec = self.slots.view(), self.spec
         hide = None if view.live is None else ~view.live.unsqueeze(1)
         mean, inside, weights = weigh(q, view.k, view.v, spec.scale, spec.softcap, hide=hide)
@@ -183,7 +183,7 @@ class WindowSampleState(Blocked[WindowSample]):
             self.slots.evict(leaving)
 
     def _extend(self, v: Tensor, newest: Tensor) -> None:
-        """Extend the extremes by the values of the newest tokens."""
+        """Update the least and largest value so far by the values v (rows, s, dv) of the `newest` tokens, a mask."""
         new = newest.to(v.device).unsqueeze(-1)
         wide = v.to(self.least.dtype)
         self.least = torch.minimum(self.least, wide.masked_fill(~new, torch.inf).amin((1, 2)))

@@ -86,7 +86,10 @@ class MomentsState(SummaryState):
             self._join(at, keys, values)
 
     def _join(self, at: Tensor, k: Tensor, v: Tensor) -> None:
-        """Merge the moments of k (r, c, d), v (r, c, dv) into those of rows `at` (Chan, Golub and LeVeque 1983)."""
+        """Update the count, means and covariances of rows `at` (r,) by new tokens k (r, c, d), v (r, c, dv).
+
+        By the pairwise update of Chan, Golub and LeVeque 1983.
+        """
         c, n = k.shape[1], self.count[at].to(torch.float64)
         new = (c / (n + c)).unsqueeze(1)
         mean_k, mean_v = (total(x, 1) / c for x in (k, v))
@@ -107,10 +110,11 @@ class MomentsState(SummaryState):
         self.count[at] += c
 
     def _blend(self, name: str, at: Tensor, new: Tensor, inside: Tensor, between: Tensor) -> None:
-        """Update the named covariance of rows `at` with the covariance `inside` of the arriving tokens.
+        """Update the covariance attribute `name` of rows `at` by new tokens.
 
-        new      share of the arriving tokens in the joint count
-        between  product of the differences between the arriving tokens' means and the stored means
+        new      share of the new tokens in the joint count
+        inside   covariance of the new tokens among themselves
+        between  product of the differences between the new tokens' means and the stored means
         """
         old: Tensor = getattr(self, name)
         old[at] = ((1 - new) * old[at] + new * inside + new * (1 - new) * between).to(old.dtype)
@@ -129,7 +133,7 @@ class MomentsState(SummaryState):
         return Partial(mean, log_count + growth)
 
     def _variance(self, x: Tensor) -> Tensor:
-        """Return x^T cov(k) x for x (rows, m, d), or zeros if no covariance is kept."""
+        """Return x^T cov(k) x, (rows, m), for scaled queries x (rows, m, d); zeros if no covariance is kept."""
         if self.cov_k is None:
             return x.new_zeros(x.shape[:2])
         if self.cov_vk is None:
@@ -142,9 +146,9 @@ class MomentsState(SummaryState):
         return (torch.matmul(x, whole) * x).sum(-1).clamp_min(0.0)
 
     def _growth(self, centre: Tensor, variance: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (log E[e^y], E[y' e^y] / E[e^y]) for the capped logit y of x ~ N(centre, variance).
+        """Return log E[e^y] and E[(dy/dx) e^y] / E[e^y], each (rows, m), for the logit x ~ N(centre, variance).
 
-        x is limited to |x| <= largest.
+        y = x, or c tanh(x / c) under a softcap c. x is limited to |x| <= largest.
         """
         cap = self.spec.softcap
         if cap is None:

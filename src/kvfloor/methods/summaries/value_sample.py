@@ -1,4 +1,4 @@
-"""Summarise the evicted tokens by uniform samples of their values, at logit 0 (Algorithm 1)."""
+"""Summarise the evicted tokens by uniform samples of their values, with logit 0 (Haris and Onak 2025, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ValueSample(Summary):
         return Traits(reference="unmasked", normalised=mean, value_linear=mean, turns=True)
 
     def sizes(self, dv: int) -> tuple[int, int]:
-        """Return (T, Q) for values of width dv."""
+        """Return the number T of samples in a mean and the number Q of means, for values of width dv."""
         if self.epsilon is None:
             return self.copies or 1, self.groups or 1
         assert self.spread is not None and self.horizon is not None
@@ -86,7 +86,7 @@ class ValueSample(Summary):
         return ValueSampleState(self, spec)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """Return the guarantee of the median of means.
+        """Return the error bound for the median of Q means of T samples (Theorem 24).
 
         Returns None without spread and horizon, and where too few groups make the bound vacuous.
         """
@@ -110,7 +110,10 @@ class ValueSample(Summary):
 
 
 def check_sampling(owner: str, copies: int | None, groups: int | None) -> None:
-    """Raise ValueError unless copies and groups, where given, are whole numbers >= 1 and groups is odd."""
+    """Raise ValueError unless copies and groups, where given, are whole numbers >= 1 and groups is odd.
+
+    owner: the method's name, for the error.
+    """
     given = {"copies": copies, "groups": groups}
     count(owner, least=1, **{name: value for name, value in given.items() if value is not None})
     if groups is not None and groups % 2 == 0:
@@ -118,9 +121,9 @@ def check_sampling(owner: str, copies: int | None, groups: int | None) -> None:
 
 
 def sizes_for(epsilon: float, delta: float, spread: float, answers: int) -> tuple[int, int]:
-    """Return the (T, Q) that a given number of answers needs for accuracy epsilon.
+    """Return (T, Q), with which `answers` medians of Q means of T draws are all within relative error epsilon.
 
-    With probability 1 - delta, `answers` medians of Q means of T draws are then all within epsilon.
+    This holds with probability 1 - delta, if the variance of a draw is at most spread times its squared mean.
     """
     q = math.ceil(2.5 * math.log(answers / delta))
     return math.ceil(8.0 * spread / epsilon**2), max(1, q + 1 - q % 2)
@@ -129,9 +132,10 @@ def sizes_for(epsilon: float, delta: float, spread: float, answers: int) -> tupl
 def median_of_means(
     t: int, q: int, spread: float, answers: int, quantifier: str, assumptions: tuple[str, ...]
 ) -> Guarantee | None:
-    """Return the guarantee of `answers` medians of q means of t draws, or None where it is vacuous.
+    """Return the error bound of `answers` medians of q means of t draws, or None if its failure probability is >= 1.
 
-    The variance of a draw is at most spread times its squared mean.
+    It assumes that the variance of a draw is at most spread times its squared mean. `quantifier` and `assumptions` go
+    into the guarantee.
     """
     delta = answers * math.exp(-q / 2.5)
     if delta >= 1:
@@ -147,9 +151,9 @@ def median_of_means(
 
 
 def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
-    """Return a text that says why values with these extremes (rows,) break the assumption on spread.
+    """Return a sentence on the values that are outside [a, spread * a] for every a > 0, or "" if there are none.
 
-    Returns "" if the values lie in [a, spread * a] for some a > 0.
+    least, largest (rows,) are the extremes of each row's values.
     """
     low, high = float(least.min()), float(largest.max())
     if low <= 0:
@@ -160,7 +164,7 @@ def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
 
 
 class ValueSampleState(SummaryState):
-    """Hold the sampled values of each row, the number of evicted tokens, and the extremes of all values.
+    """Hold T Q sampled values per row, the number of evicted tokens, and the least and largest evicted value.
 
     value (rows, T Q, dv), each with its sampling key (rows, T Q); count (rows,). Slot i keeps the value of smallest
     sampling key, a uniform fixed by (seed, row id, position, i). Each slot is therefore a uniform draw from all
@@ -222,6 +226,6 @@ class ValueSampleState(SummaryState):
 
 
 def middle(draws: Tensor, copies: int, groups: int) -> Tensor:
-    """Return the coordinatewise median of means of draws (..., copies * groups, dv): (..., dv)."""
+    """Return the coordinatewise median (..., dv) of `groups` means of `copies` draws (..., copies * groups, dv)."""
     means = draws.unflatten(-2, (groups, copies)).mean(-2)
     return means.squeeze(-2) if groups == 1 else means.median(-2).values

@@ -60,7 +60,7 @@ class TensorAttention(Method):
 
     @property
     def kept(self) -> Method:
-        """Return the store as a method."""
+        """Return `store`, the method that keeps the tokens, as a Method."""
         assert isinstance(self.store, Method)
         return self.store
 
@@ -93,7 +93,7 @@ class TensorAttention(Method):
 
 
 class TensorState(State[TensorAttention]):
-    """Hold the state of the store, whose tokens have two keys and two values side by side."""
+    """Hold the state of the store, whose tokens have two keys and two values each, side by side."""
 
     def __init__(self, method: TensorAttention, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -135,10 +135,10 @@ class TensorState(State[TensorAttention]):
 
 @dataclass(frozen=True)
 class Points:
-    """Hold one side of the pairs: keys k (rows, s, d), values v (rows, s, dv) and log_weight (rows, s).
+    """Hold the points that can be the first, or the second, member of a pair: k (rows, s, d), v (rows, s, dv).
 
-    log_weight is the log of the number of tokens that a point represents: -inf for no token. None: every point is one
-    token.
+    A point is a token with one of its keys and values, or a sample that represents many tokens. log_weight (rows, s)
+    is the log of the number of tokens that a point represents: -inf for none. None: every point is one token.
     """
 
     k: Tensor
@@ -146,15 +146,16 @@ class Points:
     log_weight: Tensor | None = None
 
     def part(self, at: slice) -> Points:
-        """Return the points in the slice `at`."""
+        """Return the points in the slice `at` of the s points."""
         weight = None if self.log_weight is None else self.log_weight[:, at]
         return Points(self.k[:, at], self.v[:, at], weight)
 
 
 def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
-    """Return the tensor attention of q (rows, m, d) over all pairs of `one` and `two`, by blocks of pairs.
+    """Return the tensor attention of q (rows, m, d) over all pairs of a point of `one` and one of `two`.
 
-    The weight of a pair is the product of the weights of its points.
+    The weight of a pair is the product of its points' weights. Pairs are taken in blocks of bounded size. Returns a
+    `Partial` (rows, m).
     """
     (rows, m, _), s = q.shape, one.k.shape[1]
     part = Partial.empty(rows, m, dv=one.v.shape[-1], dtype=spec.compute_dtype, device=q.device)
@@ -165,7 +166,7 @@ def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 
 
 def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
-    """Return the tensor attention of `over_pairs` in one block.
+    """Return the tensor attention of `over_pairs`, computed for all pairs in one block.
 
     For a fixed first token j1, tensor attention is standard attention of the query q * k1[j1] over the second tokens.
     The first tokens are then weighted by the masses of these standard attentions.
@@ -184,5 +185,8 @@ def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 
 
 def products(x1: Tensor, x2: Tensor) -> Tensor:
-    """Return all n^2 entrywise products (rows, n^2, width) of x1, x2 (rows, n, width), x1-major, by definition."""
+    """Return the entrywise products x1[i] * x2[j] of all n^2 pairs of tokens: (rows, n^2, width), i before j.
+
+    x1 and x2 are (rows, n, width). `TensorAttention` never stores these; they define its keys and values.
+    """
     return (x1.unsqueeze(2) * x2.unsqueeze(1)).flatten(1, 2)
