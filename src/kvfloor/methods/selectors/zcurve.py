@@ -201,7 +201,7 @@ class ZCurveState(SelectorState):
 
         These are a binary search and a window of slots per curve, the keys of all candidates, and the k best values.
         """
-        used, method, number = self.sorted.used, self.method, self.spec.dtype.itemsize
+        used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()
         index = 4 * method.curves * (searched + used.clamp_max(method.window))
         candidates = torch.minimum(used, torch.tensor(method.curves * method.window)) + held - used
