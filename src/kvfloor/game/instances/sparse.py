@@ -1,4 +1,4 @@
-"""Play the spike with every attention row one-sparse, under which the floor stays the same.
+"""Play the spike game with every attention row concentrated on one token (one-sparse); the floor stays the same.
 
 Haris & Onak (COLT 2025), Corollary 16: the promise that nearly all attention is negligible, at undisclosed places, does
 not help. The spike is already that sparse when Alice asks nothing (queries 0). Here she asks q_t = C k_t at every
@@ -32,7 +32,7 @@ _MOST_TOKENS = 16_384
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(KeyedInstance):
-    """Stream n public keys; Alice queries each token as it is appended, Bob queries all of them at the end."""
+    """Stream n public keys; Alice queries each token's key as it is appended, Bob queries all keys at the end."""
 
     barrier: ClassVar[str] = "sparse"
     n: int
@@ -57,7 +57,7 @@ class Sparse(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append tokens with Alice's queries q_t = C k_t, so that policies observe perfectly sparse attention."""
+        """Append a piece of Alice's stream with her queries q_t = C k_t: policies observe perfectly sparse weights."""
         start = int(state.seen[0])
         q = self.queries[start : start + k.shape[1]].expand(self.copies, 1, -1, -1)
         state.step(q, k, v)
@@ -66,7 +66,10 @@ class Sparse(KeyedInstance):
         return by_reading(state, copy, self.queries[row])
 
     def details(self) -> dict[str, Any]:
-        """Measure on up to 512 of the causal rows how concentrated Q K^T and its softmax are."""
+        """Measure which shares of the scores Q K^T and of the softmax are near zero, on up to 512 causal rows.
+
+        `least_top_weight` is the least weight that any of these rows puts on its largest token.
+        """
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T
         later = torch.arange(self.n) > rows.unsqueeze(1)
@@ -95,7 +98,7 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the sparse stream against a method, n at most 16,384.
+    """Play the sparse game against a method: the spike with one-sparse attention at every token, n at most 16,384.
 
     The arguments are those of the spike.
     details of the result: the share of entries of Q K^T below 1e-3 of their row's largest, of softmax weights below
