@@ -25,7 +25,7 @@ BASELINES = {
     "window": "keeps the most recent tokens (recency)",
     "sinks": "keeps the first tokens and the most recent ones",
 }
-"""Method -> its work in words, for the methods that every audit compares with."""
+"""Map each method that every audit compares with to a description in words."""
 
 METHODS = ("h2o", "subgen")
 BUDGETS = ("64", "192")

@@ -3,7 +3,7 @@
 from typing import Literal
 
 Protocol = Literal["visible", "after"]
-"""`visible`: the question stands in the context while that is compressed. `after`: it comes afterwards."""
+"""`visible`: the question is part of the context that is compressed. `after`: it follows the compression."""
 
 PROTOCOLS: dict[Protocol, str] = {
     "after": "the question follows the compression",
