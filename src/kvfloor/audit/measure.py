@@ -1,4 +1,7 @@
-"""Measure one row of an audit: a setting on a cell's samples, decoded greedily by the real model."""
+"""Measure the rows of an audit: each is one setting on the samples of one cell, decoded greedily by the model.
+
+A setting is a method with its budget; a cell is a task at a context length under a protocol.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,10 @@ TRACED_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold a cell's samples as tokens, and the recorded traces of the first few.
+    """Hold a cell's samples as token ids, and the recorded traces (queries, keys, values) of the first few.
 
-    contexts are taken in before the seal, asks after it (in the visible protocol: the last token only).
+    contexts are appended before the seal, the end of the prompt; asks are appended after it. In the visible protocol
+    the question belongs to the context, and asks hold its last token only.
     """
 
     work: Work
@@ -41,7 +45,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Record a setting's answers on a cell, its bytes per sequence, and its times per sequence of the batch."""
+    """Record a setting's answers on a cell's samples, its bytes per sequence, and its times per sequence of the batch.
+
+    right  one 0 or 1 per sample
+    """
 
     right: tuple[int, ...]
     state_bytes: int
@@ -54,18 +61,18 @@ class Measurement:
 
 
 class Bench:
-    """Measure settings on a prepared model with its tokenizer."""
+    """Measure settings (methods with budgets) on one prepared model with its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self._extra_tokens = extra_tokens  # room to be wrong by going on after the answer
 
     def count(self, text: str) -> int:
-        """Count the tokens of a text, special ones included."""
+        """Count the tokens of a text, special tokens included."""
         return len(self.tokenizer(text).input_ids)
 
     def prepare(self, work: Work) -> Prepared:
-        """Tokenize the samples, split them at the seal, and record the traces of the first few."""
+        """Tokenize a cell's samples, split them at the seal (end of the prompt), and record traces of the first few."""
         plain = self._plain
         contexts, asks, answers = [], [], []
         for item in work.items:
@@ -83,7 +90,10 @@ class Bench:
         return Prepared(work, contexts, asks, answers, traces.record(self.model, contexts[few], spoken))
 
     def resolved(self, method: Method, prepared: Prepared) -> Method:
-        """Return the method with its budget in tokens; a share is of the context, bytes are of one sequence's cache."""
+        """Return the method with its budget in tokens per kv head.
+
+        A budget that is a share is a share of the cell's context; one in bytes is of one sequence's cache.
+        """
         trace, layers = prepared.traces[0], len(prepared.traces)
         heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
         places = [(trace.layer, head) for head in range(heads)]
@@ -91,7 +101,10 @@ class Bench:
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
     def run(self, method: Method, prepared: Prepared) -> Measurement:
-        """Prefill, seal, ask and answer all samples in one batch."""
+        """Run a method on all samples of a cell in one batch: prefill the contexts, seal, feed the questions, decode.
+
+        Returns the answers, bytes and times.
+        """
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
         cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
         dialogue = Dialogue.start(self.model, cache, batch)
@@ -116,7 +129,7 @@ class Bench:
         )
 
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: Measurement) -> Row:
-        """Build the row of a setting, compared with exact on the same samples."""
+        """Build the audit's row of a setting on a cell, from its measurement and that of the exact cache."""
         cell = prepared.work.cell
         by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
         trace = prepared.traces[0]
@@ -149,7 +162,7 @@ class Bench:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def _is_right(self, item: Any, said: Sequence[int]) -> bool:
-        """Return True if the answer is the right one, after white space is normalised.
+        """Return True if the decoded tokens `said` are the sample's answer, after white space is normalised.
 
         A user's prompt has no agreed end, so there a right answer may be followed by more tokens.
         """
@@ -161,7 +174,11 @@ class Bench:
 def run_cells(
     bench: Bench, settings: Sequence[BudgetedMethod], work: Sequence[Work], progress: Callable[[str], None]
 ) -> tuple[list[Row], list[HeadFloor]]:
-    """Run every setting on every cell, exact first as the others are compared with it; measure every head's floor."""
+    """Run every setting on every cell, and return the rows and the floors of every kv head.
+
+    The exact cache comes first in `settings`, as the other settings are compared with it. `progress` is called with a
+    line of text before each measurement.
+    """
     rows, floors = [], []
     for one in work:
         prepared = bench.prepare(one)

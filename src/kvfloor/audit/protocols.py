@@ -1,4 +1,4 @@
-"""Define when a sample's question is given: before its context is compressed, or afterwards."""
+"""Define the protocols of an audit: a sample's question comes before its context is compressed, or afterwards."""
 
 from typing import Literal
 
