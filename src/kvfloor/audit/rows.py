@@ -223,7 +223,7 @@ def measured_row(
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write the rows to a `rows.jsonl` at `path`, one row with all its fields per line.
 
-    The file is written whole or not at all; then ValueError is raised.
+    The file is written whole, or it is left as it was and ValueError is raised.
     """
     replace_file(path, "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows))
 

@@ -12,7 +12,7 @@ from kvfloor.validation import whole, within
 def jl_dim_paper(n: int, eps: float) -> float:
     """Return the dimension that `n` Gaussian keys need in the theorem of Haris & Onak: 12 ln n / (eps^2 - eps^3).
 
-    In that dimension the inner products of all pairs of keys are within eps with probability 1 - 1/n.
+    In that dimension the inner products of all pairs of keys are within eps of 0 with probability 1 - 1/n.
     Source: Haris & Onak (COLT 2025), Lemma 3 and Lemma 22. At eps = 0.1 it is 1333 ln n, too large for real heads,
     hence the other families.
     """
@@ -71,9 +71,9 @@ def gap_hypercube(d: int) -> float:
 
 
 def gap_circle(n: int) -> float:
-    """Return the gap of `n` equally spaced points of a circle: 1 - cos(2 pi / n), 1 less the largest inner product.
+    """Return the gap of `n` equally spaced points of a circle: 1 - cos(2 pi / n).
 
-    So d >= 2 has room for every n.
+    The gap is 1 less the largest inner product of two points. So d >= 2 has room for every n.
     """
     n = whole("n", n, least=2)
     return 2.0 * math.sin(math.pi / n) ** 2

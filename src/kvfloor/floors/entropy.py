@@ -6,7 +6,7 @@ from kvfloor.validation import whole, within
 
 
 def H2(p: float) -> float:
-    """Return the binary entropy of `p` in bits: -p log2 p - (1-p) log2(1-p), and 0 at both ends."""
+    """Return the binary entropy of `p` in bits: -p log2 p - (1-p) log2(1-p), and 0 at p = 0 and p = 1."""
     p = within("p", p, 0.0, 1.0)
     if p in (0.0, 1.0):
         return 0.0

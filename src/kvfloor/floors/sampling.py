@@ -9,9 +9,9 @@ _LARGEST_LOG = 700.0  # exp of it is still a float
 
 
 def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator") -> float:
-    """Return the number of value samples that bounds SubGen's numerator, failing with probability at most `failure`.
+    """Return the number of value samples that keeps SubGen's numerator accurate, except with probability `failure`.
 
-    Failing means an error of more than (epsilon/3) |exp(Kq)|_2 ||V||.
+    Accurate means an error of at most (epsilon/3) |exp(Kq)|_2 ||V||.
     Law: 9 dv / (epsilon^2 failure) for the operator norm, as ||V||_F^2 <= dv ||V||_op^2; 9 / (epsilon^2 failure) for
     `norm` = "frobenius". By Chebyshev from E|z - Ez|^2 = (||V||_F^2 |e^(Kq)|^2 - |Ez|^2)/s, for one fixed query. A
     plain mean does need the factor 1/failure. Source: Zandieh et al. 2024 (SubGen); constants derived here.
@@ -22,9 +22,9 @@ def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator")
 
 
 def subgen_t(delta: float, r: float, epsilon: float, failure: float, *, centres: float | None = None) -> float:
-    """Return the number of key samples per cluster that bounds SubGen's denominator, failing w.p. at most `failure`.
+    """Return the number of key samples per cluster that keeps SubGen's denominator accurate.
 
-    Failing means an error of more than epsilon/3 of the denominator itself.
+    Accurate means an error of at most epsilon/3 of the denominator itself, except with probability `failure`.
     Law, with R = exp(2 delta r), keys within `delta` of their centre and |q| <= `r`:
         9 (R-1)^2 / (4 R epsilon^2 failure)            Chebyshev on the sum of all clusters (the default)
         27 R ln(2 centres / failure) / epsilon^2       Chernoff in each of the `centres` clusters, if they are given

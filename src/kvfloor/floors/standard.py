@@ -91,8 +91,8 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
     """Return the constants eps_s, tau, gap and C of the hard instance with `rows` distinct keys.
 
-    Bob's own token is included (z = 1). Under a norm bound every key is `copied` n/rows times; when that is not whole,
-    the leak grows by ceil/floor.
+    The receiver's own token is included (z = 1). Under a norm bound every key is `copied` n/rows times; when that is
+    not whole, the leak grows by ceil/floor.
     """
     ratio = eps_s(eta)
     gap = gap_known(rows, d)

@@ -42,7 +42,7 @@ def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
 def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
     """Return the length C of the query (C/d) K1[i1] * K2[i2] that gives a pair of ±1 keys all but `eps_s` of the mass.
 
-    `eps_s` is the ratio of the other pairs' softmax mass to this pair's.
+    `eps_s` is the ratio of the other pairs' softmax mass to this pair's. Bob is the receiver of a state, who asks it.
     Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if Bob appends a zero token before he asks, as this token makes 2n + 1 pairs
     of score 0; ln((n^2 - 1)/eps_s) / g if he only asks. g is 1 less the largest inner product over d. Derived here.
     """
@@ -51,7 +51,7 @@ def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
 
 
 def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
-    """Count the hidden rows that Bob can read by tensor attention over `n` tokens, norms unbounded.
+    """Count the hidden rows that queries can read by tensor attention over `n` tokens, norms unbounded.
 
     A hidden row is dv values that one query reads.
     Four caches: 2(n-1) for d >= 4, X1[i] at pair (i, 0) and X2[i] at pair (0, i); else those of standard attention,
@@ -115,10 +115,11 @@ def tensor_space(
 
 
 def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
-    """Choose public keys that exist, and return their gap and the spike length with Bob's own token in the stream.
+    """Choose public keys that exist, and return their gap and the length C of the query that reads one pair.
 
-    The keys are ±1 rows where d is large enough; else K1 = (a, 1) and K2 = (1, b), whose products (a, b) separate each
-    half on its own; else K2 = V2 = 1, also for Bob's token, which is then one zero token of standard attention.
+    The receiver's own token is in the stream. The keys are ±1 rows where d is large enough; else K1 = (a, 1) and
+    K2 = (1, b), whose products (a, b) separate each half on its own; else K2 = V2 = 1, also for the receiver's token,
+    which is then one zero token of standard attention.
     """
     mu = mu_tensor(n, d, caches=caches)
     if mu < 1.0:

@@ -23,7 +23,9 @@ _TOKENS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredGame:
-    """Record one game of the read floor. Shares are of groups of tokens; a group counts only if its whole row is right.
+    """Record one game of the read floor: the bits that a state must hold to answer queries over given keys.
+
+    Shares are of groups of tokens; a group counts only if its whole row is right.
 
     answered       share of answers within eta of exact attention in max norm; the floor's theorem requires each answer
                    to be so with probability p

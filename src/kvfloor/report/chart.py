@@ -30,7 +30,7 @@ def number_text(value: float) -> str:
 
 
 def power_text(size: float) -> str:
-    """Write a power of two as bytes, e.g. `64 KiB`."""
+    """Write a power of two as a number of bytes, e.g. `64 KiB`."""
     k = round(math.log2(size))
     step = max(0, min(k // 10, 4))
     return f"{2 ** (k - 10 * step)} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[step]}"

@@ -43,7 +43,10 @@ def greedy_cover(k: Tensor, delta: float) -> Tensor:
 
 
 def covering_number(k: Tensor, delta: float) -> Tensor:
-    """Count the centres of a greedy clustering, at radius `delta`, of each row's keys k (rows, n, d): (rows,) int64."""
+    """Count the centres of a greedy clustering, at radius `delta`, of each row's keys k (rows, n, d): (rows,) int64.
+
+    A row is the stream of one kv head.
+    """
     if not isinstance(k, Tensor) or k.ndim != 3:
         raise ValueError(f"k must be a tensor (rows, n, d), got {getattr(k, 'shape', type(k).__name__)}")
     return torch.tensor([len(greedy_cover(row, delta)) for row in k])
@@ -120,10 +123,10 @@ def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, de
 
 
 def _first_come(k: Tensor, delta: float) -> Tensor:
-    """Mark the keys of k (b, d) that become centres, (b,) bool, in their order; no older centre covers any of them.
+    """Mark the keys of k (b, d) that become centres of a greedy clustering at radius `delta`: (b,) bool.
 
-    The rule "no earlier centre within delta" has one solution. Each iteration of it settles at least one more token, in
-    order of arrival.
+    Keys come in order, and no older centre covers any of them. The rule "no earlier centre within delta" has one
+    solution. Each iteration of it settles at least one more token, in order of arrival.
     """
     near = (_distances(k, k) <= delta).tril(-1).float()
     opens = torch.ones(len(k), dtype=torch.bool, device=k.device)

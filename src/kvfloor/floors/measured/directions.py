@@ -87,7 +87,10 @@ class Ball:
         return aim * (self.radius / aim.norm(dim=1, keepdim=True).clamp_min(1e-30))
 
     def _longest(self, aim: Tensor) -> Tensor:
-        """Return (C + lambda I)^-1 aim for the least lambda >= 0 that keeps each row within the radius."""
+        """Return (C + lambda I)^-1 aim, C the scaled rivals' covariance, for the least lambda >= 0 within the radius.
+
+        Each row of `aim` has its own lambda.
+        """
         along = aim @ self._vectors
         shift = torch.zeros_like(along[:, :1])
         for _ in range(_SECULAR_STEPS):

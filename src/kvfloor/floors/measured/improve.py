@@ -128,8 +128,9 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
     """Return the query (n,) that should read each token, or -1, by the objective linearised at this choice.
 
-    Assigned to query g, a token gains its weight under g times d objective / d w_g. It costs every query decoded before
-    g the token's weight under that query times -d objective / d l.
+    The objective is the sum over groups of log2(1 + w / (error + l)), w the weight of query g on its group, l its
+    weight on groups decoded later. Assigned to query g, a token gains its weight under g times d objective / d w_g. It
+    costs every query decoded before g the token's weight under that query times -d objective / d l.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

@@ -54,7 +54,7 @@ class Rounding:
 
     @staticmethod
     def of(factors: Factors, q: Tensor, k: Tensor, scale: float) -> Rounding:
-        """Bound the rounding of `factors`, which were made from these q, k and scale.
+        """Bound the errors of logits computed from `factors`, which were made from these q, k and scale.
 
         With u the unit of the sums (float32's for bfloat16), primes for the factors and |.| l2 norms, the error is
             |q - q'| |k| + |q'| |k - k'|      the factors' own rounding, measured
@@ -73,7 +73,7 @@ class Rounding:
         return Rounding(error * 1.001, reach * 1.001)
 
     def of_sums(self, unit: float, terms: int) -> Tensor:
-        """Bound, per query (m,), |log| of the factor by which a sum of `terms` exponentials of logits errs.
+        """Return a bound on |log(computed / true)| for a sum of `terms` exponentials of logits, per query: (m,).
 
         `unit` is the unit of rounding of the sum.
         """

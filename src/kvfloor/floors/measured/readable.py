@@ -203,7 +203,7 @@ def readable_within_rows(
 
 
 def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand) -> Readable:
-    """Compute the floor of the groups that the search finds for queries q, with all tokens of `k` in the stream."""
+    """Compute the read floor of the groups that the search finds for queries q, all tokens of `k` in the stream."""
     order, reader = find_groups(Sight(q, k, *law, later), demand)
     place = torch.full((len(q) + 1,), -1, device=k.device)
     place[order] = torch.arange(len(order), device=k.device)
@@ -221,7 +221,7 @@ def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Deman
 
 
 def _read_alone(k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor | None, demand: Demand) -> Readable:
-    """Compute the floor of a stream of `tokens` alone, each a group with its query in q, in the order of decoding."""
+    """Compute the read floor of a stream of `tokens` alone: each is a group with its query in q, in decoding order."""
     for settling in range(1, _SETTLINGS + 1):
         group = torch.arange(len(tokens), device=k.device)
         mass = None if beyond is None else beyond[tokens]

@@ -48,7 +48,10 @@ class Pull:
         self.beyond = torch.zeros_like(self._own) if beyond is None else torch.exp((beyond - self._own).clamp_max(_TOP))
 
     def on(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the ratios R (t, o) of `tokens` (t,) against `others` (o,), 0 where both are the same token."""
+        """Return the ratios (t, o): the mass on each of `others` over that on the token, under each token's query.
+
+        A ratio is 0 where both are the same token.
+        """
         pull = self._factors.logits(tokens, others).sub_(self._own[tokens].unsqueeze(1))
         pull = (pull if self._tame else pull.clamp_(-_TOP, _TOP)).exp_()
         place = torch.full((self.n,), -1, device=tokens.device)
@@ -59,7 +62,7 @@ class Pull:
         return pull
 
     def load(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the row sums (t,) of R: under each token's query, the mass on all `others` over that on the token."""
+        """Return the sums (t,) of the ratios: the mass on all `others` over that on the token, under its query."""
         total = torch.zeros_like(self._own[tokens])
         for row in range(0, len(tokens), _TOKENS_AT_ONCE):
             rows = slice(row, row + _TOKENS_AT_ONCE)
@@ -68,7 +71,7 @@ class Pull:
         return total
 
     def damage(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the column sums (o,) of R cut at 1: the mass that the queries of `tokens` put on each other token."""
+        """Return the sums (o,) of the ratios of each of `others` under the queries of `tokens`, each cut at 1."""
         total = torch.zeros_like(self._own[others])
         for rows in tokens.split(_TOKENS_AT_ONCE):
             total += self.on(rows, others).clamp_max_(1.0).sum(0)
@@ -141,7 +144,7 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Find a query for every token against the tokens at `rivals`, and return the ratios R of these queries."""
+        """Find a query for every token against the tokens at `rivals`, and return the mass ratios of these queries."""
         scale, softcap, beyond = self._law
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
         return Pull(q, self.k, scale, softcap, beyond)
@@ -202,9 +205,9 @@ class Spread:
         return members
 
     def _reads(self, load: Tensor, beyond: Tensor) -> Tensor:
-        """Mark the tokens that still carry bits when the tokens decoded after them have the ratio sum `load`.
+        """Mark the tokens that still carry bits when the tokens decoded after them take `load` times their own mass.
 
-        beyond is the ratio for the mass beyond the stream.
+        beyond is the same ratio for the mass beyond the stream.
         """
         own = 1.0 / (1.0 + load + beyond)
         return self.demand.bits(own, own * load) > 0.0

@@ -40,9 +40,10 @@ def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
 def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Find the rows of answers (m, dv) that look like one token's own values.
 
-    Returns which rows are trusted, (m,) bool, and the decoded levels of all rows, (m, dv) int64. A row of single bits
-    is first divided by its largest answer (sampling methods return it scaled). A trusted row is finite, large enough,
-    close to levels, and not the flat average that is left of an evicted token.
+    Returns which rows are trusted, (m,) bool, and the decoded levels of all rows, (m, dv) int64: level x stands for the
+    value x / (2^bits - 1). A row of single bits is first divided by its largest answer (sampling methods return it
+    scaled). A trusted row is finite, large enough, close to levels, and not the flat average that is left of an evicted
+    token.
     """
     answers = answers.double()
     finite = torch.isfinite(answers).all(dim=1)
@@ -100,7 +101,7 @@ class Decoded:
 
 
 def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_from: int | None = None) -> Decoded:
-    """Compare answers (m, dv) with the hidden levels (m, dv), and certify the bits that the message carries.
+    """Compare answers (m, dv) with the hidden levels (m, dv), and certify the bits that a state's message carries.
 
     If every row was asked once, in order, the best of the hard, erasure and log-loss certificates counts.
     `sampled_from` = n means that the m rows were drawn with replacement from n; then the share of whole rows decoded

@@ -34,10 +34,10 @@ def derived_seed(purpose: str, seed: int | str) -> int:
 class Instance(ABC):
     """Define one hard instance: `copies` independent streams, each hiding `rows` rows of dv values of `bits` bits.
 
-    A hidden row is the values that one of Bob's queries reads back. A barrier implements `rows`, `length`, `stream` and
-    `answers`. All fields are public and plain: Bob's process receives them as JSON, and nothing else about the
-    instance. key_seed and method_seed derive from the run's seed by `derived_seed`; neither reveals the run's seed nor
-    the hidden values.
+    Alice appends the streams' tokens to a method's state. A hidden row is the values that one of Bob's queries reads
+    back. A barrier implements `rows`, `length`, `stream` and `answers`. All fields are public and plain: Bob's process
+    receives them as JSON, and nothing else about the instance. key_seed and method_seed derive from the run's seed by
+    `derived_seed`; neither reveals the run's seed nor the hidden values.
     """
 
     barrier: ClassVar[str]

@@ -18,10 +18,11 @@ _EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
 
 
 def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
-    """Return log2 of the probability that a logistic around the answer `centre` gives to `level`.
+    """Return log2 of the probability that a logistic distribution around the answer `centre` gives to `level`.
 
-    Both are in level spacings and have one shape, which is the result's. `width` is the scale of the logistic, and
-    `uniform_share` the share of the uniform distribution over all 2^bits levels that is mixed in.
+    Both are in units of the spacing of the 2^bits value levels, and have one shape, which is the result's. `width` is
+    the scale of the logistic, and `uniform_share` the share of the uniform distribution over all levels that is mixed
+    in.
     """
     top = 2**bits - 1
     below = torch.where(level == 0, -math.inf, (level - 0.5 - centre) / width)
@@ -44,9 +45,9 @@ def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
 def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
     """Return the gain, in bits, of every predictor on a public grid, for answers and hidden levels (m, dv).
 
-    A gain is the sum of bits + log2 p(x) over the hidden levels x. The grid has answers as they are or divided by the
-    row's largest; widths from 1/64 of a level to half the range; two uniform shares; belief by row following `trusted`
-    (m,), or equal for all rows.
+    A predictor gives a probability p(x) to every hidden level x, from the answers alone. Its gain is the sum of
+    bits + log2 p(x). The grid has answers as they are or divided by the row's largest; widths from 1/64 of a level to
+    half the range; two uniform shares; belief by row following `trusted` (m,), or equal for all rows.
     """
     m = hidden.shape[0]
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]

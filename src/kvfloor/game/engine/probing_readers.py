@@ -20,10 +20,13 @@ from kvfloor.statistics import wilson_interval
 
 
 class ScoreOracle:
-    """Return scores q.k_l of `runs` instances on request, and count the requests of each instance."""
+    """Return scores q.k_l of `runs` instances (streams of n tokens) on request, and count the requests of each."""
 
     def __init__(self, n: int, place: Tensor, planted: Tensor) -> None:
-        """Set the position (runs,) of each instance's heavy key, in 1..n-1, and planted (runs,) bool: it has one."""
+        """Store the heavy keys, which take nearly all softmax mass: at most one per instance.
+
+        place (runs,) is the key's position in 1..n-1; planted (runs,), bool, is False where an instance has none.
+        """
         self._n, self._place, self._planted = n, place, planted
         self.probes = torch.zeros(len(place), dtype=torch.int64)
 
@@ -35,7 +38,7 @@ class ScoreOracle:
 
 
 def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Choose `probes` distinct tokens of 1..n-1 for each run, each token equally likely: (runs, probes) int64.
+    """Choose `probes` distinct tokens of 1..n-1 to look up in each run, all equally likely: (runs, probes) int64.
 
     This is the best choice: token 0 has a zero key in either case. All runs share one random order of the tokens, and
     each run starts at its own random position in it.
@@ -46,13 +49,13 @@ def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tenso
 
 
 def recent(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Choose the newest `probes` of n tokens for each run, as a sliding window does: (runs, probes) int64."""
+    """Choose the newest `probes` of n tokens to look up in each run, as a sliding window does: (runs, probes) int64."""
     del generator
     return torch.arange(n - probes, n).expand(runs, -1)
 
 
 def strided(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Choose `probes` evenly spaced tokens of 1..n-1 for each run: (runs, probes) int64."""
+    """Choose `probes` evenly spaced tokens of 1..n-1 to look up in each run: (runs, probes) int64."""
     del generator
     return (1 + torch.arange(probes) * (n - 1) // max(1, probes)).expand(runs, -1)
 
@@ -65,6 +68,7 @@ _SCORES_AT_ONCE = 2**22
 class ReaderSuccess:
     """Record the share `success` of runs in which a reader answered right, with its 95 % interval low..high.
 
+    reader  the rule by which it chooses the scores to look up
     probes  scores that the reader looked up per run
     bound   largest success of any reader with as many probes that has not read the keys on arrival
     """
@@ -79,9 +83,9 @@ class ReaderSuccess:
 
 
 def success_bound(n: int, probes: float) -> float:
-    """Return the largest success of any reader that makes `probes` probes and has not read the keys on arrival.
+    """Return the largest share of right answers of a reader that looks up `probes` scores and no key on arrival.
 
-    Law: (1 + T/(n-1))/2 for T probes of n tokens, at most 1.
+    One of n tokens has a heavy key, or none has, with even odds. Law: (1 + T/(n-1))/2 for T probes, at most 1.
     """
     return (1.0 + min(1.0, probes / (n - 1))) / 2.0
 

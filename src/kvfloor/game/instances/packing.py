@@ -36,7 +36,7 @@ _MOST_KEYS = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing(KeyedInstance):
-    """Stream m keys that queries can separate, each `repeats` times with its value; no logit is above `radius`."""
+    """Stream m keys that queries can separate, each `repeats` times with its hidden row; no logit is above `radius`."""
 
     barrier: ClassVar[str] = "packing"
     m: int

@@ -47,7 +47,10 @@ class Sparse(KeyedInstance):
 
     @cached_property
     def queries(self) -> Tensor:
-        """Return the spike query of every key (n, d), asked by Alice at that token and by Bob at the end."""
+        """Return the spike query of every key (n, d), asked by Alice at that token and by Bob at the end.
+
+        A spike query gives its key nearly all softmax mass.
+        """
         ratio = leak_ratio(self.bits, self.eta)
         everything = torch.arange(self.n)
         return self.public.aim(everything, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))[0]

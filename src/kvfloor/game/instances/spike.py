@@ -48,7 +48,11 @@ class Spike(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of their keys to others."""
+        """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of their keys to others.
+
+        A spike query gives its key nearly all softmax mass. A gap is the key's squared norm less its largest inner
+        product with another key.
+        """
         ratio = leak_ratio(self.bits, self.eta)
         return self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))
 

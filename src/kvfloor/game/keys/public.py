@@ -53,15 +53,19 @@ class PublicKeys:
         return FAMILIES[self.family](self.n, self.d, self.seed).to(DTYPES[self.dtype])
 
     def aim(self, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:
-        """Return the spike queries (m, d) of the keys at `rows` (m,), and their gaps (m,), by the function `aim`."""
+        """Return the spike queries (m, d) of the keys at `rows` (m,), and their gaps (m,), by the function `aim`.
+
+        A spike query gives its key nearly all softmax mass.
+        """
         return aim(self.table, rows, spec, length)
 
 
 def aim(keys: Tensor, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:
     """Return the spike query C_i k_i / scale of each key at `rows`, (m, d) in the spec's dtype, and the gaps (m,).
 
-    `length` returns C from a key's one-sided gap (at most its squared norm) and its squared norm. Raises ValueError
-    where a key's gap is not positive, so that no query singles it out.
+    A spike query gives its key nearly all softmax mass. `length` returns C from a key's one-sided gap (at most its
+    squared norm) and its squared norm. Raises ValueError where a key's gap is not positive, so that no query singles it
+    out.
     """
     gaps = one_sided_gaps(keys, rows)
     if not bool((gaps > 0.0).all()):
