@@ -195,7 +195,10 @@ def _squared_norm(m: int, dv: int) -> float:
 
 
 def _leak(m: int, d: int, radius: float | None) -> float:
-    """Return (mass off the queried key)/(mass on it) for `m` unit keys and the asker's token, logits up to `radius`."""
+    """Return (mass off the queried key)/(mass on it) for `m` unit keys, at logits of at most `radius`.
+
+    The receiver's own token is in the stream.
+    """
     gap = gap_known(m, d)
     if radius is None:
         return 0.0 if gap > 0.0 else math.inf
