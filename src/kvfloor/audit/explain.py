@@ -1,4 +1,7 @@
-"""Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers."""
+"""Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers.
+
+A setting is a method with its budget; a cell is a task at a context length under a protocol.
+"""
 
 from collections import Counter, defaultdict
 
@@ -8,12 +11,15 @@ from kvfloor.audit.recommend import WEAK_EXACT_SCORE, Judged, Recommendation
 
 
 def why(answer: Recommendation) -> str:
-    """Return one paragraph with the reason for the recommendation, or the reason that there is none."""
+    """Return one paragraph with the reason for the recommended setting, or the reason that none is recommended."""
     return _why_none(answer) if answer.chosen is None else _why_chosen(answer, answer.chosen)
 
 
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
-    """Name the task that breaks first, then each method's smallest safe budget and the next cell to break."""
+    """Return sentences on the task that breaks first, and on each method's smallest safe budget.
+
+    For each method the next cell to break (a task at a context length under a protocol) is named too.
+    """
     falling = Counter(one.weakest.task for one in answer.judged if one.verdict == "falls")
     sentences = []
     if falling:
@@ -27,7 +33,7 @@ def what_breaks(answer: Recommendation) -> tuple[str, ...]:
 
 
 def cautions(answer: Recommendation) -> tuple[str, ...]:
-    """List the limits of the numbers, one sentence each."""
+    """Return the limits of the audit's numbers, one sentence each: few samples, a weak exact score, a high peak."""
     sentences = []
     standard = answer.standard
     n = min(row.n for row in answer.exact)
@@ -101,7 +107,7 @@ def _why_none(answer: Recommendation) -> str:
 
 
 def _along_budgets(settings: list[Judged], standard: Standard) -> str:
-    """Describe in one sentence the smallest budget that holds and the next one that does not, for one method."""
+    """Describe the verdicts on one method's settings, from the largest budget down, in one sentence."""
     believed = [one.setting for one in settings if one.believed]
     broken = next((one for one in settings if one.verdict != "holds"), None)
     if broken is None:
@@ -111,7 +117,7 @@ def _along_budgets(settings: list[Judged], standard: Standard) -> str:
 
 
 def _weakness(one: Judged, standard: Standard) -> str:
-    """Describe a setting's weakest cell, and its scores there, as a clause of a sentence."""
+    """Describe a setting's weakest cell (task, context length, protocol), and its scores there."""
     cell = one.weakest.cell
     if one.verdict == "falls":
         return f"it breaks on {cell}, {_scores(one)}"

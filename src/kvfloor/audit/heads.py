@@ -1,4 +1,7 @@
-"""Compare the floor, the cheapest good setting and the exact bytes of each kv head, per layer."""
+"""Compare the floor, the cheapest good setting and the exact bytes of each kv head, per layer.
+
+The floor is the least bytes that any method needs for a head's keys; a setting is a method with its budget.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ MOST_TOKENS = 8192  # longer contexts are left out: the time to compute the floo
 
 @dataclass(frozen=True)
 class HeadFloor:
-    """Hold the read floors of one kv head on one recorded sample of a cell. Bytes are of this head alone.
+    """Hold the read floors of one kv head on one recorded sample of a cell (task, context length, protocol).
+
+    Bytes are of this head alone. A read floor is the bytes that any method must hold to answer queries over the keys.
 
     tokens             number of tokens of the context
     readable_groups    number of token groups that some query of the recorded length can read
@@ -44,10 +49,14 @@ class HeadFloor:
 class Head:
     """Hold one kv head's largest floor over all cells, and the cheapest setting that is good for it on every cell.
 
-    A setting is good for a head if the head's output error is at most GOOD.
-    best_method, best_bytes   the cheapest good setting and its largest bytes per kv head over the cells; None if only
-                              exact is good
-    compressible              queries can read at most COMPRESSIBLE of the tokens, on every cell
+    A setting (method with budget) serves a head if the head's output error is at most GOOD.
+
+    readable_share     largest share of the context's tokens that queries can read one by one or in groups
+    floor_bytes        bytes that any method needs, see `HeadFloor`; also asked_floor_bytes and exact_bytes
+    best_method        the cheapest setting that serves the head; None where only exact does
+    best_bytes         its bytes per kv head, the largest over the cells; None with best_method
+    best_error         its largest output error over the cells
+    compressible       at most COMPRESSIBLE of the tokens can be read, on every cell
     """
 
     layer: int
@@ -67,7 +76,11 @@ class Head:
 
 
 def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
-    """Return every head's floors on the first recorded sample; an empty list for contexts above MOST_TOKENS."""
+    """Return the floors of every kv head of every layer, on the first recorded sample of a cell.
+
+    The list is empty for a context of more than MOST_TOKENS tokens. `traces` hold the sample's queries, keys and
+    values, one entry per layer.
+    """
     found = []
     for layer, trace in enumerate(traces):
         cut = trace.k.shape[1] - trace.asked
@@ -81,10 +94,10 @@ def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
 
 
 def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
-    """Compute a head's floors over the context's keys k (n, d).
+    """Compute the floors of one kv head from its keys and queries.
 
-    asked  (g, t, d)  the queries of the t tokens after the context
-    own    (t, d)     the keys of these tokens
+    k      (n, d)     the keys of the context
+    asked  (g, t, d)  the queries after the context        own  (t, d)  the keys of their tokens
     """
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
     demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
@@ -98,7 +111,10 @@ def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Te
 
 
 def heads(floors: Iterable[HeadFloor], rows: Sequence[Row]) -> list[Head]:
-    """Return every head that has floors, ordered by layer and head."""
+    """Combine each kv head's floors with the audit's rows, into one `Head` per kv head, ordered by layer and head.
+
+    Heads without floors are left out.
+    """
     found: dict[tuple[int, int], list[HeadFloor]] = {}
     for floor in floors:
         found.setdefault((floor.layer, floor.head), []).append(floor)
@@ -123,7 +139,10 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Ro
 
 
 def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> tuple[int, str, float] | None:
-    """Return (bytes per head, setting, largest error) of the cheapest setting good for the head on all cells."""
+    """Return the cheapest setting that serves a head on all the cells, as (bytes per head, setting, largest error).
+
+    `place` is (layer, head). Returns None where no setting but exact serves the head.
+    """
     layer, head = place
     settings: dict[str, list[Row]] = {}
     for row in rows:
@@ -140,7 +159,7 @@ def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> 
 
 
 def summary(found: Sequence[Head]) -> str:
-    """Name the compressible heads in one plain sentence."""
+    """Name the compressible heads, of which queries can read few tokens apart, in one plain sentence."""
     if not found:
         return "No head's floor was measured."
     names = [f"layer {one.layer} head {one.head}" for one in found if one.compressible]

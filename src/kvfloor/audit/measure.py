@@ -1,4 +1,7 @@
-"""Measure one row of an audit: decode a cell's samples greedily with the model's cache under one setting."""
+"""Measure the rows of an audit: each is one setting on the samples of one cell, decoded greedily by the model.
+
+A setting is a method with its budget; a cell is a task at a context length under a protocol.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,10 @@ TRACED_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold a cell's samples as tokens, and the recorded traces of the first few.
+    """Hold a cell's samples as token ids, and the recorded traces (queries, keys, values) of the first few.
 
-    contexts  tokens fed before the cache is sealed; in the visible protocol they include the question
-    asks      tokens fed after it: the question, or in the visible protocol only its last token
+    contexts are appended before the seal, the end of the prompt; asks are appended after it. In the visible protocol
+    the question belongs to the context, and asks hold its last token only.
     """
 
     work: Work
@@ -42,7 +45,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Record a setting's right and wrong answers on a cell, and its bytes and times per sequence of the batch."""
+    """Record a setting's answers on a cell's samples, its bytes per sequence, and its times per sequence of the batch.
+
+    right  one 0 or 1 per sample
+    """
 
     right: tuple[int, ...]
     state_bytes: int
@@ -55,18 +61,18 @@ class Measurement:
 
 
 class Bench:
-    """Measure settings on a model that is prepared for compressed caches, and its tokenizer."""
+    """Measure settings (methods with budgets) on one prepared model with its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self._extra_tokens = extra_tokens  # an answer that goes on for these is wrong
 
     def count(self, text: str) -> int:
-        """Count the tokens of a text, special ones included."""
+        """Count the tokens of a text, special tokens included."""
         return len(self.tokenizer(text).input_ids)
 
     def prepare(self, work: Work) -> Prepared:
-        """Tokenize the samples, split them where the cache is sealed, and record the traces of the first few."""
+        """Tokenize a cell's samples, split them at the seal (end of the prompt), and record traces of the first few."""
         plain = self._plain
         contexts, asks, answers = [], [], []
         for item in work.items:
@@ -84,9 +90,9 @@ class Bench:
         return Prepared(work, contexts, asks, answers, traces.record(self.model, contexts[few], spoken))
 
     def resolved(self, method: Method, prepared: Prepared) -> Method:
-        """Return the method with its budget in tokens.
+        """Return the method with its budget in tokens per kv head.
 
-        A share is one of the context's tokens, and bytes are those of one sequence's whole cache.
+        A budget that is a share is a share of the cell's context; one in bytes is of one sequence's cache.
         """
         trace, layers = prepared.traces[0], len(prepared.traces)
         heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
@@ -95,7 +101,10 @@ class Bench:
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
     def run(self, method: Method, prepared: Prepared) -> Measurement:
-        """Feed all samples in one batch: the context, the seal, the question and the greedy answer."""
+        """Run a method on all samples of a cell in one batch: prefill the contexts, seal, feed the questions, decode.
+
+        Returns the answers, bytes and times.
+        """
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
         cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
         dialogue = Dialogue.start(self.model, cache, batch)
@@ -120,7 +129,7 @@ class Bench:
         )
 
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: Measurement) -> Row:
-        """Build the row of a setting, compared with exact on the same samples."""
+        """Build the audit's row of a setting on a cell, from its measurement and that of the exact cache."""
         cell = prepared.work.cell
         by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
         trace = prepared.traces[0]
@@ -153,7 +162,7 @@ class Bench:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def _is_right(self, item: Any, said: Sequence[int]) -> bool:
-        """Return True if the answer is right, up to white space.
+        """Return True if the decoded tokens `said` are the sample's answer, after white space is normalised.
 
         A user's prompt does not define where an answer ends, so there more tokens may follow a right answer.
         """
@@ -165,7 +174,11 @@ class Bench:
 def run_cells(
     bench: Bench, settings: Sequence[BudgetedMethod], work: Sequence[Work], progress: Callable[[str], None]
 ) -> tuple[list[Row], list[HeadFloor]]:
-    """Measure every setting on every cell, exact first as the reference of the others, and every head's floor."""
+    """Run every setting on every cell, and return the rows and the floors of every kv head.
+
+    The exact cache comes first in `settings`, as the other settings are compared with it. `progress` is called with a
+    line of text before each measurement.
+    """
     rows, floors = [], []
     for one in work:
         prepared = bench.prepare(one)

@@ -1,4 +1,4 @@
-"""Describe the run that a report's rows come from."""
+"""Describe the audit run that a report's rows come from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Meta:
-    """Record the source of a report's numbers.
+    """Record the source of a report's numbers: the model, the command, versions and machine.
 
     model       the model's name or path, as the user gave it
-    seed        the seed of every task and method
+    seed        the seed of all tasks and methods
     command     the command line that makes this report again
-    versions    name -> version of the software (kvfloor, torch, transformers, python, ...)
+    versions    name -> version of each program that took part (kvfloor, torch, transformers, python, ...)
     machine     the machine in words
     duration_s  duration of the audit in seconds
-    notes       further plain sentences, e.g. the cells that were left out, and why
+    notes       further plain sentences, e.g. which cells were cut and why
     """
 
     model: str

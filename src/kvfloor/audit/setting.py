@@ -12,11 +12,13 @@ from kvfloor.core.summary import Drop
 
 @dataclass(frozen=True)
 class BudgetedMethod:
-    """Hold a parsed method with its budget, and make its names; no other code parses these again.
+    """Hold a setting: a parsed method with its budget, and the texts that name it.
 
-    method     the method, with a budget in tokens, as a share of the context, or in bytes
-    baseline   True if the setting is a reference that belongs to every audit
-    asked      True if the user listed its method, with or without a budget
+    The texts are made here, and no later code takes them apart again.
+
+    method     the method, whose budget may be tokens, a share of the context, or bytes
+    baseline   True if every audit includes the setting, as a reference
+    asked      True if the user asked for the setting, by itself or as a method under the audit's budgets
     """
 
     method: Method

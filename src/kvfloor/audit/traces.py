@@ -1,4 +1,4 @@
-"""Measure the attention-output error: a method against exact attention, on a real model's queries."""
+"""Measure the attention-output error of a method against exact attention, on the real queries of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from kvfloor.hf.recording import Recorder
 class Trace:
     """Hold one layer's recorded stream of a few samples: q (rows, g, n, d), k and v (rows, n, .), present (rows, n).
 
-    The last `asked` slots hold the question and the answer, the slots before them the context.
+    A row is one sample and kv head, g the GQA group; present is False on padding. The last `asked` slots are the
+    question's and the answer's; the ones before them the context's. `exact` holds exact attention's outputs on the last
+    `asked` slots.
     """
 
     layer: int
@@ -37,7 +39,10 @@ class Trace:
 
 
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
-    """Run the model with the exact cache over context, question and right answer, and record each layer's stream."""
+    """Run the model with an exact cache over each context, question and right answer; return each layer's stream.
+
+    `contexts` and `asks` (question and answer) are token ids, one list per sample.
+    """
     cache = CompressedCache(model.config, "exact")
     seen = Recorder(cache.compressed)
     dialogue = Dialogue.start(model, cache, len(contexts))
@@ -57,9 +62,10 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
 
 def replay(trace: Trace, method: Method) -> Tensor:
-    """Feed the trace to a method, and return its answers (rows, g, asked, dv), float32, to the last queries.
+    """Return a method's attention outputs (rows, g, asked, dv), float32, for the last `asked` queries of a trace.
 
-    The method's budget must be in tokens already.
+    The context's tokens are appended first, and the state is sealed (its prompt ends) before these queries. The
+    method's budget must be in tokens, as `Bench.resolved` returns it.
     """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
@@ -72,7 +78,7 @@ def replay(trace: Trace, method: Method) -> Tensor:
 
 
 def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:
-    """Compute the relative l2 error of the attention output per layer and kv head: ||answers - exact|| / ||exact||.
+    """Compute a method's relative l2 error of the attention output, ||answers - exact|| / ||exact||: [layer][kv head].
 
     Norms run over the samples, the group's heads, the question's and answer's tokens and the head width.
     """

@@ -30,6 +30,7 @@ def space(
 ) -> Floor:
     """Bound the bits that any streaming method must hold to answer attention, and list memory sizes that suffice.
 
+    n, d, dv   tokens of the stream, width of a key, width of a value (d unless given)
     attention  standard, window (needs `window`), tensor (`caches` 4 or 2) or visual, where `n` is the side of the last
                map, and maps shrink by `ratio` (2): tokens are the sum of their squares. A `window` given with
                "standard" means attention "window"

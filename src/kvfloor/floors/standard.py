@@ -1,4 +1,4 @@
-"""Compute the space floor of standard softmax attention and of its sliding window."""
+"""Compute the space floor (the bits that any method needs) of standard softmax attention and of its sliding window."""
 
 import math
 from typing import Any
@@ -89,9 +89,10 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 
 
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
-    """Return the separation constants of the instance with `rows` distinct keys, Bob's own token included (z = 1).
+    """Return the constants eps_s, tau, gap and C of the hard instance with `rows` distinct keys.
 
-    Under a norm bound every key is `copied` n/rows times; when that is not whole, the leak grows by ceil/floor.
+    The receiver's own token is included (z = 1). Under a norm bound every key is `copied` n/rows times; when that is
+    not whole, the leak grows by ceil/floor.
     """
     ratio = eps_s(eta)
     gap = gap_known(rows, d)

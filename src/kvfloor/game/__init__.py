@@ -1,7 +1,8 @@
-"""Play the hard instance of each theorem (a barrier) against any method. docs/floors.md has the proofs.
+"""Play the hard instance of each memory theorem (a barrier) against any method. docs/floors.md has the proofs.
 
-Alice streams hidden values into the method's state, and Bob decodes them from the state's bytes. Every barrier is a
-file with an `Instance` (the public data, Alice's stream, Bob's queries) and a function `play`.
+Alice appends tokens with hidden values to the method's state and sends the state's bytes, the message. Bob rebuilds
+the state from the message and decodes the hidden values from its answers. Every barrier is a file of `instances` with
+an `Instance` (the public half: keys, Alice's stream, Bob's queries) and a function `play`.
 """
 
 import inspect
@@ -18,7 +19,10 @@ from kvfloor.game.keys.families import FAMILIES
 
 @dataclass(frozen=True)
 class Barrier:
-    """Hold a barrier's `play` function, one sentence about it, and the largest n at which `play_all` plays it."""
+    """Hold a barrier's `play` function, one sentence about it, and the largest n at which `play_all` plays it.
+
+    n is the number of tokens in a stream.
+    """
 
     play: Callable[..., Result]
     about: str
@@ -58,7 +62,7 @@ ARGUMENTS: dict[str, str] = {
     "runs": "Independent streams; 256 unless given, fewer where n d is large",
     "caches": "4 (tokens are kept) or 2 (pairs are); what the method keeps unless given",
 }
-"""Map each argument of `play` that the command line offers to its description; the others are for Python alone."""
+"""Map each argument of a `play` function that the command line offers to its description; Python takes others too."""
 
 INSTANCES: dict[str, type[Instance]] = {
     kind.__name__: kind
@@ -69,8 +73,9 @@ INSTANCES: dict[str, type[Instance]] = {
 
 
 def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
-    """Play the named barrier with its own arguments (the `play` of its module explains them).
+    """Play the barrier of this name against a method, and return the result with its verdict.
 
+    `arguments` are those of the `play` function in the barrier's module, which explains them.
     Raises ValueError for an unknown barrier (listing all barriers), for an argument that the barrier does not take
     (listing those it takes), and for the errors of the barrier's own `play`.
     """
@@ -84,8 +89,9 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
 
 
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:
-    """Play every barrier in turn, each with those of the given arguments that it takes, and n at most its `most`.
+    """Play every barrier in turn against a method, and return one result per barrier.
 
+    Each barrier receives those of `arguments` that its `play` takes. A larger n is reduced to the barrier's `most`.
     Raises ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """
     known = {name for barrier in BARRIERS.values() for name in barrier.arguments}

@@ -1,7 +1,8 @@
-"""Run Bob, the receiver: a fresh process that answers every query from the public data and the message alone.
+"""Run Bob, the receiver: a fresh process that answers every query from public data and the message alone.
 
-Bob reads 8 bytes of header length (little-endian), the JSON request and the message on stdin, and writes the answers as
-raw float32 on stdout. Output that a method prints goes to stderr.
+The public data are the method as text and the instance (keys and queries). The message is the bytes of Alice's state.
+Bob reads 8 bytes of header length (little-endian), the public data as a JSON request, and the message on stdin. He
+writes the answers as raw float32 on stdout. Output that a method prints goes to stderr.
 """
 
 import json
@@ -17,7 +18,10 @@ from kvfloor.methods.registry import parse
 
 
 def main() -> None:
-    """Answer one request; exit with 0, `NOT_REBUILT` if the method or instance fails, or 1 if the message does."""
+    """Answer the request on stdin, and end the process with an exit status.
+
+    0: answered. `NOT_REBUILT`: the request gives no method or no instance. 1: no state answers from the message.
+    """
     answer_stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     source = sys.stdin.buffer

@@ -1,7 +1,7 @@
-"""Play the game of the read floor: hide levels in the values of token groups, and decode them from one message.
+"""Play the game of the read floor (`floors.measured`): hide levels in the values of token groups, and decode them.
 
-Each group has one query. The game trusts the method to keep no data outside its message. For methods that may hide data
-elsewhere use `kvfloor.game.engine.play`.
+One message is sent, and each group has one query. The method is trusted to keep nothing beside its message;
+`kvfloor.game.engine.play` is for methods that are not trusted so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _TOKENS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredGame:
-    """Record one game. Shares are of groups; a group counts only if its whole row is right.
+    """Record one game of the read floor: the bits that a state must hold to answer queries over given keys.
+
+    Shares are of groups of tokens; a group counts only if its whole row is right.
 
     answered       share of answers within eta of exact attention in max norm; the floor's theorem assumes a probability
                    p of that for each answer
@@ -48,10 +50,11 @@ class MeasuredGame:
 
 
 def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> MeasuredGame:
-    """Hide uniform levels in the values of `readable`'s groups over its stream of keys from k (n, d), and decode them.
+    """Hide uniform random levels in the values of `readable`'s token groups, send a method's state, and decode them.
 
-    Values are stored in the floor's number format, which must be one that states accept. A state restored from the
-    message answers each group's query. Tokens beyond the stream add mass with value 0.
+    k (n, d) are the keys that `readable` was computed from; its stream of tokens is appended. Values are stored in the
+    format that the floor was computed for, which must be a format that states take. A state restored from the message
+    answers each group's query. Mass beyond the stream counts with value 0. `seed` draws the levels.
     """
     demand, groups, dv = readable.demand, readable.groups, readable.demand.dv
     keys = matrix("k", k)[readable.stream].to(demand.dtype)

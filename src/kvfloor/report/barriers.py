@@ -1,4 +1,7 @@
-"""Render the page of `kvfloor break --out`: every game played, and sweeps to where a method leaves the bound."""
+"""Render the page of `kvfloor break --out`: every game played against a method, and sweeps of harder games.
+
+A game plays the hard instance of a memory theorem (a barrier); a sweep shows where the method leaves the bound.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +19,7 @@ _PLAIN = (str, int, float, bool)
 
 
 def render(results: Sequence[Result], command: str, path: Path) -> None:
-    """Write the page of these games, all of one method, to `path`, whole or not at all; plays the sweeps first.
+    """Write the HTML page of these games, all of one method, to `path`, whole or not at all; plays the sweeps first.
 
     Raises ValueError where there is no result or the file cannot be written.
     """
@@ -24,7 +27,7 @@ def render(results: Sequence[Result], command: str, path: Path) -> None:
 
 
 def page(results: Sequence[Result], command: str) -> str:
-    """Return the page as HTML text."""
+    """Return the page of these games, all of one method, as HTML text; raise ValueError where there is no game."""
     if not results:
         raise ValueError("there is nothing to report: play at least one barrier")
     worst = min(results, key=lambda result: ("cheats", "breaks", "holds").index(result.verdict))
@@ -47,7 +50,7 @@ def page(results: Sequence[Result], command: str) -> str:
 
 
 def plots(results: Sequence[Result]) -> list[Chart]:
-    """Draw one figure per barrier that has a parameter to sweep."""
+    """Play the sweep of each barrier that has a parameter to sweep, and return one figure for each."""
     drawn = []
     for result in results:
         if result.barrier == "spike":

@@ -1,4 +1,4 @@
-"""Assign one colour and marker to each method, the same in every figure and distinct without colour."""
+"""Assign one colour and marker shape to each method, the same in every figure and distinct without colour."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,12 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Mark:
-    """Define a curve's look: colour `s0`..`s7`, an SVG path (or none), hollow and dashed where it is a baseline."""
+    """Define the look of one curve: its colour and its marker.
+
+    colour    class of the style sheet, `s0`..`s7`
+    shape     an SVG path, or "" for no marker
+    baseline  drawn hollow and dashed
+    """
 
     name: str
     colour: str
@@ -54,11 +59,11 @@ def marks(rows: Sequence[Row]) -> dict[str, Mark]:
 
 
 def nth_mark(index: int, name: str, baseline: bool = False) -> Mark:
-    """Make the mark of the given number; the first 64 differ in colour or marker."""
+    """Return the mark of the given number; the first 64 differ in colour or marker."""
     shape = SHAPES[(index + index // COLOURS) % len(SHAPES)]
     return Mark(name, f"s{index % COLOURS}", shape, baseline)
 
 
 def bound_mark(index: int, name: str) -> Mark:
-    """Make the mark of a bound in the colour of the given number: a dashed line without markers."""
+    """Return the mark of a bound, a dashed line without markers, in the colour of the given number."""
     return Mark(name, f"s{index % COLOURS}", "", baseline=True)

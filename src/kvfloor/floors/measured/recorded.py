@@ -1,4 +1,4 @@
-"""Compute the read floor of a recorded stream at a cut: the bits that a state needs for the queries after the cut."""
+"""Compute the read floor of a recorded stream, cut in two: the bits of a state at the cut, for the queries after it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from kvfloor.validation import whole
 def causal_mass(
     q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """Return the log mass of query i over the tokens 0..i after the cut: (g * t,) float64, for `later_mass`.
+    """Return the log mass (log-sum-exp of logits) of each query after a cut over the tokens from the cut to its own.
 
-    q (g, t, d), the queries of a GQA group; k (t, d), the keys of the same tokens; present (t,) bool marks real tokens.
-    The result is flattened as q.reshape(g * t, d). It is -inf for a query that attends to no real token.
+    The shape is (g * t,). The result, float64, is the argument `later_mass` of the floors. q (g, t, d), the queries of
+    a GQA group; k (t, d), the keys of the same tokens; present (t,) bool marks real tokens, which are not padding.
+    Query i sees tokens 0..i. The result is flattened as q.reshape(g * t, d). It is -inf where a query sees no real
+    token.
     """
     g, t, d = q.shape
     everything = slice(None)
@@ -39,10 +41,10 @@ def readable_after(
     softcap: float | None = None,
     **demand: Any,
 ) -> list[Readable]:
-    """Apply `readable_by` to each row of a recorded stream, cut in two after `cut` tokens.
+    """Apply `readable_by` to each row of a recorded stream, cut in two after `cut` tokens; return one result per row.
 
-    The state holds the first `cut` tokens and must answer all later queries. Each later query also attends to its own
-    token and to the tokens between the cut and its own.
+    A row is the stream of one kv head. The first `cut` tokens are stored, and all later queries are asked. Each later
+    query also sees its own token and the tokens between the cut and it.
 
     q (rows, g, n, d), k (rows, n, d), present (rows, n) bool; `demand` as for `readable_by`. In the results `asked`
     indexes a row's later queries flattened as q[row, :, cut:].reshape(-1, d), and `stream` indexes its tokens. Bits of

@@ -1,4 +1,4 @@
-"""Bound the softmax weights of ordered groups of tokens so that rounding cannot raise the read floor.
+"""Bound the softmax weights of ordered groups of tokens, for the read floor, so that rounding cannot raise the floor.
 
 Groups are numbered in the order in which their queries are decoded, and query g belongs to group g.
 """
@@ -25,8 +25,9 @@ def ordered_shares(
     softcap: float | None = None,
     later_mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Bound the weight of query g on group g, and its weight on all later groups: two (G,) float64 in [0, 1].
+    """Bound the softmax weight of each query on its own group of tokens, and on all groups decoded later.
 
+    Returns two (G,) float64 in [0, 1], on the safe side of rounding. Query g reads group g.
     q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,) float64, log mass of
     query g on tokens outside the stream. Weights are shares of the mass on all n tokens and on those outside.
     A group's own mass is always computed in float64. The mass of other tokens is float64 for small inputs. For larger
@@ -78,7 +79,7 @@ def ordered_shares(
 
 
 def _factors(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Factors, Rounding]:
-    """Return the factors in the shortest precision that is allowed and precise enough, and their rounding."""
+    """Return the logits' factors in the shortest precision that is allowed and precise enough, and their rounding."""
     allowed = [torch.float64]
     if len(q) * k.numel() > _WIDE_UP_TO:
         if torch.get_float32_matmul_precision() == "highest":
@@ -101,7 +102,7 @@ def _mass(factors: Factors, asked: slice, tokens: slice, shift: Tensor | None) -
 
 
 def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, softcap: float | None) -> Tensor:
-    """Return the logit of every grouped token under its own group's query, float64."""
+    """Return the logit of every token from `start` on under the query of the token's own group, float64."""
     parts = [k.new_zeros(0, dtype=torch.float64)]
     for low in range(start, k.shape[0], _TOKENS_AT_ONCE):
         here = slice(low, low + _TOKENS_AT_ONCE)
@@ -111,7 +112,10 @@ def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, s
 
 
 def _pieces(inside: int, beyond: int, n: int) -> list[tuple[int, int]]:
-    """Return ranges of tokens, each entirely before, inside or after the tokens of a block's own groups."""
+    """Return ranges of tokens (low, high), each entirely before, inside or after the tokens of a block's own groups.
+
+    The block's tokens are `inside`..`beyond` of n, sorted by group.
+    """
     pieces = []
     for low, high in ((0, inside), (inside, beyond), (beyond, n)):
         pieces += [(at, min(high, at + _TOKENS_AT_ONCE)) for at in range(low, high, _TOKENS_AT_ONCE)]

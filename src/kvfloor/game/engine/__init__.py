@@ -1,1 +1,4 @@
-"""Play the INDEX game: public data, hidden values, message, decoder, certificates."""
+"""Play the INDEX game: Alice hides bits in the state of a method, and Bob decodes them from the state's bytes.
+
+Files: public half, secret half, message, decoder, certificates.
+"""

@@ -1,4 +1,7 @@
-"""Query a state for hidden rows, by `read` or on copies with one more token, in bounded memory."""
+"""Ask a state for hidden rows (a row is dv hidden values), by reading it or by appending a token first.
+
+The state stays as it was. Queries are asked a part at a time, so that memory is bounded.
+"""
 
 import torch
 from torch import Tensor
@@ -10,7 +13,10 @@ _FORK_BYTES = 2**28  # bytes that copies of the state may take at once
 
 
 def by_reading(state: State, copy: Tensor, queries: Tensor) -> Tensor:
-    """Return the answers (m, dv), float32, of `read` to queries (m, d); copy (m,) gives each query's stream."""
+    """Return a state's answers (m, dv), float32, to queries (m, d), without appending a token.
+
+    copy (m,) holds the stream that each query is for: a row of the state.
+    """
     rows, m = state.spec.rows, len(queries)
     order = torch.argsort(copy, stable=True)
     count = torch.bincount(copy, minlength=rows)
@@ -26,10 +32,10 @@ def by_reading(state: State, copy: Tensor, queries: Tensor) -> Tensor:
 def by_appending(
     state: State, copy: Tensor, queries: Tensor, k: Tensor | None = None, v: Tensor | None = None
 ) -> Tensor:
-    """Return the answers (m, dv), float32, each from a copy of the state to which one token was appended.
+    """Return the answers (m, dv), float32, to one query each, from a copy of the state to which one token was appended.
 
-    The arguments are queries (m, d), their streams copy (m,), and the appended tokens k (m, d), v (m, dv). The appended
-    token is zero unless given. The theorems let Bob continue the stream in this form.
+    queries (m, d); copy (m,), the stream that each query is for; k (m, d) and v (m, dv), the appended tokens, zero
+    unless given. In this form the theorems let Bob continue the stream before he asks.
     """
     spec = state.spec
     k = queries.new_zeros(len(queries), spec.d) if k is None else k

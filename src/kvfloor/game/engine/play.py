@@ -1,4 +1,4 @@
-"""Play the INDEX game literally: Alice streams, her state's bytes go to a fresh process, and Bob answers there."""
+"""Play the INDEX game literally: Alice fills a state, its bytes go to a fresh process, and Bob answers there."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,10 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob impo
 
 @dataclasses.dataclass(frozen=True)
 class Played:
-    """Record one game; `restored` is None if no state could answer from the message, and `why` gives the reason."""
+    """Record one game: the hidden levels, the answers of both sides, and the sizes of the state and the message.
+
+    `restored` is None if no state could answer from the message; then `why` gives the reason.
+    """
 
     method: str
     rows: Tensor  # (m,) queried rows, numbered across streams
@@ -47,14 +50,14 @@ class Played:
 
     @property
     def agree(self) -> bool:
-        """Return True if the live and the restored state gave bit-identical answers."""
+        """Return True if Alice's live state and the state restored from the message gave bit-identical answers."""
         return self.restored is not None and self.live.numpy().tobytes() == self.restored.numpy().tobytes()
 
 
 def method_text(method: Method, given: str | None = None) -> str:
     """Return text from which a fresh process rebuilds the method: the given text, its own, or `module:Class(...)`.
 
-    Raises ValueError if none of these parses back to an equal method.
+    The first of these that parses to an equal method is taken. Raises ValueError where none does.
     """
     own = type(method)
     for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
@@ -72,11 +75,12 @@ def method_text(method: Method, given: str | None = None) -> str:
 def play_index(
     method: Method | str, instance: Instance, hidden: Hidden, sampled: int | None = None, *, isolated: bool = True
 ) -> Played:
-    """Hide the values, stream them, send the message, and query every row (or `sampled` rows) on both sides.
+    """Play one game: hide values in a state, send its bytes, and query both the state and its restored copy.
 
-    Bob's request (method, code path, instance) is fixed before the first value is streamed. Sampled rows are drawn
-    after the message is fixed. If `isolated` is False, the message is restored in this process. Raises ValueError for a
-    method that cannot be opened or rebuilt.
+    Every hidden row is asked for, or `sampled` rows that are drawn with replacement after the message is fixed. Bob's
+    request (method, code path, instance) is fixed before the first value is streamed. `method` may be the word
+    "optimum", the smallest method known for the instance. If `isolated` is False, the message is restored in this
+    process. Raises ValueError for a method that cannot be opened or rebuilt.
     """
     started = time.perf_counter()
     if method == OPTIMUM:
@@ -121,7 +125,10 @@ def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor |
 
 
 def _request(text: str, instance: Instance) -> dict[str, Any]:
-    """Return all public data for Bob, with the import path on which this process finds a third party's code."""
+    """Return all public data that Bob receives, as JSON types: method, code path, instance, number of threads.
+
+    The code path of this process is sent for a third party's method only, so that its code is found.
+    """
     third_party = ":" in text.split("@")[0]
     return {
         "method": text,
@@ -133,10 +140,10 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
 
 
 def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
-    """Return Bob's answers from a new interpreter: isolated, in an empty directory, with an empty environment.
+    """Return Bob's answers, of the given shape, from a new interpreter: (answers, "") or (None, the reason for none).
 
-    The interpreter receives the request and the message on stdin, and nothing else. Returns (answers, "") or
-    (None, why).
+    The interpreter is isolated, in an empty directory, with an empty environment. It receives the request and the
+    message on stdin, and nothing else. Raises ValueError where it cannot rebuild the method or the instance.
     """
     package = importlib.util.find_spec("kvfloor")
     assert package is not None and package.origin is not None

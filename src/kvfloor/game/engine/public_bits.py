@@ -1,4 +1,4 @@
-"""Define the method that reaches the spike's floor: keys are public, so only the hidden levels are stored."""
+"""Define the method against which the spike game's floor is tight: keys are public, and only levels are stored."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -18,10 +18,10 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True)
 class PublicBits(Method):
-    """Store exactly n dv `bits` bits for n tokens with public keys, given by a key family, its size and its seed.
+    """Store exactly n dv `bits` bits for n tokens whose keys are public, given by a key family, its size and its seed.
 
     The method answers only a stream of exactly these keys, in order, with values on the 2^bits levels of [0, 1]. The
-    message's payload is the floor at p = 1. Other keys raise ValueError.
+    message's payload is the floor at p = 1, where every answer must be right. Other keys raise ValueError.
     """
 
     name: ClassVar[str] = "public_bits"
@@ -49,7 +49,7 @@ class PublicBits(Method):
 
 
 class PublicBitsState(State[PublicBits]):
-    """Hold a packed array of levels; the keys are shared."""
+    """Hold the levels of all values in one packed bit array per stream; public keys are not counted as memory."""
 
     def __init__(self, method: PublicBits, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -86,7 +86,7 @@ class PublicBitsState(State[PublicBits]):
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """Return the state's fields with the token count `seen`, a public number that is sent in the header."""
+        """Return the fields to send, with the token count `seen`, a public number that the message's header holds."""
         return super().export() | {"seen": int(self.seen[0])}
 
     def fields(self) -> dict[str, Any]:

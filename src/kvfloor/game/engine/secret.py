@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Hidden:
-    """Draw the values that Alice hides and the rows that Bob queries, so that neither the method nor Bob foresees them.
+    """Draw the values that Alice hides and the rows that are asked, so that neither a method nor Bob can foresee them.
 
     All draws are SHAKE-256 over a domain-separated string with `seed`; by default the seed is 128 fresh bits from the
     operating system. A given seed repeats a run. The method receives neither the seed nor data that it derives from.
@@ -23,15 +23,18 @@ class Hidden:
         return (words.long() & (2**bits - 1)).view(rows, dv)
 
     def rows(self, n: int, count: int) -> Tensor:
-        """Draw `count` rows (count,), int64, uniformly from n with replacement. Call it after the message is fixed."""
+        """Draw the numbers of `count` rows to ask for, (count,) int64, uniformly from [0, n) with replacement.
+
+        Call it after the message is fixed.
+        """
         return self._whole("rows", count) % n
 
     def places(self, n: int, count: int) -> Tensor:
-        """Draw `count` secret places (count,), int64, independent and uniform in [0, n): part of Alice's input."""
+        """Draw `count` secret token positions (count,), int64, independent and uniform in [0, n), for Alice's input."""
         return self._whole("places", count) % n
 
     def subset(self, n: int, size: int) -> Tensor:
-        """Draw a uniform subset of [0, n), (size,) int64, in random order."""
+        """Draw a uniform subset of [0, n) with `size` elements: (size,) int64, in random order."""
         return torch.argsort(self._whole("subset", n))[:size]
 
     def _whole(self, purpose: str, count: int) -> Tensor:

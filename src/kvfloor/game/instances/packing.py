@@ -1,9 +1,9 @@
-"""Play few dimensions and bounded logits, with as many keys as queries of logit radius r can separate.
+"""Play the packing game: few dimensions, and as many keys as queries with logits of at most r can separate.
 
 It is the instance of the norm-aware floor (p dv - H2(p)) min(n, N(d, r, eta)) (docs/floors.md, "Bounded norms"; it
-replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form N is a lower estimate. Here
-keys are built, so more rows may be hidden. Every key and its value are streamed n/m times: repeating all tokens alike
-changes no answer.
+replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form N is a lower estimate of the
+number of keys. Here keys are built, so more rows may be hidden. Every key and its value are streamed n/m times, m the
+number of keys: repeating all tokens alike changes no answer.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _MOST_KEYS = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing(KeyedInstance):
-    """Stream m separable keys, each `repeats` times with its value; no query has a logit above `radius`."""
+    """Stream m keys that queries can separate, each `repeats` times with its hidden row; no logit is above `radius`."""
 
     barrier: ClassVar[str] = "packing"
     m: int
@@ -70,10 +70,11 @@ class Packing(KeyedInstance):
 
 
 def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tuple[str, int]:
-    """Find the key family with the most keys, up to `most`, that queries of logit radius `radius` separate.
+    """Find the key family with the most keys, up to `most`, that queries with logits of at most `radius` separate.
 
-    Returns the family and the number of keys. The gap is measured on the keys themselves: C = ln(m / eps_s) / gap must
-    not exceed the radius (Bob's own token is one of the m competitors). One key is always separable.
+    Returns the family and the number m of keys. The gap between keys is measured on the keys themselves: the length of
+    the query that singles out a key, C = ln(m / eps_s) / gap, must not exceed the radius (Bob's own token is one of the
+    m competitors). One key is always separable.
     """
     best = ("sphere", 1)
     names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
@@ -108,7 +109,7 @@ def play(
     hidden_seed: int | str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play a packing of separable keys against a method, with one bit per value.
+    """Play the packing game against a method: few dimensions, bounded logits, one hidden bit per value.
 
     dv       64 by default: few dimensions hide few bits otherwise
     radius   the largest logit, 32 by default; up to min(n, 2,048) keys that it separates are searched

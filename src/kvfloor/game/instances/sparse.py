@@ -1,4 +1,4 @@
-"""Play the spike with every attention row one-sparse, under which the floor stays the same.
+"""Play the spike game with every attention row concentrated on one token (one-sparse); the floor stays the same.
 
 Haris & Onak (COLT 2025), Corollary 16: the promise that nearly all attention is negligible, at undisclosed places, does
 not help. The spike is already that sparse when Alice asks nothing (queries 0). Here she asks q_t = C k_t at every
@@ -32,7 +32,7 @@ _MOST_TOKENS = 16_384
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(KeyedInstance):
-    """Stream n public keys; Alice queries each token when she appends it, Bob queries all tokens at the end."""
+    """Stream n public keys; Alice queries each token's key as it is appended, Bob queries all keys at the end."""
 
     barrier: ClassVar[str] = "sparse"
     n: int
@@ -47,7 +47,10 @@ class Sparse(KeyedInstance):
 
     @cached_property
     def queries(self) -> Tensor:
-        """Return the spike query of every key (n, d), which Alice uses at that token and Bob uses at the end."""
+        """Return the spike query of every key (n, d), asked by Alice at that token and by Bob at the end.
+
+        A spike query gives its key nearly all softmax mass.
+        """
         ratio = leak_ratio(self.bits, self.eta)
         everything = torch.arange(self.n)
         return self.public.aim(everything, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))[0]
@@ -57,7 +60,7 @@ class Sparse(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append tokens with Alice's queries q_t = C k_t, so that policies observe perfectly sparse attention."""
+        """Append a piece of Alice's stream with her queries q_t = C k_t: policies observe perfectly sparse weights."""
         start = int(state.seen[0])
         q = self.queries[start : start + k.shape[1]].expand(self.copies, 1, -1, -1)
         state.step(q, k, v)
@@ -66,7 +69,10 @@ class Sparse(KeyedInstance):
         return by_reading(state, copy, self.queries[row])
 
     def details(self) -> dict[str, Any]:
-        """Measure the concentration of Q K^T and of its softmax on up to 512 causal rows."""
+        """Measure which shares of the scores Q K^T and of the softmax are near zero, on up to 512 causal rows.
+
+        `least_top_weight` is the least weight that any of these rows puts on its largest token.
+        """
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T
         later = torch.arange(self.n) > rows.unsqueeze(1)
@@ -95,7 +101,7 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the sparse stream against a method, with n at most 16,384.
+    """Play the sparse game against a method: the spike with one-sparse attention at every token, n at most 16,384.
 
     The arguments are those of the spike.
     details of the result: the share of entries of Q K^T below 1e-3 of their row's largest, of softmax weights below
