@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.core.policy import Held, Queries
-from kvfloor.methods.policies import observation
 from kvfloor.methods.policies.observation import LastQueries, Observation
 from tests.literal import Rule, Token, kept_by, positions, run
 
@@ -240,7 +239,7 @@ def test_the_seal_gives_back_the_queries_and_the_room(draw: Draw) -> None:
 def test_tiles_of_any_size_give_the_same_tokens(draw: Draw, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     q, k, v = draw(2, 3, 90, 8), draw(2, 90, 8), draw(2, 90, 8)
     whole = positions(run(Observation(**SMALL), 12, q, k, v, prompt=90))
-    monkeypatch.setattr(observation, "_TILE_SLOTS", tile)
+    monkeypatch.setattr("kvfloor.core.tiles.TILE_SLOTS", tile)
     assert positions(run(Observation(**SMALL), 12, q, k, v, prompt=90)) == whole
 
 

@@ -17,9 +17,9 @@ from kvfloor.core.spec import Spec
 
 @dataclass(frozen=True)
 class View:
-    """Show some rows' slots side by side: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
+    """Hold the first s slots of r rows as batched tensors: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
 
-    live is None if every slot holds a token.
+    live marks the slots that hold a token; None: all do.
     """
 
     k: Tensor
@@ -241,7 +241,7 @@ class Slots(Arena):
         return sent
 
     def fields(self) -> dict[str, Any]:
-        """Declare one entry per held token in every field."""
+        """Return the allowed values of the saved tensors, name -> `Field`: each has one entry per held token."""
         spec, tokens = self.spec, "tokens"
         wide = {"k": spec.d, "v": spec.dv}
         own = {name: Field(spec.dtype, (tokens, wide[name]), finite=True) for name in wide if name in self._own}

@@ -119,14 +119,14 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @abstractmethod
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        """Take in the first take[r] tokens of row r, and advance `seen` by `take`."""
+        """Append the first take[r] tokens of row r to the memory, and add take (rows,) to `seen`."""
 
     @abstractmethod
     def _read(self, q: Tensor) -> Partial:
         """Compute attention of q (rows, m, d) over all tokens seen; change nothing."""
 
     def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
-        """Take in each token and then answer its queries: a `Partial` (rows, g, t).
+        """Append each token and then answer its queries: a `Partial` (rows, g, t).
 
         This token-by-token form is the law that faster variants must reproduce.
         """
@@ -158,7 +158,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Handle the end of the prompt."""
 
     def _require_group(self, g: int, attending: bool = False) -> None:
-        """Raise ValueError if queries in groups of g do not fit the data kept of earlier queries.
+        """Raise ValueError if g queries per kv head (the GQA group) differ from the group of the queries kept so far.
 
         attending: the queries come by `attend`, without tokens of their own.
         """
@@ -175,7 +175,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         raise ValueError(f"{self.method} cannot pin tokens: take a method that keeps whole tokens, such as 'h2o@512'")
 
     def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
-        """Raise ValueError if some of these tokens, by row (e,) and position (e,), cannot be taken out again."""
+        """Raise ValueError if the memory cannot drop some of the tokens at row (e,) and position (e,).
+
+        A token that a summary has absorbed, say, cannot be subtracted from it.
+        """
         del row, position
         raise ValueError(
             f"{self.method} does not keep whole tokens, so it cannot drop some of those it has taken in: {ANEW}"
@@ -188,7 +191,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
-        """Take in tokens without answering queries. present (rows, t), bool, marks the real ones."""
+        """Append tokens without answering queries. present (rows, t), bool, marks the real ones; None: all are."""
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         take, order = self._arrange(k, v, None, present)
         if order is not None:
@@ -200,7 +203,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
-        """Take in tokens and answer their queries causally: token i attends to every token up to and including itself.
+        """Append tokens and answer their queries causally: token i attends to every token up to and including itself.
 
         q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
         """
@@ -323,7 +326,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError unless each state inside this one has seen the same tokens and the same seal."""
+        """Raise ValueError unless each state inside this one has seen as many tokens, and is sealed if this one is.
+
+        Sealed means that the prompt has ended.
+        """
         for name, value in vars(self).items():
             if isinstance(value, State):
                 require_equal(fields[name]["seen"], fields["seen"], f"{name}/seen")
@@ -408,7 +414,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _packed(
         self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Return checked k, v and q (rows, g, t, d), each row's real tokens first; tokens per row; the order used."""
+        """Check k, v, q and `present`; return k, v, q with each row's real tokens first and its padding last.
+
+        Returns also the real tokens per row (rows,), and the order (rows, t) that moved them; None if all are real.
+        """
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         q = self._checked(q, "q", self.spec.d, axes=4)
         take, order = self._arrange(k, v, q, present)

@@ -11,6 +11,8 @@ from kvfloor.core.attend import compute_dtype
 from kvfloor.core.rowwise import aligned
 from kvfloor.logits import cap_
 
+TILE_SLOTS = 4096  # bounds the weights that exist at once: queries x this many keys per row
+
 
 def weights_by_tile(
     q: Tensor,
@@ -18,9 +20,9 @@ def weights_by_tile(
     scale: float,
     softcap: float | None,
     hide: Callable[[slice], Tensor],
-    tile: int,
     clear: int = 0,
     held: Sequence[int] | None = None,
+    tile: int | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the softmax weights (rows, m, tile) of q (rows, m, d) over k (rows, s, d), tile by tile.
 
@@ -31,9 +33,11 @@ def weights_by_tile(
 
     held     number of first keys of each row that its queries may see (None: all); the other keys have weight 0,
              whatever `hide` returns for them
+    tile     number of keys in a tile (None: TILE_SLOTS)
     Yields (at, weights), where the slice `at` names the keys of the tile. A row's weights are computed from its own
     queries and held keys: their bits depend on nothing else.
     """
+    tile = tile or TILE_SLOTS
     dtype, (rows, m, _), width = compute_dtype(k.dtype), q.shape, k.shape[1]
     asked = [aligned(q[row : row + 1]).to(dtype) * scale for row in range(rows)]
     own = [width] * rows if held is None else list(held)

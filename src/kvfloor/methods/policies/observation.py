@@ -16,8 +16,6 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.tiles import weights_by_tile
 from kvfloor.validation import count, literals
 
-_TILE_SLOTS = 4096
-
 
 @dataclass(frozen=True)
 class Observation(Policy):
@@ -105,7 +103,7 @@ class Observation(Policy):
         votes = torch.zeros(r, g, k.shape[1], dtype=held.spec.compute_dtype, device=k.device)
         law = (held.spec.scale, held.spec.softcap)
         fill = held.count.flatten().tolist()
-        for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, *law, hide, _TILE_SLOTS, held=fill):
+        for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, *law, hide, held=fill):
             votes[:, :, at] = total(weights.view(r, g, w, -1), 2)
         return votes
 
