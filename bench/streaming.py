@@ -23,7 +23,8 @@ import torch
 from gate import green
 
 from kvfloor import Method, Spec, State
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.grammar import default_method
+from kvfloor.methods.registry import TABLE
 
 TIMED = ["tests/core", "tests/methods"]
 BUDGET, ROWS, GROUP, WIDTH = 256, 4, 2, 64

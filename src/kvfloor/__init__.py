@@ -30,7 +30,7 @@ _HOMES = {
     "SummaryState": "core.summary",
     "Traits": "core.method",
     "check_method": "check",
-    "parse": "methods.registry",
+    "parse": "methods.grammar",
     "resolve": "core.budget",
 }
 _MODULES = ("audit", "floors", "game", "hf", "models", "tasks")
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from kvfloor.core.spec import Spec
     from kvfloor.core.state import State
     from kvfloor.core.summary import Summary, SummaryState
-    from kvfloor.methods.registry import parse
+    from kvfloor.methods.grammar import parse
 
 __all__ = [
     "Bounded",

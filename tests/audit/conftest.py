@@ -8,7 +8,7 @@ import pytest
 
 from kvfloor.audit.rows import Protocol, Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 Maker = Callable[..., Row]
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvfloor import CorruptState, Method, Spec, State, parse
 from kvfloor.core import message
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.grammar import default_method
+from kvfloor.methods.registry import TABLE
 from tests.core.edited import live_on, played, redigested
 
 SMALL = {"subgen": "subgen(s=8)", "subgen_tensor": "subgen_tensor(s=8)", "balance": "balance(batch=8)"}

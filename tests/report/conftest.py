@@ -10,7 +10,7 @@ from kvfloor.audit.meta import Meta
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Protocol, Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY, CONTEXT = 4, 2, 32, 512, 2048
 EXACT_BYTES = CONTEXT * LAYERS * HEADS * 2 * HEAD_DIM * 4

@@ -17,7 +17,7 @@ from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.core.budget import Budget, parse_budget
 from kvfloor.core.method import Method, standard_law
 from kvfloor.files import read_regular
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.tasks import Task, lookup
 
 BASELINES = {

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from kvfloor.audit.rows import CONTRACT_FIELDS, Row
 from kvfloor.audit.setting import BudgetedMethod
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.splitting import outline, split_words
 
 _WORDS = ("method", "task", "protocol", "configuration", "name", "budget", "baseline")

@@ -11,7 +11,7 @@ from kvfloor.check.law import Broken, Setting, require
 from kvfloor.check.streams import play, probes, prompt_length, spec_for, stream_for
 from kvfloor.check.tolerance import require_agreement
 from kvfloor.core.method import Guarantee, Method
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 
 def check_text(method: Method, at: Setting) -> None:

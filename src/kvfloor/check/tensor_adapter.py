@@ -13,7 +13,7 @@ from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 
 @dataclass(frozen=True)

@@ -338,7 +338,7 @@ def check(
 ) -> None:
     """Check that a method keeps the laws that it claims (conformance suite); exit code 1 if a law is broken."""
     from kvfloor.check import run_checks
-    from kvfloor.methods.registry import parse
+    from kvfloor.methods.grammar import parse
 
     outcome = run_checks(parse(method))
     if as_json:

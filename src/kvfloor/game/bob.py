@@ -14,7 +14,7 @@ import torch
 
 from kvfloor.game import INSTANCES
 from kvfloor.game.engine.play import NOT_REBUILT
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from kvfloor.hf.presence import Presence
 from kvfloor.hf.replaced import SwitchingRotation
 from kvfloor.hf.saved import MOST_BYTES, load, save
 from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 
 class CompressedCache(Cache):

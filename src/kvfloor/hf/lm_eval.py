@@ -39,7 +39,7 @@ from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue, padded
 from kvfloor.hf.prepare import prepare
 from kvfloor.hf.usage import Usage
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.models import load
 from kvfloor.version import __version__
 

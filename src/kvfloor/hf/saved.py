@@ -28,7 +28,7 @@ from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
 from kvfloor.hf.weights import device_of
 from kvfloor.hf.wrappers import unwrapped
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.version import __version__
 
 if TYPE_CHECKING:

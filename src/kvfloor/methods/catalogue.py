@@ -8,7 +8,8 @@ from typing import Any
 
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.spec import Spec
-from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, default_method, kind, lookup, parse
+from kvfloor.methods.grammar import default_method, parse
+from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, kind, lookup
 
 _ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # examples of what a theorem may need
 

@@ -24,7 +24,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Drop
 from kvfloor.files import replace_file
 from kvfloor.hf import prepare
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.methods.summaries.low_rank import Less
 from kvfloor.models import load
 from kvfloor.training.fit import Recipe, train

@@ -19,7 +19,7 @@ from kvfloor.core.budget import resolve
 from kvfloor.core.method import Method, call_text
 from kvfloor.game.engine.instance import Instance
 from kvfloor.game.engine.secret import Hidden
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 OPTIMUM = "optimum"  # in place of a method: the method against which the instance's floor is tight
 NOT_REBUILT = 3  # Bob's exit status when the public half fails: an error of the set-up, not of the state

@@ -28,7 +28,7 @@ from kvfloor.game.engine.result import SUCCESS, Result, run
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import rademacher
 from kvfloor.game.keys.public import aim
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.methods.variants.tensor import TensorAttention, products
 from kvfloor.validation import whole
 

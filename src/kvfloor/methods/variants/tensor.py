@@ -26,7 +26,7 @@ from kvfloor.core.selector import Everything
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.core.summary import Drop
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.splitting import split_once
 
 _LOGITS_AT_ONCE = 2**22
