@@ -31,7 +31,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 class _Commands(TyperGroup):
     """Find the subcommand that was called, and build the options of `break` only then.
 
-    They come from the table of barriers (lower-bound games), whose import is slow.
+    The options of `break` come from the table of barriers (lower-bound games), whose import is slow.
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -252,8 +252,8 @@ def floors(
 def _print_possible(size: int, possible: list[dict[str, Any]]) -> None:
     """Print a table: the floor (least possible memory) of `size` bytes, then every memory known to suffice.
 
-    Each row has bytes and the multiple of the floor. possible: one dict per memory, with name, bytes, ratio, condition
-    and vacuous.
+    Each row has a memory's bytes and their multiple of the floor. possible: one dict per memory known to suffice, with
+    name, bytes, ratio (bytes / floor), condition (when it suffices) and vacuous (True if nothing is saved).
     """
     from rich.console import Console
     from rich.table import Table

@@ -46,9 +46,10 @@ class CompressedCache(Cache):
     budgets   instead of '@': tokens per compressed layer and kv head, [[512, 128], [64, 64], ...]; one number in a
               layer is for all its heads
     allocate  how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (in
-              proportion to the tokens of the `calibration` prompt that each head distinguishes; needs the model), or
-              multiples of the budget, in the form of `budgets`
-    pinned    spans [from, to) of a row's token positions that are never evicted, e.g. [(0, 40)] for a system prompt
+              proportion to the tokens that each head distinguishes in `calibration`, the token ids of a typical
+              prompt; needs the model), or multiples of the budget, in the form of `budgets`
+    pinned    spans [from, to) of token positions that are never evicted, e.g. [(0, 40)] for a system prompt; positions
+              count a batch item's real tokens, pads excluded
     on_evict  called with an `Eviction` whenever a layer evicts tokens
     positions "stream": a token's rotary position is its place in the stream, evicted tokens counted. "cache": it is the
               token's rank among the tokens that its kv head still holds, so that no distance is longer than the budget
@@ -135,17 +136,20 @@ class CompressedCache(Cache):
     def __bool__(self) -> bool:
         """Return True if the cache has layers, filled or not.
 
-        Raises ValueError where generate() would drop the cache without any other call that could refuse: models that
-        change their rotation at some length (Phi-3), in older transformers releases.
+        Raises ValueError where generate() would later replace this cache by a DynamicCache without any other call in
+        which the cache could refuse. These are models that change their rotary angles at some length (Phi-3), in older
+        transformers releases.
         """
         if self._rotation is not None:
             self._rotation.refuse_unasked(int(super().get_seq_length()))
         return len(self.layers) > 0
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """Return (slots, offset) of the mask for a forward: slots covered, and the index of the first.
+        """Return the sizes of the attention mask for a forward: (number of slots covered, index of the first slot).
 
-        Raises ValueError if the forward cannot continue this cache.
+        A slot is one column of the padded batch. query_length: the new slots, as for `CompressedLayer.get_mask_sizes`.
+        Raises ValueError if the forward would pass the length at which the model changes its rotary angles (Phi-3),
+        since the keys in the cache do not fit beyond it.
         """
         slots, offset = super().get_mask_sizes(query_length, layer_idx)
         if self._rotation is not None:
@@ -313,7 +317,8 @@ class CompressedCache(Cache):
     def nbytes(self) -> int:
         """Return the bytes that the compressed layers hold: measured storages of their states, and staged tensors.
 
-        Staged tensors are keys and values that a running forward has passed in and its attention has not appended yet.
+        A state is all that the method keeps of one layer. Staged tensors are keys and values that a running forward has
+        passed in and its attention has not appended yet.
         """
         return sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
 
@@ -372,7 +377,7 @@ def _place(device: str | torch.device) -> torch.device:
 def _told(report: Callable[..., None], *args: Any) -> None:
     """Call `report(*args)` outside torch.compile's trace, which would compile anew for every layer.
 
-    `report` is a method of `Passage`, which records how far a forward has got, or a similar function.
+    report: a function for bookkeeping, such as a method of `Passage`, which records how far a forward has got.
     """
     if torch.compiler.is_compiling():
         torch.compiler.disable(report)(*args)  # pyright: ignore[reportCallIssue]
@@ -409,10 +414,10 @@ def _entry(layer: CompressedLayer) -> dict[str, Any]:
 
 
 def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...], ...]:
-    """Return the argument `name`, a list with a number or a list of numbers per layer, as a tuple of tuples.
+    """Convert an argument with one number, or one list of numbers, per layer to a tuple with one tuple per layer.
 
-    kind: int or float, the type that the numbers must have. Raises ValueError naming an entry that is not positive or
-    of another type.
+    name, given: the argument's name, for errors, and its value. kind: int or float, the type that the numbers must
+    have; float allows ints too. Raises ValueError naming an entry that is not positive or of another type.
     """
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         raise ValueError(f"{name} is a list with a number, or a list of numbers, per layer; got {given!r}")
@@ -428,7 +433,9 @@ def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...]
 def _rotations(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
     """Return the rotary embedding of each compressed layer for positions="cache"; None for positions="stream".
 
-    Raises ValueError for another word, a method that does not hold keys whole, and a model not given or not prepared.
+    With "cache", keys are rotated by their rank among the held tokens (`CompressedCache`). A layer without a rotary
+    embedding has None in the tuple. Raises ValueError for any other value of `positions`, for a method that does not
+    hold keys whole, and for a model that is missing or not prepared.
     """
     if positions not in ("stream", "cache"):
         raise ValueError(f'positions count in the "stream" or in the "cache", got {positions!r}')

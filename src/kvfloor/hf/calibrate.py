@@ -1,6 +1,7 @@
 """Measure how many tokens each kv head distinguishes on a calibration prompt, to divide a budget in proportion.
 
-A head distinguishes tokens if, to answer its own queries, its memory must be able to return their values one by one.
+A head distinguishes tokens if their values could be read back, one by one, from the answers to the head's own queries.
+So a memory that answers these queries must be able to return each of the values.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
 def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept: float = 0.5) -> Shares:
     """Return each kv head's share of a budget, one tuple per compressed layer, of mean 1 over all heads.
 
-    Law: share = kept + (1 - kept) * readable / mean readable. Readable is the number of tokens of `prompt`, alone or in
-    groups, whose values the head's own queries can tell apart (`kvfloor.floors.measured.readable_by`).
-    prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with an exact
-             cache; each head's tokens are then counted with the queries of its newest tokens
+    Law: share = kept + (1 - kept) * readable / mean readable. A head's `readable` is the number of tokens of `prompt`,
+    alone or in groups, whose values could be read back from the answers to the head's own queries
+    (`kvfloor.floors.measured.readable_by`).
+    prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
+             that keeps every token; the head's queries are those of the prompt's newest tokens
     kept     share of the mean budget that every head gets in any case. A head that distinguishes few tokens can do
              with few bytes, but not every method finds those tokens: a head that averages over many tokens loses most
              of them to eviction
@@ -48,9 +50,10 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
 
 
 def _readable(seen: Recorded) -> list[int]:
-    """Count, for each kv head, the groups of tokens whose values its newest queries can tell apart; at least 1.
+    """Count, for each kv head of a layer, the groups of tokens that its newest queries can read; at least 1 per head.
 
-    seen: the queries, keys and values of one layer on the calibration prompt.
+    Queries can read a group (one or several tokens) if its value could be read back from their answers.
+    seen: the queries, keys and values of the layer on the calibration prompt.
     """
     q, k, v = seen.by_row
     asked = q[:, :, -MOST_QUERIES:].flatten(1, 2).float()

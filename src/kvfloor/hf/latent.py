@@ -2,10 +2,13 @@
 
 Where transformers caches latents, the cache's `update` receives a token's latent c and its rotary key r, one of each
 for all heads. The attention module's `expand_kv` then computes head h's key [K_h c, r] and value V_h c from the latents
-that `update` returns. A head's logit is [K_h' q, q_rot] . [c, r], and its answer is V_h times the weighted mean of the
-c (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorbed"). So kvfloor stores [c, r] as key and as value of a single
-kv head, whose GQA group is all query heads: all heads keep the same tokens. transformers releases that cache every
-head's keys instead need none of this.
+that `update` returns. A head's logit is [K_h' q, q_rot] . [c, r], where q and q_rot are the parts of its query without
+and with rotation. Its answer is V_h times the weighted mean of the latents (DeepSeek-V2, arXiv 2405.04434, section
+2.1.2, "absorbed"). So kvfloor stores [c, r] as key and as value of a single kv head, whose GQA group is all query
+heads: all heads keep the same tokens. Some transformers releases cache the keys of every head instead; they need none
+of this.
+
+In shapes, c and r are the widths of a latent and of a rotary key, and nope is the width of a key without rotation.
 """
 
 from __future__ import annotations
@@ -44,8 +47,9 @@ def awaited() -> tuple[Tensor, Tensor] | None:
 def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
     """Convert queries and latents to one shared kv head: queries (B, H, n, c + r), and keys (B, 1, n, c + r).
 
-    The logits of these queries and keys are those of the module's own per-head keys.
-    expansion  the matrix (H, nope + dv, c) from `expansion`
+    The logits of these queries and keys are those of the module's own per-head keys. In shapes, c, r and nope are the
+    widths of a latent, of a rotary key, and of a head's key without rotation.
+    expansion  the matrix (H, nope + dv, c) from the function `expansion`
     query      (B, H, n, nope + r): as the module computed it, its part without rotation first
     latent     (B, 1, n, c) and rotary (B, 1, n, r): as the module cached them
     """
@@ -57,7 +61,9 @@ def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -
 def values(expansion: Tensor, out: Tensor, dv: int) -> Tensor:
     """Return the heads' answers (B, n, H, dv), contiguous, from attention outputs over latents (B, n, H, c + r).
 
-    out: each head's weighted mean of [c, r]. Its latent part times the head's value matrix is the answer.
+    expansion: the matrix (H, nope + dv, c) from the function `expansion`. out: each head's weighted mean of [latent,
+    rotary key], of widths c and r. The answer is the latent part times the head's value matrix, the last dv rows of
+    `expansion`.
     """
     of_latent = out[..., : expansion.shape[-1]].transpose(1, 2)  # (B, H, n, c)
     to_value = expansion[:, -dv:]
@@ -67,6 +73,7 @@ def values(expansion: Tensor, out: Tensor, dv: int) -> Tensor:
 def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return the matrix (H, nope + dv, c) that maps a latent to every head's key and value. Call it once per forward.
 
+    In shapes, c is the width of a latent, and nope that of a head's key without its rotary part.
     module   the attention module, whose `kv_b_proj` is the map
     latent   (B, 1, n, c), with the key (B, H, n, .) and value (B, H, n, dv) that the module computed from it
     If `kv_b_proj` is a plain linear layer without adapter or hook, the matrix is its weight. Any other `kv_b_proj` is
@@ -107,9 +114,9 @@ def is_plainly_linear(project: nn.Module) -> bool:
 
 
 def _alike(found: Tensor, right: Tensor) -> bool:
-    """Return True if two tensors differ by no more than rounding, that of quantised activations included.
+    """Return True if `found` equals `right` up to rounding, also if quantised activations were rounded.
 
-    The norm of the difference may be 5 % of the norm of `right`. So a constant factor counts as a difference.
+    The norm of the difference may be 5 % of the norm of `right`. So a wrong constant factor is found too.
     """
     found, right = found.detach().float(), right.detach().float()
     return bool((found - right).norm() <= _ROUNDING * right.norm())

@@ -76,9 +76,11 @@ class CompressedLayer(CacheLayerMixin):
 
     The model calls `update` first; kvfloor's attention function then calls `answer` with the queries. A row of the
     state is one (batch item, kv head), and g queries of a GQA group attend to each row. `seen` counts slots, pads
-    included, because generate() derives positions from it; the state itself counts real tokens per row. `readers` is
-    the number of later layers that have no keys of their own and attend to this layer's (Gemma 3n, Gemma 4). They are
-    answered from a copy of the state as it was before the forward, which is freed after the last of them.
+    included, because generate() derives positions from it; the state itself counts real tokens per row.
+
+    `readers` is the number of later layers that have no keys of their own and attend to this layer's (Gemma 3n and 4).
+    Queries of these later layers are answered from a copy of the state from before the forward. The copy is freed after
+    the last of them.
     """
 
     is_compileable = False
@@ -96,7 +98,11 @@ class CompressedLayer(CacheLayerMixin):
         presence: Presence,
         readers: int = 0,
     ) -> None:
-        """Build the empty cache layer of the model's layer `index`, the place-th compressed layer counted from 0."""
+        """Build the empty cache layer of the model's layer `index`, the place-th compressed layer counted from 0.
+
+        opening, meter, passage and presence are shared by all layers of one cache: its settings, byte counts, record of
+        how far a forward has got, and list of pads. readers: number of later layers that attend to this layer's keys.
+        """
         super().__init__()
         self.opening, self.index, self.place = opening, index, place
         self.state: State | None = None
@@ -184,9 +190,10 @@ class CompressedLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Return (number of slots that the mask covers, earlier ones included; 0, the index of the first).
+        """Return (slots, 0): the number of slots that the attention mask covers, and the index of the first of them.
 
-        query_length: the number of new slots; until transformers 5.3 the tensor of their positions.
+        Slots of earlier forwards are included. query_length: the number of new slots; until transformers 5.3 the tensor
+        of their positions.
         """
         refuse_other_attention(self.served_by)
         n = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
@@ -301,11 +308,13 @@ class CompressedLayer(CacheLayerMixin):
         sink: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Append the staged key and value (B, Hkv, n, .), and return attention of queries (B, H, n, d): (B, n, H, dv).
+        """Append the staged keys and values (B, Hkv, n, .), and return the queries' attention output (B, n, H, dv).
 
+        query      (B, H, n, d)
         padding    bool (B, slots), True where a slot holds a real token; None if all do
+        scale      the factor on q.k; softcap: the cap on logits, or None
         sink       one logit per query head (H,) that takes its share of the softmax and has no value; None without
-        positions  the model's positions (B or 1, n), needed if the layer undoes the keys' rotation
+        positions  the model's positions (B or 1, n), needed only where the keys' rotation is undone (positions="cache")
         If nothing is staged, the queries belong to a later layer that shares this layer's keys.
         """
         answer = self._answer if self.staged_bytes else self._answer_reader
@@ -384,10 +393,10 @@ class CompressedLayer(CacheLayerMixin):
         return out
 
     def _refused(self, state: State | None, batch: int, clocks: tuple[Tensor, bool] | None) -> None:
-        """Restore the layer as it was before an `answer` that failed, if the state has not changed.
+        """Restore the layer as it was before an `answer` that failed, unless the state has changed since.
 
         state, batch   the layer's attributes from before the call
-        clocks         the (seen, sealed) that the state had before its step; `sealed`: the prompt had ended
+        clocks         (seen, sealed) of the state before its step, None without a state; `sealed`: the prompt had ended
         """
         asked = self.state
         if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):
@@ -441,9 +450,9 @@ class CompressedLayer(CacheLayerMixin):
 
 
 def _in_rows(tokens: tuple[Tensor, Tensor], kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Convert (batch item (e,), position (e,)) of tokens to (row (e * kv_heads,), position), for every kv head.
+    """Convert (batch item (e,), position (e,)) of tokens to (row, position), (e * kv_heads,) each, for every kv head.
 
-    Row batch item * kv_heads + h is the stream of kv head h.
+    A row is the stream of one kv head of one batch item. Its index is batch item * kv_heads + kv head.
     """
     item, position = tokens
     rows = item.unsqueeze(1) * kv_heads + torch.arange(kv_heads)

@@ -21,9 +21,10 @@ def layers_served(config: PreTrainedConfig) -> int:
 
 
 def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer]]:
-    """Return a cache that keeps every token exactly, and those of its layers whose attention inputs can be recorded.
+    """Return a cache that keeps every token exactly, and the list of its layers whose attention inputs can be recorded.
 
-    Set a layer's `record` or `turn_back` to receive the queries, keys and values of the next forward.
+    These are the full-attention layers. Set `record` or `turn_back` of a layer to a function, which then receives the
+    queries, keys and values of the next forward.
     """
     opening = Opening(Exact(), layers_served(config))
     cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))

@@ -59,8 +59,9 @@ class LazyMask:
     def plainly_causal(self) -> bool:
         """Return True if each token attends to itself and all tokens before it and to nothing else, padding apart.
 
-        A mask rule may allow more in general, such as image tokens that attend to each other, and yet allow nothing
-        more for the present tokens. So both masks are built and compared then, once for all layers.
+        A model's mask rule may allow more in general, such as image tokens that attend to each other, and yet allow
+        nothing more for the present tokens. So a rule other than the causal one is applied, and its mask compared with
+        the causal mask, once for all layers.
         """
         if self._arguments.get("mask_function", causal_mask_function) is causal_mask_function:
             return True
@@ -86,7 +87,10 @@ class LazyMask:
         return self._make(self._queries == EVERY)
 
     def tensor(self) -> Tensor:
-        """Build the mask tensor (batch, 1, queries, slots), once for all layers. It is never left out as None."""
+        """Build the mask tensor (batch, 1, queries, slots), once for all layers.
+
+        Unlike `for_stock`, it is never None.
+        """
         mask = self._make(False)
         assert mask is not None
         return mask
@@ -193,7 +197,7 @@ def _made(x: Any) -> Any:
 
 
 def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | None:
-    """Return the attention mask of a forward: a LazyMask for a compressed layer, else the one that `before` takes.
+    """Return a forward's attention mask: a LazyMask for a compressed layer, else a tensor or None as `before` takes.
 
     before: name of the attention that was selected before kvfloor's. kwargs: transformers' arguments for masks.
     Raises ValueError, before any layer has changed, for a mask rule that a compressed layer cannot follow.

@@ -35,8 +35,8 @@ class Opening:
     budgets    tokens per compressed layer and kv head, in place of the method's own budget
     shares     multiples of the method's budget, per compressed layer and kv head
     pinned     spans [from, to) of token positions that are never evicted
-    rotations  one per compressed layer: the rotary embedding by which the state rotates keys that come unrotated, each
-               by its rank among the held tokens; None: keys come rotated and stay as they are
+    rotations  None: keys come rotated and stay as they are. Otherwise one rotary embedding per compressed layer: keys
+               come unrotated, and the state rotates each by its rank among the held tokens
     Raises ValueError for settings in conflict.
     """
 
@@ -84,7 +84,7 @@ class Opening:
         key, dv        a key tensor (B, Hkv, n, d), for its shape, dtype and device; width of a value
         g              query heads per kv head
         scale, softcap the factor on q.k, and the cap on logits or None
-        tied           every value is its key
+        tied           True if each token's value is its key, given as one tensor (latent attention)
         Raises ValueError if the number of request ids is not the batch size.
         """
         batch, kv_heads = key.shape[:2]
@@ -111,7 +111,11 @@ class Opening:
         return state
 
     def _sized(self, spec: Spec, place: int, batch: int, kv_heads: int, g: int) -> Method:
-        """Return the method with the budget in tokens of the place-th compressed layer, per row if its heads differ."""
+        """Return the method with its budget in tokens for the place-th compressed layer, per row if its heads differ.
+
+        A row is one (batch item, kv head). g: query heads per kv head. A budget in bytes or percent is converted to
+        tokens for the shapes in `spec`.
+        """
         if self.budgets is not None:
             return _with(self.method, per_head(self.budgets[place], kv_heads, place), batch)
         method = resolve(self.method, spec, layers=self.layers, length=self.context, g=g)

@@ -23,10 +23,10 @@ def export(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
 
 
 def adopt(layer: Any, fields: dict[str, Any], device: torch.device, names: Iterable[str] | None = None) -> None:
-    """Set the attributes that `export` returned on an empty layer of the same class, tensors on `device`.
+    """Set on an empty layer the attributes that `export` returned for a layer of the same class, tensors on `device`.
 
-    names: the attributes concerned; None: all. Raises ValueError if `fields` lacks one of them, or would replace a
-    method of the class.
+    names: the attributes concerned; None: all. Raises ValueError if `fields` lacks one of these attributes, or contains
+    the name of a method of the class.
     """
     missing = set(vars(layer) if names is None else names) - set(fields)
     if missing:
@@ -54,7 +54,7 @@ def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = N
 
 
 def devices(layer: Any, names: Iterable[str] | None = None) -> set[torch.device]:
-    """Return the devices of a layer's tensors, and those that its attributes name for later tensors.
+    """Return the devices of a layer's tensors, and the devices that it holds as attributes, for later tensors.
 
     names: the attributes concerned; None: all.
     """
@@ -96,8 +96,8 @@ def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = Non
 def count_changes(layer: Any) -> None:
     """Replace a layer's linear states that are inference-mode tensors by copies that count their in-place changes.
 
-    Linear states are those of convolutions and linear attention. The count
-    (`Tensor._version`) shows later whether a forward has updated the state.
+    Linear states are those of convolutions and linear attention. The count (`Tensor._version`) shows later whether a
+    forward has updated the state.
     """
     for states in (layer.conv_states, layer.recurrent_states):
         for index, state in states.items():

@@ -41,7 +41,10 @@ class Passage:
     """
 
     def __init__(self, kinds: Sequence[str | None], keeps: Sequence[bool], hint: str = "") -> None:
-        """Begin before the first forward. `hint` is added to the message of a forward that broke off."""
+        """Build the record of a cache before its first forward.
+
+        kinds, keeps: one entry per layer, as for the class. hint: added to the error if a forward broke off.
+        """
         self._kinds, self._keeps, self._hint = list(kinds), list(keeps), hint
         self._known: set[int] = set()  # layers whose keys came in forwards before
         self._broke: str | None = None
@@ -76,11 +79,12 @@ class Passage:
         self._open.add(layer)
 
     def passed_over(self, layer: int) -> bool:
-        """Return True if another layer's attention was skipped: its keys wait, and now keys come to `layer`.
+        """Return True if another layer's attention was skipped: its keys still wait, and now `layer` receives keys.
 
-        Keys wait from `update` until the layer's attention appends them. The attention was skipped if the same forward
-        has gone on to `layer`, or if the model has a single layer and is not prepared. If a new forward has begun
-        instead, the earlier one broke off, and the result is False.
+        Keys wait from `update` until the layer's attention appends them. If the forward has passed no keys to `layer`
+        before, it has gone on without that attention: True. If it has, a new forward has begun and the earlier one
+        broke off: False. If the model has a single layer, the result is True, since its attention is skipped if it is
+        not prepared.
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
@@ -100,19 +104,28 @@ class Passage:
         self._open.discard(layer)
 
     def hand_out(self, layer: int, kind: str, index: int, state: Tensor | None) -> None:
-        """Record that the model reads a convolution or recurrent state of the layer, which it may change in place."""
+        """Record that the model reads a convolution or recurrent state of the layer, which it may change in place.
+
+        kind: "conv" or "recurrent". index: which of the layer's states of that kind. state: its tensor, None if empty.
+        """
         self._request((layer, kind, index))
         if state is not None:
             self._moved = True
             self._handed[layer, kind, index] = (state, _version(state))
 
     def begin_state(self, layer: int, kind: str, index: int) -> None:
-        """Record that the model is about to write a convolution or recurrent state of the layer."""
+        """Record that the model is about to write a convolution or recurrent state of the layer.
+
+        kind: "conv" or "recurrent". index: which of the layer's states of that kind.
+        """
         self._request((layer, f"new {kind}", index))
         self._moved = True
 
     def filled_state(self, layer: int, kind: str, index: int) -> None:
-        """Record that the model has written a convolution or recurrent state of the layer."""
+        """Record that the model has written a convolution or recurrent state of the layer.
+
+        kind: "conv" or "recurrent". index: which of the layer's states of that kind.
+        """
         self._filled.add((layer, kind, index))
 
     def _request(self, request: Request) -> None:
@@ -183,10 +196,10 @@ class Passage:
         )
 
     def _half_filled(self, last: int) -> set[int]:
-        """Return {last} if the forward has not updated this layer's linear states as those of like layers, else {}.
+        """Return {last} if layer `last` still misses updates of its linear states in this forward, else an empty set.
 
-        last: the newest layer that the forward has reached. Like layers have states of the same class. Earlier layers
-        are complete, since the forward went past them.
+        last: the newest layer that the forward has reached. It misses updates if they differ from those of another
+        layer whose states have the same class. Earlier layers are complete, since the forward went past them.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]

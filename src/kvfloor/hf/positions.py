@@ -47,7 +47,9 @@ class Memo:
     def circle(self, rotation: Rotation, place: int, positions: Tensor, dtype: torch.dtype) -> Circle:
         """Return cosines and sines (B or 1, 1, n, pairs) of a rotation at positions (B or 1, n).
 
-        place: index of the asking layer among the compressed layers. An index that does not grow means a new forward.
+        pairs: number of pairs of entries that are rotated. place: index of the calling layer among the compressed
+        layers.
+        An index that is not larger than in the call before means a new forward.
         """
         same = self._positions is not None and self._positions() is positions
         if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
@@ -255,8 +257,8 @@ def _rope_types(module: nn.Module) -> list[str]:
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
     """Return True if the model multiplies its queries by a factor that grows with their position.
 
-    This is llama_4_scaling_beta in the configuration. The configuration is read, because until transformers 5.3 the
-    measurement cannot choose the position used there.
+    This is llama_4_scaling_beta in the configuration. It is read there instead of measured as rotations are: until
+    transformers 5.3, a measurement cannot choose the position from which the model computes the factor.
     """
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))

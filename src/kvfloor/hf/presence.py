@@ -19,7 +19,7 @@ _WHOLE = "give the same zeros again, or feed the tokens of these slots with all 
 class Presence:
     """Hold the pads of one cache, and its slots whose tokens a later mask has hidden.
 
-    In each forward, the first layer to answer compares the mask with them, for all layers.
+    In each forward, the first layer to answer compares the mask with both lists, for all layers.
     """
 
     def __init__(self) -> None:
@@ -34,16 +34,16 @@ class Presence:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the lists: 16 per pad and per hidden token."""
+        """Return the bytes of the lists of pads and of hidden tokens: 16 per entry."""
         return self.pads.nbytes + self.hidden.nbytes
 
     def leaving(self, padding: Tensor | None, seen: int, batch: int) -> Tokens | None:
         """Return the stored tokens that this forward's mask hides for the first time; None if there are none.
 
-        padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards. None
-        leaves the earlier slots as they were, with all new ones real: so a padded prompt may be followed by tokens
-        without a mask.
-        Returns batch item (e,) and position (e,) among the item's stored tokens. Changes nothing. Raises ValueError if
+        padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards. With
+        padding None, earlier slots stay as they were and all new slots are real: so a padded prompt may be followed by
+        tokens without a mask.
+        Returns (batch item (e,), position (e,) among the item's stored tokens). Changes nothing. Raises ValueError if
         the mask is True for a slot that an earlier mask hid, where the cache holds no token.
         """
         if self.slots != seen:  # another layer of this forward has compared this mask already
@@ -108,7 +108,7 @@ class Presence:
 
 
 def _selected(absent: Tensor, items: list[int]) -> Tensor:
-    """Return the (batch item, slot) pairs (e, 2) of the selected items, each with the item's index in `items`."""
+    """Return the (batch item, slot) pairs (e, 2) of the batch items `items`, renumbered by their places in `items`."""
     parts = [absent[absent[:, 0] == item] for item in items]
     for place, part in enumerate(parts):
         part[:, 0] = place

@@ -35,7 +35,7 @@ class Recorded:
 
 
 class Recorder:
-    """Copy the attention inputs of some compressed layers in every forward from now on.
+    """Copy the attention inputs of the compressed layers `layers` in every forward from now on; `of` returns them.
 
     A new recorder of a layer replaces the earlier one.
     """

@@ -50,9 +50,9 @@ class SwitchingRotation:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> SwitchingRotation | None:
-        """Return the object for models of this configuration, or None.
+        """Return the object for models of this configuration; None if it states no length at which the angles change.
 
-        None: the configuration states no such length (original_max_position_embeddings).
+        The length is original_max_position_embeddings.
         """
         length = getattr(config, "original_max_position_embeddings", None)
         if not isinstance(length, int):
@@ -69,9 +69,10 @@ class SwitchingRotation:
         return _SlotsSeen(slots, self)
 
     def refuse_unasked(self, seen: int) -> None:
-        """Raise ValueError if this generate() may replace the cache later without any call that could refuse.
+        """Raise ValueError if this generate() may later replace the cache without any call that could refuse.
 
-        seen: slots fed so far.
+        Older transformers releases put a DynamicCache in its place at the length where the angles change. seen: slots
+        fed so far.
         """
         if self._dropped_unasked and seen <= self._length:
             raise ValueError(
@@ -97,7 +98,7 @@ class SwitchingRotation:
 def _drops_unasked(config: PreTrainedConfig) -> bool:
     """Return True if this family's generate() decides by its own position count instead of asking the cache.
 
-    So it is in older transformers releases.
+    It decides whether to replace the cache by a DynamicCache. Older transformers releases do so.
     """
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     prepares = getattr(family, "prepare_inputs_for_generation", None)

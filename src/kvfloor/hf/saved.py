@@ -93,9 +93,9 @@ def load(
 
     method       the method of the cache, needed only if a third party's class is part of it
     most_bytes   a larger file is refused unread
-    Raises CorruptState for a file that is damaged, truncated or something else; OlderVersion, NewerVersion, WrongModel
-    and UnknownMethod as their names say; ValueError for a file that cannot be read or has more than `most_bytes` and
-    for a model that is not prepared, TypeError where path, model or method has another type.
+    Raises CorruptState for a file that is damaged, truncated or no saved cache; OlderVersion, NewerVersion, WrongModel
+    and UnknownMethod as their names say. Raises ValueError for a file that cannot be read or has more than
+    `most_bytes`, and for a model that is not prepared. Raises TypeError where path, model or method has another type.
     """
     path = named(path, _WHAT)
     model = unwrapped(model) if isinstance(model, torch.nn.Module) else model

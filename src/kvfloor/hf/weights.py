@@ -124,7 +124,8 @@ def _hooks(module: nn.Module) -> Iterable[Any]:
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, dense tensor) of a weight: one pair, or one for each part of a quantised weight.
 
-    A part that is no tensor is written into the name, with an empty tensor. Raises ValueError if it cannot be read.
+    A part that is no tensor, such as a float, is written into the name beside an empty tensor. Raises ValueError if the
+    weight cannot be read.
     """
     if isinstance(value, Tensor):
         inner = getattr(value, "__tensor_flatten__", None)
