@@ -30,6 +30,7 @@ Outcome = Literal["killed", "SURVIVED", "TIMED OUT"]
 ROOT = Path(__file__).parent.parent
 COPIED = ("src", "tests", "docs", "examples", "pyproject.toml", "README.md")
 BESIDE = {
+    "arena": ("core/test_slots", "core/test_stretches", "core/test_restoring", "core/test_bounded"),
     "attend": ("core/test_step_partial",),
     "blocked": (
         "core/test_bounded",
@@ -45,7 +46,15 @@ BESIDE = {
     "message": ("core/test_restoring",),
     "policy": ("core/test_bounded", "methods/test_registry", "methods/test_observation"),
     "selector": ("methods/test_selectors", "methods/test_pages", "core/test_method"),
-    "slots": ("core/test_one_token", "core/test_bounded", "core/test_rotation"),
+    "watching": (
+        "core/test_bounded",
+        "core/test_one_token",
+        "core/test_tiles",
+        "core/test_rotation",
+        "methods/test_observation",
+        "methods/test_last_query",
+    ),
+    "slots": ("core/test_one_token", "core/test_bounded", "core/test_rotation", "core/test_restoring"),
     "spec": ("core/test_state", "core/test_rotation"),
     "state": ("core/test_one_token", "core/test_doors", "core/test_restoring", "core/test_broken"),
     "stretches": ("core/test_restoring", "methods/test_quantized"),

@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one batch: python examples/padded_batch.py
+"""Answer prompts of different lengths in one batch: python examples/padded_batch.py
 
 The shorter prompts are padded on the left, as generate() wants it. Pads never enter the cache: every row keeps its own
 tokens under its own budget, and answers as it would alone.

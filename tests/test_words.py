@@ -12,7 +12,7 @@ import kvfloor
 
 SOURCE = Path(kvfloor.__file__).parent
 ROOT = SOURCE.parents[1]
-ROOMS = (SOURCE, *(ROOT / room for room in ("survey", "characterize", "builtin_model", "bench")))
+ROOMS = (SOURCE, *(ROOT / room for room in ("survey", "characterize", "builtin_model", "bench", "examples")))
 REFUSED = {"What", "How", "Whether", "Which", "Where", "Those", "That", "As", "The", "A", "An", "One"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
