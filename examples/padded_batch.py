@@ -18,7 +18,7 @@ batch = tokenizer([sample.prompt() for sample in samples], return_tensors="pt", 
 
 
 def said(cache, **inputs):
-    """What the model answers to each prompt, in one token."""
+    """Return the one-token answer of the model to each prompt."""
     out = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=1)
     return tokenizer.batch_decode(out[:, -1:])
 
