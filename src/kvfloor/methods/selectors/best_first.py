@@ -104,7 +104,7 @@ class BestFirstState(SelectorState):
         return chosen, looked.view(r, m)
 
     def _in_order(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the pages in the order in which a query visits them, as (logit bounds, page numbers): (r*m, pages) each.
+        """Return the pages in the order in which queries visit them: logit bounds and page numbers, (r*m, pages) each.
 
         newest (r, m) is the page of the newest token that a query sees. It comes first, with the bound inf; the other
         pages follow from the largest bound on. Places without a page have the bound -inf and the number -1.

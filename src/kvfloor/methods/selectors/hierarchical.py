@@ -244,7 +244,7 @@ class HierarchicalState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes that one query per row reads of held (rows,) tokens, averaged over queries that share a choice.
+        """Return the bytes that one query per row reads of held (rows,) tokens, averaged where queries share a choice.
 
         One of these queries makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
         reads the keys of 2 k / key_block centre blocks. Counted as well are the bytes of the index: the current choice
