@@ -233,7 +233,7 @@ class HierarchicalState(SelectorState):
         return Chosen(self._slots(rank.masked_fill(dead, 0), slots, rows), dead)
 
     def _slots(self, rank: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Return the slots (r, m, c) of the tokens with these ranks (r, m, c) by age, the oldest at 0."""
+        """Return the slots (r, m, c) of the tokens with the ranks by age rank (r, m, c); the oldest has rank 0."""
         width = int(slots.held.max())
         if self.order is None or width == 0:
             return rank

@@ -118,8 +118,7 @@ class PagesState(SelectorState):
 
         Both are (r, m), float64, one bound per query of q (r, m, d). A query sees the first visible (r, m) slots; the
         tokens outside the slots that `choose` returns are unread. The bounds are -inf where every token is read. They
-        hold for the logits in exact arithmetic, under the spec's scale
-        and softcap.
+        hold for the logits in exact arithmetic, under the spec's scale and softcap.
         """
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
         bound = self.bounds(q, newest, rows)

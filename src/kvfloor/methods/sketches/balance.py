@@ -214,8 +214,8 @@ class Balance(Method):
 class BalanceState(Blocked[Balance]):
     """Hold tokens in slots and the level l of each, i.e. its weight 2^l in answers.
 
-    The longest key, value and query and the sum of |v|^2 of each row are held too: they test the assumptions of the
-    guarantee.
+    Each row's longest key, value and query, its sum of |v|^2 and its number of clamped steps are held too: they test
+    the assumptions of the guarantee.
     """
 
     def __init__(self, method: Balance, spec: Spec) -> None:
@@ -283,7 +283,8 @@ class BalanceState(Blocked[Balance]):
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the level to halve in each of `rows`, the number of its tokens to halve, and the mask of its slots.
 
-        Level and number are (r,), a number of 0 meaning that no level is due; the mask is (r, s), bool.
+        Level and number are (r,); the number is 0 if no level is due. The mask (r, s), bool, is True for the slots of
+        the tokens of that level that are neither sinks nor recent.
         """
         plan, seen = self.method, self.seen[rows].unsqueeze(1)
         view = self.slots.view(rows)

@@ -25,10 +25,10 @@ _RINGS_LIMIT = 2**24  # counters of one token: filling s slots takes some s log 
 class Clusters(Memory):
     """Hold online clusters of keys: for each row c centres (c, d), sizes (c,) and t uniform samples each, (c, t, d).
 
-    A key within `delta` of the nearest centre joins that centre; any other key becomes a centre. Past the cap on
-    centres a key joins its nearest centre whatever the distance, and `overfull` (rows,) becomes True. Every sample
-    slot keeps the key whose random number, fixed by its position, is smallest; so samples do not depend on how calls
-    cut the stream.
+    A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Past the
+    cap on centres a key joins its nearest centre whatever the distance, and `overfull` (rows,) becomes True. Every
+    sample slot keeps the key whose random number, fixed by its position, is smallest; so samples do not depend on how
+    calls cut the stream.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:

@@ -35,9 +35,8 @@ class WindowSample(Method):
     The reservoir is a uniform sample of the c tokens outside the window.
     Law (Haris and Onak 2025, section 4, Algorithm 1): with S = c + the sum of exp(logit) over the window, the sampled
     value is taken from the reservoir with probability c / S, and is that of a window token with probability
-    exp(logit) / S. Theorem 23: the answer's mean is unmasked window attention, exactly. Its
-    variance per coordinate is at most max|value| times that mean (values >= 0). While all tokens are in the window the
-    answer is exact.
+    exp(logit) / S. Theorem 23: the answer's mean is unmasked window attention, exactly. The variance of a coordinate is
+    at most max|value| times its mean (values >= 0). While all tokens are in the window the answer is exact.
 
     budget   tokens of the window per row. A token's query is answered before the oldest token is evicted:
              the paper's W is one more.

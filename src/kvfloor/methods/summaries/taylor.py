@@ -287,7 +287,7 @@ class TaylorState(SummaryState):
 
 
 def _positive(coefficients: list[float]) -> bool:
-    """Return True if the polynomial with these coefficients, from the constant up, is positive for every real x."""
+    """Return True if sum_j coefficients[j] x^j is positive for every real x."""
     highest = np.trim_zeros(coefficients[::-1], "f")
     if len(highest) % 2 == 0 or highest[0] < 0:  # of odd degree, or falling on both sides
         return False

@@ -40,9 +40,9 @@ class ValueSample(Summary):
     Guarantee, for a stream fixed beforehand: with probability 1 - delta every coordinate of every answer, to any query
     at any time, is within epsilon times itself. Each mean is wrong by more than epsilon with probability <= 1/8 by
     Chebyshev, as a value's variance is at most spread times its squared mean. A median of Q means is wrong by more with
-    probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The paper
-    has T = 3 spread / epsilon^2 and Q = 12 ln(...), with a failure of 1/3 per mean. These constants do not fit
-    together: the exponent for 1/3 is 1/17.)
+    probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The paper's
+    constants are 3 instead of 8 and 12 ln instead of 2.5 ln, with a failure of 1/3 per mean. They do not fit together:
+    the exponent is Q / 17 for 1/3.)
     """
 
     name: ClassVar[str] = "value_sample"
@@ -234,6 +234,9 @@ class ValueSampleState(SummaryState):
 
 
 def middle(draws: Tensor, copies: int, groups: int) -> Tensor:
-    """Return the coordinatewise median (..., dv) of `groups` means of `copies` draws (..., copies * groups, dv)."""
+    """Return the coordinatewise median (..., dv) of means of draws (..., copies * groups, dv).
+
+    There are `groups` means of `copies` draws each.
+    """
     means = draws.unflatten(-2, (groups, copies)).mean(-2)
     return means.squeeze(-2) if groups == 1 else means.median(-2).values

@@ -117,8 +117,8 @@ class SubGenTensor(Method):
         """Return the error bound for one query fixed in advance.
 
         ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F.
-        The scores of two pairs of the same two clusters differ by at most 2 radius largest (delta1 + delta2), of which
-        R is the exponential. By Chebyshev, with f = failure / 2 for numerator and denominator each: s = 9 / (eps^2 f),
+        The scores of two pairs of the same two clusters differ by at most D = 2 radius largest (delta1 + delta2); let
+        R = exp(D). By Chebyshev, with f = failure / 2 for numerator and denominator each: s = 9 / (eps^2 f),
         t = 9 (R-1)^2 / (4 R eps^2 f). Returns None without a radius.
         """
         del spec
