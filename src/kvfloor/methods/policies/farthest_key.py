@@ -19,14 +19,16 @@ class FarthestKey(Guarded):
     This is the offline clustering of SubGen's experiments.
     Law (Gonzalez 1985): the held token whose key is farthest in l2 from all kept keys is kept next, until the budget
     is full. The protected tokens are kept first; the oldest token is kept first where none is protected. Every held
-    key is then within twice the least radius that as many centres, beside the protected tokens, can reach (pinned
-    spans count as any other token).
-    sinks, recent   first and newest tokens that are never evicted: 4, and 16 (a quarter of a budget below 64)
-    decode          "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;
-                    "keep": tokens after the prompt are never evicted, as in the experiments
-    Prefill is dense, as the clustering was offline; `prefill=stream` chooses block by block. Evicted tokens have no
-    weight: the clusters' sizes and samples, which `subgen` holds, are not kept. Each kept token costs one pass over
-    the held keys.
+    key is then near a kept key: the distance is at most twice the least radius that any choice of as many tokens,
+    beside the protected ones, can achieve. Pinned spans count as any other token.
+    sinks   first tokens that are never evicted: 4 by default
+    recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
+    decode  "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;
+            "keep": tokens after the prompt are never evicted, as in the experiments
+    Prefill is dense by default, i.e. tokens are first evicted at the end of the prompt, as the experiments clustered
+    offline; with `prefill=stream` tokens are evicted after each block of the prompt. Evicted tokens have no weight:
+    the clusters' sizes and samples, which `subgen` holds, are not kept. Each kept token costs one pass over the held
+    keys.
     """
 
     name: ClassVar[str] = "k_center"
@@ -57,7 +59,8 @@ def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -
 
     Every turn picks the key that is farthest from all picked keys. The traversal starts from the `kept` slots, whose
     turn is 0, or from the oldest token where none is kept. The first picked slot has turn 1, and so on. Slots that are
-    not picked within `most` turns have turn `most` + 1. live (r, s) marks the slots that hold a token.
+    not picked within `most` turns have turn `most` + 1. live (r, s) marks the slots that hold a token, and
+    position (r, s) is the token's index in the stream.
     """
     k = k if k.dtype == torch.float64 else k.to(torch.float32)
     rows, width, d = k.shape

@@ -30,8 +30,9 @@ class Hierarchical(Indexed):
     token is read while there are at most k / key_block blocks. Beyond that a token of large logit among tokens of
     small logit is found only if it lies in a centre block: there is no guarantee.
 
-    query_block  before the seal, queries at positions with equal p // query_block share the choice of their first
-                 query, so a choice depends neither on later queries nor on the cuts of the stream
+    query_block  before the seal (end of the prompt), the queries of positions with the same position // query_block
+                 share a choice, which the first of them makes; so a choice depends neither on later queries nor on
+                 how calls cut the stream
     refresh      number of decoded tokens that share a choice, after the seal
     Each query of a GQA group has its own choice. `read` and `attend` choose anew for every query.
     """
@@ -58,11 +59,13 @@ class Hierarchical(Indexed):
 
 
 class HierarchicalState(SelectorState):
-    """Hold the current choice of every row, and the order of arrival of slots that eviction has shuffled.
+    """Hold the key blocks that the queries of every row currently read (the choice), and the slots' order of arrival.
 
     block    (rows, g, k / key_block) blocks of the current choice, ascending, -1 beyond the last; None before a choice
     blocks   (rows,) number of blocks that the choice was made from: all tokens after these blocks are read
     span     (rows,) index of the span of `query_block` or `refresh` positions that the choice is for; -1: none
+    order    the slots of each row from the oldest to the newest token; None if no token is ever evicted, as slots
+             then are in order
     """
 
     def __init__(self, spec: Spec, slots: Slots, method: Hierarchical, in_order: bool) -> None:
@@ -176,8 +179,9 @@ class HierarchicalState(SelectorState):
     def _descend(self, q: Tensor, slots: Slots, blocks: Tensor, rows: Tensor | None) -> Tensor:
         """Return the key blocks chosen for queries q (r, m, d) by halving: (r, m, most) int32, ascending, -1 for none.
 
-        blocks (r, m) is the number of blocks that a query chooses from. Intervals are [low, high) in blocks. They are
-        kept newest first, so that a stable sort prefers the newer of equal halves.
+        most = k / key_block is the greatest number of chosen blocks; blocks (r, m) is the number of blocks that a
+        query chooses from. An interval [low, high) is a range of block numbers. Intervals are sorted newest first, so
+        that a stable sort prefers the newer of equal halves.
         """
         most, (r, m) = self._most, blocks.shape
         share = torch.arange(most, device=q.device).flip(0)
@@ -194,9 +198,9 @@ class HierarchicalState(SelectorState):
         return kept.to(torch.int32).view(r, m, most)
 
     def _worth(self, q: Tensor, slots: Slots, low: Tensor, high: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the largest logit (r, m, c), float64, in the centre block of each interval [low, high).
+        """Return the largest logit (r, m, c), float64, in the centre block of each interval [low, high) of blocks.
 
-        It is -inf for an empty interval.
+        low and high are (r, m, c), for c intervals per query. The result is -inf for an empty interval.
         """
         (r, m, c), b = low.shape, self.method.key_block
         rank = (
@@ -212,9 +216,11 @@ class HierarchicalState(SelectorState):
         return torch.cat(worth, 1).masked_fill(high <= low, -torch.inf)
 
     def _to_read(self, block: Tensor, blocks: Tensor, visible: Tensor, slots: Slots, rows: Tensor | None) -> Chosen:
-        """Return the slots that a query reads: sinks, chosen blocks `block` (r, m, most), and all newer tokens.
+        """Return the slots that a query reads: the sinks, the chosen blocks and all newer tokens.
 
-        Newer are the tokens after the blocks (r, m) that were chosen from, up to the visible (r, m) ones.
+        block    (r, m, most) numbers of the chosen blocks, -1 for none
+        blocks   (r, m) number of blocks that the choice was made from; all tokens after them are newer tokens
+        visible  (r, m) number of tokens that the query sees, from the oldest on
         """
         sinks, b, device = self.method.sinks, self.method.key_block, block.device
         r, m, _ = block.shape
@@ -227,7 +233,7 @@ class HierarchicalState(SelectorState):
         return Chosen(self._slots(rank.masked_fill(dead, 0), slots, rows), dead)
 
     def _slots(self, rank: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Return the slots (r, m, c) of the tokens with these ranks (r, m, c) by age, the oldest at 0."""
+        """Return the slots (r, m, c) of the tokens with the ranks by age rank (r, m, c); the oldest has rank 0."""
         width = int(slots.held.max())
         if self.order is None or width == 0:
             return rank
@@ -238,11 +244,11 @@ class HierarchicalState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes that one query per row reads, averaged over the queries that share a choice.
+        """Return the bytes that one query per row reads of held (rows,) tokens, averaged where queries share a choice.
 
         One of these queries makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
-        reads 2 k / key_block centre blocks. Index bytes are the current choice and, under eviction, the order of the
-        slots read.
+        reads the keys of 2 k / key_block centre blocks. Counted as well are the bytes of the index: the current choice
+        and, if tokens may be evicted, the order of arrival of the slots read.
         """
         method, number = self.method, self.spec.dtype.itemsize
         share = method.refresh if self.sealed else method.query_block

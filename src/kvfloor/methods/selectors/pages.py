@@ -116,10 +116,9 @@ class PagesState(SelectorState):
     def unread_logit(self, q: Tensor, visible: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return upper bounds on the largest logit and on the log-sum-exp of the logits of all unread tokens.
 
-        Both are (r, m), float64.
-        The queries q (r, m, d) see the first visible (r, m) slots and read the slots that `choose` returns. The bounds
-        are -inf where every token is read. The bounds hold for the logits in exact arithmetic, under the spec's scale
-        and softcap.
+        Both are (r, m), float64, one bound per query of q (r, m, d). A query sees the first visible (r, m) slots; the
+        tokens outside the slots that `choose` returns are unread. The bounds are -inf where every token is read. They
+        hold for the logits in exact arithmetic, under the spec's scale and softcap.
         """
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
         bound = self.bounds(q, newest, rows)
@@ -136,7 +135,7 @@ class PagesState(SelectorState):
     def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
         """Return upper bounds (r, m, pages), float64, on the scaled q.k of each page's keys for queries q (r, m, d).
 
-        newest (r, m) is the page of the newest token that a query sees; the bound of it and of later pages is -inf.
+        newest (r, m) is the page of the newest token that a query sees. This page and later pages have the bound -inf.
         """
         most = int(newest.max()) if newest.numel() else 0
         low, high = (self.boxes.across(name, rows, most)[:, 0].double() for name in ("low", "high"))

@@ -30,18 +30,21 @@ class ZCurve(Indexed):
     """Read the k tokens of largest logit among those whose keys are near the query along space-filling curves.
 
     This is ZETA's search (Zeng et al. 2025), on the keys of a model that was not trained for the search.
-    On each of `curves` curves a key's place is the Morton code of  sqrt(d) P k / |k|  with P three orthonormal rows,
-    drawn from public randomness and independent of the data, on the fixed grid of the normal's quantiles, shifted by
-    another share of the grid on every curve (a single curve has seams that part near neighbours). The candidates
-    are the `window` keys around the query's own place on each curve and the keys that wait for the next merge. The
-    query reads the k candidates of largest exact logit. Ties are broken in favour of the newer token.
+    The place of a key x on a curve is the Morton code of the grid point of sqrt(d) P x / |x|. P is a 3 x d matrix of
+    orthonormal rows, drawn from the public seed and independent of the data. The grid is fixed: its lines are quantiles
+    of the standard normal. Each of the `curves` curves has its own P and its own shift of the grid, because a single
+    curve has seams that part near neighbours. The candidates are the `window` keys around the query's own place on each
+    curve and the keys that are not merged into the curves yet (see `chunk`). The query reads the k candidates of
+    largest exact logit. Ties are broken in favour of the newer token.
 
-    The original learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best
+    ZETA learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best
     tokens are missed where d is large and keys have no clusters: `characterize.lib.recall` measures the share.
 
     k        tokens read per query
+    curves   number of curves, each with its own random projection
+    window   keys of each curve that are candidates
     chunk    new keys wait unsorted, and are all candidates, until `chunk` of them are merged into the curves; under
-             an eviction policy its block is the chunk
+             an eviction policy keys are merged at the end of each of its blocks instead
     """
 
     name: ClassVar[str] = "zeta"
@@ -76,7 +79,10 @@ def projections(spec: Spec, curves: int) -> Tensor:
 
 
 class ZCurveState(SelectorState):
-    """Hold the sorted codes of the merged slots and the slots of these codes, per row and curve."""
+    """Hold, per row and curve, the Morton codes of the merged keys in ascending order, and the slot of each code.
+
+    Keys that arrived after the last merge are not in these lists.
+    """
 
     def __init__(self, spec: Spec, slots: Slots, method: ZCurve, shared: dict[str, Tensor]) -> None:
         self.spec = spec
@@ -96,7 +102,11 @@ class ZCurveState(SelectorState):
             self.sorted.resize(slots.capacity)
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Raise ValueError unless every curve's list in a message has the first `held` slots of its row, by code."""
+        """Raise ValueError unless the lists of codes in a message (a saved state) fit its slots.
+
+        The n codes of a curve must be in ascending order and belong to the first n slots of the row, n at most the
+        number of held tokens. fields are the saved fields of this index, slots those of the slots.
+        """
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
         if bool((merged["held"] > slots["held"]).any()):
@@ -116,7 +126,10 @@ class ZCurveState(SelectorState):
         self._merge(slots, rows, torch.zeros_like(rows))
 
     def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
-        """Merge slots first[r] .. held[r] - 1 of `rows` into their sorted lists, of which first[r] items are kept."""
+        """Merge the keys in slots first[r] .. held[r] - 1 of each of `rows` into the sorted lists of every curve.
+
+        The lists of row r are cut to their first first[r] items before; 0 makes them anew from all held keys.
+        """
         held, device = slots.held[rows], slots.k.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))
         if c == 0:
@@ -162,9 +175,9 @@ class ZCurveState(SelectorState):
         return Chosen(slot.gather(2, best).clamp_min(0), logit.gather(2, best) == -torch.inf)
 
     def _candidates(self, q: Tensor, visible: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the candidate slots (r, m, c) of queries q (r, m, d), with repeats.
+        """Return the slots (r, m, c) of the candidate tokens of queries q (r, m, d); a slot may occur more than once.
 
-        Slots >= visible (r, m) among them are to be ignored.
+        A query sees the slots below visible (r, m); the caller must ignore other slots in the result.
         """
         (r, m, _), device, window = q.shape, q.device, self.method.window
         used = (self.sorted.held if rows is None else self.sorted.held[rows]).to(device)
@@ -184,7 +197,7 @@ class ZCurveState(SelectorState):
         return torch.cat([near, first.unsqueeze(2) + waiting], 2)
 
     def _logits(self, q: Tensor, slot: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Return the scaled q.k in float64 (r, m, c) for q (r, m, d) and slots (r, m, c)."""
+        """Return scale q.k, float64 (r, m, c), of queries q (r, m, d) with the keys in slots `slot` (r, m, c)."""
         (r, m, c), logits = slot.shape, []
         q = q.double() * self.spec.scale
         at_once = max(1, _KEY_NUMBERS_AT_ONCE // max(1, r * c * self.spec.d))
@@ -199,7 +212,8 @@ class ZCurveState(SelectorState):
     def bytes_read(self, held: Tensor) -> int:
         """Return the bytes that one query per row reads of held (rows,) tokens.
 
-        These are a binary search and a window of slots per curve, the keys of all candidates, and the k best values.
+        They are the codes of a binary search and a window of slots per curve, the keys of all candidates, and the
+        values of the k best.
         """
         used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()

@@ -30,7 +30,8 @@ _WALK = 4  # blocks of one level halved at once: large walks balance better, sma
 class Balance(Method):
     """Halve the number of tokens repeatedly, by a random walk over the tokens that nearly preserves attention sums.
 
-    Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, with one set of tokens for all sums.
+    Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, here with one set of kept tokens for the
+    numerator and the denominator of attention.
     A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
     Halving a level keeps half of its tokens and moves them up one level. The kept half is chosen so that the sum of
     e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short (`self_balancing`). The paper has one
@@ -45,12 +46,12 @@ class Balance(Method):
               largest count / 4^l, because halving level l adds 4^l to the squared error whatever the count. Halving
               at most four blocks keeps weights similar. Where every level has one token, a fair coin drops the token
               of the lowest level or doubles its weight.
-    keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's smaller sign class,
-              which loses a little mass each time
+    keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's rule, by which the
+              tokens of the rarer sign in the walk stay, which loses a little mass each time
     c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for
               `horizon` and `failure`, at which the guarantee holds. The paper's code has 1/8.
-    constant  square of the constant coordinate, relative to the longest value halved; the paper's code has 0.025, and
-              the bound of the guarantee is least at 1
+    constant  square of the constant coordinate `const`, in units of the largest |v|^2 of the tokens halved; the
+              paper's code has 0.025, and the error bound of the guarantee is smallest at 1
     sharpness exponent of the walk's kernel exp(sharpness |scale| k.k'); the paper has 1, and a smaller exponent lets
               keys balance more distant keys
     centre    subtract the level's mean key in the walk; answers always use the original keys
@@ -108,25 +109,26 @@ class Balance(Method):
 
     @property
     def traits(self) -> Traits:
-        """Return the promises of this method: normalised, as numerator and denominator have the same positive weights.
+        """Return the promises of this method.
 
-        lossy_values: held tokens do not have weight 1 in answers. Not value_linear: the choice of kept tokens depends
-        on values.
+        It is normalised, because numerator and denominator have the same positive weights. Its values are lossy,
+        because held tokens do not all have weight 1 in answers. It is not linear in the values, because the choice of
+        kept tokens depends on them.
         """
         return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
 
     @property
     def block(self) -> int:
-        """Return the block length: after every so many tokens a row checks whether to halve a level of tokens."""
+        """Return the block length in tokens: at the end of each block a row checks whether to halve a level."""
         if not isinstance(self.budget, int):
             return self.batch
         return min(self.batch, (self.budget - self.sinks - self.recent) // _BLOCKS)
 
     @property
     def threshold(self) -> float:
-        """Return the walk's threshold: c, or if it is None the safe threshold for `horizon` tokens.
+        """Return the walk's threshold: c, or if c is None the safe threshold for `horizon` tokens.
 
-        The walks over all levels take at most n steps for n tokens with keep=pairs, and 2n with keep=smaller.
+        The walks over all levels together take at most n steps for n tokens with keep=pairs, and 2n with keep=smaller.
         """
         if self.c is not None:
             return self.c
@@ -210,7 +212,11 @@ class Balance(Method):
 
 
 class BalanceState(Blocked[Balance]):
-    """Hold tokens and their levels l, of weight 2^l each (slots, column `level`), and lengths for the guarantee."""
+    """Hold tokens in slots and the level l of each, i.e. its weight 2^l in answers.
+
+    Each row's longest key, value and query, its sum of |v|^2 and its number of clamped steps are held too: they test
+    the assumptions of the guarantee.
+    """
 
     def __init__(self, method: Balance, spec: Spec) -> None:
         room = 2 * method.batch if method.budget is None else tokens(method.budget, 1)[0]
@@ -237,7 +243,10 @@ class BalanceState(Blocked[Balance]):
     # ---- reading -------------------------------------------------------------------------------------------
 
     def _weighted(self, q: Tensor, width: int, hide: Tensor | None) -> Partial:
-        """Return the attention of q (rows, m, d) over the first `width` slots, with weight 2^level for each token."""
+        """Return the attention of q (rows, m, d) over the first `width` slots, with weight 2^level for each token.
+
+        hide, which broadcasts to (rows, m, width), is True for slots that a query does not see; None: it sees all.
+        """
         view = self.slots.view(width=width)
         log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
         return Partial.over(q, view.k, view.v, self.spec, log_weight, hide)
@@ -274,7 +283,8 @@ class BalanceState(Blocked[Balance]):
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the level to halve in each of `rows`, the number of its tokens to halve, and the mask of its slots.
 
-        Level and number are (r,), a number of 0 meaning that no level is due; the mask is (r, s), bool.
+        Level and number are (r,); the number is 0 if no level is due. The mask (r, s), bool, is True for the slots of
+        the tokens of that level that are neither sinks nor recent.
         """
         plan, seen = self.method, self.seen[rows].unsqueeze(1)
         view = self.slots.view(rows)
@@ -295,9 +305,10 @@ class BalanceState(Blocked[Balance]):
         return chosen, size, free & (level == chosen.unsqueeze(1))
 
     def _halve(self, rows: Tensor, level: Tensor, size: Tensor, members: Tensor) -> None:
-        """Evict about half of the oldest size[r] tokens in slots `members` (r, s), and raise the rest by one level.
+        """Evict about half of the oldest size[r] tokens of `members` in each row, and raise the rest by one level.
 
-        All of them have level[r]. A single token is evicted or raised by a fair coin.
+        members (r, s) is True for the slots of tokens of level[r] that may be halved. If size[r] is 1, a fair coin
+        decides whether that token is evicted or raised.
         """
         plan, device, width = self.method, self.slots.k.device, int(size.max() + 1) // 2 * 2
         view = self.slots.view(rows, members.shape[1])
@@ -330,7 +341,7 @@ class BalanceState(Blocked[Balance]):
     # ---- the guarantee's assumptions -----------------------------------------------------------------------
 
     def _measure(self, rows: Tensor) -> None:
-        """Update the longest key and value, and the sum of |v|^2, of these rows by their blocks just completed."""
+        """Update each row's longest key, longest value and sum of |v|^2 by the newest block of tokens, now complete."""
         slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
         at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)
         key = length(self.slots.k[slot].to(torch.float64)).amax(1)

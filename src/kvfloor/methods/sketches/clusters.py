@@ -1,4 +1,4 @@
-"""Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn by value length."""
+"""Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn in proportion to |v|^2."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _RINGS_LIMIT = 2**24  # counters of one token: filling s slots takes some s log 
 class Clusters(Memory):
     """Hold online clusters of keys: for each row c centres (c, d), sizes (c,) and t uniform samples each, (c, t, d).
 
-    A key within `delta` of the nearest centre joins that centre; any other key becomes a centre. Past the cap on
-    centres a key joins its nearest centre whatever the distance, and `overfull` (rows,) becomes True. Every sample
-    slot keeps the key whose random number, fixed by its position, is smallest; so samples do not depend on how calls
-    cut the stream.
+    A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Past the
+    cap on centres a key joins its nearest centre whatever the distance, and `overfull` (rows,) becomes True. Every
+    sample slot keeps the key whose random number, fixed by its position, is smallest; so samples do not depend on how
+    calls cut the stream.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:
@@ -62,10 +62,10 @@ class Clusters(Memory):
         return (self.count > 0).sum(1)
 
     def weighted(self, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the sampled keys (rows, s, d) of the first `width` clusters (all if None), and their log weights.
+        """Return the sampled keys (rows, width * t, d) of the first `width` clusters, None: all, and the log weights.
 
-        A cluster of `count` keys has t samples, so each has the weight count / t. The log of it is (rows, s), float64,
-        and -inf where there is no cluster.
+        A cluster of `count` keys has t samples, so each has the weight count / t. The log weights are
+        (rows, width * t), float64, and -inf where there is no cluster.
         """
         sample, size = self.sample[:, :width], self.count[:, :width]
         t = sample.shape[2]
@@ -77,7 +77,7 @@ class Clusters(Memory):
 
         One search compares the whole block with the old centres. The rule then runs over the keys that no old centre
         covers. Finally every key joins the nearest centre among the old centres and the new centres made no later than
-        the key. `purpose` names the random draws of the samples.
+        the key. `purpose` is a text that sets the random draws of these samples apart from all other draws.
         """
         used = self.used[rows]
         self._grow(int(used.max()) + k.shape[1])
@@ -105,9 +105,10 @@ class Clusters(Memory):
 
     @staticmethod
     def _open(wide: Tensor, uncovered: Tensor, room: Tensor, delta: float) -> Tensor:
-        """Return a mask (r, b) of the keys `wide` (r, b, d) that become centres, at most room (r,) per row.
+        """Return a mask (r, b) of the keys that become new centres, at most room (r,) per row.
 
-        These are the keys without an old centre within delta (`uncovered`), and without an earlier new one.
+        wide (r, b, d) are the keys in float32 or wider; uncovered (r, b) marks those without an old centre within
+        delta. An uncovered key becomes a centre unless an earlier key that became one lies within delta.
         """
         most = int(uncovered.sum(1).max())
         order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age
@@ -122,9 +123,10 @@ class Clusters(Memory):
         return torch.zeros_like(uncovered).scatter(1, order, chosen)
 
     def _sample(self, rows: Tensor, k: Tensor, position: Tensor, joined: Tensor, purpose: str) -> None:
-        """Update each cluster's t uniform samples, with replacement, by the keys k (r, b, d) that `joined` it.
+        """Update each cluster's t uniform samples, with replacement, by the keys k (r, b, d) that joined it.
 
-        Slot i of a cluster keeps the key whose i-th random number is smallest.
+        joined (r, b) is the index of each key's cluster. Slot i of a cluster keeps the key whose i-th random number,
+        fixed by position (r, b) and the text `purpose`, is smallest.
         """
         t = self.sample.shape[2]
         lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows].view(-1, 1, 1)
@@ -189,7 +191,8 @@ class Reservoir(Memory):
         A token's s numbers Exp(1)/|v|^2 are drawn as one Poisson process of rate s |v|^2. Each event falls in a uniform
         slot, and the time of the first event in a slot is the token's number there. Drawing stops once the time passes
         the numbers of all kept pairs. A long stream thus costs O(log(s) s / n) draws per token instead of s, and the
-        kept tokens do not depend on the cuts of the stream. `purpose` is part of the random draws' key.
+        kept tokens do not depend on how calls cut the stream. `purpose` is a text that sets these random draws apart
+        from all other draws.
         """
         norm = total(v.to(torch.float64).square())  # (r, b)
         s = self.key.shape[1]
@@ -219,7 +222,7 @@ class Reservoir(Memory):
 
 
 def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Evict the b = `block` tokens that each of `rows` holds, and return them by age.
+    """Evict the b = `block` tokens that each of `rows` holds, and return them, oldest first.
 
     Returns k (r, b, d), v (r, b, dv) and position (r, b).
     """
@@ -236,9 +239,10 @@ def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block: int) -> None:
-    """Raise ValueError unless a message's slots hold the tokens since the last block end, and its clusters all others.
+    """Raise ValueError unless a message (a saved state) has every token seen either in its slots or in its clusters.
 
-    fields: those of the state; parts: those of each `Clusters` in it.
+    The slots must hold the tokens since the last block end, and the clusters all earlier tokens. fields are the saved
+    fields of the state, parts the saved fields of each `Clusters` in it.
     """
     require_equal(fields["slots"]["held"], fields["seen"] % block, "tokens of the open block")
     for keys in parts:
@@ -246,9 +250,9 @@ def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block:
 
 
 def longest(q: Tensor, take: Tensor) -> Tensor:
-    """Return the largest norm |q| (rows,), float64, of each row's first take[r] queries of q (rows, g, a, d).
+    """Return the largest norm |q| (rows,), float64, over the queries q (rows, g, a, d) of each row.
 
-    It is 0 for a row without queries.
+    Only the queries of the first take[r] of the a tokens count. The norm is 0 for a row without queries.
     """
     if q.numel() == 0:
         return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
@@ -258,10 +262,10 @@ def longest(q: Tensor, take: Tensor) -> Tensor:
 
 
 def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
-    """Return the number s of sampled pairs and the cap on centres that a budget in tokens pays for, by halves.
+    """Return the number s of sampled pairs and the cap on centres that fit into a budget in tokens.
 
-    The `block` tokens that wait unclustered are paid first.
-    A pair costs one token. A centre with its t sampled keys costs (1 + t) / 2 tokens.
+    `block` tokens of the budget are set aside for the newest tokens, which are not clustered yet. Half of the rest is
+    for pairs, which cost one token each, and half for centres: one with its t sampled keys costs (1 + t) / 2 tokens.
     """
     free = tokens(budget, 1)[0] - block
     s = max(1, free // 2)
@@ -271,7 +275,7 @@ def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
 def check_budget(owner: str, budget: Budget | None, block: int, t: int) -> None:
     """Raise ValueError if the budget differs by row, or is too small for a block, a sampled pair and a cluster.
 
-    owner: the method's name, for the error.
+    t: number of sampled keys of a cluster; owner: the method's name, for the error.
     """
     if isinstance(budget, tuple):
         raise ValueError(f"{owner} takes one budget for all rows, not one per row")

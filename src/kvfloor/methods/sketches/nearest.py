@@ -12,12 +12,12 @@ _MEASURED_AT_ONCE = 2**18  # pairs whose distance is taken directly at a time
 
 
 def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distance to the nearest allowed point and its index, both (r, b), for x (r, b, d).
+    """Return the l2 distance to the nearest allowed point and its index, both (r, b), for vectors x (r, b, d).
 
-    points (r, c, d), allowed (r, b or 1, c); the distance is inf where no point is allowed. One matrix product rules
-    out all points except a few that its rounding leaves possible, and the distances to these few are computed
-    directly. The result equals that of computing all distances directly, whatever the shapes. The first of equally
-    near points is returned.
+    allowed (r, b or 1, c) marks which of the points (r, c, d) count; the distance is inf where no point is allowed.
+    One matrix product rules out all points except a few that its rounding leaves possible, and the distances to these
+    few are computed directly. The result equals that of computing all distances directly, whatever the shapes. The
+    first of equally near points is returned.
     """
     (r, b, _d), c = x.shape, points.shape[1]
     apart = x.new_full((r * b,), torch.inf)

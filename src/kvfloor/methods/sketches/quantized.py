@@ -118,7 +118,7 @@ class Codes(Memory):
         return {name: Field(x.dtype, (x.shape[0], "groups", *x.shape[2:])) for name, x in tensors.items()}
 
     def write(self, rows: Tensor, at: Tensor, x: Tensor) -> None:
-        """Quantise x (r, group, width) and store it as group at[r] of each of `rows` (r,)."""
+        """Quantise x (r, group, width) and store it in `rows` (r,): x[i] becomes group number at[i] of row rows[i]."""
         self._grow(int(at.max()) + 1)
         x = x.to(compute_dtype(x.dtype))
         axis = 1 if self.per_channel else 2

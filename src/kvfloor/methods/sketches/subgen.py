@@ -43,7 +43,7 @@ class SubGen(Method):
     Each cluster keeps `t` uniform samples of its keys; `s` (key, value) pairs are kept with probability
     proportional to |v|^2. The answer is z / tau with
         z   = sum over the s pairs of  mu / (s |v|^2) * exp(q.k) * v        (mu: sum of all |v|^2)
-        tau = sum over clusters of     n' / t * sum over its samples of exp(q.k)
+        tau = sum over clusters of     n' / t * sum over its samples of exp(q.k)   (n': keys in the cluster)
     delta    cluster radius in key space (l2)
     centres  cap on the clusters; past it a key joins its nearest centre whatever the distance, and the guarantee
              is withdrawn. None: as many as the stream needs.
@@ -187,8 +187,9 @@ class SubGenState(Blocked[SubGen]):
 
 
 def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
-    """Return the error epsilon of SubGen with s sampled pairs and t samples per cluster, relative to ||V||_F.
+    """Return the error epsilon of SubGen with s sampled pairs and t samples per cluster.
 
+    The error is relative to ||softmax||_2 ||V||_F, for values V.
     Law: the larger of sqrt(9 / (s f)) for the numerator and sqrt(9 (R-1)^2 / (4 R t f)) for the denominator, by
     Chebyshev with probability f = failure / 2 each. Logits are within `reach` of that of their cluster's centre:
     R = exp(2 reach). For the operator norm of the values V instead of the Frobenius norm, s pairs count as s / dv.
@@ -198,10 +199,11 @@ def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
 
 
 def ratio(z: Partial, log_tau: Tensor) -> Partial:
-    """Return the attention estimate z / tau with mass tau, from the estimates of numerator z and denominator tau.
+    """Return the attention estimate (numerator) / tau with the mass tau, where tau estimates the denominator.
 
-    The argument `z` is the partial over the sampled pairs: its mean times its mass is the numerator. Beyond the cap on
-    centres the two estimates may differ without bound; the answer stays finite.
+    z is the attention over the sampled pairs: its mean times its mass is the estimate of the numerator. log_tau is the
+    log of tau, of the shape of z.log_mass. Beyond the cap on centres the two estimates can differ without bound; the
+    ratio is limited, so the answer stays finite.
     """
     share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))
     return Partial(z.mean * torch.where(log_tau == -torch.inf, 0.0, share).unsqueeze(-1), log_tau)

@@ -32,11 +32,11 @@ from kvfloor.validation import count, positives
 class WindowSample(Method):
     """Answer with the value of one token, drawn from the window or from a reservoir of older tokens.
 
-    The reservoir, which samples the c tokens outside the window, is chosen with probability c/S.
-    Law (Haris and Onak 2025, section 4, Algorithm 1): S is c plus the sum of exp(logit) over the window, and a window
-    token is drawn in proportion to exp(logit). Theorem 23: the answer's mean is unmasked window attention, exactly. Its
-    variance per coordinate is at most max|value| times that mean (values >= 0). While all tokens are in the window the
-    answer is exact.
+    The reservoir is a uniform sample of the c tokens outside the window.
+    Law (Haris and Onak 2025, section 4, Algorithm 1): with S = c + the sum of exp(logit) over the window, the sampled
+    value is taken from the reservoir with probability c / S, and is that of a window token with probability
+    exp(logit) / S. Theorem 23: the answer's mean is unmasked window attention, exactly. The variance of a coordinate is
+    at most max|value| times its mean (values >= 0). While all tokens are in the window the answer is exact.
 
     budget   tokens of the window per row. A token's query is answered before the oldest token is evicted:
              the paper's W is one more.
@@ -110,9 +110,10 @@ class WindowSample(Method):
 class WindowSampleState(Blocked[WindowSample]):
     """Hold the slots of the window, one sampled older value per draw, and the extremes of all values so far.
 
-    A draw's random number is fixed by (seed, row id, tokens seen, index of the draw). So all queries of a row at one
-    moment share it, and repeating a query repeats the answer. Every answer has the stated distribution. Answers of one
-    moment depend on one another, which a union bound allows.
+    The random number of a draw is fixed by (seed, row id, tokens seen, index of the draw). So all queries of a row that
+    are answered after the same number of tokens share it, and a repeated query gets the same answer. Every single
+    answer has the stated distribution. Answers that share random numbers depend on one another; the guarantee still
+    holds, as it is a union bound over answers.
     """
 
     def __init__(self, method: WindowSample, spec: Spec) -> None:
@@ -140,7 +141,10 @@ class WindowSampleState(Blocked[WindowSample]):
         return self._draw(q, self.seen)
 
     def _draw(self, q: Tensor, n: Tensor) -> Partial:
-        """Return the drawn answers to q (rows, m, d) after n[r] tokens of row r: a `Partial` (rows, m)."""
+        """Return a random answer to each query of q (rows, m, d), as a `Partial` (rows, m).
+
+        n (rows,) is the number of tokens seen, which enters the random numbers.
+        """
         view, spec = self.slots.view(), self.spec
         hide = None if view.live is None else ~view.live.unsqueeze(1)
         mean, inside, weights = weigh(q, view.k, view.v, spec.scale, spec.softcap, hide=hide)
@@ -183,7 +187,10 @@ class WindowSampleState(Blocked[WindowSample]):
             self.slots.evict(leaving)
 
     def _extend(self, v: Tensor, newest: Tensor) -> None:
-        """Update the least and largest value so far by the values v (rows, s, dv) of the `newest` tokens, a mask."""
+        """Update each row's least and largest value so far by the values v (rows, s, dv) of the newest tokens.
+
+        newest (rows, s) marks the slots of these tokens.
+        """
         new = newest.to(v.device).unsqueeze(-1)
         wide = v.to(self.least.dtype)
         self.least = torch.minimum(self.least, wide.masked_fill(~new, torch.inf).amin((1, 2)))

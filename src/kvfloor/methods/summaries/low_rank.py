@@ -49,7 +49,8 @@ class Less(Summary):
     kernels  the trainer's safetensors file: one pair of networks per (layer, kv head), selected for each row
              by `Spec.places`; "builtin": the kernels shipped with the built-in model. A file with a single pair
              serves every row. None: untrained networks, which give the evicted tokens almost no weight.
-    A message holds the path of the kernels' file and a tag of its contents; it is refused once the file has changed.
+    A message (a saved state) holds the path of the kernels' file and a tag of its contents. It is refused once the
+    file has changed.
     """
 
     name: ClassVar[str] = "less"
@@ -89,7 +90,8 @@ class Less(Summary):
     def open(self, spec: Spec) -> LessState:
         """Return an empty summary with the trained feature maps (kernels) of every row.
 
-        Raises ValueError where the kernels were trained for another head width, or have none for a row's place.
+        Raises ValueError if the kernels were trained for another head width, or if the file has none for a row's place
+        in the model (layer, kv head).
         """
         if self.kernels is None:
             return LessState(Kernels.untrained(1, spec.d, self.rank, UNTRAINED_HIDDEN, seed=0), [(0, 0)], 0, spec)
@@ -136,7 +138,10 @@ class Kernels:
 
     @classmethod
     def untrained(cls, heads: int, d: int, rank: int, hidden: int, seed: int) -> Kernels:
-        """Return the initial kernels of training: uniform in +-sqrt(6 / (fan in + fan out)), s1 and s2 at 1e-4."""
+        """Return the initial kernels of training: uniform in +-sqrt(6 / (fan in + fan out)), s1 and s2 at 1e-4.
+
+        heads: number of kv heads P; rank: R, the number of features; hidden: h, the width of the hidden layer.
+        """
         source = torch.Generator().manual_seed(seed)
 
         def uniform(fan_in: int, fan_out: int) -> Tensor:
@@ -152,13 +157,19 @@ class Kernels:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def of(self, head: Tensor) -> Kernels:
-        """Return the feature maps of r heads, given by index head (r,); not copied if there is one pair for all."""
+        """Return the feature maps of the kv heads with the indices head (r,), one per index.
+
+        If there is only one pair of maps, it serves every index and is not copied.
+        """
         if self.s1.shape[0] == 1:
             return Kernels(*(x.expand(len(head), *x.shape[1:]) for x in self.tensors().values()))
         return Kernels(*(x[head] for x in self.tensors().values()))
 
     def one(self, place: int) -> Kernels:
-        """Return the feature maps of a single head, the one of index `place`, in aligned tensors."""
+        """Return the feature maps of the kv head with index `place`, in contiguous tensors aligned to 64 bytes.
+
+        Aligned tensors make products round alike in every call.
+        """
         return Kernels(*(aligned(x[place : place + 1]) for x in self.tensors().values()))
 
     def phi(self, q: Tensor, dropout: float = 0.0) -> Tensor:
@@ -242,9 +253,10 @@ def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
 
 
 class LessState(SummaryState):
-    """Hold the linear-attention state of each row: sums (rows, R, dv + 1) are H, with z as last column.
+    """Hold the linear-attention state of each row: sums (rows, R, dv + 1), which are H with z as last column.
 
-    sums are in the compute dtype. `tag` is that of the kernels' file.
+    H = sum of psi(k) v^T and z = sum of psi(k), see `Less`. sums are in the compute dtype. `tag` is a number that
+    identifies the contents of the kernels' file.
     """
 
     def __init__(self, kernels: Kernels, places: list[tuple[int, int]], tag: int, spec: Spec) -> None:

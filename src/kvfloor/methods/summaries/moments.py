@@ -25,7 +25,7 @@ class Moments(Summary):
     """Summarise the evicted tokens as a Gaussian of the same count, means and covariances.
 
     Neither training nor sampling is needed.
-    Law, with x = scale q.k of mean mu = scale q.mean(k) and variance s2 = scale^2 q^T cov(k) q:
+    Law, for c evicted tokens, with x = scale q.k of mean mu = scale q.mean(k) and variance s2 = scale^2 q^T cov(k) q:
         mass       c E[e^x]                = c exp(mu + s2/2)
         numerator  c E[v e^x]              = c (mean(v) + scale cov(v, k) q) exp(mu + s2/2)
     exact for jointly Gaussian (k, v), and to second order in the logits for any. The log-mass is capped at
@@ -57,8 +57,12 @@ class Moments(Summary):
 class MomentsState(SummaryState):
     """Hold the count, means and covariances of the evicted keys and values of each row.
 
-    count (rows,); mean_k (rows, d); mean_v (rows, dv); longest |k| (rows,); cov_k, the lower triangle row by row
-    (rows, d(d+1)/2) or the diagonal (rows, d); cov_vk (rows, dv, d). A covariance that the setting leaves out is None.
+    count    (rows,) number of evicted tokens
+    mean_k   (rows, d)                              mean_v   (rows, dv)
+    longest  (rows,) largest |k|
+    cov_k    (rows, d(d+1)/2) lower triangle row by row, or (rows, d) diagonal only
+    cov_vk   (rows, dv, d)
+    A covariance that the setting `covariance` leaves out is None.
     """
 
     def __init__(self, covariance: str, spec: Spec) -> None:
@@ -86,9 +90,9 @@ class MomentsState(SummaryState):
             self._join(at, keys, values)
 
     def _join(self, at: Tensor, k: Tensor, v: Tensor) -> None:
-        """Update the count, means and covariances of rows `at` (r,) by new tokens k (r, c, d), v (r, c, dv).
+        """Update the count, means and covariances of rows `at` (r,) by c new tokens each: k (r, c, d), v (r, c, dv).
 
-        By the pairwise update of Chan, Golub and LeVeque 1983.
+        Law: the pairwise update of Chan, Golub and LeVeque 1983.
         """
         c, n = k.shape[1], self.count[at].to(torch.float64)
         new = (c / (n + c)).unsqueeze(1)
@@ -148,7 +152,8 @@ class MomentsState(SummaryState):
     def _growth(self, centre: Tensor, variance: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
         """Return log E[e^y] and E[(dy/dx) e^y] / E[e^y], each (rows, m), for the logit x ~ N(centre, variance).
 
-        y = x, or c tanh(x / c) under a softcap c. x is limited to |x| <= largest.
+        y = x, or y = c tanh(x / c) under a softcap c. centre, variance and largest are (rows, m). As no logit is
+        larger, x is limited to |x| <= largest under a softcap, and log E[e^y] to at most `largest` without one.
         """
         cap = self.spec.softcap
         if cap is None:

@@ -93,7 +93,11 @@ class Taylor(Summary):
         )
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Taylor:
-        """Return the summary with the least even degree of error <= epsilon, up to the limit on features."""
+        """Return the summary with the least even degree whose relative error is at most epsilon.
+
+        There are at most FEATURES_LIMIT features, even if the error then exceeds epsilon. The degree is 0 without a
+        radius. The failure probability delta is not used, as the error bound is certain.
+        """
         del delta
         degree = 0
         while self.radius is not None and relative_error(degree, self.radius) > epsilon:
@@ -148,7 +152,8 @@ class Monomials:
     """Hold a table of the t monomials of degree <= g in d variables, from which features are computed one by one.
 
     Monomial 0 is the constant. Every other monomial is the product of a monomial of one degree less and a variable:
-    monomial[i] = monomial[parent[i-1]] * variable[i-1], with 1 / sqrt(the variable's exponent) as `factor`.
+    monomial[i] = monomial[parent[i-1]] * x[variable[i-1]] * factor[i-1], where x are the variables and `factor` is
+    1 / sqrt(the exponent of that variable).
     """
 
     parent: Tensor
@@ -196,9 +201,10 @@ def monomials(d: int, degree: int) -> Monomials:
 
 
 class TaylorState(SummaryState):
-    """Hold the monomial sums of the evicted tokens, and the longest evicted key and query of each row.
+    """Hold the monomial sums of the evicted tokens, and the largest |k| and |q| of each row.
 
-    moments (rows, t, dv + 1), float64: S = sum of phi(k) v^T, with z = sum of phi(k) as last column.
+    moments (rows, t, dv + 1), float64: S = sum of phi(k) v^T, with z = sum of phi(k) as last column, see `Taylor`.
+    longest_key (rows,) is the largest |k| of an evicted key, longest_query (rows,) the largest |q| of a query.
     """
 
     def __init__(self, summary: Taylor, spec: Spec) -> None:
@@ -222,7 +228,10 @@ class TaylorState(SummaryState):
 
     @property
     def _step(self) -> int:
-        """Return the number of tokens or queries in one product; it ignores the number of rows, so sums round alike."""
+        """Return the number of tokens or queries whose features are computed and multiplied at once.
+
+        It does not depend on the number of rows, so that sums round alike whatever rows are beside a row.
+        """
         return max(1, _FEATURES_PER_ROW // self.moments.shape[1])
 
     def _features(self, u: Tensor) -> Tensor:
@@ -261,9 +270,10 @@ class TaylorState(SummaryState):
         return {"longest_key": length, "longest_query": length}
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Return the guarantee for the largest logit that each row's queries and evicted keys so far can have.
+        """Return the guarantee `stated` with the epsilon for r, the largest logit that can have occurred so far.
 
-        Withdrawn if that is more than the radius. The rounding error is added: sums of n tokens' t features of size at
+        r is the largest |scale| |q| |k| of a row's queries and evicted keys. If r exceeds the radius, the guarantee is
+        withdrawn (`holds` False). Epsilon includes the rounding error of sums over n tokens of t features of size at
         most e^r, where weights are at least e^-r.
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
@@ -277,7 +287,7 @@ class TaylorState(SummaryState):
 
 
 def _positive(coefficients: list[float]) -> bool:
-    """Return True if the polynomial with these coefficients, from the constant up, is positive for every real x."""
+    """Return True if sum_j coefficients[j] x^j is positive for every real x."""
     highest = np.trim_zeros(coefficients[::-1], "f")
     if len(highest) % 2 == 0 or highest[0] < 0:  # of odd degree, or falling on both sides
         return False

@@ -40,8 +40,9 @@ class ValueSample(Summary):
     Guarantee, for a stream fixed beforehand: with probability 1 - delta every coordinate of every answer, to any query
     at any time, is within epsilon times itself. Each mean is wrong by more than epsilon with probability <= 1/8 by
     Chebyshev, as a value's variance is at most spread times its squared mean. A median of Q means is wrong by more with
-    probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The published
-    constants, 3 for 8 and 12 ln for 2.5 ln with a failure of 1/3 per mean, do not fit together: that exponent is 1/17.)
+    probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The paper's
+    constants are 3 instead of 8 and 12 ln instead of 2.5 ln, with a failure of 1/3 per mean. They do not fit together:
+    the exponent is Q / 17 for 1/3.)
     """
 
     name: ClassVar[str] = "value_sample"
@@ -121,9 +122,10 @@ def check_sampling(owner: str, copies: int | None, groups: int | None) -> None:
 
 
 def sizes_for(epsilon: float, delta: float, spread: float, answers: int) -> tuple[int, int]:
-    """Return (T, Q), with which `answers` medians of Q means of T draws are all within relative error epsilon.
+    """Return (T, Q) such that `answers` medians of Q means of T draws all have a relative error of at most epsilon.
 
-    This holds with probability 1 - delta, if the variance of a draw is at most spread times its squared mean.
+    A draw is the value of a randomly chosen token. The bound holds with probability 1 - delta, if the variance of a
+    draw is at most spread times its squared mean. Q is odd.
     """
     q = math.ceil(2.5 * math.log(answers / delta))
     return math.ceil(8.0 * spread / epsilon**2), max(1, q + 1 - q % 2)
@@ -134,8 +136,8 @@ def median_of_means(
 ) -> Guarantee | None:
     """Return the error bound of `answers` medians of q means of t draws, or None if its failure probability is >= 1.
 
-    It assumes that the variance of a draw is at most spread times its squared mean. `quantifier` and `assumptions` go
-    into the guarantee.
+    A draw is the value of a randomly chosen token, whose variance must be at most spread times its squared mean.
+    `quantifier` (the range of the probability) and `assumptions` become the attributes of the guarantee, in words.
     """
     delta = answers * math.exp(-q / 2.5)
     if delta >= 1:
@@ -153,7 +155,7 @@ def median_of_means(
 def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
     """Return a sentence on the values that are outside [a, spread * a] for every a > 0, or "" if there are none.
 
-    least, largest (rows,) are the extremes of each row's values.
+    least (rows,) and largest (rows,) are the least and the largest entry of each row's values.
     """
     low, high = float(least.min()), float(largest.max())
     if low <= 0:
@@ -166,8 +168,11 @@ def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
 class ValueSampleState(SummaryState):
     """Hold T Q sampled values per row, the number of evicted tokens, and the least and largest evicted value.
 
-    value (rows, T Q, dv), each with its sampling key (rows, T Q); count (rows,). Slot i keeps the value of smallest
-    sampling key, a uniform fixed by (seed, row id, position, i). Each slot is therefore a uniform draw from all
+    value  (rows, T Q, dv) sampled values
+    key    (rows, T Q) sampling key of each sampled value
+    count  (rows,) number of evicted tokens
+    A sampling key is a uniform random number fixed by (seed, row id, position, i), for slot i of the T Q samples. Slot
+    i keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all
     evicted tokens, independent between slots and the same for every chunking and block.
     """
 
@@ -195,7 +200,10 @@ class ValueSampleState(SummaryState):
             self.count[at] += values.shape[1]
 
     def _sample(self, at: Tensor, v: Tensor, position: Tensor) -> None:
-        """Replace the sampled values of rows `at` by those values of v (r, c, dv) that have smaller sampling keys."""
+        """Replace the sampled values of rows `at` (r,) by the new values v (r, c, dv) that have smaller sampling keys.
+
+        position (r, c) is each value's position in the stream, which fixes its sampling keys.
+        """
         samples = self.key.shape[1]
         lane = row_keys(self.spec.seed, self.spec.ids(), "value sample")[at].view(-1, 1, 1)
         key = uniform(lane, position.unsqueeze(2) * samples + torch.arange(samples, device=v.device))
@@ -226,6 +234,9 @@ class ValueSampleState(SummaryState):
 
 
 def middle(draws: Tensor, copies: int, groups: int) -> Tensor:
-    """Return the coordinatewise median (..., dv) of `groups` means of `copies` draws (..., copies * groups, dv)."""
+    """Return the coordinatewise median (..., dv) of means of draws (..., copies * groups, dv).
+
+    There are `groups` means of `copies` draws each.
+    """
     means = draws.unflatten(-2, (groups, copies)).mean(-2)
     return means.squeeze(-2) if groups == 1 else means.median(-2).values

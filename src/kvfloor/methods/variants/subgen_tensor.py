@@ -52,14 +52,15 @@ class SubGenTensor(Method):
         tau = sum over samples x of the first side, y of the second, of  n_x n_y / t^2 * exp(score(x, y))
         z   = sum over pairs   x of the first side, y of the second, of  w_x w_y * exp(score(x, y)) * (v_x * v_y)
 
-    n_x is the size of x's cluster, w_x = mu1 / (s |v_x|^2) with mu1 the sum of all |v1|^2, likewise for y.
+    n_x is the number of keys in x's cluster, and w_x = mu1 / (s |v_x|^2) with mu1 the sum of all |v1|^2. n_y and w_y
+    are defined in the same way on the second side.
     delta1, delta2  cluster radius of the first and of the second keys (l2)
-    t               samples per cluster and side: a product of two clusters is estimated by t^2 pairs of keys
+    t               sampled keys per cluster, on each side: a product of two clusters is estimated by t^2 pairs of keys
     s               tokens kept per side with probability proportional to |v1|^2 and |v2|^2: s^2 pairs
     centres         cap on the clusters of a side; past it the guarantee is withdrawn
     block           at most the last `block - 1` tokens stay unclustered, as points of weight 1
     radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; failure probability
-    budget          tokens per row instead of s and centres, divided as in SubGen
+    budget          tokens per row instead of s and centres: half of it for the pairs, half for the clusters
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], as `tensor` does.
     """
 
@@ -96,7 +97,10 @@ class SubGenTensor(Method):
         )
 
     def sizes(self) -> tuple[int, int | None]:
-        """Return the number s of sampled pairs and the cap on centres of each side, from the budget if there is one."""
+        """Return the number s of sampled pairs and the cap on centres (None: no cap) of each side.
+
+        Both follow from the budget if there is one.
+        """
         return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
 
     def open(self, spec: Spec) -> SubGenTensorState:
@@ -113,8 +117,8 @@ class SubGenTensor(Method):
         """Return the error bound for one query fixed in advance.
 
         ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F.
-        Two pairs of the same two clusters differ by at most 2 radius largest (delta1 + delta2) in their score, so
-        R = exp of that. By Chebyshev, with f = failure / 2 for numerator and denominator each: s = 9 / (eps^2 f),
+        The scores of two pairs of the same two clusters differ by at most D = 2 radius largest (delta1 + delta2); let
+        R = exp(D). By Chebyshev, with f = failure / 2 for numerator and denominator each: s = 9 / (eps^2 f),
         t = 9 (R-1)^2 / (4 R eps^2 f). Returns None without a radius.
         """
         del spec
@@ -139,7 +143,10 @@ class SubGenTensor(Method):
 
     @property
     def _reach(self) -> float:
-        """Return the largest l2 distance between k1 * k2, for keys of two clusters, and the product of the centres."""
+        """Return a bound on the l2 distance of the product k1 * k2 of two keys from the product of their centres.
+
+        Products are entry by entry; k1 and k2 are in a cluster of the first and of the second side.
+        """
         return self.largest * (self.delta1 + self.delta2)
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGenTensor:
@@ -166,13 +173,20 @@ class Side(Memory):
         self.pairs = Reservoir(spec, s)
 
     def masses(self, waiting: Points) -> Points:
-        """Return this side's points for the denominator: sampled keys, then the `waiting` tokens; all values are 0."""
+        """Return this side's weighted points for the denominator: the sampled keys, then the `waiting` points.
+
+        waiting are the tokens since the last block end, which are in no cluster yet. All values are 0, because the
+        denominator needs none.
+        """
         keys, weight = self.keys.weighted(int(self.keys.used.max()))
         nothing = Points(waiting.k, torch.zeros_like(waiting.v[..., :1]), waiting.log_weight)
         return _points(keys, keys.new_zeros(*keys.shape[:2], 1), weight, nothing)
 
     def values(self, waiting: Points) -> Points:
-        """Return this side's points for the numerator: sampled (key, value) pairs, then the `waiting` tokens."""
+        """Return this side's weighted points for the numerator: sampled (key, value) pairs, then the `waiting` points.
+
+        waiting are the tokens since the last block end, which are in no sample yet.
+        """
         return _points(self.pairs.k, self.pairs.v, self.pairs.log_weight(), waiting)
 
 
@@ -242,10 +256,11 @@ class SubGenTensorState(Blocked[SubGenTensor]):
         return self._pairs(q, self.slots.held)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Compute causal attention of the newest tokens' queries q (rows, g, a, d), one token at a time: (rows, g, a).
+        """Compute causal attention of the queries q (rows, g, a, d) of the a newest tokens: a `Partial` (rows, g, a).
 
-        Each query attends to all pairs of tokens up to its own token, so every query of the block has another set of
-        pairs.
+        Each query attends to all pairs of tokens up to its own token, so the set of pairs differs from token to token
+        and one token is computed at a time. before (rows,) is the number of tokens since the last block end that came
+        before these.
         """
         parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
         return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))
@@ -253,7 +268,8 @@ class SubGenTensorState(Blocked[SubGenTensor]):
     def _pairs(self, q: Tensor, visible: Tensor) -> Partial:
         """Return the attention of q (rows, m, d) over all pairs of points of the two sides: a `Partial` (rows, m).
 
-        Points of both sides are also the first visible (rows,) tokens since the last block end.
+        The points of a side are its samples and the first visible[r] of row r's tokens since the last block end, which
+        are in no sample yet.
         """
         view = self.slots.view(width=self.block)  # of fixed shape, so that every chunking rounds alike
         hidden = (torch.arange(self.block) >= visible.unsqueeze(1)).to(q.device)
@@ -279,6 +295,9 @@ class SubGenTensorState(Blocked[SubGenTensor]):
 
 
 def _points(k: Tensor, v: Tensor, log_weight: Tensor, waiting: Points) -> Points:
-    """Return the points k (rows, s, d), v (rows, s, dv), log_weight (rows, s), followed by the `waiting` points."""
+    """Return s points k (rows, s, d), v (rows, s, dv), log_weight (rows, s), followed by the `waiting` points.
+
+    waiting are tokens since the last block end, which are in no sample yet.
+    """
     assert waiting.log_weight is not None
     return Points(*(torch.cat(x, 1) for x in ((k, waiting.k), (v, waiting.v), (log_weight, waiting.log_weight))))

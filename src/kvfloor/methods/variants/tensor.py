@@ -40,7 +40,8 @@ class TensorAttention(Method):
     store   a method that keeps whole tokens: exact, or an eviction policy that drops the rest. The store
             receives the two keys of a token side by side (width 2d), the two values likewise (2dv), and no query.
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], queries of width d, and answers with
-    width dv. The n^2 products are never stored: 2n(d + dv) numbers at rest, a block of pairs at a time in `read`.
+    width dv. The n^2 products are never stored: the state holds 2n(d + dv) numbers, and `read` computes the products of
+    a block of pairs at a time.
     Raises ValueError for a store that does not keep whole tokens.
     """
 
@@ -185,8 +186,9 @@ def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 
 
 def products(x1: Tensor, x2: Tensor) -> Tensor:
-    """Return the entrywise products x1[i] * x2[j] of all n^2 pairs of tokens: (rows, n^2, width), i before j.
+    """Return the entrywise products x1[i] * x2[j] of all n^2 pairs of tokens: (rows, n^2, width).
 
-    x1 and x2 are (rows, n, width). `TensorAttention` never stores these; they define its keys and values.
+    x1 and x2 are (rows, n, width); the pair (i, j) is at index i * n + j. `TensorAttention` never stores the products:
+    they define its keys and values.
     """
     return (x1.unsqueeze(2) * x2.unsqueeze(1)).flatten(1, 2)

@@ -50,8 +50,8 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
     sides are the sides of the scales' square maps, coarse first. The coarse scales are those that `scale_budgets` keeps
     whole under the state's (smallest) budget. The policy chooses the tokens of the finer scales; `random` keeps
-    `scale_budgets` tokens of them in expectation. Raises ValueError for a state that cannot pin, has seen tokens, or
-    whose policy protects too much besides.
+    `scale_budgets` tokens of them in expectation. Raises ValueError for a state that cannot pin, that has seen tokens,
+    or whose policy protects so many other tokens that the coarse scales do not fit.
     """
     if not isinstance(state, BoundedState):
         raise ValueError(f"{state.method} has no budget to share out over scales: give an eviction policy")
@@ -76,8 +76,8 @@ class NextScale:
     """Feed the scales of an image to the state of any method, one scale at a time, and compute their attention.
 
     The queries of a scale attend to the stored past and to the whole scale itself, before the state may evict any of
-    the scale's tokens: every token can be read by its own scale, whatever the budget. The new scale's tokens are all
-    kept during the call only, as the tokens of any forward pass are.
+    the scale's tokens: every token can be read by its own scale, whatever the budget. A new scale's tokens are all
+    held only during the call of `step`, as the tokens of any forward pass are.
     """
 
     def __init__(self, state: State) -> None:
