@@ -25,7 +25,7 @@ _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's argume
 
 
 def parse(text: str) -> Method:
-    """Return the method that the text describes.
+    """Return the method that a text such as "h2o(recent=64)+value_sum@512" describes.
 
     `str(method)` parses back to an equal method. Raises ValueError naming the part that is unknown, malformed or out
     of place, and the parts that are allowed.
@@ -98,7 +98,7 @@ def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any
 
 
 class _Nested(str):
-    """Mark an argument that is the text of a method, as opposed to a literal or a word."""
+    """Mark an argument whose text is itself a method, such as store=sinks(4)@32; others are literals or bare words."""
 
 
 def _malformed(text: str) -> str:
@@ -121,7 +121,10 @@ def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _value(node: ast.expr) -> Any:
-    """Return the value of a literal; a bare word (score=mean) or a method (store=sinks(4)@32) as a string."""
+    """Return the value of an argument, given as a syntax tree.
+
+    A literal has its own value, a bare word (score=mean) is a str, and a method (store=sinks(4)@32) is a `_Nested`.
+    """
     if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
         return node.id
     if isinstance(node, (ast.Call, ast.BinOp)):
@@ -130,9 +133,10 @@ def _value(node: ast.expr) -> Any:
 
 
 def default_method(name: str, budget: int = 64) -> Method:
-    """Return a method built around the table's entry `name`, which runs as it is.
+    """Return a method that contains the table's entry `name`, with default arguments.
 
-    A policy gets a budget in tokens, a summary stands behind `window`, a selector on `exact`, and a method is alone.
+    A policy becomes "name@budget", a summary "window+name@budget", a selector "exact|name"; a whole method ignores
+    `budget`, in tokens.
     Tests, docs and the conformance matrix iterate over these methods.
     """
     part = lookup(name)

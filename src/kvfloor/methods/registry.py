@@ -1,7 +1,8 @@
 """Register every method, policy, summary and selector in one table, and look a part up by its name.
 
-CLI choices, the docs' tables, the conformance matrix and the report all follow from `TABLE`. A part may also be
-written `module:Class`, which is imported: third parties add their own parts this way.
+A part is a policy, summary, selector or whole method. CLI choices, the docs' tables, the conformance matrix and the
+report all follow from `TABLE`. A part may also be written `module:Class`, which is imported, so that third parties can
+add parts.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def kind(part: type) -> str:
 
 
 def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
-    """Return the class of a name, an alias or `module:Class`.
+    """Return the class that a registered name, an alias or `module:Class` stands for.
+
+    kinds   the kinds of part that are allowed
 
     Raises ValueError listing the known names where the name is unknown, the class is of another kind or is no
     dataclass.
