@@ -1,6 +1,7 @@
-"""Play many small games over one argument, and record the bits certified for a method as the instance grows harder.
+"""Play series of small games of growing difficulty, and record the bits certified for a method in each.
 
-These games restore the message in this process; the games of the report's table use an isolated process.
+`precision` plays the spike game with ever finer values, `packings` the packing game at several sizes and radii. These
+games restore the message in this process; the games of the report's table use an isolated process.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,8 @@ class Hidden:
     """Draw the values that Alice hides and the rows that are asked, so that neither a method nor Bob can foresee them.
 
     All draws are SHAKE-256 over a domain-separated string with `seed`; by default the seed is 128 fresh bits from the
-    operating system. A given seed repeats a run. The method receives neither the seed nor data that it derives from.
+    operating system. A given seed repeats a run. The method receives neither the seed nor the data that the seed
+    derives from.
     """
 
     def __init__(self, seed: int | str | None = None) -> None:

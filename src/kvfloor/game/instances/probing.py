@@ -2,9 +2,9 @@
 
 It is Haris & Onak (COLT 2025), Theorem 19 (26), on a corrected family of streams: the printed one separates relative
 errors below 1/3 only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one of two
-cases by a hidden bit: all keys zero, or one heavy key, which takes nearly all softmax mass, at a secret position. A
-method plays through the usual message, and the bytes it reads per query are counted. Its success is compared with that
-of readers whose every score is counted by an oracle.
+cases by a hidden bit: all keys zero, or one heavy key, which takes nearly all softmax mass, at a secret position. As in
+the other games, a method answers from the message (the bytes of its state), and the bytes it reads per query are
+counted. Its success is compared with that of readers whose every score is counted by an oracle.
 """
 
 import dataclasses
@@ -70,7 +70,10 @@ class Probing(Instance):
             yield k, v
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the answers (m, dv), float32, to the query with (2/d) ln(n-1) in every coordinate, in both cases."""
+        """Return the answers (m, dv), float32, to one fixed query: (2/d) ln(n-1) in every coordinate.
+
+        The query is the same for streams with and without a heavy key. copy (m,) holds the streams; `row` is not used.
+        """
         q = torch.full((len(copy), self.d), 2.0 * math.log(self.n - 1) / self.d)
         return by_reading(state, copy, q.to(DTYPES[self.dtype]))
 

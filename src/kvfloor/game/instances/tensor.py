@@ -123,7 +123,10 @@ class TwoCaches(Instance):
 
     @cached_property
     def keys(self) -> Tensor:
-        """Return the products (n^2, d), of unit norm, of every key of one set of n sign keys with every of another."""
+        """Return the keys of all pairs: K1[i] * K2[j] / sqrt(d) entry by entry, (n^2, d), of unit norm.
+
+        K1 and K2 are two sets of n sign keys.
+        """
         first, second = self.key_seed, derived_seed("second keys", self.key_seed)
         k1, k2 = (torch.sign(rademacher(self.n, self.d, seed)).unsqueeze(0) for seed in (first, second))
         return (products(k1, k2)[0] / self.d**0.5).to(DTYPES[self.dtype])

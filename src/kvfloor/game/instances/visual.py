@@ -60,9 +60,9 @@ class Visual(KeyedInstance):
         NextScale(state).step(k.new_zeros(self.copies, 1, *k.shape[1:]), k, v)
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the answers (m, dv), float32, for hidden rows that are asked a map of sides[-1]^2 queries at a time.
+        """Return the answers (m, dv), float32, for hidden rows `row` (m,), read in parts of sides[-1]^2 rows.
 
-        Each map is appended to a copy of the state of its own.
+        Each part is one map of zero tokens with spike queries, appended to a fresh copy of the state.
         """
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
         queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
