@@ -72,7 +72,7 @@ class Demand:
         return bits.clamp_min(0.0).masked_fill(levels < 2, 0.0)
 
     def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return `bits` in the precision of its arguments: fast, and good enough for searching."""
+        """Return an estimate of `bits`, computed in the dtype of `weights`: fast, and good enough for searching."""
         levels = torch.ceil(weights / (self.error + leaks)).clamp_(1.0, self._cap)
         bits = torch.log2(levels).mul_(self.p * self.dv).sub_(H2(self.p)).clamp_min_(0.0)
         return bits.masked_fill_(levels < 2.0, 0.0)

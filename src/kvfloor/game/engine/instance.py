@@ -40,8 +40,7 @@ class Instance(ABC):
     Alice appends the streams' tokens to a method's state. A hidden row is the values that one of Bob's queries reads
     back. Each barrier (the game of one memory theorem) implements `rows`, `length`, `stream` and `answers`. All fields
     are public and plain: Bob's process receives them as JSON, and nothing else about the instance. key_seed and
-    method_seed derive from the run's seed by
-    `derived_seed`; neither reveals the run's seed nor the hidden values.
+    method_seed derive from the run's seed by `derived_seed`; neither reveals the run's seed nor the hidden values.
     """
 
     barrier: ClassVar[str]
@@ -117,7 +116,8 @@ class Instance(ABC):
     def feed(self, state: State, levels: Tensor, hidden: Hidden) -> None:
         """Append all of Alice's tokens to the state in order, then seal the state: the prompt ends there.
 
-        levels (copies * rows, dv) are the hidden levels, which the values are made from.
+        levels (copies * rows, dv) are the hidden levels: level x becomes the value x / (2^bits - 1). `hidden` draws the
+        secret token positions of those games that have some.
         """
         values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):

@@ -20,9 +20,9 @@ _EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
 def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
     """Return log2 of the probability that a logistic distribution around the answer `centre` gives to `level`.
 
-    Both are in units of the spacing of the 2^bits value levels, and have one shape, which is the result's. `width` is
-    the scale of the logistic, and `uniform_share` the share of the uniform distribution over all levels that is mixed
-    in.
+    `centre`, `level` and the result have the same shape. Levels are 0..2^bits-1, and the answers are in units of their
+    spacing. `width` is the scale of the logistic, and `uniform_share` the share of the uniform distribution over all
+    levels that is mixed in.
     """
     top = 2**bits - 1
     below = torch.where(level == 0, -math.inf, (level - 0.5 - centre) / width)

@@ -24,7 +24,7 @@ class Hidden:
         return (words.long() & (2**bits - 1)).view(rows, dv)
 
     def rows(self, n: int, count: int) -> Tensor:
-        """Draw the numbers of `count` rows to ask for, (count,) int64, uniformly from [0, n) with replacement.
+        """Draw the indices of `count` hidden rows to query, (count,) int64, uniformly from [0, n) with replacement.
 
         Call it after the message is fixed.
         """

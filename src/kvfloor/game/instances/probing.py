@@ -39,7 +39,7 @@ _SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at whic
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probing(Instance):
-    """Stream `copies` streams of n tokens, with one hidden bit each.
+    """Make `copies` streams of n tokens, with one hidden bit each.
 
     Bit 1: all keys are zero, and the answer is 1. Bit 0: one heavy key takes nearly all the mass, and the answer is
     1/(n-1).

@@ -60,7 +60,10 @@ class Sparse(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append a piece of Alice's stream with her queries q_t = C k_t: policies observe perfectly sparse weights."""
+        """Append a piece of Alice's stream, each token with the spike query q_t = C k_t of its own key.
+
+        So eviction policies observe softmax weights that are nearly one-sparse.
+        """
         start = int(state.seen[0])
         q = self.queries[start : start + k.shape[1]].expand(self.copies, 1, -1, -1)
         state.step(q, k, v)

@@ -41,7 +41,7 @@ _LENGTH_STEP = 64.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourCaches(Instance):
-    """Stream n tokens with two sign keys and two values each, for tensor attention over their pairs."""
+    """Stream n tokens with two keys of signs ±1 and two values each, for tensor attention over their pairs."""
 
     barrier: ClassVar[str] = "tensor"
     n: int
