@@ -85,7 +85,8 @@ def covering_curve(
 ) -> list[list[Ceiling]]:
     """Return the memory of SubGen at every cluster radius in `deltas`, for each row of keys k (rows, n, d).
 
-    Returns one list per row, with one `Ceiling` per radius. The memory meets error `epsilon` for |scale q| <= `radius`.
+    The result has one list per row, with one `Ceiling` per radius; a row is the stream of one kv head. The memory meets
+    error `epsilon` for |scale q| <= `radius`.
     Law: centres from `covering_number`; s = 9 dv / (epsilon^2 f), t the smaller of `subgen_t`'s two forms at f, with
     f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is that of all n tokens
     kept.

@@ -137,8 +137,8 @@ def readable_within(
 ) -> Readable:
     """Bound the bits needed to answer every query of length at most `radius` over a stream of keys from `k` (n, d).
 
-    Law: as `readable_by`, for the best queries found in the ball. `others` says whether keys that no query reads are in
-    the stream:
+    Law: as `readable_by`, for the best queries found within the radius. `others` says whether keys that no query reads
+    are in the stream:
         "absent"   the stream is the read tokens alone: fewer than the given keys, and the floor is for that stream
         "present"  all given keys are in the stream, with value 0 where they are not read; near-duplicates, which no
                    query tells apart, are read as one group

@@ -95,7 +95,7 @@ class Sight:
 def find_groups(sight: Sight, demand: Demand) -> Choice:
     """Return the choice of token groups and queries with the most estimated bits, among a few settings of the search.
 
-    It has no groups if no query can read any.
+    The choice has no groups if no query can read any token.
     """
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)

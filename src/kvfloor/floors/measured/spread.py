@@ -84,7 +84,10 @@ class Pull:
         return total
 
     def pairs(self, members: Tensor) -> Tensor:
-        """Return the softmax weight (G, G) of each member's query on each member, in a stream of the members alone."""
+        """Return the softmax weights (G, G) of the queries of the tokens `members` on these tokens.
+
+        The stream consists of these tokens alone.
+        """
         pull = self.on(members, members)
         pull.fill_diagonal_(1.0)
         return pull / (pull.sum(1) + self.beyond[members]).unsqueeze(1)
@@ -135,7 +138,10 @@ class Spread:
         yield self._best(pull, (load.argsort(),))
 
     def _best(self, pull: Pull, orders: tuple[Tensor, ...]) -> Candidate:
-        """Grow a set in each given token order and revise it; return the stream with the most estimated bits."""
+        """Return the stream with the most estimated bits, over several orders in which tokens are tried.
+
+        In each order, a set of tokens that queries can read one by one is grown and then revised.
+        """
         best = Candidate(self._all[:0], self.k[:0], 0.0)
         for order in orders:
             before, idle = 0.0, 0

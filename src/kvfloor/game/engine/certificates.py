@@ -38,7 +38,8 @@ def hard(bits: int, wrong: int) -> float:
 def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
     """Return the gain T, in bits, of the rows that the decoder trusts: `hard` on the bits of these rows alone.
 
-    A row is the dv hidden values that one query reads.
+    A row is the dv hidden values that one query reads. Less log2(1/alpha), a gain is a lower bound on the message's
+    length at confidence 1 - alpha.
     row_bits  hidden bits per row
     wrong     (m,) wrong bits of every row
     trusted   (m,) bool, a function of the answers only; choosing it by `wrong` makes the certificate false

@@ -1,6 +1,7 @@
 """Define the smallest method for the spike game: the keys are public, so only the levels of the values are stored.
 
-Its memory shows that the game's floor (the bits that any method needs) is tight.
+The game hides bits in the values of tokens with public keys, and reads them by one query per key. The memory of this
+method shows that the game's floor (the bits that any method needs) is tight.
 """
 
 import dataclasses

@@ -132,7 +132,7 @@ def play(
 
     `codebook` is the size of that set, in n..16,384. row_success of the result is the lesser of two shares: of streamed
     keys decoded with all their bits, and of other keys decoded as missing. bits_per_value leaves out the bits hidden in
-    the keys. The other arguments are those of the spike. Raises ValueError naming the argument that is out of its
+    the keys. The other arguments are those of `spike.play`. Raises ValueError naming the argument that is out of its
     domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

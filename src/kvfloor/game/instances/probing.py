@@ -92,7 +92,7 @@ def play(
     """Play the time barrier against a method: one heavy key or none in each stream; values are single numbers.
 
     runs   independent streams, 256 by default, fewer where n d is large
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     details of the result: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on the
     success of a method that has not read the keys on arrival, `adaptive` (this method's success is above that bound
     with 99.9 % confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and the `readers` whose scores an oracle

@@ -107,7 +107,7 @@ def play(
 ) -> Result:
     """Play the sparse game against a method: the spike with one-sparse attention at every token, n at most 16,384.
 
-    The arguments are those of the spike.
+    The arguments are those of `spike.play`.
     details of the result: the share of entries of Q K^T below 1e-3 of their row's largest, of softmax weights below
     1e-3, and the least weight that any row puts on its one token.
     """

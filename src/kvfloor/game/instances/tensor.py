@@ -164,7 +164,7 @@ def play(
              number of pairs, whose square root is the number of tokens
     caches   4: the method keeps tokens and tensor attention reads their pairs; 2: the products are streamed. By
              default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

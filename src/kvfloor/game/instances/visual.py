@@ -111,7 +111,7 @@ def play(
     """Play the scale pyramid against a method: all maps of an image hide bits, and one more map reads them at once.
 
     sides   sides of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
