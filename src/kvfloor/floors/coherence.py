@@ -56,8 +56,9 @@ def mu_chirp(p: int, m: int) -> float:
 def mu_reed_solomon(b: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m one-hot Reed-Solomon keys: (m-1)/b.
 
-    p is a prime, b <= p the number of points, m the number of coefficients of the code's polynomials, and d >= b p.
-    Two polynomials of degree below m agree on at most m - 1 of the b points.
+    p is a prime, m the number of coefficients of the code's polynomials mod p, b <= p the number of points at which
+    they are evaluated, and d >= b p the key width. Two polynomials of degree below m agree on at most m - 1 of the b
+    points.
     """
     return (whole("m", m) - 1) / whole("b", b)
 
@@ -80,10 +81,11 @@ def gap_circle(n: int) -> float:
 
 
 def log_packing_count(d: int, gap: float) -> float:
-    """Return ln of a number of unit keys that exist in d >= 2 dimensions with all inner products at most 1 - `gap`.
+    """Return ln of a lower bound on how many unit keys with this `gap` exist in d >= 2 dimensions.
 
-    Law: at least 2 / sin(theta)^(d-1) keys exist with cos(theta) = 1 - gap, as caps of angle theta around a maximal
-    packing cover the sphere. Beyond theta = pi/2 the cap bound fails, so gap > 1 raises ValueError. Derived.
+    The gap is 1 less the largest inner product of two keys. Law: at least 2 / sin(theta)^(d-1) keys exist with
+    cos(theta) = 1 - gap, as caps of angle theta around a maximal packing cover the sphere. Beyond theta = pi/2 the cap
+    bound fails, so gap > 1 raises ValueError. Derived.
     """
     d = whole("d", d, least=2)
     gap = within("gap", gap, 0.0, 1.0, low_open=True)
@@ -91,9 +93,9 @@ def log_packing_count(d: int, gap: float) -> float:
 
 
 def gap_packing(n: int, d: int) -> float:
-    """Return a gap with which `n` unit keys exist in d >= 2 dimensions: 1 - sqrt(1 - (2/n)^(2/(d-1))).
+    """Return a gap that some `n` unit keys in d >= 2 dimensions reach: 1 - sqrt(1 - (2/n)^(2/(d-1))).
 
-    The gap is 1 less the largest inner product of two keys. It is the inverse of `log_packing_count`.
+    The gap is 1 less the largest inner product of two keys. This function inverts `log_packing_count`.
     """
     n, d = whole("n", n), whole("d", d, least=2)
     if n <= 2:

@@ -7,9 +7,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Possible:
-    """Hold a memory of `bits` that is known to suffice for attention under `condition`, by `source`.
+    """Hold a memory size, in bits, that is known to suffice for attention.
 
-    `vacuous` is True if the method keeps at least as many bits as all tokens take, so that nothing is saved.
+    The method `name` answers with `bits` bits of memory if `condition` holds; `source` has the proof. `vacuous` is True
+    if the method keeps at least as many bits as all tokens take, so that nothing is saved.
     """
 
     name: str

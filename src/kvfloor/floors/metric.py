@@ -1,8 +1,9 @@
 """Compute the space floor (the bits that any method needs) of error guarantees in a norm.
 
-Under such a guarantee an answer may have some wrong signs. Values are ±1, and the receiver (Bob) reads signs. A
-guarantee |z - A|_2 <= epsilon * size, for the answer z to exact attention A, allows a share rho of wrong signs per row.
-A row then gives p (dv - log2 of a Hamming ball) - H2(p) bits. docs/floors.md, "Other error guarantees", has the proofs.
+Such a guarantee is |z - A|_2 <= epsilon * size, for the answer z to exact attention A. In the hard instance, values are
+±1, and the receiver of a state (Bob) reads the signs of each answer, a row of dv. The guarantee allows a share rho of
+wrong signs per row. If it holds with probability p, a row gives p (dv - log2 of a Hamming ball) - H2(p) bits.
+docs/floors.md, "Other error guarantees", has the proofs.
 """
 
 import functools
@@ -34,6 +35,8 @@ def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0,
     """Return an upper bound on the share rho of a row's dv signs that an answer within the guarantee gets wrong.
 
     A row is the ±1 values of one of `m` hidden tokens, read by a query (spike) that puts nearly all softmax mass on it.
+    The guarantee is |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F (frobenius) or
+    ||softmax||_2 ||V||_op (operator).
     Law, with `leak` = x, (mass off the spike)/(mass on it), so that the weight on the spike is at least 1/(1+x):
         max         epsilon^2 ((1+x)/(1-x))^2
         frobenius   epsilon^2 m (1+x^2)/(1-x)^2
@@ -93,13 +96,14 @@ def metric_space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits that any streaming method must hold to meet `metric`'s guarantee at each step, each w.p. `p`.
+    """Bound the bits that any streaming method must hold to meet an error guarantee at each step.
 
-    Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), rho = `wrong_share` of m
-    rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else 0. The instance is
-    a stream that is m tokens long so far, m <= n, or W - 1 under `window` = W, with signs in w <= dv coordinates. m
-    unit keys with gap g = `gap_known`(m, d) leak x = m e^(-radius g), the receiver's own token included; `radius` is
-    the largest logit. Without `radius` the leak can be made arbitrarily small.
+    The guarantee, of the norm `metric` with error `epsilon` (see `wrong_share`), must hold with probability `p` at each
+    step. Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), rho = `wrong_share`
+    of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else 0. The
+    instance is a stream that is m tokens long so far, m <= n, or W - 1 under `window` = W, with signs in w <= dv
+    coordinates. m unit keys with gap g = `gap_known`(m, d) leak x = m e^(-radius g), the receiver's own token included;
+    `radius` is the largest logit. Without `radius` the leak can be made arbitrarily small.
     `norm`: a measured operator norm that half of all n x dv sign matrices stay below.
     Raises ValueError naming the argument, what was given and what is allowed.
     """

@@ -39,6 +39,7 @@ def space(
     p          probability that an answer meets the error guarantee
     radius     bound on |logit|, not for visual
     heads, layers   KV heads and layers, which multiply
+    Returns a `Floor`, with the bits and the memory sizes that suffice.
     Laws: `standard.space`, `metric_space`, `tensor_space`, `visual_space`. The bound is over worst-case keys and
     values: attention as a data structure. Raises ValueError naming the argument, what was given and what is allowed.
     """

@@ -35,9 +35,10 @@ def window_C(W: int, n: int, z: int, g: float, eps_s: float, gamma: float = 1.0)
 
     The query gives its key all but `eps_s` (a ratio) of the softmax mass, although the older tokens stay in the
     softmax.
-    Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma), half the ratio for each kind of competitor;
-    g is the keys' one-sided gap and gamma their squared norm; ln 0 counts as -inf. When `n` excludes the receiver's
-    token and he appends before he asks, z = 2: his own token and the row that his token pushes out.
+    Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma): half the ratio goes to the other W - 1 keys of
+    the window, half to the n - W + z tokens of logit 0. g is the keys' one-sided gap and gamma their squared norm; ln 0
+    counts as -inf. When `n` excludes the receiver's token and he appends before he asks, z = 2: his own token and the
+    row that his token pushes out.
     Source: Haris & Onak (COLT 2025), Theorem 25; its printed constant is too small (docs/floors.md, "Window").
     """
     W, n, z = whole("W", W), whole("n", n), whole("z", z, least=0)

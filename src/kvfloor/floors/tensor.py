@@ -42,9 +42,9 @@ def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
 def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
     """Return the length C of the query (C/d) K1[i1] * K2[i2] that gives a pair of ±1 keys all but `eps_s` of the mass.
 
-    `eps_s` is the ratio of the other pairs' softmax mass to this pair's. Bob is the receiver of a state, who asks it.
-    Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if Bob appends a zero token before he asks, as this token makes 2n + 1 pairs
-    of score 0; ln((n^2 - 1)/eps_s) / g if he only asks. g is 1 less the largest inner product over d. Derived here.
+    `eps_s` is the ratio of the other pairs' softmax mass to this pair's.
+    Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if a zero token is appended before the query (`append`), as this token makes
+    2n + 1 pairs of score 0; else ln((n^2 - 1)/eps_s) / g. g is 1 less the largest inner product over d. Derived here.
     """
     n, g = whole("n", n), positive("g", g)
     return spike_C(n**2, 2 * n + 1, g, 1.0, eps_s) if append else spike_C(n**2, 0, g, g, eps_s)
@@ -53,8 +53,8 @@ def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
 def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
     """Count the hidden rows that queries can read by tensor attention over `n` tokens, norms unbounded.
 
-    A hidden row is dv values that one query reads.
-    Four caches: 2(n-1) for d >= 4, X1[i] at pair (i, 0) and X2[i] at pair (0, i); else those of standard attention,
+    A hidden row is dv values that one query reads. Token i has the values V1[i] and V2[i], those of token 0 being 1.
+    Four caches: 2(n-1) for d >= 4, V1[i] at pair (i, 0) and V2[i] at pair (0, i); else as in standard attention,
     n for d >= 2 and min(n, 2) for d = 1, with K2 = V2 = 1. Two caches: n^2 for d >= 4, else n or min(n, 2).
     ±1 keys read as many for d > 6 ln n + 2 ln 2 (two caches: 8 ln n - 2 ln 2). Derived here.
     """
@@ -79,6 +79,7 @@ def tensor_space(
 ) -> Floor:
     """Bound the bits that any method must hold to answer tensor attention over `n` tokens within a factor 1±eta.
 
+    `p` is the probability that a whole row, the dv values of one answer, is within that factor.
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `tensor_rows`. caches = 4: tokens arrive with K1,
     K2, V1, V2; 2: pairs arrive with values of their own, not products (else 2 n dv numbers describe them all).
     Under `radius`, the largest |score| in nats, n is at most `separable_keys`(floor(d/2), radius/2, e) with
@@ -115,11 +116,12 @@ def tensor_space(
 
 
 def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
-    """Choose public keys that exist, and return their gap and the length C of the query that reads one pair.
+    """Choose public keys for a hard instance that surely exist; return their gap and the query length C, by name.
 
-    The receiver's own token is in the stream. The keys are ±1 rows where d is large enough; else K1 = (a, 1) and
-    K2 = (1, b), whose products (a, b) separate each half on its own; else K2 = V2 = 1, also for the receiver's token,
-    which is then one zero token of standard attention.
+    C is the length of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` of the softmax
+    mass on this pair. The receiver's own token is in the stream. The keys are ±1 rows where d is large enough; else
+    K1 = (a, 1) and K2 = (1, b), whose products (a, b) separate each half on its own; else K2 = V2 = 1, also for the
+    receiver's token, which is then one zero token of standard attention.
     """
     mu = mu_tensor(n, d, caches=caches)
     if mu < 1.0:

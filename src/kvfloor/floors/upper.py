@@ -34,7 +34,8 @@ def running_sum_numbers(W: int, d: int, dv: int) -> int:
 def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") -> list[Possible]:
     """List the memories of exact attention in fp32, fp16 and bf16, at `numbers` stored numbers per head and layer.
 
-    `copies` is the number of heads times layers.
+    `copies` is the number of heads times layers. `name` begins each memory's name, and `proviso` is added to its
+    condition.
     """
     return [
         Possible(
@@ -86,7 +87,8 @@ def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -
 def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: float) -> list[Possible]:
     """List the memory of Taylor moments that give a relative `error` (or a norm's epsilon) over `n` tokens.
 
-    Logits are at most `radius`. The list is empty at error 0 and where the radius is beyond `LARGEST_RADIUS`.
+    `copies` is the number of heads times layers. Moments are sums of monomials of the keys (`floors.taylor`). Logits
+    are at most `radius`. The list is empty at error 0 and where the radius is beyond `LARGEST_RADIUS`.
     """
     if error <= 0.0 or radius > LARGEST_RADIUS:
         return []
@@ -109,8 +111,10 @@ def sampled(
 ) -> list[Possible]:
     """List the memory of SubGen at its best cluster radius, for the operator or Frobenius norm; [] for other metrics.
 
-    The operator norm is SubGen's own guarantee, the Frobenius norm BalanceKV's. The list is also empty for epsilon
-    outside (0, 1], for failure outside (0, 1), and where no plan is finite.
+    `copies` is the number of heads times layers. `metric`, `epsilon` and `failure` are the norm, the error and the
+    failure probability of the guarantee; |q| is at most `radius`. The operator norm is SubGen's own guarantee, the
+    Frobenius norm BalanceKV's. The list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and where
+    no plan is finite.
     """
     if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:
         return []

@@ -82,9 +82,11 @@ def visual_space(
 ) -> Floor:
     """Bound the bits of visual autoregression after a pyramid whose last map is `n` x `n`, answering within 1±eta.
 
+    `p` is the probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention.
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `visual_rows`(sides, last_asks); m <= 2 for d = 1.
-    sides: of the maps, ascending, the last of them n; by default `pyramid`(n, ratio). last_asks: no map follows, so
-    that the last one asks and hides nothing. A further map is taken as large as the last. Norms are unbounded.
+    `sides` are those of the square maps, ascending, the last of them n; by default `pyramid`(n, ratio). `last_asks`: no
+    map follows, so that the last map's queries read the others, and its own tokens hide nothing. Else a further map, as
+    large as the last, asks. Norms are unbounded.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
@@ -116,6 +118,9 @@ def visual_space(
 
 
 def _readable(sides: Sequence[int], d: int, last_asks: bool) -> int:
-    """Count the hidden rows that queries can read: for d = 1 only two, those of the largest and the smallest key."""
+    """Count the tokens of a pyramid (`visual_rows`) whose hidden values queries can read.
+
+    For d = 1 these are only two, those of the largest and the smallest key.
+    """
     rows = visual_rows(sides, last_asks=last_asks)
     return min(rows, 2) if d == 1 else rows

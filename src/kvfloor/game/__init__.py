@@ -1,8 +1,9 @@
-"""Play the hard instance of each memory theorem (a barrier) against any method. docs/floors.md has the proofs.
+"""Play barriers against any KV-cache method: games on token streams that, by a theorem, need much memory.
 
-Alice appends tokens with hidden values to the method's state and sends the state's bytes, the message. Bob rebuilds
-the state from the message and decodes the hidden values from its answers. Every barrier is a file of `instances` with
-an `Instance` (the public half: keys, Alice's stream, Bob's queries) and a function `play`.
+docs/floors.md has the proofs. Alice appends tokens with hidden values to the method's state and sends the state's
+bytes, the message. Bob rebuilds the state from the message and decodes the hidden values from its answers. Every
+barrier is a file of `instances` with an `Instance` (the public half: keys, Alice's stream, Bob's queries) and a
+function `play`.
 """
 
 import inspect
@@ -19,9 +20,9 @@ from kvfloor.game.keys.families import FAMILIES
 
 @dataclass(frozen=True)
 class Barrier:
-    """Hold a barrier's `play` function, one sentence about it, and the largest n at which `play_all` plays it.
+    """Hold one barrier, the game of a memory theorem: its `play` function, a sentence about it, and its largest n.
 
-    n is the number of tokens in a stream.
+    n is the number of tokens in a stream. `play_all` reduces a larger n to `most`.
     """
 
     play: Callable[..., Result]
@@ -73,8 +74,9 @@ INSTANCES: dict[str, type[Instance]] = {
 
 
 def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
-    """Play the barrier of this name against a method, and return the result with its verdict.
+    """Play one barrier, the game of a memory theorem, against a method; return the result with its verdict.
 
+    `barrier` is a name in `BARRIERS`. `method` is a `Method` or its text.
     `arguments` are those of the `play` function in the barrier's module, which explains them.
     Raises ValueError for an unknown barrier (listing all barriers), for an argument that the barrier does not take
     (listing those it takes), and for the errors of the barrier's own `play`.
@@ -89,9 +91,10 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
 
 
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:
-    """Play every barrier in turn against a method, and return one result per barrier.
+    """Play every barrier, the game of a memory theorem, against a method; return one result per barrier.
 
-    Each barrier receives those of `arguments` that its `play` takes. A larger n is reduced to the barrier's `most`.
+    `method` is a `Method` or its text. Each barrier receives those of `arguments` that its `play` takes. A larger n is
+    reduced to the barrier's `most`.
     Raises ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """
     known = {name for barrier in BARRIERS.values() for name in barrier.arguments}

@@ -20,7 +20,8 @@ from kvfloor.methods.grammar import parse
 def main() -> None:
     """Answer the request on stdin, and end the process with an exit status.
 
-    0: answered. `NOT_REBUILT`: the request gives no method or no instance. 1: no state answers from the message.
+    Status 0: the answers are on stdout. `NOT_REBUILT`: the method or the instance cannot be rebuilt from the request.
+    1: no state that answers can be restored from the message.
     """
     answer_stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

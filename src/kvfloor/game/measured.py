@@ -1,6 +1,7 @@
-"""Play the game of the read floor (`floors.measured`): hide levels in the values of token groups, and decode them.
+"""Play the game of the read floor: hide levels in the values of token groups, and decode them from a message.
 
-One message is sent, and each group has one query. The method is trusted to keep nothing beside its message;
+The read floor is the bits that a state must hold to answer queries over given keys (`floors.measured`). The message is
+the bytes of a method's state, and each group has one query. The method is trusted to keep no data outside its message;
 `kvfloor.game.engine.play` is for methods that are not trusted so.
 """
 
@@ -25,13 +26,14 @@ _TOKENS_AT_ONCE = 1024
 class MeasuredGame:
     """Record one game of the read floor: the bits that a state must hold to answer queries over given keys.
 
-    Shares are of groups of tokens; a group counts only if its whole row is right.
+    Each group of tokens shares one row of dv hidden values, which one query reads. Shares are of groups; a group counts
+    only if its whole row is right.
 
     answered       share of answers within eta of exact attention in max norm; the floor's theorem assumes a probability
                    p of that for each answer
     decoded        share of rows decoded right if the levels of groups decoded earlier are given, as in the proof
     worst_error    largest deviation of an answer from exact attention
-    floor_bits     the floor
+    floor_bits     bits of the read floor
     hidden_bits    number of hidden bits
     message_bytes  size of the message
     """
@@ -52,9 +54,10 @@ class MeasuredGame:
 def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> MeasuredGame:
     """Hide uniform random levels in the values of `readable`'s token groups, send a method's state, and decode them.
 
-    k (n, d) are the keys that `readable` was computed from; its stream of tokens is appended. Values are stored in the
-    format that the floor was computed for, which must be a format that states take. A state restored from the message
-    answers each group's query. Mass beyond the stream counts with value 0. `seed` draws the levels.
+    `readable` is the read floor of the keys k (n, d); the tokens of `readable.stream` are appended to the state. Values
+    are stored in the format that the floor was computed for, which must be a format that states take. A state restored
+    from the message answers each group's query. Softmax mass on tokens outside the stream (`readable.later_mass`)
+    counts with value 0. `seed` draws the levels.
     """
     demand, groups, dv = readable.demand, readable.groups, readable.demand.dv
     keys = matrix("k", k)[readable.stream].to(demand.dtype)

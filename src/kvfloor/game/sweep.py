@@ -1,6 +1,7 @@
-"""Play many small games over one argument, and record the bits certified for a method as the instance grows harder.
+"""Play series of small games of growing difficulty, and record the bits certified for a method in each.
 
-These games restore the message in this process; the games of the report's table use an isolated process.
+`precision` plays the spike game with ever finer values, `packings` the packing game at several sizes and radii. These
+games restore the message in this process; the games of the report's table use an isolated process.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ RADII = (8.0, 16.0, 32.0, 64.0, 128.0)
 
 @dataclass(frozen=True)
 class Precision:
-    """Record one spike game: the bits hidden per value, and the bits per value that were certified."""
+    """Record one spike game (one hidden row per key): bits hidden per value, and bits certified per value."""
 
     hidden: int
     certified: float
@@ -28,7 +29,8 @@ class Precision:
 class Packed:
     """Record one packing game at (d, radius): bits hidden, bits certified, and the closed-form floor for the same n.
 
-    n is the number of tokens, d the width of a key, and radius the largest logit.
+    The game hides a row under each of the keys that queries with bounded logits separate in few dimensions. n is the
+    number of tokens, d the width of a key, and radius the largest logit.
     """
 
     d: int

@@ -1,4 +1,7 @@
-"""Measure the covering ceiling: the balls that cover given keys, and the memory of SubGen with as many centres."""
+"""Measure the covering ceiling: the balls that cover given keys, and the memory of SubGen with one centre per ball.
+
+SubGen (Zandieh et al. 2024) clusters keys online and samples keys of each cluster.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +59,10 @@ def covering_number(k: Tensor, delta: float) -> Tensor:
 class Ceiling:
     """Hold the memory of SubGen with cluster radius `delta` for one row of keys: enough for SubGen's own guarantee.
 
-    centres  cluster centres        s, t  sampled pairs, sampled keys per centre
-    numbers  numbers stored in all
+    A row is the stream of one kv head.
+    centres  number of cluster centres
+    s, t     number of sampled pairs of key and value, number of sampled keys per centre
+    numbers  how many numbers are stored in all
     vacuous  True where s or t reaches n, or where keeping every token takes no more numbers
     """
 
@@ -80,7 +85,8 @@ def covering_curve(
 ) -> list[list[Ceiling]]:
     """Return the memory of SubGen at every cluster radius in `deltas`, for each row of keys k (rows, n, d).
 
-    The memory meets error `epsilon` with |scale q| <= `radius`.
+    The result has one list per row, with one `Ceiling` per radius; a row is the stream of one kv head. The memory meets
+    error `epsilon` for |scale q| <= `radius`.
     Law: centres from `covering_number`; s = 9 dv / (epsilon^2 f), t the smaller of `subgen_t`'s two forms at f, with
     f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is that of all n tokens
     kept.
@@ -125,8 +131,9 @@ def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, de
 def _first_come(k: Tensor, delta: float) -> Tensor:
     """Mark the keys of k (b, d) that become centres of a greedy clustering at radius `delta`: (b,) bool.
 
-    Keys come in order, and no older centre covers any of them. The rule "no earlier centre within delta" has one
-    solution. Each iteration of it settles at least one more token, in order of arrival.
+    Keys come in order of arrival, and no older centre lies within delta of any of them. A key becomes a centre if no
+    earlier centre lies within delta. This rule is applied to all keys at once until nothing changes: every pass settles
+    at least one more key, in order of arrival, and the rule has one solution.
     """
     near = (_distances(k, k) <= delta).tril(-1).float()
     opens = torch.ones(len(k), dtype=torch.bool, device=k.device)

@@ -6,8 +6,8 @@ The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j),
 over a ball is global. If the other keys (the rivals) were Gaussian with mean mu and covariance C, the maximum would lie
 at
     q = (scale C + lambda I)^-1 (k_i - mu),   lambda >= 0 the least with |q| <= radius.
-The search starts there, then replaces mu by the rivals' mean under the query's own softmax: a Newton step in that
-metric.
+The search starts there, then replaces mu by the rivals' mean under the query's own softmax: a Newton step in which C
+stands for the curvature.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding 
 class Ball:
     """Search queries of length at most `radius` that put most weight on one key each, against given rival keys (c, d).
 
-    scale and softcap define the logits. `beyond` is the log mass of further tokens that every query sees, or None. With
-    `few`, keys are compared in float32. The search uses the metric of the rivals' covariance.
+    scale and softcap define the logits. `beyond` is the log mass of further tokens that every query sees, or None.
+    `few` keeps the rivals in float32; else bfloat16 is used where that is faster. The covariance of the rivals stands
+    for the curvature in the search.
     """
 
     def __init__(
@@ -51,9 +52,9 @@ class Ball:
     def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
         """Return for each key (n, d) a query (n, d) that puts much softmax weight on it, against the rivals.
 
-        place (n,) is the key's index among the rivals, or -1. The query is the best found among these: straight away
-        from the rivals' mean; the Gaussian direction; `first` if given; along the key, where there is mass beyond; and
-        `steps` refinements of the best of these.
+        place (n,) is the key's index among the rivals, or -1. The query is the best found among these: the direction
+        from the rivals' mean to the key; the best query if the rivals were Gaussian; `first` if given; the direction of
+        the key, if there is mass `beyond`; and `steps` refinements of the best of these.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):

@@ -25,10 +25,11 @@ class Demand:
     """Hold the accuracy required of attention's answers, and the number format of the values.
 
     eta          additive error in max norm, in [0, 1), for values in [-1, 1]
-    p            chance that a whole row of dv values comes back within eta
+    p            chance that a whole row, the dv values of one answer, is within eta
     dv           width of a value
-    dtype        number format of the values; its rounding adds to eta, so it bounds the levels too
-    most_levels  a further cap on the levels, such as 16 for 4-bit values
+    dtype        number format of the values; its rounding adds to eta
+    most_levels  a cap on the levels, i.e. on the equally spaced values that are hidden, such as 16 for 4-bit values;
+                 eta and the rounding bound the levels too
     """
 
     eta: float
@@ -63,8 +64,9 @@ class Demand:
         return torch.ceil(ratio * (1.0 - _SHAVE)).clamp(1.0, self._cap).to(torch.int64)
 
     def bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return the bits that each group of tokens gives to the floor, float64, for the arguments of `levels`.
+        """Return the bits that each group of tokens gives to the read floor, float64, for the arguments of `levels`.
 
+        The values of a group are read by one query.
         Law: p dv log2 L - H2(p), clamped at 0, and 0 for a single level.
         """
         levels = self.levels(weights, leaks)
@@ -72,7 +74,10 @@ class Demand:
         return bits.clamp_min(0.0).masked_fill(levels < 2, 0.0)
 
     def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return `bits` in the precision of its arguments: fast, and good enough for searching."""
+        """Return an estimate of `bits`, computed in the dtype of `weights`: fast, and good enough for searching.
+
+        weights and leaks are those of `levels`.
+        """
         levels = torch.ceil(weights / (self.error + leaks)).clamp_(1.0, self._cap)
         bits = torch.log2(levels).mul_(self.p * self.dv).sub_(H2(self.p)).clamp_min_(0.0)
         return bits.masked_fill_(levels < 2.0, 0.0)

@@ -37,7 +37,10 @@ class Factors:
 
     @property
     def sum_unit(self) -> float:
-        """Return the unit of rounding of the sums, and of all that is computed from the logits."""
+        """Return the unit roundoff of the sums of products, and of all that is computed from the logits.
+
+        It is that of the factors' dtype, but that of float32 for bfloat16 factors.
+        """
         return _FLOAT32_UNIT if self.q.dtype == torch.bfloat16 else torch.finfo(self.q.dtype).eps / 2.0
 
 
@@ -54,9 +57,10 @@ class Rounding:
 
     @staticmethod
     def of(factors: Factors, q: Tensor, k: Tensor, scale: float) -> Rounding:
-        """Bound the errors of logits computed from `factors`, which were made from these q, k and scale.
+        """Bound, per query, the errors and the size of logits computed from `factors`, made from these q, k and scale.
 
-        With u the unit of the sums (float32's for bfloat16), primes for the factors and |.| l2 norms, the error is
+        With u the unit roundoff of the sums (float32's for bfloat16), primes for the factors and |.| l2 norms, the
+        error is
             |q - q'| |k| + |q'| |k - k'|      the factors' own rounding, measured
             + (d + 2) u |q'| |k'|             the sum, in any order (Cauchy-Schwarz)
             + unit(dtype) |q'| |k'|           the rounding of the result

@@ -137,8 +137,8 @@ def readable_within(
 ) -> Readable:
     """Bound the bits needed to answer every query of length at most `radius` over a stream of keys from `k` (n, d).
 
-    Law: as `readable_by`, for the best queries found in the ball. `others` says whether keys that no query reads are in
-    the stream:
+    Law: as `readable_by`, for the best queries found within the radius. `others` says whether keys that no query reads
+    are in the stream:
         "absent"   the stream is the read tokens alone: fewer than the given keys, and the floor is for that stream
         "present"  all given keys are in the stream, with value 0 where they are not read; near-duplicates, which no
                    query tells apart, are read as one group
@@ -203,7 +203,10 @@ def readable_within_rows(
 
 
 def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand) -> Readable:
-    """Compute the read floor of the groups that the search finds for queries q, all tokens of `k` in the stream."""
+    """Compute the read floor of the groups that the search finds for queries q, with all keys k in the stream.
+
+    `law` is (scale, softcap). `later` (m,) is the log mass of each query on tokens outside the stream, or None.
+    """
     order, reader = find_groups(Sight(q, k, *law, later), demand)
     place = torch.full((len(q) + 1,), -1, device=k.device)
     place[order] = torch.arange(len(order), device=k.device)
@@ -221,7 +224,11 @@ def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Deman
 
 
 def _read_alone(k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor | None, demand: Demand) -> Readable:
-    """Compute the read floor of a stream of `tokens` alone: each is a group with its query in q, in decoding order."""
+    """Compute the read floor of a stream of `tokens` alone: each is a group with its query in q, in decoding order.
+
+    `tokens` are indices into k. `law` is (scale, softcap). `beyond` is the log mass of the query of every key of k on
+    tokens outside the stream, or None.
+    """
     for settling in range(1, _SETTLINGS + 1):
         group = torch.arange(len(tokens), device=k.device)
         mass = None if beyond is None else beyond[tokens]
@@ -261,7 +268,10 @@ def _rows(name: str, value: Tensor) -> int:
 
 
 def _marked(name: str, mask: Tensor | None, like: Tensor, row: int) -> Tensor:
-    """Return the indices (t,) that the mask marks in a row, or all indices without a mask."""
+    """Return the indices (t,) that the mask marks in a row, or all indices without a mask.
+
+    Raises ValueError with `name` unless the mask is bool of shape `like`.shape[:2].
+    """
     if mask is None:
         return torch.arange(like.shape[1], device=like.device)
     if mask.dtype != torch.bool or mask.shape != like.shape[:2]:

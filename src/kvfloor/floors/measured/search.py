@@ -95,7 +95,7 @@ class Sight:
 def find_groups(sight: Sight, demand: Demand) -> Choice:
     """Return the choice of token groups and queries with the most estimated bits, among a few settings of the search.
 
-    It has no groups if no query can read any.
+    The choice has no groups if no query can read any token.
     """
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)
@@ -118,9 +118,10 @@ def find_groups(sight: Sight, demand: Demand) -> Choice:
 
 
 def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Iterator[tuple[float, Choice]]:
-    """Improve a choice of groups from up to three starts; yield the estimated bits and the choice of each.
+    """Improve a choice of groups from up to three starts; yield the estimated bits and the improved choice of each.
 
-    The other queries of `pool` are decoded first, decoded last or left out.
+    `pool` holds the indices of the queries that may read tokens. The starts differ in the queries of `pool` without a
+    group: they come first in the order of decoding, last, or not at all.
     """
     weights = sight.rows(pool).weights
     place = torch.full((sight.m + 1,), -1, device=sight.device)
@@ -155,12 +156,13 @@ def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
 
 
 def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tuple[float, Choice]:
-    """Choose queries greedily where they are readable, each with its near tokens that no query reads yet.
+    """Form groups greedily: each of the `candidates` in turn reads its near tokens that no other query reads yet.
 
-    Returns the estimated bits and the choice. Near tokens have at least `share` of the query's largest weight. Groups
-    are built from the last decoded to the first: a group that is decoded earlier adds no leak to the groups decoded
-    after it. Within a block of candidates, the tokens and the leak that earlier candidates take from a candidate are
-    settled by iteration.
+    Returns the estimated bits and the choice. `candidates` holds indices of queries; those whose group would give no
+    bits are skipped. Near tokens have at least `share` of the query's largest weight. Groups are built from the last
+    decoded to the first: a group that is decoded earlier adds no leak to the groups decoded after it. Candidates are
+    handled in blocks. Within a block, a candidate loses tokens to earlier candidates that are chosen, and leaks weight
+    to their groups; an iteration settles which candidates are chosen.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0

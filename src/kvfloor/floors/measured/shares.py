@@ -79,7 +79,11 @@ def ordered_shares(
 
 
 def _factors(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Factors, Rounding]:
-    """Return the logits' factors in the shortest precision that is allowed and precise enough, and their rounding."""
+    """Return the factors of the logits, and the bounds on their rounding, in the shortest precision that suffices.
+
+    Small inputs use float64. Larger ones may use float32 or bfloat16 where torch allows it, bfloat16 only if its
+    rounding error is small enough.
+    """
     allowed = [torch.float64]
     if len(q) * k.numel() > _WIDE_UP_TO:
         if torch.get_float32_matmul_precision() == "highest":
@@ -112,9 +116,9 @@ def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, s
 
 
 def _pieces(inside: int, beyond: int, n: int) -> list[tuple[int, int]]:
-    """Return ranges of tokens (low, high), each entirely before, inside or after the tokens of a block's own groups.
+    """Cut n tokens, sorted by group, into ranges (low, high) of bounded length around the groups of a block of queries.
 
-    The block's tokens are `inside`..`beyond` of n, sorted by group.
+    The tokens of these groups are `inside`..`beyond` - 1. Each range lies entirely before, inside or after them.
     """
     pieces = []
     for low, high in ((0, inside), (inside, beyond), (beyond, n)):

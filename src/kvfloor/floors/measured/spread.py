@@ -62,7 +62,10 @@ class Pull:
         return pull
 
     def load(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the sums (t,) of the ratios: the mass on all `others` over that on the token, under its query."""
+        """Return the mass on all `others` over that on the token, under the token's query: (t,), one per token.
+
+        It is the sum of the ratios of `on`.
+        """
         total = torch.zeros_like(self._own[tokens])
         for row in range(0, len(tokens), _TOKENS_AT_ONCE):
             rows = slice(row, row + _TOKENS_AT_ONCE)
@@ -71,14 +74,20 @@ class Pull:
         return total
 
     def damage(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the sums (o,) of the ratios of each of `others` under the queries of `tokens`, each cut at 1."""
+        """Return how much each of `others` disturbs the queries of `tokens`: (o,), sums of ratios.
+
+        The ratios are those of `on`, each cut at 1 and summed over `tokens`.
+        """
         total = torch.zeros_like(self._own[others])
         for rows in tokens.split(_TOKENS_AT_ONCE):
             total += self.on(rows, others).clamp_max_(1.0).sum(0)
         return total
 
     def pairs(self, members: Tensor) -> Tensor:
-        """Return the softmax weight (G, G) of each member's query on each member, in a stream of the members alone."""
+        """Return the softmax weights (G, G) of the queries of the tokens `members` on these tokens.
+
+        The stream consists of these tokens alone.
+        """
         pull = self.on(members, members)
         pull.fill_diagonal_(1.0)
         return pull / (pull.sum(1) + self.beyond[members]).unsqueeze(1)
@@ -129,7 +138,10 @@ class Spread:
         yield self._best(pull, (load.argsort(),))
 
     def _best(self, pull: Pull, orders: tuple[Tensor, ...]) -> Candidate:
-        """Grow a set in each given token order and revise it; return the stream with the most estimated bits."""
+        """Return the stream with the most estimated bits, over several orders in which tokens are tried.
+
+        In each order, a set of tokens that queries can read one by one is grown and then revised.
+        """
         best = Candidate(self._all[:0], self.k[:0], 0.0)
         for order in orders:
             before, idle = 0.0, 0
@@ -144,7 +156,10 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Find a query for every token against the tokens at `rivals`, and return the mass ratios of these queries."""
+        """Find a query for every token against the tokens at `rivals`, and return the mass ratios of these queries.
+
+        `first` (n, d) holds queries to improve on, or is None.
+        """
         scale, softcap, beyond = self._law
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
         return Pull(q, self.k, scale, softcap, beyond)
@@ -169,7 +184,8 @@ class Spread:
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
         """Return the estimated bits of a set of tokens, `members`, and the members in a better order of decoding.
 
-        Where the members are too many to compare all pairs, those with the least competing mass come first.
+        Where the members are too many to compare all pairs, they are sorted by the mass that the other members have
+        under their query, over their own mass: the least comes first.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)

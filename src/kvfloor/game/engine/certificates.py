@@ -25,8 +25,9 @@ def hard(bits: int, wrong: int) -> float:
     """Return the gain T, in bits, of decoding `bits` hidden bits when `wrong` of them are decoded wrong.
 
     Less log2(1/alpha), a gain is a lower bound on the message's length at confidence 1 - alpha.
-    Law: bits (1 - H2(wrong/bits)), H2 the binary entropy; 0 from a wrong share of 1/2 on. At most 2^(bits H2(rho))
-    strings lie within rho bits of the decoded one, for rho < 1/2. Raises ValueError where wrong > bits.
+    Law: bits (1 - H2(wrong/bits)), H2 the binary entropy; 0 from a wrong share of 1/2 on. For a share rho < 1/2, at
+    most 2^(bits H2(rho)) strings differ from the decoded one in a share rho of their bits or less. Raises ValueError
+    where wrong > bits.
     """
     bits, wrong = whole("bits", bits, least=0), whole("wrong", wrong, least=0)
     if wrong > bits:
@@ -37,7 +38,8 @@ def hard(bits: int, wrong: int) -> float:
 def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
     """Return the gain T, in bits, of the rows that the decoder trusts: `hard` on the bits of these rows alone.
 
-    A row is the dv hidden values that one query reads.
+    A row is the dv hidden values that one query reads. Less log2(1/alpha), a gain is a lower bound on the message's
+    length at confidence 1 - alpha.
     row_bits  hidden bits per row
     wrong     (m,) wrong bits of every row
     trusted   (m,) bool, a function of the answers only; choosing it by `wrong` makes the certificate false

@@ -1,4 +1,8 @@
-"""Decode hidden values from answers, using the answers and public numbers only."""
+"""Decode the values hidden in a state from its answers to queries, and certify the bits that its message carries.
+
+Decoding uses the answers and the public sizes of the game only. Hidden values are levels: level x of 0..2^bits-1 stands
+for the value x / (2^bits - 1).
+"""
 
 import dataclasses
 
@@ -103,7 +107,8 @@ class Decoded:
 def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_from: int | None = None) -> Decoded:
     """Compare answers (m, dv) with the hidden levels (m, dv), and certify the bits that a state's message carries.
 
-    If every row was asked once, in order, the best of the hard, erasure and log-loss certificates counts.
+    Returns the certified bits and the shares decoded right or wrong (`Decoded`). eta is the relative error that answers
+    may have. If every row was asked once, in order, the best of the hard, erasure and log-loss certificates counts.
     `sampled_from` = n means that the m rows were drawn with replacement from n; then the share of whole rows decoded
     right gives the certificate.
     """

@@ -1,4 +1,7 @@
-"""Define the public data of the game: all that Alice and Bob agree on before any value is hidden."""
+"""Define the public data of the game: all that Alice and Bob agree on before any value is hidden.
+
+Alice hides values in a method's state. Bob decodes them from the bytes of that state.
+"""
 
 import dataclasses
 import hashlib
@@ -35,9 +38,9 @@ class Instance(ABC):
     """Define one hard instance: `copies` independent streams, each hiding `rows` rows of dv values of `bits` bits.
 
     Alice appends the streams' tokens to a method's state. A hidden row is the values that one of Bob's queries reads
-    back. A barrier implements `rows`, `length`, `stream` and `answers`. All fields are public and plain: Bob's process
-    receives them as JSON, and nothing else about the instance. key_seed and method_seed derive from the run's seed by
-    `derived_seed`; neither reveals the run's seed nor the hidden values.
+    back. Each barrier (the game of one memory theorem) implements `rows`, `length`, `stream` and `answers`. All fields
+    are public and plain: Bob's process receives them as JSON, and nothing else about the instance. key_seed and
+    method_seed derive from the run's seed by `derived_seed`; neither reveals the run's seed nor the hidden values.
     """
 
     barrier: ClassVar[str]
@@ -66,7 +69,8 @@ class Instance(ABC):
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield Alice's tokens in order, in pieces: keys (copies, t, d) and values (copies, t, dv).
 
-        values (copies, rows, dv) are the hidden values; `hidden` draws secret positions where a barrier has some.
+        t is the number of tokens in a piece. values (copies, rows, dv) are the hidden values. `hidden` draws the secret
+        token positions of those games that have some.
         """
 
     @abstractmethod
@@ -74,16 +78,16 @@ class Instance(ABC):
         """Return the state's answers (m, dv), float32 in [0, 1], for hidden rows `row` (m,) of streams `copy` (m,)."""
 
     def lift(self, method: Method) -> Method:
-        """Return the method that plays in place of the given one: itself, unless the barrier has its own attention law.
+        """Return the method to play: the given one, or a wrapper of it where the game has its own attention law.
 
-        Raises ValueError for a method whose attention law is not the barrier's.
+        Raises ValueError for a method whose attention law does not fit the game.
         """
         return standard_law(method, f"barrier {self.barrier!r}")
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
         """Append one piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), to the state.
 
-        No query is asked meanwhile, unless the barrier overrides this method.
+        Nothing is queried while tokens arrive. Games in which Alice queries too override this method.
         """
         state.append(k, v)
 
@@ -103,13 +107,17 @@ class Instance(ABC):
         return self.copies * self.rows * self.dv * self.bits
 
     def spec(self) -> Spec:
-        """Return the spec (sizes, dtype, scale, seed) that the method is opened for, with the papers' logit scale 1."""
+        """Return the spec (sizes, dtype, scale, seed) that the method is opened for.
+
+        The scale is 1: logits are q.k, as in the papers.
+        """
         return Spec(rows=self.copies, d=self.d, dv=self.dv, scale=1.0, seed=self.method_seed, dtype=DTYPES[self.dtype])
 
     def feed(self, state: State, levels: Tensor, hidden: Hidden) -> None:
         """Append all of Alice's tokens to the state in order, then seal the state: the prompt ends there.
 
-        levels (copies * rows, dv) are the hidden levels, which the values are made from.
+        levels (copies * rows, dv) are the hidden levels: level x becomes the value x / (2^bits - 1). `hidden` draws the
+        secret token positions of those games that have some.
         """
         values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):
@@ -147,15 +155,18 @@ class KeyedInstance(Instance):
 def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
     """Return n public keys for an instance whose common fields (see `agreed`) are `shared`.
 
-    Without `family` the family that separates best is taken. Errors are those of `PublicKeys.chosen`.
+    Without `family`, the key family with the largest gap between keys is taken. Errors are those of
+    `PublicKeys.chosen`.
     """
     return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
 
 
 def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: str = "float32") -> dict[str, Any]:
-    """Check the arguments that all instances share, and return them as fields of an instance, with two derived seeds.
+    """Check the arguments that all instances share, and return them as fields of an instance: name -> value.
 
-    dv is d unless given. Raises ValueError naming the argument that is out of its domain.
+    Two seeds derived from `seed` replace it: key_seed and method_seed. d and dv are the widths of a key and a value (dv
+    is d unless given), bits the hidden bits per value, and eta the relative error that answers may have. Raises
+    ValueError naming the argument that is out of its domain.
     """
     d = whole("d", d)
     if whole("bits", bits) > MOST_BITS:

@@ -1,4 +1,7 @@
-"""Play the INDEX game literally: Alice fills a state, its bytes go to a fresh process, and Bob answers there."""
+"""Play the INDEX game in two processes: Alice fills a state, its bytes go to a fresh process, and Bob answers there.
+
+Alice hides values in the tokens that she appends. Bob reads them back by queries.
+"""
 
 import dataclasses
 import importlib.util
@@ -29,9 +32,10 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob impo
 
 @dataclasses.dataclass(frozen=True)
 class Played:
-    """Record one game: the hidden levels, the answers of both sides, and the sizes of the state and the message.
+    """Record one game: the hidden levels, the answers of Alice's and Bob's states, and the sizes in bytes.
 
-    `restored` is None if no state could answer from the message; then `why` gives the reason.
+    `live` has the answers of the state that Alice filled, `restored` those of the state that Bob restored from the
+    message (its bytes). `restored` is None if no state could answer from the message; then `why` gives the reason.
     """
 
     method: str
@@ -55,9 +59,10 @@ class Played:
 
 
 def method_text(method: Method, given: str | None = None) -> str:
-    """Return text from which a fresh process rebuilds the method: the given text, its own, or `module:Class(...)`.
+    """Return a text from which a fresh process rebuilds the method.
 
-    The first of these that parses to an equal method is taken. Raises ValueError where none does.
+    It is the first of three texts that parses to an equal method: `given`, `str(method)` and `module:Class(...)`.
+    Raises ValueError where none does.
     """
     own = type(method)
     for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
@@ -77,10 +82,11 @@ def play_index(
 ) -> Played:
     """Play one game: hide values in a state, send its bytes, and query both the state and its restored copy.
 
-    Every hidden row is asked for, or `sampled` rows that are drawn with replacement after the message is fixed. Bob's
-    request (method, code path, instance) is fixed before the first value is streamed. `method` may be the word
-    "optimum", the smallest method known for the instance. If `isolated` is False, the message is restored in this
-    process. Raises ValueError for a method that cannot be opened or rebuilt.
+    Returns the answers and sizes (`Played`). Every hidden row (dv values) is queried, or `sampled` rows that are drawn
+    with replacement after the message is fixed. The public data for Bob's process (method, `sys.path`, instance) are
+    fixed before the first value is streamed. `method` may be the word "optimum", the smallest method known for the
+    instance. If `isolated` is False, the message is restored in this process. Raises ValueError for a method that
+    cannot be opened or rebuilt.
     """
     started = time.perf_counter()
     if method == OPTIMUM:
@@ -125,9 +131,9 @@ def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor |
 
 
 def _request(text: str, instance: Instance) -> dict[str, Any]:
-    """Return all public data that Bob receives, as JSON types: method, code path, instance, number of threads.
+    """Return all public data that Bob's process receives, as JSON types: method, `sys.path`, instance, thread count.
 
-    The code path of this process is sent for a third party's method only, so that its code is found.
+    `sys.path` of this process is sent only for a method defined outside this package, so that its module is found.
     """
     third_party = ":" in text.split("@")[0]
     return {

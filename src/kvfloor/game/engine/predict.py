@@ -20,9 +20,9 @@ _EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
 def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
     """Return log2 of the probability that a logistic distribution around the answer `centre` gives to `level`.
 
-    Both are in units of the spacing of the 2^bits value levels, and have one shape, which is the result's. `width` is
-    the scale of the logistic, and `uniform_share` the share of the uniform distribution over all levels that is mixed
-    in.
+    `centre`, `level` and the result have the same shape. Levels are 0..2^bits-1, and the answers are in units of their
+    spacing. `width` is the scale of the logistic, and `uniform_share` the share of the uniform distribution over all
+    levels that is mixed in.
     """
     top = 2**bits - 1
     below = torch.where(level == 0, -math.inf, (level - 0.5 - centre) / width)
@@ -46,8 +46,9 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
     """Return the gain, in bits, of every predictor on a public grid, for answers and hidden levels (m, dv).
 
     A predictor gives a probability p(x) to every hidden level x, from the answers alone. Its gain is the sum of
-    bits + log2 p(x). The grid has answers as they are or divided by the row's largest; widths from 1/64 of a level to
-    half the range; two uniform shares; belief by row following `trusted` (m,), or equal for all rows.
+    bits + log2 p(x). The grid has answers as they are or divided by the row's largest; widths of the logistic from 1/64
+    of a level to half the range; two uniform shares; and five beliefs, i.e. probabilities that a row's prediction is
+    used instead of a guess: one follows `trusted` (m,), bool, the others are equal for all rows.
     """
     m = hidden.shape[0]
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]
@@ -63,7 +64,10 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
 
 
 def _centres(answers: Tensor, bits: int) -> Iterator[Tensor]:
-    """Yield the answers (m, dv) in level spacings twice: as they are, and with each row's largest at the top level."""
+    """Yield the answers (m, dv), in units of the level spacing, in two scalings.
+
+    First they are as given. Then each row is divided by its largest answer, which so comes to lie on the top level.
+    """
     top = 2**bits - 1
     answers = torch.nan_to_num(answers.double(), nan=0.5, posinf=1.0, neginf=0.0)
     yield answers * top

@@ -1,4 +1,4 @@
-"""Measure how often readers that look up scores q.k one by one answer right, with every look-up (probe) counted.
+"""Measure the share of right answers of readers that look up scores q.k one by one; every look-up (probe) counts.
 
 The instance is that of the time barrier (docs/floors.md, "Time"). Token 0 of n tokens has value n, all others 0. Either
 all keys are zero (the answer is 1), or one of the other tokens has a key that takes nearly all the mass (the answer is
@@ -93,8 +93,8 @@ def success_bound(n: int, probes: float) -> float:
 def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -> list[ReaderSuccess]:
     """Measure the success of every reader at each number of probes, on `runs` instances with a heavy key at even odds.
 
-    `hidden` draws the instances, `seed` the readers' choices. The last record is of a reader that indexes the keys as
-    they arrive, and needs one probe.
+    Returns one record per reader and number of probes. `hidden` draws the instances, `seed` the readers' choices. The
+    last record is of a reader that indexes the keys as they arrive, and needs one probe.
     """
     place, planted = 1 + hidden.places(n - 1, runs), hidden.levels(runs, 1, 1)[:, 0] == 0
     points = []

@@ -1,4 +1,8 @@
-"""Define the method against which the spike game's floor is tight: keys are public, and only levels are stored."""
+"""Define the smallest method for the spike game: the keys are public, so only the levels of the values are stored.
+
+The game hides bits in the values of tokens with public keys, and reads them by one query per key. The memory of this
+method shows that the game's floor (the bits that any method needs) is tight.
+"""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -58,7 +62,7 @@ class PublicBitsState(State[PublicBits]):
         self.packed = torch.zeros(spec.rows, size, dtype=torch.uint8)
 
     def _levels(self) -> np.ndarray[Any, Any]:
-        """Return all levels as bits: (rows, n, dv, bits) of 0 and 1, most significant first."""
+        """Return all levels as bits: (rows, n, dv, bits) of 0 and 1, most significant first. A row is one stream."""
         plan, spec = self.method, self.spec
         flat = np.unpackbits(self.packed.numpy(), axis=1, count=plan.n * spec.dv * plan.bits)
         return flat.reshape(spec.rows, plan.n, spec.dv, plan.bits)
@@ -86,7 +90,7 @@ class PublicBitsState(State[PublicBits]):
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """Return the fields to send, with the token count `seen`, a public number that the message's header holds."""
+        """Return the fields of the message, name -> value; its header holds the token count `seen`, a public number."""
         return super().export() | {"seen": int(self.seen[0])}
 
     def fields(self) -> dict[str, Any]:

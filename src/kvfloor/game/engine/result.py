@@ -28,8 +28,8 @@ class Result:
     live_certified_bits  the same for Alice's own state
     bits_per_value       certified bits per hidden value: the precision that the method keeps, at most `bits`
     bit_error            share of hidden bits decoded wrong
-    row_success          share of rows answered within 1±eta; row_success and bit_error are of the restored state, or
-                         of the live state if none could be restored
+    row_success          share of rows (dv values each) answered within a factor 1±eta; row_success and bit_error are
+                         of the restored state, or of the live state if none could be restored
     message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
     floor_bits           bits that any method that answers within 1±eta must hold on this instance
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
@@ -99,10 +99,10 @@ def conclude(
     judge: Callable[[Tensor, Played], Decoded] | None = None,
     **details: Any,
 ) -> Result:
-    """Judge the answers of both sides of a game, and return the result with its verdict.
+    """Judge the answers of Alice's live state and of the restored state, and return the result with its verdict.
 
-    The certified bits are compared with the bytes of the state and of the message. `judge` replaces the usual decoder;
-    `details` are added to the instance's own.
+    The certified bits are compared with the bytes of the state and of the message. `seed` and `floor_bits` are recorded
+    in the result. `judge` replaces the usual decoder, `decode.judge`. `details` are added to `instance.details()`.
     """
     bits, eta = instance.bits, instance.eta
     total = instance.copies * instance.rows

@@ -11,7 +11,8 @@ class Hidden:
     """Draw the values that Alice hides and the rows that are asked, so that neither a method nor Bob can foresee them.
 
     All draws are SHAKE-256 over a domain-separated string with `seed`; by default the seed is 128 fresh bits from the
-    operating system. A given seed repeats a run. The method receives neither the seed nor data that it derives from.
+    operating system. A given seed repeats a run. The method receives neither the seed nor the data that the seed
+    derives from.
     """
 
     def __init__(self, seed: int | str | None = None) -> None:
@@ -23,7 +24,7 @@ class Hidden:
         return (words.long() & (2**bits - 1)).view(rows, dv)
 
     def rows(self, n: int, count: int) -> Tensor:
-        """Draw the numbers of `count` rows to ask for, (count,) int64, uniformly from [0, n) with replacement.
+        """Draw the indices of `count` hidden rows to query, (count,) int64, uniformly from [0, n) with replacement.
 
         Call it after the message is fixed.
         """

@@ -76,7 +76,8 @@ class Codebook(KeyedInstance):
     def judge(self, answers: Tensor, levels: Tensor, present: Tensor) -> Decoded:
         """Certify which keys were streamed, and their values, from the answers (M, dv) to all codebook keys' queries.
 
-        levels (M, dv) are the hidden levels; present (M,) bool marks the keys that were streamed. The certificate is by
+        Returns the certified bits and the shares decoded right or wrong. M is the number of codebook keys. levels
+        (M, dv) are the hidden levels; present (M,) bool marks the keys that were streamed. The certificate is by
         log-loss, over subsets and values together.
         """
         believed = answers.double().mean(dim=1) > -0.5  # a marker answers -1, a streamed key at least 0
@@ -127,11 +128,12 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the spike game with bits hidden in the keys too: Alice streams a secret n of `codebook` public keys.
+    """Play the spike game with bits hidden in the keys too: Alice streams n keys, chosen in secret, of a public set.
 
-    `codebook` must lie in n..16,384. row_success of the result is the lesser of two shares: of streamed keys decoded
-    with all their bits, and of other keys decoded as missing. bits_per_value leaves out the bits hidden in the keys.
-    The other arguments are those of the spike. Raises ValueError naming the argument that is out of its domain.
+    `codebook` is the size of that set, in n..16,384. row_success of the result is the lesser of two shares: of streamed
+    keys decoded with all their bits, and of other keys decoded as missing. bits_per_value leaves out the bits hidden in
+    the keys. The other arguments are those of `spike.play`. Raises ValueError naming the argument that is out of its
+    domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n, codebook = whole("n", n), whole("codebook", codebook)

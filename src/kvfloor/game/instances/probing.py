@@ -2,9 +2,9 @@
 
 It is Haris & Onak (COLT 2025), Theorem 19 (26), on a corrected family of streams: the printed one separates relative
 errors below 1/3 only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one of two
-cases by a hidden bit: all keys zero, or one heavy key, which takes nearly all softmax mass, at a secret position. A
-method plays through the usual message, and the bytes it reads per query are counted. Its success is compared with that
-of readers whose every score is counted by an oracle.
+cases by a hidden bit: all keys zero, or one heavy key, which takes nearly all softmax mass, at a secret position. As in
+the other games, a method answers from the message (the bytes of its state), and the bytes it reads per query are
+counted. Its success is compared with that of readers whose every score is counted by an oracle.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at whic
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probing(Instance):
-    """Stream `copies` streams of n tokens, with one hidden bit each.
+    """Make `copies` streams of n tokens, with one hidden bit each.
 
     Bit 1: all keys are zero, and the answer is 1. Bit 0: one heavy key takes nearly all the mass, and the answer is
     1/(n-1).
@@ -70,7 +70,10 @@ class Probing(Instance):
             yield k, v
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the answers (m, dv), float32, to the query with (2/d) ln(n-1) in every coordinate, in both cases."""
+        """Return the answers (m, dv), float32, to one fixed query: (2/d) ln(n-1) in every coordinate.
+
+        The query is the same for streams with and without a heavy key. copy (m,) holds the streams; `row` is not used.
+        """
         q = torch.full((len(copy), self.d), 2.0 * math.log(self.n - 1) / self.d)
         return by_reading(state, copy, q.to(DTYPES[self.dtype]))
 
@@ -89,7 +92,7 @@ def play(
     """Play the time barrier against a method: one heavy key or none in each stream; values are single numbers.
 
     runs   independent streams, 256 by default, fewer where n d is large
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     details of the result: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on the
     success of a method that has not read the keys on arrival, `adaptive` (this method's success is above that bound
     with 99.9 % confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and the `readers` whose scores an oracle

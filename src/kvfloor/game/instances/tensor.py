@@ -41,7 +41,7 @@ _LENGTH_STEP = 64.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourCaches(Instance):
-    """Stream n tokens with two sign keys and two values each, for tensor attention over their pairs."""
+    """Stream n tokens with two keys of signs ±1 and two values each, for tensor attention over their pairs."""
 
     barrier: ClassVar[str] = "tensor"
     n: int
@@ -123,7 +123,10 @@ class TwoCaches(Instance):
 
     @cached_property
     def keys(self) -> Tensor:
-        """Return the products (n^2, d), of unit norm, of every key of one set of n sign keys with every of another."""
+        """Return the keys of all pairs: K1[i] * K2[j] / sqrt(d) entry by entry, (n^2, d), of unit norm.
+
+        K1 and K2 are two sets of n sign keys.
+        """
         first, second = self.key_seed, derived_seed("second keys", self.key_seed)
         k1, k2 = (torch.sign(rademacher(self.n, self.d, seed)).unsqueeze(0) for seed in (first, second))
         return (products(k1, k2)[0] / self.d**0.5).to(DTYPES[self.dtype])
@@ -161,7 +164,7 @@ def play(
              number of pairs, whose square root is the number of tokens
     caches   4: the method keeps tokens and tensor attention reads their pairs; 2: the products are streamed. By
              default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

@@ -86,7 +86,7 @@ def play(
 
     window   number W of coded tokens at the end of the n tokens, n/4 by default
     append   True: Bob appends a zero token before he asks, each query on its own copy of the state
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

@@ -38,7 +38,8 @@ def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
     """Find (p, b, m) of the one-hot Reed-Solomon code of n keys in d dimensions with the smallest inner products.
 
     Returns None where there is no such code.
-    p is a prime, b the number of points, and m the number of coefficients of the code's polynomials.
+    p is a prime, m the number of coefficients of the code's polynomials mod p, and b the number of points at which they
+    are evaluated.
     """
 
     def fitting() -> Iterator[tuple[int, int, int]]:
@@ -89,9 +90,9 @@ def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def _evaluate(n: int, p: int, m: int, points: Tensor, first_power: int) -> Tensor:
-    """Evaluate the first n polynomials of m coefficients mod p at `points`: (n, points) int64.
+    """Evaluate the first n polynomials of m coefficients mod p at every entry of `points` (b,): (n, b) int64.
 
-    The base-p digits of l are the coefficients of the l-th polynomial, whose lowest power is `first_power`.
+    The l-th polynomial has the base-p digits of l as coefficients. Its lowest power is `first_power`.
     """
     number, value, power = torch.arange(n), torch.zeros(n, len(points), dtype=torch.int64), points**first_power
     for _ in range(m):

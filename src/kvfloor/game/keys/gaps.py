@@ -37,10 +37,11 @@ def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def promised_gaps(n: int, d: int) -> dict[str, float]:
-    """Bound the smallest gap of n keys in d dimensions from below, for each family that has them: family -> bound.
+    """Bound the smallest gap of n keys in d dimensions from below: key family -> lower bound.
 
-    The bounds are the families' closed forms. For random families, the bound holds with even odds at least (rademacher)
-    or with positive probability (sphere).
+    Families without n keys in d dimensions, or without a proven bound, are left out. The bounds are the families'
+    closed forms. For random families, the bound holds with even odds at least (rademacher) or with positive probability
+    (sphere).
     """
     gaps: dict[str, float] = {}
     if chirp_code := chirp_parameters(n, d):
@@ -57,10 +58,11 @@ def promised_gaps(n: int, d: int) -> dict[str, float]:
 
 
 def best_family(n: int, d: int, seed: int = 0) -> str:
-    """Choose the family whose smallest gap is largest among the families that exist and are cheap at (n, d).
+    """Return the name of the key family whose smallest gap is largest, among those that are cheap to make at (n, d).
 
-    Explicit codes count with their closed form. Random families, and packing in few dimensions, are measured up to
-    16,384 keys and count with their formula beyond. Raises ValueError where no family separates (d = 1 and n > 2).
+    Explicit codes count with the closed form of their gap. Random families, and packing in few dimensions, are measured
+    up to 16,384 keys and count with their formula beyond. Raises ValueError where no family has n keys that queries can
+    separate (d = 1 and n > 2).
     """
     gaps = promised_gaps(n, d)
     if n <= _MEASURED_UP_TO:

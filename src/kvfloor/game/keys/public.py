@@ -1,4 +1,4 @@
-"""Name public keys by a family, a size and a seed that both sides agree on, and make spike queries for them.
+"""Name public keys by a family, a size and a seed that Alice and Bob agree on, and make spike queries for them.
 
 A spike query is a multiple of one key, long enough to give this key nearly all softmax mass.
 """
