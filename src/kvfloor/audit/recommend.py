@@ -31,7 +31,11 @@ WEAK_EXACT_SCORE = 0.5
 class Judged:
     """Record the verdict on one candidate setting over all cells.
 
-    verdict                    the worst verdict over the cells, that of the row `weakest`
+    A setting is a method with its budget; a cell is a task at a context length under a protocol.
+
+    verdict                    the worst verdict over the cells: "holds" (a loss of the margin is excluded), "falls" (a
+                               loss is certain) or "open" (neither is shown)
+    weakest                    the row (setting measured on one cell) that has the worst verdict
     believed                   True if the setting and every larger budget of its method hold
     state_bytes, exact_bytes   means over the cells
     peak_state_bytes           maximum over the cells
@@ -79,9 +83,10 @@ class Recommendation:
 def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.95) -> Recommendation:
     """Return the safe setting of fewest bytes, with the verdict on every candidate.
 
-    No setting is recommended if every cell is weak. The default margin of 15 points suits a short audit: at n = 40 and
-    eight methods, the test bounds the loss of a setting that loses no sample by less than 14 points. A tighter margin
-    needs more samples.
+    A setting is a method with its budget; a cell is a task at a context length under a protocol. No setting is
+    recommended if every cell is weak, i.e. if exact itself scores below WEAK_EXACT_SCORE on each. The default margin of
+    15 points suits a short audit: with n = 40 samples per cell and eight methods, a setting that loses no sample to
+    exact is shown to lose less than 14 points. A tighter margin needs more samples.
 
     Raises ValueError if the rows hold no exact reference or a setting twice on one cell, or if margin or confidence is
     out of range.

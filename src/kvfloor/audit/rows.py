@@ -141,7 +141,10 @@ class Row:
 
     @property
     def below_floor(self) -> bool:
-        """Return True if the state is smaller than the worst-case floor, as the data was easier than the worst case."""
+        """Return True if the state has fewer bytes than the worst-case floor.
+
+        This is possible, because the floor holds for the worst data, and the audited data may be easier.
+        """
         return self.state_bytes < self.floor_bytes
 
 

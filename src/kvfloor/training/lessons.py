@@ -35,15 +35,16 @@ class Text:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Hold one text in one layer with P kv heads: n tokens, and the m tokens of queries after the first eviction.
+    """Hold one text in one layer: keys and values of n tokens, and queries of the m tokens after the first eviction.
 
-    A departure is a time at which tokens are evicted; departures are numbered from 0.
+    P is the number of kv heads, g of query heads per kv head; d and dv are the widths of a key and a value. A departure
+    is a time at which tokens are evicted; departures are numbered from 0.
     q               (P, g, m, d): the queries
     k, v            (P, n, d), (P, n, dv): keys and values of all tokens
     rank            (P, n): number of the departure at which each token is evicted; `departures` if never
     departures      number of departures
     gone            (m,): number of departures before each query
-    mean, log_mass  (P, g, m, dv), (P, g, m): attention over the tokens still held, and its log-sum-exp of logits
+    mean, log_mass  (P, g, m, dv), (P, g, m): attention over the tokens still held, and the log-sum-exp of their logits
     exact           (P, g, m, dv): attention over all tokens
     """
 
