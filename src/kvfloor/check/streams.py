@@ -99,7 +99,7 @@ def prompt_length(method: Method) -> int:
 
 
 def stream_length(method: Method) -> int:
-    """Return a stream length in tokens: that of the prompt, and more than a block after it."""
+    """Return a stream length in tokens: a prompt of `prompt_length`, and more than one block after it."""
     return prompt_length(method) + method.block + 14
 
 
@@ -213,8 +213,8 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
     """Raise Broken unless states a and b have seen equally many tokens, hold the same ones and answer alike.
 
-    For a method of constant memory that keeps tokens in slots, the messages must be the same bytes too. `what` names
-    the two states in the error.
+    For a method of constant memory that keeps tokens in slots, the states' bytes (`to_bytes`) must be equal too. `what`
+    names the two states in the error.
     """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
     require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")
