@@ -44,7 +44,8 @@ class Standard:
     def lower_end(self, row: Row) -> float:
         """Return the lower confidence limit of the row's score minus the exact cache's.
 
-        A limit of -0.1 means that a loss of 10 points is not excluded, but any larger loss is.
+        A row is one setting (method with budget) measured on one cell (task, context length, protocol). A limit of -0.1
+        means that a loss of 10 points is not excluded, but any larger loss is.
         """
         return paired_difference_interval(row.gained, row.lost, row.n, self.cell_confidence)[0]
 
@@ -52,7 +53,8 @@ class Standard:
         """Judge one row: return "holds", "open" or "falls".
 
         "holds" means that a loss of `margin` to the exact cache is excluded, "falls" that a loss is certain (95 %), and
-        "open" that neither is shown. A row of the exact cache holds by definition.
+        "open" that neither is shown. A row is one setting measured on one cell; a row of the exact cache holds by
+        definition.
         """
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"

@@ -141,7 +141,11 @@ class Bench:
         )
 
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: Measurement) -> Row:
-        """Build the audit's row of a setting on a cell, from its measurement and that of the exact cache."""
+        """Build the row of a setting on a cell, from the setting's measurement and the exact cache's.
+
+        A setting is a method with its budget; a cell is a task at a context length under a protocol. The output error
+        is measured here, on the recorded traces of `prepared`.
+        """
         cell = prepared.work.cell
         by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
         trace = prepared.traces[0]
@@ -189,8 +193,10 @@ def run_cells(
 ) -> tuple[list[Row], list[HeadFloor]]:
     """Run every setting on every cell, and return the rows and the floors of every kv head.
 
-    The exact cache comes first in `settings`, as the other settings are compared with it. `progress` is called with a
-    line of text before each measurement.
+    A setting is a method with its budget; a cell is a task at a context length under a protocol, and its samples are a
+    `Work`. A row is one setting measured on one cell. A floor is the least bytes that any method needs. The exact cache
+    comes first in `settings`, as the other settings are compared with it. `progress` is called with a line of text
+    before each measurement.
     """
     rows, floors = [], []
     for one in work:

@@ -58,9 +58,11 @@ class Judged:
 class Recommendation:
     """Hold the recommended setting of an audit, and all candidates with their verdicts.
 
+    A candidate is a setting (method with budget) that was measured on every cell and saves bytes.
+
     method    text of the recommended setting, or None if no setting is safe
     judged    the verdict on every candidate, from the fewest bytes up
-    exact     the rows of the reference, one per cell
+    exact     the rows of the exact cache, one per cell (task, context length, protocol)
     standard  margin and confidence that every candidate was judged by
     """
 
@@ -114,8 +116,8 @@ def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.9
 def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[Row]]:
     """Map each setting that may be recommended to its rows, one per cell.
 
-    Candidates are measured on every cell, take fewer bytes than exact, and are neither `exact` nor `random`. Raises
-    ValueError for a setting with two rows on one cell.
+    Such a setting (method with budget) is measured on every cell (task, context length, protocol), takes fewer bytes
+    than exact, and is neither `exact` nor `random`. Raises ValueError for a setting with two rows on one cell.
     """
     settings: dict[str, dict[Cell, Row]] = defaultdict(dict)
     for row in rows:
@@ -132,7 +134,10 @@ def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[R
 
 
 def _judge(candidates: dict[str, list[Row]], standard: Standard) -> tuple[Judged, ...]:
-    """Judge every candidate, each method's budgets from the largest down; return the verdicts by rising bytes."""
+    """Judge every candidate, each method's budgets from the largest down; return the verdicts by rising bytes.
+
+    `candidates` maps settings (methods with budgets) to their rows, one row per cell (task, context length, protocol).
+    """
 
     def strength(row: Row) -> tuple[int, float, float, Cell]:
         lower_end = standard.lower_end(row)

@@ -67,7 +67,7 @@ class Clause:
         return alike and named.budget in (None, setting.budget)
 
     def holds(self, row: Row) -> bool:
-        """Return True if the row's figure meets the bound; a figure that was not measured (None) does not."""
+        """Return True if the row's field `figure` meets the clause's bound; None (not measured) does not meet it."""
         value = getattr(row, self.figure)
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
@@ -106,7 +106,10 @@ def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[
 
 
 def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str]:
-    """Return one line of text per row that misses a condition; an empty list if every condition holds."""
+    """Return one line of text per row that misses a condition; an empty list if every condition holds.
+
+    A row is one setting (method with budget) measured on one task, context length and protocol.
+    """
     lines = []
     for condition in conditions:
         clause = condition.clause

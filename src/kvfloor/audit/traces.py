@@ -69,8 +69,9 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 def replay(trace: Trace, method: Method) -> Tensor:
     """Return a method's attention outputs (rows, g, asked, dv), float32, for the last `asked` queries of a trace.
 
-    The context's tokens are appended first, and the state is sealed (its prompt ends) before these queries. The
-    method's budget must be in tokens, as `Bench.resolved` returns it.
+    A row is one kv head on one sample, g the size of the GQA group, dv the width of a value. The context's tokens are
+    appended first, and the state is sealed (its prompt ends) before these queries. The method's budget must be in
+    tokens, as `Bench.resolved` returns it.
     """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]

@@ -46,9 +46,10 @@ class Mark:
 
 
 def marks(rows: Sequence[Row]) -> dict[str, Mark]:
-    """Map each configuration (a setting without its budget) to a mark, in the rows' order; `exact` has its own.
+    """Map each configuration (a setting without its budget) to a mark, in the rows' order with baselines last.
 
-    The first 64 methods get different pairs of colour and marker.
+    `exact` is left out, as every figure has a mark for it. The first 64 methods get different pairs of colour and
+    marker.
     """
     methods: dict[str, bool] = {}
     for row in rows:
