@@ -82,7 +82,10 @@ def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[Budge
 
 
 def check_protocols(protocols: Sequence[str]) -> None:
-    """Raise ValueError unless every name is a protocol ("after" or "visible") and there is at least one."""
+    """Raise ValueError unless every name is a protocol ("after" or "visible") and there is at least one.
+
+    "after" asks a sample's question after its context is compressed, "visible" before.
+    """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown or not protocols:
         raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(PROTOCOLS)}")

@@ -87,8 +87,8 @@ class Condition:
 def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[str]) -> tuple[Condition, ...]:
     """Parse the text of `--require` into conditions, for an audit of these settings and tasks.
 
-    Raises ValueError naming the clause that does not follow the grammar, with the grammar and the figures, or the
-    clause that is about no row.
+    A clause compares one field of a row, its figure, with a number. Raises ValueError naming the clause that does not
+    follow the grammar, with the grammar and the known figures, or the clause that is about no row of the audit.
     """
     found = []
     for part in split_words(text.strip(), r"\s+and\s+") or [text]:

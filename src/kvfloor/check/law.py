@@ -56,5 +56,5 @@ class Check:
 
     @property
     def law(self) -> str:
-        """Return the law in one sentence: the first line of the function's docstring."""
+        """Return the law in one sentence: the first line of the docstring of the check's function `run`."""
         return (self.run.__doc__ or "").strip().partition("\n")[0]

@@ -44,7 +44,10 @@ def check_seeded(method: Method, at: Setting) -> None:
 
 
 def check_shared(method: Method, at: Setting) -> None:
-    """Require that the tensors in `State.shared` depend on method and spec alone, never on the stream."""
+    """Require that the tensors in `State.shared` depend on method and spec alone, never on the stream.
+
+    Such tensors, random projections for example, are not counted as memory, and a saved state need not contain them.
+    """
     spec = spec_for(method, at)
     fresh, used = method.open(spec), method.open(spec)
     play(used, stream_for(method, at))

@@ -228,7 +228,7 @@ def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
     """Raise Broken unless a selector with an index chooses visible slots only: at least one per query, and none twice.
 
     The number of visible slots is drawn at random from `source` for each query: at least all held slots but those of
-    the tokens since the last block end.
+    the tokens since the last block end (a block is the number of tokens between two evictions).
     """
     held = state.slots.held.unsqueeze(1)
     newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))

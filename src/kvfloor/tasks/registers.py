@@ -19,8 +19,7 @@ def make(request: Request) -> Sample:
     """Return a sample: lines "r3 = 47." up to the requested length, and a question for all current values.
 
     The question ends in "r0 =", so the answer is the value of r0 and then the other registers, as in "47 r1 = 12 ...".
-    Raises ValueError if the length has no place
-    for two lines per register.
+    Raises ValueError if the length has no place for two lines per register.
     """
     rng, k = request.rng, request.difficulty
     empty = request.count("")

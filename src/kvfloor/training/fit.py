@@ -99,8 +99,8 @@ def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
 def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
     """Return the attention layer's output (m, hidden) for m tokens, given its heads' outputs x (P, g, m, dv).
 
-    The heads are concatenated and multiplied by the output projection `weight` (hidden, P * g * dv); None: not
-    multiplied.
+    There are P kv heads with g query heads each, and dv is the width of a value. The heads' outputs are concatenated
+    and multiplied by the output projection `weight` (hidden, P * g * dv); None: not multiplied.
     """
     heads = x.permute(2, 0, 1, 3).flatten(1)
     return heads if weight is None else heads @ weight.T
