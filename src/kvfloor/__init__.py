@@ -1,4 +1,4 @@
-"""Stream attention in bounded memory, beside the proof of how little memory is possible."""
+"""Run attention over a stream of tokens in bounded memory, and bound from below the memory that any method needs."""
 
 from __future__ import annotations
 

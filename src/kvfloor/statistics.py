@@ -1,7 +1,7 @@
 """Compute confidence intervals for shares of right answers and for their paired differences.
 
-The two-sided ones (Wilson, Tango) are score intervals: they invert a test instead of estimating a standard error. So
-they keep a positive width at 0 and at n of n, where a Wald interval or a bootstrap has width zero.
+The two-sided intervals (Wilson, Tango) are score intervals: they invert a test instead of estimating a standard error.
+So they keep a positive width at 0 and at n of n, where a Wald interval or a bootstrap has width zero.
 """
 
 import math
@@ -112,9 +112,10 @@ def paired_difference_interval(gained: int, lost: int, n: int, confidence: float
 def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
     """Return Tango's score statistic for the hypothesis that two paired shares differ by `difference`.
 
-    gained, lost: of `n` pairs, those right only on the first side, and only on the second. The statistic is standard
-    normal under the hypothesis, and falls as `difference` grows. Its variance uses the shares of gained and lost pairs
-    of highest likelihood among those that differ by `difference`.
+    A pair is one sample, answered by two methods. gained, lost: how many of the `n` pairs only the first method has
+    right, and how many only the second. The statistic is standard normal under the hypothesis, and falls as
+    `difference` grows. Its variance uses the maximum-likelihood shares of gained and lost pairs among the shares that
+    differ by `difference`.
     """
     deviation = gained - lost - n * difference
     a = 2 * n

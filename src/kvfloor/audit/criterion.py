@@ -1,6 +1,7 @@
-"""Define a safe setting (a method with its budget) by a tolerated loss and a confidence, and judge one row by them.
+"""Judge a row of an audit: decide, at a given confidence, if its loss of score stays below a tolerated loss.
 
-A row is one setting measured on one cell: a task at a context length under a protocol.
+A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol.
+`audit/recommend.py` combines the verdicts on a setting's rows, to tell if the setting is safe.
 """
 
 import math
@@ -33,23 +34,36 @@ class Standard:
 
     @property
     def cell_confidence(self) -> float:
-        """Return the confidence level of the two-sided interval that judges one row.
+        """Return the confidence level of the two-sided interval by which one row is judged.
 
-        The interval's lower end errs with one method's share of the allowed error.
+        The allowed error 1 - confidence is shared equally by the methods. The interval's lower end alone, by which a
+        row holds, errs with the share of one method.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
     def lower_end(self, row: Row) -> float:
-        """Return the largest loss of score to exact that the row cannot exclude, as a negative difference."""
+        """Return the lower confidence limit of the row's score minus the exact cache's.
+
+        A row is one setting (method with budget) measured on one cell (task, context length, protocol). A limit of -0.1
+        means that a loss of 10 points is not excluded, but any larger loss is.
+        """
         return paired_difference_interval(row.gained, row.lost, row.n, self.cell_confidence)[0]
 
     def verdict(self, row: Row) -> Verdict:
-        """Judge one row: "holds", "open" or "falls"; a row of the exact cache holds by definition."""
+        """Judge one row: return "holds", "open" or "falls".
+
+        "holds" means that a loss of `margin` to the exact cache is excluded, "falls" that a loss is certain (95 %), and
+        "open" that neither is shown. A row is one setting measured on one cell; a row of the exact cache holds by
+        definition.
+        """
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"
         return "falls" if row.diff_high < 0 else "open"
 
     def samples_needed(self, margin: float) -> int:
-        """Return the number of samples per row that show a loss below `margin` for a setting that loses no sample."""
+        """Return the number of samples per row that are enough to show a loss below `margin` in the best case.
+
+        The best case is a setting that is right on the same samples as the exact cache.
+        """
         z = NormalDist().inv_cdf((1 + self.cell_confidence) / 2)
         return math.ceil(z * z * (1 - margin) / margin)

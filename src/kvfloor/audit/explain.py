@@ -16,9 +16,11 @@ def why(answer: Recommendation) -> str:
 
 
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
-    """Return sentences on the task that breaks first, and on each method's smallest safe budget.
+    """Return sentences on where quality is lost: one on the task that breaks first, then one per method.
 
-    For each method the next cell to break (a task at a context length under a protocol) is named too.
+    The task that breaks first is the weakest task of most settings that lose quality. A method's sentence names its
+    smallest safe setting (method with budget), and the next smaller setting with its weakest cell: the task, context
+    length and protocol on which it breaks or is not shown to hold.
     """
     falling = Counter(one.weakest.task for one in answer.judged if one.verdict == "falls")
     sentences = []
@@ -107,7 +109,10 @@ def _why_none(answer: Recommendation) -> str:
 
 
 def _along_budgets(settings: list[Judged], standard: Standard) -> str:
-    """Describe the verdicts on one method's settings, from the largest budget down, in one sentence."""
+    """Name one method's smallest safe setting, and the first setting below it that is not safe, in one sentence.
+
+    `settings` are the verdicts on the method's settings (the method with each budget), from the largest budget down.
+    """
     believed = [one.setting for one in settings if one.believed]
     broken = next((one for one in settings if one.verdict != "holds"), None)
     if broken is None:

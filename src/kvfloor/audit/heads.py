@@ -1,6 +1,7 @@
-"""Compare the floor, the cheapest good setting and the exact bytes of each kv head, per layer.
+"""Compare three sizes in bytes for each kv head: its floor, its cheapest good setting and its exact cache.
 
-The floor is the least bytes that any method needs for a head's keys; a setting is a method with its budget.
+The floor is the least bytes that any method needs for a head's keys. A setting is a method with its budget; it is good
+for a head if the relative error of the head's attention output is at most GOOD.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ MOST_TOKENS = 8192  # longer contexts are left out: the time to compute the floo
 class HeadFloor:
     """Hold the read floors of one kv head on one recorded sample of a cell (task, context length, protocol).
 
-    Bytes are of this head alone. A read floor is the bytes that any method must hold to answer queries over the keys.
+    Bytes are of this head alone. A read floor is the bytes that any method must hold to answer given queries over the
+    head's keys within the error ETA, if the values are the worst possible. A group is one token, or several with nearly
+    the same key; a query reads a group if its attention weight on the group is large enough to recover the group's
+    value from the answer.
 
     tokens             number of tokens of the context
-    readable_groups    number of token groups that some query of the recorded length can read
-    floor_bytes        bytes needed to answer every query of that length within ETA, for the worst values
-    asked_floor_bytes  bytes needed to answer the recorded queries after the context within ETA, for the worst values
+    readable_groups    number of groups that can be read by some query whose norm is at most the largest recorded norm
+    floor_bytes        read floor for all queries of such norm
+    asked_floor_bytes  read floor for the queries that were recorded after the context
     exact_bytes        bytes of the context's keys and values
     """
 
@@ -49,14 +53,15 @@ class HeadFloor:
 class Head:
     """Hold one kv head's largest floor over all cells, and the cheapest setting that is good for it on every cell.
 
-    A setting (method with budget) serves a head if the head's output error is at most GOOD.
+    A cell is a task at a context length under a protocol. A setting (method with budget) is good for a head if the
+    relative error of the head's attention output is at most GOOD.
 
-    readable_share     largest share of the context's tokens that queries can read one by one or in groups
+    readable_share     groups that queries can read (`HeadFloor`) per token of the context, the largest over the cells
     floor_bytes        bytes that any method needs, see `HeadFloor`; also asked_floor_bytes and exact_bytes
-    best_method        the cheapest setting that serves the head; None where only exact does
-    best_bytes         its bytes per kv head, the largest over the cells; None with best_method
-    best_error         its largest output error over the cells
-    compressible       at most COMPRESSIBLE of the tokens can be read, on every cell
+    best_method        text of the cheapest good setting; None where only exact is good
+    best_bytes         bytes per kv head of the cheapest good setting, the largest over the cells; None without one
+    best_error         output error of the cheapest good setting, the largest over the cells; None without one
+    compressible       True if readable_share is at most COMPRESSIBLE
     """
 
     layer: int
@@ -94,10 +99,12 @@ def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
 
 
 def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
-    """Compute the floors of one kv head from its keys and queries.
+    """Return the floors of one kv head on a cell (task, context length, protocol), from its keys and queries.
 
-    k      (n, d)     the keys of the context
-    asked  (g, t, d)  the queries after the context        own  (t, d)  the keys of their tokens
+    trace             the layer's recorded queries, keys and values, of which scale, softcap and norms are taken
+    k      (n, d)     keys of the context's n tokens
+    asked  (g, t, d)  queries of the t tokens after the context, for the g query heads of the kv head
+    own    (t, d)     keys of these t tokens
     """
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
     demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
@@ -139,9 +146,10 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Ro
 
 
 def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> tuple[int, str, float] | None:
-    """Return the cheapest setting that serves a head on all the cells, as (bytes per head, setting, largest error).
+    """Return a kv head's cheapest good setting as (bytes per head, setting, largest error); None if only exact is good.
 
-    `place` is (layer, head). Returns None where no setting but exact serves the head.
+    `place` is (layer, head). A setting (method with budget) is good if the head's output error is at most GOOD on every
+    one of the cells.
     """
     layer, head = place
     settings: dict[str, list[Row]] = {}
@@ -159,7 +167,10 @@ def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> 
 
 
 def summary(found: Sequence[Head]) -> str:
-    """Name the compressible heads, of which queries can read few tokens apart, in one plain sentence."""
+    """Name the compressible kv heads in one plain sentence.
+
+    A head is compressible if queries can tell apart at most a share COMPRESSIBLE of the context's tokens.
+    """
     if not found:
         return "No head's floor was measured."
     names = [f"layer {one.layer} head {one.head}" for one in found if one.compressible]

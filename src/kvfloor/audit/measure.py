@@ -32,8 +32,12 @@ TRACED_SAMPLES = 4
 class Prepared:
     """Hold a cell's samples as token ids, and the recorded traces (queries, keys, values) of the first few.
 
-    contexts are appended before the seal, the end of the prompt; asks are appended after it. In the visible protocol
-    the question belongs to the context, and asks hold its last token only.
+    work      the cell (task, context length, protocol) with its samples as text
+    contexts  token ids that are appended before the seal, which is the end of the prompt
+    asks      token ids that are appended after the seal: the question, or its last token only in the protocol
+              "visible", where the rest of the question belongs to the context
+    answers   token ids of the right answers
+    traces    one per layer
     """
 
     work: Work
@@ -45,9 +49,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Record a setting's answers on a cell's samples, its bytes per sequence, and its times per sequence of the batch.
+    """Record one setting's answers on the samples of a cell, with the bytes and times per sequence.
 
-    right  one 0 or 1 per sample
+    A setting is a method with its budget, a sequence one sample. Times are the batch's, divided by its sequences.
+
+    right          one 0 (wrong) or 1 (right) per sample
+    state_bytes    bytes of the cache at the end of the context; peak_state_bytes: the most bytes at any moment
+    bytes_read     bytes of the cache that are read to produce one token
+    output_tokens  mean length of the answers, in tokens
+    budget_tokens  tokens kept per kv head; None if the budget is not one number
     """
 
     right: tuple[int, ...]
@@ -92,7 +102,8 @@ class Bench:
     def resolved(self, method: Method, prepared: Prepared) -> Method:
         """Return the method with its budget in tokens per kv head.
 
-        A budget that is a share is a share of the cell's context; one in bytes is of one sequence's cache.
+        A budget given as a share is taken of the cell's context length. A budget given in bytes is the size of the
+        whole cache of one sequence.
         """
         trace, layers = prepared.traces[0], len(prepared.traces)
         heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
@@ -101,9 +112,10 @@ class Bench:
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
     def run(self, method: Method, prepared: Prepared) -> Measurement:
-        """Run a method on all samples of a cell in one batch: prefill the contexts, seal, feed the questions, decode.
+        """Run a method on all samples of a cell in one batch, and return the answers, bytes and times.
 
-        Returns the answers, bytes and times.
+        The contexts are prefilled and the cache is sealed (end of the prompt). Then the questions are fed, and the
+        answers are decoded greedily.
         """
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
         cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
@@ -129,7 +141,11 @@ class Bench:
         )
 
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: Measurement) -> Row:
-        """Build the audit's row of a setting on a cell, from its measurement and that of the exact cache."""
+        """Build the row of a setting on a cell, from the setting's measurement and the exact cache's.
+
+        A setting is a method with its budget; a cell is a task at a context length under a protocol. The output error
+        is measured here, on the recorded traces of `prepared`.
+        """
         cell = prepared.work.cell
         by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
         trace = prepared.traces[0]
@@ -164,7 +180,8 @@ class Bench:
     def _is_right(self, item: Any, said: Sequence[int]) -> bool:
         """Return True if the decoded tokens `said` are the sample's answer, after white space is normalised.
 
-        A user's prompt does not define where an answer ends, so there more tokens may follow a right answer.
+        The samples of a user's own file do not define where an answer ends (`item.ends` is False). For such a sample,
+        further tokens may follow the right answer.
         """
         text = self.tokenizer.decode(said, skip_special_tokens=True).split()
         wanted = self.tokenizer.decode(self._plain(" " + item.answer), skip_special_tokens=True).split()
@@ -176,8 +193,10 @@ def run_cells(
 ) -> tuple[list[Row], list[HeadFloor]]:
     """Run every setting on every cell, and return the rows and the floors of every kv head.
 
-    The exact cache comes first in `settings`, as the other settings are compared with it. `progress` is called with a
-    line of text before each measurement.
+    A setting is a method with its budget; a cell is a task at a context length under a protocol, and its samples are a
+    `Work`. A row is one setting measured on one cell. A floor is the least bytes that any method needs. The exact cache
+    comes first in `settings`, as the other settings are compared with it. `progress` is called with a line of text
+    before each measurement.
     """
     rows, floors = [], []
     for one in work:

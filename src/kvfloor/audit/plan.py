@@ -61,8 +61,8 @@ def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMet
     """Return the settings of an audit: every method under every budget, the baselines first, each setting once.
 
     A method whose text has a budget keeps it. A method that takes no budget runs once. A baseline that is also among
-    `methods` is marked as both. Raises ValueError for an unknown method, and for a budget smaller than the number of
-    tokens that the method protects.
+    `methods` is marked as a baseline and as asked for. Raises ValueError for an unknown method, and for a budget
+    smaller than the number of tokens that the method protects.
     """
     sizes: list[Budget] = [parse_budget(text) for text in budgets]
     if not sizes:
@@ -82,7 +82,10 @@ def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[Budge
 
 
 def check_protocols(protocols: Sequence[str]) -> None:
-    """Raise ValueError unless every name is a protocol ("after" or "visible") and there is at least one."""
+    """Raise ValueError unless every name is a protocol ("after" or "visible") and there is at least one.
+
+    "after" asks a sample's question after its context is compressed, "visible" before.
+    """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown or not protocols:
         raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(PROTOCOLS)}")

@@ -31,7 +31,11 @@ WEAK_EXACT_SCORE = 0.5
 class Judged:
     """Record the verdict on one candidate setting over all cells.
 
-    verdict                    the worst verdict over the cells, that of the row `weakest`
+    A setting is a method with its budget; a cell is a task at a context length under a protocol.
+
+    verdict                    the worst verdict over the cells: "holds" (a loss of the margin is excluded), "falls" (a
+                               loss is certain) or "open" (neither is shown)
+    weakest                    the row (setting measured on one cell) that has the worst verdict
     believed                   True if the setting and every larger budget of its method hold
     state_bytes, exact_bytes   means over the cells
     peak_state_bytes           maximum over the cells
@@ -54,9 +58,11 @@ class Judged:
 class Recommendation:
     """Hold the recommended setting of an audit, and all candidates with their verdicts.
 
+    A candidate is a setting (method with budget) that was measured on every cell and saves bytes.
+
     method    text of the recommended setting, or None if no setting is safe
     judged    the verdict on every candidate, from the fewest bytes up
-    exact     the rows of the reference, one per cell
+    exact     the rows of the exact cache, one per cell (task, context length, protocol)
     standard  margin and confidence that every candidate was judged by
     """
 
@@ -79,9 +85,10 @@ class Recommendation:
 def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.95) -> Recommendation:
     """Return the safe setting of fewest bytes, with the verdict on every candidate.
 
-    No setting is recommended if every cell is weak. The default margin of 15 points suits a short audit: at n = 40 and
-    eight methods, the test bounds the loss of a setting that loses no sample by less than 14 points. A tighter margin
-    needs more samples.
+    A setting is a method with its budget; a cell is a task at a context length under a protocol. No setting is
+    recommended if every cell is weak, i.e. if exact itself scores below WEAK_EXACT_SCORE on each. The default margin of
+    15 points suits a short audit: with n = 40 samples per cell and eight methods, a setting that loses no sample to
+    exact is shown to lose less than 14 points. A tighter margin needs more samples.
 
     Raises ValueError if the rows hold no exact reference or a setting twice on one cell, or if margin or confidence is
     out of range.
@@ -109,8 +116,8 @@ def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.9
 def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[Row]]:
     """Map each setting that may be recommended to its rows, one per cell.
 
-    Candidates are measured on every cell, take fewer bytes than exact, and are neither `exact` nor `random`. Raises
-    ValueError for a setting with two rows on one cell.
+    Such a setting (method with budget) is measured on every cell (task, context length, protocol), takes fewer bytes
+    than exact, and is neither `exact` nor `random`. Raises ValueError for a setting with two rows on one cell.
     """
     settings: dict[str, dict[Cell, Row]] = defaultdict(dict)
     for row in rows:
@@ -127,7 +134,10 @@ def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[R
 
 
 def _judge(candidates: dict[str, list[Row]], standard: Standard) -> tuple[Judged, ...]:
-    """Judge every candidate, each method's budgets from the largest down; return the verdicts by rising bytes."""
+    """Judge every candidate, each method's budgets from the largest down; return the verdicts by rising bytes.
+
+    `candidates` maps settings (methods with budgets) to their rows, one row per cell (task, context length, protocol).
+    """
 
     def strength(row: Row) -> tuple[int, float, float, Cell]:
         lower_end = standard.lower_end(row)

@@ -10,8 +10,8 @@ e.g. `h2o@256:recall.score>=0.9 and h2o@256:diff_low>=-15%`.
 
 METHOD is a setting (a method with its budget) in any spelling of the grammar. Without arguments it means every
 configuration (`h2o@256` means `h2o(recent=64)@256` too), without a budget every budget. Without METHOD a clause is
-about the settings that were asked for, not the baselines beside them; without TASK, about every task. It must hold on
-every row that it is about; a row is one setting measured on one task, context length and protocol.
+about the settings that were asked for, not the baselines beside them; without TASK, about every task. A clause must
+hold on every row that it is about; a row is one setting measured on one task, context length and protocol.
 
 Exit codes: 0 if every clause holds, 1 if one does not, 2 (ValueError here, before any measurement) for text that is no
 condition or covers no row. A clause without rows is an error, because it would always hold.
@@ -67,7 +67,7 @@ class Clause:
         return alike and named.budget in (None, setting.budget)
 
     def holds(self, row: Row) -> bool:
-        """Return True if the row's figure meets the bound; a figure that was not measured (None) does not."""
+        """Return True if the row's field `figure` meets the clause's bound; None (not measured) does not meet it."""
         value = getattr(row, self.figure)
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
@@ -87,8 +87,8 @@ class Condition:
 def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[str]) -> tuple[Condition, ...]:
     """Parse the text of `--require` into conditions, for an audit of these settings and tasks.
 
-    Raises ValueError naming the clause that does not follow the grammar, with the grammar and the figures, or the
-    clause that is about no row.
+    A clause compares one field of a row, its figure, with a number. Raises ValueError naming the clause that does not
+    follow the grammar, with the grammar and the known figures, or the clause that is about no row of the audit.
     """
     found = []
     for part in split_words(text.strip(), r"\s+and\s+") or [text]:
@@ -106,7 +106,10 @@ def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[
 
 
 def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str]:
-    """Return one line of text per row that misses a condition; an empty list if every condition holds."""
+    """Return one line of text per row that misses a condition; an empty list if every condition holds.
+
+    A row is one setting (method with budget) measured on one task, context length and protocol.
+    """
     lines = []
     for condition in conditions:
         clause = condition.clause

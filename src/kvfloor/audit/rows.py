@@ -141,7 +141,10 @@ class Row:
 
     @property
     def below_floor(self) -> bool:
-        """Return True if the state is smaller than the worst-case floor, as the data was easier than the worst case."""
+        """Return True if the state has fewer bytes than the worst-case floor.
+
+        This is possible, because the floor holds for the worst data, and the audited data may be easier.
+        """
         return self.state_bytes < self.floor_bytes
 
 
@@ -174,7 +177,8 @@ def measured_row(
 
     `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact row
     they are `outcomes`.
-    Raises ValueError where fewer than 32 samples were run, the two do not pair, or a number is not finite.
+    Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
+    number is not finite.
     """
     n, method = len(outcomes), setting.text
     gained, lost = paired_counts(outcomes, exact_outcomes)

@@ -62,7 +62,7 @@ class AuditRequest:
 class Answer:
     """Hold the results of an audit: rows, kv heads' floors, recommendation, and the request that they answer.
 
-    report      where the page is to be written: `kvfloor.report.render` does so
+    report      path of the HTML page, which `kvfloor.report.render` writes later
     shortfalls  a line for each row that misses a condition of `require`
     """
 

@@ -19,11 +19,16 @@ from kvfloor.hf.recording import Recorder
 
 @dataclass
 class Trace:
-    """Hold one layer's recorded stream of a few samples: q (rows, g, n, d), k and v (rows, n, .), present (rows, n).
+    """Hold one layer's recorded queries, keys and values on a few samples.
 
-    A row is one sample and kv head, g the GQA group; present is False on padding. The last `asked` slots are the
-    question's and the answer's; the ones before them the context's. `exact` holds exact attention's outputs on the last
-    `asked` slots.
+    A row is one kv head on one sample, g the size of the GQA group, n the number of tokens with padding.
+
+    q        (rows, g, n, d)               queries
+    k, v     (rows, n, d), (rows, n, dv)   keys and values
+    present  (rows, n)                     False on padding
+    asked                                  number of tokens at the end that are the question's and the answer's; the
+                                           tokens before them are the context's
+    exact    (rows, g, asked, dv)          outputs of exact attention on these last tokens
     """
 
     layer: int
@@ -64,8 +69,9 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 def replay(trace: Trace, method: Method) -> Tensor:
     """Return a method's attention outputs (rows, g, asked, dv), float32, for the last `asked` queries of a trace.
 
-    The context's tokens are appended first, and the state is sealed (its prompt ends) before these queries. The
-    method's budget must be in tokens, as `Bench.resolved` returns it.
+    A row is one kv head on one sample, g the size of the GQA group, dv the width of a value. The context's tokens are
+    appended first, and the state is sealed (its prompt ends) before these queries. The method's budget must be in
+    tokens, as `Bench.resolved` returns it.
     """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]

@@ -23,16 +23,16 @@ def check_broken(method: Method, at: Setting) -> None:
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
     """Make the call fail at each of its torch operations, or at `most` of them, each time on a copy of `state`.
 
-    Returns the number of failures by their outcome.
+    Returns the number of failures for each behaviour of the state afterwards: unchanged, refusing calls, or faulty.
     """
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))
 
 
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
-    """Return every kind of call that changes a state, by description, as (state, call on that state).
+    """Return {description: (state, call)} for every kind of call that changes a state; call(state) makes the call.
 
-    Each state has evicted tokens and is in the middle of a block, except for the call that seals (ends the prompt).
+    Each state has evicted tokens and is in the middle of a block, except the one to be sealed (its prompt ended).
     """
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)

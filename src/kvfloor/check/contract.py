@@ -15,7 +15,7 @@ from kvfloor.methods.grammar import parse
 
 
 def check_text(method: Method, at: Setting) -> None:
-    """Require that a method is a frozen value, and that its text parses back to it."""
+    """Require that a method is a frozen, hashable dataclass, and that its text parses back to it."""
     del at
     text = str(method)
     try:
@@ -50,7 +50,10 @@ def check_documented(method: Method, at: Setting) -> None:
 
 
 def check_guarantee(method: Method, at: Setting) -> None:
-    """Require that a guarantee states error, probability, norm, quantifier, source, and why it was withdrawn."""
+    """Require that a guarantee states error, probability, norm, quantifier, source; once withdrawn, also the reason.
+
+    Tested are the method's guarantee and that of a state which has been fed tokens; None states no guarantee.
+    """
     state, spec = method.open(spec_for(method, at)), spec_for(method, at)
     play(state, stream_for(method, at))
     for stated, where in ((method.guarantee(spec), "the method"), (state.guarantee(), "the state")):
@@ -108,7 +111,7 @@ def check_shapes(method: Method, at: Setting) -> None:
 
 
 def check_read_pure(method: Method, at: Setting) -> None:
-    """Require that `read` changes nothing, that repeating it gives the same bits, and that `attend` answers alike."""
+    """Require that `read` changes nothing, gives the same bits when repeated, and agrees with `attend`."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at)
     play(state, stream, stop=prompt_length(method) + 5)

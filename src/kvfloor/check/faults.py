@@ -23,7 +23,7 @@ class Injected(Exception):
 class Faults(TorchDispatchMode):
     """Count the torch operations in a `with` block as `done`, and raise `Injected` after operation number `at`.
 
-    None: never raise.
+    With `at` None the operations are only counted.
     """
 
     def __init__(self, at: int | None = None) -> None:
@@ -57,7 +57,7 @@ class FaultTally:
     """Count injected failures by their outcome.
 
     as_before   the state (or cache) was as before the call, and the call made again succeeds
-    taken_in    a cache had already appended all tokens of the call
+    taken_in    the call was a cache's, and the cache had already appended all its tokens in every layer
     refused     every further call raises BrokenState
     silent      one sentence for each failure with any other outcome, which is a fault
     """
@@ -82,8 +82,10 @@ class FaultTally:
 def broken_at(state: State, call: Call, points: Iterable[int]) -> FaultTally:
     """Make the call fail at each torch operation in `points`, each time on a clone of `state`, and count the outcomes.
 
-    As before: the clone's message is the one from before the call, and the call made again gives the bits that it gives
-    undisturbed. Refused: every public call on the clone raises BrokenState. Anything else is listed in `silent`.
+    as_before  the clone's bytes (`to_bytes`) equal those from before the call, and the call made again gives the same
+               bits as a call without failure
+    refused    every public call on the clone raises BrokenState
+    silent     a sentence for every other outcome
     """
     before, twin, tally = state.to_bytes(), state.clone(), FaultTally()
     answer = call(twin)

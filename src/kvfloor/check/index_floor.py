@@ -19,11 +19,12 @@ _ETA = 0.5
 
 
 def check_index_floor(method: Method, at: Setting) -> None:
-    """Require that queries recover at most 8 bits per byte of the message and of nbytes, live and restored.
+    """Require that queries recover at most 8 bits per byte of `nbytes`, and of the saved state (`to_bytes`).
 
-    A short game in this process: random bits are hidden in values, the tokens are appended, and the bits are asked
-    back by spike queries, which attend to one token. Counted are the bits that the answers certify (`judge`). The game
-    in which a fresh process answers from the message alone is `kvfloor break`.
+    Tested on the live state and on one restored from the bytes of `to_bytes` (the message). A short game in this
+    process: random bits are hidden in values, the tokens are appended, and the bits are asked back by spike queries,
+    which attend to one token. Only the bits that the answers certify are counted (`judge`). The game in which a fresh
+    process answers from the message alone is `kvfloor break`.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)

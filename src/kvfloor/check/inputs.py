@@ -20,7 +20,7 @@ Call = Callable[[], object]
 def _require_refusal(state: State, calls: dict[str, Call], kinds: tuple[type[Exception], ...]) -> None:
     """Raise Broken unless every call raises an exception of one of `kinds` and leaves the state as it was.
 
-    calls: by description, for the error.
+    calls: {description: call}; the error names the call by its description.
     """
     before = state.to_bytes()
     wanted = " or ".join(kind.__name__ for kind in kinds)

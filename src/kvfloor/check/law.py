@@ -41,9 +41,9 @@ class Check:
     """Hold one law of the contract, and the settings under which it is tested.
 
     run           function of a method and a setting that raises Broken if the law fails
-    not_claimed   function of a method that returns a sentence why the law does not apply to it, or None if it does
-    over          the parts of a setting, of "dtype" and "g", that the law is tested for several values of; for the
-                  others one value is enough
+    not_claimed   function of a method that returns the reason why the law does not apply to it, None if it applies
+    over          the parts of a setting ("dtype", "g") on which the outcome may depend: the law is tested for several
+                  values of these, and for one value of the others
     """
 
     run: Callable[[Method, Setting], None]
@@ -56,5 +56,5 @@ class Check:
 
     @property
     def law(self) -> str:
-        """Return the law in one sentence: the first line of the function's docstring."""
+        """Return the law in one sentence: the first line of the docstring of the check's function `run`."""
         return (self.run.__doc__ or "").strip().partition("\n")[0]

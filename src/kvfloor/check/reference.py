@@ -1,4 +1,7 @@
-"""Check that answers equal exact attention where a method claims it, and that the traits it claims hold."""
+"""Check that answers equal exact attention where a method claims it, and that its other claims (`Traits`) hold.
+
+The other claims are normalised weights, linearity in values and constant memory.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,11 @@ class _Kept:
 
 
 def check_attends_to_held(method: Method, at: Setting) -> None:
-    """Require attention over the held tokens that are read, and over evicted ones with logit 0 if "unmasked"."""
+    """Require exact attention over the held tokens that are read; "unmasked" methods add evicted ones at logit 0.
+
+    A held token is read unless the method's selector skips it for the query. "unmasked" is a value of
+    `Traits.reference`: the attention law by which evicted tokens keep logit 0.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     q = probes(spec)
@@ -115,7 +122,7 @@ def check_attends_to_held(method: Method, at: Setting) -> None:
 
 
 def check_hull(method: Method, at: Setting) -> None:
-    """Require normalised weights: each coordinate of an answer lies between the least and largest value so far."""
+    """Require normalised weights: each coordinate of an answer lies in that coordinate's range of the values so far."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     # Values far from 0 reveal weights that do not sum to 1; a different range per coordinate reveals mixed coordinates.
     stream = replace(stream, v=stream.v / 4.0 + torch.linspace(2.0, 6.0, spec.dv).to(at.dtype))
@@ -127,7 +134,10 @@ def check_hull(method: Method, at: Setting) -> None:
 
 
 def check_value_linear(method: Method, at: Setting) -> None:
-    """Require linearity in values: under fixed keys and queries, a combination of values gives that of the answers."""
+    """Require answers linear in values: values a v + b w give a times the answers to v plus b times those to w.
+
+    Keys and queries are fixed, and the tokens that are kept must be the same.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     one = (4.0 * stream.v).round() / 4.0  # quarters: their combination below is exact in every dtype
     two = (4.0 * stream_for(method, at, salt=1).v).round() / 4.0

@@ -49,7 +49,10 @@ def check_row_isolation(method: Method, at: Setting) -> None:
 
 
 def check_row_alone(method: Method, at: Setting) -> None:
-    """Require that a row keeps the same tokens in a state of its own as in a batch, under the same row id."""
+    """Require that a row keeps the same tokens in a state of its own as in a batch, under the same row id.
+
+    The answers must agree too. A row id is the identity in the spec that keys the row's random draws.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     outputs = play(state, stream)

@@ -1,4 +1,7 @@
-"""Check that nbytes counts all storage, and that a message restores a state exactly or is refused."""
+"""Check that nbytes counts all storage, and that saved states are restored exactly or refused.
+
+A message is the bytes of `State.to_bytes`, from which `Method.from_bytes` restores a state.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ _SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a contai
 
 
 def storages(state: State) -> tuple[dict[int, int], int]:
-    """Return the bytes of every tensor storage reachable from the state, by address, and those of all other objects.
+    """Return ({address: bytes} of every tensor storage that the state reaches, total bytes of all other objects).
 
-    Independent of `Memory`: it follows every attribute and container. The method, specs and `state.shared` are left
-    out, because a message need not contain them.
+    The walk follows every attribute and container, and does not use `Memory`, the code under test. The method, specs
+    and `state.shared` are left out, because a saved state need not contain them.
     """
     found: dict[int, int] = {}
     others, met = 0, {id(state.shared)}  # a part may hold the same dictionary
@@ -69,7 +72,7 @@ def check_nbytes(method: Method, at: Setting) -> None:
 
 
 def check_message_round_trip(method: Method, at: Setting) -> None:
-    """Require that a state restored from its message answers and continues with the same bits."""
+    """Require that a state restored from its message (`to_bytes`) answers and continues with the same bits."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     present = some_absent(stream, at.seed)
     live = method.open(spec)
@@ -106,7 +109,7 @@ def _require_twin(live: State, spec: Spec, when: str) -> None:
 
 
 def check_corrupt_message(method: Method, at: Setting) -> None:
-    """Require that a message that was truncated, lengthened or changed in one bit raises CorruptState."""
+    """Require that a message (`to_bytes`) that was truncated, lengthened or changed in a bit raises CorruptState."""
     state = method.open(spec_for(method, at))
     play(state, stream_for(method, at))
     message = state.to_bytes()

@@ -26,8 +26,8 @@ def check_chunking(method: Method, at: Setting) -> None:
     """Require that any split of a stream into calls keeps the same tokens and gives the same answers.
 
     Tested across 20 block ends, with and without padding, by random pieces and token by token, from tensors that lie
-    elsewhere in memory. For a method of constant memory that keeps tokens in slots, the messages must be the same
-    bytes too.
+    elsewhere in memory. For a method of constant memory that keeps tokens in slots, the states' bytes (`to_bytes`) must
+    be equal too.
     """
     spec, n = spec_for(method, at), long_stream_length(method)
     stream = stream_for(method, at, n=n)

@@ -99,7 +99,7 @@ def prompt_length(method: Method) -> int:
 
 
 def stream_length(method: Method) -> int:
-    """Return a stream length in tokens: that of the prompt, and more than a block after it."""
+    """Return a stream length in tokens: a prompt of `prompt_length`, and more than one block after it."""
     return prompt_length(method) + method.block + 14
 
 
@@ -111,7 +111,7 @@ def long_stream_length(method: Method) -> int:
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
     """Draw a random stream of n tokens: normal queries and keys, uniform values in [-1, 1].
 
-    spec and n are the usual ones for this method unless given; another `salt` gives another stream.
+    spec and n are those of `spec_for` and `stream_length` unless given. Another `salt` gives another stream.
     """
     spec = spec_for(method, at) if spec is None else spec
     n = stream_length(method) if n is None else n
@@ -135,7 +135,7 @@ def probes(spec: Spec, m: int = 5) -> Tensor:
 
 
 def some_absent(stream: Stream, seed: int) -> Tensor:
-    """Draw a mask (rows, n) of the real tokens of a stream: a third is padding, in each row another share."""
+    """Draw a mask (rows, n), True for the real tokens of a stream: a third is padding, in each row another share."""
     rows, n = stream.k.shape[:2]
     source = torch.Generator().manual_seed(31 + seed)
     share = 1.0 - torch.arange(1, rows + 1).unsqueeze(1) / (1.5 * (rows + 1))
@@ -179,7 +179,7 @@ def play(
 
 @dataclass(frozen=True)
 class Tokens:
-    """Hold the tokens in one row's slots, oldest first: position (h,), k (h, d), v (h, dv)."""
+    """Hold the h tokens in one row's slots, oldest first: position in the stream (h,), k (h, d), v (h, dv)."""
 
     position: Tensor
     k: Tensor
@@ -213,8 +213,8 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
     """Raise Broken unless states a and b have seen equally many tokens, hold the same ones and answer alike.
 
-    For a method of constant memory that keeps tokens in slots, the messages must be the same bytes too. `what` names
-    the two states in the error.
+    For a method of constant memory that keeps tokens in slots, the states' bytes (`to_bytes`) must be equal too. `what`
+    names the two states in the error.
     """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
     require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")

@@ -1,4 +1,7 @@
-"""Reduce tensor attention to standard attention by second keys and values of ones, so that every law can be tested."""
+"""Reduce tensor attention to standard attention by second keys and values of ones, so that every law can be tested.
+
+Tensor attention is softmax over pairs of tokens; each token has two keys K1, K2 and two values V1, V2.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from kvfloor.methods.grammar import parse
 
 @dataclass(frozen=True)
 class Ones(Method):
-    """Wrap a tensor-attention method `inner` as standard attention: keys and values of one side are the stream's.
+    """Wrap a tensor-attention method `inner` as standard attention, by ones as its second keys and values.
 
-    A side is (K1, V1) or (K2, V2); `side` (1 or 2) gets the stream, the other side gets ones. With K2 = V2 = 1 tensor
-    attention is standard attention on (K1, V1), but n tokens count each token's mass n times.
+    Tensor attention is softmax over pairs of tokens; a token has keys and values (K1, V1) and (K2, V2). `side` is 1 or
+    2: the stream's keys and values become (K1, V1) for 1, (K2, V2) for 2, and the other two become ones. With
+    K2 = V2 = 1 tensor attention is standard attention on (K1, V1), but n tokens count each token's mass n times.
     """
 
     name: ClassVar[str] = "ones"
@@ -68,7 +72,7 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Feed a state of tensor attention with the stream on one side and ones on the other, and return its answers."""
+    """Feed a state of tensor attention with the stream and ones, as `Ones` sets it, and return the state's answers."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -109,9 +113,10 @@ class OnesState(State[Ones]):
         self.inner.seal()
 
     def _counted_once(self, part: Partial) -> Partial:
-        """Divide the mass of a partial by the number of tokens that each token was paired with.
+        """Return the partial (mean and log-mass of attention) with the mass divided by a token's number of partners.
 
-        These are the tokens held if tokens are kept whole, otherwise all tokens seen.
+        Tensor attention pairs each token with every token: with those held if tokens are kept whole, otherwise with all
+        tokens seen.
         """
         paired = self.seen if self.method.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))

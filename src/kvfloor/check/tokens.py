@@ -1,4 +1,8 @@
-"""Check the tokens that a state holds, their number and origin, and that evicted tokens enter the summary once."""
+"""Check the tokens that a state holds, their number and origin, and that evicted tokens enter the summary once.
+
+A summary is the part of a method that absorbs evicted tokens. A selector is the part that picks, for each query, the
+held tokens to read.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +106,7 @@ def check_pinned(method: Method, at: Setting) -> None:
 
 @dataclass(frozen=True)
 class CountingProbe(Summary):
-    """Count the evicted tokens and sum their keys and values, as a summary for tests whose partial is empty."""
+    """Count the evicted tokens and sum their keys and values: a summary for tests that adds nothing to the answers."""
 
     name: ClassVar[str] = "tally"
 
@@ -163,10 +167,10 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 
 
 def _check_weight(state: State, stream: Stream, at: Setting) -> None:
-    """Raise Broken unless a query of zeros gives each token the weight 1, evicted or held, under the unmasked law.
+    """Raise Broken unless a query of zeros gives every token, evicted or held, the unnormalised weight exp(0) = 1.
 
-    Held tokens that the selector does not read have no weight. So values of 1 give the answer 1, with a mass equal to
-    the number of tokens.
+    Only for methods of the "unmasked" law, by which evicted tokens keep logit 0. Held tokens that the selector skips
+    have no weight. All values are 1, so the answer must be 1, and the mass the number of tokens that are not skipped.
     """
     stream = replace(stream, v=torch.ones_like(stream.v))
     nothing = torch.zeros_like(probes(state.spec, 1))
@@ -184,7 +188,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 
 
 def check_selector_subset(method: Method, at: Setting) -> None:
-    """Require that a selector reads at least one visible token and no other, and that evicted ones have no effect."""
+    """Require that a selector reads visible tokens only, at least one per query, and evicted ones have no effect."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
@@ -202,7 +206,10 @@ def check_selector_subset(method: Method, at: Setting) -> None:
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Raise Broken unless a selector without an index hides all slots of its argument `hide`, but not all."""
+    """Raise Broken unless a selector without an index hides all the slots that it must, and leaves some for each query.
+
+    The slots to hide are drawn at random from `source` and given as the argument `hide` of `Selector.hide`.
+    """
     view = state.slots.view()
     width = view.k.shape[1]
     for hidden_share in (0.0, 0.5, 0.9):
@@ -218,9 +225,10 @@ def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator)
 
 
 def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Raise Broken unless a selector with an index chooses for every query at least one visible slot, and each once.
+    """Raise Broken unless a selector with an index chooses visible slots only: at least one per query, and none twice.
 
-    Queries see different numbers of slots: at least all those before the tokens since the last block end.
+    The number of visible slots is drawn at random from `source` for each query: at least all held slots but those of
+    the tokens since the last block end (a block is the number of tokens between two evictions).
     """
     held = state.slots.held.unsqueeze(1)
     newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))

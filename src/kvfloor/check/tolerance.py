@@ -36,7 +36,7 @@ def _relatively_apart(a: Tensor, b: Tensor) -> float:
 def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:
     """Raise Broken unless a and b agree within the dtype's tolerance times `size`, the typical size of their numbers.
 
-    `what` begins the error, as in all functions here.
+    `what` begins the error's message, as in all functions of this module.
     """
     require(a.shape == b.shape, f"{what}: the shapes are {tuple(a.shape)} and {tuple(b.shape)}")
     difference, allowed = _relatively_apart(a, b), AGREE[dtype] * size
@@ -44,9 +44,10 @@ def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size:
 
 
 def require_accuracy(answer: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Raise Broken unless the error of `answer` is at most 1.5 times that of `plain`, and some rounding.
+    """Raise Broken unless the error of `answer` is at most 1.5 times that of `plain` plus the dtype's rounding.
 
-    Errors are against the float64 `truth`; `plain` is plain attention in the answer's dtype.
+    An error is the largest difference from the float64 `truth`; `plain` is plain attention in the answer's dtype.
+    `what` begins the error's message.
     """
     error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + ROUNDING[dtype]
     require(error <= allowed, f"{what}: the error is {error:.3g}, allowed is {allowed:.3g}")

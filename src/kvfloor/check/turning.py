@@ -19,7 +19,10 @@ from kvfloor.core.spec import Spec
 
 
 def check_turns(method: Method, at: Setting) -> None:
-    """Require attention over held tokens with keys and queries rotated (RoPE) by their ranks among these tokens."""
+    """Require attention over held tokens with keys and queries rotated (RoPE) by their ranks among these tokens.
+
+    The oldest held token has rank 0. A query has the rank of the newest held token.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     rotation = Rotation(tuple(5.0**-i for i in range(max(1, spec.d // 4))))
     spec = replace(spec, rotation=rotation)

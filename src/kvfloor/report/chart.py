@@ -1,7 +1,7 @@
-"""Lay out series of points on two axes: the numbers, their positions and their words, which `chart.html` draws as SVG.
+"""Lay out figures: curves of points on two axes, with labels and tooltips, for `chart.html` to draw as SVG.
 
-Drawn as plain SVG and not by a plotting library, so that every name passes the page's one escaping path, the
-figure follows the reader's light or dark mode, and a point tells its exact figures without a script.
+The figures are plain SVG, not made by a plotting library. So every name passes the page's one escaping path, a figure
+follows the reader's light or dark mode, and a point shows its exact numbers without a script.
 """
 
 import math
@@ -30,7 +30,7 @@ def number_text(value: float) -> str:
 
 
 def power_text(size: float) -> str:
-    """Write a power of two as a number of bytes, e.g. `64 KiB`."""
+    """Write a size of 2^k bytes with its binary unit, e.g. `64 KiB` for 65536."""
     k = round(math.log2(size))
     step = max(0, min(k // 10, 4))
     return f"{2 ** (k - 10 * step)} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[step]}"
@@ -39,8 +39,10 @@ def power_text(size: float) -> str:
 class Axis:
     """Map numbers to page coordinates between `start` and `end`.
 
-    At both ends of the numbers' span, a share `room` of the span stays free. A logarithmic axis takes its ends from the
-    positive numbers and places any other number at its lower end.
+    The axis spans `values`, and 0 if it is linear. A logarithmic axis spans the positive values alone, and places any
+    other number at its lower end. At both ends a further share `room` of the span stays free.
+
+    most_ticks  most ticks of a logarithmic axis        write  returns the label of a tick's number
     """
 
     def __init__(
@@ -83,11 +85,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Datum:
-    """Hold one point of a figure, in the axes' numbers, and the words shown when the pointer is on it.
+    """Hold one point of a figure: the numbers x and y, and its tooltip `words`.
 
-    interval  the ends of its error bar, if it has one
-    shift     distance to the side at which it is drawn, so that points of almost equal x stand beside one another
-    ringed    drawn with a ring around it
+    interval  the ends of the point's error bar on the y axis; None without one
+    shift     sideways distance, in page coordinates, that keeps points of almost equal x from covering one another
+    ringed    True if the point is drawn with a ring around it
     """
 
     x: float
@@ -108,9 +110,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Rule:
-    """Hold a vertical line of a figure at x, with lines of words beside it from the height `top` down.
+    """Hold a vertical line of a figure, with a label beside it.
 
-    `style` is the line's class in the style sheet.
+    x      the number on the horizontal axis at which the line stands
+    words  the label's lines of text
+    style  the vertical line's class in the style sheet
+    top    page coordinate y of the label's first line
     """
 
     x: float
@@ -123,7 +128,11 @@ class Rule:
 class Chart:
     """Hold everything that `chart.html` draws for one figure.
 
-    `level` is a point whose y is drawn as a line across the figure, with its interval as a band.
+    label       text in place of the figure, for screen readers
+    x_name      label of the horizontal axis
+    across, up  horizontal and vertical axis
+    rules       vertical lines
+    level       a point whose y is drawn as a line across the figure, with its interval as a band
     """
 
     title: str
@@ -138,7 +147,10 @@ class Chart:
 
     @property
     def top(self) -> int:
-        """Return the y coordinate at which the figure is cut off above: further up if it has vertical lines."""
+        """Return the y coordinate of the figure's upper edge.
+
+        A figure with vertical lines begins higher, to have room for their labels.
+        """
         return 0 if self.rules else TOP - CLEAR
 
     def path(self, series: Series) -> str:
@@ -158,7 +170,10 @@ class Chart:
 def line_chart(
     title: str, x_name: str, caption: str, series: Sequence[Series], *, log_x: bool = False, log_y: bool = False
 ) -> Chart:
-    """Make a figure of several curves on common axes that end at their outermost numbers."""
+    """Make a figure of several curves on common axes that span all points; a linear axis also spans 0.
+
+    x_name is the label of the horizontal axis, caption the text below. log_x, log_y: True for a logarithmic axis.
+    """
     data = [one for line in series for one in line.data]
     across = Axis([one.x for one in data], LEFT, RIGHT, log=log_x)
     up = Axis([one.y for one in data], BOTTOM, TOP, log=log_y)
@@ -166,5 +181,8 @@ def line_chart(
 
 
 def line(mark: Mark, points: Sequence[tuple[float, float]]) -> Series:
-    """Make a curve of points without error bars; the words of each point are the mark's name and the numbers."""
+    """Make a curve of (x, y) points without error bars, drawn with the colour and marker `mark`.
+
+    A point's tooltip gives the mark's name and the two numbers.
+    """
     return Series(mark, tuple(Datum(x, y, f"{mark.name}: {number_text(x)}, {number_text(y)}") for x, y in points))

@@ -77,9 +77,11 @@ def _last_component(model: str) -> str:
 def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, Any] | None:
     """Return the recommended setting as a literal to paste into Python, or None where no setting is recommended.
 
-    The dict has `literal`, the setting as a quoted string, and `share`, the budget if it is a share of the context,
-    else None. A share is turned into tokens in the literal: a cache opened for a stream of unknown length takes no
-    share, so the largest audited number of tokens stands for it.
+    A setting is a method with its budget. The dict has two keys:
+    literal  the setting as a quoted string; in place of a budget that is a share stands a number of tokens
+    share    the budget if it is a share of the context, else None
+    A cache that is opened for a stream of unknown length takes no share, so the largest audited number of tokens is
+    written instead.
     """
     chosen = [row for row in rows if row.method == answer.method]
     if answer.method is None or not chosen:

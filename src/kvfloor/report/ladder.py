@@ -42,10 +42,10 @@ class Ladder:
 
 
 def ladders(heads: Sequence[Head]) -> list[Ladder]:
-    """Lay out the kv heads in two ladders: the WORST heads of the largest floors, then all other heads.
+    """Lay out the kv heads in two ladders: the heads with the largest floors (WORST of them), then all others.
 
-    The first goes from the largest floor down, the second from the first layer down. Both have one scale of bytes. A
-    model of at most WORST heads has one ladder, from the first layer down.
+    A ladder has one line per kv head. The first ladder is ordered from the largest floor down, the second by layer and
+    head. Both have the same axis of bytes. A model of at most WORST heads has one ladder, ordered by layer and head.
     """
     sizes = [size for one in heads for size in (one.floor_bytes, one.best_bytes, one.exact_bytes) if size]
     across = Axis(sizes, LEFT, RIGHT, log=True, room=0.02, most_ticks=9, write=power_text)

@@ -46,9 +46,10 @@ class Mark:
 
 
 def marks(rows: Sequence[Row]) -> dict[str, Mark]:
-    """Map each configuration (a setting without its budget) to a mark, in the rows' order; `exact` has its own.
+    """Map each configuration (a setting without its budget) to a mark, in the rows' order with baselines last.
 
-    The first 64 methods get different pairs of colour and marker.
+    `exact` is left out, as every figure has a mark for it. The first 64 methods get different pairs of colour and
+    marker.
     """
     methods: dict[str, bool] = {}
     for row in rows:
@@ -59,11 +60,15 @@ def marks(rows: Sequence[Row]) -> dict[str, Mark]:
 
 
 def nth_mark(index: int, name: str, baseline: bool = False) -> Mark:
-    """Return the mark of the given number; the first 64 differ in colour or marker."""
+    """Return mark number `index`, a colour and a marker; the first 64 differ in colour or marker.
+
+    name      name of the curve that has this mark
+    baseline  True for a mark that is drawn hollow and dashed
+    """
     shape = SHAPES[(index + index // COLOURS) % len(SHAPES)]
     return Mark(name, f"s{index % COLOURS}", shape, baseline)
 
 
 def bound_mark(index: int, name: str) -> Mark:
-    """Return the mark of a bound, a dashed line without markers, in the colour of the given number."""
+    """Return the mark of a curve that shows a bound: a dashed line without markers, in colour number `index`."""
     return Mark(name, f"s{index % COLOURS}", "", baseline=True)

@@ -105,7 +105,7 @@ def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...
 
 
 def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
-    """Return the table of bytes: one entry per setting and context length."""
+    """Return the table of bytes: one `Sizes` per setting (method with budget) and context length."""
     return tuple(
         Sizes(
             setting=setting,
@@ -124,7 +124,7 @@ def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
 
 
 def speeds(rows: Sequence[Row]) -> tuple[Speed, ...]:
-    """Return the table of times: one entry per setting and context length."""
+    """Return the table of times: one `Speed` per setting (method with budget) and context length."""
     table = []
     for (setting, context), group in _by_context(rows).items():
         decode = [row.decode_ms_per_token for row in group if row.decode_ms_per_token is not None]

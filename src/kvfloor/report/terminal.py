@@ -38,9 +38,9 @@ def print_report(rows: Sequence[Row], answer: Recommendation, console: Console) 
 
 
 def print_barriers(results: Sequence[Result]) -> None:
-    """Print a table with one line per game, then each game's verdict in words with the numbers of its barrier.
+    """Print a table with one line per game, then each game's verdict in words with its further numbers.
 
-    A game plays the hard instance of a memory theorem (a barrier) against a method.
+    A game plays a barrier, i.e. the hard instance of a memory theorem, against a method.
     """
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -60,7 +60,10 @@ def print_barriers(results: Sequence[Result]) -> None:
 
 
 def details_text(details: Mapping[str, Any]) -> str:
-    """Return a barrier's own numbers as one line of text; lists are left to the JSON and the page."""
+    """Return the numbers that only games of one barrier have, as one line of text: "name value, name value".
+
+    A barrier is the hard instance of a memory theorem. Lists are left to the JSON and the page.
+    """
     shown = {name: value for name, value in details.items() if isinstance(value, (str, int, float))}
     return ", ".join(
         f"{name.replace('_', ' ')} {f'{value:,.4g}' if isinstance(value, float) else value}"

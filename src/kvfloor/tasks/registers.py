@@ -18,8 +18,8 @@ JITTER = 0.2  # a period varies by this share: the next write is not known from 
 def make(request: Request) -> Sample:
     """Return a sample: lines "r3 = 47." up to the requested length, and a question for all current values.
 
-    The answer lists them in the registers' order, as in "47 r1 = 12 ...". Raises ValueError if the length has no place
-    for two lines per register.
+    The question ends in "r0 =", so the answer is the value of r0 and then the other registers, as in "47 r1 = 12 ...".
+    Raises ValueError if the length has no place for two lines per register.
     """
     rng, k = request.rng, request.difficulty
     empty = request.count("")

@@ -44,9 +44,10 @@ class Task:
     lowest, highest  limits of the difficulty
     default          returns the difficulty for a context of so many tokens
     make             makes the sample that a request asks for
-    depth_moves      what a given `depth` places; None if the evidence is spread over the whole context
-    things           most nouns of the lexicon that the task takes at its default difficulty, in a context that several
-                     tasks share
+    depth_moves      the fact that a given `depth` places, in words, such as "the key"; None if the facts are spread
+                     over the whole context, so that no depth can be given
+    things           most nouns of the lexicon that the task takes at its default difficulty, where several tasks share
+                     one context
     """
 
     name: str

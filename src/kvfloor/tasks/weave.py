@@ -67,7 +67,8 @@ def weave(
 def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[str, int]]:
     """Draw filler sentences of nearly, and at most, `room` tokens in all; return (sentence, tokens) pairs.
 
-    count returns the number of tokens of a text, `empty` of which are those of an empty text (BOS).
+    count  returns the number of tokens of a text, with special tokens such as BOS
+    empty  number of tokens that `count` returns for an empty text, which sentences are not charged for
     """
     chosen: list[tuple[str, int]] = []
     misses = 0
@@ -86,8 +87,10 @@ def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[
 def interleave(facts: list[tuple[float, str]], sizes: list[int], filler: list[tuple[str, int]]) -> str:
     """Return facts and filler as one text, each fact at its share of the text's tokens.
 
-    facts: (share from 0 to 1, sentence), in order of shares; sizes: their tokens; filler: (sentence, tokens). A fact
-    goes before the first filler sentence at which the text so far has reached its share.
+    facts   (share from 0 to 1, sentence), in order of shares
+    sizes   number of tokens of each fact
+    filler  (sentence, number of tokens)
+    A fact goes before the first filler sentence at which the text so far has reached the fact's share.
     """
     total = sum(sizes) + sum(size for _, size in filler)
     ahead = list(accumulate(sizes, initial=0))

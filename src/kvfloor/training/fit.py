@@ -35,7 +35,7 @@ class Recipe:
                         decides which epoch's kernels are returned
     epochs, batch       passes over the texts; texts per step
     lr, dropout, seed   Adam's learning rate; share of hidden units off in training; seed of all randomness
-    The LESS paper takes 512 texts and a hidden width of 512; the other defaults are its own.
+    The defaults are the LESS paper's, except for samples and hidden, of which the paper takes 512 each.
     """
 
     rank: int = 8
@@ -59,10 +59,13 @@ class Recipe:
 
 
 def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
-    """Return attention outputs (P, g, m, dv) of P kv heads, with the kernels' state in place of the evicted tokens.
+    """Return attention outputs (P, g, m, dv) with the kernels' low-rank state in place of the evicted tokens.
 
-    given: one text in one layer, with its g * m queries per kv head. Each query sees the state of the tokens that were
-    evicted before it, merged with exact attention over the tokens still held.
+    kernels  two small networks per kv head, which sum evicted tokens up in the state and read it
+    given    one text in one layer, with queries of m tokens and g query heads for each of P kv heads
+    dropout  share of the networks' hidden units that are off
+    Each query reads the state of the tokens that were evicted before it, merged with exact attention over the tokens
+    still held.
     """
     heads, g, m, _ = given.q.shape
     psi = kernels.psi(given.k, dropout)
@@ -96,8 +99,8 @@ def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
 def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
     """Return the attention layer's output (m, hidden) for m tokens, given its heads' outputs x (P, g, m, dv).
 
-    The heads are concatenated and multiplied by the output projection `weight` (hidden, P * g * dv); None: not
-    multiplied.
+    There are P kv heads with g query heads each, and dv is the width of a value. The heads' outputs are concatenated
+    and multiplied by the output projection `weight` (hidden, P * g * dv); None: not multiplied.
     """
     heads = x.permute(2, 0, 1, 3).flatten(1)
     return heads if weight is None else heads @ weight.T
@@ -164,8 +167,9 @@ def train(
     material   texts that the model runs over
     method     the eviction policy with its budget, which decides the tokens that the kernels learn to replace
     say        called with each line of progress
-    Layers that no compressed cache serves get untrained kernels, or those of the layer before. Raises ValueError if the
-    policy evicts (nearly) nothing from these texts.
+    Kernels are two small networks per kv head, which replace evicted tokens. A layer that `CompressedCache` does not
+    compress gets the kernels of the layer before it, or untrained ones if it is the first.
+    Raises ValueError if the policy evicts (nearly) nothing from these texts.
     """
     compressed = {layer.index for layer in CompressedCache(model.config, "exact").compressed}
     layers: list[Kernels] = []

@@ -35,15 +35,16 @@ class Text:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Hold one text in one layer with P kv heads: n tokens, and the m tokens of queries after the first eviction.
+    """Hold one text in one layer: keys and values of n tokens, and queries of the m tokens after the first eviction.
 
-    A departure is a time at which tokens are evicted; departures are numbered from 0.
+    P is the number of kv heads, g of query heads per kv head; d and dv are the widths of a key and a value. A departure
+    is a time at which tokens are evicted; departures are numbered from 0.
     q               (P, g, m, d): the queries
     k, v            (P, n, d), (P, n, dv): keys and values of all tokens
     rank            (P, n): number of the departure at which each token is evicted; `departures` if never
     departures      number of departures
     gone            (m,): number of departures before each query
-    mean, log_mass  (P, g, m, dv), (P, g, m): attention over the tokens still held, and its log-sum-exp of logits
+    mean, log_mass  (P, g, m, dv), (P, g, m): attention over the tokens still held, and the log-sum-exp of their logits
     exact           (P, g, m, dv): attention over all tokens
     """
 
@@ -90,8 +91,9 @@ def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Ite
 def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Any, Any]]:
     """Yield (q, k, v, scale, softcap) of model layer `layer` for each text.
 
-    q (kv heads, g, n, d), k and v (kv heads, n, .), after RoPE; the model runs over the text with an exact cache.
-    scale and softcap: the factor on q.k, and the cap on logits or None.
+    q (kv heads, g, n, d), k (kv heads, n, d) and v (kv heads, n, dv) are taken after RoPE, while the model runs over
+    the text with an exact cache; g is the size of the GQA group, n the number of tokens. scale is the factor on q.k,
+    softcap the cap on logits or None.
     """
     for text in material:
         cache = CompressedCache(model.config, "exact")
@@ -102,10 +104,11 @@ def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple
 
 
 def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
-    """Return when the policy `method` evicts each token: (rows, n), the number of tokens seen then, n + 1 if never.
+    """Return the time (rows, n) at which the policy `method` evicts each token, counted in tokens appended by then.
 
-    The state is sealed after `prompt` tokens, which marks the end of the prompt. q (rows, g, n, d), k and v
-    (rows, n, .) are one layer's stream, a row per kv head.
+    The time is n + 1 for a token that is never evicted. The state is sealed after `prompt` tokens, which marks the end
+    of the prompt. q (rows, g, n, d), k (rows, n, d) and v (rows, n, dv) are one layer's stream of n tokens: a row per
+    kv head, g query heads each.
     """
     state = replace(method, summary=Drop()).open(spec)
     assert isinstance(state, BoundedState)
