@@ -1,4 +1,4 @@
-"""Define the method for all caches that keep whole tokens: policy x summary x selector, with one eviction loop."""
+"""Define the method of all caches that keep whole tokens: a policy, a summary, a selector, and one eviction loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Bounded(Method):
 
     policy    decides which held token is evicted   summary   stores what is kept of evicted tokens
     selector  picks the held tokens a query reads   budget    tokens per row (one number, or one per row)
-    block     1 is the papers' rule: evict after every token. Larger blocks evict `block` tokens at once.
+    block     tokens of a row between two evictions; 1 is the papers' rule: evict after every token. Larger blocks evict
+              `block` tokens at once.
     prefill   "stream": the budget holds from the first token; "dense": every token is kept until the seal
               (end of the prompt). None: `usual_prefill` of the policy.
     """

@@ -1,4 +1,4 @@
-"""Resolve budgets to tokens per row: tokens, a share of the context, or bytes of the whole cache."""
+"""Convert budgets, given as tokens, a share of the context, or bytes of the whole cache, to tokens per row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORMS = "a number of tokens (512), a share of the context (25%) or bytes (64MiB
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse the text of a budget: return "512" as an int, "25%" and "64MiB" as checked text.
+    """Parse the text of a budget: return "512" as an int, but "25%" and "64MiB" as text, after a check.
 
     Raises ValueError naming the allowed forms.
     """
@@ -102,7 +102,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
 
 
 def least_budget(method: Method) -> int:
-    """Return the smallest budget in tokens that the method accepts: room for more than its protected tokens."""
+    """Return the smallest budget, in tokens, that the method accepts: it must exceed its protected tokens."""
     high = 1
     while not _accepts(method, high):
         high *= 2

@@ -114,7 +114,7 @@ class Queries:
         return self.q if self.bare is None else self.bare
 
     def last(self) -> tuple[Queries, Tensor]:
-        """Return the last given query of each row, as Queries with b = 1, and its index (r, 1) in the block.
+        """Return the last given query of each row, as Queries with b = 1, and that query's index (r, 1) in the block.
 
         Every row must have been given a query.
         """

@@ -109,7 +109,7 @@ class Selector(ABC):
 
 
 class Indexed(Selector):
-    """Define a selector that keeps an index of the held tokens; its state makes the choices."""
+    """Define a selector that keeps an index of the held tokens; its `SelectorState` makes the choices."""
 
     @abstractmethod
     def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> SelectorState:
@@ -122,7 +122,7 @@ class Indexed(Selector):
     def block(self) -> int | None:
         """Return the block length that the index needs, in tokens between two calls of `close`; None: any will do.
 
-        It applies to a state without a policy; otherwise the method has its own block length.
+        It is used by `Exact`; `Bounded` has a block length of its own.
         """
         return None
 

@@ -83,9 +83,10 @@ class Slots(Arena):
     # ---- reading -------------------------------------------------------------------------------------------
 
     def view(self, rows: Tensor | None = None, width: int | None = None) -> View:
-        """Return the first `width` slots of `rows` (None: all) as a `View`; width None: as the fullest row.
+        """Return the first `width` slots of `rows` as a `View`.
 
-        Tensors are copied only if capacities differ or `rows` is given.
+        rows None: all rows. width None: as many slots as the fullest row holds tokens. Tensors are copied only if
+        capacities differ or `rows` is given.
         """
         held = self.held if rows is None else self.held[rows]
         counts = held.tolist()

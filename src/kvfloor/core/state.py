@@ -73,7 +73,7 @@ def whole(call: Call) -> Call:
 
 
 class _Plain(ABCMeta):
-    """Run the constructors of states outside autograd and inference mode, wherever they are called: a metaclass."""
+    """Define a metaclass that runs the constructors of states outside autograd and outside inference mode."""
 
     @_plain
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +173,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """
 
     def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        """Raise ValueError if the method cannot take the first take[r] of these tokens of row r."""
+        """Raise ValueError if the method does not accept the first take[r] tokens of row r, for any r."""
 
     def _select_rows(self, index: Tensor) -> None:
         """Keep only the rows at `index` (r,), in this order; `select_rows` has checked that these rows exist."""

@@ -21,7 +21,8 @@ class SummaryState(Memory, ABC):
     """Store a compressed form of evicted tokens, as tensors with rows as first axis.
 
     `shared` maps names to tensors that are fixed by (method, spec) alone (trained kernels, tables): public and
-    uncounted. `Bounded` replaces it by the dictionary of the whole state, so its names start with the summary's name.
+    uncounted. `Bounded` replaces it by one dictionary for the whole state, so a summary's names in it start with the
+    summary's name.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -104,10 +105,10 @@ class Drop(Summary):
 def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split the evicted tokens of one `absorb` call by row: yield one lot (at, column, ...) per row.
 
-    row (e,) is each token's row, ascending; each column is (e, ...), such as the keys. In a lot at (1,) is the row, and
-    the columns are (1, c, ...), with c the number of the row's tokens. A lot is contiguous, aligned like every other
-    lot of c tokens, and holds no other row's numbers. So any result computed from a lot has the same bits whichever
-    rows are in the call, on any BLAS and any instruction set.
+    row (e,) is each token's row, ascending; each column is (e, ...), such as the keys. at (1,) is the lot's row, and
+    its columns are (1, c, ...) for the c tokens of the row. A lot is contiguous, aligned like every other lot of c
+    tokens, and holds no other row's numbers. So any result computed from a lot has the same bits whichever rows are in
+    the call, on any BLAS and any instruction set.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     pieces = [column.split(counts.tolist()) for column in columns]
@@ -116,10 +117,10 @@ def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def equal_lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split the evicted tokens as `lots` does, but yield the rows with equally many tokens together.
+    """Split the evicted tokens as `lots` does, but yield all rows with equally many tokens together.
 
-    at (r,) are r rows with c tokens each, columns (r, c, ...). This makes fewer, larger operations; products and sums
-    over tokens must then go through `core.rowwise`.
+    For r rows with c tokens each (at, column, ...) is yielded: at (r,) has the rows, and columns are (r, c, ...). This
+    makes fewer, larger operations; products and sums over tokens must then go through `core.rowwise`.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     start = counts.cumsum(0) - counts

@@ -45,7 +45,10 @@ def weights_by_tile(
     pieces = [slice(start, min(start + tile, width)) for start in range(0, width, tile)]
 
     def logits(at: slice, among: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield (row, logits (1, m, keys)) for each row of `among` that has keys in the slice `at`, for these keys."""
+        """Yield (row, logits) for each row of `among` that has keys in the slice `at`.
+
+        logits (1, m, c) are those of the row's m queries over its c keys there.
+        """
         behind = slice(max(at.start, clear), at.stop)
         hidden = hide(behind) if behind.start < behind.stop else None
         for row in among:

@@ -1,4 +1,4 @@
-"""Call a policy's events at block ends: give it the queries, attention weights and keys that it learns from."""
+"""Give a policy, at block ends, the queries, attention weights and keys that it learns from."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Watching(Blocked["Bounded"]):
 
     @property
     def learns_from_queries(self) -> bool:
-        """Return True if the policy learns from queries at present, i.e. in the prompt or after its end."""
+        """Return True if the policy learns from queries of the present stage: the prompt, or the tokens after it."""
         return self.method.policy.wants_weights or self.method.policy.wants_queries(self.sealed)
 
     @property
