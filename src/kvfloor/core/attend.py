@@ -50,9 +50,10 @@ def attend(
 def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """Return attention outputs (rows, g, 1, dv) of the newest token's queries q (rows, g, 1, d), which see all keys.
 
-    k (rows, s, d), v (rows, s, dv). The outputs are those of `attend`, without log-masses. Where the fused kernel
-    applies it is called by torch's public function, with less wrapping than in `attend`: in a short read the wrapping
-    is a third of the time. The outputs are then in k's dtype.
+    k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs are those of
+    `attend`, without log-masses. Where the fused kernel applies it is called by torch's public function, with less
+    wrapping than in `attend`: over few keys the wrapping is a third of the time. The outputs are then in k's dtype,
+    otherwise in the compute dtype.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
@@ -65,8 +66,8 @@ def attend_causal(
 ) -> tuple[Tensor, Tensor]:
     """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 of the a keys k (rows, a, d).
 
-    Returns outputs (rows, g, a, dv) and log-masses (rows, g, a), as `attend` does. The fused kernel skips the hidden
-    keys instead of masking them.
+    g is the GQA group, i.e. query heads per kv head. Returns outputs (rows, g, a, dv) and log-masses (rows, g, a), as
+    `attend` does. The fused kernel skips the hidden keys instead of masking them.
     """
     rows, g, a, _d = q.shape
     if backend != "eager" and fused(q, k, v, softcap):
@@ -89,7 +90,10 @@ def weigh(
     log_weight: Tensor | None = None,
     hide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `attend` by its definition: return mean (rows, m, dv), log-mass (rows, m) and weights (rows, m, s)."""
+    """Compute `attend` by its definition, and return the weights too.
+
+    Returns mean (rows, m, dv), log-mass (rows, m) and softmax weights (rows, m, s).
+    """
     dtype = compute_dtype(k.dtype)
     logits = torch.matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))
     logits = capped(logits, softcap)

@@ -1,4 +1,4 @@
-"""Define a state that evicts or compresses at every `block`-th token of a row, however calls cut the stream."""
+"""Define a state that evicts or compresses after every `block`-th token of a row, however calls split the stream."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from kvfloor.core.state import M, State
 class Blocked(State[M]):
     """Keep new tokens' keys and values in `slots`, and call `_close` after every `block`-th token of a row.
 
-    A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. Each row has its own clock, so rows
-    of different length complete their blocks in different calls. A variant (subclass) writes `_close`, which evicts or
-    compresses; `_rest`, attention over memory outside the slots; and, if it uses queries, `_on_queries`. A selector
-    that keeps an index is given every new token; a variant that evicts tokens from its slots must give it these too.
+    A slot is the place of one held token. A row is one (batch item, kv head) stream; its clock `seen` counts its
+    tokens. Each row has its own clock, so rows of different length complete their blocks in different calls. A variant
+    (subclass) writes `_close`, which evicts or compresses; `_rest`, attention over memory outside the slots; and, if it
+    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. If it keeps an index, it is given
+    every new token; a variant that evicts tokens from its slots must give it these too.
     """
 
     slots: Slots
@@ -43,15 +44,18 @@ class Blocked(State[M]):
         """Handle the end of a block in these rows (None: all), for example by evicting tokens."""
 
     def _rest(self, q: Tensor) -> Partial | None:
-        """Return attention of q (rows, m, d) over memory outside the slots: a `Partial` (rows, m), None if empty."""
+        """Return attention of q (rows, m, d) over memory outside the slots, such as a summary: a `Partial` (rows, m).
+
+        None if there is no such memory.
+        """
         del q
         return None
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of a row's next `left` tokens may be appended in one piece that crosses ends of blocks.
+        """Return how many of a row's next `left` tokens may be appended in one piece, across ends of blocks.
 
         `seen` tokens came before. A variant returns more than 0 only if `_close` would do nothing at these ends of
-        blocks; 0 allows a piece that stops at the end of the open block.
+        blocks. 0: the piece must stop at the end of the open block.
         """
         del seen, left
         return 0
@@ -70,7 +74,7 @@ class Blocked(State[M]):
         return False
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        """Record queries q (rows, g, a, d) just answered, for variants that evict or give a guarantee by queries.
+        """Record queries q (rows, g, a, d) that were just answered, where evictions or a guarantee depend on queries.
 
         before  (rows,) tokens that a row held before the queries' own tokens were appended
         take    (rows,) a row's real queries are its first take[r]; the rest is padding
@@ -101,9 +105,10 @@ class Blocked(State[M]):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if `_step_one` can do the decode step, as every query attends to all held tokens.
+        """Return True if the shortcut `_step_one` may answer a decode step that gives every row one token.
 
-        All rows must also have seen equally many tokens, hold equally many, and have a free slot.
+        Every query must attend to all held tokens and nothing else. All rows must have seen equally many tokens, hold
+        equally many, and have a free slot.
         """
         at, seen = self.slots.level, self.seen.tolist()
         return self._plainly_read and at is not None and at < self.slots.stride and min(seen) == max(seen)
@@ -124,10 +129,10 @@ class Blocked(State[M]):
         return out
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
-        """Append the first count[r] tokens of row r and answer their queries q, if any: a `Partial` (rows, g, t).
+        """Append the first count[r] tokens of row r and return the answers to their queries q.
 
-        The tokens are cut at the ends of each row's blocks. After each piece `_close` is called for the rows whose
-        block is complete.
+        The answers are a `Partial` (rows, g, t); None without q. The tokens are cut at the ends of each row's blocks.
+        After each piece `_close` is called for the rows whose block is complete.
         """
         seen, counts = self.seen.tolist(), count.tolist()  # comparing lists is faster than comparing small tensors
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
@@ -152,7 +157,10 @@ class Blocked(State[M]):
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
-        """Do `_feed` by slices, for rows with equal counts that have equal clocks `seen` or get one token each."""
+        """Do `_feed` for rows that get equally many tokens, by slices of k, v and q.
+
+        seen: number of tokens that each row saw before; rows may differ in it only if they get one token each.
+        """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
         # A long piece without the fused kernel would store all its logits.
@@ -177,9 +185,10 @@ class Blocked(State[M]):
         return Partial(torch.cat([x.mean for x in parts], 2), torch.cat([x.log_mass for x in parts], 2))
 
     def _take(self, k: Tensor, v: Tensor, q: Tensor | None, take: Tensor) -> Partial | None:
-        """Append the first take[r] tokens of row r and answer their queries q, if any: a `Partial` (rows, g, a).
+        """Append the first take[r] tokens of row r and return the answers to their queries q (rows, g, a, d).
 
-        q (rows, g, a, d). The tokens of a row lie within one block; if they complete it, `_close` is called afterwards.
+        The answers are a `Partial` (rows, g, a); None without q. The tokens of a row lie within one block, unless
+        `_at_once` allows more. If they complete a block, `_close` is called afterwards.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
@@ -196,7 +205,10 @@ class Blocked(State[M]):
         return part
 
     def _circle(self, place: Tensor, below: int) -> Circle:
-        """Return the cosines and sines (..., pairs) that rotate to places (...), all below `below`; compute dtype."""
+        """Return the cosines and sines (..., pairs) that rotate (RoPE) to places (...), in the compute dtype.
+
+        A place is a token's rank among the held tokens of its row, the oldest at 0; all places are below `below`.
+        """
         assert self.spec.rotation is not None
         return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
 
@@ -238,7 +250,8 @@ class Blocked(State[M]):
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
 
-        The slots have these tokens already, with keys new_k and values new_v, after `before` (rows,) older tokens.
+        The newest tokens, with keys new_k and values new_v, are in the slots already, after `before` (rows,) older
+        tokens.
         """
         shape = q.shape[:3]
         rest = self._rest(q.flatten(1, 2))
@@ -265,7 +278,10 @@ class Blocked(State[M]):
         return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
-        """Attend with queries `flat` (rows, g*a, d) to all slots, under the causal mask and the selector's mask."""
+        """Attend with queries `flat` (rows, g*a, d) to all slots, under the causal mask and the selector's mask.
+
+        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when the a newest tokens came.
+        """
         m = flat.shape[1]
         view = self.slots.view()
         width, a = view.k.shape[1], m // g
@@ -281,7 +297,10 @@ class Blocked(State[M]):
         return Partial.over(flat, view.k, view.v, self.spec, hide=hide)
 
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
-        """Attend causally with q (rows, g, a, d) to the slots that the selector's index chooses: (rows, g*a)."""
+        """Attend causally with q (rows, g, a, d) to the slots that the selector's index chooses.
+
+        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when the a newest tokens came.
+        """
         assert self.selection is not None
         arrived = torch.arange(q.shape[2])
         visible = before.unsqueeze(1) + arrived + 1
@@ -294,7 +313,7 @@ class Blocked(State[M]):
         return self._over(q.flatten(1, 2), chosen)
 
     def _over(self, q: Tensor, chosen: Chosen) -> Partial:
-        """Attend with q (rows, m, d) to the slots chosen for each query: a `Partial` (rows, m).
+        """Attend with q (rows, m, d) to the slots that `chosen` lists for each query: a `Partial` (rows, m).
 
         Few chosen slots are copied out; if they are many, all slots are read under a mask.
         """
@@ -316,13 +335,20 @@ class Blocked(State[M]):
         return self._left_unread(self._newest(q))
 
     def _newest(self, q: Tensor) -> Tensor:
-        """Rotate queries q (rows, m, d), which came without tokens, to the place of their row's newest held token."""
+        """Rotate queries q (rows, m, d) that came without tokens to the rank of their row's newest held token.
+
+        A token's rank is its index among the held tokens, the oldest at 0. Without a rotation in the spec q is
+        returned.
+        """
         held = self.slots.held
         place = (held - 1).clamp_min(0).unsqueeze(1)
         return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
 
     def _left_unread(self, q: Tensor) -> Tensor | None:
-        """Return the mask of `unread` for queries q (rows, m, d) that are already rotated to their places."""
+        """Return the mask of slots that queries q (rows, m, d), already rotated to their places, do not read.
+
+        The mask is that of `unread`: bool (rows or 1, m or 1, s), or None if all slots are read.
+        """
         view = self.slots.view()
         if self.selection is not None:
             return self._choose(q).unread(view.k.shape[1])
@@ -359,7 +385,10 @@ class Blocked(State[M]):
 
 
 def _cut(x: Tensor, index: Tensor) -> Tensor:
-    """Return the tokens of x (rows, [g,] t, d) at index (rows, a); an index beyond the last token gives the last."""
+    """Return the tokens of x (rows, t, d) or (rows, g, t, d) at index (rows, a).
+
+    An index beyond the last token gives the last.
+    """
     index = index.clamp_max(x.shape[-2] - 1)
     if x.ndim == 4:
         index = index.unsqueeze(1).expand(-1, x.shape[1], -1)

@@ -1,4 +1,4 @@
-"""Define the method for all caches that keep whole tokens: policy x summary x selector, with one eviction loop."""
+"""Define the method of all caches that keep whole tokens: a policy, a summary, a selector, and one eviction loop."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Bounded(Method):
 
     policy    decides which held token is evicted   summary   stores what is kept of evicted tokens
     selector  picks the held tokens a query reads   budget    tokens per row (one number, or one per row)
-    block     1 is the papers' rule: evict after every token. Larger blocks decide `block` evictions at once.
-    prefill   "stream": the budget holds from the first token; "dense": every token is kept until `seal`. Unless
-              given it is the policy's usual one.
+    block     tokens of a row between two evictions; 1 is the papers' rule: evict after every token. Larger blocks evict
+              `block` tokens at once.
+    prefill   "stream": the budget holds from the first token; "dense": every token is kept until the seal
+              (end of the prompt). None: `usual_prefill` of the policy.
     """
 
     name: ClassVar[str] = "bounded"
@@ -77,7 +78,8 @@ class Bounded(Method):
     def _least_budget(self, budget: int, pinned: int) -> int:
         """Return the smallest budget >= `budget` with room for one unprotected token.
 
-        The newest protected tokens may grow with the budget, so the search repeats until it fits.
+        pinned: number of tokens that `State.pin` protects. The number of newest protected tokens may grow with the
+        budget, so the search repeats until it fits.
         """
         first = self.policy.protected_first()
         while (needed := first + self.policy.protected_last(budget) + pinned + 1) > budget:
@@ -147,9 +149,9 @@ class Bounded(Method):
 
 
 class BoundedState(Watching):
-    """Keep slots for budget + block tokens per row, allocated once; before the seal of a dense prefill they grow.
+    """Keep tokens in budget + block slots per row, which are allocated once, or grow while a dense prefill lasts.
 
-    The seal is the end of the prompt.
+    A dense prefill keeps every token until the seal (end of the prompt).
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -258,7 +260,7 @@ class BoundedState(Watching):
         super()._seal()
 
     def _limit(self) -> Tensor:
-        """Return the most tokens (rows,) that each row may hold after an eviction: its budget and the spared tokens.
+        """Return the most tokens (rows,) that each row may hold after an eviction: its budget plus its spared tokens.
 
         Spared are the tokens of the prompt or of the answer, where `Policy.spares` keeps them beside the budget.
         """
@@ -268,7 +270,10 @@ class BoundedState(Watching):
         return self.budget + spared.masked_fill(self.prompt < 0, 0)
 
     def _evict(self, rows: Tensor) -> None:
-        """Evict the lowest-priority tokens of each of these rows down to its budget; the summary absorbs them."""
+        """Evict the lowest-priority tokens of each of these rows until it holds no more than `_limit`.
+
+        The summary, if there is one, absorbs the evicted tokens.
+        """
         excess = (self.slots.held[rows] - self._limit()[rows]).clamp_min(0)
         due = rows[excess > 0]
         if not len(due):
@@ -304,7 +309,10 @@ class BoundedState(Watching):
 
 
 def _lowest(priority: Tensor, position: Tensor, n: Tensor) -> Tensor:
-    """Mark the n (r, 1) slots of lowest priority in each row, bool as priority (r, s); of equal ones the older."""
+    """Mark the n (r, 1) slots of lowest priority in each row: a mask (r, s), shaped as `priority`.
+
+    Of slots with equal priority, those with the older token (lower `position`) are marked first.
+    """
     last = priority.topk(int(n.max()), dim=1, largest=False).values.gather(1, n - 1)
     lowest = priority <= last
     if bool((lowest.sum(1, keepdim=True) == n).all()):

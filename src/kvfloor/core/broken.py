@@ -14,7 +14,7 @@ class BrokenState(RuntimeError):
 def broken_state(call: str) -> BrokenState:
     """Return the error of a state in which the call of this name ("append") broke off, or has not returned yet.
 
-    A call that still runs meets this error if its own callback, or another thread, uses the same state.
+    It is also raised if a callback of a call that still runs, or another thread, uses the same state.
     """
     return BrokenState(
         f"{call} broke off halfway (or has not returned yet), so this state is neither the old one nor the new one and "

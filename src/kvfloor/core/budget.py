@@ -1,4 +1,4 @@
-"""Resolve budgets to tokens per row: tokens, a share of the context, or bytes of the whole cache."""
+"""Convert budgets, given as tokens, a share of the context, or bytes of the whole cache, to tokens per row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORMS = "a number of tokens (512), a share of the context (25%) or bytes (64MiB
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse the text of a budget: return "512" as an int, "25%" and "64MiB" as checked text.
+    """Parse the text of a budget: return "512" as an int, but "25%" and "64MiB" as text, after a check.
 
     Raises ValueError naming the allowed forms.
     """
@@ -49,7 +49,7 @@ def size_bytes(text: str) -> int | None:
 
 
 def tokens(budget: Budget | None, rows: int) -> list[int]:
-    """Return the budget of each of `rows` rows in tokens; raise ValueError for a share, bytes or None.
+    """Return a list with the budget of each of `rows` rows in tokens; raise ValueError for a share, bytes or None.
 
     Raises ValueError also if budgets are given per row for another number of rows.
     """
@@ -68,7 +68,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     """Return `method` with its budget converted from a share or bytes to tokens per row.
 
     spec     the rows of one layer, their widths and dtype
-    layers   number of layers in the cache, each with such a state
+    layers   number of layers in the cache; each has one state for `spec`
     length   the context in tokens, needed for shares
     g        the GQA group: query heads per kv head (some policies keep queries)
     Bytes count all that the states allocate: scores, positions, spare slots. Raises ValueError for a method that no
@@ -102,7 +102,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
 
 
 def least_budget(method: Method) -> int:
-    """Return the smallest budget in tokens that the method accepts: room for more than its protected tokens."""
+    """Return the smallest budget, in tokens, that the method accepts: it must exceed its protected tokens."""
     high = 1
     while not _accepts(method, high):
         high *= 2
@@ -131,7 +131,10 @@ def with_budget(method: Method, budget: Budget) -> Method:
 
 
 def _row_bytes(method: Method, tokens: int, spec: Spec, g: int) -> int:
-    """Return the bytes that one row allocates under a budget of `tokens`, measured on a state with one token."""
+    """Return the bytes that one row allocates under a budget of `tokens`, measured on a state with one token.
+
+    g: the GQA group, i.e. query heads per kv head (some policies keep queries).
+    """
     places = None if spec.places is None else spec.places[:1]
     law = {"scale": spec.scale, "tied": spec.tied, "rotation": spec.rotation}
     one = Spec(rows=1, d=spec.d, dv=spec.dv, dtype=spec.dtype, places=places, **law)

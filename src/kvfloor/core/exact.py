@@ -1,4 +1,4 @@
-"""Keep every token: the exact reference, also with a selector that chooses which tokens a query reads."""
+"""Keep every token: exact attention as the reference, optionally with a selector of the tokens that a query reads."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class Exact(Method):
 class ExactState(Blocked[Exact]):
     """Keep every token in slots, whose storage grows by a quarter whenever it is full.
 
-    A block only bounds the number of queries answered in one product, unless a selector needs blocks for its index.
+    Nothing is evicted at the end of a block. A block only bounds how many queries are answered in one product, unless a
+    selector updates its index at block ends.
     """
 
     def __init__(self, method: Exact, spec: Spec) -> None:

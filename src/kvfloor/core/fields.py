@@ -33,10 +33,10 @@ class Field:
 
     @classmethod
     def like(cls, x: Tensor) -> Field:
-        """Return the field of a tensor without a declared one, by its value x in a freshly opened state.
+        """Return the field of a tensor for which a state declares none, from its value x in a newly opened state.
 
-        Dtype and shape must be those of x. An axis of size 0 in x is one that grows, and may have any size. Integers
-        are counts or positions: they must lie in 0 .. MOST.
+        Dtype and shape must be those of x. An axis of size 0 in x is one that grows with the stream, and may have any
+        size. Integers are counts or positions: they must lie in 0 .. MOST (2^48).
         """
         counts = x.dtype in (torch.int64, torch.int32, torch.int16)
         shape = tuple(size or None for size in x.shape)
@@ -46,7 +46,8 @@ class Field:
         """Raise ValueError unless this field may have `value`.
 
         where   path of the field in the message, for the error
-        sizes   size of each word used in shapes so far, by word; sizes first met in this value are added
+        sizes   word used in a shape -> the size that it stands for, as found so far; sizes first met in `value` are
+                added
         """
         if value is None and self.optional:
             return
@@ -78,7 +79,7 @@ class Field:
 
 
 def require_equal(found: Tensor, wanted: Tensor, what: str) -> None:
-    """Raise ValueError unless a message's counts `found` equal `wanted`, the counts that its other fields imply.
+    """Raise ValueError unless the counts `found` in a saved state equal `wanted`, which follows from its other fields.
 
     what: the name of the counts, for the error.
     """
@@ -87,9 +88,9 @@ def require_equal(found: Tensor, wanted: Tensor, what: str) -> None:
 
 
 def require_room(numbers: float, itemsize: int, what: str) -> None:
-    """Raise ValueError if `numbers` entries of `itemsize` bytes exceed the machine's memory, if its size is known.
+    """Raise ValueError if `numbers` entries of `itemsize` bytes each exceed the memory of this machine.
 
-    what: the name of the entries, for the error.
+    Do nothing if the size of the memory is unknown. what: the name of the entries, for the error.
     """
     try:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -21,7 +21,7 @@ SCALAR_BYTES = 8
 
 
 class Memory:
-    """Store a part of a state: its attributes are tensors, numbers, None, or further `Memory`."""
+    """Store a part of a state: its attributes are tensors, numbers, None, or further parts (`Memory`)."""
 
     peak = 0  # most bytes this part's own tensors took so far, set where storage is moved (old and new at once)
 
@@ -41,7 +41,10 @@ class Memory:
         return self.nbytes + self._excess()
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """Return `nbytes` split by row, (rows,) float64: a row's own slots count for it alone, the rest equally."""
+        """Return `nbytes` split by row, (rows,) float64.
+
+        The bytes of a row's own slots count for that row; all other bytes are split equally.
+        """
         total = torch.zeros(rows, dtype=torch.float64)
         for name, value in vars(self).items():
             if name in PUBLIC:
@@ -67,30 +70,39 @@ class Memory:
         return sum(storages.values())
 
     def move(self, name: str, new: Tensor) -> None:
-        """Replace the tensor attribute `name` by `new`, a copy in other storage; record the peak bytes of both."""
+        """Replace the tensor attribute `name` by its copy `new` in other storage.
+
+        The bytes of both together are recorded as a peak.
+        """
         self.peak = max(self.peak, self._own_bytes() + new.untyped_storage().nbytes())
         setattr(self, name, new)
 
     def export(self) -> dict[str, Any]:
-        """Return the attributes that a message saves, by name: tensors, numbers, None, or nested dicts of them."""
+        """Return the attributes that a message (the bytes of `State.to_bytes`) saves, by name.
+
+        The values are tensors, numbers, None, or nested dicts of them, one dict for each part inside this one.
+        """
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
     def fields(self) -> dict[str, Any]:
-        """Return the allowed values, name -> `Field`, of attributes that may change shape or number after opening.
+        """Return the allowed values, attribute name -> `Field`, of attributes that may change after opening the part.
 
-        They are checked before a message is loaded. A part whose `export` has nested dicts nests here as well. Numbers
-        that are not named are configuration: they must equal those of a freshly opened part. Tensors that are not
-        named must have the dtype and shape of a freshly opened part (`Field.like`).
+        They are checked before a message (the bytes of `State.to_bytes`) is loaded. A part whose `export` has nested
+        dicts nests here as well. Attributes that are not named are compared with those of a newly opened part: numbers
+        are configuration and must be equal; tensors must have the same dtype and shape (`Field.like`).
         """
         return {}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if the fields of a message, each allowed by itself, contradict each other."""
+        """Raise ValueError if the fields of a message (a saved state) contradict each other.
+
+        Each field alone was found to be allowed before.
+        """
 
     def require(self, fields: Any, where: str = "") -> None:
-        """Raise ValueError unless `fields` of a message are sound, so that this freshly opened part can `adopt` them.
+        """Raise ValueError unless `fields` of a message (a saved state) can be loaded into this newly opened part.
 
-        where: path of this part in the message, for the error.
+        `adopt` then loads them. where: path of this part in the message, for the error.
         """
         opened, declared = self.export(), self.fields()
         sizes: dict[str, int] = {}
@@ -104,7 +116,10 @@ class Memory:
         self.require_sound(fields)
 
     def adopt(self, fields: dict[str, Any]) -> None:
-        """Load the fields that `export` returned for a part opened for the same method and spec."""
+        """Load saved `fields` into this newly opened part.
+
+        They are what `export` returned for another part of the same method and spec.
+        """
         for name, value in fields.items():
             mine = getattr(self, name)
             if isinstance(mine, Memory):
@@ -141,9 +156,11 @@ def _require_names(fields: Any, opened: dict[str, Any], where: str) -> None:
 
 
 def _require_field(declared: Any, opened: Any, value: Any, where: str, sizes: dict[str, int]) -> None:
-    """Raise ValueError unless `value` may replace `opened`, the same field of a freshly opened part.
+    """Raise ValueError unless a saved `value` may replace `opened`, the same attribute of a newly opened part.
 
-    declared: the `Field` of the value, a dict of such for a nested one, or None if the part declares none.
+    declared  the `Field` of the value, a dict of fields for a nested value, or None if the part declares none
+    where     path of the value in the message, for the error
+    sizes     sizes found so far, as in `Field.require`
     """
     if isinstance(declared, Field):
         declared.require(value, where, sizes)
@@ -166,9 +183,10 @@ def _export(value: Any, name: str) -> Any:
 
 
 def _walk(value: Any, storages: dict[int, int], path: str) -> int:
-    """Add the bytes of each tensor storage in `value` to `storages`, by address; return the bytes of all the rest.
+    """Add the bytes of each tensor storage inside `value` to `storages`, by the storage's address.
 
-    path: the name of the value, for errors.
+    Returns the bytes of everything else inside `value`: numbers, texts and containers. path: the name of the value, for
+    errors.
     """
     if value is None:
         return 0

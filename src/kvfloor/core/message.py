@@ -1,10 +1,11 @@
-"""Pack a state or a whole cache as bytes: a saved file, and the message from Alice to Bob in lower-bound proofs.
+"""Pack a state or a whole cache as bytes, called a message: the content of a saved file.
 
-A message is a safetensors file. Its metadata have one text, "kvfloor": a SHA-256 of every other byte of the file in 64
-hex digits, and a JSON object with the format, the caller's header, and under "fields" all values that are not tensors.
-A tensor is named by its path in the fields. Nothing is unpickled. A message that is truncated, flipped or of another
-format is refused before anything is allocated from it. The digest detects damage, not forgery. Equal content makes
-equal bytes.
+Lower-bound proofs count its bytes: there Alice, who saw the tokens, sends it to Bob, who answers the queries. A message
+is a safetensors file. Its metadata have one text, "kvfloor": a SHA-256 of every other byte of the file in 64 hex
+digits, and a JSON object with the format, the caller's header, and under "fields" all values that are not tensors. A
+tensor is named by its path in the fields. Nothing is unpickled. A message that is truncated, changed in any bit or of
+another format is refused before anything is allocated from it. The digest detects damage, not forgery. Equal content
+makes equal bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _DTYPES = (
 
 
 class CorruptState(ValueError):
-    """Report that the bytes of a message are truncated, changed or otherwise no state that this release writes."""
+    """Report that the bytes of a message are truncated or changed, or are not what this release writes."""
 
 
 class NewerVersion(ValueError):
@@ -70,7 +71,7 @@ def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
 def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the header and the fields that `pack` wrote into a message.
 
-    Raises CorruptState if it is not intact, and OlderVersion or NewerVersion for another format.
+    Raises CorruptState if the message is not intact, and OlderVersion or NewerVersion for another format.
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"a message is bytes, got {type(data).__name__}")
@@ -98,7 +99,7 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[s
 
 
 def read(path: str | Path, most_bytes: int, what: str) -> bytes:
-    """Return the bytes of a file that begins as a message; read no more than the beginning of any other file.
+    """Read a file that holds a message, and return its bytes; of any other file only the beginning is read.
 
     what: the kind of file, for errors. Raises the errors of `unpack` for a bad beginning, and ValueError for a file
     that cannot be read or has more than `most_bytes`.
@@ -140,7 +141,7 @@ _FORGED = (
 def _header_end(start: bytes, size: int) -> int:
     """Return the offset at which the header of a message ends, from its first bytes `start` and its `size` in bytes.
 
-    Raises CorruptState if no message starts like this, and OlderVersion for a message of format 1.
+    Raises CorruptState if these bytes are not those of a message, and OlderVersion for a message of format 1.
     """
     if size < _DIGEST.stop:
         raise CorruptState(f"a message has at least {_DIGEST.stop} bytes, this one {size}: truncated, or no message")
@@ -165,10 +166,10 @@ def _digest(data: bytes) -> bytes:
 
 
 def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return nested fields without their tensors, and put each tensor into `tensors` by its path.
+    """Return nested fields without their tensors, and put each tensor into `tensors`, keyed by its path.
 
-    Each tensor becomes dense, in storage of its own. `path` is the path of `fields` itself. Raises TypeError for a
-    dtype that no message holds.
+    A tensor's path is `path` followed by its names in the nested fields, with slashes between them. Each tensor becomes
+    dense, in storage of its own. Raises TypeError for a dtype that no message holds.
     """
     plain: dict[str, Any] = {}
     for name, value in fields.items():
@@ -191,7 +192,7 @@ def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dic
 def _place(fields: dict[str, Any], path: str, tensor: Tensor) -> None:
     """Put a tensor back into nested fields at its path, the inverse of `_split`.
 
-    Raises CorruptState if there can be no tensor at this path, or none of this dtype or with these values.
+    Raises CorruptState if the path is taken or leads through a value, and for a dtype or values that no message holds.
     """
     if tensor.dtype not in _DTYPES:
         raise CorruptState(f"field {path} is a {tensor.dtype} tensor")

@@ -26,16 +26,16 @@ Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one n
 class Traits:
     """Record the promises of a method; `kvfloor check` tests each promise where a method claims it.
 
-    reference       the attention law it approximates: "softmax", "unmasked" (evicted tokens keep logit 0), or
+    reference       the attention law that is approximated: "softmax", "unmasked" (evicted tokens keep logit 0), or
                     "tensor" (softmax over pairs of tokens)
-    normalised      answers are convex combinations of the values it was given (they stay in their hull)
+    normalised      answers are convex combinations of the given values (they stay in their hull)
     value_linear    answers are linear in the values, for fixed keys and queries
     lossy_values    values are stored with an error even while no token was dropped
     block_causal    an answer may depend on later tokens of the query's own block
     constant_memory nbytes never grows once opened
     pins            `State.pin` keeps a span of tokens for good
     turns           keys are held whole, so that `Spec.rotation` can rotate each to its rank among the held tokens
-    trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it fits any model
+    trained_for     (layers, kv heads, d) of the model whose trained parameters the method has; None: any model
     """
 
     reference: Literal["softmax", "unmasked", "tensor"] = "softmax"
@@ -99,9 +99,9 @@ class Method(ABC):
     """Define a way to cache tokens by a frozen configuration, from which states are opened.
 
     traits   the method's promises
-    budget   tokens per row, a share or bytes; None where it has none, or none yet
+    budget   tokens per row, a share ("25%") or bytes ("64MiB"); None: no budget, or none chosen yet
     block    tokens of a row between two evictions
-    parts    policy, summary and selector, where the method is composed of such
+    parts    the policy, summary and selector of a method that is composed of them
     Subclasses are frozen dataclasses, and final. Each attribute is a field or a property of the subclass; all but
     `traits` have a default where the subclass declares none.
     """
@@ -133,14 +133,14 @@ class Method(ABC):
         return None
 
     def with_summary(self, summary: Summary) -> Method | None:
-        """Return a copy of this method with another summary of evicted tokens; None if it has no such part."""
+        """Return a copy of this method with another summary of evicted tokens; None if the method takes no summary."""
         del summary
         return None
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the error bound that is proved for this configuration, or None.
 
-        `State.guarantee` tests its assumptions on the tokens that a state has seen.
+        `State.guarantee` tests the bound's assumptions on the tokens that a state has seen.
         """
         del spec
         return None
@@ -190,10 +190,10 @@ class Method(ABC):
 
 
 def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device) -> State:
-    """Return a state of `method` restored from `fields`, the export of another state; `plain` is its spec as a dict.
+    """Return a state of `method` restored from `fields`, which `State.export` returned for the saved state.
 
-    Raises CorruptState if the fields are not those of this release's state, or do not fit the method, the spec
-    and each other: a matching digest does not prove that nobody changed them.
+    `plain` is the saved state's spec as a dict. Raises CorruptState if the fields are not those of this release's
+    state, or do not fit the method, the spec and each other: a matching digest does not prove that nobody changed them.
     """
     try:
         if plain["rows"] > _numbers(fields):  # before anything is allocated for so many rows
@@ -210,7 +210,7 @@ def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device)
 
 
 def _numbers(fields: Any) -> int:
-    """Count the entries of all tensors in nested fields."""
+    """Return the number of entries of all tensors in nested fields."""
     if isinstance(fields, dict):
         return sum(_numbers(value) for value in fields.values())
     return fields.numel() if isinstance(fields, Tensor) else 0
@@ -229,7 +229,10 @@ def standard_law(method: Method, place: str) -> Method:
 
 
 def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
-    """Return the text `name(arg=value, ...)` of a dataclass, with the arguments that differ from their defaults."""
+    """Return the text `name(arg=value, ...)` of a dataclass, with the arguments that differ from their defaults.
+
+    Arguments named in `skip` are left out.
+    """
     arguments = []
     for f in fields(config):
         value = getattr(config, f.name)
@@ -246,7 +249,10 @@ def _literal(value: Any) -> str:
 
 
 def budget_text(budget: Budget) -> str:
-    """Return the text of a budget, as it follows the "@" in a method's text: "512", "25%", "64:128"."""
+    """Return the text of a budget, as it follows the "@" in a method's text.
+
+    "512" tokens per row, "25%" of the context, "64MiB" for the whole cache, or "64:128", one number per row.
+    """
     return ":".join(map(str, budget)) if isinstance(budget, tuple) else str(budget)
 
 

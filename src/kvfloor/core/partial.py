@@ -30,7 +30,10 @@ class Partial:
 
     @classmethod
     def empty(cls, *shape: int, dv: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Partial:
-        """Return the identity of `merge`: no tokens, so no mass and a zero mean. `shape` is the batch shape."""
+        """Return the partial over no tokens, the identity of `merge`: mean 0 and log-mass -inf.
+
+        `shape` is the batch shape: all axes but dv.
+        """
         return cls(
             torch.zeros(*shape, dv, dtype=dtype, device=device),
             torch.full(shape, -torch.inf, dtype=dtype, device=device),

@@ -25,12 +25,12 @@ class Held:
 
     position  (r, s)  arrival index of each slot's token    seen   (r, 1)  tokens of the row so far
     columns   (r, s)  the policy's own numbers per slot     count  (r, 1)  slots 0 .. count - 1 hold a token
-    row_ids   (r,)    row identities, which key randomness  budget (r, 1)  tokens per row
+    row_ids   (r,)    row ids, which seed random draws      budget (r, 1)  tokens per row
     rows      (r,)    indices of the rows in the state; None: all rows
     prompt    (r, 1)  tokens before the seal (end of the prompt), -1 until then; None unless the policy spares the
                       prompt or the answer
     memory    the policy's memory of all rows               shared  tensors fixed by (policy, spec) alone
-    fetch     returns a tensor per slot, (r, s, ...), by name: "k" or "v"
+    fetch     function of "k" or "v" that returns the keys or values of all slots, (r, s, ...)
     """
 
     position: Tensor
@@ -65,11 +65,11 @@ class Held:
         return torch.arange(self.position.shape[1], device=self.count.device) < self.count
 
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
-        """Rotate unrotated queries q (r, g, b, d) by the present ranks of their own tokens, at position (r, b).
+        """Rotate unrotated queries q (r, g, b, d) to the present ranks of their own tokens.
 
-        A token's rank is its index among the tokens that its row holds now, the oldest at 0. The rank is computed
-        rightly only if no later token was evicted, as holds for the newest tokens under a policy that protects them.
-        Without a rotation in the spec q is returned.
+        position (r, b) is each query's token's index in the stream. A token's rank is its index among the tokens that
+        its row holds now, the oldest at 0. The computed rank is right only if no later token was evicted. This holds
+        for the newest tokens under a policy that protects them. Without a rotation in the spec q is returned.
         """
         rotation = self.spec.rotation
         if rotation is None:
@@ -78,7 +78,7 @@ class Held:
         return rotation.turned(q, rotation.circle(place.unsqueeze(1), self.spec.compute_dtype))
 
     def part(self, at: slice) -> Held:
-        """Return the same data for the slots in the slice `at` only."""
+        """Return a `Held` with the data of the slots in the slice `at` only."""
         if at.start == 0 and at.stop == self.position.shape[1]:
             return self
         return replace(
@@ -107,11 +107,14 @@ class Queries:
 
     @property
     def as_they_came(self) -> Tensor:
-        """Return the queries (r, g, b, d) before rotation, for a memory that is used after later evictions."""
+        """Return the queries (r, g, b, d) before rotation.
+
+        A memory that is used after later evictions stores these, since evictions change the ranks to rotate to.
+        """
         return self.q if self.bare is None else self.bare
 
     def last(self) -> tuple[Queries, Tensor]:
-        """Return the last given query of each row, as Queries with b = 1, and its index (r, 1) in the block.
+        """Return the last given query of each row, as Queries with b = 1, and that query's index (r, 1) in the block.
 
         Every row must have been given a query.
         """
@@ -132,7 +135,7 @@ class PolicyMemory(Memory, ABC):
     spec: Spec
 
     def group(self, g: int) -> None:
-        """Allocate all tensors that depend on g, the queries per token of a GQA group.
+        """Allocate all tensors that depend on g, the number of queries per token and kv head (GQA group).
 
         Called once, before the first query.
         """
@@ -146,12 +149,12 @@ class PolicyMemory(Memory, ABC):
         """
 
     def seal(self) -> None:
-        """Update the memory at the end of the prompt, after the evictions that it causes."""
+        """Update the memory at the end of the prompt, after the evictions that are made there."""
 
     def require_fitting(self, fields: dict[str, Any], g: int | None, sealed: bool) -> None:
-        """Raise ValueError if saved fields of this memory do not fit a GQA group of g (None: no query came yet).
+        """Raise ValueError if this memory's saved `fields` do not fit a GQA group of g queries per kv head.
 
-        sealed: True if the saved state had reached the end of the prompt.
+        g None: no query came yet. sealed: True if the saved state had reached the end of the prompt.
         """
 
 
@@ -179,7 +182,7 @@ class Policy(ABC):
     def spares(self) -> Literal["nothing", "prompt", "answer"]:
         """Return the part of the stream that is kept whole and not counted in the budget.
 
-        "prompt": the tokens before the seal (end of the prompt); "answer": the tokens after it.
+        "nothing": no part; "prompt": the tokens before the seal (end of the prompt); "answer": the tokens after it.
         """
         return "nothing"
 
@@ -216,24 +219,26 @@ class Policy(ABC):
     def wants_queries(self, sealed: bool) -> bool:
         """Return True if `on_queries` needs the queries of each block.
 
-        sealed: False asks about the prompt, True about the tokens after it.
+        sealed: False for the queries of the prompt, True for those after it.
         """
         del sealed
         return False
 
     def on_queries(self, held: Held, queries: Queries) -> dict[str, Tensor]:
-        """Return new numbers per slot, column name -> (r, s), for the queries of a block.
+        """Return new values of the policy's columns, column name -> (r, s), given the queries of a block.
 
-        A policy may also store the queries in its memory `held.memory`, at the rows `held.rows`.
+        A column is one number per slot. A policy may also store the queries in its memory `held.memory`, at the rows
+        `held.rows`.
         """
         del held, queries
         return {}
 
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
-        """Return new numbers per slot, column name -> (r, s), for the attention weights of a block's queries.
+        """Return new values of the policy's columns, column name -> (r, s), given a block's attention weights.
 
-        weights (r, g, b, s) are softmax weights over the held tokens; they are 0 for a query that was not given.
-        `held` may be one of several tiles of slots, so a slot's numbers may depend on its own weights only.
+        A column is one number per slot. weights (r, g, b, s) are the softmax weights of the block's queries over the
+        held tokens; they are 0 for a query that was not given. `held` may be one of several tiles of slots, so a slot's
+        numbers may depend on its own weights only.
         """
         del held, weights, queries
         return {}

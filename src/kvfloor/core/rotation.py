@@ -83,7 +83,8 @@ class Rotation:
     def turned(self, x: Tensor, circle: Circle, back: bool = False) -> Tensor:
         """Rotate x (..., d) by the angles of `circle`, or backwards by them if `back`; return it in x's dtype.
 
-        The rotation is computed in the circle's dtype and rounded once.
+        `circle` has the angles' cosines and sines (..., pairs). The rotation is computed in their dtype and rounded
+        once.
         """
         cos, sin = circle[0], -circle[1] if back else circle[1]
         middle = x[..., self.start : self.stop].to(cos.dtype)

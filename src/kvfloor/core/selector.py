@@ -16,7 +16,7 @@ from kvfloor.core.spec import Spec
 
 @dataclass(frozen=True)
 class Chosen:
-    """Hold the slots that each query reads: index (r, m, c) int64, at most c per query and each at most once.
+    """Hold the slots that each query reads: index (r, m, c) int64, at most c different slots for each of m queries.
 
     dead (r, m, c), bool, is True for entries of index that are padding.
     """
@@ -34,8 +34,9 @@ class Chosen:
 class SelectorState(Memory, ABC):
     """Store a selector's index of the held tokens, which is updated whenever tokens enter or leave the slots.
 
-    `spec` is the state's spec. Rows are the first axis of every tensor, or the part that holds the tensor selects rows
-    itself. Choices are made by float64 scores, ties by the slot, so that they do not depend on the shape of the call.
+    `spec` is the state's spec. Rows are the first axis of every tensor; a part with other tensors defines its own
+    `select_rows`. Choices are made by float64 scores, and by slot number among equal scores, so that they do not depend
+    on the shape of the call.
     """
 
     spec: Spec
@@ -52,7 +53,7 @@ class SelectorState(Memory, ABC):
         """
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Raise ValueError if the index's fields of a saved state do not fit the `slots` fields of that state."""
+        """Raise ValueError if the saved `fields` of this index contradict the saved fields of the state's `slots`."""
 
     def resize(self, slots: Slots) -> None:
         """Adapt the index to new capacities of the rows' slots; the held tokens have not changed."""
@@ -108,7 +109,7 @@ class Selector(ABC):
 
 
 class Indexed(Selector):
-    """Define a selector that keeps an index of the held tokens; its state makes the choices."""
+    """Define a selector that keeps an index of the held tokens; its `SelectorState` makes the choices."""
 
     @abstractmethod
     def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> SelectorState:
@@ -119,7 +120,10 @@ class Indexed(Selector):
         """
 
     def block(self) -> int | None:
-        """Return the block length in tokens, between two calls of `close`, if no policy sets it; None: any will do."""
+        """Return the block length that the index needs, in tokens between two calls of `close`; None: any will do.
+
+        It is used by `Exact`; `Bounded` has a block length of its own.
+        """
         return None
 
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:

@@ -19,7 +19,7 @@ from kvfloor.core.spec import Spec
 class View:
     """Hold the first s slots of r rows as batched tensors: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
 
-    live marks the slots that hold a token; None: all do.
+    A slot is the place of one held token. live marks the slots that hold a token; None: all do.
     """
 
     k: Tensor
@@ -36,13 +36,14 @@ class View:
 class Slots(Arena):
     """Store the held tokens of every row, packed at the front of the row's stretch of the arena.
 
-    A row's slots carry no order; `position` is the arrival index of each token. Rows may have different capacities
-    (per-head budgets free real bytes) and different fill (`held`). `columns` are per-slot numbers that a policy keeps,
-    zero where a slot holds no token.
+    A slot is the place of one token. A row's slots carry no order; `position` is the arrival index of each token. Rows
+    may have different capacities (per-head budgets free real bytes) and different fill (`held`). `columns` are per-slot
+    numbers that a policy keeps, zero where a slot holds no token.
 
-    Under `spec.rotation` k has the keys that queries read, rotated to the rank of their token among the row's. An
-    eviction changes the ranks of the tokens behind the evicted ones. Then k is rotated anew from `bare`, the unrotated
-    keys, so that no rounding builds up. Slots that `lose` no token, and whose values are not the keys, need no `bare`.
+    Under `spec.rotation` k has the keys that queries read: each is rotated to the rank of its token among the tokens of
+    the row. An eviction changes the ranks of the tokens behind the evicted ones. Then k is rotated anew from `bare`,
+    the unrotated keys, so that no rounding builds up. `bare` is kept only if tokens can be lost (argument `lose`) or
+    the values are the keys (`spec.tied`).
     """
 
     def __init__(
@@ -66,7 +67,10 @@ class Slots(Arena):
 
     @property
     def _own(self) -> tuple[str, ...]:
-        """Return the names of the per-token tensors beside the columns; tied keys and values are one tensor."""
+        """Return the names of the tensors with one entry per token, except the policy's columns.
+
+        If a token's value is its key (`spec.tied`), "k" stands for both.
+        """
         own = ("k", "position") if self.spec.tied else ("k", "v", "position")
         return own if self.bare is None else (*own, "bare")
 
@@ -79,7 +83,11 @@ class Slots(Arena):
     # ---- reading -------------------------------------------------------------------------------------------
 
     def view(self, rows: Tensor | None = None, width: int | None = None) -> View:
-        """Return the slots of `rows` (all if None), `width` wide (default: the fullest row). Copies only if ragged."""
+        """Return the first `width` slots of `rows` as a `View`.
+
+        rows None: all rows. width None: as many slots as the fullest row holds tokens. Tensors are copied only if
+        capacities differ or `rows` is given.
+        """
         held = self.held if rows is None else self.held[rows]
         counts = held.tolist()
         if width is None:
@@ -92,14 +100,14 @@ class Slots(Arena):
         return View(k, v, live, lambda: self.across(self.position, rows, width))
 
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
-        """Return a per-slot tensor as (rows, width, ...)."""
+        """Return the first `width` slots of `rows` (None: all) of a per-slot tensor x (slots, ...): (r, width, ...)."""
         if self.stride:
             table = self._table(x, 0, min(width, self.stride))
             return table if rows is None else table[rows.to(x.device)]
         return x[self._index(rows, width)]
 
     def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Copy a per-slot tensor at slot (r, m, c) of each of `rows`: (r, m, c, ...)."""
+        """Copy the entries at slot (r, m, c) of each of `rows` (None: all) from a per-slot tensor x: (r, m, c, ...)."""
         offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
         index = (offset + slot).clamp_max(x.shape[0] - 1).flatten()
         return x.index_select(0, index).view(*slot.shape, *x.shape[1:])
@@ -113,9 +121,9 @@ class Slots(Arena):
     # ---- writing -------------------------------------------------------------------------------------------
 
     def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor, bare: Tensor | None = None) -> None:
-        """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a).
+        """Append the first take[r] tokens of k (rows, a, d), v (rows, a, dv) and position (rows, a) to each row r.
 
-        bare (rows, a, d): the keys before they were rotated to their ranks, under a rotation.
+        bare (rows, a, d): under a rotation, the keys before they were rotated to their ranks.
         """
         a, at = k.shape[1], self.level if min(take.tolist()) == k.shape[1] else None
         if at is None or at + a > self.stride:
@@ -133,7 +141,11 @@ class Slots(Arena):
         self.held = self.held + take
 
     def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
-        """Push one token of this position to every row, for rows that hold equally many tokens and have room."""
+        """Append one token, which arrived at `position`, to every row: k (rows, 1, d), v (rows, 1, dv).
+
+        All rows must hold equally many tokens and have a free slot. bare (rows, 1, d): under a rotation, the unrotated
+        keys.
+        """
         at = self.held.tolist()[0]
         self._table(self.k, at, at + 1).copy_(k)
         if self.bare is not None:
@@ -144,7 +156,10 @@ class Slots(Arena):
         self.held = self.held + 1
 
     def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
-        """Write a column back for `rows`: values (r, width)."""
+        """Write values (r, width) to the column `name`, a policy's numbers per slot, for `rows` (None: all).
+
+        Slots without a token stay as they are.
+        """
         store, level = getattr(self.columns, name), self.level if rows is None else None
         if level is not None:
             self.across(store, None, level).copy_(values[:, :level])
@@ -154,10 +169,10 @@ class Slots(Arena):
         store[self._index(rows, values.shape[1])[live]] = values[live].to(store.dtype)
 
     def evict(self, leaving: Tensor) -> None:
-        """Drop the slots marked in leaving (rows, width), bool, live ones only.
+        """Drop the tokens in the slots marked in leaving (rows, width), bool; every marked slot must hold a token.
 
-        Survivors from the end of a row move into the holes further front, so a row stays packed and at most as
-        many tokens move as leave.
+        Remaining tokens from the end of a row move into the freed slots further front, so a row stays packed and at
+        most as many tokens move as leave.
         """
         leaving = leaving.cpu()
         slot = torch.arange(leaving.shape[1])
@@ -268,15 +283,19 @@ class Slots(Arena):
 
 
 class Columns(Memory):
-    """Store the per-slot tensors (total slots,) that a policy keeps beside the keys and values."""
+    """Store a policy's columns beside the keys and values: tensors (total slots,) with one number per slot."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by column name."""
+        """Return the columns, column name -> tensor (total slots,)."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def require_positions(fields: dict[str, Any], seen: Tensor) -> None:
-    """Raise ValueError unless the tokens in these fields of slots came once each, among the first seen (rows,)."""
+    """Raise ValueError if saved slots hold a token twice, or one that its row has not seen yet.
+
+    fields  the saved fields of `Slots`
+    seen    (rows,) number of tokens that each row has seen: positions must be below it
+    """
     row = torch.arange(len(seen)).repeat_interleave(fields["held"])
     position = fields["position"]
     if bool((position >= seen[row]).any()):

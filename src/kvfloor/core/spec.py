@@ -30,12 +30,12 @@ class Spec:
     d, dv     width of a key and of a value
     scale     the factor on q.k (the papers use 1, models d**-0.5)
     softcap   c in c*tanh(logit/c), or None
-    row_ids   one identity per row, which keys its randomness; 0, 1, 2, ... unless given
+    row_ids   one identity per row, which seeds the row's random draws; 0, 1, 2, ... unless given
     places    each row's place in a model, as (layer, kv head), for methods whose trained parameters differ from
               head to head; None outside a model
     tied      a token's value is its key: both are given as one tensor, and held once
-    rotation  None, or the rotation of keys and queries by their place (RoPE): they are given unrotated, and a token's
-              place is its rank among the tokens that its row holds, the oldest at 0, its own query's the same
+    rotation  None, or the rotation (RoPE) of keys and queries, which are then given unrotated. A token's key and query
+              are rotated by the token's rank among the tokens that its row holds, the oldest at 0
     Raises ValueError naming the field that is out of its domain.
     """
 
@@ -99,7 +99,7 @@ class Spec:
         return torch.tensor(self.row_ids, dtype=torch.int64, device=self.device)
 
     def select(self, index: Tensor) -> Spec:
-        """Return the spec of the rows at `index` (r,) alone, which keep their row ids and places."""
+        """Return the spec for the rows at `index` (r,) alone; these rows keep their row ids and places."""
         assert self.row_ids is not None
         chosen = [self.row_ids[i] for i in index.tolist()]
         places = None if self.places is None else [self.places[i] for i in index.tolist()]

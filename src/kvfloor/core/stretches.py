@@ -1,4 +1,4 @@
-"""Store an index's lists, one or more per row, each in its own stretch of a flat arena."""
+"""Store the lists of a selector's index, one or more per row, each in its own stretch of a flat arena."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from kvfloor.core.spec import Spec
 
 
 class Stretches(Arena):
-    """Store an index's lists, whose entries are named columns: tensors (places, ...) of any shape and dtype."""
+    """Store the lists of a selector's index; an item of a list has one entry in each column.
+
+    A column is a named attribute: a flat tensor (places, ...) of any shape and dtype.
+    """
 
     def __init__(
         self,
@@ -24,9 +27,10 @@ class Stretches(Arena):
         lists: int = 1,
         fill: int = 0,
     ) -> None:
-        """Make empty lists with room for capacity[r] items in row r.
+        """Make `lists` empty lists per row, each with room for capacity[r] items in row r.
 
-        columns  shape and dtype of an item's entry, by the attribute that holds it
+        columns  column name -> (shape, dtype) of one item's entry
+        fill     number that places without an item get
         """
         self.lists, self.fill = lists, fill
         super().__init__(spec, capacity)
@@ -39,9 +43,10 @@ class Stretches(Arena):
         return tuple(name for name in own if name not in ("held", "capacity", "offset"))
 
     def across(self, name: str, rows: Tensor | None, width: int) -> Tensor:
-        """Return a column as (r, lists, width, ...); entries beyond `held` are `fill` or garbage.
+        """Return the first `width` places of every list of `rows` in the column `name`: (r, lists, width, ...).
 
-        Copies only if capacities differ or not all rows are wanted.
+        rows None: all rows. Entries behind a list's last item are `fill` or arbitrary. Copies only if capacities differ
+        or `rows` is given.
         """
         column = getattr(self, name)
         if self.stride and rows is None:
@@ -49,7 +54,10 @@ class Stretches(Arena):
         return column[self.places(rows, width)]
 
     def write(self, name: str, rows: Tensor, held: Tensor, items: Tensor) -> None:
-        """Write the first held (r,) of items (r, lists, w) to the lists of `rows` (r,), and `fill` to their old end."""
+        """Replace the lists of `rows` (r,) in the column `name` by the first held[r] of items (r, lists, w).
+
+        Where the old list was longer, the places behind the new one get `fill`. `self.held` is not changed.
+        """
         column = getattr(self, name)
         width = int(torch.maximum(held, self.held[rows]).max())
         if width > items.shape[2]:

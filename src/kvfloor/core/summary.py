@@ -20,8 +20,9 @@ from kvfloor.core.spec import Spec
 class SummaryState(Memory, ABC):
     """Store a compressed form of evicted tokens, as tensors with rows as first axis.
 
-    `shared` are tensors fixed by (method, spec) alone (trained kernels, tables): public and uncounted. Once opened
-    by `Bounded` it is the dictionary of the whole state, so names in it start with the summary's name.
+    `shared` maps names to tensors that are fixed by (method, spec) alone (trained kernels, tables): public and
+    uncounted. `Bounded` replaces it by one dictionary for the whole state, so a summary's names in it start with the
+    summary's name.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -32,8 +33,8 @@ class SummaryState(Memory, ABC):
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         """Add evicted tokens to the summary, each once: row (e,) int64 ascending, k (e, d), v (e, dv), position (e,).
 
-        A lot is the tokens of one row in one call. A row's tokens come in the same lots however the caller cuts the
-        stream, but which other rows are in the call depends on the cuts. So all numbers derived from tokens must be
+        The tokens of one row in one call are a lot. A row's tokens come in the same lots however the caller cuts the
+        stream, but the cuts decide which other rows are in the call. So all numbers derived from tokens must be
         computed row by row (`lots`).
         """
 
@@ -45,7 +46,7 @@ class SummaryState(Memory, ABC):
         """
 
     def on_queries(self, q: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that came with tokens or by `attend`; absent queries of a row are zeros."""
+        """Record queries q (rows, g, a, d) that came with tokens or by `attend`; zeros where a row has no query."""
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
         """Return the configuration's guarantee `stated`, withdrawn (`holds` False) if an assumption failed so far.
@@ -102,11 +103,12 @@ class Drop(Summary):
 
 
 def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the evicted tokens of `absorb` row by row: a lot is (at, column...), at (1,) the row, columns (1, c, ...).
+    """Split the evicted tokens of one `absorb` call by row: yield one lot (at, column, ...) per row.
 
-    row (e,) is ascending, and each column is (e, ...), such as the keys; c is the number of the row's tokens. A lot is
-    contiguous, aligned like every other lot of c tokens, and holds no other row's numbers. So any result computed from
-    a lot has the same bits whichever rows are in the call, on any BLAS and any instruction set.
+    row (e,) is each token's row, ascending; each column is (e, ...), such as the keys. at (1,) is the lot's row, and
+    its columns are (1, c, ...) for the c tokens of the row. A lot is contiguous, aligned like every other lot of c
+    tokens, and holds no other row's numbers. So any result computed from a lot has the same bits whichever rows are in
+    the call, on any BLAS and any instruction set.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     pieces = [column.split(counts.tolist()) for column in columns]
@@ -115,9 +117,10 @@ def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def equal_lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the evicted tokens as `lots` does, but r rows with c tokens each together: at (r,), columns (r, c, ...).
+    """Split the evicted tokens as `lots` does, but yield all rows with equally many tokens together.
 
-    This makes fewer, larger operations; products and sums over tokens must then go through `core.rowwise`.
+    For r rows with c tokens each (at, column, ...) is yielded: at (r,) has the rows, and columns are (r, c, ...). This
+    makes fewer, larger operations; products and sums over tokens must then go through `core.rowwise`.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     start = counts.cumsum(0) - counts

@@ -1,4 +1,4 @@
-"""Call a policy's events at block ends: give it the queries, attention weights and keys that it learns from."""
+"""Give a policy, at block ends, the queries, attention weights and keys that it learns from."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Watching(Blocked["Bounded"]):
 
     @property
     def learns_from_queries(self) -> bool:
-        """Return True if the policy learns from the queries that come now."""
+        """Return True if the policy learns from queries of the present stage: the prompt, or the tokens after it."""
         return self.method.policy.wants_weights or self.method.policy.wants_queries(self.sealed)
 
     @property
@@ -84,7 +84,7 @@ class Watching(Blocked["Bounded"]):
             self._buffer(q, seen % self.block)
 
     def _buffer(self, q: Tensor, start: int) -> None:
-        """Store every row's queries q (rows, g, a, d) in the open block, at its places from `start` on."""
+        """Store every row's queries q (rows, g, a, d) in the buffer of the open block, from place `start` on."""
         self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
         self.asked[:, start : start + q.shape[2]] = True
 
@@ -120,10 +120,10 @@ class Watching(Blocked["Bounded"]):
     # ---- learning --------------------------------------------------------------------------------------------------
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of the `left` next tokens may be appended in one piece that crosses block ends.
+        """Return how many of a row's next `left` tokens may be appended in one piece, across ends of blocks.
 
-        0 allows a piece up to the next block end.
-        More than 0 only in a dense prompt where every held token is read and the policy needs no weights or keys: all
+        `seen` tokens came before. 0: the piece must stop at the next block end. More than 0 only in a dense prompt
+        (nothing is evicted before its end) where every held token is read and the policy needs no weights or keys: all
         tokens if it needs no queries; all but the newest ones, in whole blocks, if it needs the newest queries only.
         """
         policy = self.method.policy
@@ -157,9 +157,10 @@ class Watching(Blocked["Bounded"]):
         self.memory.on_keys(rows, self.slots.k[index], self.slots.position[index], live)
 
     def _show_block(self, rows: Tensor, fill: int) -> None:
-        """Call the policy's `on_queries` and `on_weights` for the queries of these rows' last `fill` tokens.
+        """Call the policy's `on_queries` and `on_weights` for the queries of the last `fill` tokens of these rows.
 
-        The weights are those of the queries over the tokens that were held when they came.
+        These are the tokens since the last block end. A query's weights are over the tokens that were held when it
+        came.
         """
         rows = rows[self.asked[rows].any(1)]
         if self.queries is None or not len(rows):
@@ -176,10 +177,11 @@ class Watching(Blocked["Bounded"]):
             self.asked[rows] = False
 
     def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
-        """Give the policy queries of these rows, rotated to their places; each sees its first visible (r, b) slots.
+        """Give the policy queries of these rows, and store the numbers per slot that it returns.
 
-        A row's weights are computed from its own queries and held tokens alone (`weights_by_tile`), so they round alike
-        for every chunking and every neighbour row.
+        Each query sees its row's first visible (r, b) slots. If the spec has a rotation, the query is first rotated to
+        the rank that its own token had when it came. A row's weights are computed from its own queries and held tokens
+        alone (`weights_by_tile`), so they round alike for every chunking and every neighbour row.
         """
         policy, width = self.method.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows
@@ -195,9 +197,10 @@ class Watching(Blocked["Bounded"]):
             self.slots.put_column(name, every, values)
 
     def _observed(self, rows: Tensor | None, asked: Queries, visible: Tensor, width: int) -> dict[str, Tensor]:
-        """Return the policy's new numbers per slot, column name -> (r, s), from the attention weights of queries.
+        """Return the policy's new numbers per slot, column name -> (r, s), learnt from the queries' attention weights.
 
-        The weights are computed one tile of slots at a time. A query sees its first visible (r, b) slots.
+        A column is a tensor with one number of the policy per slot. The weights are computed one tile of slots at a
+        time. A query sees its first visible (r, b) slots.
         """
         r, g, b, d = asked.q.shape
         flat, held = asked.q.reshape(r, g * b, d), self._held(rows, width)
@@ -214,9 +217,10 @@ class Watching(Blocked["Bounded"]):
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
     def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
-        """Return a function from slots `at` to their mask: True for slots that q (r, m, d) does not read.
+        """Return a function from a slice of slots to its mask, True for slots that queries q (r, m, d) do not read.
 
-        A slot is unread where it lies beyond visible (r, m), or where the selector did not choose it.
+        The mask is (r, m, slots). A slot is unread where it lies beyond visible (r, m), or where the selector did not
+        choose it.
         """
         if isinstance(self._selector, Everything):
             slot = torch.arange(width, device=q.device)
