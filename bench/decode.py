@@ -1,7 +1,7 @@
-"""Speed of one decoded token and of prefill, ours beside plain SDPA, in one run: `make bench`.
+"""Time one decoded token with kvfloor's methods and with plain SDPA in one run: `make bench`.
 
-Refuses to print while the tests of what it times are red. Versions are interleaved in one process on one thread
-count; figures are medians, and the ratio column is what to quote. Times are per call, updates included.
+Prints no figures while the tests of the timed code fail. Versions take turns in one process with one number of threads.
+Figures are medians; quote the ratio column. Times are per call, cache updates included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEADS, KV_HEADS, WIDTH = 8, 2, 128
 
 
 def decode(n: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """One token against n in the cache: stock attention with `cat`, stock attention alone, and our methods."""
+    """Time one token against n cached ones: stock attention with `cat`, stock attention alone, and our methods."""
     g = HEADS // KV_HEADS
     make = torch.Generator().manual_seed(0)
     k, v = (torch.randn(1, KV_HEADS, n, WIDTH, generator=make).to(dtype) for _ in range(2))

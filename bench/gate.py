@@ -1,4 +1,4 @@
-"""What every benchmark asks first: do the tests of what it times pass?"""
+"""Run the tests of the timed code before a benchmark prints figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def green(*tests: str) -> bool:
-    """Whether these test folders or files pass, slow ones left out; if not, stderr says that there are no figures."""
+    """Return True if these test folders or files pass without their slow tests; otherwise say so on stderr."""
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *tests], cwd=ROOT)
     if run.returncode:
         print("the tests of what is timed are red: no figures", file=sys.stderr)

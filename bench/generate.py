@@ -1,12 +1,12 @@
-"""One decoded token of a model, and a streamed prompt, ours beside transformers' own: `python bench/generate.py`
+"""Time a model's decoded token and a streamed prompt, kvfloor beside transformers: `python bench/generate.py`
 
-decode   16 layers, hidden 1,024, 16 heads on 4 kv heads, 246 M random parameters: one forward of one token with a
-         context of 32,000 tokens, caches in turn, cache updates included. Stock is DynamicCache with sdpa, as
-         transformers runs it by default.
+decode   one forward of one token with a context of 32,000 tokens, the caches in turn, cache updates included. The model
+         has 16 layers, hidden 1,024, 16 heads on 4 kv heads, 246 M random parameters. Stock is DynamicCache with sdpa,
+         the default of transformers.
 prefill  one layer's attention over 32,768 tokens (4 kv heads of width 64, a group of 4): states that stream it under a
          budget of 1,024 tokens, and causal sdpa over all of it.
-Caches are filled with normal keys and values, not by a forward. Figures are medians; ratios are what to quote. Refuses
-to print while the tests of what it times are red.
+Caches are filled with normal keys and values, not by a forward. Figures are medians; quote the ratios. Prints no
+figures while the tests of the timed code fail.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS, GROUP, WIDTH, PROMPT, BUDGET = 4, 4, 64, 32_768, 1024
 
 
 def middle(dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama of the size that the targets are stated for."""
+    """Build the random Llama whose size the speed targets are stated for."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32_000,
@@ -49,7 +49,7 @@ def middle(dtype: torch.dtype) -> PreTrainedModel:
 
 
 def filled(model: PreTrainedModel, method: str | None, n: int) -> Cache:
-    """A cache that holds n normal tokens in every layer: stock, or by a method."""
+    """Return a cache with n normal tokens in every layer: the stock cache, or a method's."""
     config, source = model.config, torch.Generator().manual_seed(0)
     cache = DynamicCache(config=config) if method is None else CompressedCache(config, method)
     shape = (1, config.num_key_value_heads, n, config.hidden_size // config.num_attention_heads)
@@ -68,7 +68,7 @@ def filled(model: PreTrainedModel, method: str | None, n: int) -> Cache:
 
 
 def decode(dtype: torch.dtype, tokens: int) -> None:
-    """Print what one token costs with each cache."""
+    """Print the time of one token with each cache."""
     stock, ours = middle(dtype), prepare(middle(dtype))
     runs = {"stock, 128 tokens": (stock, filled(stock, None, SHORT)), "stock": (stock, filled(stock, None, CONTEXT))}
     runs |= {method: (ours, filled(ours, method, CONTEXT)) for method in OURS}
@@ -90,7 +90,7 @@ def decode(dtype: torch.dtype, tokens: int) -> None:
 
 
 def prefill(repeats: int) -> None:
-    """Print what streaming a prompt through one layer's attention costs, the cache bounded throughout."""
+    """Print the time to stream a prompt through one layer's attention with a cache that is always bounded."""
     source = torch.Generator().manual_seed(0)
     q = torch.randn(ROWS, GROUP, PROMPT, WIDTH, generator=source)
     k, v = (torch.randn(ROWS, PROMPT, WIDTH, generator=source) for _ in range(2))

@@ -1,9 +1,9 @@
-"""Count the one-line mutants that the tests let live: `python bench/mutants.py src/kvfloor/core --sample 40`.
+"""Count the one-change mutants that the tests miss: `python bench/mutants.py src/kvfloor/core --sample 40`.
 
 A mutant is a module with one change: a comparison turned, `and` for `or`, a constant moved by one, an operator or a
-returned truth value exchanged, a condition negated. A seeded sample of all of them is drawn; each is written into a
-copy of the repository, whose tests of that module run until the first failure. The share that was killed comes with
-its Wilson interval.
+truth value exchanged, a condition negated, a returned value replaced by None. A seeded sample of all mutants is drawn.
+Each one is written into a copy of the repository, where the tests of that module run until the first failure. The share
+of killed mutants comes with its Wilson interval.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ Outcome = Literal["killed", "SURVIVED", "TIMED OUT"]
 ROOT = Path(__file__).parent.parent
 COPIED = ("src", "tests", "docs", "examples", "pyproject.toml", "README.md")
 BESIDE = {
+    "arena": ("core/test_slots", "core/test_stretches", "core/test_restoring", "core/test_bounded"),
     "attend": ("core/test_step_partial",),
     "blocked": (
         "core/test_bounded",
@@ -45,14 +46,22 @@ BESIDE = {
     "message": ("core/test_restoring",),
     "policy": ("core/test_bounded", "methods/test_registry", "methods/test_observation"),
     "selector": ("methods/test_selectors", "methods/test_pages", "core/test_method"),
-    "slots": ("core/test_one_token", "core/test_bounded", "core/test_rotation"),
+    "watching": (
+        "core/test_bounded",
+        "core/test_one_token",
+        "core/test_tiles",
+        "core/test_rotation",
+        "methods/test_observation",
+        "methods/test_last_query",
+    ),
+    "slots": ("core/test_one_token", "core/test_bounded", "core/test_rotation", "core/test_restoring"),
     "spec": ("core/test_state", "core/test_rotation"),
     "state": ("core/test_one_token", "core/test_doors", "core/test_restoring", "core/test_broken"),
     "stretches": ("core/test_restoring", "methods/test_quantized"),
     "summary": ("methods/test_value_sum", "core/test_method"),
     "tiles": ("methods/test_observation",),
 }
-"""Module of the core -> the tests that hold it beside its own `tests/core/test_<module>.py`."""
+"""Module of the core -> the tests that cover it, beside its own `tests/core/test_<module>.py`."""
 
 TURNED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
@@ -79,7 +88,7 @@ TURNED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One module with one change at `line`."""
+    """Hold one module's source with one change at `line`."""
 
     path: Path
     line: int
@@ -117,7 +126,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _skipped(node: ast.AST) -> bool:
-    """Leave out asserts, error texts and guards of annotations, which no test should notice."""
+    """Return True for asserts, raises and guards of annotations, whose mutants no test should notice."""
     return isinstance(node, ast.Assert | ast.Raise) or (
         isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     )
@@ -154,7 +163,7 @@ def mutants(path: Path) -> list[Mutant]:
 
 
 def tests_of(path: Path) -> list[str]:
-    """Return the test files that hold a module, those that there are."""
+    """Return the test files that cover a module, if they exist."""
     own = Path("tests") / path.relative_to("src/kvfloor").with_name(f"test_{path.name}")
     beside = [Path("tests") / f"{name}.py" for name in BESIDE.get(path.stem, ())] if path.parent.name == "core" else []
     return [str(file) for file in (own, *beside) if (ROOT / file).exists()]
@@ -163,7 +172,7 @@ def tests_of(path: Path) -> list[str]:
 def outcome(tests: list[str], where: Path, seconds: int | None = None) -> Outcome:
     """Run the tests in the copy at `where` until the first failure.
 
-    Raises RuntimeError where pytest did not come to a verdict: such a run says nothing about the mutant.
+    Raises RuntimeError if pytest gave no verdict: such a run shows nothing about the mutant.
     """
     environment = os.environ | {
         "PYTHONPATH": str(where / "src"),

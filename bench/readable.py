@@ -1,9 +1,9 @@
-"""Speed of the read floor over many heads of long keys: `python bench/readable.py`.
+"""Time the read floor over many heads of long keys: `python bench/readable.py`.
 
-Refuses to print while the tests of what it times are red. Heads are shared out among `--threads` workers with one
-thread each. Keys are normal with unit variance, logits scaled by 1/sqrt(width): the hardest case for the clock, since
-from a radius of about 16 on nearly every token is read and every pair of tokens must be weighed. A run whose workers
-got less than 80 % of their cores' time says so: repeat it on an idle machine.
+Prints no figures while the tests of the timed code fail. Heads are shared among `--threads` workers with one thread
+each. Keys are normal with unit variance, logits are scaled by 1/sqrt(width). This case is the slowest one: from a
+radius of about 16 on nearly every token can be read, so every pair of tokens must be weighed. A line notes if the
+workers got less than 80 % of their cores' time: repeat the run on an idle machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ETA = 0.05
 
 
 def timed(floor: Callable[[int], Readable], heads: int, threads: int) -> tuple[float, float, float, float]:
-    """Wall seconds, CPU seconds, mean groups and mean bits per head."""
+    """Compute the floor of every head; return wall seconds, CPU seconds, mean groups and mean bits per head."""
     wall, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(floor, range(heads)))

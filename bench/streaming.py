@@ -1,11 +1,13 @@
-"""Does a streaming method's token cost the same after 100,000 tokens as after 1,000? `python bench/streaming.py`
+"""Compare a method's time per token after 100,000 tokens with that after 1,000: `python bench/streaming.py`
 
-Every registered method of constant memory, budget 256, 4 kv heads of width 64 with a GQA group of 2. At 25 lengths from
-1,024 to 102,400 tokens each method in turn takes 64 single tokens, two blocks of 32, question and update together; a
-young state of the same method, at 1,024 tokens and a few more, takes them in turn with it, so that whatever else the
-machine does falls on both. Shown are median microseconds per token, the mean ratio of old to young over the longer half
-and its slope per 100,000 tokens by least squares, each with a 95 % interval, and the bytes at the first and the last
-length. Refuses to print while the tests of what it times are red. `--out FILE` also writes a page with the curves.
+The methods are all registered ones of constant memory, with a budget of 256 tokens, 4 kv heads of width 64 and a GQA
+group of 2. At 25 lengths from 1,024 to 102,400 tokens each method steps through 64 single tokens, which are two blocks
+of 32. A young state of the same method, at about 1,024 tokens, takes turns with the old one, so that other work on the
+machine slows both.
+
+Each line gives the median microseconds per token, the mean ratio of old to young over the longer half, its slope per
+100,000 tokens by least squares, each of the two with a 95 % interval, and the bytes at the first and the last length.
+Prints no figures while the tests of the timed code fail. `--out FILE` also writes a page with the curves.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 from gate import green
 
 from kvfloor import Method, Spec, State
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.grammar import default_method
+from kvfloor.methods.registry import TABLE
 
 TIMED = ["tests/core", "tests/methods"]
 BUDGET, ROWS, GROUP, WIDTH = 256, 4, 2, 64
@@ -29,13 +32,13 @@ STEPS, FIRST, LAST, MARKS, BULK = 64, 1024, 102_400, 25, 1024
 
 
 def streaming() -> list[Method]:
-    """Registered methods whose memory does not grow, each once."""
+    """List the registered methods of constant memory, each once."""
     methods = {str(method): method for method in (default_method(name, budget=BUDGET) for name in TABLE)}
     return [method for method in methods.values() if method.traits.constant_memory]
 
 
 def feed(state: State, source: torch.Generator, tokens: int) -> None:
-    """Take in so many further normal tokens, in bulk."""
+    """Step through this many more normal tokens in large chunks."""
     while tokens > 0:
         part = min(BULK, tokens)
         q = torch.randn(ROWS, GROUP, part, WIDTH, generator=source)
@@ -45,7 +48,7 @@ def feed(state: State, source: torch.Generator, tokens: int) -> None:
 
 
 def timed(young: State, old: State, source: torch.Generator) -> tuple[float, float]:
-    """Microseconds per token of both over STEPS single tokens, taken in turn."""
+    """Return the microseconds per token of both states, which take turns over STEPS single tokens."""
     q = torch.randn(STEPS, ROWS, GROUP, 1, WIDTH, generator=source)
     k, v = (torch.randn(STEPS, ROWS, 1, WIDTH, generator=source) for _ in range(2))
     spent = [0.0, 0.0]
@@ -58,7 +61,7 @@ def timed(young: State, old: State, source: torch.Generator) -> tuple[float, flo
 
 
 def slope(lengths: list[int], ratios: list[float]) -> tuple[float, float]:
-    """Least-squares slope per 100,000 tokens, and the half-width of its 95 % interval."""
+    """Return the least-squares slope per 100,000 tokens, and the half-width of its 95 % interval."""
     x = [n / 1e5 for n in lengths]
     fit = statistics.linear_regression(x, ratios)
     rest = [y - fit.slope * at - fit.intercept for at, y in zip(x, ratios, strict=True)]
@@ -67,13 +70,13 @@ def slope(lengths: list[int], ratios: list[float]) -> tuple[float, float]:
 
 
 def late(ratios: list[float]) -> tuple[float, float]:
-    """Mean of the second half and the half-width of its 95 % interval."""
+    """Return the mean of the second half, and the half-width of its 95 % interval."""
     half = ratios[len(ratios) // 2 :]
     return statistics.fmean(half), 2.18 * statistics.stdev(half) / math.sqrt(len(half))  # Student's t, 12 degrees
 
 
 def page(lengths: list[int], ratios: dict[str, list[float]]) -> str:
-    """A figure per method: what a token costs beside a young state, over the length."""
+    """Render a page with one figure per method: the time per token, old state over young, against the length."""
     from kvfloor.report import plot
     from kvfloor.report.environment import environment
 

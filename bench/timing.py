@@ -1,4 +1,4 @@
-"""How versions of the same work are compared: in turn within one process, so that the machine's drift falls on all."""
+"""Time versions of the same work in turn within one process, so that the machine's drift affects all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def interleaved(versions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds per call of each version, called in turn after one call that does not count."""
+    """Return the median milliseconds per call of each version; versions take turns after one uncounted call each."""
     times: dict[str, list[float]] = {name: [] for name in versions}
     for call in versions.values():
         call()

@@ -1,4 +1,4 @@
-"""The built-in model's shape: a small Llama with grouped queries."""
+"""Define the built-in model's shape: a small Llama with grouped-query attention."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ POSITIONS = 8192
 
 
 def small_llama(vocab_size: int, bos: int, eos: int, pad: int, *, layers: int = 4, hidden: int = 128) -> LlamaConfig:
-    """Heads of 64, two query heads per key-value head, tied embeddings.
+    """Return the configuration: heads of width 64, two query heads per kv head, tied embeddings.
 
-    The rotary base is high, so that half of each head turns so slowly that matching by content works over
-    thousands of tokens, while the fast half still finds the previous token.
+    The rotary base is high. Half of each head's channels therefore rotate so slowly that queries and keys match by
+    content over thousands of tokens. The fast half still finds the previous token by position.
     """
     return LlamaConfig(
         vocab_size=vocab_size,

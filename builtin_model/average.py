@@ -1,8 +1,8 @@
-"""The mean of several runs' weights: `python -m builtin_model.average --out DIR RUN RUN ...`.
+"""Average the weights of several training runs: `python -m builtin_model.average --out DIR RUN RUN ...`.
 
-Runs that were resumed from one another and decayed to rest several times end near different corners of one valley; the
-mean lies deeper in it than any of them (Izmailov et al. 2018, "Averaging weights leads to wider optima and better
-generalization", arXiv 1803.05407).
+Runs that were resumed from one another, each with its own decay of the learning rate to zero, end at different points
+of one basin of the loss. Their mean has a lower loss than any of them (Izmailov et al. 2018, "Averaging weights leads
+to wider optima and better generalization", arXiv 1803.05407).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ WEIGHTS, NOTE = "model.safetensors", "training.json"
 
 
 def average(runs: Sequence[Path], out: Path) -> None:
-    """Writes a model folder whose weights are the mean of the runs', and whose note is the last run's with their steps.
+    """Write a model folder with the mean of the runs' weights.
 
-    Raises ValueError where there is no run, or their weights differ in name or shape.
+    Its `training.json` is the last run's, with the steps of all runs added. Raises ValueError if there is no run, or if
+    the runs' weights differ in name or shape.
     """
     if not runs:
         raise ValueError("average needs the folder of at least one run")
@@ -46,7 +47,7 @@ def average(runs: Sequence[Path], out: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Average runs from the command line."""
     parser = argparse.ArgumentParser(prog="python -m builtin_model.average", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="model folders of the trainer, the last one last")
     parser.add_argument("--out", type=Path, required=True, help="folder for the averaged model")

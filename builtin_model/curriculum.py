@@ -1,4 +1,4 @@
-"""What to train on next: every task starts tiny, and grows whenever it passes its own bar."""
+"""Choose the next training batch: every task starts with short contexts, and grows when it passes its bar."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvfloor.tasks.mixture import mix, mixable
 from kvfloor.tasks.tokenizer import count_tokens, encode
 
 LENGTHS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 4608)
-FIRST_LENGTH = {"vartrack": 64}  # shorter contexts have no room for the smallest difficulty
-PASS = 0.93  # share of right answers, of the last WINDOW at a task's longest length, that lets it grow
+FIRST_LENGTH = {"vartrack": 64}  # shorter contexts cannot hold even the easiest sample of the task
+PASS = 0.93  # a task grows at this share of right answers among the last WINDOW at its longest length
 WINDOW = 48
 HUNGER = 4.0  # extra weight of a task that does not pass at its present level
 FRONTIER = 0.6  # share of batches at the focused task's longest length; the others revisit shorter ones
-ONE_ANSWER = {"words": 0.2, "registers": 0.3}  # the same where a sequence has one answer: short ones teach more
+ONE_ANSWER = {"words": 0.2, "registers": 0.3}  # FRONTIER of tasks with one answer per sequence: short ones teach more
 MIXED = 0.6  # share of long sequences that hold several tasks' facts
 MIX_FROM = 256
 EXERCISE_UP_TO, ECHO, DRILL = 192, 0.1, 0.2  # shares of short sequences that are bare repetition or bare facts
@@ -26,7 +26,7 @@ EXERCISES = ("echo", "drill")
 
 
 class Curriculum:
-    """Each task's level (index into LENGTHS) and its last results there."""
+    """Keep each task's level (an index into LENGTHS) and its latest results at that level."""
 
     def __init__(
         self, longest: int, focus: float = 1.0, share: float = 0.0, tasks: Sequence[str] = tuple(TASKS)
@@ -39,7 +39,7 @@ class Curriculum:
         self.recent = {name: deque[bool](maxlen=WINDOW) for name in (*TASKS, *EXERCISES)}
 
     def draw(self, seed: int, step: int, rng: random.Random, tokens: int) -> tuple[int, list[Example]]:
-        """Context length and the examples of one step, about `tokens` tokens in all."""
+        """Draw the context length and the examples of one step, about `tokens` tokens in all."""
         names = self.tasks
         ahead = max(self.level[n] for n in names)
         needs = [1 + 0.5 * (ahead - self.level[n]) ** self.focus + HUNGER * (self.score(n) < PASS) for n in names]
@@ -73,7 +73,7 @@ class Curriculum:
         return length, examples
 
     def lexicon(self, name: str) -> Lexicon:
-        """The words that a task has met: they grow with its level, and short revisits use all of them."""
+        """Return the words that a task draws from: more of them at a higher level, even for a short sample."""
         return FULL.shrink(max(64, LENGTHS[self.level[name]]))
 
     def blend(
@@ -86,7 +86,7 @@ class Curriculum:
         length: int,
         lexicon: Lexicon,
     ) -> Example:
-        """One sequence with the facts of `name` and of some other ready tasks."""
+        """Build one sequence with the facts of task `name` and of some other tasks that have reached this length."""
         others = [n for n in ready if n in mixable() and n != name]
         most = max(1, min(5, length // 128 - 1))
         names = [name, *rng.sample(others, min(len(others), rng.randint(1, most)))]
@@ -94,11 +94,11 @@ class Curriculum:
         return example(context, asked)
 
     def score(self, name: str) -> float:
-        """Share of right answers at the task's present level; 0 before the first."""
+        """Return the share of right answers at the task's present level; 0 before the first one."""
         return sum(self.recent[name]) / len(self.recent[name]) if self.recent[name] else 0.0
 
     def record(self, name: str, length: int, right: bool) -> None:
-        """Notes one answer; the task grows where its window is full and good enough."""
+        """Record one answer, and raise the task's level if its last WINDOW answers reach the bar."""
         if name in EXERCISES:
             self.recent[name].append(right)
             return
@@ -110,11 +110,11 @@ class Curriculum:
             self.recent[name].clear()
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the levels and the latest results, for a checkpoint."""
         return {"level": dict(self.level), "recent": {n: list(r) for n, r in self.recent.items()}}
 
     def raise_to(self, length: int) -> None:
-        """Lifts every trained task to at least this context length, passed or not."""
+        """Raise every trained task to this context length at least, even below the bar."""
         floor = max((i for i, n in enumerate(LENGTHS) if n <= length), default=0)
         for name in self.tasks:
             if self.level[name] < floor:
@@ -122,7 +122,7 @@ class Curriculum:
                 self.recent[name].clear()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up a checkpoint's levels and windows."""
+        """Load the levels and the latest results of a checkpoint."""
         self.level = {n: min(level, self.longest) for n, level in state["level"].items()}
         for name, results in state["recent"].items():
             self.recent[name].clear()
@@ -130,7 +130,7 @@ class Curriculum:
 
 
 def echo(rng: random.Random, length: int, lexicon: Lexicon) -> Example:
-    """A few random words and numbers said again and again; every token after the first round can be known."""
+    """Build an exercise that repeats a few random words and numbers; every token after the first round is scored."""
     period = rng.randint(2, max(6, length // 6))
     body = [token for _ in range(period) for token in encode(symbol(rng, lexicon), bos=False)]
     ids = encode("") + body
@@ -140,7 +140,7 @@ def echo(rng: random.Random, length: int, lexicon: Lexicon) -> Example:
 
 
 def drill(rng: random.Random, length: int, lexicon: Lexicon) -> Example:
-    """Key-value facts of recall or kv said in random order until the length is reached; known values count."""
+    """Build an exercise that repeats key-value facts in random order; every value seen before is scored."""
     n = rng.randint(2, max(3, length // 12))
     long = rng.random() < 0.5
     keys = [f"{k} =" for k in lexicon.numbers(rng, 4, n)] if long else rng.sample(lexicon.things, n)
@@ -158,5 +158,5 @@ def drill(rng: random.Random, length: int, lexicon: Lexicon) -> Example:
 
 
 def symbol(rng: random.Random, lexicon: Lexicon) -> str:
-    """A thing or a two-digit number."""
+    """Draw a noun or a two-digit number."""
     return rng.choice(lexicon.things if rng.random() < 0.5 else lexicon.pairs)

@@ -1,9 +1,8 @@
-"""Scores of a model with the exact cache: `python -m builtin_model.evaluate --model DIR --lengths 2048,4096
---n 64`.
+"""Score a model with the exact cache: `python -m builtin_model.evaluate --model DIR --lengths 2048,4096 --n 64`.
 
-Greedy decoding is right exactly where, fed the right answer, every next token is the most likely one; so one
-forward pass over context, question and answer tells the score without decoding. The two are compared in the
-tests.
+Greedy decoding gives the right answer exactly if every token of that answer is the most likely one after the right
+tokens before it. So one forward pass over context, question and answer gives the score without decoding. The tests
+compare it with decoding.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from kvfloor.models.load import BUILTIN, builtin_path, load
 from kvfloor.statistics import wilson_interval
 from kvfloor.tasks import TASKS, Sample
 
-BAR = {2048: 0.95, 4096: 0.90}  # what the built-in model is meant to reach on every task
+BAR = {2048: 0.95, 4096: 0.90}  # context length -> the score that the built-in model should reach on every task
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
 class Score:
-    """`right` of `n` samples of one task at one context length; `low` and `high` are the 95 % Wilson interval."""
+    """Record `right` of `n` samples of one task at one context length, with the 95 % Wilson interval low to high."""
 
     task: str
     length: int
@@ -40,7 +39,7 @@ class Score:
 
 
 def answered(model: Any, tokenizer: Any, sample: Sample) -> bool:
-    """Whether greedy decoding of the first question gives the answer and then ends."""
+    """Return True if greedy decoding answers the first question right and then ends."""
     prompt = tokenizer(sample.prompt()).input_ids
     answer = tokenizer(sample.questions[0].answer, add_special_tokens=False).input_ids
     answer = [*answer, tokenizer.eos_token_id]
@@ -53,7 +52,7 @@ def answered(model: Any, tokenizer: Any, sample: Sample) -> bool:
 def evaluate(
     model: Any, tokenizer: Any, tasks: Sequence[str], lengths: Sequence[int], n: int, seed: int
 ) -> list[Score]:
-    """Scores of every task at every context length, on samples 0 to n-1 of stream `seed`."""
+    """Score every task at every context length, on samples 0 to n-1 of stream `seed`."""
     scores = []
     for length in lengths:
         for name in tasks:
@@ -73,13 +72,13 @@ def evaluate(
 
 
 def falls_short(scores: Sequence[dict[str, Any]]) -> list[str]:
-    """Tasks whose measured score is below the bar at some length, in the table's order."""
+    """List the tasks whose measured score is below the bar at some length, in the order of TASKS."""
     short = {s["task"] for s in scores if s["score"] < BAR.get(s["length"], 0.0)}
     return [name for name in TASKS if name in short]
 
 
 def main() -> None:
-    """Command line; `--record` writes the scores into the model folder's `training.json`."""
+    """Score from the command line; `--record` writes the scores into the model folder's `training.json`."""
     parser = argparse.ArgumentParser(prog="python -m builtin_model.evaluate", description=__doc__)
     parser.add_argument("--model", default=BUILTIN, help="'builtin' or the folder of a model")
     parser.add_argument("--lengths", default="2048,4096", help="context lengths in tokens, with commas")

@@ -1,4 +1,4 @@
-"""Token sequences with marked answers, padded into batches."""
+"""Build token sequences with marked answers, and pad them into batches."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kvfloor.tasks.tokenizer import encode, vocabulary
 
 _VOCABULARY = vocabulary()
 EOS_ID, PAD_ID, STOP_ID = _VOCABULARY["<eos>"], _VOCABULARY["<pad>"], _VOCABULARY["."]
-BY_AGE = ("registers",)  # tasks that ask which of several facts is the latest: a lone jump would hide it
+BY_AGE = ("registers",)  # tasks that ask for the latest of several facts: a single jump in positions would blur it
 NEAR = 96  # tokens at the end whose positions `widen` leaves alone
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `start` to `end` (exclusive) are one answer of task `task`, end-of-text included."""
+    """Mark tokens `start` to `end` (exclusive) as one answer of task `task`, end-of-text included."""
 
     task: str
     start: int
@@ -28,14 +28,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence; the loss looks at `spans` only."""
+    """Hold one sequence; the loss is taken over `spans` only."""
 
     ids: list[int]
     spans: list[Span]
 
 
 def example(context: str, questions: Sequence[tuple[str, Question]]) -> Example:
-    """Context, then each question with its answer and an end-of-text token."""
+    """Join the context and each question with its answer and an end-of-text token into one sequence."""
     ids = encode(context)
     spans: list[Span] = []
     for task, question in questions:
@@ -48,10 +48,11 @@ def example(context: str, questions: Sequence[tuple[str, Question]]) -> Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors: `ids`, `positions` (rows, t); `where`, `targets`, `weights` (rows, m).
+    """Hold padded tensors: `ids`, `positions` (rows, t); `where`, `targets`, `weights` (rows, m).
 
-    `where` is the index that predicts the target; targets of weight 0 are padding. `spans[i]` are (task,
-    first, last) columns of row i.
+    where    token index whose logits predict the target
+    targets  ids of the answer tokens; those of weight 0 are padding
+    spans    for each row its answers, as (task, first column, column after the last)
     """
 
     ids: torch.Tensor
@@ -63,7 +64,7 @@ class Batch:
 
 
 def batch(examples: Sequence[Example], reach: int = 0, rng: random.Random | None = None) -> Batch:
-    """Pads `examples` to one length. With `rng`, positions are spread out to end at up to `reach`."""
+    """Pad `examples` to one length. With `rng`, positions get random gaps, and stay below `reach`."""
     t = max(len(e.ids) for e in examples)
     m = max(sum(s.end - s.start for s in e.spans) for e in examples)
     ids = torch.full((len(examples), t), PAD_ID)
@@ -91,7 +92,7 @@ def batch(examples: Sequence[Example], reach: int = 0, rng: random.Random | None
 
 
 def jump(rng: random.Random, ids: list[int], t: int, reach: int) -> torch.Tensor:
-    """Added positions (t,): up to three jumps, after sentence ends (anywhere in a text without any)."""
+    """Draw offsets (t,) to add to positions: up to three jumps, at sentence ends if the text has any."""
     stops = sentence_ends(ids, t) or list(range(1, t))
     jumps = torch.zeros(t, dtype=torch.long)
     room = rng.randint(0, max(0, reach - t))
@@ -104,7 +105,10 @@ def jump(rng: random.Random, ids: list[int], t: int, reach: int) -> torch.Tensor
 
 
 def widen(rng: random.Random, ids: list[int], t: int, reach: int) -> torch.Tensor:
-    """Added positions (t,): the same gap after every sentence but the last few, so that ages keep their ratios."""
+    """Draw offsets (t,) to add to positions: an equal gap after every sentence but the last few.
+
+    Equal gaps keep the ratios between the ages of facts.
+    """
     stops = [i for i in sentence_ends(ids, t) if i < len(ids) - NEAR]
     jumps = torch.zeros(t, dtype=torch.long)
     if stops:
@@ -113,5 +117,5 @@ def widen(rng: random.Random, ids: list[int], t: int, reach: int) -> torch.Tenso
 
 
 def sentence_ends(ids: list[int], t: int) -> list[int]:
-    """Indexes below `t` that come right after a full stop."""
+    """List the token indexes below `t` that come right after a full stop."""
     return [i + 1 for i, token in enumerate(ids) if token == STOP_ID and i + 1 < t]

@@ -1,8 +1,7 @@
-"""The trainer's forward pass: the same function as the transformers model, but only where an answer is read.
+"""Compute the trainer's forward pass: the transformers model's function, but only at positions that predict answers.
 
-The last layer's queries, its feed-forward part and the output head are needed only at the positions that
-predict an answer token; short sequences use two matrix products for attention, which is faster there than the
-fused kernel.
+The last layer's queries, its feed-forward part and the output head are needed only at the positions that predict an
+answer token. Short sequences use two matrix products for attention, which is faster there than the fused kernel.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ SHORT = 96  # tokens up to which plain attention is the faster one on a CPU
 
 
 def answer_logits(model: Any, ids: torch.Tensor, positions: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Logits (rows, m, vocabulary) of a `LlamaForCausalLM` at token indexes `where` (rows, m).
+    """Return logits (rows, m, vocabulary) of a `LlamaForCausalLM` at token indexes `where` (rows, m).
 
-    `ids` and `positions` are (rows, t); padding stands after the text, so that causality hides it.
+    `ids` and `positions` are (rows, t). Padding comes after the text, so the causal mask hides it.
     """
     inner = model.model
     x = inner.embed_tokens(ids)
@@ -34,14 +33,14 @@ def answer_logits(model: Any, ids: torch.Tensor, positions: torch.Tensor, where:
 
 
 def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """RMS norm in one fused call, with the module's weight."""
+    """Apply RMS norm in one fused call, with the module's weight."""
     return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
 
 
 def attend(
     layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, where: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Causal self-attention of one layer: at every position, or only at `where` (rows, m)."""
+    """Apply one layer's causal self-attention at every position, or only at `where` (rows, m)."""
     block = layer.self_attn
     h = norm(layer.input_layernorm, x)
     rows, t, width = h.shape
@@ -63,13 +62,13 @@ def attend(
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of (rows, heads, t, dim), in the half-split layout of transformers."""
+    """Apply the rotary embedding to x (rows, heads, t, dim), in the half-split layout of transformers."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-    """Attention as two products; query j of row i sees keys up to `where[i, j]` (up to j without it)."""
+    """Compute attention as two products; query j of row i sees keys up to `where[i, j]`, or up to j if it is None."""
     rows, kv, t, d = k.shape
     m = q.shape[2]
     last = torch.arange(m).expand(rows, m) if where is None else where

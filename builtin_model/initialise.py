@@ -1,11 +1,11 @@
-"""Where training starts: heads that already look back, and heads that already match and copy.
+"""Initialise heads of the first layer to look back, and heads of later layers to match tokens and copy.
 
-Gradient descent spends most of a short training waiting for one circuit: a head that notes the token before each
-token, and a later head that finds where the present token was noted and copies what stood there. So the weights
-start near it, and everything, these weights too, is trained from there. The residual stream starts with a constant
-channel, the token's own embedding (first half), and the notes about the tokens one and two places back (a quarter
-each). (Starting from the pattern that training would reach: Trockman and Kolter 2023, "Mimetic initialization of
-self-attention layers".)
+Most of a short training passes before gradient descent finds one circuit, the induction head: a head that writes the
+token before each token into the residual stream as a note, and a later head that finds where the present token was
+noted and copies the token there. So the weights start near this circuit, and all of them are trained from there. The
+residual stream holds a constant channel, the token's own embedding (first half), and the notes about the tokens one
+and two places back (a quarter each). To start from the pattern that training would reach is the method of Trockman and
+Kolter 2023, "Mimetic initialization of self-attention layers".
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 EMBEDDING = 0.14  # standard deviation of token embeddings
-CONSTANT = 0.8  # channel 0 of every embedding: what positions alone decide is read from it
+CONSTANT = 0.8  # channel 0 of every embedding: attention by position alone reads its queries and keys from it
 NOTE = 0.15  # gain of the first layer's notes
 PEAK = 1.1  # size of the looking-back part in the first layer's query and key weights
 MATCH = 1.8  # size of the comparing part in later layers' query and key weights
 COPY = 0.15  # size of the copying part in later layers' output weights
 NOISE = 0.3  # gain of the random part of queries and keys
-QUIET = 0.05  # gain of the random part of what writes into the residual stream; other gains are 1
+QUIET = 0.05  # gain of the random part of weights that write into the residual stream; other gains are 1
 
 
 def initialise(model: Any) -> None:
-    """Fills all weights of a freshly made model in place, from torch's global generator."""
+    """Fill all weights of a new model in place, from torch's global generator."""
     half = model.config.hidden_size // 2
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -43,7 +43,10 @@ def initialise(model: Any) -> None:
 
 
 def heads(model: Any, layer: int) -> tuple[torch.Tensor, ...]:
-    """Views of one layer's q (kv, group, dim, hidden), k and v (kv, dim, hidden), o (hidden, kv, group, dim)."""
+    """Return views of one layer's weights by head.
+
+    They are q (kv, group, dim, hidden), k and v (kv, dim, hidden), and o (hidden, kv, group, dim).
+    """
     config, block = model.config, model.model.layers[layer].self_attn
     kv, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     return (
@@ -55,13 +58,13 @@ def heads(model: Any, layer: int) -> tuple[torch.Tensor, ...]:
 
 
 def summary(model: Any) -> torch.Tensor:
-    """The fixed random projection (quarter, half) in which tokens are noted and compared."""
+    """Return the fixed random projection (quarter, half) of embeddings in which tokens are noted and compared."""
     half = model.config.hidden_size // 2
     return torch.randn(half // 2, half, generator=torch.Generator().manual_seed(0)) * half**-0.5
 
 
 def look_back(model: Any) -> None:
-    """Makes head h of the first layer attend mostly to the token h + 1 places before; two of them take notes."""
+    """Make head h of the first layer attend mostly to the token h + 1 places back; heads 0 and 1 write notes."""
     q, k, v, o = heads(model, 0)
     hidden, dim = model.config.hidden_size, model.config.head_dim
     half, fast = hidden // 2, dim // 4
@@ -70,7 +73,7 @@ def look_back(model: Any) -> None:
     k[:, dim // 2 : dim // 2 + fast, 0] = 0.0
     for head in range(model.config.num_attention_heads):
         angle = (head + 1) * speeds
-        # a key `back` places earlier is turned by `back * speed` less: the query starts behind by as much
+        # a key h + 1 places earlier is rotated by `angle` less, so the query starts rotated back by as much
         q.view(-1, dim, hidden)[head, :fast, 0] = PEAK * torch.cos(angle)
         q.view(-1, dim, hidden)[head, dim // 2 : dim // 2 + fast, 0] = -PEAK * torch.sin(angle)
     width = min(dim, half)
@@ -84,10 +87,10 @@ def look_back(model: Any) -> None:
 
 
 def match(model: Any, layer: int) -> None:
-    """Starts a later layer's heads at "find where this was noted, copy what stands there".
+    """Make the heads of a later layer find where the present token was noted, and copy the token there.
 
-    Head 0 of keys compares the present token with the note one back; head 1 compares half of that and half of
-    the token before with the note two back.
+    Kv head 0 compares the present token with each key's note about one place back. Kv head 1 compares half of the
+    channels like that, and in the other half the token before the present one with the note about two places back.
     """
     q, k, v, o = heads(model, layer)
     hidden, dim = model.config.hidden_size, model.config.head_dim

@@ -1,7 +1,7 @@
-"""The trainer: `python -m builtin_model.train --out DIR --seed 0 --steps N --decay M`.
+"""Train the built-in model: `python -m builtin_model.train --out DIR --seed 0 --steps N --decay M`.
 
-Everything is decided by the seed and the step number, so that a run stopped and resumed equals one that was
-not. A run may be resumed with another number of steps: up to the start of the decay both runs are the same.
+The seed and the step number decide everything, so a run that was stopped and resumed equals one that was not. A run may
+be resumed with another number of steps: up to the start of the decay both runs are the same.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from kvfloor.tasks import TASKS
 from kvfloor.tasks.randomness import stream
 from kvfloor.tasks.tokenizer import build_tokenizer
 
-BF16_FROM = 256  # tokens from which bfloat16 products win over float32 on a CPU that has them
-STRETCH_FROM, STRETCH = 128, 0.5  # sequences whose positions are spread out, to show far distances cheaply
-TRAINING_SEED = 1_000_000_000  # added to the seed: training samples never are evaluation samples
+BF16_FROM = 256  # tokens from which bfloat16 products are faster than float32 on a CPU that has them
+STRETCH_FROM, STRETCH = 128, 0.5  # this share of sequences of so many tokens get gaps in positions: cheap distance
+TRAINING_SEED = 1_000_000_000  # added to the seed: no training sample is an evaluation sample
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """All that decides the weights."""
+    """Hold everything that decides the weights."""
 
     seed: int = 0
     steps: int = 9500
@@ -48,18 +48,18 @@ class ModelRecipe:
     hidden: int = 128
     focus: float = 1.5
     share: float = 0.7
-    floor: int = 3072  # tokens of context that every task is trained at, at least, from step `lift` on
+    floor: int = 3072  # from step `lift` on, every task has reached at least this context length
     lift: int = 6000
     tasks: str = ",".join(TASKS)
 
     def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, constant, linear decay to zero over the last `decay` steps."""
+        """Return the learning rate: linear warm-up, constant, linear decay to zero over the last `decay` steps."""
         left = (self.steps - step) / self.decay if self.decay else 1.0
         return self.lr * min(1.0, (step + 1) / self.warmup, left)
 
 
 class Trainer:
-    """Model, optimiser and curriculum, with everything a checkpoint needs."""
+    """Hold the model, the optimiser and the curriculum, and train, save and resume them."""
 
     def __init__(self, recipe: ModelRecipe) -> None:
         torch.manual_seed(recipe.seed)
@@ -77,7 +77,7 @@ class Trainer:
         self.seconds = 0.0
 
     def step(self) -> float:
-        """One optimiser step; returns the loss per answer token (nats)."""
+        """Make one optimiser step, and return the weighted mean loss per answer token (nats)."""
         started = time.perf_counter()
         recipe, n = self.recipe, self.done
         rng = stream("training", recipe.seed, n)
@@ -104,7 +104,7 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint by rename, so that a stopped run leaves a whole one."""
+        """Write a checkpoint and rename it into place, so that a run stopped here leaves a whole one."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -117,7 +117,7 @@ class Trainer:
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
-        """Takes up the run of a checkpoint."""
+        """Load a checkpoint, and continue its run."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -126,7 +126,7 @@ class Trainer:
         self.stages = [*state["stages"], (self.done, self.stages[0][1])]
 
     def command(self) -> str:
-        """What makes these weights, typed after one another: a resumed run names the steps it was stopped at."""
+        """Return the commands that make these weights, in order; a resumed run gives the steps it was stopped at."""
         ends = [start for start, _ in self.stages[1:]] + [self.done]
         starts = ["python -m builtin_model.train --out OUT"] + ["python -m builtin_model.train --out OUT --resume"] * (
             len(ends) - 1
@@ -136,7 +136,7 @@ class Trainer:
         )
 
     def export(self, out: Path) -> None:
-        """Model, tokenizer and `training.json` in the layout of transformers."""
+        """Write the model, the tokenizer and `training.json` in the layout of transformers."""
         self.model.save_pretrained(out)
         self.tokenizer.save_pretrained(out)
         facts = {
@@ -152,7 +152,7 @@ class Trainer:
 
 
 def new_model(tokenizer: Any, recipe: ModelRecipe) -> LlamaForCausalLM:
-    """A freshly initialised model; the caller has seeded torch."""
+    """Return a newly initialised model; the caller seeds torch."""
     config = small_llama(
         len(tokenizer),
         tokenizer.bos_token_id,
@@ -167,13 +167,13 @@ def new_model(tokenizer: Any, recipe: ModelRecipe) -> LlamaForCausalLM:
 
 
 def answers(logits: torch.Tensor, data: Batch) -> list[tuple[str, bool]]:
-    """(task, right) of every answer: right where every token of it is the most likely one."""
+    """Return (task, right) of every answer: right if each of its tokens is the most likely one."""
     hits = logits.argmax(-1) == data.targets
     return [(task, bool(hits[i, a:b].all())) for i, row in enumerate(data.spans) for task, a, b in row]
 
 
 def flags(recipe: ModelRecipe) -> list[str]:
-    """The command-line flags that give this recipe."""
+    """Return the command-line flags that give this recipe."""
     names = (
         "seed",
         "steps",
@@ -194,7 +194,7 @@ def flags(recipe: ModelRecipe) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Train from the command line."""
     usual = ModelRecipe()
     parser = argparse.ArgumentParser(prog="python -m builtin_model.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its checkpoint")
@@ -226,7 +226,7 @@ def main() -> None:
 
 
 def report(trainer: Trainer, mean: float) -> None:
-    """One line of progress on stderr."""
+    """Print one line of progress to stderr."""
     state = trainer.curriculum
     levels = " ".join(f"{n}:{LENGTHS[state.level[n]]}:{100 * state.score(n):.0f}" for n in TASKS)
     levels += " " + " ".join(f"{n}:{100 * state.score(n):.0f}" for n in EXERCISES)

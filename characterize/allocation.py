@@ -1,11 +1,15 @@
-"""The same budget shared out three ways among the kv heads of the built-in model: which answers survive?
+"""Divide one budget among the kv heads of the built-in model in three ways, and count right answers.
 
     python -m characterize.allocation [--n N]
 
-512 tokens of context, compressed before the question comes; budgets of 64 and 128 tokens per kv head on average, so
-bytes are equal but for rounding. "floor" gives each head in proportion to the tokens that its queries read apart in one
-calibration prompt, a sample of the same task from another stream. All rows of a task share their samples. Right answers
-of n with Wilson's 95 % interval, and bytes per sequence. Ten minutes on one core.
+512 tokens of context are compressed before the question comes. Budgets are 64 and 128 tokens per kv head on average, so
+that bytes are equal up to rounding. Three ways to divide them:
+  uniform    equal shares
+  pyramid    shares that shrink from layer to layer
+  floor      shares in proportion to the tokens that a head's queries read apart in one calibration prompt, a sample of
+             the same task from another stream
+All rows of a task share their samples. Each row gives the right answers of n with Wilson's 95 % interval, and the bytes
+per sequence. The script takes ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ def main() -> None:
 
 
 def answered(model: torch.nn.Module, tokenizer, cache: CompressedCache, samples: list) -> int:
-    """Right answers to the samples' questions, each asked after its context was compressed."""
+    """Count the right answers to the samples' questions, each fed after its context was compressed."""
     asks = [sample.questions[0] for sample in samples]
     dialogue = Dialogue.start(model, cache, len(samples))  # type: ignore[arg-type]
     dialogue.feed([tokenizer(sample.context).input_ids for sample in samples])

@@ -1,19 +1,20 @@
-"""Is BalanceKV closer to attention than as many tokens drawn uniformly, and on which keys?
+"""Compare the error of BalanceKV with that of as many uniformly drawn tokens, over six kinds of keys.
 
     python -m characterize.balance_vs_uniform
 
-1,024 tokens and 16 queries per stream, a new stream for every seed, scale d^-1/2:
-  normal(x)  keys x times normal numbers: at x = 1 and d = 64 a key weighs itself e^8 and others about 1
-  cluster    keys and values around 16 normal centres, 0.3 wide
-  walk       random walks of unit length at the end: near tokens are alike
-Queries and other values are normal numbers. No sinks and recent tokens:
+Every seed draws a stream of 1,024 tokens and 16 queries; the scale is d^-1/2:
+  normal(x)  keys are x times normal numbers: at x = 1 and d = 64 a key weighs e^8 on itself and about 1 on others
+  cluster    keys and values lie around 16 normal centres, with a standard deviation of 0.3
+  walk       keys and values are random walks of unit length at the end: near tokens are alike
+Queries and all other values are normal numbers. No method spares sinks or recent tokens:
   tree       the default walk in batches of 512, halved twice, as the paper's code does at 25 %
   budget     the default at @256 and @128, token by token
   paper      the smaller class of the paper's walk, no centring, sharpness 1, c = 1/8 as in its code; halved once, as
-             classes of less than 256 do not fill the next level
+             classes of less than 256 tokens do not fill the next level
   safe       as "paper", with the safe c
-Per line: median over the seeds of the error's norm over the queries, uniform's and the method's, and the median ratio
-of the two in one stream with its bootstrap 95 % interval. "held" is the mean. Four minutes on one core.
+Each line gives the median over the seeds of the error's norm over the queries, for uniform draws and for the method,
+and the median ratio of the two in one stream with its bootstrap 95 % interval. "held" is the mean number of tokens
+held. The script takes four minutes on one core.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ KEYS = (("normal(0.25)", 64), ("normal(0.5)", 64), ("normal(1)", 64), ("normal(1
 
 
 def drawn(kind: str, d: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (AT_ONCE, QUERIES, d), keys and values (AT_ONCE, TOKENS, d)."""
+    """Draw queries (AT_ONCE, QUERIES, d), keys and values (AT_ONCE, TOKENS, d)."""
     source = torch.Generator().manual_seed(seed)
     k, v = (torch.randn(AT_ONCE, TOKENS, d, generator=source) for _ in range(2))
     q = torch.randn(AT_ONCE, QUERIES, d, generator=source)
@@ -52,7 +53,7 @@ def drawn(kind: str, d: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def errors(text: str, q: Tensor, k: Tensor, v: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Relative errors (AT_ONCE,) of the answers after the stream, and the tokens held."""
+    """Return the relative errors (AT_ONCE,) of the answers after the stream, and the tokens held (AT_ONCE,)."""
     spec = Spec(AT_ONCE, k.shape[2], v.shape[2], scale=k.shape[2] ** -0.5, seed=seed)
     state = parse(text).open(spec)
     state.append(k, v)
@@ -61,7 +62,7 @@ def errors(text: str, q: Tensor, k: Tensor, v: Tensor, seed: int) -> tuple[Tenso
 
 
 def median_interval(values: Tensor) -> tuple[float, float, float]:
-    """The median and its bootstrap 95 % interval."""
+    """Return the median and its bootstrap 95 % interval."""
     source = torch.Generator().manual_seed(0)
     picked = torch.randint(len(values), (RESAMPLES, len(values)), generator=source)
     low, high = values[picked].quantile(0.5, 1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()

@@ -1,16 +1,16 @@
-"""A failure in the middle of a call: the torch operation at which it comes, and what the memory does then.
+"""Break calls at every torch operation inside them, and count how a state or a cache behaves afterwards.
 
     python -m characterize.broken [--most N]
 
 A call runs on a copy and fails after its first, second, ... operation (at `--most` points at even distances, if it has
-more); then the same call is made again.
-    as_before   its message is the old one, and the call made again gives the bits of an undisturbed one
-    taken_in    a forward that broke off after its last layer: `get_seq_length` counts its tokens, and the next one goes
-                on with the bits of an undisturbed one
+more). Then the same call is made again. The outcomes are:
+    as_before   the state's message is the one from before, and the repeated call gives the bits of an undisturbed one
+    taken_in    a forward broke off after its last layer: `get_seq_length` counts its tokens, and the next forward gives
+                the bits that follow an undisturbed one
     refused     every public call raises BrokenState
     silent      anything else
-States are of three rows and groups of two; caches are those of tiny models, whose layers are full, or sliding and full,
-or linear and full in turn, with 19 + 3 tokens in them. Ten minutes on one core.
+States have three rows and GQA groups of two. Caches are those of tiny models with full layers, or with full layers
+between sliding or linear ones; they hold 19 + 3 tokens. The script takes ten minutes on one core.
 """
 
 from __future__ import annotations

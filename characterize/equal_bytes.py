@@ -1,12 +1,13 @@
-"""Every method that applies, on the built-in model, at equal bytes: which tasks survive what?
+"""Audit every method that applies on the built-in model at equal bytes, task by task.
 
     python -m characterize.equal_bytes [--n N] [--budgets ...] [--methods ...]
 
-Audits (`kvfloor audit` does the same) of 512 tokens of context and a budget in bytes of a whole sequence's cache, so
-that whatever a method holds beside its tokens (scores, samples, sketches, its open block) is paid for; exact takes
-2 MiB. The question comes after the compression ("after"); for `kv`, whose question says what is asked, also compressed
-along ("visible"). Per row: the state's measured bytes, the bytes that one token reads, and right answers of n with
-Wilson's 95 % interval; all rows of a task share their samples. A quarter of an hour on one core.
+The script runs the audit of `kvfloor audit` with 512 tokens of context. The budget is in bytes of a whole sequence's
+cache, so that it covers everything that a method holds beside its tokens (scores, samples, sketches, its open block);
+exact takes 2 MiB. The question comes after the compression ("after"). For `kv`, whose question names the key, it is
+also compressed together with the context ("visible"). Each row gives the state's measured bytes, the bytes that one
+token reads, and the right answers of n with Wilson's 95 % interval. All rows of a task share their samples. The script
+takes a quarter of an hour on one core.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Do selectors find one key that answers a query, if its neighbours do not hint at it, and if they do?
+"""Count how often selectors find the one key that answers a query, with and without a hint in its neighbours.
 
     python -m characterize.isolated_needle
 
-1,024 keys of width 64 from a random walk (near tokens have near keys). "isolated": one key, at a uniformly drawn place,
-is replaced by a long vector of a new direction, and the query points there. "smooth": the query points at a key of
-the walk as it is. Per selector: in how many of 400 streams the key of largest logit is read, with Wilson's 95 %
-interval, and the share of all index, keys and values that a query reads: as many tokens drawn at random would find the
-key in that share of the streams. Half a minute on one core.
+1,024 keys of width 64 come from a random walk (near tokens have near keys).
+  isolated  one key, at a uniformly drawn place, is replaced by a long vector of a new direction, and the query has that
+            direction: the key's neighbours give no hint
+  smooth    the query is a key of the unchanged walk: the key's neighbours are like it
+Each selector gets the number of 400 streams in which it reads the key of largest logit, with Wilson's 95 % interval,
+and the bytes that a query reads, its index included, as a share of all keys and values. As many tokens drawn at random
+would find the key in that share of the streams. The script takes half a minute on one core.
 """
 
 from __future__ import annotations

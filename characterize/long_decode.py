@@ -1,12 +1,13 @@
-"""Long answers: a register machine whose trace the model writes itself, then is asked for all current values.
+"""Measure methods on long answers: the trace of a register machine, followed by a question for all current values.
 
     python -m characterize.long_decode [--n N]
 
-The first 48 tokens of a program are the prompt, all that follows comes after the seal, as a long answer does (the right
-tokens are fed, block by block, so that every method sees the same stream); then the values are asked. Built-in model,
-programs of 256 to 2,048 tokens, 8 registers and fewer. Per method: bytes after the program, per sequence, and right
-answers of n with Wilson's 95 % interval; all methods share their samples. `below its prompt` rows give the same policy
-the whole program as prompt within the same budget. Twenty minutes on one core.
+The first 48 tokens of a program are the prompt. All later tokens come after the seal, as those of a long answer do. The
+right tokens are fed, block by block, so that every method sees the same stream. Then the question comes. The built-in
+model reads programs of 256 to 2,048 tokens with at most 8 registers. Each method gets the bytes per sequence after the
+program, and the right answers of n with Wilson's 95 % interval; all methods share their samples. The rows "below its
+prompt" give the same policy the whole program as prompt within the same budget. The script takes twenty minutes on one
+core.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
         return tokenizer(text, add_special_tokens=False).input_ids
 
     def tried(text: str, programs: list[list[int]], asks: list[list[int]], answers: list[list[int]], prompt: int):
-        """Bytes per sequence when the program is over, and how many answer right."""
+        """Return the bytes per sequence after the program, and the number of right answers."""
         cache = CompressedCache(model.config, parse(text), seed=0, requests=range(n))
         dialogue = Dialogue.start(model, cache, n)
         dialogue.feed([ids[:prompt] for ids in programs], CHUNK_SLOTS)

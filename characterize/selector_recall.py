@@ -1,15 +1,15 @@
-"""How many of the 32 tokens with the largest logits do selectors read, and at what price?
+"""Measure the recall of selectors for the 32 tokens with the largest logits, and the bytes that they read.
 
     python -m characterize.selector_recall
 
-2,048 keys of four kinds, 200 queries of normal numbers (near the clusters where there are some), float32, one seed:
-  unit     random directions of equal length, so nothing but nearness decides
+2,048 keys of four kinds and 200 queries of normal numbers (around the clusters, if there are any), float32, one seed:
+  unit     random directions of equal length, so that the largest logits are those of the nearest keys
   normal   normal numbers
-  cluster  around 64 normal centres, a tenth as wide
+  cluster  keys around 64 normal centres, with a standard deviation of 0.1
   walk     a random walk: near tokens have near keys, as halving assumes
-Prints, and writes beside this file, one line per kind and width: mean recall of the true 32 per selector, and the share
-of the pages that best_first looks into to find them all (20 queries); last, the bytes that one query reads, as a share
-of all keys and values. Under a minute on one core.
+The script prints, and writes beside this file, one line per kind and width: each selector's mean recall of the true 32
+tokens, and the share of the pages that best_first reads to find them all (20 queries). The last line has the bytes that
+one query reads, as a share of all keys and values. The script takes less than a minute on one core.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SELECTORS = ("zeta", "zeta(curves=8)", "pages(pages=8)", "hip(k=128)")
 
 
 def drawn(kind: str, d: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Queries (1, QUERIES, d) and keys (1, KEYS, d)."""
+    """Draw queries (1, QUERIES, d) and keys (1, KEYS, d)."""
     q, k = torch.randn(1, QUERIES, d, generator=source), torch.randn(1, KEYS, d, generator=source)
     if kind == "unit":
         return q, k / k.norm(dim=-1, keepdim=True)
@@ -42,7 +42,7 @@ def drawn(kind: str, d: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def looked_into(q: Tensor, k: Tensor) -> float:
-    """Mean share of the pages that the exact search looks into."""
+    """Return the mean share of the pages that the exact search reads."""
     state = parse("exact|best_first(k=32)").open(Spec(1, k.shape[2], 1))
     state.append(k, k[..., :1])
     visible = torch.full((1, 20), KEYS)
@@ -51,7 +51,7 @@ def looked_into(q: Tensor, k: Tensor) -> float:
 
 
 def share_read(text: str, d: int) -> float:
-    """Bytes that a decoded token reads, of those of all keys and values."""
+    """Return the bytes that a decoded token reads, as a share of those of all keys and values."""
     state = parse(f"exact|{text}").open(Spec(1, d, d))
     state.append(torch.zeros(1, KEYS, d), torch.zeros(1, KEYS, d))
     state.seal()

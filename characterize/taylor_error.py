@@ -1,10 +1,12 @@
-"""How well does a truncated exponential answer, by its degree and the largest logit, and how many numbers does it hold?
+"""Measure the error of a truncated exponential by its degree and the largest logit, and count the numbers it holds.
 
     python -m characterize.taylor_error
 
-`bound` is what `window+taylor` guarantees (relative, for values >= 0), `measured` the largest such error over 64
-queries on 4,096 evicted keys of width 3 with the largest |logit| exactly at the bound's radius, values uniform in
-[0, 1], float64, one seed. `numbers` are C(d+g, g) (dv + 1) at d = dv. Seconds on one core.
+  bound     the relative error that `window+taylor` guarantees for values >= 0
+  measured  the largest relative error over 64 queries on 4,096 evicted keys of width 3: the largest |logit| is exactly
+            the bound's radius, values are uniform in [0, 1], float64, one seed
+  numbers   C(d+g, g) (dv + 1) at d = dv
+The script takes seconds on one core.
 """
 
 from __future__ import annotations

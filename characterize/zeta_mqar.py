@@ -1,12 +1,13 @@
-"""Does ZETA attention learn associative recall (MQAR), and how does softmax attention in the same model fare?
+"""Train ZETA attention and softmax attention in the same model on associative recall (MQAR), and count right answers.
 
     python -m characterize.zeta_mqar [--steps N] [--seeds 0,1] [--only zeta|softmax]
 
-Multi-query associative recall (Arora et al. 2023): 8 distinct keys, each followed by its value, then the same keys at
-uniformly drawn places of the tail, the rest filler; at every asked key the model says its value. Uniform places, so
-that most answers lie far from their questions. Two blocks of (short causal convolution, attention, feed-forward); only
-the attention differs. Everything is drawn from the seed. Prints, and writes beside this file, one line per model and
-seed: right answers to one question of each of n fresh sequences, with Wilson's 95 % interval. Ten minutes on one core.
+A sequence of multi-query associative recall (Arora et al. 2023) has 8 distinct keys, each followed by its value. Then
+come the same keys at uniformly drawn places, and filler between them. At each of these keys the model must give the
+key's value. As places are uniform, most answers lie far from their questions. The model has two blocks of (short causal
+convolution, attention, feed-forward); only the attention differs. The seed decides everything. The script prints, and
+writes beside this file, one line per model and seed: right answers to one question of each of n new sequences, with
+Wilson's 95 % interval. It takes ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FIELDS = ("attention", "parameters", "steps", "seed", "right", "n", "low", "high
 
 
 def draw(batch: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens (batch, LENGTH) and, at asked keys, the values to say; -1 elsewhere. Token 0 is filler."""
+    """Draw tokens (batch, LENGTH) and the values to predict at the repeated keys, -1 elsewhere. Token 0 is filler."""
     half = VOCABULARY // 2
     keys = torch.rand(batch, half - 1, generator=source).argsort(1)[:, :PAIRS] + 1
     values = torch.randint(half, VOCABULARY, (batch, PAIRS), generator=source)
@@ -40,7 +41,7 @@ def draw(batch: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 class SoftmaxAttention(nn.Module):
-    """Plain causal attention of one head."""
+    """Apply causal softmax attention with one head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -52,11 +53,11 @@ class SoftmaxAttention(nn.Module):
 
 
 class _DecoderBlock(nn.Module):
-    """A short causal convolution, attention, and a feed-forward net, each added to what came in."""
+    """Apply a short causal convolution, attention, and a feed-forward net, each with a residual connection."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self.near = nn.Parameter(torch.randn(3, WIDTH) * 0.3)  # of the token itself and the two before it
+        self.near = nn.Parameter(torch.randn(3, WIDTH) * 0.3)  # weights of the token itself and the two before it
         self.attention = attention
         self.wide = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
@@ -69,7 +70,7 @@ class _DecoderBlock(nn.Module):
 
 
 class Recaller(nn.Module):
-    """Tokens (batch, n) to logits (asked, vocabulary) at the places marked in asked (batch, n)."""
+    """Map tokens (batch, n) to logits (places, vocabulary) at the places marked in `asked` (batch, n)."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ def attention(kind: str) -> nn.Module:
 
 
 def run(kind: str, steps: int, seed: int) -> dict[str, object]:
-    """Train and test one model; a row of the results."""
+    """Train and test one model, and return its row of the results."""
     begin = time.perf_counter()
     torch.manual_seed(seed)
     model, source = Recaller(kind), torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Docstrings as Markdown: a paragraph whose columns are aligned becomes a block that keeps them."""
+"""Turn docstrings into Markdown: put aligned columns into a fenced block that keeps their alignment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 
 def fenced(text: str) -> list[str]:
-    """Return the lines of a docstring in which aligned columns stand in a fence, as written."""
+    """Return the lines of a docstring, with aligned columns inside a code fence."""
     lines: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         rows = paragraph.splitlines()

@@ -14,7 +14,7 @@ from kvfloor.check import CHECKS
 from kvfloor.core.selector import Chosen
 from kvfloor.core.summary import lots
 
-# Sections: title, what holds for all of it, and the names, which are all imported from `kvfloor`.
+# Sections: title, a text about the whole section, and the names, all importable from `kvfloor`.
 PARTS = (
     (
         "What users call",
@@ -107,7 +107,7 @@ def _class(name: str) -> Iterator[str]:
 
 
 def _attributes(part: type) -> Iterator[str]:
-    """The class's attributes with their comments, as the source has them."""
+    """Yield the class's attributes with their comments, copied from the source."""
     body = inspect.getsource(part).partition(" def ")[0]
     found = re.findall(r"^    (\w+: [^\n]+)$", body, re.MULTILINE)
     if found:
@@ -121,7 +121,7 @@ def _entry(name: str, function: Callable[..., object], with_call: bool = True) -
 
 
 def _signature(function: Callable[..., object]) -> str:
-    """The call without `self` and without quotes around annotations."""
+    """Return the signature without `self` and without quotes around annotations."""
     given = inspect.signature(function)
     names = [one for one in given.parameters.values() if one.name not in ("self", "cls")]
     text = str(given.replace(parameters=names))

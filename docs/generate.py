@@ -1,7 +1,7 @@
 """Write the generated parts of the docs, or check that they are current: `python docs/generate.py [--check]`.
 
-Generated: docs/methods.md (the registry's table), docs/cli.md (every command's help), docs/models.md (what the survey
-of model families measured, kept in docs/models/ by release; `make models` measures anew), docs/map.md (the first
+Generated: docs/methods.md (the registry's table), docs/cli.md (every command's help), docs/models.md (the results of
+the survey of model families, kept in docs/models/ by release; `make models` measures anew), docs/map.md (the first
 sentence of each module's docstring), docs/contract.md (signatures, docstrings and laws), docs/api/ (the public names,
 whose docstrings the site fills in).
 """
@@ -65,7 +65,7 @@ def cli_page() -> str:
 
 
 def models_page() -> str:
-    """One row per family and verdict, over the releases that were surveyed."""
+    """Build the page of model families: one row per family and verdict, over the surveyed releases."""
     releases = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "docs/models").glob("*.json")]
     releases.sort(key=lambda found: [int(part) for part in found["transformers"].split(".")])
     seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -122,7 +122,7 @@ def models_page() -> str:
 
 
 def map_page() -> str:
-    """One line per folder and module: the first sentence of its docstring."""
+    """Build the map of the code: each folder and module with the first sentence of its docstring."""
     lines = [
         "# Map",
         "",
@@ -140,7 +140,7 @@ def map_page() -> str:
 
 
 def api_page(name: str) -> str:
-    """One entry per public name of the module, which the site fills from its docstring."""
+    """Build a module's API page: one entry per public name, which the site fills from its docstring."""
     module = importlib.import_module(name)
     public = [
         key for key in module.__all__ if not (key.startswith("__") or isinstance(getattr(module, key), ModuleType))

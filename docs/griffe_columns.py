@@ -1,4 +1,4 @@
-"""Let the API pages show docstrings' aligned columns as they are written; mkdocstrings loads this file."""
+"""Keep the aligned columns of docstrings on the API pages; mkdocstrings loads this file."""
 
 from __future__ import annotations
 

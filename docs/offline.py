@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-# What a browser fetches by itself; a link (<a href>) is followed by the reader only.
+# Addresses that a browser fetches by itself; a link (<a href>) is followed only when the reader clicks it.
 LOADS = (
     re.compile(r"""<(?!a\b|link\b)\w+[^>]*?\s(?:src|srcset|data|poster)\s*=\s*["']?((?:https?:)?//[^"'\s>]+)"""),
     re.compile(r"""<link\b(?![^>]*rel=["']?canonical)[^>]*?\shref\s*=\s*["']?((?:https?:)?//[^"'\s>]+)"""),
@@ -15,7 +15,7 @@ LOADS = (
 
 
 def loads(text: str) -> list[str]:
-    """Return the addresses that the HTML or CSS makes a browser load from elsewhere."""
+    """List the addresses on other hosts that this HTML or CSS makes a browser load."""
     return [address for pattern in LOADS for address in pattern.findall(text)]
 
 

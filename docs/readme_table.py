@@ -38,14 +38,14 @@ def _kibibytes(cells: dict[str, dict[str, Any]]) -> float:
 
 
 def _paper(text: str) -> str:
-    """The name that people use, and the arXiv number as a link."""
+    """Return the paper's short name, as a link to arXiv if it has a number there."""
     number = re.search(r"arXiv (\d{4}\.\d{5})", text)
     name = re.split(r" \(|, Theorem|; |, section", text)[0]
     return name if number is None else f"[{name}](https://arxiv.org/abs/{number[1]})"
 
 
 def _guarantee(parts: list[dict[str, Any]]) -> str:
-    """Return the norm of the last part's theorem with what it must be given; a policy alone has none."""
+    """Return the norm of the last part's theorem and its assumptions; a policy alone has no theorem."""
     text = parts[-1]["guarantee"] if len(parts) == 1 or parts[-1]["kind"] == "summary" else "none"
     if text.startswith("max norm, up to rounding"):
         return "exact under the unmasked law" if "unmasked law" in text else "exact"

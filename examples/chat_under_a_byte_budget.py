@@ -1,4 +1,4 @@
-"""A chat whose cache never takes more than a megabyte: python examples/chat_under_a_byte_budget.py
+"""Chat with a cache that never takes more than a megabyte: python examples/chat_under_a_byte_budget.py
 
 Every turn tells the model some facts and asks for one of them; the last turn asks once more what the first one asked.
 A usual cache would keep every token of the conversation; this one evicts, at each turn, what it can do without.

@@ -1,4 +1,4 @@
-"""A document of 4,000 tokens through caches of 256: python examples/long_document_in_chunks.py
+"""Read a document of 4,000 tokens through caches of 256: python examples/long_document_in_chunks.py
 
 The document goes in by chunks, so that the memory is bounded from the first token on and not only at its end. Three
 methods read the same document and are asked the same question: one keeps all, two keep 256 tokens per head.

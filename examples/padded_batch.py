@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one batch: python examples/padded_batch.py
+"""Answer prompts of different lengths in one batch: python examples/padded_batch.py
 
 The shorter prompts are padded on the left, as generate() wants it. Pads never enter the cache: every row keeps its own
 tokens under its own budget, and answers as it would alone.
@@ -18,7 +18,7 @@ batch = tokenizer([sample.prompt() for sample in samples], return_tensors="pt", 
 
 
 def said(cache, **inputs):
-    """What the model answers to each prompt, in one token."""
+    """Return the one-token answer of the model to each prompt."""
     out = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=1)
     return tokenizer.batch_decode(out[:, -1:])
 

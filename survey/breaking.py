@@ -1,4 +1,4 @@
-"""A failure at a chosen torch operation inside a model's forward, and what the cache does afterwards."""
+"""Break a model's forward at a chosen torch operation, and record what the cache does afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Forward = Callable[[CompressedCache, Tensor], Tensor]
 
 
 def forward_of(model: Any) -> Forward:
-    """Logits (B, n, vocabulary) of tokens (B, n) after what the cache holds."""
+    """Return a function that gives the logits (B, n, vocabulary) of tokens (B, n) that follow a cache's tokens."""
 
     @torch.no_grad()
     def forward(cache: CompressedCache, ids: Tensor) -> Tensor:
@@ -33,11 +33,14 @@ def forward_of(model: Any) -> Forward:
 def broken_forwards(
     model: Any, cache: CompressedCache, ids: Tensor, then: Tensor, most: int | None = None
 ) -> FaultTally:
-    """Let the forward of `ids` (B, n) fail at each of its operations, or `most` of them, on copies of `cache`.
+    """Break the forward of `ids` (B, n) at each of its operations, or at `most` of them, on copies of `cache`.
 
-    As before: the forward made again gives the logits that it gives undisturbed. Taken in: `get_seq_length` counts the
-    tokens, and the forward of `then` gives what it gives after an undisturbed one. Refused: forwards, `generate`,
-    saving and reordering raise BrokenState, and after `reset` the cache is a new one.
+    The tally counts three good ends, and lists every other one:
+    as before   the same forward, repeated, gives the logits of an undisturbed one
+    taken in    `get_seq_length` counts the tokens, and the forward of `then` gives the logits that it gives after an
+                undisturbed forward of `ids`
+    refused     forwards, `generate`, `save`, `reorder_cache` and `seal` raise BrokenState, and after `reset` the cache
+                acts as a new one
     """
     forward, tally = forward_of(model), FaultTally()
     before, twin = cache.get_seq_length(), copy.deepcopy(cache)

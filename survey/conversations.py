@@ -1,4 +1,4 @@
-"""What the survey says to every model: a padded batch past every window, in chunks and at once, and a second turn."""
+"""Run a model on a left-padded batch longer than its sliding windows, in chunks and at once, with a second turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ assert PROMPT - PADS > WINDOW
 
 @dataclass(frozen=True)
 class Heard:
-    """What a run gave: logits (tokens, vocabulary) at every real position looked at, and the tokens chosen."""
+    """Hold the result of one run: logits (tokens, vocabulary) of the real tokens compared, and the tokens chosen."""
 
     logits: Tensor
     tokens: Tensor
@@ -26,7 +26,7 @@ class Heard:
 
 @torch.inference_mode()
 def by_forwards(model: Any, cache: Cache | None) -> Heard:
-    """A prompt and a second turn, a chunk of slots per forward; every logit of a real token."""
+    """Feed a prompt and a second turn, one chunk of slots per forward, and return the logits of every real token."""
     ids, mask = prompt(PROMPT + TURN)
     logits = []
     for start in range(0, ids.shape[1], CHUNK):
@@ -42,10 +42,10 @@ def by_forwards(model: Any, cache: Cache | None) -> Heard:
 
 @torch.inference_mode()
 def by_generate(model: Any, cache: Cache | None, **prefill: Any) -> Heard:
-    """A prompt, a greedy answer, a second turn, another answer; the logits of every answered token.
+    """Generate a greedy answer to a prompt and one to a second turn, and return the logits of every generated token.
 
-    `prefill` is for the first turn alone: generate() of transformers 5.2 starts at position 0 again if it is told to
-    feed a second turn in chunks.
+    `prefill` holds arguments of generate() for the first turn only: generate() of transformers 5.2 starts at position 0
+    again when it feeds a second turn in chunks.
     """
     ids, mask = prompt(PROMPT)
     turn = torch.randint(2, VOCABULARY - 1, (2, TURN), generator=torch.Generator().manual_seed(5))
@@ -69,7 +69,7 @@ def by_generate(model: Any, cache: Cache | None, **prefill: Any) -> Heard:
 
 
 def in_chunks(model: Any, cache: Cache | None) -> Heard:
-    """As `by_generate`, the prompt fed in chunks."""
+    """Run `by_generate` with the prompt fed in chunks."""
     return by_generate(model, cache, prefill_chunk_size=CHUNK)
 
 
@@ -77,7 +77,7 @@ RUNS = (by_forwards, by_generate, in_chunks)
 
 
 def prompt(slots: int) -> tuple[Tensor, Tensor]:
-    """Two rows of tokens, the first left-padded by 13, and their mask."""
+    """Return two rows of random tokens, the first one left-padded by 13, and their mask."""
     ids = torch.randint(2, VOCABULARY - 1, (2, slots), generator=torch.Generator().manual_seed(4))
     mask = torch.ones_like(ids)
     ids[0, :PADS], mask[0, :PADS] = 0, 0
@@ -85,7 +85,7 @@ def prompt(slots: int) -> tuple[Tensor, Tensor]:
 
 
 def difference(mine: Heard, theirs: Heard) -> float:
-    """Largest difference of two logits over the largest stock logit; infinite if other tokens were chosen."""
+    """Return the largest difference of two logits over the largest stock logit; infinity if the tokens differ."""
     if mine.tokens.shape != theirs.tokens.shape or not bool(torch.isfinite(mine.logits).all()):
         return float("inf")
     if not torch.equal(mine.tokens, theirs.tokens):
@@ -94,22 +94,22 @@ def difference(mine: Heard, theirs: Heard) -> float:
 
 
 def apart(mine: Heard, theirs: Heard) -> float:
-    """Largest difference of two logits over the largest stock logit, whatever tokens were chosen."""
+    """Return the largest difference of two logits over the largest stock logit, even if the chosen tokens differ."""
     return float((mine.logits - theirs.logits).abs().max() / theirs.logits.abs().max())
 
 
 def same_cache(given: Cache | None, out: Any) -> Cache:
-    """Return the cache that a forward or generate() went on with; RuntimeError if it is not the one it was given."""
+    """Return the cache in the output of a forward or generate(); raise RuntimeError if it is not the `given` one."""
     if given is not None and out.past_key_values is not given:
         raise RuntimeError(f"a {type(given).__name__} was given, a {type(out.past_key_values).__name__} was used")
     return out.past_key_values
 
 
 def check_bound(cache: CompressedCache) -> None:
-    """ValueError if a layer holds more tokens than its method's capacity."""
+    """Raise ValueError if a layer holds more tokens than its method's capacity."""
     for layer in cache.compressed:
         if layer.state is None:
-            continue  # a layer that was not asked, such as one that looks at images
+            continue  # a layer that text never reaches, such as one that attends to images
         limit = layer.state.method.capacity(layer.seen)
         if limit is not None and int(layer.state.held.max()) > limit:
             raise ValueError(f"layer {layer.index} holds {layer.state.held.tolist()} tokens of {limit}")

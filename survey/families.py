@@ -1,10 +1,10 @@
-"""The survey of model families: a tiny random model of each, a compressed cache against the stock one.
+"""Compare a compressed cache with transformers' own on a tiny random model of every model family.
 
     python -m survey [--json] [--write FOLDER] [FAMILY ...]
 
-`exact` has to give the stock cache's logits and greedy tokens in every conversation (see `conversations`); then each
-family runs with eviction on, its bound held. docs/models.md is rendered from the committed results of both ends of the
-supported range (`make models`).
+`exact` must give the logits and greedy tokens of the stock cache in every run of `conversations`. Then each family runs
+with eviction, and must stay within its bound. docs/models.md is rendered from the committed results for the oldest and
+the newest supported release of transformers (`make models`).
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from kvfloor.hf.prepare import prepare
 from survey.conversations import RUNS, Heard, apart, by_forwards, by_generate, difference
 from survey.tiny import families, tiny_model
 
-TOLERANCE = 1e-4  # of the largest logit, in float32: products are summed in another order, nothing else may differ
-BUDGET, BLOCK = 16, 8  # tokens per row, and how many may wait beside it
+TOLERANCE = 1e-4  # of the largest logit, in float32: only the order in which products are summed may differ
+BUDGET, BLOCK = 16, 8  # tokens kept per row, and tokens per block between two evictions
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the survey saw of one family in one release.
+    """Record the result of one family in one release of transformers.
 
     verdict     "identical", "differs", "refused" (by kvfloor, with the reason), "no stock run" (transformers' own
-                cache fails on it), "not built" (no tiny model of it here)
-    layers      how many layers of each type the tiny model has, the compressed ones first, e.g. "2 full, 2 sliding"
+                cache fails on the tiny model), "not built" (the tiny model cannot be made)
+    layers      the number of layers of each type in the tiny model, the compressed ones first: "2 full, 2 sliding"
     difference  the largest of |logit - stock logit| / max |stock logit| over all runs with `exact`
-    evicted     the same with `sinks` at 16 tokens: how much the comparison would see; None if it did not run
-    held        tokens that a row of it holds in the end, of the 49 seen
-    reason      for whatever is not identical
+    evicted     the same with `sinks` at 16 tokens, which shows that the comparison sees the compressed layers; None if
+                it did not run
+    held        tokens that a row of the evicting cache holds at the end, of the 49 seen
+    reason      the cause of any verdict but "identical"
     """
 
     family: str
@@ -60,13 +61,13 @@ class Finding:
 
 
 def survey(names: Sequence[str] = ()) -> Iterator[Finding]:
-    """One finding per family, for all that this release knows unless `names` says which."""
+    """Yield one finding per family in `names`, or for every family of this transformers release."""
     for family in names or families():
         yield look_at(family)
 
 
 def look_at(family: str) -> Finding:
-    """What this family's tiny model does with a compressed cache."""
+    """Build this family's tiny model and return how a compressed cache does on it."""
     model_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     try:
         default = CONFIG_MAPPING[family]()
@@ -88,7 +89,7 @@ def look_at(family: str) -> Finding:
 
 
 def compared(family: str, model_name: str, layers: str) -> Finding:
-    """The runs of one family: stock, exact, evicting."""
+    """Run one family with the stock cache, with `exact` and with eviction, and return the finding."""
     stock = tiny_model(family)
     try:
         expected = [run(stock, None) for run in RUNS]
@@ -109,7 +110,10 @@ def compared(family: str, model_name: str, layers: str) -> Finding:
 
 
 def evicting(model: PreTrainedModel, stock: Heard) -> tuple[float, int]:
-    """Runs with eviction on, by tokens and by bytes: the logits' difference from stock, and the most tokens held."""
+    """Run with a budget in tokens and one in bytes; return the logits' difference from stock and the most tokens held.
+
+    Raises ValueError if logits are not finite or the budget in bytes is exceeded.
+    """
     cache = CompressedCache(model.config, f"sinks(4,block={BLOCK})@{BUDGET}")
     heard = by_forwards(model, cache)
     if not bool(torch.isfinite(heard.logits).all()):
@@ -124,7 +128,7 @@ def evicting(model: PreTrainedModel, stock: Heard) -> tuple[float, int]:
 
 
 def described(config: PreTrainedConfig) -> str:
-    """How many layers of each type there are, the compressed ones first."""
+    """Return the number of layers of each type as text, the compressed ones first."""
     roles, words = layer_roles(config), {"dummy": "without keys"}
     kinds = layer_types(config)
     own = [i >= len(roles) or roles[i][0] == "own" for i in range(len(kinds))]
@@ -139,7 +143,7 @@ def _rounded(figure: float) -> float:
 
 
 def _told(error: Exception) -> str:
-    """An error in one line."""
+    """Return an error's message in one line, or its type's name if it has none."""
     return " ".join(str(error).split())[:240] or type(error).__name__
 
 
@@ -148,7 +152,7 @@ def _document(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 if a family differs."""
+    """Run the survey from the command line; return 1 if a family differs."""
     parser = argparse.ArgumentParser(prog="python -m survey", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("family", nargs="*", help="transformers' names, such as llama or gemma3_text; all by default")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, the lines on stderr")

@@ -1,7 +1,7 @@
-"""Tiny random models: one per family that transformers can build for causal language modelling.
+"""Build tiny random models: one per family that transformers has for causal language modelling.
 
 A family is a key of transformers' own mapping, such as "llama" or "gemma3_text". Its default configuration is shrunk
-by the names that families agree on; `CHANGES` has what single families want beside that.
+through the field names that most families share (`SIZES`); `CHANGES` holds the fields of single families.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 4, 2, 16
 WINDOW = 16
 VOCABULARY = 100
-_STD = 0.15  # of every weight matrix: attention as peaked and logits as large as in a trained model, not near zero
+_STD = 0.15  # of every weight matrix: makes attention as peaked and logits as large as in a trained model
 
 _WIDTH = HEADS * HEAD_DIM
 SIZES: dict[str, Any] = {
@@ -52,7 +52,7 @@ _SHARED = {  # the last two of six layers read the keys of the third and the fou
 }
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_LATENT = {  # every head makes its key of one latent, so there are as many kv heads as heads
+_LATENT = {  # every head projects its own key from one shared latent, so there are as many kv heads as heads
     "num_key_value_heads": HEADS,
     "kv_lora_rank": 24,
     "q_lora_rank": 20,
@@ -95,19 +95,19 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def families() -> list[str]:
-    """Every family of this transformers release's causal language models."""
+    """List the families of causal language models in this transformers release."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
-    """A configuration of a few layers with every kind of layer that the family's default one has."""
+    """Return a configuration of a few layers with every layer type that the family's default configuration has."""
     kind = CONFIG_MAPPING[family]
     wanted = SIZES | CHANGES.get(family, {}) | changes
     return kind(**_shrunk(kind(), wanted))
 
 
 def _shrunk(default: PreTrainedConfig, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What of `wanted` this configuration knows, its layer types in the order first seen, its parts shrunk as well."""
+    """Return the fields of `wanted` that this configuration has, with its layer types and shrunk sub-configurations."""
     sizes = {name: value for name, value in wanted.items() if name in SIZES and _can_be_set(default, name)}
     types = getattr(default, "layer_types", None)
     if types and _can_be_set(default, "layer_types"):
@@ -115,37 +115,38 @@ def _shrunk(default: PreTrainedConfig, wanted: dict[str, Any]) -> dict[str, Any]
     if "layer_types" in wanted:
         sizes["layer_types"] = wanted["layer_types"]
     if "sliding_attention" not in sizes.get("layer_types", ()) and wanted["sliding_window"] == SIZES["sliding_window"]:
-        sizes |= {"sliding_window": None} if "sliding_window" in sizes else {}  # a window for all would leave none full
+        sizes |= {"sliding_window": None} if "sliding_window" in sizes else {}  # else every layer would slide
     for part in getattr(default, "sub_configs", {}):
         inner = getattr(default, part, None)
         if isinstance(inner, PreTrainedConfig):
             sizes[part] = _shrunk(inner, wanted) | {"model_type": inner.model_type}
-    decoder = hasattr(default, "vocab_size")  # where names count that are not fields, such as Gemma 4's global_head_dim
+    decoder = hasattr(default, "vocab_size")  # takes names that are not fields too, such as Gemma 4's global_head_dim
     own = {name: value for name, value in wanted.items() if name not in SIZES and (decoder or hasattr(default, name))}
     return sizes | own
 
 
 def _can_be_set(default: PreTrainedConfig, name: str) -> bool:
-    """Whether this configuration has a field of this name, and not only a property derived from others."""
+    """Return True if this configuration has a field of this name, and not just a read-only property."""
     field = getattr(type(default), default.attribute_map.get(name, name), None)
     if isinstance(field, property) and field.fset is None:
         return False
     try:
         return hasattr(default, name)
-    except RuntimeError:  # transformers raises one where a field varies from layer to layer
+    except RuntimeError:  # transformers raises it if the field varies from layer to layer
         return True
 
 
 def cycled(types: Iterable[str], layers: int) -> list[str]:
-    """The distinct types in turn, full attention last, until there are `layers` of them."""
+    """Repeat the distinct layer types in turn, full attention last, up to `layers` of them."""
     distinct = sorted(dict.fromkeys(types), key=lambda kind: kind == "full_attention")
     return [distinct[i % len(distinct)] for i in range(layers)]
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model of this family in float32, with its default attention; seeded.
+    """Build a seeded random model of this family in float32, with its default attention implementation.
 
-    Where logits are capped it is the eager one: sdpa leaves the cap out, which only newer releases of transformers say.
+    A model that caps its attention logits runs eager attention, because sdpa leaves the cap out: older releases of
+    transformers do so without a warning.
     """
     torch.manual_seed(seed)
     config = tiny_config(family, **changes)

@@ -1,4 +1,4 @@
-"""Serve every test: one thread, derandomised properties, and one source of seeded numbers."""
+"""Set up every test: one thread, derandomised properties, and one source of seeded numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One suite for whatever reads a message: every damage must be told, by CorruptState and nothing else."""
+"""Damage a message in many ways, and require that its reader raises CorruptState and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Reader = Callable[[bytes], object]
 
 
 def require_every_flip_is_noticed(message: bytes, read: Reader, bytes_at: Iterable[int] | None = None) -> None:
-    """Each single bit of these bytes (None: of all), flipped."""
+    """Flip each single bit of these bytes (None: of all), and require CorruptState."""
     for place in range(len(message)) if bytes_at is None else bytes_at:
         for bit in range(8):
             damaged = bytearray(message)
@@ -23,7 +23,7 @@ def require_every_flip_is_noticed(message: bytes, read: Reader, bytes_at: Iterab
 
 
 def require_every_truncation_is_noticed(message: bytes, read: Reader, sizes: Iterable[int] | None = None) -> None:
-    """Each proper beginning (or those of these sizes), and the message with something behind it."""
+    """Cut the message to every shorter size (or these), or append bytes to it, and require CorruptState."""
     damaged = [message[:size] for size in (range(len(message)) if sizes is None else sizes)]
     for data in (*damaged, message + b"\0", message + b"trailing", message + message):
         with pytest.raises(CorruptState):
@@ -31,7 +31,10 @@ def require_every_truncation_is_noticed(message: bytes, read: Reader, sizes: Ite
 
 
 def require_edits_are_noticed(message: bytes, read: Reader, draw: random.Random) -> None:
-    """A few edits of any kind at any places: bytes overwritten, cut out, put in, swapped, stretches copied over."""
+    """Make one to three random edits, and require CorruptState.
+
+    An edit overwrites, deletes, inserts or swaps bytes, or copies a stretch of them to another place.
+    """
     damaged = bytearray(message)
     for _ in range(draw.randrange(1, 4)):
         place, size = draw.randrange(len(damaged)), draw.choice((1, 1, 2, 7, 8, 32, 64))

@@ -1,4 +1,4 @@
-"""Evicting caches as the papers write them: one row, token by token, plain loops. Slow, and easy to read."""
+"""Define evicting caches as the papers write them: one row, token by token, in plain loops. Slow, but easy to read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support import positions
 
 @dataclass
 class Token:
-    """A token of the row that is still held; `marks` are a rule's own notes."""
+    """Hold one token that the row still keeps; `marks` are a rule's own notes on it."""
 
     position: int
     k: Tensor
@@ -26,28 +26,28 @@ class Token:
 
 
 class Rule:
-    """What a paper says: how a query marks the held tokens, and which of them is worth least."""
+    """Define a paper's eviction rule: how a query marks the held tokens, and which of them is worth least."""
 
     def __init__(self, scale: float, sinks: int = 0, recent: int = 0) -> None:
         self.scale, self.sinks, self.recent = scale, sinks, recent
         self.prompt = 0
 
     def ask(self, held: list[Token], position: int, q: Tensor) -> None:
-        """The query q (g, d) of the token at `position`, which sees all of `held`."""
+        """Mark the held tokens by the query q (g, d) of the token at `position`, which attends to all of `held`."""
 
     def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
-        """One number per held token; the smallest leaves first."""
+        """Return one number per held token; the token with the smallest is evicted first."""
         raise NotImplementedError
 
     def safe(self, token: Token, seen: int) -> bool:
         return token.position < self.sinks or token.position >= seen - self.recent
 
     def meeting(self, held: list[Token], q: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (held, d) of the tokens and queries (g, d) of the newest of them, as they meet."""
+        """Return the keys (held, d) and the newest token's queries (g, d) as they enter their products."""
         return torch.stack([token.k for token in held]), q
 
     def weights(self, held: list[Token], q: Tensor) -> Tensor:
-        """Softmax weights (g, held)."""
+        """Return the softmax weights (g, held) of the query's heads on the held tokens."""
         keys, q = self.meeting(held, q)
         return torch.softmax(torch.stack([torch.stack([h @ k for k in keys]) for h in q]) * self.scale, 1)
 
@@ -64,12 +64,12 @@ def kept_by(
     spares: str = "nothing",
     answers: list[Tensor] | None = None,
 ) -> list[int]:
-    """Positions held at the end of one row: q (g, n, d), k (n, d), v (n, dv).
+    """Return the positions that one row holds at the end of a stream: q (g, n, d), k (n, d), v (n, dv).
 
-    prompt  tokens kept whole, and weighed where they end; None: there is no such prefill
-    asked   positions whose query is asked; None: all of them
-    spares  "answer": nothing leaves after the prompt; "prompt": nothing of the prompt leaves, the rest has the budget
-    answers gets what each token's queries are answered (g, dv)
+    prompt  number of first tokens that are all kept until the prompt ends, and evicted from there; None: no prompt
+    asked   positions whose query is given to the rule; None: all positions
+    spares  "answer": nothing is evicted after the prompt; "prompt": no token of the prompt is evicted, and the budget
+            is for the others
     """
     held: list[Token] = []
 
@@ -112,7 +112,7 @@ def run(
     seed: int = 0,
     **options: Any,
 ) -> Any:
-    """The state of `policy` after this stream: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv)."""
+    """Return the state of `policy` after this stream: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv)."""
     method = Bounded(policy, budget=budget, block=block, **options)
     spec = Spec(len(k), k.shape[2], v.shape[2], scale=scale, dtype=k.dtype, seed=seed)
     state = method.open(spec)
@@ -137,7 +137,7 @@ def keeps_alike(
     spares: str = "nothing",
     **how: Any,
 ) -> bool:
-    """True where `policy` keeps in every row exactly what the rule made by rule(row, budget) keeps."""
+    """Return True if `policy` keeps in every row exactly what the rule of rule(row, budget) keeps."""
     q, k, v = tokens
     budgets = budget if isinstance(budget, tuple) else (budget,) * len(k)
     found = positions(run(policy, budget, q, k, v, block=block, prompt=prompt, **how))

@@ -1,4 +1,4 @@
-"""Serve many tests: streams that are drawn and fed in pieces, states of a text, and attention by its definition."""
+"""Draw streams, feed them in pieces, open states from texts, and define attention, for many tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Part = TypeVar("Part")
 
 
 def seeded(seed: int) -> Draw:
-    """draw(3, 4) gives seeded standard normal float64 numbers of that shape; dtype= and scale= adapt them."""
+    """Return draw(*shape, dtype, scale), which draws standard normal numbers from one seeded generator."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
@@ -58,7 +58,7 @@ def many(text: str, k: Tensor, v: Tensor, rows: int, **spec: Any) -> Any:
 
 
 def fed(state: State, tokens: Stream, *cuts: int, present: Tensor | None = None) -> Tensor:
-    """Step through the tokens (q, k, v) in pieces that end at the cuts; the answers of all."""
+    """Step through the tokens (q, k, v) in pieces that end at the cuts, and return all answers."""
     q, k, v = tokens
     parts = [slice(*edges) for edges in pairwise(sorted({0, *cuts, k.shape[1]}))]
     marks = [() if present is None else (present[:, at],) for at in parts]
@@ -68,13 +68,13 @@ def fed(state: State, tokens: Stream, *cuts: int, present: Tensor | None = None)
 
 
 def between(tokens: Stream, start: int, stop: int | None = None) -> Stream:
-    """The tokens from start to stop."""
+    """Return the tokens from start to stop."""
     q, k, v = tokens
     return q[:, :, start:stop], k[:, start:stop], v[:, start:stop]
 
 
 def later(n: int) -> Tensor:
-    """(n, n): True where a token comes after the query's."""
+    """Return a mask (n, n) that is True where a token comes after the query's."""
     return torch.ones(n, n, dtype=torch.bool).triu(1)
 
 
@@ -87,7 +87,7 @@ def attention(
     log_weight: Tensor | None = None,
     hide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and log-mass of attention in float64 with torch's softmax and logsumexp: 0 and -inf where nothing is seen.
+    """Return mean and log-mass of attention in float64, by torch's softmax and logsumexp; 0 and -inf if all is hidden.
 
     q (..., m, d), k (..., s, d), v (..., s, dv), log_weight (..., s), hide (..., m, s).
     """
@@ -104,7 +104,7 @@ def attention(
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
-    """Answers (rows, g, n, dv) of exact attention to the stream q (rows, g, n, d), k (rows, n, d), v (rows, n, dv)."""
+    """Return the answers (rows, g, n, dv) of exact attention to a stream q (rows, g, n, d), k (rows, n, d), v."""
     return attention(q, k.unsqueeze(1), v.unsqueeze(1), scale, softcap, hide=later(k.shape[1]))[0]
 
 
@@ -127,7 +127,7 @@ def require_drawn(picked: Tensor, cells: int, share: Tensor | None = None) -> No
 
 
 def positions(state: Any) -> list[list[int]]:
-    """Sorted positions that each row holds."""
+    """Return the sorted positions that each row holds."""
     view, held = state.slots.view(), state.held.tolist()
     return [sorted(view.position[row, : held[row]].tolist()) for row in range(state.spec.rows)]
 

@@ -1,4 +1,4 @@
-"""Docstrings of the package begin with what is done, a verb and its object; a class's name is its alone."""
+"""Docstrings of the package and of the rooms beside it begin with a verb; no two classes have one name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 import kvfloor
 
 SOURCE = Path(kvfloor.__file__).parent
+ROOT = SOURCE.parents[1]
+ROOMS = (SOURCE, *(ROOT / room for room in ("survey", "characterize", "builtin_model", "bench", "examples")))
 REFUSED = {"What", "How", "Whether", "Which", "Where", "Those", "That", "As", "The", "A", "An", "One"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -34,7 +36,7 @@ def test_a_refused_word_is_found_in_every_kind_of_docstring(word: str) -> None:
 
 
 def test_every_docstring_begins_with_what_is_done() -> None:
-    found = [f"{path.relative_to(SOURCE)}:{text}" for path in SOURCE.rglob("*.py") for text in offenders(_tree(path))]
+    found = [f"{path.relative_to(ROOT)}:{text}" for path in _files() for text in offenders(_tree(path))]
     assert not found, f"{len(found)} docstrings begin with a word of {sorted(REFUSED)}:\n" + "\n".join(sorted(found))
 
 
@@ -50,8 +52,15 @@ def test_a_repeated_class_name_is_found_within_and_across_files() -> None:
 
 
 def test_no_two_classes_bear_one_name() -> None:
-    rooms = [SOURCE, *(SOURCE.parents[1] / room for room in ("survey", "characterize", "builtin_model", "bench"))]
-    assert repeated([_tree(path) for room in rooms for path in sorted(room.rglob("*.py"))]) == []
+    assert repeated([_tree(path) for path in _files()]) == []
+
+
+def test_every_room_has_files() -> None:
+    assert all(any(path.is_relative_to(room) for path in _files()) for room in ROOMS)
+
+
+def _files() -> list[Path]:
+    return [path for room in ROOMS for path in sorted(room.rglob("*.py"))]
 
 
 def _tree(path: Path) -> ast.AST:

@@ -1,15 +1,15 @@
-"""kvpress beside kvfloor in one process: the same model, prompts and kept tokens. `make peers`
+"""Compare kvpress with kvfloor in one process, on the same model, prompts and kept tokens: `make peers`
 
-Model: a random Llama of 4 layers, hidden 256, 8 heads on 2 kv heads; prompts of 1,024 tokens unless said, half of the
-tokens kept, one thread. What is compared:
+The model is a random Llama of 4 layers, hidden 256, 8 heads on 2 kv heads. Prompts have 1,024 tokens unless stated
+otherwise, half of the tokens are kept, one thread runs. The comparisons are:
 
 padding   a row in a left-padded batch against the same row alone: the largest difference of the last logits, as a share
           of their spread. Zero means that the other row and the pads make no difference.
-chunks    the prompt in chunks of 128: tokens kept afterwards, and the most that were stored on the way.
+chunks    the prompt in chunks of 128: tokens kept afterwards, and the most tokens stored on the way.
 turns     a second prompt of 512 tokens after the first: tokens kept.
-heads     two budgets for the two kv heads, 768 and 256 of 1,024 tokens: bytes that the cache takes, against all tokens.
-time      prefill with compression, and one decoded token, milliseconds, medians in turn; ours over theirs.
-Refuses to print while the tests of what it times are red.
+heads     two budgets for the two kv heads, 768 and 256 of 1,024 tokens: bytes of the cache, against all tokens' bytes.
+time      prefill with compression, and one decoded token: median milliseconds in turn, and kvfloor's over kvpress's.
+Prints no figures while the tests of the timed code fail.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gate import green
 
 TIMED = ["tests/hf/test_compressed.py", "tests/hf/test_generate.py", "tests/hf/test_budgets.py"]
 PROMPT, KEPT, CHUNK, TURN, REPEATS, DECODED = 1024, 512, 128, 512, 15, 64
-# What is compared with what: the press, and ours that compresses at the prompt's end and from its start.
+# Name -> the press, kvfloor's method that compresses at the prompt's end, and the one that compresses from its start.
 PAIRS: dict[str, tuple[Callable[[], BasePress], str, str]] = {
     "key norm": (lambda: KnormPress(0.5), "knorm(prefill=dense)", "knorm"),
     "sinks and window": (lambda: StreamingLLMPress(0.5, n_sink=4), "sinks(4,prefill=dense)", "sinks(4)"),
@@ -60,7 +60,7 @@ def ids(batch: int, n: int, seed: int = 1) -> torch.Tensor:
 
 
 class Theirs:
-    """A press around a model, with the positions that a compressed cache no longer tells."""
+    """Run a press on the stock model, and count the positions, which a compressed cache no longer gives."""
 
     def __init__(self, press: BasePress) -> None:
         self.net, self.press, self.cache, self.seen = STOCK, press, DynamicCache(), 0
@@ -95,7 +95,7 @@ class Theirs:
 
 
 class Ours:
-    """A compressed cache on the same model."""
+    """Run a compressed cache on the prepared model."""
 
     def __init__(self, method: str, **how: Any) -> None:
         self.net, self.cache = PREPARED, CompressedCache(PREPARED.config, method, **how)
@@ -125,7 +125,7 @@ class Ours:
 
 
 def padding(make: Callable[[], Theirs | Ours]) -> str:
-    """The short row of a batch, then one more token: its logits against those of the row alone."""
+    """Compare the logits of a batch's padded row, after one more token, with those of the row alone."""
     tokens, short = ids(2, PROMPT), PROMPT * 3 // 4
     mask = torch.ones_like(tokens)
     mask[0, : PROMPT - short] = 0
@@ -137,7 +137,7 @@ def padding(make: Callable[[], Theirs | Ours]) -> str:
     at = (more.cumsum(1) - 1)[:, -1:]
     if isinstance(both, Ours):
         batch = both.net(token, attention_mask=more, position_ids=at, past_key_values=both.cache).logits[:1, -1]
-    else:  # the mask of what a press left, as its own pipeline passes none: every stored slot counts
+    else:  # no mask, as in kvpress's own pipeline: every slot that the press kept is attended to
         batch = both.net(token, position_ids=at, past_key_values=both.cache).logits[:1, -1]
     single = alone.decode(token[:1])
     return f"{float((batch - single).abs().max() / single.std()):.1e}"
@@ -163,7 +163,7 @@ def turns(make: Callable[[], Theirs | Ours]) -> str:
 
 
 def times(theirs: Callable[[], Theirs], ours: Callable[[], Ours]) -> tuple[list[float], list[float]]:
-    """(prefill, decode) medians in milliseconds of both, taken in turn."""
+    """Return the (prefill, decode) medians in milliseconds of both sides, which take turns."""
     spent: list[list[list[float]]] = [[[], []], [[], []]]
     prompt, token = ids(1, PROMPT), torch.tensor([[7]])
     for repeat in range(REPEATS + 1):
@@ -184,11 +184,11 @@ def times(theirs: Callable[[], Theirs], ours: Callable[[], Ours]) -> tuple[list[
 
 
 def tried(call: Callable[[Any], str], make: Callable[[], Any]) -> str:
-    """What the comparison says, or how it fails."""
+    """Return the text of a comparison, or the error that it raised."""
     try:
         with torch.no_grad():
             return call(make)
-    except Exception as error:  # a peer may raise anything; that is a finding, not the end
+    except Exception as error:  # a peer may raise any error; the table shows it and goes on
         return f"{type(error).__name__}: {str(error).splitlines()[0][:40]}"
 
 

@@ -1,1 +1,1 @@
-"""Serve the scripts: tables, and reference forms that no cache needs."""
+"""Provide the scripts with result tables, measures, and reference forms of attention that no cache uses."""

@@ -1,8 +1,8 @@
-"""One pass: non-causal attention sketched while V, K and Q are read once, in this order; a reference, not a cache.
+"""Sketch non-causal attention in one pass over V, K and Q, read once in this order; a reference, not a cache.
 
-The setting of Addanki, Li, Song and Yang 2023 (arXiv 2311.14652): n values come first, then n keys, then n queries,
-and no row is kept. Every query attends to every key, and what comes out is, for each output column, the few tokens
-whose entries are large. In a cache k_i and v_i arrive together, so the product of step 2 is an exact sum (`taylor`).
+In the setting of Addanki, Li, Song and Yang 2023 (arXiv 2311.14652), n values come first, then n keys, then n queries,
+and no row is kept. Every query attends to every key. The result is, for each output column, the few tokens whose
+entries are large. In a cache k_i and v_i arrive together, so the product U2^T V is an exact sum there (`taylor`).
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from kvfloor.validation import count, positives
 
 @dataclass(frozen=True)
 class OnePass:
-    """What the sketch is made for.
+    """Hold the sizes of a sketch of non-causal attention, and open it.
 
-    n, d, dv   tokens, widths of keys and values          scale    of q.k (the paper's is 1/d)
-    degree     g of the truncated exponential, even; t = C(d+g, g) features U1 of queries, U2 of keys
-    products   m2: rows of Psi, random signs / sqrt(m2), which stand for the token axis in U2^T V; None: k and v come
+    n, d, dv   number of tokens, widths of keys and values
+    scale      factor of q.k (the paper's is 1/d)
+    degree     g of the truncated exponential, even; it has t = C(d+g, g) features, U1 of queries and U2 of keys
+    products   m2, the rows of Psi: random signs / sqrt(m2) that shorten the token axis in U2^T V; None: k and v come
                together (`take_pairs`), and the product is kept exactly
-    sparsity   k: how many large entries of each output column are looked for
-    buckets, depth   of Phi, a count sketch: `depth` (odd) hash tables of `buckets`, and in each bucket, beside the
-               signed sum, one such sum per bit of the token's number, from which that number is read back
+    sparsity   k, the number of large entries to find in each output column
+    buckets, depth   sizes of Phi, a count sketch: `depth` (odd) hash tables of `buckets`; each bucket holds the signed
+               sum and one such sum per bit of the token's number, from which that number is read back
 
     Law: with D = diag(U1 U2^T 1), y a column of D^-1 U1 U2^T V, and E the l2 norm of y without its k largest entries,
     `decode` gives at most 2k entries T with |T - y|_2 <= (1 + epsilon) E, provided that every estimate is within
     m = sqrt(epsilon / (5k)) E of its entry and every entry above 2m is read off in some table. (Among 2k kept entries
-    those that displace a larger one cost at most 8 k m^2, estimates 2 k m^2: |T - y|^2 <= (1 + 2 epsilon) E^2.) `sizes`
-    makes it so with probability 1 - failure. Against attention itself the polynomial's error is added, and with Psi
-    the product's: |U2^T Psi^T Psi V - U2^T V|_F^2 has mean at most 2/m2 |U2|_F^2 |V|_F^2.
+    those that displace a larger one cost at most 8 k m^2, estimates 2 k m^2: |T - y|^2 <= (1 + 2 epsilon) E^2.) With
+    the buckets and depth of `sizes` both hold with probability 1 - failure. The error against attention itself adds the
+    polynomial's error and, with Psi, the product's: |U2^T Psi^T Psi V - U2^T V|_F^2 has mean at most
+    2/m2 |U2|_F^2 |V|_F^2.
     Numbers kept: m2 (dv + t) + t for the first two streams (t dv + t without Psi), depth buckets (1 + log2 n) t.
     """
 
@@ -62,11 +64,11 @@ class OnePass:
 
     @staticmethod
     def sizes(n: int, dv: int, sparsity: int, epsilon: float, failure: float) -> tuple[int, int]:
-        """(buckets, depth) for the law.
+        """Return (buckets, depth) that satisfy the law with probability 1 - failure.
 
-        In one table an estimate misses by more than m with probability <= 1/4 (a collision with one of the k largest
-        entries, or Markov on the rest), so the middle of `depth` tables does with exp(-depth / 7); a table fails to
-        read an entry off with probability <= 3/4 (Markov over the halves by each bit).
+        In one table an estimate misses its entry by more than m with probability <= 1/4 (a collision with one of the k
+        largest entries, or Markov's inequality on the rest), so the median of `depth` tables misses it with probability
+        exp(-depth / 7). A table fails to read an entry with probability <= 3/4 (Markov over the halves by each bit).
         """
         bits = max(1, (n - 1).bit_length())
         depth = math.ceil(7.0 * math.log(2.0 * n * dv / failure))
@@ -77,7 +79,7 @@ class OnePass:
 
 
 class OnePassSketch:
-    """The three streams' memory. Rows come in order, in pieces of any size: all values, all keys, all queries."""
+    """Keep the sketches of the three streams: all values, then all keys, then all queries, in pieces of any size."""
 
     def __init__(self, plan: OnePass) -> None:
         self.plan = plan
@@ -93,20 +95,20 @@ class OnePassSketch:
 
     @property
     def numbers(self) -> int:
-        """Numbers kept."""
+        """Return how many numbers the sketch keeps."""
         parts = (self.sketched_v, self.sketched_keys, self.total, self.sketched_queries)
         return sum(x.numel() for x in parts if x is not None)
 
     # ---- the three streams ---------------------------------------------------------------------------------
 
     def take_values(self, v: Tensor) -> None:
-        """Rows of V (a, dv)."""
+        """Add the next rows of V (a, dv) to the sketch."""
         if self.plan.products is None:
             raise ValueError("one_pass: without a sketched product k and v come together: use take_pairs")
         self.sketched_v += self._signs(self._next("values", v, self.plan.dv)).T @ v.to(torch.float64)
 
     def take_keys(self, k: Tensor) -> None:
-        """Rows of K (a, d), after all of V."""
+        """Add the next rows of K (a, d) to the sketch, after all of V."""
         if self.sketched_keys is None:
             raise ValueError("one_pass: without a sketched product k and v come together: use take_pairs")
         self._require("values", "keys")
@@ -116,7 +118,7 @@ class OnePassSketch:
         self.total += u2.sum(0)
 
     def take_pairs(self, k: Tensor, v: Tensor) -> None:
-        """Rows of K and V together, where the product is kept exactly."""
+        """Add the next rows of K and V together to a sketch that keeps their product exactly."""
         if self.plan.products is not None:
             raise ValueError("one_pass: with a sketched product values come first, then keys")
         self._next("values", v, self.plan.dv)
@@ -126,7 +128,7 @@ class OnePassSketch:
         self.total += u2.sum(0)
 
     def take_queries(self, q: Tensor) -> None:
-        """Rows of Q (a, d), after all of K."""
+        """Add the next rows of Q (a, d) to the sketch, after all of K."""
         self._require("keys", "queries")
         token = self._next("queries", q, self.plan.d)
         u1 = self.table.features(q.to(torch.float64) * self.plan.scale)
@@ -140,15 +142,15 @@ class OnePassSketch:
     # ---- reading back --------------------------------------------------------------------------------------
 
     def product(self) -> Tensor:
-        """U2^T V (t, dv), exact or as Psi leaves it."""
+        """Return U2^T V (t, dv), exact or estimated through Psi."""
         return self.sketched_v if self.sketched_keys is None else self.sketched_keys.T @ self.sketched_v
 
     def decode(self) -> list[tuple[Tensor, Tensor]]:
-        """For each output column the tokens (at most 2k) with the largest estimates, and those: (index, value)."""
+        """Return, for each output column, (index, value) of the at most 2k tokens with the largest estimates."""
         self._require("queries", "decoding")
         sums = self.sketched_queries @ self.product()  # (depth, buckets, 1 + bits, dv)
         whole, parts = sums[:, :, 0], sums[:, :, 1:]
-        # One token that outweighs its bucket is read off bit by bit: its bit is where most of the sum is.
+        # A token that outweighs the rest of its bucket is read off bit by bit: a bit is 1 if its sum is most of it.
         bit = (parts.abs() > (whole.unsqueeze(2) - parts).abs()).to(torch.int64)
         named = (bit << torch.arange(self.bits).view(-1, 1)).sum(2)  # (depth, buckets, dv)
         found = []
@@ -163,7 +165,7 @@ class OnePassSketch:
         return found
 
     def dense(self) -> Tensor:
-        """`decode` as (n, dv), zero where nothing was found."""
+        """Return the result of `decode` as a matrix (n, dv), zero at all other entries."""
         out = torch.zeros(self.plan.n, self.plan.dv, dtype=torch.float64)
         for column, (index, value) in enumerate(self.decode()):
             out[index, column] = value
@@ -172,14 +174,14 @@ class OnePassSketch:
     # ---- public randomness ---------------------------------------------------------------------------------
 
     def _signs(self, token: Tensor) -> Tensor:
-        """Rows Psi^T (a, m2): random signs / sqrt(m2), fixed by (seed, token)."""
+        """Draw rows (a, m2) of Psi^T for these tokens: random signs / sqrt(m2), fixed by (seed, token)."""
         m2 = self.plan.products
         assert m2 is not None
         draws = self._draws("one pass psi", token.unsqueeze(1) * m2 + torch.arange(m2))
         return torch.where(draws < 0.5, -1.0, 1.0).to(torch.float64) / math.sqrt(m2)
 
     def _hashes(self, token: Tensor) -> tuple[Tensor, Tensor]:
-        """(bucket, sign), each (depth, a), of tokens (a,)."""
+        """Draw (bucket, sign), each (depth, a), of tokens (a,)."""
         lane = token * self.plan.depth + torch.arange(self.plan.depth).unsqueeze(1)
         bucket = (self._draws("one pass buckets", lane) * self.plan.buckets).to(torch.int64)
         sign = torch.where(self._draws("one pass signs", lane) < 0.5, -1.0, 1.0).to(torch.float64)
@@ -191,7 +193,7 @@ class OnePassSketch:
     # ---- order ---------------------------------------------------------------------------------------------
 
     def _next(self, stream: str, x: Tensor, width: int) -> Tensor:
-        """The numbers of the rows that x (a, width) brings, after checking them."""
+        """Check the next rows x (a, width) of a stream, count them, and return their numbers."""
         start, a = self.taken[stream], x.shape[0]
         if x.ndim != 2 or x.shape[1] != width:
             raise ValueError(f"one_pass: {stream} must be (rows, {width}), got {tuple(x.shape)}")

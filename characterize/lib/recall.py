@@ -1,4 +1,4 @@
-"""Recall: how many of the tokens with the largest logits a selector reads."""
+"""Measure recall: the share of the tokens with the largest logits that a selector reads."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kvfloor.core.spec import Spec
 
 
 def recall(selector: Selector, q: Tensor, k: Tensor, top: int, seed: int = 0) -> Tensor:
-    """Share of the `top` keys of largest q.k that each query reads: (rows, m) float64.
+    """Return the share (rows, m) of the `top` keys of largest q.k that each query reads, in float64.
 
-    q (rows, m, d) asks after all of k (rows, n, d) has come. Raises ValueError where top exceeds n.
+    Queries q (rows, m, d) come after all of k (rows, n, d). Raises ValueError if top exceeds n.
     """
     rows, n, d = k.shape
     if not 1 <= top <= n:

@@ -1,12 +1,12 @@
-"""ZETA: a trainable attention layer that finds its few keys along Z-shaped curves and weighs them by nearness.
+"""Define ZETA, a trainable attention layer that finds its few keys along Z-order curves and weighs them by nearness.
 
 Law (Zeng et al. 2025, arXiv 2501.14577): queries and keys are points of `key_width` (3) numbers, q' = f_q(x) and
-k' = f_k(x) by two small networks; values stay wide. A token answers
+k' = f_k(x) by two small networks; values stay wide. A token's answer is
 
     o = sum_j w_j v_j / sum_j w_j        w_j = 1 / (|q' - k'_j|^2 + gamma^2)        gamma = sigmoid(theta), learned
 
 over the `k` keys nearest to q' among its candidates, and over one smoothing token: the mean key and mean value of all
-tokens so far. Candidates are the `window` neighbours of q' on each Z-shaped curve through the keys of complete chunks.
+tokens so far. Candidates are the `window` neighbours of q' on each Z-order curve through the keys of complete chunks.
 In so few dimensions near points are mostly near on the curve, so a sort and a search replace n distances.
 """
 
@@ -22,16 +22,20 @@ from kvfloor.validation import count
 
 
 class ZetaAttention(nn.Module):
-    """x (batch, n, width) -> (batch, n, width); token i depends on tokens 0..i alone.
+    """Map x (batch, n, width) to (batch, n, width); token i depends on tokens 0..i alone.
 
-    width      numbers per token           k       keys weighed per query, beside the smoothing token
-    heads      each with its own points    window  candidates per curve
-    key_width  numbers per point           curves  shifted by equal shares of the grid, for one alone has seams
-    bits       of the grid, per coordinate chunk   tokens that wait before they are sorted in
+    width      numbers per token
+    heads      attention heads, each with its own points
+    key_width  numbers per point
+    k          keys weighed per query, beside the smoothing token
+    window     candidates per curve
+    curves     number of curves, shifted by equal shares of the grid: a single curve separates near points at its seams
+    chunk      tokens that wait before they are sorted in
+    bits       bits of the grid per coordinate
 
-    A query also looks at the tokens of its own chunk up to itself, which wait unsorted; the original leaves those to
-    the smoothing token. The grid is fixed, as quantiles of the standard normal: a range taken from the data would
-    move the codes of the past. Gradients flow through the chosen keys and the smoothing token, not the search.
+    A query also attends to the tokens of its own chunk up to itself, which are not sorted yet; the paper leaves those
+    to the smoothing token. The grid is fixed, at quantiles of the standard normal: a range taken from the data would
+    change the codes of earlier tokens. Gradients flow through the chosen keys and the smoothing token, not the search.
     """
 
     def __init__(
@@ -62,13 +66,13 @@ class ZetaAttention(nn.Module):
         self.theta = nn.Parameter(torch.zeros(heads))
 
     def open(self) -> ZetaPast:
-        """A past without tokens, for `forward` to carry on from, token by token or in pieces."""
+        """Return an empty past, from which `forward` continues token by token or in pieces."""
         return ZetaPast()
 
     def forward(self, x: Tensor, past: ZetaPast | None = None) -> Tensor:
-        """The layer over a whole sequence, or over the next piece of the sequence that `past` has seen so far.
+        """Apply the layer to a whole sequence, or to the piece that follows the tokens in `past`.
 
-        Any way of cutting a sequence into pieces gives the same answers. No gradient flows into a past.
+        Every way of cutting a sequence into pieces gives the same answers. No gradient flows into a past.
         """
         q, k, v = (self._split(f(x)) for f in (self.queries, self.keys, self.values))
         seen = 0
@@ -96,13 +100,13 @@ class ZetaAttention(nn.Module):
     # ---- searching -----------------------------------------------------------------------------------------
 
     def _codes(self, points: Tensor) -> Tensor:
-        """Places of points (batch, heads, s, key_width) on the curves: (batch, heads, curves, s) int64."""
+        """Return the codes (batch, heads, curves, s) int64 of points (batch, heads, s, key_width) on the curves."""
         shift = torch.arange(self.curves, device=points.device) * 2**self.bits // self.curves
         cell = cells(points.detach(), self.bits).unsqueeze(2) + shift.view(-1, 1, 1)
         return interleave(cell, self.bits + 1)
 
     def _sorted(self, k: Tensor, whole: int, past: ZetaPast | None) -> tuple[Tensor, Tensor]:
-        """Codes of the first `whole` keys in order, and whose they are: each (batch, heads, curves, whole)."""
+        """Return the sorted codes of the first `whole` keys and their tokens: each (batch, heads, curves, whole)."""
         if past is not None and past.curve is not None and past.curve[0].shape[3] == whole:
             return past.curve
         code, order = self._codes(k[:, :, :whole]).sort(dim=-1, stable=True)
@@ -112,7 +116,10 @@ class ZetaAttention(nn.Module):
 
     @torch.no_grad()
     def _nearest(self, q: Tensor, k: Tensor, start: int, curve: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The k nearest candidates of queries q (batch, heads, a, .), tokens start .. start + a - 1: index, dead."""
+        """Return the k nearest candidates of queries q (batch, heads, a, .) of tokens start .. start + a - 1.
+
+        They come as (index, dead), each (batch, heads, a, c); a dead entry is no candidate.
+        """
         (batch, heads, a, _), device = q.shape, q.device
         code, order = curve
         whole = code.shape[3]
@@ -126,16 +133,16 @@ class ZetaAttention(nn.Module):
         last = torch.arange(start, start + a, device=device).unsqueeze(1)
         token = token.masked_fill(token > last, -1).sort(dim=-1, descending=True).values
         dead = token < 0
-        dead[..., 1:] |= token[..., 1:] == token[..., :-1]  # met on another curve already
+        dead[..., 1:] |= token[..., 1:] == token[..., :-1]  # found on another curve already
         token = token.clamp_min(0)
         far = _distance(q, _pick(k.detach(), token)).masked_fill(dead, torch.inf)
-        best = far.argsort(dim=-1, stable=True)[..., : self.k]  # among equals the newer
+        best = far.argsort(dim=-1, stable=True)[..., : self.k]  # the newer first among equals
         return token.gather(3, best), far.gather(3, best) == torch.inf
 
     def _weigh(
         self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, dead: Tensor, mean_k: Tensor, mean_v: Tensor
     ) -> Tensor:
-        """The Cauchy-weighted mean of the chosen values and of the smoothing token's: (batch, heads, a, dv)."""
+        """Return the Cauchy-weighted mean (batch, heads, a, dv) of the chosen values and the smoothing token's."""
         far = torch.cat([_distance(q, _pick(k, index)), _distance(q, mean_k.unsqueeze(3))], 3)
         gamma = torch.sigmoid(self.theta).view(-1, 1, 1)
         weight = 1.0 / (far + gamma**2)
@@ -146,12 +153,12 @@ class ZetaAttention(nn.Module):
 
 
 def _distance(q: Tensor, k: Tensor) -> Tensor:
-    """Squared distances of q (batch, heads, a, .) to k (batch, heads, a, c, .): (batch, heads, a, c)."""
+    """Return squared distances (batch, heads, a, c) of q (batch, heads, a, .) to k (batch, heads, a, c, .)."""
     return (q.unsqueeze(3) - k).square().sum(-1)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """x (batch, heads, s, w) at index (batch, heads, a, c): (batch, heads, a, c, w)."""
+    """Gather x (batch, heads, s, w) at index (batch, heads, a, c): (batch, heads, a, c, w)."""
     batch, heads, s, _ = x.shape
     stream = torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
     return x.flatten(0, 2).index_select(0, (index + stream * s).flatten()).view(*index.shape, -1)
@@ -159,9 +166,10 @@ def _pick(x: Tensor, index: Tensor) -> Tensor:
 
 @dataclass
 class ZetaPast:
-    """What a layer carries from piece to piece: every key and value, and the sorted codes of the complete chunks.
+    """Hold every key and value between pieces of a sequence, and the sorted codes of the complete chunks.
 
-    k (batch, heads, room, key_width) and v (batch, heads, room, .) hold `seen` tokens; k_sum and v_sum add them up.
+    k (batch, heads, s, key_width) and v (batch, heads, s, .) hold `seen` tokens of at most s; k_sum and v_sum are their
+    sums.
     """
 
     seen: int = 0
@@ -173,7 +181,7 @@ class ZetaPast:
 
     @torch.no_grad()
     def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | float]:
-        """Take in new tokens. Returns all keys and values so far, and the sums of those that were there before."""
+        """Store new tokens; return all keys and values so far, and the sums of the earlier ones."""
         sums = (0.0 if self.k_sum is None else self.k_sum, 0.0 if self.v_sum is None else self.v_sum)
         stop = self.seen + k.shape[2]
         self.k, self.v = self._room(self.k, k, stop), self._room(self.v, v, stop)
@@ -183,7 +191,7 @@ class ZetaPast:
         return self.k[:, :, :stop], self.v[:, :, :stop], *sums
 
     def _room(self, store: Tensor | None, new: Tensor, needed: int) -> Tensor:
-        """The store with room for `needed` tokens, twice as much as before where it has to grow."""
+        """Return the store, grown to twice its size or more if it is too small for `needed` tokens."""
         if store is not None and store.shape[2] >= needed:
             return store
         size = max(needed, 0 if store is None else 2 * store.shape[2])

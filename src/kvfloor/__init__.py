@@ -1,4 +1,4 @@
-"""Stream attention in bounded memory, beside the proof of how little memory is possible."""
+"""Run attention over a stream of tokens in bounded memory, and bound from below the memory that any method needs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HOMES = {
     "SummaryState": "core.summary",
     "Traits": "core.method",
     "check_method": "check",
-    "parse": "methods.registry",
+    "parse": "methods.grammar",
     "resolve": "core.budget",
 }
 _MODULES = ("audit", "floors", "game", "hf", "models", "tasks")
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from kvfloor.core.spec import Spec
     from kvfloor.core.state import State
     from kvfloor.core.summary import Summary, SummaryState
-    from kvfloor.methods.registry import parse
+    from kvfloor.methods.grammar import parse
 
 __all__ = [
     "Bounded",

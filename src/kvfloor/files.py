@@ -1,4 +1,4 @@
-"""Read and write files safely: written whole or not at all, read only if regular and no larger than stated."""
+"""Write files whole or not at all, and read only regular files no larger than a stated size."""
 
 import errno
 import os
@@ -14,9 +14,9 @@ _IRREGULAR = "it is a folder, a pipe or a device, not a regular file"
 
 
 def open_folder(folder: Path) -> Path:
-    """Create `folder` where it is missing, and prove that files can be written and renamed in it.
+    """Create `folder` if it is missing, write and rename a test file in it, and return it.
 
-    An audit calls this first, so that an unwritable `--out` fails in the first second and not in the last.
+    An audit calls this first, so that an unwritable `--out` fails at once, not at the end of a long run.
     Raises ValueError with one line naming the folder and the reason.
     """
     try:
@@ -30,10 +30,10 @@ def open_folder(folder: Path) -> Path:
 
 
 def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
-    """Read a regular file of at most `most_bytes`; `what` names it in errors ("prompts file").
+    """Return the content of a regular file of at most `most_bytes` bytes.
 
-    Raises ValueError, before anything is read, for a path that is no regular file (a folder, a pipe, a device) and for
-    a file that is larger. Never waits for a writer.
+    what: the file's name in errors, such as "prompts file". Raises ValueError, before anything is read, for a path that
+    is no regular file (a folder, a pipe, a device) and for a file that is larger. Never waits for a writer.
     """
     with open_regular(path, what) as (stream, size):
         if size > most_bytes:
@@ -46,10 +46,10 @@ def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
 
 @contextmanager
 def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
-    """Open a regular file for reading, and yield it with its size in bytes; raise ValueError for anything else.
+    """Open a regular file for reading, and yield (stream, size in bytes). Raises ValueError for anything else.
 
-    Opening a device may act on it and opening a pipe waits for its writer, so the path is checked first. The path may
-    be given to another file in between, so the opened file is checked again.
+    what: the file's name in errors. Opening a device may act on it, and opening a pipe waits for its writer, so the
+    path is checked first. Another file may take the path in between, so the opened file is checked again.
     """
     path = named(path, what)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -68,7 +68,10 @@ def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
 
 
 def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> bytes:
-    """Read the next `size` bytes of an open file; raise ValueError if it has become shorter."""
+    """Return the next `size` bytes of an open file. Raises ValueError if the file ends before.
+
+    path, what: the file's path and name, for the error.
+    """
     data = bytearray()
     try:
         while len(data) < size and (piece := stream.read(min(size - len(data), _PIECE_BYTES))):
@@ -81,11 +84,12 @@ def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> byte
 
 
 def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Write bytes, or text as UTF-8, so that `path` holds either all of it or what it held before.
+    """Write `content` (bytes, or text as UTF-8) to `path`, whole or not at all.
 
-    The content goes to a temporary file in the same folder, made with the permissions `mode` less the umask, is
-    flushed to the disk, and takes the name by rename; the folder's own entry is flushed after it. On any failure
-    the temporary file is removed. A symbolic link stays: the file that it leads to is the one replaced.
+    The content is written to a temporary file in the same folder, with the permissions `mode` less the umask, and
+    flushed to the disk. The temporary file is then renamed to `path`, and the folder's entry is flushed too. On any
+    failure the temporary file is removed, and `path` holds what it held before. If `path` is a symbolic link, the file
+    that it leads to is replaced and the link stays.
     Raises ValueError with one line naming the path and the reason (no folder, no permission, no space left), and for a
     path that is a folder, a pipe or a device.
     """
@@ -109,7 +113,7 @@ def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> N
 
 
 def _replaceable(path: str | Path) -> Path:
-    """Return the file to write for `path`, the end of its symbolic links.
+    """Return the path to write to: `path`, or the file that it leads to if it is a symbolic link.
 
     Raises ValueError for a folder, a pipe or a device, which no file can replace.
     """
@@ -129,7 +133,7 @@ def _replaceable(path: str | Path) -> Path:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a rename to the disk where the file system can; the file itself is already whole."""
+    """Flush the folder's entries to the disk, so that a rename survives a crash, if the file system can do that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -143,7 +147,10 @@ def _flush_folder(folder: Path) -> None:
 
 
 def named(path: str | Path, what: str) -> Path:
-    """Return `path` as a Path; raise TypeError if it is neither text nor a Path, ValueError if it is empty."""
+    """Return `path` as a Path. Raises TypeError if it is neither text nor a Path, ValueError if it is empty.
+
+    what: the file's name in errors.
+    """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"the path of the {what} must be text or a Path, got {path!r}")
     if not str(path):
@@ -152,7 +159,7 @@ def named(path: str | Path, what: str) -> Path:
 
 
 def cannot_read(path: str | Path, what: str, reason: str) -> ValueError:
-    """Return the error of a file that cannot be read, for the caller to raise."""
+    """Return a ValueError that names the file (`what` and `path`) and the reason why it cannot be read."""
     return ValueError(f"cannot read the {what} {str(path)!r}: {reason}")
 
 

@@ -1,4 +1,4 @@
-"""Cap logits by the tanh law of models with a softcap."""
+"""Cap attention logits by softcap * tanh(logits / softcap), as Gemma 2 and other models do."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def cap_(logits: Tensor, softcap: float | None) -> Tensor:
-    """Cap the logits in place, and return them."""
+    """Replace the logits in place by softcap * tanh(logits / softcap), unless softcap is None, and return them."""
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

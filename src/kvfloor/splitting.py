@@ -1,4 +1,7 @@
-"""Split texts that hold methods; a mark within parentheses or quotes belongs to an argument."""
+"""Split texts such as "h2o(recent=64)@512, window@256" at marks outside parentheses, brackets and quotes.
+
+A comma or "@" within parentheses or quotes belongs to a method's argument, so it does not split.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ _SHOWN = 40  # characters of a refused text
 def outline(text: str) -> str:
     """Return `text` with "_" in place of every character within parentheses, brackets or quotes.
 
-    Positions stay, so that a mark found in the outline stands at the same place in the text. A quote that is never
-    closed and a parenthesis that was never opened are plain characters.
+    The length is unchanged, so a mark found in the outline has the same index in the text. A quote that is never closed
+    and a parenthesis that was never opened are plain characters.
     """
     depth, kept = 0, []
     for c in _QUOTED.sub(lambda quoted: "_" * len(quoted[0]), text):
@@ -23,18 +26,27 @@ def outline(text: str) -> str:
 
 
 def split_once(text: str, mark: str) -> tuple[str, str, str]:
-    """Split at the first `mark` of the outline: (before, mark or "", after), without surrounding spaces."""
+    """Return (before, mark, after) at the first `mark` outside parentheses and quotes; (text, "", "") if there is none.
+
+    Surrounding spaces are stripped.
+    """
     at = outline(text).find(mark)
     return (text, "", "") if at < 0 else (text[:at].strip(), mark, text[at + len(mark) :].strip())
 
 
 def split_list(text: str) -> list[str]:
-    """Split a comma-separated list into its parts, without surrounding spaces; empty parts are left out."""
+    """Return the parts of a comma-separated list, without surrounding spaces; empty parts are left out.
+
+    A comma within parentheses or quotes does not split.
+    """
     return split_words(text, ",")
 
 
 def split_words(text: str, pattern: str) -> list[str]:
-    """Split wherever the regular expression `pattern` matches the outline; empty parts are left out."""
+    """Return the parts between matches of the regular expression `pattern` outside parentheses and quotes.
+
+    Surrounding spaces are stripped, and empty parts are left out.
+    """
     parts, start = [], 0
     for found in re.finditer(pattern, outline(text)):
         parts.append(text[start : found.start()])
@@ -44,5 +56,5 @@ def split_words(text: str, pattern: str) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """Quote the text, cut where it is long."""
+    """Return the text in quotes for an error message, cut after 40 characters, with its length if it was cut."""
     return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}... ({len(text):,} characters)"

@@ -1,7 +1,7 @@
 """Compute confidence intervals for shares of right answers and for their paired differences.
 
-Both are score intervals: they invert a test instead of estimating a standard error. So they keep a positive width at
-0 and at n of n, where a Wald interval or a bootstrap has width zero.
+The two-sided intervals (Wilson, Tango) are score intervals: they invert a test instead of estimating a standard error.
+So they keep a positive width at 0 and at n of n, where a Wald interval or a bootstrap has width zero.
 """
 
 import math
@@ -11,11 +11,11 @@ from statistics import NormalDist
 from kvfloor.validation import whole, within
 
 MIN_SAMPLES = 32
-"""Require at least this many samples for an audit row."""
+"""Require at least this many samples for each score that an audit reports."""
 
 
 def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the two-sided interval for a share, `right` of `n` independent samples.
+    """Return the two-sided confidence interval (low, high) for a share, given `right` of `n` independent samples.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
     Raises ValueError where the counts or the confidence are impossible.
@@ -32,7 +32,9 @@ def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float
 
 
 def clopper_pearson_limit(wrong: int, drawn: int, alpha: float) -> float:
-    """Return the upper limit on a share: the largest e with Pr[Binomial(drawn, e) <= wrong] >= alpha.
+    """Return an upper confidence limit on the share of wrong items, given `wrong` of `drawn` independent draws.
+
+    It is the largest e with Pr[Binomial(drawn, e) <= wrong] >= alpha, and holds with probability 1 - alpha.
 
     Source: Clopper and Pearson, "The use of confidence or fiducial limits", Biometrika 26 (1934).
     """
@@ -50,7 +52,7 @@ def clopper_pearson_limit(wrong: int, drawn: int, alpha: float) -> float:
 
 
 def _binomial_cdf(k: int, n: int, e: float) -> float:
-    """Return Pr[Binomial(n, e) <= k] for k < n, scaled by the largest term so that no sum underflows early."""
+    """Return Pr[Binomial(n, e) <= k] for k < n. Terms are scaled by the largest, so that the sum does not underflow."""
     if e <= 0.0:
         return 1.0
     if e >= 1.0:
@@ -65,9 +67,9 @@ def _binomial_cdf(k: int, n: int, e: float) -> float:
 
 
 def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[int, int]:
-    """Return `(gained, lost)`: the samples only `outcomes` has right, and the samples only `reference` has.
+    """Return (gained, lost): how many samples only `outcomes` has right, and how many only `reference` has right.
 
-    Raises ValueError where the two are not paired sample by sample.
+    Both hold 1 (right) or 0 per sample, in the same order. Raises ValueError if they differ in length.
     """
     if len(outcomes) != len(reference):
         raise ValueError(
@@ -79,12 +81,14 @@ def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[in
 
 
 def paired_difference_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the two-sided interval for (share right) - (reference's share right) over `n` paired samples.
+    """Return the confidence interval (low, high) of a method's share right minus the reference's, over `n` pairs.
 
-    `gained` of the samples only the method has right, `lost` only the reference; the agreeing pairs carry no other
-    information. The interval holds every difference D that Tango's score test does not reject, with the
-    discordant shares re-estimated under D. With no discordant pair it is +-z^2 / (n + z^2): +-0.107 at n =
-    32, never zero.
+    It is two-sided. A pair is one sample, answered by both.
+
+    gained, lost: the samples that only the method has right, and those that only the reference has right (discordant
+    pairs). The other pairs agree and enter by their number alone. The interval holds every difference D that Tango's
+    score test does not reject, with the discordant shares re-estimated under D. With no discordant pair it is
+    +-z^2 / (n + z^2), for z the normal quantile: +-0.107 at n = 32, never zero.
 
     Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the
     paired-sample design", Statistics in Medicine 17 (1998), 891-908. Coverage at n = 32 and 95 %, enumerated
@@ -106,10 +110,12 @@ def paired_difference_interval(gained: int, lost: int, n: int, confidence: float
 
 
 def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
-    """Return Tango's statistic for the hypothesis that the true difference is `difference`.
+    """Return Tango's score statistic for the hypothesis that two paired shares differ by `difference`.
 
-    It is standard normal under the hypothesis, and falls as `difference` grows. The variance uses the discordant shares
-    of highest likelihood among those that differ by `difference`.
+    A pair is one sample, answered by two methods. gained, lost: how many of the `n` pairs only the first method has
+    right, and how many only the second. The statistic is standard normal under the hypothesis, and falls as
+    `difference` grows. Its variance uses the maximum-likelihood shares of gained and lost pairs among the shares that
+    differ by `difference`.
     """
     deviation = gained - lost - n * difference
     a = 2 * n
@@ -123,7 +129,7 @@ def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
 
 
 def _bisect(falling: Callable[[float], float], low: float, high: float, target: float) -> float:
-    """Find the point where a falling function meets `target`, to 2^-60 of the distance from `low` to `high`."""
+    """Return the x in [low, high] at which a falling function equals `target`, to 2^-60 of the interval's length."""
     for _ in range(60):
         middle = (low + high) / 2
         if falling(middle) > target:
@@ -134,7 +140,10 @@ def _bisect(falling: Callable[[float], float], low: float, high: float, target: 
 
 
 def _quantile(confidence: float) -> float:
-    """Return the z of a two-sided interval at `confidence`, which lies strictly between 0 and 1."""
+    """Return the normal quantile z of a two-sided interval: 1.96 for confidence 0.95.
+
+    Raises ValueError unless the confidence lies strictly between 0 and 1.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence} is impossible: give a share strictly between 0 and 1, e.g. 0.95")
     return NormalDist().inv_cdf((1 + confidence) / 2)

@@ -1,4 +1,4 @@
-"""Check arguments: every error names the argument, the value given and the values allowed."""
+"""Check the values of arguments: every error names the argument, the value given and the values allowed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 MOST_WHOLE = 2**63 - 1
-"""Bound the counts that a user may give, so that theorems' formulas in a few of them are finite floats."""
+"""Bound the counts that a user may give, so that formulas of theorems that multiply a few counts are finite floats."""
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """Return `value` as an int; raise ValueError unless it is a whole number >= `least`, and <= `most` if given."""
+    """Return `value` as an int, checked to be a whole number from `least` to `most` (None: no upper limit).
+
+    Raises ValueError, naming the argument `name`, for any other value, bools included.
+    """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -28,7 +31,10 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
 def within(
     name: str, value: float, low: float, high: float, *, low_open: bool = False, high_open: bool = False
 ) -> float:
-    """Return `value` as a float; raise ValueError unless it lies in the interval from `low` to `high`."""
+    """Return `value` as a float. Raises ValueError, naming the argument `name`, unless it lies from `low` to `high`.
+
+    low_open, high_open: True if that end itself is not allowed.
+    """
     interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
     refusal = f"{name} must lie in {interval}, got {value!r}"
     try:
@@ -43,7 +49,7 @@ def within(
 
 
 def positive(name: str, value: Any) -> float:
-    """Return `value` as a float; raise ValueError unless it is finite and above 0."""
+    """Return `value` as a float. Raises ValueError, naming the argument `name`, unless it is finite and above 0."""
     try:
         number = None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
     except OverflowError:
@@ -54,31 +60,40 @@ def positive(name: str, value: Any) -> float:
 
 
 def relative_error(eta: float) -> float:
-    """Return `eta` as a float; raise ValueError unless it is a relative error in [0, 1). 0 is exact attention."""
+    """Return `eta`, the relative error allowed in an answer, as a float; 0 is exact attention.
+
+    Raises ValueError unless it lies in [0, 1).
+    """
     return within("eta", eta, 0.0, 1.0, high_open=True)
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    """Return `value`; raise ValueError unless it is one of `allowed`."""
+    """Return `value` unchanged. Raises ValueError, naming the argument `name`, unless it is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     return value
 
 
 def count(owner: str, least: int = 0, **values: Any) -> None:
-    """Raise ValueError for any of the owner's arguments that is not a whole number >= `least`."""
+    """Raise ValueError if any of the given arguments is not a whole number >= `least`.
+
+    owner: the method or command that has the arguments, named in the error.
+    """
     for name, value in values.items():
         whole(f"{owner}: {name}", value, least)
 
 
 def positives(owner: str, **values: Any) -> None:
-    """Raise ValueError for any of the owner's arguments that is not a positive finite number."""
+    """Raise ValueError if any of the given arguments is not a positive finite number.
+
+    owner: the method or command that has the arguments, named in the error.
+    """
     for name, value in values.items():
         positive(f"{owner}: {name}", value)
 
 
 def literals(config: Any) -> None:
-    """Raise ValueError for any field of this dataclass that is annotated as a Literal and has another value."""
+    """Raise ValueError if a field of the dataclass `config` is annotated as a Literal and has a value outside it."""
     for name, allowed in _choices(type(config)).items():
         if getattr(config, name) not in allowed:
             words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
@@ -87,6 +102,6 @@ def literals(config: Any) -> None:
 
 @cache
 def _choices(kind: type) -> dict[str, tuple[str, ...]]:
-    """Return the allowed words of every field of `kind` that is a Literal."""
+    """Return {field: allowed words} for the fields of the dataclass `kind` that are annotated as a Literal."""
     hints = {name: hint for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
     return {name: get_args(hint) for name, hint in hints.items()}

@@ -1,4 +1,4 @@
-"""Rows made by hand, one number at a time."""
+"""Make audit rows by hand, one number at a time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import pytest
 
 from kvfloor.audit.rows import Protocol, Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 Maker = Callable[..., Row]
 
 
 @pytest.fixture
 def row() -> Maker:
-    """row(method, right=..., task=..., size=...): a row with `right` of n samples right, exact all right."""
+    """Return `row`: row(method, right=..., task=..., size=...) makes a row with `right` of n samples right.
+
+    Exact has all samples right unless `exact_right` is given.
+    """
 
     def make(
         method: str,

@@ -10,7 +10,7 @@ import pytest
 from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, task_work
 from kvfloor.audit.run import AuditRequest, run
 from kvfloor.audit.setting import BudgetedMethod
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.models import builtin_path
 
 

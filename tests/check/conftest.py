@@ -1,4 +1,4 @@
-"""The mutants and the third party's methods are imported by name, as `module:Class`, from this folder."""
+"""Put this folder on the import path, so that mutants and third-party methods can be named as `module:Class`."""
 
 import sys
 from pathlib import Path

@@ -7,7 +7,8 @@ import torch
 
 from kvfloor import parse
 from kvfloor.check import run_checks
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.grammar import default_method
+from kvfloor.methods.registry import TABLE
 
 COMBINATIONS = (
     "h2o(score=mean)@64",

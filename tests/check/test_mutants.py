@@ -11,7 +11,7 @@ from kvfloor.check import CHECKS, Broken, Setting, run_checks
 
 @pytest.fixture(autouse=True)
 def nothing_hidden() -> None:
-    """What a mutant hid in its module is another test's."""
+    """Clear what an earlier test's mutant hid in its module."""
     stored.HIDDEN.clear()
 
 

@@ -1,4 +1,4 @@
-"""What a third party brings: one whole-state method that writes `_append` and `_read` only, and one policy."""
+"""Define a third party's parts: one method whose state writes `_append` and `_read` only, and one policy."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from kvfloor.core.policy import Held, Policy
 
 @dataclass(frozen=True)
 class Diary(Method):
-    """Every token in one growing tensor."""
+    """Keep every token in one growing tensor."""
 
     name: ClassVar[str] = "diary"
     paper: ClassVar[str] = "an example"
@@ -29,7 +29,7 @@ class Diary(Method):
 
 
 class DiaryState(State):
-    """k (rows, columns, d), v (rows, columns, dv); real (rows, columns) says where a row's tokens stand."""
+    """Hold k (rows, columns, d) and v (rows, columns, dv); real (rows, columns) is True at a row's tokens."""
 
     def __init__(self, method: Method, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -54,7 +54,7 @@ class DiaryState(State):
 
 @dataclass(frozen=True)
 class EverySecond(Policy):
-    """Tokens at even positions outlive the others."""
+    """Evict the oldest token at an odd position first, then those at even positions."""
 
     name: ClassVar[str] = "every_second"
     paper: ClassVar[str] = "an example"

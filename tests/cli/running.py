@@ -1,4 +1,4 @@
-"""The command line in this process, as scripts see it."""
+"""Run the command line in this process, with the exit code and the text that scripts see."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Run:
 
 
 def kvfloor(*arguments: str, cwd: Path | None = None) -> Run:
-    """The command in this process, from folder `cwd`."""
+    """Run the command in this process, from folder `cwd`."""
     out, err = io.StringIO(), io.StringIO()
     before, here, path = sys.argv, Path.cwd(), list(sys.path)
     try:

@@ -1,4 +1,4 @@
-"""States whose exported fields somebody edits and digests again, as a reader of messages must expect."""
+"""Edit a state's exported fields and give the message a valid digest again, as an attacker may do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32
 
 
 def leaves(fields: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Paths of all fields, parts included."""
+    """List the paths of all fields, nested ones included."""
     found: list[tuple[str, ...]] = []
     for name, value in fields.items():
         found.append((*path, name))
@@ -28,13 +28,13 @@ def leaves(fields: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str
 
 
 def edited_number(value: Any, draw: random.Random) -> Any:
-    """Another number, or something that is none."""
+    """Return another number, or an object that is no number."""
     return draw.choice([not value, *NUMBERS, 0.5, None, "text", [value], {}, torch.zeros(3), torch.tensor(1)])
 
 
 def edited_tensor(x: Tensor, draw: random.Random) -> Any:
-    """The tensor with some entries, its shape or its dtype changed."""
-    kind = draw.choice([0] * 10 + list(range(1, 7)))  # most often an entry: the rest is seen by its shape alone
+    """Return the tensor with some entries, its shape or its dtype changed."""
+    kind = draw.choice([0] * 10 + list(range(1, 7)))  # most often an entry: other edits are found by shape alone
     axis = draw.randrange(x.ndim) if x.ndim else 0
     if kind == 0 and x.numel():
         x, flat = x.clone(), torch.tensor(draw.choice(NUMBERS), dtype=torch.float64)
@@ -64,7 +64,7 @@ def edited_tensor(x: Tensor, draw: random.Random) -> Any:
 
 
 def edited(fields: dict[str, Any], draw: random.Random) -> str:
-    """Change one field in place; says which, and to what."""
+    """Change one field in place, and return its name and new value as text."""
     *parents, name = draw.choice(leaves(fields))
     for parent in parents:
         fields = fields[parent]
@@ -85,7 +85,7 @@ def edited(fields: dict[str, Any], draw: random.Random) -> str:
 
 
 def redigested(state: State, draw: random.Random, edits: int) -> tuple[bytes, list[str]]:
-    """The state's message with this many edits under a good digest, and what they are."""
+    """Return the state's message with this many edits under a valid digest, and the edits as text."""
     header, fields = message.unpack(state.to_bytes())
     told = [edited(fields, draw) for _ in range(edits)]
     if draw.randrange(10) == 0:
@@ -96,7 +96,7 @@ def redigested(state: State, draw: random.Random, edits: int) -> tuple[bytes, li
 
 
 def live_on(state: State, draw: random.Random) -> None:
-    """Ask and feed a state through all its doors; ValueError and TypeError are answers too."""
+    """Call every public method of a state; ValueError and TypeError are fine."""
     spec = state.spec
     source = torch.Generator().manual_seed(draw.randrange(1 << 30))
 
@@ -138,7 +138,7 @@ def live_on(state: State, draw: random.Random) -> None:
 
 
 def played(method: Method, seed: int, sealed: bool) -> State:
-    """A state of two rows that saw 45 and about 30 tokens, in the middle of a block."""
+    """Return a state of two rows after 45 and about 30 tokens, in the middle of a block."""
     state = method.open(Spec(rows=2, d=4, dv=3, scale=0.5, seed=seed))
     tokens = fitting(seeded(seed), state, 2, 45)
     present = torch.ones(2, 45, dtype=torch.bool)

@@ -17,8 +17,9 @@ from kvfloor.check.faults import Faults, Injected, operations, public_calls, spr
 from kvfloor.core.bounded import BoundedState
 from kvfloor.core.selector import Selector
 from kvfloor.core.slots import View
+from kvfloor.methods.grammar import default_method
 from kvfloor.methods.policies.window import Window
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.registry import TABLE
 from kvfloor.methods.variants.visual import NextScale
 from tests import support
 from tests.support import Draw, Stream, between, stream

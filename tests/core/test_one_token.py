@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvfloor import Spec, State, parse
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.grammar import default_method
+from kvfloor.methods.registry import TABLE
 from tests.support import Stream, between, close, seeded, stream
 
 OTHERS = ["window(block=2)+value_sum@4", "sinks(1,block=2)+value_sum@4", "exact|top_k(k=2)"]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvfloor import CorruptState, Method, Spec, State, parse
 from kvfloor.core import message
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.grammar import default_method
+from kvfloor.methods.registry import TABLE
 from tests.core.edited import live_on, played, redigested
 
 SMALL = {"subgen": "subgen(s=8)", "subgen_tensor": "subgen_tensor(s=8)", "balance": "balance(batch=8)"}
@@ -150,7 +151,7 @@ def set_field(*path: str, to: Any) -> Callable[[dict[str, Any], dict[str, Any]],
         ("exact|zeta(k=4,chunk=8)", set_entry("selection", "sorted", "slot", to=2**20), "slots on a curve"),
         ("exact|zeta(k=4,chunk=8)", set_entry("selection", "sorted", "code", to=2**30), "out of order"),
         ("h2o|hip(k=8,key_block=2)@32", set_entry("selection", "order", "slot", to=99), "order of row 0"),
-        ("exact|pages(page=4,pages=2)", set_entry("selection", "boxes", "used", to=10), "2 lists|items|pages"),
+        ("exact|pages(page=4,pages=2)", set_entry("selection", "boxes", "held", to=10), "2 lists|items|pages"),
         ("tensor", set_entry("seen", to=44), "store/seen"),
         ("tensor", set_field("store", "sealed", to=False), "whether the prompt is over"),
         ("window_sample@64", set_entry("outside", "count", to=9), "tokens outside the window"),

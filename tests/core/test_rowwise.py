@@ -125,7 +125,7 @@ def test_weights_round_alike_beside_any_rows_and_in_any_width(tile: int) -> None
     def weights(rows: list[int], width: int) -> Tensor:
         hide = torch.arange(width) >= torch.tensor(held)[rows].view(-1, 1, 1).expand(-1, 5, 1)
         own = [held[row] for row in rows]
-        parts = weights_by_tile(q[rows], k[rows, :width], 0.3, None, lambda at: hide[..., at], tile, 0, own)
+        parts = weights_by_tile(q[rows], k[rows, :width], 0.3, None, lambda at: hide[..., at], 0, own, tile)
         return torch.cat([part for _, part in parts], -1)
 
     together = weights([0, 1, 2], 61)

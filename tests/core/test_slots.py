@@ -250,7 +250,7 @@ def test_what_stands_in_empty_slots_is_never_read(text: str) -> None:
     for i in range(50):
         slots, at = dirty.slots, slice(i, i + 1)
         empty = torch.ones_like(slots.position, dtype=torch.bool)
-        empty[slots.live_index()] = False
+        empty[slots.live()] = False
         slots.position[empty] = int(torch.randint(1 << 40, (1,), generator=draw))
         given = q[:, :, at], k[:, at], v[:, at], present[:, at]
         assert torch.equal(clean.step(*given), dirty.step(*given))

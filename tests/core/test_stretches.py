@@ -21,7 +21,7 @@ def filled(capacity: list[int], used: list[int], lists: int = 2) -> tuple[Stretc
     width = max(used)
     items = torch.arange(rows * lists * width, dtype=torch.int32).view(rows, lists, width)
     made.write("x", torch.arange(rows), torch.tensor(used), items)
-    made.used = torch.tensor(used)
+    made.held = torch.tensor(used)
     for row in range(rows):
         for i in range(lists):
             wanted[row, i] = items[row, i, : used[row]].tolist()
@@ -30,7 +30,7 @@ def filled(capacity: list[int], used: list[int], lists: int = 2) -> tuple[Stretc
 
 def held(made: Stretches) -> dict[tuple[int, int], list[int]]:
     found = {}
-    for row, used in enumerate(made.used.tolist()):
+    for row, used in enumerate(made.held.tolist()):
         part: Tensor = made.across("x", torch.tensor([row]), used)[0]
         found |= {(row, i): part[i].tolist() for i in range(made.lists)}
     return found
@@ -45,7 +45,7 @@ def test_lists_do_not_touch_one_another(capacity: list[int], used: list[int]) ->
     assert held(made) == wanted
     assert made.x.shape == (2 * sum(capacity),) and made.y.shape == (2 * sum(capacity), 2)  # type: ignore[attr-defined]
     made.write("x", torch.tensor([0]), torch.tensor([1]), torch.full((1, 2, 1), 99, dtype=torch.int32))
-    made.used[0] = 1
+    made.held[0] = 1
     assert held(made) == wanted | {(0, 0): [99], (0, 1): [99]}
     beyond = made.across("x", torch.tensor([0]), capacity[0])[0, :, 1:]
     assert bool((beyond == -1).all())

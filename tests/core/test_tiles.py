@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvfloor.core import bounded
 from kvfloor.core.attend import weigh
 from kvfloor.core.tiles import weights_by_tile
 from tests.support import Draw, Stream, fed, later, opened, positions, stream
@@ -22,7 +21,7 @@ def test_tiles_put_together_are_the_softmax(draw: Draw, tile: int, softcap: floa
     q, k = draw(2, 5, 4, dtype=dtype, scale=5.0), draw(2, 37, 4, dtype=dtype, scale=5.0)
     hide = draw(2, 5, 37) > 0.3
     hide[0, 2], hide[1, 0, :20] = True, True  # a query that sees nothing, and one that sees nothing of the first tiles
-    parts = list(weights_by_tile(q, k, 0.7, softcap, lambda at: hide[..., at], tile))
+    parts = list(weights_by_tile(q, k, 0.7, softcap, lambda at: hide[..., at], tile=tile))
     assert [part[0].start for part in parts] == list(range(0, 37, tile))
     _, _, wanted = weigh(q, k, k, 0.7, softcap, hide=hide)
     torch.testing.assert_close(torch.cat([part[1] for part in parts], -1), wanted, rtol=1e-5, atol=1e-7)
@@ -56,7 +55,7 @@ def dense(text: str, tokens: Stream) -> Any:
 def test_a_dense_prefills_column_sums_equal_their_definition(
     draw: Draw, monkeypatch: pytest.MonkeyPatch, score: str, group: str, tile: int
 ) -> None:
-    monkeypatch.setattr(bounded, "TILE_SLOTS", tile)
+    monkeypatch.setattr("kvfloor.core.tiles.TILE_SLOTS", tile)
     n, g = 230, 3
     q, k, v = stream(draw, 2, g, n)
     state = dense(f"h2o(prefill=dense,score={score},group={group},decay=0.95)@64", (q, k, v))
@@ -84,14 +83,12 @@ def test_a_dense_prefill_makes_no_square_of_weights(
 ) -> None:
     """n = 700, g = 2: n x n is 490,000 numbers and a block's weights on all tokens 45,000 (1,400 where only the last
     query is shown); the largest tensor made is the arena of 1,536 slots, or a tile."""
-    monkeypatch.setattr(bounded, "TILE_SLOTS", 64)
-    monkeypatch.setattr("kvfloor.methods.policies.observation._TILE_SLOTS", 64)
+    monkeypatch.setattr("kvfloor.core.tiles.TILE_SLOTS", 64)
     tokens = stream(draw, 1, 2, 700, dtype=torch.float32)
     with Largest() as largest:
         dense(text, tokens).seal()
     assert largest.elements <= 8192
-    monkeypatch.setattr(bounded, "TILE_SLOTS", 4096)
-    monkeypatch.setattr("kvfloor.methods.policies.observation._TILE_SLOTS", 4096)
+    monkeypatch.setattr("kvfloor.core.tiles.TILE_SLOTS", 4096)
     with Largest() as whole:
         dense(text, tokens).seal()
     assert whole.elements >= untiled

@@ -1,4 +1,4 @@
-"""One thread, repeatable hidden values, and methods of the tests' own, importable here and in the fresh process."""
+"""Make hidden values repeatable, and make the tests' own methods importable here and in the fresh process."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def repeatable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be fresh from the operating system follows from the test's name, so that no outcome is luck."""
+    """Derive the secret seeds from the test's name instead of the operating system, so that no outcome is luck."""
     count = itertools.count()
 
     def token_hex(size: int) -> str:
@@ -29,7 +29,10 @@ def repeatable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
-    """planted("HidesInList", barrier=..., ...) plays a class of planted_cheats.py, by default a small spike."""
+    """Return `planted`: planted("HidesInList", barrier=..., ...) plays that class of planted_cheats.py.
+
+    The default game is a small spike instance.
+    """
     shutil.copy(HERE / "planted_cheats.py", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "planted_cheats", raising=False)

@@ -1,4 +1,4 @@
-"""The optimum with fewer bits: the payload is as tight as a payload can be, and what it lacks is guessed."""
+"""Define a method with fewer bits than the optimum: it stores some of the hidden bits and guesses the others."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,9 +12,9 @@ from kvfloor.game.engine.public_bits import PublicBits, PublicBitsState
 
 @dataclass(frozen=True)
 class Imperfect(Method):
-    """Stores the first `kept` of the n dv hidden bits (whole bytes of them) and guesses a public pattern for the rest.
+    """Store the first `kept` of the n dv hidden bits (whole bytes of them), and guess a public pattern for the rest.
 
-    `flipped` of the stored bits, evenly spaced, come back wrong.
+    Reads return `flipped` of the stored bits, evenly spaced, inverted.
     """
 
     name: ClassVar[str] = "imperfect"

@@ -1,8 +1,8 @@
-"""Methods that keep their tokens where no one counts them. Copied beside the run by the tests and played by name.
+"""Define methods that keep their tokens where no one counts them. Tests copy this file and play its classes by name.
 
-Every state answers with exact attention over tokens it put somewhere; only the place differs. What Bob appends on his
-copies of the state stays in the copy, so the cheats play every game. `Forgets` and `Oldest` are honest: a third party's
-parts of an eviction method.
+Every state answers with exact attention over its hidden tokens; the cheats differ in the hiding place only. Tokens that
+Bob appends to his copies of the state stay in the copy, so that the cheats play every game. `Forgets` and `Oldest` do
+not cheat: they are a third party's parts of an eviction method.
 """
 
 import os
@@ -24,7 +24,7 @@ PADDING_TOKENS: list = []
 
 
 class Cheat(State):
-    """Keeps nothing of Alice's itself; `_put` and `_all` are the hiding place."""
+    """Hide Alice's tokens through `_put`, and get them back through `_all`."""
 
     def __init__(self, method, spec):
         super().__init__(method, spec)
@@ -68,7 +68,7 @@ class CheatMethod(Method):
 
 
 class InList(Cheat):
-    """A Python list that hangs on the method, outside the walk of the state."""
+    """Hide tokens in a Python list on the method, which the walk through the state does not visit."""
 
     def __init__(self, method, spec):
         super().__init__(method, spec)
@@ -107,7 +107,7 @@ class InFile(Cheat):
 
 
 class InGlobalPadded(Cheat):
-    """A global again, with enough idle bytes in the state that no certificate exceeds them."""
+    """Hide tokens in a global, and hold so many idle bytes in the state that no certificate exceeds them."""
 
     def __init__(self, method, spec):
         super().__init__(method, spec)
@@ -121,7 +121,7 @@ class InGlobalPadded(Cheat):
 
 
 class PairsInGlobal(InGlobal):
-    """Tensor attention by the explicit n^2 products of tokens with two keys and two values each."""
+    """Hide tokens with two keys and two values each, and answer by the explicit n^2 products."""
 
     @property
     def key_width(self):
@@ -136,7 +136,7 @@ class PairsInGlobal(InGlobal):
 
 
 class InAttribute(Cheat):
-    """A plain list on the state: counted, but no message can carry it."""
+    """Hide tokens in a plain list on the state, which is counted but cannot be sent in a message."""
 
     def __init__(self, method, spec):
         super().__init__(method, spec)
@@ -150,7 +150,7 @@ class InAttribute(Cheat):
 
 
 class Spying(InGlobal):
-    """Tells, in the only words that come back, what the fresh process can see."""
+    """Report what the fresh process can see, through the text of the error that it returns."""
 
     def adopt(self, fields):
         raise RuntimeError(f"cwd={os.listdir()} environ={sorted(os.environ)} isolated={sys.flags.isolated}")

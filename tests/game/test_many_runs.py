@@ -12,7 +12,8 @@ from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.result import conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.spike import Spike
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.grammar import default_method
+from kvfloor.methods.registry import TABLE
 from tests.game.imperfect_optimum import Imperfect
 
 METHODS = [

@@ -1,4 +1,4 @@
-"""What an instance's queries really weigh, measured with exact attention over one-hot values."""
+"""Measure the weights of an instance's queries with exact attention over one-hot values."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from kvfloor.game.engine.secret import Hidden
 
 
 def exact_state(instance, values, hidden=None):
-    """Exact attention of the instance's law over its stream with these values (copies, rows, dv)."""
+    """Return a state of exact attention, by the instance's law, after its stream with values (copies, rows, dv)."""
     state = instance.lift(parse("exact")).open(dataclasses.replace(instance.spec(), dv=values.shape[-1]))
     for k, v in instance.stream(values, hidden or Hidden(0)):
         instance.take_in(state, k, v)
@@ -18,7 +18,7 @@ def exact_state(instance, values, hidden=None):
 
 
 def weights(instance):
-    """(rows, rows): the softmax weight that the query of each hidden row puts on the value of each hidden row."""
+    """Return the softmax weights (rows, rows) of each hidden row's query on each hidden row's value."""
     rows = instance.rows
     one_hot = dataclasses.replace(instance, dv=rows)
     state = exact_state(one_hot, torch.eye(rows).unsqueeze(0))

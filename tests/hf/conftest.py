@@ -1,4 +1,4 @@
-"""Tiny random models: they say what the plug-in does, not which method is good."""
+"""Build tiny random models: they show the plug-in's behaviour, not the quality of methods."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tiny(family: str = "llama", **changes: object) -> PreTrainedModel:
 
 
 def served(family: str) -> PreTrainedModel:
-    """A tiny model of this family; skips the test where this release has none, or one that kvfloor refuses."""
+    """Build a tiny model of this family; skip the test if this release has none, or one that kvfloor refuses."""
     release = f"transformers {transformers.__version__}"
     if family not in families():
         pytest.skip(f"{release} has no {family}")
@@ -58,7 +58,7 @@ def served(family: str) -> PreTrainedModel:
 
 
 class Talk:
-    """A model and a cache of two rows, fed step by step under one growing mask; slots of the past can be hidden."""
+    """Feed a model and its cache, of two rows, step by step under one growing mask; past slots can be hidden."""
 
     def __init__(self, model: PreTrainedModel, cache: Cache, mask: torch.Tensor | None = None) -> None:
         self.model, self.cache = model, cache
@@ -68,7 +68,7 @@ class Talk:
     def hear(
         self, ids: torch.Tensor, mask: torch.Tensor | None = None, hide: tuple[int, slice] | None = None
     ) -> torch.Tensor:
-        """Logits (2, n, vocabulary)."""
+        """Return the logits (2, n, vocabulary) of these ids."""
         self.mask = torch.cat([self.mask, torch.ones_like(ids) if mask is None else mask], 1)
         if hide is not None:
             self.mask[hide] = 0  # of a new tensor
@@ -93,13 +93,13 @@ def prepared() -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def builtin() -> tuple[Any, Any]:
-    """The built-in model, prepared, and its tokenizer."""
+    """Return the built-in model, prepared, and its tokenizer."""
     model, tokenizer = models.load()
     return prepare(model), tokenizer
 
 
 def left_padded(rows: list[list[int]]) -> Prompt:
-    """A batch of these rows of ids, with its mask."""
+    """Return a batch of these rows of ids, padded on the left, with its mask."""
     width = max(map(len, rows))
     ids, mask = (
         [[0] * (width - len(row)) + part for row, part in zip(rows, parts, strict=True)]
@@ -110,7 +110,7 @@ def left_padded(rows: list[list[int]]) -> Prompt:
 
 @pytest.fixture
 def prompt() -> Prompt:
-    """Two prompts of 70 and 50 tokens; the shorter one is left-padded."""
+    """Return two prompts of 50 and 70 tokens; the shorter one is left-padded."""
     ids = torch.randint(2, 98, (2, 70), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :20] = 0

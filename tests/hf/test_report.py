@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from kvfloor import BrokenState
 from kvfloor.hf import CompressedCache, Eviction, prepare
-from kvfloor.methods.registry import TABLE, default_method, kind
+from kvfloor.methods.grammar import default_method
+from kvfloor.methods.registry import TABLE, kind
 from tests.hf.conftest import Prompt, tiny
 
 METHODS = sorted(

@@ -17,8 +17,9 @@ from kvfloor.core import message
 from kvfloor.core.bounded import Bounded
 from kvfloor.hf import CompressedCache, NewerVersion, UnknownMethod, WrongModel, prepare, restore, saved
 from kvfloor.hf.families import own_cache_class
+from kvfloor.methods.grammar import default_method
 from kvfloor.methods.policies.sinks import Sinks
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.registry import TABLE
 from survey.tiny import families, tiny_model
 from tests.corruption import (
     require_edits_are_noticed,

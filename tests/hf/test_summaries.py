@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from kvfloor.audit import traces
 from kvfloor.hf import CompressedCache
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.models import builtin_path
 from kvfloor.training.less import weights_tag
 from kvfloor.training.lessons import task_items, texts

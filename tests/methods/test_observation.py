@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.core.policy import Held, Queries
-from kvfloor.methods.policies import observation
 from kvfloor.methods.policies.observation import LastQueries, Observation
 from tests.literal import Rule, Token, keeps_alike, run
 from tests.support import Draw, fed, opened, positions, stream, wrong
@@ -202,7 +201,7 @@ def test_the_seal_gives_back_the_queries_and_the_room(draw: Draw) -> None:
 def test_tiles_of_any_size_give_the_same_tokens(draw: Draw, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     tokens = stream(draw, 2, 3, 90, 8)
     whole = positions(run(Observation(**SMALL), 12, *tokens, prompt=90))
-    monkeypatch.setattr(observation, "_TILE_SLOTS", tile)
+    monkeypatch.setattr("kvfloor.core.tiles.TILE_SLOTS", tile)
     assert positions(run(Observation(**SMALL), 12, *tokens, prompt=90)) == whole
 
 

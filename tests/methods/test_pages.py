@@ -91,7 +91,7 @@ def test_the_bound_is_above_every_unread_logit(draw: Draw, text: str, scale: flo
 
 def test_the_bound_test_notices_boxes_that_are_not_taken_anew(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(self: PagesState, slots: Slots, leaving: Tensor) -> None:
-        self.boxes.used = slots.held // self.method.page
+        self.boxes.held = slots.held // self.method.page
 
     monkeypatch.setattr(PagesState, "evict", forgetful)
     state = opened("random(block=8)|pages(pages=1,page=4)@40")

@@ -16,6 +16,7 @@ from kvfloor import Bounded, Exact, Method, Spec, parse
 from kvfloor.core.policy import Held, Policy
 from kvfloor.core.selector import Everything
 from kvfloor.core.summary import Drop
+from kvfloor.methods.grammar import default_method
 from kvfloor.methods.policies.expected import Expected
 from kvfloor.methods.policies.heavy_hitters import HeavyHitters
 from kvfloor.methods.policies.key_difference import KeyDifference
@@ -27,7 +28,7 @@ from kvfloor.methods.policies.observation import Observation
 from kvfloor.methods.policies.random import Random
 from kvfloor.methods.policies.sinks import Sinks
 from kvfloor.methods.policies.window import Window
-from kvfloor.methods.registry import ALIASES, TABLE, default_method, kind, lookup
+from kvfloor.methods.registry import ALIASES, TABLE, kind, lookup
 from kvfloor.methods.selectors.best_first import BestFirst
 from kvfloor.methods.selectors.hierarchical import Hierarchical
 from kvfloor.methods.selectors.pages import Pages

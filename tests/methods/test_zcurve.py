@@ -145,9 +145,9 @@ def test_the_curves_hold_every_merged_slot_in_order(draw: Draw, text: str) -> No
         state.append(draw(2, t, 5, dtype=torch.float32), draw(2, t, 5, dtype=torch.float32), present)
         lists, slots = state.selection.sorted, state.slots
         waiting = state.seen % 4
-        assert torch.equal(lists.used, slots.held - waiting)
+        assert torch.equal(lists.held, slots.held - waiting)
         for row in range(2):
-            used, offset = int(lists.used[row]), int(slots.offset[row])
+            used, offset = int(lists.held[row]), int(slots.offset[row])
             every = torch.tensor([row])
             codes, at_slot = (lists.across(name, every, used)[0] for name in ("code", "slot"))
             assert bool((codes.diff(dim=1) >= 0).all())

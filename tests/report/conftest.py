@@ -1,4 +1,4 @@
-"""A synthetic audit with the shape of a real one: recency loses recall, 8 bits lose nothing, and so on."""
+"""Make a synthetic audit with the shape of a real one: recency loses recall, 8 bits lose nothing, and so on."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from kvfloor.audit.meta import Meta
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Protocol, Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY, CONTEXT = 4, 2, 32, 512, 2048
 EXACT_BYTES = CONTEXT * LAYERS * HEADS * 2 * HEAD_DIM * 4
@@ -28,14 +28,14 @@ SPAN = {
     "copy": 1.1,
     "registers": 0.9,
 }
-"""Task -> how much of the context it leans on."""
+"""Task -> relative share of the context that it depends on."""
 
 STRENGTH = {"h2o(recent=32)": 1.6, "window": 0.55, "sinks": 0.6, "random": 0.5}
-"""Method -> how well it keeps what matters; `h2o` loses its edge where the question comes afterwards."""
+"""Method -> how well it keeps the tokens that matter; `h2o` gets worse if the question comes afterwards."""
 
 
 def synthetic_rows(n: int = 40, seed: int = 0, tasks: tuple[str, ...] = tuple(SPAN)) -> list[Row]:
-    """Rows of 15 settings (exact, 2 quantised, 4 methods x 3 budgets) on every task and both protocols."""
+    """Make rows of 15 settings (exact, 2 quantised, 4 methods x 3 budgets) on every task and both protocols."""
     rng = random.Random(seed)
     rows = []
     for task in tasks:

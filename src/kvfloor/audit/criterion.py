@@ -1,4 +1,8 @@
-"""Define a safe setting by a tolerated loss and a confidence, and judge one row by them."""
+"""Judge a row of an audit: decide, at a given confidence, if its loss of score stays below a tolerated loss.
+
+A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol.
+`audit/recommend.py` combines the verdicts on a setting's rows, to tell if the setting is safe.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +13,17 @@ from kvfloor.audit.rows import Row
 from kvfloor.statistics import paired_difference_interval
 
 Verdict = Literal["falls", "open", "holds"]
-"""`holds`: a loss of `margin` is excluded. `falls`: a loss is certain (95 %). `open`: neither is shown."""
+"""`holds`: a loss of `margin` to exact is excluded. `falls`: a loss is certain (95 %). `open`: neither is shown."""
 
 SEVERITY: dict[Verdict, int] = {"falls": 0, "open": 1, "holds": 2}
-"""Verdicts from the worst up."""
+"""Rank the verdicts, from the worst (0) up."""
 
 
 @dataclass(frozen=True)
 class Standard:
-    """Hold the tolerated loss and the confidence that one audit judges by.
+    """Hold the tolerated loss and the confidence that one audit judges its rows by.
 
-    margin      largest tolerated loss of score to exact, a share in (0, 1)
+    margin      largest tolerated loss of score (share of right answers) to the exact cache, in (0, 1)
     confidence  of the whole recommendation, in (0.5, 1)
     methods     how many methods share the allowed error 1 - confidence
     """
@@ -30,20 +34,36 @@ class Standard:
 
     @property
     def cell_confidence(self) -> float:
-        """Return the level of the two-sided interval whose lower end errs with one method's share of the error."""
+        """Return the confidence level of the two-sided interval by which one row is judged.
+
+        The allowed error 1 - confidence is shared equally by the methods. The interval's lower end alone, by which a
+        row holds, errs with the share of one method.
+        """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
     def lower_end(self, row: Row) -> float:
-        """Return the largest loss (a negative difference) that the row cannot exclude."""
+        """Return the lower confidence limit of the row's score minus the exact cache's.
+
+        A row is one setting (method with budget) measured on one cell (task, context length, protocol). A limit of -0.1
+        means that a loss of 10 points is not excluded, but any larger loss is.
+        """
         return paired_difference_interval(row.gained, row.lost, row.n, self.cell_confidence)[0]
 
     def verdict(self, row: Row) -> Verdict:
-        """Judge one row; exact holds by definition."""
+        """Judge one row: return "holds", "open" or "falls".
+
+        "holds" means that a loss of `margin` to the exact cache is excluded, "falls" that a loss is certain (95 %), and
+        "open" that neither is shown. A row is one setting measured on one cell; a row of the exact cache holds by
+        definition.
+        """
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"
         return "falls" if row.diff_high < 0 else "open"
 
     def samples_needed(self, margin: float) -> int:
-        """Return the samples per cell at which a setting that loses none is shown to lose less than `margin`."""
+        """Return the number of samples per row that are enough to show a loss below `margin` in the best case.
+
+        The best case is a setting that is right on the same samples as the exact cache.
+        """
         z = NormalDist().inv_cdf((1 + self.cell_confidence) / 2)
         return math.ceil(z * z * (1 - margin) / margin)

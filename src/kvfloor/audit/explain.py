@@ -1,4 +1,7 @@
-"""Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers."""
+"""Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers.
+
+A setting is a method with its budget; a cell is a task at a context length under a protocol.
+"""
 
 from collections import Counter, defaultdict
 
@@ -8,12 +11,17 @@ from kvfloor.audit.recommend import WEAK_EXACT_SCORE, Judged, Recommendation
 
 
 def why(answer: Recommendation) -> str:
-    """Return one paragraph with the reason for the recommendation, or the reason that there is none."""
+    """Return one paragraph with the reason for the recommended setting, or the reason that none is recommended."""
     return _why_none(answer) if answer.chosen is None else _why_chosen(answer, answer.chosen)
 
 
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
-    """Name the task that breaks first, then each method's smallest safe budget and the next cell to break."""
+    """Return sentences on where quality is lost: one on the task that breaks first, then one per method.
+
+    The task that breaks first is the weakest task of most settings that lose quality. A method's sentence names its
+    smallest safe setting (method with budget), and the next smaller setting with its weakest cell: the task, context
+    length and protocol on which it breaks or is not shown to hold.
+    """
     falling = Counter(one.weakest.task for one in answer.judged if one.verdict == "falls")
     sentences = []
     if falling:
@@ -27,7 +35,7 @@ def what_breaks(answer: Recommendation) -> tuple[str, ...]:
 
 
 def cautions(answer: Recommendation) -> tuple[str, ...]:
-    """List the limits of the numbers, one sentence each."""
+    """Return the limits of the audit's numbers, one sentence each: few samples, a weak exact score, a high peak."""
     sentences = []
     standard = answer.standard
     n = min(row.n for row in answer.exact)
@@ -101,7 +109,10 @@ def _why_none(answer: Recommendation) -> str:
 
 
 def _along_budgets(settings: list[Judged], standard: Standard) -> str:
-    """Describe one method's budgets, largest first, in one sentence."""
+    """Name one method's smallest safe setting, and the first setting below it that is not safe, in one sentence.
+
+    `settings` are the verdicts on the method's settings (the method with each budget), from the largest budget down.
+    """
     believed = [one.setting for one in settings if one.believed]
     broken = next((one for one in settings if one.verdict != "holds"), None)
     if broken is None:
@@ -111,7 +122,7 @@ def _along_budgets(settings: list[Judged], standard: Standard) -> str:
 
 
 def _weakness(one: Judged, standard: Standard) -> str:
-    """Describe a setting's weakest cell and its scores there."""
+    """Describe a setting's weakest cell (task, context length, protocol), and its scores there."""
     cell = one.weakest.cell
     if one.verdict == "falls":
         return f"it breaks on {cell}, {_scores(one)}"

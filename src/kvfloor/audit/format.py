@@ -1,4 +1,4 @@
-"""Write numbers as words, in the same way in the recommendation, the terminal table and the report."""
+"""Write numbers as text, in the same way in the recommendation, the terminal table and the report."""
 
 
 def bytes_text(count: float) -> str:
@@ -28,7 +28,7 @@ def points_text(share: float) -> str:
 
 
 def smaller_text(exact_bytes: float, state_bytes: float) -> str:
-    """Write the ratio of exact bytes to state bytes, e.g. `7.5x`; `-` where nothing is held."""
+    """Write the ratio of exact bytes to state bytes, e.g. `7.5x`; `-` where the state holds 0 bytes."""
     return f"{exact_bytes / state_bytes:.1f}x" if state_bytes else "-"
 
 

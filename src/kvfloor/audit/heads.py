@@ -1,4 +1,8 @@
-"""Compare the floor, the cheapest good setting and the exact bytes of each kv head, per layer."""
+"""Compare three sizes in bytes for each kv head: its floor, its cheapest good setting and its exact cache.
+
+The floor is the least bytes that any method needs for a head's keys. A setting is a method with its budget; it is good
+for a head if the relative error of the head's attention output is at most GOOD.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +18,25 @@ from kvfloor.audit.traces import Trace
 from kvfloor.floors.measured import causal_mass, readable_by, readable_within
 from kvfloor.hf.calibrate import ETA, P
 
-GOOD = 0.1  # relative l2 error of a head's output up to which a setting serves it
-COMPRESSIBLE = 0.25  # share of the context's tokens that queries can read, up to which a head is called compressible
-MOST_TOKENS = 8192  # longer contexts are left out: the floor's cost grows with the square
+GOOD = 0.1  # largest relative l2 error of a head's output at which a setting counts as good for it
+COMPRESSIBLE = 0.25  # a head is called compressible if queries can read at most this share of the context's tokens
+MOST_TOKENS = 8192  # longer contexts are left out: the time to compute the floor grows with the square
 
 
 @dataclass(frozen=True)
 class HeadFloor:
-    """Hold the read floors of one kv head on one recorded sample of a cell. Bytes are of this head alone.
+    """Hold the read floors of one kv head on one recorded sample of a cell (task, context length, protocol).
 
-    tokens             of the context
-    readable_groups    groups of tokens that some query of the recorded length can read
-    floor_bytes        what answering every query of that length within ETA takes, for values an adversary chooses
-    asked_floor_bytes  the same for the queries that were really asked after the context
-    exact_bytes        keys and values of the context
+    Bytes are of this head alone. A read floor is the bytes that any method must hold to answer given queries over the
+    head's keys within the error ETA, if the values are the worst possible. A group is one token, or several with nearly
+    the same key; a query reads a group if its attention weight on the group is large enough to recover the group's
+    value from the answer.
+
+    tokens             number of tokens of the context
+    readable_groups    number of groups that can be read by some query whose norm is at most the largest recorded norm
+    floor_bytes        read floor for all queries of such norm
+    asked_floor_bytes  read floor for the queries that were recorded after the context
+    exact_bytes        bytes of the context's keys and values
     """
 
     cell: Cell
@@ -42,10 +51,17 @@ class HeadFloor:
 
 @dataclass(frozen=True)
 class Head:
-    """Hold one kv head's largest floor over all cells, and the cheapest setting that serves it on every cell.
+    """Hold one kv head's largest floor over all cells, and the cheapest setting that is good for it on every cell.
 
-    best_bytes are the setting's bytes per kv head, the largest over the cells; None with best_method where only exact
-    keeps the output error within GOOD. compressible: at most COMPRESSIBLE of the tokens can be read, on every cell.
+    A cell is a task at a context length under a protocol. A setting (method with budget) is good for a head if the
+    relative error of the head's attention output is at most GOOD.
+
+    readable_share     groups that queries can read (`HeadFloor`) per token of the context, the largest over the cells
+    floor_bytes        bytes that any method needs, see `HeadFloor`; also asked_floor_bytes and exact_bytes
+    best_method        text of the cheapest good setting; None where only exact is good
+    best_bytes         bytes per kv head of the cheapest good setting, the largest over the cells; None without one
+    best_error         output error of the cheapest good setting, the largest over the cells; None without one
+    compressible       True if readable_share is at most COMPRESSIBLE
     """
 
     layer: int
@@ -65,7 +81,11 @@ class Head:
 
 
 def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
-    """Return every head's floors on the first recorded sample; none for contexts longer than MOST_TOKENS."""
+    """Return the floors of every kv head of every layer, on the first recorded sample of a cell.
+
+    The list is empty for a context of more than MOST_TOKENS tokens. `traces` hold the sample's queries, keys and
+    values, one entry per layer.
+    """
     found = []
     for layer, trace in enumerate(traces):
         cut = trace.k.shape[1] - trace.asked
@@ -79,9 +99,12 @@ def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
 
 
 def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
-    """Compute a head's floor.
+    """Return the floors of one kv head on a cell (task, context length, protocol), from its keys and queries.
 
-    asked  (g, t, d)  the queries after the context        own  (t, d)  the keys of their tokens
+    trace             the layer's recorded queries, keys and values, of which scale, softcap and norms are taken
+    k      (n, d)     keys of the context's n tokens
+    asked  (g, t, d)  queries of the t tokens after the context, for the g query heads of the kv head
+    own    (t, d)     keys of these t tokens
     """
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
     demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
@@ -89,13 +112,16 @@ def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Te
     within = readable_within(k, radius=radius, others="present", **law, **demand)
     by = readable_by(k, asked.flatten(0, 1), later_mass=causal_mass(asked, own, **law), **law, **demand)
     width = (trace.k.shape[-1] + trace.v.shape[-1]) * trace.k.dtype.itemsize
-    # queries that were asked are among those of the recorded length, so either floor holds for the larger demand
+    # the recorded queries are among those of at most their length, so the larger of both floors holds for these
     floor = max(within.bytes, by.bytes)
     return HeadFloor(cell, layer, head, len(k), within.groups, floor, by.bytes, len(k) * width)
 
 
 def heads(floors: Iterable[HeadFloor], rows: Sequence[Row]) -> list[Head]:
-    """Return every head that has floors, ordered by layer and head."""
+    """Combine each kv head's floors with the audit's rows, into one `Head` per kv head, ordered by layer and head.
+
+    Heads without floors are left out.
+    """
     found: dict[tuple[int, int], list[HeadFloor]] = {}
     for floor in floors:
         found.setdefault((floor.layer, floor.head), []).append(floor)
@@ -120,7 +146,11 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Ro
 
 
 def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> tuple[int, str, float] | None:
-    """Return (bytes per head, setting, largest error) of the cheapest setting that serves the head on all the cells."""
+    """Return a kv head's cheapest good setting as (bytes per head, setting, largest error); None if only exact is good.
+
+    `place` is (layer, head). A setting (method with budget) is good if the head's output error is at most GOOD on every
+    one of the cells.
+    """
     layer, head = place
     settings: dict[str, list[Row]] = {}
     for row in rows:
@@ -137,7 +167,10 @@ def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> 
 
 
 def summary(found: Sequence[Head]) -> str:
-    """Name the compressible heads in one plain sentence."""
+    """Name the compressible kv heads in one plain sentence.
+
+    A head is compressible if queries can tell apart at most a share COMPRESSIBLE of the context's tokens.
+    """
     if not found:
         return "No head's floor was measured."
     names = [f"layer {one.layer} head {one.head}" for one in found if one.compressible]

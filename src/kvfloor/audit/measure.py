@@ -1,4 +1,7 @@
-"""Measure one row of an audit: a setting on a cell's samples, decoded greedily by the real model."""
+"""Measure the rows of an audit: each is one setting on the samples of one cell, decoded greedily by the model.
+
+A setting is a method with its budget; a cell is a task at a context length under a protocol.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,20 @@ from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
 
-CHUNK_SLOTS = 256  # prefill goes in chunks of this many slots, so that staged tokens do not dominate the peak
+CHUNK_SLOTS = 256  # slots per chunk of the prefill, so that the tokens of a call do not dominate the peak
 TRACED_SAMPLES = 4
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold a cell's samples as tokens, and the recorded traces of the first few.
+    """Hold a cell's samples as token ids, and the recorded traces (queries, keys, values) of the first few.
 
-    contexts are taken in before the seal, asks after it (in the visible protocol: the last token only).
+    work      the cell (task, context length, protocol) with its samples as text
+    contexts  token ids that are appended before the seal, which is the end of the prompt
+    asks      token ids that are appended after the seal: the question, or its last token only in the protocol
+              "visible", where the rest of the question belongs to the context
+    answers   token ids of the right answers
+    traces    one per layer
     """
 
     work: Work
@@ -41,7 +49,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Record a setting's answers on a cell, its bytes per sequence, and its times per sequence of the batch."""
+    """Record one setting's answers on the samples of a cell, with the bytes and times per sequence.
+
+    A setting is a method with its budget, a sequence one sample. Times are the batch's, divided by its sequences.
+
+    right          one 0 (wrong) or 1 (right) per sample
+    state_bytes    bytes of the cache at the end of the context; peak_state_bytes: the most bytes at any moment
+    bytes_read     bytes of the cache that are read to produce one token
+    output_tokens  mean length of the answers, in tokens
+    budget_tokens  tokens kept per kv head; None if the budget is not one number
+    """
 
     right: tuple[int, ...]
     state_bytes: int
@@ -54,18 +71,18 @@ class Measurement:
 
 
 class Bench:
-    """Measure settings on a prepared model with its tokenizer."""
+    """Measure settings (methods with budgets) on one prepared model with its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self._extra_tokens = extra_tokens  # room to be wrong by going on after the answer
+        self._extra_tokens = extra_tokens  # an answer that goes on for these is wrong
 
     def count(self, text: str) -> int:
-        """Count the tokens of a text, special ones included."""
+        """Count the tokens of a text, special tokens included."""
         return len(self.tokenizer(text).input_ids)
 
     def prepare(self, work: Work) -> Prepared:
-        """Tokenize the samples, split them at the seal, and record the traces of the first few."""
+        """Tokenize a cell's samples, split them at the seal (end of the prompt), and record traces of the first few."""
         plain = self._plain
         contexts, asks, answers = [], [], []
         for item in work.items:
@@ -83,7 +100,11 @@ class Bench:
         return Prepared(work, contexts, asks, answers, traces.record(self.model, contexts[few], spoken))
 
     def resolved(self, method: Method, prepared: Prepared) -> Method:
-        """Return the method with its budget in tokens; a share is of the context, bytes are of one sequence's cache."""
+        """Return the method with its budget in tokens per kv head.
+
+        A budget given as a share is taken of the cell's context length. A budget given in bytes is the size of the
+        whole cache of one sequence.
+        """
         trace, layers = prepared.traces[0], len(prepared.traces)
         heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
         places = [(trace.layer, head) for head in range(heads)]
@@ -91,7 +112,11 @@ class Bench:
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
     def run(self, method: Method, prepared: Prepared) -> Measurement:
-        """Prefill, seal, ask and answer all samples in one batch."""
+        """Run a method on all samples of a cell in one batch, and return the answers, bytes and times.
+
+        The contexts are prefilled and the cache is sealed (end of the prompt). Then the questions are fed, and the
+        answers are decoded greedily.
+        """
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
         cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
         dialogue = Dialogue.start(self.model, cache, batch)
@@ -116,7 +141,11 @@ class Bench:
         )
 
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: Measurement) -> Row:
-        """Build the row of a setting, compared with exact on the same samples."""
+        """Build the row of a setting on a cell, from the setting's measurement and the exact cache's.
+
+        A setting is a method with its budget; a cell is a task at a context length under a protocol. The output error
+        is measured here, on the recorded traces of `prepared`.
+        """
         cell = prepared.work.cell
         by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
         trace = prepared.traces[0]
@@ -149,9 +178,10 @@ class Bench:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def _is_right(self, item: Any, said: Sequence[int]) -> bool:
-        """Return True if the answer is the right one, after white space is normalised.
+        """Return True if the decoded tokens `said` are the sample's answer, after white space is normalised.
 
-        A user's prompt has no agreed end, so there a right answer may be followed by more tokens.
+        The samples of a user's own file do not define where an answer ends (`item.ends` is False). For such a sample,
+        further tokens may follow the right answer.
         """
         text = self.tokenizer.decode(said, skip_special_tokens=True).split()
         wanted = self.tokenizer.decode(self._plain(" " + item.answer), skip_special_tokens=True).split()
@@ -161,7 +191,13 @@ class Bench:
 def run_cells(
     bench: Bench, settings: Sequence[BudgetedMethod], work: Sequence[Work], progress: Callable[[str], None]
 ) -> tuple[list[Row], list[HeadFloor]]:
-    """Run every setting on every cell, exact first as the others are compared with it; measure every head's floor."""
+    """Run every setting on every cell, and return the rows and the floors of every kv head.
+
+    A setting is a method with its budget; a cell is a task at a context length under a protocol, and its samples are a
+    `Work`. A row is one setting measured on one cell. A floor is the least bytes that any method needs. The exact cache
+    comes first in `settings`, as the other settings are compared with it. `progress` is called with a line of text
+    before each measurement.
+    """
     rows, floors = [], []
     for one in work:
         prepared = bench.prepare(one)

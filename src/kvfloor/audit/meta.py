@@ -1,4 +1,4 @@
-"""Describe the run that a report's rows come from."""
+"""Describe the audit run that a report's rows come from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Meta:
-    """Record the source of a report's numbers.
+    """Record the source of a report's numbers: the model, the command, versions and machine.
 
     model       the model's name or path, as the user gave it
-    seed        what every task and method was seeded with
-    command     the line that makes this report again
-    versions    name -> version of what took part (kvfloor, torch, transformers, python, ...)
+    seed        the seed of all tasks and methods
+    command     the command line that makes this report again
+    versions    name -> version of each program that took part (kvfloor, torch, transformers, python, ...)
     machine     the machine in words
-    duration_s  how long the audit took
+    duration_s  duration of the audit in seconds
     notes       further plain sentences, e.g. which cells were cut and why
     """
 

@@ -1,4 +1,7 @@
-"""Plan an audit's work: the settings (methods x budgets, baselines always in) and the samples of each cell."""
+"""Plan an audit's work: the settings (methods x budgets, baselines always in) and the samples of each cell.
+
+A cell is a task at a context length under a protocol (when the question comes).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.core.budget import Budget, parse_budget
 from kvfloor.core.method import Method, standard_law
 from kvfloor.files import read_regular
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.tasks import Task, lookup
 
 BASELINES = {
@@ -25,7 +28,7 @@ BASELINES = {
     "window": "keeps the most recent tokens (recency)",
     "sinks": "keeps the first tokens and the most recent ones",
 }
-"""Method -> its work in words, for the methods that every audit compares with."""
+"""Map each method that every audit compares with to a description in words."""
 
 METHODS = ("h2o", "subgen")
 BUDGETS = ("64", "192")
@@ -35,9 +38,9 @@ TASKS = ("recall", "passkey64", "vartrack", "registers")
 
 @dataclass(frozen=True)
 class Item:
-    """Hold one sample to answer: context and question as text, and the only right answer.
+    """Hold one sample: its context and question as text, and the only right answer.
 
-    `ends` says that the answer must be followed by the end of text, which the built-in tasks agree on.
+    `ends` is True if the end of text must follow the answer, as in the built-in tasks.
     """
 
     context: str
@@ -48,18 +51,18 @@ class Item:
 
 @dataclass(frozen=True)
 class Work:
-    """Hold one cell of the audit and its samples."""
+    """Hold one cell of the audit (task, context length, protocol) and its samples."""
 
     cell: Cell
     items: tuple[Item, ...]
 
 
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMethod]:
-    """List every method under every budget, the baselines first, each setting once.
+    """Return the settings of an audit: every method under every budget, the baselines first, each setting once.
 
-    A method whose text has a budget keeps it; one that no budget bounds runs once. A setting that is asked for and a
-    baseline is marked as both. Raises ValueError for an unknown method and for a budget smaller than what the method
-    protects.
+    A method whose text has a budget keeps it. A method that takes no budget runs once. A baseline that is also among
+    `methods` is marked as a baseline and as asked for. Raises ValueError for an unknown method, and for a budget
+    smaller than the number of tokens that the method protects.
     """
     sizes: list[Budget] = [parse_budget(text) for text in budgets]
     if not sizes:
@@ -79,7 +82,10 @@ def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[Budge
 
 
 def check_protocols(protocols: Sequence[str]) -> None:
-    """Raise ValueError for a name that is no protocol."""
+    """Raise ValueError unless every name is a protocol ("after" or "visible") and there is at least one.
+
+    "after" asks a sample's question after its context is compressed, "visible" before.
+    """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown or not protocols:
         raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(PROTOCOLS)}")
@@ -88,7 +94,7 @@ def check_protocols(protocols: Sequence[str]) -> None:
 def chosen_tasks(names: Sequence[str]) -> list[Task]:
     """Return the tasks of these names, each once: built-in ones, or a third party's as `module:TASK`.
 
-    Raises ValueError for a name that is no task, for two tasks of one name, and where none is named.
+    Raises ValueError for a name that is no task, for two tasks of one name, and for an empty list.
     """
     if not names:
         raise ValueError(f"an audit needs at least one task, for example --tasks {TASKS[0]}")
@@ -107,7 +113,11 @@ def task_work(
     seed: int,
     count: Callable[[str], int],
 ) -> list[Work]:
-    """Return the cells of the tasks; samples are the same for every protocol."""
+    """Return the cells of an audit (tasks x contexts x protocols) with `n` generated samples each.
+
+    Samples are the same for every protocol. `count` returns the number of tokens of a text, so that samples fit a
+    context.
+    """
     work = []
     for task in chosen_tasks(tasks):
         for context in dict.fromkeys(contexts):
@@ -118,9 +128,9 @@ def task_work(
 
 
 def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
-    """Read a user's JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
+    """Read a user's samples from JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
 
-    Raises ValueError naming the file and the line that is broken, or how many samples there are if fewer than `n`.
+    Raises ValueError naming the file and the broken line, or the number of samples if it is less than `n`.
     """
     try:
         lines = read_regular(path, MOST_PROMPT_BYTES, "prompts file").decode("utf-8").split("\n")
@@ -135,7 +145,11 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
 def prompt_work(
     name: str, items: tuple[Item, ...], protocols: Sequence[Any], count: Callable[[str], int]
 ) -> list[Work]:
-    """Return the cells of a user's prompts; a bare prompt has no separate question, so only `visible` applies to it."""
+    """Return the cells of a user's own samples, one per protocol.
+
+    The cell's context is the largest number of tokens of a sample's context, by `count`. A bare prompt has no separate
+    question, so only the protocol `visible` applies to it.
+    """
     split = all(item.question for item in items)
     allowed = [p for p in dict.fromkeys(protocols) if split or p == "visible"] or ["visible"]
     context = max(count(item.context) for item in items)

@@ -1,18 +1,19 @@
-"""Choose the setting of fewest bytes that is shown not to lose quality, from the rows alone.
+"""Recommend the setting of fewest bytes whose loss of quality stays below a margin, from the audit's rows alone.
 
-The claim behind a recommendation is non-inferiority: *with 95 % confidence, the recommended setting loses
-fewer than `margin` points to exact on every audited cell*. How the error stays at 5 % over many cells and
-settings:
+A setting is one method under one budget. A cell is one task at one context length under one protocol, and a row is one
+setting measured on one cell. A recommendation claims non-inferiority: *with 95 % confidence, the recommended setting
+loses fewer than `margin` points to exact on every audited cell*. Many cells and settings are tested, and three rules
+keep the probability of a wrong claim at 5 %:
 
-- **Cells.** A setting must hold on every cell, each at full level. Requiring all of several tests to reject
-  needs no correction (intersection-union test: Berger, Technometrics 24 (1982)).
-- **Budgets.** A method's budgets are judged from the largest down, and none below the first that does not
-  hold is believed. The order is fixed by bytes before any score is seen, so they share one level
+- **Cells.** A setting must pass its test on every cell, each at the full level. Several tests that must all reject need
+  no correction (intersection-union test: Berger, Technometrics 24 (1982)).
+- **Budgets.** A method's budgets are tested from the largest down. After the first budget that fails, no smaller one is
+  accepted. Bytes alone fix this order, before any score is known, so a method's budgets share one level
   (fixed-sequence test: Maurer, Hothorn and Lehmacher, 1995).
-- **Methods.** The 5 % are divided by the number of methods judged (Bonferroni).
+- **Methods.** The 5 % are divided by the number of tested methods (Bonferroni).
 
-`exact` is the reference and `random` the control; neither is recommended. A setting that was not measured on
-every cell, or does not save bytes, is no candidate.
+`exact` is the reference and `random` the control; neither is recommended. A candidate must be measured on every cell
+and must save bytes.
 """
 
 from collections import defaultdict
@@ -23,16 +24,21 @@ from kvfloor.audit.criterion import SEVERITY, Standard, Verdict
 from kvfloor.audit.rows import Cell, Row
 
 WEAK_EXACT_SCORE = 0.5
-"""A cell on which exact scores less cannot show much of a loss, and is called weak."""
+"""Score of exact below which a cell is called weak: little is left there for a method to lose."""
 
 
 @dataclass(frozen=True)
 class Judged:
     """Record the verdict on one candidate setting over all cells.
 
-    verdict                    the worst over its cells, found on `weakest`
-    believed                   it holds, and so does every larger budget of its method
-    state_bytes, exact_bytes   means over the cells; `peak_state_bytes` is the highest
+    A setting is a method with its budget; a cell is a task at a context length under a protocol.
+
+    verdict                    the worst verdict over the cells: "holds" (a loss of the margin is excluded), "falls" (a
+                               loss is certain) or "open" (neither is shown)
+    weakest                    the row (setting measured on one cell) that has the worst verdict
+    believed                   True if the setting and every larger budget of its method hold
+    state_bytes, exact_bytes   means over the cells
+    peak_state_bytes           maximum over the cells
     """
 
     setting: str
@@ -50,12 +56,14 @@ class Judged:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Hold the recommended setting of an audit and all that it was chosen from.
+    """Hold the recommended setting of an audit, and all candidates with their verdicts.
 
-    method    the setting to use, as text; None where no setting is safe
-    judged    every candidate, from the fewest bytes up
-    exact     the reference's rows, one per cell
-    standard  what was asked of them
+    A candidate is a setting (method with budget) that was measured on every cell and saves bytes.
+
+    method    text of the recommended setting, or None if no setting is safe
+    judged    the verdict on every candidate, from the fewest bytes up
+    exact     the rows of the exact cache, one per cell (task, context length, protocol)
+    standard  margin and confidence that every candidate was judged by
     """
 
     method: str | None
@@ -65,22 +73,25 @@ class Recommendation:
 
     @property
     def weak(self) -> tuple[Row, ...]:
-        """Return the exact rows of the cells that cannot show much of a loss."""
+        """Return the exact rows of the weak cells, where exact itself scores below WEAK_EXACT_SCORE."""
         return tuple(row for row in self.exact if row.score < WEAK_EXACT_SCORE)
 
     @property
     def chosen(self) -> Judged | None:
-        """Return the verdict on the recommended setting."""
+        """Return the verdict on the recommended setting, or None if none is recommended."""
         return next((one for one in self.judged if one.setting == self.method), None)
 
 
 def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.95) -> Recommendation:
-    """Return the smallest safe setting of an audit, if there is one.
+    """Return the safe setting of fewest bytes, with the verdict on every candidate.
 
-    The default margin of 15 points is what a short audit can show: at n = 40 and eight methods, a setting
-    that loses no sample is shown to lose less than 14 points. A tighter margin needs more samples.
-    Raises ValueError where the rows hold no exact reference or one cell twice, or margin or confidence is
-    impossible.
+    A setting is a method with its budget; a cell is a task at a context length under a protocol. No setting is
+    recommended if every cell is weak, i.e. if exact itself scores below WEAK_EXACT_SCORE on each. The default margin of
+    15 points suits a short audit: with n = 40 samples per cell and eight methods, a setting that loses no sample to
+    exact is shown to lose less than 14 points. A tighter margin needs more samples.
+
+    Raises ValueError if the rows hold no exact reference or a setting twice on one cell, or if margin or confidence is
+    out of range.
     """
     if not 0 < margin < 1 or not 0.5 < confidence < 1:
         raise ValueError(f"margin {margin} must lie in (0, 1) and confidence {confidence} in (0.5, 1)")
@@ -103,7 +114,11 @@ def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.9
 
 
 def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[Row]]:
-    """Map each setting to its rows, one per cell, for the settings that may be recommended."""
+    """Map each setting that may be recommended to its rows, one per cell.
+
+    Such a setting (method with budget) is measured on every cell (task, context length, protocol), takes fewer bytes
+    than exact, and is neither `exact` nor `random`. Raises ValueError for a setting with two rows on one cell.
+    """
     settings: dict[str, dict[Cell, Row]] = defaultdict(dict)
     for row in rows:
         if row.cell in settings[row.method]:
@@ -119,7 +134,10 @@ def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[R
 
 
 def _judge(candidates: dict[str, list[Row]], standard: Standard) -> tuple[Judged, ...]:
-    """Judge every candidate, from the largest of its method down, in order of rising bytes."""
+    """Judge every candidate, each method's budgets from the largest down; return the verdicts by rising bytes.
+
+    `candidates` maps settings (methods with budgets) to their rows, one row per cell (task, context length, protocol).
+    """
 
     def strength(row: Row) -> tuple[int, float, float, Cell]:
         lower_end = standard.lower_end(row)

@@ -1,4 +1,4 @@
-"""Check the rows against the conditions of `--require`, for an audit with an exit code.
+"""Check an audit's rows against the conditions of `--require`, so that the command ends with an exit code.
 
 Grammar, with the word `and` between clauses:
 
@@ -8,12 +8,13 @@ Grammar, with the word `and` between clauses:
 
 e.g. `h2o@256:recall.score>=0.9 and h2o@256:diff_low>=-15%`.
 
-METHOD is a setting in any spelling of the grammar. Without arguments it means every configuration (`h2o@256` means
-`h2o(recent=64)@256` too), without a budget every budget. Without METHOD a clause is about the settings that were asked
-for, not the baselines beside them; without TASK, about every task. It must hold on every row it is about.
+METHOD is a setting (a method with its budget) in any spelling of the grammar. Without arguments it means every
+configuration (`h2o@256` means `h2o(recent=64)@256` too), without a budget every budget. Without METHOD a clause is
+about the settings that were asked for, not the baselines beside them; without TASK, about every task. A clause must
+hold on every row that it is about; a row is one setting measured on one task, context length and protocol.
 
-Exit codes: 0 where every clause holds, 1 where one does not, 2 (ValueError here, before anything is measured) for text
-that is no condition, or is about no row: nothing is ever met by being about nothing.
+Exit codes: 0 if every clause holds, 1 if one does not, 2 (ValueError here, before any measurement) for text that is no
+condition or covers no row. A clause without rows is an error, because it would always hold.
 """
 
 import math
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 
 from kvfloor.audit.rows import CONTRACT_FIELDS, Row
 from kvfloor.audit.setting import BudgetedMethod
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.splitting import outline, split_words
 
 _WORDS = ("method", "task", "protocol", "configuration", "name", "budget", "baseline")
@@ -41,9 +42,12 @@ _CLAUSE = re.compile(
 
 @dataclass(frozen=True)
 class Clause:
-    """Hold one parsed condition; `setting` and `task` are None where the text names none.
+    """Hold one parsed condition of `--require`; `setting` and `task` are None where the text names none.
 
-    every   the setting is named without arguments, which stands for all of them
+    every       True if the method is named without arguments, so that it stands for all its configurations
+    figure      name of the row's field that is compared
+    comparison  one of >=, <=, >, <
+    bound       the number to compare with, in the field's unit
     """
 
     text: str
@@ -55,7 +59,7 @@ class Clause:
     bound: float
 
     def names(self, setting: BudgetedMethod) -> bool:
-        """Return True if the clause covers this setting of the audit."""
+        """Return True if the clause is about this setting (method with its budget) of the audit."""
         named = self.setting
         if named is None:
             return setting.asked
@@ -63,14 +67,14 @@ class Clause:
         return alike and named.budget in (None, setting.budget)
 
     def holds(self, row: Row) -> bool:
-        """Return True if the row's figure meets the bound; a figure that was not measured does not."""
+        """Return True if the row's field `figure` meets the clause's bound; None (not measured) does not meet it."""
         value = getattr(row, self.figure)
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Hold a clause with its settings, as the rows write them, and its tasks."""
+    """Hold a clause with the settings (as rows write them) and the tasks that it is about."""
 
     clause: Clause
     methods: frozenset[str]
@@ -81,9 +85,10 @@ class Condition:
 
 
 def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[str]) -> tuple[Condition, ...]:
-    """Parse the conditions of a `--require` text on an audit of these settings and tasks.
+    """Parse the text of `--require` into conditions, for an audit of these settings and tasks.
 
-    Raises ValueError naming the clause that is none, with the grammar and the figures, or that is about no row.
+    A clause compares one field of a row, its figure, with a number. Raises ValueError naming the clause that does not
+    follow the grammar, with the grammar and the known figures, or the clause that is about no row of the audit.
     """
     found = []
     for part in split_words(text.strip(), r"\s+and\s+") or [text]:
@@ -101,7 +106,10 @@ def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[
 
 
 def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str]:
-    """Write one line per row that misses a condition; empty where everything holds."""
+    """Return one line of text per row that misses a condition; an empty list if every condition holds.
+
+    A row is one setting (method with budget) measured on one task, context length and protocol.
+    """
     lines = []
     for condition in conditions:
         clause = condition.clause

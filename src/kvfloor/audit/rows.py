@@ -1,4 +1,7 @@
-"""Hold the measured rows of an audit, and write them as `rows.jsonl` and the `--json` document."""
+"""Hold the measured rows of an audit, and write them as `rows.jsonl` and as the `--json` document.
+
+A row is one setting (method with its budget) measured on one cell (task, context length, protocol).
+"""
 
 import json
 import math
@@ -17,9 +20,9 @@ MOST_BYTES = 2**28  # of a rows.jsonl
 
 
 class Cell(NamedTuple):
-    """Identify the task, context and protocol of a measurement.
+    """Identify a cell of an audit: a task, a context length in tokens, and a protocol.
 
-    Rows of one cell share their samples and are compared in pairs.
+    All rows of a cell have the same samples, and are compared sample by sample.
     """
 
     task: str
@@ -33,10 +36,12 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Record one setting measured on one cell. Bytes are of the whole cache: all layers and heads of one sequence.
+    """Record one setting (method with its budget) measured on one cell (task, context length, protocol).
+
+    Bytes are of the whole cache: all layers and heads of one sequence. "exact" is the cache that keeps every token.
 
     method                 the setting, budget included, as `str(method)` gives it
-    budget_tokens          tokens kept per row after budget resolution; None for an unbounded method
+    budget_tokens          tokens kept per kv head after budget resolution; None for an unbounded method
     task, context          the task's name; tokens of context
     protocol               `visible` or `after`, see `Protocol`
     n                      samples, at least 32
@@ -44,20 +49,20 @@ class Row:
                            `score_low`..`score_high`
     exact_score            the exact cache's share on the same samples
     diff_low, diff_high    95 % Tango interval of the paired difference score - exact_score
-    state_bytes            measured at the end of the context; `peak_state_bytes` at the highest moment
-    exact_bytes            what the exact cache holds at the end of the same context
+    state_bytes            bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
+    exact_bytes            bytes of the exact cache at the end of the same context
     floor_bytes            lower bound for attention as a data structure, worst case over keys and values
     token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
     bytes_read_per_token   bytes of state read to produce one token
     output_error           mean of `output_error_by_layer`
-    prefill_ms             time to take in the context; `decode_ms_per_token` is None where no step was timed
+    prefill_ms             time to append the context; `decode_ms_per_token` is None where no step was timed
     output_tokens          mean length of the answers, in tokens
     configuration          the setting without its budget; `name` without arguments too; `budget` as it was asked
                            for, None without one
-    baseline               one of the methods every audit compares with
+    baseline               True for the methods that every audit compares with
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
-    outcomes               one 0 or 1 per sample, in the samples' order
+    outcomes               one 0 (wrong) or 1 (right) per sample, in the samples' order
     gained, lost           samples only this setting has right; samples only exact has right
     """
 
@@ -136,7 +141,10 @@ class Row:
 
     @property
     def below_floor(self) -> bool:
-        """Return True if the state is smaller than the worst-case floor: the data was easier than the worst case."""
+        """Return True if the state has fewer bytes than the worst-case floor.
+
+        This is possible, because the floor holds for the worst data, and the audited data may be easier.
+        """
         return self.state_bytes < self.floor_bytes
 
 
@@ -165,11 +173,12 @@ def measured_row(
     decode_ms_per_token: float | None,
     output_tokens: float,
 ) -> Row:
-    """Build a row from the measurements: compute its scores, intervals and the paired difference.
+    """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
-    `exact_outcomes` are the exact cache's on the same samples in the same order; for the exact row they are
-    `outcomes`.
-    Raises ValueError where fewer than 32 samples were run, the two do not pair, or a number is not finite.
+    `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact row
+    they are `outcomes`.
+    Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
+    number is not finite.
     """
     n, method = len(outcomes), setting.text
     gained, lost = paired_counts(outcomes, exact_outcomes)
@@ -216,7 +225,10 @@ def measured_row(
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write `rows.jsonl`, one row with all its fields per line, whole or not at all (ValueError)."""
+    """Write the rows to a `rows.jsonl` at `path`, one row with all its fields per line.
+
+    The file is written whole, or it is left as it was and ValueError is raised.
+    """
     replace_file(path, "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows))
 
 
@@ -238,7 +250,11 @@ def read_rows(path: Path) -> list[Row]:
 def document(
     *, model: str, seed: int, rows: Iterable[Row], method: str | None, why: str, report: str
 ) -> dict[str, Any]:
-    """Build the one JSON document of `kvfloor audit --json`; `method` is None where no setting is safe."""
+    """Build the one JSON document of `kvfloor audit --json`.
+
+    It has the schema number, model, seed, rows, the recommended setting with its reason `why`, and the report's path.
+    `method` is None where no setting is safe.
+    """
     return {
         "schema": SCHEMA,
         "model": model,

@@ -1,4 +1,4 @@
-"""Run an audit from start to end: plan, measure, recommend, write `rows.jsonl`."""
+"""Run an audit from start to end: plan the work, measure it, recommend a setting, write `rows.jsonl`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEFAULT_CONTEXT = 512
 
 @dataclass(frozen=True)
 class AuditRequest:
-    """Hold the settings of an audit: every field has the command line's default.
+    """Hold the arguments of an audit: every field has the command line's default.
 
     model     "builtin" or a local folder        methods   method texts, without the baselines
     budgets   texts; tokens, shares or bytes     tasks     names or module:TASK, unless `prompts` is given
@@ -60,10 +60,10 @@ class AuditRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold the results of an audit.
+    """Hold the results of an audit: rows, kv heads' floors, recommendation, and the request that they answer.
 
-    report      where the page is to be written: `kvfloor.report.render` does so
-    shortfalls  a line for each row that misses what was required
+    report      path of the HTML page, which `kvfloor.report.render` writes later
+    shortfalls  a line for each row that misses a condition of `require`
     """
 
     rows: list[Row]
@@ -75,7 +75,7 @@ class Answer:
     meta: Meta
 
     def as_dict(self) -> dict:
-        """Return the `--json` document."""
+        """Return the document of `kvfloor audit --json` as plain JSON types."""
         plain = document(
             model=self.question.model,
             seed=self.question.seed,
@@ -88,9 +88,10 @@ class Answer:
 
 
 def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
-    """Run an audit; `track(total, text)` is called before each of `total` measurements.
+    """Run the audit that is asked for, write its `rows.jsonl`, and return its results.
 
-    Raises ValueError with one line for anything in the question that cannot be done; nothing is written then.
+    `track(total, text)` is called before each of `total` measurements. Raises ValueError with one line for anything in
+    `question` that cannot be done; nothing is written then.
     """
     begin = time.perf_counter()
     if question.n < MIN_SAMPLES:

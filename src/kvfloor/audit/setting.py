@@ -1,4 +1,4 @@
-"""Define a setting: one method under one budget, as an audit runs it, its rows name it and its report draws it."""
+"""Define a setting: one method under one budget, with the names that an audit's rows and report use for it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from kvfloor.core.summary import Drop
 
 @dataclass(frozen=True)
 class BudgetedMethod:
-    """Hold a parsed method with its budget. Its texts are made here, and no later code takes them apart again.
+    """Hold a setting: a parsed method with its budget, and the texts that name it.
+
+    The texts are made here, and no later code takes them apart again.
 
     method     the method, whose budget may be tokens, a share of the context, or bytes
-    baseline   it is in every audit, as a reference
-    asked      it was asked for, by itself or as a method under the audit's budgets
+    baseline   True if every audit includes the setting, as a reference
+    asked      True if the user asked for the setting, by itself or as a method under the audit's budgets
     """
 
     method: Method

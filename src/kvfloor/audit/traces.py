@@ -1,4 +1,4 @@
-"""Measure the attention-output error: a method against exact attention, on a real model's queries."""
+"""Measure the attention-output error of a method against exact attention, on the real queries of a model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ from kvfloor.hf.recording import Recorder
 
 @dataclass
 class Trace:
-    """Hold one layer's stream for a few samples: q (rows, g, n, d), k and v (rows, n, .), present (rows, n).
+    """Hold one layer's recorded queries, keys and values on a few samples.
 
-    The last `asked` slots are the question's and the answer's; the ones before them the context's.
+    A row is one kv head on one sample, g the size of the GQA group, n the number of tokens with padding.
+
+    q        (rows, g, n, d)               queries
+    k, v     (rows, n, d), (rows, n, dv)   keys and values
+    present  (rows, n)                     False on padding
+    asked                                  number of tokens at the end that are the question's and the answer's; the
+                                           tokens before them are the context's
+    exact    (rows, g, asked, dv)          outputs of exact attention on these last tokens
     """
 
     layer: int
@@ -33,11 +40,14 @@ class Trace:
     softcap: float | None
     kv_heads: int
     asked: int
-    exact: Tensor  # (rows, g, asked, dv), float32
+    exact: Tensor  # exact attention's answers to the last `asked` queries: (rows, g, asked, dv), float32
 
 
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
-    """Run the model exactly over context, question and right answer, and record each layer's stream."""
+    """Run the model with an exact cache over each context, question and right answer; return each layer's stream.
+
+    `contexts` and `asks` (question and answer) are token ids, one list per sample.
+    """
     cache = CompressedCache(model.config, "exact")
     seen = Recorder(cache.compressed)
     dialogue = Dialogue.start(model, cache, len(contexts))
@@ -57,7 +67,12 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
 
 def replay(trace: Trace, method: Method) -> Tensor:
-    """Return a method's answers (rows, g, asked, dv), float32, to the trace's last queries; its budget is resolved."""
+    """Return a method's attention outputs (rows, g, asked, dv), float32, for the last `asked` queries of a trace.
+
+    A row is one kv head on one sample, g the size of the GQA group, dv the width of a value. The context's tokens are
+    appended first, and the state is sealed (its prompt ends) before these queries. The method's budget must be in
+    tokens, as `Bench.resolved` returns it.
+    """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
     spec = Spec(rows, d, trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype, places=places)
@@ -69,7 +84,7 @@ def replay(trace: Trace, method: Method) -> Tensor:
 
 
 def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:
-    """Compute the relative l2 error of the attention output per layer and kv head: ||answers - exact|| / ||exact||.
+    """Compute a method's relative l2 error of the attention output, ||answers - exact|| / ||exact||: [layer][kv head].
 
     Norms run over the samples, the group's heads, the question's and answer's tokens and the head width.
     """

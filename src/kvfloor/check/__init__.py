@@ -1,4 +1,4 @@
-"""Test a method against the laws of the contract, each a plain function."""
+"""Test a method against the laws of docs/contract.md (shapes, causality, memory, ...), one function per law."""
 
 from kvfloor.check.law import Broken, Check, Setting
 from kvfloor.check.suite import CHECKS, Outcome, check_method, run_checks

@@ -1,4 +1,4 @@
-"""Check the state after a failure in the middle of a call."""
+"""Check that an exception in the middle of a call leaves a state unchanged, or makes it refuse further calls."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from kvfloor.check.streams import prompt_length, spec_for
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
 
-_POINTS = 7  # per call: a law is to be quick; characterize/broken.py tries them all
+_POINTS = 7  # failures per call, so that the check is fast; characterize/broken.py tries every operation
 
 
 def check_broken(method: Method, at: Setting) -> None:
-    """Require that after a failure in mid-call the state is as it was, or refuses every further call."""
+    """Require that an exception within a call leaves the state as it was, or makes it refuse every further call."""
     for what, (state, call) in situations(method, at).items():
         tally = broken(state, call, _POINTS)
         require(not tally.silent, f"{what}, failed {' '.join(tally.silent[:1])}")
 
 
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
-    """Let the call fail at each of its operations, or `most` of them, on copies of `state`."""
+    """Make the call fail at each of its torch operations, or at `most` of them, each time on a copy of `state`.
+
+    Returns the number of failures for each behaviour of the state afterwards: unchanged, refusing calls, or faulty.
+    """
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))
 
 
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
-    """List every call that changes a state, with a state that has evicted and is in the middle of a block."""
+    """Return {description: (state, call)} for every kind of call that changes a state; call(state) makes the call.
+
+    Each state has evicted tokens and is in the middle of a block, except the one to be sealed (its prompt ended).
+    """
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)
     opened = method.open(spec)

@@ -1,4 +1,4 @@
-"""Check the contract of a method's text and documents, and of the results and effects of its calls."""
+"""Check a method's text and docstrings, and the shapes, dtypes and side effects of its state's calls."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kvfloor.check.law import Broken, Setting, require
 from kvfloor.check.streams import play, probes, prompt_length, spec_for, stream_for
 from kvfloor.check.tolerance import require_agreement
 from kvfloor.core.method import Guarantee, Method
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 
 def check_text(method: Method, at: Setting) -> None:
-    """Require that a method is a frozen value, and that its text parses back to it."""
+    """Require that a method is a frozen, hashable dataclass, and that its text parses back to it."""
     del at
     text = str(method)
     try:
@@ -39,18 +39,21 @@ def check_text(method: Method, at: Setting) -> None:
 
 
 def check_documented(method: Method, at: Setting) -> None:
-    """Require that a method and its parts have a docstring, and name a source."""
+    """Require that a method and its parts have docstrings, and that one of them names a source."""
     del at
     parts = [method, *(part for part in method.parts if part is not None)]
     for part in parts:
         text = type(part).__doc__ or ""
-        generated = text.startswith(f"{type(part).__name__}(")  # what a dataclass writes for want of a docstring
+        generated = text.startswith(f"{type(part).__name__}(")  # the text of a dataclass without a docstring
         require(bool(text) and not generated, f"{type(part).__name__} has no docstring")
     require(any(part.paper for part in parts), f"{method} names no source: set `paper` on the class")
 
 
 def check_guarantee(method: Method, at: Setting) -> None:
-    """Require that a guarantee states error, probability, norm, quantifier, source, and why it was withdrawn."""
+    """Require that a guarantee states error, probability, norm, quantifier, source; once withdrawn, also the reason.
+
+    Tested are the method's guarantee and that of a state which has been fed tokens; None states no guarantee.
+    """
     state, spec = method.open(spec_for(method, at)), spec_for(method, at)
     play(state, stream_for(method, at))
     for stated, where in ((method.guarantee(spec), "the method"), (state.guarantee(), "the state")):
@@ -64,7 +67,7 @@ def check_guarantee(method: Method, at: Setting) -> None:
 
 
 def check_empty(method: Method, at: Setting) -> None:
-    """Require that before the first token a read is the empty partial, and calls without a token change nothing."""
+    """Require that a read before the first token gives mean 0 and log-mass -inf, and tokenless calls change nothing."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at, n=4)
     fresh = state.to_bytes()
@@ -86,7 +89,7 @@ def check_empty(method: Method, at: Setting) -> None:
 
 
 def check_shapes(method: Method, at: Setting) -> None:
-    """Require that answers have the shapes and dtypes that the spec and the queries give them."""
+    """Require that answers have the shapes and dtypes that follow from the spec and the queries."""
     spec = dataclasses.replace(spec_for(method, at), dv=24)
     state, stream = method.open(spec), stream_for(method, at, spec)
     outputs = play(state, stream)
@@ -108,7 +111,7 @@ def check_shapes(method: Method, at: Setting) -> None:
 
 
 def check_read_pure(method: Method, at: Setting) -> None:
-    """Require that `read` changes nothing and repeats bit for bit, and that `attend` answers as `read` does."""
+    """Require that `read` changes nothing, gives the same bits when repeated, and agrees with `attend`."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at)
     play(state, stream, stop=prompt_length(method) + 5)

@@ -1,4 +1,4 @@
-"""Raise an exception at a chosen torch operation inside a call, and record the state's behaviour afterwards."""
+"""Raise an exception at a chosen torch operation inside a state's call, and record how the state behaves afterwards."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ Call = Callable[[State], Tensor | None]
 
 
 class Injected(Exception):
-    """Mark the failure that `Faults` raises; no code expects it."""
+    """Mark the exception that `Faults` raises; no library code catches it by name."""
 
 
 class Faults(TorchDispatchMode):
-    """Count the torch operations of what runs inside, and raise `Injected` when `at` of them are done; None: never."""
+    """Count the torch operations in a `with` block as `done`, and raise `Injected` after operation number `at`.
+
+    With `at` None the operations are only counted.
+    """
 
     def __init__(self, at: int | None = None) -> None:
         super().__init__()
@@ -36,14 +39,14 @@ class Faults(TorchDispatchMode):
 
 
 def operations(call: Callable[[], object]) -> int:
-    """Count the torch operations of the call."""
+    """Run the call, and return the number of its torch operations."""
     with Faults() as faults:
         call()
     return faults.done
 
 
 def spread_out(operations: int, most: int | None) -> list[int]:
-    """Return the points 1 .. operations, or `most` of them at even distances, the first and the last among them."""
+    """Return the numbers 1 .. operations, or `most` of them at even distances, including the first and the last."""
     if most is None or operations <= most:
         return list(range(1, operations + 1))
     return sorted({round(1 + i * (operations - 1) / (most - 1)) for i in range(most)})
@@ -51,10 +54,16 @@ def spread_out(operations: int, most: int | None) -> list[int]:
 
 @dataclass
 class FaultTally:
-    """Count the failures after which a memory was as before, had all tokens, or refused; list anything else."""
+    """Count injected failures by their outcome.
+
+    as_before   the state (or cache) was as before the call, and the call made again succeeds
+    taken_in    the call was a cache's, and the cache had already appended all its tokens in every layer
+    refused     every further call raises BrokenState
+    silent      one sentence for each failure with any other outcome, which is a fault
+    """
 
     as_before: int = 0
-    taken_in: int = 0  # of a cache: the forward broke off after its last layer
+    taken_in: int = 0  # caches only: the forward broke off after its last layer, so the cache holds all its tokens
     refused: int = 0
     silent: list[str] = field(default_factory=list)
 
@@ -71,10 +80,12 @@ class FaultTally:
 
 
 def broken_at(state: State, call: Call, points: Iterable[int]) -> FaultTally:
-    """Let the call fail at each of these operations, on a clone, and record the clone's behaviour afterwards.
+    """Make the call fail at each torch operation in `points`, each time on a clone of `state`, and count the outcomes.
 
-    As before: its message is the one from before the call, and the call made again gives the bits that it gives
-    undisturbed. Refused: every public call raises BrokenState. Anything else is told in `silent`.
+    as_before  the clone's bytes (`to_bytes`) equal those from before the call, and the call made again gives the same
+               bits as a call without failure
+    refused    every public call on the clone raises BrokenState
+    silent     a sentence for every other outcome
     """
     before, twin, tally = state.to_bytes(), state.clone(), FaultTally()
     answer = call(twin)
@@ -105,7 +116,7 @@ def _verdict(trial: State, call: Call, before: bytes, answer: Tensor | None, aft
 
 
 def public_calls(state: State) -> dict[str, Callable[[], object]]:
-    """List every public call that answers, continues or copies, with good input."""
+    """Return the public calls of a state that answer, append or copy, by name, each with valid input."""
     spec = state.spec
     like = {"dtype": spec.dtype, "device": spec.device}
     k, v = torch.ones(spec.rows, 1, state.key_width, **like), torch.ones(spec.rows, 1, state.value_width, **like)

@@ -1,4 +1,4 @@
-"""Check the INDEX floor: no method answers more hidden bits than its message, or its memory, has room for."""
+"""Check the INDEX lower bound: queries recover no more hidden bits from a method than its memory has bits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.spike import Spike
 
 _D = 32
-_BITS = 8  # per value: the more, the fewer tokens it takes to ask for more than whole tokens of float32 can hold
+_BITS = 8  # hidden per value: with more bits, fewer tokens hide more than a float32 token can hold
 _LEAST, _MOST = 128, 1024
 _ETA = 0.5
 
 
 def check_index_floor(method: Method, at: Setting) -> None:
-    """Require that certified bits are at most 8 times the message's bytes and 8 times nbytes, live and restored.
+    """Require that queries recover at most 8 bits per byte of `nbytes`, and of the saved state (`to_bytes`).
 
-    A short game in this process: random bits are hidden in values, streamed, and asked back by spike queries. The
-    literal game, where a fresh process answers, is `kvfloor break`.
+    Tested on the live state and on one restored from the bytes of `to_bytes` (the message). A short game in this
+    process: random bits are hidden in values, the tokens are appended, and the bits are asked back by spike queries,
+    which attend to one token. Only the bits that the answers certify are counted (`judge`). The game in which a fresh
+    process answers from the message alone is `kvfloor break`.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)
     empty = method.open(placed(method, _spike(d, _LEAST, at.seed).spec()))
-    # Enough tokens that the hidden bits outnumber those of a memory that does not grow.
+    # So many tokens that they hide more bits than a memory of constant size can hold.
     n = min(_MOST, max(_LEAST, math.ceil(1.5 * 8 * empty.nbytes / (d * _BITS))))
     instance, hidden = _spike(d, n, at.seed), Hidden()
     levels = hidden.levels(n, d, _BITS)

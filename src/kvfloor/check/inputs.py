@@ -1,4 +1,4 @@
-"""Check that calls refuse wrong input and leave their inputs untouched."""
+"""Check that a state's calls refuse wrong input, and neither change nor keep the tensors that they are given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ Call = Callable[[], object]
 
 
 def _require_refusal(state: State, calls: dict[str, Call], kinds: tuple[type[Exception], ...]) -> None:
-    """Require that every call raises one of `kinds` and leaves the state as it was."""
+    """Raise Broken unless every call raises an exception of one of `kinds` and leaves the state as it was.
+
+    calls: {description: call}; the error names the call by its description.
+    """
     before = state.to_bytes()
     wanted = " or ".join(kind.__name__ for kind in kinds)
     for what, call in calls.items():
@@ -124,15 +127,15 @@ def check_wrong_input(method: Method, at: Setting) -> None:
 
 
 def _nested(x: Tensor) -> Tensor:
-    """Return the rows, of unequal length, as torch's nested tensor, whose shape cannot even be read."""
+    """Return the rows of x, cut to unequal lengths, as a nested torch tensor, whose shape cannot be read."""
     rows = [row[: len(row) - i % 2] for i, row in enumerate(x)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nested tensors are a prototype
+        warnings.simplefilter("ignore")  # torch warns that nested tensors are a prototype
         return torch.nested.nested_tensor(rows)
 
 
 def check_non_finite(method: Method, at: Setting) -> None:
-    """Require that NaN and infinities in keys, values or queries raise ValueError, the state unchanged."""
+    """Require that NaN or infinity in keys, values or queries raises ValueError and leaves the state unchanged."""
     state, stream = method.open(spec_for(method, at)), stream_for(method, at)
     middle = prompt_length(method) + 5
     play(state, stream, stop=middle)
@@ -179,7 +182,7 @@ def check_inputs_untouched(method: Method, at: Setting) -> None:
 
 
 def _overwrite(x: Tensor) -> None:
-    """Fill the whole storage behind x, of which x may be any view."""
+    """Overwrite the whole storage of which x is a view with the number 3."""
     torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).fill_(3)
 
 
@@ -205,7 +208,7 @@ def _read(state: State, q: Tensor, k: Tensor, v: Tensor, present: Tensor) -> lis
 
 
 def check_input_forms(method: Method, at: Setting) -> None:
-    """Require that transposed, expanded, gradient-carrying and inference-mode inputs act as plain ones do."""
+    """Require that transposed, expanded, gradient-carrying and inference-mode inputs give the results of plain ones."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     middle = prompt_length(method)
     plain = method.open(spec)

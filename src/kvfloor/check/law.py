@@ -1,4 +1,4 @@
-"""Define a check: a plain function of a method and a setting that raises `Broken` where its law fails."""
+"""Define a check: a function that tests one law on a method under a setting, and raises `Broken` if the law fails."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from kvfloor.core.method import Method
 
 
 class Broken(AssertionError):
-    """Report a law that does not hold.
+    """Report that a method breaks a law of the contract.
 
     It is raised explicitly, never by `assert`: the verdict is the same under `python -O`.
     """
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Raise Broken with the sentence `otherwise` unless `holds`."""
+    """Raise Broken with the sentence `otherwise` if `holds` is False."""
     if not holds:
         raise Broken(otherwise)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Hold the conditions of a trial: the cache's dtype, the size of the GQA group, the seed of data and states."""
+    """Hold the conditions under which a law is tested: the cache's dtype, the size g of the GQA group, and the seed."""
 
     dtype: torch.dtype = torch.float32
     g: int = 4
@@ -38,11 +38,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Check:
-    """Hold one law of the contract, and the cases that it is tried over.
+    """Hold one law of the contract, and the settings under which it is tested.
 
-    run           raises Broken where it does not hold
-    not_claimed   why the method does not claim this law, or None if it does
-    over          what the law is tried over, of "dtype" and "g": where one does not matter, a single value will do
+    run           function of a method and a setting that raises Broken if the law fails
+    not_claimed   function of a method that returns the reason why the law does not apply to it, None if it applies
+    over          the parts of a setting ("dtype", "g") on which the outcome may depend: the law is tested for several
+                  values of these, and for one value of the others
     """
 
     run: Callable[[Method, Setting], None]
@@ -55,5 +56,5 @@ class Check:
 
     @property
     def law(self) -> str:
-        """Return the law in one sentence: the first line of the function's docstring."""
+        """Return the law in one sentence: the first line of the docstring of the check's function `run`."""
         return (self.run.__doc__ or "").strip().partition("\n")[0]

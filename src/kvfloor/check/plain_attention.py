@@ -1,4 +1,4 @@
-"""Compute plain attention in any dtype: in float64 the truth, in the cache's dtype the yardstick of rounding."""
+"""Compute plain attention: in float64 as the truth, in the cache's dtype to measure how much rounding is normal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from kvfloor.core.spec import Spec
 def attention(
     q: Tensor, k: Tensor, v: Tensor, spec: Spec, zero_logits: Tensor | None = None, hide: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return mean (..., m, dv) and log-mass (..., m) of q (..., m, d) over k (..., s, d), v (..., s, dv), in q's dtype.
+    """Return outputs (..., m, dv) and log-masses (..., m) of attention of q (..., m, d) over k (..., s, d) and v.
 
-    zero_logits (..., e, dv) are values of tokens whose logit is 0; hide (..., m, s) marks what a query may not see.
+    v (..., s, dv). A log-mass is the log-sum-exp of a query's logits. Both are in q's dtype, with the spec's scale and
+    softcap.
+    zero_logits (..., e, dv) are values of further tokens, whose logit is 0; hide (..., m, s) marks the tokens that a
+    query does not see.
     """
     logits = torch.matmul(q, k.transpose(-1, -2)) * spec.scale
     if spec.softcap is not None:

@@ -1,4 +1,7 @@
-"""Check randomness: draws follow from seed and row ids, shared values from method and spec."""
+"""Check randomness: random draws depend on seed and row ids alone, shared tensors on method and spec alone.
+
+A row is the stream of one kv head of one sequence. Its row id is the identity in the spec that keys its random draws.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from kvfloor.core.method import Method
 
 
 def check_seeded(method: Method, at: Setting) -> None:
-    """Require that seed and row ids decide everything; no global generator is read or advanced."""
+    """Require that results depend on seed and row ids alone, and no global random generator is read or advanced.
+
+    A row id is the identity in the spec that keys the random draws of a row, the stream of one kv head.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     messages, outputs = [], []
     mine = random.getstate()
@@ -38,7 +44,10 @@ def check_seeded(method: Method, at: Setting) -> None:
 
 
 def check_shared(method: Method, at: Setting) -> None:
-    """Require that `shared` follows from method and spec alone, never from the stream."""
+    """Require that the tensors in `State.shared` depend on method and spec alone, never on the stream.
+
+    Such tensors, random projections for example, are not counted as memory, and a saved state need not contain them.
+    """
     spec = spec_for(method, at)
     fresh, used = method.open(spec), method.open(spec)
     play(used, stream_for(method, at))
@@ -51,7 +60,7 @@ def check_shared(method: Method, at: Setting) -> None:
 
 
 def check_clone(method: Method, at: Setting) -> None:
-    """Require that a clone shares no storage with its original and goes on as the original would."""
+    """Require that a clone shares no storage with its original and continues with the same bits."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     middle = stream.prompt + 5
     state = method.open(spec)

@@ -1,4 +1,7 @@
-"""Check that answers equal the reference law where the method claims it, and that claimed traits hold."""
+"""Check that answers equal exact attention where a method claims it, and that its other claims (`Traits`) hold.
+
+The other claims are normalised weights, linearity in values and constant memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from kvfloor.core.state import State
 
 
 def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
-    """Return the slots (rows, m, s) that the selector leaves unread for q (rows, m, d); None without a selector."""
+    """Return a mask (rows, m, s) of the slots that the selector skips for q (rows, m, d); None if it skips none."""
     slots = state.slots
     if slots is None or method.parts.selector is None or not isinstance(state, Blocked):
         return None
@@ -28,14 +31,14 @@ def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
 
 
 def waits_whole(method: Method) -> bool:
-    """Return True if the first token is kept whole, whatever becomes of it later."""
+    """Return True if the method keeps the first token whole, its key and value unchanged, just after it is appended."""
     state, stream = method.open(spec_for(method, Setting())), stream_for(method, Setting(), n=1)
     state.append(stream.k, stream.v)
     return all(len(row.position) == 1 for row in tokens_of(state)) and state.slots is not None
 
 
 def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
-    """Return True if every token seen is held whole and read by every query q (rows, m, d)."""
+    """Return True if the state holds every token that it has seen, and every query q (rows, m, d) reads all of them."""
     slots = state.slots
     held = state.held if slots is None else slots.held
     whole = bool((held == state.seen).all())
@@ -46,7 +49,7 @@ def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
 
 
 def check_reference(method: Method, at: Setting) -> None:
-    """Require exact attention while no token is lost, to 1.5 times the error of plain same-dtype attention."""
+    """Require exact attention while no token was evicted, within 1.5 times the error of plain same-dtype attention."""
     for softcap in (None, 4.0):
         spec, stream = replace(spec_for(method, at), softcap=softcap), stream_for(method, at)
         state, budget = method.open(spec), method.budget
@@ -73,7 +76,11 @@ def check_reference(method: Method, at: Setting) -> None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Hold one row's queries (m, d), held tokens (h, d) and (h, dv), values of logit 0 (e, dv), unread slots (m, h)."""
+    """Hold what one row attends to: m queries q, and the keys k (h, d) and values v (h, dv) of its h held tokens.
+
+    zero_logits (e, dv) are the values of evicted tokens that keep logit 0, or None; hide (m, h) marks the held tokens
+    that a query does not read, or None.
+    """
 
     q: Tensor
     k: Tensor
@@ -87,7 +94,11 @@ class _Kept:
 
 
 def check_attends_to_held(method: Method, at: Setting) -> None:
-    """Require attention over the held tokens that are read; under the unmasked law evicted tokens have logit 0."""
+    """Require exact attention over the held tokens that are read; "unmasked" methods add evicted ones at logit 0.
+
+    A held token is read unless the method's selector skips it for the query. "unmasked" is a value of
+    `Traits.reference`: the attention law by which evicted tokens keep logit 0.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     q = probes(spec)
@@ -111,9 +122,9 @@ def check_attends_to_held(method: Method, at: Setting) -> None:
 
 
 def check_hull(method: Method, at: Setting) -> None:
-    """Require normalised weights: each coordinate of an answer lies between the least and the most value so far."""
+    """Require normalised weights: each coordinate of an answer lies in that coordinate's range of the values so far."""
     spec, stream = spec_for(method, at), stream_for(method, at)
-    # Far from 0, so that weights that do not sum to 1 show; every coordinate elsewhere, so that mixing them does.
+    # Values far from 0 reveal weights that do not sum to 1; a different range per coordinate reveals mixed coordinates.
     stream = replace(stream, v=stream.v / 4.0 + torch.linspace(2.0, 6.0, spec.dv).to(at.dtype))
     outputs = play(method.open(spec), stream).double()
     low, high = stream.v.double().cummin(1).values.unsqueeze(1), stream.v.double().cummax(1).values.unsqueeze(1)
@@ -123,7 +134,10 @@ def check_hull(method: Method, at: Setting) -> None:
 
 
 def check_value_linear(method: Method, at: Setting) -> None:
-    """Require value linearity: for fixed keys and queries, combined values give the combined answers."""
+    """Require answers linear in values: values a v + b w give a times the answers to v plus b times those to w.
+
+    Keys and queries are fixed, and the tokens that are kept must be the same.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     one = (4.0 * stream.v).round() / 4.0  # quarters: their combination below is exact in every dtype
     two = (4.0 * stream_for(method, at, salt=1).v).round() / 4.0

@@ -1,4 +1,4 @@
-"""Check the row laws: rows are independent streams that one state holds side by side."""
+"""Check that rows, the (batch item, kv head) streams that one state holds, are independent of each other."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kvfloor.core.state import State
 
 
 def _row(state: State, *index: int) -> State:
-    """Return a copy of the state with these rows only."""
+    """Return a copy of the state that has only the rows at `index`."""
     part = state.clone()
     part.select_rows(torch.tensor(index))
     return part
 
 
 def check_row_order(method: Method, at: Setting) -> None:
-    """Require that permuting rows permutes answers and memory."""
+    """Require that permuting the rows of the input permutes answers and memory, and changes nothing else."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     order = [(r + 1) % spec.rows for r in range(spec.rows)]
     state = method.open(spec)
@@ -31,7 +31,7 @@ def check_row_order(method: Method, at: Setting) -> None:
 
 
 def check_row_isolation(method: Method, at: Setting) -> None:
-    """Require that changing one row never changes a bit of another."""
+    """Require that other input in one row never changes a bit of another row's answers and memory."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     changed, intruder = spec.rows - 1, stream_for(method, at, salt=1)
     other = stream_for(method, at)
@@ -49,7 +49,10 @@ def check_row_isolation(method: Method, at: Setting) -> None:
 
 
 def check_row_alone(method: Method, at: Setting) -> None:
-    """Require that a row alone, given its id, keeps the tokens that it keeps in a batch, given its id."""
+    """Require that a row keeps the same tokens in a state of its own as in a batch, under the same row id.
+
+    The answers must agree too. A row id is the identity in the spec that keys the row's random draws.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     outputs = play(state, stream)
@@ -61,7 +64,7 @@ def check_row_alone(method: Method, at: Setting) -> None:
 
 
 def check_select_rows(method: Method, at: Setting) -> None:
-    """Require that selected rows continue as in the batch, and that a repeated row becomes two independent rows."""
+    """Require that rows kept by `select_rows` continue as in the batch, and copies of a row become independent."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     last = rows_of(method) - 1
     index, middle = [last, 0, last], stream.prompt + 5

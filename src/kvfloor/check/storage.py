@@ -1,4 +1,7 @@
-"""Check the memory laws: nbytes counts all storage, and a message restores all of it or is refused."""
+"""Check that nbytes counts all storage, and that saved states are restored exactly or refused.
+
+A message is the bytes of `State.to_bytes`, from which `Method.from_bytes` restores a state.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 
 _SAMPLED = 24
-_SLACK_BYTES = 8  # what a count, a flag or a container may be charged
+_SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a container
 
 
 def storages(state: State) -> tuple[dict[int, int], int]:
-    """Measure every tensor storage reachable from the state, by address, and the bytes of all other objects.
+    """Return ({address: bytes} of every tensor storage that the state reaches, total bytes of all other objects).
 
-    Independent of `Memory`: it follows every attribute and container. Left out, because both sides of a message
-    know them: the method, specs and `state.shared`.
+    The walk follows every attribute and container, and does not use `Memory`, the code under test. The method, specs
+    and `state.shared` are left out, because a saved state need not contain them.
     """
     found: dict[int, int] = {}
     others, met = 0, {id(state.shared)}  # a part may hold the same dictionary
@@ -54,7 +57,7 @@ def storages(state: State) -> tuple[dict[int, int], int]:
 
 
 def check_nbytes(method: Method, at: Setting) -> None:
-    """Require that at every step nbytes is the bytes of the storages that an independent walk finds."""
+    """Require that at every step nbytes equals the bytes of the tensors that an independent walk of the state finds."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
 
@@ -69,7 +72,7 @@ def check_nbytes(method: Method, at: Setting) -> None:
 
 
 def check_message_round_trip(method: Method, at: Setting) -> None:
-    """Require that a state restored from its message answers and continues with the same bits."""
+    """Require that a state restored from its message (`to_bytes`) answers and continues with the same bits."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     present = some_absent(stream, at.seed)
     live = method.open(spec)
@@ -106,7 +109,7 @@ def _require_twin(live: State, spec: Spec, when: str) -> None:
 
 
 def check_corrupt_message(method: Method, at: Setting) -> None:
-    """Require that a message that was truncated, lengthened or changed in one bit raises CorruptState."""
+    """Require that a message (`to_bytes`) that was truncated, lengthened or changed in a bit raises CorruptState."""
     state = method.open(spec_for(method, at))
     play(state, stream_for(method, at))
     message = state.to_bytes()

@@ -1,4 +1,4 @@
-"""Check the stream laws: cuts, later tokens and other queries must not change an answer."""
+"""Check that answers do not change with the cuts of a stream into calls, later tokens, other queries, or padding."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from kvfloor.core.method import Method
 def check_chunking(method: Method, at: Setting) -> None:
     """Require that any split of a stream into calls keeps the same tokens and gives the same answers.
 
-    Across 20 block ends, with and without pads, by random pieces and token by token, from tensors that lie elsewhere
-    in memory. Where memory never grows and whole tokens wait for their block's end, the messages are the same bytes
-    too.
+    Tested across 20 block ends, with and without padding, by random pieces and token by token, from tensors that lie
+    elsewhere in memory. For a method of constant memory that keeps tokens in slots, the states' bytes (`to_bytes`) must
+    be equal too.
     """
     spec, n = spec_for(method, at), long_stream_length(method)
     stream = stream_for(method, at, n=n)
@@ -64,7 +64,7 @@ def check_causality(method: Method, at: Setting) -> None:
 
 
 def check_queries_independent(method: Method, at: Setting) -> None:
-    """Require that a query's answer does not depend on which other queries are asked with it."""
+    """Require that the answer to a query does not depend on the other queries of the same `read`."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     play(state, stream)
@@ -81,7 +81,7 @@ def check_queries_independent(method: Method, at: Setting) -> None:
 
 
 def check_pads(method: Method, at: Setting) -> None:
-    """Require that absent tokens never enter: whatever they hold, a padded row acts as its real tokens do."""
+    """Require that padding has no effect, whatever numbers it holds: a padded row behaves as its real tokens alone."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     present = some_absent(stream, at.seed)
     absent = ~present

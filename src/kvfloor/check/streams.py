@@ -1,4 +1,4 @@
-"""Provide the checks with seeded streams, ways to feed them, and the tokens that a state holds."""
+"""Draw seeded streams of tokens for the checks, feed them to states, and compare the tokens that states hold."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 
-WIDTH = 17  # odd, so that hardly a row starts on a boundary of memory: some kernels round by that
+WIDTH = 17  # odd, so that few rows start on an aligned address: the rounding of some kernels depends on alignment
 _ROWS = 3
 _BLOCK_ENDS = 20
-_LONG = 1 << 20  # a stream by which every bound of `capacity` is reached
+_LONG = 1 << 20  # so many tokens that `capacity` has reached its bound, if it has one
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Hold the tokens to feed: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
+    """Hold n tokens per row to feed to a state: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
 
-    `seal` comes after `prompt` of them.
+    The first `prompt` tokens are the prompt, after which `State.seal` is called.
     """
 
     q: Tensor
@@ -42,25 +42,25 @@ class Stream:
         return replace(self, q=self.q[at], k=self.k[at], v=self.v[at])
 
     def with_tail(self, other: Stream, start: int) -> Stream:
-        """Return this stream up to `start`, the other one from there on."""
+        """Return a stream with the tokens of this one before `start`, and those of `other` from there on."""
         q = torch.cat([self.q[:, :, :start], other.q[:, :, start:]], 2)
         k = torch.cat([self.k[:, :start], other.k[:, start:]], 1)
         return replace(self, q=q, k=k, v=torch.cat([self.v[:, :start], other.v[:, start:]], 1))
 
     def packed(self, present: Tensor) -> Stream:
-        """Return the present (n,) tokens only."""
+        """Return a stream of the tokens that present (n,), bool, marks; the others are left out."""
         prompt = int(present[: self.prompt].sum())
         return Stream(self.q[:, :, present], self.k[:, present], self.v[:, present], prompt)
 
 
 def rows_of(method: Method) -> int:
-    """Return the method's number of budgets as the number of rows, if it has one budget per row."""
+    """Return the number of rows to test a method with: one per budget if it has a budget per row, otherwise 3."""
     budget = method.budget
     return len(budget) if isinstance(budget, tuple) else _ROWS
 
 
 def of_rows(method: Method, index: Sequence[int]) -> Method:
-    """Return the method for some rows only, with their budgets if it has one per row."""
+    """Return the method for the rows at `index`: with their budgets if it has one per row, otherwise itself."""
     budget = method.budget
     if not isinstance(budget, tuple):
         return method
@@ -69,7 +69,7 @@ def of_rows(method: Method, index: Sequence[int]) -> Method:
 
 
 def spec_for(method: Method, at: Setting) -> Spec:
-    """Return a spec whose row ids differ from row places, so that the two cannot be mistaken for each other."""
+    """Return the spec to test a method with; its row ids differ from row indices, so that a mix-up would show."""
     rows, d = rows_of(method), width_of(method)
     ids = [11 + 5 * ((r + 1) % rows) for r in range(rows)]
     plain = Spec(rows=rows, d=d, dv=WIDTH, scale=d**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
@@ -77,12 +77,15 @@ def spec_for(method: Method, at: Setting) -> Spec:
 
 
 def width_of(method: Method, otherwise: int = WIDTH) -> int:
-    """Return the key width to try a method at: what its parameters were trained for, or any."""
+    """Return the key width d to test a method with: the one its parameters were trained for, or `otherwise`."""
     return otherwise if method.traits.trained_for is None else method.traits.trained_for[2]
 
 
 def placed(method: Method, spec: Spec) -> Spec:
-    """Return the spec with a place for every row, if the method has trained parameters: heads first, then layers."""
+    """Return the spec with a (layer, kv head) place for every row, if the method has trained parameters.
+
+    Rows are the heads of the first layer, then those of the next. Without trained parameters the spec is returned.
+    """
     if method.traits.trained_for is None:
         return spec
     layers, heads, _ = method.traits.trained_for
@@ -90,23 +93,26 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return a prompt length that overflows the method's bound by a block, and ends inside a block."""
+    """Return a prompt length in tokens that exceeds the method's capacity by a block, and ends inside a block."""
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
 
 
 def stream_length(method: Method) -> int:
-    """Return the length of the prompt and more than a block after it."""
+    """Return a stream length in tokens: a prompt of `prompt_length`, and more than one block after it."""
     return prompt_length(method) + method.block + 14
 
 
 def long_stream_length(method: Method) -> int:
-    """Return a length as `stream_length` does, across 20 block ends at least."""
+    """Return a stream length in tokens, at least `stream_length`, that contains at least 20 block ends."""
     return max(stream_length(method), _BLOCK_ENDS * method.block + method.block // 2 + 1)
 
 
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
-    """Draw a stream for this method: n tokens of normal keys and values in [-1, 1]."""
+    """Draw a random stream of n tokens: normal queries and keys, uniform values in [-1, 1].
+
+    spec and n are those of `spec_for` and `stream_length` unless given. Another `salt` gives another stream.
+    """
     spec = spec_for(method, at) if spec is None else spec
     n = stream_length(method) if n is None else n
     source = torch.Generator().manual_seed(1000 * at.seed + salt)
@@ -118,18 +124,18 @@ def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | N
 
 
 def _off_boundary(x: Tensor) -> Tensor:
-    """Return the same numbers inside a larger storage, three further on, as a slice of a caller's tensor may lie."""
+    """Return a copy of x that starts three numbers into a larger storage, unaligned as slices of a tensor may be."""
     return x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x)
 
 
 def probes(spec: Spec, m: int = 5) -> Tensor:
-    """Draw queries (rows, m, d) for `read` that belong to no stream."""
+    """Draw m random queries per row for `State.read`, (rows, m, d), which belong to no stream."""
     source = torch.Generator().manual_seed(977 + spec.seed)
     return (2.0 * torch.randn(spec.rows, m, spec.d, generator=source)).to(spec.dtype)
 
 
 def some_absent(stream: Stream, seed: int) -> Tensor:
-    """Draw present (rows, n): a third of the tokens is padding, and rows differ in how many are real."""
+    """Draw a mask (rows, n), True for the real tokens of a stream: a third is padding, in each row another share."""
     rows, n = stream.k.shape[:2]
     source = torch.Generator().manual_seed(31 + seed)
     share = 1.0 - torch.arange(1, rows + 1).unsqueeze(1) / (1.5 * (rows + 1))
@@ -137,7 +143,7 @@ def some_absent(stream: Stream, seed: int) -> Tensor:
 
 
 def small_pieces(n: int) -> list[int]:
-    """Draw cuts of n tokens into pieces of 1 to 9."""
+    """Return the ends of pieces of 1 to 9 tokens that cut a stream of n tokens; the last end may lie beyond n."""
     cuts, sizes = [], cycle((1, 1, 2, 5, 1, 9, 3))
     while sum(cuts[-1:]) < n:
         cuts.append(sum(cuts[-1:]) + next(sizes))
@@ -153,9 +159,10 @@ def play(
     present: Tensor | None = None,
     after: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Step through tokens start..stop in pieces that end at `cuts`, sealing where the prompt ends.
+    """Feed tokens start .. stop - 1 of a stream to `state.step`, in pieces that end at `cuts`; return the outputs.
 
-    Returns the outputs (rows, g, stop - start, dv). `after(i)` is called when i tokens of the stream are in.
+    Outputs are (rows, g, stop - start, dv). `State.seal` is called where the prompt ends. present (rows, n) marks the
+    real tokens. `after(i)` is called after each piece, with the number i of tokens fed so far.
     """
     stop = stream.n if stop is None else stop
     edges = sorted({start, stop, *(c for c in (*cuts, stream.prompt) if start < c < stop)})
@@ -172,7 +179,7 @@ def play(
 
 @dataclass(frozen=True)
 class Tokens:
-    """Hold one row's whole tokens, by age: position (h,), k (h, d), v (h, dv)."""
+    """Hold the h tokens in one row's slots, oldest first: position in the stream (h,), k (h, d), v (h, dv)."""
 
     position: Tensor
     k: Tensor
@@ -180,7 +187,7 @@ class Tokens:
 
 
 def tokens_of(state: State) -> list[Tokens]:
-    """Return the whole tokens of every row; nothing for a state without a token store."""
+    """Return the tokens in the slots of every row; an empty list for a state without slots."""
     slots = state.slots
     if slots is None:
         return []
@@ -193,7 +200,7 @@ def tokens_of(state: State) -> list[Tokens]:
 
 
 def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> None:
-    """Raise Broken unless the rows of a and b hold the same tokens, bit for bit."""
+    """Raise Broken unless the rows of a and b hold the same tokens, bit for bit; `what` begins the error."""
     require(len(a) == len(b), f"{what}: one holds {len(a)} rows of tokens, the other {len(b)}")
     for row, (one, two) in enumerate(zip(a, b, strict=True)):
         if not torch.equal(one.position, two.position):
@@ -204,9 +211,10 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 
 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
-    """Raise Broken unless a and b saw equally much, hold the same tokens and answer alike.
+    """Raise Broken unless states a and b have seen equally many tokens, hold the same ones and answer alike.
 
-    Where memory never grows and whole tokens wait for their block's end, the messages must be the same bytes too.
+    For a method of constant memory that keeps tokens in slots, the states' bytes (`to_bytes`) must be equal too. `what`
+    names the two states in the error.
     """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
     require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")

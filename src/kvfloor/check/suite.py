@@ -1,4 +1,4 @@
-"""List the laws, and try a method against them."""
+"""List the laws of the contract as checks, and run them on a method."""
 
 from __future__ import annotations
 
@@ -118,12 +118,12 @@ CHECKS: dict[str, Check] = {
 }
 
 
-_OF_THE_METHOD = {"text", "documented"}  # no stream is fed
+_OF_THE_METHOD = {"text", "documented"}  # checks of the method itself, without a stream
 
 
 @dataclass
 class Outcome:
-    """Record the laws that hold for a method, and the reasons why others fail or are not claimed."""
+    """Record which laws a method passed, failed and skipped, by check name; failures and skips with the reason."""
 
     method: str
     passed: list[str] = field(default_factory=list)
@@ -142,12 +142,14 @@ def run_checks(
     groups: Sequence[int] = (1, 4),
     seed: int = 0,
 ) -> Outcome:
-    """Try every law that the method claims, under every dtype and GQA group where these matter to it.
+    """Test a method on every law that it claims, and return which laws passed, failed or were skipped.
 
-    Elsewhere the first dtype and the last group stand for all. A law that fails is listed with its first failure;
-    a check that ends in any other exception has failed as well. Tensor attention is tried as standard attention, its
-    two sides taking turns (`check/ones.py`).
-    Raises ValueError where the method cannot be opened at all (no budget, say).
+    A law whose outcome may depend on the dtype is tested for all dtypes, otherwise for the first one; a law whose
+    outcome may depend on the GQA group is tested for all groups, otherwise for the last one. A law fails at its first
+    Broken or any other exception, whose message is recorded in `Outcome.failed`. Tensor attention (softmax over pairs
+    of tokens) is tested as standard attention, with the stream alternately as its first and its second keys and values
+    (`check/tensor_adapter.py`).
+    Raises ValueError if the method cannot be opened at all (for want of a budget, say).
     """
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law
     outcome, sides = Outcome(str(method)), beside_ones(method)
@@ -171,7 +173,10 @@ def run_checks(
 
 
 def _try(check: Check, trials: Sequence[tuple[Method, Setting]]) -> tuple[str | None, str | None]:
-    """Return why the law is not claimed, or else why it does not hold, or else neither."""
+    """Run a check on each (method, setting) of `trials`; return (reason to skip the law, reason why it failed).
+
+    At most one of the two is not None; both are None if the law holds.
+    """
     where = ""
     try:
         unclaimed = check.not_claimed(trials[0][0])

@@ -1,4 +1,7 @@
-"""Turn tensor attention into standard attention by ones beside every key and value, so every law applies."""
+"""Reduce tensor attention to standard attention by second keys and values of ones, so that every law can be tested.
+
+Tensor attention is softmax over pairs of tokens; each token has two keys K1, K2 and two values V1, V2.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,16 @@ from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 
 @dataclass(frozen=True)
 class Ones(Method):
-    """Wrap `inner`, a tensor-attention method: `side` (1 or 2) takes the stream, the other side takes ones.
+    """Wrap a tensor-attention method `inner` as standard attention, by ones as its second keys and values.
 
-    With K2 = V2 = 1 tensor attention is standard attention on (K1, V1), each token's mass counted once per token.
+    Tensor attention is softmax over pairs of tokens; a token has keys and values (K1, V1) and (K2, V2). `side` is 1 or
+    2: the stream's keys and values become (K1, V1) for 1, (K2, V2) for 2, and the other two become ones. With
+    K2 = V2 = 1 tensor attention is standard attention on (K1, V1), but n tokens count each token's mass n times.
     """
 
     name: ClassVar[str] = "ones"
@@ -34,7 +39,7 @@ class Ones(Method):
 
     @property
     def kept(self) -> Method:
-        """Return `inner` as a method."""
+        """Return `inner`, the tensor-attention method, as a Method."""
         return cast(Method, self.inner)
 
     @property
@@ -66,17 +71,13 @@ class Ones(Method):
         return f"{type(self).__module__}:{type(self).__name__}(inner={str(self.inner)!r},side={self.side})"
 
 
-class OnesState(State):
-    """Feed a state of tensor attention with ones."""
+class OnesState(State[Ones]):
+    """Feed a state of tensor attention with the stream and ones, as `Ones` sets it, and return the state's answers."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)
         self.inner = method.kept.open(spec)
         self.shared = self.inner.shared
-
-    @property
-    def _plan(self) -> Ones:
-        return cast(Ones, self.method)
 
     @property
     def held(self) -> Tensor:
@@ -87,11 +88,11 @@ class OnesState(State):
 
     def _select_rows(self, index: Tensor) -> None:
         super()._select_rows(index)
-        self.method = replace(self._plan, inner=self.inner.method)  # budgets per row travel with their rows
+        self.method = replace(self.method, inner=self.inner.method)  # budgets per row travel with their rows
 
     def _beside(self, x: Tensor) -> Tensor:
         both = [x, torch.ones_like(x)]
-        return torch.cat(both if self._plan.side == 1 else both[::-1], -1)
+        return torch.cat(both if self.method.side == 1 else both[::-1], -1)
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         self.inner._append(self._beside(k), self._beside(v), take)
@@ -112,11 +113,15 @@ class OnesState(State):
         self.inner.seal()
 
     def _counted_once(self, part: Partial) -> Partial:
-        """Count each token's mass once per paired token: tokens held if kept whole, else all tokens seen."""
-        paired = self.seen if self._plan.traits.lossy_values else self.held
+        """Return the partial (mean and log-mass of attention) with the mass divided by a token's number of partners.
+
+        Tensor attention pairs each token with every token: with those held if tokens are kept whole, otherwise with all
+        tokens seen.
+        """
+        paired = self.seen if self.method.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))
 
 
 def beside_ones(method: Method) -> list[Method]:
-    """Return the methods to try in a method's place: itself, or for tensor attention its two sides."""
+    """Return the methods to test in place of `method`: itself, or for tensor attention its two wraps in `Ones`."""
     return [method] if method.traits.reference != "tensor" else [Ones(method, 1), Ones(method, 2)]

@@ -1,4 +1,8 @@
-"""Check the token laws: number, identity and owner of held tokens, and the fate of evicted tokens."""
+"""Check the tokens that a state holds, their number and origin, and that evicted tokens enter the summary once.
+
+A summary is the part of a method that absorbs evicted tokens. A selector is the part that picks, for each query, the
+held tokens to read.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +34,14 @@ from kvfloor.core.summary import Summary, SummaryState
 
 
 def _budgets(method: Method, rows: int) -> list[int] | None:
-    """Return the tokens per row that a method of whole tokens was given, if it has a budget."""
+    """Return each row's budget in tokens; None for a method without budget, or one that does not keep whole tokens."""
     if method.traits.lossy_values or method.budget is None:
         return None
     return tokens(method.budget, rows)
 
 
 def check_capacity(method: Method, at: Setting) -> None:
-    """Require that at every step a row holds at most `capacity`, and at least what its budget has room for."""
+    """Require that a row always holds at most `Method.capacity` tokens, and as many as its budget has room for."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state, budgets = method.open(spec), _budgets(method, spec.rows)
 
@@ -75,7 +79,7 @@ def check_held_tokens(method: Method, at: Setting) -> None:
 
 
 def check_pinned(method: Method, at: Setting) -> None:
-    """Require that pinned tokens never leave, not through a message, a copy or a selection of rows either."""
+    """Require that pinned tokens are never evicted, also not from a restored state, a clone or selected rows."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     start, stop = 5, 6
@@ -102,7 +106,7 @@ def check_pinned(method: Method, at: Setting) -> None:
 
 @dataclass(frozen=True)
 class CountingProbe(Summary):
-    """Count and add up the tokens that it absorbs, as a probe that answers nothing."""
+    """Count the evicted tokens and sum their keys and values: a summary for tests that adds nothing to the answers."""
 
     name: ClassVar[str] = "tally"
 
@@ -163,9 +167,10 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 
 
 def _check_weight(state: State, stream: Stream, at: Setting) -> None:
-    """Require equal weights for a query of zeros under the unmasked law, but for held tokens that it does not read.
+    """Raise Broken unless a query of zeros gives every token, evicted or held, the unnormalised weight exp(0) = 1.
 
-    So constant values are answered, with a mass of one per token.
+    Only for methods of the "unmasked" law, by which evicted tokens keep logit 0. Held tokens that the selector skips
+    have no weight. All values are 1, so the answer must be 1, and the mass the number of tokens that are not skipped.
     """
     stream = replace(stream, v=torch.ones_like(stream.v))
     nothing = torch.zeros_like(probes(state.spec, 1))
@@ -183,7 +188,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 
 
 def check_selector_subset(method: Method, at: Setting) -> None:
-    """Require that a selector reads some visible tokens, never none, and that evicted tokens have no influence."""
+    """Require that a selector reads visible tokens only, at least one per query, and evicted ones have no effect."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
@@ -195,13 +200,16 @@ def check_selector_subset(method: Method, at: Setting) -> None:
         _check_choosing(state, q, source)
     before = state.read(q).mean
     held = torch.zeros(slots.k.shape[0], dtype=torch.bool)
-    held[slots.live_index()] = True
+    held[slots.live()] = True
     slots.k[~held], slots.v[~held] = 50.0, 50.0
     require_same_bits(state.read(q).mean, before, "answers before and after slots that hold no token were overwritten")
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Require that a selector without an index hides all slots that it is given to hide, but not every slot."""
+    """Raise Broken unless a selector without an index hides all the slots that it must, and leaves some for each query.
+
+    The slots to hide are drawn at random from `source` and given as the argument `hide` of `Selector.hide`.
+    """
     view = state.slots.view()
     width = view.k.shape[1]
     for hidden_share in (0.0, 0.5, 0.9):
@@ -217,9 +225,10 @@ def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator)
 
 
 def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Require that a selector with an index chooses, for every query, among the first slots that it may see, each once.
+    """Raise Broken unless a selector with an index chooses visible slots only: at least one per query, and none twice.
 
-    A query comes with a token of the open block, and sees at least what is older.
+    The number of visible slots is drawn at random from `source` for each query: at least all held slots but those of
+    the tokens since the last block end (a block is the number of tokens between two evictions).
     """
     held = state.slots.held.unsqueeze(1)
     newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))

@@ -1,4 +1,4 @@
-"""Bound the difference of two answers, in one table by dtype. Every check draws values of size at most 1."""
+"""Compare answers within tolerances, given in one table by dtype. Every check draws values of size at most 1."""
 
 from __future__ import annotations
 
@@ -7,40 +7,48 @@ from torch import Tensor
 
 from kvfloor.check.law import require
 
-# Two answers to the same question from products of different shape: each is rounded to the dtype once (half a unit
-# in the last place of 1) and its weights were rounded inside the product, float32 logits of size 10 by about 1e-6.
-# Answers larger than 1, of methods whose weights do not sum to 1, may err as much relative to themselves.
+# Allowed difference of two answers to one query from products of different shapes. Each answer is rounded to the dtype
+# once (half a unit in the last place of 1), and its weights are rounded inside the product: float32 logits of size 10
+# err by about 1e-6. Answers larger than 1, of methods whose weights do not sum to 1, may err as much relative to their
+# size.
 AGREE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
-# Against float64, an answer may err 1.5 times as much as plain attention in the same dtype does (the rule of
-# FlashAttention's tests is 2), plus what rounding does where plain attention happens to be exact: in half precision to
-# one answer of size 1, otherwise to the few float32 or float64 sums behind a log-mass of size 8.
+# Against float64, an answer may err 1.5 times as much as plain attention in the same dtype (2 times in FlashAttention's
+# tests). ROUNDING is added for cases in which plain attention happens to be exact: in half precision it is the
+# rounding of one answer of size 1, otherwise that of the few float32 or float64 sums behind a log-mass of size 8.
 TIMES_PLAIN = 1.5
 ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference between a and b; equal infinities differ by 0, NaN by infinity."""
+    """Return the largest absolute difference between a and b; equal infinities differ by 0, NaN by infinity."""
     a, b = a.to(torch.float64), b.to(torch.float64)
     difference = torch.where(a == b, 0.0, (a - b).abs())
     return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
 
 
 def _relatively_apart(a: Tensor, b: Tensor) -> float:
-    """Return the difference as `apart` does, numbers of b beyond 1 in units of themselves."""
+    """Return the largest difference between a and b, divided by |b| where that is more than 1."""
     unit = b.to(torch.float64).abs().clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
     return apart(a.to(torch.float64) / unit, b.to(torch.float64) / unit)
 
 
 def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:
-    """Raise Broken unless a and b agree within the dtype's tolerance for numbers of this size."""
+    """Raise Broken unless a and b agree within the dtype's tolerance times `size`, the typical size of their numbers.
+
+    `what` begins the error's message, as in all functions of this module.
+    """
     require(a.shape == b.shape, f"{what}: the shapes are {tuple(a.shape)} and {tuple(b.shape)}")
     difference, allowed = _relatively_apart(a, b), AGREE[dtype] * size
     require(difference <= allowed, f"{what}: they differ by {difference:.3g}, allowed is {allowed:.3g}")
 
 
 def require_accuracy(answer: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Raise Broken unless `answer` is as close to the float64 `truth` as `plain`, the same-dtype reference, allows."""
+    """Raise Broken unless the error of `answer` is at most 1.5 times that of `plain` plus the dtype's rounding.
+
+    An error is the largest difference from the float64 `truth`; `plain` is plain attention in the answer's dtype.
+    `what` begins the error's message.
+    """
     error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + ROUNDING[dtype]
     require(error <= allowed, f"{what}: the error is {error:.3g}, allowed is {allowed:.3g}")
 

@@ -1,4 +1,4 @@
-"""Check positions within a state: the law of `Spec.rotation` for a method that claims `turns`."""
+"""Check that keys and queries are rotated (RoPE) by their ranks among held tokens, for methods that claim `turns`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from kvfloor.core.spec import Spec
 
 
 def check_turns(method: Method, at: Setting) -> None:
-    """Require attention over held tokens under a rotation, keys and queries turned to their ranks among these."""
+    """Require attention over held tokens with keys and queries rotated (RoPE) by their ranks among these tokens.
+
+    The oldest held token has rank 0. A query has the rank of the newest held token.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     rotation = Rotation(tuple(5.0**-i for i in range(max(1, spec.d // 4))))
     spec = replace(spec, rotation=rotation)
@@ -51,7 +54,11 @@ def check_turns(method: Method, at: Setting) -> None:
 def _attention(
     kept: tuple[Tensor, Tensor, Tensor, Tensor | None], spec: Spec, hide: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and log-mass in `dtype` of q (m, d), k (h, d), v (h, dv) and values of logit 0 (e, dv)."""
+    """Return plain attention of one row in `dtype`: outputs (m, dv) and log-masses (m,).
+
+    kept: queries (m, d), keys (h, d), values (h, dv), and values of tokens of logit 0 (e, dv) or None. hide (m, h)
+    marks the keys that a query does not see.
+    """
     q, k, v, left = kept
     zero_logits = None if left is None else left.to(dtype)
     return attention(q.to(dtype), k.to(dtype), v.to(dtype), spec, zero_logits, hide)

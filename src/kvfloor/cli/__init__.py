@@ -1,4 +1,4 @@
-"""Parse the command line, run the command, print the result."""
+"""Provide the command `kvfloor`: parse the command line, run the subcommand, print the result."""
 
 from kvfloor.cli.commands import app, main
 

@@ -1,4 +1,8 @@
-"""Make the options of `kvfloor break` from the table of barriers and the signatures of their plays."""
+"""Derive the command-line options of `kvfloor break` from the games that it can play.
+
+A barrier is a lower-bound theorem whose hard instance is played as a game against a method. Each barrier has a function
+`play`; an option is made for every argument of these functions.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,11 @@ from kvfloor.game import ARGUMENTS, BARRIERS
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` an option for `--barrier` and for each argument of a barrier that `ARGUMENTS` describes.
+    """Return `command` as a function whose signature has one command-line option per argument of a barrier.
 
-    The command is called with `method`, `barrier`, `out`, `as_json`, and `arguments`, a dict of what was given.
+    A barrier is a game played against a method; `ARGUMENTS` describes the arguments. The function also takes a method,
+    `--barrier`, `--out` and `--json`. It calls `command` with `method`, `barrier`, `out`, `as_json` and `arguments`, a
+    dict of the options that were given.
     """
     names = [name for name in ARGUMENTS if any(name in barrier.arguments for barrier in BARRIERS.values())]
     parameters = [
@@ -58,13 +64,16 @@ def _option(name: str) -> inspect.Parameter:
 
 
 def _kind(annotation: Any) -> Any:
-    """Return the type of an option's value: the annotation's type beside None."""
+    """Return the type of an option's value from its annotation: int for `int | None`, str for a Literal of strings."""
     first = next(one for one in get_args(annotation) or (annotation,) if one is not type(None))
     return type(get_args(first)[0]) if get_origin(first) is Literal else first
 
 
 def _usual(values: dict[str, Any]) -> str:
-    """Return the most common value, with the barriers that have another one."""
+    """Return help text for an option's default: the most common one, with the barriers that have another default.
+
+    values: {barrier: default}. Example: "4096 (tensor: 64)".
+    """
     common = Counter(values.values()).most_common(1)[0][0]
     others = ", ".join(f"{name}: {value}" for name, value in values.items() if value != common)
     return f"{common} ({others})" if others else str(common)

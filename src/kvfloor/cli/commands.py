@@ -1,6 +1,6 @@
-"""Define the command line. Every command imports its modules when it runs, so that `--help` is quick.
+"""Define the subcommands of `kvfloor`. Each imports its modules when it runs, so that `--help` is quick.
 
-Exit codes: 0 fine; 1 the thing checked falls short; 2 bad input, reported in one line on stderr.
+Exit codes: 0 success; 1 a requirement or a conformance law does not hold; 2 bad input, reported in one line on stderr.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class _Commands(TyperGroup):
-    """Resolve the commands; `break` gets its options, made from the table of barriers, once it is called."""
+    """Find the subcommand that was called, and build the options of `break` only then.
+
+    The options of `break` come from the table of barriers (lower-bound games), whose import is slow.
+    """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the name, the command and the remaining arguments."""
+        """Return the subcommand's name, its click command, and the remaining arguments."""
         name, command, rest = super().resolve_command(ctx, args)
         if name == "break":
             from kvfloor.cli.break_options import with_options
@@ -57,7 +60,10 @@ Json = Annotated[bool, JSON]
 
 
 def main() -> None:
-    """Run the command line: bad input becomes one line on stderr and exit code 2."""
+    """Run the command line and exit. Bad input becomes one line on stderr and exit code 2.
+
+    With the environment variable KVFLOOR_DEBUG, that line shows the type of the exception too.
+    """
     sys.path.insert(0, os.getcwd())  # so that module:Class finds the user's own files
     try:
         status = app(prog_name="kvfloor", standalone_mode=False)
@@ -76,7 +82,7 @@ def main() -> None:
 
 
 def _refuse(message: str, status: int = 2) -> NoReturn:
-    """Print one line on stderr, in which nothing steers a terminal, and exit."""
+    """Print the error message as one line on stderr, without control characters, and exit with code `status`."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
@@ -132,7 +138,7 @@ def audit(
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and report.html.")] = Path("out/audit"),
     as_json: Json = False,
 ) -> None:
-    """Measure what each method costs and breaks at each budget, on a real model, beside the provable floor."""
+    """Measure each method's memory and right answers on a model, at each budget, beside the provable memory floor."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -189,7 +195,7 @@ def _contexts(text: str) -> tuple[int, ...]:
 
 
 def _quiet_transformers() -> None:
-    """Silence transformers' progress bars and logs, which would break ours and the promise of one line on stderr."""
+    """Turn off transformers' progress bars and logs, so that an error stays the only line on stderr."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -227,7 +233,7 @@ def floors(
     layers: Annotated[int, typer.Option(help="Layers.", **whole())] = 1,
     as_json: Json = False,
 ) -> None:
-    """Compute the bits of memory that attention needs in the worst case, by theorem, beside those known to suffice."""
+    """Compute the memory that attention needs in the worst case, by theorem, beside the memory known to suffice."""
     from kvfloor.floors import space
 
     floor = space(
@@ -244,7 +250,11 @@ def floors(
 
 
 def _print_possible(size: int, possible: list[dict[str, Any]]) -> None:
-    """Print the floor and every memory that suffices, in bytes and as a multiple of the floor."""
+    """Print a table: the floor (least possible memory) of `size` bytes, then every memory known to suffice.
+
+    Each row has a memory's bytes and their multiple of the floor. possible: one dict per memory known to suffice, with
+    name, bytes, ratio (bytes / floor), condition (when it suffices) and vacuous (True if nothing is saved).
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -293,7 +303,7 @@ def _number(value: Any) -> str:
 
 @app.command("break")
 def break_() -> None:
-    """Play lower bounds' hard instances against a method: what it certifies against what it spends."""
+    """Play lower-bound games against a method: hidden bits decoded from its memory, beside the bits that it takes."""
     raise AssertionError("made with its options where it is called")
 
 
@@ -326,9 +336,9 @@ def check(
     method: Annotated[str, typer.Argument(help="A method, e.g. 'h2o@64', or module:Class.")],
     as_json: Json = False,
 ) -> None:
-    """Run the conformance suite on a method; exit code 1 if a law is broken."""
+    """Check that a method keeps the laws that it claims (conformance suite); exit code 1 if a law is broken."""
     from kvfloor.check import run_checks
-    from kvfloor.methods.registry import parse
+    from kvfloor.methods.grammar import parse
 
     outcome = run_checks(parse(method))
     if as_json:
@@ -345,7 +355,7 @@ def check(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the methods: policies, summaries, selectors and whole methods; --json has all columns."""
+    """List the built-in policies, summaries, selectors and whole methods; --json prints all columns."""
     from kvfloor.methods.catalogue import rows
 
     table = rows()
@@ -385,7 +395,7 @@ def train_less(
     dropout: Annotated[float, typer.Option(help="Share of hidden units that are off in training.", **real())] = 0.3,
     seed: Annotated[int, typer.Option(help="Seed of samples, first weights and order.", **whole(0))] = 0,
 ) -> None:
-    """Train the kernels of LESS for a model and a policy, and compare them with as many bytes in tokens."""
+    """Train LESS's kernels for a model and a policy, and compare them with spending the same bytes on more tokens."""
     from kvfloor.training.fit import Recipe
     from kvfloor.training.less import run
 

@@ -1,4 +1,4 @@
-"""Declare the options of the command line: numbers are plain ASCII digits within a stated range."""
+"""Declare command-line options whose numbers are checked: plain ASCII digits, within a stated range."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JSON: Any = typer.Option("--json", help="One JSON document on stdout and nothing
 
 
 def whole(least: int = 0, most: int = MOST_WHOLE) -> Any:
-    """Declare an option that takes a whole number from `least` to `most`."""
+    """Return keyword arguments for `typer.Option` that accept a whole number from `least` to `most` only."""
 
     def parse(given: str) -> int:
         text = str(given)  # a default may come as a number
@@ -28,7 +28,7 @@ def whole(least: int = 0, most: int = MOST_WHOLE) -> Any:
 
 
 def real() -> Any:
-    """Declare an option that takes a finite decimal number."""
+    """Return keyword arguments for `typer.Option` that accept a finite decimal number only."""
 
     def parse(given: str) -> float:
         text = str(given)

@@ -1,4 +1,4 @@
-"""Compute softmax attention together with its log-mass: the eager definition and torch's fused CPU path."""
+"""Compute softmax attention and its log-mass (log-sum-exp of the logits), eagerly or by torch's fused CPU kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of logits, masses and means: float32, or float64 for float64 inputs."""
+    """Return the dtype in which attention is computed: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -30,11 +30,13 @@ def attend(
     hide: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Return mean (rows, m, dv) and log-mass (rows, m) of softmax(scale q k^T + log_weight) v, in the compute dtype.
+    """Return attention outputs (rows, m, dv) of queries q over keys k and values v, and their log-masses (rows, m).
 
-    q (rows, m, d), k (rows, s, d), v (rows, s, dv); log_weight (rows, s); hide (rows or 1, m or 1, s) bool.
-    A query that sees no key gets mean 0 and log-mass -inf. `backend="flash"` raises ValueError where the fused path
-    does not apply; "auto" takes it where it does.
+    An output is the mean of the values under softmax(scale q k^T + log_weight); its log-mass is the log-sum-exp of
+    these logits. Both are in the compute dtype. A softcap c turns scale q.k into c tanh(scale q.k / c).
+    q (rows, m, d), k (rows, s, d), v (rows, s, dv); log_weight (rows, s); hide (rows or 1, m or 1, s) bool, True where
+    a query does not see a key. A query that sees no key gets mean 0 and log-mass -inf. `backend="flash"` raises
+    ValueError where torch's fused CPU kernel does not apply; "auto" uses the kernel wherever it applies.
     """
     applies = fused(q, k, v, softcap)
     if backend == "flash" and not applies:
@@ -46,10 +48,12 @@ def attend(
 
 
 def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """Return the mean (rows, g, 1, dv) for one token's queries q (rows, g, 1, d), which see all keys.
+    """Return attention outputs (rows, g, 1, dv) of the newest token's queries q (rows, g, 1, d), which see all keys.
 
-    The mean is that of `attend`. The fused path is the same kernel by torch's public function, whose wrapping is a
-    third of a short read's time; it answers in k's dtype.
+    k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs are those of
+    `attend`, without log-masses. Where the fused kernel applies it is called by torch's public function, with less
+    wrapping than in `attend`: over few keys the wrapping is a third of the time. The outputs are then in k's dtype,
+    otherwise in the compute dtype.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
@@ -60,9 +64,10 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float 
 def attend_causal(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Attend causally: query i of q (rows, g, a, d) sees the first i + 1 of the keys (rows, a, d): (rows, g, a, ...).
+    """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 of the a keys k (rows, a, d).
 
-    Mean and log-mass are those of `attend`. The fused path skips the hidden keys instead of masking them.
+    g is the GQA group, i.e. query heads per kv head. Returns outputs (rows, g, a, dv) and log-masses (rows, g, a), as
+    `attend` does. The fused kernel skips the hidden keys instead of masking them.
     """
     rows, g, a, _d = q.shape
     if backend != "eager" and fused(q, k, v, softcap):
@@ -85,7 +90,10 @@ def weigh(
     log_weight: Tensor | None = None,
     hide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean (rows, m, dv), log-mass (rows, m) and softmax weights (rows, m, s), by the definition."""
+    """Compute `attend` by its definition, and return the weights too.
+
+    Returns mean (rows, m, dv), log-mass (rows, m) and softmax weights (rows, m, s).
+    """
     dtype = compute_dtype(k.dtype)
     logits = torch.matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))
     logits = capped(logits, softcap)
@@ -105,7 +113,7 @@ def weigh(
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
-    """Return True if attention of these takes torch's fused CPU path, which never stores the logits."""
+    """Return True if torch's fused CPU attention kernel, which never stores the logits, applies to these tensors."""
     return (
         _FLASH is not None
         and softcap is None

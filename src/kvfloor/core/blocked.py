@@ -1,4 +1,4 @@
-"""Define a state that acts at every `block`-th token of a row, whatever the caller's chunking."""
+"""Define a state that evicts or compresses after every `block`-th token of a row, however calls split the stream."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.attend import attend_newest, fused
-from kvfloor.core.method import Method
 from kvfloor.core.partial import Partial
 from kvfloor.core.rotation import Circle
 from kvfloor.core.selector import Chosen, Everything, Indexed, Selector, SelectorState
 from kvfloor.core.slots import Slots, require_positions
 from kvfloor.core.spec import Spec
-from kvfloor.core.state import State
+from kvfloor.core.state import M, State
 
 
-class Blocked(State):
-    """Keep new tokens whole in `slots`, and call `_close` once a row's clock reaches a multiple of `block`.
+class Blocked(State[M]):
+    """Keep new tokens' keys and values in `slots`, and call `_close` after every `block`-th token of a row.
 
-    Each row has its own clock, so rows of different length close at different calls. A variant writes `_close`,
-    `_rest` (attention over memory outside the slots) and, if it uses queries, `_on_queries`. A selector that keeps an
-    index is given every new token; a variant that evicts tokens from its slots must give it the evicted ones.
+    A slot is the place of one held token. A row is one (batch item, kv head) stream; its clock `seen` counts its
+    tokens. Each row has its own clock, so rows of different length complete their blocks in different calls. A variant
+    (subclass) writes `_close`, which evicts or compresses; `_rest`, attention over memory outside the slots; and, if it
+    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. If it keeps an index, it is given
+    every new token; a variant that evicts tokens from its slots must give it these too.
     """
 
     slots: Slots
 
-    def __init__(self, method: Method, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
+    def __init__(self, method: M, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
         super().__init__(method, spec)
         self.slots = slots
         self.block = block
@@ -40,36 +41,47 @@ class Blocked(State):
 
     @abstractmethod
     def _close(self, rows: Tensor | None) -> None:
-        """Act on the completed block of these rows (None: all)."""
+        """Handle the end of a block in these rows (None: all), for example by evicting tokens."""
 
     def _rest(self, q: Tensor) -> Partial | None:
-        """Return attention over the memory outside the slots, or None if there is none."""
+        """Return attention of q (rows, m, d) over memory outside the slots, such as a summary: a `Partial` (rows, m).
+
+        None if there is no such memory.
+        """
         del q
         return None
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of the next `left` tokens after `seen` may be taken in at once; 0: only the block's rest.
+        """Return how many of a row's next `left` tokens may be appended in one piece, across ends of blocks.
 
-        A variant returns more than 0 where it does nothing at the ends of these tokens' blocks.
+        `seen` tokens came before. A variant returns more than 0 only if `_close` would do nothing at these ends of
+        blocks. 0: the piece must stop at the end of the open block.
         """
         del seen, left
         return 0
 
     @property
     def _selector(self) -> Selector:
-        """Return the selector, which chooses the held tokens that a query reads."""
+        """Return the selector, which chooses the held tokens that a query attends to."""
         return Everything()
 
     @property
     def _plainly_read(self) -> bool:
-        """Return True if an answer is attention over all slots and nothing else; `_on_query` gets such queries."""
+        """Return True if a query attends to all held tokens and nothing else: no selector, no summary.
+
+        Such a state may answer a decode step by `_step_one`, which gives its queries to `_on_query`.
+        """
         return False
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        """Handle answered queries q (rows, g, a, d); rows held `before` tokens before the queries' own tokens came."""
+        """Record queries q (rows, g, a, d) that were just answered, where evictions or a guarantee depend on queries.
+
+        before  (rows,) tokens that a row held before the queries' own tokens were appended
+        take    (rows,) a row's real queries are its first take[r]; the rest is padding
+        """
 
     def _on_query(self, q: Tensor, seen: int) -> None:
-        """Handle one query q (rows, g, 1, d) per row, plainly read; every row had `seen` tokens before it."""
+        """Record the queries q (rows, g, 1, d) of a decode step by `_step_one`; every row saw `seen` tokens before."""
 
     # ---- written once --------------------------------------------------------------------------------------
 
@@ -93,7 +105,11 @@ class Blocked(State):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if rows have equal clocks and counts with room for a token, and every held token is read."""
+        """Return True if the shortcut `_step_one` may answer a decode step that gives every row one token.
+
+        Every query must attend to all held tokens and nothing else. All rows must have seen equally many tokens, hold
+        equally many, and have a free slot.
+        """
         at, seen = self.slots.level, self.seen.tolist()
         return self._plainly_read and at is not None and at < self.slots.stride and min(seen) == max(seen)
 
@@ -113,7 +129,11 @@ class Blocked(State):
         return out
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
-        """Cut the packed tokens at each row's block ends; push, answer and close piece by piece."""
+        """Append the first count[r] tokens of row r and return the answers to their queries q.
+
+        The answers are a `Partial` (rows, g, t); None without q. The tokens are cut at the ends of each row's blocks.
+        After each piece `_close` is called for the rows whose block is complete.
+        """
         seen, counts = self.seen.tolist(), count.tolist()  # comparing lists is faster than comparing small tensors
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
             return self._feed_in_step(k, v, q, count, seen[0])
@@ -137,7 +157,10 @@ class Blocked(State):
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
-        """Do `_feed` by slices, where rows have equal counts and either equal clocks `seen` or one token each."""
+        """Do `_feed` for rows that get equally many tokens, by slices of k, v and q.
+
+        seen: number of tokens that each row saw before; rows may differ in it only if they get one token each.
+        """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
         # A long piece without the fused kernel would store all its logits.
@@ -162,9 +185,10 @@ class Blocked(State):
         return Partial(torch.cat([x.mean for x in parts], 2), torch.cat([x.log_mass for x in parts], 2))
 
     def _take(self, k: Tensor, v: Tensor, q: Tensor | None, take: Tensor) -> Partial | None:
-        """Push the first take[r] of these tokens, within a block; answer q (rows, g, a, d), if any: (rows, g, a).
+        """Append the first take[r] tokens of row r and return the answers to their queries q (rows, g, a, d).
 
-        Then close the blocks that they complete.
+        The answers are a `Partial` (rows, g, a); None without q. The tokens of a row lie within one block, unless
+        `_at_once` allows more. If they complete a block, `_close` is called afterwards.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
@@ -181,18 +205,27 @@ class Blocked(State):
         return part
 
     def _circle(self, place: Tensor, below: int) -> Circle:
-        """Return the rotation's circle of places (...), all below `below`, in the compute dtype."""
+        """Return the cosines and sines (..., pairs) that rotate (RoPE) to places (...), in the compute dtype.
+
+        A place is a token's rank among the held tokens of its row, the oldest at 0; all places are below `below`.
+        """
         assert self.spec.rotation is not None
         return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
 
     def _turned(self, q: Tensor, place: Tensor, below: int) -> Tensor:
-        """Rotate queries q (r, g, a, d) to their places (r, a), all below `below`; without a rotation return q."""
+        """Rotate queries q (r, g, a, d) to their places (r, a); return q itself if the spec has no rotation.
+
+        A place is a token's rank among the held tokens of its row, the oldest at 0; all places are below `below`.
+        """
         if self.spec.rotation is None:
             return q
         return self.spec.rotation.turned(q, self._circle(place.unsqueeze(1).to(q.device), below))
 
     def _push(self, k: Tensor, v: Tensor, take: Tensor, bare: Tensor | None = None) -> Tensor:
-        """Push the first take[r] of these tokens into the slots; return the tokens held before, per row (rows,)."""
+        """Append the first take[r] tokens of row r to the slots; return the number of tokens held before, (rows,).
+
+        bare: the keys before rotation, if the spec has a rotation.
+        """
         before = self.slots.held
         position = self.seen.unsqueeze(1)
         if k.shape[1] > 1:
@@ -203,7 +236,7 @@ class Blocked(State):
         return before
 
     def _advance(self, take: Tensor) -> None:
-        """Advance the clocks after these tokens were answered, and close the blocks that are complete now."""
+        """Advance the clocks `seen` by take (rows,) tokens, and call `_close` for rows whose block is complete now."""
         self.seen = self.seen + take
         ends = [
             seen % self.block == 0 and took > 0 for seen, took in zip(self.seen.tolist(), take.tolist(), strict=True)
@@ -215,17 +248,21 @@ class Blocked(State):
                 self.selection.close(self.slots, rows)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Answer q (rows, g, a, d) of the newest tokens causally: a partial of (rows, g, a)."""
+        """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
+
+        The newest tokens, with keys new_k and values new_v, are in the slots already, after `before` (rows,) older
+        tokens.
+        """
         shape = q.shape[:3]
         rest = self._rest(q.flatten(1, 2))
         part = self._among_slots(q, new_k, new_v, before)
         return part if rest is None else part.merge(rest.shaped(*shape))
 
     def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Compute `_answer` over the slots alone.
+        """Compute `_answer` over the tokens in the slots alone, without `_rest`.
 
-        Where every held token is read, the earlier tokens (`before` of them per row) and the new ones give two
-        partials. Merging them needs no mask of rows x queries x slots.
+        Where every held token is read, one partial (mean and log-mass) is computed over the `before` older tokens of
+        each row and one over the new tokens. Merging the two needs no mask of rows x queries x slots.
         """
         shape, past = q.shape[:3], int(before.max())
         if self.selection is not None:
@@ -241,7 +278,10 @@ class Blocked(State):
         return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
-        """Attend with queries (rows, g*a, d) to all slots in one product, masked causally and by the selector."""
+        """Attend with queries `flat` (rows, g*a, d) to all slots, under the causal mask and the selector's mask.
+
+        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when the a newest tokens came.
+        """
         m = flat.shape[1]
         view = self.slots.view()
         width, a = view.k.shape[1], m // g
@@ -257,7 +297,10 @@ class Blocked(State):
         return Partial.over(flat, view.k, view.v, self.spec, hide=hide)
 
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
-        """Attend with q (rows, g, a, d) to the slots that the selector chooses by its index, causally."""
+        """Attend causally with q (rows, g, a, d) to the slots that the selector's index chooses.
+
+        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when the a newest tokens came.
+        """
         assert self.selection is not None
         arrived = torch.arange(q.shape[2])
         visible = before.unsqueeze(1) + arrived + 1
@@ -270,7 +313,10 @@ class Blocked(State):
         return self._over(q.flatten(1, 2), chosen)
 
     def _over(self, q: Tensor, chosen: Chosen) -> Partial:
-        """Attend with q (rows, m, d) to the slots chosen for each query: fetched where few, masked where many."""
+        """Attend with q (rows, m, d) to the slots that `chosen` lists for each query: a `Partial` (rows, m).
+
+        Few chosen slots are copied out; if they are many, all slots are read under a mask.
+        """
         (rows, m, c), width = chosen.index.shape, int(self.slots.held.max())
         if m * c > width:
             view = self.slots.view()
@@ -282,17 +328,27 @@ class Blocked(State):
         return Partial(part.mean.view(rows, m, self.spec.dv), part.log_mass.view(rows, m))
 
     def unread(self, q: Tensor) -> Tensor | None:
-        """Return the mask (rows or 1, m or 1, s) of the slots that `read` skips for q (rows, m, d); None if none is."""
+        """Return a mask that is True for the slots that `read` skips for q (rows, m, d); None if it skips none.
+
+        The mask is bool (rows or 1, m or 1, s) over the s slots.
+        """
         return self._left_unread(self._newest(q))
 
     def _newest(self, q: Tensor) -> Tensor:
-        """Rotate queries q (rows, m, d) to the place of their row's newest token, as if they had come with it."""
+        """Rotate queries q (rows, m, d) that came without tokens to the rank of their row's newest held token.
+
+        A token's rank is its index among the held tokens, the oldest at 0. Without a rotation in the spec q is
+        returned.
+        """
         held = self.slots.held
         place = (held - 1).clamp_min(0).unsqueeze(1)
         return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
 
     def _left_unread(self, q: Tensor) -> Tensor | None:
-        """Compute `unread` for queries that are already rotated to their places."""
+        """Return the mask of slots that queries q (rows, m, d), already rotated to their places, do not read.
+
+        The mask is that of `unread`: bool (rows or 1, m or 1, s), or None if all slots are read.
+        """
         view = self.slots.view()
         if self.selection is not None:
             return self._choose(q).unread(view.k.shape[1])
@@ -308,7 +364,7 @@ class Blocked(State):
 
     @property
     def slot_bytes_read(self) -> int:
-        """Return the bytes of index, keys and values in the slots that one query per row reads."""
+        """Return the bytes that one query per row reads of the slots' keys and values and of the selector's index."""
         if self.selection is not None:
             return self.selection.bytes_read(self.slots.held)
         return self._selector.bytes_read(self.slots.held, self.spec)
@@ -329,7 +385,10 @@ class Blocked(State):
 
 
 def _cut(x: Tensor, index: Tensor) -> Tensor:
-    """Gather the tokens at `index` (rows, a), clamped, of x (rows, [g,] t, d)."""
+    """Return the tokens of x (rows, t, d) or (rows, g, t, d) at index (rows, a).
+
+    An index beyond the last token gives the last.
+    """
     index = index.clamp_max(x.shape[-2] - 1)
     if x.ndim == 4:
         index = index.unsqueeze(1).expand(-1, x.shape[1], -1)

@@ -1,4 +1,4 @@
-"""Define the method for all caches that keep whole tokens: policy x summary x selector, with one eviction loop."""
+"""Define the method of all caches that keep whole tokens: a policy, a summary, a selector, and one eviction loop."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget, size_bytes, tokens
 from kvfloor.core.fields import MOST, Field, require_equal
 from kvfloor.core.method import Guarantee, Method, Parts, Traits, budget_text, part_text
-from kvfloor.core.partial import Partial
-from kvfloor.core.policy import Held, Policy, Queries
+from kvfloor.core.policy import Held, Policy
 from kvfloor.core.selector import Everything, Indexed, Selector
-from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import ANEW
 from kvfloor.core.summary import Drop, Summary
-from kvfloor.core.tiles import weights_by_tile
+from kvfloor.core.watching import Watching
 from kvfloor.validation import count
 
 DEFAULT_BLOCK = 32
-TILE_SLOTS = 4096  # bounds the weights that a policy gets at once: block x group x this many per row
 
 
 @dataclass(frozen=True)
@@ -33,9 +29,10 @@ class Bounded(Method):
 
     policy    decides which held token is evicted   summary   stores what is kept of evicted tokens
     selector  picks the held tokens a query reads   budget    tokens per row (one number, or one per row)
-    block     1 is the papers' rule: evict after every token. Larger blocks decide `block` evictions at once.
-    prefill   "stream": the budget holds from the first token; "dense": every token is kept until `seal`. Unless
-              given it is the policy's usual one.
+    block     tokens of a row between two evictions; 1 is the papers' rule: evict after every token. Larger blocks evict
+              `block` tokens at once.
+    prefill   "stream": the budget holds from the first token; "dense": every token is kept until the seal
+              (end of the prompt). None: `usual_prefill` of the policy.
     """
 
     name: ClassVar[str] = "bounded"
@@ -81,7 +78,8 @@ class Bounded(Method):
     def _least_budget(self, budget: int, pinned: int) -> int:
         """Return the smallest budget >= `budget` with room for one unprotected token.
 
-        The newest protected tokens may grow with the budget, so the search repeats until it fits.
+        pinned: number of tokens that `State.pin` protects. The number of newest protected tokens may grow with the
+        budget, so the search repeats until it fits.
         """
         first = self.policy.protected_first()
         while (needed := first + self.policy.protected_last(budget) + pinned + 1) > budget:
@@ -150,28 +148,14 @@ class Bounded(Method):
         return text if self.budget is None else f"{text}@{budget_text(self.budget)}"
 
 
-class BoundedState(Blocked):
-    """Keep slots for budget + block tokens per row, allocated once; before the seal of a dense prefill they grow.
+class BoundedState(Watching):
+    """Keep tokens in budget + block slots per row, which are allocated once, or grow while a dense prefill lasts.
 
-    A policy that needs attention weights or queries gets them at block ends, in one product of fixed shape over the
-    block's buffered queries. So evictions do not depend on how the stream was cut into calls.
+    A dense prefill keeps every token until the seal (end of the prompt).
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
-        slots = Slots(spec, [budget + method.block for budget in budgets], method.policy.columns)
-        super().__init__(method, spec, slots, method.block)
-        self.budget = torch.tensor(budgets, dtype=torch.int64)
-        self.summary = method.summary.open(spec)
-        if self.summary is not None:
-            self.shared.update(self.summary.shared)
-            self.summary.shared = self.shared
-        self.shared.update(method.policy.shared(spec))
-        self.memory = method.policy.open(spec, self.shared)
-        self.prompt: Tensor | None = None  # tokens per row before the seal, -1 until then; if the policy spares some
-        if method.policy.spares != "nothing":
-            self.prompt = torch.full((spec.rows,), -1, dtype=torch.int64)
-        self.queries: Tensor | None = None  # (rows, g, block, d) of the open block, if the policy needs them
-        self.asked = torch.zeros(spec.rows, method.block, dtype=torch.bool)  # True where such a query was really given
+        super().__init__(method, spec, budgets)
         self.pins = torch.zeros(spec.rows, 0, 2, dtype=torch.int64)  # pinned spans [from, to) of positions
         self.on_evict: Callable[[Tensor, Tensor], None] | None = None  # gets row (e,), position (e,) of evicted tokens
 
@@ -190,7 +174,7 @@ class BoundedState(Blocked):
         if bool((pins != pins[:1]).any()) or bool((pins[..., 0] >= pins[..., 1]).any()):
             raise ValueError("a pinned span needs a start below its stop, the same in all rows")
         for budget in self.budget.tolist():
-            self._plan._check_room(budget, int((pins[0, :, 1] - pins[0, :, 0]).sum()))
+            self.method._check_room(budget, int((pins[0, :, 1] - pins[0, :, 0]).sum()))
         if prompt is not None and bool((prompt > fields["seen"]).any()):
             raise ValueError("the prompt has more tokens than its row has seen")
         if self.memory is not None:
@@ -198,15 +182,10 @@ class BoundedState(Blocked):
                 fields["memory"], None if queries is None else queries.shape[1], fields["sealed"]
             )
 
-    @property
-    def _plan(self) -> Bounded:
-        assert isinstance(self.method, Bounded)
-        return self.method
-
     def _pin(self, start: int, stop: int) -> None:
         pinned = int((self.pins[0, :, 1] - self.pins[0, :, 0]).sum()) + stop - start
         for budget in self.budget.tolist():
-            self._plan._check_room(budget, pinned)
+            self.method._check_room(budget, pinned)
         view = self.slots.view()
         inside = (view.position >= start) & (view.position < stop)
         inside = inside if view.live is None else inside & view.live
@@ -223,8 +202,8 @@ class BoundedState(Blocked):
 
     def _select_rows(self, index: Tensor) -> None:
         super()._select_rows(index)
-        if isinstance(self._plan.budget, tuple):  # so that the message names a method which opens for these rows
-            self.method = replace(self._plan, budget=tuple(self.budget.tolist()))
+        if isinstance(self.method.budget, tuple):  # so that the message names a method which opens for these rows
+            self.method = replace(self.method, budget=tuple(self.budget.tolist()))
 
     def guarantee(self) -> Guarantee | None:
         stated = super().guarantee()
@@ -235,104 +214,14 @@ class BoundedState(Blocked):
         summary = 0 if self.summary is None else self.summary.nbytes
         return self.slot_bytes_read + summary
 
-    # ---- answering -----------------------------------------------------------------------------------------
-
-    @property
-    def learns_from_queries(self) -> bool:
-        """Return True if the policy learns from the queries that come now."""
-        return self._plan.policy.wants_weights or self._plan.policy.wants_queries(self.sealed)
-
-    @property
-    def _selector(self) -> Selector:
-        return self._plan.selector
-
-    @property
-    def _plainly_read(self) -> bool:
-        return self.summary is None and isinstance(self._selector, Everything)
-
-    def _rest(self, q: Tensor) -> Partial | None:
-        return None if self.summary is None else self.summary.read(q)
-
-    def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        _rows, g, a, _d = q.shape
-        if self.summary is not None:
-            real = (torch.arange(a) < take.unsqueeze(1)).to(q.device)[:, None, :, None]
-            self.summary.on_queries(q if bool(real.all()) else q.masked_fill(~real, 0))  # padding may be NaN
-        if not self.learns_from_queries or a > self.block:  # taken at once: the policy needs newer queries only
-            return
-        seen, taken = self.seen.tolist(), take.tolist()
-        if min(seen) == max(seen) and min(taken) == max(taken) == a:
-            self._buffer(q, seen[0] % self.block)
-            return
-        queries = self._open_queries(g)
-        row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
-        place = (self.seen % self.block)[row] + j
-        queries[row, :, place] = q[row, :, j]
-        self.asked[row, place] = True
-
-    def _on_query(self, q: Tensor, seen: int) -> None:
-        if self.learns_from_queries:
-            self._buffer(q, seen % self.block)
-
-    def _buffer(self, q: Tensor, start: int) -> None:
-        """Store every row's queries q (rows, g, a, d) in the open block, at its places from `start` on."""
-        self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
-        self.asked[:, start : start + q.shape[2]] = True
-
-    def _open_queries(self, g: int) -> Tensor:
-        """Return the open block's queries (rows, g, block, d), allocated when the first queries come."""
-        if self.queries is None:
-            spec = self.spec
-            self.queries = torch.zeros(spec.rows, g, self.block, spec.d, dtype=spec.dtype, device=spec.device)
-            if self.memory is not None:
-                self.memory.group(g)
-        return self.queries
-
-    def _require_group(self, g: int, attending: bool = False) -> None:
-        if attending and self.memory is None:  # such queries go to the policy at once and are not kept
-            return
-        if self.queries is not None and self.queries.shape[1] != g:
-            raise ValueError(f"the GQA group was {self.queries.shape[1]} so far and is {g} now: it is fixed")
-
-    def _attend(self, q: Tensor) -> Partial:
-        rows, g, m, d = q.shape
-        flat = q.reshape(rows, g * m, d)
-        if self.summary is not None:
-            self.summary.on_queries(q)
-        if self.learns_from_queries and m > 0:
-            if self.memory is not None:
-                self._open_queries(g)
-            made = torch.ones(rows, m, dtype=torch.bool, device=q.device)
-            newest = (self.seen - 1).unsqueeze(1).expand(-1, m)
-            asked = Queries(q, made, newest.to(q.device))
-            self._show_queries(torch.arange(rows), asked, self.slots.held.unsqueeze(1).expand(-1, m))
-        return self._read(flat)
-
-    # ---- learning and evicting -----------------------------------------------------------------------------
+    # ---- evicting --------------------------------------------------------------------------------------------------
 
     def _close(self, rows: Tensor | None) -> None:
         rows = torch.arange(self.spec.rows) if rows is None else rows
         self._show_keys(rows)
         self._show_block(rows, self.block)
-        if self.sealed or self._plan.prefill == "stream":
+        if self.sealed or self.method.prefill == "stream":
             self._evict(rows)
-
-    def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of the `left` next tokens can be taken in at once, without acting at their block ends.
-
-        More than 0 only in a dense prompt where every held token is read and the policy needs no weights or keys: all
-        tokens if it needs no queries; all but the newest ones, in whole blocks, if it needs the newest queries only.
-        """
-        policy = self._plan.policy
-        if self.sealed or self._plan.prefill != "dense" or not isinstance(self._selector, Everything):
-            return 0
-        if policy.wants_weights or policy.wants_keys:
-            return 0
-        if not policy.wants_queries(self.sealed):
-            return left
-        if policy.newest_queries is None or seen % self.block:
-            return 0
-        return max(0, left - policy.newest_queries) // self.block * self.block
 
     def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
         leaving = self.slots.find(row, position)
@@ -353,21 +242,14 @@ class BoundedState(Blocked):
         if self.selection is not None:
             self.selection.evict(self.slots, leaving)
 
-    def _show_open_blocks(self) -> None:
-        """Give the policy the keys and queries that came since each row's last block end."""
-        every = torch.arange(self.spec.rows)
-        self._show_keys(every)
-        for fill in (self.seen % self.block).unique().tolist():
-            self._show_block(every[(self.seen % self.block) == fill], fill)
-
     def _seal(self) -> None:
-        every, policy = torch.arange(self.spec.rows), self._plan.policy
+        every, policy = torch.arange(self.spec.rows), self.method.policy
         self._show_open_blocks()
         if self.prompt is not None:
             self.prompt = self.seen.clone()
-        if self._plan.prefill == "dense" or policy.spares == "answer":  # bring the prompt to its budget
+        if self.method.prefill == "dense" or policy.spares == "answer":  # bring the prompt to its budget
             self._evict(every)
-        if self._plan.prefill == "dense":
+        if self.method.prefill == "dense":
             self.slots.resize(self._limit() + self.block)
             if self.selection is not None:
                 self.selection.resize(self.slots)
@@ -378,119 +260,27 @@ class BoundedState(Blocked):
         super()._seal()
 
     def _limit(self) -> Tensor:
-        """Return the tokens per row (rows,) that may stay now: the budget, plus those the policy spares beside it."""
+        """Return the most tokens (rows,) that each row may hold after an eviction: its budget plus its spared tokens.
+
+        Spared are the tokens of the prompt or of the answer, where `Policy.spares` keeps them beside the budget.
+        """
         if self.prompt is None:
             return self.budget
-        spared = self.prompt if self._plan.policy.spares == "prompt" else self.seen - self.prompt
+        spared = self.prompt if self.method.policy.spares == "prompt" else self.seen - self.prompt
         return self.budget + spared.masked_fill(self.prompt < 0, 0)
 
-    def _show_keys(self, rows: Tensor) -> None:
-        """Give the policy's memory the newest tokens of these rows, which are still in the slots they came into."""
-        if self.memory is None or not self._plan.policy.wants_keys:
-            return
-        slot = self.slots.held[rows].unsqueeze(1) - self.block + torch.arange(self.block)
-        index = (self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0)).to(self.slots.k.device)
-        live = (slot >= 0).to(index.device)
-        self.memory.on_keys(rows, self.slots.k[index], self.slots.position[index], live)
-
-    def _show_block(self, rows: Tensor, fill: int) -> None:
-        """Give the policy the queries of the last `fill` tokens of these rows, and the attention weights they had."""
-        rows = rows[self.asked[rows].any(1)]
-        if self.queries is None or not len(rows):
-            return
-        everyone = len(rows) == self.spec.rows
-        queries = self.queries if everyone else self.queries[rows.to(self.queries.device)]
-        place, device = torch.arange(self.block), queries.device
-        position = (self.seen[rows] - fill).unsqueeze(1) + place
-        visible = (self.slots.held[rows] - fill).unsqueeze(1) + place + 1
-        self._show_queries(rows, Queries(queries, self.asked[rows].to(device), position.to(device)), visible)
-        if everyone:
-            self.asked.zero_()
-        else:
-            self.asked[rows] = False
-
-    def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
-        """Give the policy queries of these rows, rotated to their places; each sees its first visible (r, b) slots.
-
-        A row's weights are computed from its own queries and held tokens alone (`weights_by_tile`), so they round alike
-        for every chunking and every neighbour row.
-        """
-        policy, width = self._plan.policy, int(self.slots.capacity.max())
-        every = None if len(rows) == self.spec.rows else rows
-        if self.spec.rotation is not None:  # a query's place is its own token's rank among those held when it came
-            asked = replace(asked, q=self._turned(asked.q, (visible - 1).clamp(0, width - 1), width), bare=asked.q)
-        learnt = policy.on_queries(self._held(every, width), asked) if policy.wants_queries(self.sealed) else {}
-        if policy.wants_weights:
-            if policy.weights_of == "last":
-                asked, place = asked.last()
-                visible = visible.gather(1, place.cpu())
-            learnt = learnt | self._observed(every, asked, visible, width)
-        for name, values in learnt.items():
-            self.slots.put_column(name, every, values)
-
-    def _observed(self, rows: Tensor | None, asked: Queries, visible: Tensor, width: int) -> dict[str, Tensor]:
-        """Return the policy's new columns, computed tile by tile from the attention weights of these queries."""
-        r, g, b, d = asked.q.shape
-        flat, held = asked.q.reshape(r, g * b, d), self._held(rows, width)
-        unread = self._unread(rows, flat, visible.repeat(1, g).to(flat.device), width)
-        clear = int(visible.min()) if isinstance(self._selector, Everything) else 0
-        made = None if bool(asked.made.all()) else asked.made.view(r, 1, b, 1)
-        law = (self.spec.scale, self.spec.softcap)
-        parts: list[dict[str, Tensor]] = []
-        fill = held.count.flatten().tolist()
-        for at, weights in weights_by_tile(flat, held.k, *law, unread, TILE_SLOTS, clear, fill):
-            weights = weights.view(r, g, b, -1)
-            weights = weights if made is None else weights * made
-            parts.append(self._plan.policy.on_weights(held.part(at), weights, asked))
-        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
-
-    def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
-        """Return a function from slots `at` to their mask: True for slots that q (r, m, d) does not read.
-
-        A slot is unread where it lies beyond visible (r, m), or where the selector did not choose it.
-        """
-        if isinstance(self._selector, Everything):
-            slot = torch.arange(width, device=q.device)
-            return lambda at: slot[at] >= visible.unsqueeze(-1)
-        if self.selection is not None:
-            held = (self.slots.held if rows is None else self.slots.held[rows]).unsqueeze(1).to(q.device)
-            hide = self.selection.choose(q, self.slots, torch.minimum(visible, held), rows).unread(width)
-        else:
-            beyond = torch.arange(width, device=q.device) >= visible.unsqueeze(-1)
-            chosen = self._selector.hide(q, self.slots.view(rows, width), self.spec, beyond)
-            hide = beyond if chosen is None else chosen.expand_as(beyond)
-        return lambda at: hide[..., at]
-
-    def _held(self, rows: Tensor | None, width: int) -> Held:
-        policy, slots, ids = self._plan.policy, self.slots, self.spec.ids()
-
-        def clock(x: Tensor) -> Tensor:
-            return (x if rows is None else x[rows]).unsqueeze(1).to(ids.device)
-
-        return Held(
-            position=slots.across(slots.position, rows, width),
-            columns={name: slots.column(name, rows, width) for name in policy.columns},
-            seen=clock(self.seen),
-            row_ids=ids if rows is None else ids[rows.to(ids.device)],
-            spec=self.spec,
-            count=clock(slots.held),
-            budget=clock(self.budget),
-            fetch=lambda name: slots.across(getattr(slots, name), rows, width),
-            rows=rows,
-            prompt=None if self.prompt is None else clock(self.prompt),
-            memory=self.memory,
-            shared=self.shared,
-        )
-
     def _evict(self, rows: Tensor) -> None:
-        """Evict the lowest-priority tokens of each of these rows down to its budget; the summary absorbs them."""
+        """Evict the lowest-priority tokens of each of these rows until it holds no more than `_limit`.
+
+        The summary, if there is one, absorbs the evicted tokens.
+        """
         excess = (self.slots.held[rows] - self._limit()[rows]).clamp_min(0)
         due = rows[excess > 0]
         if not len(due):
             return
         width, everyone = int(self.slots.capacity.max()), len(due) == self.spec.rows
         held = self._held(None if everyone else due, width)
-        priority = self._plan.policy.priority(held).to(torch.float64)
+        priority = self.method.policy.priority(held).to(torch.float64)
         priority = priority.masked_fill(self._protected(held) | ~held.live, torch.inf)
         lowest = _lowest(priority, held.position, excess[excess > 0].unsqueeze(1).to(priority.device)).cpu()
         leaving = lowest if everyone else torch.zeros(self.spec.rows, width, dtype=torch.bool)
@@ -507,7 +297,7 @@ class BoundedState(Blocked):
             self.selection.evict(self.slots, leaving)
 
     def _protected(self, held: Held) -> Tensor:
-        policy, position, rows = self._plan.policy, held.position, held.rows
+        policy, position, rows = self.method.policy, held.position, held.rows
         budgets, pins = (x if rows is None else x[rows] for x in (self.budget, self.pins))
         last = torch.tensor([policy.protected_last(budget) for budget in budgets.tolist()]).unsqueeze(1)
         safe = policy.protected(held, last.to(position.device))
@@ -519,7 +309,10 @@ class BoundedState(Blocked):
 
 
 def _lowest(priority: Tensor, position: Tensor, n: Tensor) -> Tensor:
-    """Mark the n (r, 1) slots of lowest priority in each row, bool as priority (r, s); of equal ones the older."""
+    """Mark the n (r, 1) slots of lowest priority in each row: a mask (r, s), shaped as `priority`.
+
+    Of slots with equal priority, those with the older token (lower `position`) are marked first.
+    """
     last = priority.topk(int(n.max()), dim=1, largest=False).values.gather(1, n - 1)
     lowest = priority <= last
     if bool((lowest.sum(1, keepdim=True) == n).all()):

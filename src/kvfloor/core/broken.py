@@ -12,7 +12,10 @@ class BrokenState(RuntimeError):
 
 
 def broken_state(call: str) -> BrokenState:
-    """Return the error of a state whose `call` broke off, or still runs while a callback or a thread uses the state."""
+    """Return the error of a state in which the call of this name ("append") broke off, or has not returned yet.
+
+    It is also raised if a callback of a call that still runs, or another thread, uses the same state.
+    """
     return BrokenState(
         f"{call} broke off halfway (or has not returned yet), so this state is neither the old one nor the new one and "
         f"refuses every call: reset() the cache that it belongs to, open a new state, or load the last one you saved"

@@ -1,4 +1,4 @@
-"""Resolve budgets to tokens per row: tokens, a share of the context, or bytes of the whole cache."""
+"""Convert budgets, given as tokens, a share of the context, or bytes of the whole cache, to tokens per row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _FORMS = "a number of tokens (512), a share of the context (25%) or bytes (64MiB
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse a budget from its text; raise ValueError naming the allowed forms."""
+    """Parse the text of a budget: return "512" as an int, but "25%" and "64MiB" as text, after a check.
+
+    Raises ValueError naming the allowed forms.
+    """
     text = text.strip()
     if re.fullmatch(r"[0-9]+", text):
         digits = text.lstrip("0")
@@ -38,7 +41,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def size_bytes(text: str) -> int | None:
-    """Return the bytes meant by "64MiB" or "8MB"; None if the text is not a size."""
+    """Return the number of bytes in a text such as "64MiB" or "8MB"; None if the text is not a size."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
     if match is None or match[2].upper() not in _UNITS or len(text) > _LONGEST:
         return None
@@ -46,7 +49,10 @@ def size_bytes(text: str) -> int | None:
 
 
 def tokens(budget: Budget | None, rows: int) -> list[int]:
-    """Return one number of tokens per row from a resolved budget; raise ValueError if it is not resolved."""
+    """Return a list with the budget of each of `rows` rows in tokens; raise ValueError for a share, bytes or None.
+
+    Raises ValueError also if budgets are given per row for another number of rows.
+    """
     if isinstance(budget, int):
         return [budget] * rows
     if isinstance(budget, tuple):
@@ -59,13 +65,13 @@ def tokens(budget: Budget | None, rows: int) -> list[int]:
 
 
 def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None = None, g: int = 1) -> Method:
-    """Return `method` with its budget in tokens per row.
+    """Return `method` with its budget converted from a share or bytes to tokens per row.
 
     spec     the rows of one layer, their widths and dtype
-    layers   number of such states in the cache
+    layers   number of layers in the cache; each has one state for `spec`
     length   the context in tokens, needed for shares
-    g        the GQA group (some policies keep queries)
-    Bytes count all that the state allocates: scores, positions, spare slots. Raises ValueError for a method that no
+    g        the GQA group: query heads per kv head (some policies keep queries)
+    Bytes count all that the states allocate: scores, positions, spare slots. Raises ValueError for a method that no
     budget bounds, for a share without a length, and for bytes too few for one token.
     """
     budget = method.budget
@@ -96,7 +102,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
 
 
 def least_budget(method: Method) -> int:
-    """Return the smallest budget in tokens that the method accepts; protected tokens may be most of it."""
+    """Return the smallest budget, in tokens, that the method accepts: it must exceed its protected tokens."""
     high = 1
     while not _accepts(method, high):
         high *= 2
@@ -117,7 +123,7 @@ def _accepts(method: Method, tokens: int) -> bool:
 
 
 def with_budget(method: Method, budget: Budget) -> Method:
-    """Return `method` under this budget; raise ValueError if no budget bounds it."""
+    """Return a copy of `method` with this budget; raise ValueError if the method keeps every token."""
     bounded = method.with_budget(budget)
     if bounded is None:
         raise ValueError(f"{method} keeps every token: no budget bounds it")
@@ -125,7 +131,10 @@ def with_budget(method: Method, budget: Budget) -> Method:
 
 
 def _row_bytes(method: Method, tokens: int, spec: Spec, g: int) -> int:
-    """Measure the bytes that one row allocates under this budget, on a state with one token."""
+    """Return the bytes that one row allocates under a budget of `tokens`, measured on a state with one token.
+
+    g: the GQA group, i.e. query heads per kv head (some policies keep queries).
+    """
     places = None if spec.places is None else spec.places[:1]
     law = {"scale": spec.scale, "tied": spec.tied, "rotation": spec.rotation}
     one = Spec(rows=1, d=spec.d, dv=spec.dv, dtype=spec.dtype, places=places, **law)

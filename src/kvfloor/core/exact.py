@@ -1,4 +1,4 @@
-"""Keep every token: the exact reference, and the base of methods that only choose which tokens to read."""
+"""Keep every token: exact attention as the reference, optionally with a selector of the tokens that a query reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
 
 @dataclass(frozen=True)
 class Exact(Method):
-    """Keep all keys and values in growing storage; attend exactly to the tokens that `selector` chooses."""
+    """Keep all keys and values, and attend exactly to the tokens that a selector chooses, by default to all."""
 
     name: ClassVar[str] = "exact"
     paper: ClassVar[str] = "Vaswani et al. 2017"
@@ -57,8 +57,12 @@ class Exact(Method):
         return "exact" if isinstance(self.selector, Everything) else f"exact|{part_text(self.selector)}"
 
 
-class ExactState(Blocked):
-    """Keep every token in slots that grow by a quarter; a block only bounds the queries answered in one product."""
+class ExactState(Blocked[Exact]):
+    """Keep every token in slots, whose storage grows by a quarter whenever it is full.
+
+    Nothing is evicted at the end of a block. A block only bounds how many queries are answered in one product, unless a
+    selector updates its index at block ends.
+    """
 
     def __init__(self, method: Exact, spec: Spec) -> None:
         block = method.selector.block() if isinstance(method.selector, Indexed) else None
@@ -67,7 +71,6 @@ class ExactState(Blocked):
 
     @property
     def _selector(self) -> Selector:
-        assert isinstance(self.method, Exact)
         return self.method.selector
 
     @property

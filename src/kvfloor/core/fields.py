@@ -1,4 +1,4 @@
-"""Define the allowed values of each field of a message, so that no other value enters a state."""
+"""Define the allowed values of each field of a message (a saved state), so that loading refuses all other values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ MOST = 1 << 48  # bounds any count or position: more tokens than any stream has,
 
 @dataclass(frozen=True)
 class Field:
-    """Define the tensors, or with a Python type as `kind` the numbers, that a field may hold.
+    """Define the values that one field of a saved state may have: tensors of a dtype and shape, or numbers of a type.
 
     kind        dtype of a tensor, or bool, int or float for a number
-    shape       one size per axis; None is any size, a word one that is the same for all fields of a part that name it
-    least, most bounds on every entry; None: none. NaN is within no bounds
-    finite      neither NaN nor infinity
-    optional    None is allowed too
+    shape       one size per axis: a number, None for any size, or a word for a size that must be the same in all
+                fields of the same part (a `Memory`) whose shapes use the word
+    least, most bounds on every entry; None: unbounded. NaN violates every bound
+    finite      True: entries may be neither NaN nor infinite
+    optional    True: None is allowed too
     """
 
     kind: torch.dtype | type
@@ -32,18 +33,21 @@ class Field:
 
     @classmethod
     def like(cls, x: Tensor) -> Field:
-        """Return the field of a tensor that is not declared: dtype and shape of a freshly opened state, counts >= 0.
+        """Return the field of a tensor for which a state declares none, from its value x in a newly opened state.
 
-        An axis that is empty there is one that grows, and may have any size.
+        Dtype and shape must be those of x. An axis of size 0 in x is one that grows with the stream, and may have any
+        size. Integers are counts or positions: they must lie in 0 .. MOST (2^48).
         """
         counts = x.dtype in (torch.int64, torch.int32, torch.int16)
         shape = tuple(size or None for size in x.shape)
         return cls(x.dtype, shape, least=0 if counts else None, most=MOST if counts else None)
 
     def require(self, value: Any, where: str, sizes: dict[str, int]) -> None:
-        """Raise ValueError unless `value` is allowed at `where`.
+        """Raise ValueError unless this field may have `value`.
 
-        `sizes` maps the words of shapes to the sizes that they stand for so far.
+        where   path of the field in the message, for the error
+        sizes   word used in a shape -> the size that it stands for, as found so far; sizes first met in `value` are
+                added
         """
         if value is None and self.optional:
             return
@@ -75,13 +79,19 @@ class Field:
 
 
 def require_equal(found: Tensor, wanted: Tensor, what: str) -> None:
-    """Raise ValueError unless these clocks agree in every row."""
+    """Raise ValueError unless the counts `found` in a saved state equal `wanted`, which follows from its other fields.
+
+    what: the name of the counts, for the error.
+    """
     if not torch.equal(found, wanted):
         raise ValueError(f"{what}: {found.tolist()} where {wanted.tolist()} follow from the other fields")
 
 
 def require_room(numbers: float, itemsize: int, what: str) -> None:
-    """Raise ValueError if this many numbers exceed the machine's memory, where its size is known."""
+    """Raise ValueError if `numbers` entries of `itemsize` bytes each exceed the memory of this machine.
+
+    Do nothing if the size of the memory is unknown. what: the name of the entries, for the error.
+    """
     try:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

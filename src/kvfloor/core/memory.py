@@ -1,13 +1,12 @@
-"""Measure, copy and pack a state's memory by walking its attributes.
+"""Measure, copy and export the memory of a state by walking its attributes.
 
-No variant declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
-every storage once, and raises TypeError on any object that it cannot size.
+No method declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
+every storage once, and raises TypeError on any object whose size it cannot measure.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,24 +21,30 @@ SCALAR_BYTES = 8
 
 
 class Memory:
-    """Store a part of a state: its attributes are tensors, numbers, None, or further `Memory`."""
+    """Store a part of a state: its attributes are tensors, numbers, None, or further parts (`Memory`)."""
 
     peak = 0  # most bytes this part's own tensors took so far, set where storage is moved (old and new at once)
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all storages reachable from here, each counted once; raise TypeError on the unsizable."""
+        """Return the bytes of all tensors and numbers in this part and the parts inside it, each storage counted once.
+
+        Raises TypeError for an attribute whose size cannot be measured.
+        """
         storages: dict[int, int] = {}
         scalars = _walk(self, storages, "state")
         return sum(storages.values()) + scalars
 
     @property
     def peak_nbytes(self) -> int:
-        """Return the most bytes held at any time so far, the copies made while growing or shrinking included."""
+        """Return the most bytes held at any time so far, including the copies made while storage grew or shrank."""
         return self.nbytes + self._excess()
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """Split `nbytes` among the `rows`, (rows,) float64: a row's own bytes count for it alone, the rest equally."""
+        """Return `nbytes` split by row, (rows,) float64.
+
+        The bytes of a row's own slots count for that row; all other bytes are split equally.
+        """
         total = torch.zeros(rows, dtype=torch.float64)
         for name, value in vars(self).items():
             if name in PUBLIC:
@@ -50,12 +55,6 @@ class Memory:
                 storages: dict[int, int] = {}
                 total += (_walk(value, storages, name) + sum(storages.values())) / rows
         return total
-
-    def _by_capacity(self, rows: int, arena: Iterable[Tensor], capacity: Tensor) -> Tensor:
-        """Split bytes by row, where a row's stretch of these flat tensors is as long as its capacity (rows,)."""
-        arena_bytes = sum(x.untyped_storage().nbytes() for x in arena)
-        owned = arena_bytes * capacity.to(torch.float64) / max(1, int(capacity.sum()))
-        return owned + (self.nbytes - arena_bytes) / rows
 
     def _excess(self) -> int:
         parts = [value for name, value in vars(self).items() if name not in PUBLIC and isinstance(value, Memory)]
@@ -71,27 +70,40 @@ class Memory:
         return sum(storages.values())
 
     def move(self, name: str, new: Tensor) -> None:
-        """Replace the tensor `name` by its copy in other storage, and record the peak while both are alive."""
+        """Replace the tensor attribute `name` by its copy `new` in other storage.
+
+        The bytes of both together are recorded as a peak.
+        """
         self.peak = max(self.peak, self._own_bytes() + new.untyped_storage().nbytes())
         setattr(self, name, new)
 
     def export(self) -> dict[str, Any]:
-        """Return the attributes to send: tensors, numbers, None, or nested dicts of them."""
+        """Return the attributes that a message (the bytes of `State.to_bytes`) saves, by name.
+
+        The values are tensors, numbers, None, or nested dicts of them, one dict for each part inside this one.
+        """
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
     def fields(self) -> dict[str, Any]:
-        """Declare, name -> `Field`, the fields that may differ from a freshly opened part's in more than their entries.
+        """Return the allowed values, attribute name -> `Field`, of attributes that may change after opening the part.
 
-        A part that exports nested dicts of its own nests here as well. Numbers that are not named are configuration:
-        they must be as opened. Tensors that are not named follow `Field.like`.
+        They are checked before a message (the bytes of `State.to_bytes`) is loaded. A part whose `export` has nested
+        dicts nests here as well. Attributes that are not named are compared with those of a newly opened part: numbers
+        are configuration and must be equal; tensors must have the same dtype and shape (`Field.like`).
         """
         return {}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError where `fields`, each of them allowed by itself, do not fit together."""
+        """Raise ValueError if the fields of a message (a saved state) contradict each other.
+
+        Each field alone was found to be allowed before.
+        """
 
     def require(self, fields: Any, where: str = "") -> None:
-        """Raise ValueError unless this freshly opened part can `adopt` these fields and answer from them."""
+        """Raise ValueError unless `fields` of a message (a saved state) can be loaded into this newly opened part.
+
+        `adopt` then loads them. where: path of this part in the message, for the error.
+        """
         opened, declared = self.export(), self.fields()
         sizes: dict[str, int] = {}
         _require_names(fields, opened, where)
@@ -104,7 +116,10 @@ class Memory:
         self.require_sound(fields)
 
     def adopt(self, fields: dict[str, Any]) -> None:
-        """Take over the fields that `export` of an equal part returned."""
+        """Load saved `fields` into this newly opened part.
+
+        They are what `export` returned for another part of the same method and spec.
+        """
         for name, value in fields.items():
             mine = getattr(self, name)
             if isinstance(mine, Memory):
@@ -115,7 +130,7 @@ class Memory:
                 setattr(self, name, value)
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index` (r,), repeats allowed. Every tensor here has rows as its first axis."""
+        """Keep only the rows at `index` (r,), in this order, repeats allowed. All tensors have rows as first axis."""
         for name, value in vars(self).items():
             if name == "spec":
                 self.spec = value.select(index)
@@ -127,7 +142,7 @@ class Memory:
                 setattr(self, name, value.index_select(0, index.to(value.device)))
 
     def copied(self) -> Any:
-        """Return a copy that shares no storage with this one, except for public attributes."""
+        """Return a copy that shares no storage with this part, except for public attributes (method, spec, tables)."""
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)
 
@@ -141,7 +156,12 @@ def _require_names(fields: Any, opened: dict[str, Any], where: str) -> None:
 
 
 def _require_field(declared: Any, opened: Any, value: Any, where: str, sizes: dict[str, int]) -> None:
-    """Raise ValueError unless `value` is allowed where a freshly opened part has `opened`."""
+    """Raise ValueError unless a saved `value` may replace `opened`, the same attribute of a newly opened part.
+
+    declared  the `Field` of the value, a dict of fields for a nested value, or None if the part declares none
+    where     path of the value in the message, for the error
+    sizes     sizes found so far, as in `Field.require`
+    """
     if isinstance(declared, Field):
         declared.require(value, where, sizes)
     elif isinstance(opened, dict):
@@ -163,7 +183,11 @@ def _export(value: Any, name: str) -> Any:
 
 
 def _walk(value: Any, storages: dict[int, int], path: str) -> int:
-    """Record each storage in `storages` by address; return the bytes of all other objects."""
+    """Add the bytes of each tensor storage inside `value` to `storages`, by the storage's address.
+
+    Returns the bytes of everything else inside `value`: numbers, texts and containers. path: the name of the value, for
+    errors.
+    """
     if value is None:
         return 0
     if isinstance(value, Tensor):

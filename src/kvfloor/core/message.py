@@ -1,10 +1,11 @@
-"""Pack a state or a whole cache as bytes: the message of the lower bounds' proofs (Alice to Bob), and a saved file.
+"""Pack a state or a whole cache as bytes, called a message: the content of a saved file.
 
-A message is a safetensors file. Its metadata have one text, "kvfloor": a SHA-256 of every other byte of the file in 64
-hex digits, and a JSON object with the format, the caller's header, and under "fields" all values that are not tensors.
-A tensor is named by its path in the fields. Nothing is unpickled. A message that is truncated, flipped or of another
-format is refused before anything is allocated from it. The digest detects damage, not forgery. Equal content makes
-equal bytes.
+Lower-bound proofs count its bytes: there Alice, who saw the tokens, sends it to Bob, who answers the queries. A message
+is a safetensors file. Its metadata have one text, "kvfloor": a SHA-256 of every other byte of the file in 64 hex
+digits, and a JSON object with the format, the caller's header, and under "fields" all values that are not tensors. A
+tensor is named by its path in the fields. Nothing is unpickled. A message that is truncated, changed in any bit or of
+another format is refused before anything is allocated from it. The digest detects damage, not forgery. Equal content
+makes equal bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _DTYPES = (
 
 
 class CorruptState(ValueError):
-    """Report that the bytes are not an intact message of this version."""
+    """Report that the bytes of a message are truncated or changed, or are not what this release writes."""
 
 
 class NewerVersion(ValueError):
@@ -52,7 +53,7 @@ class OlderVersion(ValueError):
 
 
 def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
-    """Write `fields`, nested dicts of tensors and JSON values, and the JSON-ready `header` as one message.
+    """Return one message, as bytes, of `fields` (nested dicts of tensors and JSON values) and a JSON-ready `header`.
 
     Raises TypeError for a dtype that no message holds.
     """
@@ -68,9 +69,9 @@ def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
 
 
 def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return header and fields of a message.
+    """Return the header and the fields that `pack` wrote into a message.
 
-    Raises CorruptState if it is not intact, and OlderVersion or NewerVersion for another format.
+    Raises CorruptState if the message is not intact, and OlderVersion or NewerVersion for another format.
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"a message is bytes, got {type(data).__name__}")
@@ -98,9 +99,10 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[s
 
 
 def read(path: str | Path, most_bytes: int, what: str) -> bytes:
-    """Read a file that begins as a message of at most `most_bytes`; of any other file read only the beginning.
+    """Read a file that holds a message, and return its bytes; of any other file only the beginning is read.
 
-    Raises the errors of `unpack` for a bad beginning, and ValueError for a file that cannot be read.
+    what: the kind of file, for errors. Raises the errors of `unpack` for a bad beginning, and ValueError for a file
+    that cannot be read or has more than `most_bytes`.
     """
     with open_regular(path, what) as (stream, size):
         start = read_exactly(stream, min(size, _DIGEST.stop), path, what)
@@ -111,12 +113,12 @@ def read(path: str | Path, most_bytes: int, what: str) -> bytes:
 
 
 def payload_bytes(data: bytes) -> int:
-    """Return the bytes of a message without its header: those of its tensors."""
+    """Return the number of bytes that the tensors of a message take, i.e. its size without the header."""
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """Return the bytes of the elements in row-major order."""
+    """Return the elements of a tensor as bytes, in row-major order."""
     dense = tensor.detach().cpu().contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # an axis of one element may have come with any stride
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
@@ -137,7 +139,10 @@ _FORGED = (
 
 
 def _header_end(start: bytes, size: int) -> int:
-    """Return the end of the header in a message of `size` bytes with this start; raise CorruptState if impossible."""
+    """Return the offset at which the header of a message ends, from its first bytes `start` and its `size` in bytes.
+
+    Raises CorruptState if these bytes are not those of a message, and OlderVersion for a message of format 1.
+    """
     if size < _DIGEST.stop:
         raise CorruptState(f"a message has at least {_DIGEST.stop} bytes, this one {size}: truncated, or no message")
     if start.startswith(_OLD[0]) or (start.startswith(_START, 8) and start.startswith(_OLD[1], _DIGEST.start)):
@@ -153,7 +158,7 @@ def _header_end(start: bytes, size: int) -> int:
 
 
 def _digest(data: bytes) -> bytes:
-    """Compute the SHA-256 of all bytes but the digest's own."""
+    """Return the SHA-256 of a message, without the bytes of its own digest, as 64 hex digits."""
     rest = memoryview(data)
     digest = hashlib.sha256(rest[: _DIGEST.start])
     digest.update(rest[_DIGEST.stop :])
@@ -161,9 +166,10 @@ def _digest(data: bytes) -> bytes:
 
 
 def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return all fields that are not tensors; put the tensors in `tensors` by path.
+    """Return nested fields without their tensors, and put each tensor into `tensors`, keyed by its path.
 
-    Each tensor becomes dense, in storage of its own.
+    A tensor's path is `path` followed by its names in the nested fields, with slashes between them. Each tensor becomes
+    dense, in storage of its own. Raises TypeError for a dtype that no message holds.
     """
     plain: dict[str, Any] = {}
     for name, value in fields.items():
@@ -184,7 +190,10 @@ def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dic
 
 
 def _place(fields: dict[str, Any], path: str, tensor: Tensor) -> None:
-    """Put a tensor where `_split` found it; raise CorruptState where that place or tensor is not allowed."""
+    """Put a tensor back into nested fields at its path, the inverse of `_split`.
+
+    Raises CorruptState if the path is taken or leads through a value, and for a dtype or values that no message holds.
+    """
     if tensor.dtype not in _DTYPES:
         raise CorruptState(f"field {path} is a {tensor.dtype} tensor")
     if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):

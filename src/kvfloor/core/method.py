@@ -24,19 +24,18 @@ Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one n
 
 @dataclass(frozen=True)
 class Traits:
-    """Record the promises of a method; a conformance law runs where its trait is claimed.
+    """Record the promises of a method; `kvfloor check` tests each promise where a method claims it.
 
-    reference       the attention law it approximates: "softmax", "unmasked" (evicted tokens keep logit 0), or
+    reference       the attention law that is approximated: "softmax", "unmasked" (evicted tokens keep logit 0), or
                     "tensor" (softmax over pairs of tokens)
-    normalised      answers are convex combinations of the values it was given (they stay in their hull)
+    normalised      answers are convex combinations of the given values (they stay in their hull)
     value_linear    answers are linear in the values, for fixed keys and queries
     lossy_values    values are stored with an error even while no token was dropped
-    block_causal    a query may be answered by its block rather than alone
+    block_causal    an answer may depend on later tokens of the query's own block
     constant_memory nbytes never grows once opened
     pins            `State.pin` keeps a span of tokens for good
-    turns           keys are held whole, so that they can be rotated to their place among the held ones
-    (`Spec.rotation`) trained_for     (layers, kv heads, d) of the model whose trained parameters it carries; None: it
-    fits any model
+    turns           keys are held whole, so that `Spec.rotation` can rotate each to its rank among the held tokens
+    trained_for     (layers, kv heads, d) of the model whose trained parameters the method has; None: any model
     """
 
     reference: Literal["softmax", "unmasked", "tensor"] = "softmax"
@@ -52,7 +51,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class Guarantee:
-    """Record a bound on the error of an answer, with its measure and its assumptions.
+    """Record a proved bound on the error of answers, with the norm of the error and the assumptions.
 
     epsilon, delta  error and failure probability
     norm            the measure of the error
@@ -73,7 +72,7 @@ class Guarantee:
 
 
 class Parts(NamedTuple):
-    """Hold the parts that a method is composed of; None where it has no such part."""
+    """Hold the policy, summary and selector that a method is composed of; None where it has no such part."""
 
     policy: Policy | None = None
     summary: Summary | None = None
@@ -81,10 +80,10 @@ class Parts(NamedTuple):
 
 
 class _Usual:
-    """Provide the value of a member that a subclass does not declare.
+    """Provide the default value of a `Method` attribute that a subclass does not declare.
 
-    Only instances have it: were it an attribute of the class, a dataclass would take it for the default of the
-    subclass's own field of that name.
+    Only instances have this value: if the class had it, a dataclass would use it as the default of the subclass's own
+    field of that name.
     """
 
     def __init__(self, value: Any) -> None:
@@ -100,11 +99,11 @@ class Method(ABC):
     """Define a way to cache tokens by a frozen configuration, from which states are opened.
 
     traits   the method's promises
-    budget   tokens per row, a share or bytes; None where it has none, or none yet
-    block    tokens between two decisions of a row
-    parts    policy, summary and selector, where the method is composed of such
-    Subclasses are frozen dataclasses, and final. Each member is a field or a property of the subclass; all but `traits`
-    have the usual value where the subclass declares none.
+    budget   tokens per row, a share ("25%") or bytes ("64MiB"); None: no budget, or none chosen yet
+    block    tokens of a row between two evictions
+    parts    the policy, summary and selector of a method that is composed of them
+    Subclasses are frozen dataclasses, and final. Each attribute is a field or a property of the subclass; all but
+    `traits` have a default where the subclass declares none.
     """
 
     name: ClassVar[str]
@@ -116,29 +115,38 @@ class Method(ABC):
 
     @abstractmethod
     def open(self, spec: Spec) -> State:
-        """Return a state that has seen no token. Raises ValueError for a budget that is unresolved or impossible."""
+        """Return an empty state for the rows of `spec`.
+
+        Raises ValueError for a budget that is not in tokens (see `resolve`), or that the method cannot keep.
+        """
 
     @abstractmethod
     def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
-        """Return the most tokens a row holds after n tokens, `prompt` of them before `seal`; None if unbounded."""
+        """Return the most whole tokens that a row can hold after n tokens; None if the method sets no bound.
+
+        prompt: tokens before `seal`, the end of the prompt (None: not sealed); pinned: tokens kept by `State.pin`.
+        """
 
     def with_budget(self, budget: Budget) -> Method | None:
-        """Return this method under another budget, in tokens per row; None if no budget can bound it."""
+        """Return a copy of this method with another budget; None if no budget can bound the method."""
         del budget
         return None
 
     def with_summary(self, summary: Summary) -> Method | None:
-        """Return this method with another summary of evicted tokens; None if it has no such part."""
+        """Return a copy of this method with another summary of evicted tokens; None if the method takes no summary."""
         del summary
         return None
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """Return the theorem about this configuration, or None. `State.guarantee` evaluates its assumptions."""
+        """Return the error bound that is proved for this configuration, or None.
+
+        `State.guarantee` tests the bound's assumptions on the tokens that a state has seen.
+        """
         del spec
         return None
 
     def budget_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return this method in the least size that promises `epsilon` and `delta`: the inverse of `guarantee`.
+        """Return this method in the least size that guarantees error `epsilon` with failure probability `delta`.
 
         The theorem's assumptions (a radius, a spread, a horizon) are taken from the method's own arguments; the error's
         norm and quantifier are those of its guarantee. Raises ValueError where there is no theorem, where an assumption
@@ -159,12 +167,15 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return the size that `budget_for` then checks; a method without sizes to choose returns itself."""
+        """Return this method in the size that epsilon and delta need; `budget_for` then checks its guarantee.
+
+        A method without sizes to choose returns itself.
+        """
         del epsilon, delta, spec
         return self
 
     def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
-        """Return the state that `to_bytes` packed; raise CorruptState (a ValueError) if the bytes are not intact."""
+        """Return the state that `State.to_bytes` packed; raise CorruptState (a ValueError) if the bytes are damaged."""
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to later
             header, fields = message.unpack(data)
             text = header.get("method")
@@ -173,16 +184,16 @@ class Method(ABC):
             return rebuilt(self, header.get("spec"), fields, device)
 
     def __str__(self) -> str:
-        """Return the text that parses back to this method; a third party's class is written `module:Class`."""
+        """Return the text from which `parse` makes this method; a third party's class is written `module:Class`."""
         text = part_text(self, skip=("budget",))
         return text if self.budget is None else f"{text}@{budget_text(self.budget)}"
 
 
 def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device) -> State:
-    """Return a state of `method` for the spec `plain` with `fields`, which another state exported.
+    """Return a state of `method` restored from `fields`, which `State.export` returned for the saved state.
 
-    Raises CorruptState if the fields are not those of this release's state, or do not fit the method, the spec
-    and each other: a matching digest does not prove that nobody changed them.
+    `plain` is the saved state's spec as a dict. Raises CorruptState if the fields are not those of this release's
+    state, or do not fit the method, the spec and each other: a matching digest does not prove that nobody changed them.
     """
     try:
         if plain["rows"] > _numbers(fields):  # before anything is allocated for so many rows
@@ -199,14 +210,17 @@ def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device)
 
 
 def _numbers(fields: Any) -> int:
-    """Count the entries of all tensors in nested fields."""
+    """Return the number of entries of all tensors in nested fields."""
     if isinstance(fields, dict):
         return sum(_numbers(value) for value in fields.values())
     return fields.numel() if isinstance(fields, Tensor) else 0
 
 
 def standard_law(method: Method, place: str) -> Method:
-    """Return `method` if it computes standard attention; raise ValueError naming `place` if it does not."""
+    """Return `method` if it computes standard attention, over single tokens; raise ValueError if it does not.
+
+    place: the caller that needs standard attention, for the error.
+    """
     if method.traits.reference == "tensor":
         raise ValueError(
             f"{method} is tensor attention, over pairs of tokens; {place} takes methods of standard attention"
@@ -215,7 +229,10 @@ def standard_law(method: Method, place: str) -> Method:
 
 
 def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
-    """Return `name(arg=value, ...)` with the arguments that differ from their defaults."""
+    """Return the text `name(arg=value, ...)` of a dataclass, with the arguments that differ from their defaults.
+
+    Arguments named in `skip` are left out.
+    """
     arguments = []
     for f in fields(config):
         value = getattr(config, f.name)
@@ -232,17 +249,23 @@ def _literal(value: Any) -> str:
 
 
 def budget_text(budget: Budget) -> str:
-    """Return the text of a budget, as it stands behind the "@" of a method's text."""
+    """Return the text of a budget, as it follows the "@" in a method's text.
+
+    "512" tokens per row, "25%" of the context, "64MiB" for the whole cache, or "64:128", one number per row.
+    """
     return ":".join(map(str, budget)) if isinstance(budget, tuple) else str(budget)
 
 
 def part_text(part: Any, skip: tuple[str, ...] = ()) -> str:
-    """Return the text that parses back to this part; a third party's class is written `module:Class`."""
+    """Return the text of a method, policy, summary or selector with its arguments, as `parse` takes it.
+
+    A third party's class is written `module:Class`. Arguments named in `skip` are left out.
+    """
     return call_text(part_name(part), part, skip)
 
 
 def part_name(part: Any) -> str:
-    """Return the part's name without its arguments; a third party's class is written `module:Class`."""
+    """Return the name of a method, policy, summary or selector; a third party's class is written `module:Class`."""
     kind = type(part)
     own = kind.__module__.partition(".")[0] == "kvfloor"
     return kind.name if own else f"{kind.__module__}:{kind.__qualname__}"

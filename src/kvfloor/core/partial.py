@@ -1,4 +1,4 @@
-"""Define the partial result of attention over any set of tokens, and the algebra that joins two of them."""
+"""Define the result of attention over a set of tokens, mean and log-mass, and the merge of two such results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Partial:
-    """Hold the weighted mean of some tokens' values and the log of their softmax mass.
+    """Hold the result of attention over a set of tokens: the weighted mean of values, and the log of the softmax mass.
 
     mean      (..., dv)  zeros where the set is empty
     log_mass  (...)      natural log of the sum of exp(logit); -inf where the set is empty
@@ -30,7 +30,10 @@ class Partial:
 
     @classmethod
     def empty(cls, *shape: int, dv: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Partial:
-        """Return the identity of `merge`: no tokens, so no mass and a zero mean. `shape` is the batch shape."""
+        """Return the partial over no tokens, the identity of `merge`: mean 0 and log-mass -inf.
+
+        `shape` is the batch shape: all axes but dv.
+        """
         return cls(
             torch.zeros(*shape, dv, dtype=dtype, device=device),
             torch.full(shape, -torch.inf, dtype=dtype, device=device),
@@ -46,23 +49,24 @@ class Partial:
         log_weight: Tensor | None = None,
         hide: Tensor | None = None,
     ) -> Partial:
-        """Compute softmax attention of q (rows, m, d) over k (rows, s, d), v (rows, s, dv) under the spec's logit law.
+        """Compute softmax attention of q (rows, m, d) over k (rows, s, d), v (rows, s, dv): a partial (rows, m).
 
-        log_weight (rows, s) is added to the logits: a token of log-weight log(c) stands for c equal tokens.
+        Logits have the spec's scale and softcap.
+        log_weight (rows, s) is added to the logits: a token of log-weight log(c) counts as c equal tokens.
         hide (rows or 1, m or 1, s), bool, marks the tokens that a query may not see.
         """
         return cls(*attend(q, k, v, spec.scale, spec.softcap, log_weight, hide))
 
     @classmethod
     def causal(cls, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Partial:
-        """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 keys.
+        """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 of the a keys.
 
-        k (rows, a, d), v (rows, a, dv). Returns a partial of (rows, g, a), under the law of `over`.
+        k (rows, a, d), v (rows, a, dv). Returns a partial (rows, g, a), with scale and softcap of the spec.
         """
         return cls(*attend_causal(q, k, v, spec.scale, spec.softcap))
 
     def shaped(self, *shape: int) -> Partial:
-        """Return a view under another batch shape of as many entries."""
+        """Return this partial as a view whose batch axes (all but dv) have the shape `shape`."""
         return Partial(self.mean.view(*shape, self.mean.shape[-1]), self.log_mass.view(shape))
 
     def merge(self, other: Partial) -> Partial:

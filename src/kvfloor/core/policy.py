@@ -19,14 +19,18 @@ GRACE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Held:
-    """Hold all that a policy may read about r rows of s slots. Slots without a token have arbitrary numbers.
+    """Hold all that a policy may read about the tokens held in r rows of s slots.
+
+    A slot is the place of one held token; slots without a token have arbitrary numbers.
 
     position  (r, s)  arrival index of each slot's token    seen   (r, 1)  tokens of the row so far
     columns   (r, s)  the policy's own numbers per slot     count  (r, 1)  slots 0 .. count - 1 hold a token
-    row_ids   (r,)    row identities, which key randomness  budget (r, 1)  tokens per row
+    row_ids   (r,)    row ids, which seed random draws      budget (r, 1)  tokens per row
     rows      (r,)    indices of the rows in the state; None: all rows
-    prompt    (r, 1)  tokens before the seal, -1 until then; None unless the policy spares a part of the stream
+    prompt    (r, 1)  tokens before the seal (end of the prompt), -1 until then; None unless the policy spares the
+                      prompt or the answer
     memory    the policy's memory of all rows               shared  tensors fixed by (policy, spec) alone
+    fetch     function of "k" or "v" that returns the keys or values of all slots, (r, s, ...)
     """
 
     position: Tensor
@@ -44,9 +48,9 @@ class Held:
 
     @property
     def k(self) -> Tensor:
-        """Return the keys (r, s, d) that queries read.
+        """Return the keys (r, s, d) that queries are multiplied with, rotated if the spec has a rotation.
 
-        They are fetched on access. They are copied only where rows are ragged or not all of the state's.
+        They are fetched on access, and copied only where rows differ in capacity or are not all rows of the state.
         """
         return self.fetch("k")
 
@@ -57,13 +61,15 @@ class Held:
 
     @property
     def live(self) -> Tensor:
-        """Return True for each slot that holds a token, (r, s)."""
+        """Return a mask (r, s), True for each slot that holds a token."""
         return torch.arange(self.position.shape[1], device=self.count.device) < self.count
 
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
-        """Rotate unrotated queries q (r, g, b, d) to the places that their tokens of position (r, b) have now.
+        """Rotate unrotated queries q (r, g, b, d) to the present ranks of their own tokens.
 
-        Correct only for tokens behind which no token was evicted, such as the newest tokens, which are never evicted.
+        position (r, b) is each query's token's index in the stream. A token's rank is its index among the tokens that
+        its row holds now, the oldest at 0. The computed rank is right only if no later token was evicted. This holds
+        for the newest tokens under a policy that protects them. Without a rotation in the spec q is returned.
         """
         rotation = self.spec.rotation
         if rotation is None:
@@ -72,7 +78,7 @@ class Held:
         return rotation.turned(q, rotation.circle(place.unsqueeze(1), self.spec.compute_dtype))
 
     def part(self, at: slice) -> Held:
-        """Return the view of the slots `at` only."""
+        """Return a `Held` with the data of the slots in the slice `at` only."""
         if at.start == 0 and at.stop == self.position.shape[1]:
             return self
         return replace(
@@ -86,10 +92,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Queries:
-    """Hold the queries of one block in order. Each query sees the tokens up to its own position.
+    """Hold the queries of one block of b tokens in order. Each query sees the tokens up to its own position.
 
-    q         (r, g, b, d)  the queries; under a rotation they are rotated to their places, as the held keys are
-    made      (r, b)        True where a query was really given
+    q         (r, g, b, d)  the queries; if the spec has a rotation they are rotated, as the held keys are
+    made      (r, b)        True where a query was really given; the other entries of q are arbitrary
     position  (r, b)        position of the token that each query came with
     bare      (r, g, b, d)  the queries before the rotation; None without one
     """
@@ -101,11 +107,17 @@ class Queries:
 
     @property
     def as_they_came(self) -> Tensor:
-        """Return the queries (r, g, b, d) before rotation, for a memory that outlives the tokens' present places."""
+        """Return the queries (r, g, b, d) before rotation.
+
+        A memory that is used after later evictions stores these, since evictions change the ranks to rotate to.
+        """
         return self.q if self.bare is None else self.bare
 
     def last(self) -> tuple[Queries, Tensor]:
-        """Return the last query that each row made, and its index (r, 1) in the block. Every row must have made one."""
+        """Return the last given query of each row, as Queries with b = 1, and that query's index (r, 1) in the block.
+
+        Every row must have been given a query.
+        """
         order = torch.arange(1, self.made.shape[1] + 1, device=self.made.device)
         place = (self.made * order).amax(1, keepdim=True) - 1
         r, g, _, d = self.q.shape
@@ -115,35 +127,39 @@ class Queries:
 
 
 class PolicyMemory(Memory, ABC):
-    """Store a policy's memory of each row beside its columns, as tensors with rows as first axis.
+    """Store what a policy remembers of each row beyond its numbers per slot (`Policy.columns`).
 
-    `spec` is the spec of the state that this memory belongs to.
+    All tensors have rows as first axis. `spec` is the spec of the state that this memory belongs to.
     """
 
     spec: Spec
 
     def group(self, g: int) -> None:
-        """Allocate all tensors that depend on g, the queries per token of a GQA group.
+        """Allocate all tensors that depend on g, the number of queries per token and kv head (GQA group).
 
         Called once, before the first query.
         """
 
     def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
-        """Take in the newest tokens of `rows` (r,) in order: k (r, b, d), position and live (r, b).
+        """Update the memory by the keys k (r, b, d) of the newest b tokens of `rows` (r,), oldest first.
 
-        Called at block ends and at the seal if the policy `wants_keys`; b is the block's length.
+        position (r, b) is each token's index in its stream; live (r, b) is False where a row has no such token.
+        Called at block ends and at the seal (end of the prompt) if the policy `wants_keys`; b is the block's length.
         Tokens that an earlier call gave may be among them.
         """
 
     def seal(self) -> None:
-        """Handle the end of the prompt, after the evictions that it causes."""
+        """Update the memory at the end of the prompt, after the evictions that are made there."""
 
     def require_fitting(self, fields: dict[str, Any], g: int | None, sealed: bool) -> None:
-        """Raise ValueError where a message's fields do not fit a GQA group of g queries (None: no query came yet)."""
+        """Raise ValueError if this memory's saved `fields` do not fit a GQA group of g queries per kv head.
+
+        g None: no query came yet. sealed: True if the saved state had reached the end of the prompt.
+        """
 
 
 class Policy(ABC):
-    """Define an eviction rule. The token of lowest priority is evicted first; of equal ones the older.
+    """Define an eviction rule: the held token of lowest priority is evicted first, the older of equal ones.
 
     Subclasses are frozen dataclasses: the rule's configuration.
     """
@@ -159,12 +175,15 @@ class Policy(ABC):
 
     @property
     def usual_prefill(self) -> Literal["stream", "dense"]:
-        """Return the `prefill` of a method that is given none."""
+        """Return the default of `Bounded.prefill`: evict during the prompt ("stream") or only at its end ("dense")."""
         return "stream"
 
     @property
     def spares(self) -> Literal["nothing", "prompt", "answer"]:
-        """Return the part of the stream kept beside the budget: the tokens before the seal, or those after it."""
+        """Return the part of the stream that is kept whole and not counted in the budget.
+
+        "nothing": no part; "prompt": the tokens before the seal (end of the prompt); "answer": the tokens after it.
+        """
         return "nothing"
 
     def protected_first(self) -> int:
@@ -177,38 +196,49 @@ class Policy(ABC):
         return 0
 
     def protected(self, held: Held, last: Tensor) -> Tensor:
-        """Return True for each slot (r, s) that is never evicted; last (r, 1) is `protected_last` of each row."""
+        """Return a mask (r, s) of the slots that may not be evicted; last (r, 1) is each row's `protected_last`."""
         return (held.position < self.protected_first()) | (held.position >= held.seen - last)
 
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
-        """Return empty memory, or None if columns are all it keeps; `shared` has the tensors of `Policy.shared`."""
+        """Return the policy's empty memory for the rows of `spec`, or None if it keeps only numbers per slot (columns).
+
+        shared: the tensors that `Policy.shared` returned.
+        """
         del spec, shared
         return None
 
     def shared(self, spec: Spec) -> dict[str, Tensor]:
-        """Return the policy's public tensors, which are fixed by (policy, spec) alone."""
+        """Return tensors by name that are fixed by policy and spec alone, such as a random projection."""
         del spec
         return {}
 
     @abstractmethod
     def priority(self, held: Held) -> Tensor:
-        """Return one number per slot (r, s): the slot with the smallest is evicted first."""
+        """Return the priority (r, s) of each slot's token: the token of lowest priority is evicted first."""
 
     def wants_queries(self, sealed: bool) -> bool:
-        """Return True if `on_queries` needs the queries of each block, before or after the seal."""
+        """Return True if `on_queries` needs the queries of each block.
+
+        sealed: False for the queries of the prompt, True for those after it.
+        """
         del sealed
         return False
 
     def on_queries(self, held: Held, queries: Queries) -> dict[str, Tensor]:
-        """Return new columns, given a block's queries. The queries may also enter `held.memory`, at `held.rows`."""
+        """Return new values of the policy's columns, column name -> (r, s), given the queries of a block.
+
+        A column is one number per slot. A policy may also store the queries in its memory `held.memory`, at the rows
+        `held.rows`.
+        """
         del held, queries
         return {}
 
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
-        """Return new columns, given the softmax weights (r, g, b, s) of a block's queries over the held tokens.
+        """Return new values of the policy's columns, column name -> (r, s), given a block's attention weights.
 
-        A query that was not made has weight zero everywhere. `held` may be one of several tiles of slots: a
-        slot's numbers may depend on its own weights only.
+        A column is one number per slot. weights (r, g, b, s) are the softmax weights of the block's queries over the
+        held tokens; they are 0 for a query that was not given. `held` may be one of several tiles of slots, so a slot's
+        numbers may depend on its own weights only.
         """
         del held, weights, queries
         return {}
@@ -216,9 +246,9 @@ class Policy(ABC):
 
 @dataclass(frozen=True)
 class Guarded(Policy):
-    """Protect the first tokens (attention sinks) and the newest tokens of each row from eviction.
+    """Define a policy that protects the first tokens (attention sinks) and the newest tokens of each row from eviction.
 
-    sinks   first tokens that are never evicted; models park attention there
+    sinks   first tokens that are never evicted; trained models give these much attention
     recent  newest tokens that are never evicted; if not given, 16, or a quarter of a budget below 64
     The papers' plain rules are sinks=0, recent=0, block=1.
     """

@@ -1,8 +1,8 @@
-"""Draw counter-based random numbers: each is a function of its purpose, never of when it was drawn.
+"""Draw counter-based random numbers: each is a function of a key and a counter, never of earlier draws.
 
-A draw is keyed by (seed, row id, position, lane), so it depends neither on the batch a row sits in nor on how
-a stream was cut into calls, and no generator, global or own, is read or advanced. A reservoir keeps the items
-with the smallest keys, which makes a sample independent of chunking (THEORY: bottom-k sampling).
+A draw is keyed by (seed, row id, position, number of the draw), so it depends neither on the batch a row sits in nor on
+how a stream was cut into calls, and no generator, global or own, is read or advanced. A reservoir keeps the items with
+the smallest keys, which makes a sample independent of chunking (THEORY: bottom-k sampling).
 """
 
 from __future__ import annotations
@@ -20,26 +20,35 @@ _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift int64 right logically, into a new tensor; torch's own shift is arithmetic."""
+    """Shift int64 numbers right by `bits` and fill with zeros, into a new tensor; torch's own shift keeps the sign."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Apply the splitmix64 finaliser (Steele, Lea and Flood 2014) to int64 lanes in place; pass a fresh tensor."""
+    """Apply the splitmix64 finaliser (Steele, Lea and Flood 2014) to the int64 numbers x, and return x.
+
+    x is overwritten, so pass a tensor that nothing else uses.
+    """
     x.bitwise_xor_(_shift(x, 30)).mul_(_MIX1)
     x.bitwise_xor_(_shift(x, 27)).mul_(_MIX2)
     return x.bitwise_xor_(_shift(x, 31))
 
 
 def row_keys(seed: int, row_ids: Tensor, purpose: str) -> Tensor:
-    """Return one int64 key per row, (rows,), from the seed, the row's identity and the purpose of the draw."""
+    """Return one int64 key per row, (rows,), for draws of one purpose, such as "random policy".
+
+    A key is a function of the seed, the row id and the purpose.
+    """
     digest = hashlib.sha256(f"kvfloor/{purpose}/{seed}".encode()).digest()
     salt = int.from_bytes(digest[:8], "little", signed=True)
     return _mix(_mix(row_ids.to(torch.int64) * _GOLDEN + salt) + salt)
 
 
 def uniform(keys: Tensor, counters: Tensor) -> Tensor:
-    """Draw float64 uniforms in (0, 1): `keys` and int64 `counters` broadcast, one draw per element."""
+    """Draw float64 numbers uniformly from (0, 1), one per element.
+
+    `keys` (see `row_keys`) and int64 `counters` are broadcast; a draw is a function of its key and its counter.
+    """
     bits = _mix(_mix(keys + counters * _GOLDEN).bitwise_xor_(counters))
     return _shift(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)  # 52 bits: the half must not round up to 1
 

@@ -1,4 +1,4 @@
-"""Define rotary positions (RoPE) as part of the spec, so that positions count within a state's held tokens."""
+"""Rotate keys and queries by RoPE according to a token's rank among the held tokens, instead of its stream position."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ Circle = tuple[Tensor, Tensor]  # cosine and sine of every pair's angle, (..., p
 class Rotation:
     """Rotate pairs of a vector's entries by angles that grow with its place (Su et al. 2021, RoPE, arXiv 2104.09864).
 
+    A place is a whole number: in a state it is a token's rank among the held tokens of its row.
     frequencies  radians per place, one number per pair
     start        the first rotated entry; 2 x pairs of entries are rotated, the others stay
     interleaved  pair i is entries (2i, 2i + 1) of the rotated ones; otherwise (i, i + pairs)
@@ -42,13 +43,13 @@ class Rotation:
 
     @property
     def stop(self) -> int:
-        """Return the index of the first entry behind the rotated ones."""
+        """Return the index of the first entry of a vector after the rotated entries."""
         return self.start + 2 * len(self.frequencies)
 
     def circle(self, place: Tensor, dtype: torch.dtype, below: int | None = None) -> Circle:
-        """Return the cosines and sines (..., pairs) of these places (...), int64, in `dtype`.
+        """Return the cosines and sines (..., pairs) of the angles at each place (...), int64, in `dtype`.
 
-        below: a bound that all places are under; places of a short range are looked up in a table.
+        below: a number greater than every place. If it is small, cosines and sines are looked up in a table.
         """
         if below is None or below > _TABLE_PLACES:
             return self._computed(place, dtype)
@@ -57,15 +58,18 @@ class Rotation:
         return tuple(x.index_select(0, at).view(*place.shape, -1) for x in (cos, sin))  # pyright: ignore[reportReturnType]
 
     def _computed(self, place: Tensor, dtype: torch.dtype) -> Circle:
-        """Compute cosines and sines in float64 and then round them: equal bits on any path, vectorised or not."""
+        """Compute the cosines and sines (..., pairs) of places (...) in float64, and round them to `dtype`.
+
+        Their bits are then the same whether torch vectorises the computation or not.
+        """
         frequency = torch.tensor(self.frequencies, dtype=torch.float32, device=place.device)
         angle = (place.to(torch.float32).unsqueeze(-1) * frequency).to(torch.float64)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def _table(self, below: int, dtype: torch.dtype, device: torch.device) -> Circle:
-        """Return the circle of places 0, 1, 2, ..., at least `below` of them.
+        """Return the cosines and sines at places 0, 1, 2, ..., at least `below` of them: (places, pairs) each.
 
-        It is fixed by the rotation alone, so it is kept for later calls.
+        They are fixed by the rotation alone, so they are kept for later calls.
         """
         tables: dict[Any, Circle] = vars(self)["_tables"]
         table = tables.get((dtype, device))
@@ -77,7 +81,11 @@ class Rotation:
         return table
 
     def turned(self, x: Tensor, circle: Circle, back: bool = False) -> Tensor:
-        """Rotate x (..., d) by `circle`, or back; compute in the circle's dtype and round once to x's dtype."""
+        """Rotate x (..., d) by the angles of `circle`, or backwards by them if `back`; return it in x's dtype.
+
+        `circle` has the angles' cosines and sines (..., pairs). The rotation is computed in their dtype and rounded
+        once.
+        """
         cos, sin = circle[0], -circle[1] if back else circle[1]
         middle = x[..., self.start : self.stop].to(cos.dtype)
         if self.interleaved:
@@ -91,7 +99,7 @@ class Rotation:
         return torch.cat([x[..., : self.start], turned, x[..., self.stop :]], -1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
+        """Return the fields as a JSON-ready dict, from which `from_dict` makes an equal rotation."""
         return {"frequencies": list(self.frequencies), "start": self.start, "interleaved": self.interleaved}
 
     @classmethod

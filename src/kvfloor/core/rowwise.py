@@ -20,7 +20,7 @@ _TERMS = 12  # of the logarithm's series; the next one is below 2^-64
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return the numbers of x contiguous and on a boundary of 64 bytes: x itself where it is, else a copy."""
+    """Return x if it is contiguous and starts at a multiple of 64 bytes in memory, else a copy that does."""
     dense, size = [], 1
     for extent in reversed(x.shape):
         dense.append(size)
@@ -39,9 +39,11 @@ def row_by_row(
 ) -> Tensor:
     """Apply `work` to one row after another and stack the results: bits depend on a row's numbers and shape alone.
 
-    work     takes each column and each of `beside` as (1, ...), aligned, and gives (1, ...); it changes none of them
-    held     if rows are of different length: the first held[r] items of a column's second axis go in, and as many
-             come out along the result's last axis, `fill` behind them
+    columns  tensors (rows, ...), of which `work` is given one row at a time
+    beside   further tensors (rows, ...), which are never cut by `held`
+    work     takes each column and each of `beside` as (1, ...), aligned, and returns (1, ...); it changes none of them
+    held     if rows are of different length: `work` is given the first held[r] items of a column's second axis, and
+             returns as many along its result's last axis; the places after them get `fill`
     """
     rows = columns[0].shape[0]
     if rows == 0 or (held is not None and columns[0].shape[1] == 0):
@@ -65,7 +67,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def total(x: Tensor, axis: int = -1) -> Tensor:
-    """Sum x along an axis by a fixed tree of additions, which is the same for every number of other items."""
+    """Sum x along an axis by a fixed tree of additions, so that a sum rounds alike whatever the other axes' sizes."""
     x = x.movedim(axis, 0)
     n = x.shape[0]
     if n < 2:
@@ -80,7 +82,7 @@ def total(x: Tensor, axis: int = -1) -> Tensor:
 
 
 def length(x: Tensor) -> Tensor:
-    """Return the Euclidean length of x along its last axis, by `total`."""
+    """Return the Euclidean norm of x along its last axis, rounded alike in any batch (by `total`)."""
     return total(x.square()).sqrt()
 
 

@@ -1,4 +1,4 @@
-"""Define the interface of a selector, which `Exact` and `Bounded` call."""
+"""Define the interface of a selector, which picks the held tokens that a query reads; `Exact` and `Bounded` call it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,34 @@ from kvfloor.core.spec import Spec
 
 @dataclass(frozen=True)
 class Chosen:
-    """Hold the slots that queries read: index (r, m, c) int64, each at most once; dead (r, m, c) marks no choice."""
+    """Hold the slots that each query reads: index (r, m, c) int64, at most c different slots for each of m queries.
+
+    dead (r, m, c), bool, is True for entries of index that are padding.
+    """
 
     index: Tensor
     dead: Tensor
 
     def unread(self, width: int) -> Tensor:
-        """Return the choice as a mask (r, m, width): True where a slot is not read."""
+        """Return the choice as a mask (r, m, width) over slots 0 .. width - 1: True where a slot is not read."""
         r, m, _ = self.index.shape
         hide = torch.ones(r, m, width + 1, dtype=torch.bool, device=self.index.device)
         return hide.scatter_(2, self.index.masked_fill(self.dead, width), False)[..., :width]
 
 
 class SelectorState(Memory, ABC):
-    """Store a selector's index of the held tokens, kept in step with the slots; `spec` is the state's spec.
+    """Store a selector's index of the held tokens, which is updated whenever tokens enter or leave the slots.
 
-    Rows are the first axis of every tensor, or the part that holds the tensor selects rows itself. Choices rest on
-    float64 scores and break ties by the slot, so that they do not depend on the shape of the call.
+    `spec` is the state's spec. Rows are the first axis of every tensor; a part with other tensors defines its own
+    `select_rows`. Choices are made by float64 scores, and by slot number among equal scores, so that they do not depend
+    on the shape of the call.
     """
 
     spec: Spec
 
     @abstractmethod
     def append(self, slots: Slots, before: Tensor) -> None:
-        """Index the new tokens: slots before[r] <= slot < held[r] of each row."""
+        """Add the new tokens of each row r to the index: those in slots before[r] .. slots.held[r] - 1."""
 
     @abstractmethod
     def evict(self, slots: Slots, leaving: Tensor) -> None:
@@ -49,30 +53,31 @@ class SelectorState(Memory, ABC):
         """
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Raise ValueError where the fields of a message do not belong to the fields of its slots."""
+        """Raise ValueError if the saved `fields` of this index contradict the saved fields of the state's `slots`."""
 
     def resize(self, slots: Slots) -> None:
-        """Adapt to the rows' new capacities; no token came or was evicted."""
+        """Adapt the index to new capacities of the rows' slots; the held tokens have not changed."""
 
     def close(self, slots: Slots, rows: Tensor | None) -> None:
-        """Act on the completed block of these rows (None: all), after the block's evictions."""
+        """Update the index at the end of a block in these rows (None: all), after the block's evictions."""
 
     def seal(self) -> None:
-        """Handle the end of the prompt."""
+        """Update the index at the end of the prompt."""
 
     @abstractmethod
     def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
         """Choose the slots that each query of q (r, m, d) reads among the first visible (r, m) slots of `rows`.
 
-        The call changes nothing, and each query's choice is its own. A query sees all slots that were held at the last
-        eviction, or more. It reads at least one slot if it sees any.
+        The call changes nothing, and a query's choice does not depend on the other queries. A query sees at least the
+        slots that were held after the last eviction. It reads at least one slot if it sees any.
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
-        """Choose as `choose` does, flattened to (rows, g*a), for the queries q (rows, g, a, d) of the newest tokens.
+        """Choose the slots that the newest tokens' queries q (rows, g, a, d) read: `Chosen` with m = g * a.
 
-        visible and position are (rows, a): a query sees up to its own token, whose place in the stream is
-        `position`, or -1 where the row has no such token. The state may remember a choice.
+        visible (rows, a) is the number of slots that a query sees, up to its own token; position (rows, a) is that
+        token's index in the stream, or -1 where the row has no such token. The index may remember a choice for
+        later queries, unlike in `choose`.
         """
         del position
         return self.choose(q.flatten(1, 2), slots, visible.repeat(1, q.shape[1]))
@@ -83,7 +88,7 @@ class SelectorState(Memory, ABC):
 
 
 class Selector(ABC):
-    """Define a choice among held tokens by a frozen configuration.
+    """Define a rule by which a query reads only some of the held tokens: a frozen configuration.
 
     A selector that keeps an index of the held tokens derives from `Indexed`.
     """
@@ -95,7 +100,7 @@ class Selector(ABC):
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
         """Return the mask of slots that q (rows, m, d) does not read: bool (rows or 1, m or 1, s), or None for no slot.
 
-        The mask contains all of `hide`.
+        The argument `hide` is the mask of slots that a query may not see; the result is True there as well.
         """
 
     @abstractmethod
@@ -104,17 +109,21 @@ class Selector(ABC):
 
 
 class Indexed(Selector):
-    """Define a selector that keeps an index of the held tokens; its state makes the choices."""
+    """Define a selector that keeps an index of the held tokens; its `SelectorState` makes the choices."""
 
     @abstractmethod
     def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> SelectorState:
-        """Return an index of these empty slots, which stay in order of arrival for ever if `in_order`.
+        """Return an empty index of these empty slots.
 
-        Public tensors, which follow from selector and spec alone, go into the owner's `shared`.
+        in_order  True: tokens stay in the slots in order of arrival, as none is ever evicted
+        shared    the state's dictionary, to which tensors that are fixed by selector and spec alone are added
         """
 
     def block(self) -> int | None:
-        """Return the tokens between two calls of `close` where no policy sets them; None if any number will do."""
+        """Return the block length that the index needs, in tokens between two calls of `close`; None: any will do.
+
+        It is used by `Exact`; `Bounded` has a block length of its own.
+        """
         return None
 
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
@@ -128,7 +137,7 @@ class Indexed(Selector):
 
 @dataclass(frozen=True)
 class Everything(Selector):
-    """Read every held token; the default."""
+    """Read every held token for every query; the default."""
 
     name: ClassVar[str] = "everything"
 

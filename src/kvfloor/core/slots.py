@@ -1,4 +1,4 @@
-"""Store the held tokens of all rows: one flat arena of keys and values, with an offset and a capacity per row."""
+"""Store the held tokens of all rows in one arena of keys and values."""
 
 from __future__ import annotations
 
@@ -9,24 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfloor.core.arena import Arena, grown
 from kvfloor.core.fields import MOST, Field, require_room
 from kvfloor.core.memory import Memory
 from kvfloor.core.spec import Spec
 
 
-def grown(size: Any) -> Any:
-    """Return the next size of an arena (an int or a tensor) that is full at `size`: a quarter more, rounded up.
-
-    So each token is copied four times on average, however many come, and a fifth of the arena at most is empty.
-    """
-    return size + (size + 3) // 4
-
-
 @dataclass(frozen=True)
 class View:
-    """Show some rows' slots side by side: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
+    """Hold the first s slots of r rows as batched tensors: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
 
-    live is None if every slot holds a token.
+    A slot is the place of one held token. live marks the slots that hold a token; None: all do.
     """
 
     k: Tensor
@@ -40,16 +33,17 @@ class View:
         return self.fetch()
 
 
-class Slots(Memory):
+class Slots(Arena):
     """Store the held tokens of every row, packed at the front of the row's stretch of the arena.
 
-    A row's slots carry no order; `position` is the arrival index of each token. Rows may have different capacities
-    (per-head budgets free real bytes) and different fill (`held`). `columns` are per-slot numbers that a policy keeps,
-    zero where a slot holds no token. Clocks and counts live on the CPU, so that control flow never waits for a device.
+    A slot is the place of one token. A row's slots carry no order; `position` is the arrival index of each token. Rows
+    may have different capacities (per-head budgets free real bytes) and different fill (`held`). `columns` are per-slot
+    numbers that a policy keeps, zero where a slot holds no token.
 
-    Under `spec.rotation` k has the keys that queries read, rotated to the rank of their token among the row's. An
-    eviction changes the ranks of the tokens behind the evicted ones. Then k is rotated anew from `bare`, the unrotated
-    keys, so that no rounding builds up. Slots that `lose` no token, and whose values are not the keys, need no `bare`.
+    Under `spec.rotation` k has the keys that queries read: each is rotated to the rank of its token among the tokens of
+    the row. An eviction changes the ranks of the tokens behind the evicted ones. Then k is rotated anew from `bare`,
+    the unrotated keys, so that no rounding builds up. `bare` is kept only if tokens can be lost (argument `lose`) or
+    the values are the keys (`spec.tied`).
     """
 
     def __init__(
@@ -59,11 +53,9 @@ class Slots(Memory):
         columns: dict[str, torch.dtype] | None = None,
         lose: bool = True,
     ) -> None:
-        self.spec = spec
-        self.held = torch.zeros(spec.rows, dtype=torch.int64)
+        super().__init__(spec, torch.tensor(list(capacities), dtype=torch.int64))
         self.columns = Columns()
-        self._lay_out(torch.tensor(list(capacities), dtype=torch.int64))
-        total = int(self.capacity.sum())
+        total = self._places
         self.k = torch.zeros(total, spec.d, dtype=spec.dtype, device=spec.device)
         turns = spec.rotation is not None and (lose or spec.tied)
         self.bare = torch.zeros_like(self.k) if turns else None
@@ -73,35 +65,29 @@ class Slots(Memory):
         for name, dtype in (columns or {}).items():
             setattr(self.columns, name, torch.zeros(total, dtype=dtype, device=spec.device))
 
-    def _lay_out(self, capacity: Tensor) -> None:
-        self.capacity = capacity
-        self.offset = torch.cumsum(capacity, 0) - capacity
-        self.stride = int(capacity[0]) if bool((capacity == capacity[0]).all()) else 0  # 0: ragged
-
     @property
     def _own(self) -> tuple[str, ...]:
-        """Return the names of the per-token tensors beside the columns; tied keys and values are one tensor."""
+        """Return the names of the tensors with one entry per token, except the policy's columns.
+
+        If a token's value is its key (`spec.tied`), "k" stands for both.
+        """
         own = ("k", "position") if self.spec.tied else ("k", "v", "position")
         return own if self.bare is None else (*own, "bare")
 
     def _columns(self) -> dict[str, Tensor]:
         return self.columns.tensors()
 
-    def _arrays(self) -> list[tuple[Any, str, Tensor]]:
-        """Return every per-slot tensor, as (owner, attribute, tensor)."""
-        own = [(self, name, getattr(self, name)) for name in self._own]
-        return own + [(self.columns, name, tensor) for name, tensor in self._columns().items()]
-
-    @property
-    def level(self) -> int | None:
-        """Return the tokens held per row, if all rows hold equally many in stretches of one length; otherwise None."""
-        counts = self.held.tolist()
-        return counts[0] if self.stride and min(counts) == max(counts) else None
+    def _arrays(self) -> list[tuple[Memory, str, Tensor]]:
+        return super()._arrays() + [(self.columns, name, tensor) for name, tensor in self._columns().items()]
 
     # ---- reading -------------------------------------------------------------------------------------------
 
     def view(self, rows: Tensor | None = None, width: int | None = None) -> View:
-        """Return the slots of `rows` (all if None), `width` wide (default: the fullest row). Copies only if ragged."""
+        """Return the first `width` slots of `rows` as a `View`.
+
+        rows None: all rows. width None: as many slots as the fullest row holds tokens. Tensors are copied only if
+        capacities differ or `rows` is given.
+        """
         held = self.held if rows is None else self.held[rows]
         counts = held.tolist()
         if width is None:
@@ -114,24 +100,14 @@ class Slots(Memory):
         return View(k, v, live, lambda: self.across(self.position, rows, width))
 
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
-        """Return a per-slot tensor as (rows, width, ...)."""
+        """Return the first `width` slots of `rows` (None: all) of a per-slot tensor x (slots, ...): (r, width, ...)."""
         if self.stride:
             table = self._table(x, 0, min(width, self.stride))
             return table if rows is None else table[rows.to(x.device)]
         return x[self._index(rows, width)]
 
-    def _table(self, x: Tensor, start: int, stop: int, stride: int | None = None) -> Tensor:
-        """Return slots start .. stop - 1 of every row of a per-slot tensor, as a view (rows, stop - start, ...).
-
-        Rows have stretches of one length, `stride`. The view is one operation, because in decoding an operation's
-        overhead is more than its work.
-        """
-        stride, (slot, *inner) = stride or self.stride, x.stride()
-        shape = (self.spec.rows, stop - start, *x.shape[1:])
-        return x.as_strided(shape, (stride * slot, slot, *inner), start * slot)
-
     def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Copy a per-slot tensor at slot (r, m, c) of each of `rows`: (r, m, c, ...)."""
+        """Copy the entries at slot (r, m, c) of each of `rows` (None: all) from a per-slot tensor x: (r, m, c, ...)."""
         offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
         index = (offset + slot).clamp_max(x.shape[0] - 1).flatten()
         return x.index_select(0, index).view(*slot.shape, *x.shape[1:])
@@ -140,22 +116,14 @@ class Slots(Memory):
         return self.across(getattr(self.columns, name), rows, width)
 
     def _index(self, rows: Tensor | None, width: int) -> Tensor:
-        offset = self.offset if rows is None else self.offset[rows]
-        index = (offset.unsqueeze(1) + torch.arange(width)).clamp_max(self.k.shape[0] - 1)
-        return index.to(self.k.device)
-
-    def live_index(self) -> Tensor:
-        """Return the arena indices of all held tokens, row by row, in slot order."""
-        width = int(self.held.max()) if self.held.numel() else 0
-        live = torch.arange(width) < self.held.unsqueeze(1)
-        return (self.offset.unsqueeze(1) + torch.arange(width))[live].to(self.k.device)
+        return self.places(rows, width).squeeze(1)
 
     # ---- writing -------------------------------------------------------------------------------------------
 
     def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor, bare: Tensor | None = None) -> None:
-        """Add the first take[r] of row r's tokens: k (rows, a, d), v (rows, a, dv), position (rows, a).
+        """Append the first take[r] tokens of k (rows, a, d), v (rows, a, dv) and position (rows, a) to each row r.
 
-        bare (rows, a, d): the keys before they were rotated to their ranks, under a rotation.
+        bare (rows, a, d): under a rotation, the keys before they were rotated to their ranks.
         """
         a, at = k.shape[1], self.level if min(take.tolist()) == k.shape[1] else None
         if at is None or at + a > self.stride:
@@ -173,7 +141,11 @@ class Slots(Memory):
         self.held = self.held + take
 
     def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
-        """Push one token of this position to every row, for rows that hold equally many tokens and have room."""
+        """Append one token, which arrived at `position`, to every row: k (rows, 1, d), v (rows, 1, dv).
+
+        All rows must hold equally many tokens and have a free slot. bare (rows, 1, d): under a rotation, the unrotated
+        keys.
+        """
         at = self.held.tolist()[0]
         self._table(self.k, at, at + 1).copy_(k)
         if self.bare is not None:
@@ -184,7 +156,10 @@ class Slots(Memory):
         self.held = self.held + 1
 
     def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
-        """Write a column back for `rows`: values (r, width)."""
+        """Write values (r, width) to the column `name`, a policy's numbers per slot, for `rows` (None: all).
+
+        Slots without a token stay as they are.
+        """
         store, level = getattr(self.columns, name), self.level if rows is None else None
         if level is not None:
             self.across(store, None, level).copy_(values[:, :level])
@@ -194,10 +169,10 @@ class Slots(Memory):
         store[self._index(rows, values.shape[1])[live]] = values[live].to(store.dtype)
 
     def evict(self, leaving: Tensor) -> None:
-        """Drop the slots marked in leaving (rows, width), bool, live ones only.
+        """Drop the tokens in the slots marked in leaving (rows, width), bool; every marked slot must hold a token.
 
-        Survivors from the end of a row move into the holes further front, so a row stays packed and at most as
-        many tokens move as leave.
+        Remaining tokens from the end of a row move into the freed slots further front, so a row stays packed and at
+        most as many tokens move as leave.
         """
         leaving = leaving.cpu()
         slot = torch.arange(leaving.shape[1])
@@ -255,10 +230,6 @@ class Slots(Memory):
 
     # ---- size ----------------------------------------------------------------------------------------------
 
-    def bytes_by_row(self, rows: int) -> Tensor:
-        """Return the bytes of each row: its own stretch of the arena, and an equal part of the clocks."""
-        return self._by_capacity(rows, [store for _, _, store in self._arrays()], self.capacity)
-
     def _reserve(self, needed: Tensor) -> None:
         if bool((needed > self.capacity).any()):
             wanted = torch.maximum(needed, grown(self.capacity))
@@ -269,21 +240,7 @@ class Slots(Memory):
                 else torch.where(needed > self.capacity, wanted, self.capacity)
             )
 
-    def resize(self, capacity: Tensor) -> None:
-        """Move the held tokens to an arena with these capacities (rows,), each at least what the row holds."""
-        level, stride = self.level, self.stride
-        if bool((capacity != capacity[0]).any()):
-            level = None
-        source = self.live_index() if level is None else None
-        self._lay_out(capacity.clone())
-        target = self.live_index() if level is None else None
-        for owner, name, store in self._arrays():
-            moved = store.new_zeros(int(capacity.sum()), *store.shape[1:])
-            if level is None:
-                moved[target] = store[source]
-            else:  # one stride before and after: no index needed
-                self._table(moved, 0, level).copy_(self._table(store, 0, level, stride))
-            owner.move(name, moved)
+    def _moved(self) -> None:
         self._tie()
 
     def _tie(self) -> None:
@@ -293,15 +250,13 @@ class Slots(Memory):
     # ---- as a part of a state ------------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
-        """Return the held tokens only: an evicted token's bytes still in the arena never reach the message."""
-        index = self.live_index()
-        follows = ("k",) if self.bare is not None else ()  # adopt() rotates it from `bare`
-        live = {name: tensor[index] for owner, name, tensor in self._arrays() if owner is self and name not in follows}
-        columns = {name: tensor[index] for name, tensor in self._columns().items()}
-        return {"held": self.held, "capacity": self.capacity, "columns": columns, **live}
+        sent = super().export() | {"columns": self._export(self.columns)}
+        if self.bare is not None:
+            del sent["k"]  # `adopt` rotates it from `bare`
+        return sent
 
     def fields(self) -> dict[str, Any]:
-        """Declare one entry per held token in every field."""
+        """Return the allowed values of the saved tensors, name -> `Field`: each has one entry per held token."""
         spec, tokens = self.spec, "tokens"
         wide = {"k": spec.d, "v": spec.dv}
         own = {name: Field(spec.dtype, (tokens, wide[name]), finite=True) for name in wide if name in self._own}
@@ -318,44 +273,29 @@ class Slots(Memory):
         require_room(float(capacity.double().sum()) * width, self.spec.dtype.itemsize, "the slots")
 
     def adopt(self, fields: dict[str, Any]) -> None:
-        self.held = fields["held"]
-        self._lay_out(fields["capacity"])
-        index = self.live_index()
-        for owner, name, store in self._arrays():
-            placed = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
-            if owner is self and name == "k" and self.bare is not None:
-                setattr(owner, name, placed)  # rotated below
-                continue
-            sent = fields[name] if owner is self else fields["columns"][name]
-            placed[index] = sent.to(store.device)
-            setattr(owner, name, placed)
-        self._tie()
+        super().adopt(fields)
         self._turn(None)
 
-    def select_rows(self, index: Tensor) -> None:
-        sources = [int(self.offset[row]) + torch.arange(int(self.held[row])) for row in index.tolist()]
-        source = torch.cat(sources).to(self.k.device)
-        self.held = self.held[index]
-        self.spec = self.spec.select(index)
-        self._lay_out(self.capacity[index])
-        target = self.live_index()
-        for owner, name, store in self._arrays():
-            moved = store.new_zeros(int(self.capacity.sum()), *store.shape[1:])
-            moved[target] = store[source]
-            setattr(owner, name, moved)
-        self._tie()
+    def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:
+        if owner is self.columns:
+            return fields["columns"][name]
+        return None if name == "k" and self.bare is not None else fields[name]
 
 
 class Columns(Memory):
-    """Store the per-slot tensors (total slots,) that a policy keeps beside the keys and values."""
+    """Store a policy's columns beside the keys and values: tensors (total slots,) with one number per slot."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by column name."""
+        """Return the columns, column name -> tensor (total slots,)."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def require_positions(fields: dict[str, Any], seen: Tensor) -> None:
-    """Raise ValueError unless the tokens in these fields of slots came once each, among the first seen (rows,)."""
+    """Raise ValueError if saved slots hold a token twice, or one that its row has not seen yet.
+
+    fields  the saved fields of `Slots`
+    seen    (rows,) number of tokens that each row has seen: positions must be below it
+    """
     row = torch.arange(len(seen)).repeat_interleave(fields["held"])
     position = fields["position"]
     if bool((position >= seen[row]).any()):

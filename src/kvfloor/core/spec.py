@@ -1,4 +1,4 @@
-"""Define the spec that a state is opened for. All of it is public, and none of it depends on the stream."""
+"""Define the spec of a state: its sizes and constants, all public and independent of the stream."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Spec:
     d, dv     width of a key and of a value
     scale     the factor on q.k (the papers use 1, models d**-0.5)
     softcap   c in c*tanh(logit/c), or None
-    row_ids   one identity per row, which keys its randomness; 0, 1, 2, ... unless given
+    row_ids   one identity per row, which seeds the row's random draws; 0, 1, 2, ... unless given
     places    each row's place in a model, as (layer, kv head), for methods whose trained parameters differ from
               head to head; None outside a model
     tied      a token's value is its key: both are given as one tensor, and held once
-    rotation  None, or the rotation of keys and queries by their place (RoPE): they are given unrotated, and a token's
-              place is its rank among the tokens that its row holds, the oldest at 0, its own query's the same
+    rotation  None, or the rotation (RoPE) of keys and queries, which are then given unrotated. A token's key and query
+              are rotated by the token's rank among the tokens that its row holds, the oldest at 0
     Raises ValueError naming the field that is out of its domain.
     """
 
@@ -86,7 +86,7 @@ class Spec:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Return the dtype of logits, masses and means."""
+        """Return the dtype of logits, log-masses and attention outputs: float32, or float64 for a float64 spec."""
         return compute_dtype(self.dtype)
 
     @cached_property
@@ -99,14 +99,14 @@ class Spec:
         return torch.tensor(self.row_ids, dtype=torch.int64, device=self.device)
 
     def select(self, index: Tensor) -> Spec:
-        """Return the spec of the rows at `index`, which keep their ids and places."""
+        """Return the spec for the rows at `index` (r,) alone; these rows keep their row ids and places."""
         assert self.row_ids is not None
         chosen = [self.row_ids[i] for i in index.tolist()]
         places = None if self.places is None else [self.places[i] for i in index.tolist()]
         return replace(self, rows=len(chosen), row_ids=chosen, places=places)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form of the dtype and all fields that differ from their defaults, except the device."""
+        """Return a JSON-ready dict of the dtype and all fields that differ from their defaults, except the device."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         plain.pop("device", None)
         plain["dtype"] = str(self.dtype).removeprefix("torch.")

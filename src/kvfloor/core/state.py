@@ -1,4 +1,7 @@
-"""Define the state of a method: checks of input, padding, clocks and the message are written once, here."""
+"""Define the state of a method, i.e. the memory of its streams of tokens.
+
+The checks of input, the padding, the clocks (tokens per row) and the message (saved state) are written once, here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from kvfloor.core.slots import Slots
 
 Self = TypeVar("Self", bound="State")
+M = TypeVar("M", bound=Method)  # the class of the method that opens a state
 Call = TypeVar("Call", bound=Callable[..., Any])
 ANEW = (
     "start again with an empty state and without these tokens, or use a method that keeps whole tokens and no summary"
@@ -31,7 +35,10 @@ ANEW = (
 
 
 def _plain(call: Call) -> Call:
-    """Run the call outside autograd and outside inference mode, whose tensors could not be written to later."""
+    """Wrap `call` so that it runs outside autograd and outside inference mode.
+
+    Tensors made in inference mode could not be written to later.
+    """
 
     @wraps(call)
     def inside(*args: Any, **kwargs: Any) -> Any:
@@ -44,10 +51,10 @@ def _plain(call: Call) -> Call:
 
 
 def whole(call: Call) -> Call:
-    """Refuse the call on a state in which an earlier call broke off; otherwise run it as `_plain` does.
+    """Wrap the method `call` of a state so that it raises `BrokenState` if an earlier call on the state broke off.
 
-    A call that is about to change the state sets `_underway` first, after it has checked its input. The last line here
-    clears the mark. Any exception before that leaves the mark set.
+    Otherwise it runs as under `_plain`. A call that is about to change the state sets `_underway` first, after it has
+    checked its input. The wrapper clears `_underway` when the call returns. Any exception before that leaves it set.
     """
 
     @wraps(call)
@@ -66,22 +73,22 @@ def whole(call: Call) -> Call:
 
 
 class _Plain(ABCMeta):
-    """Open states outside inference mode, wherever their constructor is called."""
+    """Define a metaclass that runs the constructors of states outside autograd and outside inference mode."""
 
     @_plain
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)
 
 
-class State(Memory, metaclass=_Plain):
+class State(Memory, Generic[M], metaclass=_Plain):
     """Store a method's memory of `rows` independent streams of tokens.
 
-    A variant writes `_append` and `_read`, and `_step_partial` where it can do better than token by token. It refuses
-    unacceptable tokens in `_require_tokens` and unacceptable groups in `_require_group`, before anything changes.
-    Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group,
-    queries of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the state as
-    it was. After any other exception the state is either unchanged, or refuses every further call with `BrokenState`.
-    A state that keeps whole tokens holds them in `slots`.
+    A variant (subclass) writes `_append` and `_read`, and `_step_partial` where it can do better than token by token.
+    It refuses unacceptable tokens in `_require_tokens` and unacceptable groups in `_require_group`, before anything
+    changes. Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA
+    group, queries of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the
+    state as it was. After any other exception the state is either unchanged, or refuses every further call with
+    `BrokenState`. A state that keeps whole tokens holds them in `slots`.
     """
 
     slots: Slots | None = None
@@ -92,7 +99,7 @@ class State(Memory, metaclass=_Plain):
         if "guarantee" in vars(cls):  # a theorem about the tokens seen, which a broken state holds in part only
             cls.guarantee = whole(cls.guarantee)
 
-    def __init__(self, method: Method, spec: Spec) -> None:
+    def __init__(self, method: M, spec: Spec) -> None:
         if spec.rotation is not None and not method.traits.turns:
             raise ValueError(
                 f"{method} does not hold every key that it reads, so none can be turned to its place among what is "
@@ -108,24 +115,24 @@ class State(Memory, metaclass=_Plain):
 
     @property
     def key_width(self) -> int:
-        """Return the numbers per token in `k`: the spec's d, unless the attention law takes more than one key."""
+        """Return the last size of `k`: the spec's d, or more if each token has several keys (tensor attention)."""
         return self.spec.d
 
     @property
     def value_width(self) -> int:
-        """Return the numbers per token in `v`: the spec's dv, unless the attention law takes more than one value."""
+        """Return the last size of `v`: the spec's dv, or more if each token has several values (tensor attention)."""
         return self.spec.dv
 
     @abstractmethod
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        """Take in the first take[r] tokens of row r, and advance `seen` by `take`."""
+        """Append the first take[r] tokens of row r to the memory, and add take (rows,) to `seen`."""
 
     @abstractmethod
     def _read(self, q: Tensor) -> Partial:
-        """Compute attention of q (rows, m, d) over all tokens seen; change nothing."""
+        """Return attention of q (rows, m, d) over all tokens seen, a `Partial` (rows, m); change nothing."""
 
     def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
-        """Take in each token and then answer its queries: a `Partial` (rows, g, t).
+        """Append each token and then answer its queries: a `Partial` (rows, g, t).
 
         This token-by-token form is the law that faster variants must reproduce.
         """
@@ -142,52 +149,61 @@ class State(Memory, metaclass=_Plain):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if `_step_one` can do the present decode step, one token of every row, in a shorter way."""
+        """Return True if the shortcut `_step_one` may answer a decode step that gives every row one token."""
         return False
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
-        """Do `_step` for one token of every row. Called only while `_steps_alone`."""
+        """Append and answer one token of every row, as `_step` does. Called only while `_steps_alone` is True."""
         return self._step(k, v, q, torch.ones(self.spec.rows, dtype=torch.int64))
 
     def _attend(self, q: Tensor) -> Partial:
-        """Compute `_read` for q (rows, g, m, d), flattened to (rows, g*m); a policy may learn from the queries."""
+        """Return attention of q (rows, g, m, d) over all tokens seen, as `_read` does: a `Partial` (rows, g*m).
+
+        A policy may learn from the queries.
+        """
         return self._read(q.flatten(1, 2))
 
     def _seal(self) -> None:
-        """Handle the end of the prompt."""
+        """Handle the end of the prompt, for example by compressing the prompt."""
 
     def _require_group(self, g: int, attending: bool = False) -> None:
-        """Raise ValueError if queries in groups of g do not fit the data kept of earlier queries.
+        """Raise ValueError if the GQA group g (queries per kv head) differs from that of the queries kept so far.
 
-        attending: the queries come by `attend`, without tokens of their own.
+        attending: True if the queries come by `attend`, without tokens of their own.
         """
 
     def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        """Raise ValueError if the method cannot take the first take[r] of these tokens of row r."""
+        """Raise ValueError if the method does not accept the first take[r] tokens of row r, for any r."""
 
     def _select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index`, which were checked to exist."""
+        """Keep only the rows at `index` (r,), in this order; `select_rows` has checked that these rows exist."""
         super().select_rows(index)
 
     def _pin(self, start: int, stop: int) -> None:
-        """Keep the tokens start <= position < stop of every row for good, if the method's traits allow it."""
+        """Keep the tokens start <= position < stop of every row for good; raise ValueError if the method cannot."""
         raise ValueError(f"{self.method} cannot pin tokens: take a method that keeps whole tokens, such as 'h2o@512'")
 
     def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
-        """Raise ValueError if some of these tokens, by row (e,) and position (e,), cannot be taken out again."""
+        """Raise ValueError if the memory cannot drop one of the tokens, each named by row (e,) and position (e,).
+
+        For example, a token that a summary has absorbed cannot be subtracted from it.
+        """
         del row, position
         raise ValueError(
             f"{self.method} does not keep whole tokens, so it cannot drop some of those it has taken in: {ANEW}"
         )
 
     def _forget(self, row: Tensor, position: Tensor) -> None:
-        """Drop tokens by row (e,) and position (e,), on the CPU, after `_require_forgettable` accepted them."""
+        """Drop tokens, named by row (e,) and position (e,) on the CPU, which `_require_forgettable` accepted."""
 
     # ---- public calls -----------------------------------------------------------------------------------
 
     @whole
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
-        """Take in tokens without answering queries. present (rows, t), bool, marks the real ones."""
+        """Append tokens k (rows, t, d), v (rows, t, dv) without answering queries.
+
+        present (rows, t), bool, is False for padding, which is skipped; None: all tokens are real.
+        """
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         take, order = self._arrange(k, v, None, present)
         if order is not None:
@@ -199,7 +215,7 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
-        """Take in tokens and answer their queries causally: token i attends to every token up to and including itself.
+        """Append tokens and answer their queries causally: token i attends to every token up to and including itself.
 
         q (rows, g, t, d) -> (rows, g, t, dv) in the spec's dtype; zeros where `present` is False.
         """
@@ -217,9 +233,9 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
-        """Do `step` and return the log-mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
+        """Do `step`, but return the log-mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
 
-        Empty where `present` is False. For callers who merge further terms into the answer, such as a sink's logit.
+        It is empty where `present` is False. Use it to merge further terms into the answer, such as a sink's logit.
         """
         k, v, q, take, order = self._packed(k, v, q, present)
         if not any(take.tolist()):
@@ -258,7 +274,7 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def require_forgettable(self, row: Tensor, position: Tensor) -> None:
-        """Raise the error that `forget` would raise for these tokens; change nothing."""
+        """Raise the error that `forget` would raise for these tokens, if any; change nothing."""
         self._named(row, position)
 
     @whole
@@ -275,7 +291,11 @@ class State(Memory, metaclass=_Plain):
             self._forget(row, position)
 
     def _named(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens of `forget` on the CPU, checked; raise ValueError where one cannot be taken out again."""
+        """Check the arguments of `forget`, and return them on the CPU: row (e,) and position (e,).
+
+        Raises ValueError if they are no such tensors, or if one of the tokens was never seen or cannot be taken out
+        again.
+        """
         row, position = (torch.as_tensor(x).to("cpu") for x in (row, position))
         if row.ndim != 1 or row.shape != position.shape or row.dtype != torch.int64 or position.dtype != torch.int64:
             raise ValueError(
@@ -305,7 +325,10 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def guarantee(self) -> Guarantee | None:
-        """Return the method's guarantee, withdrawn (`holds` False) where the tokens seen break an assumption."""
+        """Return the method's guarantee, withdrawn (`holds` False) where the tokens seen break an assumption.
+
+        None if the method has no guarantee.
+        """
         return self.method.guarantee(self.spec)
 
     @property
@@ -315,14 +338,21 @@ class State(Memory, metaclass=_Plain):
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes that answering one query token reads, over all rows: all unless a variant reads less."""
+        """Return the bytes that answering one query token reads, over all rows.
+
+        They are `nbytes`, unless a variant reads only a part of its memory.
+        """
         return self.nbytes
 
     def fields(self) -> dict[str, Any]:
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError unless each state inside this one has seen the same tokens and the same seal."""
+        """Raise ValueError if the `fields` of a saved state contradict those of another state that is a part of it.
+
+        Both must have seen equally many tokens per row, and both or neither must be sealed (past the end of the
+        prompt).
+        """
         for name, value in vars(self).items():
             if isinstance(value, State):
                 require_equal(fields[name]["seen"], fields["seen"], f"{name}/seen")
@@ -341,12 +371,15 @@ class State(Memory, metaclass=_Plain):
 
     @whole
     def to_bytes(self) -> bytes:
-        """Pack the message: all that answering and continuing need beyond the method and public randomness."""
+        """Return the state as bytes, a message from which `Method.from_bytes` restores it.
+
+        It has all that answering and continuing need beyond the method and public randomness.
+        """
         return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 
     @whole
     def clone(self: Self) -> Self:
-        """Return an independent copy."""
+        """Return an independent copy of this state."""
         return self.copied()
 
     @whole
@@ -386,9 +419,9 @@ class State(Memory, metaclass=_Plain):
         return x.detach() if x.requires_grad else x
 
     def _one_token(self, k: Tensor, v: Tensor, q: Tensor) -> bool:
-        """Return True if this is surely one valid token of every row.
+        """Return True if a fast check shows that k, v and q are valid and have one token of every row.
 
-        False leaves it open: `_packed` checks the input in full and names what is wrong.
+        After False, `_packed` checks the input in full and names what is wrong, if anything.
         """
         spec, dense = self.spec, torch.strided
         for x in (k, v, q):
@@ -407,7 +440,11 @@ class State(Memory, metaclass=_Plain):
     def _packed(
         self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Return checked k, v and q (rows, g, t, d), each row's real tokens first; tokens per row; the order used."""
+        """Check k, v, q and `present`; return k, v, q with each row's real tokens first and its padding last.
+
+        Also returned are the number of real tokens per row (rows,), and the order (rows, t) by which `_pack` moved the
+        tokens, which is None if all are real.
+        """
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         q = self._checked(q, "q", self.spec.d, axes=4)
         take, order = self._arrange(k, v, q, present)
@@ -417,7 +454,11 @@ class State(Memory, metaclass=_Plain):
         return _pack(k, order), _pack(v, order), _pack(q, by_query), take, order
 
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens per row, and the order that packs real tokens first (None if all are real)."""
+        """Check that k, v, q and `present` fit together; return how many tokens of each row are real, and an order.
+
+        The counts are (rows,). By the order (rows, t) `_pack` moves each row's real tokens to the front; it is None if
+        all tokens are real.
+        """
         rows, t = k.shape[:2]
         if v.shape[1] != t:
             raise ValueError(f"k has {t} tokens and v has {v.shape[1]}; they must match")
@@ -474,12 +515,16 @@ def _one(k: Tensor, v: Tensor) -> bool:
 
 
 def _pack(x: Tensor, order: Tensor) -> Tensor:
-    """Reorder the token axis (the last but one) of x by `order`."""
+    """Reorder the token axis (the last but one) of x (..., t, d): token i of the result is token order[..., i] of x."""
     return x.gather(x.ndim - 2, order.unsqueeze(-1).expand_as(x))
 
 
 def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
-    """Move answers (rows, g, t, w) back to their tokens' places; put `empty` elsewhere, over any pad's answer."""
+    """Move answers (rows, g, t, w) to packed tokens back to the tokens' places in the call, the inverse of `_pack`.
+
+    Row r has take[r] real tokens; all other places get `empty`, whatever the answer to the padding was. order None: no
+    token was moved, and `out` is returned.
+    """
     if order is None:
         return out
     real = (torch.arange(out.shape[2]) < take.unsqueeze(1)).to(out.device)

@@ -1,4 +1,4 @@
-"""Store an index's lists, one or more per row, each in its own stretch of a flat arena."""
+"""Store the lists of a selector's index, one or more per row, each in its own stretch of a flat arena."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfloor.core.arena import Arena
 from kvfloor.core.fields import Field
-from kvfloor.core.memory import Memory
 from kvfloor.core.spec import Spec
 
 
-class Stretches(Memory):
-    """Store `lists` lists per row, of `used` items each, packed at the front of stretches of `capacity` places.
+class Stretches(Arena):
+    """Store the lists of a selector's index; an item of a list has one entry in each column.
 
-    An item is one entry in every column, a tensor (places, ...). Rows may differ in capacity, so per-row budgets free
-    real bytes. Places beyond `used` hold `fill` until items stood there; their contents never enter a message.
+    A column is a named attribute: a flat tensor (places, ...) of any shape and dtype.
     """
 
     def __init__(
@@ -28,117 +27,58 @@ class Stretches(Memory):
         lists: int = 1,
         fill: int = 0,
     ) -> None:
-        self.spec = spec
+        """Make `lists` empty lists per row, each with room for capacity[r] items in row r.
+
+        columns  column name -> (shape, dtype) of one item's entry
+        fill     number that places without an item get
+        """
         self.lists, self.fill = lists, fill
-        self.used = torch.zeros_like(capacity)
-        self.capacity = capacity.clone()
+        super().__init__(spec, capacity)
         for name, (shape, dtype) in columns.items():
-            setattr(self, name, torch.full((self._places(), *shape), fill, dtype=dtype, device=spec.device))
+            setattr(self, name, torch.full((self._places, *shape), fill, dtype=dtype, device=spec.device))
 
-    def _places(self) -> int:
-        return int(self.capacity.sum()) * self.lists
-
-    def _columns(self) -> dict[str, Tensor]:
-        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return {name: value for name, value in own.items() if name not in ("used", "capacity")}
-
-    # ---- reading and writing -------------------------------------------------------------------------------
+    @property
+    def _own(self) -> tuple[str, ...]:
+        own = (name for name, value in vars(self).items() if isinstance(value, Tensor))
+        return tuple(name for name in own if name not in ("held", "capacity", "offset"))
 
     def across(self, name: str, rows: Tensor | None, width: int) -> Tensor:
-        """Return a column as (r, lists, width, ...); entries beyond `used` are `fill` or garbage.
+        """Return the first `width` places of every list of `rows` in the column `name`: (r, lists, width, ...).
 
-        Copies only if capacities differ or not all rows are wanted.
+        rows None: all rows. Entries behind a list's last item are `fill` or arbitrary. Copies only if capacities differ
+        or `rows` is given.
         """
         column = getattr(self, name)
-        if self._level and rows is None:
-            stride = int(self.capacity[0])
-            return column.view(self.spec.rows, self.lists, stride, *column.shape[1:])[:, :, :width]
+        if self.stride and rows is None:
+            return self._table(column, 0, min(width, self.stride)).unflatten(0, (self.spec.rows, self.lists))
         return column[self.places(rows, width)]
 
-    def write(self, name: str, rows: Tensor, used: Tensor, items: Tensor) -> None:
-        """Write the first used (r,) of items (r, lists, w) to the lists of `rows` (r,), and `fill` to their old end."""
+    def write(self, name: str, rows: Tensor, held: Tensor, items: Tensor) -> None:
+        """Replace the lists of `rows` (r,) in the column `name` by the first held[r] of items (r, lists, w).
+
+        Where the old list was longer, the places behind the new one get `fill`. `self.held` is not changed.
+        """
         column = getattr(self, name)
-        width = int(torch.maximum(used, self.used[rows]).max())
+        width = int(torch.maximum(held, self.held[rows]).max())
         if width > items.shape[2]:
             items = torch.nn.functional.pad(items, (0, width - items.shape[2]), value=self.fill)
         items = items[..., :width]
-        if len(rows) == self.spec.rows and self._level and bool((used == width).all()):
-            column.view(self.spec.rows, self.lists, -1)[:, :, :width] = items
+        if len(rows) == self.spec.rows and self.stride and bool((held == width).all()):
+            self._table(column, 0, width).copy_(items.flatten(0, 1))
             return
         rank = torch.arange(width)
-        items = items.masked_fill((rank >= used.unsqueeze(1)).unsqueeze(1).to(column.device), self.fill)
-        inside = rank < torch.maximum(used, self.used[rows]).unsqueeze(1)
+        items = items.masked_fill((rank >= held.unsqueeze(1)).unsqueeze(1).to(column.device), self.fill)
+        inside = rank < torch.maximum(held, self.held[rows]).unsqueeze(1)
         inside = inside.unsqueeze(1).expand(-1, self.lists, -1).to(column.device)
         column[self.places(rows, width)[inside]] = items[inside]
 
-    @property
-    def _level(self) -> bool:
-        return bool((self.capacity == self.capacity[0]).all())
-
-    def places(self, rows: Tensor | None, width: int) -> Tensor:
-        """Return the places of the first `width` items of every list: (r, lists, width), clamped to the arena."""
-        start = (torch.cumsum(self.capacity, 0) - self.capacity) * self.lists
-        start = start.unsqueeze(1) + torch.arange(self.lists) * self.capacity.unsqueeze(1)
-        start = start if rows is None else start[rows]
-        place = start.unsqueeze(2) + torch.arange(width)
-        return place.clamp_max(max(0, self._places() - 1)).to(self.spec.device)
-
-    def live(self) -> Tensor:
-        """Return the places of all items, list by list, row by row."""
-        width = int(self.used.max()) if self.used.numel() else 0
-        inside = (torch.arange(width) < self.used.unsqueeze(1)).unsqueeze(1).expand(-1, self.lists, -1)
-        return self.places(None, width)[inside.to(self.spec.device)]
-
-    def resize(self, capacity: Tensor) -> None:
-        """Move to an arena of these capacities (rows,); a list keeps its first items where it does not fit."""
-        self.used = torch.minimum(self.used, capacity)
-        source, old = self.live(), self._columns()
-        self.capacity = capacity.clone()
-        target = self.live()
-        for name, column in old.items():
-            moved = column.new_full((self._places(), *column.shape[1:]), self.fill)
-            moved[target] = column[source]
-            self.move(name, moved)
-
-    def bytes_by_row(self, rows: int) -> Tensor:
-        """Return the bytes of each row: its own lists, and an equal part of the clocks."""
-        return self._by_capacity(rows, self._columns().values(), self.capacity)
-
-    # ---- as a part of a state ------------------------------------------------------------------------------
-
-    def export(self) -> dict[str, Any]:
-        live = self.live()
-        items = {name: column[live] for name, column in self._columns().items()}
-        return {"used": self.used, "capacity": self.capacity, **items}
-
     def fields(self) -> dict[str, Any]:
-        items = {name: Field(x.dtype, ("items", *x.shape[1:])) for name, x in self._columns().items()}
-        return items
+        return {name: Field(x.dtype, ("items", *x.shape[1:])) for _, name, x in self._arrays()}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        used, capacity = fields["used"], fields["capacity"]
-        if bool((used > capacity).any()):
-            raise ValueError(f"lists of {used.tolist()} items in {capacity.tolist()} places")
-        sizes = {len(fields[name]) for name in self._columns()}
-        if sizes != {int(used.sum()) * self.lists}:
-            raise ValueError(f"{self.lists} lists of {used.tolist()} items, and {sizes} are there")
-
-    def adopt(self, fields: dict[str, Any]) -> None:
-        self.used, self.capacity = fields["used"], fields["capacity"]
-        live = self.live()
-        for name, column in self._columns().items():
-            placed = column.new_full((self._places(), *column.shape[1:]), self.fill)
-            placed[live] = fields[name].to(column.device)
-            setattr(self, name, placed)
-
-    def select_rows(self, index: Tensor) -> None:
-        width = int(self.used.max())
-        source = self.places(index, width)
-        self.used, self.capacity = self.used[index], self.capacity[index]
-        self.spec = self.spec.select(index)
-        inside = (torch.arange(width) < self.used.unsqueeze(1)).unsqueeze(1).expand(-1, self.lists, -1)
-        source, target = source[inside.to(source.device)], self.live()
-        for name, column in self._columns().items():
-            moved = column.new_full((self._places(), *column.shape[1:]), self.fill)
-            moved[target] = column[source]
-            setattr(self, name, moved)
+        held, capacity = fields["held"], fields["capacity"]
+        if bool((held > capacity).any()):
+            raise ValueError(f"lists of {held.tolist()} items in {capacity.tolist()} places")
+        sizes = {len(fields[name]) for name in self._own}
+        if sizes != {int(held.sum()) * self.lists}:
+            raise ValueError(f"{self.lists} lists of {held.tolist()} items, and {sizes} are there")

@@ -1,4 +1,4 @@
-"""Define the interface of a summary of evicted tokens, which `Bounded` calls."""
+"""Define the interface of a summary, which keeps a compressed form of evicted tokens; `Bounded` calls it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from kvfloor.core.spec import Spec
 class SummaryState(Memory, ABC):
     """Store a compressed form of evicted tokens, as tensors with rows as first axis.
 
-    `shared` are tensors fixed by (method, spec) alone (trained kernels, tables): public and uncounted. Once opened
-    by `Bounded` it is the dictionary of the whole state, so names in it start with the summary's name.
+    `shared` maps names to tensors that are fixed by (method, spec) alone (trained kernels, tables): public and
+    uncounted. `Bounded` replaces it by one dictionary for the whole state, so a summary's names in it start with the
+    summary's name.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -30,21 +31,28 @@ class SummaryState(Memory, ABC):
 
     @abstractmethod
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
-        """Take in evicted tokens, each once: row (e,) int64 ascending, k (e, d), v (e, dv), position (e,) int64.
+        """Add evicted tokens to the summary, each once: row (e,) int64 ascending, k (e, d), v (e, dv), position (e,).
 
-        A row's tokens come in the same lots whatever the caller's chunking, but the other rows in a call depend on it.
-        So all numbers derived from tokens must be computed row by row (`lots`).
+        The tokens of one row in one call are a lot. A row's tokens come in the same lots however the caller cuts the
+        stream, but the cuts decide which other rows are in the call. So all numbers derived from tokens must be
+        computed row by row (`lots`).
         """
 
     @abstractmethod
     def read(self, q: Tensor) -> Partial:
-        """Compute attention of q (rows, m, d) over the absorbed tokens, under the summary's law; change nothing."""
+        """Return attention of q (rows, m, d) over the absorbed tokens as the summary defines it: a `Partial` (rows, m).
+
+        The call changes nothing.
+        """
 
     def on_queries(self, q: Tensor) -> None:
-        """Handle queries q (rows, g, a, d), given with tokens or by `attend`; zeros stand where a row has no query."""
+        """Record queries q (rows, g, a, d) that came with tokens or by `attend`; zeros where a row has no query."""
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Return the configuration's guarantee, evaluated on the tokens and queries seen; withdrawn if it fails."""
+        """Return the configuration's guarantee `stated`, withdrawn (`holds` False) if an assumption failed so far.
+
+        The assumptions are tested on the tokens and queries that the summary was given.
+        """
         return stated
 
 
@@ -56,20 +64,23 @@ class Summary(ABC):
 
     @property
     def traits(self) -> Traits:
-        """Return the traits of the answers, as far as the summary has a part in them."""
+        """Return the traits (promises) of a method's answers that this summary allows."""
         return Traits()
 
     @abstractmethod
     def open(self, spec: Spec) -> SummaryState | None:
-        """Return empty memory, or None if nothing is kept of evicted tokens."""
+        """Return an empty summary for the rows of `spec`, or None if nothing is kept of evicted tokens."""
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """Return the bound that holds for any evictions, or None; epsilon 0 means that the law is followed exactly."""
+        """Return the error bound that holds whichever tokens are evicted, or None.
+
+        An epsilon of 0 means that answers follow the attention law of `Traits.reference` exactly.
+        """
         del spec
         return None
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Summary:
-        """Return the least size whose guarantee reaches epsilon and delta, for `Method.budget_for`.
+        """Return this summary in the least size whose guarantee has error epsilon and failure probability delta.
 
         A summary without a size to choose returns itself.
         """
@@ -79,7 +90,7 @@ class Summary(ABC):
 
 @dataclass(frozen=True)
 class Drop(Summary):
-    """Keep nothing of evicted tokens, so the summary's partial is empty; the default."""
+    """Keep nothing of the evicted tokens: answers come from the held tokens alone; the default."""
 
     name: ClassVar[str] = "drop"
 
@@ -92,10 +103,12 @@ class Drop(Summary):
 
 
 def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the tokens that `absorb` takes, one row after another: (at, column...), at (1,) and columns (1, c, ...).
+    """Split the evicted tokens of one `absorb` call by row: yield one lot (at, column, ...) per row.
 
-    A lot is contiguous and aligned like every other one of c tokens, and holds no other row's numbers. So any result
-    computed from a lot has the same bits beside any neighbours, on any BLAS and any instruction set.
+    row (e,) is each token's row, ascending; each column is (e, ...), such as the keys. at (1,) is the lot's row, and
+    its columns are (1, c, ...) for the c tokens of the row. A lot is contiguous, aligned like every other lot of c
+    tokens, and holds no other row's numbers. So any result computed from a lot has the same bits whichever rows are in
+    the call, on any BLAS and any instruction set.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     pieces = [column.split(counts.tolist()) for column in columns]
@@ -104,9 +117,10 @@ def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def equal_lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield lots as `lots` does, the rows with c tokens each side by side: at (r,) and columns (r, c, ...).
+    """Split the evicted tokens as `lots` does, but yield all rows with equally many tokens together.
 
-    Fewer, larger operations; products and sums over tokens must then go through `core.rowwise`.
+    For r rows with c tokens each (at, column, ...) is yielded: at (r,) has the rows, and columns are (r, c, ...). This
+    makes fewer, larger operations; products and sums over tokens must then go through `core.rowwise`.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     start = counts.cumsum(0) - counts

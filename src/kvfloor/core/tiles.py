@@ -11,6 +11,8 @@ from kvfloor.core.attend import compute_dtype
 from kvfloor.core.rowwise import aligned
 from kvfloor.logits import cap_
 
+TILE_SLOTS = 4096  # bounds the weights that exist at once: queries x this many keys per row
+
 
 def weights_by_tile(
     q: Tensor,
@@ -18,27 +20,35 @@ def weights_by_tile(
     scale: float,
     softcap: float | None,
     hide: Callable[[slice], Tensor],
-    tile: int,
     clear: int = 0,
     held: Sequence[int] | None = None,
+    tile: int | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the softmax weights (rows, m, tile) of q (rows, m, d) over k (rows, s, d), tile by tile.
 
-    The weights are in the compute dtype. The first pass takes each query's largest logit and mass, the second turns
-    each tile's logits into weights. So at most rows x m x tile of them exist at a time; keys that fit in one tile take
-    one pass. hide(at) is the mask of the keys `at` that queries do not see, bool (rows, m, keys). It is not called for
-    the first `clear` keys, which all queries see. A query that sees no key has weight 0 everywhere.
+    The weights are in the compute dtype. The first pass finds each query's largest logit and its sum of exponentials;
+    the second turns each tile's logits into weights. So at most rows x m x tile weights exist at a time. Keys that fit
+    in one tile take one pass.
 
-    held     keys of each row that its queries may see (None: all); the rest has weight 0, whatever `hide` returns for
-    it A row's weights are computed from its own queries and held keys: their bits depend on nothing else.
+    hide     function from a slice of keys to the mask of those that queries do not see, bool (rows or 1, m, keys)
+    clear    number of first keys that all queries see; `hide` is not called for them
+    held     number of first keys of each row that its queries may see (None: all); the other keys have weight 0,
+             whatever `hide` returns for them
+    tile     number of keys in a tile (None: TILE_SLOTS)
+    Yields (at, weights), where the slice `at` names the keys of the tile. A query that sees no key has weight 0
+    everywhere. A row's weights are computed from its own queries and held keys: their bits depend on nothing else.
     """
+    tile = tile or TILE_SLOTS
     dtype, (rows, m, _), width = compute_dtype(k.dtype), q.shape, k.shape[1]
     asked = [aligned(q[row : row + 1]).to(dtype) * scale for row in range(rows)]
     own = [width] * rows if held is None else list(held)
     pieces = [slice(start, min(start + tile, width)) for start in range(0, width, tile)]
 
     def logits(at: slice, among: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield the rows that hold some of the keys `at`, with their logits (1, m, keys) over those keys."""
+        """Yield (row, logits) for each row of `among` that has keys in the slice `at`.
+
+        logits (1, m, c) are those of the row's m queries over its c keys there.
+        """
         behind = slice(max(at.start, clear), at.stop)
         hidden = hide(behind) if behind.start < behind.stop else None
         for row in among:

@@ -1,6 +1,7 @@
 """Compute floors: theorems on the least memory that attention can use, as functions that return numbers.
 
-Most users need `space` only. The other functions are the formulas behind it. docs/floors.md has the proofs.
+Most users need `space` only, which returns the floor in bits for a context length and head sizes. The other functions
+are the formulas behind it. docs/floors.md has the proofs.
 """
 
 from kvfloor.floors.coherence import (

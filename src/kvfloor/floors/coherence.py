@@ -1,6 +1,7 @@
 """Bound the inner products `mu_*` and one-sided gaps `gap_*` of families of n nearly orthogonal keys in d dimensions.
 
-The game needs only the one-sided gap g_i = |k_i|^2 - max_{j != i} <k_i, k_j>; for unit keys, g >= 1 - mu.
+The one-sided gap of a key is g_i = |k_i|^2 - max_{j != i} <k_i, k_j>, and the hard instances of the floors need nothing
+else. For unit keys, g >= 1 - mu.
 """
 
 import math
@@ -9,9 +10,9 @@ from kvfloor.validation import whole, within
 
 
 def jl_dim_paper(n: int, eps: float) -> float:
-    """Return the dimension that the paper's Gaussian keys need: 12 ln n / (eps^2 - eps^3).
+    """Return the dimension that `n` Gaussian keys need in the theorem of Haris & Onak: 12 ln n / (eps^2 - eps^3).
 
-    In that dimension all pairs are within eps with probability 1 - 1/n.
+    In that dimension the inner products of all pairs of keys are within eps of 0 with probability 1 - 1/n.
     Source: Haris & Onak (COLT 2025), Lemma 3 and Lemma 22. At eps = 0.1 it is 1333 ln n, too large for real heads,
     hence the other families.
     """
@@ -20,8 +21,9 @@ def jl_dim_paper(n: int, eps: float) -> float:
 
 
 def mu_rademacher(n: int, d: int, delta: float) -> float:
-    """Bound the inner products of `n` random keys in {±1/sqrt(d)}^d, except with probability at most `delta`.
+    """Return an upper bound on the inner products of `n` random keys in {±1/sqrt(d)}^d.
 
+    The bound fails with probability at most `delta`.
     Law: sqrt((4 ln n + 2 ln(1/(2 delta))) / d), Hoeffding's tail exp(-d t^2/2) over fewer than n^2/2 pairs. Derived.
     """
     delta = within("delta", delta, 0.0, 1.0, low_open=True)
@@ -30,8 +32,9 @@ def mu_rademacher(n: int, d: int, delta: float) -> float:
 
 
 def mu_sphere(n: int, d: int) -> float:
-    """Bound the inner products of `n` uniform unit keys, with positive probability (so such keys exist).
+    """Return an upper bound on the inner products of `n` unit keys that exist in `d` dimensions.
 
+    Uniform random unit keys stay within the bound with positive probability, so such keys exist.
     Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, as a cap of angle theta <= pi/2 has share at most
     sin(theta)^(d-1)/2. Derived.
     """
@@ -40,7 +43,10 @@ def mu_sphere(n: int, d: int) -> float:
 
 
 def mu_chirp(p: int, m: int) -> float:
-    """Bound the inner products of the n <= p^m chirp keys (p prime, p > m, d >= 2p): (m-1)/sqrt(p), Weil's bound."""
+    """Return an upper bound on the inner products of the n <= p^m keys of a chirp code: (m-1)/sqrt(p), Weil's bound.
+
+    p is a prime, m < p the degree of the code's polynomials, and d >= 2p. Raises ValueError for p <= m.
+    """
     p, m = whole("p", p), whole("m", m)
     if p <= m:
         raise ValueError(f"p must be above m (the degree), got p={p}, m={m}")
@@ -48,29 +54,38 @@ def mu_chirp(p: int, m: int) -> float:
 
 
 def mu_reed_solomon(b: int, m: int) -> float:
-    """Bound the inner products of the n <= p^m one-hot Reed-Solomon keys (p prime, b <= p, d >= b p): (m-1)/b.
+    """Return an upper bound on the inner products of the n <= p^m one-hot Reed-Solomon keys: (m-1)/b.
 
-    Two polynomials of degree below m agree on at most m - 1 of the b points.
+    p is a prime, m the number of coefficients of the code's polynomials mod p, b <= p the number of points at which
+    they are evaluated, and d >= b p the key width. Two polynomials of degree below m agree on at most m - 1 of the b
+    points.
     """
     return (whole("m", m) - 1) / whole("b", b)
 
 
 def gap_hypercube(d: int) -> float:
-    """Return the gap of all n <= 2^d sign vectors {±1/sqrt(d)}^d: exactly 2/d, as neighbours differ in one sign."""
+    """Return the gap of all n <= 2^d sign vectors {±1/sqrt(d)}^d: exactly 2/d, as neighbours differ in one sign.
+
+    The gap of unit keys is 1 less the largest inner product of two of them.
+    """
     return 2.0 / whole("d", d)
 
 
 def gap_circle(n: int) -> float:
-    """Return the gap of `n` equally spaced points of a circle: 1 - cos(2 pi / n); so d >= 2 has room for every n."""
+    """Return the gap of `n` equally spaced points of a circle: 1 - cos(2 pi / n).
+
+    The gap is 1 less the largest inner product of two points. So d >= 2 has room for every n.
+    """
     n = whole("n", n, least=2)
     return 2.0 * math.sin(math.pi / n) ** 2
 
 
 def log_packing_count(d: int, gap: float) -> float:
-    """Return the natural log of a number of unit keys that exist in d >= 2 dimensions with pairwise gap >= `gap`.
+    """Return ln of a lower bound on how many unit keys with this `gap` exist in d >= 2 dimensions.
 
-    Law: at least 2 / sin(theta)^(d-1) keys exist with cos(theta) = 1 - gap, as caps of angle theta around a maximal
-    packing cover the sphere. Beyond theta = pi/2 the cap bound fails, so gap > 1 raises ValueError. Derived.
+    The gap is 1 less the largest inner product of two keys. Law: at least 2 / sin(theta)^(d-1) keys exist with
+    cos(theta) = 1 - gap, as caps of angle theta around a maximal packing cover the sphere. Beyond theta = pi/2 the cap
+    bound fails, so gap > 1 raises ValueError. Derived.
     """
     d = whole("d", d, least=2)
     gap = within("gap", gap, 0.0, 1.0, low_open=True)
@@ -78,9 +93,9 @@ def log_packing_count(d: int, gap: float) -> float:
 
 
 def gap_packing(n: int, d: int) -> float:
-    """Return a gap with which `n` unit keys exist in d >= 2 dimensions: 1 - sqrt(1 - (2/n)^(2/(d-1))).
+    """Return a gap that some `n` unit keys in d >= 2 dimensions reach: 1 - sqrt(1 - (2/n)^(2/(d-1))).
 
-    It is the inverse of `log_packing_count`.
+    The gap is 1 less the largest inner product of two keys. This function inverts `log_packing_count`.
     """
     n, d = whole("n", n), whole("d", d, least=2)
     if n <= 2:
@@ -90,10 +105,11 @@ def gap_packing(n: int, d: int) -> float:
 
 
 def gap_known(n: int, d: int) -> float:
-    """Return the best gap that the closed forms here guarantee for `n` unit keys in `d` dimensions, at most 1.
+    """Return the largest gap that the closed forms here guarantee for `n` unit keys in `d` dimensions, at most 1.
 
-    It is 1 when the 2d vectors ±e_i suffice; else the largest gap of a circle, the hypercube and a maximal packing.
-    It is 0 when d = 1 and n > 2: no query can favour a key that lies between two others.
+    The gap is 1 less the largest inner product of two keys. It is 1 when the 2d vectors ±e_i suffice; else the largest
+    gap of a circle, the hypercube and a maximal packing. It is 0 when d = 1 and n > 2: no query can favour a key that
+    lies between two others.
     """
     n, d = whole("n", n), whole("d", d)
     if n <= 2 * d:

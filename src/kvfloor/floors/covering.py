@@ -1,6 +1,7 @@
 """Bound the number of balls, clusters or greedy centres that a clustering of keys in the unit ball needs.
 
-All counts are whole numbers as floats, `inf` beyond the floats. For keys of norm up to R, divide delta by R.
+All counts are upper bounds: whole numbers as floats, `inf` beyond the floats. For keys of norm up to R, divide delta
+by R.
 """
 
 import math
@@ -11,8 +12,9 @@ _LARGEST_LOG = 700.0  # exp of it is still a float
 
 
 def covering_balls(delta: float, d: int) -> float:
-    """Bound the number of balls of radius `delta` that cover the unit ball of R^d: (1 + 2/delta)^d, 1 from delta = 1.
+    """Return an upper bound on the number of balls of radius `delta` that cover the unit ball of R^d: (1 + 2/delta)^d.
 
+    The bound is 1 from delta = 1 on.
     Source: a maximal set of points more than delta apart covers; balls of radius delta/2 around them are disjoint
     and lie in one of radius 1 + delta/2. Haris & Onak (COLT 2025), Lemma 13 has (3/delta)^d for delta < 1.
     """
@@ -21,16 +23,16 @@ def covering_balls(delta: float, d: int) -> float:
 
 
 def clusters(delta: float, d: int) -> float:
-    """Bound the number of clusters of *diameter* `delta` that partition points of the unit ball: (1 + 4/delta)^d.
+    """Return an upper bound on the number of clusters of *diameter* `delta` that partition points of the unit ball.
 
-    The bound is 1 from delta = 2 on. A ball of radius delta/2 has diameter delta. Derived here; Haris & Onak (COLT
-    2025), Lemma 14, takes the radius for the diameter (docs/floors.md, "Covering").
+    Law: (1 + 4/delta)^d, and 1 from delta = 2 on. A ball of radius delta/2 has diameter delta. Derived here; Haris &
+    Onak (COLT 2025), Lemma 14, takes the radius for the diameter (docs/floors.md, "Covering").
     """
     return covering_balls(positive("delta", delta) / 2.0, d)
 
 
 def greedy_centres(delta: float, d: int) -> float:
-    """Bound the number of centres of an online greedy clustering of the unit ball at threshold `delta`.
+    """Return an upper bound on the number of centres of an online greedy clustering of the unit ball at radius `delta`.
 
     Law: at most (1 + 2/delta)^d. A point farther than delta from every centre becomes a centre, so centres are more
     than delta apart. The bound is 1 from delta = 2 on, where no two points are farther apart than delta. Derived here.

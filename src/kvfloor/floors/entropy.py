@@ -1,4 +1,4 @@
-"""Bound the length of a message from which its receiver answers questions about hidden bits. All results in bits."""
+"""Bound the length of a message from which its receiver answers questions about hidden bits. Results are in bits."""
 
 import math
 
@@ -6,7 +6,7 @@ from kvfloor.validation import whole, within
 
 
 def H2(p: float) -> float:
-    """Return the binary entropy of `p` in bits: -p log2 p - (1-p) log2(1-p), and 0 at both ends."""
+    """Return the binary entropy of `p` in bits: -p log2 p - (1-p) log2(1-p), and 0 at p = 0 and p = 1."""
     p = within("p", p, 0.0, 1.0)
     if p in (0.0, 1.0):
         return 0.0
@@ -14,10 +14,10 @@ def H2(p: float) -> float:
 
 
 def index_bits(N: int, p: float) -> float:
-    """Return the least message length, in bits, for the INDEX problem over `N` hidden bits.
+    """Return the least message length, in bits, from which one of `N` hidden bits is answered (the INDEX problem).
 
-    Law: S >= N (1 - H2(1-p)), where `p` is the chance of answering a uniformly drawn bit right, over uniform
-    hidden bits, index and public coins. It is 0 for p <= 1/2, which guessing reaches.
+    Law: S >= N (1 - H2(1-p)), where `p` is the probability that a uniformly drawn bit is answered right, over uniform
+    hidden bits, index and public coins. The bound is 0 for p <= 1/2, because guessing reaches that.
     Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the
     concavity of H2 (derived here: docs/floors.md, "INDEX").
     """
@@ -27,7 +27,7 @@ def index_bits(N: int, p: float) -> float:
 
 
 def row_bits(n: int, dv: int, p: float) -> float:
-    """Return the least message length, in bits, from which whole rows of `dv` hidden bits are decoded right.
+    """Return the least message length, in bits, from which `n` whole rows of `dv` hidden bits are decoded right.
 
     Law: S >= n (p dv - H2(p)), clamped at 0, where `p` is the chance (average over the `n` rows) that a row is
     decoded without any error.
@@ -40,7 +40,7 @@ def row_bits(n: int, dv: int, p: float) -> float:
 
 
 def token_ids(n: int, vocabulary: int) -> float:
-    """Return the bits of storing `n` token ids and recomputing, which always suffice for a finite-vocabulary model.
+    """Return the bits of `n` stored token ids, from which a fixed model can always recompute its keys and values.
 
     Law: n log2(vocabulary). It may lie below `space`: the floors hold for attention as a data structure, for which
     keys and values are arbitrary, not for a fixed model whose keys and values are functions of its tokens.
@@ -49,7 +49,10 @@ def token_ids(n: int, vocabulary: int) -> float:
 
 
 def log2_choose(n: int, k: int) -> float:
-    """Return log2 of the number of k-subsets of n things: the bits of a secret subset. 0 <= k <= n."""
+    """Return log2 of the number of k-subsets of n things, 0 <= k <= n: the bits that a secret subset holds.
+
+    Raises ValueError for k > n.
+    """
     n, k = whole("n", n, least=0), whole("k", k, least=0)
     if k > n:
         raise ValueError(f"k must be at most n = {n}, got {k}")

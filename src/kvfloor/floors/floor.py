@@ -1,4 +1,4 @@
-"""Hold a memory floor: the bits that are needed, and the memories that are known to suffice."""
+"""Hold a memory floor: the bits that every method needs, and the memory sizes that are known to suffice."""
 
 import dataclasses
 import math
@@ -7,9 +7,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Possible:
-    """Hold a memory that suffices: `bits`, under `condition`, by `source`.
+    """Hold a memory size, in bits, that is known to suffice for attention.
 
-    `vacuous` is True where the method keeps at least as much as all tokens take, so that nothing is gained.
+    The method `name` answers with `bits` bits of memory if `condition` holds; `source` has the proof. `vacuous` is True
+    if the method keeps at least as many bits as all tokens take, so that nothing is saved.
     """
 
     name: str
@@ -23,9 +24,10 @@ class Possible:
 class Floor:
     """Hold a space floor: any method that answers each row to the given accuracy with probability p needs `bits`.
 
-    `bytes` is `bits` in whole bytes. `upper_bits` suffices when the keys are public and the values are single bits, so
-    the floor is tight up to the factor p - H2(p)/dv. `regime` and `theorem` name the argument that gives the number,
-    and `constants` holds everything that entered it. `possible` lists memories that suffice, smallest first.
+    A row is the dv values of one answer. `bytes` is `bits` in whole bytes. `upper_bits` suffices when the keys are
+    public and the values are single bits, so the floor is tight up to the factor p - H2(p)/dv. `regime` and `theorem`
+    name the argument that gives the number, and `constants` holds everything that entered it. `possible` lists memories
+    that suffice, smallest first.
     """
 
     bits: float
@@ -45,7 +47,10 @@ class Floor:
         constants: dict[str, Any],
         possible: list[Possible],
     ) -> "Floor":
-        """Make a floor of `bits`: count whole bytes, mark the regime vacuous at 0 bits, sort `possible` by size."""
+        """Make a floor of `bits`, with whole bytes counted and `possible` sorted by size.
+
+        A floor of 0 bits has its regime marked as vacuous.
+        """
         return Floor(
             bits=bits,
             bytes=whole_bytes(bits),

@@ -1,8 +1,9 @@
-"""Compute the space floor of error guarantees in a norm, under which an answer may have some wrong signs.
+"""Compute the space floor (the bits that any method needs) of error guarantees in a norm.
 
-Values are ±1, and the receiver (Bob) reads signs. A guarantee |z - A|_2 <= epsilon * size allows a share rho of wrong
-signs per row. A row then gives p (dv - log2 of a Hamming ball) - H2(p) bits. docs/floors.md, "Other error guarantees",
-has the proofs.
+Such a guarantee is |z - A|_2 <= epsilon * size, for the answer z to exact attention A. In the hard instance, values are
+±1, and the receiver of a state (Bob) reads the signs of each answer, a row of dv. The guarantee allows a share rho of
+wrong signs per row. If it holds with probability p, a row gives p (dv - log2 of a Hamming ball) - H2(p) bits.
+docs/floors.md, "Other error guarantees", has the proofs.
 """
 
 import functools
@@ -31,8 +32,11 @@ _THEOREMS = {
 
 
 def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0, norm: float | None = None) -> float:
-    """Bound the share rho of the dv signs of a row, of `m` hidden rows, that an answer within the guarantee gets wrong.
+    """Return an upper bound on the share rho of a row's dv signs that an answer within the guarantee gets wrong.
 
+    A row is the ±1 values of one of `m` hidden tokens, read by a query (spike) that puts nearly all softmax mass on it.
+    The guarantee is |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F (frobenius) or
+    ||softmax||_2 ||V||_op (operator).
     Law, with `leak` = x, (mass off the spike)/(mass on it), so that the weight on the spike is at least 1/(1+x):
         max         epsilon^2 ((1+x)/(1-x))^2
         frobenius   epsilon^2 m (1+x^2)/(1-x)^2
@@ -68,9 +72,9 @@ def ball_bits(dv: int, wrong: int) -> float:
 
 
 def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
-    """Return the least message length, in bits, to decode each of `m` rows of `dv` bits with at most `wrong` errors.
+    """Return the least message length, in bits, from which each of `m` rows of `dv` bits is decoded with few errors.
 
-    Each row is decoded so with probability p.
+    Each row is decoded with at most `wrong` errors with probability p.
     Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0; no less than m [p dv (1 - H2(rho)) - H2(p)] for
     rho = wrong/dv <= 1/2, and `row_bits` for wrong = 0. Derived here: Fano's inequality with a list.
     """
@@ -92,13 +96,14 @@ def metric_space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits that any streaming method must hold to meet `metric`'s guarantee at each step, each w.p. `p`.
+    """Bound the bits that any streaming method must hold to meet an error guarantee at each step.
 
-    Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), rho = `wrong_share` of m
-    rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else 0. The instance is
-    a stream that is m tokens long so far, m <= n, or W - 1 under `window`, with signs in w <= dv coordinates. m unit
-    keys with gap g = `gap_known`(m, d) leak x = m e^(-radius g), Bob's own token included. Without `radius` the leak
-    can be made arbitrarily small.
+    The guarantee, of the norm `metric` with error `epsilon` (see `wrong_share`), must hold with probability `p` at each
+    step. Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), rho = `wrong_share`
+    of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else 0. The
+    instance is a stream that is m tokens long so far, m <= n, or W - 1 under `window` = W, with signs in w <= dv
+    coordinates. m unit keys with gap g = `gap_known`(m, d) leak x = m e^(-radius g), the receiver's own token included;
+    `radius` is the largest logit. Without `radius` the leak can be made arbitrarily small.
     `norm`: a measured operator norm that half of all n x dv sign matrices stay below.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
@@ -150,11 +155,11 @@ def metric_space(
 
 
 def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:
-    """Find the (m, width, errors, bits) of most `noisy_row_bits`, over m <= `most` rows of width <= `dv` values.
+    """Find the number of rows m <= `most` and their width <= `dv` that give the most `noisy_row_bits`.
 
-    `wrong`(m, width) errors are allowed per row; it must not fall with m. For each width and number of errors, the
-    largest m that allows no more errors is found by bisection, so the maximum is exact.
-    Returns (0, 0, 0, 0.0) where no choice gives positive bits.
+    Returns (m, width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. `wrong`(m, width) errors
+    are allowed per row; it must not fall with m. For each width and number of errors, the largest m that allows no more
+    errors is found by bisection, so the maximum is exact.
     """
     best = (0, 0, 0, 0.0)
     for width in range(dv, 0, -1):
@@ -194,7 +199,10 @@ def _squared_norm(m: int, dv: int) -> float:
 
 
 def _leak(m: int, d: int, radius: float | None) -> float:
-    """Return (mass off the spike)/(mass on it) for `m` unit keys and Bob's own token, at logit radius `radius`."""
+    """Return (mass off the queried key)/(mass on it) for `m` unit keys, at logits of at most `radius`.
+
+    The receiver's own token is in the stream.
+    """
     gap = gap_known(m, d)
     if radius is None:
         return 0.0 if gap > 0.0 else math.inf

@@ -1,4 +1,4 @@
-"""Count the keys that queries of bounded length can separate."""
+"""Count the keys that queries of bounded length can separate, each query putting nearly all softmax mass on one key."""
 
 import math
 
@@ -11,11 +11,12 @@ _LARGEST_LOG = 700.0  # exp of it is still a float
 def N_dr(d: int, r: float, eta: float) -> float:
     """Count the keys that spike queries of logit radius `r` separate in `d` dimensions at relative error `eta`.
 
+    A spike query puts nearly all softmax mass on one key. `r` = scale * max|q| * max|k| in nats.
     Law: the largest whole m with m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and
     theta <= pi/2 (so m <= (1-eta) e^r / 4); 1 where no m satisfies this; and at least min(2d, (1-eta) e^r / 4)
     rounded down, some of the vectors ±e_i. It is a lower estimate of the true number, so the floor built on it is
     valid.
-    `r` = scale * max|q| * max|k| in nats. Returns a whole number as a float, `inf` beyond e^700.
+    Returns a whole number as a float, `inf` beyond e^700.
     d = 1 has no packing, only ±1. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r, eta = whole("d", d), positive("r", r), relative_error(eta)
@@ -25,6 +26,7 @@ def N_dr(d: int, r: float, eta: float) -> float:
 def separable_keys(d: int, r: float, ratio: float) -> float:
     """Count the keys in `d` dimensions whose spike queries of logit radius `r` leak at most `ratio` of their own mass.
 
+    A spike query puts nearly all softmax mass on one key; the leak is the mass on all other keys.
     Law: as `N_dr`, with gap ln(m / ratio) / r for m keys; N_dr(d, r, eta) is the case ratio = (1-eta)/4.
     Derived here (docs/floors.md, "Bounded norms").
     """
@@ -33,13 +35,16 @@ def separable_keys(d: int, r: float, ratio: float) -> float:
 
 
 def _count(d: int, r: float, offset: float) -> float:
-    """Return the number of keys, given the logarithm of 1/ratio."""
+    """Return the number of keys of `separable_keys`, given `offset`, the logarithm of 1/ratio."""
     packed = _packed(d, r, offset) if d >= 2 else 0.0
     return max(1.0, packed, min(2.0 * d, _whole_exp(r - offset)))  # ±e_i have gap 1
 
 
 def _packed(d: int, r: float, offset: float) -> float:
-    """Return the largest whole m of the packing argument, or 0, by bisection on ln m: feasibility falls with m."""
+    """Return the largest number m of keys that a packing of the sphere gives at gap (ln m + offset)/r, or 0.
+
+    It is found by bisection on ln m, as feasibility falls with m.
+    """
 
     def feasible(log_m: float) -> bool:
         gap = (log_m + offset) / r

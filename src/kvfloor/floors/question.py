@@ -28,8 +28,9 @@ def space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits that any streaming method must hold to answer attention, and list memories that suffice.
+    """Bound the bits that any streaming method must hold to answer attention, and list memory sizes that suffice.
 
+    n, d, dv   tokens of the stream, width of a key, width of a value (d unless given)
     attention  standard, window (needs `window`), tensor (`caches` 4 or 2) or visual, where `n` is the side of the last
                map, and maps shrink by `ratio` (2): tokens are the sum of their squares. A `window` given with
                "standard" means attention "window"
@@ -38,6 +39,7 @@ def space(
     p          probability that an answer meets the error guarantee
     radius     bound on |logit|, not for visual
     heads, layers   KV heads and layers, which multiply
+    Returns a `Floor`, with the bits and the memory sizes that suffice.
     Laws: `standard.space`, `metric_space`, `tensor_space`, `visual_space`. The bound is over worst-case keys and
     values: attention as a data structure. Raises ValueError naming the argument, what was given and what is allowed.
     """

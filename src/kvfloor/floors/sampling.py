@@ -1,4 +1,8 @@
-"""Size sampling methods: SubGen's constants and stored numbers, and lazy Gumbel sampling for keys on a line."""
+"""Compute the sizes of sampling methods: SubGen's constants and stored numbers, and lazy Gumbel sampling for d = 1.
+
+SubGen (Zandieh et al. 2024) clusters keys online. It estimates attention by a numerator z, for sum_j exp(q.k_j) v_j,
+from s sampled pairs of key and value, over a denominator tau, for sum_j exp(q.k_j), from t sampled keys per cluster.
+"""
 
 import math
 
@@ -9,9 +13,10 @@ _LARGEST_LOG = 700.0  # exp of it is still a float
 
 
 def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator") -> float:
-    """Return the number of value samples with which SubGen's numerator fails with probability at most `failure`.
+    """Return the number s of sampled pairs of key and value that keeps SubGen's numerator z accurate.
 
-    Failing means an error of more than (epsilon/3) |exp(Kq)|_2 ||V||.
+    The numerator estimates sum_j exp(q.k_j) v_j. Accurate means an error of at most (epsilon/3) |exp(Kq)|_2 ||V||,
+    except with probability `failure`.
     Law: 9 dv / (epsilon^2 failure) for the operator norm, as ||V||_F^2 <= dv ||V||_op^2; 9 / (epsilon^2 failure) for
     `norm` = "frobenius". By Chebyshev from E|z - Ez|^2 = (||V||_F^2 |e^(Kq)|^2 - |Ez|^2)/s, for one fixed query. A
     plain mean does need the factor 1/failure. Source: Zandieh et al. 2024 (SubGen); constants derived here.
@@ -22,9 +27,10 @@ def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator")
 
 
 def subgen_t(delta: float, r: float, epsilon: float, failure: float, *, centres: float | None = None) -> float:
-    """Return the number of key samples per cluster with which SubGen's denominator fails w.p. at most `failure`.
+    """Return the number t of key samples per cluster that keeps SubGen's denominator accurate.
 
-    Failing means an error of more than epsilon/3 of the denominator itself.
+    The denominator estimates sum_j exp(q.k_j). Accurate means an error of at most epsilon/3 of this sum, except with
+    probability `failure`.
     Law, with R = exp(2 delta r), keys within `delta` of their centre and |q| <= `r`:
         9 (R-1)^2 / (4 R epsilon^2 failure)            Chebyshev on the sum of all clusters (the default)
         27 R ln(2 centres / failure) / epsilon^2       Chernoff in each of the `centres` clusters, if they are given
@@ -43,9 +49,10 @@ def subgen_t(delta: float, r: float, epsilon: float, failure: float, *, centres:
 
 
 def subgen_numbers(d: int, dv: int, s: int, t: int, centres: int) -> int:
-    """Count the numbers that SubGen holds, for s pairs, `centres` centres and t sampled keys per centre.
+    """Count the numbers that SubGen stores, for s sampled pairs, `centres` centres and t sampled keys per centre.
 
-    SubGen holds the s pairs, the sum of all |v|^2, and for each centre its key, its count and t sampled keys.
+    SubGen holds s pairs of key and value, the sum of all |v|^2, and for each centre its key, its count and t sampled
+    keys.
     Law: s (d + dv) + centres (d (1 + t) + 1) + 1.
     """
     d, dv, centres = whole("d", d), whole("dv", dv), whole("centres", centres)
@@ -55,12 +62,15 @@ def subgen_numbers(d: int, dv: int, s: int, t: int, centres: int) -> int:
 def subgen_plan(
     n: int, d: int, dv: int, epsilon: float, r: float, failure: float, *, norm: str = "operator"
 ) -> tuple[float, int, int, int] | None:
-    """Find the (delta, s, t, centres) of fewest numbers that guarantee `epsilon` with probability 1 - `failure`.
+    """Find SubGen's sizes (delta, s, t, centres) of fewest stored numbers that guarantee error `epsilon`.
 
-    The plan is for `n` unit-ball keys and |q| <= `r`. Half of `failure` goes to each of numerator and denominator, t is
-    the smaller of the two forms, and centres = min(n, greedy_centres). delta is the best of 2^(-j/4), j from -4 to 40.
-    Returns None where s or every t is beyond the floats. Then |z/tau - attention|_2 <= (2 epsilon/3)/(1 - epsilon/3)
-    |softmax|_2 ||V|| <= epsilon |softmax|_2 ||V|| for epsilon <= 1, for one query fixed before the stream.
+    Guarantee: |z/tau - attention|_2 <= (2 epsilon/3)/(1 - epsilon/3) |softmax|_2 ||V|| <= epsilon |softmax|_2 ||V||
+    with probability 1 - `failure`, for epsilon <= 1 and one query fixed before the stream. z/tau is SubGen's answer,
+    and `norm` (operator or frobenius) the norm of V.
+    The plan is for `n` unit-ball keys and |q| <= `r`. delta is the cluster radius, s and t count sampled pairs and
+    sampled keys per cluster. Half of `failure` goes to each of numerator z and denominator tau, t is the smaller of the
+    two forms of `subgen_t`, and centres = min(n, greedy_centres). delta is the best of 2^(-j/4), j from -4 to 40.
+    Returns None where s or every t is beyond the floats.
     """
     n, failure = whole("n", n), _failure(failure)
     pairs = subgen_s(dv, epsilon, failure / 2.0, norm=norm)
@@ -79,10 +89,11 @@ def subgen_plan(
 def lazy_gumbel_tokens(n: int) -> float:
     """Return the expected number of tokens that lazy Gumbel sampling holds for one unbiased draw when d = 1: O(sqrt n).
 
-    Law: the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled ones in expectation; never
-    more than n. Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; the constant is derived here: given B,
-    (n - k)(1 - exp(-e^-B)) <= (n - k) e^-B are sampled, and B is at least the largest of k Gumbels, so that e^-B is
-    at most an exponential variable of mean 1/k.
+    The draw is a token with the softmax probability of one query. Law: the k = ceil(sqrt n) largest and k smallest
+    keys, and at most (n - k)/k sampled ones in expectation; never more than n. Source: Haris & Onak (COLT 2025),
+    Appendix D, Algorithm 2; the constant is derived here: given the cutoff B that the Gumbel noise of a remaining token
+    must exceed, (n - k)(1 - exp(-e^-B)) <= (n - k) e^-B tokens are sampled, and B is at least the largest of k Gumbels,
+    so that e^-B is at most an exponential variable of mean 1/k.
     """
     n = whole("n", n)
     k = math.isqrt(n - 1) + 1

@@ -9,7 +9,7 @@ def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
     """Return the length C of the query q = C k_i that gives key i all but `eps_s` (a ratio) of the softmax mass.
 
     Law: C = ln((n_eff - 1 + z) / eps_s) / min(g, gamma), for n_eff - 1 other keys with one-sided gap
-    |k_i|^2 - <k_i, k_j> >= g, z tokens of logit 0 (Bob's own, padding, those outside a window) and
+    |k_i|^2 - <k_i, k_j> >= g, z tokens of logit 0 (the receiver's own, padding, those outside a window) and
     gamma = |k_i|^2. Then w_i >= 1/(1 + eps_s). C is 0 when there is no other token.
     Source: the proof of Haris & Onak (COLT 2025), Theorems 6 and 8, made exact (docs/floors.md, "The spike").
     """
@@ -20,9 +20,9 @@ def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
 
 
 def paper_C(n: int, eta: float, coherence: float) -> float:
-    """Return the paper's C for two-sided coherence: (ln n + ln((1+eta)/(1-eta))) / (1 - 2 coherence).
+    """Return the query length C of Haris & Onak's Theorem 8, for n keys of two-sided coherence `coherence`.
 
-    The query must be strictly longer.
+    Law: (ln n + ln((1+eta)/(1-eta))) / (1 - 2 coherence). The query must be strictly longer.
     Source: Haris & Onak (COLT 2025), Theorem 8, for |<k_i,k_j>| <= coherence and ||k_i|^2 - 1| <= coherence.
     """
     eta = relative_error(eta)
@@ -31,10 +31,13 @@ def paper_C(n: int, eta: float, coherence: float) -> float:
 
 
 def window_C(W: int, n: int, z: int, g: float, eps_s: float, gamma: float = 1.0) -> float:
-    """Return C for a sliding window of `W` keys whose n - W older tokens keep logit 0 instead of leaving the softmax.
+    """Return the query length C for a sliding window of `W` keys whose n - W older tokens keep logit 0.
 
-    Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma), half the ratio for each kind of competitor;
-    ln 0 counts as -inf. When `n` excludes Bob's token and he appends before he asks, z = 2: his own token and the
+    The query gives its key all but `eps_s` (a ratio) of the softmax mass, although the older tokens stay in the
+    softmax.
+    Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma): half the ratio goes to the other W - 1 keys of
+    the window, half to the n - W + z tokens of logit 0. g is the keys' one-sided gap and gamma their squared norm; ln 0
+    counts as -inf. When `n` excludes the receiver's token and he appends before he asks, z = 2: his own token and the
     row that his token pushes out.
     Source: Haris & Onak (COLT 2025), Theorem 25; its printed constant is too small (docs/floors.md, "Window").
     """

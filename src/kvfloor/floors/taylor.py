@@ -1,4 +1,7 @@
-"""Size attention from moments: a truncated exponential needs only sums of monomials of the keys, and no tokens."""
+"""Compute the size of attention from moments: sums of monomials of the keys, for a truncated exponential.
+
+Such attention keeps no tokens.
+"""
 
 import math
 
@@ -8,8 +11,9 @@ LARGEST_RADIUS = 1e6
 
 
 def taylor_degree(r: float, error: float) -> int:
-    """Return the least degree g with e^r r^(g+1) / (g+1)! <= error / (2 + error), for logits of size at most `r` nats.
+    """Return the least degree of a Taylor polynomial of exp that answers attention within relative `error`.
 
+    Law: the least g with e^r r^(g+1) / (g+1)! <= error / (2 + error), for logits of size at most `r` nats.
     Then every truncated weight is within a factor 1±b of its exponential, b = error/(2+error), and every normalised
     weight within (1+b)/(1-b) = 1 + error: answers are (1±error)-approximations for values >= 0, and meet the max,
     Frobenius and operator norm guarantees with epsilon = error for all values, for every query at once, surely.
@@ -33,7 +37,7 @@ def taylor_degree(r: float, error: float) -> int:
 
 
 def taylor_numbers(d: int, dv: int, g: int) -> int:
-    """Count the numbers kept for degree `g`: (dv + 1) sums for each of the C(d+g, g) monomials of degree at most g.
+    """Count the numbers that moments to degree `g` take: (dv + 1) sums for each of the C(d+g, g) monomials of the key.
 
     One sum is kept per value coordinate, and one for the denominator. For d = 1 the count is (g + 1)(dv + 1): g + 1
     moments.

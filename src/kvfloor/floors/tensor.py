@@ -1,5 +1,6 @@
 """Compute the space floor of tensor attention: a token has two keys and two values, and every pair of tokens is a key.
 
+The floor is the bits that any method needs.
 score(j1, j2) = sum_l q_l K1[j1, l] K2[j2, l], value(j1, j2) = V1[j1] * V2[j2] entry by entry (Alman and Song 2023).
 """
 
@@ -26,8 +27,9 @@ _THEOREMS = {
 
 
 def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
-    """Bound the inner products, over d, of product keys of ±1 rows, with positive probability (so such keys exist).
+    """Return an upper bound on the inner products, divided by d, of product keys K1[i] * K2[j] of some ±1 rows.
 
+    Random rows stay within the bound with positive probability, so such keys exist.
     Law: with four caches 2(n-1) pairs are asked, each against n^2 - 1 others: sqrt((6 ln n + 2 ln 2)/d), Hoeffding over
     fewer than 2 n^3. With two caches all n^2 pairs are asked: sqrt((8 ln n - 2 ln 2)/d) over fewer than n^4/2; 0 for
     n = 1. Derived here.
@@ -40,17 +42,19 @@ def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
 def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
     """Return the length C of the query (C/d) K1[i1] * K2[i2] that gives a pair of ±1 keys all but `eps_s` of the mass.
 
-    Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if Bob appends a zero token before he asks, as this token makes 2n + 1 pairs
-    of score 0; ln((n^2 - 1)/eps_s) / g if he only asks. g is 1 less the largest inner product over d. Derived here.
+    `eps_s` is the ratio of the other pairs' softmax mass to this pair's.
+    Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if a zero token is appended before the query (`append`), as this token makes
+    2n + 1 pairs of score 0; else ln((n^2 - 1)/eps_s) / g. g is 1 less the largest inner product over d. Derived here.
     """
     n, g = whole("n", n), positive("g", g)
     return spike_C(n**2, 2 * n + 1, g, 1.0, eps_s) if append else spike_C(n**2, 0, g, g, eps_s)
 
 
 def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
-    """Count the hidden rows that Bob can read by tensor attention over `n` tokens, norms unbounded.
+    """Count the hidden rows that queries can read by tensor attention over `n` tokens, norms unbounded.
 
-    Four caches: 2(n-1) for d >= 4, X1[i] at pair (i, 0) and X2[i] at pair (0, i); else those of standard attention,
+    A hidden row is dv values that one query reads. Token i has the values V1[i] and V2[i], those of token 0 being 1.
+    Four caches: 2(n-1) for d >= 4, V1[i] at pair (i, 0) and V2[i] at pair (0, i); else as in standard attention,
     n for d >= 2 and min(n, 2) for d = 1, with K2 = V2 = 1. Two caches: n^2 for d >= 4, else n or min(n, 2).
     ±1 keys read as many for d > 6 ln n + 2 ln 2 (two caches: 8 ln n - 2 ln 2). Derived here.
     """
@@ -73,8 +77,9 @@ def tensor_space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits needed to answer tensor attention over `n` tokens within a factor 1±eta.
+    """Bound the bits that any method must hold to answer tensor attention over `n` tokens within a factor 1±eta.
 
+    `p` is the probability that a whole row, the dv values of one answer, is within that factor.
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `tensor_rows`. caches = 4: tokens arrive with K1,
     K2, V1, V2; 2: pairs arrive with values of their own, not products (else 2 n dv numbers describe them all).
     Under `radius`, the largest |score| in nats, n is at most `separable_keys`(floor(d/2), radius/2, e) with
@@ -111,10 +116,12 @@ def tensor_space(
 
 
 def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
-    """Choose public keys that exist, and return their gap and the spike length with Bob's own token in the stream.
+    """Choose public keys for a hard instance that surely exist; return their gap and the query length C, by name.
 
-    The keys are ±1 rows where d is large enough; else K1 = (a, 1) and K2 = (1, b), whose products (a, b) separate each
-    half on its own; else K2 = V2 = 1, also for Bob's token, which is then one zero token of standard attention.
+    C is the length of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` of the softmax
+    mass on this pair. The receiver's own token is in the stream. The keys are ±1 rows where d is large enough; else
+    K1 = (a, 1) and K2 = (1, b), whose products (a, b) separate each half on its own; else K2 = V2 = 1, also for the
+    receiver's token, which is then one zero token of standard attention.
     """
     mu = mu_tensor(n, d, caches=caches)
     if mu < 1.0:
@@ -135,7 +142,7 @@ def _rows_within(n: int, d: int, caches: int, radius: float, ratio: float) -> in
 
 
 def _half_ratio(ratio: float) -> float:
-    """Return the ratio x for each half that keeps both together below `ratio`: (1 + x)^2 <= 1 + ratio."""
+    """Return the leak ratio x of each half of a key with which both together leak `ratio`: (1 + x)^2 = 1 + ratio."""
     return math.sqrt(1.0 + ratio) - 1.0
 
 

@@ -1,18 +1,21 @@
-"""Bound the scores that a non-adaptive method must read: its positions are fixed before the data.
+"""Bound the number of scores q.k that a non-adaptive method must read: one that fixes their positions before the data.
 
-Hard pair, same query q (norm sqrt(d)) in both: sigma has all keys 0; H(i) has one key k_i with q.k_i = 2 ln(n-1), i
-uniform in {2..n}. v_1 = n 1, all other values 0. Attention is 1 on sigma and 1/(n-1) on H(i), in every coordinate.
+The hard pair of streams has one query q (norm sqrt(d)): sigma has all keys 0; H(i) has one key k_i with
+q.k_i = 2 ln(n-1), i uniform in {2..n}. v_1 is n in every coordinate, all other values are 0. Attention is 1 on sigma
+and 1/(n-1) on H(i), in every coordinate.
 """
 
 from kvfloor.validation import relative_error, whole, within
 
 
 def time_probes(n: int, p: float = 0.9, *, eta: float = 0.0, expected: bool = False) -> float:
-    """Bound the scores q.k_l that a non-adaptive method must read to answer at the last of `n` tokens.
+    """Return the least number of scores q.k_l that a non-adaptive method must read to answer at the last of `n` tokens.
 
-    The answer must be within 1±eta with probability `p`.
-    Law: T >= (2 - 1/p)(n-1) when T is fixed, T >= (2p-1)(n-1) when only its expectation is (`expected`); both tight.
-    T is 0 for p <= 1/2 and for eta >= 1 - 2/n, where one answer can be right for both streams of the hard pair.
+    A non-adaptive method fixes the positions l before the data. The answer must be within 1±eta with probability `p`.
+    Law, T the number of scores: T >= (2 - 1/p)(n-1) when T is fixed, T >= (2p-1)(n-1) when only its expectation is
+    (`expected`); both tight.
+    T is 0 for p <= 1/2 and for eta >= 1 - 2/n, where one answer can be right for both streams of the hard pair (all
+    keys zero, or one heavy key).
     Source: Haris & Onak (COLT 2025), Theorems 19 and 26, as Omega(n) probes of cost d; instance and constants
     derived here (docs/floors.md, "Time").
     """
@@ -20,18 +23,22 @@ def time_probes(n: int, p: float = 0.9, *, eta: float = 0.0, expected: bool = Fa
 
 
 def time_operations(n: int, d: int, p: float = 0.9, *, eta: float = 0.0, expected: bool = False) -> float:
-    """Bound the key coordinates that a non-adaptive method must read: `time_probes` with (n-1) d places for n-1.
+    """Return the least number of key coordinates that a non-adaptive method must read to answer at the last token.
 
-    Law: T >= (2 - 1/p)(n-1) d, or (2p-1)(n-1) d in expectation. The key of H(i, j) is 2 ln(n-1) e_j under q = 1, with j
+    A non-adaptive method fixes the places (token and coordinate) that it reads before the data; there are `n` tokens.
+    The answer must be within 1±eta with probability `p`.
+    Law: T >= (2 - 1/p)(n-1) d places, or (2p-1)(n-1) d in expectation (`expected`): the law of `time_probes`, with
+    (n-1) d places in the role of its n-1 scores. The one heavy key, of token i, is 2 ln(n-1) e_j under q = 1, with j
     uniform in {1..d}: one place of (n-1) d differs from zero. Derived here; the paper counts d per probe.
     """
     return _reads((whole("n", n) - 1) * whole("d", d), n, p, eta, expected)
 
 
 def probing_success(T: float, n: int) -> float:
-    """Return the best success of `T` non-adaptive probes on sigma or H(i) with even odds: (1 + T/(n-1))/2, at most 1.
+    """Return the best chance of a right answer from `T` non-adaptive probes (scores read): (1 + T/(n-1))/2, at most 1.
 
-    Uniform probing reaches it: give the answer of sigma unless the one heavy key is found.
+    The stream has all keys zero (sigma) or one heavy key (H(i)) with even odds. Uniform probing reaches this chance:
+    give the answer of sigma unless the one heavy key is found.
     """
     n = whole("n", n, least=2)
     T = within("T", T, 0.0, float("inf"))

@@ -32,7 +32,11 @@ def running_sum_numbers(W: int, d: int, dv: int) -> int:
 
 
 def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") -> list[Possible]:
-    """List exact attention from `numbers` stored numbers per copy, in each of the three usual formats."""
+    """List the memories of exact attention in fp32, fp16 and bf16, at `numbers` stored numbers per head and layer.
+
+    `copies` is the number of heads times layers. `name` begins each memory's name, and `proviso` is added to its
+    condition.
+    """
     return [
         Possible(
             f"{name}, {dtype}",
@@ -45,15 +49,18 @@ def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") ->
 
 
 def public_keys(copies: int, rows: int, dv: int) -> Possible:
-    """Return the memory of the hard instance itself: one bit per value coordinate, the keys being public."""
+    """Return the memory that suffices for the hard instance itself: one bit per value coordinate, as keys are public.
+
+    `copies` is the number of heads times layers, `rows` the number of hidden rows in each.
+    """
     return Possible("public keys", float(copies * rows * dv), "keys known to both sides, values of one bit", _DERIVED)
 
 
 def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -> list[Possible]:
-    """List memories that suffice for standard attention at any error: exact caches, public keys, a window's sum.
+    """List memory sizes that suffice for standard attention at any error: exact caches, public keys, a window's sum.
 
-    "Window and running sum" applies where older tokens keep logit 0. For d = 1 without a window, lazy Gumbel sampling
-    is listed too.
+    `copies` is the number of heads times layers; `held` of the `n` tokens are attended to. "Window and running sum"
+    applies where older tokens keep logit 0. For d = 1 without a window, lazy Gumbel sampling is listed too.
     """
     slides = windowed and n > held
     proviso = "; old tokens leave the softmax" if slides else ""
@@ -78,9 +85,10 @@ def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -
 
 
 def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: float) -> list[Possible]:
-    """List the Taylor moments that meet a relative `error` (or a norm's epsilon) over `n` tokens at logit `radius`.
+    """List the memory of Taylor moments that give a relative `error` (or a norm's epsilon) over `n` tokens.
 
-    The list is empty at error 0 and where the radius is beyond `LARGEST_RADIUS`.
+    `copies` is the number of heads times layers. Moments are sums of monomials of the keys (`floors.taylor`). Logits
+    are at most `radius`. The list is empty at error 0 and where the radius is beyond `LARGEST_RADIUS`.
     """
     if error <= 0.0 or radius > LARGEST_RADIUS:
         return []
@@ -101,9 +109,12 @@ def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: fl
 def sampled(
     copies: int, n: int, d: int, dv: int, metric: str, epsilon: float, radius: float, failure: float
 ) -> list[Possible]:
-    """List SubGen with the best delta, for its own guarantee (operator) or BalanceKV's (Frobenius); [] for others.
+    """List the memory of SubGen at its best cluster radius, for the operator or Frobenius norm; [] for other metrics.
 
-    The list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and where no plan is finite.
+    `copies` is the number of heads times layers. `metric`, `epsilon` and `failure` are the norm, the error and the
+    failure probability of the guarantee; |q| is at most `radius`. The operator norm is SubGen's own guarantee, the
+    Frobenius norm BalanceKV's. The list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and where
+    no plan is finite.
     """
     if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:
         return []

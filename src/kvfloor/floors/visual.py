@@ -1,6 +1,7 @@
 """Compute the space floor of visual autoregression, which predicts an image map by map, a whole map of queries at once.
 
-Map k has h_k x h_k tokens. Its queries see all maps up to and including map k (block-wise causal).
+The floor is the bits that any method needs. Map k has h_k x h_k tokens. Its queries see all maps up to and including
+map k (block-wise causal).
 """
 
 import math
@@ -22,7 +23,10 @@ _THEOREM = (
 
 
 def pyramid(n: int, ratio: float = 2.0) -> tuple[int, ...]:
-    """List the sides of the maps, ascending to `n`: each is the next larger side over `ratio`, rounded down, to 1."""
+    """List the sides of the square maps of an image pyramid, ascending from 1 to `n`.
+
+    Each side is the next larger one over `ratio`, rounded down, and at least 1.
+    """
     side, ratio = whole("n", n), within("ratio", ratio, 1.0, math.inf, low_open=True, high_open=True)
     sides = [side]
     while side > 1:
@@ -43,7 +47,11 @@ def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> 
 
 
 def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
-    """Count the rows that a pyramid hides: sum h_k^2 if a further map asks; without the last map if the last asks."""
+    """Count the tokens with hidden values of a pyramid with maps of these sides: sum h_k^2.
+
+    `last_asks`: the last map's queries read the others, and its own tokens hide nothing and are not counted. Else a
+    further map asks.
+    """
     squares = [whole("side", side) ** 2 for side in sides]
     if not squares:
         raise ValueError("sides must hold the side of at least one map, got none")
@@ -51,8 +59,9 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 
 
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
-    """Return the length of the spikes of a map of `asking` zero tokens, aimed at `rows` unit keys with gap >= `g`.
+    """Return the length of the queries of a map of `asking` zero tokens that each aim at one of `rows` unit keys.
 
+    Every query gives its key all but `eps_s` (a ratio) of the softmax mass, if the keys' gap is at least `g`.
     Law: ln((rows - 1 + asking)/eps_s) / min(g, 1): the asking map's own tokens have logit 0. Derived here.
     """
     return spike_C(rows, whole("asking", asking), g, 1.0, eps_s)
@@ -73,9 +82,11 @@ def visual_space(
 ) -> Floor:
     """Bound the bits of visual autoregression after a pyramid whose last map is `n` x `n`, answering within 1±eta.
 
+    `p` is the probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention.
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `visual_rows`(sides, last_asks); m <= 2 for d = 1.
-    sides: ascending, the last of them n; by default `pyramid`(n, ratio). last_asks: no map follows, so that the last
-    one asks and hides nothing. A further map is taken as large as the last. Norms are unbounded.
+    `sides` are those of the square maps, ascending, the last of them n; by default `pyramid`(n, ratio). `last_asks`: no
+    map follows, so that the last map's queries read the others, and its own tokens hide nothing. Else a further map, as
+    large as the last, asks. Norms are unbounded.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
@@ -107,6 +118,9 @@ def visual_space(
 
 
 def _readable(sides: Sequence[int], d: int, last_asks: bool) -> int:
-    """Count the hidden rows that spikes can read: for d = 1 only the two ends of the line."""
+    """Count the tokens of a pyramid (`visual_rows`) whose hidden values queries can read.
+
+    For d = 1 these are only two, those of the largest and the smallest key.
+    """
     rows = visual_rows(sides, last_asks=last_asks)
     return min(rows, 2) if d == 1 else rows

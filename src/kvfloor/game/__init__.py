@@ -1,7 +1,9 @@
-"""Play the hard instance of each theorem (a barrier) against any method. docs/floors.md has the proofs.
+"""Play barriers against any KV-cache method: games on token streams that, by a theorem, need much memory.
 
-Alice streams hidden values into the method's state; Bob decodes them from the state's bytes. Every barrier is a file
-with an `Instance` (the public half, Alice's stream, Bob's queries) and a `play`.
+docs/floors.md has the proofs. Alice appends tokens with hidden values to the method's state and sends the state's
+bytes, the message. Bob rebuilds the state from the message and decodes the hidden values from its answers. Every
+barrier is a file of `instances` with an `Instance` (the public half: keys, Alice's stream, Bob's queries) and a
+function `play`.
 """
 
 import inspect
@@ -18,7 +20,10 @@ from kvfloor.game.keys.families import FAMILIES
 
 @dataclass(frozen=True)
 class Barrier:
-    """Hold a barrier's `play`, one sentence about it, and the largest n at which `play_all` plays it."""
+    """Hold one barrier, the game of a memory theorem: its `play` function, a sentence about it, and its largest n.
+
+    n is the number of tokens in a stream. `play_all` reduces a larger n to `most`.
+    """
 
     play: Callable[..., Result]
     about: str
@@ -58,7 +63,7 @@ ARGUMENTS: dict[str, str] = {
     "runs": "Independent streams; 256 unless given, fewer where n d is large",
     "caches": "4 (tokens are kept) or 2 (pairs are); what the method keeps unless given",
 }
-"""Map each argument of `play` that the command line offers to its description; the others are for Python alone."""
+"""Map each argument of a `play` function that the command line offers to its description; Python takes others too."""
 
 INSTANCES: dict[str, type[Instance]] = {
     kind.__name__: kind
@@ -69,8 +74,10 @@ INSTANCES: dict[str, type[Instance]] = {
 
 
 def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
-    """Play the named barrier with its own arguments (the `play` of its module explains them).
+    """Play one barrier, the game of a memory theorem, against a method; return the result with its verdict.
 
+    `barrier` is a name in `BARRIERS`. `method` is a `Method` or its text.
+    `arguments` are those of the `play` function in the barrier's module, which explains them.
     Raises ValueError for an unknown barrier (listing all barriers), for an argument that the barrier does not take
     (listing those it takes), and for the errors of the barrier's own `play`.
     """
@@ -84,8 +91,10 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
 
 
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:
-    """Play every barrier in turn, each with the given arguments that it takes, n at most its `most`.
+    """Play every barrier, the game of a memory theorem, against a method; return one result per barrier.
 
+    `method` is a `Method` or its text. Each barrier receives those of `arguments` that its `play` takes. A larger n is
+    reduced to the barrier's `most`.
     Raises ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """
     known = {name for barrier in BARRIERS.values() for name in barrier.arguments}

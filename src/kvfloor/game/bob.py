@@ -1,7 +1,8 @@
-"""Run Bob, the receiver: a fresh process that answers every query from the public half and the message alone.
+"""Run Bob, the receiver: a fresh process that answers every query from public data and the message alone.
 
-Bob reads 8 bytes of header length (little-endian), the JSON request and the message on stdin, and writes the answers as
-raw float32 on stdout. Output that a method prints goes to stderr.
+The public data are the method as text and the instance (keys and queries). The message is the bytes of Alice's state.
+Bob reads 8 bytes of header length (little-endian), the public data as a JSON request, and the message on stdin. He
+writes the answers as raw float32 on stdout. Output that a method prints goes to stderr.
 """
 
 import json
@@ -13,11 +14,15 @@ import torch
 
 from kvfloor.game import INSTANCES
 from kvfloor.game.engine.play import NOT_REBUILT
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 
 def main() -> None:
-    """Answer one request; exit with status 0, `NOT_REBUILT` if the public half fails, or 1 if the message fails."""
+    """Answer the request on stdin, and end the process with an exit status.
+
+    Status 0: the answers are on stdout. `NOT_REBUILT`: the method or the instance cannot be rebuilt from the request.
+    1: no state that answers can be restored from the message.
+    """
     answer_stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     source = sys.stdin.buffer

@@ -1,7 +1,8 @@
-"""Play the game of the read floor: hide levels in the values of token groups, and decode them from one message.
+"""Play the game of the read floor: hide levels in the values of token groups, and decode them from a message.
 
-Each group has one query. The method is trusted to keep nothing beside its message; `kvfloor.game.engine.play` is for
-methods that are not trusted so.
+The read floor is the bits that a state must hold to answer queries over given keys (`floors.measured`). The message is
+the bytes of a method's state, and each group has one query. The method is trusted to keep no data outside its message;
+`kvfloor.game.engine.play` is for methods that are not trusted so.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ _TOKENS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredGame:
-    """Record one game. Shares are of groups; a group counts only if its whole row is right.
+    """Record one game of the read floor: the bits that a state must hold to answer queries over given keys.
 
-    answered       share of answers within eta of exact attention in max norm; the floor's theorem requires each answer
-                   to be so with probability p
-    decoded        share of rows decoded right when the levels of groups decoded earlier are given, as in the proof
+    Each group of tokens shares one row of dv hidden values, which one query reads. Shares are of groups; a group counts
+    only if its whole row is right.
+
+    answered       share of answers within eta of exact attention in max norm; the floor's theorem assumes a probability
+                   p of that for each answer
+    decoded        share of rows decoded right if the levels of groups decoded earlier are given, as in the proof
     worst_error    largest deviation of an answer from exact attention
-    floor_bits     the floor
-    hidden_bits    bits that were hidden
-    message_bytes  bytes that were sent
+    floor_bits     bits of the read floor
+    hidden_bits    number of hidden bits
+    message_bytes  size of the message
     """
 
     answered: float
@@ -43,15 +47,17 @@ class MeasuredGame:
 
     @property
     def contradicts(self) -> bool:
-        """Return True if every answer was within eta, and yet the message is shorter than the floor."""
+        """Return True if every answer was within eta although the message is shorter than the floor."""
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
 
 def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> MeasuredGame:
-    """Hide uniform levels in the values of `readable`'s groups over its stream of keys from k (n, d), and decode them.
+    """Hide uniform random levels in the values of `readable`'s token groups, send a method's state, and decode them.
 
-    Values are stored in the format that the floor was computed for, which must be a format that states take. A state
-    restored from the message answers each group's query. Mass beyond the stream counts with value 0.
+    `readable` is the read floor of the keys k (n, d); the tokens of `readable.stream` are appended to the state. Values
+    are stored in the format that the floor was computed for, which must be a format that states take. A state restored
+    from the message answers each group's query. Softmax mass on tokens outside the stream (`readable.later_mass`)
+    counts with value 0. `seed` draws the levels.
     """
     demand, groups, dv = readable.demand, readable.groups, readable.demand.dv
     keys = matrix("k", k)[readable.stream].to(demand.dtype)

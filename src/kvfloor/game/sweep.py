@@ -1,6 +1,7 @@
-"""Play many small games over one argument, and record the bits certified for a method as the instance grows harder.
+"""Play series of small games of growing difficulty, and record the bits certified for a method in each.
 
-These games restore the message in this process; the game of the report's table uses an isolated process.
+`precision` plays the spike game with ever finer values, `packings` the packing game at several sizes and radii. These
+games restore the message in this process; the games of the report's table use an isolated process.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ RADII = (8.0, 16.0, 32.0, 64.0, 128.0)
 
 @dataclass(frozen=True)
 class Precision:
-    """Record the bits per value that were certified, of the `hidden` bits per value."""
+    """Record one spike game (one hidden row per key): bits hidden per value, and bits certified per value."""
 
     hidden: int
     certified: float
@@ -26,7 +27,11 @@ class Precision:
 
 @dataclass(frozen=True)
 class Packed:
-    """Record a game at (d, radius): bits hidden, bits certified, and the closed-form floor at the same n."""
+    """Record one packing game at (d, radius): bits hidden, bits certified, and the closed-form floor for the same n.
+
+    The game hides a row under each of the keys that queries with bounded logits separate in few dimensions. n is the
+    number of tokens, d the width of a key, and radius the largest logit.
+    """
 
     d: int
     radius: float
@@ -36,9 +41,10 @@ class Packed:
 
 
 def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n: int = 128) -> list[Precision]:
-    """Play the spike at n = 128 with ever finer values, to measure the precision that a method keeps.
+    """Play the spike game at `n` tokens with ever finer values, to measure the precision that a method keeps.
 
-    The precision is the point at which certified bits per value fall below hidden bits per value.
+    Returns one record per entry of `bits`. The precision is the point at which certified bits per value fall below
+    hidden bits per value.
     """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
     return [Precision(game.bits, game.bits_per_value) for game in games]
@@ -52,7 +58,7 @@ def packings(
     n: int = 512,
     dv: int = 64,
 ) -> list[Packed]:
-    """Play the packing game at every (d, radius), with at most n = 512 keys."""
+    """Play the packing game at every dimension and logit radius, with at most `n` keys; return one record per game."""
     found = []
     for d in dimensions:
         for radius in radii:

@@ -1,4 +1,9 @@
-"""Divide one budget among kv heads: evenly, less for deeper layers, or by the floor of each kv head."""
+"""Divide one token budget among the kv heads of all layers, in proportion to a table of shares.
+
+The budget is the mean number of tokens per kv head. Shares are multiples of it: among shares of mean 1, a head with
+share 1.5 gets 1.5 times the budget. The table has one tuple per compressed layer, with a share per kv head or one share
+for all heads. Shares may fall with depth (`pyramid`), be measured (`kvfloor.hf.calibrate`), or be given by the user.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,11 @@ PYRAMID_SLOPE = 20  # PyramidKV's beta: the deepest layer gets 1 / beta of the m
 
 
 def pyramid(layers: int) -> Shares:
-    """Return shares that fall linearly with depth and have mean 1 (Cai et al. 2024, PyramidKV, arXiv 2406.02069)."""
+    """Return a table of shares that fall linearly with depth: one tuple per layer with a single share, of mean 1.
+
+    layers: number of compressed layers. The share is for all kv heads of its layer.
+    Source: Cai et al. 2024, PyramidKV, arXiv 2406.02069.
+    """
     if layers == 1:
         return ((1.0,),)
     least = 1 / PYRAMID_SLOPE
@@ -26,7 +35,11 @@ def pyramid(layers: int) -> Shares:
 
 
 def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number, ...]:
-    """Return one layer's line of a table as one number per kv head. Raises ValueError for another length."""
+    """Return one number (share, or budget in tokens) per kv head of a layer, repeating a single one for all its heads.
+
+    line: the layer's entry in the table, with one number or `kv_heads` numbers. place: the layer's index in the table,
+    for the error. Raises ValueError for any other count of numbers.
+    """
     if len(line) not in (1, kv_heads):
         raise ValueError(
             f"line {place} of the table has {len(line)} numbers for {kv_heads} kv heads; give one or {kv_heads}"
@@ -35,9 +48,10 @@ def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number,
 
 
 def spread(shares: Sequence[Sequence[float]], budget: int, least: int) -> list[tuple[int, ...]]:
-    """Return the tokens per layer and head: `budget` on average, at least `least`, the rest in proportion to `shares`.
+    """Return the budget in tokens of every kv head, one tuple per layer, in proportion to `shares`.
 
-    The sum is exactly `budget` times the number of heads. Raises ValueError if `budget` is less than `least`.
+    shares: one sequence per layer, with one share per kv head. Every head gets at least `least` tokens, and the mean
+    over all heads is exactly `budget`. Raises ValueError if `budget` is less than `least`.
     """
     flat = torch.tensor([share for line in shares for share in line], dtype=torch.float64)
     total = budget * len(flat)

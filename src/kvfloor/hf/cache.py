@@ -1,4 +1,4 @@
-"""Define CompressedCache, which is passed to `generate(past_key_values=...)`."""
+"""Define CompressedCache, the bounded-memory cache that is passed to `generate(past_key_values=...)`."""
 
 from __future__ import annotations
 
@@ -30,28 +30,31 @@ from kvfloor.hf.presence import Presence
 from kvfloor.hf.replaced import SwitchingRotation
 from kvfloor.hf.saved import MOST_BYTES, load, save
 from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 
 class CompressedCache(Cache):
-    """Store the tokens of full-attention layers by a kvfloor method, and those of other layers as transformers does.
+    """Compress the keys and values of full-attention layers by a kvfloor method, within a budget.
+
+    Sliding-window, convolution and linear layers keep transformers' own storage.
 
     config    the model's configuration, or the model
     method    a Method or its text, e.g. "h2o(recent=64)@512"; budgets in bytes are for the whole cache
-    context   tokens that a share such as "@25%" refers to
-    seed      of the method's own randomness
-    requests  one id per batch item, which keys that randomness; 0, 1, 2, ... unless given
+    context   length in tokens of which a budget such as "@25%" is a share
+    seed      seeds the method's own randomness
+    requests  one id per batch item, which seeds that item's randomness together with `seed`; 0, 1, 2, ... unless given
     budgets   instead of '@': tokens per compressed layer and kv head, [[512, 128], [64, 64], ...]; one number in a
               layer is for all its heads
     allocate  how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (in
-              proportion to the tokens of the `calibration` prompt that each head distinguishes; needs the model), or
-              multiples of the budget, in the form of `budgets`
-    pinned    spans [from, to) of a row's token positions that are never evicted, e.g. [(0, 40)] for a system prompt
+              proportion to the tokens that each head distinguishes in `calibration`, the token ids of a typical
+              prompt; needs the model), or multiples of the budget, in the form of `budgets`
+    pinned    spans [from, to) of token positions that are never evicted, e.g. [(0, 40)] for a system prompt; positions
+              count a batch item's real tokens, pads excluded
     on_evict  called with an `Eviction` whenever a layer evicts tokens
-    positions "stream": keys stay where the model put them, so that a distance is one in the stream. "cache": a token's
-              position is its rank among those that its kv head holds, so that no distance is longer than the budget and
-              a stream goes on past the positions that the model was trained for (StreamingLLM). Needs the model,
-              prepared, rotary positions, and a method that holds whole tokens
+    positions "stream": a token's rotary position is its place in the stream, evicted tokens counted. "cache": it is the
+              token's rank among the tokens that its kv head still holds, so that no distance is longer than the budget
+              and a stream goes on past the positions that the model was trained for (StreamingLLM). "cache" needs the
+              prepared model, rotary positions, and a method that holds whole tokens
     One cache serves one request (or one batch) at a time, on a model that went through `prepare`.
     Raises TypeError and ValueError naming the argument. Errors that need the model's keys to detect (a budget too small
     for the protected tokens, a table with a wrong number of heads) are raised in the first forward.
@@ -122,22 +125,32 @@ class CompressedCache(Cache):
 
     @property
     def compressed(self) -> list[CompressedLayer]:
-        """Return the layers that a kvfloor state serves."""
+        """Return the cache layers that a kvfloor method compresses, in the model's order."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of slots seen, pads included."""
+        """Return the number of token slots fed to a layer so far, pads and evicted tokens included."""
         seen = super().get_seq_length(layer_idx)
         return seen if self._rotation is None else self._rotation.seen(seen)
 
     def __bool__(self) -> bool:
-        """Return whether there are layers. Raises ValueError where a release drops a cache after asking this alone."""
+        """Return True if the cache has layers, filled or not.
+
+        Raises ValueError where generate() would later replace this cache by a DynamicCache without any other call in
+        which the cache could refuse. These are models that change their rotary angles at some length (Phi-3), in older
+        transformers releases.
+        """
         if self._rotation is not None:
             self._rotation.refuse_unasked(int(super().get_seq_length()))
         return len(self.layers) > 0
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """Return the sizes of a forward's mask. Raises ValueError if the forward cannot continue this cache."""
+        """Return the sizes of the attention mask for a forward: (number of slots covered, index of the first slot).
+
+        A slot is one column of the padded batch. query_length: the new slots, as for `CompressedLayer.get_mask_sizes`.
+        Raises ValueError if the forward would pass the length at which the model changes its rotary angles (Phi-3),
+        since the keys in the cache do not fit beyond it.
+        """
         slots, offset = super().get_mask_sizes(query_length, layer_idx)
         if self._rotation is not None:
             seen = int(super().get_seq_length())
@@ -145,7 +158,10 @@ class CompressedCache(Cache):
         return slots, offset
 
     def seal(self) -> None:
-        """Mark the end of the prompt now; otherwise the first one-token forward marks it."""
+        """Mark the end of the prompt now, so that methods that compress the prompt do so.
+
+        Without this call, the first one-token forward marks it.
+        """
         with self._passage.change("seal()"):
             for layer in self.compressed:
                 if layer.state is not None:
@@ -154,7 +170,8 @@ class CompressedCache(Cache):
     def to(self, device: str | torch.device) -> Self:
         """Move all of the cache's tensors to `device`, where the model is now. Returns the cache.
 
-        Where all are there, nothing is done, even within a forward: accelerate's hooks call this for every layer.
+        Does nothing if every tensor is on `device` already. So accelerate's hooks may call this in the middle of a
+        forward, for every layer.
         """
         if not self._devices() <= {_place(device)}:
             self._move(device)
@@ -175,7 +192,7 @@ class CompressedCache(Cache):
         return states.union(*(stock.devices(*pair) for pair in zip(self.layers, beside, strict=True)))
 
     def check_whole(self) -> None:
-        """Raise BrokenState if a forward is running, or broke off after some layers had taken its tokens in."""
+        """Raise BrokenState if the newest forward has not reached all layers: it is running, or broke off halfway."""
         self._passage.check()
 
     # ---- transformers' protocol, so that a forward is known to have reached all layers or none --------------
@@ -183,7 +200,11 @@ class CompressedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Give a layer this forward's keys and values. Raises BrokenState if an earlier forward broke off."""
+        """Pass this forward's keys and values to layer `layer_idx`, and return the keys and values to attend to.
+
+        A compressed layer returns the new ones, marked as its own: kvfloor's attention function then appends them.
+        Raises BrokenState if an earlier forward broke off.
+        """
         if isinstance(self.layers[layer_idx], CompressedLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         _told(self._passage.begin_keys, layer_idx)
@@ -193,21 +214,21 @@ class CompressedCache(Cache):
         return out
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the convolution's last inputs, or None, as transformers does."""
+        """Return the last inputs of a layer's convolution, None before the first forward, as transformers does."""
         _told(stock.count_changes, self.layers[layer_idx])
         state = super().get_conv_state(layer_idx, state_idx)
         _told(self._passage.hand_out, layer_idx, "conv", state_idx, state)
         return state
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the recurrent state, or None, as transformers does."""
+        """Return the recurrent state of a linear layer, None before the first forward, as transformers does."""
         _told(stock.count_changes, self.layers[layer_idx])
         state = super().get_recurrent_state(layer_idx, state_idx)
         _told(self._passage.hand_out, layer_idx, "recurrent", state_idx, state)
         return state
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Take in the convolution's inputs and return those that it needs, as transformers does."""
+        """Store new inputs of a layer's convolution, and return the last ones that it needs, as transformers does."""
         call = super().update_conv_state
         _told(self._passage.begin_state, layer_idx, "conv", state_idx)
         _told(stock.count_changes, self.layers[layer_idx])
@@ -218,7 +239,7 @@ class CompressedCache(Cache):
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """Replace the recurrent state and return it, as transformers does."""
+        """Replace the recurrent state of a linear layer, and return the new one, as transformers does."""
         call = super().update_recurrent_state
         _told(self._passage.begin_state, layer_idx, "recurrent", state_idx)
         _told(stock.count_changes, self.layers[layer_idx])
@@ -227,30 +248,33 @@ class CompressedCache(Cache):
         return out
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these batch items in every layer. After a failure halfway, the cache refuses further use."""
+        """Keep the batch items `beam_idx`, in that order, in every layer.
+
+        After a failure halfway, the cache refuses further use.
+        """
         with self._passage.change("reorder_cache"):
             super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]: int64 is what it takes
             self.presence.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every batch item `repeats` times."""
+        """Repeat every batch item `repeats` times, copies side by side, in every layer."""
         with self._passage.change("batch_repeat_interleave"):
             batch = max((layer.batch for layer in self.compressed), default=0)
             super().batch_repeat_interleave(repeats)
             self.presence.select(torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these batch items."""
+        """Keep the batch items `indices`, in that order, in every layer."""
         with self._passage.change("batch_select_indices"):
             super().batch_select_indices(indices)
             self.presence.select(indices)
 
     def crop(self, *args: Any) -> None:
-        """Refuse to crop, before any layer is cropped."""
+        """Raise ValueError, before any layer is changed: evicted tokens cannot come back, so nothing can be cropped."""
         self.compressed[0].crop(*args)
 
     def reset(self) -> None:
-        """Empty all layers; a cache that a broken forward left unusable can be used again."""
+        """Empty all layers. A cache that became unusable when a forward broke off can be used again."""
         with self._passage.anew():
             if hasattr(self, "shared_layers"):
                 self.shared_layers.clear()
@@ -286,12 +310,16 @@ class CompressedCache(Cache):
         return outside_inference(load, cls, path, model, method, most_bytes)
 
     def resume(self, peak_bytes: int) -> None:
-        """Take over the peak bytes of a saved cache."""
+        """Set `peak_nbytes` to at least `peak_bytes`, the peak of the saved cache that this one continues."""
         self._meter.peak_bytes = max(self._meter.peak_bytes, peak_bytes)
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all compressed layers' states, measured on their storages, and of staged tensors."""
+        """Return the bytes that the compressed layers hold: measured storages of their states, and staged tensors.
+
+        A state is all that the method keeps of one layer. Staged tensors are keys and values that a running forward has
+        passed in and its attention has not appended yet.
+        """
         return sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
 
     @property
@@ -299,10 +327,10 @@ class CompressedCache(Cache):
         """Return the bytes held now, by kind.
 
         hot     all compressed layers' states, measured on their storages
-        staged  keys and values of a forward that its attention has not answered yet
+        staged  keys and values of a running forward that its attention has not appended yet
         stock   tensors of the other layers (sliding windows, convolution and linear states)
-        masks   the list of pads and hidden slots, 16 bytes each
-        total   of these
+        masks   the list of pads and masked-out slots, 16 bytes each
+        total   the sum of these
         """
         hot = sum(layer.state.nbytes for layer in self.compressed if layer.state)
         staged = sum(layer.staged_bytes for layer in self.compressed)
@@ -314,36 +342,43 @@ class CompressedCache(Cache):
 
     @property
     def peak_nbytes(self) -> int:
-        """Return the most bytes that states, growth copies and staged tokens took together so far."""
+        """Return the most bytes that the compressed layers took at one time so far.
+
+        States, the copies made while they grow, and staged tensors count together.
+        """
         return self._meter.peak_bytes
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes that one more query token would read, over all compressed layers."""
+        """Return the bytes that attention for one more query token would read, over all compressed layers."""
         return sum(layer.state.bytes_read for layer in self.compressed if layer.state)
 
     def report(self) -> list[dict[str, Any]]:
-        """Return one entry per compressed layer.
+        """Return one dict of measurements per compressed layer.
 
-        Lists in an entry go by row, which is batch item x kv head, an item's heads together.
+        Lists have one entry per row: the stream of one kv head of one batch item. An item's heads are adjacent.
 
-        layer, method, heads    the model's layer, the method in tokens, kv heads per item
-        seen                    slots of the batch, pads included
+        layer, method, heads    index of the layer in the model, method with its budget in tokens, kv heads per item
+        seen                    slots fed so far, pads included
         tokens, held, evicted   per row: real tokens seen, kept whole, no longer kept whole
-        row_bytes               per row, measured; their sum is state_bytes up to rounding
-        state_bytes, staged_bytes
+        row_bytes               per row: measured bytes; their sum is state_bytes up to rounding
+        state_bytes             bytes of the layer's state
+        staged_bytes            bytes of keys and values that wait for the attention of a running forward
         guarantee               the method's theorem evaluated on the tokens seen (the fields of `Guarantee`), or None
         """
         return [_entry(layer) for layer in self.compressed]
 
 
 def _place(device: str | torch.device) -> torch.device:
-    """Return the device of a tensor made there: "cuda" stands for one of several."""
+    """Return `device` with its index: "cuda" becomes the current one, such as "cuda:0"."""
     return torch.empty(0, device=device).device
 
 
 def _told(report: Callable[..., None], *args: Any) -> None:
-    """Call a report method of `Passage` outside torch.compile's trace, which would compile anew for every layer."""
+    """Call `report(*args)` outside torch.compile's trace, which would compile anew for every layer.
+
+    report: a function for bookkeeping, such as a method of `Passage`, which records how far a forward has got.
+    """
     if torch.compiler.is_compiling():
         torch.compiler.disable(report)(*args)  # pyright: ignore[reportCallIssue]
     else:
@@ -351,7 +386,10 @@ def _told(report: Callable[..., None], *args: Any) -> None:
 
 
 def _which(state_idx: int) -> dict[str, int]:
-    """Return the `state_idx` argument, which only releases with several states in a layer accept."""
+    """Return {"state_idx": state_idx}, or {} for index 0, as keyword arguments of a call to transformers.
+
+    Older transformers releases have one linear state per layer and do not accept the argument.
+    """
     return {"state_idx": state_idx} if state_idx else {}
 
 
@@ -376,7 +414,11 @@ def _entry(layer: CompressedLayer) -> dict[str, Any]:
 
 
 def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...], ...]:
-    """Return a line of positive numbers per layer. Raises ValueError naming the entry that is wrong."""
+    """Convert an argument with one number, or one list of numbers, per layer to a tuple with one tuple per layer.
+
+    name, given: the argument's name, for errors, and its value. kind: int or float, the type that the numbers must
+    have; float allows ints too. Raises ValueError naming an entry that is not positive or of another type.
+    """
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         raise ValueError(f"{name} is a list with a number, or a list of numbers, per layer; got {given!r}")
     table = tuple(tuple(line) if isinstance(line, (list, tuple)) else (line,) for line in given)
@@ -389,7 +431,12 @@ def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...]
 
 
 def _rotations(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
-    """Return the rotation of each compressed layer's keys by their rank; None where positions are the stream's."""
+    """Return the rotary embedding of each compressed layer for positions="cache"; None for positions="stream".
+
+    With "cache", keys are rotated by their rank among the held tokens (`CompressedCache`). A layer without a rotary
+    embedding has None in the tuple. Raises ValueError for any other value of `positions`, for a method that does not
+    hold keys whole, and for a model that is missing or not prepared.
+    """
     if positions not in ("stream", "cache"):
         raise ValueError(f'positions count in the "stream" or in the "cache", got {positions!r}')
     if positions == "stream":

@@ -1,4 +1,8 @@
-"""Divide a budget by the number of tokens that each kv head distinguishes, measured on a calibration prompt."""
+"""Measure how many tokens each kv head distinguishes on a calibration prompt, to divide a budget in proportion.
+
+A head distinguishes tokens if their values could be read back, one by one, from the answers to the head's own queries.
+So a memory that answers these queries must be able to return each of the values.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,16 @@ MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
 
 
 def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept: float = 0.5) -> Shares:
-    """Return shares of mean 1 that grow with the tokens of `prompt` that each kv head's own queries distinguish.
+    """Return each kv head's share of a budget, one tuple per compressed layer, of mean 1 over all heads.
 
-    Law: share = kept + (1 - kept) * readable / mean readable.
-    prompt   token ids (n,) or (1, n) like the traffic, questions included. The model runs over it with an exact cache;
-             then the floor of each head's keys is searched with the queries of its newest tokens
-             (`kvfloor.floors.measured.readable_by`)
-    kept     share of the mean that every head gets in any case. A head that distinguishes few tokens can do with few
-             bytes, but not every method finds those tokens: a head that averages over many tokens loses most of them
-             to eviction
+    Law: share = kept + (1 - kept) * readable / mean readable. A head's `readable` is the number of tokens of `prompt`,
+    alone or in groups, whose values could be read back from the answers to the head's own queries
+    (`kvfloor.floors.measured.readable_by`).
+    prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
+             that keeps every token; the head's queries are those of the prompt's newest tokens
+    kept     share of the mean budget that every head gets in any case. A head that distinguishes few tokens can do
+             with few bytes, but not every method finds those tokens: a head that averages over many tokens loses most
+             of them to eviction
     Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """
     if not 0 <= kept <= 1:
@@ -45,7 +50,11 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
 
 
 def _readable(seen: Recorded) -> list[int]:
-    """Count the tokens that each kv head's newest queries distinguish."""
+    """Count, for each kv head of a layer, the groups of tokens that its newest queries can read; at least 1 per head.
+
+    Queries can read a group (one or several tokens) if its value could be read back from their answers.
+    seen: the queries, keys and values of the layer on the calibration prompt.
+    """
     q, k, v = seen.by_row
     asked = q[:, :, -MOST_QUERIES:].flatten(1, 2).float()
     law = {"scale": seen.scale, "softcap": seen.softcap, "dtype": v.dtype}

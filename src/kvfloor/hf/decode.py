@@ -1,7 +1,8 @@
-"""Decode greedily from a prepared model and a cache: a context, the prompt's end, a question, the answer.
+"""Decode greedily from a prepared model and a cache, step by step: feed a context, a question, read the answer.
 
-This is a plain loop over the model's forward, so that an audit can time its parts, read the cache in between and put
-the question after the compression. Rows of different length are left-padded; pads never enter a state.
+This is a plain loop over the model's forward, instead of generate(). So an audit can time each part, read the cache in
+between, and feed the question after the context was compressed. Batch items of different length are left-padded; pads
+are never stored.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from kvfloor.hf.cache import CompressedCache
 
 @dataclass
 class Dialogue:
-    """Hold a batch in progress: the cache, the mask over all slots so far, and the last token's logits."""
+    """Hold a batch that is being decoded: its model, its cache, the attention mask over all slots, the last logits.
+
+    A slot is one column of the padded batch. The mask is 1 in slots of real tokens and 0 in pads.
+    """
 
     model: PreTrainedModel
     cache: CompressedCache | Cache
@@ -35,7 +39,10 @@ class Dialogue:
 
     @torch.inference_mode()
     def feed(self, token_ids: Sequence[Sequence[int]], chunk: int | None = None) -> None:
-        """Take in one list of tokens per batch item, left-padded, `chunk` slots per forward (None: all at once)."""
+        """Feed one list of token ids per batch item to the model, left-padded, `chunk` slots per forward.
+
+        With chunk None, all tokens go into one forward.
+        """
         batch, real = padded(token_ids)
         width = batch.shape[1]
         cuts = [*range(0, width, chunk or width), width]
@@ -46,11 +53,11 @@ class Dialogue:
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[Sequence[int]], chunk: int = 512) -> list[tuple[Tensor, Tensor]]:
-        """Take in one list of tokens per batch item and score each token given all tokens before it.
+        """Feed one list of token ids per batch item, and score each token given all tokens before it.
 
-        Returns per item (log-probability (t,) float32, True for each likeliest token (t,) bool), both on the CPU.
-        `chunk` slots per forward bound the logits' memory. Shorter lists are padded at their end, so no tokens can be
-        fed afterwards.
+        Returns per item two CPU tensors: each token's log-probability (t,) float32, and a bool (t,) that is True where
+        the token was the likeliest one. `chunk` slots per forward bound the memory of the logits. Shorter lists are
+        padded at their end, so no tokens can be fed afterwards.
         """
         assert self.logits is not None
         batch, real = padded(token_ids, side="right")
@@ -68,7 +75,10 @@ class Dialogue:
 
     @torch.inference_mode()
     def answer(self, most: int, stop: int | None) -> tuple[list[list[int]], list[float]]:
-        """Return greedy tokens per batch item, up to `stop` or `most` of them, and milliseconds per batch step."""
+        """Decode greedily: return the new token ids per batch item, and the milliseconds of each decode step.
+
+        An item ends before its first token `stop` (None: no such token), or after `most` tokens.
+        """
         assert self.logits is not None
         batch = self.mask.shape[0]
         done = torch.zeros(batch, dtype=torch.bool)
@@ -88,9 +98,10 @@ class Dialogue:
         return said, steps_ms
 
     def _forward(self, token_ids: Tensor, real: Tensor, every: bool = False) -> Tensor:
-        """Return the logits after the last slot (batch, 1, vocabulary).
+        """Run the model over new slots (batch, slots); return the logits after the last one (batch, 1, vocabulary).
 
-        With `every`, return those after every slot (batch, slots, vocabulary).
+        real: 1 in slots of tokens, 0 in pads. With `every`, returns the logits after every slot (batch, slots,
+        vocabulary).
         """
         device = self.model.device
         self.mask = torch.cat([self.mask, real.to(device)], dim=1)
@@ -115,7 +126,10 @@ class Dialogue:
 def padded(
     token_ids: Sequence[Sequence[int]], pad: int = 0, side: Literal["left", "right"] = "left"
 ) -> tuple[Tensor, Tensor]:
-    """Return the lists as a batch (b, width), int64, and its mask (b, width): 1 in slots of tokens, 0 in pads."""
+    """Pad lists of token ids to one width: return the batch (b, width), int64, and its mask (b, width).
+
+    The mask is 1 in slots of tokens and 0 in pads. side: where the pads go.
+    """
     width = max(len(ids) for ids in token_ids)
     batch = torch.full((len(token_ids), width), pad, dtype=torch.int64)
     real = torch.zeros_like(batch)

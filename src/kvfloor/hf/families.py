@@ -1,4 +1,4 @@
-"""Describe model families: the layers that a compressed cache serves, the families that it refuses, and the reasons."""
+"""Decide which layers of a model a compressed cache serves, and which model families it refuses, with the reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ REFUSED: dict[str, str] = {  # families that use the attention registry but cann
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
-    """Return the type of each decoder layer in transformers' words; "dummy" for one that reads another layer's keys."""
+    """Return the type of each decoder layer, such as "full_attention" or "sliding_attention".
+
+    A layer without keys of its own, which reads those of an earlier layer, has the type "dummy".
+    """
     decoder = config.get_text_config(decoder=True)
     try:
         from transformers.cache_utils import get_layer_types_and_kwargs
@@ -48,8 +51,10 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
 
 
 def layer_roles(config: PreTrainedConfig) -> list[tuple[Role, Any]]:
-    """Return, for each layer that a cache has, its role and the object that transformers' own cache has there.
+    """Return one pair per cache layer: its role, and the layer object that transformers' own cache has there.
 
+    Role "full": attention over all tokens, compressed; "hybrid": compressed beside a linear or convolution state in the
+    same layer; "own": left to transformers' own class.
     Raises ValueError naming the family and the reason where a compressed cache cannot serve it.
     """
     reason = refusal(config)
@@ -70,7 +75,10 @@ def layer_roles(config: PreTrainedConfig) -> list[tuple[Role, Any]]:
 
 
 def key_readers(config: PreTrainedConfig) -> list[int]:
-    """Count, for each layer, the later layers that have no keys of their own and read its keys (Gemma 3n, Gemma 4)."""
+    """Return, for each layer, how many later layers attend to its keys (Gemma 3n, Gemma 4); 0 for most models.
+
+    Those later layers have no keys of their own.
+    """
     decoder = config.get_text_config(decoder=True)
     types = layer_types(config)
     declared = getattr(decoder, "layer_types", None) or types
@@ -82,7 +90,10 @@ def key_readers(config: PreTrainedConfig) -> list[int]:
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Return the reason why models of this configuration are refused whatever their layers; None if there is none."""
+    """Return the reason why no compressed cache can serve models of this configuration; None if there is none.
+
+    The reason is about the family as a whole. `layer_roles` checks the layers one by one.
+    """
     if _picks_tokens(config.get_text_config(decoder=True)):
         return (
             "its attention is sparse (DSA): an indexer with keys of its own in the cache picks the tokens that each "
@@ -109,14 +120,17 @@ def _picks_tokens(decoder: PreTrainedConfig) -> bool:
 
 
 def ignores_the_interface(model: nn.Module) -> bool:
-    """Return True if no part of this model looks its attention function up in transformers' registry."""
+    """Return True if no part of this model takes its attention function from transformers' registry.
+
+    kvfloor's attention, which is registered there, would never be called.
+    """
     return not any(hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS") for part in model.modules())
 
 
 def own_cache_class(model: nn.Module | type[nn.Module]) -> str | None:
-    """Return the cache class that this model's own file defines and fills, or None.
+    """Return the name of the cache class that this model's own file defines; None if it defines none.
 
-    A compressed cache cannot take the place of such a class.
+    Such a model fills only that class, so a compressed cache cannot take its place.
     """
     module = sys.modules[(model if isinstance(model, type) else type(model)).__module__]
     made_there = [name for name, thing in vars(module).items() if name.endswith("Cache") and isinstance(thing, type)]

@@ -1,4 +1,7 @@
-"""Compute a digest that tells models apart, from class, configuration, adapters and a sample of every weight."""
+"""Compute a digest of a model, so that a saved cache is loaded only for the model that filled it.
+
+The digest covers the class, the configuration, the active adapters and a sample of every weight.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,12 @@ _FIXED = (
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """Return {"model": class name, "adapters": names of active ones, "sha256": hex digest} of the model as it is now.
+    """Return the model's {"model": class name, "adapters": names of active ones, "sha256": hex digest}.
 
     The same weights give the same digest on any device, offloaded to disk or not. Another dtype or quantisation gives
-    another digest, since a cache cannot continue bit for bit there. So does an active adapter, another factor of it, or
-    a merged adapter; an inactive adapter counts as not there. A weight that was changed only at places outside the
-    sample goes unnoticed. Raises ValueError naming a weight whose numbers cannot be read.
+    another digest, since a cache cannot continue bit for bit there. So does an active adapter, another scaling factor
+    of it, or a merged adapter. An inactive adapter does not change the digest. Neither does a change of a weight
+    outside the sampled entries. Raises ValueError naming a weight whose numbers cannot be read.
     """
     adapters = adapters_of(model)
     config = model.config.get_text_config(decoder=True)
@@ -56,9 +59,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _sample(numbers: Tensor) -> Tensor:
-    """Return about `SAMPLE` of the numbers, at an odd step.
+    """Return about `SAMPLE` entries of the flattened tensor, evenly spaced at an odd step.
 
-    An odd step does not stay in one column of a matrix whose width is a power of two.
+    An even step could stay in one column of a matrix whose width is a power of two.
     """
     flat = numbers.reshape(-1)
     return flat[:: flat.numel() // SAMPLE | 1]

@@ -1,4 +1,4 @@
-"""Put a compressed layer beside a linear or convolution state in one model layer (Falcon-H1, Zamba, Zaya)."""
+"""Define the cache layer of models whose layers have attention beside a linear state (Falcon-H1, Zamba, Zaya)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from kvfloor.hf.layer import CompressedLayer
 
 
 class HybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
-    """Give the attention's keys and values to the compressed half, everything else to transformers' linear half.
+    """Compress the attention's keys and values, and keep a linear or convolution state as transformers does.
 
-    transformers distinguishes layers by their class, so that this class must derive from both. Each method is passed
-    to exactly one half, or to both.
+    transformers distinguishes cache layers by their class, so this class derives from both: `CompressedLayer` and
+    transformers' linear layer. Each method calls that of one base class, or of both.
     """
 
     def __init__(self, states: int, *args: Any) -> None:
-        """Build both halves; `states` counts the convolution and recurrent states that the model keeps in this layer.
+        """Build the empty cache layer of one model layer.
 
-        The other arguments are those of `CompressedLayer`.
+        states   number of convolution and recurrent states that the model keeps in this layer
+        args     the arguments of `CompressedLayer`
         """
         CompressedLayer.__init__(self, *args)
         LinearAttentionLayer.__init__(self, number_of_states=states)

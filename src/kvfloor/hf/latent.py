@@ -1,11 +1,14 @@
-"""Serve latent attention (MLA: DeepSeek, GLM, Kimi, Mistral 4), which makes all heads' keys and values of one latent.
+"""Serve latent attention (MLA: DeepSeek, GLM, Kimi, Mistral 4), which derives all heads' keys from one latent vector.
 
-Where transformers caches latents, `update` gets a token's latent c and its rotary key r, one of each for all heads, and
-the module's `expand_kv` makes head h's key [K_h c, r] and value V_h c of the latents that `update` returns. A head's
-logit is then [K_h' q, q_rot] . [c, r], and its answer V_h times the weighted mean of the c (DeepSeek-V2, arXiv
-2405.04434, section 2.1.2, "absorbed"). So a state serves it as one kv head whose group is all heads, with [c, r] for
-key and for value: one set of kept tokens for all heads. Releases that cache every head's keys instead need none of
-this.
+Where transformers caches latents, the cache's `update` receives a token's latent c and its rotary key r, one of each
+for all heads. The attention module's `expand_kv` then computes head h's key [K_h c, r] and value V_h c from the latents
+that `update` returns. A head's logit is [K_h' q, q_rot] . [c, r], where q and q_rot are the parts of its query without
+and with rotation. Its answer is V_h times the weighted mean of the latents (DeepSeek-V2, arXiv 2405.04434, section
+2.1.2, "absorbed"). So kvfloor stores [c, r] as key and as value of a single kv head, whose GQA group is all query
+heads: all heads keep the same tokens. Some transformers releases cache the keys of every head instead; they need none
+of this.
+
+In shapes, c and r are the widths of a latent and of a rotary key, and nope is the width of a key without rotation.
 """
 
 from __future__ import annotations
@@ -21,17 +24,18 @@ _newest = threading.local()  # what the last `update` of this thread returned, b
 
 
 def staged(keys: Tensor, values: Tensor) -> None:
-    """Remember the tensors that `update` returned.
+    """Remember, for this thread, the keys and values that a cache's `update` returned; see `awaited`.
 
-    The module that called `update` makes new tensors of them before it calls its attention function.
+    A latent-attention module computes new tensors from them before it calls its attention function, so that the
+    function's arguments no longer show where they came from. Only weak references are kept.
     """
     _newest.pair = (weakref.ref(keys), weakref.ref(values))
 
 
 def awaited() -> tuple[Tensor, Tensor] | None:
-    """Return the pair that this thread's last `update` returned, while the forward that called it is still running.
+    """Return the (keys, values) that this thread's last `update` returned, if its forward is still running.
 
-    Returns None where there is no such pair: a forward that ended or broke off has released it.
+    Returns None otherwise: a forward that ended or broke off has released the tensors.
     """
     pair = getattr(_newest, "pair", None)
     if pair is None:
@@ -41,9 +45,13 @@ def awaited() -> tuple[Tensor, Tensor] | None:
 
 
 def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the queries (B, H, n, c + r) against latents, and the keys (B, 1, n, c + r) that they are compared with.
+    """Convert queries and latents to one shared kv head: queries (B, H, n, c + r), and keys (B, 1, n, c + r).
 
-    query (B, H, n, nope + r) as the module made it; latent (B, 1, n, c) and rotary (B, 1, n, r) as it cached them.
+    The logits of these queries and keys are those of the module's own per-head keys. In shapes, c, r and nope are the
+    widths of a latent, of a rotary key, and of a head's key without rotation.
+    expansion  the matrix (H, nope + dv, c) from the function `expansion`
+    query      (B, H, n, nope + r): as the module computed it, its part without rotation first
+    latent     (B, 1, n, c) and rotary (B, 1, n, r): as the module cached them
     """
     plain, turned = query.split([query.shape[-1] - rotary.shape[-1], rotary.shape[-1]], -1)
     to_key = expansion[:, : plain.shape[-1]]
@@ -51,19 +59,27 @@ def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -
 
 
 def values(expansion: Tensor, out: Tensor, dv: int) -> Tensor:
-    """Return the heads' answers (B, n, H, dv), contiguous, given the weighted means (B, n, H, c + r) of [c, r]."""
+    """Return the heads' answers (B, n, H, dv), contiguous, from attention outputs over latents (B, n, H, c + r).
+
+    expansion: the matrix (H, nope + dv, c) from the function `expansion`. out: each head's weighted mean of [latent,
+    rotary key], of widths c and r. The answer is the latent part times the head's value matrix, the last dv rows of
+    `expansion`.
+    """
     of_latent = out[..., : expansion.shape[-1]].transpose(1, 2)  # (B, H, n, c)
     to_value = expansion[:, -dv:]
     return torch.matmul(of_latent, to_value.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return the matrix that makes every head's key and value of a latent: (H, nope + dv, c). Call it once per forward.
+    """Return the matrix (H, nope + dv, c) that maps a latent to every head's key and value. Call it once per forward.
 
-    For a plain linear layer without adapter or hook, the matrix is its weight. Any other module is called on every unit
-    vector: an adapter, a quantised or offloaded weight and a hook count as they are now, and nothing is kept. Such a
-    module must be linear. So its result is compared with the newest token's key (B, H, n, .) and value (B, H, n, dv),
-    which the module made of its latent (B, 1, n, c). Raises ValueError if they are not alike.
+    In shapes, c is the width of a latent, and nope that of a head's key without its rotary part.
+    module   the attention module, whose `kv_b_proj` is the map
+    latent   (B, 1, n, c), with the key (B, H, n, .) and value (B, H, n, dv) that the module computed from it
+    If `kv_b_proj` is a plain linear layer without adapter or hook, the matrix is its weight. Any other `kv_b_proj` is
+    called on every unit vector: an adapter, a quantised or offloaded weight and a hook count as they are now, and
+    nothing is cached. It must be linear, so the matrix is checked on the newest token's key and value. Raises
+    ValueError if they differ by more than rounding.
     """
     project: nn.Module = module.kv_b_proj  # type: ignore[assignment]
     heads, dv = value.shape[1], value.shape[-1]
@@ -81,7 +97,10 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def is_plainly_linear(project: nn.Module) -> bool:
-    """Return True if a call of this module is a product with its weight only: no adapter, hook or other storage."""
+    """Return True if a call of this module is a product with its weight and nothing else.
+
+    An adapter, a bias, a hook, or a quantised or offloaded weight makes it False.
+    """
     return (
         type(project) is nn.Linear
         and type(project.weight) is nn.Parameter
@@ -95,9 +114,9 @@ def is_plainly_linear(project: nn.Module) -> bool:
 
 
 def _alike(found: Tensor, right: Tensor) -> bool:
-    """Return True if two products differ by no more than rounding, that of quantised activations included.
+    """Return True if `found` equals `right` up to rounding, also if quantised activations were rounded.
 
-    A constant factor between the two counts as a difference.
+    The norm of the difference may be 5 % of the norm of `right`. So a wrong constant factor is found too.
     """
     found, right = found.detach().float(), right.detach().float()
     return bool((found - right).norm() <= _ROUNDING * right.norm())

@@ -1,4 +1,7 @@
-"""Implement one layer of a compressed cache: transformers' cache protocol outside, a kvfloor state inside."""
+"""Implement one layer of a compressed cache: transformers' cache-layer protocol over a kvfloor state.
+
+A state is the memory of one method for the rows of one layer. A row is the stream of one (batch item, kv head).
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,10 @@ from kvfloor.hf.rows import present_rows, step_rows
 
 
 class Meter:
-    """Record the bytes of a cache's layers, their peak with staged and copied tensors, and the slots seen.
+    """Record the bytes and the slots seen of every layer of a cache, and the peak of all bytes together.
 
-    A layer that never answered a query has no entry.
+    The peak includes staged tensors (of a running forward, not appended yet) and temporary copies. Layers that never
+    answered a query have no entry.
     """
 
     def __init__(self) -> None:
@@ -37,7 +41,7 @@ class Meter:
         self.staged: weakref.ref[CompressedLayer] | None = None  # the layer whose keys are staged
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes to copy or pickle, without the layer whose keys are staged."""
+        """Return the attributes to copy or pickle, without the reference to the layer whose keys are staged."""
         return vars(self) | {"staged": None}
 
     def measure(self, layer: int, held_bytes: int, transient_bytes: int) -> None:
@@ -45,14 +49,17 @@ class Meter:
         self.peak_bytes = max(self.peak_bytes, sum(self.held_bytes.values()) + transient_bytes)
 
     def forget(self, layer: int) -> None:
-        """Remove the entries of a layer that holds nothing any more."""
+        """Remove the entries of a layer that was emptied."""
         self.seen.pop(layer, None)
         self.held_bytes.pop(layer, None)
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """Hold the tokens that a layer evicted, one entry each: batch item (e,), kv head (e,), position in the row (e,)."""
+    """Hold the e tokens that a layer evicted in one step: batch item (e,), kv head (e,), position in the row (e,).
+
+    A position counts the real tokens of the batch item, pads excluded, from 0. `layer` is the index in the model.
+    """
 
     layer: int
     item: Tensor
@@ -65,12 +72,15 @@ _TAG = "kv_layer"  # the attribute by which a staged key tensor names its layer
 
 
 class CompressedLayer(CacheLayerMixin):
-    """Stage keys and values in `update`, and take them in by `answer`, which the attention function calls.
+    """Compress one layer's keys and values: `update` stages new ones, `answer` appends them and attends.
 
-    Batch x kv head is the state's rows, a GQA group its g. `seen` counts slots, pads included, because generate()
-    derives positions from it; the state's own clocks count real tokens per row. `readers` later layers have no keys
-    of their own and attend to this layer's (Gemma 3n, Gemma 4): they are answered from a copy of the state as it was
-    before the forward, which is dropped with the last of them.
+    The model calls `update` first; kvfloor's attention function then calls `answer` with the queries. A row of the
+    state is one (batch item, kv head), and g queries of a GQA group attend to each row. `seen` counts slots, pads
+    included, because generate() derives positions from it; the state itself counts real tokens per row.
+
+    `readers` is the number of later layers that have no keys of their own and attend to this layer's (Gemma 3n and 4).
+    Queries of these later layers are answered from a copy of the state from before the forward. The copy is freed after
+    the last of them.
     """
 
     is_compileable = False
@@ -88,7 +98,11 @@ class CompressedLayer(CacheLayerMixin):
         presence: Presence,
         readers: int = 0,
     ) -> None:
-        """Build the place-th compressed layer of a cache, which is layer `index` of the model."""
+        """Build the empty cache layer of the model's layer `index`, the place-th compressed layer counted from 0.
+
+        opening, meter, passage and presence are shared by all layers of one cache: its settings, byte counts, record of
+        how far a forward has got, and list of pads. readers: number of later layers that attend to this layer's keys.
+        """
         super().__init__()
         self.opening, self.index, self.place = opening, index, place
         self.state: State | None = None
@@ -110,7 +124,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @staticmethod
     def of(key: Tensor) -> CompressedLayer | None:
-        """Return the layer that staged this key tensor; None if a stock cache returned it."""
+        """Return the compressed layer whose `update` returned this key tensor; None if another cache returned it."""
         reference = getattr(key, _TAG, None)
         return None if reference is None else reference()
 
@@ -120,7 +134,10 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stage this forward's keys and values (B, Hkv, n, d), after RoPE; the attention function takes them in."""
+        """Stage this forward's keys and values (B, Hkv, n, d), after RoPE, and return them marked as this layer's.
+
+        Nothing is stored yet: kvfloor's attention function recognises the mark and calls `answer`.
+        """
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._stage)(key_states, value_states)  # pyright: ignore[reportCallIssue]
         return self._stage(key_states, value_states)
@@ -145,12 +162,12 @@ class CompressedLayer(CacheLayerMixin):
         return keys, value_states
 
     def unstage(self) -> None:
-        """Drop the keys that were staged and not answered: the layer is as it was before `update`."""
+        """Undo an `update` that was not followed by `answer`: drop the staged keys and values."""
         self.staged_bytes, self._meter.staged = 0, None
         self._passage.unchanged(self.index)
 
     def expect(self, batch: int) -> None:
-        """Raise ValueError unless a forward of this batch size can continue the layer."""
+        """Raise ValueError unless the layer is empty or holds this batch size."""
         if self.state is not None and batch != self.batch:
             raise ValueError(
                 f"this cache holds a batch of {self.batch} and cannot go on with one of {batch}: give each item a copy "
@@ -159,10 +176,10 @@ class CompressedLayer(CacheLayerMixin):
             )
 
     def get_seq_length(self, *args: Any) -> int:
-        """Return the number of slots seen (pads included), not of tokens stored.
+        """Return the number of slots fed so far, pads and evicted tokens included.
 
-        The model calls this before it looks its positions up. So a learned table that has no more positions is refused
-        here with ValueError.
+        The model calls this before it looks its positions up. So this raises ValueError if a learned position table has
+        no position left for another token.
         """
         if self.room is not None and self.state is not None and int(self.state.seen.max()) >= self.room:
             raise ValueError(
@@ -173,7 +190,11 @@ class CompressedLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Return (slots seen and new, 0). Until transformers 5.3 the argument is the tensor of cache positions."""
+        """Return (slots, 0): the number of slots that the attention mask covers, and the index of the first of them.
+
+        Slots of earlier forwards are included. query_length: the number of new slots; until transformers 5.3 the tensor
+        of their positions.
+        """
         refuse_other_attention(self.served_by)
         n = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         return SlotCount(self.seen + n, self), 0
@@ -190,7 +211,7 @@ class CompressedLayer(CacheLayerMixin):
         self._presence.reset()
 
     def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
-        """Call `on_evict` with the tokens evicted from now on; None stops the calls."""
+        """Call `on_evict` with an `Eviction` whenever tokens are evicted from now on; None stops the calls."""
         self._on_evict = on_evict
         if isinstance(self.state, BoundedState):
             self.state.on_evict = None if on_evict is None else self._report
@@ -201,11 +222,14 @@ class CompressedLayer(CacheLayerMixin):
         self._on_evict(Eviction(self.index, row // heads, row % heads, position))
 
     def clocks(self) -> dict[str, Any]:
-        """Return the counters that a loaded layer needs beside its state; JSON-ready."""
+        """Return {"seen", "batch", "is_initialized"}: the counters that are saved beside the state, JSON-ready."""
         return {"seen": self.seen, "batch": self.batch, "is_initialized": self.is_initialized}
 
     def resume(self, state: State | None, clocks: dict[str, Any], model: torch.nn.Module) -> None:
-        """Continue from a saved layer's state and clocks, in `model`, which filled it."""
+        """Continue a saved layer: set its state, and its counters as `clocks` returned them.
+
+        model: the model that filled the saved layer.
+        """
         self.state, self.served_by = state, weakref.ref(model)
         self.seen, self.batch, self.is_initialized = clocks["seen"], clocks["batch"], clocks["is_initialized"]
         if state is not None:
@@ -214,9 +238,10 @@ class CompressedLayer(CacheLayerMixin):
         self.call_on_evict(self._on_evict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for pickle and torch.save, with the state as its message.
+        """Return the attributes for pickle and torch.save, with the state as bytes (its serialised message).
 
-        Evicted tokens, callbacks and the model are left out.
+        Callbacks, the reference to the model and the copy for later layers are left out. Raises ValueError in the
+        middle of a forward.
         """
         if self.staged_bytes:
             raise ValueError("a forward is not finished: its tokens are staged but not answered yet; pickle after it")
@@ -232,7 +257,7 @@ class CompressedLayer(CacheLayerMixin):
             self.state = method.from_bytes(message, device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return an independent copy of everything, the reference to the model and the eviction callback included."""
+        """Return an independent copy of the layer, which keeps the reference to the model and the eviction callback."""
         made = memo[id(self)] = self.__class__.__new__(self.__class__)
         vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return made
@@ -247,10 +272,10 @@ class CompressedLayer(CacheLayerMixin):
         raise ValueError("a compressed cache is not offloaded: its state is small and stays on the model's device")
 
     def prefetch(self) -> None:
-        """Do nothing: no layer is ever offloaded."""
+        """Do nothing: a compressed layer is never offloaded to the CPU, so there is nothing to fetch."""
 
     def to(self, device: str | torch.device) -> None:
-        """Move the state to `device`. The copy is made from the state's message, on the CPU."""
+        """Move the state to `device`: serialise it on the CPU, and build it again there."""
         if self.state is not None:
             self.state = self.state.method.from_bytes(self.state.to_bytes(), device)
             self.call_on_evict(self._on_evict)
@@ -262,7 +287,7 @@ class CompressedLayer(CacheLayerMixin):
         self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these batch items, each with the rows of its kv heads."""
+        """Keep the batch items `indices`, in that order, each with the rows of all its kv heads."""
         if self.state is None:
             return
         heads = self.state.spec.rows // self.batch
@@ -283,10 +308,14 @@ class CompressedLayer(CacheLayerMixin):
         sink: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Answer queries (B, H, n, d) by (B, n, H, dv), and take in the staged key and value (B, Hkv, n, .).
+        """Append the staged keys and values (B, Hkv, n, .), and return the queries' attention output (B, n, H, dv).
 
-        padding: bool (B, slots), None if every token is real. sink: a logit per query head (H,) that takes its share
-        of the softmax and has no value. positions (B or 1, n): the model's, for a layer that turns its keys back.
+        query      (B, H, n, d)
+        padding    bool (B, slots), True where a slot holds a real token; None if all do
+        scale      the factor on q.k; softcap: the cap on logits, or None
+        sink       one logit per query head (H,) that takes its share of the softmax and has no value; None without
+        positions  the model's positions (B or 1, n), needed only where the keys' rotation is undone (positions="cache")
+        If nothing is staged, the queries belong to a later layer that shares this layer's keys.
         """
         answer = self._answer if self.staged_bytes else self._answer_reader
         lower = precision.lowered(query)
@@ -307,7 +336,10 @@ class CompressedLayer(CacheLayerMixin):
         positions: Tensor | None,
         lower: torch.dtype | None,
     ) -> Tensor:
-        """Answer queries to this layer's own keys; `lower` is autocast's dtype, None if it is off."""
+        """Do `answer` for this layer's own queries: append the staged tokens, then attend.
+
+        lower: torch.autocast's dtype, None if it is off. An error before the state changed leaves the layer as it was.
+        """
         batch, heads, n, _d = query.shape
         kv_heads, dv = key.shape[1], value.shape[-1]
         g = heads // kv_heads
@@ -361,9 +393,10 @@ class CompressedLayer(CacheLayerMixin):
         return out
 
     def _refused(self, state: State | None, batch: int, clocks: tuple[Tensor, bool] | None) -> None:
-        """Restore the layer from before the call that failed, if its state did not change.
+        """Restore the layer as it was before an `answer` that failed, unless the state has changed since.
 
-        state, batch: from before the call; clocks: those of the state that was called.
+        state, batch   the layer's attributes from before the call
+        clocks         (seen, sealed) of the state before its step, None without a state; `sealed`: the prompt had ended
         """
         asked = self.state
         if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):
@@ -387,9 +420,10 @@ class CompressedLayer(CacheLayerMixin):
         positions: Tensor | None,
         lower: torch.dtype | None,
     ) -> Tensor:
-        """Answer the queries (B, H, m, d) of a later layer that shares these keys, for this forward's newest m tokens.
+        """Do `answer` for a later layer that attends to this layer's keys: queries (B, H, m, d) of the newest m tokens.
 
-        Only this layer's own queries decide which tokens it keeps. A reader's queries do not change the state.
+        The queries attend to a copy of the state from before this forward. So only this layer's own queries decide
+        which tokens it keeps.
         """
         del scale, softcap  # as the state was opened for
         if self._before is None:
@@ -416,7 +450,10 @@ class CompressedLayer(CacheLayerMixin):
 
 
 def _in_rows(tokens: tuple[Tensor, Tensor], kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Convert tokens given by batch item and position to tokens by row and position, one for each kv head."""
+    """Convert (batch item (e,), position (e,)) of tokens to (row, position), (e * kv_heads,) each, for every kv head.
+
+    A row is the stream of one kv head of one batch item. Its index is batch item * kv_heads + kv head.
+    """
     item, position = tokens
     rows = item.unsqueeze(1) * kv_heads + torch.arange(kv_heads)
     return rows.flatten(), position.repeat_interleave(kv_heads)

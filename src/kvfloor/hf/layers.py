@@ -1,4 +1,4 @@
-"""Build the layers of a cache from a model's configuration: compressed ones, and transformers' own."""
+"""Build the layers of a compressed cache from a model's configuration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from kvfloor.hf.presence import Presence
 
 
 def layers_served(config: PreTrainedConfig) -> int:
-    """Count the layers of a model that a kvfloor state serves."""
+    """Count the layers of a model that a compressed cache compresses: those with attention over all tokens."""
     return sum(role != "own" for role, _ in layer_roles(config))
 
 
 def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer]]:
-    """Return an exact cache for a single forward, and its compressed layers, whose `record` may watch it."""
+    """Return a cache that keeps every token exactly, and the list of its layers whose attention inputs can be recorded.
+
+    These are the full-attention layers. Set `record` or `turn_back` of a layer to a function, which then receives the
+    queries, keys and values of the next forward.
+    """
     opening = Opening(Exact(), layers_served(config))
     cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))
     return cache, [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
@@ -30,7 +34,13 @@ def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer
 def cache_layers(
     config: PreTrainedConfig, opening: Opening, meter: Meter, passage: Passage, presence: Presence
 ) -> list[Any]:
-    """Return one cache layer per layer of the model; those without full attention keep transformers' own class."""
+    """Return one cache layer per layer of the model.
+
+    Layers with full attention get a `CompressedLayer` or, beside a linear state, a `HybridLayer`; the others get
+    transformers' own class.
+    opening, meter, passage and presence are shared by all layers of one cache: its settings, byte counts, record of
+    how far a forward has got, and list of pads.
+    """
     layers: list[Any] = []
     for i, ((role, theirs), readers) in enumerate(zip(layer_roles(config), key_readers(config), strict=False)):
         place = sum(isinstance(layer, CompressedLayer) for layer in layers)

@@ -1,4 +1,4 @@
-"""Keys and values that a layer lends to later ones within a forward, where transformers keeps them on the cache."""
+"""Hold the keys and values that a layer shares with later layers, for the length of one forward."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 
 class LentKeys(dict[int, Any]):
-    """Hold the `shared_layers` of a cache until the last layer that reads them (Gemma 3n, until transformers 5.3).
+    """Map a layer to its (keys, values), and drop the entry once every later layer that shares them has read it.
 
-    A plain dict would hold a whole prompt's keys and values, evicted ones too, until the next forward.
+    It takes the place of the cache's dict `shared_layers` (Gemma 3n, until transformers 5.3). A plain dict would hold a
+    whole prompt's keys and values, evicted ones too, until the next forward.
     """
 
     def __init__(self, readers: Sequence[int]) -> None:
-        """readers: for each layer, how many later ones read its keys."""
+        """Begin empty. readers: for each layer of the model, the number of later layers that read its keys."""
         super().__init__()
         self._readers = tuple(readers)
         self._left: dict[int, int] = {}
@@ -30,5 +31,5 @@ class LentKeys(dict[int, Any]):
         return pair
 
     def __reduce__(self) -> Any:
-        """Copies and pickles get none: nothing is lent outside a forward."""
+        """Copy and pickle without the entries: outside a forward there are none."""
         return type(self), (self._readers,)

@@ -1,14 +1,15 @@
-"""Run lm-eval over a compressed cache: the model class "kvfloor", and a command line in place of `lm_eval`.
+"""Run lm-eval over a compressed cache: register the model class "kvfloor", and stand in for the command `lm_eval`.
 
-lm-eval finds a third party's model class only once its module was imported, and its own command line has no option
-for that. So this module is a command line too: it registers the class and then is `lm_eval`, argument for argument.
+lm-eval finds a third party's model class only once its module was imported, and its own command line has no option for
+that. So this module is a command line too: it registers the class, then runs `lm_eval` with the same arguments.
 
     python -m kvfloor.hf.lm_eval --model kvfloor --model_args pretrained=builtin,method=h2o@512 \\
         --include_path tasks --tasks mine
 
-Measurement: of each request, all tokens of the context but the last are streamed into a cache as the prompt. Then the
-prompt's end is marked (`seal`), and the rest is fed as decoding would feed it. So every scored token is predicted from
-the tokens that the method kept, also by methods that compress at the prompt's end only. Requests share nothing.
+Measurement: all tokens of a request's context but the last are fed to a new cache as the prompt. Then `seal` marks the
+end of the prompt, and the last context token and the continuation are fed as decoded tokens. So every scored token is
+predicted from the tokens that the method kept, even if the method compresses only at the end of the prompt. Each
+request has a cache of its own.
 """
 
 # pyright: reportMissingImports=false
@@ -38,7 +39,7 @@ from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue, padded
 from kvfloor.hf.prepare import prepare
 from kvfloor.hf.usage import Usage
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.models import load
 from kvfloor.version import __version__
 
@@ -51,10 +52,10 @@ class CompressedLM(TemplateLM):
 
     pretrained  "builtin", the folder of a transformers model, or a model
     method      text such as "h2o(recent=64)@512"; with commas in it, give --model_args as JSON
-    context     tokens that a share such as "@25%" refers to
-    chunk       prompt tokens per forward: the memory of a long prompt is bounded by it
-    seed        of the method's own randomness
-    batch_size  requests per forward, left-padded; pads never enter a state
+    context     length in tokens of which a budget such as "@25%" is a share
+    chunk       prompt tokens per forward, which bounds the memory that a long prompt takes
+    seed        seeds the method's own randomness
+    batch_size  requests per forward, left-padded; pads are never stored
     device      such as "cuda:0", the default of lm-eval's command line; the CPU where there is no such device
     dtype       "float32", "bfloat16" or "float16"
     max_length  tokens that the model can see; taken from its configuration unless given
@@ -109,7 +110,7 @@ class CompressedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the token before a text without context: beginning-of-text where there is one, else end-of-text."""
+        """Return the id of the token that is put before a text without context: BOS if there is one, else EOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -135,7 +136,7 @@ class CompressedLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Return, per request, the continuation's log-probability, and True if all its tokens were the likeliest."""
+        """Return, per request, the log-probability of its continuation, and True if every token of it was likeliest."""
         answers: dict[int, tuple[float, bool]] = {}
         sizes = [len(context) + len(continuation) for _, context, continuation in requests]
         for batch in self._batches(sizes, disable_tqdm, "loglikelihood"):
@@ -158,9 +159,9 @@ class CompressedLM(TemplateLM):
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-probability of each whole text, in windows of `max_length` tokens with a cache of their own.
+        """Return the log-probability of each whole text, in windows of `max_length` tokens, one cache per window.
 
-        The prompt is one token here: nearly all of the text is decoded from the tokens that the method kept.
+        The prompt of a window is one token. So nearly all of the text is predicted from tokens that the method kept.
         """
         windows: list[tuple[Any, list[int], list[int]]] = []
         owner: list[int] = []
@@ -177,7 +178,7 @@ class CompressedLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the text that generate() produces per request, up to a stop string or the task's number of tokens."""
+        """Return the text that generate() produces per request, up to a stop string or the task's limit of tokens."""
         said: dict[int, str] = {}
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         alike = [repr(sorted(request.args[1].items())) for request in requests]
@@ -190,7 +191,7 @@ class CompressedLM(TemplateLM):
         return [said[i] for i in range(len(requests))]
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the entry that lm-eval writes into its results: the method, and the tokens and bytes of its caches."""
+        """Return the dict that lm-eval writes into its results: kvfloor's version, method and cache totals."""
         return {"kvfloor": {"version": __version__, "method": str(self.method)} | self.usage.totals()}
 
     # ---- inside ------------------------------------------------------------------------------------------------
@@ -203,7 +204,11 @@ class CompressedLM(TemplateLM):
     def _batches(
         self, sizes: list[int], quiet: bool, title: str, alike: list[str] | None = None
     ) -> Iterator[list[int]]:
-        """Yield the indices of requests that form a batch: the longest first, one value of `alike` per batch."""
+        """Yield the request indices of one batch after another, longest requests first.
+
+        sizes: tokens per request. alike: a text per request; requests of one batch have the same text (their generation
+        options). None: any requests may share a batch.
+        """
         kinds = alike or [""] * len(sizes)
         order = sorted(range(len(sizes)), key=lambda i: (kinds[i], -sizes[i]))
         with tqdm(total=len(sizes), disable=quiet, desc=f"{self.method} {title}") as bar:

@@ -1,4 +1,7 @@
-"""Keep the rule and the padding of a compressed layer's mask, and make a tensor of them only on use."""
+"""Represent the attention mask of a compressed layer by its rule and padding, and build its tensor only on use.
+
+A compressed layer needs the padding alone. So the tensor (batch, 1, queries, slots) of a long cache is seldom built.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ EVERY = slice(None)
 
 
 class SlotCount(int):
-    """Carry the number of slots that a mask covers, and the compressed layer that returned the number.
+    """Represent the number of slots that a mask covers, with a reference to the compressed layer that returned it.
 
-    transformers passes sizes and no cache to a mask function. This number reaches the function unchanged, so that it
-    can distinguish a compressed cache from all others.
+    transformers passes a mask function the mask's sizes, but not the cache. The size arrives as this object, unchanged,
+    so that the function can distinguish a compressed cache from all others.
     """
 
     layer: CompressedLayer
@@ -33,14 +36,20 @@ class SlotCount(int):
 
 
 class LazyMask:
-    """Hold the rule and the padding of a compressed layer's mask, and act as its tensor in any tensor operation."""
+    """Stand in for the mask tensor (batch, 1, queries, slots) of a compressed layer, and build it when it is used.
+
+    Any tensor operation on this object builds the tensor, once, and applies to it.
+    """
 
     ndim = 4
 
     def __init__(
         self, arguments: dict[str, Any], form: Callable[..., Tensor | None] = sdpa_mask, queries: slice = EVERY
     ) -> None:
-        """Keep the call `form(**arguments)` that makes the tensor, and the slice of queries to make it for."""
+        """Store the call that builds the tensor: `form(**arguments)`, cut along its queries to the slice `queries`.
+
+        form: a mask function of transformers, such as `sdpa_mask`; arguments: its keyword arguments.
+        """
         self._arguments, self._form, self._queries = arguments, form, queries
         self._built: dict[bool, Tensor | None] = {}
         self._plain: bool | None = None
@@ -48,10 +57,11 @@ class LazyMask:
 
     @property
     def plainly_causal(self) -> bool:
-        """Return True if each token sees all before it and nothing else, padding apart.
+        """Return True if each token attends to itself and all tokens before it and to nothing else, padding apart.
 
-        A rule that adds to this, such as images whose tokens see each other, may add nothing for the present tokens.
-        Both rules are written out then and compared, once for all layers.
+        A model's mask rule may allow more in general, such as image tokens that attend to each other, and yet allow
+        nothing more for the present tokens. So a rule other than the causal one is applied, and its mask compared with
+        the causal mask, once for all layers.
         """
         if self._arguments.get("mask_function", causal_mask_function) is causal_mask_function:
             return True
@@ -66,15 +76,21 @@ class LazyMask:
 
     @property
     def padding(self) -> Tensor | None:
-        """Return a bool tensor (batch, slots seen and new), True where a token is real; None if all are."""
+        """Return bool (batch, slots), True in slots of real tokens, earlier forwards included; None if all are real."""
         return self._moved(self._arguments.get("attention_mask"))
 
     def for_stock(self) -> Tensor | None:
-        """Make the mask that transformers' own attention would have got, once for all layers; None if it needs none."""
+        """Build the mask that transformers' own attention would have received; None if it needs none.
+
+        It is built once for all layers.
+        """
         return self._make(self._queries == EVERY)
 
     def tensor(self) -> Tensor:
-        """Make the mask (batch, 1, queries, slots), never None. It is made once for all layers."""
+        """Build the mask tensor (batch, 1, queries, slots), once for all layers.
+
+        Unlike `for_stock`, it is never None.
+        """
         mask = self._make(False)
         assert mask is not None
         return mask
@@ -92,9 +108,9 @@ class LazyMask:
     # ---- used as a tensor ----------------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> LazyMask | Tensor:
-        """Move the mask to a device, which leaves it one of its kind; any other conversion gives a tensor.
+        """Return the mask on another device, still a LazyMask; any other conversion, as to a dtype, returns a tensor.
 
-        Models whose layers are on several devices move each layer's arguments there. What is made is made once for all.
+        Models whose layers are on several devices move each layer's arguments there. All copies share one built tensor.
         """
         device = args[0] if len(args) == 1 else kwargs.get("device")
         other = len(args) > 1 or not set(kwargs) <= {"device", "non_blocking"} or (args and "device" in kwargs)
@@ -105,7 +121,10 @@ class LazyMask:
         return there
 
     def __getitem__(self, index: Any) -> LazyMask | Tensor:
-        """Cut the mask. A cut along the queries alone, as layers without keys of their own make, stays a LazyMask."""
+        """Return a part of the mask: a LazyMask if only its queries are sliced, otherwise a tensor.
+
+        Layers without keys of their own slice the queries.
+        """
         if isinstance(index, tuple) and len(index) == 4 and self._queries == EVERY:
             batch, heads, queries, keys = index
             if (batch, heads, keys) == (EVERY, EVERY, EVERY) and isinstance(queries, slice):
@@ -115,14 +134,14 @@ class LazyMask:
         return self.tensor()[index]
 
     def __getattr__(self, name: str) -> Any:
-        """Return the attribute of the tensor that this mask makes."""
+        """Build the tensor, and return its attribute `name`."""
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.tensor(), name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass the mask as a tensor to any function of torch."""
+        """Call the torch function `func` with the built tensor in place of each LazyMask among its arguments."""
         del types
         made = [_made(x) for x in args]
         return func(*made, **{name: _made(x) for name, x in (kwargs or {}).items()})
@@ -178,9 +197,10 @@ def _made(x: Any) -> Any:
 
 
 def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | None:
-    """Make a mask where attention `before` was selected: its own for all caches, a lazy one for a compressed layer.
+    """Return a forward's attention mask: a LazyMask for a compressed layer, else a tensor or None as `before` takes.
 
-    Raises ValueError, before any layer has changed, for a rule that a compressed layer cannot follow.
+    before: name of the attention that was selected before kvfloor's. kwargs: transformers' arguments for masks.
+    Raises ValueError, before any layer has changed, for a mask rule that a compressed layer cannot follow.
     """
     if args:
         raise TypeError("this transformers release passes mask arguments by position; kvfloor supports 5.2 and newer")
@@ -205,7 +225,7 @@ def _asked(form: Callable[..., Tensor | None], arguments: dict[str, Any]) -> Laz
 
 
 def refuse_other_rules(mask: LazyMask) -> None:
-    """Raise ValueError unless the rule is the plain causal one."""
+    """Raise ValueError unless the mask is causal, with nothing added but padding."""
     if not mask.plainly_causal:
         raise ValueError(
             "a compressed layer follows the plain causal rule, and this model's mask adds to it, as for images whose "

@@ -1,4 +1,7 @@
-"""Open the states of a cache's layers: method, budget of each kv head, pinned spans, randomness."""
+"""Open the kvfloor state of each compressed layer of a cache, with its share of the budget.
+
+A state is the memory of one method for the rows of one layer; a row is the stream of one (batch item, kv head).
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,19 @@ Budgets = tuple[
 
 @dataclass(frozen=True)
 class Opening:
-    """Hold the settings that every layer of a cache opens its state with. Raises ValueError for settings in conflict.
+    """Hold the settings of a cache, from which the state of every compressed layer is opened.
 
-    method    its budget is each kv head's, unless `budgets` has each head's own or `shares` multiples of it
-    layers    number of compressed layers
-    context   tokens that a share such as "@25%" refers to
-    requests  one id per batch item, which keys the method's randomness
-    pinned    spans [from, to) of token positions that are never evicted
-    rotations  one per compressed layer, of keys that come unturned and are turned by their rank; None: none is turned
+    method     the method; its budget is that of every kv head, unless `budgets` or `shares` is given
+    layers     number of compressed layers
+    context    length in tokens of which a budget such as "@25%" is a share
+    seed       seeds the method's own randomness
+    requests   one id per batch item, which seeds that item's randomness together with `seed`
+    budgets    tokens per compressed layer and kv head, in place of the method's own budget
+    shares     multiples of the method's budget, per compressed layer and kv head
+    pinned     spans [from, to) of token positions that are never evicted
+    rotations  None: keys come rotated and stay as they are. Otherwise one rotary embedding per compressed layer: keys
+               come unrotated, and the state rotates each by its rank among the held tokens
+    Raises ValueError for settings in conflict.
     """
 
     method: Method
@@ -70,9 +78,14 @@ class Opening:
         softcap: float | None,
         tied: bool = False,
     ) -> State:
-        """Open the state of `layer`, the place-th compressed one, for keys like `key` (B, Hkv, n, d) and values of dv.
+        """Open the empty state of one layer.
 
-        tied: the values are the keys.
+        layer, place   index of the layer in the model, and among the compressed layers
+        key, dv        a key tensor (B, Hkv, n, d), for its shape, dtype and device; width of a value
+        g              query heads per kv head
+        scale, softcap the factor on q.k, and the cap on logits or None
+        tied           True if each token's value is its key, given as one tensor (latent attention)
+        Raises ValueError if the number of request ids is not the batch size.
         """
         batch, kv_heads = key.shape[:2]
         requests = range(batch) if self.requests is None else self.requests
@@ -98,7 +111,11 @@ class Opening:
         return state
 
     def _sized(self, spec: Spec, place: int, batch: int, kv_heads: int, g: int) -> Method:
-        """Return the method with this layer's budget in tokens, per row where its heads differ."""
+        """Return the method with its budget in tokens for the place-th compressed layer, per row if its heads differ.
+
+        A row is one (batch item, kv head). g: query heads per kv head. A budget in bytes or percent is converted to
+        tokens for the shapes in `spec`.
+        """
         if self.budgets is not None:
             return _with(self.method, per_head(self.budgets[place], kv_heads, place), batch)
         method = resolve(self.method, spec, layers=self.layers, length=self.context, g=g)
@@ -117,6 +134,9 @@ def _with(method: Method, by_head: Sequence[int], batch: int) -> Method:
 
 
 def _row_id(request: int, layer: int, head: int) -> int:
-    """Return a row's identity, by which the same request draws the same numbers in any batch."""
+    """Return the number that seeds a row's randomness: a hash of request id, layer and kv head.
+
+    So the same request draws the same random numbers in any batch.
+    """
     digest = hashlib.sha256(f"{request}/{layer}/{head}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

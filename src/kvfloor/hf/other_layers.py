@@ -1,4 +1,7 @@
-"""Save and restore the tensors of transformers' own layers: sliding windows, convolutions, linear attention."""
+"""Save, restore, move and count the tensors of transformers' own cache layers.
+
+These are layers with a sliding window, a convolution or linear attention, and the linear half of a hybrid layer.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,20 @@ from torch import Tensor
 
 
 def export(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Return these attributes (None: all) for `message.pack`. Raises TypeError naming one that cannot be saved."""
+    """Return attributes of a layer as a dict that `message.pack` can serialise.
+
+    names: the attributes concerned; None: all. Raises TypeError naming an attribute that cannot be saved.
+    """
     chosen = vars(layer) if names is None else {name: getattr(layer, name) for name in names}
     return {name: _plain(value, f"{type(layer).__name__}.{name}") for name, value in chosen.items()}
 
 
 def adopt(layer: Any, fields: dict[str, Any], device: torch.device, names: Iterable[str] | None = None) -> None:
-    """Set on a fresh layer of the same class the attributes from `export`. Raises ValueError if attributes differ."""
+    """Set on an empty layer the attributes that `export` returned for a layer of the same class, tensors on `device`.
+
+    names: the attributes concerned; None: all. Raises ValueError if `fields` lacks one of these attributes, or contains
+    the name of a method of the class.
+    """
     missing = set(vars(layer) if names is None else names) - set(fields)
     if missing:
         raise ValueError(f"{type(layer).__name__} keeps {', '.join(sorted(missing))} here, which the saved one did not")
@@ -29,7 +39,10 @@ def adopt(layer: Any, fields: dict[str, Any], device: torch.device, names: Itera
 
 
 def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = None) -> None:
-    """Move the tensors among these attributes (None: all) to `device`, and update the device attribute of the layer."""
+    """Move the tensors of a layer to `device`, and set its attributes that name a device.
+
+    names: the attributes concerned; None: all.
+    """
     for name in vars(layer) if names is None else names:
         value = getattr(layer, name)
         if isinstance(value, Tensor):
@@ -41,14 +54,20 @@ def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = N
 
 
 def devices(layer: Any, names: Iterable[str] | None = None) -> set[torch.device]:
-    """Return the devices of these attributes' tensors (None: all), and those of tensors to be made."""
+    """Return the devices of a layer's tensors, and the devices that it holds as attributes, for later tensors.
+
+    names: the attributes concerned; None: all.
+    """
     chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]
     values = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]
     return {x.device if isinstance(x, Tensor) else x for x in values if isinstance(x, (Tensor, torch.device))}
 
 
 def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
-    """Return the bytes of the storages that these attributes (None: all) hold."""
+    """Return the bytes of the storages of a layer's tensors, each storage counted once.
+
+    names: the attributes concerned; None: all.
+    """
     chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]
     tensors = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]
     storages = [x.untyped_storage() for x in tensors if isinstance(x, Tensor)]
@@ -56,14 +75,18 @@ def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
 
 
 def blank(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Copy these attributes (None: all) of a layer that is still empty, for `refresh`."""
+    """Return a deep copy of the attributes of an empty layer, with which `refresh` can empty it again.
+
+    names: the attributes concerned; None: all.
+    """
     return copy.deepcopy({name: getattr(layer, name) for name in (vars(layer) if names is None else names)})
 
 
 def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """Empty the layer, whatever state it is in; `empty` comes from `blank`.
+    """Empty the layer, even in the middle of an update: set the attributes that `blank` returned.
 
-    A layer's own reset is not enough after a failure in the middle of its update, and differs from release to release.
+    names: the attributes concerned; None: all, and attributes that are not in `empty` are deleted. A layer's own reset
+    is not enough after a failure in the middle of its update, and differs from release to release.
     """
     for name in [name for name in vars(layer) if name not in empty] if names is None else ():
         delattr(layer, name)
@@ -71,7 +94,11 @@ def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = Non
 
 
 def count_changes(layer: Any) -> None:
-    """Make the linear states of a layer count their in-place changes, which inference-mode tensors do not count."""
+    """Replace a layer's linear states that are inference-mode tensors by copies that count their in-place changes.
+
+    Linear states are those of convolutions and linear attention. The count (`Tensor._version`) shows later whether a
+    forward has updated the state.
+    """
     for states in (layer.conv_states, layer.recurrent_states):
         for index, state in states.items():
             if state is not None and state.is_inference():

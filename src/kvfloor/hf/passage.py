@@ -1,8 +1,9 @@
-"""Track the layers of a cache that the tokens of one forward have reached.
+"""Detect forwards that broke off halfway, by recording which layers of a cache have received their tokens.
 
-A forward hands its tokens to one layer after the other. If it breaks off, some layers have them and others do not, and
-the cache is of no use. No layer can detect that alone, and a cache gets no signal when a forward begins or ends. But a
-model makes the same requests to each layer in every forward: a request made a second time belongs to the next one.
+A forward passes its tokens to one layer after the other. If it breaks off, some layers have stored them and others have
+not, and the cache is unusable. No layer can detect that alone, and a cache gets no signal when a forward begins or
+ends. But a model makes the same requests (give keys, read or fill a linear state) to each layer once per forward. So a
+request that is made a second time belongs to the next forward.
 """
 
 from __future__ import annotations
@@ -32,14 +33,18 @@ Request = tuple[int, str, int]  # layer, kind of tensor read or given, index amo
 
 
 class Passage:
-    """Record which layers have taken in the tokens of the newest forward.
+    """Record which layers of a cache have stored the tokens of the newest forward.
 
-    kinds   per layer the type of its linear state, if it has one, else None: those of one type are filled alike
-    keeps   per layer, True if it keeps anything that a forward has to fill
+    kinds   per layer: the class of its convolution or linear state, None without one. A forward updates all states of
+            one class in the same way
+    keeps   per layer: True if a forward must store something in it
     """
 
     def __init__(self, kinds: Sequence[str | None], keeps: Sequence[bool], hint: str = "") -> None:
-        """Begin with no forward. `hint` names another likely cause where a forward seems to have broken off."""
+        """Build the record of a cache before its first forward.
+
+        kinds, keeps: one entry per layer, as for the class. hint: added to the error if a forward broke off.
+        """
         self._kinds, self._keeps, self._hint = list(kinds), list(keeps), hint
         self._known: set[int] = set()  # layers whose keys came in forwards before
         self._broke: str | None = None
@@ -47,7 +52,7 @@ class Passage:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Passage:
-        """Return the passage of a cache for this model."""
+        """Return the record for an empty cache of a model with this configuration."""
         roles = layer_roles(config)
         return cls(
             [type(theirs).__name__ if hasattr(theirs, "conv_states") else None for _, theirs in roles],
@@ -66,47 +71,61 @@ class Passage:
     # ---- what the cache and its layers report --------------------------------------------------------------
 
     def begin_keys(self, layer: int) -> None:
-        """Note that a layer, still unchanged, is given keys. Raises BrokenState if an earlier forward broke off."""
+        """Record that a layer receives keys and has stored nothing of them yet.
+
+        Raises BrokenState if an earlier forward broke off.
+        """
         self._request((layer, _KEYS, 0))
         self._open.add(layer)
 
     def passed_over(self, layer: int) -> bool:
-        """Return True if staged keys that wait for their attention were passed over, now that keys come to `layer`.
+        """Return True if another layer's attention was skipped: its keys still wait, and now `layer` receives keys.
 
-        They were if the same forward has gone on to this layer. If this is a new forward instead, the old one broke
-        off, or a model of one layer is not prepared.
+        Keys wait from `update` until the layer's attention appends them. If the forward has passed no keys to `layer`
+        before, it has gone on without that attention: True. If it has, a new forward has begun and the earlier one
+        broke off: False. If the model has a single layer, the result is True, since its attention is skipped if it is
+        not prepared.
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
     def changing(self, layer: int) -> None:
-        """Note that the layer begins to take the keys in."""
+        """Record that the layer begins to store the keys, so that a failure from now on breaks the cache."""
         self._moved = True
 
     def unchanged(self, layer: int) -> None:
-        """Note that the layer refused the keys, and is as it was before."""
+        """Record that the layer refused the keys, and is as it was before `begin_keys`."""
         self._open.discard(layer)
         self._made.discard((layer, _KEYS, 0))
         self._moved = bool(self._made)
 
     def took_keys(self, layer: int) -> None:
-        """Note that the layer has taken the keys in."""
+        """Record that the layer has stored the keys."""
         self._moved = True
         self._open.discard(layer)
 
     def hand_out(self, layer: int, kind: str, index: int, state: Tensor | None) -> None:
-        """Note that the model gets a linear state, which it may change in place."""
+        """Record that the model reads a convolution or recurrent state of the layer, which it may change in place.
+
+        kind: "conv" or "recurrent". index: which of the layer's states of that kind. state: its tensor, None if empty.
+        """
         self._request((layer, kind, index))
         if state is not None:
             self._moved = True
             self._handed[layer, kind, index] = (state, _version(state))
 
     def begin_state(self, layer: int, kind: str, index: int) -> None:
-        """Note that a linear state is about to be filled."""
+        """Record that the model is about to write a convolution or recurrent state of the layer.
+
+        kind: "conv" or "recurrent". index: which of the layer's states of that kind.
+        """
         self._request((layer, f"new {kind}", index))
         self._moved = True
 
     def filled_state(self, layer: int, kind: str, index: int) -> None:
-        """Note that a linear state was filled."""
+        """Record that the model has written a convolution or recurrent state of the layer.
+
+        kind: "conv" or "recurrent". index: which of the layer's states of that kind.
+        """
         self._filled.add((layer, kind, index))
 
     def _request(self, request: Request) -> None:
@@ -117,21 +136,27 @@ class Passage:
     # ---- completed or broken --------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """End the newest forward. Raises BrokenState, now and in later calls, if it broke off halfway."""
+        """Close the record of the newest forward.
+
+        Raises BrokenState, now and in later calls, if that forward broke off halfway.
+        """
         self._broke = self._broke or self._fault()
         self.check()
         self._known |= {layer for layer, kind, _ in self._made if kind == _KEYS and self._moved}
         self._clear()
 
     def check(self) -> None:
-        """Raise BrokenState if a forward broke off halfway, or is halfway through."""
+        """Raise BrokenState if a forward broke off halfway, or has not ended yet."""
         fault = self._broke or self._fault()
         if fault is not None:
             raise BrokenState(fault)
 
     @contextmanager
     def change(self, what: str) -> Iterator[None]:
-        """Change all layers outside a forward: the cache is broken unless the change is completed."""
+        """Guard a change of all layers outside a forward: an exception in the `with` block leaves the cache broken.
+
+        what: name of the change, for the error of later calls. Raises BrokenState if the newest forward broke off.
+        """
         self.settle()
         self._broke = f"{what} broke off after some layers of this cache had changed: {_REMEDY}"
         yield
@@ -139,7 +164,7 @@ class Passage:
 
     @contextmanager
     def anew(self) -> Iterator[None]:
-        """Empty all layers, whatever their state."""
+        """Guard a reset of all layers, which repairs a broken cache: a completed `with` block begins a new record."""
         self._broke = f"reset() broke off halfway: call it again, {_REMEDY.partition(', ')[2]}"
         yield
         self._broke = None
@@ -147,7 +172,7 @@ class Passage:
         self._clear()
 
     def _fault(self) -> str | None:
-        """Return the reason why only some layers have the newest forward's tokens; None if there is no such fault."""
+        """Return an error message if only some layers have stored the newest forward's tokens, else None."""
         if not self._made:
             return None
         last, given = max(layer for layer, _, _ in self._made), {layer for layer, _, _ in self._made}
@@ -171,9 +196,10 @@ class Passage:
         )
 
     def _half_filled(self, last: int) -> set[int]:
-        """Return the last layer if its linear states are not filled as those of layers of its kind; else the empty set.
+        """Return {last} if layer `last` still misses updates of its linear states in this forward, else an empty set.
 
-        Earlier layers are complete, since the forward went past them.
+        last: the newest layer that the forward has reached. It misses updates if they differ from those of another
+        layer whose states have the same class. Earlier layers are complete, since the forward went past them.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]
@@ -182,7 +208,7 @@ class Passage:
         return {last}
 
     def _changed(self, layer: int) -> frozenset[tuple[str, int, int]]:
-        """Return the layer's linear states, each with its count of in-place changes.
+        """Return (kind, index, number of in-place changes) of each linear state of the layer that this forward used.
 
         A model may change one state several times, head by head.
         """
@@ -191,7 +217,10 @@ class Passage:
         return frozenset(filled | {(kind, index, times) for (at, kind, index), times in often.items() if at == layer})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes of a copy, with the fault found now: a copy's tensors count their versions anew."""
+        """Return the attributes for a copy, with the error of a broken forward decided now.
+
+        A copy could not decide it later, since its tensors count their in-place changes from 0 again.
+        """
         plain = dict(self.__dict__)
         try:
             self.check()
@@ -201,12 +230,12 @@ class Passage:
 
 
 def _version(state: Tensor) -> int:
-    """Count the in-place changes of a tensor. A tensor made in inference mode does not count them, and gives 0."""
+    """Return the number of in-place changes of a tensor; 0 for an inference-mode tensor, which does not count them."""
     return 0 if state.is_inference() else state._version
 
 
 def outside_inference(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """Make the call outside inference mode, so that the tensors it makes count their in-place changes."""
+    """Return call(*args, **kwargs), made outside inference mode, so that new tensors count their in-place changes."""
     if not torch.is_inference_mode_enabled():
         return call(*args, **kwargs)
     with torch.inference_mode(False), torch.no_grad():
@@ -214,7 +243,11 @@ def outside_inference(call: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def keeps_something(layer: Any, own: bool) -> bool:
-    """Return True if a forward must fill this layer: it keeps keys, or linear states whose use the cache can see."""
+    """Return True if every forward must store something in this cache layer.
+
+    own: the layer is of transformers' own class. Such a layer counts if it keeps keys, or linear states that models
+    access through the cache.
+    """
     if not own or hasattr(layer, "get_seq_length"):
         return True
     return _LINEAR_SEEN and hasattr(layer, "conv_states")

@@ -1,9 +1,10 @@
-"""Count positions within the cache: find how a model turns its keys, and turn them back.
+"""Undo a model's rotary embedding, for positions="cache": find each layer's rotation, and rotate keys back.
 
-A rotary model turns queries and keys by their position before a cache gets them. For `positions="cache"` they are
-turned back here and turned to their rank by the state (`Spec.rotation`). No family is known by name: one token is fed
-at several positions at once, and each layer's keys and queries must differ by one rotation with the frequencies of one
-of the model's own rotary modules. A token alone attends to itself, so nothing else depends on its position.
+A rotary model rotates queries and keys by their position before a cache receives them. For positions="cache" they are
+rotated back here, and the state rotates them by the token's rank among the held tokens (`Spec.rotation`). A layer's
+rotation is measured, not known by family. One token is fed at several positions at once, and each layer's keys and
+queries must differ by one rotation whose frequencies are those of one of the model's own rotary modules. A token alone
+attends to itself, so nothing else depends on its position.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _LENGTH_DEPENDENT = {
 
 
 class Memo:
-    """Keep the cosines and sines of one forward's positions, for all layers that turn alike."""
+    """Cache the rotary cosines and sines of one forward's positions, shared by all layers with the same rotation."""
 
     def __init__(self) -> None:
         self._positions: weakref.ref[Tensor] | None = None
@@ -44,7 +45,12 @@ class Memo:
         self._circles: dict[tuple[Rotation, torch.dtype], Circle] = {}
 
     def circle(self, rotation: Rotation, place: int, positions: Tensor, dtype: torch.dtype) -> Circle:
-        """Return cosines and sines (batch or 1, 1, n, pairs) of positions (batch or 1, n), for the place-th layer."""
+        """Return cosines and sines (B or 1, 1, n, pairs) of a rotation at positions (B or 1, n).
+
+        pairs: number of pairs of entries that are rotated. place: index of the calling layer among the compressed
+        layers.
+        An index that is not larger than in the call before means a new forward.
+        """
         same = self._positions is not None and self._positions() is positions
         if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
             self._circles.clear()
@@ -57,14 +63,22 @@ class Memo:
 
 @dataclass(frozen=True)
 class TurnBack:
-    """Undo a layer's rotation of queries and keys, which come at the model's positions."""
+    """Undo the rotary embedding that a model has applied to one layer's queries and keys.
+
+    rotation   the layer's rotary embedding
+    place      index of the layer among the compressed layers
+    memo       cosines and sines, shared by all layers of a cache
+    """
 
     rotation: Rotation
     place: int
     memo: Memo
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the unturned query (B, H, n, d) and key (B, Hkv, n, d); positions (B or 1, n) or (axes, B, n)."""
+        """Return query (B, H, n, d) and key (B, Hkv, n, d) without their rotation; value is not used.
+
+        positions: those by which the model rotated them, (B or 1, n) or (axes, B, n). Raises ValueError without them.
+        """
         del value
         if positions is None:
             raise ValueError('the model passed no position_ids to its attention, which positions="cache" turns back by')
@@ -73,7 +87,10 @@ class TurnBack:
 
 
 def plain(positions: Tensor) -> Tensor:
-    """Return positions (B or 1, n) of text. Raises ValueError where several axes differ, as those of images do."""
+    """Return positions as (B or 1, n), given with or without a first dimension of axes (such as time, height, width).
+
+    Raises ValueError if the axes differ, as those of image tokens do.
+    """
     if positions.ndim < 3:
         return positions
     if not bool((positions == positions[:1]).all()):
@@ -85,10 +102,10 @@ def plain(positions: Tensor) -> Tensor:
 
 
 def rotations(model: PreTrainedModel) -> list[Rotation | None]:
-    """Return each compressed layer's rotation of keys and queries in a prepared model; None for a layer without one.
+    """Measure the rotary embedding of each compressed layer of a prepared model; None for a layer without one.
 
-    Runs one token through the model at a few positions, twice. Raises ValueError for a model whose positions are not
-    rotations fixed once and for all, naming why.
+    Runs one token through the model at a few positions, twice. Raises ValueError, naming the reason, for a model whose
+    positions are not fixed rotations (learned tables, frequencies that change with the length), and in training mode.
     """
     name = type(model).__name__
     if model.training:
@@ -126,7 +143,7 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
 
 @dataclass
 class _Inputs:
-    """Record the attention inputs of a layer for one token at each of the probe's positions, each (batch, heads, d)."""
+    """Record one layer's query, key and value of one token at several positions, one per batch item: (B, heads, d)."""
 
     place: Tensor  # (batch,)
     query: Tensor
@@ -137,7 +154,7 @@ class _Inputs:
 
 @dataclass
 class _Recorder:
-    """Record attention inputs in the place of `TurnBack`, and return query and key unchanged."""
+    """Record a layer's queries, keys and values when called in place of `TurnBack`; return query and key unchanged."""
 
     place: Tensor
     seen: list[_Inputs] = field(default_factory=list)
@@ -150,7 +167,10 @@ class _Recorder:
 
 
 def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[_Inputs]]:
-    """Record the attention inputs of each compressed layer for one token at these positions, one batch item each."""
+    """Run one token at each of these positions through the model, and return what each layer's attention received.
+
+    The positions form one batch. The dict is keyed by layer index. Raises ValueError if the model cannot run so.
+    """
     name, place = type(model).__name__, torch.tensor(positions, device=model.device)
     cache, layers = watched_cache(model.config)
     recorders = {layer.index: _Recorder(place) for layer in layers}
@@ -173,7 +193,7 @@ def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[
 
 
 def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
-    """List the frequencies in the model's own rotary modules, each once, then with the opposite sign (NanoChat)."""
+    """List the frequency tuples of the model's rotary modules, then all with the opposite sign (NanoChat)."""
     found: dict[tuple[float, ...], None] = {}
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -183,7 +203,10 @@ def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
 
 
 def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
-    """Return the one rule that explains all attention inputs of layer `index`; None if its keys are not turned."""
+    """Return the rotation that explains all recorded queries and keys of layer `index`; None if they are not rotated.
+
+    candidates: frequency tuples to try. Raises ValueError, naming the model, if none of them explains all.
+    """
     d = seen[0].key.shape[-1]
     for one in seen:
         if one.value is not None and _apart(one.value, one.value[:1]) > TOLERANCE[one.value.dtype]:
@@ -205,7 +228,10 @@ def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[
 
 
 def _explains(rule: Rotation | None, seen: _Inputs) -> bool:
-    """Return True if queries and keys at all positions are those at position 0, turned by the rule."""
+    """Return True if the recorded queries and keys at all positions are those at position 0, rotated by `rule`.
+
+    rule None: they must all be equal.
+    """
     for x in (seen.query, seen.key):
         wide = x.to(compute_dtype(x.dtype))
         expected = wide[:1].expand_as(wide)
@@ -217,7 +243,7 @@ def _explains(rule: Rotation | None, seen: _Inputs) -> bool:
 
 
 def _apart(x: Tensor, y: Tensor) -> float:
-    """Return the largest difference, as a share of the largest entry; infinite where every entry is 0."""
+    """Return the largest absolute difference of x and y, divided by the largest entry of x; infinite if x is 0."""
     largest = float(x.abs().max())
     return float((x - y).abs().max()) / largest if largest > 0 else float("inf")
 
@@ -229,13 +255,17 @@ def _rope_types(module: nn.Module) -> list[str]:
 
 
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
-    """Return True if queries grow with their position; until transformers 5.3 no probe can choose that count."""
+    """Return True if the model multiplies its queries by a factor that grows with their position.
+
+    This is llama_4_scaling_beta in the configuration. It is read there instead of measured as rotations are: until
+    transformers 5.3, a measurement cannot choose the position from which the model computes the factor.
+    """
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))
 
 
 def table_room(model: nn.Module | None) -> int | None:
-    """Count the positions in a model's learned table; None where there is no such table."""
+    """Return the number of positions in a model's learned position table; None if it has no such table."""
     if not isinstance(model, PreTrainedModel):
         return None
     declared = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -1,9 +1,9 @@
-"""Convert keys and values to the one dtype that a layer keeps, whatever mixture torch.autocast makes.
+"""Convert queries, keys and values to the one dtype that a layer stores, also under torch.autocast.
 
-Rotary keys come in float32 there and values in bfloat16. A state is opened in autocast's own dtype, in which
-transformers' attention would compute; outside autocast in the dtype that holds the keys and the values without loss.
-Later tokens are converted to the state's dtype: under autocast any of them, otherwise only where nothing is lost.
-Answers come in autocast's dtype where it is on, otherwise in the query's.
+Under autocast, rotary keys come in float32 and values in bfloat16. A layer then stores autocast's own dtype, in which
+transformers' attention would compute. Without autocast it stores the dtype that holds both keys and values without
+loss. Later tokens are converted to the stored dtype: under autocast always, otherwise only if nothing is rounded.
+Attention outputs have autocast's dtype if it is on, otherwise the query's.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from torch import Tensor
 
 
 def lowered(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast computes in now on the device of `x`; None if it is off."""
+    """Return the dtype in which torch.autocast computes on the device of `x` now; None if it is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def settled(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Leave autocast, which would round what a state computes in a wider dtype on purpose."""
+    """Return a context that turns torch.autocast off on the device of `x`.
+
+    A state computes in a wider dtype on purpose, which autocast would round.
+    """
     return torch.autocast(x.device.type, enabled=False)
 
 
 def one_dtype(
     held: torch.dtype | None, lower: torch.dtype | None, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value in the dtype `held`; if that is None, in the dtype to open a state in.
+    """Return query, key and value in one dtype: the one that a state already stores, or the one for a new state.
 
-    `lower` is autocast's dtype, None if it is off. Keys that are their values stay one tensor. Raises ValueError
-    outside autocast where the held dtype would round.
+    held: the stored dtype, None if there is no state yet. lower: autocast's dtype, None if it is off. If key and value
+    are one tensor, the results are one too. Raises ValueError outside autocast if the stored dtype would round.
     """
     given = torch.promote_types(key.dtype, value.dtype)
     dtype = held or lower or given

@@ -1,8 +1,9 @@
-"""Select an attention function that answers from a compressed layer, and exactly from any other cache.
+"""Make a model use kvfloor's attention function, which works with a compressed cache and with every other cache.
 
-Nothing is patched: transformers' own registries get an attention and a mask function for each attention that a part
-of the model had selected, and the model selects them by name (see `selection`). With any other cache they are the
-attention and the mask that the part had. `restore(model)` selects the earlier ones again.
+Nothing is patched. For each attention that a part of the model had selected, such as "sdpa", an attention function and
+a mask function are added to transformers' own registries, and the model selects them by name (see `selection`). With a
+compressed cache they attend to its layers; with any other cache they do what the earlier attention did.
+`restore(model)` selects the earlier attention again.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ def attention(
     over: str = "sdpa",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Answer a query (B, H, n, d) by (B, n, H, dv): from a compressed layer, or by the attention named `over`.
+    """Return attention of queries (B, H, n, d) as (B, n, H, dv), and the attention weights or None.
 
-    The second result is the attention's weights, where a stock cache holds the keys and the family's eager form gives
-    them.
+    This is the function that transformers calls. Keys from a compressed layer are marked, and that layer answers. Other
+    keys go to the attention named `over`, which the model had selected before. Weights are returned only there, if they
+    are requested and the family's eager attention returns them.
     """
     answer: Any = _latent if hasattr(module, "expand_kv") else _stock
     if CompressedLayer.of(key) is not None:
@@ -61,7 +63,7 @@ def attention(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Return the first argument as if it depended on all others, and refuse the backward pass."""
+    """Return the first argument so that autograd sees it depend on all others, and raise RuntimeError on backward."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *sources: Tensor | None) -> Tensor:
@@ -76,7 +78,10 @@ class _NoGradient(torch.autograd.Function):
 def _latent(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Answer for a module that makes its keys of latents from `update`: from a compressed layer, or stock."""
+    """Do `attention` for a latent-attention module (MLA), which computes its keys from latents that a cache returned.
+
+    If the latents come from a compressed layer, that layer answers; otherwise `_stock` does.
+    """
     pair = latent.awaited()
     layer = None if pair is None else CompressedLayer.of(pair[0])
     if pair is None or layer is None or layer.index != module.layer_idx:
@@ -91,7 +96,10 @@ def _latent(
 def _compressed(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Answer from a compressed layer, outside torch.compile's trace, which would trace every block."""
+    """Do `attention` for keys from a compressed layer.
+
+    It runs outside torch.compile's trace, which would trace the method block by block.
+    """
     layer = CompressedLayer.of(key)
     assert layer is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -108,7 +116,11 @@ def _answered(
     scale: float,
     call: dict[str, Any],
 ) -> Tensor:
-    """Return the layer's answer (B, n, H, dv), after a check that the layer can follow the rules of this call."""
+    """Return the attention (B, n, H, dv) of a compressed layer.
+
+    call: further arguments of the attention function. Raises ValueError, with the layer unchanged, if one of them or
+    the mask asks for attention that a compressed layer cannot compute.
+    """
     try:
         _refuse(module, query, key, mask, call)
     except ValueError:
@@ -125,7 +137,10 @@ def _answered(
 
 
 def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call: dict[str, Any]) -> None:
-    """Raise ValueError for a rule of this call that a compressed layer cannot follow."""
+    """Raise ValueError if a call asks for attention that a compressed layer cannot compute.
+
+    These are cross-attention, a mask that is not causal, a position bias, looking ahead, and attention weights.
+    """
     config = getattr(module, "config", None)
     crossing = query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True)
     if crossing and getattr(config, "is_encoder_decoder", False):
@@ -152,7 +167,10 @@ def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call
 
 
 def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
-    """Return True if this forward is to return its attention's weights; some families do not pass the argument on."""
+    """Return True if the user requested attention weights (output_attentions).
+
+    Some families do not pass the argument on, so the configuration and transformers' output collector are read too.
+    """
     if call.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         return True
     if torch.compiler.is_compiling() or _collector is None:
@@ -163,9 +181,10 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend over a stock cache by the attention selected before, or by the family's own eager form.
+    """Do `attention` for keys from any other cache, by the attention `over` that was selected before.
 
-    The eager form is taken where sdpa cannot follow it: logits capped, sinks, weights requested.
+    The family's own eager attention is used instead if sdpa cannot compute the call: with a cap on logits, with sinks,
+    or with weights requested.
     """
     if isinstance(mask, LazyMask):
         mask = mask.for_stock()
@@ -179,7 +198,7 @@ def _stock(
 
 
 def _eager(module: torch.nn.Module) -> Any:
-    """Return the eager attention function in the family's own file; None if the file has not exactly one."""
+    """Return the eager attention function defined in the module's own file; None unless there is exactly one."""
     file = vars(sys.modules[type(module).__module__])
     if "eager_attention_forward" in file:
         return file["eager_attention_forward"]
@@ -188,7 +207,10 @@ def _eager(module: torch.nn.Module) -> Any:
 
 
 def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
-    """Return the mask of an eager form where sdpa's was made: bool, or None for the plain causal rule."""
+    """Convert a mask for sdpa to one for eager attention: 0 where a query may attend, the dtype's minimum elsewhere.
+
+    sdpa's mask is bool, or None for plain causal attention. A mask that is no bool tensor is returned unchanged.
+    """
     n, slots = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if mask is None and causal and n > 1:
@@ -203,8 +225,8 @@ def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor 
 def prepare(model: Model) -> Model:
     """Make `model` work with a `CompressedCache`; its results with every other cache stay the same. Returns `model`.
 
-    `model` may be wrapped (torch.compile, PEFT, DataParallel). The model gets configurations of its own, so that others
-    built from the same ones are left as they are. Raises TypeError if there is no transformers model in `model`, and
+    `model` may be wrapped (torch.compile, PEFT, DataParallel). Its configurations are replaced by copies, so that other
+    models built from the same ones do not change. Raises TypeError if there is no transformers model in `model`, and
     ValueError for a family that cannot be served.
     """
     inner = unwrapped(model)
@@ -242,15 +264,18 @@ def is_prepared(model: object) -> bool:
 
 
 def owner(module: torch.nn.Module | None) -> PreTrainedModel | None:
-    """Return the prepared model that `module` is a part of, the largest if there are several; None if it is gone."""
+    """Return the prepared model that contains `module`; None if there is none, or it was deleted.
+
+    If prepared models are nested, the outermost one is returned.
+    """
     holders = [model for model in _prepared if module is not None and any(part is module for part in model.modules())]
     return max(holders, key=lambda model: sum(1 for _ in model.modules()), default=None)
 
 
 def restore(model: Model) -> Model:
-    """Undo `prepare`: select in every part the attention that was selected there before. Does nothing if there is none.
+    """Undo `prepare`: select in every part of `model` the attention that was selected before. Returns `model`.
 
-    Works on a copy of a prepared model too.
+    Does nothing to a model that is not prepared. Works on a copy of a prepared model too.
     """
     selection.deselect(unwrapped(model))
     return model

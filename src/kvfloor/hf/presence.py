@@ -1,8 +1,9 @@
-"""Track the slots of a cache without a token to attend to, from the masks of its forwards: pads and hidden tokens.
+"""Track which slots of a cache hold no token to attend to, by comparing the 2-d attention masks of its forwards.
 
-A 2-d mask covers every slot, those of earlier forwards too. A pad was never taken in, so it cannot be shown later. A
-token that was taken in and is hidden by a later mask, such as the tokens that `generate()` appends to an ended row, is
-dropped by every layer. A mask that repeats known pads costs one count of its entries per forward, not per layer.
+A slot is one column of the padded batch. A mask (batch, slots) covers every slot, those of earlier forwards too. A pad,
+masked out from the start, was never stored, so a later mask cannot bring it back. A token that was stored and is masked
+out by a later mask is dropped by every layer: generate() appends such tokens to batch items that have ended. A mask
+that repeats the known pads costs one count of its entries per forward, not per layer.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ _WHOLE = "give the same zeros again, or feed the tokens of these slots with all 
 
 
 class Presence:
-    """Hold the pads and hidden slots of one cache; the first layer to answer a forward compares its mask with them."""
+    """Hold the pads of one cache, and its slots whose tokens a later mask has hidden.
+
+    In each forward, the first layer to answer compares the mask with both lists, for all layers.
+    """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: the cache is empty."""
+        """Remove all entries, as for an empty cache."""
         self.slots = 0
         self.pads = torch.zeros(0, 2, dtype=torch.int64)  # (batch item, slot) of slots never taken in
         self.hidden = torch.zeros(0, 2, dtype=torch.int64)  # (batch item, slot) of tokens taken in and dropped
@@ -30,15 +34,17 @@ class Presence:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the lists: 16 per pad and per dropped token."""
+        """Return the bytes of the lists of pads and of hidden tokens: 16 per entry."""
         return self.pads.nbytes + self.hidden.nbytes
 
     def leaving(self, padding: Tensor | None, seen: int, batch: int) -> Tokens | None:
-        """Return the tokens that this forward's mask hides though they were taken in; None if there are none.
+        """Return the stored tokens that this forward's mask hides for the first time; None if there are none.
 
-        padding: bool (batch, slots), `seen` of which came before this forward. None leaves the earlier slots as they
-        were, with all new ones real: so a padded prompt may be followed by tokens without a mask.
-        Raises ValueError for a mask that shows a slot again that holds no token. Changes nothing.
+        padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards. With
+        padding None, earlier slots stay as they were and all new slots are real: so a padded prompt may be followed by
+        tokens without a mask.
+        Returns (batch item (e,), position (e,) among the item's stored tokens). Changes nothing. Raises ValueError if
+        the mask is True for a slot that an earlier mask hid, where the cache holds no token.
         """
         if self.slots != seen:  # another layer of this forward has compared this mask already
             return self._leaving
@@ -59,7 +65,10 @@ class Presence:
         return self._positions(newly.cpu().nonzero(), batch, seen)
 
     def commit(self, padding: Tensor | None, seen: int, n: int, leaving: Tokens | None) -> None:
-        """Record the pads and hidden tokens in the mask of a forward of n slots, once a layer has followed it."""
+        """Record the new pads and hidden tokens of a forward of n slots, once the first layer has applied its mask.
+
+        padding, seen: as for `leaving`, whose result is `leaving`. Later layers of the same forward change nothing.
+        """
         if self.slots != seen:
             return
         self.slots, self._leaving = seen + n, leaving
@@ -74,23 +83,23 @@ class Presence:
             self.pads = torch.cat([self.pads, new.logical_not().cpu().nonzero() + torch.tensor([0, seen])])
 
     def select(self, items: Tensor) -> None:
-        """Keep these batch items (b,), repeats allowed, in this order."""
+        """Keep the batch items `items` (b,), in that order; an item may be repeated."""
         self.pads, self.hidden = (_selected(absent, items.tolist()) for absent in (self.pads, self.hidden))
         self._leaving = None
 
     def export(self) -> dict[str, Tensor]:
-        """Return the tensors that a saved cache needs beside its layers' clocks."""
+        """Return {"pads", "hidden"}: (batch item, slot) pairs (e, 2), for a saved cache."""
         return {"pads": self.pads, "hidden": self.hidden}
 
     def adopt(self, fields: dict[str, Tensor], slots: int) -> None:
-        """Continue from the tensors that `export` returned for a cache that had seen `slots` slots."""
+        """Replace all entries by the tensors that `export` returned, for a cache to which `slots` slots were fed."""
         self.reset()
         self.slots, self.pads, self.hidden = slots, fields["pads"], fields["hidden"]
 
     def _positions(self, newly: Tensor, batch: int, seen: int) -> Tokens:
-        """Return item and position of the tokens in these slots (e, 2).
+        """Convert (batch item, slot) pairs (e, 2) to batch item (e,) and position (e,) of the tokens there.
 
-        A row counts all tokens that it took in, hidden since or not.
+        A position counts all tokens that the item ever stored, hidden since or not, and no pads.
         """
         taken = torch.ones(batch, seen, dtype=torch.int64)
         taken[tuple(self.pads.unbind(1))] = 0
@@ -99,7 +108,7 @@ class Presence:
 
 
 def _selected(absent: Tensor, items: list[int]) -> Tensor:
-    """Return the slots (e, 2) of these batch items, under the items' new places."""
+    """Return the (batch item, slot) pairs (e, 2) of the batch items `items`, renumbered by their places in `items`."""
     parts = [absent[absent[:, 0] == item] for item in items]
     for place, part in enumerate(parts):
         part[:, 0] = place
@@ -107,6 +116,6 @@ def _selected(absent: Tensor, items: list[int]) -> Tensor:
 
 
 def _spelled(absent: Tensor) -> str:
-    """Describe the first of these slots (e, 2) in words."""
+    """Return words for an error message: the first of these (batch item, slot) pairs (e, 2), and how many follow."""
     item, slot = absent[0].tolist()
     return f"slot {slot} of row {item}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")

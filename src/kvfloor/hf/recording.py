@@ -1,4 +1,4 @@
-"""Record the queries, keys and values that the compressed layers of a cache receive."""
+"""Record the queries, keys and values that the attention of a cache's compressed layers receives."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from kvfloor.hf.layer import CompressedLayer
 
 @dataclass(frozen=True)
 class Recorded:
-    """Hold the inputs of one layer over all forwards: q (B, H, n, d), k and v (B, Hkv, n, .), after RoPE.
+    """Hold the attention inputs of one layer over all forwards: q (B, H, n, d), k and v (B, Hkv, n, .), after RoPE.
 
-    last   tokens of the newest forward
+    scale, softcap   the factor on q.k, and the cap on logits or None
+    last             number of tokens in the newest forward
     """
 
     q: Tensor
@@ -27,14 +28,17 @@ class Recorded:
 
     @property
     def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (rows, g, n, d), k and v (rows, n, .): batch x kv head as rows."""
+        """Return q (rows, g, n, d), k and v (rows, n, .): one row per (batch item, kv head), g queries per kv head."""
         batch, kv_heads, n, d = self.k.shape
         rows = batch * kv_heads
         return self.q.reshape(rows, -1, n, d), self.k.reshape(rows, n, d), self.v.reshape(rows, n, -1)
 
 
 class Recorder:
-    """Copy the inputs of these layers from now on. A layer has one recorder at a time."""
+    """Copy the attention inputs of the compressed layers `layers` in every forward from now on; `of` returns them.
+
+    A new recorder of a layer replaces the earlier one.
+    """
 
     def __init__(self, layers: Iterable[CompressedLayer]) -> None:
         self._parts: dict[int, list[tuple[Tensor, Tensor, Tensor, float, float | None]]] = {}
@@ -50,7 +54,7 @@ class Recorder:
         return keep
 
     def of(self, index: int) -> Recorded:
-        """Return all inputs of layer `index` of the model, its forwards joined along the tokens."""
+        """Return the inputs of the model's layer `index`, all forwards concatenated along the tokens."""
         parts = self._parts[index]
         q, k, v = (torch.cat(given, dim=2) for given in zip(*(part[:3] for part in parts), strict=True))
         return Recorded(q, k, v, parts[0][3], parts[0][4], last=parts[-1][0].shape[2])

@@ -1,4 +1,8 @@
-"""Refuse calls that would bypass a compressed cache: other attention over its keys, or generate() without it."""
+"""Refuse calls that would bypass a compressed cache.
+
+These are a forward with another attention function over its keys, and a generate() that would replace the cache by a
+DynamicCache.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ from kvfloor.hf.selection import selects_kvfloor
 
 
 def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
-    """Raise RuntimeError if the module that called a layer before would not use kvfloor's attention now.
+    """Raise RuntimeError if the model has switched away from kvfloor's attention since it filled a layer.
 
-    Other attention would read the newest tokens alone, for `update` returns no others.
+    served_by: the attention module that called the layer last, None before the first call. Another attention function
+    would attend to the newest tokens alone, because the layer's `update` returns no others.
     """
     module = None if served_by is None else served_by()
     config = getattr(module, "config", None)
@@ -28,19 +33,27 @@ def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
 
 
 class SwitchingRotation:
-    """Hold the length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) changes the angles that turn its keys.
+    """Hold the length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) changes the angles of its rotary embedding.
 
-    Keys from before do not go with keys from after it, so generate() would drop the cache there, whatever it is, and go
-    on with a DynamicCache of all tokens. A compressed cache cannot be filled anew from tokens it no longer has.
+    Keys rotated below that length do not fit keys rotated above it. So generate() replaces any cache there by a
+    DynamicCache, which it fills with all tokens anew. A compressed cache refuses instead: it no longer has all tokens.
     """
 
     def __init__(self, length: int, angles_differ: bool, dropped_unasked: bool) -> None:
-        """dropped_unasked: generate() drops a cache by its own count of positions, so that none can refuse."""
+        """Store the length at which a model changes its angles, and how its generate() reacts.
+
+        length            tokens up to which the first angles are used
+        angles_differ     False if the configuration uses the same angles on both sides
+        dropped_unasked   True if generate() replaces a cache without any call that could refuse
+        """
         self._length, self._angles_differ, self._dropped_unasked = length, angles_differ, dropped_unasked
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> SwitchingRotation | None:
-        """Return the switching rotation of this configuration; None if its model has none."""
+        """Return the object for models of this configuration; None if it states no length at which the angles change.
+
+        The length is original_max_position_embeddings.
+        """
         length = getattr(config, "original_max_position_embeddings", None)
         if not isinstance(length, int):
             return None
@@ -49,11 +62,18 @@ class SwitchingRotation:
         return cls(length, rope.get("rope_type", "default") != "default", reachable and _drops_unasked(config))
 
     def seen(self, slots: int) -> int:
-        """Return the number in a form that raises when generate() compares it with the length to drop the cache."""
+        """Return the number of slots as an int that raises ValueError when generate() compares it with the length.
+
+        That comparison precedes the replacement of the cache.
+        """
         return _SlotsSeen(slots, self)
 
     def refuse_unasked(self, seen: int) -> None:
-        """Raise ValueError if generate() may drop the cache without a question that the cache could answer."""
+        """Raise ValueError if this generate() may later replace the cache without any call that could refuse.
+
+        Older transformers releases put a DynamicCache in its place at the length where the angles change. seen: slots
+        fed so far.
+        """
         if self._dropped_unasked and seen <= self._length:
             raise ValueError(
                 f"{self.told(seen)}. generate() of transformers {transformers.__version__} drops a cache there without "
@@ -61,12 +81,12 @@ class SwitchingRotation:
             )
 
     def refuse_crossing(self, seen: int, new: int) -> None:
-        """Raise ValueError for a forward whose keys would not go with those in the cache."""
+        """Raise ValueError if `new` slots would take a cache of `seen` slots past the length where angles change."""
         if self._angles_differ and 0 < seen <= self._length < seen + new:
             raise ValueError(self.told(seen))
 
     def told(self, seen: int) -> str:
-        """Describe the obstacle, and the ways around it."""
+        """Return the error message for a cache with `seen` slots: the obstacle, and the ways around it."""
         return (
             f"this model turns its keys by other angles above {self._length} tokens "
             f"(original_max_position_embeddings), so the {seen} in this cache do not go with more than that, and "
@@ -76,14 +96,17 @@ class SwitchingRotation:
 
 
 def _drops_unasked(config: PreTrainedConfig) -> bool:
-    """Return True if generate() of this family and release compares its own position count with the length."""
+    """Return True if this family's generate() decides by its own position count instead of asking the cache.
+
+    It decides whether to replace the cache by a DynamicCache. Older transformers releases do so.
+    """
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     prepares = getattr(family, "prepare_inputs_for_generation", None)
     return prepares is not None and "cache_position" in inspect.signature(prepares).parameters
 
 
 class _SlotsSeen(int):
-    """Count the slots seen, for a model whose generate() compares them with the length at which it drops the cache."""
+    """Represent the number of slots fed to a cache; a comparison `<=` with the switching length raises ValueError."""
 
     _rotation: SwitchingRotation
 

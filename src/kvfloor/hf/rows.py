@@ -1,4 +1,7 @@
-"""Convert a model's tensors to a state's: batch x kv head as its rows, a GQA group as its g."""
+"""Convert tensors from a model's layout (batch, heads) to a state's: rows, with g queries each.
+
+A row is the stream of one (batch item, kv head); g is the number of query heads in a GQA group.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ from kvfloor.core.state import State
 
 
 def present_rows(padding: Tensor | None, slots: slice, kv_heads: int) -> Tensor | None:
-    """Return True for each of these slots that holds a real token, per row (B * Hkv, n); None if all do."""
+    """Return a bool tensor (B * Hkv, n), True where a row's slot holds a real token; None if all do.
+
+    padding: the attention mask (B, all slots so far), None without one; slots: the n slots of this forward. Raises
+    ValueError if the mask does not end with these slots.
+    """
     if padding is not None and padding.shape[1] != slots.stop:
         raise ValueError(
             f"the attention mask has {padding.shape[1]} slots and the cache {slots.stop} with this forward's: give one "
@@ -23,7 +30,11 @@ def present_rows(padding: Tensor | None, slots: slice, kv_heads: int) -> Tensor 
 def step_rows(
     state: State, query: Tensor, key: Tensor, value: Tensor, present: Tensor | None, sink: Tensor | None
 ) -> Tensor:
-    """Step a state with batch and heads folded into rows: (B, H, n, d) -> (B, n, H, dv), contiguous."""
+    """Append n tokens to a state, and return attention of their queries (B, H, n, d) as (B, n, H, dv), contiguous.
+
+    key, value (B, Hkv, n, .); present (B * Hkv, n), True for real tokens, or None; sink (H,), a logit without a value
+    for every query head, or None.
+    """
     (batch, heads, n, d), kv_heads, dv = query.shape, key.shape[1], value.shape[-1]
     g = heads // kv_heads
     keys = key.reshape(batch * kv_heads, n, d)

@@ -1,8 +1,8 @@
-"""Save a compressed cache and load it again, to continue bit for bit as the original would have.
+"""Save a compressed cache to a file and load it again, to continue bit for bit as the original would have.
 
-A saved cache is a message (`kvfloor.core.message`). Its header holds the method, the constructor's arguments, the
-model's fingerprint and the class of each layer; its fields are each layer's state, under the layer's number. No module
-is imported because a file names it.
+The file is a message (`kvfloor.core.message`): a JSON header and tensors. The header holds the method, the arguments of
+the cache's constructor, the model's fingerprint and the class of each layer. The tensors are each layer's state, under
+the layer's index. Loading never imports a module because a file names it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
 from kvfloor.hf.weights import device_of
 from kvfloor.hf.wrappers import unwrapped
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.version import __version__
 
 if TYPE_CHECKING:
@@ -46,20 +46,21 @@ _FOREIGN = re.compile(r"[\w.]+:[A-Za-z_]\w*")  # module:Class; a budget per row 
 
 
 class WrongModel(ValueError):
-    """Report that the cache was filled by another model than the one it is loaded for."""
+    """Report that a saved cache was filled by another model than the one given to load it."""
 
 
 class UnknownMethod(ValueError):
-    """Report that the file's method cannot be made here."""
+    """Report that the method named in a saved cache cannot be constructed: unknown here, or a third party's class."""
 
 
 def save(cache: CompressedCache, path: str | Path) -> None:
-    """Write `cache` to `path`, mode 0600: after a failure the path holds what it held before.
+    """Write `cache` to the file `path`, readable by its owner only (mode 0600).
 
-    Where `path` is a symbolic link, the file that it leads to is replaced and the link stays. Takes about twice the
-    saved bytes for a moment. Raises ValueError for an empty cache, for one in the middle of a forward, for one whose
-    model is gone, and for a path that cannot be written. Raises TypeError where `path` is no path, and BrokenState for
-    a cache in which a forward broke off.
+    After a failure, `path` holds what it held before. Where `path` is a symbolic link, the file that it leads to is
+    replaced and the link stays. While saving, about twice the saved bytes are needed in memory.
+    Raises ValueError for an empty cache, for one in the middle of a forward, for one whose model is gone, and for a
+    path that cannot be written. Raises TypeError where `path` is no path, and BrokenState for a cache in which a
+    forward broke off.
     """
     path = named(path, _WHAT)
     cache.check_whole()
@@ -88,11 +89,13 @@ def load(
     method: Method | None = None,
     most_bytes: int = MOST_BYTES,
 ) -> Held:
-    """Return the cache of class `kind` in the file `path`, to continue with `model` where it was saved.
+    """Load the cache saved at `path`, as an object of class `kind`, to continue on `model`.
 
-    Raises CorruptState for a file that is damaged, truncated or something else, OlderVersion, NewerVersion, WrongModel
-    and UnknownMethod as their names say, ValueError for a file that cannot be read or has more than `most_bytes` and
-    for a model that is not prepared, TypeError where path, model or method has another type.
+    method       the method of the cache, needed only if a third party's class is part of it
+    most_bytes   a larger file is refused unread
+    Raises CorruptState for a file that is damaged, truncated or no saved cache; OlderVersion, NewerVersion, WrongModel
+    and UnknownMethod as their names say. Raises ValueError for a file that cannot be read or has more than
+    `most_bytes`, and for a model that is not prepared. Raises TypeError where path, model or method has another type.
     """
     path = named(path, _WHAT)
     model = unwrapped(model) if isinstance(model, torch.nn.Module) else model
@@ -136,7 +139,7 @@ def _check_arguments(model: Any, method: Any, most_bytes: Any) -> None:
 
 
 def _described(layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the description of a layer, JSON-ready, and its tensors."""
+    """Return two dicts for a layer: a JSON-ready description, and its tensors."""
     plain: dict[str, Any] = {"layer": type(layer).__name__}
     if not isinstance(layer, CompressedLayer):
         return plain, stock.export(layer)
@@ -151,7 +154,10 @@ def _described(layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def _restored(
     layer: Any, plain: dict[str, Any], fields: dict[str, Any], device: torch.device, own: Method, model: PreTrainedModel
 ) -> None:
-    """Give a fresh layer the description and tensors that `_described` returned for the saved one."""
+    """Restore an empty cache layer from the description `plain` and the tensors `fields` that `_described` returned.
+
+    own: the method of the cache; model: the model to continue on. Raises ValueError if the layer's class differs.
+    """
     if type(layer).__name__ != plain["layer"]:
         raise ValueError(f"a {plain['layer']} was saved where this cache has a {type(layer).__name__}")
     if not isinstance(layer, CompressedLayer):
@@ -166,7 +172,7 @@ def _restored(
 
 
 def _check_clocks(clocks: dict[str, Any], state: State | None) -> None:
-    """Raise ValueError if a layer's clocks do not fit this state."""
+    """Raise ValueError if a layer's saved counters (`CompressedLayer.clocks`) are malformed or do not fit its state."""
     kinds = {name: type(value) for name, value in clocks.items()}
     if kinds != {"seen": int, "batch": int, "is_initialized": bool}:
         raise ValueError(f"a layer's clocks are {clocks!r}")
@@ -177,7 +183,7 @@ def _check_clocks(clocks: dict[str, Any], state: State | None) -> None:
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
-    """Map each layer index to the device of the layer's weights."""
+    """Return {layer index: device on which the layer computes}, of the layers whose device is known."""
     devices: dict[int, torch.device] = {}
     for module in model.modules():
         index, place = getattr(module, "layer_idx", None), device_of(module)
@@ -190,7 +196,10 @@ def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
 
 
 def _method(text: str, given: Method | None) -> Method:
-    """Return the method that the text describes; a third party's class only if `given` has it too."""
+    """Return the method that `text` describes, or raise UnknownMethod.
+
+    given: the user's method or None. A third party's class (module:Class) is accepted only if `given` names it too.
+    """
     if given is not None and str(given) == text:
         return given
     foreign = _foreign(text) - (set() if given is None else _foreign(str(given)))
@@ -210,7 +219,10 @@ def _foreign(text: str) -> set[str]:
 
 
 def _model_of(cache: CompressedCache) -> PreTrainedModel:
-    """Return the prepared model that filled the cache."""
+    """Return the prepared model that filled the cache.
+
+    Raises ValueError if the cache is empty, if several models filled it, or if the model was deleted.
+    """
     served = [layer.served_by for layer in cache.compressed if layer.state is not None]
     if not served:
         raise ValueError("nothing was fed to this cache yet: there is nothing to save")
@@ -228,7 +240,7 @@ def _model_of(cache: CompressedCache) -> PreTrainedModel:
 
 
 def _check_model(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Raise WrongModel unless the two fingerprints are those of one model."""
+    """Raise WrongModel unless two fingerprints are equal: `theirs` from the saved cache, `mine` of the given model."""
     if theirs == mine:
         return
     what = "another one" if theirs["model"] == mine["model"] else f"a {theirs['model']}"

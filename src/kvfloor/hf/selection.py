@@ -1,7 +1,7 @@
-"""Select kvfloor's attention in a configuration under a name that also holds the attention selected before.
+"""Select kvfloor's attention in a model's configuration, under a name that contains the attention selected before.
 
-Nothing else is stored. The name goes along with deep copies, pickles and parts of a model, each of which has its own,
-and transformers' own error messages about it include how to undo it.
+The name, such as "kvfloor over sdpa (...)", is all that is stored. So deep copies, pickles and separate parts of a
+model keep it. The name also contains the call that undoes the selection, which transformers' error messages then show.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _AS_THEY_ARE = ("eager", "sdpa")
 
 
 def name_over(before: str | None) -> str:
-    """Name kvfloor's attention where `before` was selected.
+    """Return the name of kvfloor's attention for a model in which the attention `before` was selected.
 
-    transformers looks for words such as "flash" in a name and prepares other inputs then. It takes a name with a slash
-    for a kernel to load. So all names but "eager" and "sdpa", which it may find, are spelled out.
+    transformers searches names for words such as "flash", and then prepares other inputs. It takes a name with a slash
+    for a kernel to load. So every name but "eager" and "sdpa" is written with dots between its letters.
     """
     before = before or "eager"
     return _BEGIN + (before if before in _AS_THEY_ARE else "·".join(before).replace("/", "÷")) + _END
 
 
 def before(name: str | None) -> str | None:
-    """Return the attention selected before, given kvfloor's name; None for the name of any other attention."""
+    """Return the attention that `name_over` turned into `name`; None if `name` is not kvfloor's attention."""
     if name is None or not (name.startswith(_BEGIN) and name.endswith(_END)):
         return None
     return name[len(_BEGIN) : -len(_END)].replace("·", "").replace("÷", "/")
@@ -39,9 +39,9 @@ def selects_kvfloor(config: PreTrainedConfig) -> bool:
 
 
 def configurations(model: nn.Module) -> list[PreTrainedConfig]:
-    """List the configurations, each once, by which this model and its parts select their attention.
+    """List the configurations of a model and its parts in which an attention function is selected, each once.
 
-    Configurations of parts whose attention transformers does not let users select are left out.
+    Configurations of parts whose attention cannot be selected in transformers are left out.
     """
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     fixed = {id(part.config) for part in parts if not part._can_set_attn_implementation()}
@@ -61,7 +61,7 @@ def _inner(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def give_own_configurations(model: nn.Module) -> None:
-    """Replace all configurations of this model by copies: another model built from the same ones keeps them."""
+    """Replace all configurations in this model by copies, so that changes do not reach other models that share them."""
     copies: dict[int, object] = {}
     for part in model.modules():
         for name, held in list(vars(part).items()):
@@ -70,7 +70,7 @@ def give_own_configurations(model: nn.Module) -> None:
 
 
 def select(model: nn.Module) -> set[str]:
-    """Select kvfloor's attention in all parts of the model; returns the names under which it must be registered."""
+    """Select kvfloor's attention in all parts of the model; return the names under which it must be registered."""
     if not all(selects_kvfloor(config) for config in configurations(model)):
         give_own_configurations(model)
     for config in configurations(model):
@@ -80,7 +80,7 @@ def select(model: nn.Module) -> set[str]:
 
 
 def deselect(model: nn.Module) -> None:
-    """Restore in every part the attention selected before kvfloor's; a part with another selection keeps it."""
+    """Select again, in every part of the model that uses kvfloor's attention, the attention selected before."""
     for config in configurations(model):
         earlier = before(config._attn_implementation)
         if earlier is not None:

@@ -1,4 +1,7 @@
-"""Sum the tokens and bytes of many caches, beside the bytes of exact caches: proof that a method was really applied."""
+"""Sum the tokens and bytes of many compressed caches, beside the bytes that exact caches would have taken.
+
+The totals show in an evaluation's results that the method was really applied.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ from kvfloor.hf.cache import CompressedCache
 
 
 class Usage:
-    """Add up caches at the end of their use: sequences, tokens per kv head, bytes."""
+    """Add up sequences, tokens per kv head and bytes of caches, each recorded at the end of its use."""
 
     def __init__(self) -> None:
         self._sequences = self._most_seen = self._most_held = 0
         self._state_bytes = self._exact_bytes = self._peak_bytes = 0
 
     def record(self, cache: CompressedCache) -> None:
-        """Count a cache that has served its batch."""
+        """Add a cache whose batch has ended to the totals."""
         batch = 0
         for layer in cache.compressed:
             if layer.state is None:
@@ -28,9 +31,12 @@ class Usage:
         self._peak_bytes = max(self._peak_bytes, cache.peak_nbytes)
 
     def totals(self) -> dict[str, int]:
-        """Return JSON-ready totals: `sequences`, `state_bytes` and `exact_bytes` are sums, the others maxima.
+        """Return the totals over all recorded caches, JSON-ready.
 
-        Bytes are summed over sequences at their ends.
+        sequences                            number of batch items
+        most_tokens_seen, most_tokens_held   maxima over kv heads
+        state_bytes, exact_bytes             sums: bytes at the end of each sequence, and those of an exact cache
+        peak_bytes                           maximum over caches
         """
         return {
             "sequences": self._sequences,

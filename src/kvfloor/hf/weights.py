@@ -1,6 +1,6 @@
-"""Read a model's weights wherever they are: on a device, on disk behind accelerate's hooks, or packed by a quantiser.
+"""Read the weights of a model: on a device, offloaded to disk by accelerate, or packed by a quantiser.
 
-Also read the adapters (PEFT's, or transformers' own use of them) that change the effect of the weights.
+Also find the adapters (PEFT's, or transformers' own use of them) that change the effect of the weights.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _WRAPPED = ("base_layer", "original_module")  # PEFT's names of the layer inside
 
 @dataclass(frozen=True)
 class Adapters:
-    """Hold the present effect of a model's adapter layers.
+    """Hold the adapters (such as LoRA) of a model: which are active now, and where their weights are.
 
     active  names of active adapters, "name (merged)" for those that were merged into the weights
-    off     prefixes of the names of weights that have no effect now
-    base    names of the model's own layers inside adapters
-    scales  (layer, adapter, factor) of active adapters
+    off     prefixes of the names of weights that belong to inactive adapters
+    base    names of the model's own layers that are wrapped by an adapter
+    scales  (layer, adapter, scaling factor) of active adapters
     """
 
     active: list[str]
@@ -34,7 +34,7 @@ class Adapters:
 
 
 def adapters_of(model: nn.Module) -> Adapters:
-    """Return the adapters of `model`, found by the attributes that PEFT's layers have."""
+    """Find the adapters of `model`, by the attributes that PEFT's adapter layers have."""
     active: set[str] = set()
     off: list[str] = []
     base: list[str] = []
@@ -60,10 +60,10 @@ def adapters_of(model: nn.Module) -> Adapters:
 
 
 def stored(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and numbers of every parameter and persistent buffer that the model computes with.
+    """Yield (name, tensor) of every parameter and persistent buffer that the model computes with, by name.
 
-    Weights of inactive adapters are left out, and a layer inside an adapter has the name that it has without one.
-    Raises ValueError naming a weight whose numbers cannot be read.
+    Weights of inactive adapters are left out. A layer wrapped by an adapter has the name that it has without one. A
+    quantised weight is yielded in parts. Raises ValueError naming a weight whose numbers cannot be read.
     """
     whole, plain = model.state_dict(keep_vars=True), {}
     for name in whole:
@@ -75,9 +75,9 @@ def stored(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor]]
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Return the device where this module computes, or None if unknown.
+    """Return the device on which this module computes, or None if unknown.
 
-    It is the weights' device, or the one to which a hook brings offloaded weights.
+    It is the device of its weights, or the one to which accelerate's hook copies offloaded weights.
     """
     for weight in module.parameters():
         if not weight.is_meta:
@@ -91,14 +91,18 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 
 def _at(part: Any, path: str) -> Any:
-    """Return the attribute at a dotted path, or None."""
+    """Return the attribute of `part` at a dotted path, such as "a.b"; None if there is none."""
     for name in path.split("."):
         part = getattr(part, name, None)
     return part
 
 
 def _fetched(model: nn.Module, name: str, value: Any) -> Any:
-    """Return a weight of the state dict, or the one that its module's hook would load in its place."""
+    """Return the weight `name`, given its value in the state dict.
+
+    A value on the meta device stands for an offloaded weight, which is read through accelerate's hook of its module.
+    Raises ValueError if there is no such hook.
+    """
     if not isinstance(value, Tensor) or not value.is_meta:
         return value
     path, _, own = name.rpartition(".")
@@ -118,7 +122,11 @@ def _hooks(module: nn.Module) -> Iterable[Any]:
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the dense tensors that a weight consists of: one, or the parts of a quantised one."""
+    """Yield (name, dense tensor) of a weight: one pair, or one for each part of a quantised weight.
+
+    A part that is no tensor, such as a float, is written into the name beside an empty tensor. Raises ValueError if the
+    weight cannot be read.
+    """
     if isinstance(value, Tensor):
         inner = getattr(value, "__tensor_flatten__", None)
         if inner is not None:

@@ -1,4 +1,4 @@
-"""Find the transformers model inside its wrappers: torch.compile, PEFT, DataParallel and others."""
+"""Find the transformers model inside a wrapper such as torch.compile, PEFT or DataParallel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _INSIDE = ("_orig_mod", "module")  # torch.compile; DataParallel, DistributedDat
 
 
 def unwrapped(model: object) -> PreTrainedModel:
-    """Return the transformers model that `model` is or wraps. Raises TypeError if there is none."""
+    """Return the transformers model (PreTrainedModel) that `model` is or wraps. Raises TypeError if there is none."""
     *_, inner = _layers(model)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
@@ -22,7 +22,7 @@ def unwrapped(model: object) -> PreTrainedModel:
 
 
 def refuse_own_cache(model: object) -> None:
-    """Raise ValueError for a wrapper that begins every request with a cache of its own: PEFT's prefix tuning."""
+    """Raise ValueError if `model` uses PEFT's prefix tuning, which replaces the given cache by its own."""
     for wrapper in _layers(model):
         kind = getattr(getattr(wrapper, "active_peft_config", None), "peft_type", None)
         if getattr(kind, "value", kind) == "PREFIX_TUNING":
@@ -33,7 +33,7 @@ def refuse_own_cache(model: object) -> None:
 
 
 def _layers(model: object) -> Iterator[object]:
-    """Yield the model, the module that it wraps, the module inside that one, and so on."""
+    """Yield `model`, the module that it wraps, the module wrapped by that one, and so on to the innermost."""
     inner, seen = model, []
     while not any(inner is each for each in seen):
         yield inner

@@ -1,1 +1,1 @@
-"""Collect every method of the library and the one table that names the methods."""
+"""Collect all methods of the library (eviction policies, summaries, selectors, sketches) and the table of names."""

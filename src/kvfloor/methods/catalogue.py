@@ -8,17 +8,18 @@ from typing import Any
 
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.spec import Spec
-from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, default_method, kind, lookup, parse
+from kvfloor.methods.grammar import default_method, parse
+from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, kind, lookup
 
 _ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # examples of what a theorem may need
 
 
 def rows() -> list[dict[str, Any]]:
-    """Return one row per registered method.
+    """Return one dict per registered method, policy, summary and selector: the rows of the table of methods.
 
-    A row holds the name, kind, paper, guarantee, memory, traits, aliases, and the first sentence of the docstring.
-    Variants come last: methods of another attention law, which cannot serve as a model's cache. A variant with an
-    argument that has no default is left out, because only a barrier builds it.
+    Its keys are name, kind, about (the first sentence of the docstring), paper, guarantee, memory, traits, aliases.
+    Variants come last: methods of another attention law, which cannot serve as a model's cache. A variant that has
+    an argument without a default is left out, because only a barrier (the game that proves a lower bound) makes one.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]
@@ -50,9 +51,11 @@ def _first_sentence(text: str) -> str:
 
 
 def _guarantee(name: str, part: type, method: Method) -> str:
-    """Return the norm and the theorem of the method's guarantee, or "none".
+    """Return the norm and the theorem of the method's guarantee as text, or "none".
 
-    A theorem with assumptions is followed by the names of the arguments that must be given.
+    A theorem that holds only under assumptions is followed by the arguments of `part` that state these assumptions,
+    such as `radius` or `spread`. name, part: the registered name and its class; method: a method that contains the
+    part with its default arguments.
     """
     spec = Spec(rows=1, d=4, dv=4)
     stated, given = method.guarantee(spec), ""
@@ -77,6 +80,6 @@ def _memory(method: Method) -> str:
 
 
 def _claims(traits: Traits) -> list[str]:
-    """Return the traits in words: the reference law, then every property that the method promises."""
+    """Return the traits as words: "reference=..." (the attention law), then the name of every trait that is True."""
     promised = [f.name for f in fields(traits) if f.name != "reference" and getattr(traits, f.name)]
     return [f"reference={traits.reference}", *promised]

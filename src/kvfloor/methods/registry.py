@@ -1,23 +1,16 @@
-"""Register every method in one table and parse the text that names a method.
+"""Register every method, policy, summary and selector in one table, and look a part up by its name.
 
-    METHOD  =  policy(args) + summary(args) | selector(args) @ budget
-            |  method(args) | selector(args) @ budget
-
-CLI choices, the docs' tables, the conformance matrix and the report all follow from `TABLE`. A part may also be
-written `module:Class`, which is imported: third parties add their own parts this way.
+A part is a policy, summary, selector or whole method. CLI choices, the docs' tables, the conformance matrix and the
+report all follow from `TABLE`. A part may also be written `module:Class`, which is imported, so that third parties can
+add parts.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
-import re
-from dataclasses import fields, is_dataclass
-from typing import Any, cast
+from dataclasses import is_dataclass
 
-from kvfloor.core.bounded import Bounded
-from kvfloor.core.budget import parse_budget
 from kvfloor.core.exact import Exact
 from kvfloor.core.method import Method
 from kvfloor.core.policy import Policy
@@ -49,7 +42,6 @@ from kvfloor.methods.summaries.moments import Moments
 from kvfloor.methods.summaries.taylor import Taylor
 from kvfloor.methods.summaries.value_sample import ValueSample
 from kvfloor.methods.summaries.value_sum import ValueSum
-from kvfloor.splitting import split_once
 
 KINDS: dict[str, type] = {"method": Method, "policy": Policy, "summary": Summary, "selector": Selector}
 
@@ -121,8 +113,6 @@ VARIANTS: dict[str, str] = {
     "public_bits": "kvfloor.game.engine.public_bits:PublicBits",
 }
 
-_OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's arguments
-
 
 def kind(part: type) -> str:
     """Return the kind of a part: "method", "policy", "summary" or "selector"."""
@@ -132,113 +122,10 @@ def kind(part: type) -> str:
     raise ValueError(f"{part.__module__}:{part.__qualname__} is no Method, Policy, Summary or Selector")
 
 
-def parse(text: str) -> Method:
-    """Return the method that the text describes.
-
-    `str(method)` parses back to an equal method. Raises ValueError naming the part that is unknown, malformed or out
-    of place, and the parts that are allowed.
-    """
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"a method is text such as 'h2o(recent=64)@512', got {text!r}")
-    body, at, budget_text = split_once(text.strip(), "@")
-    body, bar, selector_text = split_once(body, "|")
-    body, plus, summary_text = split_once(body, "+")
-    options: dict[str, Any] = {}
-    head = _build(body, ("policy", "method"), text, options)
-    selector = _build(selector_text, ("selector",), text) if bar else None
-    summary = _build(summary_text, ("summary",), text) if plus else None
-    if isinstance(head, Policy):
-        method: Method = Bounded(head, summary or Drop(), selector or Everything(), **options)
-    else:
-        method = _whole(head, summary, selector, options, text)
-    if not at:
-        return method
-    parts = budget_text.split(":")
-    budget = parse_budget(parts[0]) if len(parts) == 1 else tuple(_whole_number(p, text) for p in parts)
-    bounded = method.with_budget(budget)
-    if bounded is None:
-        raise ValueError(f"{method} keeps every token, so '@{budget_text}' cannot bound it: leave the budget out")
-    return bounded
-
-
-def _whole(head: Method, summary: Any, selector: Any, options: dict[str, Any], text: str) -> Method:
-    if summary is not None:
-        raise ValueError(f"in {text!r}: {head} is a whole method; '+' adds a summary to an eviction policy only")
-    if options:
-        raise ValueError(f"in {text!r}: {', '.join(options)} are options of eviction policies, not of {head}")
-    if selector is None:
-        return head
-    if not isinstance(head, Exact):
-        raise ValueError(f"in {text!r}: '|' needs exact or an eviction policy before it, not {head}")
-    return Exact(selector)
-
-
-def _whole_number(text: str, whole: str) -> int:
-    budget = parse_budget(text) if re.fullmatch(r"[0-9]*[1-9][0-9]*", text) else None
-    if not isinstance(budget, int):
-        raise ValueError(f"in {whole!r}: budgets per row are whole numbers >= 1 joined by ':', got {text!r}")
-    return budget
-
-
-def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any] | None = None) -> Any:
-    match = re.fullmatch(r"([\w.:-]+)\s*(?:\((.*)\))?", text, re.DOTALL)
-    if match is None:
-        raise ValueError(f"in {whole!r}: {text!r} is not name or name(arg=value, ...)")
-    name, arguments = match[1], match[2] or ""
-    part: Any = lookup(name, kinds)
-    positional, named = _arguments(arguments, text)
-    if options is not None and issubclass(part, Policy):
-        options.update({key: named.pop(key) for key in _OPTIONS if key in named})
-    own = [f for f in fields(cast(Any, part)) if f.init and f.name not in ("selector", "budget")]
-    allowed = [f.name for f in own]
-    unknown = [key for key in named if key not in allowed]
-    if unknown or len(positional) > len(allowed):
-        takes = ", ".join(allowed + (list(_OPTIONS) if issubclass(part, Policy) else [])) or "no arguments"
-        raise ValueError(f"{name} does not take {', '.join(unknown) or f'{len(positional)} values'}; it takes {takes}")
-    takes_methods = {f.name for f in own if "Method" in str(f.type)}
-    given = dict(zip(allowed, positional, strict=False)) | named
-    if any(isinstance(value, _Nested) and name not in takes_methods for name, value in given.items()):
-        raise ValueError(_malformed(text))
-    try:
-        return part(*positional, **named)
-    except TypeError as cause:
-        raise ValueError(f"in {text!r}: {cause}") from None
-
-
-class _Nested(str):
-    """Mark an argument that is the text of a method, as opposed to a literal or a word."""
-
-
-def _malformed(text: str) -> str:
-    return f"in {text!r}: the arguments must be numbers or words, each once, as in recent=64, score=mean"
-
-
-def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
-    if not text.strip():
-        return [], {}
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):  # a parenthesis closed early
-            raise ValueError("not one list of arguments")
-        named = {k.arg or "**": _value(k.value) for k in call.keywords}
-        if len(named) != len(call.keywords):
-            raise ValueError("an argument is given twice")
-        return [_value(a) for a in call.args], named
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(_malformed(whole)) from None
-
-
-def _value(node: ast.expr) -> Any:
-    """Return the value of a literal; a bare word (score=mean) or a method (store=sinks(4)@32) as a string."""
-    if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
-        return node.id
-    if isinstance(node, (ast.Call, ast.BinOp)):
-        return _Nested(ast.unparse(node))
-    return ast.literal_eval(node)
-
-
 def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
-    """Return the class of a name, an alias or `module:Class`.
+    """Return the class that a registered name, an alias or `module:Class` stands for.
+
+    kinds   the kinds of part that are allowed
 
     Raises ValueError listing the known names where the name is unknown, the class is of another kind or is no
     dataclass.
@@ -271,13 +158,3 @@ def _imported(name: str) -> type:
     if not isinstance(part, type):
         raise ValueError(f"{name} is a {type(part).__name__}; give a class")
     return part
-
-
-def default_method(name: str, budget: int = 64) -> Method:
-    """Return a runnable method that contains one entry of the table.
-
-    Tests, docs and the conformance matrix iterate over these methods.
-    """
-    part = lookup(name)
-    texts = {"policy": "{0}@{1}", "summary": "window+{0}@{1}", "selector": "exact|{0}", "method": "{0}"}
-    return parse(texts[kind(part)].format(name, budget))

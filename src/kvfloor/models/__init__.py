@@ -1,4 +1,4 @@
-"""Provide the small built-in model, its tokenizer and its trainer."""
+"""Provide the small built-in model with its tokenizer, and load local models."""
 
 from kvfloor.models.load import builtin_path, load
 

@@ -1,4 +1,4 @@
-"""Locate the built-in model, and load any local model."""
+"""Locate the small model that the package ships, and load it or any model in a local folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ _TEXTS = (".json", ".txt", ".model", ".jinja")
 
 
 def builtin_path() -> Path:
-    """Return the folder of the shipped weights, tokenizer and `training.json`."""
+    """Return the folder of the built-in model: weights, tokenizer, and `training.json`, the record of its training."""
     return Path(__file__).parent / "builtin"
 
 
 def load(name_or_path: str | Path = BUILTIN) -> tuple[Any, Any]:
-    """Load (model, tokenizer) in float32 and evaluation mode: "builtin" or the folder of a transformers model.
+    """Return (model, tokenizer), the model in float32 and evaluation mode.
 
-    Nothing is downloaded. Raises ValueError where the folder holds no model.
+    name_or_path: "builtin", or the local folder of a transformers model. Nothing is downloaded. Raises ValueError where
+    the folder holds no model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +35,7 @@ def load(name_or_path: str | Path = BUILTIN) -> tuple[Any, Any]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ValueError unless the folder has a configuration, and files that can be read in bounded time and memory."""
+    """Raise ValueError unless the folder holds a config.json, regular files and folders only, and no huge text file."""
     try:
         if not (folder / "config.json").exists():
             raise ValueError(

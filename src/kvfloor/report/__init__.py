@@ -1,4 +1,4 @@
-"""Render an audit's rows: one self-contained HTML page, and a table for the terminal."""
+"""Render an audit's rows as one self-contained HTML page and as tables for the terminal."""
 
 from kvfloor.audit.meta import Meta
 from kvfloor.report.html import render

@@ -1,4 +1,8 @@
-"""Render the page of `kvfloor break --out`: every game played, and sweeps to where a method leaves the bound."""
+"""Render the page of `kvfloor break --out`: every game played against a method, and sweeps of harder games.
+
+A barrier is the hard instance of a memory theorem, and a game plays it against the method. A sweep is a series of
+games of growing difficulty, which shows from where on the method leaves the theorem's bound.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +20,20 @@ _PLAIN = (str, int, float, bool)
 
 
 def render(results: Sequence[Result], command: str, path: Path) -> None:
-    """Write the page of these games, all of one method, to `path`, whole or not at all; plays the sweeps first.
+    """Write the HTML page of these games, all of one method, to `path`, whole or not at all.
 
+    The call first plays the sweeps, which are series of games of growing difficulty. The page shows `command`.
     Raises ValueError where there is no result or the file cannot be written.
     """
     replace_file(path, page(results, command))
 
 
 def page(results: Sequence[Result], command: str) -> str:
-    """Return the page as HTML text."""
+    """Play the sweeps, and return the page of these games, all of one method, as HTML text.
+
+    Sweeps are series of games of growing difficulty. The page shows `command`. Raises ValueError where there is no
+    game.
+    """
     if not results:
         raise ValueError("there is nothing to report: play at least one barrier")
     worst = min(results, key=lambda result: ("cheats", "breaks", "holds").index(result.verdict))
@@ -47,7 +56,10 @@ def page(results: Sequence[Result], command: str) -> str:
 
 
 def plots(results: Sequence[Result]) -> list[Chart]:
-    """Draw one figure per barrier that has a parameter to sweep."""
+    """Play the sweep of each barrier that has a parameter to sweep, and return one figure for each.
+
+    A barrier is the hard instance of a memory theorem; a sweep is a series of games of growing difficulty.
+    """
     drawn = []
     for result in results:
         if result.barrier == "spike":

@@ -1,7 +1,7 @@
-"""Lay out series of points on two axes: the numbers, their places and their words, which `chart.html` draws as SVG.
+"""Lay out figures: curves of points on two axes, with labels and tooltips, for `chart.html` to draw as SVG.
 
-Drawn as plain SVG and not by a plotting library, so that every name passes the page's one escaping path, the
-figure follows the reader's light or dark mode, and a point tells its exact figures without a script.
+The figures are plain SVG, not made by a plotting library. So every name passes the page's one escaping path, a figure
+follows the reader's light or dark mode, and a point shows its exact numbers without a script.
 """
 
 import math
@@ -15,14 +15,14 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 464, 78, 300
 """The plot area's edges within the figure; above TOP stand the words beside vertical lines."""
 
 CLEAR = 16
-"""Room above the plot area of a figure without vertical lines."""
+"""Height of the space above the plot area in a figure without vertical lines."""
 
 LETTER = 7.0
 """Mean width of a letter as a narrow page draws it, to tell on which side of a line the words fit."""
 
 
 def number_text(value: float) -> str:
-    """Write a number with at most four digits, a whole one below a million in full."""
+    """Write a number with at most four digits; a whole one below a million in full, larger ones with M or G."""
     for size, unit in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -30,16 +30,19 @@ def number_text(value: float) -> str:
 
 
 def power_text(size: float) -> str:
-    """Write a power of two as bytes, e.g. `64 KiB`."""
+    """Write a size of 2^k bytes with its binary unit, e.g. `64 KiB` for 65536."""
     k = round(math.log2(size))
     step = max(0, min(k // 10, 4))
     return f"{2 ** (k - 10 * step)} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[step]}"
 
 
 class Axis:
-    """Map numbers to page coordinates between `start` and `end`, with `room`, a share of the span, at both ends.
+    """Map numbers to page coordinates between `start` and `end`.
 
-    A logarithmic axis takes its ends from the positive numbers and places any other at its lower end.
+    The axis spans `values`, and 0 if it is linear. A logarithmic axis spans the positive values alone, and places any
+    other number at its lower end. At both ends a further share `room` of the span stays free.
+
+    most_ticks  most ticks of a logarithmic axis        write  returns the label of a tick's number
     """
 
     def __init__(
@@ -62,12 +65,12 @@ class Axis:
         self.low, self.high = self.low - beyond, self.high + beyond
 
     def place(self, value: float) -> float:
-        """Return the coordinate of a number."""
+        """Return the page coordinate of a number."""
         at = value if not self.log else math.log2(value) if value > 0 else self.low
         return self.start + (at - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """List places and words: powers of two, or round numbers."""
+        """List the ticks of the axis as (coordinate, label): powers of two, or round numbers."""
         if self.log:
             first, last = math.ceil(self.low), math.floor(self.high)
             stride = max(1, math.ceil((last - first + 1) / self.most_ticks))
@@ -82,11 +85,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Datum:
-    """Hold one point in the axes' numbers, and the words shown on pointing at it.
+    """Hold one point of a figure: the numbers x and y, and its tooltip `words`.
 
-    interval  the ends of its error bar, if it has one
-    shift     how far to the side it is drawn, so that points of almost equal x stand beside one another
-    ringed    drawn with a ring around it
+    interval  the ends of the point's error bar on the y axis; None without one
+    shift     sideways distance, in page coordinates, that keeps points of almost equal x from covering one another
+    ringed    True if the point is drawn with a ring around it
     """
 
     x: float
@@ -99,7 +102,7 @@ class Datum:
 
 @dataclass(frozen=True)
 class Series:
-    """Hold points joined from the left, and the mark they are drawn with."""
+    """Hold the points of one curve, joined from left to right, and the mark (colour and shape) they are drawn with."""
 
     mark: Mark
     data: tuple[Datum, ...]
@@ -107,7 +110,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Rule:
-    """Hold a vertical line at x, with lines of words beside it from the height `top` down; `style` is its class."""
+    """Hold a vertical line of a figure, with a label beside it.
+
+    x      the number on the horizontal axis at which the line stands
+    words  the label's lines of text
+    style  the vertical line's class in the style sheet
+    top    page coordinate y of the label's first line
+    """
 
     x: float
     words: tuple[str, ...]
@@ -117,7 +126,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Chart:
-    """Hold everything that `chart.html` draws; `level` is drawn across the figure, its interval as a band."""
+    """Hold everything that `chart.html` draws for one figure.
+
+    label       text in place of the figure, for screen readers
+    x_name      label of the horizontal axis
+    across, up  horizontal and vertical axis
+    rules       vertical lines
+    level       a point whose y is drawn as a line across the figure, with its interval as a band
+    """
 
     title: str
     label: str
@@ -131,15 +147,18 @@ class Chart:
 
     @property
     def top(self) -> int:
-        """Return the height at which the figure is cut off above."""
+        """Return the y coordinate of the figure's upper edge.
+
+        A figure with vertical lines begins higher, to have room for their labels.
+        """
         return 0 if self.rules else TOP - CLEAR
 
     def path(self, series: Series) -> str:
-        """Write the SVG path that joins a series' points."""
+        """Return the SVG path that joins the points of a series."""
         return "M" + "L".join(f"{self.x(one):.1f} {self.up.place(one.y):.1f}" for one in series.data)
 
     def x(self, one: Datum) -> float:
-        """Return where a point is drawn, its shift included."""
+        """Return the x coordinate at which a point is drawn, its shift included."""
         return self.across.place(one.x) + one.shift
 
     def side(self, rule: Rule) -> str:
@@ -151,7 +170,10 @@ class Chart:
 def line_chart(
     title: str, x_name: str, caption: str, series: Sequence[Series], *, log_x: bool = False, log_y: bool = False
 ) -> Chart:
-    """Lay series out on common axes that end at their outermost numbers."""
+    """Make a figure of several curves on common axes that span all points; a linear axis also spans 0.
+
+    x_name is the label of the horizontal axis, caption the text below. log_x, log_y: True for a logarithmic axis.
+    """
     data = [one for line in series for one in line.data]
     across = Axis([one.x for one in data], LEFT, RIGHT, log=log_x)
     up = Axis([one.y for one in data], BOTTOM, TOP, log=log_y)
@@ -159,5 +181,8 @@ def line_chart(
 
 
 def line(mark: Mark, points: Sequence[tuple[float, float]]) -> Series:
-    """Make a series of bare points, each with its mark's name and its numbers as words."""
+    """Make a curve of (x, y) points without error bars, drawn with the colour and marker `mark`.
+
+    A point's tooltip gives the mark's name and the two numbers.
+    """
     return Series(mark, tuple(Datum(x, y, f"{mark.name}: {number_text(x)}, {number_text(y)}") for x, y in points))

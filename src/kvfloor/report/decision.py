@@ -1,4 +1,9 @@
-"""Draw quality against bytes for one cell: each method's settings beside exact, the floor and the token ids."""
+"""Draw quality against bytes for one cell: each method's settings beside exact, the floor and the token ids.
+
+A cell is a task at a context length under a protocol; a setting is a method with its budget. The floor is the fewest
+bytes of any method in the worst case. The token ids of the context are all that a model must store if it recomputes the
+keys and values.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +19,10 @@ _PROTOCOLS = {"visible": "Question visible while compressing", "after": "Questio
 
 
 def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
-    """Lay out one cell's rows, exact among them: x is bytes on a log scale, y the score."""
+    """Make the figure of one cell from its rows, exact's among them: x is bytes on a log scale, y the score.
+
+    `marks` maps each method (a setting without its budget) to its colour and shape.
+    """
     exact = next(row for row in rows if row.method == "exact")
     others = sorted((row for row in rows if row is not exact), key=lambda row: (row.state_bytes, row.method))
     sizes = [row.state_bytes for row in rows] + [exact.exact_bytes, exact.floor_bytes, exact.token_id_bytes]
@@ -53,12 +61,15 @@ def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
 
 
 def note_below_floor(row: Row) -> str:
-    """Word the note of a row left of the floor; never that it is impossible."""
+    """Return the note on a row with fewer bytes than the floor; it never says that this is impossible."""
     return BELOW_FLOOR_AND_FALLS if row.diff_high < 0 else BELOW_FLOOR
 
 
 def _shifts(rows: Sequence[Row], across: Axis) -> dict[str, float]:
-    """Spread settings of almost equal bytes (`rows` from the fewest up) sideways: setting -> shift."""
+    """Map each setting to a sideways shift, so that settings of almost equal bytes stand beside one another.
+
+    `rows` are ordered from the fewest bytes up.
+    """
     clusters: list[list[Row]] = []
     for row in rows:
         if clusters and across.place(row.state_bytes) - across.place(clusters[-1][0].state_bytes) < 8:
@@ -81,7 +92,7 @@ def _datum(row: Row, shift: float) -> Datum:
 
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Write one line per kind of point left of the floor, naming the settings."""
+    """Return one line for each note on settings with fewer bytes than the floor, naming these settings."""
     named: dict[str, list[str]] = {}
     for row in rows:
         if row.below_floor:

@@ -1,4 +1,7 @@
-"""Define the template environment of all report pages: every field escaped, controls shown, none undefined."""
+"""Define the template environment of all report pages.
+
+Every field is escaped, control characters are written out, and an undefined field is an error.
+"""
 
 from functools import cache
 from typing import Any
@@ -14,7 +17,7 @@ from kvfloor.report.text import visible
 
 @cache
 def environment() -> Environment:
-    """Return the template environment of this folder, with the filters that write numbers."""
+    """Return the jinja2 environment for this folder's templates, with the filters that write numbers."""
     made = Environment(
         loader=PackageLoader("kvfloor", "report"),
         autoescape=True,
@@ -38,7 +41,7 @@ def environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Write out the control characters of text before it is escaped; leave markup of the templates as it is."""
+    """Return text with its control characters written out, before escaping; leave markup of the templates as it is."""
     return value if isinstance(value, Markup) else visible(str(value))
 
 
@@ -49,5 +52,5 @@ def _milliseconds(time: float | None) -> str:
 
 
 def _short(value: Any) -> str:
-    """Write a number with at most four significant digits; anything else as text."""
+    """Return a float as text with at most four significant digits; any other value as plain text."""
     return f"{value:,.4g}" if isinstance(value, float) else str(value)

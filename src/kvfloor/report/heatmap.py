@@ -1,4 +1,4 @@
-"""Draw the attention-output error per layer and kv head, one map per setting."""
+"""Draw the attention-output error per layer and kv head, one map per setting (a method with its budget)."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from kvfloor.audit.rows import Row
 
 FAINTEST, STRONGEST = 1e-3, 1.0
-"""Errors drawn with no ink and with full ink; the scale between is logarithmic and the same for every map."""
+"""Errors drawn with no colour and with full colour; the scale between is logarithmic and the same for every map."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Hold the mean error of one layer and kv head over the cells, and its ink in the map, in [0, 1]."""
+    """Hold the mean error of one layer and kv head over the audit's cells, and its colour's strength in [0, 1]."""
 
     layer: int
     head: int
@@ -22,7 +22,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Hold one setting's tiles. `overall` is the mean of its rows' output error."""
+    """Hold the tiles of one setting, one per layer and kv head. `overall` is the mean of its rows' output error."""
 
     setting: str
     overall: float
@@ -32,9 +32,10 @@ class Heatmap:
 
 
 def heatmaps(rows: Sequence[Row]) -> tuple[Heatmap, ...]:
-    """Return one map per setting but exact (whose error is zero), in the rows' order, averaged over its cells.
+    """Return one map per setting but exact (whose error is zero), in the rows' order.
 
-    Raises ValueError where a setting's rows differ in their number of layers or kv heads.
+    Errors are averaged over the setting's rows, one per cell (task, context length, protocol). Raises ValueError where
+    a setting's rows differ in their number of layers or kv heads.
     """
     settings: dict[str, list[Row]] = {}
     for row in rows:
@@ -44,7 +45,10 @@ def heatmaps(rows: Sequence[Row]) -> tuple[Heatmap, ...]:
 
 
 def ink(error: float) -> float:
-    """Return the strength that an error is drawn with, in [0, 1]."""
+    """Return the strength, in [0, 1], of the colour that an error is drawn with: 0 up to FAINTEST, 1 from STRONGEST on.
+
+    The scale between is logarithmic.
+    """
     if error <= FAINTEST:
         return 0.0
     return min(1.0, math.log(error / FAINTEST) / math.log(STRONGEST / FAINTEST))

@@ -1,4 +1,4 @@
-"""Render the report page: one file, no script, nothing fetched, every field escaped."""
+"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped."""
 
 import json
 import re
@@ -22,15 +22,16 @@ from kvfloor.statistics import MIN_SAMPLES
 
 
 def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path, by_head: Sequence[Head] = ()) -> None:
-    """Write the report of an audit to `path`, whole or not at all.
+    """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
-    Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
+    `by_head` are the kv heads' floors, if they were measured. Raises ValueError where there is no row, the rows mix
+    models, or the file cannot be written.
     """
     replace_file(path, page(rows, answer, meta, by_head))
 
 
 def page(rows: Sequence[Row], answer: Recommendation, meta: Meta, by_head: Sequence[Head] = ()) -> str:
-    """Return the report as HTML text."""
+    """Return the report of an audit as HTML text; raise ValueError where there is no row."""
     if not rows:
         raise ValueError("there is nothing to report: give at least the rows of 'exact'")
     drawn = marks(rows)
@@ -74,10 +75,13 @@ def _last_component(model: str) -> str:
 
 
 def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, Any] | None:
-    """Return the recommended setting as a Python string literal, with a share of the context turned into tokens.
+    """Return the recommended setting as a literal to paste into Python, or None where no setting is recommended.
 
-    A cache opened for a stream of unknown length takes no share, so the largest audited number of tokens
-    stands for it.
+    A setting is a method with its budget. The dict has two keys:
+    literal  the setting as a quoted string; in place of a budget that is a share stands a number of tokens
+    share    the budget if it is a share of the context, else None
+    A cache that is opened for a stream of unknown length takes no share, so the largest audited number of tokens is
+    written instead.
     """
     chosen = [row for row in rows if row.method == answer.method]
     if answer.method is None or not chosen:

@@ -1,4 +1,7 @@
-"""Draw the floor, cheapest good setting and exact cache of every head on one logarithmic axis of bytes."""
+"""Draw the floor, the cheapest good setting and the exact cache of every kv head on one logarithmic axis of bytes.
+
+A setting is a method with its budget; it is good for a head if the head's output error stays small.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +13,15 @@ from kvfloor.report.chart import Axis, power_text
 WIDTH, LEFT, RIGHT, TOP, STEP = 900, 130, 880, 34, 20
 
 WORST = 10
-"""Heads shown at once; the others of a larger model are folded away."""
+"""Number of heads in the ladder that is always visible; the other heads of a larger model are folded away."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """Hold one head's places along the axis and its tooltip; no `best` where only exact serves."""
+    """Hold one kv head's coordinates along the axis of bytes, and its tooltip.
+
+    floor, best, exact  x coordinates of its floor, its cheapest good setting (or None) and the exact cache
+    """
 
     name: str
     y: float
@@ -28,7 +34,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Hold everything that `ladder.html` draws."""
+    """Hold everything that `ladder.html` draws for one ladder: one rung per kv head, and the axis's ticks."""
 
     height: float
     rungs: tuple[Rung, ...]
@@ -36,9 +42,10 @@ class Ladder:
 
 
 def ladders(heads: Sequence[Head]) -> list[Ladder]:
-    """Lay out the WORST heads of the largest floors, from the largest down, then the others from the first layer down.
+    """Lay out the kv heads in two ladders: the heads with the largest floors (WORST of them), then all others.
 
-    Both stand on one scale of bytes. A model of at most WORST heads has one ladder, from the first layer down.
+    A ladder has one line per kv head. The first ladder is ordered from the largest floor down, the second by layer and
+    head. Both have the same axis of bytes. A model of at most WORST heads has one ladder, ordered by layer and head.
     """
     sizes = [size for one in heads for size in (one.floor_bytes, one.best_bytes, one.exact_bytes) if size]
     across = Axis(sizes, LEFT, RIGHT, log=True, room=0.02, most_ticks=9, write=power_text)

@@ -1,4 +1,4 @@
-"""Assign one colour and marker to each method, the same in every figure and distinct without colour."""
+"""Assign one colour and marker shape to each method, the same in every figure and distinct without colour."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,12 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Mark:
-    """Define a curve's look: colour `s0`..`s7`, an SVG path (or none), hollow and dashed where it is a baseline."""
+    """Define the look of one curve: its colour and its marker.
+
+    colour    class of the style sheet, `s0`..`s7`
+    shape     an SVG path, or "" for no marker
+    baseline  drawn hollow and dashed
+    """
 
     name: str
     colour: str
@@ -41,9 +46,10 @@ class Mark:
 
 
 def marks(rows: Sequence[Row]) -> dict[str, Mark]:
-    """Map each configuration (a setting without its budget) to a mark, in the rows' order; `exact` has its own.
+    """Map each configuration (a setting without its budget) to a mark, in the rows' order with baselines last.
 
-    The first 64 methods get different pairs of colour and marker.
+    `exact` is left out, as every figure has a mark for it. The first 64 methods get different pairs of colour and
+    marker.
     """
     methods: dict[str, bool] = {}
     for row in rows:
@@ -54,11 +60,15 @@ def marks(rows: Sequence[Row]) -> dict[str, Mark]:
 
 
 def nth_mark(index: int, name: str, baseline: bool = False) -> Mark:
-    """Make the mark of the given number; the first 64 differ in colour or marker."""
+    """Return mark number `index`, a colour and a marker; the first 64 differ in colour or marker.
+
+    name      name of the curve that has this mark
+    baseline  True for a mark that is drawn hollow and dashed
+    """
     shape = SHAPES[(index + index // COLOURS) % len(SHAPES)]
     return Mark(name, f"s{index % COLOURS}", shape, baseline)
 
 
 def bound_mark(index: int, name: str) -> Mark:
-    """Make the mark of a bound in the colour of the given number: a dashed line without markers."""
+    """Return the mark of a curve that shows a bound: a dashed line without markers, in colour number `index`."""
     return Mark(name, f"s{index % COLOURS}", "", baseline=True)

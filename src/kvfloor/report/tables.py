@@ -1,4 +1,7 @@
-"""Compute the report's tables as plain data, for both the page and the terminal."""
+"""Compute the report's tables as plain data, for both the page and the terminal.
+
+A setting is a method with its budget; a cell is a task at a context length under a protocol.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"
 
 @dataclass(frozen=True)
 class CellScore:
-    """Hold one setting's row on one cell; `row` is None where it was not measured."""
+    """Hold one setting's row on one cell and its verdict; both are None where the setting was not measured."""
 
     row: Row | None
     verdict: Verdict | None
@@ -25,7 +28,7 @@ class CellScore:
 
 @dataclass(frozen=True)
 class SettingScores:
-    """Hold one line of the scoreboard: a setting and its score on every cell."""
+    """Hold one line of the scoreboard: a setting and its score on every cell. Bytes are means over its cells."""
 
     setting: str
     baseline: bool
@@ -36,7 +39,7 @@ class SettingScores:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold one setting's bytes at one context; each the largest over its tasks and protocols."""
+    """Hold one setting's bytes at one context length; each is the largest over its tasks and protocols."""
 
     setting: str
     baseline: bool
@@ -52,7 +55,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Speed:
-    """Hold one setting's times at one context: medians over its tasks and protocols. None: not measured."""
+    """Hold one setting's times at one context length: medians over its tasks and protocols. None: not measured."""
 
     setting: str
     baseline: bool
@@ -63,7 +66,10 @@ class Speed:
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Order settings: exact first, methods in the rows' order, baselines last; each from its largest bytes down."""
+    """Return the rows ordered by setting: exact first, then methods in the rows' order, baselines last.
+
+    Each method's settings go from the largest bytes down.
+    """
     methods = list(dict.fromkeys(row.configuration for row in rows))
     largest: dict[str, int] = {}
     for row in rows:
@@ -77,7 +83,10 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...], tuple[SettingScores, ...]]:
-    """Return the cells, sorted, and one line per setting in `ordered` order."""
+    """Return the audit's cells, sorted, and one line of scores per setting, in the order of `ordered`.
+
+    `standard` gives the verdict on each score.
+    """
     cells = tuple(sorted({row.cell for row in rows}))
     found = {(row.method, row.cell): row for row in rows}
     lines = []
@@ -96,7 +105,7 @@ def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...
 
 
 def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
-    """Return the table of bytes, per setting and context."""
+    """Return the table of bytes: one `Sizes` per setting (method with budget) and context length."""
     return tuple(
         Sizes(
             setting=setting,
@@ -115,7 +124,7 @@ def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
 
 
 def speeds(rows: Sequence[Row]) -> tuple[Speed, ...]:
-    """Return the table of times, per setting and context."""
+    """Return the table of times: one `Speed` per setting (method with budget) and context length."""
     table = []
     for (setting, context), group in _by_context(rows).items():
         decode = [row.decode_ms_per_token for row in group if row.decode_ms_per_token is not None]

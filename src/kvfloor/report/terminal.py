@@ -1,4 +1,4 @@
-"""Print the audit as tables; names from outside can neither colour nor steer the terminal."""
+"""Print the audit as tables; control characters in names cannot colour or steer the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ _COLOURS = {"holds": "green", "open": "yellow", "falls": "red", None: "dim"}
 
 
 def print_report(rows: Sequence[Row], answer: Recommendation, console: Console) -> None:
-    """Print one table per context and protocol, then the recommendation with its reasons."""
+    """Print one table of scores per context length and protocol, then the recommended setting with its reasons."""
     tables = sorted({(row.context, row.protocol) for row in rows}, key=lambda one: (one[0], one[1] != "visible"))
     for context, protocol in tables:
         some = [row for row in rows if (row.context, row.protocol) == (context, protocol)]
@@ -38,7 +38,10 @@ def print_report(rows: Sequence[Row], answer: Recommendation, console: Console) 
 
 
 def print_barriers(results: Sequence[Result]) -> None:
-    """Print one line per game, or all fields of a single game."""
+    """Print a table with one line per game, then each game's verdict in words with its further numbers.
+
+    A game plays a barrier, i.e. the hard instance of a memory theorem, against a method.
+    """
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("barrier", "verdict", "rows", "hidden", "certified", "floor", "message", "state"):
@@ -57,7 +60,10 @@ def print_barriers(results: Sequence[Result]) -> None:
 
 
 def details_text(details: Mapping[str, Any]) -> str:
-    """Write a barrier's own numbers in one line; lists are left to the JSON and the page."""
+    """Return the numbers that only games of one barrier have, as one line of text: "name value, name value".
+
+    A barrier is the hard instance of a memory theorem. Lists are left to the JSON and the page.
+    """
     shown = {name: value for name, value in details.items() if isinstance(value, (str, int, float))}
     return ", ".join(
         f"{name.replace('_', ' ')} {f'{value:,.4g}' if isinstance(value, float) else value}"

@@ -1,4 +1,4 @@
-"""Make text from models, tasks and methods safe to show: it cannot steer a terminal or reorder a line."""
+"""Make text from models, tasks and methods safe to print, so that it cannot steer a terminal or reorder a line."""
 
 import unicodedata
 

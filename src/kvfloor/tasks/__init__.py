@@ -1,4 +1,7 @@
-"""Generate seeded offline tasks with exact answers: `lookup(name).generate(seed, index, length) -> Sample`."""
+"""Generate seeded recall tasks with exact answers, offline: `lookup(name).generate(seed, index, length) -> Sample`.
+
+A sample is a context of `length` tokens, at least one question about it, and each question's only right answer.
+"""
 
 from .lexicon import FULL, Lexicon
 from .registry import TASKS, lookup

@@ -1,4 +1,4 @@
-"""Ask for a marked passage of random words, hidden in filler, to be repeated word for word (copying)."""
+"""Define the task "copy": repeat word for word a marked passage of random words, hidden in filler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, words: int, lexicon: Lexicon) -> Plot:
-    """Plot a passage of two thirds of `words` up to `words` words, drawn with replacement."""
+    """Draw the passage as the only fact, and the question that asks to repeat it.
+
+    The passage has from 2/3 `words` to `words` words, each drawn from the lexicon with replacement.
+    """
     n = rng.randint(max(1, words * 2 // 3), words)
     passage = " ".join(rng.choice(lexicon.things) for _ in range(n))
     return Plot(

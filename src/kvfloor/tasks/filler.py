@@ -1,4 +1,7 @@
-"""Generate filler sentences that answer no question, from a seeded grammar rather than one repeated paragraph."""
+"""Generate random filler sentences, in which a task's facts are hidden and which answer no question.
+
+They are drawn from a small grammar with a seeded generator, instead of repeating one paragraph.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ PATTERNS = (
 
 
 def sentence(rng: random.Random) -> str:
-    """Draw one sentence of 5 to 15 tokens of the built-in tokenizer."""
+    """Draw one random filler sentence, of 5 to 15 tokens of the built-in tokenizer."""
     return rng.choice(PATTERNS).format(
         manner=rng.choice(MANNERS),
         person=rng.choice(PEOPLE),

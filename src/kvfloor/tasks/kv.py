@@ -1,6 +1,6 @@
-"""Ask for one value among key-value pairs.
+"""Define the task "kv": recall the value of one key among key-value pairs.
 
-Keys and values have four digits, which are two tokens each that other pairs share.
+Keys and values are four-digit numbers of two tokens each. Other pairs contain the same tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, pairs: int, lexicon: Lexicon) -> Plot:
-    """Plot `pairs` facts "4821 = 9043." with different keys; the question is "4821 ="."""
+    """Draw `pairs` facts such as "4821 = 9043." with different keys, and for each the question "4821 ="."""
     keys = lexicon.numbers(rng, 4, pairs)
     values = [lexicon.number(rng, 4) for _ in keys]
     return Plot(

@@ -1,4 +1,4 @@
-"""Define the words and numbers that tasks are made of. The tokenizer has one entry for each of them."""
+"""Define the words and two-digit numbers that tasks are made of. Each is one token of the built-in tokenizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """Split `text` into words, in order."""
+    """Return the words of `text`, split at white space."""
     return tuple(text.split())
 
 
@@ -92,31 +92,40 @@ PAIRS = tuple(f"{i:02d}" for i in range(100))
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Hold the pools of words that a generator draws from. A smaller lexicon makes the same task with fewer symbols."""
+    """Hold the words and numbers that a task draws from: nouns, adjectives, two-digit numbers.
+
+    A smaller lexicon gives the same task with fewer different symbols.
+    """
 
     things: tuple[str, ...] = THINGS
     traits: tuple[str, ...] = TRAITS
     pairs: tuple[str, ...] = PAIRS
 
     def shrink(self, symbols: int) -> Lexicon:
-        """Keep at most `symbols` (>= 1) entries in every pool; training starts this way."""
+        """Return a lexicon with the first `symbols` nouns, adjectives and numbers, such as training starts with.
+
+        Raises ValueError if `symbols` is less than 1.
+        """
         if symbols < 1:
             raise ValueError(f"symbols={symbols}: a lexicon needs at least 1 symbol per pool")
         return Lexicon(self.things[:symbols], self.traits[:symbols], self.pairs[:symbols])
 
     def split(self, rng: random.Random, sizes: Sequence[int]) -> list[Lexicon]:
-        """Return lexicons with `sizes[i]` things each, none shared: several tasks can live in one context."""
+        """Return one lexicon per entry of `sizes`, with that many nouns, none of which two lexicons share.
+
+        So several tasks in one context cannot use the same noun. Adjectives and numbers are shared.
+        """
         things = rng.sample(self.things, sum(sizes))
         ends = list(accumulate(sizes, initial=0))
         return [Lexicon(tuple(things[a:b]), self.traits, self.pairs) for a, b in pairwise(ends)]
 
     def number(self, rng: random.Random, digits: int) -> str:
-        """Draw `digits` random digits: two-digit groups, and one single digit last where the count is odd."""
+        """Draw a number of `digits` random digits: two-digit groups, then a single digit if the count is odd."""
         groups = "".join(rng.choice(self.pairs) for _ in range(digits // 2))
         return groups + (rng.choice("0123456789") if digits % 2 else "")
 
     def numbers(self, rng: random.Random, digits: int, n: int) -> list[str]:
-        """Draw `n` different numbers of `digits` digits."""
+        """Draw `n` different numbers of `digits` digits. Raises ValueError if the lexicon has fewer."""
         room = len(self.pairs) ** (digits // 2) * (10 if digits % 2 else 1)
         if n > room:
             raise ValueError(f"{n} different numbers of {digits} digits asked, only {room} exist in this lexicon")

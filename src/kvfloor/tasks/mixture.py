@@ -1,4 +1,4 @@
-"""Weave several tasks' facts into one context, so that one long sequence can ask about all of them."""
+"""Mix the facts of several tasks in one context, and ask questions about all of them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from .weave import Count, weave
 
 
 def mixable() -> tuple[str, ...]:
-    """Return the tasks whose facts can stand among other tasks' facts."""
+    """Return the names of the tasks that `mix` accepts: their facts can stand among other tasks' facts."""
     return tuple(name for name, task in TASKS.items() if isinstance(task.make, Woven))
 
 
 def mix(
     names: Sequence[str], seed: int, index: int, length: int, questions: int, count: Count, lexicon: Lexicon
 ) -> tuple[str, list[tuple[str, Question]]]:
-    """Generate one context of `length` tokens with the facts of tasks `names`, and up to `questions` questions of each.
+    """Generate one context of at most `length` tokens that holds the facts of several tasks, and questions about it.
 
-    Returns the context and (task name, question) in random order. Each task gets its share of the length and
-    its own names, so that no task's fact answers another task's question.
+    Returns (context, [(task name, question), ...] in random order), with up to `questions` questions per task.
+    names        names of the tasks; each gets an equal share of the length, and nouns that no other task uses, so that
+                 no task's fact answers another task's question
+    seed, index  decide all random choices
+    count        returns the number of tokens of a text
+    Raises ValueError for a task that cannot be mixed, and where the facts do not fit.
     """
     rng = stream("mixture", seed, index)
     scale = len(lexicon.things) / sum(task.things for task in TASKS.values())

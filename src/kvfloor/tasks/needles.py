@@ -1,4 +1,7 @@
-"""Ask for one of many needles in filler, all of one form, with keys that share words."""
+"""Define the task "needles": recall one of several facts of one form, hidden in filler.
+
+The facts share the words of their keys (the pale fox, the pale hen, the old fox), so both words must be matched.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,11 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, needles: int, lexicon: Lexicon) -> Plot:
-    """Plot `needles` facts "the code of the pale fox is 4821.", of so few words that both words of a key count."""
+    """Draw `needles` facts such as "the code of the pale fox is 4821.", and a question about each.
+
+    The keys combine few adjectives and nouns, so that a single word seldom identifies a fact. Raises ValueError if the
+    lexicon has too few words for so many keys.
+    """
     side = max(2, min(needles, len(lexicon.traits), len(lexicon.things)))
     traits, things = rng.sample(lexicon.traits, side), rng.sample(lexicon.things, side)
     if needles > side * side:

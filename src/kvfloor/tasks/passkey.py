@@ -1,4 +1,7 @@
-"""Ask for one number hidden in filler (a pass key), short (5 or 6 digits) or long (64 digits, 32 tokens to copy)."""
+"""Define the tasks "passkey" and "passkey64": recall one number hidden in filler, of 5 or 6 or of 64 digits.
+
+The long number takes 32 tokens to copy. Shorter contexts have shorter numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,25 @@ from .weave import Plot
 
 
 def hide(rng: random.Random, digits: int, lexicon: Lexicon, kind: str) -> Plot:
-    """Plot one fact "the pass key is 48213."; the question ends in the same words."""
+    """Draw one fact such as "the pass key is 48213.", and the question that ends in "the pass key is".
+
+    kind: the word before "key".
+    """
     number = lexicon.number(rng, digits)
     ask = f"what is the {kind} key? the {kind} key is"
     return Plot([[f"the {kind} key is {number}."]], [(Question(ask, number), 0)])
 
 
 def short(rng: random.Random, digits: int, lexicon: Lexicon) -> Plot:
-    """Draw a number of `digits` digits or one fewer: with both counts, the end has to be read, too."""
+    """Draw the fact and question of "passkey": a number of `digits` digits, or of one digit fewer.
+
+    As the length varies, the model must also recall where the number ends.
+    """
     return hide(rng, digits - (digits > 2 and rng.random() < 0.5), lexicon, "pass")
 
 
 def long(rng: random.Random, digits: int, lexicon: Lexicon) -> Plot:
-    """Draw a number of exactly `digits` digits."""
+    """Draw the fact and question of "passkey64": a number of exactly `digits` digits."""
     return hide(rng, digits, lexicon, "vault")
 
 

@@ -1,4 +1,4 @@
-"""Give every sample its own independent random stream, decided by its names and numbers alone."""
+"""Derive an independent random generator for every sample, from its task's name, seed and index alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import random
 
 
 def stream(*names: str | int) -> random.Random:
-    """Return a generator keyed by `names`, e.g. `stream("recall", seed, index)`; no global one is touched."""
+    """Return a random generator seeded by a hash of `names`, e.g. `stream("recall", seed, index)`.
+
+    Python's global generator is not used.
+    """
     key = hashlib.sha256(repr(names).encode()).digest()
     return random.Random(int.from_bytes(key[:16], "big"))

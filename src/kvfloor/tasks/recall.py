@@ -1,6 +1,6 @@
-"""Ask for the value of one key (associative recall, MQAR).
+"""Define the task "recall": recall the value of one key among pairs (associative recall, MQAR).
 
-Keys are distinct, and each is followed by its value. All pairs are asked for equally often.
+Keys are distinct words, each followed by its value, a two-digit number. Every pair is equally likely to be asked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, pairs: int, lexicon: Lexicon) -> Plot:
-    """Plot `pairs` facts "fox 47."; the question is the key."""
+    """Draw `pairs` facts such as "fox 47." with different keys, and for each the question "fox"."""
     keys = rng.sample(lexicon.things, pairs)
     values = [rng.choice(lexicon.pairs) for _ in keys]
     return Plot(

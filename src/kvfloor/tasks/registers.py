@@ -1,7 +1,7 @@
-"""Ask for the current values of all registers after a long run of assignments.
+"""Define the task "registers": recall the current values of all registers after many assignments "r3 = 47.".
 
-Register speeds differ by powers: the fastest is written every other line, the slowest twice in the whole
-program; so some current values are recent and others are very old, and every register has stale values.
+The registers' numbers of assignments grow geometrically, from two in the whole context for the slowest one. So some
+current values are recent and others very old, and every register also has outdated values in the context.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ JITTER = 0.2  # a period varies by this share: the next write is not known from 
 
 
 def make(request: Request) -> Sample:
-    """Write lines "r3 = 47." until the length is reached; answer "47 r1 = 12 ..." in the registers' order."""
+    """Return a sample: lines "r3 = 47." up to the requested length, and a question for all current values.
+
+    The question ends in "r0 =", so the answer is the value of r0 and then the other registers, as in "47 r1 = 12 ...".
+    Raises ValueError if the length has no place for two lines per register.
+    """
     rng, k = request.rng, request.difficulty
     empty = request.count("")
     size = request.count("r0 = 00.") - empty
@@ -38,7 +42,11 @@ def make(request: Request) -> Sample:
 
 
 def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
-    """Choose the register that each line writes: jittered clocks whose numbers of writes grow geometrically."""
+    """Return the register that each line assigns to, in order of the lines.
+
+    Each register is assigned to at roughly regular intervals with random jitter. The numbers of assignments come from
+    `speeds`, and are given to the registers in random order.
+    """
     times: list[tuple[float, str]] = []
     for name, writes in zip(rng.sample(names, len(names)), speeds(len(names), lines), strict=True):
         phase = rng.random()
@@ -48,7 +56,10 @@ def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
 
 
 def speeds(k: int, lines: int) -> list[int]:
-    """Return the numbers of writes 2, 2q, 2q^2, ... of `k` registers, with q chosen so that they sum to `lines`."""
+    """Return the number of assignments to each of `k` registers, slowest first: about 2, 2q, 2q^2, ...
+
+    The ratio q is chosen so that they sum to `lines`.
+    """
     low, high = 1.0, float(lines)
     for _ in range(60):
         middle = (low + high) / 2

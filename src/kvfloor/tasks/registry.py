@@ -1,4 +1,4 @@
-"""List the built-in tasks, and find a task by its name or by `module:TASK`."""
+"""List the built-in tasks, and look a task up by its name, or by `module:TASK` in the user's own code."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TASKS: dict[str, Task] = {
 
 
 def lookup(name: str) -> Task:
-    """Return the built-in task of this name, or the task that `module:TASK` names.
+    """Return the built-in task of this name, or import the task that `module:TASK` names.
 
-    Raises ValueError where there is none, naming the built-in tasks or why the import failed.
+    Raises ValueError where there is none, naming the built-in tasks or the reason why the import failed.
     """
     if ":" in name:
         return _imported(name)

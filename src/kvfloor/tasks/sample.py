@@ -1,4 +1,4 @@
-"""Define the sample of a task: one context, the questions about it, and the rule that scores an answer."""
+"""Define a sample, which is one context with questions about it, and the rule that scores an answer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Question:
-    """Hold a question and its answer.
+    """Hold a question about a context, and its only right answer.
 
-    ask     comes after the context, joined by one space
-    answer  the only text that is right
+    ask     text to append to the context after one space
+    answer  text that the model should generate
     """
 
     ask: str
@@ -19,16 +19,19 @@ class Question:
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold a context and at least one question whose answer follows from the context alone."""
+    """Hold a context, and at least one question about it. The answers follow from the context alone."""
 
     context: str
     questions: tuple[Question, ...]
 
     def prompt(self, which: int = 0) -> str:
-        """Return context and question `which`, ready for greedy decoding."""
+        """Return the context and its question number `which`, joined by a space: a prompt for greedy decoding."""
         return f"{self.context} {self.questions[which].ask}"
 
 
 def score(answer: str, generated: str) -> bool:
-    """Score an answer by exact match, after runs of white space are made one space and the ends are stripped."""
+    """Return True if the generated text equals the answer, word for word.
+
+    White space at the ends is ignored, and a run of white space counts as one space.
+    """
     return answer.split() == generated.split()

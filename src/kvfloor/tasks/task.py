@@ -1,4 +1,4 @@
-"""Define a task: a name, a default difficulty, and a seeded generator."""
+"""Define a task: a name, limits of its difficulty, and a seeded generator of samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from .weave import Count, Plot, weave
 
 @dataclass(frozen=True)
 class Request:
-    """Hold one sample's checked settings: lengths in tokens of `count`, `depth` a share of the context or None."""
+    """Hold the checked settings of one sample that a task is to make.
+
+    rng         the sample's own random generator
+    length      most tokens of the context, as `count` counts them
+    difficulty  the number of the task's `unit`, such as pairs
+    depth       where the asked fact goes: a share of the context, 0 first to 1 last; None: at random
+    questions   most questions to ask
+    count       returns the number of tokens of a text
+    lexicon     words and numbers to draw from
+    """
 
     rng: random.Random
     length: int
@@ -27,12 +36,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Task:
-    """Generate the samples of one built-in task.
+    """Generate the samples of one task.
 
-    `unit` says what `difficulty` counts, `lowest` and `highest` are its limits, `default` gives it for a
-    length.
-    `depth_moves` names what `depth` places; None where the evidence is spread over the whole context.
-    `things` is how many of the lexicon's things it may take at its default difficulty, where contexts are shared.
+    name             name on the command line
+    about            one line for lists of tasks
+    unit             what `difficulty` counts, such as "pairs"
+    lowest, highest  limits of the difficulty
+    default          returns the difficulty for a context of so many tokens
+    make             makes the sample that a request asks for
+    depth_moves      the fact that a given `depth` places, in words, such as "the key"; None if the facts are spread
+                     over the whole context, so that no depth can be given
+    things           most nouns of the lexicon that the task takes at its default difficulty, where several tasks share
+                     one context
     """
 
     name: str
@@ -57,12 +72,14 @@ class Task:
         count: Count | None = None,
         lexicon: Lexicon = FULL,
     ) -> Sample:
-        """Generate sample `index` of stream `seed`: a context of at most (and nearly) `length` tokens, and its
-        questions.
+        """Generate the sample that `seed` and `index` decide: a context of at most, and nearly, `length` tokens.
 
-        `count(text)` is the number of tokens of a text, the built-in tokenizer's (BOS included) by default.
-        `questions` are different from each other; a task that has fewer to ask gives those it has.
-        Raises ValueError for a length the facts do not fit in, and for limits that are overstepped.
+        depth       share of the context, 0 first to 1 last, at which the asked fact stands; None: at random
+        difficulty  number of the task's `unit`; the default for this length unless given
+        questions   number of different questions; a task with fewer asks all it has
+        count       returns the number of tokens of a text; the built-in tokenizer's, BOS included, unless given
+        lexicon     words and numbers to draw from
+        Raises ValueError for a length in which the facts do not fit, and for arguments outside their limits.
         """
         if length < 1:
             raise ValueError(f"length={length}: {self.name} needs a positive number of tokens")
@@ -81,7 +98,10 @@ class Task:
 
 
 def builtin_count() -> Count:
-    """Count tokens by the built-in tokenizer; imported late, since the tokenizer is made from the tasks' words."""
+    """Return the function that counts a text's tokens by the built-in tokenizer.
+
+    It is imported late, since the tokenizer is built from the words of the tasks.
+    """
     from kvfloor.tasks.tokenizer import count_tokens
 
     return count_tokens
@@ -89,7 +109,10 @@ def builtin_count() -> Count:
 
 @dataclass(frozen=True)
 class Woven:
-    """Generate a task whose facts stand in filler: `plot(rng, difficulty, lexicon)` returns the facts."""
+    """Make the samples of a task whose facts stand at random places among filler sentences.
+
+    `plot(rng, difficulty, lexicon)` draws the facts and the questions of one sample.
+    """
 
     plot: Callable[[random.Random, int, Lexicon], Plot]
 

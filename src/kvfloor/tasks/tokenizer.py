@@ -1,8 +1,8 @@
-"""Build the built-in tokenizer: one entry per word of the tasks, two digits per token, BOS first.
+"""Build the built-in tokenizer: one token per word of the tasks, one per two digits, BOS first.
 
-WordPiece over white-space and punctuation splits: a word is one token, a run of digits is cut from the left
-into pairs ("48213" -> "48" "##21" "##3"), and a word that is not listed is spelt in letters, so that plain
-lower-cased English text never becomes "unknown". Decoding gives back the text exactly, provided that it is
+It is a WordPiece tokenizer over text split at white space and punctuation, lower-cased. A word of the tasks is one
+token. A run of digits is cut from the left into pairs ("48213" -> "48" "##21" "##3"). Any other word is spelt in
+letters, so that plain English text never becomes "unknown". Decoding gives back the text exactly, provided that it is
 lower-case and its only punctuation is ". , ? =" with "=" between spaces.
 """
 
@@ -22,7 +22,7 @@ SENTENCE = 160  # characters; longer texts are contexts
 
 
 def vocabulary() -> dict[str, int]:
-    """Map each token to its id, in a fixed order: specials, digits, letters and punctuation, then the tasks' words."""
+    """Return {token: id} in a fixed order: special tokens, punctuation, digits, letters, "##" pieces, tasks' words."""
     digits = [*string.digits, *lexicon.PAIRS]
     letters = list(string.ascii_lowercase)
     words = [
@@ -43,7 +43,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer from the task lexicon alone; the same on every call."""
+    """Build the tokenizer from the words of the tasks alone. It is the same on every call."""
     vocab = vocabulary()
     # WordPiece takes the longest match, so that two digits are taken before one
     fast = Tokenizer(models.WordPiece(vocab=vocab, unk_token=UNK, continuing_subword_prefix="##"))
@@ -69,12 +69,12 @@ def _shared() -> Tokenizer:
 
 
 def encode(text: str, *, bos: bool = True) -> list[int]:
-    """Return the token ids of `text`, with BOS first unless `bos=False`; no transformers overhead."""
+    """Return the token ids of `text`, with BOS first unless `bos` is False, without transformers' overhead."""
     return _shared().encode(text, add_special_tokens=bos).ids
 
 
 def count_tokens(text: str) -> int:
-    """Count the tokens of `text`, BOS included. Sentences are remembered, whole contexts are not."""
+    """Return the number of tokens of `text`, BOS included. Counts of sentences are cached, those of contexts not."""
     return _count_sentence(text) if len(text) < SENTENCE else len(encode(text))
 
 

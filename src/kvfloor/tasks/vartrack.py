@@ -1,4 +1,8 @@
-"""Ask for a variable's value through scattered chains of assignments, followed hop by hop (variable tracking)."""
+"""Define the task "vartrack": find a variable's value by following a chain of scattered assignments.
+
+The context holds several chains, such as "let fox = 4821." ... "let hen = fox.", whose number of hops is the
+difficulty.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,10 @@ CHAINS = 4
 
 
 def plot(rng: random.Random, hops: int, lexicon: Lexicon) -> Plot:
-    """Plot chains of `hops` hops from "let fox = 4821." on; the question starts at a chain's last name."""
+    """Draw chains of `hops` assignments after "let fox = 4821.", and a question about each chain's last variable.
+
+    The answer goes back along the chain to the number. Raises ValueError if the lexicon has too few nouns.
+    """
     chains = min(CHAINS, len(lexicon.things) // (hops + 1))
     if chains < 1:
         raise ValueError(f"difficulty={hops}: a chain of {hops} hops needs {hops + 1} names")

@@ -1,4 +1,4 @@
-"""Place facts among filler, and fit the context to the requested length."""
+"""Place a task's facts among filler sentences, in a context of the requested length."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ GIVE_UP = 8  # sentences in a row that did not fit before the rest of the room i
 
 @dataclass(frozen=True)
 class Plot:
-    """Hold a task's facts before they are placed.
+    """Hold a task's facts and questions before the facts are placed in a context.
 
-    `threads`: each a list of sentences that keep their order in the context; the threads themselves mix
-    freely.
-    `questions`: (question, index of the thread that answers it).
+    threads    lists of sentences; the sentences of one thread keep their order in the context, while threads mix freely
+    questions  pairs (question, index of the thread that answers it)
     """
 
     threads: Sequence[Sequence[str]]
@@ -31,10 +30,13 @@ class Plot:
 def weave(
     rng: random.Random, threads: Sequence[Sequence[str]], length: int, count: Count, pinned: dict[int, float]
 ) -> str:
-    """Build the context: all facts at random places among filler, at most `length` tokens as `count` counts.
+    """Return a context of at most, and nearly, `length` tokens: all facts at random places among filler sentences.
 
-    `pinned[i] = depth` puts the first sentence of thread `i` at that share of the context (0 first, 1 last);
-    the rest of the thread follows somewhere after it. Raises ValueError where the facts alone are too long.
+    threads  lists of sentences with facts, as in `Plot`
+    count    returns the number of tokens of a text
+    pinned   {i: depth} puts the first sentence of thread i at that share of the context (0 first, 1 last); the rest of
+             the thread follows at random places after it
+    Raises ValueError if the facts alone are longer than `length`.
     """
     facts: list[tuple[float, str]] = []
     for i, thread in enumerate(threads):
@@ -63,7 +65,11 @@ def weave(
 
 
 def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[str, int]]:
-    """Return sentences with their token counts that together take nearly, and at most, `room` tokens."""
+    """Draw filler sentences of nearly, and at most, `room` tokens in all; return (sentence, tokens) pairs.
+
+    count  returns the number of tokens of a text, with special tokens such as BOS
+    empty  number of tokens that `count` returns for an empty text, which sentences are not charged for
+    """
     chosen: list[tuple[str, int]] = []
     misses = 0
     while room > 0 and misses < GIVE_UP:
@@ -79,7 +85,13 @@ def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[
 
 
 def interleave(facts: list[tuple[float, str]], sizes: list[int], filler: list[tuple[str, int]]) -> str:
-    """Put each fact before the first filler sentence at which the text so far has reached its share."""
+    """Return facts and filler as one text, each fact at its share of the text's tokens.
+
+    facts   (share from 0 to 1, sentence), in order of shares
+    sizes   number of tokens of each fact
+    filler  (sentence, number of tokens)
+    A fact goes before the first filler sentence at which the text so far has reached the fact's share.
+    """
     total = sum(sizes) + sum(size for _, size in filler)
     ahead = list(accumulate(sizes, initial=0))
     out: list[str] = []

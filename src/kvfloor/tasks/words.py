@@ -1,4 +1,4 @@
-"""Ask for the most frequent word of a long shuffled list whose counts follow Zipf's law."""
+"""Define the task "words": name the most frequent word of a long shuffled list with Zipf-distributed counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ SHORTEST = 16  # words below which the first two ranks can come up equally often
 
 
 def make(request: Request) -> Sample:
-    """Draw shuffled words with counts that fall as 1/rank: the asked word is twice as frequent as the next."""
+    """Return a sample: a shuffled list of words, and the question for the most frequent one.
+
+    Counts fall as 1/rank, so the asked word is about twice as frequent as the next one. Raises ValueError if the length
+    or the lexicon is too small.
+    """
     rng, things = request.rng, request.lexicon.things
     if len(things) < 2:
         raise ValueError(f"words needs at least 2 different words, this lexicon has {len(things)}")
@@ -29,7 +33,10 @@ def make(request: Request) -> Sample:
 
 
 def zipf(total: int, kinds: int) -> list[int]:
-    """Split `total` over `kinds` ranks as 1/rank, by largest remainders; the smallest ranks may get none."""
+    """Return the counts of `kinds` words that sum to `total` and fall as 1/rank, most frequent first.
+
+    Counts are rounded by largest remainders. The last words may get 0.
+    """
     mass = sum(1 / rank for rank in range(1, kinds + 1))
     shares = [total / (mass * rank) for rank in range(1, kinds + 1)]
     counts = [int(share) for share in shares]

@@ -1,1 +1,1 @@
-"""Train LESS's kernels for a model of your own."""
+"""Train the kernels of LESS for a model of your own: small networks that summarise evicted tokens."""

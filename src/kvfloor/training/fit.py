@@ -1,4 +1,9 @@
-"""Fit LESS's kernels to lessons, layer by layer."""
+"""Fit the kernels of LESS, one layer of a model after the other.
+
+LESS (Dong et al. 2024, arXiv 2402.09398) keeps a low-rank state of the evicted tokens. Its kernels are two small
+networks per kv head, phi of queries and psi of keys, such that phi(q).psi(k) replaces exp(scale q.k) of an evicted
+token.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +28,14 @@ _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold all settings that decide the kernels, beside model and policy.
+    """Hold the settings of a training run, which decide the kernels together with the model and the policy.
 
-    samples texts with contexts of `length` tokens; a tenth of them, kept out of training, chooses among the epochs.
-    The paper takes 512 texts and a hidden width of 512; the other defaults are its own.
+    rank, hidden        rank of the low-rank state; hidden units of each network
+    samples, length     number of texts, and tokens of context in each; a tenth of the texts, kept out of training,
+                        decides which epoch's kernels are returned
+    epochs, batch       passes over the texts; texts per step
+    lr, dropout, seed   Adam's learning rate; share of hidden units off in training; seed of all randomness
+    The defaults are the LESS paper's, except for samples and hidden, of which the paper takes 512 each.
     """
 
     rank: int = 8
@@ -40,7 +49,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError naming the argument that is out of its domain."""
+        """Raise ValueError naming a setting that is outside its limits."""
         whole_numbers = ("rank", "hidden", "length", "epochs", "batch")
         count("train-less", least=1, **{name: value for name, value in asdict(self).items() if name in whole_numbers})
         count("train-less", least=2, samples=self.samples)
@@ -50,7 +59,14 @@ class Recipe:
 
 
 def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
-    """Return the layer's answers (P, g, m, dv) with the kernels' state in place of the evicted tokens."""
+    """Return attention outputs (P, g, m, dv) with the kernels' low-rank state in place of the evicted tokens.
+
+    kernels  two small networks per kv head, which sum evicted tokens up in the state and read it
+    given    one text in one layer, with queries of m tokens and g query heads for each of P kv heads
+    dropout  share of the networks' hidden units that are off
+    Each query reads the state of the tokens that were evicted before it, merged with exact attention over the tokens
+    still held.
+    """
     heads, g, m, _ = given.q.shape
     psi = kernels.psi(given.k, dropout)
     values = torch.cat([given.v, torch.ones_like(given.v[..., :1])], -1)
@@ -67,7 +83,10 @@ def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
 
 
 def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
-    """Return the weight (hidden, width) by which the model mixes this layer's heads, if its module has a usual name."""
+    """Return the output projection (hidden, width) of the attention in model layer `layer`, float32; None if not found.
+
+    It is a linear module with `width` inputs and a usual name, such as o_proj.
+    """
     for module in model.modules():
         if getattr(module, "layer_idx", None) != layer:
             continue
@@ -78,20 +97,34 @@ def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
 
 
 def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
-    """Convert x (P, g, m, dv) to the layer's output (m, hidden): heads side by side, times the output weight."""
+    """Return the attention layer's output (m, hidden) for m tokens, given its heads' outputs x (P, g, m, dv).
+
+    There are P kv heads with g query heads each, and dv is the width of a value. The heads' outputs are concatenated
+    and multiplied by the output projection `weight` (hidden, P * g * dv); None: not multiplied.
+    """
     heads = x.permute(2, 0, 1, 3).flatten(1)
     return heads if weight is None else heads @ weight.T
 
 
 def loss_of(kernels: Kernels, given: Lesson, weight: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Return the sum of squared errors of the layer's output."""
+    """Return the sum of squared errors of one layer's output on one text, against exact attention: a scalar.
+
+    weight: the output projection, as for `mixed`.
+    """
     return mixed(answers(kernels, given, dropout) - given.exact, weight).square().sum()
 
 
 def fit(
     lessons: Sequence[Lesson], weight: Tensor | None, start: Kernels, recipe: Recipe, say: Callable[[str], None]
 ) -> Kernels:
-    """Fit kernels to the mean squared error of the layer's output by Adam, and return the best on the last tenth."""
+    """Train one layer's kernels by Adam on the squared error of the layer's output, and return the best ones.
+
+    lessons   the texts in this layer; the last tenth is kept out of training
+    weight    the output projection of the layer, or None
+    start     the untrained kernels
+    say       called with one line about the errors
+    The best kernels are those of the epoch with the least error on the last tenth.
+    """
     kept_back = max(1, len(lessons) // 10)
     seen, unseen = lessons[:-kept_back], lessons[-kept_back:]
     size = sum(float(mixed(one.exact, weight).square().sum()) for one in lessons) / len(lessons)
@@ -129,9 +162,14 @@ def fit(
 def train(
     model: Any, material: Sequence[Text], method: Bounded, recipe: Recipe, say: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Train kernels for every layer of a prepared model; return the file's tensors (layers, kv heads, ...).
+    """Train kernels for every layer of a prepared model, and return {name: tensor (layers, kv heads, ...)} for a file.
 
-    Layers that no compressed cache serves keep untrained kernels. Raises ValueError where the policy drops nothing.
+    material   texts that the model runs over
+    method     the eviction policy with its budget, which decides the tokens that the kernels learn to replace
+    say        called with each line of progress
+    Kernels are two small networks per kv head, which replace evicted tokens. A layer that `CompressedCache` does not
+    compress gets the kernels of the layer before it, or untrained ones if it is the first.
+    Raises ValueError if the policy evicts (nearly) nothing from these texts.
     """
     compressed = {layer.index for layer in CompressedCache(model.config, "exact").compressed}
     layers: list[Kernels] = []

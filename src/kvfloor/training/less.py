@@ -1,8 +1,8 @@
-"""Train the kernels of LESS for a model and a policy of your own: `kvfloor train-less`.
+"""Train the kernels of LESS for a model and an eviction policy of your own: the command `kvfloor train-less`.
 
-The model stays as it is. Layer by layer its queries, keys and values are recorded once. The policy runs over them and
-decides which tokens are evicted before each query. The kernels of that layer's heads learn to restore the loss in the
-layer's output. Arguments and seed decide everything.
+The model itself is not trained. Its queries, keys and values are recorded once, layer by layer. The policy runs over
+them and decides which tokens are evicted before each query. The kernels (small networks, one pair per kv head) then
+learn to make up for the evicted tokens in the layer's output. Arguments and seed decide everything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Drop
 from kvfloor.files import replace_file
 from kvfloor.hf import prepare
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.methods.summaries.low_rank import Less
 from kvfloor.models import load
 from kvfloor.training.fit import Recipe, train
@@ -42,14 +42,17 @@ def run(
     recipe: Recipe,
     say: Callable[[str], None],
 ) -> list[tuple[str, int, list[float]]]:
-    """Train kernels for a model and a policy, write them to `out`, and compare them on fresh texts.
+    """Train kernels of LESS for a model and a policy, write them to the file `out`, and compare them on other texts.
 
-    policy    an eviction policy with a budget in tokens
-    prompts   JSON lines as an audit takes them; samples of the built-in tasks unless given
-    compared  fresh texts to compare on
+    name      "builtin", or the folder of a transformers model
+    policy    an eviction policy with a budget in tokens, such as "sinks(4)@64"
+    prompts   file of JSON lines as for `kvfloor audit`; None: samples of the built-in tasks
+    compared  number of texts, not used in training, to compare on; 0: return []
+    recipe    the settings of the training
     say       called with each line of progress
-    Returns (method, bytes per kv head, output error per layer) for the policy alone, the policy with as many bytes
-    more in tokens, and the policy with the kernels. Raises ValueError with one line where an argument cannot be served.
+    Returns three tuples (method, bytes per kv head, mean output error per layer): for the policy alone, for the policy
+    with the kernels' bytes spent on more tokens, and for the policy with the kernels. Raises ValueError with one line
+    for an argument that cannot be used.
     """
     method = parse(policy)
     if not isinstance(method, Bounded) or not isinstance(method.budget, int):
@@ -78,7 +81,10 @@ def run(
 
 
 def weights_tag(model: Any) -> str:
-    """Return a digest of a model's weights: kernels serve the weights they were trained for."""
+    """Return a digest of a model's weights, 16 hex digits, which the kernels' file records.
+
+    Kernels fit only the weights that they were trained for.
+    """
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
         digest.update(name.encode() + x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -86,9 +92,9 @@ def weights_tag(model: Any) -> str:
 
 
 def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> list[tuple[str, int, list[float]]]:
-    """Measure methods on the last part of each text, which follows the prompt's end.
+    """Measure the error of each method's attention output on the rest of each text, which follows the prompt.
 
-    Returns (method, bytes per kv head, error per layer) for each method.
+    Returns (method, bytes per kv head, [error per layer, mean over kv heads]) for each method.
     """
     seen = traces.record(model, [text.context for text in material], [text.rest for text in material])
     d, dv, dtype = seen[0].k.shape[2], seen[0].v.shape[2], seen[0].k.dtype
@@ -101,7 +107,11 @@ def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> 
 
 
 def rivals(method: Bounded, less: Less, spec: Spec) -> list[Bounded]:
-    """Return the policy alone, the policy with the state's bytes spent on tokens, and the policy with the state."""
+    """Return three methods to compare: the policy alone, with a larger budget, and with the LESS state.
+
+    The LESS state is the summary `less` of the evicted tokens. The larger budget keeps as many more tokens as fit into
+    the bytes of that state, so the last two methods take equal memory.
+    """
     budget = method.budget
     assert isinstance(budget, int)
     plain, more, with_state = (

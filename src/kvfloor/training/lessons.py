@@ -1,4 +1,7 @@
-"""Make the lessons that LESS's kernels learn from: evicted tokens, later queries, and exact answers, layer by layer."""
+"""Prepare the training data of LESS's kernels: evicted tokens, later queries and exact attention, layer by layer.
+
+A lesson is one text in one layer of a model. An eviction policy has run over it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _QUERIES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Text:
-    """Hold the token ids of a context and of the rest that follows it; the prompt ends between the two."""
+    """Hold the token ids of a context, which is the prompt, and of the rest that follows it: question and answer."""
 
     context: list[int]
     rest: list[int]
@@ -32,11 +35,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Hold one text in one layer: the queries after the first eviction, and attention over the tokens still held.
+    """Hold one text in one layer: keys and values of n tokens, and queries of the m tokens after the first eviction.
 
-    q (P, g, m, d); k (P, n, d), v (P, n, dv); rank (P, n): the departure at which each token was evicted, 0 the first,
-    or `departures` if never; gone (m,): departures before each query; mean (P, g, m, dv) and log_mass (P, g, m) of
-    attention over the held tokens; exact (P, g, m, dv).
+    P is the number of kv heads, g of query heads per kv head; d and dv are the widths of a key and a value. A departure
+    is a time at which tokens are evicted; departures are numbered from 0.
+    q               (P, g, m, d): the queries
+    k, v            (P, n, d), (P, n, dv): keys and values of all tokens
+    rank            (P, n): number of the departure at which each token is evicted; `departures` if never
+    departures      number of departures
+    gone            (m,): number of departures before each query
+    mean, log_mass  (P, g, m, dv), (P, g, m): attention over the tokens still held, and the log-sum-exp of their logits
+    exact           (P, g, m, dv): attention over all tokens
     """
 
     q: Tensor
@@ -51,7 +60,7 @@ class Lesson:
 
 
 def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
-    """Return every item's context, and its question with the right answer, as token ids."""
+    """Return one `Text` per item: token ids of its context, then of its question with the right answer."""
 
     def plain(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -66,7 +75,10 @@ def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
 
 
 def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Item]:
-    """Draw samples of the built-in tasks in turn, with contexts of `length` tokens."""
+    """Draw `samples` samples of the built-in tasks, task after task in turn, with contexts of `length` tokens.
+
+    Each item has one question with its answer. seed decides all samples.
+    """
 
     def size(text: str) -> int:
         return len(tokenizer(text).input_ids)
@@ -77,9 +89,11 @@ def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Ite
 
 
 def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Any, Any]]:
-    """Yield q, k, v, scale and softcap of one layer for each text, run with an exact cache.
+    """Yield (q, k, v, scale, softcap) of model layer `layer` for each text.
 
-    q (kv heads, g, n, d), k and v (kv heads, n, .).
+    q (kv heads, g, n, d), k (kv heads, n, d) and v (kv heads, n, dv) are taken after RoPE, while the model runs over
+    the text with an exact cache; g is the size of the GQA group, n the number of tokens. scale is the factor on q.k,
+    softcap the cap on logits or None.
     """
     for text in material:
         cache = CompressedCache(model.config, "exact")
@@ -90,9 +104,11 @@ def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple
 
 
 def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
-    """Return (rows, n): the number of tokens seen when each token was evicted, n + 1 if it stayed.
+    """Return the time (rows, n) at which the policy `method` evicts each token, counted in tokens appended by then.
 
-    The state is sealed after `prompt` tokens.
+    The time is n + 1 for a token that is never evicted. The state is sealed after `prompt` tokens, which marks the end
+    of the prompt. q (rows, g, n, d), k (rows, n, d) and v (rows, n, dv) are one layer's stream of n tokens: a row per
+    kv head, g query heads each.
     """
     state = replace(method, summary=Drop()).open(spec)
     assert isinstance(state, BoundedState)
@@ -113,7 +129,10 @@ def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, pro
 
 
 def lesson(method: Bounded, layer: int, text: Text, taken: tuple[Tensor, Tensor, Tensor, Any, Any]) -> Lesson | None:
-    """Return the lesson that the layer's kernels learn from one text; None if no query follows an eviction."""
+    """Return one text's training data for one layer's kernels; None if no query follows an eviction.
+
+    method: the eviction policy; taken: (q, k, v, scale, softcap) of the layer from `recorded`.
+    """
     q, k, v, scale, softcap = taken
     rows, g, n, d = q.shape
     places = [(layer, head) for head in range(rows)]

@@ -1,4 +1,4 @@
-"""One wrong line each: methods that a check must reject. `MUTANTS` names the check that is meant."""
+"""List methods with one wrong line each, and for each the check that must reject it (`MUTANTS`)."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from mutants import answers, contract, rows, stored, tokens, traits
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong method, the check that must reject it, and the others that rightly do as well."""
+    """Hold a wrong method, the check that must reject it, and the other checks that rightly reject it too."""
 
     check: str
     method: Method

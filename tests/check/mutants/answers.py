@@ -1,4 +1,4 @@
-"""Wrong lines about what an answer weighs."""
+"""Break the weights of answers."""
 
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from mutants.base import small, summing
 
 @small
 class FutureLeak(BoundedState):
-    """A causal mask off by one: every token sees the one after it."""
+    """Break causality: the mask is off by one, so that every token attends to the next one."""
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         return self._among_all(q.flatten(1, 2), q.shape[1], before + 1).shaped(*q.shape[:3])
@@ -25,7 +25,7 @@ class FutureLeak(BoundedState):
 
 @small
 class TurnsByAge(BoundedState):
-    """Takes a query's place for its token's number in the stream instead of among what is held."""
+    """Break rotation: place a query at its token's number in the stream instead of its place among the held tokens."""
 
     def _newest(self, q: Tensor) -> Tensor:
         newest = (self.seen - 1).clamp_min(0).unsqueeze(1)
@@ -34,7 +34,7 @@ class TurnsByAge(BoundedState):
 
 @small
 class CrowdTemperature(BoundedState):
-    """Limits a query by the largest entry of all queries that are asked with it."""
+    """Break the independence of queries: scale each one by the largest entry of all queries in the call."""
 
     def _read(self, q: Tensor) -> Partial:
         limit, largest = 8.0, float(q.abs().max()) if q.numel() else 0.0
@@ -43,7 +43,7 @@ class CrowdTemperature(BoundedState):
 
 @summing
 class CountsTwice(ValueSumState):
-    """A sum of values that counts each evicted token twice."""
+    """Break the count of evicted tokens: the summary counts each of them twice."""
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         super().absorb(row, k, v, position)
@@ -52,7 +52,7 @@ class CountsTwice(ValueSumState):
 
 @dataclass(frozen=True)
 class ReadsGhosts(TopK):
-    """Reads slots whose tokens have left, once rows differ in how much they hold."""
+    """Break selection: the selector reads slots whose tokens were evicted."""
 
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
         return super().hide(q, view, spec, hide if view.live is None else None)
@@ -60,7 +60,7 @@ class ReadsGhosts(TopK):
 
 @dataclass(frozen=True)
 class ReadsNothing(TopK):
-    """Reads nothing where little is left to choose from."""
+    """Break selection: the selector reads nothing for a query with few tokens to choose from."""
 
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
         unread = super().hide(q, view, spec, hide)
@@ -77,7 +77,7 @@ class ReadsAheadState(PagesState):
 
 @dataclass(frozen=True)
 class ReadsAhead(Pages):
-    """Chooses among slots whose tokens come later, too."""
+    """Break selection: the index also chooses slots of tokens after the query's own."""
 
     def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> PagesState:
         return ReadsAheadState(spec, slots, self)
@@ -85,7 +85,7 @@ class ReadsAhead(Pages):
 
 @small
 class NoSoftcap(BoundedState):
-    """Forgets the softcap in `step`."""
+    """Break the attention law: `step` leaves out the softcap."""
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         capped, self.spec = self.spec, replace(self.spec, softcap=None)
@@ -97,7 +97,7 @@ class NoSoftcap(BoundedState):
 
 @small
 class MassOff(BoundedState):
-    """Its log-mass is off by a constant: the mean is right, every merge is wrong."""
+    """Break merging: the log-mass is off by a constant, so that the mean is right and every merge is wrong."""
 
     def _read(self, q: Tensor) -> Partial:
         part = super()._read(q)

@@ -1,4 +1,4 @@
-"""What most mutants derive from: a small correct method whose state class can be swapped."""
+"""Define the small correct methods that most mutants derive from; their state class can be replaced."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from kvfloor.methods.summaries.value_sum import ValueSum, ValueSumState
 
 
 class Named:
-    """Methods that are read back from the place of their class."""
+    """Write a method's text as the place of its class."""
 
     def __str__(self) -> str:
         return f"{type(self).__module__}:{type(self).__qualname__}"
@@ -22,7 +22,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Small(Named, Bounded):
-    """A window of 16 tokens in blocks of 4."""
+    """Keep a window of 16 tokens, evicting in blocks of 4."""
 
     state: ClassVar[type[BoundedState]] = BoundedState
     policy: Policy = field(default_factory=Window)
@@ -35,7 +35,7 @@ class Small(Named, Bounded):
 
 @dataclass(frozen=True)
 class SmallObserving(Small):
-    """Heavy hitters, 16 tokens in blocks of 4."""
+    """Keep 16 heavy hitters, evicting in blocks of 4."""
 
     policy: Policy = field(default_factory=lambda: HeavyHitters(sinks=2, recent=4))
 

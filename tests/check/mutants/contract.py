@@ -1,4 +1,4 @@
-"""Wrong lines about what calls take, give back and leave alone."""
+"""Break the inputs, the outputs and the side effects of calls."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -14,14 +14,14 @@ from mutants.base import Small, small
 
 
 class Nameless(Small):
-    """Its text names another method."""
+    """Break the text form: it names another method."""
 
     def __str__(self) -> str:
         return "window(block=4)@16"
 
 
 class Thawed(Small):
-    """Its fields can be set."""
+    """Break immutability: fields can be set."""
 
     __setattr__ = object.__setattr__
 
@@ -33,20 +33,20 @@ class Undocumented(Small):
 
 @dataclass(frozen=True)
 class UnsourcedWindow(Window):
-    """A window without a source."""
+    """Evict the oldest token, without naming a source."""
 
     paper: ClassVar[str] = ""
 
 
 @dataclass(frozen=True)
 class Unsourced(Small):
-    """Nothing says where it comes from."""
+    """Break documentation: the policy names no source."""
 
     policy: UnsourcedWindow = UnsourcedWindow()
 
 
 class Boastful(Small):
-    """States a bound without a theorem."""
+    """Break the guarantee: state a bound without a theorem."""
 
     def guarantee(self, spec: Spec) -> Guarantee:
         return Guarantee(0.1, 0.0, "max norm", "every query", (), source="")
@@ -54,7 +54,7 @@ class Boastful(Small):
 
 @small
 class WarmStart(BoundedState):
-    """An empty memory weighs as much as one token."""
+    """Break the empty state: it has the mass of one token."""
 
     def _read(self, q: Tensor) -> Partial:
         part = super()._read(q)
@@ -63,7 +63,7 @@ class WarmStart(BoundedState):
 
 @small
 class WideAnswers(BoundedState):
-    """Answers keep the dtype of an intermediate result."""
+    """Break the dtype of answers: keep that of an intermediate result."""
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         return super().step(q, k, v, present).double()
@@ -71,7 +71,7 @@ class WideAnswers(BoundedState):
 
 @small
 class CountingReads(BoundedState):
-    """Keeps statistics on reads in its state."""
+    """Break the purity of `read`: count the reads in the state."""
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
@@ -84,7 +84,7 @@ class CountingReads(BoundedState):
 
 @small
 class Obliging(BoundedState):
-    """Converts what it is given instead of refusing it."""
+    """Break the refusal of wrong input: convert another dtype instead."""
 
     def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
         if isinstance(x, Tensor):
@@ -94,7 +94,7 @@ class Obliging(BoundedState):
 
 @small
 class HastyClock(BoundedState):
-    """Counts a call before its input is checked."""
+    """Break the refusal of wrong input: count a call before its input is checked."""
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
@@ -107,7 +107,7 @@ class HastyClock(BoundedState):
 
 @small
 class NanBlind(BoundedState):
-    """Does not look for NaN in queries that bring no token."""
+    """Break the refusal of NaN: do not search for it in queries without tokens."""
 
     def _checked(self, x: Tensor, name: str, width: int, axes: int = 3, finite: bool = False) -> Tensor:
         return super()._checked(x, name, width, axes)
@@ -122,7 +122,7 @@ class AdoptingState(DiaryState):
 
 
 class Adopting(Diary):
-    """Takes over the first chunk of values instead of copying it."""
+    """Break the copying of inputs: keep the caller's tensor of the first values."""
 
     def open(self, spec: Spec) -> State:
         return AdoptingState(self, spec)
@@ -130,7 +130,7 @@ class Adopting(Diary):
 
 @small
 class InPlace(BoundedState):
-    """Scales its queries in place, and rounding keeps it from undoing that."""
+    """Break the caller's queries: scale them in place and back, which rounds them."""
 
     def read(self, q: Tensor) -> Partial:
         answer = super().read(q)
@@ -140,7 +140,7 @@ class InPlace(BoundedState):
 
 @small
 class StrideBlind(BoundedState):
-    """Takes for granted that the last axis is the one that lies densely in memory."""
+    """Break other memory layouts: assume that the last axis of keys has stride 1."""
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         if isinstance(k, Tensor) and k.ndim == 3 and k.layout == torch.strided:
@@ -150,7 +150,7 @@ class StrideBlind(BoundedState):
 
 @small
 class PadsAnswered(BoundedState):
-    """Leaves numbers where there was no token to answer."""
+    """Break padding: give answers other than zero at absent tokens."""
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         out = super().step(q, k, v, present)
@@ -161,7 +161,7 @@ class PadsAnswered(BoundedState):
 
 @small
 class MarkInFinally(BoundedState):
-    """Takes the mark of a running step away whether it came to its end or not."""
+    """Break the mark of a running step: remove it even if the step fails."""
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Tensor:
         try:
@@ -172,7 +172,7 @@ class MarkInFinally(BoundedState):
 
 @small
 class LateClock(BoundedState):
-    """Takes itself to be whole once the tokens are in, before the block is closed."""
+    """Break the mark of a running call: remove it once the tokens are stored, before the block is closed."""
 
     def _advance(self, take: Tensor) -> None:
         self._underway = None

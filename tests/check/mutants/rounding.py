@@ -1,4 +1,4 @@
-"""Wrong lines about rounding, which do on every machine what some matrix products do on some machines."""
+"""Break rounding on every machine in the ways in which some matrix products break it on some machines."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from mutants.base import summing
 
 
 def summed(x: Tensor, backwards: bool) -> Tensor:
-    """The float32 sum of x (n, ...) over its first axis, one addition after another, from either end."""
+    """Sum x (n, ...) over its first axis in float32, one addition after another, from either end."""
     whole = torch.zeros(x.shape[1:])
     for part in x.flip(0) if backwards else x:
         whole = whole + part.float()
@@ -27,7 +27,7 @@ def off_boundary(x: Tensor) -> bool:
 
 @summing
 class RoundsByPlace(ValueSumState):
-    """Sums a row's evicted values from an end that depends on where in the batch the row lies."""
+    """Break bits by place: sum a row's evicted values from an end that depends on the row's place in the batch."""
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         for at, values in equal_lots(row, v.float()):
@@ -38,7 +38,7 @@ class RoundsByPlace(ValueSumState):
 
 @summing
 class RoundsByBoundary(ValueSumState):
-    """Measures queries by a sum whose order depends on how the caller's tensor lies in memory."""
+    """Break bits by address: measure queries by a sum whose order depends on where the caller's tensor lies."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -53,7 +53,7 @@ class RoundsByBoundary(ValueSumState):
 
 @dataclass(frozen=True)
 class RoundsByRows(HeavyHitters):
-    """Scores tokens by a sum whose order depends on how many rows are looked at together."""
+    """Break bits by batch: score tokens by a sum whose order depends on the number of rows in a call."""
 
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
         received = summed(weights.flatten(1, 2).movedim(1, 0), backwards=len(weights) > 1)

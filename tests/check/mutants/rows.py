@@ -1,4 +1,4 @@
-"""Wrong lines about rows and about where chance comes from."""
+"""Break the independence of rows and the sources of randomness."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ from mutants.base import Small, small
 
 @dataclass(frozen=True)
 class KeyedByPlace(Random):
-    """A random sample that depends on where in the batch a row sits."""
+    """Break row order: a random sample depends on the row's place in the batch."""
 
     def priority(self, held: Held) -> Tensor:
         return super().priority(replace(held, row_ids=torch.arange(len(held.row_ids))))
@@ -23,7 +23,7 @@ class KeyedByPlace(Random):
 
 @dataclass(frozen=True)
 class RelativeIds(Random):
-    """A random sample that depends on which other rows are in the batch, by the distance to their smallest id."""
+    """Break the independence of rows: a random sample depends on which other rows are in the batch."""
 
     def priority(self, held: Held) -> Tensor:
         keys = row_keys(held.spec.seed, held.row_ids - min(held.spec.row_ids or (0,)), "relative")
@@ -32,7 +32,7 @@ class RelativeIds(Random):
 
 @small
 class SharedStabiliser(BoundedState):
-    """Shifts by the largest number of the whole batch, which rounds away other bits beside other rows."""
+    """Break row isolation: shift answers by the largest key entry of the batch and back, which rounds them."""
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         part = super()._answer(q, new_k, new_v, before)
@@ -42,7 +42,7 @@ class SharedStabiliser(BoundedState):
 
 @small
 class IdsStay(BoundedState):
-    """Numbers the rows anew when some are selected."""
+    """Break `select_rows`: number the selected rows anew."""
 
     def select_rows(self, index: Tensor) -> None:
         super().select_rows(index)
@@ -50,7 +50,7 @@ class IdsStay(BoundedState):
 
 
 class GlobalDraw(Small):
-    """Draws a start value from torch's global generator."""
+    """Break seeding: draw from torch's global generator."""
 
     def open(self, spec: Spec) -> BoundedState:
         torch.randn(spec.d)

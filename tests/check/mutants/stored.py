@@ -1,4 +1,4 @@
-"""Wrong lines about bytes: what is counted, copied, sent and hidden."""
+"""Break the counting, copying and sending of a state's bytes, or hide some of them."""
 
 import hashlib
 from typing import Any
@@ -13,7 +13,7 @@ from mutants.base import Small, small, small_observing
 
 @small
 class SharedNotebook(BoundedState):
-    """Notes the latest value among the tensors that are public and uncounted."""
+    """Break shared tensors: store the latest value among them, which are public and not counted."""
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         super()._append(k, v, take)
@@ -27,7 +27,7 @@ class SharedNotebook(BoundedState):
 
 @small_observing
 class HalfClone(BoundedState):
-    """A clone that shares one buffer with its original."""
+    """Break `clone`: it shares one buffer with its original."""
 
     def clone(self) -> "HalfClone":
         twin = super().clone()
@@ -37,7 +37,7 @@ class HalfClone(BoundedState):
 
 @small
 class BytesByFormula(BoundedState):
-    """Computes its size from keys and values, and forgets the rest."""
+    """Break `nbytes`: count keys and values only."""
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +46,7 @@ class BytesByFormula(BoundedState):
 
 @small
 class PhaseDropped(BoundedState):
-    """Sends the clock of the last block end, without the tokens since."""
+    """Break messages: send the number of tokens seen at the last block's end instead of now."""
 
     def export(self) -> dict[str, Any]:
         fields = super().export()
@@ -54,7 +54,7 @@ class PhaseDropped(BoundedState):
 
 
 class DigestRepaired(Small):
-    """Reads a message without comparing its digest."""
+    """Break the detection of damage: repair a message's digest instead of comparing it."""
 
     def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
         at = data.find(b'"kvfloor":"') + 11
@@ -67,7 +67,10 @@ HIDDEN: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
 @small
 class HiddenInModule(BoundedState):
-    """Hides its tokens where neither nbytes nor the message finds them."""
+    """Break the index floor: hide tokens where neither `nbytes` nor the message has them.
+
+    The game is recognised by its single row and its scale of 1.
+    """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)

@@ -1,4 +1,4 @@
-"""Wrong lines about which tokens are held and what becomes of the others."""
+"""Break the choice of held tokens, and the handling of evicted ones."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from mutants.base import small
 
 @small
 class EvictsPerCall(BoundedState):
-    """Evicts at the end of every call rather than at the end of every block."""
+    """Break chunking: evict at the end of every call rather than at the end of every block."""
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
         answers = super()._feed(k, v, q, count)
@@ -25,7 +25,7 @@ class EvictsPerCall(BoundedState):
 
 @small
 class PadsEnter(BoundedState):
-    """Packs the real tokens first and then takes in the pads behind them too."""
+    """Break padding: store the pads too, after the real tokens."""
 
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         take, order = super()._arrange(k, v, q, present)
@@ -34,7 +34,7 @@ class PadsEnter(BoundedState):
 
 @small
 class OneTooMany(BoundedState):
-    """Evicts one token too many."""
+    """Break the budget: evict one token too many."""
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
@@ -43,7 +43,7 @@ class OneTooMany(BoundedState):
 
 @small
 class OneTooFew(BoundedState):
-    """Evicts one token too few."""
+    """Break the budget: evict one token too few."""
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
         super().__init__(method, spec, budgets)
@@ -59,7 +59,7 @@ class LazySlots(Slots):
 
 @small
 class ValuesStay(BoundedState):
-    """Moves keys and positions into the holes that eviction leaves, and forgets the values."""
+    """Break eviction: move keys and positions into the freed slots, but not the values."""
 
     def __init__(self, method: Bounded, spec: Spec, budgets: Sequence[int]) -> None:
         super().__init__(method, spec, list(budgets))
@@ -68,7 +68,7 @@ class ValuesStay(BoundedState):
 
 @small
 class PinsForgotten(BoundedState):
-    """Protects nothing, whatever was pinned."""
+    """Break pins: evict pinned tokens as well."""
 
     def _protected(self, held: Held) -> Tensor:
         return torch.zeros_like(held.position, dtype=torch.bool)
@@ -76,7 +76,7 @@ class PinsForgotten(BoundedState):
 
 @small
 class AbsorbedTwice(BoundedState):
-    """The token at the window's edge is absorbed before it leaves, and again when it does."""
+    """Break the summary: absorb the token at the window's edge once before its eviction and once at it."""
 
     def _evict(self, rows: Tensor) -> None:
         if self.summary is not None:

@@ -1,4 +1,4 @@
-"""Traits claimed by methods that do not have them."""
+"""Claim traits for methods that do not have them."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from mutants.base import Named
 
 @dataclass(frozen=True)
 class ClaimsHull(Named, Quantized):
-    """Two bits per number, said to stay within the values given."""
+    """Break a trait: claim that answers of 2-bit quantisation stay in the convex hull of the values."""
 
     bits: int = 2
 
@@ -20,7 +20,7 @@ class ClaimsHull(Named, Quantized):
 
 @dataclass(frozen=True)
 class ClaimsLinearity(Named, Quantized):
-    """Two bits per number, said to be linear in the values."""
+    """Break a trait: claim that answers of 2-bit quantisation are linear in the values."""
 
     bits: int = 2
 
@@ -31,7 +31,7 @@ class ClaimsLinearity(Named, Quantized):
 
 @dataclass(frozen=True)
 class ClaimsConstantMemory(Named, Exact):
-    """Every token kept, in memory said not to grow."""
+    """Break a trait: keep every token, and claim constant memory."""
 
     @property
     def traits(self) -> Traits:

@@ -1,4 +1,4 @@
-"""Fewer examples of each property: an oracle's search over all choices is long."""
+"""Try fewer examples of each property, because an oracle's search over all choices takes long."""
 
 from hypothesis import settings
 

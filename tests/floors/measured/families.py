@@ -1,4 +1,4 @@
-"""Key families with a known structure, and mutants of the floor that claim too much on some of them."""
+"""Define key families of known structure, and mutants of the read floor that claim too much on some of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from kvfloor.floors.measured import Readable
 
 
 def keys(name: str, n: int, d: int, seed: int = 0) -> Tensor:
-    """orthogonal: n <= d axes; clusters: n / 4 centres of 4 near-duplicates; gaussian; equal: one key n times."""
+    """Make n keys of one family.
+
+    orthogonal  n <= d axes                         clusters  n / 4 centres with 4 near-duplicates each
+    gaussian    normal numbers                      equal     one key n times
+    """
     generator = torch.Generator().manual_seed(seed)
     if name == "orthogonal":
         return torch.eye(n, d, dtype=torch.float64) * d**0.5
@@ -30,7 +34,7 @@ FAMILIES = ("orthogonal", "clusters", "gaussian", "equal")
 
 
 def claims(found: Readable, weights: Tensor, leaks: Tensor) -> Readable:
-    """The floor that these weights and leaks would give for the same groups."""
+    """Return the floor that these weights and leaks would give for the same groups."""
     demand = found.demand
     levels, bits = demand.levels(weights, leaks), float(demand.bits(weights, leaks).sum())
     return dataclasses.replace(found, weights=weights, leaks=leaks, levels=levels, bits=bits)
@@ -41,7 +45,7 @@ def ignores_the_leak(found: Readable) -> Readable:
 
 
 def forgets_later_tokens(found: Readable) -> Readable:
-    """Weights as if the query did not see its own token and those before it that came after the cut."""
+    """Compute weights as if the query did not attend to the tokens after the stored ones, its own included."""
     share = 1.0 / (1.0 + 1.0)  # the tests give as much mass later as stored
     return claims(found, (found.weights / share).clamp_max(1.0), found.leaks / share)
 
@@ -51,14 +55,14 @@ def counts_a_level_too_many(found: Readable) -> Readable:
 
 
 def reads_a_group_twice(found: Readable) -> Readable:
-    """Every group counted a second time, its tokens shared between the two."""
+    """Count every group a second time, with the same tokens."""
     twice = {name: torch.cat([getattr(found, name)] * 2) for name in ("queries", "asked", "weights", "leaks", "levels")}
     later = None if found.later_mass is None else torch.cat([found.later_mass] * 2)
     return dataclasses.replace(found, **twice, later_mass=later, bits=2 * found.bits)
 
 
 def subtracts_what_is_not_known_yet(found: Readable) -> Readable:
-    """Groups numbered the other way round, with the levels of the right way."""
+    """Reverse the order of the groups, but keep the levels of the right order."""
     last = found.groups - 1
     group = torch.where(found.group < 0, found.group, last - found.group)
     flipped = {name: getattr(found, name).flip(0) for name in ("queries", "asked", "weights", "leaks", "levels")}

@@ -1,4 +1,4 @@
-"""The read floor's law written down once more, in float64 and without its code: weights, worst answers, all choices."""
+"""Compute the read floor a second time, in float64 and by definition: weights, worst answers, all choices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvfloor.floors.measured import Demand, Readable
 
 
 def weights(q: Tensor, k: Tensor, scale=1.0, softcap=None, later_mass=None) -> Tensor:
-    """Softmax weights (m, n) by the definition, one query at a time."""
+    """Compute the softmax weights (m, n) by definition, one query at a time."""
     rows = []
     for i, query in enumerate(q.double()):
         logits = scale * (k.double() * query).sum(1)
@@ -24,7 +24,7 @@ def weights(q: Tensor, k: Tensor, scale=1.0, softcap=None, later_mass=None) -> T
 
 
 def pairs(found: Readable, k: Tensor) -> Tensor:
-    """Weight (G, G) of query g on group h."""
+    """Return the weights (G, G) of query g on group h."""
     if found.groups == 0:
         return torch.zeros(0, 0, dtype=torch.float64)
     seen = weights(found.queries, k[found.stream], found.scale, found.softcap, found.later_mass)
@@ -32,9 +32,9 @@ def pairs(found: Readable, k: Tensor) -> Tensor:
 
 
 def holds(found: Readable, k: Tensor) -> bool:
-    """The stated weights and leaks are the true ones, the levels satisfy the condition, the bits are their sum.
+    """Return True if a floor's weights and leaks are the true ones, its levels are allowed and its bits their sum.
 
-    For floors that were computed in float64.
+    It applies to floors that were computed in float64.
     """
     between, demand = pairs(found, k), found.demand
     own, leak = between.diagonal(), between.triu(1).sum(1)
@@ -46,10 +46,11 @@ def holds(found: Readable, k: Tensor) -> bool:
 
 
 def survives(found: Readable, k: Tensor) -> bool:
-    """Every group's level comes back from the worst answers that are within eta.
+    """Return True if every group's level can be decoded from the worst answers that err by at most eta.
 
-    Groups decoded later sit at -1 or 1 together, the answer errs by eta to the same side; earlier groups are known, and
-    take both ends too. The level is the lowest, the highest or one between.
+    In the worst case all groups decoded later have the value -1, or all have 1, and the answer errs by eta to the same
+    side. Groups decoded earlier are known; both ends are tried for them too. The tried levels are the lowest one, the
+    highest one and one between them.
     """
     between, eta = pairs(found, k), found.demand.eta
     for g, side, known in itertools.product(range(found.groups), (-1.0, 1.0), (-1.0, 1.0)):
@@ -67,7 +68,7 @@ def survives(found: Readable, k: Tensor) -> bool:
 
 
 def best_by_all_choices(seen: Tensor, demand: Demand) -> float:
-    """Most bits over every assignment of tokens to queries or to none, and every order: for a few tokens only."""
+    """Return the most bits over all assignments of tokens to queries or to none, in all orders: for a few tokens."""
     m, n = seen.shape
     choices = torch.tensor(list(itertools.product(range(-1, m), repeat=n)))
     best = 0.0
@@ -84,7 +85,7 @@ def best_by_all_choices(seen: Tensor, demand: Demand) -> float:
 
 
 def best_within_by_all_choices(k: Tensor, radius: float, demands: list[Demand]) -> list[float]:
-    """Most bits over every set of tokens and every order, with queries of largest weight: for a few tokens only."""
+    """Return the most bits over all sets of tokens in all orders, with queries of largest weight: for a few tokens."""
     best = [0.0] * len(demands)
     for count in range(1, len(k) + 1):
         for chosen in itertools.combinations(range(len(k)), count):
@@ -99,7 +100,10 @@ def best_within_by_all_choices(k: Tensor, radius: float, demands: list[Demand]) 
 
 
 def largest_weights(k: Tensor, radius: float, steps: int) -> Tensor:
-    """Weights (n, n) under queries of length <= radius that maximise each token's own: projected gradient ascent."""
+    """Maximise each token's weight over queries of length <= radius by projected gradient ascent.
+
+    Returns the weights (n, n) of the best queries.
+    """
     away = k - k.mean(0)
     query = away * (radius / away.norm(dim=1, keepdim=True).clamp_min(1e-9))
     best, most = query, torch.full((len(k),), -torch.inf, dtype=torch.float64)

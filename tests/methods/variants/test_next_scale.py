@@ -6,7 +6,8 @@ import torch
 from kvfloor import Partial, Spec, parse
 from kvfloor.game.engine.public_bits import PublicBits
 from kvfloor.game.keys.families import FAMILIES
-from kvfloor.methods.registry import TABLE, default_method
+from kvfloor.methods.grammar import default_method
+from kvfloor.methods.registry import TABLE
 from kvfloor.methods.variants import NextScale, tokens_in
 from kvfloor.methods.variants.visual import scale_by_scale
 from tests.support import opened

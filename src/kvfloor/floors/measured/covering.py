@@ -1,4 +1,7 @@
-"""Measure the covering ceiling: the balls that cover given keys, and the memory of SubGen with as many centres."""
+"""Measure the covering ceiling: the balls that cover given keys, and the memory of SubGen with one centre per ball.
+
+SubGen (Zandieh et al. 2024) clusters keys online and samples keys of each cluster.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _TOKENS_AT_ONCE = 512
 
 
 def greedy_cover(k: Tensor, delta: float) -> Tensor:
-    """Return the tokens (c,) that an online greedy clustering of keys k (n, d) makes centres, in order of arrival.
+    """Return the indices (c,) of the keys that online greedy clustering of k (n, d) makes centres, in order of arrival.
 
     Law: a token farther than `delta` (l2) from every centre so far becomes a centre, as in SubGen. Results equal those
     of distances computed directly, token by token. Matrix products only decide pairs whose distance is not close to
@@ -43,7 +46,10 @@ def greedy_cover(k: Tensor, delta: float) -> Tensor:
 
 
 def covering_number(k: Tensor, delta: float) -> Tensor:
-    """Count the greedy centres of each row of keys k (rows, n, d) at radius `delta`: (rows,) int64."""
+    """Count the centres of a greedy clustering, at radius `delta`, of each row's keys k (rows, n, d): (rows,) int64.
+
+    A row is the stream of one kv head.
+    """
     if not isinstance(k, Tensor) or k.ndim != 3:
         raise ValueError(f"k must be a tensor (rows, n, d), got {getattr(k, 'shape', type(k).__name__)}")
     return torch.tensor([len(greedy_cover(row, delta)) for row in k])
@@ -51,10 +57,13 @@ def covering_number(k: Tensor, delta: float) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """Hold the memory of SubGen with radius `delta` for one row of keys: an upper bound, under SubGen's own guarantee.
+    """Hold the memory of SubGen with cluster radius `delta` for one row of keys: enough for SubGen's own guarantee.
 
-    `numbers` counts stored numbers. `vacuous` is True where s or t reaches n, or where keeping every token takes no
-    more numbers.
+    A row is the stream of one kv head.
+    centres  number of cluster centres
+    s, t     number of sampled pairs of key and value, number of sampled keys per centre
+    numbers  how many numbers are stored in all
+    vacuous  True where s or t reaches n, or where keeping every token takes no more numbers
     """
 
     delta: float
@@ -74,8 +83,10 @@ def covering_curve(
     radius: float,
     failure: float = 0.1,
 ) -> list[list[Ceiling]]:
-    """Return for every row of k (rows, n, d) the `Ceiling` at every delta: error `epsilon`, |scale q| <= `radius`.
+    """Return the memory of SubGen at every cluster radius in `deltas`, for each row of keys k (rows, n, d).
 
+    The result has one list per row, with one `Ceiling` per radius; a row is the stream of one kv head. The memory meets
+    error `epsilon` for |scale q| <= `radius`.
     Law: centres from `covering_number`; s = 9 dv / (epsilon^2 f), t the smaller of `subgen_t`'s two forms at f, with
     f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is that of all n tokens
     kept.
@@ -102,7 +113,10 @@ def _ceiling(delta: float, centres: int, s: float, t: float, n: int, d: int, dv:
 
 
 def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, delta: float, band: float) -> Tensor:
-    """Return True (b,) for each key (b, d) within delta of one of the centres (c, d)."""
+    """Mark the keys (b,) of k (b, d) that lie within delta of one of the centres (c, d).
+
+    norms, centre_norms hold squared lengths. Squared distances within `band` of delta^2 are computed again, directly.
+    """
     if len(centres) == 0:
         return torch.zeros_like(norms, dtype=torch.bool)
     squared = torch.addmm(centre_norms.unsqueeze(0), k, centres.T, alpha=-2.0)
@@ -115,10 +129,11 @@ def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, de
 
 
 def _first_come(k: Tensor, delta: float) -> Tensor:
-    """Mark the keys that become centres (b,), bool, among keys (b, d) that no older centre covers.
+    """Mark the keys of k (b, d) that become centres of a greedy clustering at radius `delta`: (b,) bool.
 
-    The rule "no earlier centre within delta" has one solution. Each iteration of it settles at least one more token, in
-    order of arrival.
+    Keys come in order of arrival, and no older centre lies within delta of any of them. A key becomes a centre if no
+    earlier centre lies within delta. This rule is applied to all keys at once until nothing changes: every pass settles
+    at least one more key, in order of arrival, and the rule has one solution.
     """
     near = (_distances(k, k) <= delta).tril(-1).float()
     opens = torch.ones(len(k), dtype=torch.bool, device=k.device)

@@ -1,12 +1,13 @@
-"""Search for queries of bounded length that put most weight on one key each, for `readable_within`.
+"""Search for queries of bounded length that each put most softmax weight on one key, for `readable_within`.
 
-The queries are proposals: the floor is computed from them and never rests on their being the best.
+The queries are proposals: a floor computed from any queries is valid, and better ones only raise it.
 
 The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is concave in q, so every local maximum
-over a ball is global. If the rival keys were Gaussian with mean mu and covariance C, the maximum would lie at
+over a ball is global. If the other keys (the rivals) were Gaussian with mean mu and covariance C, the maximum would lie
+at
     q = (scale C + lambda I)^-1 (k_i - mu),   lambda >= 0 the least with |q| <= radius.
-The search starts there, then replaces mu by the rivals' mean under the query's own softmax: a Newton step in that
-metric.
+The search starts there, then replaces mu by the rivals' mean under the query's own softmax: a Newton step in which C
+stands for the curvature.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvfloor.floors.measured.products import logits, rough_dtype
 from kvfloor.logits import capped
 
 FEW = 4096  # up to so many keys, every key is compared with all others
-SAMPLE = 1024  # keys in the sample that stands for all others where there are more
+SAMPLE = 1024  # if there are more rival keys, a sample of this size replaces them
 _KEYS_AT_ONCE = 512
 _STEPS, _STEPS_LONG = 6, 2  # refinements of each query
 _SECULAR_STEPS = 8  # Newton steps for lambda; the equation in 1/|q| is nearly linear
@@ -27,9 +28,11 @@ _INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding 
 
 
 class Ball:
-    """Search queries of length at most `radius` under a logit law, in the metric of some rival keys (c, d).
+    """Search queries of length at most `radius` that put most weight on one key each, against given rival keys (c, d).
 
-    `beyond` is the log mass of further tokens that every query sees, or None. `few` keys are compared in float32.
+    scale and softcap define the logits. `beyond` is the log mass of further tokens that every query sees, or None.
+    `few` keeps the rivals in float32; else bfloat16 is used where that is faster. The covariance of the rivals stands
+    for the curvature in the search.
     """
 
     def __init__(
@@ -47,10 +50,11 @@ class Ball:
         self._vectors = vectors.to(rivals.dtype)
 
     def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
-        """Return a query (n, d) for each key (n, d), given the key's place (n,) among the rivals, or -1.
+        """Return for each key (n, d) a query (n, d) that puts much softmax weight on it, against the rivals.
 
-        The query is the best found among these: straight away from the rivals' mean; the Gaussian direction; `first` if
-        given; along the key, where there is mass beyond; and `steps` refinements of the best of these.
+        place (n,) is the key's index among the rivals, or -1. The query is the best found among these: the direction
+        from the rivals' mean to the key; the best query if the rivals were Gaussian; `first` if given; the direction of
+        the key, if there is mass `beyond`; and `steps` refinements of the best of these.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):
@@ -84,7 +88,10 @@ class Ball:
         return aim * (self.radius / aim.norm(dim=1, keepdim=True).clamp_min(1e-30))
 
     def _longest(self, aim: Tensor) -> Tensor:
-        """Return (C + lambda I)^-1 aim for the least lambda >= 0 that keeps each row within the radius."""
+        """Return (C + lambda I)^-1 aim, C the scaled rivals' covariance, for the least lambda >= 0 within the radius.
+
+        Each row of `aim` has its own lambda.
+        """
         along = aim @ self._vectors
         shift = torch.zeros_like(along[:, :1])
         for _ in range(_SECULAR_STEPS):
@@ -103,7 +110,7 @@ class Ball:
         return raw
 
     def _lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
-        """Return each key's logit less the log mass of its rivals and of the tokens beyond (n,)."""
+        """Return each key's logit less the log mass of its rivals and of the tokens beyond: (n,)."""
         own = capped((query * keys).sum(1) * self.scale, self.softcap)
         rivals = torch.logsumexp(self._rival_logits(query, place), 1)
         return own - torch.logaddexp(rivals, torch.full_like(rivals, self.beyond))
@@ -115,7 +122,10 @@ def _better(best: Tensor, lead: Tensor, query: Tensor, found: Tensor) -> tuple[T
 
 
 def towards_each(k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None) -> Tensor:
-    """Search a query (n, d) of length at most `radius` for every key (n, d), all keys being in the stream."""
+    """Return for every key of k (n, d) a query (n, d) of length at most `radius` that puts much weight on it.
+
+    All keys are in the stream. `beyond` is the log mass of further tokens that every query sees, or None.
+    """
     everything = torch.arange(len(k), device=k.device)
     return with_rivals(k, everything, radius, scale, softcap, beyond)
 
@@ -124,9 +134,9 @@ def with_rivals(
     k: Tensor, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None,
     first: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Search a query (n, d) for every key against the keys at `rivals` (c,), or a sample of these for many keys.
+    """Return for every key of k (n, d) a query (n, d) that puts much weight on it, against the keys at `rivals` (c,).
 
-    `first` (n, d) holds queries to improve on.
+    Where there are many keys, a sample of the rivals is used. `first` (n, d) holds queries to improve on.
     """
     few = len(k) <= FEW
     if not few:
@@ -138,5 +148,5 @@ def with_rivals(
 
 
 def thinned(tokens: Tensor) -> Tensor:
-    """Return at most `SAMPLE` of the tokens, evenly spaced."""
+    """Return at most `SAMPLE` of the token indices, evenly spaced."""
     return tokens[:: max(1, -(-len(tokens) // SAMPLE))]

@@ -1,7 +1,8 @@
-"""Improve a choice of token groups on a dense matrix of softmax weights: reorder, prune, reassign tokens, repeat.
+"""Improve a choice of token groups, each read by one query, on a dense matrix of softmax weights.
 
-The search maximises, per group, log2(1 + w / (error + l)), a smooth stand-in for log2 L. Here w is the weight of the
-group under its query, and l the weight that this query puts on groups decoded later.
+Rounds of reordering, pruning and reassigning tokens maximise, per group, log2(1 + w / (error + l)): a smooth stand-in
+for log2 L, L the number of value levels that the query tells apart. Here w is the weight of the group under its query,
+and l the weight that this query puts on groups decoded later.
 """
 
 from __future__ import annotations
@@ -21,21 +22,28 @@ _GAIN = 1e-3  # bits that dropping a group must gain
 
 
 class Choice(NamedTuple):
-    """Hold an assignment of tokens to queries: queries in the order of decoding (G,), each token's query (n,) or -1."""
+    """Hold an assignment of tokens to the queries that read them.
+
+    order   (G,) queries, in the order in which their groups of tokens are decoded
+    reader  (n,) the query that reads each token, or -1
+    """
 
     order: Tensor
     reader: Tensor
 
 
 def promised(pairs: Tensor, demand: Demand) -> Tensor:
-    """Return the bits of each group (G,), given the weight (G, G) of query j on group k, in the order of decoding."""
+    """Return the bits that each group of tokens gives to the floor, (G,), from the groups' weights, in decoding order.
+
+    pairs (G, G) holds the softmax weight of query j on group k. The weight on later groups counts as leak.
+    """
     return demand.bits(pairs.diagonal(), pairs.triu(1).sum(1))
 
 
 def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
-    """Return the weight (M, M) of query j on the tokens of query k, from weights (M, n) and reader (n,) in [-1, M).
+    """Return the weight (M, M) of query j on the tokens that query k reads, from softmax weights (M, n).
 
-    `reader` holds the query that reads each token, -1 for none.
+    reader (n,) holds the query that reads each token, -1 for none.
     """
     count, n = weights.shape
     column = torch.where(reader < 0, count, reader)
@@ -44,9 +52,10 @@ def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
 
 
 def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tuple[float, Choice]:
-    """Return the most bits found in at most `rounds` rounds of improvement, and the choice that has them.
+    """Improve a choice of groups for at most `rounds` rounds; return the most bits found, and the choice that has them.
 
-    `choice.order` may contain queries without a group: tokens may be assigned to these.
+    weights (M, n) are the softmax weights of the queries. `choice.order` may contain queries without a group: tokens
+    may be assigned to these.
     """
     order, reader = choice
     best, most = Choice(order[:0], reader), 0.0
@@ -74,8 +83,9 @@ def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tu
 def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
     """Return an order of decoding (G,): first the groups that would cost the others most bits if decoded later.
 
-    Decoding group k before group j spares group j log2(1 + pairs_jk / c_j), where c_j = error + half of the weight that
-    query j puts on other groups. Groups are sorted by the bits they cost others less the bits others cost them.
+    pairs (G, G) holds the weight of query j on group k. Decoding group k before group j spares group j
+    log2(1 + pairs_jk / c_j), where c_j = error + half of the weight that query j puts on other groups. Groups are
+    sorted by the bits they cost others less the bits others cost them.
     """
     others = pairs - torch.diag(pairs.diagonal())
     cost = torch.log2(1.0 + others / (demand.error + 0.5 * others.sum(1, keepdim=True)))
@@ -83,11 +93,12 @@ def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def pruned(pairs: Tensor, demand: Demand) -> Tensor:
-    """Drop the groups that cost other groups more bits than they give; return the places of the remaining groups.
+    """Drop the groups that cost other groups more bits than they give; return the positions of the remaining groups.
 
-    Places count in the order of decoding. The values of a dropped group are 0, so that it leaks into no answer. Groups
-    whose weight is too small to be read even without a leak are dropped first. Then, repeatedly, the worst half of the
-    groups without bits is dropped, or else the worst quarter of the groups whose absence gains bits.
+    Positions count in the order of decoding, in which pairs (G, G), the weight of query j on group k, is given. The
+    values of a dropped group are 0, so that it leaks into no answer. Groups whose weight is too small to be read even
+    without a leak are dropped first. Then, repeatedly, the worst half of the groups without bits is dropped, or else
+    the worst quarter of the groups whose absence gains bits.
     """
     places = (demand.bits(pairs.diagonal(), torch.zeros_like(pairs[:, 0])) > 0.0).nonzero()[:, 0]
     for _ in range(_PRUNINGS):
@@ -115,10 +126,11 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
-    """Return for every token the query (n,) that should read it, or -1, by the objective linearised at this choice.
+    """Return the query (n,) that should read each token, or -1, by the objective linearised at this choice.
 
-    Assigned to query g, a token gains its weight under g times d objective / d w_g. It costs every query decoded before
-    g the token's weight under that query times -d objective / d l.
+    The objective is the sum over groups of log2(1 + w / (error + l)), w the weight of query g on its group, l its
+    weight on groups decoded later. Assigned to query g, a token gains its weight under g times d objective / d w_g. It
+    costs every query decoded before g the token's weight under that query times -d objective / d l.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

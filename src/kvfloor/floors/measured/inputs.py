@@ -1,4 +1,4 @@
-"""Check the tensors given to the measured floors; errors name the argument, what was given and what is allowed."""
+"""Check the tensors given to the measured floors; errors name the argument, the given value and the allowed values."""
 
 import math
 
@@ -20,7 +20,10 @@ def matrix(name: str, value: Tensor, width: int | None = None, least: int = 1) -
 
 
 def log_masses(name: str, value: Tensor | float | None, count: int) -> Tensor | None:
-    """Return log masses (count,), float64: one number is repeated for all, -inf is no mass, None stays None."""
+    """Return log masses as (count,) float64: one number is repeated for all, -inf is no mass, None stays None.
+
+    Raises ValueError for another shape, NaN or +inf.
+    """
     if value is None:
         return None
     masses = torch.as_tensor(value).detach().to(torch.float64)
@@ -34,7 +37,7 @@ def log_masses(name: str, value: Tensor | float | None, count: int) -> Tensor | 
 
 
 def logit_law(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """Return `scale` as a finite float, and `softcap` as None or a positive float."""
+    """Return `scale` as a finite float, `softcap` as None or a positive float; raise ValueError for other values."""
     if not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):

@@ -1,4 +1,7 @@
-"""Compute the number of value levels that an answer distinguishes, and the bits of the read floor that follow."""
+"""Compute the number of value levels that an answer distinguishes, and the bits of the read floor that follow.
+
+The read floor is the bits that a state must hold to answer queries over given keys.
+"""
 
 import dataclasses
 
@@ -19,12 +22,14 @@ def grain(dtype: torch.dtype) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """Hold the accuracy required of attention's answers, and the format of the values.
+    """Hold the accuracy required of attention's answers, and the number format of the values.
 
     eta          additive error in max norm, in [0, 1), for values in [-1, 1]
-    p            chance that a whole row of dv values comes back within eta
-    dtype        number format of the values; its rounding adds to eta, so it bounds the levels too
-    most_levels  a further cap on the levels, such as 16 for 4-bit values
+    p            chance that a whole row, the dv values of one answer, is within eta
+    dv           width of a value
+    dtype        number format of the values; its rounding adds to eta
+    most_levels  a cap on the levels, i.e. on the equally spaced values that are hidden, such as 16 for 4-bit values;
+                 eta and the rounding bound the levels too
     """
 
     eta: float
@@ -44,33 +49,42 @@ class Demand:
 
     @property
     def error(self) -> float:
-        """Return the largest deviation of an answer from that of unrounded levels: eta plus the values' rounding."""
+        """Return eta plus the values' rounding: the most that an answer may differ from that for unrounded values."""
         return self.eta + grain(self.dtype)
 
     def levels(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return the largest whole L with (L - 1)(error + leak) < weight, in 1..`most_levels`: int64.
+        """Return the number of value levels that each answer distinguishes, int64, given its weight and leak.
 
-        L equally spaced levels in [-1, 1] lie 2/(L-1) apart. An answer divided by its weight errs by at most
-        (error + leak)/weight. Rounding to the nearest level is right if that error is below half a spacing.
+        weights are the softmax weights of queries on their own groups of tokens, leaks those on groups decoded later.
+        Law: the largest whole L with (L - 1)(error + leak) < weight, in 1..`most_levels`. L equally spaced levels in
+        [-1, 1] lie 2/(L-1) apart. An answer divided by its weight errs by at most (error + leak)/weight. Rounding to
+        the nearest level is right if that error is below half a spacing.
         """
         ratio = weights.double() / (self.error + leaks.double())
         return torch.ceil(ratio * (1.0 - _SHAVE)).clamp(1.0, self._cap).to(torch.int64)
 
     def bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return the bits p dv log2 L - H2(p) of every group, clamped at 0, and 0 for a single level: float64."""
+        """Return the bits that each group of tokens gives to the read floor, float64, for the arguments of `levels`.
+
+        The values of a group are read by one query.
+        Law: p dv log2 L - H2(p), clamped at 0, and 0 for a single level.
+        """
         levels = self.levels(weights, leaks)
         bits = self.p * self.dv * torch.log2(levels.double()) - H2(self.p)
         return bits.clamp_min(0.0).masked_fill(levels < 2, 0.0)
 
     def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return `bits` in the precision of its arguments, for searching."""
+        """Return an estimate of `bits`, computed in the dtype of `weights`: fast, and good enough for searching.
+
+        weights and leaks are those of `levels`.
+        """
         levels = torch.ceil(weights / (self.error + leaks)).clamp_(1.0, self._cap)
         bits = torch.log2(levels).mul_(self.p * self.dv).sub_(H2(self.p)).clamp_min_(0.0)
         return bits.masked_fill_(levels < 2.0, 0.0)
 
     @property
     def ceiling(self) -> float:
-        """Return the bits of a group on which its query puts all its weight."""
+        """Return the bits of a group on which its query puts all its weight: the most that a group can give."""
         return float(self.bits(torch.ones(()), torch.zeros(())))
 
     @property

@@ -15,7 +15,7 @@ _FLOAT32_UNIT = 2.0**-24
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Hold the factors of the logits in one precision: q times the scale (m, d), k (n, d), and the cap."""
+    """Hold the factors of the logits in one precision: queries times the scale (m, d), keys (n, d), and the softcap."""
 
     q: Tensor
     k: Tensor
@@ -23,13 +23,13 @@ class Factors:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, scale: float, softcap: float | None, dtype: torch.dtype) -> Factors:
-        """Return the factors, rounded to `dtype` once."""
+        """Return the factors of the logits of q (m, d) on k (n, d), each rounded to `dtype` once."""
         return Factors((q.double() * scale).to(dtype), k.to(dtype), softcap)
 
     def logits(self, queries: slice | Tensor, tokens: slice | Tensor) -> Tensor:
-        """Return the logits (q, t) of some queries on some tokens; softcap * tanh(logit / softcap) if there is a cap.
+        """Return the logits (q, t) of the given queries on the given tokens.
 
-        bfloat16 factors give float32.
+        With a cap, logit s becomes softcap * tanh(s / softcap). bfloat16 factors give float32.
         """
         products = self.q[queries] @ self.k[tokens].T
         products = products.float() if products.dtype == torch.bfloat16 else products
@@ -37,7 +37,10 @@ class Factors:
 
     @property
     def sum_unit(self) -> float:
-        """Return the unit of rounding of the sums, and of all that is computed from the logits."""
+        """Return the unit roundoff of the sums of products, and of all that is computed from the logits.
+
+        It is that of the factors' dtype, but that of float32 for bfloat16 factors.
+        """
         return _FLOAT32_UNIT if self.q.dtype == torch.bfloat16 else torch.finfo(self.q.dtype).eps / 2.0
 
 
@@ -54,9 +57,10 @@ class Rounding:
 
     @staticmethod
     def of(factors: Factors, q: Tensor, k: Tensor, scale: float) -> Rounding:
-        """Bound the rounding of `factors`, which were made from these q, k and scale.
+        """Bound, per query, the errors and the size of logits computed from `factors`, made from these q, k and scale.
 
-        With u the unit of the sums (float32's for bfloat16), primes for the factors and |.| l2 norms, the error is
+        With u the unit roundoff of the sums (float32's for bfloat16), primes for the factors and |.| l2 norms, the
+        error is
             |q - q'| |k| + |q'| |k - k'|      the factors' own rounding, measured
             + (d + 2) u |q'| |k'|             the sum, in any order (Cauchy-Schwarz)
             + unit(dtype) |q'| |k'|           the rounding of the result
@@ -73,7 +77,10 @@ class Rounding:
         return Rounding(error * 1.001, reach * 1.001)
 
     def of_sums(self, unit: float, terms: int) -> Tensor:
-        """Bound the log of the factor by which a sum of `terms` exponentials of logits errs, in precision `unit`."""
+        """Return a bound on |log(computed / true)| for a sum of `terms` exponentials of logits, per query: (m,).
+
+        `unit` is the unit of rounding of the sum.
+        """
         return self.error + unit * (_EXP_ULPS + 2.0 * self.reach + terms) * 1.01
 
 

@@ -1,9 +1,10 @@
-"""Compute the read floor: bits that a state must hold to answer given queries, or bounded ones, over given keys.
+"""Compute the read floor: bits that a state must hold to answer given queries, or all short ones, over given keys.
 
 Keys and queries are public and fixed before the values. Tokens are put in disjoint groups. Each group has values of its
-own, independent of the others, and one query; tokens in no group have value 0. The queries are answered one after the
-other, and the contribution of groups decoded earlier is subtracted from each answer. The remainder gives the group's
-values back, so that Fano's inequality per group and the chain rule add up (docs/floors.md, "Readable tokens").
+own, independent of the others, and one query that reads it; tokens in no group have value 0. The queries are answered
+one after the other, and the contribution of groups decoded earlier is subtracted from each answer. The remainder gives
+the group's values back, so that Fano's inequality per group and the chain rule add up (docs/floors.md, "Readable
+tokens").
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Readable:
     asked       (G,) int64, the source of each query: an index into the given queries, or for `readable_within` the
                 token of the given keys for which the query was made
     weights     (G,) float64, softmax weight of query g on its group, at most the true weight
-    leaks       (G,) float64, weight of query g on the groups decoded later; in both, other tokens' mass is rounded up
-    levels      (G,) int64, (levels - 1)(eta + grain + leak) < weight, for these and hence for the true weights
-    later_mass  (G,) float64 or None, log mass that query g sees beyond the stream
+    leaks       (G,) float64, weight of query g on the groups decoded later; for both, other tokens' mass is rounded up
+    levels      (G,) int64, with (levels - 1)(eta + grain + leak) < weight for these weights, hence for the true ones
+    later_mass  (G,) float64 or None, log mass of query g on tokens outside the stream
     """
 
     bits: float
@@ -67,7 +68,7 @@ class Readable:
 
     @property
     def groups(self) -> int:
-        """Return the number of groups that are read."""
+        """Return the number of groups of tokens whose values the queries read."""
         return len(self.levels)
 
     @property
@@ -101,12 +102,12 @@ def readable_by(
 ) -> Readable:
     """Bound the bits needed to answer queries `q` over stored keys `k` within eta, each whole row with probability p.
 
-    Law: S >= sum over groups of max(0, p dv log2 L_g - H2(p)), with L_g the most levels for which
-    (L_g - 1)(eta + grain + leak_g) < weight_g, leak_g the weight on groups decoded after g (`Demand`, `Readable`).
-    Worst case over values, for these keys: not a claim about recorded values.
+    A row is the dv values of one answer. Law: S >= sum over groups of max(0, p dv log2 L_g - H2(p)), with L_g the most
+    levels for which (L_g - 1)(eta + grain + leak_g) < weight_g, leak_g the weight on groups decoded after g (`Demand`,
+    `Readable`). Worst case over values, for these keys: not a claim about recorded values.
 
-    k, q         (n, d) stored keys, (m, d) queries that may be asked once the state is sent
-    later_mass   log mass of further tokens that a query sees, its own token included: (m,), or one number; see
+    k, q         (n, d) stored keys, (m, d) queries that may come after the state is sent
+    later_mass   log mass of a query on tokens after the stored ones, its own included: (m,), or one number; see
                  `causal_mass`
     dtype        the values' number format; most_levels caps the levels further
     Groups, their queries and their order come from a search. Any choice gives a valid floor, so a longer search can
@@ -134,9 +135,10 @@ def readable_within(
     dtype: torch.dtype = torch.float32,
     most_levels: int | None = None,
 ) -> Readable:
-    """Bound the bits needed to answer every query of length at most `radius` over a stream of keys from `k`.
+    """Bound the bits needed to answer every query of length at most `radius` over a stream of keys from `k` (n, d).
 
-    Law: as `readable_by`, for the best queries found in the ball. `others` sets the place of keys that are not read:
+    Law: as `readable_by`, for the best queries found within the radius. `others` says whether keys that no query reads
+    are in the stream:
         "absent"   the stream is the read tokens alone: fewer than the given keys, and the floor is for that stream
         "present"  all given keys are in the stream, with value 0 where they are not read; near-duplicates, which no
                    query tells apart, are read as one group
@@ -165,10 +167,11 @@ def readable_by_rows(
     k: Tensor, q: Tensor, *, present: Tensor | None = None, asked: Tensor | None = None,
     later_mass: Tensor | None = None, **demand: Any,
 ) -> list[Readable]:  # fmt: skip
-    """Apply `readable_by` to every row: k (rows, n, d), q (rows, m, d), later_mass (rows, m) or None.
+    """Apply `readable_by` to every row (stream of one kv head) of k (rows, n, d) and q (rows, m, d).
 
-    present (rows, n) and asked (rows, m), bool, mark the real tokens and queries. In the results, `stream` and `asked`
-    are indices into all tokens and queries of the row. Rows have independent values, so their bits add up.
+    Returns one result per row. later_mass is (rows, m) or None. present (rows, n) and asked (rows, m), bool, mark the
+    real tokens and queries, which are not padding. In the results, `stream` and `asked` are indices into all tokens and
+    queries of the row. Rows have independent values, so their bits add up.
     """
     rows = _rows("k", k)
     if _rows("q", q) != rows:
@@ -185,7 +188,10 @@ def readable_by_rows(
 def readable_within_rows(
     k: Tensor, *, radius: Tensor | float, present: Tensor | None = None, **demand: Any
 ) -> list[Readable]:
-    """Apply `readable_within` to every row of k (rows, n, d); radius one number or (rows,), present (rows, n) bool."""
+    """Apply `readable_within` to every row (stream of one kv head) of k (rows, n, d); return one result per row.
+
+    radius is one number or (rows,); present (rows, n), bool, marks the real tokens, which are not padding.
+    """
     rows = _rows("k", k)
     radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()
     found = []
@@ -197,7 +203,10 @@ def readable_within_rows(
 
 
 def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand) -> Readable:
-    """Compute the floor of the groups that the search finds, with all tokens of `k` in the stream."""
+    """Compute the read floor of the groups that the search finds for queries q, with all keys k in the stream.
+
+    `law` is (scale, softcap). `later` (m,) is the log mass of each query on tokens outside the stream, or None.
+    """
     order, reader = find_groups(Sight(q, k, *law, later), demand)
     place = torch.full((len(q) + 1,), -1, device=k.device)
     place[order] = torch.arange(len(order), device=k.device)
@@ -215,7 +224,11 @@ def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Deman
 
 
 def _read_alone(k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor | None, demand: Demand) -> Readable:
-    """Compute the floor of a stream of `tokens` alone, each a group with its query in q, in the order of decoding."""
+    """Compute the read floor of a stream of `tokens` alone: each is a group with its query in q, in decoding order.
+
+    `tokens` are indices into k. `law` is (scale, softcap). `beyond` is the log mass of the query of every key of k on
+    tokens outside the stream, or None.
+    """
     for settling in range(1, _SETTLINGS + 1):
         group = torch.arange(len(tokens), device=k.device)
         mass = None if beyond is None else beyond[tokens]
@@ -240,7 +253,10 @@ def _readable(
 
 
 def _renumbered(group: Tensor, stays: Tensor) -> Tensor:
-    """Renumber the groups (n,) that stay; tokens of the dropped groups get -1."""
+    """Renumber each token's group (n,) after groups are dropped; tokens of dropped groups get -1.
+
+    stays (G,) is True for each group that is kept.
+    """
     number = torch.where(stays, torch.cumsum(stays, 0) - 1, -1)
     return torch.where(group < 0, -1, torch.cat([number, number.new_tensor([-1])])[group])
 
@@ -252,7 +268,10 @@ def _rows(name: str, value: Tensor) -> int:
 
 
 def _marked(name: str, mask: Tensor | None, like: Tensor, row: int) -> Tensor:
-    """Return the places (t,) that the mask marks in a row, or all places without a mask."""
+    """Return the indices (t,) that the mask marks in a row, or all indices without a mask.
+
+    Raises ValueError with `name` unless the mask is bool of shape `like`.shape[:2].
+    """
     if mask is None:
         return torch.arange(like.shape[1], device=like.device)
     if mask.dtype != torch.bool or mask.shape != like.shape[:2]:

@@ -1,4 +1,7 @@
-"""Compute the read floor of a recorded stream at a cut: bits of a state sent there, for the queries after the cut."""
+"""Compute the read floor of recorded keys and queries, cut in two at a token.
+
+It is the bits that a state at the cut must hold to answer the queries after it.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,13 @@ from kvfloor.validation import whole
 def causal_mass(
     q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """Return the log mass of query i over the tokens 0..i after the cut: (g * t,) float64, for `later_mass`.
+    """Return the log mass of causal attention among the tokens after a cut, per query: (g * t,) float64.
 
-    q (g, t, d), the queries of a GQA group; k (t, d), the keys of the same tokens; present (t,) bool marks real tokens.
-    The result is flattened as q.reshape(g * t, d). It is -inf where a query sees no real token.
+    Log mass is the log-sum-exp of logits. The result is the argument `later_mass` of the floors: the mass that each
+    query puts on tokens after the stored ones, its own included. q (g, t, d), the queries of a GQA group at the t
+    tokens after the cut, g per token; k (t, d), the keys of the same tokens; present (t,) bool marks real tokens, which
+    are not padding. Query i sees tokens 0..i. The result is flattened as q.reshape(g * t, d). It is -inf where a query
+    sees no real token.
     """
     g, t, d = q.shape
     everything = slice(None)
@@ -39,14 +45,15 @@ def readable_after(
     softcap: float | None = None,
     **demand: Any,
 ) -> list[Readable]:
-    """Apply `readable_by` to each row of a recorded stream, cut in two after `cut` tokens.
+    """Apply `readable_by` to each row of a recorded stream, cut in two after `cut` tokens; return one result per row.
 
-    The first `cut` tokens are stored, and all later queries are asked. Each later query also sees its own token and the
-    tokens between the cut and it.
+    A row is the stream of one kv head. The first `cut` tokens are stored, and all later queries are asked. Each later
+    query also sees its own token and the tokens between the cut and it.
 
-    q (rows, g, n, d), k (rows, n, d), present (rows, n) bool; `demand` as for `readable_by`. In the results `asked`
-    indexes a row's later queries flattened as q[row, :, cut:].reshape(-1, d), and `stream` indexes its tokens. Bits of
-    rows add up: their values are independent of each other.
+    q (rows, g, n, d), g queries per token (a GQA group), k (rows, n, d); present (rows, n) bool marks real tokens,
+    which are not padding; `demand` as for `readable_by`. In the results `asked` indexes a row's later queries flattened
+    as q[row, :, cut:].reshape(-1, d), and `stream` indexes its tokens. Bits of rows add up: their values are
+    independent of each other.
     """
     if q.ndim != 4 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[1:]:
         raise ValueError(f"q must be (rows, g, n, d) and k (rows, n, d), got {tuple(q.shape)} and {tuple(k.shape)}")
@@ -73,7 +80,8 @@ def readable_after(
 def longest_query(q: Tensor, present: Tensor | None = None) -> Tensor:
     """Return the length (rows,), float64, of each row's longest query: a radius for `readable_within_rows`.
 
-    q (rows, g, n, d), present (rows, n) bool.
+    A row is the stream of one kv head. q (rows, g, n, d) has g queries per token (a GQA group); present (rows, n),
+    bool, marks the real tokens, which are not padding.
     """
     length = q.double().norm(dim=-1)
     if present is not None:

@@ -1,7 +1,7 @@
-"""Search the groups of tokens that each query reads, and their order of decoding, for `readable_by`.
+"""Search groups of tokens, the query that reads each group, and their order of decoding, for `readable_by`.
 
-The search only proposes groups. Any disjoint groups in any order give a valid floor, and `readable.py` computes it from
-weights bounded anew. The search decides how large the floor is, never whether it holds. Choices depend on keys and
+The search only proposes groups. Any disjoint groups in any order give a valid floor, which `readable.py` computes from
+weights that it bounds again. So the search decides the size of the floor, never its validity. Groups depend on keys and
 queries only.
 """
 
@@ -27,15 +27,17 @@ _POOL = 256  # up to so many queries, all of them take part in the improvement
 _QUERIES_AT_ONCE = 128
 _SAMPLED_QUERIES = 1024
 _NEARNESS = (0.5, 0.2, 0.05, 0.0)  # a token belongs to a query's group from this share of its largest weight on
-_ENOUGH = 1.001  # within a thousandth of all that there is, the search ends
+_ENOUGH = 1.001  # the search ends within a thousandth of the most bits possible
 _PASSES = 16  # most iterations that settle which queries of a block are chosen
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Hold the attention of some queries: `softmax` (b, n) over stored tokens, and the `share` (b,) of mass on these.
+    """Hold the attention of some queries (b,) over the n stored tokens.
 
-    `share` is the mass on stored tokens over all mass that the query sees.
+    queries  (b,) indices of the queries
+    softmax  (b, n), over the stored tokens alone
+    share    (b,), the mass on stored tokens over all mass that the query sees
     """
 
     queries: Tensor
@@ -48,16 +50,19 @@ class Block:
         return self.softmax * self.share.unsqueeze(1)
 
     def near(self, share: float) -> Tensor:
-        """Mark the tokens (b, n) with at least this share of the query's largest weight."""
+        """Mark the tokens (b, n) that have at least `share` of their query's largest weight."""
         return self.softmax >= share * self.softmax.amax(1, keepdim=True)
 
     def at(self, places: Tensor) -> Block:
-        """Return the block of the queries at `places`."""
+        """Return the block of the queries at the indices `places` of this block."""
         return Block(self.queries[places], self.softmax[places], self.share[places])
 
 
 class Sight:
-    """Compute the softmax weights of m queries on n stored tokens, in a precision that suffices for searching."""
+    """Compute the softmax weights of m queries on n stored tokens, in a precision that suffices for searching.
+
+    later_mass (m,) is the log mass of further tokens that each query sees, or None.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, later_mass: Tensor | None) -> None:
         self.m, self.n, self.device = q.shape[0], k.shape[0], k.device
@@ -71,11 +76,11 @@ class Sight:
         return torch.arange(self.m, device=self.device)
 
     def rows(self, queries: Tensor) -> Block:
-        """Return the attention of some queries."""
+        """Return the attention of the queries with these indices (b,) over all stored tokens."""
         return self._made(queries) if self._kept is None else self._kept.at(queries)
 
     def blocks(self, queries: Tensor) -> Iterator[Block]:
-        """Yield the attention of some queries, a fixed number of queries at a time."""
+        """Yield the attention of the queries with these indices, a fixed number of queries at a time."""
         return (self.rows(part) for part in queries.split(_QUERIES_AT_ONCE))
 
     def _made(self, queries: Tensor) -> Block:
@@ -88,7 +93,10 @@ class Sight:
 
 
 def find_groups(sight: Sight, demand: Demand) -> Choice:
-    """Return the choice of groups with the most estimated bits among a few settings; no groups if none is readable."""
+    """Return the choice of token groups and queries with the most estimated bits, among a few settings of the search.
+
+    The choice has no groups if no query can read any token.
+    """
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)
     best, most = Choice(sight.all()[:0], last), 0.0
@@ -110,7 +118,11 @@ def find_groups(sight: Sight, demand: Demand) -> Choice:
 
 
 def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Iterator[tuple[float, Choice]]:
-    """Improve a choice, with the pool's other queries decoded first, decoded last or left out; yield each result."""
+    """Improve a choice of groups from up to three starts; yield the estimated bits and the improved choice of each.
+
+    `pool` holds the indices of the queries that may read tokens. The starts differ in the queries of `pool` without a
+    group: they come first in the order of decoding, last, or not at all.
+    """
     weights = sight.rows(pool).weights
     place = torch.full((sight.m + 1,), -1, device=sight.device)
     place[pool] = torch.arange(len(pool), device=sight.device)
@@ -128,7 +140,11 @@ def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Ite
 
 
 def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
-    """Rank the queries (m,) by the weight on their own group over the weight that other queries put on that group."""
+    """Rank the queries (m,), best first, by how much they have their near tokens for themselves.
+
+    Near tokens have at least `share` of the query's largest weight. The rank is the query's weight on them over the
+    weight that other queries put on them.
+    """
     step = max(1, sight.m // _SAMPLED_QUERIES)
     asked = sum(block.share @ block.softmax for block in sight.blocks(sight.all()[::step])) * float(step)
     score = []
@@ -140,11 +156,13 @@ def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
 
 
 def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tuple[float, Choice]:
-    """Choose queries greedily where they are readable, each with its near tokens that no query reads yet.
+    """Form groups greedily: each of the `candidates` in turn reads its near tokens that no other query reads yet.
 
-    Returns the estimated bits and the choice. Groups are built from the last decoded to the first: a group added in
-    front adds no leak to the groups behind it. Within a block, the tokens and the leak that earlier candidates of the
-    block take from a candidate are settled by iteration.
+    Returns the estimated bits and the choice. `candidates` holds indices of queries; those whose group would give no
+    bits are skipped. Near tokens have at least `share` of the query's largest weight. Groups are built from the last
+    decoded to the first: a group that is decoded earlier adds no leak to the groups decoded after it. Candidates are
+    handled in blocks. Within a block, a candidate loses tokens to earlier candidates that are chosen, and leaks weight
+    to their groups; an iteration settles which candidates are chosen.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0

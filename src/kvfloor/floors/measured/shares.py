@@ -1,4 +1,4 @@
-"""Bound the softmax weights of ordered groups of tokens on the safe side of rounding, for the read floor.
+"""Bound the softmax weights of ordered groups of tokens, for the read floor, so that rounding cannot raise the floor.
 
 Groups are numbered in the order in which their queries are decoded, and query g belongs to group g.
 """
@@ -25,10 +25,11 @@ def ordered_shares(
     softcap: float | None = None,
     later_mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Bound the weight of query g on group g, and on all later groups: two (G,) float64 in [0, 1], on the safe side.
+    """Bound the softmax weight of each query on its own group of tokens, and on all groups decoded later.
 
+    Returns two (G,) float64 in [0, 1], on the safe side of rounding. Query g reads group g.
     q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,) float64, log mass of
-    further tokens that query g sees. Weights are over all n tokens and these further tokens.
+    query g on tokens outside the stream. Weights are shares of the mass on all n tokens and on those outside.
     A group's own mass is always computed in float64. The mass of other tokens is float64 for small inputs. For larger
     ones it is bfloat16 or float32, multiplied by the factor e^error that its rounding can hide (`Rounding`). So the
     first result is at most the true weight, and for every e >= 0 first / (e + second) is at most the same quotient of
@@ -78,7 +79,11 @@ def ordered_shares(
 
 
 def _factors(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Factors, Rounding]:
-    """Return the factors in the shortest precision that is allowed and precise enough, and their rounding."""
+    """Return the factors of the logits, and the bounds on their rounding, in the shortest precision that suffices.
+
+    Small inputs use float64. Larger ones may use float32 or bfloat16 where torch allows it, bfloat16 only if its
+    rounding error is small enough.
+    """
     allowed = [torch.float64]
     if len(q) * k.numel() > _WIDE_UP_TO:
         if torch.get_float32_matmul_precision() == "highest":
@@ -101,7 +106,7 @@ def _mass(factors: Factors, asked: slice, tokens: slice, shift: Tensor | None) -
 
 
 def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, softcap: float | None) -> Tensor:
-    """Return the logit of every grouped token under its own group's query, float64."""
+    """Return the logit of every token from `start` on under the query of the token's own group, float64."""
     parts = [k.new_zeros(0, dtype=torch.float64)]
     for low in range(start, k.shape[0], _TOKENS_AT_ONCE):
         here = slice(low, low + _TOKENS_AT_ONCE)
@@ -111,7 +116,10 @@ def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, s
 
 
 def _pieces(inside: int, beyond: int, n: int) -> list[tuple[int, int]]:
-    """Return ranges of tokens, each entirely before, inside or after the tokens of a block's own groups."""
+    """Cut n tokens, sorted by group, into ranges (low, high) of bounded length around the groups of a block of queries.
+
+    The tokens of these groups are `inside`..`beyond` - 1. Each range lies entirely before, inside or after them.
+    """
     pieces = []
     for low, high in ((0, inside), (inside, beyond), (beyond, n)):
         pieces += [(at, min(high, at + _TOKENS_AT_ONCE)) for at in range(low, high, _TOKENS_AT_ONCE)]

@@ -18,11 +18,12 @@ from kvfloor.validation import positive, within
 
 @dataclasses.dataclass(frozen=True)
 class GaussianReference:
-    """Hold the bits of reverse water-filling at total squared error `distortion`.
+    """Hold the bits that Gaussian answers take at total squared error `distortion`, by reverse water-filling.
 
     level       theta, the error of every component that is sent
     variance    total variance of the answers: the squared error of guessing their mean
-    sent, components   number of components of the answers above `level`, and of all with positive variance
+    sent        number of components of the answers whose variance is above `level`
+    components  number of components of the answers with positive variance
     """
 
     bits: float
@@ -38,7 +39,7 @@ def attention_matrix(
 ) -> Tensor:
     """Return the softmax weights (m, n), float64, of queries q (m, d) on stored keys k (n, d).
 
-    later_mass (m,), or one number: log mass of tokens that a query sees beyond the stored ones; rows then sum to less
+    later_mass (m,), or one number, is the log mass of a query on tokens after the stored ones; rows then sum to less
     than 1.
     """
     k = matrix("k", k)
@@ -73,12 +74,11 @@ def value_spread(values: Tensor) -> Tensor:
 
 
 def gaussian_rate(variances: Tensor, distortion: float) -> GaussianReference:
-    """Evaluate the rate-distortion function of independent Gaussians of these variances at squared error `distortion`.
+    """Return the bits that independent Gaussians of these variances take at total squared error `distortion`.
 
-    `distortion` is the total over all components.
-
-    Law: 1/2 sum max(0, log2(variance / theta)) bits, theta solving sum min(theta, variance) = distortion; 0 from the
-    total variance on, infinite at distortion 0. Reverse water-filling (Shannon; Kolmogorov).
+    Law: the rate-distortion function 1/2 sum max(0, log2(variance / theta)) bits, theta solving
+    sum min(theta, variance) = distortion; 0 from the total variance on, infinite at distortion 0. Reverse water-filling
+    (Shannon; Kolmogorov).
     """
     distortion = within("distortion", distortion, 0.0, math.inf)
     if not bool(torch.isfinite(variances).all()) or bool((variances < 0).any()):
@@ -109,10 +109,11 @@ def gaussian_reference(
     mean_squared: float | None = None,
     relative: float | None = None,
 ) -> GaussianReference:
-    """Return the rate R_A(D) of the answers a V if the rows of V were independent N(mean, Sigma), in bits.
+    """Return the bits that the answers a V take at a given error, if the rows of V were independent Gaussians.
 
-    Law: `gaussian_rate` of the products sigma_i^2 lambda_j, sigma the singular values of `a` (m, n), lambda the
-    eigenvalues of Sigma: `spread` (dv,), or those of the covariance of `values` (n, dv). One error must be given:
+    Law: R_A(D), `gaussian_rate` of the products sigma_i^2 lambda_j, for rows N(mean, Sigma): sigma are the singular
+    values of the attention matrix `a` (m, n), lambda the eigenvalues of Sigma: `spread` (dv,), or those of the
+    covariance of `values` (n, dv). One error must be given:
         distortion    D, the expected squared error summed over all m dv entries
         mean_squared  D / (m dv)
         relative      sqrt(D) / ||a V||_F; without `values`, over the root of the mean of ||a V||_F^2 for mean 0

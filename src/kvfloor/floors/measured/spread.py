@@ -1,11 +1,11 @@
-"""Search for a stream of keys in which one bounded query reads each key: `readable_within(others="absent")`.
+"""Search for a stream of keys in which one short query reads each key: `readable_within(others="absent")`.
 
 The search only proposes a stream. `readable.py` then bounds the softmax weights anew and computes the floor.
 
 Let R_ij = exp(logit_ij - logit_ii) under the query of token i. In a given set of tokens, the query of token i puts the
 weight 1 / (1 + sum_j R_ij) on token i, j over the other tokens of the set. Its leak is that weight times the sum of
-R_ij over the tokens j decoded later. A set grows from the last decoded token to the first: a token added in front adds
-no leak to the tokens behind it, and only shrinks their weights.
+R_ij over the tokens j decoded later. A set grows from the last decoded token to the first: a token that is decoded
+earlier adds no leak to the tokens decoded after it, and only shrinks their weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _TOP = 60.0  # logit differences are cut to +-60: exponentials stay finite, and 
 class Pull:
     """Compute the ratios R_ij: the softmax mass on token j over that on token i, under the query of token i.
 
-    `beyond` is the log mass of further tokens that every query sees, or None.
+    q (n, d) holds one query per key of k (n, d). `beyond` is the log mass of further tokens that every query sees, or
+    None.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, beyond: float | None) -> None:
@@ -47,7 +48,10 @@ class Pull:
         self.beyond = torch.zeros_like(self._own) if beyond is None else torch.exp((beyond - self._own).clamp_max(_TOP))
 
     def on(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return R (t, o) of `tokens` against `others`, 0 where both are the same token."""
+        """Return the ratios (t, o): the mass on each of `others` over that on the token, under each token's query.
+
+        A ratio is 0 where both are the same token.
+        """
         pull = self._factors.logits(tokens, others).sub_(self._own[tokens].unsqueeze(1))
         pull = (pull if self._tame else pull.clamp_(-_TOP, _TOP)).exp_()
         place = torch.full((self.n,), -1, device=tokens.device)
@@ -58,7 +62,10 @@ class Pull:
         return pull
 
     def load(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the row sums (t,) of R: the mass that `others` take from each of `tokens`."""
+        """Return the mass on all `others` over that on the token, under the token's query: (t,), one per token.
+
+        It is the sum of the ratios of `on`.
+        """
         total = torch.zeros_like(self._own[tokens])
         for row in range(0, len(tokens), _TOKENS_AT_ONCE):
             rows = slice(row, row + _TOKENS_AT_ONCE)
@@ -67,14 +74,20 @@ class Pull:
         return total
 
     def damage(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the column sums (o,) of R cut at 1: the mass that the queries of `tokens` put on each other token."""
+        """Return how much each of `others` disturbs the queries of `tokens`: (o,), sums of ratios.
+
+        The ratios are those of `on`, each cut at 1 and summed over `tokens`.
+        """
         total = torch.zeros_like(self._own[others])
         for rows in tokens.split(_TOKENS_AT_ONCE):
             total += self.on(rows, others).clamp_max_(1.0).sum(0)
         return total
 
     def pairs(self, members: Tensor) -> Tensor:
-        """Return the weight (G, G) of each member's query on each member, in a stream of the members alone."""
+        """Return the softmax weights (G, G) of the queries of the tokens `members` on these tokens.
+
+        The stream consists of these tokens alone.
+        """
         pull = self.on(members, members)
         pull.fill_diagonal_(1.0)
         return pull / (pull.sum(1) + self.beyond[members]).unsqueeze(1)
@@ -89,7 +102,10 @@ class Candidate(NamedTuple):
 
 
 class Spread:
-    """Search one matrix of keys (n, d), float32, for streams to read, under one logit law and query radius."""
+    """Search keys (n, d), float32, for streams of tokens that queries of length at most `radius` read one by one.
+
+    scale and softcap define the logits; `beyond` is the log mass of further tokens that every query sees, or None.
+    """
 
     def __init__(
         self, k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None, demand: Demand
@@ -122,7 +138,10 @@ class Spread:
         yield self._best(pull, (load.argsort(),))
 
     def _best(self, pull: Pull, orders: tuple[Tensor, ...]) -> Candidate:
-        """Return the best revision of the sets grown by adding tokens in each of the given orders."""
+        """Return the stream with the most estimated bits, over several orders in which tokens are tried.
+
+        In each order, a set of tokens that queries can read one by one is grown and then revised.
+        """
         best = Candidate(self._all[:0], self.k[:0], 0.0)
         for order in orders:
             before, idle = 0.0, 0
@@ -137,7 +156,10 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Find a query for every token against the given rivals, and return the ratios R of these queries."""
+        """Find a query for every token against the tokens at `rivals`, and return the mass ratios of these queries.
+
+        `first` (n, d) holds queries to improve on, or is None.
+        """
         scale, softcap, beyond = self._law
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
         return Pull(q, self.k, scale, softcap, beyond)
@@ -160,9 +182,10 @@ class Spread:
             members = self._grown(pull, pull.load(self._all, members).argsort(), members)
 
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
-        """Return the estimated bits and the members in a better order of decoding.
+        """Return the estimated bits of a set of tokens, `members`, and the members in a better order of decoding.
 
-        Where the members are too many to compare all pairs, those with the least competing mass come first.
+        Where the members are too many to compare all pairs, they are sorted by the mass that the other members have
+        under their query, over their own mass: the least comes first.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)
@@ -177,9 +200,9 @@ class Spread:
         return float(self.demand.bits(own, own * load / 2.0).sum()), members[load.argsort()]
 
     def _grown(self, pull: Pull, order: Tensor, members: Tensor) -> Tensor:
-        """Put further tokens, taken in the given order, in front of the members where they stay readable.
+        """Add further tokens, tried in the given order, to a set of tokens where their values stay readable.
 
-        Returns the tokens added and the members, in the order of decoding.
+        New tokens are decoded before the `members`. Returns the tokens added and the members, in the order of decoding.
         """
         new = torch.ones_like(self._all, dtype=torch.bool)
         new[members] = False
@@ -198,6 +221,9 @@ class Spread:
         return members
 
     def _reads(self, load: Tensor, beyond: Tensor) -> Tensor:
-        """Return True for each token that still carries bits when all tokens behind it have the ratio sum `load`."""
+        """Mark the tokens that still carry bits when the tokens decoded after them take `load` times their own mass.
+
+        beyond is the same ratio for the mass beyond the stream.
+        """
         own = 1.0 / (1.0 + load + beyond)
         return self.demand.bits(own, own * load) > 0.0

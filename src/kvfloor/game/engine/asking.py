@@ -1,4 +1,8 @@
-"""Ask a state for hidden rows, by reading or by appending; the state stays as it was, and memory is bounded."""
+"""Query a state for hidden rows, either as it is or after appending a token to a copy of it.
+
+A state is the memory that a method keeps of its streams. A hidden row is dv hidden values, which one query reads. The
+state stays as it was. Queries are asked a part at a time, so that memory is bounded.
+"""
 
 import torch
 from torch import Tensor
@@ -10,7 +14,10 @@ _FORK_BYTES = 2**28  # bytes that copies of the state may take at once
 
 
 def by_reading(state: State, copy: Tensor, queries: Tensor) -> Tensor:
-    """Return the answers (m, dv), float32, to queries (m, d) of streams copy (m,), appending nothing."""
+    """Return a state's answers (m, dv), float32, to queries (m, d), without appending a token.
+
+    copy (m,) holds the index of the stream that each query is for. A state keeps one row per stream.
+    """
     rows, m = state.spec.rows, len(queries)
     order = torch.argsort(copy, stable=True)
     count = torch.bincount(copy, minlength=rows)
@@ -26,10 +33,10 @@ def by_reading(state: State, copy: Tensor, queries: Tensor) -> Tensor:
 def by_appending(
     state: State, copy: Tensor, queries: Tensor, k: Tensor | None = None, v: Tensor | None = None
 ) -> Tensor:
-    """Return the answers (m, dv), float32, each from a copy of the state to which one token was appended.
+    """Return the answers (m, dv), float32, to queries (m, d), each on its own copy of the state with one token more.
 
-    queries (m, d), streams copy (m,), appended tokens k (m, d), v (m, dv). The appended token is zero unless given: in
-    this form the theorems let Bob continue the stream.
+    copy (m,) holds the index of the stream that each query is for. k (m, d) and v (m, dv) are the appended tokens, zero
+    unless given. The theorems in which the receiver (Bob) continues the stream before he asks need this form.
     """
     spec = state.spec
     k = queries.new_zeros(len(queries), spec.d) if k is None else k

@@ -1,4 +1,8 @@
-"""Decode hidden values from answers, using the answers and public numbers only."""
+"""Decode the values hidden in a state from its answers to queries, and certify the bits that its message carries.
+
+Decoding uses the answers and the public sizes of the game only. Hidden values are levels: level x of 0..2^bits-1 stands
+for the value x / (2^bits - 1).
+"""
 
 import dataclasses
 
@@ -16,14 +20,19 @@ _SPREAD = 0.15  # standard deviation in [0, 1] below which a row is an average o
 
 
 def leak_ratio(bits: int, eta: float) -> float:
-    """Return the eps_s that the game uses: (1-eta)/4 for single bits; for finer values also at most 2^-(bits+3)."""
+    """Return the largest ratio (softmax mass on other tokens)/(mass on the queried token) that the game allows.
+
+    The ratio, eps_s, is (1-eta)/4 for single bits, and at most 2^-(bits+3) too for values of more bits. eta is the
+    relative error that answers may have.
+    """
     return eps_s(eta) if bits == 1 else min(eps_s(eta), level_eps_s(bits))
 
 
 def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
-    """Decode the hidden levels (m, dv), int64 in [0, 2^bits): single bits by `tau`, finer values by the nearest level.
+    """Decode answers (m, dv) to the hidden levels (m, dv), int64 in [0, 2^bits).
 
-    An answer that is not finite decodes as level 0.
+    Level x stands for the value x / (2^bits - 1). Single bits are decoded by the threshold `tau`, finer values by the
+    nearest level. An answer that is not finite decodes as level 0.
     """
     answers = torch.nan_to_num(answers.double(), nan=0.0, posinf=0.0, neginf=0.0)
     if bits == 1:
@@ -33,10 +42,12 @@ def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
 
 
 def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Find the rows whose answers look like one token's own values: (trusted (m,) bool, levels of all rows (m, dv)).
+    """Find the rows of answers (m, dv) that look like one token's own values.
 
-    A row of single bits is first divided by its largest answer (sampling methods return it scaled). A trusted row is
-    finite, large enough, close to levels, and not the flat average that is left of an evicted token.
+    Returns which rows are trusted, (m,) bool, and the decoded levels of all rows, (m, dv) int64: level x stands for the
+    value x / (2^bits - 1). A row of single bits is first divided by its largest answer (sampling methods return it
+    scaled). A trusted row is finite, large enough, close to levels, and not the flat average that is left of an evicted
+    token.
     """
     answers = answers.double()
     finite = torch.isfinite(answers).all(dim=1)
@@ -53,17 +64,20 @@ def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def wrong_bits(decoded: Tensor, hidden: Tensor, bits: int) -> Tensor:
-    """Count the wrong bits per row (m,) under the Gray code, in which neighbouring levels differ in one bit."""
+    """Count the bits in which decoded and hidden levels (m, dv) differ, per row: (m,).
+
+    Levels are written in the Gray code, in which neighbouring levels differ in one bit.
+    """
     differing = (decoded ^ (decoded >> 1)) ^ (hidden ^ (hidden >> 1))
     return sum(((differing >> place) & 1).sum(dim=1) for place in range(bits))  # type: ignore[return-value]
 
 
 def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Tensor:
-    """Mark the rows (m,), bool, that a (1±eta)-accurate method could have returned.
+    """Mark the rows (m,), bool, of answers (m, dv) that a method of relative error eta could have returned.
 
-    For single bits, the whole row must decode right. For finer values x, every coordinate must lie between (1-eta)
-    times the least and (1+eta) times the largest value that exact attention gives when the spike leaks at most
-    `leak_ratio`, up to float32 rounding.
+    For single bits, the whole row must decode to its hidden levels (m, dv). For finer values x, every coordinate must
+    lie between (1-eta) times the least and (1+eta) times the largest value that exact attention gives when the query
+    leaks at most `leak_ratio` to other tokens, up to float32 rounding.
     """
     if bits == 1:
         return (nearest_levels(answers, bits, eta) == hidden).all(dim=1)
@@ -76,7 +90,13 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Record the decoding of one set of answers: certified bits, certificate, share of wrong bits and of good rows."""
+    """Record the decoding of one set of answers.
+
+    certified_bits  bits that the message certifiably carries
+    certificate     the certificate that proves them: hard, erasure, log-loss or sampled rows
+    bit_error       share of hidden bits decoded wrong
+    row_success     share of rows answered within the allowed relative error
+    """
 
     certified_bits: float
     certificate: str
@@ -85,10 +105,12 @@ class Decoded:
 
 
 def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_from: int | None = None) -> Decoded:
-    """Compare answers (m, dv) with the hidden levels (m, dv) and certify what the message held.
+    """Compare answers (m, dv) with the hidden levels (m, dv), and certify the bits that a state's message carries.
 
-    All rows once, in order, give the best of the hard, erasure and log-loss certificates. `sampled_from` = n means that
-    the rows were drawn with replacement from n; then the share of whole rows decoded right gives the certificate.
+    Returns the certified bits and the shares decoded right or wrong (`Decoded`). eta is the relative error that answers
+    may have. If every row was asked once, in order, the best of the hard, erasure and log-loss certificates counts.
+    `sampled_from` = n means that the m rows were drawn with replacement from n; then the share of whole rows decoded
+    right gives the certificate.
     """
     m, dv = hidden.shape
     decoded = nearest_levels(answers, bits, eta)

@@ -1,4 +1,7 @@
-"""Define the public half of the game: all that Alice and Bob agree on before any value is hidden."""
+"""Define the public data of the game: all that Alice and Bob agree on before any value is hidden.
+
+Alice hides values in a method's state. Bob decodes them from the bytes of that state.
+"""
 
 import dataclasses
 import hashlib
@@ -22,9 +25,9 @@ _TOKENS_AT_ONCE = 1024
 
 
 def derived_seed(purpose: str, seed: int | str) -> int:
-    """Derive a seed for one purpose: 63 bits of SHA-256 over "kvfloor/barriers/v1/PURPOSE/SEED".
+    """Derive a seed for one purpose from a run's seed: 63 bits of SHA-256 over "kvfloor/barriers/v1/PURPOSE/SEED".
 
-    Streams for different purposes are unrelated.
+    Random streams for different purposes are unrelated.
     """
     digest = hashlib.sha256(f"kvfloor/barriers/v1/{purpose}/{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -34,9 +37,10 @@ def derived_seed(purpose: str, seed: int | str) -> int:
 class Instance(ABC):
     """Define one hard instance: `copies` independent streams, each hiding `rows` rows of dv values of `bits` bits.
 
-    A barrier implements `rows`, `length`, `keys`, `stream` and `answers`. All fields are public and plain: Bob's
-    process receives them as JSON, and nothing else about the instance. key_seed and method_seed derive from the run's
-    seed by `derived_seed`; neither reveals the run's seed nor the hidden values.
+    Alice appends the streams' tokens to a method's state. A hidden row is the values that one of Bob's queries reads
+    back. Each barrier (the game of one memory theorem) implements `rows`, `length`, `stream` and `answers`. All fields
+    are public and plain: Bob's process receives them as JSON, and nothing else about the instance. key_seed and
+    method_seed derive from the run's seed by `derived_seed`; neither reveals the run's seed nor the hidden values.
     """
 
     barrier: ClassVar[str]
@@ -54,64 +58,84 @@ class Instance(ABC):
     @property
     @abstractmethod
     def rows(self) -> int:
-        """Return the number of hidden rows per stream."""
+        """Return the number of hidden rows per stream; a row is dv hidden values."""
 
     @property
     @abstractmethod
     def length(self) -> int:
-        """Return the number of tokens per stream, without Bob's own."""
+        """Return the number of tokens that Alice appends per stream; tokens that Bob appends are not counted."""
 
     @abstractmethod
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield Alice's tokens in order: k (copies, t, d), v (copies, t, dv), from hidden values (copies, rows, dv)."""
+        """Yield Alice's tokens in order, in pieces: keys (copies, t, d) and values (copies, t, dv).
+
+        t is the number of tokens in a piece. values (copies, rows, dv) are the hidden values. `hidden` draws the secret
+        token positions of those games that have some.
+        """
 
     @abstractmethod
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the state's answers for hidden row row[i] of stream copy[i]: (m, dv), float32, in [0, 1]."""
+        """Return the state's answers (m, dv), float32 in [0, 1], for hidden rows `row` (m,) of streams `copy` (m,)."""
 
     def lift(self, method: Method) -> Method:
-        """Return the method that plays in place of the given one; they differ only where the attention law differs."""
+        """Return the method to play: the given one, or a wrapper of it where the game has its own attention law.
+
+        Raises ValueError for a method whose attention law does not fit the game.
+        """
         return standard_law(method, f"barrier {self.barrier!r}")
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Feed one piece of Alice's stream to the state; no query is asked unless the barrier overrides this."""
+        """Append one piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), to the state.
+
+        Nothing is queried while tokens arrive. Games in which Alice queries too override this method.
+        """
         state.append(k, v)
 
     def optimum(self) -> Method:
-        """Return the smallest method that answers this instance, where one is known; raise ValueError elsewhere."""
+        """Return the smallest method that answers this instance; raise ValueError where none is known."""
         raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
 
     def details(self) -> dict[str, Any]:
-        """Return numbers about the instance for the result, computed from public data alone."""
+        """Return numbers about the instance for `Result.details`, name -> number, computed from public data alone."""
         return {}
 
     # ---- common to all barriers ----------------------------------------------------------------------------
 
     @property
     def hidden_bits(self) -> int:
-        """Return the number of bits that Alice hides."""
+        """Return the number of bits that Alice hides in all streams together."""
         return self.copies * self.rows * self.dv * self.bits
 
     def spec(self) -> Spec:
-        """Return the spec that the method is opened for, with the papers' scale 1."""
+        """Return the spec (sizes, dtype, scale, seed) that the method is opened for.
+
+        The scale is 1: logits are q.k, as in the papers.
+        """
         return Spec(rows=self.copies, d=self.d, dv=self.dv, scale=1.0, seed=self.method_seed, dtype=DTYPES[self.dtype])
 
     def feed(self, state: State, levels: Tensor, hidden: Hidden) -> None:
-        """Feed all of Alice's tokens to the state in order, then seal it: the prompt ends there."""
+        """Append all of Alice's tokens to the state in order, then seal the state: the prompt ends there.
+
+        levels (copies * rows, dv) are the hidden levels: level x becomes the value x / (2^bits - 1). `hidden` draws the
+        secret token positions of those games that have some.
+        """
         values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):
             self.take_in(state, k, v)
         state.seal()
 
     def ask(self, state: State, rows: Tensor | None) -> Tensor:
-        """Return the answers (m, dv) for hidden rows (m,), numbered across streams; for all rows in order if None."""
+        """Return the state's answers (m, dv), float32, for hidden rows `rows` (m,), or for all rows in order if None.
+
+        Rows are numbered across streams: the first stream's rows come first.
+        """
         rows = torch.arange(self.copies * self.rows) if rows is None else rows
         return self.answers(state, rows // self.rows, rows % self.rows).float().contiguous()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyedInstance(Instance):
-    """Define an instance whose tokens have the keys of one public family."""
+    """Define an instance whose tokens have the keys of one public family, such as random signs or a code."""
 
     public: PublicKeys
 
@@ -129,12 +153,21 @@ class KeyedInstance(Instance):
 
 
 def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
-    """Return n public keys for an instance with these `agreed` fields; errors as `PublicKeys.chosen`."""
+    """Return n public keys for an instance whose common fields (see `agreed`) are `shared`.
+
+    Without `family`, the key family with the largest gap between keys is taken. Errors are those of
+    `PublicKeys.chosen`.
+    """
     return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
 
 
 def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: str = "float32") -> dict[str, Any]:
-    """Return the fields that all instances share; raise ValueError naming the argument that is out of its domain."""
+    """Check the arguments that all instances share, and return them as fields of an instance: name -> value.
+
+    Two seeds derived from `seed` replace it: key_seed and method_seed. d and dv are the widths of a key and a value (dv
+    is d unless given), bits the hidden bits per value, and eta the relative error that answers may have. Raises
+    ValueError naming the argument that is out of its domain.
+    """
     d = whole("d", d)
     if whole("bits", bits) > MOST_BITS:
         raise ValueError(f"bits must lie in 1..{MOST_BITS}, got {bits}")
@@ -147,6 +180,9 @@ def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: s
 
 
 def pieces(k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the same keys (n, d) for every stream with its own values (copies, n, dv), some tokens at a time."""
+    """Yield the tokens of all streams in pieces of up to 1,024: keys (copies, t, d) and values (copies, t, dv).
+
+    Every stream has the same keys k (n, d) and its own values v (copies, n, dv).
+    """
     k = k.unsqueeze(0).expand(v.shape[0], -1, -1)
     yield from zip(k.split(_TOKENS_AT_ONCE, dim=1), v.split(_TOKENS_AT_ONCE, dim=1), strict=True)

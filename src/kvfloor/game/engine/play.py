@@ -1,4 +1,7 @@
-"""Play the INDEX game literally: Alice streams, her state's bytes go to a fresh process, and Bob answers there."""
+"""Play the INDEX game in two processes: Alice fills a state, its bytes go to a fresh process, and Bob answers there.
+
+Alice hides values in the tokens that she appends. Bob reads them back by queries.
+"""
 
 import dataclasses
 import importlib.util
@@ -19,7 +22,7 @@ from kvfloor.core.budget import resolve
 from kvfloor.core.method import Method, call_text
 from kvfloor.game.engine.instance import Instance
 from kvfloor.game.engine.secret import Hidden
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 
 OPTIMUM = "optimum"  # in place of a method: the method against which the instance's floor is tight
 NOT_REBUILT = 3  # Bob's exit status when the public half fails: an error of the set-up, not of the state
@@ -29,10 +32,14 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob impo
 
 @dataclasses.dataclass(frozen=True)
 class Played:
-    """Record one game; `restored` is None if no state could answer from the message, and `why` gives the reason."""
+    """Record one game: the hidden levels, the answers of Alice's and Bob's states, and the sizes in bytes.
+
+    `live` has the answers of the state that Alice filled, `restored` those of the state that Bob restored from the
+    message (its bytes). `restored` is None if no state could answer from the message; then `why` gives the reason.
+    """
 
     method: str
-    rows: Tensor  # (m,) asked rows, numbered across streams
+    rows: Tensor  # (m,) queried rows, numbered across streams
     sampled: bool
     hidden: Tensor  # (m, dv) their hidden levels
     live: Tensor  # (m, dv) float32, from Alice's own state
@@ -47,14 +54,15 @@ class Played:
 
     @property
     def agree(self) -> bool:
-        """Return True if the live and the restored state gave bit-identical answers."""
+        """Return True if Alice's live state and the state restored from the message gave bit-identical answers."""
         return self.restored is not None and self.live.numpy().tobytes() == self.restored.numpy().tobytes()
 
 
 def method_text(method: Method, given: str | None = None) -> str:
-    """Return text from which a fresh process rebuilds the method: as given, its own, or `module:Class(...)`.
+    """Return a text from which a fresh process rebuilds the method.
 
-    Raises ValueError where none of these parses back to an equal method.
+    It is the first of three texts that parses to an equal method: `given`, `str(method)` and `module:Class(...)`.
+    Raises ValueError where none does.
     """
     own = type(method)
     for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
@@ -72,11 +80,13 @@ def method_text(method: Method, given: str | None = None) -> str:
 def play_index(
     method: Method | str, instance: Instance, hidden: Hidden, sampled: int | None = None, *, isolated: bool = True
 ) -> Played:
-    """Hide the values, stream them, send the message, and ask for every row (or `sampled` rows) on both sides.
+    """Play one game: hide values in a state, send its bytes, and query both the state and its restored copy.
 
-    Bob's request (method, code path, instance) is fixed before the first value is streamed. Sampled rows are drawn
-    after the message is fixed. If `isolated` is False, the message is restored in this process. Raises ValueError for a
-    method that cannot be opened or rebuilt.
+    Returns the answers and sizes (`Played`). Every hidden row (dv values) is queried, or `sampled` rows that are drawn
+    with replacement after the message is fixed. The public data for Bob's process (method, `sys.path`, instance) are
+    fixed before the first value is streamed. `method` may be the word "optimum", the smallest method known for the
+    instance. If `isolated` is False, the message is restored in this process. Raises ValueError for a method that
+    cannot be opened or rebuilt.
     """
     started = time.perf_counter()
     if method == OPTIMUM:
@@ -121,7 +131,10 @@ def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor |
 
 
 def _request(text: str, instance: Instance) -> dict[str, Any]:
-    """Return all public data that Bob receives; a third party's code is found where this process finds it."""
+    """Return all public data that Bob's process receives, as JSON types: method, `sys.path`, instance, thread count.
+
+    `sys.path` of this process is sent only for a method defined outside this package, so that its module is found.
+    """
     third_party = ":" in text.split("@")[0]
     return {
         "method": text,
@@ -133,10 +146,10 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
 
 
 def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
-    """Return Bob's answers from a new interpreter: isolated, in an empty directory, with an empty environment.
+    """Return Bob's answers, of the given shape, from a new interpreter: (answers, "") or (None, the reason for none).
 
-    The interpreter receives the request and the message on stdin, and nothing else. Returns (answers, "") or
-    (None, why).
+    The interpreter is isolated, in an empty directory, with an empty environment. It receives the request and the
+    message on stdin, and nothing else. Raises ValueError where it cannot rebuild the method or the instance.
     """
     package = importlib.util.find_spec("kvfloor")
     assert package is not None and package.origin is not None

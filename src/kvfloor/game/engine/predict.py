@@ -1,9 +1,9 @@
 """Compute predictive distributions over the hidden levels, for the log-loss certificate.
 
-Every distribution here sums to 1 over all levels by construction. Level s gets the logistic mass between s - 1/2 and
-s + 1/2, the two end levels get the tails, and a uniform share is mixed in. A row's distribution is a mixture of the
-product over its entries and of pure guessing. No distribution depends on the hidden values, which only select the entry
-that is scored.
+Every distribution here sums to 1 over all levels by construction. Level s gets the mass between s - 1/2 and s + 1/2 of
+a logistic distribution around the answer, the two end levels get the tails, and a uniform share is mixed in. A row's
+distribution is a mixture of the product over its entries and of pure guessing. No distribution depends on the hidden
+values, which only select the entry that is scored.
 """
 
 import math
@@ -18,7 +18,12 @@ _EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
 
 
 def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
-    """Return log2 of the probability of `level` given the answer `centre`, in level spacings; same shape as both."""
+    """Return log2 of the probability that a logistic distribution around the answer `centre` gives to `level`.
+
+    `centre`, `level` and the result have the same shape. Levels are 0..2^bits-1, and the answers are in units of their
+    spacing. `width` is the scale of the logistic, and `uniform_share` the share of the uniform distribution over all
+    levels that is mixed in.
+    """
     top = 2**bits - 1
     below = torch.where(level == 0, -math.inf, (level - 0.5 - centre) / width)
     above = torch.where(level == top, math.inf, (level + 0.5 - centre) / width)
@@ -29,15 +34,21 @@ def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: floa
 
 
 def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
-    """Return the gain (m,) of using a row's prediction (m,) with probability `belief` (m,) and guessing otherwise."""
+    """Return the gain (m,), in bits, of believing each row's prediction with probability `belief` (m,), else guessing.
+
+    A gain is log2 of the probability given to the row's hidden levels over that of guessing them. row_gain (m,) is the
+    gain of each prediction alone. Law: log2(belief 2^row_gain + 1 - belief).
+    """
     return torch.logaddexp2(row_gain + torch.log2(belief), torch.log2(1.0 - belief))
 
 
 def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
-    """Return the gain sum (bits + log2 p(x)) of every predictor on a public grid, for answers and levels (m, dv).
+    """Return the gain, in bits, of every predictor on a public grid, for answers and hidden levels (m, dv).
 
-    The grid has answers as they are or divided by the row's largest; widths from 1/64 of a level to half the range; two
-    uniform shares; belief by row following `trusted` (m,), or equal for all rows.
+    A predictor gives a probability p(x) to every hidden level x, from the answers alone. Its gain is the sum of
+    bits + log2 p(x). The grid has answers as they are or divided by the row's largest; widths of the logistic from 1/64
+    of a level to half the range; two uniform shares; and five beliefs, i.e. probabilities that a row's prediction is
+    used instead of a guess: one follows `trusted` (m,), bool, the others are equal for all rows.
     """
     m = hidden.shape[0]
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]
@@ -53,7 +64,10 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
 
 
 def _centres(answers: Tensor, bits: int) -> Iterator[Tensor]:
-    """Yield the answers in level spacings: as they are, then with every row's largest scaled to the top level."""
+    """Yield the answers (m, dv), in units of the level spacing, in two scalings.
+
+    First they are as given. Then each row is divided by its largest answer, which so comes to lie on the top level.
+    """
     top = 2**bits - 1
     answers = torch.nan_to_num(answers.double(), nan=0.5, posinf=1.0, neginf=0.0)
     yield answers * top

@@ -1,4 +1,4 @@
-"""Measure the success of readers that look up scores one by one, with every look-up counted.
+"""Measure the share of right answers of readers that look up scores q.k one by one; every look-up (probe) counts.
 
 The instance is that of the time barrier (docs/floors.md, "Time"). Token 0 of n tokens has value n, all others 0. Either
 all keys are zero (the answer is 1), or one of the other tokens has a key that takes nearly all the mass (the answer is
@@ -20,24 +20,28 @@ from kvfloor.statistics import wilson_interval
 
 
 class ScoreOracle:
-    """Return scores q.k_l of `runs` instances on request, and count the requests."""
+    """Return scores q.k_l of `runs` instances (streams of n tokens) on request, and count the requests of each."""
 
     def __init__(self, n: int, place: Tensor, planted: Tensor) -> None:
-        """Set the place (runs,) of the heavy key, in 1..n-1; planted (runs,) bool is True where there is one at all."""
+        """Store the heavy keys, which take nearly all softmax mass: at most one per instance.
+
+        place (runs,) is the key's position in 1..n-1; planted (runs,), bool, is False where an instance has none.
+        """
         self._n, self._place, self._planted = n, place, planted
         self.probes = torch.zeros(len(place), dtype=torch.int64)
 
     def score(self, index: Tensor) -> Tensor:
-        """Return the scores (runs, t) of tokens index (runs, t) in [0, n); every entry counts as one probe."""
+        """Return the scores (runs, t) of tokens `index` (runs, t), each in [0, n); every entry counts as one probe."""
         self.probes += index.shape[1]
         heavy = (index == self._place.unsqueeze(1)) & self._planted.unsqueeze(1)
         return torch.where(heavy, 2.0 * math.log(self._n - 1), 0.0)
 
 
 def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Choose distinct tokens of 1..n-1, each equally likely (token 0 has no key in either case): the best choice.
+    """Choose `probes` distinct tokens of 1..n-1 to look up in each run, all equally likely: (runs, probes) int64.
 
-    All runs share one random order, and each run starts at its own random place in it.
+    This is the best choice: token 0 has a zero key in either case. All runs share one random order of the tokens, and
+    each run starts at its own random position in it.
     """
     order = 1 + torch.randperm(n - 1, generator=generator)
     start = torch.randint(n - 1, (runs, 1), generator=generator)
@@ -45,13 +49,13 @@ def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tenso
 
 
 def recent(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Choose the newest tokens, as a sliding window does."""
+    """Choose the newest `probes` of n tokens to look up in each run, as a sliding window does: (runs, probes) int64."""
     del generator
     return torch.arange(n - probes, n).expand(runs, -1)
 
 
 def strided(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Choose evenly spaced tokens."""
+    """Choose `probes` evenly spaced tokens of 1..n-1 to look up in each run: (runs, probes) int64."""
     del generator
     return (1 + torch.arange(probes) * (n - 1) // max(1, probes)).expand(runs, -1)
 
@@ -62,7 +66,12 @@ _SCORES_AT_ONCE = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class ReaderSuccess:
-    """Record the share `success` of runs in which a reader with `probes` probes was right (95 % interval low..high)."""
+    """Record the share `success` of runs in which a reader answered right, with its 95 % interval low..high.
+
+    reader  the rule by which it chooses the scores to look up
+    probes  scores that the reader looked up per run
+    bound   largest success of any reader with as many probes that has not read the keys on arrival
+    """
 
     reader: str
     probes: int
@@ -74,12 +83,19 @@ class ReaderSuccess:
 
 
 def success_bound(n: int, probes: float) -> float:
-    """Bound the success of every reader that has not read the keys on arrival: (1 + T/(n-1))/2, T probes."""
+    """Return the largest share of right answers of a reader that looks up `probes` scores and no key on arrival.
+
+    One of n tokens has a heavy key, or none has, with even odds. Law: (1 + T/(n-1))/2 for T probes, at most 1.
+    """
     return (1.0 + min(1.0, probes / (n - 1))) / 2.0
 
 
 def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -> list[ReaderSuccess]:
-    """Measure the success of every reader at each number of probes, on `runs` instances of even odds."""
+    """Measure the success of every reader at each number of probes, on `runs` instances with a heavy key at even odds.
+
+    Returns one record per reader and number of probes. `hidden` draws the instances, `seed` the readers' choices. The
+    last record is of a reader that indexes the keys as they arrive, and needs one probe.
+    """
     place, planted = 1 + hidden.places(n - 1, runs), hidden.levels(runs, 1, 1)[:, 0] == 0
     points = []
     for name, commit in NON_ADAPTIVE.items():
@@ -106,5 +122,5 @@ def _scored(name: str, n: int, told: Tensor, found: Tensor, planted: Tensor) -> 
 
 
 def as_rows(points: Sequence[ReaderSuccess]) -> list[dict[str, Any]]:
-    """Return the points as plain JSON types."""
+    """Return the records as dicts of plain JSON types, one per record."""
     return [dataclasses.asdict(point) for point in points]

@@ -1,4 +1,8 @@
-"""Define the method against which the spike's floor is tight: public keys, and only the hidden levels are stored."""
+"""Define the smallest method for the spike game: the keys are public, so only the levels of the values are stored.
+
+The game hides bits in the values of tokens with public keys, and reads them by one query per key. The memory of this
+method shows that the game's floor (the bits that any method needs) is tight.
+"""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -18,10 +22,10 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True)
 class PublicBits(Method):
-    """Store exactly n dv `bits` bits for n tokens with public keys, given by a key family, its size and its seed.
+    """Store exactly n dv `bits` bits for n tokens whose keys are public, given by a key family, its size and its seed.
 
     The method answers only a stream of exactly these keys, in order, with values on the 2^bits levels of [0, 1]. The
-    message's payload is the floor at p = 1. Other keys raise ValueError.
+    message's payload is the floor at p = 1, where every answer must be right. Other keys raise ValueError.
     """
 
     name: ClassVar[str] = "public_bits"
@@ -48,8 +52,8 @@ class PublicBits(Method):
         return 0  # no token is kept whole
 
 
-class PublicBitsState(State):
-    """Hold a packed array of levels; the keys are shared."""
+class PublicBitsState(State[PublicBits]):
+    """Hold the levels of all values in one packed bit array per stream; public keys are not counted as memory."""
 
     def __init__(self, method: PublicBits, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -57,26 +61,21 @@ class PublicBitsState(State):
         size = -(-method.n * spec.dv * method.bits // 8)
         self.packed = torch.zeros(spec.rows, size, dtype=torch.uint8)
 
-    @property
-    def _plan(self) -> PublicBits:
-        assert isinstance(self.method, PublicBits)
-        return self.method
-
     def _levels(self) -> np.ndarray[Any, Any]:
-        """Return all levels as bits: (rows, n, dv, bits) of 0 and 1, most significant first."""
-        plan, spec = self._plan, self.spec
+        """Return all levels as bits: (rows, n, dv, bits) of 0 and 1, most significant first. A row is one stream."""
+        plan, spec = self.method, self.spec
         flat = np.unpackbits(self.packed.numpy(), axis=1, count=plan.n * spec.dv * plan.bits)
         return flat.reshape(spec.rows, plan.n, spec.dv, plan.bits)
 
     def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        plan, start, count = self._plan, int(self.seen[0]), int(take[0])
+        plan, start, count = self.method, int(self.seen[0]), int(take[0])
         if bool((take != count).any()) or start + count > plan.n:
             raise ValueError(f"public_bits takes {plan.n} tokens in every row alike")
         if not torch.equal(k[:, :count], self.shared["keys"][start : start + count].expand_as(k[:, :count])):
             raise ValueError("public_bits answers for the public keys only, in their order; these keys differ")
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        plan, start, count = self._plan, int(self.seen[0]), int(take[0])
+        plan, start, count = self.method, int(self.seen[0]), int(take[0])
         levels = (v[:, :count].double() * (2**plan.bits - 1)).round().long().numpy()
         bits = self._levels()
         bits[:, start : start + count] = levels[..., None] >> np.arange(plan.bits)[::-1] & 1
@@ -84,18 +83,18 @@ class PublicBitsState(State):
         self.seen = self.seen + take
 
     def _read(self, q: Tensor) -> Partial:
-        plan, seen = self._plan, int(self.seen[0])
+        plan, seen = self.method, int(self.seen[0])
         levels = torch.from_numpy(self._levels() @ (1 << np.arange(plan.bits)[::-1]))[:, :seen]
         values = (levels.double() / (2**plan.bits - 1)).to(self.spec.dtype)
         keys = self.shared["keys"][:seen].expand(self.spec.rows, -1, -1)
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """Return the state's fields with the token count `seen`, a public number that is sent in the header."""
+        """Return the fields of the message, name -> value; its header holds the token count `seen`, a public number."""
         return super().export() | {"seen": int(self.seen[0])}
 
     def fields(self) -> dict[str, Any]:
-        return super().fields() | {"seen": Field(int, least=0, most=self._plan.n)}
+        return super().fields() | {"seen": Field(int, least=0, most=self.method.n)}
 
     def adopt(self, fields: dict[str, Any]) -> None:
         super().adopt({name: value for name, value in fields.items() if name != "seen"})

@@ -21,20 +21,20 @@ Verdict = Literal["holds", "breaks", "cheats"]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Record one game. Sizes in bytes, information in bits.
+    """Record one game and its verdict. Sizes are in bytes, information in bits.
 
     n                    hidden rows per stream; hidden_bits counts all streams
     certified_bits       bits that the message provably carries
     live_certified_bits  the same for Alice's own state
-    bits_per_value       certified bits per hidden value: the precision that survives, at most `bits`
+    bits_per_value       certified bits per hidden value: the precision that the method keeps, at most `bits`
     bit_error            share of hidden bits decoded wrong
-    row_success          share of rows answered within 1±eta; it and bit_error are from the restored state (from the
-                         live state where no state could be restored)
-    message_bytes        all bytes that were sent; payload_bytes of these are the state's tensors, the rest is header
-                         and digest
+    row_success          share of rows (dv values each) answered within a factor 1±eta; row_success and bit_error are
+                         of the restored state, or of the live state if none could be restored
+    message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
     floor_bits           bits that any method that answers within 1±eta must hold on this instance
-    verdict              cheats: more is certified than the bytes can hold, or the two sides answer differently, or
-                         no state answers from the message; breaks: row_success < 0.9; else holds
+    verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
+                         answer differently, or no state answers from the message; breaks: row_success < 0.9; else
+                         holds
     certificate          the certificate with the largest gain
     details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
     hidden_seed          seed that repeats the run's hidden values
@@ -82,7 +82,10 @@ def run(
     sampled: int | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play an instance against a method and judge the answers, as the last step of most barriers' `play`."""
+    """Play an instance against a method, and return the judged result; the last step of most barriers' `play`.
+
+    `seed` and `floor_bits` are recorded in the result. The other arguments are those of `play_index` and `Hidden`.
+    """
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     return conclude(played, instance, seed=seed, floor_bits=floor_bits)
 
@@ -96,7 +99,11 @@ def conclude(
     judge: Callable[[Tensor, Played], Decoded] | None = None,
     **details: Any,
 ) -> Result:
-    """Judge both sides' answers, and compare the certified bits with the bytes of the state and of the message."""
+    """Judge the answers of Alice's live state and of the restored state, and return the result with its verdict.
+
+    The certified bits are compared with the bytes of the state and of the message. `seed` and `floor_bits` are recorded
+    in the result. `judge` replaces the usual decoder, `decode.judge`. `details` are added to `instance.details()`.
+    """
     bits, eta = instance.bits, instance.eta
     total = instance.copies * instance.rows
 
@@ -120,7 +127,11 @@ def conclude(
 
 
 def judge_bytes(played: Played, live: Decoded, sent: Decoded, certified: float) -> tuple[Verdict, str]:
-    """Return the verdict and its reason in words."""
+    """Return the verdict on a game (holds, breaks or cheats), and its reason in words.
+
+    `live` and `sent` are decoded from the answers of Alice's state and of the restored state; `certified` are the bits
+    that the message carries.
+    """
     message_bits, state_bits = 8 * played.message_bytes, 8 * played.state_bytes
     if played.restored is None:
         return "cheats", played.why

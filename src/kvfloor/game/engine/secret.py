@@ -1,4 +1,4 @@
-"""Draw the private half of the game (hidden values, secret places, sampled rows) from a seed kept from the method."""
+"""Draw the game's secrets (hidden values, secret places, sampled rows) from a seed that the method never receives."""
 
 import hashlib
 import secrets
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class Hidden:
-    """Draw the values that Alice hides and the rows that are asked; no method and no process of Bob's can foresee them.
+    """Draw the values that Alice hides and the rows that are asked, so that neither a method nor Bob can foresee them.
 
     All draws are SHAKE-256 over a domain-separated string with `seed`; by default the seed is 128 fresh bits from the
-    operating system. A given seed repeats a run. The method receives neither the seed nor anything it derives from.
+    operating system. A given seed repeats a run. The method receives neither the seed nor the data that the seed
+    derives from.
     """
 
     def __init__(self, seed: int | str | None = None) -> None:
@@ -23,15 +24,18 @@ class Hidden:
         return (words.long() & (2**bits - 1)).view(rows, dv)
 
     def rows(self, n: int, count: int) -> Tensor:
-        """Draw `count` rows (count,), int64, uniformly from n with replacement. Call it after the message is fixed."""
+        """Draw the indices of `count` hidden rows to query, (count,) int64, uniformly from [0, n) with replacement.
+
+        Call it after the message is fixed.
+        """
         return self._whole("rows", count) % n
 
     def places(self, n: int, count: int) -> Tensor:
-        """Draw `count` secret places (count,), int64, independent and uniform in [0, n): part of Alice's input."""
+        """Draw `count` secret token positions (count,), int64, independent and uniform in [0, n), for Alice's input."""
         return self._whole("places", count) % n
 
     def subset(self, n: int, size: int) -> Tensor:
-        """Draw a uniform subset of [0, n), (size,) int64, in random order."""
+        """Draw a uniform subset of [0, n) with `size` elements: (size,) int64, in random order."""
         return torch.argsort(self._whole("subset", n))[:size]
 
     def _whole(self, purpose: str, count: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Build the hard instance of each theorem, one barrier per file."""
+"""Build the hard instance of each memory theorem (a barrier), one barrier per file."""

@@ -1,9 +1,10 @@
-"""Play few dimensions and bounded logits, with as many keys as queries of logit radius r can separate.
+"""Play the packing game: few dimensions, and as many keys as queries with logits of at most r can separate.
 
-It is the instance of the norm-aware floor (p dv - H2(p)) min(n, N(d, r, eta)) (docs/floors.md, "Bounded norms"; it
-replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form N is a lower estimate. Here
-keys are built, so more rows may be hidden. Every key and its value are streamed n/m times: repeating all tokens alike
-changes no answer.
+It is the hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r, eta)) bits, where N counts the
+keys that such queries separate, and p is the probability that a row of dv bits is answered right (docs/floors.md,
+"Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form of N is a
+lower estimate. The game builds its keys, so it may find more of them and hide more rows. Of m keys, each is streamed
+n/m times with its value: repeating all tokens alike changes no answer.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ _MOST_KEYS = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing(KeyedInstance):
-    """Stream m separable keys, each `repeats` times with its value; no query has a logit above `radius`."""
+    """Stream m keys that queries can separate, each `repeats` times with its hidden row; no logit is above `radius`."""
 
     barrier: ClassVar[str] = "packing"
     m: int
@@ -70,10 +71,11 @@ class Packing(KeyedInstance):
 
 
 def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tuple[str, int]:
-    """Find the key family with the most keys, up to `most`, that queries of logit radius `radius` separate.
+    """Find the key family with the most keys, up to `most`, that queries with logits of at most `radius` separate.
 
-    Returns the family and the number of keys. The gap is measured on the keys themselves: C = ln(m / eps_s) / gap must
-    not exceed the radius (Bob's own token is one of the m competitors). One key is always separable.
+    Returns the family and the number m of keys. A query separates a key if it puts all but a ratio eps_s of the softmax
+    mass on it. Its length is C = ln(m / eps_s) / gap, which must not exceed the radius: its rivals are the m - 1 other
+    keys and the receiver's own token. The smallest gap is measured on the keys themselves. One key is always separable.
     """
     best = ("sphere", 1)
     names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
@@ -108,11 +110,11 @@ def play(
     hidden_seed: int | str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play a packing of separable keys against a method, with one bit per value.
+    """Play the packing game against a method: few dimensions, bounded logits, one hidden bit per value.
 
     dv       64 by default: few dimensions hide few bits otherwise
-    radius   the largest logit, 32 by default; up to min(n, 2,048) keys that it separates are searched
-    The other arguments are those of the spike.
+    radius   the largest logit, 32 by default; each key that such logits separate hides a row, up to min(n, 2,048) keys
+    The other arguments are those of `spike.play`.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=_DEFAULT_DV if dv is None else dv, bits=1, eta=eta, seed=seed)

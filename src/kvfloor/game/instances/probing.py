@@ -1,9 +1,10 @@
-"""Play the time barrier: a method that does not read the keys on arrival needs Omega(n) probes for the last answer.
+"""Play the time barrier: a method that does not read the keys on arrival must read Omega(n) scores for the last answer.
 
-It is Haris & Onak (COLT 2025), Theorem 19 (26), on a corrected family: the printed one separates relative errors below
-1/3 only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one of two cases by a
-hidden bit: all keys zero, or one heavy key at a secret place. A method plays through the usual message, and the bytes
-it reads per query are counted. Its success is compared with that of readers whose every score is counted by an oracle.
+It is Haris & Onak (COLT 2025), Theorem 19 (26), on a corrected family of streams: the printed one separates relative
+errors below 1/3 only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one of two
+cases by a hidden bit: all keys zero, or one heavy key, which takes nearly all softmax mass, at a secret position. As in
+the other games, a method answers from the message (the bytes of its state), and the bytes it reads per query are
+counted. Its success is compared with that of readers whose every score is counted by an oracle.
 """
 
 import dataclasses
@@ -38,7 +39,11 @@ _SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at whic
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probing(Instance):
-    """Stream `copies` streams of n tokens, one hidden bit each: 1 for all keys zero (answer 1), 0 for a heavy key."""
+    """Make `copies` streams of n tokens, with one hidden bit each.
+
+    Bit 1: all keys are zero, and the answer is 1. Bit 0: one heavy key takes nearly all the mass, and the answer is
+    1/(n-1).
+    """
 
     barrier: ClassVar[str] = "probing"
     n: int
@@ -54,7 +59,7 @@ class Probing(Instance):
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the tokens of each stream from its hidden bit, `values` (copies, 1, 1).
 
-        A bit 0 puts a heavy key at a secret place drawn from `hidden`.
+        A bit 0 puts a heavy key at a secret position drawn from `hidden`.
         """
         place, planted = 1 + hidden.places(self.n - 1, self.copies), values[:, 0, 0] == 0
         for start in range(0, self.n, _TOKENS_AT_ONCE):
@@ -65,7 +70,10 @@ class Probing(Instance):
             yield k, v
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the answers to q = (2/d) ln(n-1) in every coordinate, the same query in both cases."""
+        """Return the answers (m, dv), float32, to one fixed query: (2/d) ln(n-1) in every coordinate.
+
+        The query is the same for streams with and without a heavy key. copy (m,) holds the streams; `row` is not used.
+        """
         q = torch.full((len(copy), self.d), 2.0 * math.log(self.n - 1) / self.d)
         return by_reading(state, copy, q.to(DTYPES[self.dtype]))
 
@@ -81,10 +89,10 @@ def play(
     hidden_seed: int | str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the time barrier against a method; values are single numbers.
+    """Play the time barrier against a method: one heavy key or none in each stream; values are single numbers.
 
     runs   independent streams, 256 by default, fewer where n d is large
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     details of the result: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on the
     success of a method that has not read the keys on arrival, `adaptive` (this method's success is above that bound
     with 99.9 % confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and the `readers` whose scores an oracle

@@ -1,9 +1,9 @@
-"""Play the spike with every attention row one-sparse, under which the floor stays the same.
+"""Play the spike game with every attention row concentrated on one token (one-sparse); the floor stays the same.
 
 Haris & Onak (COLT 2025), Corollary 16: the promise that nearly all attention is negligible, at undisclosed places, does
-not help. The spike is already that sparse when Alice asks nothing (queries 0). Here she asks q_t = C k_t at every
-token, so that every softmax row, hers and Bob's, has nearly all its mass on a single token. Queries that do not depend
-on the hidden bits change nothing in the proof (docs/floors.md).
+not help. The scores of the spike game are already that sparse, as Alice asks nothing there (her queries are 0). Here
+Alice asks the query q_t = C k_t at every token, so that every softmax row, hers and Bob's, has nearly all its mass on a
+single token. Queries that do not depend on the hidden bits change nothing in the proof (docs/floors.md).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _MOST_TOKENS = 16_384
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(KeyedInstance):
-    """Stream n public keys; Alice queries each token as it is appended, Bob queries all of them at the end."""
+    """Stream n public keys; Alice queries each token's key as it is appended, Bob queries all keys at the end."""
 
     barrier: ClassVar[str] = "sparse"
     n: int
@@ -47,7 +47,10 @@ class Sparse(KeyedInstance):
 
     @cached_property
     def queries(self) -> Tensor:
-        """Return the spike query of every key (n, d), asked by Alice at that token and by Bob at the end."""
+        """Return the spike query of every key (n, d), asked by Alice at that token and by Bob at the end.
+
+        A spike query gives its key nearly all softmax mass.
+        """
         ratio = leak_ratio(self.bits, self.eta)
         everything = torch.arange(self.n)
         return self.public.aim(everything, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))[0]
@@ -57,7 +60,10 @@ class Sparse(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append tokens with Alice's queries q_t = C k_t, so that policies observe perfectly sparse attention."""
+        """Append a piece of Alice's stream, each token with the spike query q_t = C k_t of its own key.
+
+        So eviction policies observe softmax weights that are nearly one-sparse.
+        """
         start = int(state.seen[0])
         q = self.queries[start : start + k.shape[1]].expand(self.copies, 1, -1, -1)
         state.step(q, k, v)
@@ -66,7 +72,11 @@ class Sparse(KeyedInstance):
         return by_reading(state, copy, self.queries[row])
 
     def details(self) -> dict[str, Any]:
-        """Measure on up to 512 of the causal rows how concentrated Q K^T and its softmax are."""
+        """Measure the shares of scores Q K^T and of softmax weights that are near zero, on up to 512 causal rows.
+
+        A score is near zero below 1e-3 of its row's largest, a weight below 1e-3. `least_top_weight` is the least over
+        these rows of the row's largest weight.
+        """
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T
         later = torch.arange(self.n) > rows.unsqueeze(1)
@@ -95,9 +105,9 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the sparse stream against a method, n at most 16,384.
+    """Play the sparse game against a method: the spike with one-sparse attention at every token, n at most 16,384.
 
-    The arguments are those of the spike.
+    The arguments are those of `spike.play`.
     details of the result: the share of entries of Q K^T below 1e-3 of their row's largest, of softmax weights below
     1e-3, and the least weight that any row puts on its one token.
     """

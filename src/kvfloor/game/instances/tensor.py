@@ -1,7 +1,7 @@
 """Play tensor attention, in which every pair of tokens is a key, so that no cache of pairs or of tokens can be small.
 
-Four caches (K1, K2, V1, V2 are streamed): 2(n-1) hidden rows. Token 0 has values 1, the others hide X1 and X2; the
-query at pair (i, 0) reads X1[i], and the query at pair (0, i) reads X2[i].
+Four caches (K1, K2, V1, V2 are streamed): 2(n-1) hidden rows. Token 0 has values 1; the other tokens hide X1 in V1 and
+X2 in V2. The query at pair (i, 0) reads X1[i], and the query at pair (0, i) reads X2[i].
 Two caches (the n^2 products are streamed as keys, with arbitrary values): n^2 hidden rows. Any Method plays it, as the
 pairs are ordinary tokens.
 Chen et al. 2025 (arXiv 2503.11108) claim Omega(nd) and Omega(n^2 d); instances and constants: docs/floors.md.
@@ -28,7 +28,7 @@ from kvfloor.game.engine.result import SUCCESS, Result, run
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import rademacher
 from kvfloor.game.keys.public import aim
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.methods.variants.tensor import TensorAttention, products
 from kvfloor.validation import whole
 
@@ -41,7 +41,7 @@ _LENGTH_STEP = 64.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourCaches(Instance):
-    """Stream n tokens with two sign keys and two values each, for tensor attention over their pairs."""
+    """Stream n tokens with two keys of signs ±1 and two values each, for tensor attention over their pairs."""
 
     barrier: ClassVar[str] = "tensor"
     n: int
@@ -56,14 +56,14 @@ class FourCaches(Instance):
 
     @cached_property
     def keys(self) -> tuple[Tensor, Tensor]:
-        """Return the public keys K1, K2 (n, d), signs ±1; products are signs too, so all pairs have norm sqrt(d)."""
+        """Return the public keys K1, K2 (n, d), signs ±1; products are signs too, so pairs have norm sqrt(d)."""
         first, second = self.key_seed, derived_seed("second keys", self.key_seed)
         # exactly ±1, not a rounded sqrt(d) / sqrt(d)
         k1, k2 = (torch.sign(rademacher(self.n, self.d, seed)) for seed in (first, second))
         return k1.to(DTYPES[self.dtype]), k2.to(DTYPES[self.dtype])
 
     def lift(self, method: Method) -> Method:
-        """Wrap a method of standard attention to keep tokens with two keys and values, and to read their pairs."""
+        """Wrap a method of standard attention to keep tokens with two keys and two values, and to read their pairs."""
         return method if method.traits.reference == "tensor" else TensorAttention(method)
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
@@ -74,7 +74,11 @@ class FourCaches(Instance):
         yield from pieces(torch.cat(self.keys, dim=-1), v)
 
     def aimed(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the spike queries (m, d) of hidden rows (m,), and their pairs' gaps (m,) over all n^2 - 1 others."""
+        """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of their pairs' keys.
+
+        A spike query gives one pair nearly all softmax mass. The gap is 1 less the largest inner product, over d, with
+        any of the n^2 - 1 other pairs' keys. Raises ValueError where a gap is not positive.
+        """
         k1, k2 = (k.double() for k in self.keys)
         token = row % (self.n - 1) + 1
         i1, i2 = torch.where(row < self.n - 1, token, 0), torch.where(row < self.n - 1, 0, token)
@@ -104,7 +108,7 @@ class FourCaches(Instance):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoCaches(Instance):
-    """Stream all n^2 products as tokens of standard attention, each with a hidden row of its own."""
+    """Stream all n^2 products of keys as tokens of standard attention, each with a hidden row of its own."""
 
     barrier: ClassVar[str] = "tensor"
     n: int
@@ -119,7 +123,10 @@ class TwoCaches(Instance):
 
     @cached_property
     def keys(self) -> Tensor:
-        """Return the products of two sets of n sign keys (n^2, d), of unit norm."""
+        """Return the keys of all pairs: K1[i] * K2[j] / sqrt(d) entry by entry, (n^2, d), of unit norm.
+
+        K1 and K2 are two sets of n sign keys.
+        """
         first, second = self.key_seed, derived_seed("second keys", self.key_seed)
         k1, k2 = (torch.sign(rademacher(self.n, self.d, seed)).unsqueeze(0) for seed in (first, second))
         return (products(k1, k2)[0] / self.d**0.5).to(DTYPES[self.dtype])
@@ -151,13 +158,13 @@ def play(
     hidden_seed: int | str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play tensor attention against a method.
+    """Play tensor attention, in which pairs of tokens are keys, against a method.
 
     n        with four caches the number of tokens (up to 1,024; above 512 rows, rows are sampled); with two caches the
              number of pairs, whose square root is the number of tokens
     caches   4: the method keeps tokens and tensor attention reads their pairs; 2: the products are streamed. By
              default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

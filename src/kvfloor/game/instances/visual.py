@@ -25,7 +25,7 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visual(KeyedInstance):
-    """Stream the maps of an image pyramid with the given sides; every token hides values.
+    """Stream the maps (scales) of an image pyramid with the given sides; every token hides a row of values.
 
     Bob adds one more map, as large as the last, of zero tokens with spike queries.
     """
@@ -47,7 +47,7 @@ class Visual(KeyedInstance):
 
     @property
     def asked_at_once(self) -> int:
-        """Return the number of queries in Bob's map."""
+        """Return the number of queries in Bob's map, which are asked at once."""
         return self.sides[-1] ** 2
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,11 +56,14 @@ class Visual(KeyedInstance):
         yield from zip(scale_by_scale(self.sides, keys), scale_by_scale(self.sides, values), strict=True)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append one of Alice's scales with zero queries, which carry no information."""
+        """Append one map, k (copies, t, d) and v (copies, t, dv), with zero queries, which carry no information."""
         NextScale(state).step(k.new_zeros(self.copies, 1, *k.shape[1:]), k, v)
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the answers to maps of sides[-1]^2 queries at once, each map on its own copy of the state."""
+        """Return the answers (m, dv), float32, for hidden rows `row` (m,), read in parts of sides[-1]^2 rows.
+
+        Each part is one map of zero tokens with spike queries, appended to a fresh copy of the state.
+        """
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
         queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
         answers = []
@@ -83,7 +86,7 @@ class Visual(KeyedInstance):
 
 
 def doubling(tokens: int) -> tuple[int, ...]:
-    """Return the sides 1, 2, 4, ... of the largest pyramid with at most `tokens` tokens."""
+    """Return the sides 1, 2, 4, ... of the largest pyramid of square maps with at most `tokens` tokens."""
     sides = [1]
     while tokens_in([*sides, 2 * sides[-1]]) <= tokens:
         sides.append(2 * sides[-1])
@@ -105,10 +108,10 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the scale pyramid against a method.
+    """Play the scale pyramid against a method: all maps of an image hide bits, and one more map reads them at once.
 
     sides   sides of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

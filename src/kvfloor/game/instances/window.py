@@ -1,9 +1,10 @@
 """Play the sliding window: n - W zero tokens, then W tokens with hidden values, read with the old tokens masked or not.
 
 It is Haris & Onak (COLT 2025), Theorems 17 and 25, with a corrected constant (docs/floors.md). The zero tokens have
-logit 0. A masked window leaves them out; an unmasked window and full attention count them. The query is long enough for
-both. If Bob appends before he asks (append=True, the published order), his token pushes the oldest coded token out of
-the window, so W - 1 rows are hidden; if he only asks, W rows are.
+logit 0. A masked window leaves them out of the softmax; an unmasked window and full attention count them. The query is
+long enough for both. If Bob appends a token before he asks (append=True, the published order), his token pushes the
+oldest coded token (a token with hidden values) out of the window, so W - 1 rows are hidden; if he only asks, W rows
+are.
 """
 
 import dataclasses
@@ -27,7 +28,10 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowInstance(KeyedInstance):
-    """Stream n - W zero tokens, then W coded tokens, the first of which hides nothing where Bob appends."""
+    """Stream n - W zero tokens, then W coded tokens, which have hidden values.
+
+    Where Bob appends a token, the first coded token hides nothing.
+    """
 
     barrier: ClassVar[str] = "window"
     n: int
@@ -78,11 +82,11 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the sliding window against a method.
+    """Play the sliding window game against a method: zero tokens, then a window of tokens with hidden values.
 
     window   number W of coded tokens at the end of the n tokens, n/4 by default
     append   True: Bob appends a zero token before he asks, each query on its own copy of the state
-    The other arguments are those of the spike.
+    The other arguments are those of `spike.play`.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

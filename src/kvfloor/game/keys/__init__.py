@@ -1,1 +1,1 @@
-"""Make public keys: near-orthogonal families, codes, and the gaps between keys."""
+"""Make public keys for the game: families of near-orthogonal keys, codes, and the gaps between keys."""

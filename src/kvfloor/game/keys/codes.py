@@ -1,4 +1,4 @@
-"""Make key families from codes over prime fields: explicit, deterministic, with a coherence known in closed form."""
+"""Make key families from codes over prime fields: explicit keys whose largest inner product is known in closed form."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ def primes_up_to(limit: int) -> list[int]:
 
 
 def digits_needed(n: int, p: int) -> int:
-    """Return the least m with p^m >= n (at least 1)."""
+    """Return the number of base-p digits that n different numbers need: the least m >= 1 with p^m >= n."""
     m, reach = 1, p
     while reach < n:
         m, reach = m + 1, reach * p
@@ -23,7 +23,10 @@ def digits_needed(n: int, p: int) -> int:
 
 
 def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
-    """Find (p, m) of the least coherent chirp code with n keys in d dimensions, or None: the largest prime p <= d/2."""
+    """Find (p, m) of the chirp code of n keys in d dimensions with the smallest inner products, or None without one.
+
+    p is the largest fitting prime <= d/2, and m the degree of the code's polynomials.
+    """
     for p in reversed(primes_up_to(d // 2)):
         m = digits_needed(n, p)
         if p > m and mu_chirp(p, m) < 1.0:
@@ -32,7 +35,12 @@ def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
 
 
 def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
-    """Find (p, b, m) of the least coherent one-hot Reed-Solomon code with n keys in d dimensions, or None."""
+    """Find (p, b, m) of the one-hot Reed-Solomon code of n keys in d dimensions with the smallest inner products.
+
+    Returns None where there is no such code.
+    p is a prime, m the number of coefficients of the code's polynomials mod p, and b the number of points at which they
+    are evaluated.
+    """
 
     def fitting() -> Iterator[tuple[int, int, int]]:
         for p in primes_up_to(d):
@@ -44,9 +52,9 @@ def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
 
 
 def chirp(n: int, d: int, seed: int = 0) -> Tensor:
-    """Make n unit keys (n, d), float64: cosine and sine of 2 pi f(x)/p over the points x, divided by sqrt(p).
+    """Make n unit keys (n, d), float64, of the chirp code: cosine and sine of 2 pi f(x)/p at points x, over sqrt(p).
 
-    f(x) = a_1 x + ... + a_m x^m, one polynomial per key.
+    f(x) = a_1 x + ... + a_m x^m mod the prime p, one polynomial per key, x = 0..p-1.
     Inner products are at most (m-1)/sqrt(p) (Weil). `seed` is not used: the code is explicit.
     Raises ValueError where no chirp code has n keys in d dimensions.
     """
@@ -66,9 +74,9 @@ def chirp(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
-    """Make n unit keys (n, d), float64: a polynomial's value at each of b points, one-hot, divided by sqrt(b).
+    """Make n unit keys (n, d), float64, of a Reed-Solomon code: polynomial values at b points, one-hot, over sqrt(b).
 
-    Inner products lie in [0, (m-1)/b]. `seed` is not used: the code is explicit.
+    Inner products lie in [0, (m-1)/b] for polynomials of m coefficients. `seed` is not used: the code is explicit.
     Raises ValueError where no such code has n keys in d dimensions.
     """
     del seed
@@ -82,7 +90,10 @@ def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def _evaluate(n: int, p: int, m: int, points: Tensor, first_power: int) -> Tensor:
-    """Evaluate the first n polynomials mod p: (n, points); the base-p digits of l are the coefficients of the l-th."""
+    """Evaluate the first n polynomials of m coefficients mod p at every entry of `points` (b,): (n, b) int64.
+
+    The l-th polynomial has the base-p digits of l as coefficients. Its lowest power is `first_power`.
+    """
     number, value, power = torch.arange(n), torch.zeros(n, len(points), dtype=torch.int64), points**first_power
     for _ in range(m):
         value = (value + (number % p).unsqueeze(1) * power) % p

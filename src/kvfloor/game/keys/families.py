@@ -1,7 +1,7 @@
 """Make public keys for the game: families of nearly orthogonal keys, each a deterministic function of (n, d, seed).
 
 `seed` is public and is never the seed of the hidden values. All families but `jl` have unit norm. docs/floors.md gives
-the relation of n, d and the gap.
+the relation of n, d and the gap (a key's squared norm less its largest inner product with another key).
 """
 
 import math
@@ -32,9 +32,9 @@ def sphere(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
-    """List the first n of the 2^s sign vectors on s = max(1, ceil(log2 n)) coordinates, (n, d) float64; gap 2/s.
+    """List the first n of the 2^s sign vectors on s = max(1, ceil(log2 n)) coordinates as keys (n, d), float64.
 
-    `seed` is not used. Raises ValueError when d < s.
+    Their gap is 2/s. `seed` is not used. Raises ValueError when d < s.
     """
     del seed
     signs = max(1, math.ceil(math.log2(n)))
@@ -47,21 +47,21 @@ def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def jl(n: int, d: int, seed: int = 0) -> Tensor:
-    """Draw the paper's keys (n, d), float64: a Johnson-Lindenstrauss image of n unit vectors, Gaussian, variance 1/d.
+    """Draw the keys (n, d), float64, of Haris & Onak (COLT 2025): Gaussian entries of variance 1/d.
 
-    The keys are not of unit norm. The paper's theorem needs d >= `jl_dimension(n)`; below that the gap can be negative.
-    Source: Haris & Onak (COLT 2025), Lemma 3.
+    They are a Johnson-Lindenstrauss image of n unit vectors, and not of unit norm. The paper's theorem needs
+    d >= `jl_dimension(n)`; below that the gap can be negative. Source: Haris & Onak (COLT 2025), Lemma 3.
     """
     return torch.randn(n, d, generator=_random(seed), dtype=torch.float64) / math.sqrt(d)
 
 
 def jl_dimension(n: int, eps: float = 0.1) -> int:
-    """Return the dimension that the paper's theorem requires of `jl` keys, at the paper's eps = 0.1."""
+    """Return the dimension that Haris & Onak (COLT 2025) require of n `jl` keys, at the paper's eps = 0.1."""
     return math.ceil(jl_dim_paper(n, eps))
 
 
 def packing(n: int, d: int, seed: int = 0) -> Tensor:
-    """Spread n keys (n, d), float64, greedily: each is the candidate farthest from the keys before it.
+    """Choose n unit keys (n, d), float64, greedily: each is the random candidate farthest from the keys before it.
 
     For d = 2 the optimum is known, n equally spaced points of the circle; for d = 1 only ±1 exist.
     Raises ValueError for d = 1 and n > 2.

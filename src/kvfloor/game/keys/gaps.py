@@ -1,4 +1,7 @@
-"""Measure the one-sided gap of each key to all others, and choose the key family with the largest worst gap."""
+"""Measure the one-sided gap of each key to all others, and choose the key family with the largest worst gap.
+
+A key's one-sided gap is its squared norm less its largest inner product with another key.
+"""
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ _PRODUCTS_AT_ONCE = 2**24
 
 
 def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Return |k_i|^2 - max_{j != i} <k_i, k_j> for the given rows (all by default): float64 (m,).
+    """Return the gaps |k_i|^2 - max_{j != i} <k_i, k_j> of the keys at `rows` (all by default): float64 (m,).
 
     The gap of a single key is |k_i|^2.
     keys (n, d) of any float type. Time n m d, memory bounded by chunks.
@@ -34,9 +37,11 @@ def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def promised_gaps(n: int, d: int) -> dict[str, float]:
-    """Bound from below the worst gap of every family that has n keys in d dimensions, from the family's formula.
+    """Bound the smallest gap of n keys in d dimensions from below: key family -> lower bound.
 
-    For random families, the bound holds with even odds at least (rademacher) or with positive probability (sphere).
+    Families without n keys in d dimensions, or without a proven bound, are left out. The bounds are the families'
+    closed forms. For random families, the bound holds with even odds at least (rademacher) or with positive probability
+    (sphere).
     """
     gaps: dict[str, float] = {}
     if chirp_code := chirp_parameters(n, d):
@@ -53,10 +58,11 @@ def promised_gaps(n: int, d: int) -> dict[str, float]:
 
 
 def best_family(n: int, d: int, seed: int = 0) -> str:
-    """Choose the family with the largest worst gap among the families that exist and are cheap at (n, d).
+    """Return the name of the key family whose smallest gap is largest, among those that are cheap to make at (n, d).
 
-    Explicit codes count with their closed form. Random families, and packing in few dimensions, are measured up to
-    16,384 keys and count with their formula beyond. Raises ValueError where no family separates (d = 1 and n > 2).
+    Explicit codes count with the closed form of their gap. Random families, and packing in few dimensions, are measured
+    up to 16,384 keys and count with their formula beyond. Raises ValueError where no family has n keys that queries can
+    separate (d = 1 and n > 2).
     """
     gaps = promised_gaps(n, d)
     if n <= _MEASURED_UP_TO:

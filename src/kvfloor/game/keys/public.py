@@ -1,4 +1,7 @@
-"""Name public keys by a family, a size and a seed that both sides agree on, and make spike queries for them."""
+"""Name public keys by a family, a size and a seed that Alice and Bob agree on, and make spike queries for them.
+
+A spike query is a multiple of one key, long enough to give this key nearly all softmax mass.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _LENGTH_STEP = 64.0  # query lengths are rounded up to 1/64, so that float noise
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """Name n keys of width d by a family and a public seed, from which Alice and Bob make the same table."""
+    """Name n keys of width d by a family and a public seed, from which Alice and Bob make the same table of keys."""
 
     family: str
     n: int
@@ -30,7 +33,7 @@ class PublicKeys:
 
     @classmethod
     def chosen(cls, family: str | None, n: int, d: int, seed: int, dtype: str = "float32") -> PublicKeys:
-        """Return keys of the given family, or of the family that separates best at (n, d).
+        """Return public keys of the given family, or of the family with the largest gap at (n, d) if None.
 
         Raises ValueError where there is no such family, or none with n keys that queries separate.
         """
@@ -50,15 +53,19 @@ class PublicKeys:
         return FAMILIES[self.family](self.n, self.d, self.seed).to(DTYPES[self.dtype])
 
     def aim(self, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:
-        """Return the spike queries of these keys, as `aim` does."""
+        """Return the spike queries (m, d) of the keys at `rows` (m,), and their gaps (m,), by the function `aim`.
+
+        A spike query gives its key nearly all softmax mass.
+        """
         return aim(self.table, rows, spec, length)
 
 
 def aim(keys: Tensor, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:
-    """Return one spike query C_i k_i / scale per row (m, d) in the spec's dtype, and the rows' one-sided gaps (m,).
+    """Return the spike query C_i k_i / scale of each key at `rows`, (m, d) in the spec's dtype, and the gaps (m,).
 
-    `length` gives C from a key's gap (at most its squared norm) and its squared norm. Raises ValueError where a key
-    does not stand out from the others.
+    A spike query gives its key nearly all softmax mass. `length` returns C from a key's one-sided gap (at most its
+    squared norm) and its squared norm. Raises ValueError where a key's gap is not positive, so that no query singles it
+    out.
     """
     gaps = one_sided_gaps(keys, rows)
     if not bool((gaps > 0.0).all()):

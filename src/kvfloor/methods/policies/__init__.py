@@ -1,1 +1,1 @@
-"""Choose the held token to evict, one rule per file."""
+"""Choose which held tokens to evict, one policy per file."""

@@ -1,4 +1,4 @@
-"""Keep the tokens of largest score: expected attention from future queries times the length of the value."""
+"""Keep the tokens of largest score: expected attention from future queries times the norm of the value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvfloor.validation import literals
 
 @dataclass(frozen=True)
 class Expected(Guarded):
-    """Evict the token of smallest expected weight times value length, for queries modelled as Gaussian.
+    """Evict the token with the least expected attention times value norm, for queries modelled as Gaussian.
 
     Law (Devoto et al. 2025, ExpectedAttention): for q ~ N(mu, Sigma), E exp(scale q.k) is
     z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||, and the
@@ -26,7 +26,8 @@ class Expected(Guarded):
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
     epsilon   weight of the value's length for a token that receives no attention
-    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64
+    sinks     first tokens that are never evicted: 4 by default
+    recent    newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
     A stream without queries has z = 1: the tokens with the shortest values are evicted. Logits are taken without the
     spec's softcap. Statistics and scores are float32 (float64 for a float64 cache).
     """
@@ -72,10 +73,12 @@ class Expected(Guarded):
 
 
 class QueryMoments(PolicyMemory):
-    """Hold the mean and covariance of the queries so far, updated by blocks without cancellation (Chan et al. 1979).
+    """Hold the mean and covariance of each row's queries so far, updated by blocks (Chan et al. 1979).
 
-    count (rows,), mean (rows, h, d), spread (rows, h, d, d): the sum of (q - mean)(q - mean)'; h is 1 if pooled,
-    otherwise the group's g.
+    count   (rows,) number of queries in each mean
+    mean    (rows, h, d); h is 1 if the query heads of a GQA group are pooled, otherwise their number g
+    spread  (rows, h, d, d) sum of (q - mean)(q - mean)', i.e. the covariance times `count`
+    The update subtracts no large sums, so no digits cancel.
     """
 
     def __init__(self, spec: Spec, pooled: bool) -> None:
@@ -102,7 +105,10 @@ class QueryMoments(PolicyMemory):
             raise ValueError(f"moments of the queries of {heads} heads, in a group of {g}")
 
     def take(self, rows: Tensor | None, q: Tensor, wanted: Tensor) -> None:
-        """Add the queries q (r, g, b, d) of these rows that are marked in wanted (r, b) to the moments."""
+        """Update the mean and covariance of `rows` (r,), None: all, by the queries q (r, g, b, d) of b new tokens.
+
+        wanted (r, b) is True for the tokens whose queries count.
+        """
         mine = slice(None) if rows is None else rows.to(self.count.device)
         x, mark = q.to(self.mean.dtype), wanted[:, None, :, None]
         if self.pooled:
@@ -119,7 +125,10 @@ class QueryMoments(PolicyMemory):
         self.count[mine] = self.count[mine] + fresh.view(-1).to(torch.int64)
 
     def gaussian(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the mean (r, h, d) and covariance (r, h, d, d) of the queries; zeros before the first query."""
+        """Return the mean (r, h, d) and covariance (r, h, d, d) of all queries so far of `rows` (r,), None: all.
+
+        Both are zero before the first query.
+        """
         mine = slice(None) if rows is None else rows.to(self.count.device)
         count = self.count[mine].clamp_min(1).view(-1, 1, 1, 1).to(self.mean.dtype)
         return self.mean[mine], self.spread[mine] / count

@@ -19,14 +19,16 @@ class FarthestKey(Guarded):
     This is the offline clustering of SubGen's experiments.
     Law (Gonzalez 1985): the held token whose key is farthest in l2 from all kept keys is kept next, until the budget
     is full. The protected tokens are kept first; the oldest token is kept first where none is protected. Every held
-    key is then within twice the least radius that as many centres, beside the protected tokens, can reach (pinned
-    spans count as any other token).
-    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64
-    decode          "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;
-                    "keep": tokens after the prompt are never evicted, as in the experiments
-    Prefill is dense, as the clustering was offline; `prefill=stream` chooses block by block. Evicted tokens have no
-    weight: the clusters' sizes and samples, which `subgen` holds, are not kept. Each kept token costs one pass over
-    the held keys.
+    key is then near a kept key: the distance is at most twice the least radius that any choice of as many tokens,
+    beside the protected ones, can achieve. Pinned spans count as any other token.
+    sinks   first tokens that are never evicted: 4 by default
+    recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
+    decode  "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;
+            "keep": tokens after the prompt are never evicted, as in the experiments
+    Prefill is dense by default, i.e. tokens are first evicted at the end of the prompt, as the experiments clustered
+    offline; with `prefill=stream` tokens are evicted after each block of the prompt. Evicted tokens have no weight:
+    the clusters' sizes and samples, which `subgen` holds, are not kept. Each kept token costs one pass over the held
+    keys.
     """
 
     name: ClassVar[str] = "k_center"
@@ -53,10 +55,12 @@ class FarthestKey(Guarded):
 
 
 def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -> Tensor:
-    """Return the turn at which farthest-first traversal of the keys k (r, s, d) picks each slot: (r, s) float64.
+    """Return the turn (r, s), float64, at which farthest-first traversal of the keys k (r, s, d) picks each slot.
 
-    The traversal starts from the `kept` slots, whose turn is 0. The first picked slot has turn 1, and so on. Slots
-    that are never picked have turn `most` + 1.
+    Every turn picks the key that is farthest from all picked keys. The traversal starts from the `kept` slots, whose
+    turn is 0, or from the oldest token where none is kept. The first picked slot has turn 1, and so on. Slots that are
+    not picked within `most` turns have turn `most` + 1. live (r, s) marks the slots that hold a token, and
+    position (r, s) is the token's index in the stream.
     """
     k = k if k.dtype == torch.float64 else k.to(torch.float32)
     rows, width, d = k.shape
@@ -78,7 +82,10 @@ def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -
 
 
 def _distance(k: Tensor, centres: Tensor, which: Tensor) -> Tensor:
-    """Return the distance (r, s) of every key to the nearest marked centre; inf in a row without marked slots."""
+    """Return the distance (r, s) of every key k (r, s, d) to the nearest of the centres that `which` (r, s) marks.
+
+    The distance is inf in a row without marked centres.
+    """
     order = torch.argsort((~which).to(torch.int8), dim=1, stable=True)[:, : max(1, int(which.sum(1).max()))]
     index = order.unsqueeze(-1).expand(-1, -1, k.shape[2])
     apart = torch.cdist(k, centres.gather(1, index), compute_mode="donot_use_mm_for_euclid_dist")

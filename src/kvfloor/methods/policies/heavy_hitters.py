@@ -24,8 +24,9 @@ class HeavyHitters(Policy):
     recent  newest tokens that are never evicted; half the budget unless given
     sinks   first tokens that are never evicted; 4 unless given
     group   reduction of the weights over a GQA group's queries: "mean" or "max"
-    Scores are float32 whatever the cache's dtype: bfloat16 sums stall at 256. With prefill=dense the scores are the
-    column sums of the prompt's whole attention matrix, taken a block of rows and a tile of columns at a time.
+    Scores are float32 whatever the cache's dtype: bfloat16 sums stall at 256. With prefill=dense (no eviction before
+    the end of the prompt) the scores are the column sums of the prompt's whole attention matrix, computed for a block
+    of rows and a tile of columns at a time.
     """
 
     name: ClassVar[str] = "h2o"

@@ -18,8 +18,9 @@ class KeyDifference(Guarded):
 
     Law (Park et al. 2025, KeyDiff): score(token) = -cos(k, m), where m is the mean of k / ||k|| over the tokens held
     at the end of the block, including the block's own tokens. The token of lowest score is evicted.
-    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64;
-                    the paper's rule is keydiff(sinks=0,recent=0)
+    sinks   first tokens that are never evicted: 4 by default
+    recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
+    The paper's rule is keydiff(sinks=0,recent=0).
     Cosines are float32 whatever the cache's dtype; a key of length 0 is at right angles to everything.
     """
 
@@ -32,7 +33,7 @@ class KeyDifference(Guarded):
 
 
 def _against_the_mean(k: Tensor) -> Tensor:
-    """Return minus the cosine of each key of k (1, s, d) with the mean of the keys' directions: (1, s)."""
+    """Return minus the cosine (1, s) of each key of one row, k (1, s, d), with the mean direction of these keys."""
     unit = torch.nn.functional.normalize(k, dim=-1)
     direction = torch.nn.functional.normalize(unit.sum(1, dtype=torch.float64), dim=-1).to(unit.dtype)
     return -torch.matmul(unit, direction.unsqueeze(-1)).squeeze(-1)

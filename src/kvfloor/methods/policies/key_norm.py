@@ -17,8 +17,9 @@ class KeyNorm(Guarded):
 
     Law (Devoto et al. 2024): score(token) = -||k||; the token of lowest score is evicted. In trained decoders, tokens
     with short keys tend to receive most of the attention.
-    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64;
-                    the paper's rule is knorm(sinks=0,recent=0,block=1)
+    sinks   first tokens that are never evicted: 4 by default
+    recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
+    The paper's rule is knorm(sinks=0,recent=0,block=1).
     Norms are float32 whatever the cache's dtype. A token's score never changes, so every block length keeps the
     same tokens, except for the choice of the newest tokens.
     """

@@ -1,4 +1,4 @@
-"""Evict the tokens whose keys are already spanned by the other keys (ridge leverage)."""
+"""Evict the tokens whose keys are nearly linear combinations of the other keys (low ridge leverage)."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ class RidgeLeverage(Guarded):
     """Evict the token whose key has the lowest ridge leverage score, without looking at queries.
 
     Law (after Compactor, 2025): score(token) = x' (X'X + lambda I)^-1 x with x = S'k and lambda = ridge tr(X'X) / d.
-    S (d, sketch) is public, fixed by the seed, with E SS' = I. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2
-    for all u in the span of the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact
-    k' (K'K + lambda I)^-1 k; a Gaussian S satisfies this if sketch is of the order rank / e^2. A sketch as wide as
-    the keys is left out: the scores are exact.
+    K and X are the matrices whose rows are the keys k and the sketched keys x. S (d, sketch) is a random matrix fixed
+    by the public seed, with E SS' = I. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2 for all u in the span of
+    the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact k' (K'K + lambda I)^-1 k.
+    A Gaussian S satisfies this if sketch is of the order rank / e^2. With sketch >= d there is no S: x = k, and the
+    scores are exact.
     ridge    lambda, as a share of the mean eigenvalue of X'X
     sketch   width of the sketched keys, 48; only their Gram matrix is stored
     kind     "gaussian", or "count": each key channel is added to one sketched channel with a random sign
     over     "seen": X has the keys of all tokens so far; "held": X has the keys of the held tokens only, so the score
              of a key rises as similar keys are evicted
     centre   subtract the mean of the keys first
-    sinks, recent   first and newest tokens that are never evicted: 4, and 16 or a quarter of a smaller budget than 64
+    sinks    first tokens that are never evicted: 4 by default
+    recent   newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
     Compactor scores the whole prompt once, with ridge_leverage(centre=True,sinks=8,recent=4,prefill=dense), before
     RoPE, and blends in attention; here keys are taken as cached. Scores are float64, the stored Gram matrix float32.
     """
@@ -61,7 +63,7 @@ class RidgeLeverage(Guarded):
         return {} if self.sketch >= spec.d else {"key sketch": self._sketch(spec)}
 
     def _sketch(self, spec: Spec) -> Tensor:
-        """Return S (d, sketch), float64, the same for all rows."""
+        """Return the random projection S (d, sketch) of keys, float64, the same for all rows."""
         keys = row_keys(spec.seed, torch.zeros(1, dtype=torch.int64), f"leverage sketch {self.kind}")
         if self.kind == "gaussian":
             at = torch.arange(spec.d * self.sketch).view(spec.d, self.sketch)
@@ -94,14 +96,21 @@ class RidgeLeverage(Guarded):
 
 
 def sketched(k: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
-    """Return the keys (..., d) multiplied by the public sketch: (..., sketch), or unchanged without one; float64."""
+    """Return keys k (..., d) projected to (..., sketch), float64, or k itself if there is no projection.
+
+    shared holds the projection S (d, sketch), if any, under the name "key sketch".
+    """
     sketch = shared.get("key sketch")
     k = k.to(torch.float64)
     return k if sketch is None else torch.matmul(k, sketch)
 
 
 def leverage(x: Tensor, gram: Tensor, ridge: float, d: int) -> Tensor:
-    """Return x' (gram + lambda I)^-1 x (r, s) for x (r, s, w) and gram (r, w, w), lambda = ridge tr(gram) / d."""
+    """Return the ridge leverage score x' (gram + lambda I)^-1 x of each sketched key of x (r, s, w): (r, s).
+
+    gram (r, w, w) is the Gram matrix of sketched keys, which have width w; d is the width of the keys before
+    sketching. lambda = ridge tr(gram) / d.
+    """
     size = gram.diagonal(dim1=1, dim2=2).sum(1) / d
     size = torch.where(size > 0, ridge * size, torch.ones_like(size))  # all keys are zero: every score is 0
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
@@ -113,7 +122,9 @@ def leverage(x: Tensor, gram: Tensor, ridge: float, d: int) -> Tensor:
 class KeyGram(PolicyMemory):
     """Hold the Gram matrix of all sketched keys so far, and the sum of the keys if they are centred.
 
-    gram (rows, w, w), total (rows, w or 0) float32; met (rows,): number of tokens in the Gram matrix.
+    gram   (rows, w, w) float32; w is the width of the sketched keys
+    total  (rows, w) float32: the sum of the keys; (rows, 0) unless keys are centred
+    met    (rows,) number of tokens in the Gram matrix
     """
 
     def __init__(self, spec: Spec, width: int, shared: dict[str, Tensor], centred: bool) -> None:
@@ -137,7 +148,10 @@ class KeyGram(PolicyMemory):
         return {name: Field(torch.float32, shape, finite=True) for name, shape in shapes.items()}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Require a Gram matrix without negative eigenvalues, before and after the mean key is subtracted."""
+        """Raise ValueError if the Gram matrix in a message (a saved state) has a negative eigenvalue.
+
+        No Gram matrix of keys has one. If keys are centred, the matrix after subtraction of the mean key is tested.
+        """
         gram, total = fields["gram"].double(), fields["total"].double()
         if total.shape[1]:
             mean = total / fields["met"].clamp_min(1).unsqueeze(1)
@@ -147,6 +161,9 @@ class KeyGram(PolicyMemory):
             raise ValueError("gram is the Gram matrix of no keys")
 
     def moments(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the Gram matrix (r, w, w), total (r, w or 0), both float64, and the number of tokens (r, 1)."""
+        """Return the Gram matrix (r, w, w) and sum (r, w) of the sketched keys, and the number of keys (r, 1).
+
+        Matrix and sum are float64. The sum is (r, 0) unless keys are centred. rows (r,): the rows asked for, None: all.
+        """
         mine = slice(None) if rows is None else rows.to(self.met.device)
         return self.gram[mine].double(), self.total[mine].double(), self.met[mine].unsqueeze(1)

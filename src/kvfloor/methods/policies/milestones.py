@@ -1,4 +1,4 @@
-"""Evict the pages of the answer that have gone unneeded by queries for longest, and keep the prompt (RaaS)."""
+"""Evict the pages (runs of tokens) of the answer that queries needed least recently, and keep the prompt (RaaS)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAGES = 1 << 22  # more pages than a row can hold: one float64 holds a page's t
 
 
 def _keys_at(k: Tensor, slot: Tensor) -> Tensor:
-    """Return the keys (r, c, d) of the slots (r, c) of k (r, s, d)."""
+    """Return the keys (r, c, d) in slots `slot` (r, c), from the keys k (r, s, d) of all slots."""
     return k[torch.arange(k.shape[0], device=k.device).unsqueeze(1), slot]
 
 
@@ -35,8 +35,9 @@ class Milestones(Policy):
     page     tokens per page
     alpha    estimate above which a page counts as needed
     top      instead of alpha: the share of pages, of largest estimates, that counts as needed (the paper runs 0.5)
-    prompt   "keep": tokens before the seal are never evicted and not counted: a row holds prompt + budget, and prefill
-             is dense. "evict": no token counts as prompt, and the budget applies from the first token on
+    prompt   "keep": tokens before the seal (end of the prompt) are never evicted and not counted: a row holds prompt +
+             budget, and prefill is dense. "evict": no token counts as prompt, and the budget applies from the first
+             token on
     sinks    first tokens of the stream that are never evicted; the page being filled is never evicted either
     Each kv head decides for itself. Bounds are recomputed from the held keys at the end of each block, so only a
     timestamp per token is stored. Without queries the oldest page is evicted.
@@ -72,7 +73,10 @@ class Milestones(Policy):
         return self.sinks
 
     def protected_last(self, budget: int) -> int:
-        """Return the length of a full page, because the page being filled is protected."""
+        """Return the greatest number of newest tokens that are protected from eviction: the length of a page.
+
+        The page being filled is never evicted, whatever the budget.
+        """
         del budget
         return self.page
 
@@ -100,19 +104,24 @@ class Milestones(Policy):
     # ---- pages -----------------------------------------------------------------------------------------------
 
     def _start(self, held: Held) -> Tensor:
-        """Return the position (r, 1) of the first token after the prompt."""
+        """Return the position (r, 1) of the first token after the prompt; 0 if no token counts as prompt."""
         return torch.zeros_like(held.seen) if held.prompt is None else held.prompt.clamp_min(0)
 
     def _page(self, position: Tensor, held: Held) -> Tensor:
-        """Return the page number of each position (r, ...), by age; no page has tokens of both prompt and answer."""
+        """Return the number (r, ...) of the page that each position (r, ...) in the stream belongs to, counted from 0.
+
+        A page starts at the first token of the answer, so no page has tokens of both prompt and answer.
+        """
         start = self._start(held)
         behind = -(-start // self.page) + (position - start).clamp_min(0) // self.page
         return torch.where(position < start, position // self.page, behind)
 
     def _held_pages(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each slot's index (r, s) among the held pages, oldest first; the pages' numbers (r, p) and slots.
+        """Return the pages of which a token is held, oldest first, as three tensors (index, number, slots).
 
-        The slots are (r, p, page): a page that is not full repeats its first slot.
+        index   (r, s) place, among these p pages, of the page of each slot's token
+        number  (r, p) number of each page, see `_page`
+        slots   (r, p, page) slots of each page's tokens; a page that is not full repeats its first slot
         """
         page = self._page(held.position, held).masked_fill(~held.live, _NO_PAGE)
         page, order = page.sort(1)
@@ -130,7 +139,11 @@ class Milestones(Policy):
     # ---- estimates -------------------------------------------------------------------------------------------
 
     def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
-        """Return the estimated weight (r, b, p) of each page for each query (r, g, b, d), the largest of its group."""
+        """Return the estimated attention weight (r, b, p) of each page for the queries of each of b tokens.
+
+        The largest weight within the token's GQA group counts. `pages` (r, p) are the pages' numbers and `slots`
+        (r, p, page) the slots of their tokens, both from `_held_pages`.
+        """
         _, g, b, _ = queries.q.shape
         members = _keys_at(held.k, slots.flatten(1)).unflatten(1, slots.shape[1:])
         low, high = members.amin(2).double(), members.amax(2).double()
@@ -152,7 +165,10 @@ class Milestones(Policy):
         return row_by_row(shares, high, low, pages, beside=(up, down, own, at), held=many)
 
     def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
-        """Return the least and largest key entries (r, b, d) of each query's own page, at the time of the query."""
+        """Return the least and largest key entries (r, b, d) per channel of the page that each query's token fills.
+
+        The b queries each belong to one token. Tokens after a query's own token are left out, as they came later.
+        """
         r, b = queries.position.shape
         start, first = self._start(held), self._page(queries.position[:, :1], held)
         many = (b - 1) // self.page + 3  # pages that b consecutive positions can touch, plus one at the prompt's end
@@ -173,7 +189,11 @@ class Milestones(Policy):
         return _keys_at(low, mine).double(), _keys_at(high, mine).double()
 
     def _needed(self, estimate: Tensor, pages: Tensor, own: Tensor) -> Tensor:
-        """Mark the pages (r, b, p) that each query needs, among the pages up to the query's own page (r, b)."""
+        """Return a mask (r, b, p) of the pages that each query needs, from their estimated weights (r, b, p).
+
+        pages (r, p) are the numbers of the pages, and own (r, b) is the number of the page of the query's own token.
+        Later pages are never needed.
+        """
         if self.top is None:
             return estimate > self.alpha
         seen = pages.unsqueeze(1) <= own.unsqueeze(-1)

@@ -16,26 +16,25 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.tiles import weights_by_tile
 from kvfloor.validation import count, literals
 
-_TILE_SLOTS = 4096
-
 
 @dataclass(frozen=True)
 class Observation(Policy):
     """Evict the tokens that receive the least attention from the last queries of the prompt.
 
-    Law (Li et al. 2024, SnapKV): the last `window` prompt queries vote once, at the seal. vote(token) = sum over the
-    window's queries of softmax(q . k) over all visible tokens. Votes are pooled over the `kernel` positions around a
-    token, positions before the window only, and averaged over the GQA group. The window's own tokens stay; of the
-    other tokens, the budget - window with the highest votes stay.
-    window   queries that vote, and newest tokens that stay: 32, or half of a smaller budget than 64
+    Law (Li et al. 2024, SnapKV): the last `window` prompt queries vote once, at the seal (end of the prompt).
+    vote(token) = sum over the window's queries of softmax(q . k) over all visible tokens. Votes are pooled over the
+    `kernel` positions around a token, positions before the window only, and averaged over the GQA group. The window's
+    own tokens stay; of the other tokens, the budget - window with the highest votes stay.
+    window   queries that vote, and newest tokens that stay: 32 (half of a budget below 64)
     kernel   positions that are pooled, an odd number; 1 pools nothing
     pool     "max" or "avg" of the votes of the held tokens around a token
     decode   "keep": tokens after the prompt are never evicted, so memory grows with the answer;
              "evict": each block of the answer is compressed like the prompt, by the last `window` queries so far
     sinks    first tokens that are never evicted; none by default, as in the paper
-    Prefill is dense by default; with `prefill=stream` each block of the prompt is compressed in turn. A prompt within
-    the budget stays whole. Tokens appended without queries add no votes; without any vote the oldest tokens are
-    evicted, as from a window. Votes are float32 whatever the cache's dtype, and are computed tile by tile.
+    Prefill is dense by default (no eviction before the seal); with `prefill=stream` each block of the prompt is
+    compressed in turn. A prompt within the budget stays whole. Tokens appended without queries add no votes; without
+    any vote the oldest tokens are evicted, as from a window. Votes are float32 whatever the cache's dtype, and are
+    computed tile by tile.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -96,13 +95,16 @@ class Observation(Policy):
         return total(self._pooled(votes, held, held.seen - window), 1) / votes.shape[1]
 
     def _votes(self, q: Tensor, position: Tensor, held: Held) -> Tensor:
-        """Return the attention (r, g, s) of the queries q (r, g, w, d) at these positions (r, w) to each slot."""
+        """Return the attention weight (r, g, s) that each slot receives, summed over the w queries q (r, g, w, d).
+
+        position (r, w) is the position of each query's own token; a query sees the tokens up to that token.
+        """
         r, g, w, d = q.shape
         k, hide = held.k, self._later(position, g, held)
         votes = torch.zeros(r, g, k.shape[1], dtype=held.spec.compute_dtype, device=k.device)
         law = (held.spec.scale, held.spec.softcap)
         fill = held.count.flatten().tolist()
-        for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, *law, hide, _TILE_SLOTS, held=fill):
+        for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, *law, hide, held=fill):
             votes[:, :, at] = total(weights.view(r, g, w, -1), 2)
         return votes
 
@@ -117,7 +119,11 @@ class Observation(Policy):
         return hide
 
     def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
-        """Pool the votes (r, g, s) over held tokens before `stop` that are at most kernel // 2 positions apart."""
+        """Return the votes (r, g, s) after each slot's vote was replaced by the maximum or mean of the votes around it.
+
+        The maximum or mean is over the held tokens at most kernel // 2 positions away. Only tokens before position
+        `stop` (r, 1) take part.
+        """
         reach = self.kernel // 2
         voted = held.live & (held.position < stop)
         position = held.position.masked_fill(~voted, 1 << 62)
@@ -142,10 +148,10 @@ class Observation(Policy):
 
 
 class LastQueries(PolicyMemory):
-    """Hold the last `window` queries q (rows, g, window, d), the newest last, and their positions.
+    """Hold the last `window` queries of each row, q (rows, g, window, d), the newest last, and their positions.
 
     The queries are held as they were given, before any rotation. An entry without a query has position -1. The
-    queries are dropped at the seal, unless `for_good` is set.
+    queries are dropped at the seal (end of the prompt), unless `for_good` is True.
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:

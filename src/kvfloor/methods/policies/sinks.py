@@ -15,8 +15,8 @@ from kvfloor.validation import count
 class Sinks(Policy):
     """Evict the oldest token, except a row's first `count` tokens (attention sinks).
 
-    Trained models give the first tokens much attention. The paper counts positions within the cache; here
-    `Spec.rotation` selects this for any policy.
+    Trained models give the first tokens much attention. In the paper (StreamingLLM), RoPE rotates each key by its rank
+    among the tokens in the cache instead of its position in the text; here `Spec.rotation` does so for any policy.
     """
 
     name: ClassVar[str] = "sinks"

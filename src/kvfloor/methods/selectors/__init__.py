@@ -1,1 +1,1 @@
-"""Select the held tokens that a query reads, one rule per file."""
+"""Select which held tokens a query reads, one selector per file; no token is evicted by this."""

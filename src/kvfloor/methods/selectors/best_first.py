@@ -20,7 +20,8 @@ class BestFirst(Indexed):
     """Read the k tokens of largest logit by branch and bound over pages.
 
     The result equals that of `top_k`, without a visit to every key where keys have structure.
-    Law: branch and bound over the boxes of `pages`. The newest page is visited first, then the other pages from the
+    Law: branch and bound over the boxes of `pages` (least and largest key entry per channel of a page), which bound
+    the logits of the page's tokens. The newest page is visited first, then the other pages from the
     largest bound on, until the next bound is below the k-th best logit found. No page after that holds a better token,
     whatever the keys are. An isolated token is therefore never lost, unlike with halving (`hip`). Where keys have no
     structure the bounds are loose and nearly all pages are visited. Ties are broken in favour of the newer token.
@@ -42,7 +43,10 @@ class BestFirst(Indexed):
 
 
 class BestFirstState(SelectorState):
-    """Hold the boxes of the full pages; a search does not change the state."""
+    """Hold the box of every full page: the least and largest entry per channel of its keys.
+
+    A search changes no part of the state.
+    """
 
     def __init__(self, spec: Spec, slots: Slots, method: BestFirst) -> None:
         self.spec = spec
@@ -65,7 +69,11 @@ class BestFirstState(SelectorState):
         return self.search(q, slots, visible, rows)[0]
 
     def search(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> tuple[Chosen, Tensor]:
-        """Return the result of `choose` and the number of pages that each query visited: (r, m) int64."""
+        """Return the slots that each query of q (r, m, d) reads, and the number of pages (r, m) int64 that it visited.
+
+        The arguments and the first result are those of `choose`: visible (r, m) is the number of slots that a query
+        sees, and rows (r,) are the rows of the queries (None: all).
+        """
         (r, m, _), k, size, device = q.shape, self.method.k, self.method.page, q.device
         visible = visible.to(device).expand(r, m)
         newest = (visible - 1).clamp_min(0) // size
@@ -96,7 +104,11 @@ class BestFirstState(SelectorState):
         return chosen, looked.view(r, m)
 
     def _in_order(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return page bounds and numbers (r*m, pages): newest page first, then by bound; -inf and -1 where none."""
+        """Return the pages in the order in which queries visit them: logit bounds and page numbers, (r*m, pages) each.
+
+        newest (r, m) is the page of the newest token that a query sees. It comes first, with the bound inf; the other
+        pages follow from the largest bound on. Places without a page have the bound -inf and the number -1.
+        """
         bound = self.pages.bounds(q, newest, rows).flip(-1)
         order = bound.argsort(dim=-1, descending=True, stable=True)
         bound = bound.gather(-1, order)
@@ -106,14 +118,20 @@ class BestFirstState(SelectorState):
         return bound.flatten(0, 1), page.flatten(0, 1)
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes of the worst case, which visits every page: all boxes, all keys, the k best values."""
+        """Return the bytes that one query per row reads of held (rows,) tokens in the worst case.
+
+        In that case every page is visited: all boxes, all keys and the k best values are read.
+        """
         full = (held - 1).clamp_min(0) // self.method.page
         numbers = int((2 * full + held).sum()) * self.spec.d + int(held.clamp_max(self.method.k).sum()) * self.spec.dv
         return numbers * self.spec.dtype.itemsize
 
 
 def _largest(logit: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest logits of (a, c) and their slots, the newer slot among equals."""
+    """Return the k largest of c logits per query, and their slots, for a queries: (a, k) each.
+
+    logit and slot are (a, c). Of equal logits the one in the higher slot, i.e. of the newer token, is preferred.
+    """
     by_age = slot.argsort(dim=1, descending=True, stable=True)
     logit, slot = logit.gather(1, by_age), slot.gather(1, by_age)
     best = logit.argsort(dim=1, descending=True, stable=True)[:, :k]

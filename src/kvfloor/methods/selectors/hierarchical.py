@@ -21,7 +21,7 @@ _KEY_NUMBERS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Hierarchical(Indexed):
-    """Read tokens found by log2(n / k) rounds of halving the stream instead of by n logits.
+    """Read about k of n tokens, found by log2(n / k) rounds of halving the stream instead of by n logits.
 
     Law (Lee et al. 2024, HiP attention): between `sinks` and the newest `window` tokens the stream is cut into blocks
     of `key_block` tokens, and the blocks into k / key_block equal intervals. Each round splits every interval into two
@@ -30,8 +30,9 @@ class Hierarchical(Indexed):
     token is read while there are at most k / key_block blocks. Beyond that a token of large logit among tokens of
     small logit is found only if it lies in a centre block: there is no guarantee.
 
-    query_block  before the seal, queries at positions with equal p // query_block share the choice of their first
-                 query, so a choice depends neither on later queries nor on the cuts of the stream
+    query_block  before the seal (end of the prompt), the queries of positions with the same position // query_block
+                 share a choice, which the first of them makes; so a choice depends neither on later queries nor on
+                 how calls cut the stream
     refresh      number of decoded tokens that share a choice, after the seal
     Each query of a GQA group has its own choice. `read` and `attend` choose anew for every query.
     """
@@ -58,11 +59,13 @@ class Hierarchical(Indexed):
 
 
 class HierarchicalState(SelectorState):
-    """Hold the current choice of every row, and the order of arrival of slots that eviction has shuffled.
+    """Hold the key blocks that the queries of every row currently read (the choice), and the slots' order of arrival.
 
     block    (rows, g, k / key_block) blocks of the current choice, ascending, -1 beyond the last; None before a choice
     blocks   (rows,) number of blocks that the choice was made from: all tokens after these blocks are read
     span     (rows,) index of the span of `query_block` or `refresh` positions that the choice is for; -1: none
+    order    the slots of each row from the oldest to the newest token; None if no token is ever evicted, as slots
+             then are in order
     """
 
     def __init__(self, spec: Spec, slots: Slots, method: Hierarchical, in_order: bool) -> None:
@@ -83,14 +86,14 @@ class HierarchicalState(SelectorState):
             return
         if not torch.equal(self.order.capacity, slots.capacity):
             self.order.resize(slots.capacity)
-        self.order.used = slots.held
+        self.order.held = slots.held
         self._number(slots, before, torch.arange(int(slots.held.max())).expand(self.spec.rows, -1))
 
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         assert self.order is not None, "slots that stay in order were emptied"
         changed = leaving.any(1)
         self.span[changed.to(self.span.device)] = -1
-        self.order.used = slots.held
+        self.order.held = slots.held
         width = int(slots.held.max())
         live = (torch.arange(width) < slots.held.unsqueeze(1)).to(slots.position.device)
         position = slots.across(slots.position, None, width).masked_fill(~live, torch.iinfo(torch.int64).max)
@@ -98,7 +101,7 @@ class HierarchicalState(SelectorState):
         self._number(slots, first, position.argsort(dim=1, stable=True))
 
     def _number(self, slots: Slots, first: Tensor, slot: Tensor) -> None:
-        """Record in each row r that the token of rank i is in slot[r, i], for first[r] <= i < held[r]."""
+        """Record for each row r that its i-th oldest token is in slot[r, i], for first[r] <= i < slots.held[r]."""
         assert self.order is not None
         width = slot.shape[1]
         rank = torch.arange(width)
@@ -117,7 +120,7 @@ class HierarchicalState(SelectorState):
         if order is None:
             return
         require_equal(order["capacity"], slots["capacity"], "room for the order of arrival")
-        require_equal(order["used"], slots["held"], "tokens in the order of arrival")
+        require_equal(order["held"], slots["held"], "tokens in the order of arrival")
         for number, ranks in enumerate(order["slot"].split(slots["held"].tolist())):
             require_equal(ranks.sort().values, torch.arange(len(ranks)), f"slots in the order of row {number}")
 
@@ -170,14 +173,15 @@ class HierarchicalState(SelectorState):
         return self.method.k // self.method.key_block
 
     def _blocks(self, visible: Tensor) -> Tensor:
-        """Return the number of whole blocks between sinks and window for a query with `visible` visible tokens."""
+        """Return the number of whole key blocks between sinks and window for queries that see `visible` tokens."""
         return (visible - self.method.sinks - self.method.window).clamp_min(0) // self.method.key_block
 
     def _descend(self, q: Tensor, slots: Slots, blocks: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the blocks chosen from `blocks` (r, m) for q (r, m, d): (r, m, most) int32, ascending, -1 for none.
+        """Return the key blocks chosen for queries q (r, m, d) by halving: (r, m, most) int32, ascending, -1 for none.
 
-        Intervals are [low, high) in blocks. They are kept newest first, so that a stable sort prefers the newer of
-        equal halves.
+        most = k / key_block is the greatest number of chosen blocks; blocks (r, m) is the number of blocks that a
+        query chooses from. An interval [low, high) is a range of block numbers. Intervals are sorted newest first, so
+        that a stable sort prefers the newer of equal halves.
         """
         most, (r, m) = self._most, blocks.shape
         share = torch.arange(most, device=q.device).flip(0)
@@ -194,7 +198,10 @@ class HierarchicalState(SelectorState):
         return kept.to(torch.int32).view(r, m, most)
 
     def _worth(self, q: Tensor, slots: Slots, low: Tensor, high: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the largest logit in the centre block of every interval (r, m, c), float64; -inf if empty."""
+        """Return the largest logit (r, m, c), float64, in the centre block of each interval [low, high) of blocks.
+
+        low and high are (r, m, c), for c intervals per query. The result is -inf for an empty interval.
+        """
         (r, m, c), b = low.shape, self.method.key_block
         rank = (
             ((low + high - 1) // 2).clamp_min(0).unsqueeze(3) * b + self.method.sinks + torch.arange(b, device=q.device)
@@ -209,7 +216,12 @@ class HierarchicalState(SelectorState):
         return torch.cat(worth, 1).masked_fill(high <= low, -torch.inf)
 
     def _to_read(self, block: Tensor, blocks: Tensor, visible: Tensor, slots: Slots, rows: Tensor | None) -> Chosen:
-        """Return the slots of the sinks, of the chosen blocks, and of all tokens newer than the last block."""
+        """Return the slots that a query reads: the sinks, the chosen blocks and all newer tokens.
+
+        block    (r, m, most) numbers of the chosen blocks, -1 for none
+        blocks   (r, m) number of blocks that the choice was made from; all tokens after them are newer tokens
+        visible  (r, m) number of tokens that the query sees, from the oldest on
+        """
         sinks, b, device = self.method.sinks, self.method.key_block, block.device
         r, m, _ = block.shape
         middle = sinks + block.unsqueeze(3) * b + torch.arange(b, device=device)
@@ -221,7 +233,7 @@ class HierarchicalState(SelectorState):
         return Chosen(self._slots(rank.masked_fill(dead, 0), slots, rows), dead)
 
     def _slots(self, rank: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Return the slots of the tokens with these ranks (r, m, c) by age."""
+        """Return the slots (r, m, c) of the tokens with the ranks by age rank (r, m, c); the oldest has rank 0."""
         width = int(slots.held.max())
         if self.order is None or width == 0:
             return rank
@@ -232,10 +244,11 @@ class HierarchicalState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes read, averaged over the queries that share a choice.
+        """Return the bytes that one query per row reads of held (rows,) tokens, averaged where queries share a choice.
 
-        One of these queries descends, and all of them read the chosen tokens. Each round of a descent reads 2 k /
-        key_block centre blocks. Index bytes are the current choice and, under eviction, the order of the slots read.
+        One of these queries makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
+        reads the keys of 2 k / key_block centre blocks. Counted as well are the bytes of the index: the current choice
+        and, if tokens may be evicted, the order of arrival of the slots read.
         """
         method, number = self.method, self.spec.dtype.itemsize
         share = method.refresh if self.sealed else method.query_block

@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def cells(x: Tensor, bits: int) -> Tensor:
-    """Return the grid cell of every coordinate of x, int64 in [0, 2**bits), on the standard normal's quantiles.
+    """Return the grid cell of every coordinate of x: int64 in [0, 2**bits), of x's shape.
 
-    The grid is fixed in advance: a range taken from the data would let later tokens move the codes of earlier ones.
+    Cells are bounded by quantiles of the standard normal, so each is equally likely. The grid is fixed in advance: a
+    range taken from the data would let later tokens change the codes of earlier ones.
     """
     share = 0.5 * (1.0 + torch.erf(x.to(torch.float64) / math.sqrt(2.0)))
     return (share * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.int64)

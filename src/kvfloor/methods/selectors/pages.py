@@ -42,7 +42,7 @@ class Pages(Indexed):
 
 
 class PagesState(SelectorState):
-    """Hold the box of every full page: its least and largest key entries, in the dtype of the keys."""
+    """Hold the box of every full page: the least and largest entry per channel of its keys, in the keys' dtype."""
 
     def __init__(self, spec: Spec, slots: Slots, method: Pages) -> None:
         self.spec = spec
@@ -59,13 +59,13 @@ class PagesState(SelectorState):
         self._fit(slots)
         full = slots.held // self.method.page
         most = int(full.max())
-        self.boxes.used = full
+        self.boxes.held = full
         page = torch.arange(most)
         self._take(slots, (page >= (before // self.method.page).unsqueeze(1)) & (page < full.unsqueeze(1)))
 
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         full = slots.held // self.method.page
-        self.boxes.used = full
+        self.boxes.held = full
         most = int(full.max())
         row, slot = leaving.cpu().nonzero(as_tuple=True)
         touched = torch.zeros(self.spec.rows, -(-leaving.shape[1] // self.method.page), dtype=torch.bool)
@@ -75,7 +75,7 @@ class PagesState(SelectorState):
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
         page = self.method.page
         require_equal(fields["boxes"]["capacity"], slots["capacity"] // page, "room for pages")
-        require_equal(fields["boxes"]["used"], slots["held"] // page, "full pages")
+        require_equal(fields["boxes"]["held"], slots["held"] // page, "full pages")
 
     def resize(self, slots: Slots) -> None:
         self._fit(slots)
@@ -114,11 +114,11 @@ class PagesState(SelectorState):
         return Chosen(index, dead)
 
     def unread_logit(self, q: Tensor, visible: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Bound the logits of the unread tokens: (largest logit, log-sum-exp of the logits), each (r, m) in float64.
+        """Return upper bounds on the largest logit and on the log-sum-exp of the logits of all unread tokens.
 
-        The queries q (r, m, d) see the first visible (r, m) slots and read the slots that `choose` returns. The bounds
-        are -inf where every token is read. The bounds hold for the logits in exact arithmetic, under the spec's scale
-        and softcap.
+        Both are (r, m), float64, one bound per query of q (r, m, d). A query sees the first visible (r, m) slots; the
+        tokens outside the slots that `choose` returns are unread. The bounds are -inf where every token is read. They
+        hold for the logits in exact arithmetic, under the spec's scale and softcap.
         """
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
         bound = self.bounds(q, newest, rows)
@@ -133,7 +133,10 @@ class PagesState(SelectorState):
         return unread[..., 0], torch.logsumexp(unread, -1) + torch.tensor(self.method.page, dtype=bound.dtype).log()
 
     def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
-        """Return bounds on the scaled q.k of each page before the newest: (r, m, pages) float64, -inf elsewhere."""
+        """Return upper bounds (r, m, pages), float64, on the scaled q.k of each page's keys for queries q (r, m, d).
+
+        newest (r, m) is the page of the newest token that a query sees. This page and later pages have the bound -inf.
+        """
         most = int(newest.max()) if newest.numel() else 0
         low, high = (self.boxes.across(name, rows, most)[:, 0].double() for name in ("low", "high"))
         q = q.double() * self.spec.scale

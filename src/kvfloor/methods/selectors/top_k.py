@@ -1,4 +1,4 @@
-"""Read the k held tokens of largest logit, the oracle for selectors that generate candidates."""
+"""Read the k held tokens of largest logit, found by a scan of all keys: the oracle for selectors that scan fewer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from kvfloor.validation import count
 class TopK(Selector):
     """Read the k held tokens of largest logit, after a scan of every key.
 
-    Only reads of values are saved. k: tokens read per query. Tokens tied at the k-th logit are all read.
+    All keys are read, so the selector saves reads of values only. k: tokens read per query. Tokens tied at the k-th
+    logit are all read.
     """
 
     name: ClassVar[str] = "top_k"

@@ -1,4 +1,4 @@
-"""Read the best of the keys that lie near the query along Z-curves of random projections (ZETA)."""
+"""Read the keys of largest logit among those near the query on Z-order curves of random projections (ZETA)."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ _KEY_NUMBERS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class ZCurve(Indexed):
-    """Read the best of the tokens whose keys are near the query along space-filling curves.
+    """Read the k tokens of largest logit among those whose keys are near the query along space-filling curves.
 
     This is ZETA's search (Zeng et al. 2025), on the keys of a model that was not trained for the search.
-    On each of `curves` curves a key's place is the Morton code of  sqrt(d) P k / |k|  with P three orthonormal rows,
-    drawn from public randomness and independent of the data, on the fixed grid of the normal's quantiles, shifted by
-    another share of the grid on every curve (a single curve has seams that part near neighbours). The candidates
-    are the `window` keys around the query's own place on each curve and the keys that wait for the next merge. The
-    query reads the k candidates of largest exact logit. Ties are broken in favour of the newer token.
+    The place of a key x on a curve is the Morton code of the grid point of sqrt(d) P x / |x|. P is a 3 x d matrix of
+    orthonormal rows, drawn from the public seed and independent of the data. The grid is fixed: its lines are quantiles
+    of the standard normal. Each of the `curves` curves has its own P and its own shift of the grid, because a single
+    curve has seams that part near neighbours. The candidates are the `window` keys around the query's own place on each
+    curve and the keys that are not merged into the curves yet (see `chunk`). The query reads the k candidates of
+    largest exact logit. Ties are broken in favour of the newer token.
 
-    The original learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best
+    ZETA learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best
     tokens are missed where d is large and keys have no clusters: `characterize.lib.recall` measures the share.
 
     k        tokens read per query
+    curves   number of curves, each with its own random projection
+    window   keys of each curve that are candidates
     chunk    new keys wait unsorted, and are all candidates, until `chunk` of them are merged into the curves; under
-             an eviction policy its block is the chunk
+             an eviction policy keys are merged at the end of each of its blocks instead
     """
 
     name: ClassVar[str] = "zeta"
@@ -64,7 +67,10 @@ class ZCurve(Indexed):
 
 
 def projections(spec: Spec, curves: int) -> Tensor:
-    """Return orthonormal rows (curves, min(3, d), d), float64, fixed by the spec's seed and width (public)."""
+    """Return a random projection with orthonormal rows for each curve: (curves, min(3, d), d), float64.
+
+    It is fixed by the spec's seed and width alone.
+    """
     dims = min(_DIMS, spec.d)
     key = row_keys(spec.seed, torch.arange(curves), "z-curve projections").view(-1, 1, 1)
     radius, angle = (uniform(key, torch.arange(spec.d * dims).view(spec.d, dims) * 2 + lane) for lane in (0, 1))
@@ -73,7 +79,10 @@ def projections(spec: Spec, curves: int) -> Tensor:
 
 
 class ZCurveState(SelectorState):
-    """Hold the sorted codes of the merged slots and the slots of these codes, per row and curve."""
+    """Hold, per row and curve, the Morton codes of the merged keys in ascending order, and the slot of each code.
+
+    Keys that arrived after the last merge are not in these lists.
+    """
 
     def __init__(self, spec: Spec, slots: Slots, method: ZCurve, shared: dict[str, Tensor]) -> None:
         self.spec = spec
@@ -93,12 +102,16 @@ class ZCurveState(SelectorState):
             self.sorted.resize(slots.capacity)
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Require that every list has the first `used` slots of its row, in the order of their codes."""
+        """Raise ValueError unless the lists of codes in a message (a saved state) fit its slots.
+
+        The n codes of a curve must be in ascending order and belong to the first n slots of the row, n at most the
+        number of held tokens. fields are the saved fields of this index, slots those of the slots.
+        """
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
-        if bool((merged["used"] > slots["held"]).any()):
-            raise ValueError(f"{merged['used'].tolist()} slots on the curves, {slots['held'].tolist()} are held")
-        sizes = merged["used"].repeat_interleave(curves).tolist()
+        if bool((merged["held"] > slots["held"]).any()):
+            raise ValueError(f"{merged['held'].tolist()} slots on the curves, {slots['held'].tolist()} are held")
+        sizes = merged["held"].repeat_interleave(curves).tolist()
         for code, slot in zip(merged["code"].split(sizes), merged["slot"].split(sizes), strict=True):
             if bool((code[1:] < code[:-1]).any()):
                 raise ValueError("codes on a curve are out of order")
@@ -106,14 +119,17 @@ class ZCurveState(SelectorState):
 
     def close(self, slots: Slots, rows: Tensor | None) -> None:
         rows = torch.arange(self.spec.rows) if rows is None else rows
-        self._merge(slots, rows, self.sorted.used[rows])
+        self._merge(slots, rows, self.sorted.held[rows])
 
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         rows = leaving.any(1).nonzero().squeeze(1)
         self._merge(slots, rows, torch.zeros_like(rows))
 
     def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
-        """Keep the first `first` sorted items of these rows and merge all later slots among them."""
+        """Merge the keys in slots first[r] .. held[r] - 1 of each of `rows` into the sorted lists of every curve.
+
+        The lists of row r are cut to their first first[r] items before; 0 makes them anew from all held keys.
+        """
         held, device = slots.held[rows], slots.k.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))
         if c == 0:
@@ -133,10 +149,10 @@ class ZCurveState(SelectorState):
         for name, before, new in (("code", old, code), ("slot", self.sorted.across("slot", every, n), slot)):
             merged = torch.empty(*new.shape[:2], n + c, dtype=torch.int32, device=device)
             self.sorted.write(name, rows, held, merged.scatter_(2, at, torch.cat([before, new], 2)))
-        self.sorted.used = self.sorted.used.index_copy(0, rows, held)
+        self.sorted.held = self.sorted.held.index_copy(0, rows, held)
 
     def _codes(self, x: Tensor) -> Tensor:
-        """Return the places of x (r, s, d) on the curves: (r, curves, s) int32."""
+        """Return the Morton codes (r, curves, s), int32, of vectors x (r, s, d): their places on each curve."""
         x = x.double()
         x = x / length(x).unsqueeze(-1).clamp_min(torch.finfo(x.dtype).tiny)
         # By `total`: codes are part of the state, so a token's code must not depend on the other tokens of its call.
@@ -159,9 +175,12 @@ class ZCurveState(SelectorState):
         return Chosen(slot.gather(2, best).clamp_min(0), logit.gather(2, best) == -torch.inf)
 
     def _candidates(self, q: Tensor, visible: Tensor, rows: Tensor | None) -> Tensor:
-        """Return candidate slots (r, m, c), with repeats; slots from `visible` on are to be ignored."""
+        """Return the slots (r, m, c) of the candidate tokens of queries q (r, m, d); a slot may occur more than once.
+
+        A query sees the slots below visible (r, m); the caller must ignore other slots in the result.
+        """
         (r, m, _), device, window = q.shape, q.device, self.method.window
-        used = (self.sorted.used if rows is None else self.sorted.used[rows]).to(device)
+        used = (self.sorted.held if rows is None else self.sorted.held[rows]).to(device)
         width = int(self.sorted.capacity.max())
         gone = torch.arange(width, device=device) >= used.view(-1, 1, 1)
         code = self.sorted.across("code", rows, width)
@@ -178,7 +197,7 @@ class ZCurveState(SelectorState):
         return torch.cat([near, first.unsqueeze(2) + waiting], 2)
 
     def _logits(self, q: Tensor, slot: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Return the scaled q.k in float64 (r, m, c) for q (r, m, d) and slots (r, m, c)."""
+        """Return scale q.k, float64 (r, m, c), of queries q (r, m, d) with the keys in slots `slot` (r, m, c)."""
         (r, m, c), logits = slot.shape, []
         q = q.double() * self.spec.scale
         at_once = max(1, _KEY_NUMBERS_AT_ONCE // max(1, r * c * self.spec.d))
@@ -191,8 +210,12 @@ class ZCurveState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes of a search and a window of slots per curve, all candidates' keys, the k best values."""
-        used, method, number = self.sorted.used, self.method, self.spec.dtype.itemsize
+        """Return the bytes that one query per row reads of held (rows,) tokens.
+
+        They are the codes of a binary search and a window of slots per curve, the keys of all candidates, and the
+        values of the k best.
+        """
+        used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()
         index = 4 * method.curves * (searched + used.clamp_max(method.window))
         candidates = torch.minimum(used, torch.tensor(method.curves * method.window)) + held - used

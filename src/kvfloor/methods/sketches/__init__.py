@@ -1,1 +1,1 @@
-"""Store a stream in a sketch instead of whole tokens, one sketch per file."""
+"""Store a stream in a sketch (samples, clusters, codes) instead of whole tokens, one method per file."""

@@ -1,4 +1,4 @@
-"""Halve the tokens repeatedly by a self-balancing walk and double the weight of the rest (BalanceKV)."""
+"""Evict half of the tokens repeatedly, chosen by a self-balancing walk, and double the others' weight (BalanceKV)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ _WALK = 4  # blocks of one level halved at once: large walks balance better, sma
 
 @dataclass(frozen=True)
 class Balance(Method):
-    """Halve the tokens in a merge-and-reduce tree, by a walk that nearly preserves attention sums.
+    """Halve the number of tokens repeatedly, by a random walk over the tokens that nearly preserves attention sums.
 
-    Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, with one set of tokens for all sums.
+    Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, here with one set of kept tokens for the
+    numerator and the denominator of attention.
     A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
     Halving a level keeps half of its tokens and moves them up one level. The kept half is chosen so that the sum of
     e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short (`self_balancing`). The paper has one
@@ -45,12 +46,12 @@ class Balance(Method):
               largest count / 4^l, because halving level l adds 4^l to the squared error whatever the count. Halving
               at most four blocks keeps weights similar. Where every level has one token, a fair coin drops the token
               of the lowest level or doubles its weight.
-    keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's smaller sign class,
-              which loses a little mass each time
+    keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's rule, by which the
+              tokens of the rarer sign in the walk stay, which loses a little mass each time
     c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for
               `horizon` and `failure`, at which the guarantee holds. The paper's code has 1/8.
-    constant  square of the constant coordinate, relative to the longest value halved; the paper's code has 0.025, and
-              the bound of the guarantee is least at 1
+    constant  square of the constant coordinate `const`, in units of the largest |v|^2 of the tokens halved; the
+              paper's code has 0.025, and the error bound of the guarantee is smallest at 1
     sharpness exponent of the walk's kernel exp(sharpness |scale| k.k'); the paper has 1, and a smaller exponent lets
               keys balance more distant keys
     centre    subtract the level's mean key in the walk; answers always use the original keys
@@ -108,23 +109,27 @@ class Balance(Method):
 
     @property
     def traits(self) -> Traits:
-        """Return the traits of the sketch.
+        """Return the promises of this method.
 
-        normalised: numerator and denominator have the same positive weights. lossy_values: held tokens do not have
-        weight 1 in answers. Not value_linear: the choice of kept tokens depends on values.
+        It is normalised, because numerator and denominator have the same positive weights. Its values are lossy,
+        because held tokens do not all have weight 1 in answers. It is not linear in the values, because the choice of
+        kept tokens depends on them.
         """
         return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
 
     @property
     def block(self) -> int:
-        """Return the number of tokens between two points at which levels may be halved."""
+        """Return the block length in tokens: at the end of each block a row checks whether to halve a level."""
         if not isinstance(self.budget, int):
             return self.batch
         return min(self.batch, (self.budget - self.sinks - self.recent) // _BLOCKS)
 
     @property
     def threshold(self) -> float:
-        """Return c, or the safe threshold for the walks' steps over all levels: at most n for pairs, 2n for tokens."""
+        """Return the walk's threshold: c, or if c is None the safe threshold for `horizon` tokens.
+
+        The walks over all levels together take at most n steps for n tokens with keep=pairs, and 2n with keep=smaller.
+        """
         if self.c is not None:
             return self.c
         return self._safe_threshold()
@@ -192,7 +197,10 @@ class Balance(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Balance:
-        """Return the method with the least even batch for which x / (batch - y) <= epsilon / sqrt(spread)."""
+        """Return this method with the least even batch whose error is at most epsilon, and without budget.
+
+        Law: x / (batch - y) <= epsilon / sqrt(spread), with x and y of `tree_error`.
+        """
         if self.radius is None or self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
             return self
         sized = replace(self, c=None, failure=delta, budget=None)
@@ -203,8 +211,12 @@ class Balance(Method):
         return replace(sized, batch=2 * math.ceil(batch / 2))
 
 
-class BalanceState(Blocked):
-    """Hold tokens with levels (slots, column `level`), and each row's measurements for the guarantee."""
+class BalanceState(Blocked[Balance]):
+    """Hold tokens in slots and the level l of each, i.e. its weight 2^l in answers.
+
+    Each row's longest key, value and query, its sum of |v|^2 and its number of clamped steps are held too: they test
+    the assumptions of the guarantee.
+    """
 
     def __init__(self, method: Balance, spec: Spec) -> None:
         room = 2 * method.batch if method.budget is None else tokens(method.budget, 1)[0]
@@ -216,11 +228,6 @@ class BalanceState(Blocked):
         self.longest_value = torch.zeros(spec.rows, **wide)
         self.square_sum = torch.zeros(spec.rows, **wide)  # of values
         self.longest_query = torch.zeros(spec.rows, **wide)
-
-    @property
-    def _plan(self) -> Balance:
-        assert isinstance(self.method, Balance)
-        return self.method
 
     def fields(self) -> dict[str, Any]:
         names = ("longest_key", "longest_value", "square_sum", "longest_query")
@@ -236,7 +243,10 @@ class BalanceState(Blocked):
     # ---- reading -------------------------------------------------------------------------------------------
 
     def _weighted(self, q: Tensor, width: int, hide: Tensor | None) -> Partial:
-        """Return the attention of q (rows, m, d) over the first `width` slots under their weights."""
+        """Return the attention of q (rows, m, d) over the first `width` slots, with weight 2^level for each token.
+
+        hide, which broadcasts to (rows, m, width), is True for slots that a query does not see; None: it sees all.
+        """
         view = self.slots.view(width=width)
         log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
         return Partial.over(q, view.k, view.v, self.spec, log_weight, hide)
@@ -261,7 +271,7 @@ class BalanceState(Blocked):
 
     def _close(self, rows: Tensor | None) -> None:
         rows = torch.arange(self.spec.rows) if rows is None else rows
-        if self._plan.radius is not None:
+        if self.method.radius is not None:
             self._measure(rows)
         while len(rows):
             level, size, free = self._due(rows)
@@ -271,8 +281,12 @@ class BalanceState(Blocked):
                 self._halve(rows, level[due], size[due], free[due])
 
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each row's level to halve (r,), number of tokens to halve (r,), 0 for none, and slots (r, s)."""
-        plan, seen = self._plan, self.seen[rows].unsqueeze(1)
+        """Return the level to halve in each of `rows`, the number of its tokens to halve, and the mask of its slots.
+
+        Level and number are (r,); the number is 0 if no level is due. The mask (r, s), bool, is True for the slots of
+        the tokens of that level that are neither sinks nor recent.
+        """
+        plan, seen = self.method, self.seen[rows].unsqueeze(1)
         view = self.slots.view(rows)
         position, level = view.position.cpu(), self.slots.column("level", rows, view.position.shape[1]).long().cpu()
         live = torch.arange(position.shape[1]) < self.slots.held[rows].unsqueeze(1)
@@ -291,8 +305,12 @@ class BalanceState(Blocked):
         return chosen, size, free & (level == chosen.unsqueeze(1))
 
     def _halve(self, rows: Tensor, level: Tensor, size: Tensor, members: Tensor) -> None:
-        """Halve the oldest size[r] tokens of the slots `members` (r, s), all of level[r]."""
-        plan, device, width = self._plan, self.slots.k.device, int(size.max() + 1) // 2 * 2
+        """Evict about half of the oldest size[r] tokens of `members` in each row, and raise the rest by one level.
+
+        members (r, s) is True for the slots of tokens of level[r] that may be halved. If size[r] is 1, a fair coin
+        decides whether that token is evicted or raised.
+        """
+        plan, device, width = self.method, self.slots.k.device, int(size.max() + 1) // 2 * 2
         view = self.slots.view(rows, members.shape[1])
         age = view.position.masked_fill(~members.to(device), torch.iinfo(torch.int64).max)
         slot = torch.nn.functional.pad(age.argsort(1)[:, :width], (0, max(0, width - age.shape[1])))
@@ -323,7 +341,7 @@ class BalanceState(Blocked):
     # ---- the guarantee's assumptions -----------------------------------------------------------------------
 
     def _measure(self, rows: Tensor) -> None:
-        """Update the key and value lengths of these rows by the blocks just completed, the newest slots."""
+        """Update each row's longest key, longest value and sum of |v|^2 by the newest block of tokens, now complete."""
         slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
         at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)
         key = length(self.slots.k[slot].to(torch.float64)).amax(1)
@@ -333,7 +351,7 @@ class BalanceState(Blocked):
         self.square_sum[at] += total(value, 1)
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        if self._plan.radius is None:
+        if self.method.radius is None:
             return
         real = torch.arange(q.shape[2]) < take.unsqueeze(1)
         asked = length(q.to(torch.float64)).masked_fill(~real.unsqueeze(1).to(q.device), 0.0)
@@ -345,7 +363,7 @@ class BalanceState(Blocked):
         return super()._attend(q)
 
     def guarantee(self) -> Guarantee | None:
-        stated, plan = self._plan.guarantee(self.spec), self._plan
+        stated, plan = self.method.guarantee(self.spec), self.method
         if stated is None or not stated.holds:
             return stated
         assert plan.radius is not None and plan.spread is not None and plan.horizon is not None

@@ -1,4 +1,4 @@
-"""Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn by value length."""
+"""Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn in proportion to |v|^2."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ _RINGS_LIMIT = 2**24  # counters of one token: filling s slots takes some s log 
 
 
 class Clusters(Memory):
-    """Hold online clusters of keys: for each row, centres (c, d), sizes (c,) and uniform key samples (c, t, d).
+    """Hold online clusters of keys: for each row c centres (c, d), sizes (c,) and t uniform samples each, (c, t, d).
 
-    A key within `delta` of the nearest centre joins that centre; any other key becomes a centre. Past the cap on
-    centres a key joins its nearest centre whatever the distance, and `overfull` (rows,) becomes True.
-    Every sample slot keeps the key of smallest counter-based draw, so samples do not depend on chunking.
+    A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Past the
+    cap on centres a key joins its nearest centre whatever the distance, and `overfull` (rows,) becomes True. Every
+    sample slot keeps the key whose random number, fixed by its position, is smallest; so samples do not depend on how
+    calls cut the stream.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:
@@ -57,14 +58,14 @@ class Clusters(Memory):
 
     @property
     def used(self) -> Tensor:
-        """Return the number of centres per row (rows,)."""
+        """Return the number of cluster centres in use per row, (rows,)."""
         return (self.count > 0).sum(1)
 
     def weighted(self, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the samples of the first `width` clusters (all if None) and their log weights.
+        """Return the sampled keys (rows, width * t, d) of the first `width` clusters, None: all, and the log weights.
 
-        Samples are keys (rows, s, d). A sample represents count / t tokens; the log of that number is (rows, s),
-        float64, and -inf where there is no cluster.
+        A cluster of `count` keys has t samples, so each has the weight count / t. The log weights are
+        (rows, width * t), float64, and -inf where there is no cluster.
         """
         sample, size = self.sample[:, :width], self.count[:, :width]
         t = sample.shape[2]
@@ -72,11 +73,11 @@ class Clusters(Memory):
         return sample.flatten(1, 2), share.flatten(1)
 
     def join(self, rows: Tensor, k: Tensor, position: Tensor, delta: float, purpose: str) -> None:
-        """Add the keys k (r, b, d) of `rows` to the clusters by the sequential greedy rule, for all rows at once.
+        """Add the keys k (r, b, d) of `rows` to their clusters: each joins a centre within delta or becomes a centre.
 
         One search compares the whole block with the old centres. The rule then runs over the keys that no old centre
         covers. Finally every key joins the nearest centre among the old centres and the new centres made no later than
-        the key. `purpose` names the random draws of the samples.
+        the key. `purpose` is a text that sets the random draws of these samples apart from all other draws.
         """
         used = self.used[rows]
         self._grow(int(used.max()) + k.shape[1])
@@ -104,7 +105,11 @@ class Clusters(Memory):
 
     @staticmethod
     def _open(wide: Tensor, uncovered: Tensor, room: Tensor, delta: float) -> Tensor:
-        """Mark the keys (r, b) that become centres: covered by no old or earlier new centre, while there is room."""
+        """Return a mask (r, b) of the keys that become new centres, at most room (r,) per row.
+
+        wide (r, b, d) are the keys in float32 or wider; uncovered (r, b) marks those without an old centre within
+        delta. An uncovered key becomes a centre unless an earlier key that became one lies within delta.
+        """
         most = int(uncovered.sum(1).max())
         order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age
         waits = uncovered.gather(1, order)
@@ -118,9 +123,10 @@ class Clusters(Memory):
         return torch.zeros_like(uncovered).scatter(1, order, chosen)
 
     def _sample(self, rows: Tensor, k: Tensor, position: Tensor, joined: Tensor, purpose: str) -> None:
-        """Update the t uniform samples, with replacement, of each cluster.
+        """Update each cluster's t uniform samples, with replacement, by the keys k (r, b, d) that joined it.
 
-        Slot i of a cluster keeps the member of smallest uniform draw.
+        joined (r, b) is the index of each key's cluster. Slot i of a cluster keeps the key whose i-th random number,
+        fixed by position (r, b) and the text `purpose`, is smallest.
         """
         t = self.sample.shape[2]
         lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows].view(-1, 1, 1)
@@ -145,10 +151,11 @@ class Clusters(Memory):
 
 
 class Reservoir(Memory):
-    """Hold s sampled pairs k (s, d), v (s, dv) per row, each an independent draw proportional to |v|^2.
+    """Hold s sampled (key, value) pairs per row, k (s, d) and v (s, dv), drawn with probability proportional to |v|^2.
 
-    A token is drawn with probability |v|^2 / mu, where mu is the sum of all |v|^2. Every slot keeps the token of
-    smallest counter-based draw, so samples do not depend on chunking.
+    Each pair is an independent draw of a token with probability |v|^2 / mu, where mu is the sum of all |v|^2. Every
+    slot keeps the token whose random number, fixed by its position, is smallest; so samples do not depend on how calls
+    cut the stream.
     """
 
     def __init__(self, spec: Spec, s: int) -> None:
@@ -178,13 +185,14 @@ class Reservoir(Memory):
         return weight.masked_fill(torch.isinf(self.key), -torch.inf)
 
     def offer(self, rows: Tensor, k: Tensor, v: Tensor, position: Tensor, purpose: str) -> None:
-        """Sample from the given tokens and the kept pairs, with probability proportional to |v|^2.
+        """Update the sampled pairs of `rows` by new tokens k (r, b, d), v (r, b, dv), position (r, b).
 
         Slot i keeps the token with the smallest Exp(1)/|v|^2, so token j is kept with probability |v_j|^2 / mu.
-        The s exponential clocks of a token are drawn as one Poisson process of rate s |v|^2. Each ring falls in a
-        uniform slot, and the first ring in a slot is the token's clock there. Drawing stops once the time passes the
-        clocks of all kept pairs. A long stream thus costs O(log(s) s / n) draws per token instead of s, and the kept
-        tokens do not depend on the cuts of the stream.
+        A token's s numbers Exp(1)/|v|^2 are drawn as one Poisson process of rate s |v|^2. Each event falls in a uniform
+        slot, and the time of the first event in a slot is the token's number there. Drawing stops once the time passes
+        the numbers of all kept pairs. A long stream thus costs O(log(s) s / n) draws per token instead of s, and the
+        kept tokens do not depend on how calls cut the stream. `purpose` is a text that sets these random draws apart
+        from all other draws.
         """
         norm = total(v.to(torch.float64).square())  # (r, b)
         s = self.key.shape[1]
@@ -214,7 +222,10 @@ class Reservoir(Memory):
 
 
 def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Evict and return the `block` tokens of each of `rows`, by age: k (r, b, d), v (r, b, dv), position (r, b)."""
+    """Evict the b = `block` tokens that each of `rows` holds, and return them, oldest first.
+
+    Returns k (r, b, d), v (r, b, dv) and position (r, b).
+    """
     view = slots.view(rows, block)
     order = view.position.argsort(1)
     k = view.k.gather(1, order.unsqueeze(-1).expand_as(view.k))
@@ -228,14 +239,21 @@ def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block: int) -> None:
-    """Raise ValueError unless the slots hold exactly the open block and every cluster set all older tokens."""
+    """Raise ValueError unless a message (a saved state) has every token seen either in its slots or in its clusters.
+
+    The slots must hold the tokens since the last block end, and the clusters all earlier tokens. fields are the saved
+    fields of the state, parts the saved fields of each `Clusters` in it.
+    """
     require_equal(fields["slots"]["held"], fields["seen"] % block, "tokens of the open block")
     for keys in parts:
         require_equal(keys["count"].sum(1), fields["seen"] // block * block, "tokens in the clusters")
 
 
 def longest(q: Tensor, take: Tensor) -> Tensor:
-    """Return the largest |q| (rows,), float64, of the first take[r] queries of q (rows, g, a, d); 0 without any."""
+    """Return the largest norm |q| (rows,), float64, over the queries q (rows, g, a, d) of each row.
+
+    Only the queries of the first take[r] of the a tokens count. The norm is 0 for a row without queries.
+    """
     if q.numel() == 0:
         return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
     real = torch.arange(q.shape[2]) < take.unsqueeze(1)
@@ -244,9 +262,10 @@ def longest(q: Tensor, take: Tensor) -> Tensor:
 
 
 def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
-    """Return (value pairs s, cap on centres) for a budget in tokens: half for pairs, half for clusters.
+    """Return the number s of sampled pairs and the cap on centres that fit into a budget in tokens.
 
-    A pair costs one token. A centre with its t sampled keys costs (1 + t) / 2 tokens.
+    `block` tokens of the budget are set aside for the newest tokens, which are not clustered yet. Half of the rest is
+    for pairs, which cost one token each, and half for centres: one with its t sampled keys costs (1 + t) / 2 tokens.
     """
     free = tokens(budget, 1)[0] - block
     s = max(1, free // 2)
@@ -254,7 +273,10 @@ def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
 
 
 def check_budget(owner: str, budget: Budget | None, block: int, t: int) -> None:
-    """Raise ValueError for a budget per row, or for a budget without room for a pair and a cluster."""
+    """Raise ValueError if the budget differs by row, or is too small for a block, a sampled pair and a cluster.
+
+    t: number of sampled keys of a cluster; owner: the method's name, for the error.
+    """
     if isinstance(budget, tuple):
         raise ValueError(f"{owner} takes one budget for all rows, not one per row")
     if budget is not None and not isinstance(budget, str):

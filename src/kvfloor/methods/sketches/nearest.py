@@ -1,4 +1,4 @@
-"""Find the nearest of many points, by one matrix product and direct distances to the few candidates left."""
+"""Find the nearest of many points (l2) by one matrix product, and by direct distances to the few candidates left."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _MEASURED_AT_ONCE = 2**18  # pairs whose distance is taken directly at a time
 
 
 def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distance to the nearest allowed point and its index, both (r, b), for x (r, b, d).
+    """Return the l2 distance to the nearest allowed point and its index, both (r, b), for vectors x (r, b, d).
 
-    points (r, c, d), allowed (r, b or 1, c); the distance is inf where no point is allowed. One matrix product rules
-    out all points except a few that its rounding leaves possible, and the distances to these few are computed
-    directly. The result equals that of computing all distances directly, whatever the shapes. The first of equally
-    near points is returned.
+    allowed (r, b or 1, c) marks which of the points (r, c, d) count; the distance is inf where no point is allowed.
+    One matrix product rules out all points except a few that its rounding leaves possible, and the distances to these
+    few are computed directly. The result equals that of computing all distances directly, whatever the shapes. The
+    first of equally near points is returned.
     """
     (r, b, _d), c = x.shape, points.shape[1]
     apart = x.new_full((r * b,), torch.inf)
@@ -40,7 +40,10 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
-    """Return sorted (row, key, point) triples that are certain to include the nearest allowed points."""
+    """Return the sorted triples (row, index in x, index in points) that may be nearest, given the product's rounding.
+
+    They are three tensors (e,), and are certain to include the nearest allowed point of every x.
+    """
     norm, size = (torch.linalg.vector_norm(one, dim=-1).square_() for one in (x, points))
     side = size.unsqueeze(1).masked_fill(~allowed, torch.inf)
     rough = torch.bmm(x, points.transpose(1, 2)).mul_(-2).add_(side)  # less |x|^2

@@ -1,4 +1,4 @@
-"""Quantise every token to a few bits per number, the baseline for eviction methods."""
+"""Quantise the keys and values of every token to a few bits per number, as a baseline for eviction (KIVI)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvfloor.core.arena import grown
 from kvfloor.core.attend import compute_dtype
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
-from kvfloor.core.slots import Slots, grown
+from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.validation import count
 
@@ -50,8 +51,8 @@ class Quantized(Method):
         return None
 
 
-class QuantizedState(Blocked):
-    """Hold full groups as packed codes, and the tokens of the open group in slots."""
+class QuantizedState(Blocked[Quantized]):
+    """Hold each row's full groups of `group` tokens as packed codes, and the newer tokens unquantised in slots."""
 
     def __init__(self, method: Quantized, spec: Spec) -> None:
         super().__init__(method, spec, Slots(spec, [method.group] * spec.rows), method.group)
@@ -117,7 +118,7 @@ class Codes(Memory):
         return {name: Field(x.dtype, (x.shape[0], "groups", *x.shape[2:])) for name, x in tensors.items()}
 
     def write(self, rows: Tensor, at: Tensor, x: Tensor) -> None:
-        """Encode x (r, group, width) as group at[r] of each row."""
+        """Quantise x (r, group, width) and store it in `rows` (r,): x[i] becomes group number at[i] of row rows[i]."""
         self._grow(int(at.max()) + 1)
         x = x.to(compute_dtype(x.dtype))
         axis = 1 if self.per_channel else 2
@@ -129,7 +130,10 @@ class Codes(Memory):
         self.packed[rows, at], self.low[rows, at], self.step[rows, at] = self._pack(code), low, step
 
     def decode(self, groups: int, spec: Spec) -> Tensor:
-        """Return the first `groups` groups of every row: (rows, groups * group, width) in the spec's dtype."""
+        """Return the dequantised numbers of every row's first `groups` groups: (rows, groups * group, width).
+
+        They are in the spec's dtype.
+        """
         code = self.packed[:, :groups]
         if self.bits < 8:
             shifts = torch.arange(8 // self.bits, dtype=torch.uint8, device=code.device) * self.bits

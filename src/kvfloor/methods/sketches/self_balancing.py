@@ -1,4 +1,4 @@
-"""Draw signs one after the other, under which vectors nearly cancel (the self-balancing walk)."""
+"""Draw random signs for vectors one by one, so that the signed sum stays short (the self-balancing walk)."""
 
 from __future__ import annotations
 
@@ -12,42 +12,52 @@ Keep = Literal["pairs", "smaller"]
 
 
 def safe_threshold(steps: float, failure: float) -> float:
-    """Return c = 1/2 + ln(2 steps / failure), a threshold at which no step of the walk is clamped.
+    """Return c = 1/2 + ln(2 steps / failure), at least 1: a threshold at which a walk (`walk`) rarely clamps a step.
 
-    This holds with probability 1 - failure, for every c of at least this value. The same walk, moved by -<w, x> / c
-    instead of a sign where |<w, x>| > c, is sigma-sub-Gaussian in every fixed direction with sigma^2 = c^2 / (2c - 1),
-    for |x| <= 1 and c >= 1: the noise of a step lies in an interval of length 2, so Hoeffding gives (theta.x)^2 / 2,
-    and the pull back takes away at least as much. Hence a step is clamped with probability 2 exp(1/2 - c) at most. The
-    paper's 30 ln(n / failure) is safe as well, and nearly a fair coin.
+    A step of `walk` is clamped if the formula for the probability of its sign leaves [0, 1]. For every c of at least
+    this value, with probability 1 - failure none of the `steps` steps is clamped.
+    Proof: let w be the signed sum so far and x the next vector, |x| <= 1 and c >= 1. Take the walk that moves by
+    -<w, x> / c times x, instead of by a sign times x, where |<w, x>| > c. It is sigma-sub-Gaussian in every fixed
+    direction theta with sigma^2 = c^2 / (2c - 1): the noise of a step lies in an interval of length 2, so Hoeffding
+    gives (theta.x)^2 / 2, and the pull back takes away at least as much. Hence a step is clamped with probability
+    2 exp(1/2 - c) at most. The paper's 30 ln(n / failure) is safe as well, and makes the walk nearly a fair coin.
     """
     return max(1.0, 0.5 + math.log(2.0 * steps / failure))
 
 
 def sub_gaussian(c: float) -> float:
-    """Return sigma of the signed sum of vectors of length <= 1 (`safe_threshold`); c >= 1."""
+    """Return sigma, for which a walk's signed sum of vectors of length <= 1 is sigma-sub-Gaussian (`safe_threshold`).
+
+    c is the walk's threshold, at least 1.
+    """
     return c / math.sqrt(2.0 * c - 1.0)
 
 
 def worst_growth(sharpness: float, centre: bool) -> float:
-    """Return g, where `tree_error` grows by the factor exp(g r^2).
+    """Return the number g for which exp(g r^2) is the factor in `tree_error` due to the length of keys and queries.
 
-    r bounds sqrt(|scale|) |q| and sqrt(|scale|) |k|.
-    With h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and the
-    denominator is at least n e^{-r^2}. Centred, |k - mean| may be 2r, and the factor e^{q.mean} returns.
+    r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. `sharpness` is the exponent of the walk's kernel; `centre`
+    is True if the mean key is subtracted in the walk.
+    Law: with h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and
+    the denominator is at least n e^{-r^2}. If keys are centred, |k - mean| can be 2r, and the factor e^{q.mean} comes
+    on top.
     """
     return 0.5 / sharpness + (2.0 * sharpness + 2.0 if centre else 0.5 * sharpness + 1.0)
 
 
 def tree_error(dv: int, growth: float, constant: float, c: float, failure: float) -> tuple[float, float]:
-    """Return (x, y) in the error bound x / (batch - y) max |v| of a merge-and-reduce tree over pairs.
+    """Return (x, y) in the error bound x / (batch - y) max |v| of `Balance`, whose levels are halved by pairs.
 
-    The bound holds with probability 1 - 2 failure for one fixed query and no clamped step, with `growth` from
-    `worst_growth`; a = constant. A direction u of numerator minus answer times denominator errs by the signed sum of
-    e^{q.k} (v - answer).u, which is linear in the walk's vectors e^{k} (v, const). Differences of two vectors are at
-    most 2 |e^{k}| sqrt(1 + a) max |v| long. So one halving of level l is sub-Gaussian with 4^l 4 sigma^2 |e^{q}|^2
-    |e^{k}|^2 (1 + a)^2 / a max |v|^2. Halvings are martingale differences; their 4^l sum to 2 n^2 / batch^2, as level l
-    has at most n / (2^l batch) halvings. A sub-Gaussian vector is no longer than its deviation times
-    sqrt(dv) + sqrt(2 ln 1/failure) (Hsu, Kakade and Zhang 2012). The denominator errs likewise.
+    The bound holds for one fixed query with probability 1 - 2 failure, if no step of a walk is clamped. c is the walk's
+    threshold, growth is r^2 times `worst_growth` for a bound r on the lengths, and a = constant is the square of the
+    constant coordinate in units of max |v|^2.
+    Proof: e^{k} and e^{q} stand for feature vectors with inner product e^{q.k}. In a direction u, the error of
+    numerator minus answer times denominator is the signed sum of e^{q.k} (v - answer).u. This sum is linear in the
+    walk's vectors e^{k} (v, const). Differences of two vectors are at most 2 |e^{k}| sqrt(1 + a) max |v| long. So one
+    halving of level l is sub-Gaussian with 4^l 4 sigma^2 |e^{q}|^2 |e^{k}|^2 (1 + a)^2 / a max |v|^2. Halvings are
+    martingale differences; their 4^l sum to 2 n^2 / batch^2, as level l has at most n / (2^l batch) halvings. A
+    sub-Gaussian vector is no longer than its deviation times sqrt(dv) + sqrt(2 ln 1/failure) (Hsu, Kakade and Zhang
+    2012). The denominator errs likewise.
     """
     walked = 2.0 * math.sqrt(2.0) * sub_gaussian(c) * math.exp(min(600.0, growth))
     x = walked * (1 + constant) / math.sqrt(constant) * (math.sqrt(dv) + math.sqrt(2.0 * math.log(1.0 / failure)))
@@ -56,7 +66,7 @@ def tree_error(dv: int, growth: float, constant: float, c: float, failure: float
 
 
 def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, centre: bool) -> Tensor:
-    """Return the kernel matrix of the walk, (r, m, m) float64.
+    """Return the kernel matrix K of the walk, i.e. the inner products of its m vectors per row: (r, m, m) float64.
 
     K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), up to one factor per row. k (r, m, d), v (r, m, dv);
     live (r, m) marks the tokens; all other entries are zero. `constant` is in units of the squared longest value. The
@@ -80,13 +90,13 @@ def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, cent
 
 
 def of_pairs(products: Tensor) -> Tensor:
-    """Return inner products (r, m/2, m/2) of the differences x_0 - x_1, x_2 - x_3, ... from those of x, (r, m, m)."""
+    """Return the inner products (r, m/2, m/2) of x_0 - x_1, x_2 - x_3, ..., from those of x_0, x_1, ..., (r, m, m)."""
     rows = products[:, 0::2] - products[:, 1::2]
     return rows[:, :, 0::2] - rows[:, :, 1::2]
 
 
 def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor, Tensor]:
-    """Return signs (r, m) in {-1, 1} of vectors with these inner products (r, m, m), and clamped steps (r,).
+    """Return signs (r, m) in {-1, 1} for m vectors of inner products (r, m, m), and the number of clamped steps (r,).
 
     Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if draws (r, m), uniform, is below
     1/2 - y / (2a), else -. With R the longest of the vectors, a is
@@ -109,12 +119,13 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
 
 
 def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
-    """Return masks (r, m) of the vectors kept and dropped among the first count[r], and clamped steps (r,).
+    """Return masks (r, m) of the vectors to keep and to drop among the first count[r], and the clamped steps (r,).
 
-    products (r, m, m) with m even and zeros beyond the count; draws (r, m) uniform, one per vector.
+    products (r, m, m) are the vectors' inner products, m even, zero beyond the count; draws (r, m) are uniform random
+    numbers, one per vector; c is the threshold of the walk (`walk`). keep is one of:
     pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2; an odd last vector
              is in neither mask. The walk signs the differences of the two, pulling evenly.
-    smaller  the paper's rule: the smaller class of signs stays, + if they are equal
+    smaller  the paper's rule: the vectors of the rarer sign stay, those of sign + if both are equally frequent
     """
     place = torch.arange(products.shape[1], device=products.device)
     if keep == "pairs":

@@ -43,7 +43,7 @@ class SubGen(Method):
     Each cluster keeps `t` uniform samples of its keys; `s` (key, value) pairs are kept with probability
     proportional to |v|^2. The answer is z / tau with
         z   = sum over the s pairs of  mu / (s |v|^2) * exp(q.k) * v        (mu: sum of all |v|^2)
-        tau = sum over clusters of     n' / t * sum over its samples of exp(q.k)
+        tau = sum over clusters of     n' / t * sum over its samples of exp(q.k)   (n': keys in the cluster)
     delta    cluster radius in key space (l2)
     centres  cap on the clusters; past it a key joins its nearest centre whatever the distance, and the guarantee
              is withdrawn. None: as many as the stream needs.
@@ -81,7 +81,7 @@ class SubGen(Method):
         return Traits(normalised=False, value_linear=False, lossy_values=True, constant_memory=capped)
 
     def sizes(self) -> tuple[int, int | None]:
-        """Return (value pairs s, cap on centres), after the budget is divided."""
+        """Return the number s of sampled pairs and the cap on centres (None: no cap), from the budget if given."""
         return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
 
     def open(self, spec: Spec) -> SubGenState:
@@ -97,8 +97,9 @@ class SubGen(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op for one query fixed in advance.
 
-        Constants by Chebyshev (each half of `failure`): s = 9 dv / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f) with
-        R = exp(2 delta radius). An epsilon of 1 or more is vacuous.
+        V are the values and ||V||_op is their operator norm. Constants by Chebyshev, with f = failure / 2 for numerator
+        and denominator each: s = 9 dv / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f) with R = exp(2 delta radius). An
+        epsilon of 1 or more is vacuous. Returns None without a radius.
         """
         if self.radius is None:
             return None
@@ -115,7 +116,10 @@ class SubGen(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGen:
-        """Return the method with s and t for this cluster radius, without cap or budget: keys fix the centres."""
+        """Return this method with the s and t that epsilon and delta need, and without cap on centres or budget.
+
+        The number of centres then depends on the keys alone.
+        """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
         s = subgen_s(spec.dv, epsilon, delta / 2)
@@ -126,8 +130,8 @@ class SubGen(Method):
         return replace(self, s=math.ceil(s), t=max(1, math.ceil(t)), failure=delta, centres=None, budget=None)
 
 
-class SubGenState(Blocked):
-    """Hold the clusters of keys, the reservoir of value pairs, and the tokens of the open block."""
+class SubGenState(Blocked[SubGen]):
+    """Hold the clusters of keys, the sampled (key, value) pairs, and the whole tokens since the last block end."""
 
     def __init__(self, method: SubGen, spec: Spec) -> None:
         super().__init__(method, spec, Slots(spec, [method.block] * spec.rows), method.block)
@@ -135,11 +139,6 @@ class SubGenState(Blocked):
         self.keys = Clusters(spec, method.t, cap)
         self.pairs = Reservoir(spec, s)
         self.longest_query = torch.zeros(spec.rows, dtype=torch.float64, device=spec.device)  # of those with tokens
-
-    @property
-    def _plan(self) -> SubGen:
-        assert isinstance(self.method, SubGen)
-        return self.method
 
     def fields(self) -> dict[str, Any]:
         return super().fields() | {"longest_query": Field(torch.float64, (self.spec.rows,), least=0)}
@@ -150,17 +149,17 @@ class SubGenState(Blocked):
 
     @property
     def clusters(self) -> Tensor:
-        """Return the number of centres per row (rows,)."""
+        """Return the number of cluster centres per row, (rows,)."""
         return self.keys.used
 
     def guarantee(self) -> Guarantee | None:
-        stated = self._plan.guarantee(self.spec)
+        stated = self.method.guarantee(self.spec)
         if stated is None:
             return None
         length = float(self.longest_query.max()) * abs(self.spec.scale)
         if bool(self.keys.overfull.any()):
             return replace(stated, holds=False, why="the cap on centres was reached: a key joined beyond delta")
-        if self._plan.radius is not None and length > self._plan.radius:
+        if self.method.radius is not None and length > self.method.radius:
             return replace(stated, holds=False, why=f"a query of |q| * scale = {length:.4g} was asked")
         return stated
 
@@ -184,24 +183,27 @@ class SubGenState(Blocked):
         k, v, position = drain(self.slots, rows, self.block)
         at = rows.to(k.device)
         self.pairs.offer(at, k, v, position, PAIRS)
-        self.keys.join(at, k, position, self._plan.delta, SAMPLES)
+        self.keys.join(at, k, position, self.method.delta, SAMPLES)
 
 
 def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
-    """Return the epsilon of s pairs and t samples per cluster, half of `failure` each, for a Frobenius norm.
+    """Return the error epsilon of SubGen with s sampled pairs and t samples per cluster.
 
-    Law: the larger of sqrt(9 / (s f)) and sqrt(9 (R-1)^2 / (4 R t f)), where logits are within `reach` of their
-    cluster's centre: R = exp(2 reach). For the operator norm a pair counts as 1 / dv.
+    The error is relative to ||softmax||_2 ||V||_F, for values V.
+    Law: the larger of sqrt(9 / (s f)) for the numerator and sqrt(9 (R-1)^2 / (4 R t f)) for the denominator, by
+    Chebyshev with probability f = failure / 2 each. Logits are within `reach` of that of their cluster's centre:
+    R = exp(2 reach). For the operator norm of the values V instead of the Frobenius norm, s pairs count as s / dv.
     """
     half, spread = failure / 2, math.exp(min(700.0, 2 * reach))
     return max(math.sqrt(9 / (s * half)), math.sqrt(9 * (spread - 1) ** 2 / (4 * spread * t * half)))
 
 
 def ratio(z: Partial, log_tau: Tensor) -> Partial:
-    """Return the answer z / tau, of mass tau, from the samples of the numerator and log tau.
+    """Return the attention estimate (numerator) / tau with the mass tau, where tau estimates the denominator.
 
-    The mean of the samples times their mass is z.
-    Past the cap on centres the two estimates may differ without bound; the answer stays finite.
+    z is the attention over the sampled pairs: its mean times its mass is the estimate of the numerator. log_tau is the
+    log of tau, of the shape of z.log_mass. Beyond the cap on centres the two estimates can differ without bound; the
+    ratio is limited, so the answer stays finite.
     """
     share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))
     return Partial(z.mean * torch.where(log_tau == -torch.inf, 0.0, share).unsqueeze(-1), log_tau)

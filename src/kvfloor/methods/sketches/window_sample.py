@@ -1,4 +1,4 @@
-"""Answer with the value of one drawn token, as the paper's Algorithm 1 does (window sample)."""
+"""Answer with one token's value, drawn by its unmasked window attention (Haris and Onak 2025, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from kvfloor.validation import count, positives
 class WindowSample(Method):
     """Answer with the value of one token, drawn from the window or from a reservoir of older tokens.
 
-    The reservoir, which samples the c tokens outside the window, is chosen with probability c/S.
-    Law (Haris and Onak 2025, section 4, Algorithm 1): S is c plus the sum of exp(logit) over the window, and a window
-    token is drawn in proportion to exp(logit). Theorem 23: the answer's mean is unmasked window attention, exactly. Its
-    variance per coordinate is at most max|value| times that mean (values >= 0). While all tokens are in the window the
-    answer is exact.
+    The reservoir is a uniform sample of the c tokens outside the window.
+    Law (Haris and Onak 2025, section 4, Algorithm 1): with S = c + the sum of exp(logit) over the window, the sampled
+    value is taken from the reservoir with probability c / S, and is that of a window token with probability
+    exp(logit) / S. Theorem 23: the answer's mean is unmasked window attention, exactly. The variance of a coordinate is
+    at most max|value| times its mean (values >= 0). While all tokens are in the window the answer is exact.
 
     budget   tokens of the window per row. A token's query is answered before the oldest token is evicted:
              the paper's W is one more.
@@ -85,7 +85,7 @@ class WindowSample(Method):
         return replace(self, budget=budget)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """Return the guarantee of the median of means.
+        """Return the error bound for the median of `groups` means of `copies` draws (Theorem 24).
 
         Returns None without spread and horizon, and where too few groups make the bound vacuous.
         """
@@ -107,12 +107,13 @@ class WindowSample(Method):
         return replace(self, copies=copies, groups=groups)
 
 
-class WindowSampleState(Blocked):
+class WindowSampleState(Blocked[WindowSample]):
     """Hold the slots of the window, one sampled older value per draw, and the extremes of all values so far.
 
-    A draw's uniform is fixed by (seed, row id, tokens seen, which draw): all queries at one moment share the uniform,
-    and repeating a query repeats the answer. Every answer has the stated distribution. Answers of one moment depend on
-    one another, which a union bound allows.
+    The random number of a draw is fixed by (seed, row id, tokens seen, index of the draw). So all queries of a row that
+    are answered after the same number of tokens share it, and a repeated query gets the same answer. Every single
+    answer has the stated distribution. Answers that share random numbers depend on one another; the guarantee still
+    holds, as it is a union bound over answers.
     """
 
     def __init__(self, method: WindowSample, spec: Spec) -> None:
@@ -123,11 +124,6 @@ class WindowSampleState(Blocked):
         self.least = torch.full((spec.rows,), torch.inf, **wide)
         self.largest = torch.full((spec.rows,), -torch.inf, **wide)
         self.answers = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)
-
-    @property
-    def _plan(self) -> WindowSample:
-        assert isinstance(self.method, WindowSample)
-        return self.method
 
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)
@@ -145,7 +141,10 @@ class WindowSampleState(Blocked):
         return self._draw(q, self.seen)
 
     def _draw(self, q: Tensor, n: Tensor) -> Partial:
-        """Return the answers drawn for q (rows, m, d) when row r has seen n[r] tokens."""
+        """Return a random answer to each query of q (rows, m, d), as a `Partial` (rows, m).
+
+        n (rows,) is the number of tokens seen, which enters the random numbers.
+        """
         view, spec = self.slots.view(), self.spec
         hide = None if view.live is None else ~view.live.unsqueeze(1)
         mean, inside, weights = weigh(q, view.k, view.v, spec.scale, spec.softcap, hide=hide)
@@ -164,7 +163,7 @@ class WindowSampleState(Blocked):
         picked = view.v.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
         picked = picked.gather(2, slot.unsqueeze(-1).expand(-1, -1, -1, spec.dv))
         drawn = torch.where((u < share).unsqueeze(-1), picked, self.outside.value.unsqueeze(1))
-        answer = middle(drawn.to(mean.dtype), self._plan.copies, self._plan.groups)
+        answer = middle(drawn.to(mean.dtype), self.method.copies, self.method.groups)
         return Partial(torch.where((left > 0).view(-1, 1, 1), answer, mean), whole)
 
     # ---- learning ------------------------------------------------------------------------------------------
@@ -188,19 +187,22 @@ class WindowSampleState(Blocked):
             self.slots.evict(leaving)
 
     def _extend(self, v: Tensor, newest: Tensor) -> None:
-        """Extend the extremes by the values of the newest tokens."""
+        """Update each row's least and largest value so far by the values v (rows, s, dv) of the newest tokens.
+
+        newest (rows, s) marks the slots of these tokens.
+        """
         new = newest.to(v.device).unsqueeze(-1)
         wide = v.to(self.least.dtype)
         self.least = torch.minimum(self.least, wide.masked_fill(~new, torch.inf).amin((1, 2)))
         self.largest = torch.maximum(self.largest, wide.masked_fill(~new, -torch.inf).amax((1, 2)))
 
     def guarantee(self) -> Guarantee | None:
-        stated = self._plan.guarantee(self.spec)
+        stated = self.method.guarantee(self.spec)
         if stated is None or not bool((self.seen > 0).any()):
             return stated
-        assert self._plan.spread is not None and self._plan.horizon is not None
+        assert self.method.spread is not None and self.method.horizon is not None
         asked = int(self.answers.max())
-        why = out_of_range(self.least, self.largest, self._plan.spread)
-        if asked > self._plan.horizon:
+        why = out_of_range(self.least, self.largest, self.method.spread)
+        if asked > self.method.horizon:
             why = f"{asked} answers were given, more than the horizon"
         return replace(stated, holds=False, why=why) if why else stated

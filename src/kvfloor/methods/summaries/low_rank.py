@@ -42,14 +42,15 @@ class Less(Summary):
     The evicted tokens add phi(q) H to the numerator and phi(q) z to the denominator of attention, so psi(k).phi(q)
     replaces exp(scale q.k). phi and psi are small non-negative networks (`Kernels`),
     trained for one model and policy by `kvfloor train-less`. The mass is never negative, and the answer is
-    a convex combination of the evicted values. The state is R (dv + 1) float32 numbers per row: with R = 8, about 4
-    tokens. The fair control is the same policy with that many more tokens. There is no guarantee.
+    a convex combination of the evicted values. The state is R (dv + 1) float32 numbers per row: with R = 8, the memory
+    of about 4 tokens. A fair comparison is the same policy with that many more tokens. There is no guarantee.
 
     rank     R
     kernels  the trainer's safetensors file: one pair of networks per (layer, kv head), selected for each row
              by `Spec.places`; "builtin": the kernels shipped with the built-in model. A file with a single pair
              serves every row. None: untrained networks, which give the evicted tokens almost no weight.
-    A message holds the path of the kernels' file and a tag of its contents; it is refused once the file has changed.
+    A message (a saved state) holds the path of the kernels' file and a tag of its contents. It is refused once the
+    file has changed.
     """
 
     name: ClassVar[str] = "less"
@@ -87,9 +88,10 @@ class Less(Summary):
         return Traits(trained_for=(file.layers, file.heads, file.kernels.query_in.shape[1]))
 
     def open(self, spec: Spec) -> LessState:
-        """Return an empty state with the kernels of every row.
+        """Return an empty summary with the trained feature maps (kernels) of every row.
 
-        Raises ValueError where the kernels were trained for another head width, or have none for a row's place.
+        Raises ValueError if the kernels were trained for another head width, or if the file has none for a row's place
+        in the model (layer, kv head).
         """
         if self.kernels is None:
             return LessState(Kernels.untrained(1, spec.d, self.rank, UNTRAINED_HIDDEN, seed=0), [(0, 0)], 0, spec)
@@ -117,7 +119,7 @@ class Less(Summary):
 
 @dataclass(frozen=True)
 class Kernels:
-    """Hold the feature maps of P heads; every tensor has the heads as first axis.
+    """Hold the feature maps phi of queries and psi of keys, of P kv heads; every tensor has the heads as first axis.
 
         phi(q) = | gelu(gelu(q query_in) query_out) |          query_in (P, d, h), query_out (P, h, R)
         psi(k) = | x + (x key_mix) s2 |                        key_mix (P, R, R), s2 (P, R)
@@ -136,7 +138,10 @@ class Kernels:
 
     @classmethod
     def untrained(cls, heads: int, d: int, rank: int, hidden: int, seed: int) -> Kernels:
-        """Return the initial kernels of training: uniform in +-sqrt(6 / (fan in + fan out)), s1 and s2 at 1e-4."""
+        """Return the initial kernels of training: uniform in +-sqrt(6 / (fan in + fan out)), s1 and s2 at 1e-4.
+
+        heads: number of kv heads P; rank: R, the number of features; hidden: h, the width of the hidden layer.
+        """
         source = torch.Generator().manual_seed(seed)
 
         def uniform(fan_in: int, fan_out: int) -> Tensor:
@@ -152,13 +157,19 @@ class Kernels:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def of(self, head: Tensor) -> Kernels:
-        """Return the kernels of the heads with indices head (r,), stacked; not copied if one pair serves all."""
+        """Return the feature maps of the kv heads with the indices head (r,), one per index.
+
+        If there is only one pair of maps, it serves every index and is not copied.
+        """
         if self.s1.shape[0] == 1:
             return Kernels(*(x.expand(len(head), *x.shape[1:]) for x in self.tensors().values()))
         return Kernels(*(x[head] for x in self.tensors().values()))
 
     def one(self, place: int) -> Kernels:
-        """Return the kernels of the head with index `place`."""
+        """Return the feature maps of the kv head with index `place`, in contiguous tensors aligned to 64 bytes.
+
+        Aligned tensors make products round alike in every call.
+        """
         return Kernels(*(aligned(x[place : place + 1]) for x in self.tensors().values()))
 
     def phi(self, q: Tensor, dropout: float = 0.0) -> Tensor:
@@ -178,7 +189,10 @@ def _hidden(x: Tensor, weight: Tensor, dropout: float) -> Tensor:
 
 @dataclass(frozen=True)
 class KernelFile:
-    """Hold the contents of a kernels file: one pair per (layer, kv head), layer by layer, and a tag of the contents."""
+    """Hold the contents of a kernels file: a pair of feature maps per (layer, kv head), layer by layer.
+
+    tag: a number from the SHA-256 of the file, which changes with its contents.
+    """
 
     kernels: Kernels
     layers: int
@@ -188,9 +202,10 @@ class KernelFile:
 
 @lru_cache(maxsize=4)
 def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
-    """Read the kernels of a file.
+    """Read the trained feature maps from a safetensors file.
 
-    `stamp` distinguishes versions of the file, for the cache. Raises ValueError describing the fault of the file.
+    `stamp` distinguishes versions of the file, for this function's cache of results. Raises ValueError describing the
+    fault of the file.
     """
     del stamp
     try:
@@ -205,7 +220,7 @@ def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
-    """Return (layers, heads) of the named kernels, each (layers, heads, ...).
+    """Return the numbers of layers and of kv heads of a kernels file, whose tensors are (layers, heads, ...).
 
     Raises ValueError where the names, shapes, dtypes or values do not fit together.
     """
@@ -238,7 +253,11 @@ def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
 
 
 class LessState(SummaryState):
-    """Hold sums (rows, R, dv + 1) in the compute dtype: H, with z as last column; and `tag` of the kernels' file."""
+    """Hold the linear-attention state of each row: sums (rows, R, dv + 1), which are H with z as last column.
+
+    H = sum of psi(k) v^T and z = sum of psi(k), see `Less`. sums are in the compute dtype. `tag` is a number that
+    identifies the contents of the kernels' file.
+    """
 
     def __init__(self, kernels: Kernels, places: list[tuple[int, int]], tag: int, spec: Spec) -> None:
         super().__init__(spec)
@@ -250,7 +269,7 @@ class LessState(SummaryState):
         self.sums = torch.zeros(spec.rows, kernels.s1.shape[1], spec.dv + 1, **like)
 
     def _kernels(self, row: Tensor | None = None) -> Kernels:
-        """Return the kernels of these rows (None: all)."""
+        """Return the feature maps of the rows `row` (r,), one head per row (None: of all rows)."""
         of_places = Kernels(*(self.shared[_SHARED + f.name] for f in fields(Kernels)))
         head = torch.zeros(self.spec.rows, dtype=torch.int64)
         place = self.shared[_SHARED + "place"]

@@ -25,7 +25,7 @@ class Moments(Summary):
     """Summarise the evicted tokens as a Gaussian of the same count, means and covariances.
 
     Neither training nor sampling is needed.
-    Law, with x = scale q.k of mean mu = scale q.mean(k) and variance s2 = scale^2 q^T cov(k) q:
+    Law, for c evicted tokens, with x = scale q.k of mean mu = scale q.mean(k) and variance s2 = scale^2 q^T cov(k) q:
         mass       c E[e^x]                = c exp(mu + s2/2)
         numerator  c E[v e^x]              = c (mean(v) + scale cov(v, k) q) exp(mu + s2/2)
     exact for jointly Gaussian (k, v), and to second order in the logits for any. The log-mass is capped at
@@ -57,8 +57,12 @@ class Moments(Summary):
 class MomentsState(SummaryState):
     """Hold the count, means and covariances of the evicted keys and values of each row.
 
-    count (rows,); mean_k (rows, d); mean_v (rows, dv); longest |k| (rows,); cov_k, the lower triangle row by row
-    (rows, d(d+1)/2) or the diagonal (rows, d); cov_vk (rows, dv, d). A covariance that the setting leaves out is None.
+    count    (rows,) number of evicted tokens
+    mean_k   (rows, d)                              mean_v   (rows, dv)
+    longest  (rows,) largest |k|
+    cov_k    (rows, d(d+1)/2) lower triangle row by row, or (rows, d) diagonal only
+    cov_vk   (rows, dv, d)
+    A covariance that the setting `covariance` leaves out is None.
     """
 
     def __init__(self, covariance: str, spec: Spec) -> None:
@@ -86,7 +90,10 @@ class MomentsState(SummaryState):
             self._join(at, keys, values)
 
     def _join(self, at: Tensor, k: Tensor, v: Tensor) -> None:
-        """Merge the moments of k (r, c, d), v (r, c, dv) into those of rows `at` (Chan, Golub and LeVeque 1983)."""
+        """Update the count, means and covariances of rows `at` (r,) by c new tokens each: k (r, c, d), v (r, c, dv).
+
+        Law: the pairwise update of Chan, Golub and LeVeque 1983.
+        """
         c, n = k.shape[1], self.count[at].to(torch.float64)
         new = (c / (n + c)).unsqueeze(1)
         mean_k, mean_v = (total(x, 1) / c for x in (k, v))
@@ -107,10 +114,11 @@ class MomentsState(SummaryState):
         self.count[at] += c
 
     def _blend(self, name: str, at: Tensor, new: Tensor, inside: Tensor, between: Tensor) -> None:
-        """Update the named covariance of rows `at` with the covariance `inside` of the arriving tokens.
+        """Update the covariance attribute `name` of rows `at` by new tokens.
 
-        new      share of the arriving tokens in the joint count
-        between  product of the differences between the arriving tokens' means and the stored means
+        new      share of the new tokens in the joint count
+        inside   covariance of the new tokens among themselves
+        between  product of the differences between the new tokens' means and the stored means
         """
         old: Tensor = getattr(self, name)
         old[at] = ((1 - new) * old[at] + new * inside + new * (1 - new) * between).to(old.dtype)
@@ -129,7 +137,7 @@ class MomentsState(SummaryState):
         return Partial(mean, log_count + growth)
 
     def _variance(self, x: Tensor) -> Tensor:
-        """Return x^T cov(k) x for x (rows, m, d), or zeros if no covariance is kept."""
+        """Return x^T cov(k) x, (rows, m), for scaled queries x (rows, m, d); zeros if no covariance is kept."""
         if self.cov_k is None:
             return x.new_zeros(x.shape[:2])
         if self.cov_vk is None:
@@ -142,9 +150,10 @@ class MomentsState(SummaryState):
         return (torch.matmul(x, whole) * x).sum(-1).clamp_min(0.0)
 
     def _growth(self, centre: Tensor, variance: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (log E[e^y], E[y' e^y] / E[e^y]) for the capped logit y of x ~ N(centre, variance).
+        """Return log E[e^y] and E[(dy/dx) e^y] / E[e^y], each (rows, m), for the logit x ~ N(centre, variance).
 
-        x is limited to |x| <= largest.
+        y = x, or y = c tanh(x / c) under a softcap c. centre, variance and largest are (rows, m). As no logit is
+        larger, x is limited to |x| <= largest under a softcap, and log E[e^y] to at most `largest` without one.
         """
         cap = self.spec.softcap
         if cap is None:

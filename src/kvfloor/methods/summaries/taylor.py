@@ -29,7 +29,7 @@ _UNIT = 2.0**-53  # of rounding
 
 @dataclass(frozen=True)
 class Taylor(Summary):
-    """Summarise the evicted tokens by monomial sums that give each token its truncated exponential weight.
+    """Summarise the evicted tokens by sums of key monomials, for weights that are Taylor polynomials of e^(q.k).
 
     An evicted token has the weight p(x) = sum over j <= g of x^j / j! instead of e^x, with x = scale q.k. One pass
     over the tokens suffices, and no token is kept.
@@ -63,7 +63,7 @@ class Taylor(Summary):
         return Traits(normalised=self.degree % 2 == 0)
 
     def open(self, spec: Spec) -> TaylorState:
-        """Return an empty state.
+        """Return an empty summary for the rows of `spec`.
 
         Raises ValueError where there are too many features, or where a softcap's series is not positive.
         """
@@ -93,7 +93,11 @@ class Taylor(Summary):
         )
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Taylor:
-        """Return the summary with the least even degree of error <= epsilon, up to the limit on features."""
+        """Return the summary with the least even degree whose relative error is at most epsilon.
+
+        There are at most FEATURES_LIMIT features, even if the error then exceeds epsilon. The degree is 0 without a
+        radius. The failure probability delta is not used, as the error bound is certain.
+        """
         del delta
         degree = 0
         while self.radius is not None and relative_error(degree, self.radius) > epsilon:
@@ -104,23 +108,26 @@ class Taylor(Summary):
 
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
-    """Return the guarantee with this epsilon, withdrawn where epsilon is 1 or more and thus vacuous."""
+    """Return the guarantee `stated` with this epsilon, withdrawn (`holds` False) if epsilon is 1 or more."""
     why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
     return replace(stated, epsilon=epsilon, holds=not why, why=why)
 
 
 def relative_error(degree: int, r: float) -> float:
-    """Return the largest relative error of an answer with weights p(x) instead of e^x, for |x| <= r.
+    """Return the largest relative error of an answer with weights p(x) instead of e^x, for logits |x| <= r.
 
-    The error is inf where p may be <= 0. Law: high / low - 1 with low and high the extremes of p(x) e^-x, which are at
-    x = -r, 0 or r.
+    p is the Taylor polynomial of e^x of this degree. The error is inf where p may be <= 0. Law: high / low - 1 with low
+    and high the extremes of p(x) e^-x, which are at x = -r, 0 or r.
     """
     ratio = [1.0] + [_truncated(degree, x) for x in (-r, r)]
     return max(ratio) / min(ratio) - 1.0 + 4.0 * _UNIT if min(ratio) > 0 else math.inf
 
 
 def _truncated(degree: int, x: float) -> float:
-    """Return p(x) e^-x, with p summed in rationals because its terms cancel down to e^x for x < 0."""
+    """Return p(x) e^-x, where p is the Taylor polynomial of e^x of this degree.
+
+    p is summed in rationals, because its terms cancel down to e^x for x < 0.
+    """
     total = term = Fraction(1)
     for j in range(1, degree + 1):
         term *= Fraction(x) / j
@@ -129,7 +136,7 @@ def _truncated(degree: int, x: float) -> float:
 
 
 def series(degree: int, cap: float | None) -> list[float]:
-    """Return the Taylor coefficients at 0 of exp(x), or of exp(c tanh(x/c)), up to `degree`."""
+    """Return the Taylor coefficients at 0 of exp(x), or of exp(cap tanh(x / cap)), from the constant up to `degree`."""
     if cap is None:
         return [1.0 / math.factorial(j) for j in range(degree + 1)]
     bent, whole = [0.0] * (degree + 1), [1.0] + [0.0] * degree  # c tanh(x/c), and its exponential
@@ -142,10 +149,11 @@ def series(degree: int, cap: float | None) -> list[float]:
 
 @dataclass(frozen=True)
 class Monomials:
-    """Hold the table of the t monomials of degree <= g in d variables.
+    """Hold a table of the t monomials of degree <= g in d variables, from which features are computed one by one.
 
     Monomial 0 is the constant. Every other monomial is the product of a monomial of one degree less and a variable:
-    monomial[i] = monomial[parent[i-1]] * variable[i-1], with 1 / sqrt(the variable's exponent) as `factor`.
+    monomial[i] = monomial[parent[i-1]] * x[variable[i-1]] * factor[i-1], where x are the variables and `factor` is
+    1 / sqrt(the exponent of that variable).
     """
 
     parent: Tensor
@@ -154,7 +162,10 @@ class Monomials:
     degree: Tensor  # of each, ascending: (t,)
 
     def features(self, u: Tensor) -> Tensor:
-        """Return phi(u) (..., t) of u (..., d) in float64: phi(u).phi(w) is the truncated exponential of u.w."""
+        """Return phi(u) (..., t), float64: the scaled monomials of u (..., d).
+
+        phi(u).phi(w) is the truncated exponential of u.w.
+        """
         u = u.to(torch.float64)
         phi = u.new_ones(*u.shape[:-1], len(self.degree))
         start = 1
@@ -190,9 +201,10 @@ def monomials(d: int, degree: int) -> Monomials:
 
 
 class TaylorState(SummaryState):
-    """Hold the monomial sums of the evicted tokens, and the longest evicted key and query of each row.
+    """Hold the monomial sums of the evicted tokens, and the largest |k| and |q| of each row.
 
-    moments (rows, t, dv + 1) in float64, with z as last column.
+    moments (rows, t, dv + 1), float64: S = sum of phi(k) v^T, with z = sum of phi(k) as last column, see `Taylor`.
+    longest_key (rows,) is the largest |k| of an evicted key, longest_query (rows,) the largest |q| of a query.
     """
 
     def __init__(self, summary: Taylor, spec: Spec) -> None:
@@ -216,7 +228,10 @@ class TaylorState(SummaryState):
 
     @property
     def _step(self) -> int:
-        """Return the tokens or queries per product, the same for any number of rows so that sums round alike."""
+        """Return the number of tokens or queries whose features are computed and multiplied at once.
+
+        It does not depend on the number of rows, so that sums round alike whatever rows are beside a row.
+        """
         return max(1, _FEATURES_PER_ROW // self.moments.shape[1])
 
     def _features(self, u: Tensor) -> Tensor:
@@ -255,9 +270,11 @@ class TaylorState(SummaryState):
         return {"longest_key": length, "longest_query": length}
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Return the guarantee at the largest logit possible for the queries and evicted keys so far, by row.
+        """Return the guarantee `stated` with the epsilon for r, the largest logit that can have occurred so far.
 
-        The rounding error is added: sums of n tokens' t features of size at most e^r, where weights are at least e^-r.
+        r is the largest |scale| |q| |k| of a row's queries and evicted keys. If r exceeds the radius, the guarantee is
+        withdrawn (`holds` False). Epsilon includes the rounding error of sums over n tokens of t features of size at
+        most e^r, where weights are at least e^-r.
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
         if r > self.radius * (1.0 + 1e-12):  # the rounding of a norm
@@ -270,7 +287,7 @@ class TaylorState(SummaryState):
 
 
 def _positive(coefficients: list[float]) -> bool:
-    """Return True if the polynomial with these coefficients, from the constant up, is positive everywhere."""
+    """Return True if sum_j coefficients[j] x^j is positive for every real x."""
     highest = np.trim_zeros(coefficients[::-1], "f")
     if len(highest) % 2 == 0 or highest[0] < 0:  # of odd degree, or falling on both sides
         return False

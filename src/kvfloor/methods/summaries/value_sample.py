@@ -1,4 +1,4 @@
-"""Summarise the evicted tokens by uniform samples of their values, at logit 0 (Algorithm 1)."""
+"""Summarise the evicted tokens by uniform samples of their values, with logit 0 (Haris and Onak 2025, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class ValueSample(Summary):
     Guarantee, for a stream fixed beforehand: with probability 1 - delta every coordinate of every answer, to any query
     at any time, is within epsilon times itself. Each mean is wrong by more than epsilon with probability <= 1/8 by
     Chebyshev, as a value's variance is at most spread times its squared mean. A median of Q means is wrong by more with
-    probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The published
-    constants, 3 for 8 and 12 ln for 2.5 ln with a failure of 1/3 per mean, do not fit together: that exponent is 1/17.)
+    probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The paper's
+    constants are 3 instead of 8 and 12 ln instead of 2.5 ln, with a failure of 1/3 per mean. They do not fit together:
+    the exponent is Q / 17 for 1/3.)
     """
 
     name: ClassVar[str] = "value_sample"
@@ -76,7 +77,7 @@ class ValueSample(Summary):
         return Traits(reference="unmasked", normalised=mean, value_linear=mean, turns=True)
 
     def sizes(self, dv: int) -> tuple[int, int]:
-        """Return (T, Q) for values of width dv."""
+        """Return the number T of samples in a mean and the number Q of means, for values of width dv."""
         if self.epsilon is None:
             return self.copies or 1, self.groups or 1
         assert self.spread is not None and self.horizon is not None
@@ -86,7 +87,7 @@ class ValueSample(Summary):
         return ValueSampleState(self, spec)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """Return the guarantee of the median of means.
+        """Return the error bound for the median of Q means of T samples (Theorem 24).
 
         Returns None without spread and horizon, and where too few groups make the bound vacuous.
         """
@@ -110,7 +111,10 @@ class ValueSample(Summary):
 
 
 def check_sampling(owner: str, copies: int | None, groups: int | None) -> None:
-    """Raise ValueError unless copies and groups, where given, are whole numbers >= 1 and groups is odd."""
+    """Raise ValueError unless copies and groups, where given, are whole numbers >= 1 and groups is odd.
+
+    owner: the method's name, for the error.
+    """
     given = {"copies": copies, "groups": groups}
     count(owner, least=1, **{name: value for name, value in given.items() if value is not None})
     if groups is not None and groups % 2 == 0:
@@ -118,9 +122,10 @@ def check_sampling(owner: str, copies: int | None, groups: int | None) -> None:
 
 
 def sizes_for(epsilon: float, delta: float, spread: float, answers: int) -> tuple[int, int]:
-    """Return the (T, Q) that a given number of answers needs for accuracy epsilon.
+    """Return (T, Q) such that `answers` medians of Q means of T draws all have a relative error of at most epsilon.
 
-    With probability 1 - delta, `answers` medians of Q means of T draws are then all within epsilon.
+    A draw is the value of a randomly chosen token. The bound holds with probability 1 - delta, if the variance of a
+    draw is at most spread times its squared mean. Q is odd.
     """
     q = math.ceil(2.5 * math.log(answers / delta))
     return math.ceil(8.0 * spread / epsilon**2), max(1, q + 1 - q % 2)
@@ -129,9 +134,10 @@ def sizes_for(epsilon: float, delta: float, spread: float, answers: int) -> tupl
 def median_of_means(
     t: int, q: int, spread: float, answers: int, quantifier: str, assumptions: tuple[str, ...]
 ) -> Guarantee | None:
-    """Return the guarantee of `answers` medians of q means of t draws, or None where it is vacuous.
+    """Return the error bound of `answers` medians of q means of t draws, or None if its failure probability is >= 1.
 
-    The variance of a draw is at most spread times its squared mean.
+    A draw is the value of a randomly chosen token, whose variance must be at most spread times its squared mean.
+    `quantifier` (the range of the probability) and `assumptions` become the attributes of the guarantee, in words.
     """
     delta = answers * math.exp(-q / 2.5)
     if delta >= 1:
@@ -147,9 +153,9 @@ def median_of_means(
 
 
 def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
-    """Return a text that says why values with these extremes (rows,) break the assumption on spread.
+    """Return a sentence on the values that are outside [a, spread * a] for every a > 0, or "" if there are none.
 
-    Returns "" if the values lie in [a, spread * a] for some a > 0.
+    least (rows,) and largest (rows,) are the least and the largest entry of each row's values.
     """
     low, high = float(least.min()), float(largest.max())
     if low <= 0:
@@ -160,10 +166,13 @@ def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
 
 
 class ValueSampleState(SummaryState):
-    """Hold the sampled values of each row, the number of evicted tokens, and the extremes of all values.
+    """Hold T Q sampled values per row, the number of evicted tokens, and the least and largest evicted value.
 
-    value (rows, T Q, dv), each with its sampling key (rows, T Q); count (rows,). Slot i keeps the value of smallest
-    sampling key, a uniform fixed by (seed, row id, position, i). Each slot is therefore a uniform draw from all
+    value  (rows, T Q, dv) sampled values
+    key    (rows, T Q) sampling key of each sampled value
+    count  (rows,) number of evicted tokens
+    A sampling key is a uniform random number fixed by (seed, row id, position, i), for slot i of the T Q samples. Slot
+    i keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all
     evicted tokens, independent between slots and the same for every chunking and block.
     """
 
@@ -191,7 +200,10 @@ class ValueSampleState(SummaryState):
             self.count[at] += values.shape[1]
 
     def _sample(self, at: Tensor, v: Tensor, position: Tensor) -> None:
-        """Replace the sampled values of rows `at` by those values of v (r, c, dv) that have smaller sampling keys."""
+        """Replace the sampled values of rows `at` (r,) by the new values v (r, c, dv) that have smaller sampling keys.
+
+        position (r, c) is each value's position in the stream, which fixes its sampling keys.
+        """
         samples = self.key.shape[1]
         lane = row_keys(self.spec.seed, self.spec.ids(), "value sample")[at].view(-1, 1, 1)
         key = uniform(lane, position.unsqueeze(2) * samples + torch.arange(samples, device=v.device))
@@ -222,6 +234,9 @@ class ValueSampleState(SummaryState):
 
 
 def middle(draws: Tensor, copies: int, groups: int) -> Tensor:
-    """Return the coordinatewise median of means of draws (..., copies * groups, dv): (..., dv)."""
+    """Return the coordinatewise median (..., dv) of means of draws (..., copies * groups, dv).
+
+    There are `groups` means of `copies` draws each.
+    """
     means = draws.unflatten(-2, (groups, copies)).mean(-2)
     return means.squeeze(-2) if groups == 1 else means.median(-2).values

@@ -1,6 +1,6 @@
-"""Summarise the evicted tokens by the sum of their values, at logit 0.
+"""Summarise the evicted tokens by the sum of their values, each with logit 0.
 
-With a window policy this is exactly the paper's unmasked sliding window.
+With a window policy this is exactly the unmasked sliding window of Haris and Onak 2025.
 """
 
 from __future__ import annotations

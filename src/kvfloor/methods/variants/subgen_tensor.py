@@ -1,10 +1,11 @@
-"""Estimate tensor attention from clusters and a reservoir per side, read in all pairs of points (SubGen).
+"""Estimate tensor attention from key clusters and sampled (key, value) pairs, combined in all pairs (SubGen).
 
-A side of the cache, (K1, V1) or (K2, V2), becomes two sets of weighted points: samples of its key clusters, whose
-weights sum to n, and its sampled pairs. Denominator and numerator are each one sum over the product of two such sets,
-so neither the n^2 products nor the clusters of products are ever stored. After Zandieh et al. 2024, who sketch standard
-attention; Chen et al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not known to us.
-Constants are derived in docs/floors.md.
+Every token has two keys and two values; a side of the cache is (K1, V1) or (K2, V2), and a pair of tokens takes one of
+each. A side becomes two sets of weighted points: samples of its key clusters, whose weights sum to n, and its sampled
+(key, value) pairs. Denominator and numerator are each one sum over the product of two such sets, so neither the n^2
+products nor the clusters of products are ever stored. After Zandieh et al. 2024, who sketch standard attention; Chen et
+al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not known to us. Constants are
+derived in docs/floors.md.
 """
 
 from __future__ import annotations
@@ -51,14 +52,15 @@ class SubGenTensor(Method):
         tau = sum over samples x of the first side, y of the second, of  n_x n_y / t^2 * exp(score(x, y))
         z   = sum over pairs   x of the first side, y of the second, of  w_x w_y * exp(score(x, y)) * (v_x * v_y)
 
-    n_x is the size of x's cluster, w_x = mu1 / (s |v_x|^2) with mu1 the sum of all |v1|^2, likewise for y.
+    n_x is the number of keys in x's cluster, and w_x = mu1 / (s |v_x|^2) with mu1 the sum of all |v1|^2. n_y and w_y
+    are defined in the same way on the second side.
     delta1, delta2  cluster radius of the first and of the second keys (l2)
-    t               samples per cluster and side: a product of two clusters is estimated by t^2 pairs of keys
+    t               sampled keys per cluster, on each side: a product of two clusters is estimated by t^2 pairs of keys
     s               tokens kept per side with probability proportional to |v1|^2 and |v2|^2: s^2 pairs
     centres         cap on the clusters of a side; past it the guarantee is withdrawn
     block           at most the last `block - 1` tokens stay unclustered, as points of weight 1
-    radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; its probability
-    budget          tokens per row instead of s and centres, divided as in SubGen
+    radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; failure probability
+    budget          tokens per row instead of s and centres: half of it for the pairs, half for the clusters
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], as `tensor` does.
     """
 
@@ -95,7 +97,10 @@ class SubGenTensor(Method):
         )
 
     def sizes(self) -> tuple[int, int | None]:
-        """Return (pairs s, cap on centres) of each side, after the budget is divided."""
+        """Return the number s of sampled pairs and the cap on centres (None: no cap) of each side.
+
+        Both follow from the budget if there is one.
+        """
         return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
 
     def open(self, spec: Spec) -> SubGenTensorState:
@@ -112,8 +117,9 @@ class SubGenTensor(Method):
         """Return the error bound for one query fixed in advance.
 
         ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F.
-        Two pairs of the same two clusters differ by at most 2 radius largest (delta1 + delta2) in their score, so
-        R = exp of that. By Chebyshev, half of `failure` each: s = 9 / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f).
+        The scores of two pairs of the same two clusters differ by at most D = 2 radius largest (delta1 + delta2); let
+        R = exp(D). By Chebyshev, with f = failure / 2 for numerator and denominator each: s = 9 / (eps^2 f),
+        t = 9 (R-1)^2 / (4 R eps^2 f). Returns None without a radius.
         """
         del spec
         if self.radius is None:
@@ -137,11 +143,17 @@ class SubGenTensor(Method):
 
     @property
     def _reach(self) -> float:
-        """Return the largest l2 distance of products of two clusters' keys from the product of the centres."""
+        """Return a bound on the l2 distance of the product k1 * k2 of two keys from the product of their centres.
+
+        Products are entry by entry; k1 and k2 are in a cluster of the first and of the second side.
+        """
         return self.largest * (self.delta1 + self.delta2)
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGenTensor:
-        """Return the method with s and t for these cluster radii, without cap or budget: keys fix the centres."""
+        """Return this method with the s and t that epsilon and delta need, and without cap on centres or budget.
+
+        The number of centres then depends on the keys alone.
+        """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
         s = subgen_s(spec.dv, epsilon, delta / 2, norm="frobenius")
@@ -152,7 +164,7 @@ class SubGenTensor(Method):
 
 
 class Side(Memory):
-    """Hold the memory of one side: the clusters of its keys and its sampled pairs of key and value."""
+    """Hold the memory of one side, (K1, V1) or (K2, V2): key clusters, and sampled (key, value) pairs."""
 
     def __init__(self, spec: Spec, method: SubGenTensor) -> None:
         s, cap = method.sizes()
@@ -161,18 +173,25 @@ class Side(Memory):
         self.pairs = Reservoir(spec, s)
 
     def masses(self, waiting: Points) -> Points:
-        """Return the points of the denominator, with zeros as values."""
+        """Return this side's weighted points for the denominator: the sampled keys, then the `waiting` points.
+
+        waiting are the tokens since the last block end, which are in no cluster yet. All values are 0, because the
+        denominator needs none.
+        """
         keys, weight = self.keys.weighted(int(self.keys.used.max()))
         nothing = Points(waiting.k, torch.zeros_like(waiting.v[..., :1]), waiting.log_weight)
         return _points(keys, keys.new_zeros(*keys.shape[:2], 1), weight, nothing)
 
     def values(self, waiting: Points) -> Points:
-        """Return the points of the numerator."""
+        """Return this side's weighted points for the numerator: sampled (key, value) pairs, then the `waiting` points.
+
+        waiting are the tokens since the last block end, which are in no sample yet.
+        """
         return _points(self.pairs.k, self.pairs.v, self.pairs.log_weight(), waiting)
 
 
-class SubGenTensorState(Blocked):
-    """Hold the two sides, and the tokens of the open block, which belong to both sides."""
+class SubGenTensorState(Blocked[SubGenTensor]):
+    """Hold the memory of the sides (K1, V1) and (K2, V2), and the whole tokens since the last block end."""
 
     def __init__(self, method: SubGenTensor, spec: Spec) -> None:
         tokens = replace(spec, d=2 * spec.d, dv=2 * spec.dv)
@@ -181,11 +200,6 @@ class SubGenTensorState(Blocked):
         wide = {"dtype": torch.float64, "device": spec.device}
         self.longest_query = torch.zeros(spec.rows, **wide)  # |q| of queries given with tokens
         self.largest_entry = torch.zeros(spec.rows, **wide)  # of the keys that left the open block
-
-    @property
-    def _plan(self) -> SubGenTensor:
-        assert isinstance(self.method, SubGenTensor)
-        return self.method
 
     @property
     def key_width(self) -> int:
@@ -205,24 +219,24 @@ class SubGenTensorState(Blocked):
 
     @property
     def clusters(self) -> Tensor:
-        """Return the number of centres of each side per row (rows, 2)."""
+        """Return the number of cluster centres per row of the first and of the second keys, (rows, 2)."""
         return torch.stack([self.first.keys.used, self.second.keys.used], 1)
 
     def guarantee(self) -> Guarantee | None:
-        stated = self._plan.guarantee(self.spec)
-        if stated is None or self._plan.radius is None:
+        stated = self.method.guarantee(self.spec)
+        if stated is None or self.method.radius is None:
             return None
         length, entry = float(self.longest_query.max()) * abs(self.spec.scale), float(self._entries().max())
         if bool((self.first.keys.overfull | self.second.keys.overfull).any()):
             return replace(stated, holds=False, why="the cap on centres was reached: a key joined beyond its delta")
-        if length > self._plan.radius:
+        if length > self.method.radius:
             return replace(stated, holds=False, why=f"a query of |q| * scale = {length:.4g} was asked")
-        if entry > self._plan.largest:
+        if entry > self.method.largest:
             return replace(stated, holds=False, why=f"a key with an entry of {entry:.4g} came")
         return stated
 
     def _entries(self) -> Tensor:
-        """Return the largest absolute entry of any key so far (rows,)."""
+        """Return the largest absolute entry of any key that each row has seen, (rows,) float64."""
         view = self.slots.view()
         waiting = view.k.abs() if view.live is None else view.k.abs().masked_fill(~view.live.unsqueeze(-1), 0)
         if waiting.shape[1] == 0:
@@ -242,16 +256,21 @@ class SubGenTensorState(Blocked):
         return self._pairs(q, self.slots.held)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Answer the queries of the open block one at a time.
+        """Compute causal attention of the queries q (rows, g, a, d) of the a newest tokens: a `Partial` (rows, g, a).
 
-        Each query attends to all pairs of tokens up to its own token, so every query of the block has another set of
-        pairs.
+        Each query attends to all pairs of tokens up to its own token, so the set of pairs differs from token to token
+        and one token is computed at a time. before (rows,) is the number of tokens since the last block end that came
+        before these.
         """
         parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
         return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))
 
     def _pairs(self, q: Tensor, visible: Tensor) -> Partial:
-        """Return the answer to q (rows, m, d) from both sides and the first visible (rows,) tokens of the block."""
+        """Return the attention of q (rows, m, d) over all pairs of points of the two sides: a `Partial` (rows, m).
+
+        The points of a side are its samples and the first visible[r] of row r's tokens since the last block end, which
+        are in no sample yet.
+        """
         view = self.slots.view(width=self.block)  # of fixed shape, so that every chunking rounds alike
         hidden = (torch.arange(self.block) >= visible.unsqueeze(1)).to(q.device)
         weight = torch.zeros(hidden.shape, dtype=torch.float64, device=q.device).masked_fill(hidden, -torch.inf)
@@ -268,7 +287,7 @@ class SubGenTensorState(Blocked):
         k, v, position = drain(self.slots, rows, self.block)
         at = rows.to(k.device)
         self.largest_entry[at] = torch.maximum(self.largest_entry[at], k.abs().amax((1, 2)).to(torch.float64))
-        deltas = (self._plan.delta1, self._plan.delta2)
+        deltas = (self.method.delta1, self.method.delta2)
         sides = zip((self.first, self.second), k.chunk(2, -1), v.chunk(2, -1), deltas, _PURPOSES, strict=True)
         for side, key, value, delta, (pairs, samples) in sides:
             side.pairs.offer(at, key, value, position, pairs)
@@ -276,6 +295,9 @@ class SubGenTensorState(Blocked):
 
 
 def _points(k: Tensor, v: Tensor, log_weight: Tensor, waiting: Points) -> Points:
-    """Return the weighted points followed by the waiting tokens."""
+    """Return s points k (rows, s, d), v (rows, s, dv), log_weight (rows, s), followed by the `waiting` points.
+
+    waiting are tokens since the last block end, which are in no sample yet.
+    """
     assert waiting.log_weight is not None
     return Points(*(torch.cat(x, 1) for x in ((k, waiting.k), (v, waiting.v), (log_weight, waiting.log_weight))))

@@ -26,7 +26,7 @@ from kvfloor.core.selector import Everything
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.core.summary import Drop
-from kvfloor.methods.registry import parse
+from kvfloor.methods.grammar import parse
 from kvfloor.splitting import split_once
 
 _LOGITS_AT_ONCE = 2**22
@@ -40,7 +40,8 @@ class TensorAttention(Method):
     store   a method that keeps whole tokens: exact, or an eviction policy that drops the rest. The store
             receives the two keys of a token side by side (width 2d), the two values likewise (2dv), and no query.
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], queries of width d, and answers with
-    width dv. The n^2 products are never stored: 2n(d + dv) numbers at rest, a block of pairs at a time in `read`.
+    width dv. The n^2 products are never stored: the state holds 2n(d + dv) numbers, and `read` computes the products of
+    a block of pairs at a time.
     Raises ValueError for a store that does not keep whole tokens.
     """
 
@@ -60,7 +61,7 @@ class TensorAttention(Method):
 
     @property
     def kept(self) -> Method:
-        """Return the store as a method."""
+        """Return `store`, the method that keeps the tokens, as a Method."""
         assert isinstance(self.store, Method)
         return self.store
 
@@ -92,8 +93,8 @@ class TensorAttention(Method):
         return f"{name}@{budget}" if at else name
 
 
-class TensorState(State):
-    """Hold the state of the store, whose tokens have two keys and two values side by side."""
+class TensorState(State[TensorAttention]):
+    """Hold the state of the store, whose tokens have two keys and two values each, side by side."""
 
     def __init__(self, method: TensorAttention, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -113,7 +114,6 @@ class TensorState(State):
 
     def _select_rows(self, index: Tensor) -> None:
         super()._select_rows(index)
-        assert isinstance(self.method, TensorAttention)
         self.method = replace(self.method, store=self.store.method)  # budgets per row follow the selected rows
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
@@ -136,10 +136,10 @@ class TensorState(State):
 
 @dataclass(frozen=True)
 class Points:
-    """Hold one side of the pairs: keys k (rows, s, d), values v (rows, s, dv) and log_weight (rows, s).
+    """Hold the points that can be the first, or the second, member of a pair: k (rows, s, d), v (rows, s, dv).
 
-    log_weight is the log of the number of tokens that a point represents: -inf for no token. None: every point is one
-    token.
+    A point is a token with one of its keys and values, or a sample that represents many tokens. log_weight (rows, s)
+    is the log of the number of tokens that a point represents: -inf for none. None: every point is one token.
     """
 
     k: Tensor
@@ -147,15 +147,16 @@ class Points:
     log_weight: Tensor | None = None
 
     def part(self, at: slice) -> Points:
-        """Return the points in the slice `at`."""
+        """Return the points in the slice `at` of the s points."""
         weight = None if self.log_weight is None else self.log_weight[:, at]
         return Points(self.k[:, at], self.v[:, at], weight)
 
 
 def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
-    """Return the tensor attention of q (rows, m, d) over all pairs of `one` and `two`, by blocks of pairs.
+    """Return the tensor attention of q (rows, m, d) over all pairs of a point of `one` and one of `two`.
 
-    The weight of a pair is the product of the weights of its points.
+    The weight of a pair is the product of its points' weights. Pairs are taken in blocks of bounded size. Returns a
+    `Partial` (rows, m).
     """
     (rows, m, _), s = q.shape, one.k.shape[1]
     part = Partial.empty(rows, m, dv=one.v.shape[-1], dtype=spec.compute_dtype, device=q.device)
@@ -166,7 +167,7 @@ def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 
 
 def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
-    """Return the tensor attention of `over_pairs` in one block.
+    """Return the tensor attention of `over_pairs`, computed for all pairs in one block.
 
     For a fixed first token j1, tensor attention is standard attention of the query q * k1[j1] over the second tokens.
     The first tokens are then weighted by the masses of these standard attentions.
@@ -185,5 +186,9 @@ def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 
 
 def products(x1: Tensor, x2: Tensor) -> Tensor:
-    """Return all n^2 entrywise products (rows, n^2, width) of x1, x2 (rows, n, width), x1-major, by definition."""
+    """Return the entrywise products x1[i] * x2[j] of all n^2 pairs of tokens: (rows, n^2, width).
+
+    x1 and x2 are (rows, n, width); the pair (i, j) is at index i * n + j. `TensorAttention` never stores the products:
+    they define its keys and values.
+    """
     return (x1.unsqueeze(2) * x2.unsqueeze(1)).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Stream an image scale by scale, a whole scale of queries at once (visual autoregression).
+"""Stream an image from coarse to fine, one scale of tokens and queries at a time (visual autoregression).
 
 Scale k is a map of h_k x h_k tokens. Its queries attend to all earlier scales and their own scale (block-wise
 causal), and any Method stores the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
@@ -20,17 +20,17 @@ from kvfloor.validation import whole, within
 
 
 def tokens_in(sides: Sequence[int]) -> int:
-    """Return the number of tokens of a pyramid with maps of these sides: the sum of the squared sides."""
+    """Return the number of tokens of a pyramid of square maps, one per scale, with these sides: sum of side^2."""
     return sum(whole("side", side) ** 2 for side in sides)
 
 
 def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[int]:
-    """Return the number of tokens to keep of each scale under a budget of `total` tokens.
+    """Return the number of tokens to keep of each scale under a budget of `total` tokens per row.
 
-    Coarse scales are kept whole, and finer scales in proportion to their tokens.
-    Scales count as coarse, in order, while all of them take at most `share` of the budget; the rest of the
-    budget is divided among the other scales by their tokens, rounded down. Left-over tokens go to the finest scales,
-    one each. A budget with room for all tokens keeps all.
+    sides are the sides of the scales' square maps, coarse first. Coarse scales are kept whole, and finer scales in
+    proportion to their tokens. Scales count as coarse, in order, while all of them take at most `share` of the budget;
+    the rest of the budget is divided among the other scales by their tokens, rounded down. Left-over tokens go to the
+    finest scales, one each. A budget with room for all tokens keeps all.
     """
     total = whole("total", total)
     share = within("share", share, 0.0, 1.0)
@@ -46,11 +46,12 @@ def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[
 
 
 def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
-    """Pin the coarse scales of a future pyramid against eviction, and return the number of pinned scales.
+    """Pin the tokens of an image's coarse scales against eviction, and return the number of pinned scales.
 
-    These are the scales that `scale_budgets` keeps whole under the state's (smallest) budget. The policy chooses the
-    tokens of the finer scales; `random` keeps `scale_budgets` tokens of them in expectation. Raises
-    ValueError for a state that cannot pin, has seen tokens, or whose policy protects too much besides.
+    sides are the sides of the scales' square maps, coarse first. The coarse scales are those that `scale_budgets` keeps
+    whole under the state's (smallest) budget. The policy chooses the tokens of the finer scales; `random` keeps
+    `scale_budgets` tokens of them in expectation. Raises ValueError for a state that cannot pin, that has seen tokens,
+    or whose policy protects so many other tokens that the coarse scales do not fit.
     """
     if not isinstance(state, BoundedState):
         raise ValueError(f"{state.method} has no budget to share out over scales: give an eviction policy")
@@ -64,16 +65,19 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
 
 def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
-    """Return the number of coarse scales: the longest run of first scales within `share` of the budget."""
+    """Return the number of coarse scales: the most first scales that take at most `share` of the budget `total`.
+
+    sizes are the scales' numbers of tokens.
+    """
     return sum(taken <= share * total for taken in accumulate(sizes))
 
 
 class NextScale:
-    """Play a stream of image scales through the state of any method, one scale at a time.
+    """Feed the scales of an image to the state of any method, one scale at a time, and compute their attention.
 
-    `step` answers a scale from the stored past and from the scale itself before the state may evict any of its
-    tokens: every token is readable by its own scale, whatever the budget. The new scale's tokens are alive during
-    the call only, as the tokens of any forward pass are.
+    The queries of a scale attend to the stored past and to the whole scale itself, before the state may evict any of
+    the scale's tokens: every token can be read by its own scale, whatever the budget. A new scale's tokens are all
+    held only during the call of `step`, as the tokens of any forward pass are.
     """
 
     def __init__(self, state: State) -> None:
@@ -81,10 +85,10 @@ class NextScale:
         self._underway = False  # also after a step that broke off between the state's own calls
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return answers (rows, g, t, dv) to a scale's queries q (rows, g, t, d) with its tokens k, v (rows, t, ...).
+        """Append a scale's tokens k (rows, t, d), v (rows, t, dv) and return attention (rows, g, t, dv) of its queries.
 
-        A policy that uses attention weights receives these queries. Raises what `State.append` raises, with the
-        state as it was.
+        q (rows, g, t, d) are the queries; all of them see all t tokens of the scale. A policy that uses attention
+        weights receives these queries. Raises what `State.append` raises, with the state as it was.
         """
         spec = self.state.spec
         if q.ndim != 4:
@@ -117,7 +121,10 @@ class NextScale:
 
 
 def scale_by_scale(sides: Sequence[int], x: Tensor) -> list[Tensor]:
-    """Split tokens (..., t, width) of a whole pyramid into scales; ValueError unless t is `tokens_in(sides)`."""
+    """Split the tokens x (..., t, width) of all scales of an image into a list of one tensor per scale.
+
+    Raises ValueError unless t is `tokens_in(sides)`.
+    """
     sizes = [side**2 for side in sides]
     if sum(sizes) != x.shape[-2]:
         raise ValueError(f"scales {tuple(sides)} have {sum(sizes)} tokens, got {x.shape[-2]}")

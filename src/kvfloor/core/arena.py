@@ -1,0 +1,177 @@
+"""Store lists of items, such as the tokens that each row holds, in flat tensors, each list in its own stretch.
+
+A row is one (batch item, kv head) stream. A stretch is a range of places, i.e. indices into the flat tensors, in which
+a list can grow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.memory import Memory
+from kvfloor.core.spec import Spec
+
+
+def grown(size: Any) -> Any:
+    """Return the capacity to which a full list of capacity `size` (int or tensor) grows: a quarter more, rounded up.
+
+    So each item is copied four times on average, however many are added, and at most a fifth of the capacity is empty.
+    """
+    return size + (size + 3) // 4
+
+
+class Arena(Memory):
+    """Store `lists` lists for each row r, with held[r] items each at the front of a stretch of capacity[r] places.
+
+    An item is one entry in each of the flat tensors that `_arrays` returns, which have shape (places, ...). Rows may
+    differ in capacity, so that per-row budgets free real bytes. Counts and offsets live on the CPU, so that control
+    flow never waits for a device. A place without an item holds the number `fill`, or what a dropped item left there; a
+    message (the bytes of `State.to_bytes`) contains neither.
+    """
+
+    lists: int = 1
+    fill: int = 0
+
+    def __init__(self, spec: Spec, capacity: Tensor) -> None:
+        self.spec = spec
+        self.held = torch.zeros_like(capacity)
+        self._lay_out(capacity.clone())
+
+    def _lay_out(self, capacity: Tensor) -> None:
+        self.capacity = capacity
+        self.offset = (torch.cumsum(capacity, 0) - capacity) * self.lists  # the first place of each row's lists
+        self.stride = int(capacity[0]) if bool((capacity == capacity[0]).all()) else 0  # 0: rows differ
+
+    @property
+    def _own(self) -> tuple[str, ...]:
+        """Return the names of the attributes of this object that are tensors with one entry per item."""
+        raise NotImplementedError
+
+    def _arrays(self) -> list[tuple[Memory, str, Tensor]]:
+        """Return every tensor with one entry per item, as (object that owns it, attribute name, tensor)."""
+        return [(self, name, getattr(self, name)) for name in self._own]
+
+    def _moved(self) -> None:
+        """Update the attributes that alias an item tensor, after all these tensors were replaced (e.g. by `resize`)."""
+
+    @property
+    def _places(self) -> int:
+        """Return the number of places of all lists, with or without an item."""
+        return int(self.capacity.sum()) * self.lists
+
+    @property
+    def level(self) -> int | None:
+        """Return how many items each list has, if it is the same number in all rows; otherwise None.
+
+        None also if rows differ in capacity.
+        """
+        counts = self.held.tolist()
+        return counts[0] if self.stride and min(counts) == max(counts) else None
+
+    # ---- places ----------------------------------------------------------------------------------------------------
+
+    def places(self, rows: Tensor | None, width: int) -> Tensor:
+        """Return the first `width` places of every list of `rows` (None: all), as indices (r, lists, width).
+
+        The indices are into the flat tensors. If `width` exceeds a stretch, they run on into the next one. Indices
+        beyond the arena are replaced by its last place.
+        """
+        offset, capacity = (x if rows is None else x[rows] for x in (self.offset, self.capacity))
+        start = offset.unsqueeze(1) + torch.arange(self.lists) * capacity.unsqueeze(1)
+        place = start.unsqueeze(2) + torch.arange(width)
+        return place.clamp_max(max(0, self._places - 1)).to(self.spec.device)
+
+    def live(self, rows: Tensor | None = None) -> Tensor:
+        """Return the places of all items, row by row and list by list, as 1-d indices into the flat tensors.
+
+        `rows` (r,) selects rows, which may repeat; None: all.
+        """
+        held = self.held if rows is None else self.held[rows]
+        width = int(held.max()) if held.numel() else 0
+        inside = (torch.arange(width) < held.unsqueeze(1)).unsqueeze(1).expand(-1, self.lists, -1)
+        return self.places(rows, width)[inside.to(self.spec.device)]
+
+    def _table(self, x: Tensor, start: int, stop: int, stride: int | None = None) -> Tensor:
+        """View places start .. stop - 1 of every list in the flat tensor x: (rows * lists, stop - start, ...).
+
+        All stretches must have one length, `stride` (None: the present one). The view is one operation, because in
+        decoding an operation's overhead is more than its work.
+        """
+        stride, (slot, *inner) = stride or self.stride, x.stride()
+        shape = (self.spec.rows * self.lists, stop - start, *x.shape[1:])
+        return x.as_strided(shape, (stride * slot, slot, *inner), start * slot)
+
+    # ---- size and rows ---------------------------------------------------------------------------------------------
+
+    def resize(self, capacity: Tensor) -> None:
+        """Move all items to an arena with these capacities (rows,); a list that does not fit keeps its first items."""
+        self.held = torch.minimum(self.held, capacity)
+        level, stride = self.level, self.stride
+        if bool((capacity != capacity[0]).any()):
+            level = None
+        source = self.live() if level is None else None
+        self._lay_out(capacity.clone())
+        target = self.live() if level is None else None
+        for owner, name, store in self._arrays():
+            moved = store.new_full((self._places, *store.shape[1:]), self.fill)
+            if level is None:
+                moved[target] = store[source]
+            elif level:  # one stride before and after: no index needed
+                self._table(moved, 0, level).copy_(self._table(store, 0, level, stride))
+            owner.move(name, moved)
+        self._moved()
+
+    def select_rows(self, index: Tensor) -> None:
+        source = self.live(index)
+        self.held = self.held[index]
+        self.spec = self.spec.select(index)
+        self._lay_out(self.capacity[index])
+        target = self.live()
+        for owner, name, store in self._arrays():
+            moved = store.new_full((self._places, *store.shape[1:]), self.fill)
+            moved[target] = store[source]
+            setattr(owner, name, moved)
+        self._moved()
+
+    def bytes_by_row(self, rows: int) -> Tensor:
+        """Return the bytes of each of the `rows` rows, (rows,): its own stretches, and an equal part of the rest."""
+        arena_bytes = sum(x.untyped_storage().nbytes() for _, _, x in self._arrays())
+        owned = arena_bytes * self.capacity.to(torch.float64) / max(1, int(self.capacity.sum()))
+        return owned + (self.nbytes - arena_bytes) / rows
+
+    # ---- as a part of a state --------------------------------------------------------------------------------------
+
+    def _export(self, owner: Memory) -> dict[str, Any]:
+        """Return the entries of all items, without empty places, as attribute -> tensor, for tensors of `owner`."""
+        live = self.live()
+        return {name: x[live] for of, name, x in self._arrays() if of is owner}
+
+    def export(self) -> dict[str, Any]:
+        """Return the counts, the capacities and the entries of all items, as a message (`State.to_bytes`) saves them.
+
+        Empty places are left out, so what dropped items left in them is never sent.
+        """
+        return {"held": self.held, "capacity": self.capacity, **self._export(self)}
+
+    def adopt(self, fields: dict[str, Any]) -> None:
+        self.held = fields["held"]
+        self._lay_out(fields["capacity"])
+        live = self.live()
+        for owner, name, store in self._arrays():
+            placed = store.new_full((self._places, *store.shape[1:]), self.fill)
+            sent = self._sent(fields, owner, name)
+            if sent is not None:
+                placed[live] = sent.to(store.device)
+            setattr(owner, name, placed)
+        self._moved()
+
+    def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:
+        """Return the items' entries of attribute `name` of `owner` from `fields`, which `export` returned.
+
+        None if `export` leaves this attribute out.
+        """
+        del owner
+        return fields[name]

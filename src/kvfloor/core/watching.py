@@ -1,0 +1,256 @@
+"""Give a policy, at block ends, the queries, attention weights and keys that it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.partial import Partial
+from kvfloor.core.policy import Held, Queries
+from kvfloor.core.selector import Everything, Selector
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.core.tiles import weights_by_tile
+
+if TYPE_CHECKING:
+    from kvfloor.core.bounded import Bounded
+
+
+class Watching(Blocked["Bounded"]):
+    """Answer from slots and a summary, and let the policy learn from queries, attention weights and keys.
+
+    A policy learns at block ends, in one product of fixed shape over the block's buffered queries. So its decisions do
+    not depend on how the stream was cut into calls.
+    """
+
+    def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
+        slots = Slots(spec, [budget + method.block for budget in budgets], method.policy.columns)
+        super().__init__(method, spec, slots, method.block)
+        self.budget = torch.tensor(budgets, dtype=torch.int64)
+        self.summary = method.summary.open(spec)
+        if self.summary is not None:
+            self.shared.update(self.summary.shared)
+            self.summary.shared = self.shared
+        self.shared.update(method.policy.shared(spec))
+        self.memory = method.policy.open(spec, self.shared)
+        self.prompt: Tensor | None = None  # tokens per row before the seal, -1 until then; if the policy spares some
+        if method.policy.spares != "nothing":
+            self.prompt = torch.full((spec.rows,), -1, dtype=torch.int64)
+        self.queries: Tensor | None = None  # (rows, g, block, d) of the open block, if the policy needs them
+        self.asked = torch.zeros(spec.rows, method.block, dtype=torch.bool)  # True where such a query was really given
+
+    # ---- answering -------------------------------------------------------------------------------------------------
+
+    @property
+    def learns_from_queries(self) -> bool:
+        """Return True if the policy learns from queries of the present stage: the prompt, or the tokens after it."""
+        return self.method.policy.wants_weights or self.method.policy.wants_queries(self.sealed)
+
+    @property
+    def _selector(self) -> Selector:
+        return self.method.selector
+
+    @property
+    def _plainly_read(self) -> bool:
+        return self.summary is None and isinstance(self._selector, Everything)
+
+    def _rest(self, q: Tensor) -> Partial | None:
+        return None if self.summary is None else self.summary.read(q)
+
+    def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
+        _rows, g, a, _d = q.shape
+        if self.summary is not None:
+            real = (torch.arange(a) < take.unsqueeze(1)).to(q.device)[:, None, :, None]
+            self.summary.on_queries(q if bool(real.all()) else q.masked_fill(~real, 0))  # padding may be NaN
+        if not self.learns_from_queries or a > self.block:  # taken at once: the policy needs newer queries only
+            return
+        seen, taken = self.seen.tolist(), take.tolist()
+        if min(seen) == max(seen) and min(taken) == max(taken) == a:
+            self._buffer(q, seen[0] % self.block)
+            return
+        queries = self._open_queries(g)
+        row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
+        place = (self.seen % self.block)[row] + j
+        queries[row, :, place] = q[row, :, j]
+        self.asked[row, place] = True
+
+    def _on_query(self, q: Tensor, seen: int) -> None:
+        if self.learns_from_queries:
+            self._buffer(q, seen % self.block)
+
+    def _buffer(self, q: Tensor, start: int) -> None:
+        """Store every row's queries q (rows, g, a, d) in the buffer of the open block, from place `start` on."""
+        self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
+        self.asked[:, start : start + q.shape[2]] = True
+
+    def _open_queries(self, g: int) -> Tensor:
+        """Return the buffer (rows, g, block, d) of the queries since the last block end; allocate it at first use."""
+        if self.queries is None:
+            spec = self.spec
+            self.queries = torch.zeros(spec.rows, g, self.block, spec.d, dtype=spec.dtype, device=spec.device)
+            if self.memory is not None:
+                self.memory.group(g)
+        return self.queries
+
+    def _require_group(self, g: int, attending: bool = False) -> None:
+        if attending and self.memory is None:  # such queries go to the policy at once and are not kept
+            return
+        if self.queries is not None and self.queries.shape[1] != g:
+            raise ValueError(f"the GQA group was {self.queries.shape[1]} so far and is {g} now: it is fixed")
+
+    def _attend(self, q: Tensor) -> Partial:
+        rows, g, m, d = q.shape
+        flat = q.reshape(rows, g * m, d)
+        if self.summary is not None:
+            self.summary.on_queries(q)
+        if self.learns_from_queries and m > 0:
+            if self.memory is not None:
+                self._open_queries(g)
+            made = torch.ones(rows, m, dtype=torch.bool, device=q.device)
+            newest = (self.seen - 1).unsqueeze(1).expand(-1, m)
+            asked = Queries(q, made, newest.to(q.device))
+            self._show_queries(torch.arange(rows), asked, self.slots.held.unsqueeze(1).expand(-1, m))
+        return self._read(flat)
+
+    # ---- learning --------------------------------------------------------------------------------------------------
+
+    def _at_once(self, seen: int, left: int) -> int:
+        """Return how many of a row's next `left` tokens may be appended in one piece, across ends of blocks.
+
+        `seen` tokens came before. 0: the piece must stop at the next block end. More than 0 only in a dense prompt
+        (nothing is evicted before its end) where every held token is read and the policy needs no weights or keys: all
+        tokens if it needs no queries; all but the newest ones, in whole blocks, if it needs the newest queries only.
+        """
+        policy = self.method.policy
+        if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
+            return 0
+        if policy.wants_weights or policy.wants_keys:
+            return 0
+        if not policy.wants_queries(self.sealed):
+            return left
+        if policy.newest_queries is None or seen % self.block:
+            return 0
+        return max(0, left - policy.newest_queries) // self.block * self.block
+
+    def _show_open_blocks(self) -> None:
+        """Give the policy the keys and queries that came since each row's last block end."""
+        every = torch.arange(self.spec.rows)
+        self._show_keys(every)
+        for fill in (self.seen % self.block).unique().tolist():
+            self._show_block(every[(self.seen % self.block) == fill], fill)
+
+    def _show_keys(self, rows: Tensor) -> None:
+        """Call the policy memory's `on_keys` for the newest `block` tokens of these rows, read from their slots.
+
+        No eviction has moved these tokens yet.
+        """
+        if self.memory is None or not self.method.policy.wants_keys:
+            return
+        slot = self.slots.held[rows].unsqueeze(1) - self.block + torch.arange(self.block)
+        index = (self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0)).to(self.slots.k.device)
+        live = (slot >= 0).to(index.device)
+        self.memory.on_keys(rows, self.slots.k[index], self.slots.position[index], live)
+
+    def _show_block(self, rows: Tensor, fill: int) -> None:
+        """Call the policy's `on_queries` and `on_weights` for the queries of the last `fill` tokens of these rows.
+
+        These are the tokens since the last block end. A query's weights are over the tokens that were held when it
+        came.
+        """
+        rows = rows[self.asked[rows].any(1)]
+        if self.queries is None or not len(rows):
+            return
+        everyone = len(rows) == self.spec.rows
+        queries = self.queries if everyone else self.queries[rows.to(self.queries.device)]
+        place, device = torch.arange(self.block), queries.device
+        position = (self.seen[rows] - fill).unsqueeze(1) + place
+        visible = (self.slots.held[rows] - fill).unsqueeze(1) + place + 1
+        self._show_queries(rows, Queries(queries, self.asked[rows].to(device), position.to(device)), visible)
+        if everyone:
+            self.asked.zero_()
+        else:
+            self.asked[rows] = False
+
+    def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
+        """Give the policy queries of these rows, and store the numbers per slot that it returns.
+
+        Each query sees its row's first visible (r, b) slots. If the spec has a rotation, the query is first rotated to
+        the rank that its own token had when it came. A row's weights are computed from its own queries and held tokens
+        alone (`weights_by_tile`), so they round alike for every chunking and every neighbour row.
+        """
+        policy, width = self.method.policy, int(self.slots.capacity.max())
+        every = None if len(rows) == self.spec.rows else rows
+        if self.spec.rotation is not None:  # a query's place is its own token's rank among those held when it came
+            asked = replace(asked, q=self._turned(asked.q, (visible - 1).clamp(0, width - 1), width), bare=asked.q)
+        learnt = policy.on_queries(self._held(every, width), asked) if policy.wants_queries(self.sealed) else {}
+        if policy.wants_weights:
+            if policy.weights_of == "last":
+                asked, place = asked.last()
+                visible = visible.gather(1, place.cpu())
+            learnt = learnt | self._observed(every, asked, visible, width)
+        for name, values in learnt.items():
+            self.slots.put_column(name, every, values)
+
+    def _observed(self, rows: Tensor | None, asked: Queries, visible: Tensor, width: int) -> dict[str, Tensor]:
+        """Return the policy's new numbers per slot, column name -> (r, s), learnt from the queries' attention weights.
+
+        A column is a tensor with one number of the policy per slot. The weights are computed one tile of slots at a
+        time. A query sees its first visible (r, b) slots.
+        """
+        r, g, b, d = asked.q.shape
+        flat, held = asked.q.reshape(r, g * b, d), self._held(rows, width)
+        unread = self._unread(rows, flat, visible.repeat(1, g).to(flat.device), width)
+        clear = int(visible.min()) if isinstance(self._selector, Everything) else 0
+        made = None if bool(asked.made.all()) else asked.made.view(r, 1, b, 1)
+        law = (self.spec.scale, self.spec.softcap)
+        parts: list[dict[str, Tensor]] = []
+        fill = held.count.flatten().tolist()
+        for at, weights in weights_by_tile(flat, held.k, *law, unread, clear, fill):
+            weights = weights.view(r, g, b, -1)
+            weights = weights if made is None else weights * made
+            parts.append(self.method.policy.on_weights(held.part(at), weights, asked))
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+
+    def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
+        """Return a function from a slice of slots to its mask, True for slots that queries q (r, m, d) do not read.
+
+        The mask is (r, m, slots). A slot is unread where it lies beyond visible (r, m), or where the selector did not
+        choose it.
+        """
+        if isinstance(self._selector, Everything):
+            slot = torch.arange(width, device=q.device)
+            return lambda at: slot[at] >= visible.unsqueeze(-1)
+        if self.selection is not None:
+            held = (self.slots.held if rows is None else self.slots.held[rows]).unsqueeze(1).to(q.device)
+            hide = self.selection.choose(q, self.slots, torch.minimum(visible, held), rows).unread(width)
+        else:
+            beyond = torch.arange(width, device=q.device) >= visible.unsqueeze(-1)
+            chosen = self._selector.hide(q, self.slots.view(rows, width), self.spec, beyond)
+            hide = beyond if chosen is None else chosen.expand_as(beyond)
+        return lambda at: hide[..., at]
+
+    def _held(self, rows: Tensor | None, width: int) -> Held:
+        policy, slots, ids = self.method.policy, self.slots, self.spec.ids()
+
+        def clock(x: Tensor) -> Tensor:
+            return (x if rows is None else x[rows]).unsqueeze(1).to(ids.device)
+
+        return Held(
+            position=slots.across(slots.position, rows, width),
+            columns={name: slots.column(name, rows, width) for name in policy.columns},
+            seen=clock(self.seen),
+            row_ids=ids if rows is None else ids[rows.to(ids.device)],
+            spec=self.spec,
+            count=clock(slots.held),
+            budget=clock(self.budget),
+            fetch=lambda name: slots.across(getattr(slots, name), rows, width),
+            rows=rows,
+            prompt=None if self.prompt is None else clock(self.prompt),
+            memory=self.memory,
+            shared=self.shared,
+        )
