@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvfloor import Spec, parse
 from kvfloor.core.bounded import Bounded
@@ -20,6 +19,7 @@ from kvfloor.methods.summaries.low_rank import Kernels, Less
 from kvfloor.training.fit import Recipe, answers, fit, loss_of, output_weight, train
 from kvfloor.training.less import rivals, run
 from kvfloor.training.lessons import Lesson, Text, departures, lesson, recorded, task_items, texts
+from tests.hf.conftest import tiny
 from tests.support import Draw, stream
 
 SMALL = Recipe(rank=4, hidden=8, samples=4, length=48, epochs=2, batch=2)
@@ -113,26 +113,10 @@ def test_training_lowers_the_error_on_texts_it_did_not_see(draw: Draw) -> None:
     assert said and "->" in said[0]
 
 
-def tiny() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=99,
-        pad_token_id=0,
-    )
-    return prepare(AutoModelForCausalLM.from_config(config).eval())
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     with torch.random.fork_rng():
-        return tiny()
+        return prepare(tiny(hidden_size=32, intermediate_size=48, num_hidden_layers=2))
 
 
 def material(count: int = 4) -> list[Text]:
