@@ -1,7 +1,8 @@
 """Judge a row of an audit: decide, at a given confidence, if its loss of score stays below a tolerated loss.
 
-A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol.
-`audit/recommend.py` combines the verdicts on a setting's rows, to tell if the setting is safe.
+A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol. A
+verdict is "holds" (the tolerated loss is excluded), "falls" (a loss is certain) or "open" (neither is shown). The exact
+cache keeps every token. `audit/recommend.py` combines the verdicts on a setting's rows, to tell if the setting is safe.
 """
 
 import math
@@ -36,8 +37,8 @@ class Standard:
     def cell_confidence(self) -> float:
         """Return the confidence level of the two-sided interval by which one row is judged.
 
-        The allowed error 1 - confidence is shared equally by the methods. The interval's lower end alone, by which a
-        row holds, errs with the share of one method.
+        The allowed error 1 - confidence is shared equally by the methods. A row has the verdict "holds" by the
+        interval's lower end alone, which errs with the probability of one method's share.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 

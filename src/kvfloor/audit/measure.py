@@ -1,6 +1,8 @@
 """Measure the rows of an audit: each is one setting on the samples of one cell, decoded greedily by the model.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol.
+A setting is a method with its budget; a cell is a task at a context length under a protocol. A trace is one layer's
+recorded queries, keys and values. The seal is the end of the prompt, at which the cache may be compressed. The exact
+cache keeps every token.
 """
 
 from __future__ import annotations

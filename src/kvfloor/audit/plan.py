@@ -1,6 +1,7 @@
 """Plan an audit's work: the settings (methods x budgets, baselines always in) and the samples of each cell.
 
-A cell is a task at a context length under a protocol (when the question comes).
+A cell is a task at a context length under a protocol (when the question comes). A baseline is a method that every audit
+compares with.
 """
 
 from __future__ import annotations

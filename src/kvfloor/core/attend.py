@@ -1,4 +1,9 @@
-"""Compute softmax attention and its log-mass (log-sum-exp of the logits), eagerly or by torch's fused CPU kernel."""
+"""Compute softmax attention and its log-mass (log-sum-exp of the logits), eagerly or by torch's fused CPU kernel.
+
+In shapes, q is (rows, m, d), k (rows, s, d), v (rows, s, dv): m queries and s tokens per row, where a row is one (batch
+item, kv head) stream. A logit is scale q.k, after the softcap if there is one; the log-mass of a query is the
+log-sum-exp of its logits. The compute dtype is float64 for float64 inputs, float32 for all others.
+"""
 
 from __future__ import annotations
 

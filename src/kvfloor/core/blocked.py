@@ -1,4 +1,11 @@
-"""Define a state that evicts or compresses after every `block`-th token of a row, however calls split the stream."""
+"""Define a state that evicts or compresses after every `block`-th token of a row, however calls split the stream.
+
+A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A block is `block` consecutive tokens of
+a row; a block end comes after the last of them, and the open block is the tokens since the last block end. A slot is
+the place of one held token. In shapes, r are rows (of some rows only, where an argument `rows` selects them), g query
+heads per kv head, a new tokens, m queries, s slots. A `Partial` is a result of attention: the mean and the log-mass
+(log-sum-exp of logits).
+"""
 
 from __future__ import annotations
 
@@ -188,7 +195,7 @@ class Blocked(State[M]):
         """Append the first take[r] tokens of row r and return the answers to their queries q (rows, g, a, d).
 
         The answers are a `Partial` (rows, g, a); None without q. The tokens of a row lie within one block, unless
-        `_at_once` allows more. If they complete a block, `_close` is called afterwards.
+        `_at_once` allows more. `_close` is called afterwards for the rows whose block is complete.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
@@ -250,8 +257,8 @@ class Blocked(State[M]):
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
 
-        The newest tokens, with keys new_k and values new_v, are in the slots already, after `before` (rows,) older
-        tokens.
+        The a newest tokens of each row, with keys new_k and values new_v, are in the slots already, behind `before`
+        (rows,) older tokens.
         """
         shape = q.shape[:3]
         rest = self._rest(q.flatten(1, 2))
@@ -261,8 +268,9 @@ class Blocked(State[M]):
     def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Compute `_answer` over the tokens in the slots alone, without `_rest`.
 
-        Where every held token is read, one partial (mean and log-mass) is computed over the `before` older tokens of
-        each row and one over the new tokens. Merging the two needs no mask of rows x queries x slots.
+        The arguments are those of `_answer`. Where every held token is read, one partial is computed over the `before`
+        older tokens of each row and another over the new tokens. Merging both partials needs no mask of rows x queries
+        x slots.
         """
         shape, past = q.shape[:3], int(before.max())
         if self.selection is not None:

@@ -1,4 +1,8 @@
-"""Convert budgets, given as tokens, a share of the context, or bytes of the whole cache, to tokens per row."""
+"""Convert budgets, given as tokens, a share of the context, or bytes of the whole cache, to tokens per row.
+
+A row is one (batch item, kv head) stream. The context is the prompt; the cache has one state per layer. A protected
+token is one that the method's policy never evicts.
+"""
 
 from __future__ import annotations
 

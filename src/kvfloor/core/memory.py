@@ -2,6 +2,10 @@
 
 No method declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
 every storage once, and raises TypeError on any object whose size it cannot measure.
+
+A part of a state is a `Memory` object. A storage is the block of bytes behind one or several tensors. A newly opened
+part is one that was made, empty, from method and spec alone. A message is the bytes of `State.to_bytes`, i.e. a saved
+state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Define methods: the frozen configuration of a cache, its promises, and the text that names it."""
+"""Define methods: the frozen configuration of a cache, its promises, and the text that names it.
+
+A state is the memory that a method keeps of its streams. A row is one (batch item, kv head) stream. A part of a method
+is its policy (chooses tokens to evict), summary (compressed form of evicted tokens) or selector (chooses the tokens
+that a query reads). A text such as "h2o(recent=64)@512" names a method; `parse` reads it.
+"""
 
 from __future__ import annotations
 

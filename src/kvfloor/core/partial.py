@@ -1,4 +1,8 @@
-"""Define the result of attention over a set of tokens, mean and log-mass, and the merge of two such results."""
+"""Define the result of attention over a set of tokens, mean and log-mass, and the merge of two such results.
+
+In shapes, rows are (batch item, kv head) streams, m queries and s tokens per row, g query heads per kv head, a new
+tokens, d and dv the widths of a key and a value. A logit is scale q.k, after the softcap if there is one.
+"""
 
 from __future__ import annotations
 

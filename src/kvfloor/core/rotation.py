@@ -1,4 +1,9 @@
-"""Rotate keys and queries by RoPE according to a token's rank among the held tokens, instead of its stream position."""
+"""Rotate keys and queries by RoPE according to a token's rank among the held tokens, instead of its stream position.
+
+A place is the whole number that a rotation angle is proportional to, here a token's rank. A pair is two entries of a
+key or query that are rotated together. A `Circle` is two tensors (..., pairs): the cosine and the sine of each pair's
+angle at each place.
+"""
 
 from __future__ import annotations
 
@@ -81,10 +86,10 @@ class Rotation:
         return table
 
     def turned(self, x: Tensor, circle: Circle, back: bool = False) -> Tensor:
-        """Rotate x (..., d) by the angles of `circle`, or backwards by them if `back`; return it in x's dtype.
+        """Rotate x (..., d) by the angles of `circle`, or by the opposite angles if `back`; the result has x's dtype.
 
-        `circle` has the angles' cosines and sines (..., pairs). The rotation is computed in their dtype and rounded
-        once.
+        `circle` has the angles' cosines and sines (..., pairs). The rotation is computed in the dtype of these tensors,
+        and the result is rounded once.
         """
         cos, sin = circle[0], -circle[1] if back else circle[1]
         middle = x[..., self.start : self.stop].to(cos.dtype)

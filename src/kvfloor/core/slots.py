@@ -1,4 +1,9 @@
-"""Store the held tokens of all rows in one arena of keys and values."""
+"""Store the held tokens of all rows in one arena of keys and values.
+
+A row is one (batch item, kv head) stream, and a slot the place of one held token. A column is a policy's number per
+slot. The rank of a token is its index among the tokens that its row holds, the oldest at 0. In shapes, r are the rows
+of a call, s or width slots per row, a new tokens, e named tokens.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """Define the state of a method, i.e. the memory of its streams of tokens.
 
 The checks of input, the padding, the clocks (tokens per row) and the message (saved state) are written once, here.
+A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A call's real tokens are those that are
+not padding; packed tokens have each row's real tokens first. To seal a state is to mark the end of the prompt, to pin
+tokens is to protect them from eviction, to forget tokens is to drop them on request.
 """
 
 from __future__ import annotations
@@ -53,8 +56,9 @@ def _plain(call: Call) -> Call:
 def whole(call: Call) -> Call:
     """Wrap the method `call` of a state so that it raises `BrokenState` if an earlier call on the state broke off.
 
-    Otherwise it runs as under `_plain`. A call that is about to change the state sets `_underway` first, after it has
-    checked its input. The wrapper clears `_underway` when the call returns. Any exception before that leaves it set.
+    Otherwise the call runs outside autograd and outside inference mode, as under `_plain`. A call that is about to
+    change the state sets `_underway` first, after it has checked its input. The wrapper clears `_underway` when the
+    call returns. Any exception before that leaves it set.
     """
 
     @wraps(call)
@@ -510,7 +514,7 @@ def _all_finite(x: Tensor) -> bool:
 
 
 def _one(k: Tensor, v: Tensor) -> bool:
-    """Return True if these tensors are views of the same numbers in the same order."""
+    """Return True if k and v are views of the same numbers in the same order, so that one copy can serve as both."""
     return k is v or (k.data_ptr() == v.data_ptr() and k.shape == v.shape and k.stride() == v.stride())
 
 
@@ -520,10 +524,10 @@ def _pack(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
-    """Move answers (rows, g, t, w) to packed tokens back to the tokens' places in the call, the inverse of `_pack`.
+    """Undo `_pack`: move the answers (rows, g, t, w) to packed tokens back to where the tokens stood in the call.
 
-    Row r has take[r] real tokens; all other places get `empty`, whatever the answer to the padding was. order None: no
-    token was moved, and `out` is returned.
+    Row r has take[r] real tokens; all other places get `empty`, whatever was computed for padding. order None: no token
+    was moved, and `out` is returned.
     """
     if order is None:
         return out

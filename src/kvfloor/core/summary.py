@@ -1,4 +1,9 @@
-"""Define the interface of a summary, which keeps a compressed form of evicted tokens; `Bounded` calls it."""
+"""Define the interface of a summary, which keeps a compressed form of evicted tokens; `Bounded` calls it.
+
+A row is one (batch item, kv head) stream. To absorb tokens is to add them to the summary. A lot is the evicted tokens
+of one row in one call of `absorb`. In shapes, e are evicted tokens of all rows, c those of one row, r the rows of a
+call.
+"""
 
 from __future__ import annotations
 

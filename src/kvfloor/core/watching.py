@@ -1,4 +1,9 @@
-"""Give a policy, at block ends, the queries, attention weights and keys that it learns from."""
+"""Give a policy, at block ends, the queries, attention weights and keys that it learns from.
+
+A row is one (batch item, kv head) stream, and a slot the place of one held token. A block is `block` consecutive tokens
+of a row, and the open block the tokens since the last block end. The seal is the end of the prompt. In shapes, r are
+the rows of a call, b tokens of a block, m queries, s slots, g query heads per kv head.
+"""
 
 from __future__ import annotations
 
@@ -159,8 +164,8 @@ class Watching(Blocked["Bounded"]):
     def _show_block(self, rows: Tensor, fill: int) -> None:
         """Call the policy's `on_queries` and `on_weights` for the queries of the last `fill` tokens of these rows.
 
-        These are the tokens since the last block end. A query's weights are over the tokens that were held when it
-        came.
+        The last `fill` tokens are those since the last block end. The weights of a query are over the tokens that were
+        held when the query came.
         """
         rows = rows[self.asked[rows].any(1)]
         if self.queries is None or not len(rows):

@@ -8,7 +8,8 @@ and with rotation. Its answer is V_h times the weighted mean of the latents (Dee
 heads: all heads keep the same tokens. Some transformers releases cache the keys of every head instead; they need none
 of this.
 
-In shapes, c and r are the widths of a latent and of a rotary key, and nope is the width of a key without rotation.
+In shapes, c and r are the widths of a latent and of a rotary key, and nope is the width of a key without rotation. B is
+the batch, H the number of query heads, n the number of tokens, d and dv the widths of a head's key and value.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _newest = threading.local()  # what the last `update` of this thread returned, b
 def staged(keys: Tensor, values: Tensor) -> None:
     """Remember, for this thread, the keys and values that a cache's `update` returned; see `awaited`.
 
-    A latent-attention module computes new tensors from them before it calls its attention function, so that the
-    function's arguments no longer show where they came from. Only weak references are kept.
+    A latent-attention module computes new tensors from these keys and values before it calls its attention function, so
+    the function's arguments no longer show from which cache they came. Only weak references are kept.
     """
     _newest.pair = (weakref.ref(keys), weakref.ref(values))
 

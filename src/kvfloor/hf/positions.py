@@ -4,7 +4,9 @@ A rotary model rotates queries and keys by their position before a cache receive
 rotated back here, and the state rotates them by the token's rank among the held tokens (`Spec.rotation`). A layer's
 rotation is measured, not known by family. One token is fed at several positions at once, and each layer's keys and
 queries must differ by one rotation whose frequencies are those of one of the model's own rotary modules. A token alone
-attends to itself, so nothing else depends on its position.
+attends to itself, so nothing but its rotation depends on its position. B is the batch, H and Hkv the numbers of query
+heads and kv heads, n the number of tokens, pairs the number of rotated pairs of entries. The place of a layer is its
+index among the compressed layers.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class Memo:
         """Return cosines and sines (B or 1, 1, n, pairs) of a rotation at positions (B or 1, n).
 
         pairs: number of pairs of entries that are rotated. place: index of the calling layer among the compressed
-        layers.
-        An index that is not larger than in the call before means a new forward.
+        layers. Layers call in rising order. A place that is not larger than in the call before means a new forward: all
+        cached cosines and sines are dropped.
         """
         same = self._positions is not None and self._positions() is positions
         if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
@@ -77,7 +79,8 @@ class TurnBack:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return query (B, H, n, d) and key (B, Hkv, n, d) without their rotation; value is not used.
 
-        positions: those by which the model rotated them, (B or 1, n) or (axes, B, n). Raises ValueError without them.
+        positions (B or 1, n) or (axes, B, n) are the positions by which the model rotated query and key. Raises
+        ValueError if positions is None.
         """
         del value
         if positions is None:

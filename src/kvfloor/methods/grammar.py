@@ -2,6 +2,10 @@
 
 METHOD  =  policy(args) + summary(args) | selector(args) @ budget
         |  method(args) | selector(args) @ budget
+
+A policy chooses the tokens to evict, a summary keeps a compressed form of evicted tokens, a selector chooses the held
+tokens that a query reads. A method of the second form, such as `exact`, takes neither policy nor summary. The table of
+names is `TABLE` in `registry.py`.
 """
 
 from __future__ import annotations

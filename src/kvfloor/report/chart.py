@@ -2,6 +2,8 @@
 
 The figures are plain SVG, not made by a plotting library. So every name passes the page's one escaping path, a figure
 follows the reader's light or dark mode, and a point shows its exact numbers without a script.
+A mark is the colour and shape that a curve is drawn with; a rule is a vertical line of a figure; a tick is a labelled
+point of an axis. Page coordinates are those of the SVG: x to the right, y downwards.
 """
 
 import math

@@ -1,4 +1,8 @@
-"""Draw the attention-output error per layer and kv head, one map per setting (a method with its budget)."""
+"""Draw the attention-output error per layer and kv head, one map per setting (a method with its budget).
+
+A tile is one layer and kv head of a map; its ink is the strength of its colour. A row is one setting measured on one
+cell (task, context length, protocol).
+"""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,8 @@
-"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped."""
+"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped.
+
+A row is one setting (a method with its budget) measured on one cell (task, context length, protocol). A floor is the
+least bytes that any method needs for a kv head's keys.
+"""
 
 import json
 import re

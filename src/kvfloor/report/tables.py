@@ -1,6 +1,8 @@
 """Compute the report's tables as plain data, for both the page and the terminal.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol.
+A setting is a method with its budget; a cell is a task at a context length under a protocol. A row is one setting
+measured on one cell, and its verdict is whether its loss of score against the exact cache is tolerable: "holds",
+"falls" or "open". A baseline is a method that every audit compares with.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,8 @@
 
 LESS (Dong et al. 2024, arXiv 2402.09398) keeps a low-rank state of the evicted tokens. Its kernels are two small
 networks per kv head, phi of queries and psi of keys, such that phi(q).psi(k) replaces exp(scale q.k) of an evicted
-token.
+token. A lesson is one text in one layer of the model, with the tokens that a policy evicts from it; the last tenth of
+the texts is kept out of training.
 """
 
 from __future__ import annotations

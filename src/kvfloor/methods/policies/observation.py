@@ -1,4 +1,9 @@
-"""Keep the prompt tokens that the last queries of the prompt attended to (SnapKV)."""
+"""Keep the prompt tokens that the last queries of the prompt attended to (SnapKV).
+
+A row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of the prompt.
+The window is the last `window` tokens of the prompt, whose queries vote: a token's vote is the attention weight that it
+receives from these queries. In shapes, r are rows, s slots, w queries of the window, g query heads per kv head.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Answer with one token's value, drawn by its unmasked window attention (Haris and Onak 2025, Algorithm 1)."""
+"""Answer with one token's value, drawn by its unmasked window attention (Haris and Onak 2025, Algorithm 1).
+
+A row is one (batch item, kv head) stream. The window is the newest tokens of a row, at most the budget. Unmasked window
+attention gives every older token the logit 0 instead of -inf, i.e. the weight 1. A draw is one randomly chosen token,
+whose value is the answer or enters a mean of several draws. The reservoir holds the drawn values of older tokens.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Summarise the evicted tokens in a small linear-attention state with trained kernels (LESS, low rank)."""
+"""Summarise the evicted tokens in a small linear-attention state with trained kernels (LESS, low rank).
+
+A row is one (batch item, kv head) stream. A kernel is a trained feature map, i.e. a small network that maps a query
+(phi) or a key (psi) to R non-negative numbers, its features; kernels come in pairs (phi, psi), one pair per kv head.
+"""
 
 from __future__ import annotations
 

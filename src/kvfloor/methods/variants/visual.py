@@ -2,6 +2,8 @@
 
 Scale k is a map of h_k x h_k tokens. Its queries attend to all earlier scales and their own scale (block-wise
 causal), and any Method stores the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
+A side is the number h_k of tokens along an edge of scale k's map. The first, small scales are the coarse ones. A row is
+one (batch item, kv head) stream.
 """
 
 from __future__ import annotations
@@ -65,9 +67,9 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
 
 def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
-    """Return the number of coarse scales: the most first scales that take at most `share` of the budget `total`.
+    """Return the number of coarse scales: as many first scales as together take at most `share` of the budget `total`.
 
-    sizes are the scales' numbers of tokens.
+    sizes are the numbers of tokens of the scales, coarse first; `total` is in tokens per row.
     """
     return sum(taken <= share * total for taken in accumulate(sizes))
 
