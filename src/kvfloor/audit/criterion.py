@@ -22,7 +22,7 @@ SEVERITY: dict[Verdict, int] = {"falls": 0, "open": 1, "holds": 2}
 
 @dataclass(frozen=True)
 class Standard:
-    """Hold the tolerated loss and the confidence that one audit judges its rows by.
+    """Hold the tolerated loss and the confidence by which one audit's rows are judged.
 
     margin      largest tolerated loss of score (share of right answers) to the exact cache, in (0, 1)
     confidence  of the whole recommendation, in (0.5, 1)

@@ -53,7 +53,8 @@ class Prepared:
 class Measurement:
     """Record one setting's answers on the samples of a cell, with the bytes and times per sequence.
 
-    A setting is a method with its budget, a sequence one sample. Times are the batch's, divided by its sequences.
+    A setting is a method with its budget, a sequence one sample. Times are those of the whole batch, divided by its
+    number of sequences.
 
     right          one 0 (wrong) or 1 (right) per sample
     state_bytes    bytes of the cache at the end of the context; peak_state_bytes: the most bytes at any moment

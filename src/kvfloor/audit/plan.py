@@ -61,9 +61,9 @@ class Work:
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMethod]:
     """Return the settings of an audit: every method under every budget, the baselines first, each setting once.
 
-    A method whose text has a budget keeps it. A method that takes no budget runs once. A baseline that is also among
-    `methods` is marked as a baseline and as asked for. Raises ValueError for an unknown method, and for a budget
-    smaller than the number of tokens that the method protects.
+    A method whose text has a budget runs under that budget alone. A method that takes no budget runs once. A baseline
+    that is also among `methods` is marked as a baseline and as asked for. Raises ValueError for an unknown method, and
+    for a budget smaller than the number of tokens that the method protects.
     """
     sizes: list[Budget] = [parse_budget(text) for text in budgets]
     if not sizes:

@@ -76,8 +76,8 @@ class Arena(Memory):
     def places(self, rows: Tensor | None, width: int) -> Tensor:
         """Return the first `width` places of every list of `rows` (None: all), as indices (r, lists, width).
 
-        The indices are into the flat tensors. If `width` exceeds a stretch, they run on into the next one. Indices
-        beyond the arena are replaced by its last place.
+        The indices are into the flat tensors. If `width` exceeds the length of a list's stretch, its indices run on
+        into the next stretch. Indices beyond the arena are replaced by the arena's last place.
         """
         offset, capacity = (x if rows is None else x[rows] for x in (self.offset, self.capacity))
         start = offset.unsqueeze(1) + torch.arange(self.lists) * capacity.unsqueeze(1)
@@ -158,7 +158,7 @@ class Arena(Memory):
     def export(self) -> dict[str, Any]:
         """Return the counts, the capacities and the entries of all items, as a message (`State.to_bytes`) saves them.
 
-        Empty places are left out, so what dropped items left in them is never sent.
+        Empty places are left out, so the left-over numbers of dropped items are never saved.
         """
         return {"held": self.held, "capacity": self.capacity, **self._export(self)}
 

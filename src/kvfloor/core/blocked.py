@@ -30,8 +30,8 @@ class Blocked(State[M]):
     A slot is the place of one held token. A row is one (batch item, kv head) stream; its clock `seen` counts its
     tokens. Each row has its own clock, so rows of different length complete their blocks in different calls. A variant
     (subclass) writes `_close`, which evicts or compresses; `_rest`, attention over memory outside the slots; and, if it
-    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. If it keeps an index, it is given
-    every new token; a variant that evicts tokens from its slots must give it these too.
+    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. A selector with an index is given
+    every new token; a variant that evicts tokens from its slots must pass the evicted tokens to the index too.
     """
 
     slots: Slots
@@ -76,7 +76,8 @@ class Blocked(State[M]):
     def _plainly_read(self) -> bool:
         """Return True if a query attends to all held tokens and nothing else: no selector, no summary.
 
-        Such a state may answer a decode step by `_step_one`, which gives its queries to `_on_query`.
+        Such a state may answer a decode step by the shortcut `_step_one`, which passes the step's queries to
+        `_on_query`.
         """
         return False
 
@@ -166,7 +167,8 @@ class Blocked(State[M]):
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
         """Do `_feed` for rows that get equally many tokens, by slices of k, v and q.
 
-        seen: number of tokens that each row saw before; rows may differ in it only if they get one token each.
+        seen: number of tokens that each row saw before; `seen` may differ from row to row only if each row gets one
+        token.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -343,7 +345,7 @@ class Blocked(State[M]):
         return self._left_unread(self._newest(q))
 
     def _newest(self, q: Tensor) -> Tensor:
-        """Rotate queries q (rows, m, d) that came without tokens to the rank of their row's newest held token.
+        """Rotate queries q (rows, m, d) that came without tokens, to the rank of the newest held token of their row.
 
         A token's rank is its index among the held tokens, the oldest at 0. Without a rotation in the spec q is
         returned.

@@ -106,7 +106,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
 
 
 def least_budget(method: Method) -> int:
-    """Return the smallest budget, in tokens, that the method accepts: it must exceed its protected tokens."""
+    """Return the smallest budget, in tokens, that the method accepts: more than the tokens that it protects."""
     high = 1
     while not _accepts(method, high):
         high *= 2

@@ -198,7 +198,8 @@ def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device)
     """Return a state of `method` restored from `fields`, which `State.export` returned for the saved state.
 
     `plain` is the saved state's spec as a dict. Raises CorruptState if the fields are not those of this release's
-    state, or do not fit the method, the spec and each other: a matching digest does not prove that nobody changed them.
+    state, or do not fit the method, the spec and each other: a matching digest does not prove that nobody changed the
+    fields.
     """
     try:
         if plain["rows"] > _numbers(fields):  # before anything is allocated for so many rows

@@ -75,7 +75,7 @@ class SelectorState(Memory, ABC):
         """Choose the slots that each query of q (r, m, d) reads among the first visible (r, m) slots of `rows`.
 
         The call changes nothing, and a query's choice does not depend on the other queries. A query sees at least the
-        slots that were held after the last eviction. It reads at least one slot if it sees any.
+        slots that were held after the last eviction. A query that sees any slot reads at least one.
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
@@ -128,7 +128,7 @@ class Indexed(Selector):
     def block(self) -> int | None:
         """Return the block length that the index needs, in tokens between two calls of `close`; None: any will do.
 
-        It is used by `Exact`; `Bounded` has a block length of its own.
+        `Exact` uses this block length; `Bounded` has one of its own.
         """
         return None
 

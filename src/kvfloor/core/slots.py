@@ -163,7 +163,7 @@ class Slots(Arena):
     def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
         """Write values (r, width) to the column `name`, a policy's numbers per slot, for `rows` (None: all).
 
-        Slots without a token stay as they are.
+        Entries of slots without a token are left unchanged.
         """
         store, level = getattr(self.columns, name), self.level if rows is None else None
         if level is not None:
@@ -197,7 +197,7 @@ class Slots(Arena):
             self._turn(None if bool(fewer.all()) else fewer.nonzero().squeeze(1))
 
     def _turn(self, rows: Tensor | None) -> None:
-        """Rotate the keys of `rows` (None: all) to the ranks that their tokens have now."""
+        """Rotate the keys of `rows` (None: all) to the ranks that the keys' tokens have now."""
         bare, rotation = self.bare, self.spec.rotation
         held = self.held if rows is None else self.held[rows]
         width = int(held.max()) if len(held) else 0

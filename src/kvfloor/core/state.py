@@ -58,7 +58,7 @@ def whole(call: Call) -> Call:
 
     Otherwise the call runs outside autograd and outside inference mode, as under `_plain`. A call that is about to
     change the state sets `_underway` first, after it has checked its input. The wrapper clears `_underway` when the
-    call returns. Any exception before that leaves it set.
+    call returns; an exception leaves `_underway` set.
     """
 
     @wraps(call)
@@ -171,7 +171,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Handle the end of the prompt, for example by compressing the prompt."""
 
     def _require_group(self, g: int, attending: bool = False) -> None:
-        """Raise ValueError if the GQA group g (queries per kv head) differs from that of the queries kept so far.
+        """Raise ValueError if the GQA group g (queries per kv head) differs from the group of all queries kept so far.
 
         attending: True if the queries come by `attend`, without tokens of their own.
         """
@@ -239,7 +239,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
         """Do `step`, but return the log-mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
 
-        It is empty where `present` is False. Use it to merge further terms into the answer, such as a sink's logit.
+        The partial is empty (mean 0, log-mass -inf) where `present` is False. Use this call to merge further terms into
+        the answer, such as a sink's logit.
         """
         k, v, q, take, order = self._packed(k, v, q, present)
         if not any(take.tolist()):
@@ -297,8 +298,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _named(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Check the arguments of `forget`, and return them on the CPU: row (e,) and position (e,).
 
-        Raises ValueError if they are no such tensors, or if one of the tokens was never seen or cannot be taken out
-        again.
+        Raises ValueError if the arguments are no such tensors, or if one of the tokens was never seen or cannot be
+        taken out again.
         """
         row, position = (torch.as_tensor(x).to("cpu") for x in (row, position))
         if row.ndim != 1 or row.shape != position.shape or row.dtype != torch.int64 or position.dtype != torch.int64:
@@ -344,7 +345,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def bytes_read(self) -> int:
         """Return the bytes that answering one query token reads, over all rows.
 
-        They are `nbytes`, unless a variant reads only a part of its memory.
+        The default is `nbytes`; a variant that reads only a part of its memory returns less.
         """
         return self.nbytes
 
@@ -352,7 +353,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if the `fields` of a saved state contradict those of another state that is a part of it.
+        """Raise ValueError if the `fields` of a saved state contradict the fields of another state inside it.
 
         Both must have seen equally many tokens per row, and both or neither must be sealed (past the end of the
         prompt).
@@ -377,7 +378,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def to_bytes(self) -> bytes:
         """Return the state as bytes, a message from which `Method.from_bytes` restores it.
 
-        It has all that answering and continuing need beyond the method and public randomness.
+        The message has everything that is needed to answer queries and to append tokens, except the method and public
+        randomness.
         """
         return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 
@@ -505,8 +507,8 @@ def _require_dense(x: Tensor, name: str) -> None:
 def _all_finite(x: Tensor) -> bool:
     """Return True if all entries are finite, without writing a mask.
 
-    A NaN or an infinity makes the sum not finite. The sum of finite numbers may overflow too, so where it is not finite
-    the extremes decide.
+    A NaN or an infinity makes the sum not finite. The sum of finite numbers may overflow too, so if the sum is not
+    finite, the least and the largest entry decide.
     """
     if x.numel() == 0 or math.isfinite(x.sum().item()):
         return True

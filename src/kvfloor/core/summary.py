@@ -26,8 +26,8 @@ class SummaryState(Memory, ABC):
     """Store a compressed form of evicted tokens, as tensors with rows as first axis.
 
     `shared` maps names to tensors that are fixed by (method, spec) alone (trained kernels, tables): public and
-    uncounted. `Bounded` replaces it by one dictionary for the whole state, so a summary's names in it start with the
-    summary's name.
+    uncounted. `Bounded` replaces `shared` by one dictionary for the whole state, so a summary uses names in it that
+    start with the summary's own name.
     """
 
     def __init__(self, spec: Spec) -> None:

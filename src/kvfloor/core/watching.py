@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Watching(Blocked["Bounded"]):
     """Answer from slots and a summary, and let the policy learn from queries, attention weights and keys.
 
-    A policy learns at block ends, in one product of fixed shape over the block's buffered queries. So its decisions do
-    not depend on how the stream was cut into calls.
+    A policy learns at block ends, in one product of fixed shape over the block's buffered queries. So the policy's
+    decisions do not depend on how the stream was cut into calls.
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -129,7 +129,8 @@ class Watching(Blocked["Bounded"]):
 
         `seen` tokens came before. 0: the piece must stop at the next block end. More than 0 only in a dense prompt
         (nothing is evicted before its end) where every held token is read and the policy needs no weights or keys: all
-        tokens if it needs no queries; all but the newest ones, in whole blocks, if it needs the newest queries only.
+        tokens if the policy needs no queries; all but the newest tokens, in whole blocks, if the policy needs the
+        newest queries only.
         """
         policy = self.method.policy
         if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
@@ -184,9 +185,9 @@ class Watching(Blocked["Bounded"]):
     def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
         """Give the policy queries of these rows, and store the numbers per slot that it returns.
 
-        Each query sees its row's first visible (r, b) slots. If the spec has a rotation, the query is first rotated to
-        the rank that its own token had when it came. A row's weights are computed from its own queries and held tokens
-        alone (`weights_by_tile`), so they round alike for every chunking and every neighbour row.
+        Each query sees its row's first visible (r, b) slots. If the spec has a rotation, a query is first rotated to
+        the rank that its own token had on arrival. A row's weights are computed from its own queries and held tokens
+        alone (`weights_by_tile`), so the weights round alike for every chunking and every neighbour row.
         """
         policy, width = self.method.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows

@@ -92,7 +92,7 @@ class TurnBack:
 def plain(positions: Tensor) -> Tensor:
     """Return positions as (B or 1, n), given with or without a first dimension of axes (such as time, height, width).
 
-    Raises ValueError if the axes differ, as those of image tokens do.
+    Raises ValueError if the axes differ, as they do for image tokens.
     """
     if positions.ndim < 3:
         return positions
@@ -206,9 +206,10 @@ def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
 
 
 def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
-    """Return the rotation that explains all recorded queries and keys of layer `index`; None if they are not rotated.
+    """Return the rotation that explains all recorded queries and keys of a layer; None if they are not rotated.
 
-    candidates: frequency tuples to try. Raises ValueError, naming the model, if none of them explains all.
+    name: the model's name, for the error. index: the layer's index. seen: the layer's recorded queries and keys.
+    candidates: the frequency tuples to try. Raises ValueError, naming the model, if none of them explains all.
     """
     d = seen[0].key.shape[-1]
     for one in seen:
@@ -233,7 +234,7 @@ def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[
 def _explains(rule: Rotation | None, seen: _Inputs) -> bool:
     """Return True if the recorded queries and keys at all positions are those at position 0, rotated by `rule`.
 
-    rule None: they must all be equal.
+    rule None: queries and keys must be equal at all positions.
     """
     for x in (seen.query, seen.key):
         wide = x.to(compute_dtype(x.dtype))
@@ -260,8 +261,8 @@ def _rope_types(module: nn.Module) -> list[str]:
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
     """Return True if the model multiplies its queries by a factor that grows with their position.
 
-    This is llama_4_scaling_beta in the configuration. It is read there instead of measured as rotations are: until
-    transformers 5.3, a measurement cannot choose the position from which the model computes the factor.
+    This is llama_4_scaling_beta in the configuration. The factor is read from the configuration instead of measured:
+    until transformers 5.3, a measurement cannot choose the position from which the model computes the factor.
     """
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))

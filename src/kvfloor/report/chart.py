@@ -41,8 +41,8 @@ def power_text(size: float) -> str:
 class Axis:
     """Map numbers to page coordinates between `start` and `end`.
 
-    The axis spans `values`, and 0 if it is linear. A logarithmic axis spans the positive values alone, and places any
-    other number at its lower end. At both ends a further share `room` of the span stays free.
+    The axis spans all of `values`; a linear axis also spans 0. A logarithmic axis spans the positive values alone, and
+    places any other number at the lower end. At both ends a further share `room` of the span stays free.
 
     most_ticks  most ticks of a logarithmic axis        write  returns the label of a tick's number
     """

@@ -26,7 +26,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Hold the tiles of one setting, one per layer and kv head. `overall` is the mean of its rows' output error."""
+    """Hold the tiles of one setting, one per layer and kv head.
+
+    `overall` is the mean output error over the setting's rows.
+    """
 
     setting: str
     overall: float

@@ -30,7 +30,7 @@ class CellScore:
 
 @dataclass(frozen=True)
 class SettingScores:
-    """Hold one line of the scoreboard: a setting and its score on every cell. Bytes are means over its cells."""
+    """Hold one line of the scoreboard: a setting and its score on every cell. Bytes are means over the cells."""
 
     setting: str
     baseline: bool

@@ -50,7 +50,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError naming a setting that is outside its limits."""
+        """Raise ValueError naming a setting that is outside the allowed limits."""
         whole_numbers = ("rank", "hidden", "length", "epochs", "batch")
         count("train-less", least=1, **{name: value for name, value in asdict(self).items() if name in whole_numbers})
         count("train-less", least=2, samples=self.samples)
@@ -62,7 +62,8 @@ class Recipe:
 def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
     """Return attention outputs (P, g, m, dv) with the kernels' low-rank state in place of the evicted tokens.
 
-    kernels  two small networks per kv head, which sum evicted tokens up in the state and read it
+    kernels  two small networks per kv head: one maps keys that are summed up in the state, one maps queries that read
+             the state
     given    one text in one layer, with queries of m tokens and g query heads for each of P kv heads
     dropout  share of the networks' hidden units that are off
     Each query reads the state of the tokens that were evicted before it, merged with exact attention over the tokens
@@ -86,7 +87,7 @@ def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
 def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
     """Return the output projection (hidden, width) of the attention in model layer `layer`, float32; None if not found.
 
-    It is a linear module with `width` inputs and a usual name, such as o_proj.
+    The projection is a linear module with `width` inputs and a usual name, such as o_proj.
     """
     for module in model.modules():
         if getattr(module, "layer_idx", None) != layer:

@@ -125,10 +125,10 @@ def leverage(x: Tensor, gram: Tensor, ridge: float, d: int) -> Tensor:
 
 
 class KeyGram(PolicyMemory):
-    """Hold the Gram matrix of all sketched keys so far, and the sum of the keys if they are centred.
+    """Hold the Gram matrix of all sketched keys so far, and the sum of the sketched keys if the keys are centred.
 
     gram   (rows, w, w) float32; w is the width of the sketched keys
-    total  (rows, w) float32: the sum of the keys; (rows, 0) unless keys are centred
+    total  (rows, w) float32: the sum of the sketched keys; (rows, 0) unless keys are centred
     met    (rows,) number of tokens in the Gram matrix
     """
 

@@ -124,9 +124,9 @@ class Milestones(Policy):
         return torch.where(position < start, position // self.page, behind)
 
     def _held_pages(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pages of which a token is held, oldest first, as three tensors (index, number, slots).
+        """Return the p pages of which a token is held, oldest first, as three tensors (index, number, slots).
 
-        index   (r, s) place, among these p pages, of the page of each slot's token
+        index   (r, s) for each slot, the place of its token's page among the p pages
         number  (r, p) number of each page, see `_page`
         slots   (r, p, page) slots of each page's tokens; a page that is not full repeats its first slot
         """
@@ -148,8 +148,8 @@ class Milestones(Policy):
     def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
         """Return the estimated attention weight (r, b, p) of each page for the queries of each of b tokens.
 
-        The largest weight within the token's GQA group counts. `pages` (r, p) are the pages' numbers and `slots`
-        (r, p, page) the slots of their tokens, both from `_held_pages`.
+        The largest weight within the token's GQA group counts. `pages` (r, p) are the numbers of the pages, and `slots`
+        (r, p, page) the slots of the pages' tokens, both from `_held_pages`.
         """
         _, g, b, _ = queries.q.shape
         members = _keys_at(held.k, slots.flatten(1)).unflatten(1, slots.shape[1:])
@@ -174,7 +174,7 @@ class Milestones(Policy):
     def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
         """Return the least and largest key entries (r, b, d) per channel of the page that each query's token fills.
 
-        The b queries each belong to one token. Tokens after a query's own token are left out, as they came later.
+        The b queries each belong to one token. A page's tokens that came after the query's own token are left out.
         """
         r, b = queries.position.shape
         start, first = self._start(held), self._page(queries.position[:, :1], held)

@@ -75,7 +75,7 @@ class BestFirstState(SelectorState):
         return self.search(q, slots, visible, rows)[0]
 
     def search(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> tuple[Chosen, Tensor]:
-        """Return the slots that each query of q (r, m, d) reads, and the number of pages (r, m) int64 that it visited.
+        """Return the slots that each query of q (r, m, d) reads, and the number (r, m), int64, of visited pages.
 
         The arguments and the first result are those of `choose`: visible (r, m) is the number of slots that a query
         sees, and rows (r,) are the rows of the queries (None: all).

@@ -122,8 +122,8 @@ class PagesState(SelectorState):
         """Return upper bounds on the largest logit and on the log-sum-exp of the logits of all unread tokens.
 
         Both are (r, m), float64, one bound per query of q (r, m, d). A query sees the first visible (r, m) slots; the
-        tokens outside the slots that `choose` returns are unread. The bounds are -inf where every token is read. They
-        hold for the logits in exact arithmetic, under the spec's scale and softcap.
+        tokens outside the slots that `choose` returns are unread. The bounds are -inf where every token is read. The
+        bounds hold for logits in exact arithmetic, with the spec's scale and softcap.
         """
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
         bound = self.bounds(q, newest, rows)

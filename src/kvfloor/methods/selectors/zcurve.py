@@ -75,7 +75,7 @@ class ZCurve(Indexed):
 def projections(spec: Spec, curves: int) -> Tensor:
     """Return a random projection with orthonormal rows for each curve: (curves, min(3, d), d), float64.
 
-    It is fixed by the spec's seed and width alone.
+    The projections are fixed by the spec's seed and width alone.
     """
     dims = min(_DIMS, spec.d)
     key = row_keys(spec.seed, torch.arange(curves), "z-curve projections").view(-1, 1, 1)
@@ -111,7 +111,8 @@ class ZCurveState(SelectorState):
         """Raise ValueError unless the lists of codes in a message (a saved state) fit its slots.
 
         The n codes of a curve must be in ascending order and belong to the first n slots of the row, n at most the
-        number of held tokens. fields are the saved fields of this index, slots those of the slots.
+        number of held tokens. `fields` are the saved fields of this index, and `slots` the saved fields of the state's
+        slots.
         """
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
@@ -219,8 +220,8 @@ class ZCurveState(SelectorState):
     def bytes_read(self, held: Tensor) -> int:
         """Return the bytes that one query per row reads of held (rows,) tokens.
 
-        They are the codes of a binary search and a window of slots per curve, the keys of all candidates, and the
-        values of the k best.
+        The query reads the codes of a binary search and a window of slots per curve, the keys of all candidates, and
+        the values of the k best.
         """
         used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()

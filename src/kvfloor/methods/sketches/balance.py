@@ -40,19 +40,21 @@ class Balance(Method):
     Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, here with one set of kept tokens for the
     numerator and the denominator of attention.
     A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
-    Halving a level keeps half of its tokens and moves them up one level. The kept half is chosen so that the sum of
-    e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short (`self_balancing`). Here e^{q} and
-    e^{k} stand for feature vectors with inner product e^{q.k}, and const is a number appended to each value. A tree is
-    all levels through which one set of tokens is halved. The paper has one tree for each bucket (part) of the tokens of
-    the numerator, and one for the denominator. Here the coordinate const lets one tree serve both, so answers are
-    convex combinations.
+    Halving a level evicts half of the level's tokens and moves the other half up one level. The kept half is chosen so
+    that the sum of e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short (`self_balancing`).
+    Here e^{q} and e^{k} stand for feature vectors with inner product e^{q.k}, and const is a number appended to each
+    value. A tree is all levels through which one set of tokens is halved. The paper has one tree for each bucket (part)
+    of the tokens of the numerator, and one for the denominator. Here the coordinate const lets one tree serve both, so
+    answers are convex combinations.
     batch     number of tokens that makes a level full. A row halves levels at every batch-th token; newer tokens are
               read exactly. Without a budget every full level is halved, which leaves at most batch tokens per level
               and log2(n / batch) + 2 levels.
-    budget    upper bound on tokens per row at all times. A row checks its space once per block; a block is an eighth
-              of the budget less sinks and recent tokens, or `batch` tokens if that is less. While the next block does
-              not fit, the row halves the oldest tokens of one level, at most four blocks. It picks the level with the
-              largest count / 4^l, because halving level l adds 4^l to the squared error whatever the count. Halving
+    budget    upper bound on tokens per row at all times. Once per block, a row checks if its budget has room for the
+              next block; a block is an eighth
+              of the budget less sinks and recent tokens, or `batch` tokens if that is less. While there is no room, the
+              row halves the oldest tokens of one level, at most four blocks of them. The row picks the level l
+              with the largest (number of tokens) / 4^l, because halving level l adds 4^l to the squared error whatever
+              the count. Halving
               at most four blocks keeps weights similar. Where every level has one token, a fair coin drops the token
               of the lowest level or doubles its weight.
     keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's rule, by which the
@@ -254,7 +256,8 @@ class BalanceState(Blocked[Balance]):
     def _weighted(self, q: Tensor, width: int, hide: Tensor | None) -> Partial:
         """Return the attention of q (rows, m, d) over the first `width` slots, with weight 2^level for each token.
 
-        hide, which broadcasts to (rows, m, width), is True for slots that a query does not see; None: it sees all.
+        hide, which broadcasts to (rows, m, width), is True for slots that a query does not see; None: a query sees all
+        slots.
         """
         view = self.slots.view(width=width)
         log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
@@ -290,7 +293,7 @@ class BalanceState(Blocked[Balance]):
                 self._halve(rows, level[due], size[due], free[due])
 
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the level to halve in each of `rows`, the number of its tokens to halve, and the mask of its slots.
+        """Return the level to halve in each of `rows`, the number of tokens to halve, and a mask of slots.
 
         Level and number are (r,); the number is 0 if no level is due. The mask (r, s), bool, is True for the slots of
         the tokens of that level that are neither sinks nor recent.

@@ -136,7 +136,7 @@ class Codes(Memory):
     def decode(self, groups: int, spec: Spec) -> Tensor:
         """Return the dequantised numbers of every row's first `groups` groups: (rows, groups * group, width).
 
-        They are in the spec's dtype.
+        The result has the spec's dtype.
         """
         code = self.packed[:, :groups]
         if self.bits < 8:

@@ -26,8 +26,9 @@ def safe_threshold(steps: float, failure: float) -> float:
     A step of `walk` is clamped if the formula for the probability of its sign leaves [0, 1]. For every c of at least
     this value, with probability 1 - failure none of the `steps` steps is clamped.
     Proof: let w be the signed sum so far and x the next vector, |x| <= 1 and c >= 1. Take the walk that moves by
-    -<w, x> / c times x, instead of by a sign times x, where |<w, x>| > c. It is sigma-sub-Gaussian in every fixed
-    direction theta with sigma^2 = c^2 / (2c - 1): the noise of a step lies in an interval of length 2, so Hoeffding
+    -<w, x> / c times x, instead of by a sign times x, where |<w, x>| > c. The signed sum of this walk is
+    sigma-sub-Gaussian in every fixed direction theta with sigma^2 = c^2 / (2c - 1): the noise of a step lies in an
+    interval of length 2, so Hoeffding
     gives (theta.x)^2 / 2, and the pull back takes away at least as much. Hence a step is clamped with probability
     2 exp(1/2 - c) at most. The paper's 30 ln(n / failure) is safe as well, and makes the walk nearly a fair coin.
     """
@@ -137,7 +138,8 @@ def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) 
     numbers, one per vector; c is the threshold of the walk (`walk`). keep is one of:
     pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2; an odd last vector
              is in neither mask. The walk signs the differences of the two, pulling evenly.
-    smaller  the paper's rule: the vectors of the rarer sign stay, those of sign + if both are equally frequent
+    smaller  the paper's rule: the vectors of the rarer sign stay, or the vectors of sign + if both signs are equally
+             frequent
     """
     place = torch.arange(products.shape[1], device=products.device)
     if keep == "pairs":

@@ -54,7 +54,7 @@ class SubGen(Method):
     centres  cap on the clusters; past it a key joins its nearest centre whatever the distance, and the guarantee
              is withdrawn. None: as many as the stream needs.
     block    at most the last `block - 1` tokens stay unclustered and are read exactly; 1 is the paper's rule.
-             The clusters equal those of sequential clustering for every block.
+             Whatever the block, the clusters equal the clusters of sequential clustering, token by token.
     radius, failure   bound on |q| * scale, and failure probability, for `guarantee`
     budget   tokens per row instead of s and centres: half of it for the pairs, half for the clusters.
     """

@@ -53,8 +53,8 @@ class Less(Summary):
     kernels  the trainer's safetensors file: one pair of networks per (layer, kv head), selected for each row
              by `Spec.places`; "builtin": the kernels shipped with the built-in model. A file with a single pair
              serves every row. None: untrained networks, which give the evicted tokens almost no weight.
-    A message (a saved state) holds the path of the kernels' file and a tag of its contents. It is refused once the
-    file has changed.
+    A message (a saved state) holds the path of the kernels' file and a tag of its contents. Loading the message is
+    refused once the file has changed.
     """
 
     name: ClassVar[str] = "less"

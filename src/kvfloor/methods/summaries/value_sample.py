@@ -47,7 +47,7 @@ class ValueSample(Summary):
     epsilon with probability <= 1/8 by Chebyshev, as a value's variance is at most spread times its squared mean. A
     median of Q means is wrong by more with probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon *
     dv such medians. (The paper's constants are 3 instead of 8 and 12 ln instead of 2.5 ln, with a failure of 1/3 per
-    mean. They do not fit together: the exponent is Q / 17 for 1/3.)
+    mean. The paper's constants do not fit together: the exponent is Q / 17 for 1/3.)
     """
 
     name: ClassVar[str] = "value_sample"

@@ -152,7 +152,8 @@ class SubGenTensor(Method):
     def _reach(self) -> float:
         """Return a bound on the l2 distance of the product k1 * k2 of two keys from the product of their centres.
 
-        Products are entry by entry; k1 and k2 are in a cluster of the first and of the second side.
+        Products are entry by entry. k1 is a key in a cluster of the first side, k2 a key in a cluster of the second
+        side, and each centre is that of the key's cluster.
         """
         return self.largest * (self.delta1 + self.delta2)
 

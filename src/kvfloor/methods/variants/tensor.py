@@ -189,7 +189,7 @@ def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 def products(x1: Tensor, x2: Tensor) -> Tensor:
     """Return the entrywise products x1[i] * x2[j] of all n^2 pairs of tokens: (rows, n^2, width).
 
-    x1 and x2 are (rows, n, width); the pair (i, j) is at index i * n + j. `TensorAttention` never stores the products:
-    they define its keys and values.
+    x1 and x2 are (rows, n, width); the pair (i, j) is at index i * n + j. The products of keys are the keys of tensor
+    attention, those of values its values. `TensorAttention` never stores them.
     """
     return (x1.unsqueeze(2) * x2.unsqueeze(1)).flatten(1, 2)
