@@ -43,7 +43,7 @@ class Standard:
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
     def lower_end(self, row: Row) -> float:
-        """Return the lower confidence limit of the row's score minus the exact cache's.
+        """Return the lower confidence limit of a difference: the row's score minus the exact cache's score.
 
         A row is one setting (method with budget) measured on one cell (task, context length, protocol). A limit of -0.1
         means that a loss of 10 points is not excluded, but any larger loss is.

@@ -69,7 +69,7 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float 
 def attend_causal(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 of the a keys k (rows, a, d).
+    """Compute causal attention: query i of q (rows, g, a, d) sees keys 0 .. i of k (rows, a, d).
 
     g is the GQA group, i.e. query heads per kv head. Returns outputs (rows, g, a, dv) and log-masses (rows, g, a), as
     `attend` does. The fused kernel skips the hidden keys instead of masking them.

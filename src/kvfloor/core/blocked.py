@@ -259,8 +259,8 @@ class Blocked(State[M]):
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
 
-        The a newest tokens of each row, with keys new_k and values new_v, are in the slots already, behind `before`
-        (rows,) older tokens.
+        The newest tokens, a per row, have the keys new_k and values new_v. They are in the slots already, behind
+        `before` (rows,) older tokens.
         """
         shape = q.shape[:3]
         rest = self._rest(q.flatten(1, 2))
@@ -290,7 +290,8 @@ class Blocked(State[M]):
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
         """Attend with queries `flat` (rows, g*a, d) to all slots, under the causal mask and the selector's mask.
 
-        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when the a newest tokens came.
+        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when its a newest tokens came, whose queries
+        these are.
         """
         m = flat.shape[1]
         view = self.slots.view()
@@ -309,7 +310,8 @@ class Blocked(State[M]):
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
         """Attend causally with q (rows, g, a, d) to the slots that the selector's index chooses.
 
-        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when the a newest tokens came.
+        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when its a newest tokens came, whose queries
+        these are.
         """
         assert self.selection is not None
         arrived = torch.arange(q.shape[2])

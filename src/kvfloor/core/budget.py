@@ -71,7 +71,7 @@ def tokens(budget: Budget | None, rows: int) -> list[int]:
 def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None = None, g: int = 1) -> Method:
     """Return `method` with its budget converted from a share or bytes to tokens per row.
 
-    spec     the rows of one layer, their widths and dtype
+    spec     the rows of one layer, the widths of key and value, and the dtype
     layers   number of layers in the cache; each has one state for `spec`
     length   the context in tokens, needed for shares
     g        the GQA group: query heads per kv head (some policies keep queries)

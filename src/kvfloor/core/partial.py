@@ -63,9 +63,9 @@ class Partial:
 
     @classmethod
     def causal(cls, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Partial:
-        """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 of the a keys.
+        """Compute causal attention: query i of q (rows, g, a, d) sees keys 0 .. i of k (rows, a, d).
 
-        k (rows, a, d), v (rows, a, dv). Returns a partial (rows, g, a), with scale and softcap of the spec.
+        v is (rows, a, dv). Returns a partial (rows, g, a), with scale and softcap of the spec.
         """
         return cls(*attend_causal(q, k, v, spec.scale, spec.softcap))
 

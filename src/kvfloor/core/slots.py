@@ -296,7 +296,7 @@ class Columns(Memory):
 
 
 def require_positions(fields: dict[str, Any], seen: Tensor) -> None:
-    """Raise ValueError if saved slots hold a token twice, or one that its row has not seen yet.
+    """Raise ValueError if saved slots hold a token twice, or a token that the row has not seen yet.
 
     fields  the saved fields of `Slots`
     seen    (rows,) number of tokens that each row has seen: positions must be below it

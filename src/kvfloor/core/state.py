@@ -460,10 +460,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return _pack(k, order), _pack(v, order), _pack(q, by_query), take, order
 
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Check that k, v, q and `present` fit together; return how many tokens of each row are real, and an order.
+        """Check that k, v, q and `present` fit together; return the number of real tokens per row, and a token order.
 
-        The counts are (rows,). By the order (rows, t) `_pack` moves each row's real tokens to the front; it is None if
-        all tokens are real.
+        The numbers are (rows,). The order (rows, t) is the one by which `_pack` moves each row's real tokens to the
+        front; it is None if all tokens are real.
         """
         rows, t = k.shape[:2]
         if v.shape[1] != t:

@@ -89,7 +89,7 @@ class Watching(Blocked["Bounded"]):
             self._buffer(q, seen % self.block)
 
     def _buffer(self, q: Tensor, start: int) -> None:
-        """Store every row's queries q (rows, g, a, d) in the buffer of the open block, from place `start` on."""
+        """Store every row's queries q (rows, g, a, d) in the buffer of the open block, from index `start` on."""
         self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
         self.asked[:, start : start + q.shape[2]] = True
 
@@ -151,7 +151,7 @@ class Watching(Blocked["Bounded"]):
             self._show_block(every[(self.seen % self.block) == fill], fill)
 
     def _show_keys(self, rows: Tensor) -> None:
-        """Call the policy memory's `on_keys` for the newest `block` tokens of these rows, read from their slots.
+        """Call the policy memory's `on_keys` for the newest `block` tokens of these rows, read from the slots.
 
         No eviction has moved these tokens yet.
         """

@@ -196,7 +196,10 @@ def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[
 
 
 def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
-    """List the frequency tuples of the model's rotary modules, then all with the opposite sign (NanoChat)."""
+    """List the frequency tuples of the model's rotary modules, and then the same tuples with the opposite sign.
+
+    NanoChat rotates by the opposite sign.
+    """
     found: dict[tuple[float, ...], None] = {}
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

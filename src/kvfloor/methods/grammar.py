@@ -127,7 +127,8 @@ def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
 def _value(node: ast.expr) -> Any:
     """Return the value of an argument, given as a syntax tree.
 
-    A literal has its own value, a bare word (score=mean) is a str, and a method (store=sinks(4)@32) is a `_Nested`.
+    A literal gives the Python value that it stands for, a bare word (score=mean) gives a str, and a method
+    (store=sinks(4)@32) gives a `_Nested`.
     """
     if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
         return node.id

@@ -24,7 +24,7 @@ LETTER = 7.0
 
 
 def number_text(value: float) -> str:
-    """Write a number with at most four digits; a whole one below a million in full, larger ones with M or G."""
+    """Write a number as text: four significant digits below 1000, whole below a million, with M or G above."""
     for size, unit in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"

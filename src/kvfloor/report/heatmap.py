@@ -16,7 +16,7 @@ FAINTEST, STRONGEST = 1e-3, 1.0
 
 @dataclass(frozen=True)
 class Tile:
-    """Hold the mean error of one layer and kv head over the audit's cells, and its colour's strength in [0, 1]."""
+    """Hold the mean error of one layer and kv head over the audit's cells, and `ink`, a colour strength in [0, 1]."""
 
     layer: int
     head: int

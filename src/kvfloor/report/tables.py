@@ -18,7 +18,7 @@ VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"
 
 @dataclass(frozen=True)
 class CellScore:
-    """Hold one setting's row on one cell and its verdict; both are None where the setting was not measured."""
+    """Hold the row of one setting on one cell, and the row's verdict; both None if it was not measured."""
 
     row: Row | None
     verdict: Verdict | None

@@ -29,7 +29,7 @@ _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold the settings of a training run, which decide the kernels together with the model and the policy.
+    """Hold the settings of a training run. Settings, model and policy together decide the kernels.
 
     rank, hidden        rank of the low-rank state; hidden units of each network
     samples, length     number of texts, and tokens of context in each; a tenth of the texts, kept out of training,

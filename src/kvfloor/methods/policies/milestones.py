@@ -196,10 +196,11 @@ class Milestones(Policy):
         return _keys_at(low, mine).double(), _keys_at(high, mine).double()
 
     def _needed(self, estimate: Tensor, pages: Tensor, own: Tensor) -> Tensor:
-        """Return a mask (r, b, p) of the pages that each query needs, from their estimated weights (r, b, p).
+        """Return a mask (r, b, p) of the pages that each query needs.
 
-        pages (r, p) are the numbers of the pages, and own (r, b) is the number of the page of the query's own token.
-        Later pages are never needed.
+        estimate (r, b, p) is the estimated attention weight of each page, pages (r, p) are the numbers of the pages,
+        and own (r, b) is the number of the page of the query's own token. Pages later than the query's own are never
+        needed.
         """
         if self.top is None:
             return estimate > self.alpha

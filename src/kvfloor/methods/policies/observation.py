@@ -155,8 +155,8 @@ class Observation(Policy):
 class LastQueries(PolicyMemory):
     """Hold the last `window` queries of each row, q (rows, g, window, d), the newest last, and their positions.
 
-    The queries are held as they were given, before any rotation. An entry without a query has position -1. The
-    queries are dropped at the seal (end of the prompt), unless `for_good` is True.
+    The queries are held without rotation. An entry without a query has position -1. The queries are dropped at the seal
+    (end of the prompt), unless `for_good` is True.
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:

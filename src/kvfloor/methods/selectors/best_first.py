@@ -134,9 +134,9 @@ class BestFirstState(SelectorState):
 
 
 def _largest(logit: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of the c logits of each of a queries, and the slots of these logits: (a, k) each.
+    """Return the k largest logits of each query, and the slots of these logits: (queries, k) each.
 
-    logit and slot are (a, c). Of equal logits the one in the higher slot, i.e. of the newer token, is preferred.
+    logit and slot are (queries, c). Of equal logits the one in the higher slot, i.e. of the newer token, is preferred.
     """
     by_age = slot.argsort(dim=1, descending=True, stable=True)
     logit, slot = logit.gather(1, by_age), slot.gather(1, by_age)

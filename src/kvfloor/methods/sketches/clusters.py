@@ -262,7 +262,8 @@ def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block:
 def longest(q: Tensor, take: Tensor) -> Tensor:
     """Return the largest norm |q| (rows,), float64, over the queries q (rows, g, a, d) of each row.
 
-    Only the queries of the first take[r] of the a tokens count. The norm is 0 for a row without queries.
+    In row r only the queries of the first take[r] tokens count; the others are padding. The norm is 0 for a row without
+    queries.
     """
     if q.numel() == 0:
         return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)

@@ -239,9 +239,9 @@ class ValueSampleState(SummaryState):
 
 
 def middle(draws: Tensor, copies: int, groups: int) -> Tensor:
-    """Return the coordinatewise median (..., dv) of means of draws (..., copies * groups, dv).
+    """Return the coordinatewise median (..., dv) of `groups` means, each of `copies` sampled values.
 
-    There are `groups` means of `copies` draws each.
+    draws (..., copies * groups, dv) are the sampled values.
     """
     means = draws.unflatten(-2, (groups, copies)).mean(-2)
     return means.squeeze(-2) if groups == 1 else means.median(-2).values

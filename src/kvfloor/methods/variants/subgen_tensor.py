@@ -264,11 +264,11 @@ class SubGenTensorState(Blocked[SubGenTensor]):
         return self._pairs(q, self.slots.held)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Compute causal attention of the queries q (rows, g, a, d) of the a newest tokens: a `Partial` (rows, g, a).
+        """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
 
         The query of a token attends to all token pairs (j1, j2) in which neither j1 nor j2 is newer than that token.
         This set differs from token to token, so one token is computed at a time. before (rows,) is the number of older
-        tokens that came since the last block end.
+        tokens that came since the last block end. new_k and new_v are in the slots already, and are not used.
         """
         parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
         return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))
