@@ -24,7 +24,7 @@ SEVERITY: dict[Verdict, int] = {"falls": 0, "open": 1, "holds": 2}
 class Standard:
     """Hold the tolerated loss and the confidence by which one audit's rows are judged.
 
-    margin      largest tolerated loss of score (share of right answers) to the exact cache, in (0, 1)
+    margin      largest tolerated loss of score (share of right answers) against the exact cache, in (0, 1)
     confidence  of the whole recommendation, in (0.5, 1)
     methods     how many methods share the allowed error 1 - confidence
     """

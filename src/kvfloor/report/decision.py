@@ -21,7 +21,8 @@ _PROTOCOLS = {"visible": "Question visible while compressing", "after": "Questio
 def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
     """Make the figure of one cell from the cell's rows: x is bytes on a log scale, y is the score.
 
-    The rows include the exact cache's. `marks` maps each method (a setting without its budget) to its colour and shape.
+    The rows include the row of the exact cache. `marks` maps each method (a setting without its budget) to its colour
+    and shape.
     """
     exact = next(row for row in rows if row.method == "exact")
     others = sorted((row for row in rows if row is not exact), key=lambda row: (row.state_bytes, row.method))

@@ -155,7 +155,8 @@ class KeyGram(PolicyMemory):
     def require_sound(self, fields: dict[str, Any]) -> None:
         """Raise ValueError if the Gram matrix in a message (a saved state) has a negative eigenvalue.
 
-        No Gram matrix of keys has one. If keys are centred, the matrix after subtraction of the mean key is tested.
+        No true Gram matrix of keys has a negative eigenvalue. If keys are centred, the matrix after subtraction of the
+        mean key is tested.
         """
         gram, total = fields["gram"].double(), fields["total"].double()
         if total.shape[1]:

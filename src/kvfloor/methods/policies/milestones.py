@@ -35,10 +35,10 @@ class Milestones(Policy):
 
     Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page`. With low and high the least and largest
     entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of the page
-    (Quest). The estimate of a page is softmax(scale bound) over all pages visible to the query, the largest within its
-    GQA group. Where the estimate exceeds `alpha`, the page's timestamp becomes the query's position. The page with the
-    oldest timestamp is evicted, and the older page among equals. The oldest tokens of a page are evicted first, as many
-    as the budget requires.
+    (Quest). The estimate of a page for a token is softmax(scale bound) over all pages visible to the query, the largest
+    among the token's queries in the GQA group. Where the estimate exceeds `alpha`, the page's timestamp becomes the
+    query's position. The page with the oldest timestamp is evicted, and the older page among equals. The oldest tokens
+    of a page are evicted first, as many as the budget requires.
     page     tokens per page
     alpha    estimate above which a page counts as needed
     top      instead of alpha: the share of pages, of largest estimates, that counts as needed (the paper runs 0.5)

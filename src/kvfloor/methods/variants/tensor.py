@@ -190,6 +190,6 @@ def products(x1: Tensor, x2: Tensor) -> Tensor:
     """Return the entrywise products x1[i] * x2[j] of all n^2 pairs of tokens: (rows, n^2, width).
 
     x1 and x2 are (rows, n, width); the pair (i, j) is at index i * n + j. The products of keys are the keys of tensor
-    attention, those of values its values. `TensorAttention` never stores them.
+    attention, and the products of values are its values. `TensorAttention` never stores these products.
     """
     return (x1.unsqueeze(2) * x2.unsqueeze(1)).flatten(1, 2)
