@@ -1,6 +1,7 @@
 """Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol.
+A setting is a method with its budget; a cell is a task at a context length under a protocol. A setting is safe if it
+and every larger budget of its method hold on every cell; it breaks on a cell where its loss of score is certain.
 """
 
 from collections import Counter, defaultdict

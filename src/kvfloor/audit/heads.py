@@ -51,7 +51,7 @@ class HeadFloor:
 
 @dataclass(frozen=True)
 class Head:
-    """Hold one kv head's largest floor over all cells, and the cheapest setting that is good for it on every cell.
+    """Hold one kv head's largest floor over all cells, and its cheapest setting that is good on every cell.
 
     A cell is a task at a context length under a protocol. A setting (method with budget) is good for a head if the
     relative error of the head's attention output is at most GOOD.

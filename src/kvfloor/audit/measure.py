@@ -1,6 +1,8 @@
 """Measure the rows of an audit: each is one setting on the samples of one cell, decoded greedily by the model.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol.
+A setting is a method with its budget; a cell is a task at a context length under a protocol. A trace is one layer's
+recorded queries, keys and values. The seal is the end of the prompt, at which the cache may be compressed. The exact
+cache keeps every token.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class Prepared:
 class Measurement:
     """Record one setting's answers on the samples of a cell, with the bytes and times per sequence.
 
-    A setting is a method with its budget, a sequence one sample. Times are the batch's, divided by its sequences.
+    A setting is a method with its budget, a sequence one sample. Times are those of the whole batch, divided by its
+    number of sequences.
 
     right          one 0 (wrong) or 1 (right) per sample
     state_bytes    bytes of the cache at the end of the context; peak_state_bytes: the most bytes at any moment

@@ -175,10 +175,9 @@ def measured_row(
 ) -> Row:
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
-    `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact row
-    they are `outcomes`.
-    Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
-    number is not finite.
+    `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact
+    cache's own row, `exact_outcomes` equals `outcomes`. Raises ValueError where fewer than 32 samples were run,
+    `outcomes` and `exact_outcomes` differ in length, or a number is not finite.
     """
     n, method = len(outcomes), setting.text
     gained, lost = paired_counts(outcomes, exact_outcomes)
@@ -252,8 +251,8 @@ def document(
 ) -> dict[str, Any]:
     """Build the one JSON document of `kvfloor audit --json`.
 
-    It has the schema number, model, seed, rows, the recommended setting with its reason `why`, and the report's path.
-    `method` is None where no setting is safe.
+    The document has the schema number, model, seed, rows, the recommended setting with its reason `why`, and the
+    report's path. `method` is None where no setting is safe.
     """
     return {
         "schema": SCHEMA,

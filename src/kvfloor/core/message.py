@@ -141,7 +141,7 @@ _FORGED = (
 def _header_end(start: bytes, size: int) -> int:
     """Return the offset at which the header of a message ends, from its first bytes `start` and its `size` in bytes.
 
-    Raises CorruptState if these bytes are not those of a message, and OlderVersion for a message of format 1.
+    Raises CorruptState if no message begins with these bytes, and OlderVersion for a message of format 1.
     """
     if size < _DIGEST.stop:
         raise CorruptState(f"a message has at least {_DIGEST.stop} bytes, this one {size}: truncated, or no message")

@@ -20,7 +20,10 @@ _TERMS = 12  # of the logarithm's series; the next one is below 2^-64
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return x if it is contiguous and starts at a multiple of 64 bytes in memory, else a copy that does."""
+    """Return x, or a copy of x, such that the result is contiguous and starts at a multiple of 64 bytes in memory.
+
+    A copy is made only if x itself does not.
+    """
     dense, size = [], 1
     for extent in reversed(x.shape):
         dense.append(size)

@@ -19,9 +19,10 @@ _PROTOCOLS = {"visible": "Question visible while compressing", "after": "Questio
 
 
 def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
-    """Make the figure of one cell from its rows, exact's among them: x is bytes on a log scale, y the score.
+    """Make the figure of one cell from the cell's rows: x is bytes on a log scale, y is the score.
 
-    `marks` maps each method (a setting without its budget) to its colour and shape.
+    The rows include the row of the exact cache. `marks` maps each method (a setting without its budget) to its colour
+    and shape.
     """
     exact = next(row for row in rows if row.method == "exact")
     others = sorted((row for row in rows if row is not exact), key=lambda row: (row.state_bytes, row.method))
@@ -61,7 +62,7 @@ def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
 
 
 def note_below_floor(row: Row) -> str:
-    """Return the note on a row with fewer bytes than the floor; it never says that this is impossible."""
+    """Return the note on a row with fewer bytes than the floor; it does not claim that so few bytes are impossible."""
     return BELOW_FLOOR_AND_FALLS if row.diff_high < 0 else BELOW_FLOOR
 
 

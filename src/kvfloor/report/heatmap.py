@@ -1,4 +1,8 @@
-"""Draw the attention-output error per layer and kv head, one map per setting (a method with its budget)."""
+"""Draw the attention-output error per layer and kv head, one map per setting (a method with its budget).
+
+A tile is one layer and kv head of a map; its ink is the strength of its colour. A row is one setting measured on one
+cell (task, context length, protocol).
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +16,7 @@ FAINTEST, STRONGEST = 1e-3, 1.0
 
 @dataclass(frozen=True)
 class Tile:
-    """Hold the mean error of one layer and kv head over the audit's cells, and its colour's strength in [0, 1]."""
+    """Hold the mean error of one layer and kv head over the audit's cells, and `ink`, a colour strength in [0, 1]."""
 
     layer: int
     head: int
@@ -22,7 +26,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Hold the tiles of one setting, one per layer and kv head. `overall` is the mean of its rows' output error."""
+    """Hold the tiles of one setting, one per layer and kv head.
+
+    `overall` is the mean output error over the setting's rows.
+    """
 
     setting: str
     overall: float

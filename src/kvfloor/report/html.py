@@ -1,4 +1,8 @@
-"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped."""
+"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped.
+
+A row is one setting (a method with its budget) measured on one cell (task, context length, protocol). A floor is the
+least bytes that any method needs for a kv head's keys.
+"""
 
 import json
 import re
@@ -78,7 +82,7 @@ def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, An
     """Return the recommended setting as a literal to paste into Python, or None where no setting is recommended.
 
     A setting is a method with its budget. The dict has two keys:
-    literal  the setting as a quoted string; in place of a budget that is a share stands a number of tokens
+    literal  the setting as a quoted string; a budget that is a share of the context is replaced by a number of tokens
     share    the budget if it is a share of the context, else None
     A cache that is opened for a stream of unknown length takes no share, so the largest audited number of tokens is
     written instead.

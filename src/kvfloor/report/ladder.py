@@ -1,6 +1,8 @@
 """Draw the floor, the cheapest good setting and the exact cache of every kv head on one logarithmic axis of bytes.
 
 A setting is a method with its budget; it is good for a head if the head's output error stays small.
+A floor is the least bytes that any method needs for a head's keys. A ladder is one figure, a rung one kv head's line in
+it.
 """
 
 from collections.abc import Sequence

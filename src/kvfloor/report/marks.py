@@ -1,4 +1,7 @@
-"""Assign one colour and marker shape to each method, the same in every figure and distinct without colour."""
+"""Assign one colour and marker shape to each method, the same in every figure and distinct without colour.
+
+A baseline is a method that every audit compares with. A marker is the shape of a curve's points.
+"""
 
 import math
 from collections.abc import Sequence

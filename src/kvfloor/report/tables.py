@@ -1,6 +1,8 @@
 """Compute the report's tables as plain data, for both the page and the terminal.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol.
+A setting is a method with its budget; a cell is a task at a context length under a protocol. A row is one setting
+measured on one cell, and its verdict is whether its loss of score against the exact cache is tolerable: "holds",
+"falls" or "open". A baseline is a method that every audit compares with.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"
 
 @dataclass(frozen=True)
 class CellScore:
-    """Hold one setting's row on one cell and its verdict; both are None where the setting was not measured."""
+    """Hold the row of one setting on one cell, and the row's verdict; both None if it was not measured."""
 
     row: Row | None
     verdict: Verdict | None
@@ -28,7 +30,7 @@ class CellScore:
 
 @dataclass(frozen=True)
 class SettingScores:
-    """Hold one line of the scoreboard: a setting and its score on every cell. Bytes are means over its cells."""
+    """Hold one line of the scoreboard: a setting and its score on every cell. Bytes are means over the cells."""
 
     setting: str
     baseline: bool

@@ -1,4 +1,8 @@
-"""Keep the tokens of largest score: expected attention from future queries times the norm of the value."""
+"""Keep the tokens of largest score: expected attention from future queries times the norm of the value.
+
+A row is one (batch item, kv head) stream; its queries are those of the g query heads of the GQA group. N(mu, Sigma) is
+the Gaussian that is fitted to the row's past queries; k' is the transpose of k.
+"""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ _MEASURED_AT_ONCE = 2**18  # pairs whose distance is taken directly at a time
 def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the l2 distance to the nearest allowed point and its index, both (r, b), for vectors x (r, b, d).
 
-    allowed (r, b or 1, c) marks which of the points (r, c, d) count; the distance is inf where no point is allowed.
-    One matrix product rules out all points except a few that its rounding leaves possible, and the distances to these
-    few are computed directly. The result equals that of computing all distances directly, whatever the shapes. The
-    first of equally near points is returned.
+    allowed (r, b or 1, c) marks which of the points (r, c, d) count; the distance is inf where no point is allowed. One
+    matrix product rules out all points except a few, between which its rounding error leaves the choice open. The
+    distances to these few are computed directly. The result equals that of computing all distances directly, whatever
+    the shapes. The first of equally near points is returned.
     """
     (r, b, _d), c = x.shape, points.shape[1]
     apart = x.new_full((r * b,), torch.inf)
@@ -40,9 +40,11 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
-    """Return the sorted triples (row, index in x, index in points) that may be nearest, given the product's rounding.
+    """Return the triples (row, index in x, index in points) of all points that may be the nearest one, in sorted order.
 
-    They are three tensors (e,), and are certain to include the nearest allowed point of every x.
+    The three parts of the triples are returned as three tensors (e,). x, points and allowed are those of `nearest`.
+    Distances come from one matrix product, so a point is left out only where the difference exceeds the product's
+    rounding error: the nearest allowed point of every x is certain to be included.
     """
     norm, size = (torch.linalg.vector_norm(one, dim=-1).square_() for one in (x, points))
     side = size.unsqueeze(1).masked_fill(~allowed, torch.inf)

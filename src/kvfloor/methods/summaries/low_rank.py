@@ -1,4 +1,8 @@
-"""Summarise the evicted tokens in a small linear-attention state with trained kernels (LESS, low rank)."""
+"""Summarise the evicted tokens in a small linear-attention state with trained kernels (LESS, low rank).
+
+A row is one (batch item, kv head) stream. A kernel is a trained feature map, i.e. a small network that maps a query
+(phi) or a key (psi) to R non-negative numbers, its features; kernels come in pairs (phi, psi), one pair per kv head.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +53,8 @@ class Less(Summary):
     kernels  the trainer's safetensors file: one pair of networks per (layer, kv head), selected for each row
              by `Spec.places`; "builtin": the kernels shipped with the built-in model. A file with a single pair
              serves every row. None: untrained networks, which give the evicted tokens almost no weight.
-    A message (a saved state) holds the path of the kernels' file and a tag of its contents. It is refused once the
-    file has changed.
+    A message (a saved state) holds the path of the kernels' file and a tag of its contents. Loading the message is
+    refused once the file has changed.
     """
 
     name: ClassVar[str] = "less"

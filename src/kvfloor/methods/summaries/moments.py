@@ -1,4 +1,8 @@
-"""Summarise the evicted tokens by the count, means and covariances of their keys and values, without training."""
+"""Summarise the evicted tokens by the count, means and covariances of their keys and values, without training.
+
+A row is one (batch item, kv head) stream. The mass is the evicted tokens' sum of exp(logit), i.e. their part of the
+denominator of attention; the numerator is their sum of exp(logit) v. E, mean and cov are over the evicted tokens.
+"""
 
 from __future__ import annotations
 
