@@ -1,4 +1,4 @@
-"""Compute the space floor (the bits that any method needs) of standard softmax attention and of its sliding window."""
+"""Compute the space floor (lower bound on any method's bits) of standard attention and of its sliding window."""
 
 import math
 from typing import Any
@@ -34,11 +34,13 @@ def space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits that any streaming method must hold after `n` tokens to answer attention within a factor 1±eta.
+    """Return a lower bound on the bits that any streaming method must hold to answer attention within a factor 1±eta.
 
-    `p` is the probability that a whole row, the dv values of one answer, is within that factor.
-    Law: S >= heads layers m (p dv - H2(p)), clamped at 0. m = n; min(n, N_dr(d, radius, eta)) under `radius`, the
-    largest scale |q| |k| in nats; at most W - 1 under `window` = W (append, then attend); at most 2 for d = 1.
+    The bound is after `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within the
+    factor 1±eta.
+    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m the number of tokens
+    with hidden values that queries can read. m = n; min(n, N_dr(d, radius, eta)) under `radius`, the largest scale |q|
+    |k| in nats; at most W - 1 under `window` = W (append a token, then attend); at most 2 for d = 1.
     `heads` counts KV heads. The bound is over worst-case keys and values: attention as a data structure.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
