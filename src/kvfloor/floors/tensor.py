@@ -32,8 +32,7 @@ _THEOREMS = {
 def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
     """Return an upper bound on the inner products, divided by d, of product keys K1[i] * K2[j] of some ±1 rows.
 
-    K1 and K2 are (n, d).
-    Random rows stay within the bound with positive probability, so such keys exist.
+    Random rows K1, K2 (n, d) stay within the bound with positive probability, so such keys exist.
     Law: with four caches queries read 2(n-1) pairs, each against n^2 - 1 other pairs: sqrt((6 ln n + 2 ln 2)/d), by
     Hoeffding over fewer than 2 n^3. With two caches queries read all n^2 pairs: sqrt((8 ln n - 2 ln 2)/d) over fewer
     than n^4/2; 0 for n = 1. Derived here.

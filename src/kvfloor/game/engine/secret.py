@@ -1,4 +1,7 @@
-"""Draw the game's secrets (hidden values, secret places, sampled rows) from a seed that the method never receives."""
+"""Draw the game's secrets (hidden values, secret places, sampled rows) from a seed that the method never receives.
+
+A hidden row is the dv values that one query reads; a level is a hidden value, a whole number of `bits` bits.
+"""
 
 import hashlib
 import secrets
@@ -31,7 +34,7 @@ class Hidden:
         return self._whole("rows", count) % n
 
     def places(self, n: int, count: int) -> Tensor:
-        """Draw `count` secret token positions (count,), int64, independent and uniform in [0, n), for Alice's input."""
+        """Draw `count` secret token positions (count,), int64, independent and uniform in [0, n), for Alice."""
         return self._whole("places", count) % n
 
     def subset(self, n: int, size: int) -> Tensor:

@@ -1,7 +1,9 @@
 """Play the scale pyramid: all scales of an image hide bits, and one further scale reads them, a whole map at once.
 
-Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881)
-state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
+A scale is one square map of the image pyramid, whose tokens are appended together. Alice streams the maps, each token
+with a hidden row of dv values. Bob restores her state from its bytes and appends one more map, whose queries read the
+rows. Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv
+2503.14881) state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
 """
 
 import dataclasses
@@ -25,9 +27,10 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visual(KeyedInstance):
-    """Stream the maps (scales) of an image pyramid with the given sides; every token hides a row of values.
+    """Stream the maps (scales) of an image pyramid with the given `sides`; every token hides a row of dv values.
 
-    Bob adds one more map, as large as the last, of zero tokens with spike queries.
+    Bob, who reads the rows from the state, adds one more map, as large as the last, of zero tokens with spike queries:
+    each gives one key nearly all softmax mass.
     """
 
     barrier: ClassVar[str] = "visual"
@@ -62,7 +65,8 @@ class Visual(KeyedInstance):
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         """Return the answers (m, dv), float32, for hidden rows `row` (m,), read in parts of sides[-1]^2 rows.
 
-        Each part is one map of zero tokens with spike queries, appended to a fresh copy of the state.
+        Each part is one map of zero tokens with spike queries, appended to a fresh copy of the state; a spike query
+        gives the key of one hidden row nearly all softmax mass. `copy` is not used.
         """
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
         queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
