@@ -1,7 +1,8 @@
 """Bound the inner products `mu_*` and one-sided gaps `gap_*` of families of n nearly orthogonal keys in d dimensions.
 
-The one-sided gap of a key is g_i = |k_i|^2 - max_{j != i} <k_i, k_j>, and the hard instances of the floors need nothing
-else. For unit keys, g >= 1 - mu.
+mu is an upper bound on the inner product of two different keys. The one-sided gap of key i is
+g_i = |k_i|^2 - max_{j != i} <k_i, k_j>, and the hard instances of the floors need a positive gap and nothing else. For
+unit keys, g >= 1 - mu.
 """
 
 import math
@@ -57,9 +58,9 @@ def mu_chirp(p: int, m: int) -> float:
 def mu_reed_solomon(b: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m one-hot Reed-Solomon keys: (m-1)/b.
 
-    p is a prime, m the number of coefficients of the code's polynomials mod p, b <= p the number of points at which
-    they are evaluated, and d >= b p the key width. Two polynomials of degree below m agree on at most m - 1 of the b
-    points.
+    p is a prime, m the number of coefficients of the code's polynomials mod p, b <= p the number of points at which the
+    polynomials are evaluated, and d >= b p the key width. Two polynomials of degree below m agree on at most m - 1 of
+    the b points.
     """
     return (whole("m", m) - 1) / whole("b", b)
 

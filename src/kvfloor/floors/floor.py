@@ -47,9 +47,9 @@ class Floor:
         constants: dict[str, Any],
         possible: list[Possible],
     ) -> "Floor":
-        """Make a floor of `bits`, with whole bytes counted and `possible` sorted by size.
+        """Return a floor of `bits`, with `bytes` computed from the bits and `possible` sorted by size.
 
-        A floor of 0 bits has its regime marked as vacuous.
+        The other arguments are fields of the floor. A floor of 0 bits has its regime marked as vacuous.
         """
         return Floor(
             bits=bits,

@@ -35,10 +35,10 @@ _THEOREMS = {
 def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0, norm: float | None = None) -> float:
     """Return an upper bound on the share rho of a row's dv signs that an answer within the guarantee gets wrong.
 
-    A row is the ±1 values of one of `m` hidden tokens, read by a query (spike) that puts nearly all softmax mass on it.
-    The guarantee is |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F (frobenius) or
-    ||softmax||_2 ||V||_op (operator).
-    Law, with `leak` = x, (mass off the spike)/(mass on it), so that the weight on the spike is at least 1/(1+x):
+    A row is the ±1 values of one of `m` hidden tokens, read by a query that puts nearly all softmax mass on this token,
+    the spike. The guarantee is |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F
+    (frobenius) or ||softmax||_2 ||V||_op (operator).
+    Law, with `leak` = x, (mass off the spike)/(mass on the spike), so that the weight on the spike is at least 1/(1+x):
         max         epsilon^2 ((1+x)/(1-x))^2
         frobenius   epsilon^2 m (1+x^2)/(1-x)^2
         operator    epsilon^2 ||X||_op^2 / dv (1+x^2)/(1-x)^2      ||X||_op: `norm`, or `sign_norm(m, dv)`

@@ -92,11 +92,13 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 
 
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
-    """Return the constants eps_s, tau, gap and C of the hard instance with `rows` distinct keys.
+    """Return the constants eps_s, tau, gap and C of the hard instance with `rows` distinct keys, by name.
 
-    eps_s is the ratio (mass off the queried key)/(mass on it), tau the threshold between hidden 0 and 1, gap the
-    smallest one-sided gap of the keys, and C the length of the queries. The receiver's own token is included (z = 1).
-    Under a norm bound every key is `copied` n/rows times; when that is not whole, the ratio eps_s grows by ceil/floor.
+    In the hard instance each key hides values, and a query of length C reads the values of one key. eps_s is the ratio
+    (softmax mass off the queried key)/(mass on it), tau the threshold between hidden 0 and 1, gap the smallest
+    one-sided gap of the keys (squared norm less the largest inner product with another key). The token that the
+    receiver of the state appends counts too (z = 1). Under a norm bound every key is `copied` n/rows times; when that
+    is not whole, the ratio eps_s grows by ceil/floor of n/rows.
     """
     ratio = eps_s(eta)
     gap = gap_known(rows, d)

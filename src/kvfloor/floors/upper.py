@@ -1,4 +1,4 @@
-"""List methods whose memory is known to suffice for attention, to compare with a floor."""
+"""List methods whose memory is known to suffice for attention, to compare with a floor (a lower bound on memory)."""
 
 import math
 
@@ -24,7 +24,7 @@ def exact_bytes(tokens: int, d: int, dv: int, dtype: str = "fp16") -> int:
 def running_sum_numbers(W: int, d: int, dv: int) -> int:
     """Count the numbers that exact attention over a window of `W` tokens holds when older tokens keep logit 0.
 
-    Law: W (d + dv) for the window, dv for the sum of the values of older tokens, 1 for the count of these.
+    Law: W (d + dv) for the window, dv for the sum of the values of older tokens, 1 for the count of older tokens.
     Derived here: the answer is (sum + the window's weighted values) / (count + the window's mass).
     """
     W, d, dv = whole("W", W), whole("d", d), whole("dv", dv)
@@ -113,9 +113,9 @@ def sampled(
     """List the memory of SubGen at its best cluster radius, for the operator or Frobenius norm; [] for other metrics.
 
     `copies` is the number of heads times layers. `metric`, `epsilon` and `failure` are the norm, the error and the
-    failure probability of the guarantee; |q| is at most `radius`. The operator norm is SubGen's own guarantee, the
-    Frobenius norm BalanceKV's. The list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and where
-    no plan is finite.
+    failure probability of the guarantee; queries q have |q| <= `radius`. The operator norm is SubGen's own guarantee,
+    the Frobenius norm BalanceKV's. The list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and
+    where SubGen's sizes are beyond the floats.
     """
     if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:
         return []

@@ -26,7 +26,7 @@ _THEOREM = (
 def pyramid(n: int, ratio: float = 2.0) -> tuple[int, ...]:
     """List the sides of the square maps of an image pyramid, ascending from 1 to `n`.
 
-    Each side is the next larger one over `ratio`, rounded down, and at least 1.
+    Each side is the next larger side divided by `ratio` and rounded down, at least 1.
     """
     side, ratio = whole("n", n), within("ratio", ratio, 1.0, math.inf, low_open=True, high_open=True)
     sides = [side]

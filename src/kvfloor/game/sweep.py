@@ -32,10 +32,11 @@ class Precision:
 
 @dataclass(frozen=True)
 class Packed:
-    """Record one packing game at (d, radius): bits hidden, bits certified, and the closed-form floor for the same n.
+    """Record one packing game at (d, radius): bits hidden, bits certified, and the closed-form floor for n tokens.
 
-    The game hides a row under each of the keys that queries with bounded logits separate in few dimensions. n is the
-    number of tokens, d the width of a key, and radius the largest logit.
+    The game hides a row of dv values under each of the keys that queries with bounded logits separate in few
+    dimensions. d is the width of a key, radius the largest logit. Certified bits are bits that the message (the bytes
+    of the state) provably carries; the floor is a lower bound on the bits of any method that answers.
     """
 
     d: int
@@ -48,8 +49,8 @@ class Packed:
 def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n: int = 128) -> list[Precision]:
     """Play the spike game at `n` tokens with ever finer values, to measure the precision that a method keeps.
 
-    Returns one record per entry of `bits`. The precision is the point at which certified bits per value fall below
-    hidden bits per value.
+    Returns one record per entry of `bits`, the hidden bits per value. The precision is the point at which certified
+    bits per value (bits that the message provably carries) fall below hidden bits per value.
     """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
     return [Precision(game.bits, game.bits_per_value) for game in games]

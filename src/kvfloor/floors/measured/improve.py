@@ -49,7 +49,7 @@ def promised(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
-    """Return the weight (M, M) of query j on the tokens that query k reads, from softmax weights (M, n).
+    """Return the softmax weight (M, M) of query j on all tokens that query k reads, from the weights (M, n) on tokens.
 
     reader (n,) holds the query that reads each token, -1 for none.
     """

@@ -269,7 +269,7 @@ def _readable(
 
 
 def _renumbered(group: Tensor, stays: Tensor) -> Tensor:
-    """Renumber each token's group (n,) after groups are dropped; tokens of dropped groups get -1.
+    """Return each token's group (n,), renumbered after groups are dropped; tokens of dropped groups get -1.
 
     stays (G,) is True for each group that is kept.
     """

@@ -93,12 +93,12 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Record the decoding of one set of answers.
+    """Record the decoding of one set of answers of a state.
 
-    certified_bits  bits that the message certifiably carries
-    certificate     the certificate that proves them: hard, erasure, log-loss or sampled rows
+    certified_bits  bits that the message (the bytes of the state) certifiably carries
+    certificate     name of the certificate that proves these bits: hard, erasure, log-loss or sampled rows
     bit_error       share of hidden bits decoded wrong
-    row_success     share of rows answered within the allowed relative error
+    row_success     share of rows (the dv values that one query reads) answered within the allowed relative error
     """
 
     certified_bits: float

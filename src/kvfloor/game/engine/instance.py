@@ -31,7 +31,7 @@ _TOKENS_AT_ONCE = 1024
 def derived_seed(purpose: str, seed: int | str) -> int:
     """Derive a seed for one purpose from a run's seed: 63 bits of SHA-256 over "kvfloor/barriers/v1/PURPOSE/SEED".
 
-    Random streams for different purposes are unrelated.
+    `purpose` is a name such as "keys". Random numbers for different purposes are unrelated.
     """
     digest = hashlib.sha256(f"kvfloor/barriers/v1/{purpose}/{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -46,7 +46,7 @@ class Instance(ABC):
     are public and plain: Bob's process receives all fields as JSON, and nothing else about the instance.
     d, dv, dtype           width of a key, width of a value, number format of both
     eta                    relative error that answers may have
-    key_seed, method_seed  made from the run's seed by `derived_seed`; neither reveals the run's seed or the hidden values
+    key_seed, method_seed  derived from the run's seed by `derived_seed`; they reveal neither it nor the hidden values
     """
 
     barrier: ClassVar[str]
@@ -69,7 +69,10 @@ class Instance(ABC):
     @property
     @abstractmethod
     def length(self) -> int:
-        """Return the number of tokens that Alice appends per stream; tokens that the receiver, Bob, appends are not counted."""
+        """Return the number of tokens that Alice appends per stream; tokens that Bob appends are not counted.
+
+        Alice hides values in the state, and Bob, who receives the state, reads the values.
+        """
 
     @abstractmethod
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
@@ -174,9 +177,10 @@ def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> Publi
 def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: str = "float32") -> dict[str, Any]:
     """Check the arguments that all instances share, and return them as fields of an instance: name -> value.
 
-    Two seeds derived from `seed` replace it: key_seed and method_seed. d and dv are the widths of a key and a value (dv
-    is d unless given), bits the hidden bits per value, and eta the relative error that answers may have. Raises
-    ValueError naming the argument that is out of its domain.
+    Two seeds derived from `seed` take its place in the result: key_seed and method_seed. d and dv are the widths of a
+    key and a value (dv is d unless given), bits the hidden bits per value, and eta the relative error that answers may
+    have.
+    Raises ValueError naming the argument that is out of its domain.
     """
     d = whole("d", d)
     if whole("bits", bits) > MOST_BITS:

@@ -89,7 +89,8 @@ def run(
 ) -> Result:
     """Play an instance against a method, and return the judged result; the last step of most barriers' `play`.
 
-    `seed` and `floor_bits` are recorded in the result. The other arguments are those of `play_index` and `Hidden`.
+    `seed` and `floor_bits` are recorded in the result. hidden_seed is the seed of `Hidden`; the other arguments are
+    those of `play_index`.
     """
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     return conclude(played, instance, seed=seed, floor_bits=floor_bits)
@@ -133,10 +134,10 @@ def conclude(
 
 
 def judge_bytes(played: Played, live: Decoded, sent: Decoded, certified: float) -> tuple[Verdict, str]:
-    """Return the verdict on a game (holds, breaks or cheats), and its reason in words.
+    """Return the verdict on a game (holds, breaks or cheats), and the reason for the verdict in words.
 
-    `live` and `sent` are decoded from the answers of Alice's state and of the restored state; `certified` are the bits
-    that the message carries.
+    `live` and `sent` are decoded from the answers of Alice's state and of the restored state; `certified` is the number
+    of bits that the message carries.
     """
     message_bits, state_bits = 8 * played.message_bytes, 8 * played.state_bytes
     if played.restored is None:

@@ -29,7 +29,7 @@ class Hidden:
     def rows(self, n: int, count: int) -> Tensor:
         """Draw the indices of `count` hidden rows to query, (count,) int64, uniformly from [0, n) with replacement.
 
-        Call it after the message is fixed.
+        Call it after the message (the bytes of Alice's state) is fixed.
         """
         return self._whole("rows", count) % n
 

@@ -78,10 +78,10 @@ def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tu
     """Find the key family with the most keys, up to `most`, that queries with logits of at most `radius` separate.
 
     Returns the family and the number m of keys. A query separates a key if it leaves other tokens at most the ratio
-    eps_s (which `eta` gives) of the softmax mass on this key. Its length is C = ln(m / eps_s) / gap, which must not
-    exceed the radius: its rivals are the m - 1 other keys and the token of the receiver of the state. The gap is the
-    smallest over all keys, measured on the keys that `key_seed` gives: squared norm less the largest inner product with
-    another key. One key is always separable.
+    eps_s (which `eta` gives) of the softmax mass on this key. The query needs the length C = ln(m / eps_s) / gap, which
+    must not exceed the radius; the m other tokens are m - 1 keys and the token of the receiver of the state. The gap is
+    the smallest over all keys, measured on the keys that `key_seed` gives: squared norm less the largest inner product
+    with another key. One key is always separable.
     """
     best = ("sphere", 1)
     names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]

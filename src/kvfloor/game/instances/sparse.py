@@ -65,10 +65,10 @@ class Sparse(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append a piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), each token with a query along its key.
+        """Append a piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), each token with its spike query.
 
-        The query q_t = C k_t of token t gives the token's own key nearly all softmax mass, so eviction policies observe
-        softmax weights that are nearly one-sparse.
+        The spike query q_t = C k_t of token t gives the token's own key nearly all softmax mass, so eviction policies
+        observe softmax weights that are nearly one-sparse.
         """
         start = int(state.seen[0])
         q = self.queries[start : start + k.shape[1]].expand(self.copies, 1, -1, -1)

@@ -71,7 +71,7 @@ class FourCaches(Instance):
         return k1.to(DTYPES[self.dtype]), k2.to(DTYPES[self.dtype])
 
     def lift(self, method: Method) -> Method:
-        """Wrap a method of standard attention to keep tokens with two keys and two values, and to read their pairs."""
+        """Wrap a method of standard attention so that tokens have two keys and two values, and queries attend to pairs."""
         return method if method.traits.reference == "tensor" else TensorAttention(method)
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:

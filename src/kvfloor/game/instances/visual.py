@@ -50,7 +50,7 @@ class Visual(KeyedInstance):
 
     @property
     def asked_at_once(self) -> int:
-        """Return the number of queries in Bob's map, which are asked at once."""
+        """Return the number of queries in Bob's map, which reads the hidden rows; all are asked at once."""
         return self.sides[-1] ** 2
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
@@ -59,7 +59,10 @@ class Visual(KeyedInstance):
         yield from zip(scale_by_scale(self.sides, keys), scale_by_scale(self.sides, values), strict=True)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append one map, k (copies, t, d) and v (copies, t, dv), with zero queries, which carry no information."""
+        """Append one map of Alice's stream, k (copies, t, d) and v (copies, t, dv), to the state.
+
+        The queries of the map are zero: they carry no information.
+        """
         NextScale(state).step(k.new_zeros(self.copies, 1, *k.shape[1:]), k, v)
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the scale pyramid against a method: all maps of an image hide bits, and one more map reads them at once.
+    """Play the scale pyramid against a method: all maps of an image hide bits, and one more map reads the bits at once.
 
     sides   sides of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
     The other arguments are those of `spike.play`.

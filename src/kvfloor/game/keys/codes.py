@@ -41,8 +41,8 @@ def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
     """Find (p, b, m) of the one-hot Reed-Solomon code of n keys in d dimensions with the smallest inner products.
 
     Returns None where there is no such code.
-    p is a prime, m the number of coefficients of the code's polynomials mod p, and b the number of points at which they
-    are evaluated.
+    p is a prime, m the number of coefficients of the code's polynomials mod p, and b the number of points at which the
+    polynomials are evaluated.
     """
 
     def fitting() -> Iterator[tuple[int, int, int]]:

@@ -67,7 +67,7 @@ def jl_dimension(n: int, eps: float = 0.1) -> int:
 
 
 def packing(n: int, d: int, seed: int = 0) -> Tensor:
-    """Choose n unit keys (n, d), float64, greedily: each is the random candidate farthest from the keys before it.
+    """Choose n unit keys (n, d), float64, greedily: each is the random candidate farthest from all keys chosen before.
 
     For d = 2 the optimum is known, n equally spaced points of the circle; for d = 1 only ±1 exist.
     Raises ValueError for d = 1 and n > 2.
