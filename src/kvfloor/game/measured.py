@@ -52,7 +52,7 @@ class MeasuredGame:
 
     @property
     def contradicts(self) -> bool:
-        """Return True if every answer was within eta and yet the message is shorter than the floor, which refutes the floor."""
+        """Return True if every answer was within eta yet the message is shorter than the floor: a refutation."""
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
 

@@ -31,7 +31,8 @@ _GAIN = 1e-3  # bits that dropping a group must gain
 class Choice(NamedTuple):
     """Hold a choice of token groups: the queries that read a group, and the query that reads each token.
 
-    order   (G,) indices of queries, in the order in which Bob decodes their groups of tokens
+    order   (G,) indices of queries, in the order of decoding: that in which the proof's receiver (Bob) reconstructs the
+            hidden values of the queries' groups
     reader  (n,) the query that reads each token, or -1 for none
     """
 
@@ -43,7 +44,7 @@ def promised(pairs: Tensor, demand: Demand) -> Tensor:
     """Return the estimated bits (G,) that each group of tokens adds to the read floor.
 
     pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding. The weight on later
-    groups counts as leak.
+    groups counts as leak: an error of the answer that the later groups' hidden values cause.
     """
     return demand.bits(pairs.diagonal(), pairs.triu(1).sum(1))
 
@@ -91,7 +92,8 @@ def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tu
 def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
     """Return an order of decoding, positions (G,): first the groups that cost other groups most if decoded later.
 
-    pairs (G, G) holds the softmax weight of query j on group k. Decoding group k before group j gains group j
+    Decoding reconstructs the hidden values of one group after the other; a decoded group no longer disturbs later
+    answers. pairs (G, G) holds the softmax weight of query j on group k. Decoding group k before group j gains group j
     log2(1 + pairs_jk / c_j) bits, where c_j = error + half of the weight that query j puts on other groups. Groups are
     sorted by the bits that a group costs other groups less the bits that other groups cost it, the largest first.
     """
@@ -103,10 +105,10 @@ def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
 def pruned(pairs: Tensor, demand: Demand) -> Tensor:
     """Drop the groups that cost other groups more bits than they add; return the positions (m,) of the groups kept.
 
-    pairs (G, G) holds the softmax weight of query j on group k, and the positions count in its order, that of decoding.
-    The values of a dropped group are 0, so that it disturbs no answer. Groups whose weight is too small to be read even
-    without a leak are dropped first. Then, repeatedly, the worst half of the groups without bits is dropped, or else
-    the worst quarter of the groups whose absence gains bits.
+    pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding; positions are indices
+    into pairs. The values of a dropped group are 0, so that it disturbs no answer. Groups whose weight is too small to
+    be read even without a leak are dropped first. Then, repeatedly, the worst half of the groups without bits is
+    dropped, or else the worst quarter of the groups whose absence gains bits.
     """
     places = (demand.bits(pairs.diagonal(), torch.zeros_like(pairs[:, 0])) > 0.0).nonzero()[:, 0]
     for _ in range(_PRUNINGS):

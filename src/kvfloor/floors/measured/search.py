@@ -56,7 +56,7 @@ class Block:
         return self.softmax * self.share.unsqueeze(1)
 
     def near(self, share: float) -> Tensor:
-        """Mark the tokens (b, n) that have at least `share` of their query's largest weight."""
+        """Mark the tokens (b, n), bool, on which a query's weight is at least `share` of its largest weight."""
         return self.softmax >= share * self.softmax.amax(1, keepdim=True)
 
     def at(self, places: Tensor) -> Block:
@@ -100,10 +100,10 @@ class Sight:
 
 
 def find_groups(sight: Sight, demand: Demand) -> Choice:
-    """Return the choice of token groups, queries and order of decoding that gives the read floor most estimated bits.
+    """Return the choice of token groups, queries and order of decoding with the largest estimated read floor.
 
     It is the best over a few settings of the search, and has no groups if no query can read any token. `demand` is the
-    accuracy required of the answers.
+    accuracy required of the answers. Decoding reconstructs the hidden values of one group after the other.
     """
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)
@@ -126,7 +126,7 @@ def find_groups(sight: Sight, demand: Demand) -> Choice:
 
 
 def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Iterator[tuple[float, Choice]]:
-    """Improve a choice of groups from up to three starts; yield the estimated bits and the improved choice of each.
+    """Improve a choice of groups from up to three starts; yield (estimated bits, improved choice) of each start.
 
     `pool` holds the indices of the queries that may read tokens. A start is an order of decoding over the pool. Starts
     differ in the queries of the pool that have no group yet: they come first, last, or not at all.

@@ -88,14 +88,23 @@ class Pull:
         return total
 
     def pairs(self, members: Tensor) -> Tensor:
-        """Return the softmax weights (G, G) of the members' queries on the members, which alone are in the stream."""
+        """Return the softmax weights (G, G) of the members' queries on the members of a stream.
+
+        `members` (G,) are the tokens of the stream. The mass of the tokens `beyond` is counted too, so that rows sum to
+        at most 1.
+        """
         pull = self.on(members, members)
         pull.fill_diagonal_(1.0)
         return pull / (pull.sum(1) + self.beyond[members]).unsqueeze(1)
 
 
 class Candidate(NamedTuple):
-    """Hold a proposed stream: tokens (G,) in the order of decoding, the query of each token (G, d), estimated bits."""
+    """Hold a proposed stream of tokens, each read by one query, and the estimated read floor of this stream.
+
+    tokens  (G,) in the order of decoding, i.e. in which the proof's receiver (Bob) reconstructs their hidden values
+    q       (G, d), the query that reads each token
+    bits    estimated floor, in bits
+    """
 
     tokens: Tensor
     q: Tensor
@@ -106,7 +115,9 @@ class Spread:
     """Search keys (n, d), float32, for streams in which queries of length at most `radius` read one token each.
 
     scale and softcap define the logits; `beyond` is the log of the softmax mass of further tokens that every query
-    sees, or None; `demand` is the accuracy required of the answers.
+    sees, or None; `demand` is the accuracy required of the answers. The tokens of a stream are its members, kept in the
+    order of decoding: the order in which the proof's receiver (Bob) reconstructs the hidden values. The estimated bits
+    of a stream are its read floor before rounding is accounted for.
     """
 
     def __init__(
@@ -118,7 +129,7 @@ class Spread:
         self._all = torch.arange(k.shape[0], device=k.device)
 
     def candidates(self) -> Iterator[Candidate]:
-        """Yield proposed streams with their estimated bits, for the caller to compute the read floor of each in turn.
+        """Yield proposed streams with their estimated floors, for the caller to compute the true floor of each.
 
         Up to `FEW` tokens: one stream, the best that is grown from two orders in which tokens are tried. More tokens:
         first the tokens that queries can read in a stream of all tokens, by an estimate from a sample, if these are
@@ -141,7 +152,7 @@ class Spread:
         yield self._best(pull, (load.argsort(),))
 
     def _best(self, pull: Pull, orders: tuple[Tensor, ...]) -> Candidate:
-        """Return the stream with the most estimated bits, over several orders in which tokens are tried as members.
+        """Return the stream with the largest estimated floor, over several orders in which tokens are tried as members.
 
         For each order, a stream is grown by adding tokens in this order, and then revised in rounds.
         """
@@ -168,10 +179,10 @@ class Spread:
         return Pull(q, self.k, scale, softcap, beyond)
 
     def _revisions(self, pull: Pull, members: Tensor) -> Iterator[Candidate]:
-        """Revise a stream with the given `members` in rounds, and yield each version of it with its estimated bits.
+        """Revise a stream with the given `members` in rounds, and yield each version with its estimated floor.
 
-        Each round reorders the members, drops those that cost more bits than they add, searches new queries against the
-        remaining members, and adds further tokens.
+        Each round reorders the members, drops members that cost more bits than they add, searches new queries against
+        the remaining members, and adds further tokens.
         """
         for _ in range(_ROUNDS):
             bits, members = self._arranged(pull, members)
@@ -185,11 +196,11 @@ class Spread:
             members = self._grown(pull, pull.load(self._all, members).argsort(), members)
 
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
-        """Return the estimated bits of a stream of `members`, and the members in the better of two orders of decoding.
+        """Return the estimated floor (bits) of a stream of `members`, and the members in the better of two orders.
 
-        An order is better if it gives more bits. Up to `FEW` members, the two are the given order and that of
-        `by_damage`. More members have only one: by the load that a sample of the members puts on each, the least load
-        decoded first.
+        An order is one of decoding, i.e. of reconstructing the hidden values. The better order gives the larger floor.
+        Up to `FEW` members, the two are the given order and that of `by_damage`. More members get one order only: by
+        the load that a sample of the members puts on each member, the least load first.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)
@@ -206,7 +217,8 @@ class Spread:
     def _grown(self, pull: Pull, order: Tensor, members: Tensor) -> Tensor:
         """Add the tokens that a query can still read, tried in the given `order`, to a stream of `members`.
 
-        Returns all members, in the order of decoding: Bob decodes the added tokens before the given members.
+        A query can read a token if the answer gives bits of the token's hidden value. Returns all members in the order
+        of decoding (in which hidden values are reconstructed): the added tokens come before the given members.
         """
         new = torch.ones_like(self._all, dtype=torch.bool)
         new[members] = False
@@ -227,8 +239,8 @@ class Spread:
     def _reads(self, load: Tensor, beyond: Tensor) -> Tensor:
         """Mark the tokens (t,), bool, that would add bits to the floor as members, given the load of later members.
 
-        load (t,) is the softmax mass on the members decoded after a token over that on the token, and beyond (t,) the
-        mass outside the stream over that on the token, both under the token's query.
+        Later members are decoded after the token. load (t,) is the softmax mass on later members over that on the
+        token, and beyond (t,) the mass outside the stream over that on the token, both under the token's query.
         """
         own = 1.0 / (1.0 + load + beyond)
         return self.demand.bits(own, own * load) > 0.0

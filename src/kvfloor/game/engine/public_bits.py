@@ -92,7 +92,10 @@ class PublicBitsState(State[PublicBits]):
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """Return the fields of the message, name -> value; its header holds the token count, a public number, as `seen`."""
+        """Return the fields of the message, name -> value.
+
+        The header of the message holds the token count `seen`, a public number.
+        """
         return super().export() | {"seen": int(self.seen[0])}
 
     def fields(self) -> dict[str, Any]:

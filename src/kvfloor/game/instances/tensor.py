@@ -71,7 +71,10 @@ class FourCaches(Instance):
         return k1.to(DTYPES[self.dtype]), k2.to(DTYPES[self.dtype])
 
     def lift(self, method: Method) -> Method:
-        """Wrap a method of standard attention so that tokens have two keys and two values, and queries attend to pairs."""
+        """Wrap a method of standard attention: tokens get two keys and two values, and queries attend to token pairs.
+
+        A method of tensor attention is returned as it is.
+        """
         return method if method.traits.reference == "tensor" else TensorAttention(method)
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
