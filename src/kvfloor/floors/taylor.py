@@ -1,4 +1,4 @@
-"""Compute the size of attention from moments: sums of monomials of the keys, for a truncated exponential.
+"""Compute the memory of attention by moments: sums of monomials of the keys, which evaluate a Taylor polynomial of exp.
 
 Such attention keeps no tokens.
 """
