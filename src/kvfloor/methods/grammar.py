@@ -141,7 +141,7 @@ def default_method(name: str, budget: int = 64) -> Method:
     """Return a method that contains the table's entry `name`, with default arguments.
 
     A policy becomes "name@budget", a summary "window+name@budget", a selector "exact|name"; a whole method ignores
-    `budget`, in tokens.
+    `budget`. The budget is in tokens.
     Tests, docs and the conformance matrix iterate over these methods.
     """
     part = lookup(name)

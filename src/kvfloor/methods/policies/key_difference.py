@@ -21,7 +21,7 @@ class KeyDifference(Guarded):
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
     The paper's rule is keydiff(sinks=0,recent=0).
-    Cosines are float32 whatever the cache's dtype; a key of length 0 is at right angles to everything.
+    Cosines are float32 whatever the cache's dtype; a key of length 0 has the cosine 0.
     """
 
     name: ClassVar[str] = "keydiff"

@@ -1,8 +1,8 @@
 """Evict the tokens whose keys are nearly linear combinations of the other keys (low ridge leverage).
 
-A row is one (batch item, kv head) stream. A sketched key is x = S'k, the key k projected to fewer channels by the
-matrix S. X is the matrix with the sketched keys as rows, and X'X its Gram matrix; ' is the transpose. r, s, w and d in
-shapes are rows, slots, and the widths of a sketched and of a whole key.
+In this file a row is one (batch item, kv head) stream. A sketched key is x = S'k, the key k projected to fewer channels
+by the matrix S. X is the matrix with the sketched keys as rows, and X'X its Gram matrix; ' is the transpose. r, s, w
+and d in shapes are rows, slots, and the widths of a sketched and of a whole key.
 """
 
 from __future__ import annotations

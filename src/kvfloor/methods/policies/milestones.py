@@ -1,10 +1,10 @@
 """Evict the pages (runs of tokens) of the answer that queries needed least recently, and keep the prompt (RaaS).
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of the prompt,
-and the answer is all tokens after the seal. A page is `page` consecutive tokens of the answer; the newest page is being
-filled. A page's timestamp is the position of the last query that needed the page, i.e. gave it an estimated attention
-weight above `alpha` (or among the largest estimates, with `top`). In shapes, r are rows, s slots, b query tokens, p
-pages, g query heads per kv head.
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of
+the prompt, and the answer is all tokens after the seal. A page is `page` consecutive tokens of the answer; the newest
+page is being filled. A page's timestamp is the position of the last query that needed the page, i.e. gave it an
+estimated attention weight above `alpha` (or among the largest estimates, with `top`). In shapes, r are rows, s slots, b
+query tokens, p pages, g query heads per kv head.
 """
 
 from __future__ import annotations

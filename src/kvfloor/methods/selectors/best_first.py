@@ -1,8 +1,9 @@
 """Read exactly the tokens of largest logit, found by visiting pages in order of their logit bounds (best-first).
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page` neighbouring slots;
-a page's box is the least and largest entry per channel of its keys. The logit bound of a page is the largest logit that
-a query can have with any key in the box. r, m and d in shapes are rows, queries per row and the width of a key.
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page`
+neighbouring slots; a page's box is the least and largest entry per channel of its keys. The logit bound of a page is
+the largest logit that a query can have with any key in the box. r, m and d in shapes are rows, queries per row and the
+width of a key.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kvfloor.validation import count
 class BestFirst(Indexed):
     """Read the k tokens of largest logit by branch and bound over pages.
 
-    The result equals that of `top_k`, without a visit to every key where keys have structure.
+    The result equals that of `top_k`. Where keys have structure, it is found without reading every key.
     Law: branch and bound over the boxes of `pages` (least and largest key entry per channel of a page), which bound the
     logits of the page's tokens. To visit a page is to compute the logits of its tokens. The newest page is visited
     first, then the other pages from the largest bound down, until the next bound is below the k-th best logit found.

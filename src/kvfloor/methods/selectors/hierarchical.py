@@ -1,9 +1,9 @@
 """Read the tokens found by halving intervals of the stream repeatedly, by the logits at their centres (HiP).
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token. A key block is `key_block`
-consecutive tokens; an interval [low, high) is a range of block numbers, whose centre block stands for it. A choice is
-the list of key blocks that queries read; queries of one span of positions share a choice. The seal is the end of the
-prompt.
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A key block is
+`key_block` consecutive tokens; an interval [low, high) is a range of block numbers, whose centre block stands for it. A
+choice is the list of key blocks that queries read; queries of one span of positions share a choice. The seal is the end
+of the prompt.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class HierarchicalState(SelectorState):
         """Return the bytes that one query per row reads of held (rows,) tokens, averaged where queries share a choice.
 
         One of these queries makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
-        reads the keys of 2 k / key_block centre blocks. Counted as well are the bytes of the index: the current choice
+        reads the keys of 2 k / key_block centre blocks. The bytes read from the index count too: the current choice
         and, if tokens may be evicted, the order of arrival of the slots read.
         """
         method, number = self.method, self.spec.dtype.itemsize

@@ -1,8 +1,9 @@
 """Read the pages of tokens with the largest upper bounds on their logits (Quest).
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page` neighbouring slots;
-a page's box is the least and largest entry per channel of its keys. The logit bound of a page is the largest logit that
-a query can have with any key in the box. r, m and d in shapes are rows, queries per row and the width of a key.
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page`
+neighbouring slots; a page's box is the least and largest entry per channel of its keys. The logit bound of a page is
+the largest logit that a query can have with any key in the box. r, m and d in shapes are rows, queries per row and the
+width of a key.
 """
 
 from __future__ import annotations

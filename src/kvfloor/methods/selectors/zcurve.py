@@ -1,9 +1,9 @@
 """Read the keys of largest logit among those near the query on Z-order curves of random projections (ZETA).
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token. A curve is a sorted order of keys: a
-key's place on the curve is its Morton code, an integer computed from a 3-dimensional projection of the key. A key is
-merged when it is inserted into the sorted lists of all curves; newer keys wait outside the lists. A candidate is a
-token whose exact logit is computed.
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A curve is a sorted
+order of keys: a key's place on the curve is its Morton code, an integer computed from a 3-dimensional projection of the
+key. A key is merged when it is inserted into the sorted lists of all curves; newer keys wait outside the lists. A
+candidate is a token whose exact logit is computed.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class ZCurveState(SelectorState):
     def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
         """Merge the keys in slots first[r] .. held[r] - 1 of each of `rows` into the sorted lists of every curve.
 
-        Of each old list of row r only the first first[r] items count; first[r] = 0 makes the lists anew from all held
-        keys.
+        Each old list of row r is cut after first[r] items before the merge; first[r] = 0 makes the lists anew from all
+        held keys.
         """
         held, device = slots.held[rows], slots.k.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))

@@ -1,6 +1,6 @@
 """Evict half of the tokens repeatedly, chosen by a self-balancing walk, and double the others' weight (BalanceKV).
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token.
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token.
 A level is the set of a row's tokens of equal weight 2^l; new tokens are at level 0. Halving a level evicts about half
 of its tokens and moves the rest up to level l + 1, at double weight.
 A walk gives every token of the level a random sign, such that the signed sum of the tokens stays short; the signs
@@ -50,13 +50,11 @@ class Balance(Method):
               read exactly. Without a budget every full level is halved, which leaves at most batch tokens per level
               and log2(n / batch) + 2 levels.
     budget    upper bound on tokens per row at all times. Once per block, a row checks if its budget has room for the
-              next block; a block is an eighth
-              of the budget less sinks and recent tokens, or `batch` tokens if that is less. While there is no room, the
-              row halves the oldest tokens of one level, at most four blocks of them. The row picks the level l
-              with the largest (number of tokens) / 4^l, because halving level l adds 4^l to the squared error whatever
-              the count. Halving
-              at most four blocks keeps weights similar. Where every level has one token, a fair coin drops the token
-              of the lowest level or doubles its weight.
+              next block; a block is an eighth of the budget less sinks and recent tokens, or `batch` tokens if that is
+              less. While there is no room, the row halves the oldest tokens of one level, at most four blocks of them,
+              which keeps weights similar. The row picks the level l with the largest (number of tokens) / 4^l, because
+              halving level l adds 4^l to the squared error however many tokens are halved. Where every level has
+              one token, a fair coin drops the token of the lowest level or doubles its weight.
     keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's rule, by which the
               tokens of the rarer sign in the walk stay, which loses a little mass each time
     c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for

@@ -1,6 +1,6 @@
 """Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn in proportion to |v|^2.
 
-A row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
+In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
 A cluster is a set of keys around one key, the centre; a sample is a key of the cluster that represents the others.
 A pair is the (key, value) of one sampled token, and mu is the sum of |v|^2 over all tokens of its row.
 The random number of a token is fixed by the token's position in the stream, not drawn anew.
@@ -31,10 +31,10 @@ _RINGS_LIMIT = 2**24  # counters of one token: filling s slots takes some s log 
 class Clusters(Memory):
     """Hold online clusters of keys: for each row c centres (c, d), sizes (c,) and t uniform samples each, (c, t, d).
 
-    A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Past the
-    cap on centres a key joins its nearest centre whatever the distance, and `overfull` (rows,) becomes True. Every
-    sample slot keeps the key whose random number, fixed by its position, is smallest; so samples do not depend on how
-    calls cut the stream.
+    A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Once a
+    row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance; beyond delta this sets
+    `overfull` (rows,) to True. Every sample slot keeps the key whose random number, fixed by its position, is smallest;
+    so samples do not depend on how calls cut the stream.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:

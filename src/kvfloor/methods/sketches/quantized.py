@@ -1,7 +1,8 @@
 """Quantise the keys and values of every token to a few bits per number, as a baseline for eviction (KIVI).
 
-A row is one (batch item, kv head) stream. A group is `group` consecutive tokens of a row, which are quantised together;
-a code is the small integer that stands for a number; a slot is the place of one token that is held whole.
+In this file a row is one (batch item, kv head) stream. A group is `group` consecutive tokens of a row, which are
+quantised together; a code is the small integer that stands for a number; a slot is the place of one token that is held
+whole.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ def safe_threshold(steps: float, failure: float) -> float:
     Proof: let w be the signed sum so far and x the next vector, |x| <= 1 and c >= 1. Take the walk that moves by
     -<w, x> / c times x, instead of by a sign times x, where |<w, x>| > c. The signed sum of this walk is
     sigma-sub-Gaussian in every fixed direction theta with sigma^2 = c^2 / (2c - 1): the noise of a step lies in an
-    interval of length 2, so Hoeffding
-    gives (theta.x)^2 / 2, and the pull back takes away at least as much. Hence a step is clamped with probability
-    2 exp(1/2 - c) at most. The paper's 30 ln(n / failure) is safe as well, and makes the walk nearly a fair coin.
+    interval of length 2, so Hoeffding gives (theta.x)^2 / 2, and the mean step, towards 0, takes away at least as much.
+    Hence a step is clamped with probability 2 exp(1/2 - c) at most. The paper's 30 ln(n / failure) is safe as well, and
+    makes the walk nearly a fair coin.
     """
     return max(1.0, 0.5 + math.log(2.0 * steps / failure))
 
@@ -78,11 +78,10 @@ def tree_error(dv: int, growth: float, constant: float, c: float, failure: float
 def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, centre: bool) -> Tensor:
     """Return the kernel matrix K of the walk, i.e. the inner products of its m vectors per row: (r, m, m) float64.
 
-    K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), times a factor that is the same for the whole row. k (r, m, d),
-    v (r, m, dv); live (r, m) marks the tokens; all other entries are zero. `constant` is in units of the squared
-    longest value. The factor exp(-max |scale| |k|^2) / max |v|^2 keeps every entry within 1 + constant; the walk
-    compares inner products with the largest of them, so no common factor changes a sign.
-    centre   subtract the mean key first: exp(q.k) loses one factor per query
+    K(i, j) = exp(|scale| (k_i.k_j - max |k|^2)) (v_i.v_j / max |v|^2 + constant), at most 1 + constant, with the maxima
+    over the row's tokens. The walk compares inner products with the largest of them, so no factor common to the row
+    changes a sign. k (r, m, d), v (r, m, dv); live (r, m) marks the tokens; all other entries are zero.
+    centre   subtract the mean key first, which divides exp(q.k) by the same number for all keys of a query
     """
     there = live.unsqueeze(-1)
     k = k.to(torch.float64).masked_fill(~there, 0.0)
@@ -112,9 +111,9 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
     """Return signs (r, m) in {-1, 1} for m vectors of inner products (r, m, m), and the number of clamped steps (r,).
 
     Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if draws (r, m), uniform, is below
-    1/2 - y / (2a), else -. With R the longest of the vectors, a is
+    1/2 - y / (2a), else -. With R the length of the longest vector, a is
         c R^2       as in the paper (`even` False), or
-        c |x_j| R   which pulls short vectors back as firmly as long ones; the bounds of `safe_threshold` hold for both
+        c |x_j| R   so that only the direction of x_j matters; the bounds of `safe_threshold` hold for both
     Where |y| > a the probability is clamped to 0 or 1. Rows are independent; a vector of zeros gets a fair coin.
     """
     length = products.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
@@ -137,7 +136,7 @@ def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) 
     products (r, m, m) are the vectors' inner products, m even, zero beyond the count; draws (r, m) are uniform random
     numbers, one per vector; c is the threshold of the walk (`walk`). keep is one of:
     pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2; an odd last vector
-             is in neither mask. The walk signs the differences of the two, pulling evenly.
+             is in neither mask. The walk signs the differences of neighbours (`walk`, even True).
     smaller  the paper's rule: the vectors of the rarer sign stay, or the vectors of sign + if both signs are equally
              frequent
     """

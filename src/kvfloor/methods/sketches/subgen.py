@@ -1,6 +1,6 @@
 """Estimate the softmax denominator from samples of key clusters, the numerator from a value reservoir (SubGen).
 
-A row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
+In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
 A cluster is a set of keys around one key, the centre; a sample is a key of the cluster that represents the others.
 A pair is the (key, value) of one token, drawn with probability proportional to |v|^2; the reservoir holds the pairs. mu
 is the sum of |v|^2 over all tokens of a row. Numerator and denominator are those of softmax attention.
@@ -207,11 +207,11 @@ def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
 
 
 def ratio(z: Partial, log_tau: Tensor) -> Partial:
-    """Return the attention estimate (numerator) / tau with the mass tau, where tau estimates the denominator.
+    """Return the answer numerator / tau as a `Partial` of mass tau, where tau estimates attention's denominator.
 
     z is the weighted attention over the sampled pairs, a `Partial`: z's mean times z's mass estimates the numerator.
-    log_tau is the log of tau, of the shape of z.log_mass. Beyond the cap on centres the two estimates can differ
-    without bound; the ratio is limited, so the answer stays finite.
+    log_tau is the log of tau, of the shape of z.log_mass. Where clusters are wider than delta, z's mass can exceed tau
+    without bound; the factor z's mass / tau is limited to e^60, so the answer stays finite.
     """
     share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))
     return Partial(z.mean * torch.where(log_tau == -torch.inf, 0.0, share).unsqueeze(-1), log_tau)

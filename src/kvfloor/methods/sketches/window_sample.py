@@ -1,8 +1,9 @@
 """Answer with one token's value, drawn by its unmasked window attention (Haris and Onak 2025, Algorithm 1).
 
-A row is one (batch item, kv head) stream. The window is the newest tokens of a row, at most the budget. Unmasked window
-attention gives every older token the logit 0 instead of -inf, i.e. the weight 1. A draw is one randomly chosen token,
-whose value is the answer or enters a mean of several draws. The reservoir holds the drawn values of older tokens.
+In this file a row is one (batch item, kv head) stream. The window is the newest tokens of a row, at most the budget.
+Unmasked window attention gives every older token the logit 0 instead of -inf, i.e. the weight 1. A draw is one randomly
+chosen token, whose value is the answer or enters a mean of several draws. The reservoir holds the drawn values of older
+tokens.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ class WindowSampleState(Blocked[WindowSample]):
 
     The random number of a draw is fixed by (seed, row id, tokens seen, index of the draw). So all queries of a row that
     are answered after the same number of tokens share this random number, and a repeated query gets the same answer.
-    Every single answer has the stated distribution. Answers that share random numbers depend on one another; the
-    guarantee still holds, as it is a union bound over answers.
+    Each answer alone has the distribution that `WindowSample` states. Answers that share random numbers depend on
+    one another; the guarantee still holds, as it is a union bound over answers.
     """
 
     def __init__(self, method: WindowSample, spec: Spec) -> None:

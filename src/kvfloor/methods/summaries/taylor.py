@@ -1,7 +1,7 @@
 """Summarise the evicted tokens by exact sums of monomials of their keys, for a truncated exponential (Taylor).
 
-A row is one (batch item, kv head) stream. The features phi(u) of a vector u are its monomials up to the degree, scaled
-so that phi(q).phi(k) is the Taylor polynomial of e^(q.k).
+In this file a row is one (batch item, kv head) stream. The features phi(u) of a vector u are its monomials up to the
+degree, scaled so that phi(q).phi(k) is the Taylor polynomial of e^(q.k).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Taylor(Summary):
     over the tokens suffices, and no token is kept.
     Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
     = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give the answer phi(q) S / phi(q) z. S and z are t (dv + 1)
-    float64 numbers per row. In a cache k and v arrive together, so S needs no sketched product. The method is useful
+    float64 numbers per row. A token arrives with both k and v, so S is summed, not sketched. The method is useful
     where |x| is below about 2.
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the

@@ -1,8 +1,8 @@
 """Summarise the evicted tokens by uniform samples of their values, with logit 0 (Haris and Onak 2025, Algorithm 1).
 
-A row is one (batch item, kv head) stream, and dv the width of a value. The unmasked law gives every evicted token the
-logit 0 instead of -inf, i.e. the weight 1. A draw, or sample, is the value of one randomly chosen evicted token. An
-answer is the median of Q means, each of T draws.
+In this file a row is one (batch item, kv head) stream, and dv the width of a value. The unmasked law gives every
+evicted token the logit 0 instead of -inf, i.e. the weight 1. A draw, or sample, is the value of one randomly chosen
+evicted token. An answer is the median of Q means, each of T draws.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ValueSample(Summary):
     Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law the c evicted tokens
     have total weight c and contribute their mean value. The paper draws one value with a reservoir, and a token of
     the window by its weight. Here the window's attention is exact (Rao-Blackwell: the same mean, no more variance)
-    and only the sampled value is replicated. `window_sample` is the paper's own form.
+    and only the draw from the reservoir is repeated. `window_sample` is the paper's own form.
 
     copies    T: independent samples in a mean; 1 unless given
     groups    Q: number of such means, whose coordinatewise median is the answer; odd, 1 unless given
@@ -177,8 +177,8 @@ class ValueSampleState(SummaryState):
     key    (rows, T Q) sampling key of each sampled value
     count  (rows,) number of evicted tokens
     A sampling key is a uniform random number fixed by (seed, row id, position, i), for slot i of the T Q samples. Slot
-    i keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all
-    evicted tokens, independent between slots and the same for every chunking and block.
+    i keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all evicted tokens,
+    independent of the other slots, and the same for every chunking and block.
     """
 
     def __init__(self, summary: ValueSample, spec: Spec) -> None:

@@ -1,6 +1,6 @@
 """Compute tensor attention, in which every pair of tokens forms one key and one value.
 
-    Each token has two keys and two values:
+Each token j has two keys, K1[j] and K2[j], and two values, V1[j] and V2[j]:
 
     score(j1, j2) = scale * sum_l q_l K1[j1, l] K2[j2, l]         value(j1, j2) = V1[j1] * V2[j2], entry by entry
     answer(q)     = softmax over all n^2 pairs of the scores, applied to the values

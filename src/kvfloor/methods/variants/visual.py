@@ -91,7 +91,7 @@ class NextScale:
         """Append a scale's tokens k (rows, t, d), v (rows, t, dv) and return attention (rows, g, t, dv) of its queries.
 
         q (rows, g, t, d) are the queries; all of them see all t tokens of the scale. A policy that uses attention
-        weights receives these queries. Raises the errors of `State.append`, and leaves the state as it was then.
+        weights receives these queries. Raises the errors of `State.append`; a refused input leaves the state unchanged.
         """
         spec = self.state.spec
         if q.ndim != 4:
