@@ -26,7 +26,7 @@ def clusters(delta: float, d: int) -> float:
     """Return an upper bound on the number of clusters of *diameter* `delta` that partition points of the unit ball.
 
     Law: (1 + 4/delta)^d, and 1 from delta = 2 on. A ball of radius delta/2 has diameter delta. Derived here; Haris &
-    Onak (COLT 2025), Lemma 14, takes the radius for the diameter (docs/floors.md, "Covering").
+    Onak (COLT 2025), Lemma 14, uses balls of radius delta, whose diameter is 2 delta (docs/floors.md, "Covering").
     """
     return covering_balls(positive("delta", delta) / 2.0, d)
 

@@ -17,10 +17,10 @@ def H2(p: float) -> float:
 
 
 def index_bits(N: int, p: float) -> float:
-    """Return the least message length, in bits, from which one of `N` hidden bits is answered (the INDEX problem).
+    """Return the least message length, in bits, from which a random one of `N` hidden bits is decoded (problem INDEX).
 
-    Law: S >= N (1 - H2(1-p)), where S is the length, and `p` the probability that a uniformly drawn bit is answered
-    right, over uniform hidden bits, index and public coins. The bound is 0 for p <= 1/2, because guessing reaches that.
+    Law: S >= N (1 - H2(1-p)), where S is the length, and `p` the probability that this bit is decoded right, over
+    uniform hidden bits, index and public coins. The bound is 0 for p <= 1/2, because guessing reaches that.
     Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the
     concavity of H2 (derived here: docs/floors.md, "INDEX").
     """

@@ -3,7 +3,8 @@
 Such a guarantee is |z - A|_2 <= epsilon * size, for the answer z to exact attention A. In the hard instance, values are
 ±1, and the receiver of a state (Bob) reads the signs of each answer, a row of dv signs, by a query (spike) that puts
 nearly all softmax mass on one token. The guarantee allows a share rho of wrong signs per row. If it holds with
-probability p, a row gives p (dv - log2 of a Hamming ball) - H2(p) bits, H2 the binary entropy.
+probability p, a row gives p (dv - log2 B) - H2(p) bits, B the number of rows with at most rho dv wrong signs, H2 the
+binary entropy.
 docs/floors.md, "Other error guarantees", has the proofs.
 """
 

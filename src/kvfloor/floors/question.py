@@ -1,4 +1,4 @@
-"""Bound the bits that attention must hold, by the theorem for its law, its error guarantee and its sizes."""
+"""Bound the bits that attention needs, by the theorem for the given attention law, error guarantee and sizes."""
 
 from kvfloor.floors.floor import Floor
 from kvfloor.floors.metric import NORMS, metric_space

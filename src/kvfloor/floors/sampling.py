@@ -19,7 +19,7 @@ def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator")
     except with probability `failure`; `norm` is the norm of V.
     Law: 9 dv / (epsilon^2 failure) for the operator norm, as ||V||_F^2 <= dv ||V||_op^2; 9 / (epsilon^2 failure) for
     `norm` = "frobenius". By Chebyshev from E|z - Ez|^2 = (||V||_F^2 |e^(Kq)|^2 - |Ez|^2)/s, for one fixed query. A
-    plain mean does need the factor 1/failure. Source: Zandieh et al. 2024 (SubGen); constants derived here.
+    plain mean needs the factor 1/failure. Source: Zandieh et al. 2024 (SubGen); constants derived here.
     """
     dv, epsilon, failure = whole("dv", dv), _accuracy(epsilon), _failure(failure)
     rank = dv if one_of("norm", norm, ("operator", "frobenius")) == "operator" else 1

@@ -1,4 +1,4 @@
-"""Bound the softmax mass on other keys under which answers with an error still tell hidden values apart.
+"""Bound the leak of a query so that answers with an error still tell hidden values apart.
 
 In the game of the floors, Alice hides values under keys, and Bob, the receiver of the state, reads each value by a
 spike query, which puts nearly all softmax mass on one key (the spiked key). The leak is the mass on all other tokens.
@@ -11,7 +11,7 @@ from kvfloor.validation import relative_error, whole, within
 def eps_s(eta: float) -> float:
     """Return the ratio (softmax mass off the spiked key)/(mass on it) that the game allows: (1-eta)/4.
 
-    The spiked key is the one that the query aims at. As `eps_s` is a ratio, the leak itself is eps_s/(1+eps_s) < eps_s.
+    The spiked key is the one that the query aims at. The mass off it, as a share of all mass, is then eps_s/(1+eps_s).
     Any ratio below (1-eta)/(1+eta) would separate hidden values (`eps_s_limit`); a quarter leaves room on both sides of
     the threshold `tau` between hidden 0 and hidden 1. Derived here (docs/floors.md, "The spike").
     """
@@ -32,8 +32,8 @@ def tau(eta: float, leak: float) -> float:
     """Return the threshold between hidden 0 and hidden 1 in a (1±eta) answer: ((1+eta) leak + (1-eta)(1-leak)) / 2.
 
     `leak` is the softmax mass off the key that the query aims at. The answer is at most (1+eta) leak for a hidden 0,
-    and at least (1-eta)(1-leak) for a hidden 1. Raises ValueError unless leak <= (1-eta)/2 (a leak that is itself
-    bounded by a ratio stays strictly below its ratio).
+    and at least (1-eta)(1-leak) for a hidden 1. Raises ValueError unless leak <= (1-eta)/2 (a leak is less than its
+    ratio to the mass on the key).
     """
     eta = relative_error(eta)
     leak = within("leak", leak, 0.0, (1.0 - eta) / 2.0)
@@ -43,8 +43,8 @@ def tau(eta: float, leak: float) -> float:
 def level_eps_s(bits: int) -> float:
     """Return the ratio (mass off the spiked key)/(mass on it) that the game allows for `bits`-bit values: 2^-(bits+3).
 
-    Mass is softmax mass; the spiked key is the one that the query aims at. The leak is then at most an eighth of the
-    spacing of 2^bits levels.
+    Mass is softmax mass; the spiked key is the one that the query aims at. The mass off the key is then at most an
+    eighth of the spacing of 2^bits levels in [0, 1].
     """
     return 2.0 ** -(whole("bits", bits) + 3)
 

@@ -92,7 +92,7 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 
 
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
-    """Return the constants eps_s, tau, gap and C of the hard instance with `rows` distinct keys, by name.
+    """Return eps_s, tau, gap and C of the hard instance with `rows` distinct keys, as a dict of these names.
 
     In the hard instance each key hides values, and a query of length C reads the values of one key. eps_s is the ratio
     (softmax mass off the queried key)/(mass on it), tau the threshold between hidden 0 and 1, gap the smallest

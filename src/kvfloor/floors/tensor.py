@@ -85,10 +85,9 @@ def tensor_space(
 
     The bound is for `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within the
     factor.
-    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `tensor_rows`. caches
-    = 4:
-    tokens arrive with K1, K2, V1, V2. caches = 2: pairs arrive with values of their own, not products of token values
-    (else 2 n dv numbers describe all values).
+    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `tensor_rows`. With
+    `caches` = 4, tokens arrive with K1, K2, V1, V2; with 2, pairs arrive with values of their own, not products of
+    token values (else 2 n dv numbers describe all values).
     Under `radius`, the largest |score| in nats, n is at most `separable_keys`(floor(d/2), radius/2, e) with
     e = sqrt(1 + eps_s) - 1, or the keys that standard attention separates, whichever gives more rows.
     Raises ValueError naming the argument, what was given and what is allowed.
@@ -123,7 +122,7 @@ def tensor_space(
 
 
 def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
-    """Choose public keys for a hard instance that surely exist; return their gap and the query length C, by name.
+    """Choose public keys, proven to exist, for a hard instance; return a dict of "keys" (their kind), "gap" and "C".
 
     C is the length of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` of the softmax
     mass on this pair. The gap is 1 less the largest inner product of the (unit) keys of two pairs. The token that the

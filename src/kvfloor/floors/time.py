@@ -38,8 +38,8 @@ def time_operations(n: int, d: int, p: float = 0.9, *, eta: float = 0.0, expecte
 def probing_success(T: float, n: int) -> float:
     """Return the best chance of a right answer from `T` non-adaptive probes (scores read): (1 + T/(n-1))/2, at most 1.
 
-    The stream of n tokens has all keys zero (sigma) or one heavy key, which takes nearly all softmax mass (H(i)), with
-    even odds. Uniform probing reaches this chance: give the answer of sigma unless a probe finds the heavy key.
+    The stream of n tokens has, with even odds, all keys zero or one heavy key, which takes nearly all softmax mass.
+    Uniform probing reaches this chance: give the answer for zero keys unless a probe finds the heavy key.
     """
     n = whole("n", n, least=2)
     T = within("T", T, 0.0, float("inf"))

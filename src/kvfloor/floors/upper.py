@@ -34,8 +34,8 @@ def running_sum_numbers(W: int, d: int, dv: int) -> int:
 def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") -> list[Possible]:
     """List memory sizes of exact attention in fp32, fp16 and bf16, at `numbers` stored numbers per head and layer.
 
-    `copies` is the number of heads times layers. `name` begins the name of each entry, and `proviso` is added to its
-    condition.
+    `copies` is the number of heads times layers. The name of each entry begins with `name`, and its condition ends with
+    `proviso`.
     """
     return [
         Possible(
@@ -86,10 +86,11 @@ def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -
 
 
 def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: float) -> list[Possible]:
-    """List the memory of Taylor moments that give a relative `error` (or a norm's epsilon) over `n` tokens.
+    """List the memory (one entry or none) of Taylor moments that answer attention over `n` tokens within `error`.
 
     `copies` is the number of heads times layers. Moments are sums of monomials of the keys (`floors.taylor`). Logits
-    are at most `radius`. The list is empty at error 0 and for a radius above `LARGEST_RADIUS`.
+    are at most `radius`. `error` is eta of a guarantee within a factor 1±eta, or epsilon of a guarantee in a norm. The
+    list is empty at error 0 and for a radius above `LARGEST_RADIUS`.
     """
     if error <= 0.0 or radius > LARGEST_RADIUS:
         return []

@@ -93,8 +93,8 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:
     """Play every barrier, the game of a memory theorem, against a method; return one result per barrier.
 
-    `method` is a `Method` or the text of one. Each barrier receives the entries of `arguments` that its `play` takes. A
-    larger n is reduced to the barrier's `most`.
+    `method` is a `Method` or the text of one. Each barrier receives the entries of `arguments` that its `play` takes.
+    An n above the barrier's `most` is reduced to `most`.
     Raises ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """
     known = {name for barrier in BARRIERS.values() for name in barrier.arguments}

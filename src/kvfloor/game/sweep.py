@@ -49,8 +49,8 @@ class Packed:
 def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n: int = 128) -> list[Precision]:
     """Play the spike game at `n` tokens with ever finer values, to measure the precision that a method keeps.
 
-    Returns one record per entry of `bits`, the hidden bits per value. The precision is the point at which certified
-    bits per value (bits that the message provably carries) fall below hidden bits per value.
+    Returns one record per entry of `bits`, the hidden bits per value. Certified bits per value (bits that the message
+    provably carries) fall below hidden bits per value where the method's precision ends.
     """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
     return [Precision(game.bits, game.bits_per_value) for game in games]

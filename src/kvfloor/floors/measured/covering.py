@@ -1,7 +1,7 @@
 """Measure the covering ceiling: the memory that SubGen needs on given keys, with one cluster centre per ball of keys.
 
 SubGen (Zandieh et al. 2024) clusters keys online: a key farther than a radius delta from all centres so far becomes a
-centre. For every centre it keeps a sample of keys near that centre, and besides a sample of pairs of key and value.
+centre. It keeps a sample of the keys near each centre, and one sample of pairs of key and value from the whole stream.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def covering_curve(
     of a value. The memory meets error `epsilon` for queries q with |scale q| <= `radius`, except with probability
     `failure`.
     Law: centres from `covering_number`; s = 9 dv / (epsilon^2 f), t the smaller of `subgen_t`'s two forms at f, with
-    f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is that of all n tokens
-    kept.
+    f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is the count for
+    keeping all n tokens.
     Guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op with probability 1 - failure, for a query fixed
     before the stream; keys need not be short. Source: Zandieh et al. 2024 (SubGen); docs/floors.md, "Covering ceiling".
     """

@@ -4,7 +4,7 @@
 receiver (Bob) reconstructs ("decodes") hidden values from the answers, one group of tokens after the other.
     group           tokens that share one hidden row of values, read by one query
     leak            softmax weight that the query of a group puts on groups that Bob decodes later
-    near tokens     tokens with at least a share of the query's largest softmax weight
+    near tokens     tokens on which a query puts at least a given share of its largest softmax weight
     estimated bits  the floor that a choice of groups would give, before rounding is accounted for
 The search only proposes groups. Any disjoint groups in any order give a valid floor, which `readable.py` computes from
 weights that it bounds again. So the search decides the size of the floor, never its validity. Groups depend on keys and

@@ -132,9 +132,9 @@ class Spread:
         """Yield proposed streams with their estimated floors, for the caller to compute the true floor of each.
 
         Up to `FEW` tokens: one stream, the best that is grown from two orders in which tokens are tried. More tokens:
-        first the tokens that queries can read in a stream of all tokens, by an estimate from a sample, if these are
-        nearly all tokens; then a stream grown by comparing every pair of tokens, which also finds near-duplicates that
-        the sample misses.
+        first, if an estimate from a sample finds nearly all tokens readable when all are in the stream, a stream of
+        those readable tokens; then a stream grown by comparing every pair of tokens, which also finds near-duplicates
+        that the sample misses.
         """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)

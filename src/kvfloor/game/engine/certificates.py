@@ -25,7 +25,7 @@ def hard(bits: int, wrong: int) -> float:
     """Return the gain T, in bits, of decoding `bits` hidden bits when `wrong` of these bits are decoded wrong.
 
     T - log2(1/alpha) is a lower bound on the message's length at confidence 1 - alpha.
-    Law: bits (1 - H2(wrong/bits)), H2 the binary entropy; 0 from a wrong share of 1/2 on. For a share rho < 1/2, at
+    Law: bits (1 - H2(wrong/bits)), H2 the binary entropy; 0 for a wrong share of 1/2 or more. For a share rho < 1/2, at
     most 2^(bits H2(rho)) strings differ from the decoded one in a share rho of their bits or less. Raises ValueError
     where wrong > bits.
     """
@@ -79,8 +79,8 @@ def certified_from_sample(n: int, row_bits: int, wrong: int, drawn: int, alpha: 
     `wrong` were decoded with an error.
     Law: n (row_bits (1-e) - H2(e)) - log2(2/alpha), H2 the binary entropy, e the upper Clopper-Pearson limit on the
     share of wrong rows at alpha/2. The limit and the certificate together fail with probability at most alpha. Draw the
-    rows after the message is fixed, from entropy that the method never sees. The result is 0 from e = 1 - 2^-row_bits
-    on, where guessing does as well.
+    rows after the message is fixed, from entropy that the method never sees. The result is 0 for e >= 1 - 2^-row_bits,
+    the error rate of guessing.
     """
     n, row_bits = whole("n", n), whole("row_bits", row_bits)
     e = clopper_pearson_limit(wrong, drawn, alpha / 2.0)

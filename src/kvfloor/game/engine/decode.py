@@ -25,7 +25,7 @@ _SPREAD = 0.15  # standard deviation in [0, 1] below which a row is an average o
 def leak_ratio(bits: int, eta: float) -> float:
     """Return the largest ratio (softmax mass on other tokens)/(mass on the queried token) that the game allows.
 
-    The ratio, eps_s, is (1-eta)/4 for single hidden bits, and at most 2^-(bits+3) too for hidden values of more bits.
+    The ratio is (1-eta)/4 for single hidden bits, and the lesser of (1-eta)/4 and 2^-(bits+3) for values of more bits.
     eta is the relative error that answers may have.
     """
     return eps_s(eta) if bits == 1 else min(eps_s(eta), level_eps_s(bits))

@@ -104,7 +104,7 @@ class Instance(ABC):
         state.append(k, v)
 
     def optimum(self) -> Method:
-        """Return the smallest method that answers this instance; raise ValueError where none is known."""
+        """Return the method of least memory that answers this instance; raise ValueError where none is known."""
         raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
 
     def details(self) -> dict[str, Any]:

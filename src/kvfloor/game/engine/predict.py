@@ -73,8 +73,8 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
 def _centres(answers: Tensor, bits: int) -> Iterator[Tensor]:
     """Yield the answers (m, dv), in units of the level spacing, in two scalings.
 
-    First come the answers as given. Then each row is divided by its largest answer, which so comes to lie on the top
-    level.
+    First come the answers as given. Then come the answers with each row scaled so that its largest answer lies on the
+    top level.
     """
     top = 2**bits - 1
     answers = torch.nan_to_num(answers.double(), nan=0.5, posinf=1.0, neginf=0.0)

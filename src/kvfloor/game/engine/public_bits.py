@@ -26,8 +26,8 @@ class PublicBits(Method):
     """Store exactly n dv `bits` bits for n tokens whose keys are public, given by a key family, its size and its seed.
 
     The method answers only a stream of exactly these keys, in order, with values on the 2^bits levels of [0, 1]. The
-    payload of the method's message is the floor at p = 1, where every answer must be right. Other keys raise
-    ValueError.
+    payload of the message has as many bits as the floor at p = 1, where every answer must be right. Other keys
+    raise ValueError.
     """
 
     name: ClassVar[str] = "public_bits"

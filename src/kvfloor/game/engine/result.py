@@ -137,7 +137,7 @@ def judge_bytes(played: Played, live: Decoded, sent: Decoded, certified: float) 
     """Return the verdict on a game (holds, breaks or cheats), and the reason for the verdict in words.
 
     `live` and `sent` are decoded from the answers of Alice's state and of the restored state; `certified` is the number
-    of bits that the message carries.
+    of bits that the message provably carries.
     """
     message_bits, state_bits = 8 * played.message_bytes, 8 * played.state_bytes
     if played.restored is None:

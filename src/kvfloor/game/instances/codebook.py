@@ -38,7 +38,7 @@ _BELIEFS = (1.0 - 2.0**-20, 0.75)
 class Codebook(KeyedInstance):
     """Stream n of M public keys, chosen and ordered in secret, each with a hidden row of dv values.
 
-    M is `codebook`. All M keys have hidden values, of which only those of the n streamed keys matter.
+    M is `codebook`. Hidden values are drawn for all M keys; those of keys that are not streamed are not used.
     """
 
     barrier: ClassVar[str] = "spike"
@@ -130,10 +130,10 @@ def play(
 ) -> Result:
     """Play the spike game with bits hidden in the keys too: Alice streams n keys, chosen in secret, of a public set.
 
-    `codebook` is the size of the public set, in n..16,384. row_success of the result is the lesser of two shares: of
-    streamed keys decoded with all their bits, and of other keys decoded as missing. bits_per_value leaves out the bits
-    hidden in the keys. The other arguments are those of `spike.play`. Raises ValueError naming the argument that is out
-    of its domain.
+    `codebook` is the size of the public set, in n..16,384. Returns the certified bits, the sizes and the verdict
+    (`Result`). Its row_success is the lesser of two shares: of streamed keys decoded with all their bits, and of other
+    keys decoded as missing. Its bits_per_value leaves out the bits hidden in the keys. The other arguments are those of
+    `spike.play`. Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n, codebook = whole("n", n), whole("codebook", codebook)

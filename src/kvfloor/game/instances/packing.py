@@ -121,7 +121,7 @@ def play(
     dv       64 by default: few dimensions hide few bits otherwise
     radius   the largest logit, 32 by default; each key that queries with such logits separate hides a row of dv values,
              up to min(n, 2,048) keys
-    The other arguments are those of `spike.play`.
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=_DEFAULT_DV if dv is None else dv, bits=1, eta=eta, seed=seed)

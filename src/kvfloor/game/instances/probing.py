@@ -95,8 +95,8 @@ def play(
 
     A heavy key takes nearly all softmax mass, and the hidden bit of a stream says whether there is one.
     runs   independent streams, 256 by default, fewer where n d is large
-    The other arguments are those of `spike.play`.
-    details of the result: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on the
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`),
+    with these `details`: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on the
     success of a method that has not read the keys on arrival, `adaptive` (this method's success is above that bound
     with 99.9 % confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and `readers`, the success of simple readers
     that look up scores q.k from an oracle that counts.

@@ -113,9 +113,10 @@ def play(
 ) -> Result:
     """Play the sparse game against a method: the spike game with one-sparse attention at every token, n at most 16,384.
 
-    One-sparse attention puts nearly all softmax mass on one token. The arguments are those of `spike.play`.
-    details of the result: the share of entries of Q K^T below 1e-3 of the largest entry in their row, the share of
-    softmax weights below 1e-3, and the least weight that any row puts on its one token.
+    One-sparse attention puts nearly all softmax mass on one token. The arguments are those of `spike.play`. Returns the
+    certified bits, the sizes and the verdict (`Result`), with these `details`: the share of entries of Q K^T below 1e-3
+    of the largest entry in their row, the share of softmax weights below 1e-3, and the least weight that any row puts
+    on its one token.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if whole("n", n) > _MOST_TOKENS:

@@ -92,15 +92,16 @@ def play(
     eta          relative error that answers may have, in [0, 1)
     heads        kv heads, and `layers`: heads * layers independent instances side by side in one state
     dtype        of the keys and values that the method receives: float32, float16 or bfloat16
-    rows         how many hidden rows (dv values of one key) to ask, drawn with replacement; by default all up to
-                 n = 16,384, else 2,048
+    rows         how many hidden rows (dv values of one key) to ask, drawn with replacement; by default 2,048 if there
+                 are more than 16,384, else every row once
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive
                  from anything that the method sees, also where hidden_seed equals seed
     family       of keys, by default the one that separates best at (n, d)
     codebook     hide bits in the keys too: n of this many public keys, in secret (`kvfloor.game.instances.codebook`)
     isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected
-    Raises ValueError naming the argument that is out of its domain, or the reason that the method cannot be rebuilt.
+    Returns the certified bits, the sizes in bytes and the verdict (`Result`). Raises ValueError naming the argument
+    that is out of its domain, or the reason that the method cannot be rebuilt.
     """
     if codebook is not None:
         if heads != 1 or layers != 1 or rows is not None:

@@ -176,7 +176,7 @@ def play(
              256 sampled rows are queried); with two caches the number of pairs: the square of the number of tokens
     caches   4: the method keeps tokens and tensor attention reads pairs of them; 2: the products are streamed. By
              default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
-    The other arguments are those of `spike.play`.
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

@@ -66,10 +66,10 @@ class Visual(KeyedInstance):
         NextScale(state).step(k.new_zeros(self.copies, 1, *k.shape[1:]), k, v)
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the answers (m, dv), float32, for hidden rows `row` (m,), read in parts of sides[-1]^2 rows.
+        """Return the answers (m, dv), float32, for hidden rows `row` (m,), one map of queries at a time.
 
-        Each part is one map of zero tokens with spike queries, appended to a fresh copy of the state; a spike query
-        gives the key of one hidden row nearly all softmax mass. `copy` is not used.
+        A map is zero tokens with spike queries, as many as the last map has tokens, appended to a fresh copy of the
+        state; a spike query gives the key of one hidden row nearly all softmax mass. `copy` is not used.
         """
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
         queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
@@ -118,7 +118,7 @@ def play(
     """Play the scale pyramid against a method: all maps of an image hide bits, and one more map reads the bits at once.
 
     sides   sides of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
-    The other arguments are those of `spike.play`.
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

@@ -89,7 +89,7 @@ def play(
     window   number of tokens with hidden values, at the end of the n tokens, n/4 by default
     append   True: Bob, who reads the hidden values, appends a zero token before each query, each time on a
              fresh copy of the state
-    The other arguments are those of `spike.play`.
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

@@ -41,7 +41,7 @@ def promised_gaps(n: int, d: int) -> dict[str, float]:
 
     The gap of a key is its squared norm less its largest inner product with another key. Families without n keys in d
     dimensions, or without a proven bound, are left out. The bounds are the families' closed forms. For random families,
-    the bound holds with even odds at least (rademacher) or with positive probability (sphere).
+    the bound holds with probability at least 1/2 (rademacher) or above 0 (sphere).
     """
     gaps: dict[str, float] = {}
     if chirp_code := chirp_parameters(n, d):
@@ -60,10 +60,10 @@ def promised_gaps(n: int, d: int) -> dict[str, float]:
 def best_family(n: int, d: int, seed: int = 0) -> str:
     """Return the name of the key family whose smallest gap is largest, among those that are cheap to make at (n, d).
 
-    The gap of a key is its squared norm less its largest inner product with another key. Explicit codes count with the
-    closed form of the gap. Random families, and packing in few dimensions, are measured up to 16,384 keys and count
-    with a formula beyond; `seed` draws them. Raises ValueError where no family has n keys that queries can separate:
-    for d = 1 and n > 2.
+    The gap of a key is its squared norm less its largest inner product with another key. Explicit codes are compared by
+    the closed form of the gap, random families by the gap of keys that `seed` draws, or a formula beyond 16,384 keys.
+    Packing is compared by its measured gap, for d = 2 and, up to 4,096 keys, for d <= 16. Raises ValueError where no
+    family has n keys that queries can separate: for d = 1 and n > 2.
     """
     gaps = promised_gaps(n, d)
     if n <= _MEASURED_UP_TO:
