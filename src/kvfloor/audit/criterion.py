@@ -1,8 +1,8 @@
 """Judge a row of an audit: decide, at a given confidence, if its loss of score stays below a tolerated loss.
 
 A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol. A
-verdict is "holds" (the tolerated loss is excluded), "falls" (a loss is certain) or "open" (neither is shown). The exact
-cache keeps every token. `audit/recommend.py` combines the verdicts on a setting's rows, to tell if the setting is safe.
+verdict is "holds" (the tolerated loss is excluded), "falls" (a loss is certain) or "open" (neither is shown).
+`audit/recommend.py` combines the verdicts on a setting's rows, to tell if the setting is safe.
 """
 
 import math
@@ -37,8 +37,8 @@ class Standard:
     def cell_confidence(self) -> float:
         """Return the confidence level of the two-sided interval by which one row is judged.
 
-        The allowed error 1 - confidence is shared equally by the methods. A row has the verdict "holds" by the
-        interval's lower end alone, which errs with the probability of one method's share.
+        The allowed error 1 - confidence is divided equally among the methods. The interval's lower end, which alone
+        decides the verdict "holds", is wrong with the probability (1 - confidence) / methods.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
@@ -53,7 +53,7 @@ class Standard:
     def verdict(self, row: Row) -> Verdict:
         """Judge one row: return "holds", "open" or "falls".
 
-        "holds" means that a loss of `margin` to the exact cache is excluded, "falls" that a loss is certain (95 %), and
+        "holds" means that a loss of `margin` against exact is excluded, "falls" that a loss is certain (95 %), and
         "open" that neither is shown. A row is one setting measured on one cell; a row of the exact cache holds by
         definition.
         """

@@ -19,9 +19,9 @@ def why(answer: Recommendation) -> str:
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
     """Return sentences on where quality is lost: one on the task that breaks first, then one per method.
 
-    The task that breaks first is the weakest task of most settings that lose quality. A method's sentence names its
-    smallest safe setting (method with budget), and the next smaller setting with its weakest cell: the task, context
-    length and protocol on which it breaks or is not shown to hold.
+    The task that breaks first is the one that is weakest in most settings that lose quality. A method's sentence names
+    its smallest safe setting (method with budget), and the next smaller setting with its weakest cell: the task,
+    context length and protocol on which it breaks or is not shown to hold.
     """
     falling = Counter(one.weakest.task for one in answer.judged if one.verdict == "falls")
     sentences = []

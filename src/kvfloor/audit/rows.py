@@ -57,8 +57,8 @@ class Row:
     output_error           mean of `output_error_by_layer`
     prefill_ms             time to append the context; `decode_ms_per_token` is None where no step was timed
     output_tokens          mean length of the answers, in tokens
-    configuration          the setting without its budget; `name` without arguments too; `budget` as it was asked
-                           for, None without one
+    configuration          the setting without its budget; `name`: without arguments too; `budget`: as the user gave
+                           it, None without one
     baseline               True for the methods that every audit compares with
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)

@@ -1,7 +1,6 @@
 """Measure the attention-output error of a method against exact attention, on the real queries of a model.
 
-A trace is one layer's recorded queries, keys and values. The exact cache keeps every token. The seal is the end of the
-prompt. An error is ||answers - exact|| / ||exact|| of the attention output.
+An error is ||answers - exact|| / ||exact|| of the attention output.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Trace:
 
 
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
-    """Run the model with an exact cache over each context, question and right answer; return each layer's stream.
+    """Run the model with an exact cache over each context, question and right answer; return one trace per layer.
 
     `contexts` and `asks` (question and answer) are token ids, one list per sample.
     """

@@ -115,9 +115,9 @@ def is_plainly_linear(project: nn.Module) -> bool:
 
 
 def _alike(found: Tensor, right: Tensor) -> bool:
-    """Return True if `found` equals `right` up to rounding, also if quantised activations were rounded.
+    """Return True if `found` equals `right` up to rounding, that of quantised activations included.
 
-    The norm of the difference may be 5 % of the norm of `right`. So a wrong constant factor is found too.
+    The norm of the difference may be at most 5 % of the norm of `right`.
     """
     found, right = found.detach().float(), right.detach().float()
     return bool((found - right).norm() <= _ROUNDING * right.norm())

@@ -50,8 +50,8 @@ class Memo:
         """Return cosines and sines (B or 1, 1, n, pairs) of a rotation at positions (B or 1, n).
 
         pairs: number of pairs of entries that are rotated. place: index of the calling layer among the compressed
-        layers. Layers call in rising order. A place that is not larger than in the call before means a new forward: all
-        cached cosines and sines are dropped.
+        layers. Layers call in rising order, so a place that is not larger than in the last call means a new forward.
+        The cached cosines and sines are dropped then, and for another `positions` tensor.
         """
         same = self._positions is not None and self._positions() is positions
         if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
@@ -209,10 +209,10 @@ def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
 
 
 def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
-    """Return the rotation that explains all recorded queries and keys of a layer; None if they are not rotated.
+    """Return the rotation by which a layer's recorded queries and keys were rotated; None if they were not.
 
     name: the model's name, for the error. index: the layer's index. seen: the layer's recorded queries and keys.
-    candidates: the frequency tuples to try. Raises ValueError, naming the model, if none of them explains all.
+    candidates: the frequency tuples to try. Raises ValueError, naming the model, if none of them fits all.
     """
     d = seen[0].key.shape[-1]
     for one in seen:

@@ -2,8 +2,7 @@
 
 The figures are plain SVG, not made by a plotting library. So every name passes the page's one escaping path, a figure
 follows the reader's light or dark mode, and a point shows its exact numbers without a script.
-A mark is the colour and shape that a curve is drawn with; a rule is a vertical line of a figure; a tick is a labelled
-point of an axis. Page coordinates are those of the SVG: x to the right, y downwards.
+Page coordinates are those of the SVG: x to the right, y downwards.
 """
 
 import math
@@ -42,7 +41,7 @@ class Axis:
     """Map numbers to page coordinates between `start` and `end`.
 
     The axis spans all of `values`; a linear axis also spans 0. A logarithmic axis spans the positive values alone, and
-    places any other number at the lower end. At both ends a further share `room` of the span stays free.
+    places any other number at the lower end. At both ends a margin of `room` times the span is added.
 
     most_ticks  most ticks of a logarithmic axis        write  returns the label of a tick's number
     """
@@ -72,7 +71,7 @@ class Axis:
         return self.start + (at - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """List the ticks of the axis as (coordinate, label): powers of two, or round numbers."""
+        """List the labelled points of the axis as (coordinate, label): powers of two, or round numbers."""
         if self.log:
             first, last = math.ceil(self.low), math.floor(self.high)
             stride = max(1, math.ceil((last - first + 1) / self.most_ticks))

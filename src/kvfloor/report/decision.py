@@ -19,10 +19,10 @@ _PROTOCOLS = {"visible": "Question visible while compressing", "after": "Questio
 
 
 def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
-    """Make the figure of one cell from the cell's rows: x is bytes on a log scale, y is the score.
+    """Make the figure of score (y) against bytes (x, log scale) for one task, context length and protocol.
 
-    The rows include the row of the exact cache. `marks` maps each method (a setting without its budget) to its colour
-    and shape.
+    rows   the results of each setting (method with budget) there, those of the exact cache included
+    marks  maps each method (a setting without its budget) to its colour and shape
     """
     exact = next(row for row in rows if row.method == "exact")
     others = sorted((row for row in rows if row is not exact), key=lambda row: (row.state_bytes, row.method))

@@ -1,8 +1,4 @@
-"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped.
-
-A row is one setting (a method with its budget) measured on one cell (task, context length, protocol). A floor is the
-least bytes that any method needs for a kv head's keys.
-"""
+"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped."""
 
 import json
 import re
@@ -28,8 +24,9 @@ from kvfloor.statistics import MIN_SAMPLES
 def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path, by_head: Sequence[Head] = ()) -> None:
     """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
-    `by_head` are the kv heads' floors, if they were measured. Raises ValueError where there is no row, the rows mix
-    models, or the file cannot be written.
+    rows     one per setting (method with budget) and cell (task, context length, protocol)
+    by_head  the kv heads' floors (the least bytes that any method needs), if they were measured
+    Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
     """
     replace_file(path, page(rows, answer, meta, by_head))
 

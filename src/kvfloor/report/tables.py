@@ -1,8 +1,8 @@
 """Compute the report's tables as plain data, for both the page and the terminal.
 
 A setting is a method with its budget; a cell is a task at a context length under a protocol. A row is one setting
-measured on one cell, and its verdict is whether its loss of score against the exact cache is tolerable: "holds",
-"falls" or "open". A baseline is a method that every audit compares with.
+measured on one cell. Its verdict is on its loss of score against the exact cache: "holds" (an intolerable loss is
+excluded), "falls" (a loss is certain) or "open" (neither is shown).
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ class Speed:
 def ordered(rows: Sequence[Row]) -> list[Row]:
     """Return the rows ordered by setting: exact first, then methods in the rows' order, baselines last.
 
-    Each method's settings go from the largest bytes down.
+    Each method's settings go from the largest bytes down. Baselines are the methods that every audit compares with.
     """
     methods = list(dict.fromkeys(row.configuration for row in rows))
     largest: dict[str, int] = {}
