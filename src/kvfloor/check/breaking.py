@@ -23,7 +23,7 @@ def check_broken(method: Method, at: Setting) -> None:
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
     """Make the call fail at each of its torch operations, or at `most` of them, each time on a copy of `state`.
 
-    Returns the number of failures for each behaviour of the state afterwards: unchanged, refusing calls, or faulty.
+    Returns the number of failures by what the state then is: unchanged, refusing all calls, or neither (a fault).
     """
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))

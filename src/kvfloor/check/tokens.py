@@ -206,9 +206,9 @@ def check_selector_subset(method: Method, at: Setting) -> None:
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Raise Broken unless a selector without an index hides all the slots that it must, and leaves some for each query.
+    """Raise Broken unless a selector without an index hides the slots given as `hide`, and leaves some for each query.
 
-    The slots to hide are drawn at random from `source` and given as the argument `hide` of `Selector.hide`.
+    These slots, the argument `hide` of `Selector.hide`, are drawn at random from `source`.
     """
     view = state.slots.view()
     width = view.k.shape[1]
