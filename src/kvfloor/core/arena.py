@@ -27,7 +27,7 @@ class Arena(Memory):
     """Store `lists` lists for each row r, with held[r] items each at the front of a stretch of capacity[r] places.
 
     An item is one entry in each of the flat tensors that `_arrays` returns, which have shape (places, ...). Rows may
-    differ in capacity, so that per-row budgets free real bytes. Counts and offsets live on the CPU, so that control
+    differ in capacity, so that a smaller budget takes less memory. Counts and offsets live on the CPU, so that control
     flow never waits for a device. A place without an item holds the number `fill`, or what a dropped item left there; a
     message (the bytes of `State.to_bytes`) contains neither.
     """

@@ -55,10 +55,9 @@ def attend(
 def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """Return attention outputs (rows, g, 1, dv) of the newest token's queries q (rows, g, 1, d), which see all keys.
 
-    k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs equal the outputs of
-    `attend`; log-masses are not returned. Where the fused kernel applies, it is called by torch's public function, with
-    less overhead than in `attend`: over few keys that overhead is a third of the time. The outputs are then in k's
-    dtype, otherwise in the compute dtype.
+    k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs are those of
+    `attend`, in k's dtype where the fused kernel applies, otherwise in the compute dtype. The kernel is called by
+    torch's public function, to avoid the overhead of `attend`, which over few keys is a third of the time.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)

@@ -30,8 +30,8 @@ class Blocked(State[M]):
     A slot is the place of one held token. A row is one (batch item, kv head) stream; its clock `seen` counts its
     tokens. Each row has its own clock, so rows of different length complete their blocks in different calls. A variant
     (subclass) writes `_close`, which evicts or compresses; `_rest`, attention over memory outside the slots; and, if it
-    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. A selector with an index is given
-    every new token; a variant that evicts tokens from its slots must pass the evicted tokens to the index too.
+    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. If it keeps an
+    index of the held tokens, the index is given every new token, and a variant must pass it the tokens that it evicts.
     """
 
     slots: Slots
@@ -165,10 +165,9 @@ class Blocked(State[M]):
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
-        """Do `_feed` for rows that get equally many tokens, by slices of k, v and q.
+        """Do `_feed` where all rows get the same number of tokens, by slices of k, v and q.
 
-        seen: number of tokens that each row saw before; `seen` may differ from row to row only if each row gets one
-        token.
+        seen: number of tokens that every row saw before, or, if each row gets one token, that any of them saw.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -270,9 +269,8 @@ class Blocked(State[M]):
     def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Compute `_answer` over the tokens in the slots alone, without `_rest`.
 
-        The arguments are those of `_answer`. Where every held token is read, one partial is computed over the `before`
-        older tokens of each row and another over the new tokens. Merging both partials needs no mask of rows x queries
-        x slots.
+        Arguments and result are those of `_answer`. If there are several new tokens and no selector, attention to the
+        older tokens and to the new ones is computed separately and merged, without a mask of rows x queries x slots.
         """
         shape, past = q.shape[:3], int(before.max())
         if self.selection is not None:
@@ -290,8 +288,8 @@ class Blocked(State[M]):
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
         """Attend with queries `flat` (rows, g*a, d) to all slots, under the causal mask and the selector's mask.
 
-        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when its a newest tokens came, whose queries
-        these are.
+        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens; the row held before[r]
+        tokens when these came.
         """
         m = flat.shape[1]
         view = self.slots.view()
@@ -310,8 +308,8 @@ class Blocked(State[M]):
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
         """Attend causally with q (rows, g, a, d) to the slots that the selector's index chooses.
 
-        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when its a newest tokens came, whose queries
-        these are.
+        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens; the row held before[r]
+        tokens when these came.
         """
         assert self.selection is not None
         arrived = torch.arange(q.shape[2])

@@ -1,8 +1,8 @@
 """Define the method of all caches that keep whole tokens: a policy, a summary, a selector, and one eviction loop.
 
-A row is one (batch item, kv head) stream. The seal is the end of the prompt. A priority is a policy's number for a held
-token; the token of lowest priority is evicted first. A protected token is one that the policy never evicts, a pinned
-token one that `State.pin` protects.
+A row is one (batch item, kv head) stream. A priority is a policy's number for a held token; the token of
+lowest priority is evicted first. A protected token is one that the policy never evicts, a pinned token one that
+`State.pin` protects.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Define the allowed values of each field of a message (a saved state), so that loading refuses all other values.
 
 A part of a state is a `Memory` object: its attributes are tensors, numbers, or further parts. A field is one saved
-attribute of a part; to open a part is to make it, empty, from the method and its sizes alone.
+attribute of a part.
 """
 
 from __future__ import annotations

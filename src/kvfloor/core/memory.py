@@ -89,7 +89,7 @@ class Memory:
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
     def fields(self) -> dict[str, Any]:
-        """Return the allowed values, attribute name -> `Field`, of attributes that may change after opening the part.
+        """Return the `Field` (allowed values), by name, of each attribute that may change after the part was opened.
 
         The attributes are checked before a message (the bytes of `State.to_bytes`) is loaded. A part whose `export` has
         nested dicts returns nested dicts here as well. An attribute that is not named here is compared with the same

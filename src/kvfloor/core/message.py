@@ -192,7 +192,7 @@ def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dic
 def _place(fields: dict[str, Any], path: str, tensor: Tensor) -> None:
     """Put a tensor back into nested fields at its path, the inverse of `_split`.
 
-    Raises CorruptState if the path is taken or leads through a value, and for a dtype or values that no message holds.
+    Raises CorruptState if the path is used already, if a parent on it is no dict, or if no message holds such a tensor.
     """
     if tensor.dtype not in _DTYPES:
         raise CorruptState(f"field {path} is a {tensor.dtype} tensor")

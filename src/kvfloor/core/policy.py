@@ -1,9 +1,9 @@
 """Define the interface of an eviction policy, which `Bounded` calls.
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A column is a policy's number per
-slot, e.g. a score. A block is `block` consecutive tokens of a row; evictions take place at its end. The seal is the end
-of the prompt. In shapes, r are the rows of a call, s slots, b tokens of a block, g query heads per kv head (GQA group),
-d and dv the widths of a key and a value.
+slot, e.g. a score. A block is `block` consecutive tokens of a row; evictions take place at its end. In shapes,
+r are the rows of a call, s slots, b tokens of a block, g query heads per kv head (GQA group), d and dv the widths of a
+key and a value.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Held:
 
         A query's own token is the token that came with the query; position (r, b) is that token's index in the stream.
         A token's rank is its index among the tokens that the row holds now, the oldest at 0. The computed rank is right
-        only if no token after the query's own was evicted. This is so for the newest tokens, if the policy protects the
-        newest tokens from eviction. Without a rotation in the spec q is returned.
+        only if no token after the query's own was evicted, as for the newest tokens if the policy protects them.
+        Without a rotation in the spec q is returned.
         """
         rotation = self.spec.rotation
         if rotation is None:

@@ -30,8 +30,8 @@ class Rotation:
     start        the first rotated entry; 2 x pairs of entries are rotated, the others stay
     interleaved  pair i is entries (2i, 2i + 1) of the rotated ones; otherwise (i, i + pairs)
     Law: at place p pair (x, y) becomes (x cos a - y sin a, y cos a + x sin a), a = p x frequency rounded to float32, as
-    transformers rounds it. So `turned` rotates as the model does, and a model's rotation is undone exactly however
-    large p is.
+    transformers rounds it. So `turned` rotates as the model does, and with `back` undoes the model's rotation exactly,
+    however large p is.
     """
 
     frequencies: tuple[float, ...]

@@ -40,9 +40,9 @@ class Chosen:
 class SelectorState(Memory, ABC):
     """Store a selector's index of the held tokens, which is updated whenever tokens enter or leave the slots.
 
-    `spec` is the state's spec. Rows are the first axis of every tensor; a part with other tensors defines its own
-    `select_rows`. Choices are made by float64 scores, and by slot number among equal scores, so that they do not depend
-    on the shape of the call.
+    `spec` is the state's spec. Rows are the first axis of every tensor; a subclass with other tensors defines its
+    own `select_rows`. Slots are chosen by float64 scores, and by slot number among equal scores, so that a choice does
+    not depend on the shape of the call.
     """
 
     spec: Spec

@@ -42,8 +42,8 @@ class Slots(Arena):
     """Store the held tokens of every row, packed at the front of the row's stretch of the arena.
 
     A slot is the place of one token. A row's slots carry no order; `position` is the arrival index of each token. Rows
-    may have different capacities (per-head budgets free real bytes) and different fill (`held`). `columns` are per-slot
-    numbers that a policy keeps, zero where a slot holds no token.
+    may differ in capacity, so that a smaller budget takes less memory, and in the number of tokens (`held`). `columns`
+    are per-slot numbers that a policy keeps, zero where a slot holds no token.
 
     Under `spec.rotation` k has the keys that queries read: each is rotated to the rank of its token among the tokens of
     the row. An eviction changes the ranks of the tokens behind the evicted ones. Then k is rotated anew from `bare`,

@@ -119,12 +119,12 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def key_width(self) -> int:
-        """Return the last size of `k`: the spec's d, or more if each token has several keys (tensor attention)."""
+        """Return the width (last axis) of `k`: the spec's d, or more if tokens have several keys (tensor attention)."""
         return self.spec.d
 
     @property
     def value_width(self) -> int:
-        """Return the last size of `v`: the spec's dv, or more if each token has several values (tensor attention)."""
+        """Return the width (last axis) of `v`: the spec's dv, more if tokens have several values (tensor attention)."""
         return self.spec.dv
 
     @abstractmethod
@@ -287,8 +287,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Drop tokens, named by row (e,) and position (e,), int64: no later query attends to them.
 
         Clocks do not change, and a policy keeps what it learnt from these tokens. A token that was evicted for good,
-        without a summary, is passed over. Raises ValueError, the state unchanged, where a token cannot be taken out
-        again.
+        without a summary, is ignored. Raises ValueError, the state unchanged, where a token cannot be dropped.
         """
         row, position = self._named(row, position)
         if row.numel():
@@ -298,8 +297,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _named(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Check the arguments of `forget`, and return them on the CPU: row (e,) and position (e,).
 
-        Raises ValueError if the arguments are no such tensors, or if one of the tokens was never seen or cannot be
-        taken out again.
+        Raises ValueError unless both are 1-d int64 tensors of one length, and every token was seen and can be dropped.
         """
         row, position = (torch.as_tensor(x).to("cpu") for x in (row, position))
         if row.ndim != 1 or row.shape != position.shape or row.dtype != torch.int64 or position.dtype != torch.int64:

@@ -1,8 +1,8 @@
 """Give a policy, at block ends, the queries, attention weights and keys that it learns from.
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A block is `block` consecutive tokens
-of a row, and the open block the tokens since the last block end. The seal is the end of the prompt. In shapes, r are
-the rows of a call, b tokens of a block, m queries, s slots, g query heads per kv head.
+of a row, and the open block the tokens since the last block end. In shapes, r are the rows of a call, b
+tokens of a block, m queries, s slots, g query heads per kv head.
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ class Watching(Blocked["Bounded"]):
     def _at_once(self, seen: int, left: int) -> int:
         """Return how many of a row's next `left` tokens may be appended in one piece, across ends of blocks.
 
-        `seen` tokens came before. 0: the piece must stop at the next block end. More than 0 only in a dense prompt
-        (nothing is evicted before its end) where every held token is read and the policy needs no weights or keys: all
-        tokens if the policy needs no queries; all but the newest tokens, in whole blocks, if the policy needs the
-        newest queries only.
+        `seen` tokens came before. 0: the piece must stop at the next block end. More than 0 is possible only in a dense
+        prompt (nothing is evicted before its end), without selector, and if the policy needs neither weights nor keys.
+        Then the piece has all `left` tokens if the policy needs no queries; if it needs the newest queries only, the
+        piece has whole blocks and leaves out the tokens of these queries.
         """
         policy = self.method.policy
         if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
