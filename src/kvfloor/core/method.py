@@ -172,9 +172,9 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return this method in the size that epsilon and delta need; `budget_for` then checks its guarantee.
+        """Return this method, with its sample counts or ranks chosen for an error `epsilon` with probability 1 - `delta`.
 
-        A method without sizes to choose returns itself.
+        A method without such sizes returns itself. `budget_for` then checks the guarantee of the returned method.
         """
         del epsilon, delta, spec
         return self

@@ -43,12 +43,12 @@ def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
 
 
 def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
-    """Return the length C of the query (C/d) K1[i1] * K2[i2] that gives a pair of ±1 keys all but `eps_s` of the mass.
+    """Return the factor C of the query (C/d) K1[i1] * K2[i2] that reads the pair (i1, i2) of ±1 keys.
 
-    `eps_s` is the ratio of the other pairs' softmax mass to the mass of the pair (i1, i2).
+    All other pairs together have softmax mass `eps_s` times that of the pair.
     Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if a zero token is appended before the query (`append`), as this token makes
-    2n + 1 pairs of score 0; else ln((n^2 - 1)/eps_s) / g. The gap g is 1 less the largest inner product, over d, of the
-    product keys of two pairs. Derived here.
+    2n + 1 pairs of score 0; else ln((n^2 - 1)/eps_s) / g. The gap g is 1 - p/d, where p is the largest inner
+    product of the product keys of two pairs. Derived here.
     """
     n, g = whole("n", n), positive("g", g)
     return spike_C(n**2, 2 * n + 1, g, 1.0, eps_s) if append else spike_C(n**2, 0, g, g, eps_s)

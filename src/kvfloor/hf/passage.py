@@ -244,8 +244,8 @@ def outside_inference(call: Any, *args: Any, **kwargs: Any) -> Any:
 def keeps_something(layer: Any, own: bool) -> bool:
     """Return True if every forward must store something in this cache layer.
 
-    own: the layer is of transformers' own class. Such a layer counts if it keeps keys, or linear states that models
-    access through the cache.
+    own: the layer's class is one of transformers. Then the answer is True if the layer keeps keys, or linear states
+    that models access through the cache. For any other class it is always True.
     """
     if not own or hasattr(layer, "get_seq_length"):
         return True

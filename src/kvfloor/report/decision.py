@@ -1,8 +1,8 @@
-"""Draw quality against bytes for one cell: each method's settings beside exact, the floor and the token ids.
+"""Draw quality against bytes for one cell: each method's settings, the exact cache, the floor and the token ids.
 
-A cell is a task at a context length under a protocol; a setting is a method with its budget. The floor is the fewest
-bytes of any method in the worst case. The token ids of the context are all that a model must store if it recomputes the
-keys and values.
+A cell is a task at a context length under a protocol; a setting is a method with its budget. The floor is a lower
+bound: no method takes fewer bytes on every input. The token ids of the context are all that a model must store if it
+recomputes the keys and values.
 """
 
 from collections.abc import Mapping, Sequence

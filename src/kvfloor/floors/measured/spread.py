@@ -170,9 +170,10 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Search a query for every token against the tokens at `rivals`; return the ratios R_ij of these queries.
+        """Search for each of the n tokens a query that reads it and not the tokens at `rivals` (r,).
 
-        `first` (n, d) holds queries to improve on, or is None.
+        Returns the queries and their ratios R_ij, over all tokens i and j, as a `Pull`. `first` (n, d) holds queries to
+        improve on, or is None.
         """
         scale, softcap, beyond = self._law
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)

@@ -92,9 +92,9 @@ class PublicBitsState(State[PublicBits]):
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """Return the fields of the message, name -> value.
+        """Return the fields that `to_bytes` packs, name -> value.
 
-        The header of the message holds the token count `seen`, a public number.
+        The token count `seen` goes into the header of these bytes, because it is public.
         """
         return super().export() | {"seen": int(self.seen[0])}
 

@@ -40,11 +40,11 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
-    """Return the triples (row, index in x, index in points) of all points that may be the nearest one, in sorted order.
+    """Return the triples (row, index in x, index in points) of every point that may be the nearest one to an x.
 
-    The three parts of the triples are returned as three tensors (e,). x, points and allowed are those of `nearest`.
-    Distances come from one matrix product, so a point is left out only where the difference exceeds the product's
-    rounding error: the nearest allowed point of every x is certain to be included.
+    The triples are sorted, and come as three tensors (e,), one per part. x, points and allowed are those of `nearest`.
+    Distances are computed by one matrix product. A point is left out only if its distance is above the smallest one by
+    more than the product's rounding error. So the nearest allowed point of every x is included.
     """
     norm, size = (torch.linalg.vector_norm(one, dim=-1).square_() for one in (x, points))
     side = size.unsqueeze(1).masked_fill(~allowed, torch.inf)
