@@ -68,7 +68,7 @@ def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
 
 
 def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> bytes:
-    """Return the next `size` bytes of an open file. Raises ValueError if the file ends before.
+    """Return the next `size` bytes of an open file. Raises ValueError if fewer are left.
 
     path, what: the file's path and name, for the error.
     """

@@ -12,7 +12,7 @@ _SHOWN = 40  # characters of a refused text
 
 
 def outline(text: str) -> str:
-    """Return `text` with "_" in place of every character within parentheses, brackets or quotes.
+    """Return `text` with "_" in place of every quoted string, and of all within parentheses or brackets.
 
     The length is unchanged, so a mark found in the outline has the same index in the text. A quote that is never closed
     and a parenthesis that was never opened are plain characters.
@@ -56,5 +56,5 @@ def split_words(text: str, pattern: str) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """Return the text in quotes for an error message, cut after 40 characters, with its length if it was cut."""
+    """Return `text` with quotes around it, for an error; after 40 characters it is cut, and its length added."""
     return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}... ({len(text):,} characters)"

@@ -15,6 +15,7 @@ from kvfloor.check.plain_attention import attention
 from kvfloor.check.storage import storages
 from kvfloor.check.streams import play, probes, small_pieces, spec_for, stream_for, tokens_of
 from kvfloor.check.tolerance import AGREE, apart, require_accuracy
+from kvfloor.check.turning import check_turns
 
 
 def test_the_outcome_lists_every_law_once_and_is_json() -> None:
@@ -64,6 +65,21 @@ def test_accuracy_is_measured_against_plain_attention_in_the_same_dtype() -> Non
     require_accuracy(torch.tensor([0.0149]), truth, plain, torch.float32, "an answer")
     with pytest.raises(Broken, match="the error is"):
         require_accuracy(torch.tensor([0.0151]), truth, plain, torch.float32, "an answer")
+
+
+@pytest.mark.parametrize(("dtype", "size", "allowed"), [
+    (torch.float16, 5.0, 5 * 2.0**-11), (torch.bfloat16, 5.0, 5 * 2.0**-8), (torch.float16, 0.5, 2.0**-11),
+    (torch.float32, 5.0, 1e-6),
+])  # fmt: skip
+def test_where_plain_attention_is_exact_a_rounding_is_allowed(dtype: torch.dtype, size: float, allowed: float) -> None:
+    truth = torch.tensor([size], dtype=torch.float64)
+    require_accuracy(truth + 0.99 * allowed, truth, truth, dtype, "a log-mass")
+    with pytest.raises(Broken, match="the error is"):
+        require_accuracy(truth + 1.01 * allowed, truth, truth, dtype, "a log-mass")
+
+
+def test_a_log_mass_is_not_held_to_plain_attention_that_is_exact_by_chance() -> None:
+    check_turns(parse("h2o(block=1,recent=4)@16"), Setting(torch.float16, 4, seed=1))
 
 
 def test_the_oracle_gives_tokens_of_logit_zero_their_weight() -> None:

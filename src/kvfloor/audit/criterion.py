@@ -1,6 +1,7 @@
 """Judge a row of an audit: decide, at a given confidence, if its loss of score stays below a tolerated loss.
 
-A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol.
+A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol. A
+verdict is "holds" (the tolerated loss is excluded), "falls" (a loss is certain) or "open" (neither is shown).
 `audit/recommend.py` combines the verdicts on a setting's rows, to tell if the setting is safe.
 """
 
@@ -21,9 +22,9 @@ SEVERITY: dict[Verdict, int] = {"falls": 0, "open": 1, "holds": 2}
 
 @dataclass(frozen=True)
 class Standard:
-    """Hold the tolerated loss and the confidence that one audit judges its rows by.
+    """Hold the tolerated loss and the confidence by which one audit's rows are judged.
 
-    margin      largest tolerated loss of score (share of right answers) to the exact cache, in (0, 1)
+    margin      largest tolerated loss of score (share of right answers) against the exact cache, in (0, 1)
     confidence  of the whole recommendation, in (0.5, 1)
     methods     how many methods share the allowed error 1 - confidence
     """
@@ -36,13 +37,13 @@ class Standard:
     def cell_confidence(self) -> float:
         """Return the confidence level of the two-sided interval by which one row is judged.
 
-        The allowed error 1 - confidence is shared equally by the methods. The interval's lower end alone, by which a
-        row holds, errs with the share of one method.
+        The allowed error 1 - confidence is divided equally among the methods. The interval's lower end, which alone
+        decides the verdict "holds", is wrong with the probability (1 - confidence) / methods.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
     def lower_end(self, row: Row) -> float:
-        """Return the lower confidence limit of the row's score minus the exact cache's.
+        """Return the lower confidence limit of a difference: the row's score minus the exact cache's score.
 
         A row is one setting (method with budget) measured on one cell (task, context length, protocol). A limit of -0.1
         means that a loss of 10 points is not excluded, but any larger loss is.
@@ -52,7 +53,7 @@ class Standard:
     def verdict(self, row: Row) -> Verdict:
         """Judge one row: return "holds", "open" or "falls".
 
-        "holds" means that a loss of `margin` to the exact cache is excluded, "falls" that a loss is certain (95 %), and
+        "holds" means that a loss of `margin` against exact is excluded, "falls" that a loss is certain (95 %), and
         "open" that neither is shown. A row is one setting measured on one cell; a row of the exact cache holds by
         definition.
         """

@@ -1,6 +1,7 @@
 """Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol.
+A setting is a method with its budget; a cell is a task at a context length under a protocol. A setting is safe if it
+and every larger budget of its method hold on every cell; it breaks on a cell where its loss of score is certain.
 """
 
 from collections import Counter, defaultdict
@@ -18,9 +19,9 @@ def why(answer: Recommendation) -> str:
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
     """Return sentences on where quality is lost: one on the task that breaks first, then one per method.
 
-    The task that breaks first is the weakest task of most settings that lose quality. A method's sentence names its
-    smallest safe setting (method with budget), and the next smaller setting with its weakest cell: the task, context
-    length and protocol on which it breaks or is not shown to hold.
+    The task that breaks first is the one that is weakest in most settings that lose quality. A method's sentence names
+    its smallest safe setting (method with budget), and the next smaller setting with its weakest cell: the task,
+    context length and protocol on which it breaks or is not shown to hold.
     """
     falling = Counter(one.weakest.task for one in answer.judged if one.verdict == "falls")
     sentences = []

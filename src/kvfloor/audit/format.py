@@ -14,7 +14,7 @@ def bytes_text(count: float) -> str:
 
 
 def percent_text(share: float) -> str:
-    """Write a share as whole per cent, except that only 0 and 1 themselves are written 0 % and 100 %."""
+    """Write a share as whole per cent, e.g. `12 %`; `<1 %` between 0 and 1 %, `>99 %` between 99 and 100 %."""
     if 0 < share < 0.01:
         return "<1 %"
     if 0.99 < share < 1:

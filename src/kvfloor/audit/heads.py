@@ -51,7 +51,7 @@ class HeadFloor:
 
 @dataclass(frozen=True)
 class Head:
-    """Hold one kv head's largest floor over all cells, and the cheapest setting that is good for it on every cell.
+    """Hold one kv head's largest floor over all cells, and its cheapest setting that is good on every cell.
 
     A cell is a task at a context length under a protocol. A setting (method with budget) is good for a head if the
     relative error of the head's attention output is at most GOOD.
@@ -81,10 +81,10 @@ class Head:
 
 
 def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
-    """Return the floors of every kv head of every layer, on the first recorded sample of a cell.
+    """Return the memory floors of every kv head of every layer, as one list, on the first recorded sample of a cell.
 
-    The list is empty for a context of more than MOST_TOKENS tokens. `traces` hold the sample's queries, keys and
-    values, one entry per layer.
+    A cell is a task at a context length under a protocol. The list is empty for a context of more than MOST_TOKENS
+    tokens. `traces` hold the sample's queries, keys and values, one entry per layer.
     """
     found = []
     for layer, trace in enumerate(traces):

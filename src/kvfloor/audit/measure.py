@@ -33,9 +33,8 @@ class Prepared:
     """Hold a cell's samples as token ids, and the recorded traces (queries, keys, values) of the first few.
 
     work      the cell (task, context length, protocol) with its samples as text
-    contexts  token ids that are appended before the seal, which is the end of the prompt
-    asks      token ids that are appended after the seal: the question, or its last token only in the protocol
-              "visible", where the rest of the question belongs to the context
+    contexts  token ids of the prompt: the context and, in the protocol "visible", the question but its last token
+    asks      token ids fed after the end of the prompt: the question, or in "visible" only its last token
     answers   token ids of the right answers
     traces    one per layer
     """
@@ -51,7 +50,8 @@ class Prepared:
 class Measurement:
     """Record one setting's answers on the samples of a cell, with the bytes and times per sequence.
 
-    A setting is a method with its budget, a sequence one sample. Times are the batch's, divided by its sequences.
+    A setting is a method with its budget, a sequence one sample. Times are those of the whole batch, divided by its
+    number of sequences.
 
     right          one 0 (wrong) or 1 (right) per sample
     state_bytes    bytes of the cache at the end of the context; peak_state_bytes: the most bytes at any moment
@@ -82,7 +82,10 @@ class Bench:
         return len(self.tokenizer(text).input_ids)
 
     def prepare(self, work: Work) -> Prepared:
-        """Tokenize a cell's samples, split them at the seal (end of the prompt), and record traces of the first few."""
+        """Tokenize a cell's samples, split them at the end of the prompt, and record traces of the first few.
+
+        A trace is one layer's queries, keys and values.
+        """
         plain = self._plain
         contexts, asks, answers = [], [], []
         for item in work.items:

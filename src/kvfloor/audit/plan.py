@@ -1,6 +1,7 @@
 """Plan an audit's work: the settings (methods x budgets, baselines always in) and the samples of each cell.
 
-A cell is a task at a context length under a protocol (when the question comes).
+A cell is a task at a context length under a protocol (when the question comes). A baseline is a method that every audit
+compares with.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class Work:
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMethod]:
     """Return the settings of an audit: every method under every budget, the baselines first, each setting once.
 
-    A method whose text has a budget keeps it. A method that takes no budget runs once. A baseline that is also among
-    `methods` is marked as a baseline and as asked for. Raises ValueError for an unknown method, and for a budget
-    smaller than the number of tokens that the method protects.
+    A method whose text has a budget runs under that budget alone. A method that takes no budget runs once. A baseline
+    that is also among `methods` is marked as a baseline and as asked for. Raises ValueError for an unknown method, and
+    for a budget smaller than the number of tokens that the method protects.
     """
     sizes: list[Budget] = [parse_budget(text) for text in budgets]
     if not sizes:

@@ -67,14 +67,17 @@ class Clause:
         return alike and named.budget in (None, setting.budget)
 
     def holds(self, row: Row) -> bool:
-        """Return True if the row's field `figure` meets the clause's bound; None (not measured) does not meet it."""
+        """Return True if the row's field `figure` meets the clause's bound.
+
+        A field that is None (not measured) does not meet it.
+        """
         value = getattr(row, self.figure)
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Hold a clause with the settings (as rows write them) and the tasks that it is about."""
+    """Hold a clause, with the settings (as written in rows) and the tasks that the clause is about."""
 
     clause: Clause
     methods: frozenset[str]

@@ -57,8 +57,8 @@ class Row:
     output_error           mean of `output_error_by_layer`
     prefill_ms             time to append the context; `decode_ms_per_token` is None where no step was timed
     output_tokens          mean length of the answers, in tokens
-    configuration          the setting without its budget; `name` without arguments too; `budget` as it was asked
-                           for, None without one
+    configuration          the setting without its budget; `name`: without arguments too; `budget`: as the user gave
+                           it, None without one
     baseline               True for the methods that every audit compares with
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
@@ -175,10 +175,9 @@ def measured_row(
 ) -> Row:
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
-    `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact row
-    they are `outcomes`.
-    Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
-    number is not finite.
+    `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact
+    cache's own row, `exact_outcomes` equals `outcomes`. Raises ValueError where fewer than 32 samples were run,
+    `outcomes` and `exact_outcomes` differ in length, or a number is not finite.
     """
     n, method = len(outcomes), setting.text
     gained, lost = paired_counts(outcomes, exact_outcomes)
@@ -252,8 +251,8 @@ def document(
 ) -> dict[str, Any]:
     """Build the one JSON document of `kvfloor audit --json`.
 
-    It has the schema number, model, seed, rows, the recommended setting with its reason `why`, and the report's path.
-    `method` is None where no setting is safe.
+    The document has the schema number, model, seed, rows, the recommended setting with its reason `why`, and the
+    report's path. `method` is None where no setting is safe.
     """
     return {
         "schema": SCHEMA,

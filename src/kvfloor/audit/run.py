@@ -37,9 +37,12 @@ DEFAULT_CONTEXT = 512
 class AuditRequest:
     """Hold the arguments of an audit: every field has the command line's default.
 
-    model     "builtin" or a local folder        methods   method texts, without the baselines
-    budgets   texts; tokens, shares or bytes     tasks     names or module:TASK, unless `prompts` is given
-    contexts  tokens of context per task         n         samples per row, at least 32
+    model     "builtin" or a local folder
+    methods   texts of methods, without the baselines, which always run too
+    budgets   texts of budgets: tokens, shares or bytes
+    tasks     names or module:TASK, unless `prompts` is given
+    contexts  lengths of contexts in tokens
+    n         samples per row, at least 32
     protocols "after": the question follows the compression; "visible": it is compressed with the context
     require   conditions on the rows (`audit/require.py`), or None
     """

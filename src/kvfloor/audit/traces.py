@@ -1,4 +1,7 @@
-"""Measure the attention-output error of a method against exact attention, on the real queries of a model."""
+"""Measure the attention-output error of a method against exact attention, on the real queries of a model.
+
+An error is ||answers - exact|| / ||exact|| of the attention output.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Trace:
 
 
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
-    """Run the model with an exact cache over each context, question and right answer; return each layer's stream.
+    """Run the model with an exact cache over each context, question and right answer; return one trace per layer.
 
     `contexts` and `asks` (question and answer) are token ids, one list per sample.
     """

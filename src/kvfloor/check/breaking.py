@@ -23,7 +23,7 @@ def check_broken(method: Method, at: Setting) -> None:
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
     """Make the call fail at each of its torch operations, or at `most` of them, each time on a copy of `state`.
 
-    Returns the number of failures for each behaviour of the state afterwards: unchanged, refusing calls, or faulty.
+    Returns the number of failures by what the state then is: unchanged, refusing all calls, or neither (a fault).
     """
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))
@@ -32,7 +32,7 @@ def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
     """Return {description: (state, call)} for every kind of call that changes a state; call(state) makes the call.
 
-    Each state has evicted tokens and is in the middle of a block, except the one to be sealed (its prompt ended).
+    Each state is in the middle of a block. All have evicted tokens, except perhaps the one that the call seals.
     """
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)

@@ -50,9 +50,9 @@ def check_documented(method: Method, at: Setting) -> None:
 
 
 def check_guarantee(method: Method, at: Setting) -> None:
-    """Require that a guarantee states error, probability, norm, quantifier, source; once withdrawn, also the reason.
+    """Require that a guarantee has error, probability, norm, quantifier and source, and a reason if it is withdrawn.
 
-    Tested are the method's guarantee and that of a state which has been fed tokens; None states no guarantee.
+    The law is tested on the method, and on a state after a stream of tokens. A method without guarantee passes.
     """
     state, spec = method.open(spec_for(method, at)), spec_for(method, at)
     play(state, stream_for(method, at))
@@ -67,7 +67,7 @@ def check_guarantee(method: Method, at: Setting) -> None:
 
 
 def check_empty(method: Method, at: Setting) -> None:
-    """Require that a read before the first token gives mean 0 and log-mass -inf, and tokenless calls change nothing."""
+    """Require that a read before any token gives mean 0 and log-mass -inf, and calls without tokens change nothing."""
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at, n=4)
     fresh = state.to_bytes()

@@ -21,10 +21,9 @@ _ETA = 0.5
 def check_index_floor(method: Method, at: Setting) -> None:
     """Require that queries recover at most 8 bits per byte of `nbytes`, and of the saved state (`to_bytes`).
 
-    Tested on the live state and on one restored from the bytes of `to_bytes` (the message). A short game in this
-    process: random bits are hidden in values, the tokens are appended, and the bits are asked back by spike queries,
-    which attend to one token. Only the bits that the answers certify are counted (`judge`). The game in which a fresh
-    process answers from the message alone is `kvfloor break`.
+    A short game tests the live state and one restored from the saved bytes: random bits are hidden in values, the
+    tokens are appended, and spike queries, each of which attends to one token, ask the bits back. Only bits that the
+    answers certify (`judge`) are counted. In `kvfloor break` a fresh process answers from the saved bytes alone.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)

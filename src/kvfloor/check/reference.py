@@ -49,7 +49,7 @@ def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
 
 
 def check_reference(method: Method, at: Setting) -> None:
-    """Require exact attention while no token was evicted, within 1.5 times the error of plain same-dtype attention."""
+    """Require exact attention until a token is evicted, to within 1.5 times plain attention's error in its dtype."""
     for softcap in (None, 4.0):
         spec, stream = replace(spec_for(method, at), softcap=softcap), stream_for(method, at)
         state, budget = method.open(spec), method.budget

@@ -25,9 +25,9 @@ from kvfloor.core.method import Method
 def check_chunking(method: Method, at: Setting) -> None:
     """Require that any split of a stream into calls keeps the same tokens and gives the same answers.
 
-    Tested across 20 block ends, with and without padding, by random pieces and token by token, from tensors that lie
-    elsewhere in memory. For a method of constant memory that keeps tokens in slots, the states' bytes (`to_bytes`) must
-    be equal too.
+    The stream has at least 20 block ends and is tested with and without padding. It is cut at random, and in places
+    token by token; the pieces lie elsewhere in memory. For a method of constant memory that keeps tokens in slots, the
+    states' bytes (`to_bytes`) must be equal too.
     """
     spec, n = spec_for(method, at), long_stream_length(method)
     stream = stream_for(method, at, n=n)

@@ -111,7 +111,7 @@ def long_stream_length(method: Method) -> int:
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
     """Draw a random stream of n tokens: normal queries and keys, uniform values in [-1, 1].
 
-    spec and n are those of `spec_for` and `stream_length` unless given. Another `salt` gives another stream.
+    spec None: that of `spec_for`; n None: `stream_length`. Another `salt` gives another stream.
     """
     spec = spec_for(method, at) if spec is None else spec
     n = stream_length(method) if n is None else n

@@ -25,7 +25,7 @@ class Ones(Method):
 
     Tensor attention is softmax over pairs of tokens; a token has keys and values (K1, V1) and (K2, V2). `side` is 1 or
     2: the stream's keys and values become (K1, V1) for 1, (K2, V2) for 2, and the other two become ones. With
-    K2 = V2 = 1 tensor attention is standard attention on (K1, V1), but n tokens count each token's mass n times.
+    K2 = V2 = 1 tensor attention is standard attention on (K1, V1), but over n tokens its softmax mass is n times that.
     """
 
     name: ClassVar[str] = "ones"
@@ -72,7 +72,7 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Feed a state of tensor attention with the stream and ones, as `Ones` sets it, and return the state's answers."""
+    """Pass a stream, beside ones, to a state of tensor attention, and return the answers of that state."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)

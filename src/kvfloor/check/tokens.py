@@ -188,7 +188,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 
 
 def check_selector_subset(method: Method, at: Setting) -> None:
-    """Require that a selector reads visible tokens only, at least one per query, and evicted ones have no effect."""
+    """Require that a selector reads visible tokens only, at least one per query, and evicted tokens have no effect."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
@@ -206,9 +206,9 @@ def check_selector_subset(method: Method, at: Setting) -> None:
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Raise Broken unless a selector without an index hides all the slots that it must, and leaves some for each query.
+    """Raise Broken unless a selector without an index hides the slots given as `hide`, and leaves some for each query.
 
-    The slots to hide are drawn at random from `source` and given as the argument `hide` of `Selector.hide`.
+    These slots, the argument `hide` of `Selector.hide`, are drawn at random from `source`.
     """
     view = state.slots.view()
     width = view.k.shape[1]
@@ -227,8 +227,8 @@ def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator)
 def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
     """Raise Broken unless a selector with an index chooses visible slots only: at least one per query, and none twice.
 
-    The number of visible slots is drawn at random from `source` for each query: at least all held slots but those of
-    the tokens since the last block end (a block is the number of tokens between two evictions).
+    Each query sees a random number of slots, drawn from `source`: all held slots, except some of those that were filled
+    since the last block end, where tokens may be evicted.
     """
     held = state.slots.held.unsqueeze(1)
     newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))

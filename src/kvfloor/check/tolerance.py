@@ -15,7 +15,8 @@ AGREE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2.0**-9, torc
 
 # Against float64, an answer may err 1.5 times as much as plain attention in the same dtype (2 times in FlashAttention's
 # tests). ROUNDING is added for cases in which plain attention happens to be exact: in half precision it is the
-# rounding of one answer of size 1, otherwise that of the few float32 or float64 sums behind a log-mass of size 8.
+# rounding of one number, relative where that is larger than 1 (a log-mass may be 5), otherwise that of the few float32
+# or float64 sums behind a log-mass of size 8.
 TIMES_PLAIN = 1.5
 ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -31,6 +32,11 @@ def _relatively_apart(a: Tensor, b: Tensor) -> float:
     """Return the largest difference between a and b, divided by |b| where that is more than 1."""
     unit = b.to(torch.float64).abs().clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
     return apart(a.to(torch.float64) / unit, b.to(torch.float64) / unit)
+
+
+def _size(x: Tensor) -> float:
+    """Return the largest finite |x|, at least 1."""
+    return max(1.0, float(x.to(torch.float64).abs().nan_to_num(nan=0.0, posinf=0.0).max())) if x.numel() else 1.0
 
 
 def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:
@@ -49,7 +55,8 @@ def require_accuracy(answer: Tensor, truth: Tensor, plain: Tensor, dtype: torch.
     An error is the largest difference from the float64 `truth`; `plain` is plain attention in the answer's dtype.
     `what` begins the error's message.
     """
-    error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + ROUNDING[dtype]
+    rounding = ROUNDING[dtype] * (_size(truth) if dtype.itemsize == 2 else 1.0)
+    error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + rounding
     require(error <= allowed, f"{what}: the error is {error:.3g}, allowed is {allowed:.3g}")
 
 

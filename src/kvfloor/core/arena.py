@@ -1,7 +1,7 @@
 """Store lists of items, such as the tokens that each row holds, in flat tensors, each list in its own stretch.
 
 A row is one (batch item, kv head) stream. A stretch is a range of places, i.e. indices into the flat tensors, in which
-a list can grow.
+one list can grow. A list's capacity is the length of its stretch; a place is empty if no item is in it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Arena(Memory):
     """Store `lists` lists for each row r, with held[r] items each at the front of a stretch of capacity[r] places.
 
     An item is one entry in each of the flat tensors that `_arrays` returns, which have shape (places, ...). Rows may
-    differ in capacity, so that per-row budgets free real bytes. Counts and offsets live on the CPU, so that control
+    differ in capacity, so that a smaller budget takes less memory. Counts and offsets live on the CPU, so that control
     flow never waits for a device. A place without an item holds the number `fill`, or what a dropped item left there; a
     message (the bytes of `State.to_bytes`) contains neither.
     """
@@ -55,7 +55,7 @@ class Arena(Memory):
         return [(self, name, getattr(self, name)) for name in self._own]
 
     def _moved(self) -> None:
-        """Update the attributes that alias an item tensor, after all these tensors were replaced (e.g. by `resize`)."""
+        """Update the attributes that alias an item tensor, after all item tensors were replaced (e.g. by `resize`)."""
 
     @property
     def _places(self) -> int:
@@ -76,8 +76,8 @@ class Arena(Memory):
     def places(self, rows: Tensor | None, width: int) -> Tensor:
         """Return the first `width` places of every list of `rows` (None: all), as indices (r, lists, width).
 
-        The indices are into the flat tensors. If `width` exceeds a stretch, they run on into the next one. Indices
-        beyond the arena are replaced by its last place.
+        The indices are into the flat tensors. If `width` exceeds the length of a list's stretch, its indices run on
+        into the next stretch. Indices beyond the arena are replaced by the arena's last place.
         """
         offset, capacity = (x if rows is None else x[rows] for x in (self.offset, self.capacity))
         start = offset.unsqueeze(1) + torch.arange(self.lists) * capacity.unsqueeze(1)
@@ -97,8 +97,8 @@ class Arena(Memory):
     def _table(self, x: Tensor, start: int, stop: int, stride: int | None = None) -> Tensor:
         """View places start .. stop - 1 of every list in the flat tensor x: (rows * lists, stop - start, ...).
 
-        All stretches must have one length, `stride` (None: the present one). The view is one operation, because in
-        decoding an operation's overhead is more than its work.
+        The stretches of all lists must have the same length, `stride` places (None: the length that they have now). The
+        view is one torch operation, because in decoding an operation's overhead exceeds its work.
         """
         stride, (slot, *inner) = stride or self.stride, x.stride()
         shape = (self.spec.rows * self.lists, stop - start, *x.shape[1:])
@@ -137,7 +137,10 @@ class Arena(Memory):
         self._moved()
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """Return the bytes of each of the `rows` rows, (rows,): its own stretches, and an equal part of the rest."""
+        """Return the bytes of each row, (rows,): the row's own stretches, and an equal share of all other bytes.
+
+        `rows` is the number of rows.
+        """
         arena_bytes = sum(x.untyped_storage().nbytes() for _, _, x in self._arrays())
         owned = arena_bytes * self.capacity.to(torch.float64) / max(1, int(self.capacity.sum()))
         return owned + (self.nbytes - arena_bytes) / rows
@@ -145,14 +148,17 @@ class Arena(Memory):
     # ---- as a part of a state --------------------------------------------------------------------------------------
 
     def _export(self, owner: Memory) -> dict[str, Any]:
-        """Return the entries of all items, without empty places, as attribute -> tensor, for tensors of `owner`."""
+        """Return the entries of all items, without empty places, as attribute name -> tensor.
+
+        Only the tensors that belong to the object `owner` are returned.
+        """
         live = self.live()
         return {name: x[live] for of, name, x in self._arrays() if of is owner}
 
     def export(self) -> dict[str, Any]:
         """Return the counts, the capacities and the entries of all items, as a message (`State.to_bytes`) saves them.
 
-        Empty places are left out, so what dropped items left in them is never sent.
+        Empty places are left out, so the left-over numbers of dropped items are never saved.
         """
         return {"held": self.held, "capacity": self.capacity, **self._export(self)}
 

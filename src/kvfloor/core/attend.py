@@ -1,4 +1,9 @@
-"""Compute softmax attention and its log-mass (log-sum-exp of the logits), eagerly or by torch's fused CPU kernel."""
+"""Compute softmax attention and its log-mass (log-sum-exp of the logits), eagerly or by torch's fused CPU kernel.
+
+In shapes, q is (rows, m, d), k (rows, s, d), v (rows, s, dv): m queries and s tokens per row, where a row is one (batch
+item, kv head) stream. A logit is scale q.k, after the softcap if there is one; the log-mass of a query is the
+log-sum-exp of its logits. The compute dtype is float64 for float64 inputs, float32 for all others.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +56,8 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float 
     """Return attention outputs (rows, g, 1, dv) of the newest token's queries q (rows, g, 1, d), which see all keys.
 
     k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs are those of
-    `attend`, without log-masses. Where the fused kernel applies it is called by torch's public function, with less
-    wrapping than in `attend`: over few keys the wrapping is a third of the time. The outputs are then in k's dtype,
-    otherwise in the compute dtype.
+    `attend`, in k's dtype where the fused kernel applies, otherwise in the compute dtype. The kernel is called by
+    torch's public function, to avoid the overhead of `attend`, which over few keys is a third of the time.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
@@ -64,7 +68,7 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float 
 def attend_causal(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 of the a keys k (rows, a, d).
+    """Compute causal attention: query i of q (rows, g, a, d) sees keys 0 .. i of k (rows, a, d).
 
     g is the GQA group, i.e. query heads per kv head. Returns outputs (rows, g, a, dv) and log-masses (rows, g, a), as
     `attend` does. The fused kernel skips the hidden keys instead of masking them.

@@ -1,4 +1,11 @@
-"""Define a state that evicts or compresses after every `block`-th token of a row, however calls split the stream."""
+"""Define a state that evicts or compresses after every `block`-th token of a row, however calls split the stream.
+
+A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A block is `block` consecutive tokens of
+a row; a block end comes after the last of them, and the open block is the tokens since the last block end. A slot is
+the place of one held token. In shapes, r are rows (of some rows only, where an argument `rows` selects them), g query
+heads per kv head, a new tokens, m queries, s slots. A `Partial` is a result of attention: the mean and the log-mass
+(log-sum-exp of logits).
+"""
 
 from __future__ import annotations
 
@@ -23,8 +30,8 @@ class Blocked(State[M]):
     A slot is the place of one held token. A row is one (batch item, kv head) stream; its clock `seen` counts its
     tokens. Each row has its own clock, so rows of different length complete their blocks in different calls. A variant
     (subclass) writes `_close`, which evicts or compresses; `_rest`, attention over memory outside the slots; and, if it
-    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. If it keeps an index, it is given
-    every new token; a variant that evicts tokens from its slots must give it these too.
+    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. If it keeps an
+    index of the held tokens, the index is given every new token, and a variant must pass it the tokens that it evicts.
     """
 
     slots: Slots
@@ -69,7 +76,8 @@ class Blocked(State[M]):
     def _plainly_read(self) -> bool:
         """Return True if a query attends to all held tokens and nothing else: no selector, no summary.
 
-        Such a state may answer a decode step by `_step_one`, which gives its queries to `_on_query`.
+        Such a state may answer a decode step by the shortcut `_step_one`, which passes the step's queries to
+        `_on_query`.
         """
         return False
 
@@ -157,9 +165,9 @@ class Blocked(State[M]):
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
-        """Do `_feed` for rows that get equally many tokens, by slices of k, v and q.
+        """Do `_feed` where all rows get the same number of tokens, by slices of k, v and q.
 
-        seen: number of tokens that each row saw before; rows may differ in it only if they get one token each.
+        seen: number of tokens that every row saw before, or, if each row gets one token, that any of them saw.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -188,7 +196,7 @@ class Blocked(State[M]):
         """Append the first take[r] tokens of row r and return the answers to their queries q (rows, g, a, d).
 
         The answers are a `Partial` (rows, g, a); None without q. The tokens of a row lie within one block, unless
-        `_at_once` allows more. If they complete a block, `_close` is called afterwards.
+        `_at_once` allows more. `_close` is called afterwards for the rows whose block is complete.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
@@ -250,8 +258,8 @@ class Blocked(State[M]):
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
 
-        The newest tokens, with keys new_k and values new_v, are in the slots already, after `before` (rows,) older
-        tokens.
+        The newest tokens, a per row, have the keys new_k and values new_v. They are in the slots already, behind
+        `before` (rows,) older tokens.
         """
         shape = q.shape[:3]
         rest = self._rest(q.flatten(1, 2))
@@ -261,8 +269,8 @@ class Blocked(State[M]):
     def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Compute `_answer` over the tokens in the slots alone, without `_rest`.
 
-        Where every held token is read, one partial (mean and log-mass) is computed over the `before` older tokens of
-        each row and one over the new tokens. Merging the two needs no mask of rows x queries x slots.
+        Arguments and result are those of `_answer`. If there are several new tokens and no selector, attention to the
+        older tokens and to the new ones is computed separately and merged, without a mask of rows x queries x slots.
         """
         shape, past = q.shape[:3], int(before.max())
         if self.selection is not None:
@@ -280,7 +288,8 @@ class Blocked(State[M]):
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
         """Attend with queries `flat` (rows, g*a, d) to all slots, under the causal mask and the selector's mask.
 
-        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when the a newest tokens came.
+        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens; the row held before[r]
+        tokens when these came.
         """
         m = flat.shape[1]
         view = self.slots.view()
@@ -299,7 +308,8 @@ class Blocked(State[M]):
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
         """Attend causally with q (rows, g, a, d) to the slots that the selector's index chooses.
 
-        Returns a `Partial` (rows, g*a). A row held `before` (rows,) tokens when the a newest tokens came.
+        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens; the row held before[r]
+        tokens when these came.
         """
         assert self.selection is not None
         arrived = torch.arange(q.shape[2])
@@ -335,7 +345,7 @@ class Blocked(State[M]):
         return self._left_unread(self._newest(q))
 
     def _newest(self, q: Tensor) -> Tensor:
-        """Rotate queries q (rows, m, d) that came without tokens to the rank of their row's newest held token.
+        """Rotate queries q (rows, m, d) that came without tokens, to the rank of the newest held token of their row.
 
         A token's rank is its index among the held tokens, the oldest at 0. Without a rotation in the spec q is
         returned.

@@ -1,4 +1,9 @@
-"""Define the method of all caches that keep whole tokens: a policy, a summary, a selector, and one eviction loop."""
+"""Define the method of all caches that keep whole tokens: a policy, a summary, a selector, and one eviction loop.
+
+A row is one (batch item, kv head) stream. A priority is a policy's number for a held token; the token of
+lowest priority is evicted first. A protected token is one that the policy never evicts, a pinned token one that
+`State.pin` protects.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +84,7 @@ class Bounded(Method):
         """Return the smallest budget >= `budget` with room for one unprotected token.
 
         pinned: number of tokens that `State.pin` protects. The number of newest protected tokens may grow with the
-        budget, so the search repeats until it fits.
+        budget, so the search repeats until the budget has room.
         """
         first = self.policy.protected_first()
         while (needed := first + self.policy.protected_last(budget) + pinned + 1) > budget:
@@ -270,7 +275,7 @@ class BoundedState(Watching):
         return self.budget + spared.masked_fill(self.prompt < 0, 0)
 
     def _evict(self, rows: Tensor) -> None:
-        """Evict the lowest-priority tokens of each of these rows until it holds no more than `_limit`.
+        """Evict the lowest-priority tokens of each row in `rows` until the row holds at most `_limit` tokens.
 
         The summary, if there is one, absorbs the evicted tokens.
         """

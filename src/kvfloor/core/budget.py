@@ -1,4 +1,8 @@
-"""Convert budgets, given as tokens, a share of the context, or bytes of the whole cache, to tokens per row."""
+"""Convert budgets, given as tokens, a share of the context, or bytes of the whole cache, to tokens per row.
+
+A row is one (batch item, kv head) stream. The context is the prompt; the cache has one state per layer. A protected
+token is one that the method's policy never evicts.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def tokens(budget: Budget | None, rows: int) -> list[int]:
 def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None = None, g: int = 1) -> Method:
     """Return `method` with its budget converted from a share or bytes to tokens per row.
 
-    spec     the rows of one layer, their widths and dtype
+    spec     the rows of one layer, the widths of key and value, and the dtype
     layers   number of layers in the cache; each has one state for `spec`
     length   the context in tokens, needed for shares
     g        the GQA group: query heads per kv head (some policies keep queries)
@@ -102,7 +106,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
 
 
 def least_budget(method: Method) -> int:
-    """Return the smallest budget, in tokens, that the method accepts: it must exceed its protected tokens."""
+    """Return the smallest budget, in tokens, that the method accepts: more than the tokens that it protects."""
     high = 1
     while not _accepts(method, high):
         high *= 2

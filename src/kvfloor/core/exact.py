@@ -1,4 +1,8 @@
-"""Keep every token: exact attention as the reference, optionally with a selector of the tokens that a query reads."""
+"""Keep every token: exact attention as the reference, optionally with a selector of the tokens that a query reads.
+
+A slot is the place of one held token. A block is `block` consecutive tokens of a row, which is one (batch item, kv
+head) stream. To pin a token is to protect it from eviction; to forget a token is to drop it on request.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Define the allowed values of each field of a message (a saved state), so that loading refuses all other values."""
+"""Define the allowed values of each field of a message (a saved state), so that loading refuses all other values.
+
+A part of a state is a `Memory` object: its attributes are tensors, numbers, or further parts. A field is one saved
+attribute of a part.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ class Field:
 
     @classmethod
     def like(cls, x: Tensor) -> Field:
-        """Return the field of a tensor for which a state declares none, from its value x in a newly opened state.
+        """Return the default field of a tensor that a state declares no field for; x is its value in a new state.
 
         Dtype and shape must be those of x. An axis of size 0 in x is one that grows with the stream, and may have any
         size. Integers are counts or positions: they must lie in 0 .. MOST (2^48).

@@ -2,6 +2,10 @@
 
 No method declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
 every storage once, and raises TypeError on any object whose size it cannot measure.
+
+A part of a state is a `Memory` object. A storage is the block of bytes behind one or several tensors. A newly opened
+part is one that was made, empty, from method and spec alone. A message is the bytes of `State.to_bytes`, i.e. a saved
+state.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ class Memory:
         return inside + max(0, self.peak - self._own_bytes())
 
     def _own_bytes(self) -> int:
-        """Return the bytes of this part's own tensors; a storage that two of them share counts once."""
+        """Return the bytes of this part's own tensors; a storage that two tensors share counts once."""
         storages: dict[int, int] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name not in PUBLIC:
@@ -85,11 +89,12 @@ class Memory:
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
     def fields(self) -> dict[str, Any]:
-        """Return the allowed values, attribute name -> `Field`, of attributes that may change after opening the part.
+        """Return the `Field` (allowed values), by name, of each attribute that may change after the part was opened.
 
-        They are checked before a message (the bytes of `State.to_bytes`) is loaded. A part whose `export` has nested
-        dicts nests here as well. Attributes that are not named are compared with those of a newly opened part: numbers
-        are configuration and must be equal; tensors must have the same dtype and shape (`Field.like`).
+        The attributes are checked before a message (the bytes of `State.to_bytes`) is loaded. A part whose `export` has
+        nested dicts returns nested dicts here as well. An attribute that is not named here is compared with the same
+        attribute of a newly opened part: numbers are configuration and must be equal; tensors must have the same dtype
+        and shape (`Field.like`).
         """
         return {}
 
@@ -118,7 +123,7 @@ class Memory:
     def adopt(self, fields: dict[str, Any]) -> None:
         """Load saved `fields` into this newly opened part.
 
-        They are what `export` returned for another part of the same method and spec.
+        `fields` is what `export` returned for another part of the same method and spec.
         """
         for name, value in fields.items():
             mine = getattr(self, name)

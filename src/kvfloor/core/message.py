@@ -141,7 +141,7 @@ _FORGED = (
 def _header_end(start: bytes, size: int) -> int:
     """Return the offset at which the header of a message ends, from its first bytes `start` and its `size` in bytes.
 
-    Raises CorruptState if these bytes are not those of a message, and OlderVersion for a message of format 1.
+    Raises CorruptState if no message begins with these bytes, and OlderVersion for a message of format 1.
     """
     if size < _DIGEST.stop:
         raise CorruptState(f"a message has at least {_DIGEST.stop} bytes, this one {size}: truncated, or no message")
@@ -192,7 +192,7 @@ def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dic
 def _place(fields: dict[str, Any], path: str, tensor: Tensor) -> None:
     """Put a tensor back into nested fields at its path, the inverse of `_split`.
 
-    Raises CorruptState if the path is taken or leads through a value, and for a dtype or values that no message holds.
+    Raises CorruptState if the path is used already, if a parent on it is no dict, or if no message holds such a tensor.
     """
     if tensor.dtype not in _DTYPES:
         raise CorruptState(f"field {path} is a {tensor.dtype} tensor")

@@ -1,4 +1,9 @@
-"""Define methods: the frozen configuration of a cache, its promises, and the text that names it."""
+"""Define methods: the frozen configuration of a cache, its promises, and the text that names it.
+
+A state is the memory that a method keeps of its streams. A row is one (batch item, kv head) stream. A part of a method
+is its policy (chooses tokens to evict), summary (compressed form of evicted tokens) or selector (chooses the tokens
+that a query reads). A text such as "h2o(recent=64)@512" names a method; `parse` reads it.
+"""
 
 from __future__ import annotations
 
@@ -167,9 +172,9 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return this method in the size that epsilon and delta need; `budget_for` then checks its guarantee.
+        """Return this method with the sample counts or ranks that bound its error by epsilon with probability 1 - delta.
 
-        A method without sizes to choose returns itself.
+        A method without such sizes returns itself. `budget_for` then checks the guarantee of the returned method.
         """
         del epsilon, delta, spec
         return self
@@ -193,7 +198,8 @@ def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device)
     """Return a state of `method` restored from `fields`, which `State.export` returned for the saved state.
 
     `plain` is the saved state's spec as a dict. Raises CorruptState if the fields are not those of this release's
-    state, or do not fit the method, the spec and each other: a matching digest does not prove that nobody changed them.
+    state, or do not fit the method, the spec and each other: a matching digest does not prove that nobody changed the
+    fields.
     """
     try:
         if plain["rows"] > _numbers(fields):  # before anything is allocated for so many rows

@@ -1,4 +1,8 @@
-"""Define the result of attention over a set of tokens, mean and log-mass, and the merge of two such results."""
+"""Define the result of attention over a set of tokens, mean and log-mass, and the merge of two such results.
+
+In shapes, rows are (batch item, kv head) streams, m queries and s tokens per row, g query heads per kv head, a new
+tokens, d and dv the widths of a key and a value. A logit is scale q.k, after the softcap if there is one.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +63,9 @@ class Partial:
 
     @classmethod
     def causal(cls, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Partial:
-        """Compute causal attention: query i of q (rows, g, a, d) sees the first i + 1 of the a keys.
+        """Compute causal attention: query i of q (rows, g, a, d) sees keys 0 .. i of k (rows, a, d).
 
-        k (rows, a, d), v (rows, a, dv). Returns a partial (rows, g, a), with scale and softcap of the spec.
+        v is (rows, a, dv). Returns a partial (rows, g, a), with scale and softcap of the spec.
         """
         return cls(*attend_causal(q, k, v, spec.scale, spec.softcap))
 

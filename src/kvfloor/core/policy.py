@@ -1,4 +1,10 @@
-"""Define the interface of an eviction policy, which `Bounded` calls."""
+"""Define the interface of an eviction policy, which `Bounded` calls.
+
+A row is one (batch item, kv head) stream, and a slot the place of one held token. A column is a policy's number per
+slot, e.g. a score. A block is `block` consecutive tokens of a row; evictions take place at its end. In shapes,
+r are the rows of a call, s slots, b tokens of a block, g query heads per kv head (GQA group), d and dv the widths of a
+key and a value.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +56,14 @@ class Held:
     def k(self) -> Tensor:
         """Return the keys (r, s, d) that queries are multiplied with, rotated if the spec has a rotation.
 
-        They are fetched on access, and copied only where rows differ in capacity or are not all rows of the state.
+        The keys are fetched on access. They are copied only if rows differ in capacity or this `Held` has not all rows
+        of the state.
         """
         return self.fetch("k")
 
     @property
     def v(self) -> Tensor:
-        """Return the values (r, s, dv). They are fetched on access, as `k` is."""
+        """Return the values (r, s, dv). The values are fetched on access, as the keys are by `k`."""
         return self.fetch("v")
 
     @property
@@ -65,11 +72,12 @@ class Held:
         return torch.arange(self.position.shape[1], device=self.count.device) < self.count
 
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
-        """Rotate unrotated queries q (r, g, b, d) to the present ranks of their own tokens.
+        """Rotate unrotated queries q (r, g, b, d) to the ranks that their own tokens have now.
 
-        position (r, b) is each query's token's index in the stream. A token's rank is its index among the tokens that
-        its row holds now, the oldest at 0. The computed rank is right only if no later token was evicted. This holds
-        for the newest tokens under a policy that protects them. Without a rotation in the spec q is returned.
+        A query's own token is the token that came with the query; position (r, b) is that token's index in the stream.
+        A token's rank is its index among the tokens that the row holds now, the oldest at 0. The computed rank is right
+        only if no token after the query's own was evicted, as for the newest tokens if the policy protects them.
+        Without a rotation in the spec q is returned.
         """
         rotation = self.spec.rotation
         if rotation is None:
@@ -109,7 +117,8 @@ class Queries:
     def as_they_came(self) -> Tensor:
         """Return the queries (r, g, b, d) before rotation.
 
-        A memory that is used after later evictions stores these, since evictions change the ranks to rotate to.
+        A policy memory that reads queries after later evictions stores the unrotated queries, since evictions change
+        the ranks that queries are rotated to.
         """
         return self.q if self.bare is None else self.bare
 
@@ -143,9 +152,9 @@ class PolicyMemory(Memory, ABC):
     def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
         """Update the memory by the keys k (r, b, d) of the newest b tokens of `rows` (r,), oldest first.
 
-        position (r, b) is each token's index in its stream; live (r, b) is False where a row has no such token.
-        Called at block ends and at the seal (end of the prompt) if the policy `wants_keys`; b is the block's length.
-        Tokens that an earlier call gave may be among them.
+        position (r, b) is each token's index in its stream; live (r, b) is False where a row has no such token. Called
+        at block ends and at the seal (end of the prompt) if the policy `wants_keys`; b is the block's length. Tokens of
+        an earlier call may be given again.
         """
 
     def seal(self) -> None:
@@ -237,8 +246,8 @@ class Policy(ABC):
         """Return new values of the policy's columns, column name -> (r, s), given a block's attention weights.
 
         A column is one number per slot. weights (r, g, b, s) are the softmax weights of the block's queries over the
-        held tokens; they are 0 for a query that was not given. `held` may be one of several tiles of slots, so a slot's
-        numbers may depend on its own weights only.
+        held tokens; the weights of a query that was not given are 0. `held` may be one of several tiles of slots, so a
+        slot's numbers may depend on its own weights only.
         """
         del held, weights, queries
         return {}

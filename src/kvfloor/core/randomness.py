@@ -1,8 +1,8 @@
 """Draw counter-based random numbers: each is a function of a key and a counter, never of earlier draws.
 
-A draw is keyed by (seed, row id, position, number of the draw), so it depends neither on the batch a row sits in nor on
-how a stream was cut into calls, and no generator, global or own, is read or advanced. A reservoir keeps the items with
-the smallest keys, which makes a sample independent of chunking (THEORY: bottom-k sampling).
+A key is made from the seed, the row id and the purpose of a draw; a counter, for example, from a token's position. So a
+draw depends neither on other rows nor on how a stream was cut into calls, and no random generator is read or advanced.
+A reservoir that keeps the items with the smallest draws is thus independent of chunking (THEORY: bottom-k sampling).
 """
 
 from __future__ import annotations

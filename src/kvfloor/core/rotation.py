@@ -1,4 +1,9 @@
-"""Rotate keys and queries by RoPE according to a token's rank among the held tokens, instead of its stream position."""
+"""Rotate keys and queries by RoPE according to a token's rank among the held tokens, instead of its stream position.
+
+A place is the whole number that a rotation angle is proportional to, here a token's rank. A pair is two entries of a
+key or query that are rotated together. A `Circle` is two tensors (..., pairs): the cosine and the sine of each pair's
+angle at each place.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +23,15 @@ Circle = tuple[Tensor, Tensor]  # cosine and sine of every pair's angle, (..., p
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotate pairs of a vector's entries by angles that grow with its place (Su et al. 2021, RoPE, arXiv 2104.09864).
+    """Rotate pairs of a vector's entries by angles proportional to a place (Su et al. 2021, RoPE, arXiv 2104.09864).
 
-    A place is a whole number: in a state it is a token's rank among the held tokens of its row.
+    A vector's place is a whole number: in a state, the rank of the vector's token among the held tokens of the row.
     frequencies  radians per place, one number per pair
     start        the first rotated entry; 2 x pairs of entries are rotated, the others stay
     interleaved  pair i is entries (2i, 2i + 1) of the rotated ones; otherwise (i, i + pairs)
     Law: at place p pair (x, y) becomes (x cos a - y sin a, y cos a + x sin a), a = p x frequency rounded to float32, as
-    transformers rounds it. So a model's rotation is undone exactly however large p is, and done as the model does it.
+    transformers rounds it. So `turned` rotates as the model does, and with `back` undoes the model's rotation exactly,
+    however large p is.
     """
 
     frequencies: tuple[float, ...]
@@ -60,7 +66,7 @@ class Rotation:
     def _computed(self, place: Tensor, dtype: torch.dtype) -> Circle:
         """Compute the cosines and sines (..., pairs) of places (...) in float64, and round them to `dtype`.
 
-        Their bits are then the same whether torch vectorises the computation or not.
+        The bits of the result are then the same whether torch vectorises the computation or not.
         """
         frequency = torch.tensor(self.frequencies, dtype=torch.float32, device=place.device)
         angle = (place.to(torch.float32).unsqueeze(-1) * frequency).to(torch.float64)
@@ -69,7 +75,7 @@ class Rotation:
     def _table(self, below: int, dtype: torch.dtype, device: torch.device) -> Circle:
         """Return the cosines and sines at places 0, 1, 2, ..., at least `below` of them: (places, pairs) each.
 
-        They are fixed by the rotation alone, so they are kept for later calls.
+        The table is fixed by the rotation alone, so it is kept for later calls.
         """
         tables: dict[Any, Circle] = vars(self)["_tables"]
         table = tables.get((dtype, device))
@@ -81,10 +87,10 @@ class Rotation:
         return table
 
     def turned(self, x: Tensor, circle: Circle, back: bool = False) -> Tensor:
-        """Rotate x (..., d) by the angles of `circle`, or backwards by them if `back`; return it in x's dtype.
+        """Rotate x (..., d) by the angles of `circle`, or by the opposite angles if `back`; the result has x's dtype.
 
-        `circle` has the angles' cosines and sines (..., pairs). The rotation is computed in their dtype and rounded
-        once.
+        `circle` has the angles' cosines and sines (..., pairs). The rotation is computed in the dtype of these tensors,
+        and the result is rounded once.
         """
         cos, sin = circle[0], -circle[1] if back else circle[1]
         middle = x[..., self.start : self.stop].to(cos.dtype)

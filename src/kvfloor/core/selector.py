@@ -1,4 +1,10 @@
-"""Define the interface of a selector, which picks the held tokens that a query reads; `Exact` and `Bounded` call it."""
+"""Define the interface of a selector, which picks the held tokens that a query reads; `Exact` and `Bounded` call it.
+
+A row is one (batch item, kv head) stream, and a slot the place of one held token. An index is what a selector stores
+about the held keys to find the tokens of large logit. A query sees a slot if the causal mask allows it, and reads the
+slots that the selector chooses among these. In shapes, r are the rows of a call, m queries per row, g query heads per
+kv head, a new tokens, s slots.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +40,16 @@ class Chosen:
 class SelectorState(Memory, ABC):
     """Store a selector's index of the held tokens, which is updated whenever tokens enter or leave the slots.
 
-    `spec` is the state's spec. Rows are the first axis of every tensor; a part with other tensors defines its own
-    `select_rows`. Choices are made by float64 scores, and by slot number among equal scores, so that they do not depend
-    on the shape of the call.
+    `spec` is the state's spec. Rows are the first axis of every tensor; a subclass with other tensors defines its
+    own `select_rows`. Slots are chosen by float64 scores, and by slot number among equal scores, so that a choice does
+    not depend on the shape of the call.
     """
 
     spec: Spec
 
     @abstractmethod
     def append(self, slots: Slots, before: Tensor) -> None:
-        """Add the new tokens of each row r to the index: those in slots before[r] .. slots.held[r] - 1."""
+        """Add each row's new tokens to the index: the tokens in slots before[r] .. slots.held[r] - 1 of row r."""
 
     @abstractmethod
     def evict(self, slots: Slots, leaving: Tensor) -> None:
@@ -69,7 +75,7 @@ class SelectorState(Memory, ABC):
         """Choose the slots that each query of q (r, m, d) reads among the first visible (r, m) slots of `rows`.
 
         The call changes nothing, and a query's choice does not depend on the other queries. A query sees at least the
-        slots that were held after the last eviction. It reads at least one slot if it sees any.
+        slots that were held after the last eviction. A query that sees any slot reads at least one.
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
@@ -122,7 +128,7 @@ class Indexed(Selector):
     def block(self) -> int | None:
         """Return the block length that the index needs, in tokens between two calls of `close`; None: any will do.
 
-        It is used by `Exact`; `Bounded` has a block length of its own.
+        `Exact` uses this block length; `Bounded` has one of its own.
         """
         return None
 

@@ -1,4 +1,9 @@
-"""Store the held tokens of all rows in one arena of keys and values."""
+"""Store the held tokens of all rows in one arena of keys and values.
+
+A row is one (batch item, kv head) stream, and a slot the place of one held token. A column is a policy's number per
+slot. The rank of a token is its index among the tokens that its row holds, the oldest at 0. In shapes, r are the rows
+of a call, s or width slots per row, a new tokens, e named tokens.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +42,8 @@ class Slots(Arena):
     """Store the held tokens of every row, packed at the front of the row's stretch of the arena.
 
     A slot is the place of one token. A row's slots carry no order; `position` is the arrival index of each token. Rows
-    may have different capacities (per-head budgets free real bytes) and different fill (`held`). `columns` are per-slot
-    numbers that a policy keeps, zero where a slot holds no token.
+    may differ in capacity, so that a smaller budget takes less memory, and in the number of tokens (`held`). `columns`
+    are per-slot numbers that a policy keeps, zero where a slot holds no token.
 
     Under `spec.rotation` k has the keys that queries read: each is rotated to the rank of its token among the tokens of
     the row. An eviction changes the ranks of the tokens behind the evicted ones. Then k is rotated anew from `bare`,
@@ -158,7 +163,7 @@ class Slots(Arena):
     def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
         """Write values (r, width) to the column `name`, a policy's numbers per slot, for `rows` (None: all).
 
-        Slots without a token stay as they are.
+        Entries of slots without a token are left unchanged.
         """
         store, level = getattr(self.columns, name), self.level if rows is None else None
         if level is not None:
@@ -192,7 +197,7 @@ class Slots(Arena):
             self._turn(None if bool(fewer.all()) else fewer.nonzero().squeeze(1))
 
     def _turn(self, rows: Tensor | None) -> None:
-        """Rotate the keys of `rows` (None: all) to the ranks that their tokens have now."""
+        """Rotate the keys of `rows` (None: all) to the ranks that the keys' tokens have now."""
         bare, rotation = self.bare, self.spec.rotation
         held = self.held if rows is None else self.held[rows]
         width = int(held.max()) if len(held) else 0
@@ -291,7 +296,7 @@ class Columns(Memory):
 
 
 def require_positions(fields: dict[str, Any], seen: Tensor) -> None:
-    """Raise ValueError if saved slots hold a token twice, or one that its row has not seen yet.
+    """Raise ValueError if saved slots hold a token twice, or a token that the row has not seen yet.
 
     fields  the saved fields of `Slots`
     seen    (rows,) number of tokens that each row has seen: positions must be below it

@@ -1,6 +1,9 @@
 """Define the state of a method, i.e. the memory of its streams of tokens.
 
 The checks of input, the padding, the clocks (tokens per row) and the message (saved state) are written once, here.
+A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A call's real tokens are those that are
+not padding; packed tokens have each row's real tokens first. To seal a state is to mark the end of the prompt, to pin
+tokens is to protect them from eviction, to forget tokens is to drop them on request.
 """
 
 from __future__ import annotations
@@ -53,8 +56,9 @@ def _plain(call: Call) -> Call:
 def whole(call: Call) -> Call:
     """Wrap the method `call` of a state so that it raises `BrokenState` if an earlier call on the state broke off.
 
-    Otherwise it runs as under `_plain`. A call that is about to change the state sets `_underway` first, after it has
-    checked its input. The wrapper clears `_underway` when the call returns. Any exception before that leaves it set.
+    Otherwise the call runs outside autograd and outside inference mode, as under `_plain`. A call that is about to
+    change the state sets `_underway` first, after it has checked its input. The wrapper clears `_underway` when the
+    call returns; an exception leaves `_underway` set.
     """
 
     @wraps(call)
@@ -115,12 +119,12 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def key_width(self) -> int:
-        """Return the last size of `k`: the spec's d, or more if each token has several keys (tensor attention)."""
+        """Return the width (last axis) of `k`: the spec's d, or more if tokens have several keys (tensor attention)."""
         return self.spec.d
 
     @property
     def value_width(self) -> int:
-        """Return the last size of `v`: the spec's dv, or more if each token has several values (tensor attention)."""
+        """Return the width (last axis) of `v`: the spec's dv, more if tokens have several values (tensor attention)."""
         return self.spec.dv
 
     @abstractmethod
@@ -167,7 +171,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Handle the end of the prompt, for example by compressing the prompt."""
 
     def _require_group(self, g: int, attending: bool = False) -> None:
-        """Raise ValueError if the GQA group g (queries per kv head) differs from that of the queries kept so far.
+        """Raise ValueError if the GQA group g (queries per kv head) differs from the group of all queries kept so far.
 
         attending: True if the queries come by `attend`, without tokens of their own.
         """
@@ -235,7 +239,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
         """Do `step`, but return the log-mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
 
-        It is empty where `present` is False. Use it to merge further terms into the answer, such as a sink's logit.
+        The partial is empty (mean 0, log-mass -inf) where `present` is False. Use this call to merge further terms into
+        the answer, such as a sink's logit.
         """
         k, v, q, take, order = self._packed(k, v, q, present)
         if not any(take.tolist()):
@@ -282,8 +287,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Drop tokens, named by row (e,) and position (e,), int64: no later query attends to them.
 
         Clocks do not change, and a policy keeps what it learnt from these tokens. A token that was evicted for good,
-        without a summary, is passed over. Raises ValueError, the state unchanged, where a token cannot be taken out
-        again.
+        without a summary, is ignored. Raises ValueError, the state unchanged, where a token cannot be dropped.
         """
         row, position = self._named(row, position)
         if row.numel():
@@ -293,8 +297,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _named(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Check the arguments of `forget`, and return them on the CPU: row (e,) and position (e,).
 
-        Raises ValueError if they are no such tensors, or if one of the tokens was never seen or cannot be taken out
-        again.
+        Raises ValueError unless both are 1-d int64 tensors of one length, and every token was seen and can be dropped.
         """
         row, position = (torch.as_tensor(x).to("cpu") for x in (row, position))
         if row.ndim != 1 or row.shape != position.shape or row.dtype != torch.int64 or position.dtype != torch.int64:
@@ -340,7 +343,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def bytes_read(self) -> int:
         """Return the bytes that answering one query token reads, over all rows.
 
-        They are `nbytes`, unless a variant reads only a part of its memory.
+        The default is `nbytes`; a variant that reads only a part of its memory returns less.
         """
         return self.nbytes
 
@@ -348,7 +351,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if the `fields` of a saved state contradict those of another state that is a part of it.
+        """Raise ValueError if the `fields` of a saved state contradict the fields of another state inside it.
 
         Both must have seen equally many tokens per row, and both or neither must be sealed (past the end of the
         prompt).
@@ -373,7 +376,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def to_bytes(self) -> bytes:
         """Return the state as bytes, a message from which `Method.from_bytes` restores it.
 
-        It has all that answering and continuing need beyond the method and public randomness.
+        The message has everything that is needed to answer queries and to append tokens, except the method and public
+        randomness.
         """
         return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 
@@ -454,10 +458,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return _pack(k, order), _pack(v, order), _pack(q, by_query), take, order
 
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Check that k, v, q and `present` fit together; return how many tokens of each row are real, and an order.
+        """Check that k, v, q and `present` fit together; return the number of real tokens per row, and a token order.
 
-        The counts are (rows,). By the order (rows, t) `_pack` moves each row's real tokens to the front; it is None if
-        all tokens are real.
+        The numbers are (rows,). The order (rows, t) is the one by which `_pack` moves each row's real tokens to the
+        front; it is None if all tokens are real.
         """
         rows, t = k.shape[:2]
         if v.shape[1] != t:
@@ -501,8 +505,8 @@ def _require_dense(x: Tensor, name: str) -> None:
 def _all_finite(x: Tensor) -> bool:
     """Return True if all entries are finite, without writing a mask.
 
-    A NaN or an infinity makes the sum not finite. The sum of finite numbers may overflow too, so where it is not finite
-    the extremes decide.
+    A NaN or an infinity makes the sum not finite. The sum of finite numbers may overflow too, so if the sum is not
+    finite, the least and the largest entry decide.
     """
     if x.numel() == 0 or math.isfinite(x.sum().item()):
         return True
@@ -510,7 +514,7 @@ def _all_finite(x: Tensor) -> bool:
 
 
 def _one(k: Tensor, v: Tensor) -> bool:
-    """Return True if these tensors are views of the same numbers in the same order."""
+    """Return True if k and v are views of the same numbers in the same order, so that one copy can serve as both."""
     return k is v or (k.data_ptr() == v.data_ptr() and k.shape == v.shape and k.stride() == v.stride())
 
 
@@ -520,10 +524,10 @@ def _pack(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
-    """Move answers (rows, g, t, w) to packed tokens back to the tokens' places in the call, the inverse of `_pack`.
+    """Undo `_pack`: move the answers (rows, g, t, w) to packed tokens back to where the tokens stood in the call.
 
-    Row r has take[r] real tokens; all other places get `empty`, whatever the answer to the padding was. order None: no
-    token was moved, and `out` is returned.
+    Row r has take[r] real tokens; all other places get `empty`, whatever was computed for padding. order None: no token
+    was moved, and `out` is returned.
     """
     if order is None:
         return out

@@ -1,4 +1,8 @@
-"""Store the lists of a selector's index, one or more per row, each in its own stretch of a flat arena."""
+"""Store the lists of a selector's index, one or more per row, each in its own stretch of a flat arena.
+
+A row is one (batch item, kv head) stream. A place is an index into the flat tensors of the arena; a stretch is the
+range of places in which one list can grow.
+"""
 
 from __future__ import annotations
 

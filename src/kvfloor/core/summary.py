@@ -1,4 +1,9 @@
-"""Define the interface of a summary, which keeps a compressed form of evicted tokens; `Bounded` calls it."""
+"""Define the interface of a summary, which keeps a compressed form of evicted tokens; `Bounded` calls it.
+
+A row is one (batch item, kv head) stream. To absorb tokens is to add them to the summary. A lot is the evicted tokens
+of one row in one call of `absorb`. In shapes, e are evicted tokens of all rows, c those of one row, r the rows of a
+call.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +26,8 @@ class SummaryState(Memory, ABC):
     """Store a compressed form of evicted tokens, as tensors with rows as first axis.
 
     `shared` maps names to tensors that are fixed by (method, spec) alone (trained kernels, tables): public and
-    uncounted. `Bounded` replaces it by one dictionary for the whole state, so a summary's names in it start with the
-    summary's name.
+    uncounted. `Bounded` replaces `shared` by one dictionary for the whole state, so a summary uses names in it that
+    start with the summary's own name.
     """
 
     def __init__(self, spec: Spec) -> None:

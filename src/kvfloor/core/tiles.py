@@ -36,7 +36,7 @@ def weights_by_tile(
              whatever `hide` returns for them
     tile     number of keys in a tile (None: TILE_SLOTS)
     Yields (at, weights), where the slice `at` names the keys of the tile. A query that sees no key has weight 0
-    everywhere. A row's weights are computed from its own queries and held keys: their bits depend on nothing else.
+    everywhere. The bits of a row's weights depend on the row's own queries and held keys alone.
     """
     tile = tile or TILE_SLOTS
     dtype, (rows, m, _), width = compute_dtype(k.dtype), q.shape, k.shape[1]

@@ -1,4 +1,9 @@
-"""Give a policy, at block ends, the queries, attention weights and keys that it learns from."""
+"""Give a policy, at block ends, the queries, attention weights and keys that it learns from.
+
+A row is one (batch item, kv head) stream, and a slot the place of one held token. A block is `block` consecutive tokens
+of a row, and the open block the tokens since the last block end. In shapes, r are the rows of a call, b
+tokens of a block, m queries, s slots, g query heads per kv head.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +29,8 @@ if TYPE_CHECKING:
 class Watching(Blocked["Bounded"]):
     """Answer from slots and a summary, and let the policy learn from queries, attention weights and keys.
 
-    A policy learns at block ends, in one product of fixed shape over the block's buffered queries. So its decisions do
-    not depend on how the stream was cut into calls.
+    A policy learns at block ends, in one product of fixed shape over the block's buffered queries. So the policy's
+    decisions do not depend on how the stream was cut into calls.
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -84,7 +89,7 @@ class Watching(Blocked["Bounded"]):
             self._buffer(q, seen % self.block)
 
     def _buffer(self, q: Tensor, start: int) -> None:
-        """Store every row's queries q (rows, g, a, d) in the buffer of the open block, from place `start` on."""
+        """Store every row's queries q (rows, g, a, d) in the buffer of the open block, from index `start` on."""
         self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
         self.asked[:, start : start + q.shape[2]] = True
 
@@ -122,9 +127,10 @@ class Watching(Blocked["Bounded"]):
     def _at_once(self, seen: int, left: int) -> int:
         """Return how many of a row's next `left` tokens may be appended in one piece, across ends of blocks.
 
-        `seen` tokens came before. 0: the piece must stop at the next block end. More than 0 only in a dense prompt
-        (nothing is evicted before its end) where every held token is read and the policy needs no weights or keys: all
-        tokens if it needs no queries; all but the newest ones, in whole blocks, if it needs the newest queries only.
+        `seen` tokens came before. 0: the piece must stop at the next block end. More than 0 is possible only in a dense
+        prompt (nothing is evicted before its end), without selector, and if the policy needs neither weights nor keys.
+        Then the piece has all `left` tokens if the policy needs no queries; if it needs the newest queries only, the
+        piece has whole blocks and leaves out the tokens of these queries.
         """
         policy = self.method.policy
         if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
@@ -145,7 +151,7 @@ class Watching(Blocked["Bounded"]):
             self._show_block(every[(self.seen % self.block) == fill], fill)
 
     def _show_keys(self, rows: Tensor) -> None:
-        """Call the policy memory's `on_keys` for the newest `block` tokens of these rows, read from their slots.
+        """Call the policy memory's `on_keys` for the newest `block` tokens of these rows, read from the slots.
 
         No eviction has moved these tokens yet.
         """
@@ -159,8 +165,8 @@ class Watching(Blocked["Bounded"]):
     def _show_block(self, rows: Tensor, fill: int) -> None:
         """Call the policy's `on_queries` and `on_weights` for the queries of the last `fill` tokens of these rows.
 
-        These are the tokens since the last block end. A query's weights are over the tokens that were held when it
-        came.
+        The last `fill` tokens are those since the last block end. The weights of a query are over the tokens that were
+        held when the query came.
         """
         rows = rows[self.asked[rows].any(1)]
         if self.queries is None or not len(rows):
@@ -179,9 +185,9 @@ class Watching(Blocked["Bounded"]):
     def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
         """Give the policy queries of these rows, and store the numbers per slot that it returns.
 
-        Each query sees its row's first visible (r, b) slots. If the spec has a rotation, the query is first rotated to
-        the rank that its own token had when it came. A row's weights are computed from its own queries and held tokens
-        alone (`weights_by_tile`), so they round alike for every chunking and every neighbour row.
+        Each query sees its row's first visible (r, b) slots. If the spec has a rotation, a query is first rotated to
+        the rank that its own token had on arrival. A row's weights are computed from its own queries and held tokens
+        alone (`weights_by_tile`), so the weights round alike for every chunking and every neighbour row.
         """
         policy, width = self.method.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows

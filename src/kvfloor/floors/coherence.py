@@ -1,7 +1,8 @@
 """Bound the inner products `mu_*` and one-sided gaps `gap_*` of families of n nearly orthogonal keys in d dimensions.
 
-The one-sided gap of a key is g_i = |k_i|^2 - max_{j != i} <k_i, k_j>, and the hard instances of the floors need nothing
-else. For unit keys, g >= 1 - mu.
+mu is an upper bound on the inner product of two different keys. The one-sided gap of key i is
+g_i = |k_i|^2 - max_{j != i} <k_i, k_j>, and the hard instances of the floors need a positive gap and nothing else. For
+unit keys, g >= 1 - mu.
 """
 
 import math
@@ -21,10 +22,11 @@ def jl_dim_paper(n: int, eps: float) -> float:
 
 
 def mu_rademacher(n: int, d: int, delta: float) -> float:
-    """Return an upper bound on the inner products of `n` random keys in {±1/sqrt(d)}^d.
+    """Return an upper bound on the inner products of `n` random keys in {±1/sqrt(d)}^d, all pairs of keys together.
 
     The bound fails with probability at most `delta`.
-    Law: sqrt((4 ln n + 2 ln(1/(2 delta))) / d), Hoeffding's tail exp(-d t^2/2) over fewer than n^2/2 pairs. Derived.
+    Law: sqrt((4 ln n + 2 ln(1/(2 delta))) / d), Hoeffding's tail exp(-d t^2/2) over fewer than n^2/2 pairs. Derived
+    here.
     """
     delta = within("delta", delta, 0.0, 1.0, low_open=True)
     bound = 4.0 * math.log(whole("n", n)) + 2.0 * math.log(1.0 / (2.0 * delta))
@@ -32,11 +34,11 @@ def mu_rademacher(n: int, d: int, delta: float) -> float:
 
 
 def mu_sphere(n: int, d: int) -> float:
-    """Return an upper bound on the inner products of `n` unit keys that exist in `d` dimensions.
+    """Return an upper bound on the inner products of some `n` unit keys in `d` dimensions: keys within the bound exist.
 
-    Uniform random unit keys stay within the bound with positive probability, so such keys exist.
-    Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, as a cap of angle theta <= pi/2 has share at most
-    sin(theta)^(d-1)/2. Derived.
+    Uniform random unit keys stay within the bound with positive probability.
+    Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, as a cap of angle theta <= pi/2 covers a share of the sphere of at most
+    sin(theta)^(d-1)/2. Derived here.
     """
     n, d = whole("n", n), whole("d", d, least=2)
     return math.sqrt(max(0.0, 1.0 - (4.0 / n**2) ** (2.0 / (d - 1))))
@@ -56,9 +58,9 @@ def mu_chirp(p: int, m: int) -> float:
 def mu_reed_solomon(b: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m one-hot Reed-Solomon keys: (m-1)/b.
 
-    p is a prime, m the number of coefficients of the code's polynomials mod p, b <= p the number of points at which
-    they are evaluated, and d >= b p the key width. Two polynomials of degree below m agree on at most m - 1 of the b
-    points.
+    p is a prime, m the number of coefficients of the code's polynomials mod p, b <= p the number of points at which the
+    polynomials are evaluated, and d >= b p the key width. Two polynomials of degree below m agree on at most m - 1 of
+    the b points.
     """
     return (whole("m", m) - 1) / whole("b", b)
 
@@ -66,7 +68,7 @@ def mu_reed_solomon(b: int, m: int) -> float:
 def gap_hypercube(d: int) -> float:
     """Return the gap of all n <= 2^d sign vectors {±1/sqrt(d)}^d: exactly 2/d, as neighbours differ in one sign.
 
-    The gap of unit keys is 1 less the largest inner product of two of them.
+    The gap of unit vectors is 1 less the largest inner product of two of the vectors.
     """
     return 2.0 / whole("d", d)
 
@@ -74,7 +76,8 @@ def gap_hypercube(d: int) -> float:
 def gap_circle(n: int) -> float:
     """Return the gap of `n` equally spaced points of a circle: 1 - cos(2 pi / n).
 
-    The gap is 1 less the largest inner product of two points. So d >= 2 has room for every n.
+    The gap is 1 less the largest inner product of two points. It is positive for every n, so d = 2 has room for every
+    n.
     """
     n = whole("n", n, least=2)
     return 2.0 * math.sin(math.pi / n) ** 2
@@ -85,7 +88,7 @@ def log_packing_count(d: int, gap: float) -> float:
 
     The gap is 1 less the largest inner product of two keys. Law: at least 2 / sin(theta)^(d-1) keys exist with
     cos(theta) = 1 - gap, as caps of angle theta around a maximal packing cover the sphere. Beyond theta = pi/2 the cap
-    bound fails, so gap > 1 raises ValueError. Derived.
+    bound fails, so gap > 1 raises ValueError. Derived here.
     """
     d = whole("d", d, least=2)
     gap = within("gap", gap, 0.0, 1.0, low_open=True)
@@ -105,11 +108,11 @@ def gap_packing(n: int, d: int) -> float:
 
 
 def gap_known(n: int, d: int) -> float:
-    """Return the largest gap that the closed forms here guarantee for `n` unit keys in `d` dimensions, at most 1.
+    """Return the largest gap that this module's closed forms guarantee for `n` unit keys in `d` dimensions, at most 1.
 
     The gap is 1 less the largest inner product of two keys. It is 1 when the 2d vectors ±e_i suffice; else the largest
     gap of a circle, the hypercube and a maximal packing. It is 0 when d = 1 and n > 2: no query can favour a key that
-    lies between two others.
+    lies between two other keys.
     """
     n, d = whole("n", n), whole("d", d)
     if n <= 2 * d:

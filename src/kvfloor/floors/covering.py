@@ -1,7 +1,7 @@
 """Bound the number of balls, clusters or greedy centres that a clustering of keys in the unit ball needs.
 
-All counts are upper bounds: whole numbers as floats, `inf` beyond the floats. For keys of norm up to R, divide delta
-by R.
+All counts are upper bounds: whole numbers as floats, `inf` beyond the floats. For keys of norm up to R, divide the
+radius or diameter delta by R.
 """
 
 import math
@@ -26,7 +26,7 @@ def clusters(delta: float, d: int) -> float:
     """Return an upper bound on the number of clusters of *diameter* `delta` that partition points of the unit ball.
 
     Law: (1 + 4/delta)^d, and 1 from delta = 2 on. A ball of radius delta/2 has diameter delta. Derived here; Haris &
-    Onak (COLT 2025), Lemma 14, takes the radius for the diameter (docs/floors.md, "Covering").
+    Onak (COLT 2025), Lemma 14, uses balls of radius delta, whose diameter is 2 delta (docs/floors.md, "Covering").
     """
     return covering_balls(positive("delta", delta) / 2.0, d)
 
@@ -34,8 +34,9 @@ def clusters(delta: float, d: int) -> float:
 def greedy_centres(delta: float, d: int) -> float:
     """Return an upper bound on the number of centres of an online greedy clustering of the unit ball at radius `delta`.
 
-    Law: at most (1 + 2/delta)^d. A point farther than delta from every centre becomes a centre, so centres are more
-    than delta apart. The bound is 1 from delta = 2 on, where no two points are farther apart than delta. Derived here.
+    A point farther than delta from every centre so far becomes a centre, so centres are more than delta apart. Law: at
+    most (1 + 2/delta)^d centres, and 1 from delta = 2 on, where no two points are farther apart than delta. Derived
+    here.
     """
     delta, d = positive("delta", delta), whole("d", d)
     return 1.0 if delta >= 2.0 else _power(1.0 + 2.0 / delta, d)

@@ -1,4 +1,7 @@
-"""Bound the length of a message from which its receiver answers questions about hidden bits. Results are in bits."""
+"""Bound the length of a message from which its receiver answers questions about hidden bits. Results are in bits.
+
+The message stands for the state of a method: Alice hides bits in a stream and sends the state to the receiver, Bob.
+"""
 
 import math
 
@@ -14,10 +17,10 @@ def H2(p: float) -> float:
 
 
 def index_bits(N: int, p: float) -> float:
-    """Return the least message length, in bits, from which one of `N` hidden bits is answered (the INDEX problem).
+    """Return the least message length, in bits, from which a random one of `N` hidden bits is decoded (problem INDEX).
 
-    Law: S >= N (1 - H2(1-p)), where `p` is the probability that a uniformly drawn bit is answered right, over uniform
-    hidden bits, index and public coins. The bound is 0 for p <= 1/2, because guessing reaches that.
+    Law: S >= N (1 - H2(1-p)), where S is the length, and `p` the probability that this bit is decoded right, over
+    uniform hidden bits, index and public coins. The bound is 0 for p <= 1/2, because guessing reaches that.
     Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the
     concavity of H2 (derived here: docs/floors.md, "INDEX").
     """
@@ -29,10 +32,10 @@ def index_bits(N: int, p: float) -> float:
 def row_bits(n: int, dv: int, p: float) -> float:
     """Return the least message length, in bits, from which `n` whole rows of `dv` hidden bits are decoded right.
 
-    Law: S >= n (p dv - H2(p)), clamped at 0, where `p` is the chance (average over the `n` rows) that a row is
-    decoded without any error.
-    Source: Haris & Onak (COLT 2025), Remark 7 has Bob recover a whole row; the constant is Fano's inequality per row
-    (derived here: docs/floors.md, "Whole rows").
+    Law: S >= n (p dv - H2(p)), clamped at 0, where S is the length, H2 the binary entropy, and `p` the chance (average
+    over the `n` rows) that a row is decoded without any error.
+    Source: Haris & Onak (COLT 2025), Remark 7, where the receiver (Bob) recovers a whole row; the constant is Fano's
+    inequality per row (derived here: docs/floors.md, "Whole rows").
     """
     n, dv = whole("n", n, least=0), whole("dv", dv)
     p = within("p", p, 0.0, 1.0, low_open=True)
@@ -40,7 +43,7 @@ def row_bits(n: int, dv: int, p: float) -> float:
 
 
 def token_ids(n: int, vocabulary: int) -> float:
-    """Return the bits of `n` stored token ids, from which a fixed model can always recompute its keys and values.
+    """Return the bits of `n` stored token ids, from which a fixed model can always recompute all keys and values.
 
     Law: n log2(vocabulary). It may lie below `space`: the floors hold for attention as a data structure, for which
     keys and values are arbitrary, not for a fixed model whose keys and values are functions of its tokens.

@@ -1,4 +1,4 @@
-"""Hold a memory floor: the bits that every method needs, and the memory sizes that are known to suffice."""
+"""Hold a memory floor: a lower bound on the bits of every method, and memory sizes that are known to suffice."""
 
 import dataclasses
 import math
@@ -25,9 +25,9 @@ class Floor:
     """Hold a space floor: any method that answers each row to the given accuracy with probability p needs `bits`.
 
     A row is the dv values of one answer. `bytes` is `bits` in whole bytes. `upper_bits` suffices when the keys are
-    public and the values are single bits, so the floor is tight up to the factor p - H2(p)/dv. `regime` and `theorem`
-    name the argument that gives the number, and `constants` holds everything that entered it. `possible` lists memories
-    that suffice, smallest first.
+    public and the values are single bits, so the floor is tight up to the factor p - H2(p)/dv, H2 the binary entropy.
+    `regime` and `theorem` name the argument that gives the number, and `constants` holds everything that entered it.
+    `possible` lists memory sizes that suffice, smallest first.
     """
 
     bits: float
@@ -47,9 +47,9 @@ class Floor:
         constants: dict[str, Any],
         possible: list[Possible],
     ) -> "Floor":
-        """Make a floor of `bits`, with whole bytes counted and `possible` sorted by size.
+        """Return a floor of `bits`, with `bytes` computed from the bits and `possible` sorted by size.
 
-        A floor of 0 bits has its regime marked as vacuous.
+        The other arguments are fields of the floor. A floor of 0 bits has its regime marked as vacuous.
         """
         return Floor(
             bits=bits,
@@ -62,7 +62,7 @@ class Floor:
         )
 
     def ratio(self, memory: Possible) -> float:
-        """Return the bits of `memory` over the bits of the floor; infinite for a floor of 0."""
+        """Return the bits of `memory` divided by the bits of the floor; infinite for a floor of 0."""
         return memory.bits / self.bits if self.bits > 0.0 else math.inf
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Compute the space floor (the bits that any method needs) of error guarantees in a norm.
+"""Compute the space floor (lower bound on any method's bits) of error guarantees in a norm.
 
 Such a guarantee is |z - A|_2 <= epsilon * size, for the answer z to exact attention A. In the hard instance, values are
-±1, and the receiver of a state (Bob) reads the signs of each answer, a row of dv. The guarantee allows a share rho of
-wrong signs per row. If it holds with probability p, a row gives p (dv - log2 of a Hamming ball) - H2(p) bits.
+±1, and the receiver of a state (Bob) reads the signs of each answer, a row of dv signs, by a query (spike) that puts
+nearly all softmax mass on one token. The guarantee allows a share rho of wrong signs per row. If it holds with
+probability p, a row gives p (dv - log2 B) - H2(p) bits, B the number of rows with at most rho dv wrong signs, H2 the
+binary entropy.
 docs/floors.md, "Other error guarantees", has the proofs.
 """
 
@@ -34,10 +36,10 @@ _THEOREMS = {
 def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0, norm: float | None = None) -> float:
     """Return an upper bound on the share rho of a row's dv signs that an answer within the guarantee gets wrong.
 
-    A row is the ±1 values of one of `m` hidden tokens, read by a query (spike) that puts nearly all softmax mass on it.
-    The guarantee is |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F (frobenius) or
-    ||softmax||_2 ||V||_op (operator).
-    Law, with `leak` = x, (mass off the spike)/(mass on it), so that the weight on the spike is at least 1/(1+x):
+    A row is the ±1 values of one of `m` hidden tokens, read by a query that puts nearly all softmax mass on this token,
+    the spike. The guarantee is |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F
+    (frobenius) or ||softmax||_2 ||V||_op (operator).
+    Law, with `leak` = x, (mass off the spike)/(mass on the spike), so that the weight on the spike is at least 1/(1+x):
         max         epsilon^2 ((1+x)/(1-x))^2
         frobenius   epsilon^2 m (1+x^2)/(1-x)^2
         operator    epsilon^2 ||X||_op^2 / dv (1+x^2)/(1-x)^2      ||X||_op: `norm`, or `sign_norm(m, dv)`
@@ -53,11 +55,11 @@ def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0,
 def sign_norm(m: int, dv: int) -> float:
     """Return an operator norm that at least half of all m x dv sign matrices do not exceed; about sqrt(m) + sqrt(dv).
 
-    Law: B^2 = min(m dv, min over whole k of (2 min(m, dv))^(1/k) s^2 e^(2k/s^2)), s = sqrt(m) + sqrt(dv). For signs R
-    and Gaussians G: E||R||^2k <= E tr(RR')^k <= E tr(GG')^k, as every monomial's mean is 0 or 1 for signs and at
-    least that for Gaussians; and tr(GG')^k <= min(m, dv) ||G||^2k, E e^(u||G||) <= e^(us + u^2/2) (Gordon; Gaussian
-    concentration), x^2k <= (2k/(eu))^2k e^(ux), u = 2k/s. Markov at 1/2. Derived here; the k used are the two whole
-    numbers at the best real one, s sqrt(ln(2 min(m, dv))/2).
+    Law: B^2 = min(m dv, min over whole k of (2 min(m, dv))^(1/k) s^2 e^(2k/s^2)), B the norm, s = sqrt(m) + sqrt(dv).
+    For signs R and Gaussians G: E||R||^2k <= E tr(RR')^k <= E tr(GG')^k, as every monomial's mean is 0 or 1 for signs
+    and at least that for Gaussians; and tr(GG')^k <= min(m, dv) ||G||^2k, E e^(u||G||) <= e^(us + u^2/2) (Gordon;
+    Gaussian concentration), x^2k <= (2k/(eu))^2k e^(ux), u = 2k/s. Markov at 1/2. Derived here; the k used are the two
+    whole numbers next to the best real k, s sqrt(ln(2 min(m, dv))/2).
     """
     return math.sqrt(_squared_norm(whole("m", m), whole("dv", dv)))
 
@@ -65,7 +67,7 @@ def sign_norm(m: int, dv: int) -> float:
 def ball_bits(dv: int, wrong: int) -> float:
     """Return log2 of the number of strings of `dv` bits within Hamming distance `wrong` of a given string.
 
-    It is at most dv H2(wrong/dv) for wrong <= dv/2.
+    The result is at most dv H2(wrong/dv) for wrong <= dv/2, H2 the binary entropy.
     """
     dv, wrong = whole("dv", dv), whole("wrong", wrong, least=0)
     return math.log2(sum(math.comb(dv, j) for j in range(min(wrong, dv) + 1)))
@@ -74,9 +76,10 @@ def ball_bits(dv: int, wrong: int) -> float:
 def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
     """Return the least message length, in bits, from which each of `m` rows of `dv` bits is decoded with few errors.
 
-    Each row is decoded with at most `wrong` errors with probability p.
-    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0; no less than m [p dv (1 - H2(rho)) - H2(p)] for
-    rho = wrong/dv <= 1/2, and `row_bits` for wrong = 0. Derived here: Fano's inequality with a list.
+    Each row is decoded with at most `wrong` wrong bits with probability p.
+    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0, H2 the binary entropy; no less than
+    m [p dv (1 - H2(rho)) - H2(p)] for rho = wrong/dv <= 1/2, and `row_bits` for wrong = 0. Derived here: Fano's
+    inequality with a list.
     """
     m, p = whole("m", m, least=0), within("p", p, 0.0, 1.0, low_open=True)
     return max(0.0, m * (p * (dv - ball_bits(dv, wrong)) - H2(p)))
@@ -96,14 +99,16 @@ def metric_space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits that any streaming method must hold to meet an error guarantee at each step.
+    """Return a lower bound on the bits that any streaming method must hold to meet an error guarantee at each step.
 
     The guarantee, of the norm `metric` with error `epsilon` (see `wrong_share`), must hold with probability `p` at each
-    step. Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), rho = `wrong_share`
-    of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else 0. The
-    instance is a stream that is m tokens long so far, m <= n, or W - 1 under `window` = W, with signs in w <= dv
-    coordinates. m unit keys with gap g = `gap_known`(m, d) leak x = m e^(-radius g), the receiver's own token included;
-    `radius` is the largest logit. Without `radius` the leak can be made arbitrarily small.
+    step.
+    Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), S the bits, rho the
+    `wrong_share` of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else
+    0. The hard instance is a stream that is m tokens long so far, m <= n, or m <= W - 1 under `window` = W, with signs
+    in w <= dv coordinates. m unit keys have the gap g = `gap_known`(m, d), 1 less the largest inner product of two
+    keys. Their queries leave other tokens the ratio x = m e^(-radius g) of the softmax mass on the key, the token of
+    the receiver included; `radius` is the largest logit. Without `radius` the ratio can be made arbitrarily small.
     `norm`: a measured operator norm that half of all n x dv sign matrices stay below.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
@@ -157,9 +162,9 @@ def metric_space(
 def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:
     """Find the number of rows m <= `most` and their width <= `dv` that give the most `noisy_row_bits`.
 
-    Returns (m, width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. `wrong`(m, width) errors
-    are allowed per row; it must not fall with m. For each width and number of errors, the largest m that allows no more
-    errors is found by bisection, so the maximum is exact.
+    Returns (m, width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. A row is decoded with
+    probability p with at most `wrong`(m, width) errors; this number must not fall as m grows. For each width and number
+    of errors, the largest m that allows no more errors is found by bisection, so the maximum is exact.
     """
     best = (0, 0, 0, 0.0)
     for width in range(dv, 0, -1):
@@ -199,9 +204,10 @@ def _squared_norm(m: int, dv: int) -> float:
 
 
 def _leak(m: int, d: int, radius: float | None) -> float:
-    """Return (mass off the queried key)/(mass on it) for `m` unit keys, at logits of at most `radius`.
+    """Return (softmax mass off the queried key)/(mass on it) for `m` unit keys, at logits of at most `radius`.
 
-    The receiver's own token is in the stream.
+    The token that the receiver of the state appends is in the stream. Without `radius` the ratio is 0, or infinite
+    where no query can single out a key.
     """
     gap = gap_known(m, d)
     if radius is None:

@@ -1,4 +1,8 @@
-"""Count the keys that queries of bounded length can separate, each query putting nearly all softmax mass on one key."""
+"""Count the keys that queries of bounded length can separate, each query putting nearly all softmax mass on one key.
+
+Such a query is a spike query: a multiple of its key. The logit radius r is the largest scale |q| |k|, in nats. The gap
+of unit keys is 1 less the largest inner product of two keys.
+"""
 
 import math
 
@@ -14,8 +18,8 @@ def N_dr(d: int, r: float, eta: float) -> float:
     A spike query puts nearly all softmax mass on one key. `r` = scale * max|q| * max|k| in nats.
     Law: the largest whole m with m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and
     theta <= pi/2 (so m <= (1-eta) e^r / 4); 1 where no m satisfies this; and at least min(2d, (1-eta) e^r / 4)
-    rounded down, some of the vectors ±e_i. It is a lower estimate of the true number, so the floor built on it is
-    valid.
+    rounded down, as the keys may be some of the vectors ±e_i. It is a lower estimate of the true number, so the floor
+    built on it is valid.
     Returns a whole number as a float, `inf` beyond e^700.
     d = 1 has no packing, only ±1. Derived here (docs/floors.md, "Bounded norms").
     """
@@ -24,9 +28,10 @@ def N_dr(d: int, r: float, eta: float) -> float:
 
 
 def separable_keys(d: int, r: float, ratio: float) -> float:
-    """Count the keys in `d` dimensions whose spike queries of logit radius `r` leak at most `ratio` of their own mass.
+    """Count the keys in `d` dimensions that spike queries of logit radius `r` separate at a leak of at most `ratio`.
 
-    A spike query puts nearly all softmax mass on one key; the leak is the mass on all other keys.
+    A spike query puts nearly all softmax mass on one key. Its leak, as a ratio, is (mass on all other keys)/(mass on
+    the key).
     Law: as `N_dr`, with gap ln(m / ratio) / r for m keys; N_dr(d, r, eta) is the case ratio = (1-eta)/4.
     Derived here (docs/floors.md, "Bounded norms").
     """
@@ -43,7 +48,7 @@ def _count(d: int, r: float, offset: float) -> float:
 def _packed(d: int, r: float, offset: float) -> float:
     """Return the largest number m of keys that a packing of the sphere gives at gap (ln m + offset)/r, or 0.
 
-    It is found by bisection on ln m, as feasibility falls with m.
+    The gap is 1 less the largest inner product of two keys. m is found by bisection on ln m, as larger m are harder.
     """
 
     def feasible(log_m: float) -> bool:

@@ -1,4 +1,4 @@
-"""Bound the bits that attention must hold, given its law, its error guarantee and its sizes."""
+"""Bound the bits that attention needs, by the theorem for the given attention law, error guarantee and sizes."""
 
 from kvfloor.floors.floor import Floor
 from kvfloor.floors.metric import NORMS, metric_space
@@ -28,18 +28,19 @@ def space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits that any streaming method must hold to answer attention, and list memory sizes that suffice.
+    """Return a lower bound on the bits that any streaming method must hold to answer attention.
 
     n, d, dv   tokens of the stream, width of a key, width of a value (d unless given)
     attention  standard, window (needs `window`), tensor (`caches` 4 or 2) or visual, where `n` is the side of the last
-               map, and maps shrink by `ratio` (2): tokens are the sum of their squares. A `window` given with
-               "standard" means attention "window"
-    metric     entrywise: a factor 1±`eta` in every coordinate. max, frobenius, operator: an l2 error of at most
-               `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2 ||V||_op (standard and window)
+               map of an image pyramid, and maps shrink by `ratio` (2): tokens are the sum of the squared sides.
+               A `window` given with "standard" means attention "window"
+    metric     norm of the error guarantee. entrywise: a factor 1±`eta` in every coordinate. max, frobenius, operator:
+               an l2 error of at most `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2 ||V||_op (for
+               standard and window only)
     p          probability that an answer meets the error guarantee
     radius     bound on |logit|, not for visual
-    heads, layers   KV heads and layers, which multiply
-    Returns a `Floor`, with the bits and the memory sizes that suffice.
+    heads, layers   number of KV heads and of layers, which multiply the bound
+    Returns a `Floor`: the bound in bits, and memory sizes that suffice.
     Laws: `standard.space`, `metric_space`, `tensor_space`, `visual_space`. The bound is over worst-case keys and
     values: attention as a data structure. Raises ValueError naming the argument, what was given and what is allowed.
     """

@@ -16,10 +16,10 @@ def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator")
     """Return the number s of sampled pairs of key and value that keeps SubGen's numerator z accurate.
 
     The numerator estimates sum_j exp(q.k_j) v_j. Accurate means an error of at most (epsilon/3) |exp(Kq)|_2 ||V||,
-    except with probability `failure`.
+    except with probability `failure`; `norm` is the norm of V.
     Law: 9 dv / (epsilon^2 failure) for the operator norm, as ||V||_F^2 <= dv ||V||_op^2; 9 / (epsilon^2 failure) for
     `norm` = "frobenius". By Chebyshev from E|z - Ez|^2 = (||V||_F^2 |e^(Kq)|^2 - |Ez|^2)/s, for one fixed query. A
-    plain mean does need the factor 1/failure. Source: Zandieh et al. 2024 (SubGen); constants derived here.
+    plain mean needs the factor 1/failure. Source: Zandieh et al. 2024 (SubGen); constants derived here.
     """
     dv, epsilon, failure = whole("dv", dv), _accuracy(epsilon), _failure(failure)
     rank = dv if one_of("norm", norm, ("operator", "frobenius")) == "operator" else 1
@@ -89,11 +89,12 @@ def subgen_plan(
 def lazy_gumbel_tokens(n: int) -> float:
     """Return the expected number of tokens that lazy Gumbel sampling holds for one unbiased draw when d = 1: O(sqrt n).
 
-    The draw is a token with the softmax probability of one query. Law: the k = ceil(sqrt n) largest and k smallest
-    keys, and at most (n - k)/k sampled ones in expectation; never more than n. Source: Haris & Onak (COLT 2025),
-    Appendix D, Algorithm 2; the constant is derived here: given the cutoff B that the Gumbel noise of a remaining token
-    must exceed, (n - k)(1 - exp(-e^-B)) <= (n - k) e^-B tokens are sampled, and B is at least the largest of k Gumbels,
-    so that e^-B is at most an exponential variable of mean 1/k.
+    The draw is a token with the softmax probability of one query, found as the largest of logit plus Gumbel noise. Law:
+    the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled keys in expectation; never more than
+    n.
+    Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; the constant is derived here: given the cutoff B that the
+    Gumbel noise of a remaining token must exceed, (n - k)(1 - exp(-e^-B)) <= (n - k) e^-B tokens are sampled, and B is
+    at least the largest of k Gumbels, so that e^-B is at most an exponential variable of mean 1/k.
     """
     n = whole("n", n)
     k = math.isqrt(n - 1) + 1

@@ -1,6 +1,8 @@
-"""Bound the softmax leak, the mass off the queried key, under which answers with an error still separate hidden values.
+"""Bound the leak of a query so that answers with an error still tell hidden values apart.
 
-The error is a relative one, a factor 1±eta, or an additive one.
+In the game of the floors, Alice hides values under keys, and Bob, the receiver of the state, reads each value by a
+spike query, which puts nearly all softmax mass on one key (the spiked key). The leak is the mass on all other tokens.
+The error of an answer is a relative one, a factor 1±eta, or an additive one.
 """
 
 from kvfloor.validation import relative_error, whole, within
@@ -9,17 +11,18 @@ from kvfloor.validation import relative_error, whole, within
 def eps_s(eta: float) -> float:
     """Return the ratio (softmax mass off the spiked key)/(mass on it) that the game allows: (1-eta)/4.
 
-    The spiked key is the one that the query aims at. As `eps_s` is a ratio, the leak itself is eps_s/(1+eps_s) < eps_s.
+    The spiked key is the one that the query aims at. The mass off it, as a share of all mass, is then eps_s/(1+eps_s).
     Any ratio below (1-eta)/(1+eta) would separate hidden values (`eps_s_limit`); a quarter leaves room on both sides of
-    `tau`. Derived here (docs/floors.md, "The spike").
+    the threshold `tau` between hidden 0 and hidden 1. Derived here (docs/floors.md, "The spike").
     """
     return (1.0 - relative_error(eta)) / 4.0
 
 
 def eps_s_limit(eta: float) -> float:
-    """Return the ratio (mass off the spiked key)/(mass on it) from which no hidden bit is decoded: (1-eta)/(1+eta).
+    """Return the least ratio (softmax mass off the spiked key)/(mass on it) at which a hidden bit can be undecidable.
 
-    From this ratio on, some answers within a factor 1±eta are the same for a hidden 0 and a hidden 1.
+    The spiked key is the one that the query aims at. Law: (1-eta)/(1+eta). From this ratio on, some answers within a
+    factor 1±eta are the same for a hidden 0 and a hidden 1.
     """
     eta = relative_error(eta)
     return (1.0 - eta) / (1.0 + eta)
@@ -29,8 +32,8 @@ def tau(eta: float, leak: float) -> float:
     """Return the threshold between hidden 0 and hidden 1 in a (1±eta) answer: ((1+eta) leak + (1-eta)(1-leak)) / 2.
 
     `leak` is the softmax mass off the key that the query aims at. The answer is at most (1+eta) leak for a hidden 0,
-    and at least (1-eta)(1-leak) for a hidden 1. Raises ValueError unless leak <= (1-eta)/2 (a leak that is itself
-    bounded by a ratio stays strictly below its ratio).
+    and at least (1-eta)(1-leak) for a hidden 1. Raises ValueError unless leak <= (1-eta)/2 (a leak is less than its
+    ratio to the mass on the key).
     """
     eta = relative_error(eta)
     leak = within("leak", leak, 0.0, (1.0 - eta) / 2.0)
@@ -40,7 +43,8 @@ def tau(eta: float, leak: float) -> float:
 def level_eps_s(bits: int) -> float:
     """Return the ratio (mass off the spiked key)/(mass on it) that the game allows for `bits`-bit values: 2^-(bits+3).
 
-    The leak is then at most an eighth of a level.
+    Mass is softmax mass; the spiked key is the one that the query aims at. The mass off the key is then at most an
+    eighth of the spacing of 2^bits levels in [0, 1].
     """
     return 2.0 ** -(whole("bits", bits) + 3)
 
@@ -48,7 +52,9 @@ def level_eps_s(bits: int) -> float:
 def level_tolerance(bits: int) -> float:
     """Return the additive error of an answer below which the nearest of 2^bits levels in [0, 1] is the hidden level.
 
-    Law: a < 1/(2 (2^bits - 1)) - 2^-(bits+3), half the level spacing less the leak. Derived here.
+    Law: an error below 1/(2 (2^bits - 1)) - 2^-(bits+3), half the level spacing less the leak that `level_eps_s`
+    allows.
+    Derived here.
     """
     bits = whole("bits", bits)
     return 1.0 / (2.0 * (2**bits - 1)) - level_eps_s(bits)

@@ -1,4 +1,4 @@
-"""Compute the space floor (the bits that any method needs) of standard softmax attention and of its sliding window."""
+"""Compute the space floor (lower bound on any method's bits) of standard attention and of its sliding window."""
 
 import math
 from typing import Any
@@ -34,11 +34,13 @@ def space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits that any streaming method must hold after `n` tokens to answer attention within a factor 1±eta.
+    """Return a lower bound on the bits that any streaming method must hold to answer attention within a factor 1±eta.
 
-    `p` is the probability that a whole row, the dv values of one answer, is within that factor.
-    Law: S >= heads layers m (p dv - H2(p)), clamped at 0. m = n; min(n, N_dr(d, radius, eta)) under `radius`, the
-    largest scale |q| |k| in nats; at most W - 1 under `window` = W (append, then attend); at most 2 for d = 1.
+    The bound is after `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within the
+    factor 1±eta.
+    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m the number of tokens
+    with hidden values that queries can read. m = n; min(n, N_dr(d, radius, eta)) under `radius`, the largest scale |q|
+    |k| in nats; at most W - 1 under `window` = W (append a token, then attend); at most 2 for d = 1.
     `heads` counts KV heads. The bound is over worst-case keys and values: attention as a data structure.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
@@ -90,11 +92,13 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 
 
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
-    """Return the constants eps_s, tau, gap and C of the hard instance with `rows` distinct keys.
+    """Return eps_s, tau, gap and C of the hard instance with `rows` distinct keys, as a dict of these names.
 
-    eps_s is the ratio (mass off the queried key)/(mass on it), tau the threshold between hidden 0 and 1, gap the
-    smallest one-sided gap of the keys, and C the length of the queries. The receiver's own token is included (z = 1).
-    Under a norm bound every key is `copied` n/rows times; when that is not whole, the ratio eps_s grows by ceil/floor.
+    In the hard instance each key hides values, and a query of length C reads the values of one key. eps_s is the ratio
+    (softmax mass off the queried key)/(mass on it), tau the threshold between hidden 0 and 1, gap the smallest
+    one-sided gap of the keys (squared norm less the largest inner product with another key). The token that the
+    receiver of the state appends counts too (z = 1). Under a norm bound every key is `copied` n/rows times; when that
+    is not whole, the ratio eps_s grows by ceil/floor of n/rows.
     """
     ratio = eps_s(eta)
     gap = gap_known(rows, d)

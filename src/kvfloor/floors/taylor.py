@@ -1,4 +1,4 @@
-"""Compute the size of attention from moments: sums of monomials of the keys, for a truncated exponential.
+"""Compute the memory of attention by moments: sums of monomials of the keys, which evaluate a Taylor polynomial of exp.
 
 Such attention keeps no tokens.
 """
@@ -16,7 +16,8 @@ def taylor_degree(r: float, error: float) -> int:
     Law: the least g with e^r r^(g+1) / (g+1)! <= error / (2 + error), for logits of size at most `r` nats.
     Then every truncated weight is within a factor 1±b of its exponential, b = error/(2+error), and every normalised
     weight within (1+b)/(1-b) = 1 + error: answers are (1±error)-approximations for values >= 0, and meet the max,
-    Frobenius and operator norm guarantees with epsilon = error for all values, for every query at once, surely.
+    Frobenius and operator norm guarantees with epsilon = error for all values, for every query at once, with
+    certainty.
     Derived here by Lagrange's remainder (docs/floors.md, "What is possible"). Real arithmetic: rounding needs
     about 2 r / ln 2 bits more than the answer has.
     """

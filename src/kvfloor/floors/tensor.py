@@ -1,7 +1,10 @@
 """Compute the space floor of tensor attention: a token has two keys and two values, and every pair of tokens is a key.
 
-The floor is the bits that any method needs.
+The floor is a lower bound on the bits of any method.
 score(j1, j2) = sum_l q_l K1[j1, l] K2[j2, l], value(j1, j2) = V1[j1] * V2[j2] entry by entry (Alman and Song 2023).
+In the proofs, Alice hides rows (dv values each) in a stream, and Bob, the receiver of the state, reads each hidden row
+by a query at one pair. Four caches: K1, K2, V1, V2 arrive, token by token. Two caches: the n^2 products of keys arrive,
+each with a value of its own.
 """
 
 import math
@@ -29,10 +32,10 @@ _THEOREMS = {
 def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
     """Return an upper bound on the inner products, divided by d, of product keys K1[i] * K2[j] of some ±1 rows.
 
-    Random rows stay within the bound with positive probability, so such keys exist.
-    Law: with four caches 2(n-1) pairs are asked, each against n^2 - 1 others: sqrt((6 ln n + 2 ln 2)/d), Hoeffding over
-    fewer than 2 n^3. With two caches all n^2 pairs are asked: sqrt((8 ln n - 2 ln 2)/d) over fewer than n^4/2; 0 for
-    n = 1. Derived here.
+    Random rows K1, K2 (n, d) stay within the bound with positive probability, so such keys exist.
+    Law: with four caches queries read 2(n-1) pairs, each against n^2 - 1 other pairs: sqrt((6 ln n + 2 ln 2)/d), by
+    Hoeffding over fewer than 2 n^3. With two caches queries read all n^2 pairs: sqrt((8 ln n - 2 ln 2)/d) over fewer
+    than n^4/2; 0 for n = 1. Derived here.
     """
     n, d = whole("n", n), whole("d", d)
     pairs = 3.0 * math.log(n) + math.log(2.0) if _caches(caches) == 4 else 4.0 * math.log(n) - math.log(2.0)
@@ -40,11 +43,12 @@ def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
 
 
 def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
-    """Return the length C of the query (C/d) K1[i1] * K2[i2] that gives a pair of ±1 keys all but `eps_s` of the mass.
+    """Return the factor C of the query (C/d) K1[i1] * K2[i2] that reads the pair (i1, i2) of ±1 keys.
 
-    `eps_s` is the ratio of the other pairs' softmax mass to this pair's.
+    All other pairs together have softmax mass `eps_s` times that of the pair.
     Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if a zero token is appended before the query (`append`), as this token makes
-    2n + 1 pairs of score 0; else ln((n^2 - 1)/eps_s) / g. g is 1 less the largest inner product over d. Derived here.
+    2n + 1 pairs of score 0; else ln((n^2 - 1)/eps_s) / g. The gap g is 1 - p/d, where p is the largest inner
+    product of the product keys of two pairs. Derived here.
     """
     n, g = whole("n", n), positive("g", g)
     return spike_C(n**2, 2 * n + 1, g, 1.0, eps_s) if append else spike_C(n**2, 0, g, g, eps_s)
@@ -53,10 +57,10 @@ def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
 def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
     """Count the hidden rows that queries can read by tensor attention over `n` tokens, norms unbounded.
 
-    A hidden row is dv values that one query reads. Token i has the values V1[i] and V2[i], those of token 0 being 1.
+    A hidden row is dv values that one query reads. Token i has the values V1[i] and V2[i]; those of token 0 are 1.
     Four caches: 2(n-1) for d >= 4, V1[i] at pair (i, 0) and V2[i] at pair (0, i); else as in standard attention,
     n for d >= 2 and min(n, 2) for d = 1, with K2 = V2 = 1. Two caches: n^2 for d >= 4, else n or min(n, 2).
-    ±1 keys read as many for d > 6 ln n + 2 ln 2 (two caches: 8 ln n - 2 ln 2). Derived here.
+    ±1 keys suffice for as many rows if d > 6 ln n + 2 ln 2 (two caches: 8 ln n - 2 ln 2). Derived here.
     """
     n, d = whole("n", n), whole("d", d)
     plain = n if d >= 2 else min(n, 2)
@@ -77,11 +81,13 @@ def tensor_space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits that any method must hold to answer tensor attention over `n` tokens within a factor 1±eta.
+    """Return a lower bound on the bits that any method must hold to answer tensor attention within a factor 1±eta.
 
-    `p` is the probability that a whole row, the dv values of one answer, is within that factor.
-    Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `tensor_rows`. caches = 4: tokens arrive with K1,
-    K2, V1, V2; 2: pairs arrive with values of their own, not products (else 2 n dv numbers describe them all).
+    The bound is for `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within the
+    factor.
+    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `tensor_rows`. With
+    `caches` = 4, tokens arrive with K1, K2, V1, V2; with 2, pairs arrive with values of their own, not products of
+    token values (else 2 n dv numbers describe all values).
     Under `radius`, the largest |score| in nats, n is at most `separable_keys`(floor(d/2), radius/2, e) with
     e = sqrt(1 + eps_s) - 1, or the keys that standard attention separates, whichever gives more rows.
     Raises ValueError naming the argument, what was given and what is allowed.
@@ -116,12 +122,13 @@ def tensor_space(
 
 
 def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
-    """Choose public keys for a hard instance that surely exist; return their gap and the query length C, by name.
+    """Choose public keys, proven to exist, for a hard instance; return a dict of "keys" (their kind), "gap" and "C".
 
     C is the length of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` of the softmax
-    mass on this pair. The receiver's own token is in the stream. The keys are ±1 rows where d is large enough; else
-    K1 = (a, 1) and K2 = (1, b), whose products (a, b) separate each half on its own; else K2 = V2 = 1, also for the
-    receiver's token, which is then one zero token of standard attention.
+    mass on this pair. The gap is 1 less the largest inner product of the (unit) keys of two pairs. The token that the
+    receiver of the state appends is in the stream. The keys are ±1 rows where d is large enough; else K1 = (a, 1) and
+    K2 = (1, b), whose products (a, b) separate each half on its own; else K2 = V2 = 1, also for the receiver's token,
+    which is then one zero token of standard attention.
     """
     mu = mu_tensor(n, d, caches=caches)
     if mu < 1.0:
@@ -142,7 +149,10 @@ def _rows_within(n: int, d: int, caches: int, radius: float, ratio: float) -> in
 
 
 def _half_ratio(ratio: float) -> float:
-    """Return the leak ratio x of each half of a key with which both together leak `ratio`: (1 + x)^2 = 1 + ratio."""
+    """Return the ratio x of leaked to own mass of each half of a key with which both halves leak `ratio` together.
+
+    Law: (1 + x)^2 = 1 + ratio.
+    """
     return math.sqrt(1.0 + ratio) - 1.0
 
 

@@ -1,4 +1,4 @@
-"""List methods whose memory is known to suffice for attention, to compare with a floor."""
+"""List methods whose memory is known to suffice for attention, to compare with a floor (a lower bound on memory)."""
 
 import math
 
@@ -24,7 +24,7 @@ def exact_bytes(tokens: int, d: int, dv: int, dtype: str = "fp16") -> int:
 def running_sum_numbers(W: int, d: int, dv: int) -> int:
     """Count the numbers that exact attention over a window of `W` tokens holds when older tokens keep logit 0.
 
-    Law: W (d + dv) for the window, dv for the sum of the values of older tokens, 1 for the count of these.
+    Law: W (d + dv) for the window, dv for the sum of the values of older tokens, 1 for the count of older tokens.
     Derived here: the answer is (sum + the window's weighted values) / (count + the window's mass).
     """
     W, d, dv = whole("W", W), whole("d", d), whole("dv", dv)
@@ -32,10 +32,10 @@ def running_sum_numbers(W: int, d: int, dv: int) -> int:
 
 
 def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") -> list[Possible]:
-    """List the memories of exact attention in fp32, fp16 and bf16, at `numbers` stored numbers per head and layer.
+    """List memory sizes of exact attention in fp32, fp16 and bf16, at `numbers` stored numbers per head and layer.
 
-    `copies` is the number of heads times layers. `name` begins each memory's name, and `proviso` is added to its
-    condition.
+    `copies` is the number of heads times layers. The name of each entry begins with `name`, and its condition ends with
+    `proviso`.
     """
     return [
         Possible(
@@ -49,9 +49,9 @@ def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") ->
 
 
 def public_keys(copies: int, rows: int, dv: int) -> Possible:
-    """Return the memory that suffices for the hard instance itself: one bit per value coordinate, as keys are public.
+    """Return the memory that suffices for a floor's hard instance: one bit per value coordinate, as keys are public.
 
-    `copies` is the number of heads times layers, `rows` the number of hidden rows in each.
+    `copies` is the number of heads times layers, `rows` the number of hidden rows (dv values each) per head and layer.
     """
     return Possible("public keys", float(copies * rows * dv), "keys known to both sides, values of one bit", _DERIVED)
 
@@ -59,8 +59,9 @@ def public_keys(copies: int, rows: int, dv: int) -> Possible:
 def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -> list[Possible]:
     """List memory sizes that suffice for standard attention at any error: exact caches, public keys, a window's sum.
 
-    `copies` is the number of heads times layers; `held` of the `n` tokens are attended to. "Window and running sum"
-    applies where older tokens keep logit 0. For d = 1 without a window, lazy Gumbel sampling is listed too.
+    `copies` is the number of heads times layers; `held` of the `n` tokens are attended to. `windowed` is True for a
+    sliding window; then "window and running sum" is listed if older tokens exist, for the law in which they keep logit
+    0. For d = 1 without a window, lazy Gumbel sampling is listed too.
     """
     slides = windowed and n > held
     proviso = "; old tokens leave the softmax" if slides else ""
@@ -85,10 +86,11 @@ def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -
 
 
 def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: float) -> list[Possible]:
-    """List the memory of Taylor moments that give a relative `error` (or a norm's epsilon) over `n` tokens.
+    """List the memory (one entry or none) of Taylor moments that answer attention over `n` tokens within `error`.
 
     `copies` is the number of heads times layers. Moments are sums of monomials of the keys (`floors.taylor`). Logits
-    are at most `radius`. The list is empty at error 0 and where the radius is beyond `LARGEST_RADIUS`.
+    are at most `radius`. `error` is eta of a guarantee within a factor 1±eta, or epsilon of a guarantee in a norm. The
+    list is empty at error 0 and for a radius above `LARGEST_RADIUS`.
     """
     if error <= 0.0 or radius > LARGEST_RADIUS:
         return []
@@ -112,9 +114,9 @@ def sampled(
     """List the memory of SubGen at its best cluster radius, for the operator or Frobenius norm; [] for other metrics.
 
     `copies` is the number of heads times layers. `metric`, `epsilon` and `failure` are the norm, the error and the
-    failure probability of the guarantee; |q| is at most `radius`. The operator norm is SubGen's own guarantee, the
-    Frobenius norm BalanceKV's. The list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and where
-    no plan is finite.
+    failure probability of the guarantee; queries q have |q| <= `radius`. The operator norm is SubGen's own guarantee,
+    the Frobenius norm BalanceKV's. The list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and
+    where SubGen's sizes are beyond the floats.
     """
     if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:
         return []

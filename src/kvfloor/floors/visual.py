@@ -1,7 +1,8 @@
 """Compute the space floor of visual autoregression, which predicts an image map by map, a whole map of queries at once.
 
-The floor is the bits that any method needs. Map k has h_k x h_k tokens. Its queries see all maps up to and including
-map k (block-wise causal).
+The floor is a lower bound on the bits of any method. The maps of an image pyramid grow in size: map k has h_k x h_k
+tokens, and h_k is the side of map k. The queries of map k attend to all maps up to and including map k (block-wise
+causal). In the proof, tokens hide rows of dv values, and the queries of a later map ("the asking map") read the rows.
 """
 
 import math
@@ -25,7 +26,7 @@ _THEOREM = (
 def pyramid(n: int, ratio: float = 2.0) -> tuple[int, ...]:
     """List the sides of the square maps of an image pyramid, ascending from 1 to `n`.
 
-    Each side is the next larger one over `ratio`, rounded down, and at least 1.
+    Each side is the next larger side divided by `ratio` and rounded down, at least 1.
     """
     side, ratio = whole("n", n), within("ratio", ratio, 1.0, math.inf, low_open=True, high_open=True)
     sides = [side]
@@ -47,10 +48,10 @@ def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> 
 
 
 def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
-    """Count the tokens with hidden values of a pyramid with maps of these sides: sum h_k^2.
+    """Count the tokens with hidden values of a pyramid with maps of these sides: sum h_k^2, with h_k the side of map k.
 
-    `last_asks`: the last map's queries read the others, and its own tokens hide nothing and are not counted. Else a
-    further map asks.
+    `last_asks`: the queries of the last map read the hidden values of the other maps, and the last map hides nothing
+    and is not counted. Else the queries are those of a further map.
     """
     squares = [whole("side", side) ** 2 for side in sides]
     if not squares:
@@ -61,7 +62,8 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
     """Return the length of the queries of a map of `asking` zero tokens that each aim at one of `rows` unit keys.
 
-    Every query gives its key all but `eps_s` (a ratio) of the softmax mass, if the keys' gap is at least `g`.
+    Every query gives its key all but `eps_s` of the softmax mass, as a ratio (mass off the key)/(mass on it), if the
+    keys' gap is at least `g`. The gap is 1 less the largest inner product of two keys.
     Law: ln((rows - 1 + asking)/eps_s) / min(g, 1): the asking map's own tokens have logit 0. Derived here.
     """
     return spike_C(rows, whole("asking", asking), g, 1.0, eps_s)
@@ -80,13 +82,13 @@ def visual_space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Bound the bits of visual autoregression after a pyramid whose last map is `n` x `n`, answering within 1±eta.
+    """Return a lower bound on the bits of visual autoregression after a pyramid of maps, the last of them `n` x `n`.
 
     `p` is the probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention.
-    Law: S >= heads layers m (p dv - H2(p)), clamped at 0, with m = `visual_rows`(sides, last_asks); m <= 2 for d = 1.
-    `sides` are those of the square maps, ascending, the last of them n; by default `pyramid`(n, ratio). `last_asks`: no
-    map follows, so that the last map's queries read the others, and its own tokens hide nothing. Else a further map, as
-    large as the last, asks. Norms are unbounded.
+    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `visual_rows`(sides,
+    last_asks), and m <= 2 for d = 1. `sides` are those of the square maps, ascending, the last of them n; by default
+    `pyramid`(n, ratio). `last_asks`: no map follows, so that the last map's queries read the other maps, and the last
+    map hides nothing. Else a further map, as large as the last, asks. Norms are unbounded.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
@@ -120,7 +122,7 @@ def visual_space(
 def _readable(sides: Sequence[int], d: int, last_asks: bool) -> int:
     """Count the tokens of a pyramid (`visual_rows`) whose hidden values queries can read.
 
-    For d = 1 these are only two, those of the largest and the smallest key.
+    For d = 1 there are only two such tokens, with the largest and the smallest key.
     """
     rows = visual_rows(sides, last_asks=last_asks)
     return min(rows, 2) if d == 1 else rows

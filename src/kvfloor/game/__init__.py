@@ -1,9 +1,9 @@
 """Play barriers against any KV-cache method: games on token streams that, by a theorem, need much memory.
 
-docs/floors.md has the proofs. Alice appends tokens with hidden values to the method's state and sends the state's
-bytes, the message. Bob rebuilds the state from the message and decodes the hidden values from its answers. Every
-barrier is a file of `instances` with an `Instance` (the public half: keys, Alice's stream, Bob's queries) and a
-function `play`.
+A barrier is the game of one theorem. Alice appends tokens with hidden values to the method's state and sends the
+bytes of the state, the message. Bob rebuilds the state from the message, queries it, and decodes the hidden values from
+the answers. Every barrier is a file of `instances` with an `Instance` (the public half: keys, Alice's stream, Bob's
+queries) and a function `play`. docs/floors.md has the proofs.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from kvfloor.game.keys.families import FAMILIES
 class Barrier:
     """Hold one barrier, the game of a memory theorem: its `play` function, a sentence about it, and its largest n.
 
-    n is the number of tokens in a stream. `play_all` reduces a larger n to `most`.
+    n is the number of tokens in a stream; the largest is `most`, to which `play_all` reduces a larger n.
     """
 
     play: Callable[..., Result]
@@ -76,10 +76,10 @@ INSTANCES: dict[str, type[Instance]] = {
 def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
     """Play one barrier, the game of a memory theorem, against a method; return the result with its verdict.
 
-    `barrier` is a name in `BARRIERS`. `method` is a `Method` or its text.
+    `barrier` is a name in `BARRIERS`. `method` is a `Method` or the text of one, such as "h2o@16".
     `arguments` are those of the `play` function in the barrier's module, which explains them.
     Raises ValueError for an unknown barrier (listing all barriers), for an argument that the barrier does not take
-    (listing those it takes), and for the errors of the barrier's own `play`.
+    (listing the arguments that it takes), and for the errors of the barrier's own `play`.
     """
     if barrier not in BARRIERS:
         raise ValueError(f"barrier must be one of {', '.join(BARRIERS)}, got {barrier!r}")
@@ -93,8 +93,8 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:
     """Play every barrier, the game of a memory theorem, against a method; return one result per barrier.
 
-    `method` is a `Method` or its text. Each barrier receives those of `arguments` that its `play` takes. A larger n is
-    reduced to the barrier's `most`.
+    `method` is a `Method` or the text of one. Each barrier receives the entries of `arguments` that its `play` takes.
+    An n above the barrier's `most` is reduced to `most`.
     Raises ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """
     known = {name for barrier in BARRIERS.values() for name in barrier.arguments}

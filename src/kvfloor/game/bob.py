@@ -1,8 +1,9 @@
 """Run Bob, the receiver: a fresh process that answers every query from public data and the message alone.
 
-The public data are the method as text and the instance (keys and queries). The message is the bytes of Alice's state.
-Bob reads 8 bytes of header length (little-endian), the public data as a JSON request, and the message on stdin. He
-writes the answers as raw float32 on stdout. Output that a method prints goes to stderr.
+Alice, the sender, has hidden values in the state of a method; the message is the bytes of this state. The public data
+are the method as text and the instance (keys and queries). Bob reads 8 bytes of header length (little-endian), the
+public data as a JSON request, and the message on stdin. He writes the answers as raw float32 on stdout. Output that a
+method prints goes to stderr.
 """
 
 import json
@@ -21,7 +22,7 @@ def main() -> None:
     """Answer the request on stdin, and end the process with an exit status.
 
     Status 0: the answers are on stdout. `NOT_REBUILT`: the method or the instance cannot be rebuilt from the request.
-    1: no state that answers can be restored from the message.
+    1: the state cannot be restored from the message, or the restored state cannot answer.
     """
     answer_stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

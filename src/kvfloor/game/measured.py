@@ -1,8 +1,13 @@
-"""Play the game of the read floor: hide levels in the values of token groups, and decode them from a message.
+"""Play the game of the read floor: hide levels in the values of token groups, and decode the levels from a message.
 
-The read floor is the bits that a state must hold to answer queries over given keys (`floors.measured`). The message is
-the bytes of a method's state, and each group has one query. The method is trusted to keep no data outside its message;
-`kvfloor.game.engine.play` is for methods that are not trusted so.
+The read floor (`floors.measured`) is a lower bound on the bits that a state must hold to answer queries over given
+keys.
+    group    tokens that share one row of dv hidden values, read by one query
+    levels   equally spaced values in [-1, 1], one of which each hidden value is
+    message  the bytes of a method's state
+    decode   reconstruct the hidden values of one group after the other from the answers of a state; the contribution of
+             groups decoded earlier is subtracted from an answer
+The method is trusted to keep no data outside its message; `kvfloor.game.engine.play` is for methods that are not.
 """
 
 from __future__ import annotations
@@ -24,18 +29,18 @@ _TOKENS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredGame:
-    """Record one game of the read floor: the bits that a state must hold to answer queries over given keys.
+    """Record one game of the read floor: a lower bound on the bits of a state that answers queries over given keys.
 
     Each group of tokens shares one row of dv hidden values, which one query reads. Shares are of groups; a group counts
     only if its whole row is right.
 
-    answered       share of answers within eta of exact attention in max norm; the floor's theorem assumes a probability
-                   p of that for each answer
+    answered       share of answers within eta of exact attention in max norm; the floor assumes this of each answer
+                   with probability p only
     decoded        share of rows decoded right if the levels of groups decoded earlier are given, as in the proof
     worst_error    largest deviation of an answer from exact attention
     floor_bits     bits of the read floor
     hidden_bits    number of hidden bits
-    message_bytes  size of the message
+    message_bytes  size of the message, i.e. of the state that was sent
     """
 
     answered: float
@@ -47,17 +52,18 @@ class MeasuredGame:
 
     @property
     def contradicts(self) -> bool:
-        """Return True if every answer was within eta although the message is shorter than the floor."""
+        """Return True if every answer was within eta yet the message is shorter than the floor: a refutation."""
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
 
 def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> MeasuredGame:
-    """Hide uniform random levels in the values of `readable`'s token groups, send a method's state, and decode them.
+    """Hide random levels in the values of `readable`'s token groups, send a method's state, and decode the levels.
 
     `readable` is the read floor of the keys k (n, d); the tokens of `readable.stream` are appended to the state. Values
     are stored in the format that the floor was computed for, which must be a format that states take. A state restored
-    from the message answers each group's query. Softmax mass on tokens outside the stream (`readable.later_mass`)
-    counts with value 0. `seed` draws the levels.
+    from the message (the bytes of the first state) answers each group's query. Softmax mass on tokens outside the
+    stream (`readable.later_mass`) counts with value 0. `seed` draws the levels, uniformly. Returns the shares of right
+    answers and the sizes.
     """
     demand, groups, dv = readable.demand, readable.groups, readable.demand.dv
     keys = matrix("k", k)[readable.stream].to(demand.dtype)

@@ -1,7 +1,9 @@
 """Play series of small games of growing difficulty, and record the bits certified for a method in each.
 
-`precision` plays the spike game with ever finer values, `packings` the packing game at several sizes and radii. These
-games restore the message in this process; the games of the report's table use an isolated process.
+In a game, values are hidden in the state of a method, and the certified bits are the hidden bits that the message (the
+bytes of the state) provably carries. `precision` plays the spike game (one hidden row per key) with ever finer values,
+`packings` the packing game (few dimensions, bounded logits) at several sizes and radii. These games restore the message
+in this process; the games of the report's table use an isolated process.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,10 @@ RADII = (8.0, 16.0, 32.0, 64.0, 128.0)
 
 @dataclass(frozen=True)
 class Precision:
-    """Record one spike game (one hidden row per key): bits hidden per value, and bits certified per value."""
+    """Record one spike game (one hidden row per key): bits hidden per value, and bits certified per value.
+
+    Certified bits are the bits that the message, i.e. the bytes of a method's state, provably carries.
+    """
 
     hidden: int
     certified: float
@@ -27,10 +32,11 @@ class Precision:
 
 @dataclass(frozen=True)
 class Packed:
-    """Record one packing game at (d, radius): bits hidden, bits certified, and the closed-form floor for the same n.
+    """Record one packing game at (d, radius): bits hidden, bits certified, and the closed-form floor for n tokens.
 
-    The game hides a row under each of the keys that queries with bounded logits separate in few dimensions. n is the
-    number of tokens, d the width of a key, and radius the largest logit.
+    The game hides a row of dv values under each of the keys that queries with bounded logits separate in few
+    dimensions. d is the width of a key, radius the largest logit. Certified bits are bits that the message (the bytes
+    of the state) provably carries; the floor is a lower bound on the bits of any method that answers.
     """
 
     d: int
@@ -43,8 +49,8 @@ class Packed:
 def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n: int = 128) -> list[Precision]:
     """Play the spike game at `n` tokens with ever finer values, to measure the precision that a method keeps.
 
-    Returns one record per entry of `bits`. The precision is the point at which certified bits per value fall below
-    hidden bits per value.
+    Returns one record per entry of `bits`, the hidden bits per value. Certified bits per value (bits that the message
+    provably carries) fall below hidden bits per value where the method's precision ends.
     """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
     return [Precision(game.bits, game.bits_per_value) for game in games]
@@ -58,7 +64,10 @@ def packings(
     n: int = 512,
     dv: int = 64,
 ) -> list[Packed]:
-    """Play the packing game at every dimension and logit radius, with at most `n` keys; return one record per game."""
+    """Play the packing game at every dimension and logit radius, with at most `n` keys; return one record per game.
+
+    The game hides a row of dv values under each key that queries with logits up to the radius separate.
+    """
     found = []
     for d in dimensions:
         for radius in radii:

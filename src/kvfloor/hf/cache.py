@@ -136,9 +136,8 @@ class CompressedCache(Cache):
     def __bool__(self) -> bool:
         """Return True if the cache has layers, filled or not.
 
-        Raises ValueError where generate() would later replace this cache by a DynamicCache without any other call in
-        which the cache could refuse. These are models that change their rotary angles at some length (Phi-3), in older
-        transformers releases.
+        Raises ValueError for a model that changes its rotary angles at some length (Phi-3), in older transformers
+        releases. There generate() would replace this cache by a DynamicCache, and no later call could raise instead.
         """
         if self._rotation is not None:
             self._rotation.refuse_unasked(int(super().get_seq_length()))
@@ -170,8 +169,7 @@ class CompressedCache(Cache):
     def to(self, device: str | torch.device) -> Self:
         """Move all of the cache's tensors to `device`, where the model is now. Returns the cache.
 
-        Does nothing if every tensor is on `device` already. So accelerate's hooks may call this in the middle of a
-        forward, for every layer.
+        Does nothing if every tensor is on `device` already, so accelerate's hooks may call it during a forward.
         """
         if not self._devices() <= {_place(device)}:
             self._move(device)
@@ -202,7 +200,8 @@ class CompressedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Pass this forward's keys and values to layer `layer_idx`, and return the keys and values to attend to.
 
-        A compressed layer returns the new ones, marked as its own: kvfloor's attention function then appends them.
+        A compressed layer returns the new ones alone: kvfloor's attention function recognises them, appends them to
+        the layer, and attends to all that the layer holds.
         Raises BrokenState if an earlier forward broke off.
         """
         if isinstance(self.layers[layer_idx], CompressedLayer):
@@ -303,7 +302,7 @@ class CompressedCache(Cache):
 
         model       a prepared model with the weights that filled the cache
         method      the method that the cache was made with; needed only if a third party's class is part of it
-        most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes about three times the file
+        most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes three times the file in memory
         Raises CorruptState, WrongModel, NewerVersion, OlderVersion or UnknownMethod, all ValueErrors, before anything
         is built. Raises ValueError for a path that cannot be read, or is a folder, a pipe or a device.
         """

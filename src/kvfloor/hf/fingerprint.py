@@ -41,10 +41,10 @@ _FIXED = (
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """Return the model's {"model": class name, "adapters": names of active ones, "sha256": hex digest}.
 
-    The same weights give the same digest on any device, offloaded to disk or not. Another dtype or quantisation gives
-    another digest, since a cache cannot continue bit for bit there. So does an active adapter, another scaling factor
-    of it, or a merged adapter. An inactive adapter does not change the digest. Neither does a change of a weight
-    outside the sampled entries. Raises ValueError naming a weight whose numbers cannot be read.
+    The same weights give the same digest on any device, offloaded to disk or not. These change the digest: another
+    dtype or quantisation, since a cache cannot continue bit for bit there; an active or merged adapter, and its scaling
+    factor. These do not: an inactive adapter, and weight entries outside the sample. Raises ValueError naming a weight
+    whose numbers cannot be read.
     """
     adapters = adapters_of(model)
     config = model.config.get_text_config(decoder=True)
@@ -61,7 +61,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 def _sample(numbers: Tensor) -> Tensor:
     """Return about `SAMPLE` entries of the flattened tensor, evenly spaced at an odd step.
 
-    An even step could stay in one column of a matrix whose width is a power of two.
+    With an even step, all entries could come from one column of a matrix whose width is a power of two.
     """
     flat = numbers.reshape(-1)
     return flat[:: flat.numel() // SAMPLE | 1]

@@ -8,7 +8,8 @@ and with rotation. Its answer is V_h times the weighted mean of the latents (Dee
 heads: all heads keep the same tokens. Some transformers releases cache the keys of every head instead; they need none
 of this.
 
-In shapes, c and r are the widths of a latent and of a rotary key, and nope is the width of a key without rotation.
+In shapes, c and r are the widths of a latent and of a rotary key, and nope is the width of a key without rotation. B is
+the batch, H the number of query heads, n the number of tokens, d and dv the widths of a head's key and value.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _newest = threading.local()  # what the last `update` of this thread returned, b
 def staged(keys: Tensor, values: Tensor) -> None:
     """Remember, for this thread, the keys and values that a cache's `update` returned; see `awaited`.
 
-    A latent-attention module computes new tensors from them before it calls its attention function, so that the
-    function's arguments no longer show where they came from. Only weak references are kept.
+    A latent-attention module computes new tensors from these keys and values before it calls its attention function, so
+    the function's arguments no longer show from which cache they came. Only weak references are kept.
     """
     _newest.pair = (weakref.ref(keys), weakref.ref(values))
 
@@ -47,8 +48,8 @@ def awaited() -> tuple[Tensor, Tensor] | None:
 def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
     """Convert queries and latents to one shared kv head: queries (B, H, n, c + r), and keys (B, 1, n, c + r).
 
-    The logits of these queries and keys are those of the module's own per-head keys. In shapes, c, r and nope are the
-    widths of a latent, of a rotary key, and of a head's key without rotation.
+    These queries and keys have the same logits as the module's own queries and per-head keys. In shapes, c, r and nope
+    are the widths of a latent, of a rotary key, and of a head's key without rotation.
     expansion  the matrix (H, nope + dv, c) from the function `expansion`
     query      (B, H, n, nope + r): as the module computed it, its part without rotation first
     latent     (B, 1, n, c) and rotary (B, 1, n, r): as the module cached them
@@ -79,7 +80,7 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
     If `kv_b_proj` is a plain linear layer without adapter or hook, the matrix is its weight. Any other `kv_b_proj` is
     called on every unit vector: an adapter, a quantised or offloaded weight and a hook count as they are now, and
     nothing is cached. It must be linear, so the matrix is checked on the newest token's key and value. Raises
-    ValueError if they differ by more than rounding.
+    ValueError if the matrix's key and value differ from the module's by more than rounding.
     """
     project: nn.Module = module.kv_b_proj  # type: ignore[assignment]
     heads, dv = value.shape[1], value.shape[-1]
@@ -114,9 +115,9 @@ def is_plainly_linear(project: nn.Module) -> bool:
 
 
 def _alike(found: Tensor, right: Tensor) -> bool:
-    """Return True if `found` equals `right` up to rounding, also if quantised activations were rounded.
+    """Return True if `found` equals `right` up to rounding, that of quantised activations included.
 
-    The norm of the difference may be 5 % of the norm of `right`. So a wrong constant factor is found too.
+    The norm of the difference may be at most 5 % of the norm of `right`.
     """
     found, right = found.detach().float(), right.detach().float()
     return bool((found - right).norm() <= _ROUNDING * right.norm())

@@ -59,9 +59,8 @@ class LazyMask:
     def plainly_causal(self) -> bool:
         """Return True if each token attends to itself and all tokens before it and to nothing else, padding apart.
 
-        A model's mask rule may allow more in general, such as image tokens that attend to each other, and yet allow
-        nothing more for the present tokens. So a rule other than the causal one is applied, and its mask compared with
-        the causal mask, once for all layers.
+        A mask rule may let image tokens attend to later ones, and yet be causal for a text without images. So a rule
+        other than the causal one is applied, and its mask compared with the causal mask, once for all layers.
         """
         if self._arguments.get("mask_function", causal_mask_function) is causal_mask_function:
             return True
@@ -197,9 +196,10 @@ def _made(x: Any) -> Any:
 
 
 def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | None:
-    """Return a forward's attention mask: a LazyMask for a compressed layer, else a tensor or None as `before` takes.
+    """Return a forward's attention mask: a LazyMask for a compressed layer, else a tensor or None.
 
-    before: name of the attention that was selected before kvfloor's. kwargs: transformers' arguments for masks.
+    before: name of the attention selected before kvfloor's, in whose form a tensor is. kwargs: transformers' arguments
+    for masks.
     Raises ValueError, before any layer has changed, for a mask rule that a compressed layer cannot follow.
     """
     if args:

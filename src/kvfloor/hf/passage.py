@@ -79,12 +79,11 @@ class Passage:
         self._open.add(layer)
 
     def passed_over(self, layer: int) -> bool:
-        """Return True if another layer's attention was skipped: its keys still wait, and now `layer` receives keys.
+        """Return True if the forward skipped another layer's attention, False if an earlier forward broke off there.
 
-        Keys wait from `update` until the layer's attention appends them. If the forward has passed no keys to `layer`
-        before, it has gone on without that attention: True. If it has, a new forward has begun and the earlier one
-        broke off: False. If the model has a single layer, the result is True, since its attention is skipped if it is
-        not prepared.
+        Call it when `layer` receives keys while that other layer has received keys and not appended them. If the
+        recorded forward has already passed keys to `layer`, a new forward has begun: False. With a single layer the
+        result is always True: an unprepared model skips kvfloor's attention.
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
@@ -198,8 +197,8 @@ class Passage:
     def _half_filled(self, last: int) -> set[int]:
         """Return {last} if layer `last` still misses updates of its linear states in this forward, else an empty set.
 
-        last: the newest layer that the forward has reached. It misses updates if they differ from those of another
-        layer whose states have the same class. Earlier layers are complete, since the forward went past them.
+        last: the newest layer that the forward has reached. Updates are missing if they differ from those of another
+        layer with states of the same class. Earlier layers are complete, since the forward went past them.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]
@@ -245,8 +244,8 @@ def outside_inference(call: Any, *args: Any, **kwargs: Any) -> Any:
 def keeps_something(layer: Any, own: bool) -> bool:
     """Return True if every forward must store something in this cache layer.
 
-    own: the layer is of transformers' own class. Such a layer counts if it keeps keys, or linear states that models
-    access through the cache.
+    own: the layer's class is one of transformers. Then the answer is True if the layer keeps keys, or linear states
+    that models access through the cache. For any other class it is always True.
     """
     if not own or hasattr(layer, "get_seq_length"):
         return True

@@ -4,7 +4,9 @@ A rotary model rotates queries and keys by their position before a cache receive
 rotated back here, and the state rotates them by the token's rank among the held tokens (`Spec.rotation`). A layer's
 rotation is measured, not known by family. One token is fed at several positions at once, and each layer's keys and
 queries must differ by one rotation whose frequencies are those of one of the model's own rotary modules. A token alone
-attends to itself, so nothing else depends on its position.
+attends to itself, so nothing but its rotation depends on its position. B is the batch, H and Hkv the numbers of query
+heads and kv heads, n the number of tokens, pairs the number of rotated pairs of entries. The place of a layer is its
+index among the compressed layers.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class Memo:
         """Return cosines and sines (B or 1, 1, n, pairs) of a rotation at positions (B or 1, n).
 
         pairs: number of pairs of entries that are rotated. place: index of the calling layer among the compressed
-        layers.
-        An index that is not larger than in the call before means a new forward.
+        layers. Layers call in rising order, so a place that is not larger than in the last call means a new forward.
+        The cached cosines and sines are dropped then, and for another `positions` tensor.
         """
         same = self._positions is not None and self._positions() is positions
         if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
@@ -77,7 +79,8 @@ class TurnBack:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return query (B, H, n, d) and key (B, Hkv, n, d) without their rotation; value is not used.
 
-        positions: those by which the model rotated them, (B or 1, n) or (axes, B, n). Raises ValueError without them.
+        positions (B or 1, n) or (axes, B, n) are the positions by which the model rotated query and key. Raises
+        ValueError if positions is None.
         """
         del value
         if positions is None:
@@ -89,7 +92,7 @@ class TurnBack:
 def plain(positions: Tensor) -> Tensor:
     """Return positions as (B or 1, n), given with or without a first dimension of axes (such as time, height, width).
 
-    Raises ValueError if the axes differ, as those of image tokens do.
+    Raises ValueError if the axes differ, as they do for image tokens.
     """
     if positions.ndim < 3:
         return positions
@@ -193,7 +196,10 @@ def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[
 
 
 def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
-    """List the frequency tuples of the model's rotary modules, then all with the opposite sign (NanoChat)."""
+    """List the frequency tuples of the model's rotary modules, and then the same tuples with the opposite sign.
+
+    NanoChat rotates by the opposite sign.
+    """
     found: dict[tuple[float, ...], None] = {}
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -203,9 +209,10 @@ def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
 
 
 def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
-    """Return the rotation that explains all recorded queries and keys of layer `index`; None if they are not rotated.
+    """Return the rotation by which a layer's recorded queries and keys were rotated; None if they were not.
 
-    candidates: frequency tuples to try. Raises ValueError, naming the model, if none of them explains all.
+    name: the model's name, for the error. index: the layer's index. seen: the layer's recorded queries and keys.
+    candidates: the frequency tuples to try. Raises ValueError, naming the model, if none of them fits all.
     """
     d = seen[0].key.shape[-1]
     for one in seen:
@@ -230,7 +237,7 @@ def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[
 def _explains(rule: Rotation | None, seen: _Inputs) -> bool:
     """Return True if the recorded queries and keys at all positions are those at position 0, rotated by `rule`.
 
-    rule None: they must all be equal.
+    rule None: queries and keys must be equal at all positions.
     """
     for x in (seen.query, seen.key):
         wide = x.to(compute_dtype(x.dtype))
@@ -257,8 +264,8 @@ def _rope_types(module: nn.Module) -> list[str]:
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
     """Return True if the model multiplies its queries by a factor that grows with their position.
 
-    This is llama_4_scaling_beta in the configuration. It is read there instead of measured as rotations are: until
-    transformers 5.3, a measurement cannot choose the position from which the model computes the factor.
+    This is llama_4_scaling_beta in the configuration. The factor is read from the configuration instead of measured:
+    until transformers 5.3, a measurement cannot choose the position from which the model computes the factor.
     """
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))

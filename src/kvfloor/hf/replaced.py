@@ -36,7 +36,7 @@ class SwitchingRotation:
     """Hold the length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) changes the angles of its rotary embedding.
 
     Keys rotated below that length do not fit keys rotated above it. So generate() replaces any cache there by a
-    DynamicCache, which it fills with all tokens anew. A compressed cache refuses instead: it no longer has all tokens.
+    DynamicCache, which it fills with all tokens anew. A compressed cache no longer has all tokens and raises instead.
     """
 
     def __init__(self, length: int, angles_differ: bool, dropped_unasked: bool) -> None:
@@ -44,7 +44,7 @@ class SwitchingRotation:
 
         length            tokens up to which the first angles are used
         angles_differ     False if the configuration uses the same angles on both sides
-        dropped_unasked   True if generate() replaces a cache without any call that could refuse
+        dropped_unasked   True if generate() replaces a cache without calling `get_seq_length`, which could raise
         """
         self._length, self._angles_differ, self._dropped_unasked = length, angles_differ, dropped_unasked
 
@@ -69,7 +69,7 @@ class SwitchingRotation:
         return _SlotsSeen(slots, self)
 
     def refuse_unasked(self, seen: int) -> None:
-        """Raise ValueError if this generate() may later replace the cache without any call that could refuse.
+        """Raise ValueError if this generate() may later replace the cache without calling `get_seq_length`.
 
         Older transformers releases put a DynamicCache in its place at the length where the angles change. seen: slots
         fed so far.
@@ -96,9 +96,9 @@ class SwitchingRotation:
 
 
 def _drops_unasked(config: PreTrainedConfig) -> bool:
-    """Return True if this family's generate() decides by its own position count instead of asking the cache.
+    """Return True if this family's generate() decides to replace the cache without calling `get_seq_length`.
 
-    It decides whether to replace the cache by a DynamicCache. Older transformers releases do so.
+    In older transformers releases, generate() decides by a position count of its own.
     """
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     prepares = getattr(family, "prepare_inputs_for_generation", None)

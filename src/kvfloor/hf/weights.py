@@ -124,8 +124,8 @@ def _hooks(module: nn.Module) -> Iterable[Any]:
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, dense tensor) of a weight: one pair, or one for each part of a quantised weight.
 
-    A part that is no tensor, such as a float, is written into the name beside an empty tensor. Raises ValueError if the
-    weight cannot be read.
+    A part that is no tensor, such as a float, is yielded as an empty tensor whose name contains its value. Raises
+    ValueError if the weight cannot be read.
     """
     if isinstance(value, Tensor):
         inner = getattr(value, "__tensor_flatten__", None)

@@ -17,9 +17,9 @@ _ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # examples of 
 def rows() -> list[dict[str, Any]]:
     """Return one dict per registered method, policy, summary and selector: the rows of the table of methods.
 
-    Its keys are name, kind, about (the first sentence of the docstring), paper, guarantee, memory, traits, aliases.
-    Variants come last: methods of another attention law, which cannot serve as a model's cache. A variant that has
-    an argument without a default is left out, because only a barrier (the game that proves a lower bound) makes one.
+    The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory, traits,
+    aliases. Variants come last: methods of another attention law, which cannot serve as a model's cache. Variants with
+    an argument that has no default are left out, as only the game that proves a lower bound makes them.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]

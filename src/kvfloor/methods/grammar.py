@@ -2,6 +2,10 @@
 
 METHOD  =  policy(args) + summary(args) | selector(args) @ budget
         |  method(args) | selector(args) @ budget
+
+A policy chooses the tokens to evict, a summary keeps a compressed form of evicted tokens, a selector chooses the held
+tokens that a query reads. A method of the second form, such as `exact`, takes neither policy nor summary. The table of
+names is `TABLE` in `registry.py`.
 """
 
 from __future__ import annotations
@@ -123,7 +127,8 @@ def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
 def _value(node: ast.expr) -> Any:
     """Return the value of an argument, given as a syntax tree.
 
-    A literal has its own value, a bare word (score=mean) is a str, and a method (store=sinks(4)@32) is a `_Nested`.
+    A literal gives the Python value that it stands for, a bare word (score=mean) gives a str, and a method
+    (store=sinks(4)@32) gives a `_Nested`.
     """
     if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
         return node.id
@@ -136,7 +141,7 @@ def default_method(name: str, budget: int = 64) -> Method:
     """Return a method that contains the table's entry `name`, with default arguments.
 
     A policy becomes "name@budget", a summary "window+name@budget", a selector "exact|name"; a whole method ignores
-    `budget`, in tokens.
+    `budget`. The budget is in tokens.
     Tests, docs and the conformance matrix iterate over these methods.
     """
     part = lookup(name)

@@ -2,6 +2,7 @@
 
 The figures are plain SVG, not made by a plotting library. So every name passes the page's one escaping path, a figure
 follows the reader's light or dark mode, and a point shows its exact numbers without a script.
+Page coordinates are those of the SVG: x to the right, y downwards.
 """
 
 import math
@@ -22,7 +23,7 @@ LETTER = 7.0
 
 
 def number_text(value: float) -> str:
-    """Write a number with at most four digits; a whole one below a million in full, larger ones with M or G."""
+    """Write a number as text: four significant digits below 1000, whole below a million, with M or G above."""
     for size, unit in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -39,8 +40,8 @@ def power_text(size: float) -> str:
 class Axis:
     """Map numbers to page coordinates between `start` and `end`.
 
-    The axis spans `values`, and 0 if it is linear. A logarithmic axis spans the positive values alone, and places any
-    other number at its lower end. At both ends a further share `room` of the span stays free.
+    The axis spans all of `values`; a linear axis also spans 0. A logarithmic axis spans the positive values alone, and
+    places any other number at the lower end. At both ends a margin of `room` times the span is added.
 
     most_ticks  most ticks of a logarithmic axis        write  returns the label of a tick's number
     """
@@ -70,7 +71,7 @@ class Axis:
         return self.start + (at - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """List the ticks of the axis as (coordinate, label): powers of two, or round numbers."""
+        """List the labelled points of the axis as (coordinate, label): powers of two, or round numbers."""
         if self.log:
             first, last = math.ceil(self.low), math.floor(self.high)
             stride = max(1, math.ceil((last - first + 1) / self.most_ticks))

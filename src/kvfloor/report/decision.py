@@ -1,8 +1,8 @@
-"""Draw quality against bytes for one cell: each method's settings beside exact, the floor and the token ids.
+"""Draw quality against bytes for one cell: each method's settings, the exact cache, the floor and the token ids.
 
-A cell is a task at a context length under a protocol; a setting is a method with its budget. The floor is the fewest
-bytes of any method in the worst case. The token ids of the context are all that a model must store if it recomputes the
-keys and values.
+A cell is a task at a context length under a protocol; a setting is a method with its budget. The floor is a lower
+bound: no method takes fewer bytes on every input. The token ids of the context are all that a model must store if it
+recomputes the keys and values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,10 @@ _PROTOCOLS = {"visible": "Question visible while compressing", "after": "Questio
 
 
 def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
-    """Make the figure of one cell from its rows, exact's among them: x is bytes on a log scale, y the score.
+    """Make the figure of score (y) against bytes (x, log scale) for one task, context length and protocol.
 
-    `marks` maps each method (a setting without its budget) to its colour and shape.
+    rows   the results of each setting (method with budget) there, those of the exact cache included
+    marks  maps each method (a setting without its budget) to its colour and shape
     """
     exact = next(row for row in rows if row.method == "exact")
     others = sorted((row for row in rows if row is not exact), key=lambda row: (row.state_bytes, row.method))
@@ -61,7 +62,7 @@ def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
 
 
 def note_below_floor(row: Row) -> str:
-    """Return the note on a row with fewer bytes than the floor; it never says that this is impossible."""
+    """Return the note on a row with fewer bytes than the floor; it does not claim that so few bytes are impossible."""
     return BELOW_FLOOR_AND_FALLS if row.diff_high < 0 else BELOW_FLOOR
 
 

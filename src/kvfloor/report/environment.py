@@ -1,6 +1,6 @@
 """Define the template environment of all report pages.
 
-Every field is escaped, control characters are written out, and an undefined field is an error.
+Every field is escaped, control characters are replaced by their `\\u` codes, and an undefined field is an error.
 """
 
 from functools import cache
@@ -41,7 +41,7 @@ def environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Return text with its control characters written out, before escaping; leave markup of the templates as it is."""
+    """Return text with its control characters replaced by `\\u` codes; leave markup of the templates as it is."""
     return value if isinstance(value, Markup) else visible(str(value))
 
 

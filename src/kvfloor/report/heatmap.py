@@ -1,4 +1,7 @@
-"""Draw the attention-output error per layer and kv head, one map per setting (a method with its budget)."""
+"""Draw the attention-output error per layer and kv head, one map per setting (a method with its budget).
+
+An error is averaged over the tasks, context lengths and protocols of an audit.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ FAINTEST, STRONGEST = 1e-3, 1.0
 
 @dataclass(frozen=True)
 class Tile:
-    """Hold the mean error of one layer and kv head over the audit's cells, and its colour's strength in [0, 1]."""
+    """Hold one square of a map: a layer and kv head, its mean error, and the strength in [0, 1] of its colour."""
 
     layer: int
     head: int
@@ -22,7 +25,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Hold the tiles of one setting, one per layer and kv head. `overall` is the mean of its rows' output error."""
+    """Hold the map of one setting (method with budget): one tile (square) per layer and kv head.
+
+    `overall` is the mean of `Row.output_error` over the setting's rows.
+    """
 
     setting: str
     overall: float

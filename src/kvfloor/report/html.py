@@ -24,8 +24,9 @@ from kvfloor.statistics import MIN_SAMPLES
 def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path, by_head: Sequence[Head] = ()) -> None:
     """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
-    `by_head` are the kv heads' floors, if they were measured. Raises ValueError where there is no row, the rows mix
-    models, or the file cannot be written.
+    rows     one per setting (method with budget) and cell (task, context length, protocol)
+    by_head  the kv heads' floors (the least bytes that any method needs), if they were measured
+    Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
     """
     replace_file(path, page(rows, answer, meta, by_head))
 
@@ -78,7 +79,7 @@ def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, An
     """Return the recommended setting as a literal to paste into Python, or None where no setting is recommended.
 
     A setting is a method with its budget. The dict has two keys:
-    literal  the setting as a quoted string; in place of a budget that is a share stands a number of tokens
+    literal  the setting as a quoted string; a budget that is a share of the context is replaced by a number of tokens
     share    the budget if it is a share of the context, else None
     A cache that is opened for a stream of unknown length takes no share, so the largest audited number of tokens is
     written instead.

@@ -1,6 +1,7 @@
 """Draw the floor, the cheapest good setting and the exact cache of every kv head on one logarithmic axis of bytes.
 
 A setting is a method with its budget; it is good for a head if the head's output error stays small.
+A floor is the least bytes that any method needs for a head's keys.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Hold everything that `ladder.html` draws for one ladder: one rung per kv head, and the axis's ticks."""
+    """Hold all that `ladder.html` draws for one figure: one line (rung) per kv head, and the axis's ticks."""
 
     height: float
     rungs: tuple[Rung, ...]

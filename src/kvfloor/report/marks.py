@@ -1,4 +1,7 @@
-"""Assign one colour and marker shape to each method, the same in every figure and distinct without colour."""
+"""Assign one colour and marker shape to each method, the same in every figure and distinct without colour.
+
+A marker is the shape of a curve's points.
+"""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +39,7 @@ class Mark:
 
     colour    class of the style sheet, `s0`..`s7`
     shape     an SVG path, or "" for no marker
-    baseline  drawn hollow and dashed
+    baseline  True if the method is one that every audit compares with, drawn hollow and dashed
     """
 
     name: str
@@ -48,8 +51,8 @@ class Mark:
 def marks(rows: Sequence[Row]) -> dict[str, Mark]:
     """Map each configuration (a setting without its budget) to a mark, in the rows' order with baselines last.
 
-    `exact` is left out, as every figure has a mark for it. The first 64 methods get different pairs of colour and
-    marker.
+    A mark is a colour and a marker; the first 64 differ. Baselines are the methods that every audit compares with.
+    `exact` is left out, as every figure has a mark for it.
     """
     methods: dict[str, bool] = {}
     for row in rows:

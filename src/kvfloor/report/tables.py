@@ -1,6 +1,8 @@
 """Compute the report's tables as plain data, for both the page and the terminal.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol.
+A setting is a method with its budget; a cell is a task at a context length under a protocol. A row is one setting
+measured on one cell. Its verdict is on its loss of score against the exact cache: "holds" (an intolerable loss is
+excluded), "falls" (a loss is certain) or "open" (neither is shown).
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"
 
 @dataclass(frozen=True)
 class CellScore:
-    """Hold one setting's row on one cell and its verdict; both are None where the setting was not measured."""
+    """Hold the row of one setting on one cell, and the row's verdict; both None if it was not measured."""
 
     row: Row | None
     verdict: Verdict | None
@@ -28,7 +30,7 @@ class CellScore:
 
 @dataclass(frozen=True)
 class SettingScores:
-    """Hold one line of the scoreboard: a setting and its score on every cell. Bytes are means over its cells."""
+    """Hold one line of the scoreboard: a setting and its score on every cell. Bytes are means over the cells."""
 
     setting: str
     baseline: bool
@@ -68,7 +70,7 @@ class Speed:
 def ordered(rows: Sequence[Row]) -> list[Row]:
     """Return the rows ordered by setting: exact first, then methods in the rows' order, baselines last.
 
-    Each method's settings go from the largest bytes down.
+    Each method's settings go from the largest bytes down. Baselines are the methods that every audit compares with.
     """
     methods = list(dict.fromkeys(row.configuration for row in rows))
     largest: dict[str, int] = {}

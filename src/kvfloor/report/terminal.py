@@ -60,9 +60,9 @@ def print_barriers(results: Sequence[Result]) -> None:
 
 
 def details_text(details: Mapping[str, Any]) -> str:
-    """Return the numbers that only games of one barrier have, as one line of text: "name value, name value".
+    """Return a game's further numbers, which depend on its theorem, as one line: "name value, name value".
 
-    A barrier is the hard instance of a memory theorem. Lists are left to the JSON and the page.
+    Lists among them are left to the JSON and the page.
     """
     shown = {name: value for name, value in details.items() if isinstance(value, (str, int, float))}
     return ", ".join(

@@ -102,9 +102,9 @@ class Lexicon:
     pairs: tuple[str, ...] = PAIRS
 
     def shrink(self, symbols: int) -> Lexicon:
-        """Return a lexicon with the first `symbols` nouns, adjectives and numbers, such as training starts with.
+        """Return a lexicon with the first `symbols` nouns, adjectives and numbers.
 
-        Raises ValueError if `symbols` is less than 1.
+        Training starts with such a lexicon. Raises ValueError if `symbols` is less than 1.
         """
         if symbols < 1:
             raise ValueError(f"symbols={symbols}: a lexicon needs at least 1 symbol per pool")

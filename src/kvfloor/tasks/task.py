@@ -44,10 +44,10 @@ class Task:
     lowest, highest  limits of the difficulty
     default          returns the difficulty for a context of so many tokens
     make             makes the sample that a request asks for
-    depth_moves      the fact that a given `depth` places, in words, such as "the key"; None if the facts are spread
-                     over the whole context, so that no depth can be given
-    things           most nouns of the lexicon that the task takes at its default difficulty, where several tasks share
-                     one context
+    depth_moves      name of the fact that `depth` places, such as "the key"; None if the facts are spread over the
+                     whole context, so that no depth can be given
+    things           most nouns that the task takes at its default difficulty; tasks in one context divide a lexicon
+                     in proportion to it
     """
 
     name: str

@@ -68,7 +68,7 @@ def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[
     """Draw filler sentences of nearly, and at most, `room` tokens in all; return (sentence, tokens) pairs.
 
     count  returns the number of tokens of a text, with special tokens such as BOS
-    empty  number of tokens that `count` returns for an empty text, which sentences are not charged for
+    empty  number of tokens that `count` returns for an empty text, subtracted from each sentence's count
     """
     chosen: list[tuple[str, int]] = []
     misses = 0

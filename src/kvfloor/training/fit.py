@@ -2,7 +2,8 @@
 
 LESS (Dong et al. 2024, arXiv 2402.09398) keeps a low-rank state of the evicted tokens. Its kernels are two small
 networks per kv head, phi of queries and psi of keys, such that phi(q).psi(k) replaces exp(scale q.k) of an evicted
-token.
+token. A lesson is one text in one layer of the model, with the tokens that a policy evicts from it; the last tenth of
+the texts is kept out of training.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold the settings of a training run, which decide the kernels together with the model and the policy.
+    """Hold the settings of a training run. Settings, model and policy together decide the kernels.
 
     rank, hidden        rank of the low-rank state; hidden units of each network
     samples, length     number of texts, and tokens of context in each; a tenth of the texts, kept out of training,
@@ -49,7 +50,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError naming a setting that is outside its limits."""
+        """Raise ValueError naming a setting that is outside the allowed limits."""
         whole_numbers = ("rank", "hidden", "length", "epochs", "batch")
         count("train-less", least=1, **{name: value for name, value in asdict(self).items() if name in whole_numbers})
         count("train-less", least=2, samples=self.samples)
@@ -61,7 +62,8 @@ class Recipe:
 def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
     """Return attention outputs (P, g, m, dv) with the kernels' low-rank state in place of the evicted tokens.
 
-    kernels  two small networks per kv head, which sum evicted tokens up in the state and read it
+    kernels  two small networks per kv head: one maps keys that are summed up in the state, one maps queries that read
+             the state
     given    one text in one layer, with queries of m tokens and g query heads for each of P kv heads
     dropout  share of the networks' hidden units that are off
     Each query reads the state of the tokens that were evicted before it, merged with exact attention over the tokens
@@ -85,7 +87,7 @@ def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
 def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
     """Return the output projection (hidden, width) of the attention in model layer `layer`, float32; None if not found.
 
-    It is a linear module with `width` inputs and a usual name, such as o_proj.
+    The projection is a linear module with `width` inputs and a usual name, such as o_proj.
     """
     for module in model.modules():
         if getattr(module, "layer_idx", None) != layer:

@@ -109,8 +109,8 @@ def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> 
 def rivals(method: Bounded, less: Less, spec: Spec) -> list[Bounded]:
     """Return three methods to compare: the policy alone, with a larger budget, and with the LESS state.
 
-    The LESS state is the summary `less` of the evicted tokens. The larger budget keeps as many more tokens as fit into
-    the bytes of that state, so the last two methods take equal memory.
+    The LESS state is the summary `less` of the tokens that the policy evicts. The policy with the larger budget keeps
+    as many more tokens as fit into the bytes of that state, so the last two methods take equal memory.
     """
     budget = method.budget
     assert isinstance(budget, int)

@@ -1,6 +1,7 @@
 """Prepare the training data of LESS's kernels: evicted tokens, later queries and exact attention, layer by layer.
 
-A lesson is one text in one layer of a model. An eviction policy has run over it.
+A lesson is one text in one layer of a model. An eviction policy has run over the text, so that the evicted tokens are
+known. P is the number of kv heads, and g the number of query heads per kv head.
 """
 
 from __future__ import annotations

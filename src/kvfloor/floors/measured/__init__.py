@@ -1,8 +1,8 @@
 """Measure memory floors on given keys and queries: the bits that *this* model's attention needs, by theorem.
 
-`readable_by` and `readable_within` return floors: bits that any method must hold. `gaussian_reference` and
-`covering_curve` return figures to compare with. docs/floors.md ("Readable tokens", "Gaussian reference", "Covering
-ceiling") has the proofs and their limits.
+`readable_by` and `readable_within` return floors: lower bounds on the bits that any method must hold.
+`gaussian_reference` and `covering_curve` return figures to compare a floor with, which bound nothing themselves.
+docs/floors.md ("Readable tokens", "Gaussian reference", "Covering ceiling") has the proofs and their limits.
 """
 
 from kvfloor.floors.measured.covering import Ceiling, covering_curve, covering_number, greedy_cover

@@ -1,6 +1,7 @@
-"""Measure the covering ceiling: the balls that cover given keys, and the memory of SubGen with one centre per ball.
+"""Measure the covering ceiling: the memory that SubGen needs on given keys, with one cluster centre per ball of keys.
 
-SubGen (Zandieh et al. 2024) clusters keys online and samples keys of each cluster.
+SubGen (Zandieh et al. 2024) clusters keys online: a key farther than a radius delta from all centres so far becomes a
+centre. It keeps a sample of the keys near each centre, and one sample of pairs of key and value from the whole stream.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def covering_number(k: Tensor, delta: float) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """Hold the memory of SubGen with cluster radius `delta` for one row of keys: enough for SubGen's own guarantee.
+    """Hold the memory that SubGen's guarantee takes at cluster radius `delta`, for one row of keys.
 
     A row is the stream of one kv head.
     centres  number of cluster centres
@@ -85,11 +86,12 @@ def covering_curve(
 ) -> list[list[Ceiling]]:
     """Return the memory of SubGen at every cluster radius in `deltas`, for each row of keys k (rows, n, d).
 
-    The result has one list per row, with one `Ceiling` per radius; a row is the stream of one kv head. The memory meets
-    error `epsilon` for |scale q| <= `radius`.
+    The result has one list per row, with one `Ceiling` per radius; a row is the stream of one kv head. dv is the width
+    of a value. The memory meets error `epsilon` for queries q with |scale q| <= `radius`, except with probability
+    `failure`.
     Law: centres from `covering_number`; s = 9 dv / (epsilon^2 f), t the smaller of `subgen_t`'s two forms at f, with
-    f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is that of all n tokens
-    kept.
+    f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is the count for
+    keeping all n tokens.
     Guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op with probability 1 - failure, for a query fixed
     before the stream; keys need not be short. Source: Zandieh et al. 2024 (SubGen); docs/floors.md, "Covering ceiling".
     """
@@ -113,9 +115,10 @@ def _ceiling(delta: float, centres: int, s: float, t: float, n: int, d: int, dv:
 
 
 def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, delta: float, band: float) -> Tensor:
-    """Mark the keys (b,) of k (b, d) that lie within delta of one of the centres (c, d).
+    """Mark the keys of k (b, d) that lie within `delta` of one of the centres (c, d): (b,) bool.
 
-    norms, centre_norms hold squared lengths. Squared distances within `band` of delta^2 are computed again, directly.
+    norms (b,) and centre_norms (c,) hold squared lengths. Squared distances within `band` of delta^2 are computed
+    again, directly.
     """
     if len(centres) == 0:
         return torch.zeros_like(norms, dtype=torch.bool)
@@ -131,7 +134,7 @@ def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, de
 def _first_come(k: Tensor, delta: float) -> Tensor:
     """Mark the keys of k (b, d) that become centres of a greedy clustering at radius `delta`: (b,) bool.
 
-    Keys come in order of arrival, and no older centre lies within delta of any of them. A key becomes a centre if no
+    Keys come in order of arrival, and no older centre lies within delta of any key of k. A key becomes a centre if no
     earlier centre lies within delta. This rule is applied to all keys at once until nothing changes: every pass settles
     at least one more key, in order of arrival, and the rule has one solution.
     """

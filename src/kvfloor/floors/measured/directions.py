@@ -1,13 +1,16 @@
 """Search for queries of bounded length that each put most softmax weight on one key, for `readable_within`.
 
-The queries are proposals: a floor computed from any queries is valid, and better ones only raise it.
+The queries are proposals: `readable_within` computes a lower bound on the memory of attention that is valid for any
+queries, and better queries only raise it.
+    rivals   the keys whose softmax mass a query has to outweigh: all keys of the stream, or a sample
+    lead     logit of the query's own key, less the log of the softmax mass of the rivals and of tokens `beyond`
+    beyond   further tokens that every query sees, outside the stream
 
 The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is concave in q, so every local maximum
-over a ball is global. If the other keys (the rivals) were Gaussian with mean mu and covariance C, the maximum would lie
-at
+over a ball is global. If the rivals were Gaussian with mean mu and covariance C, the maximum would lie at
     q = (scale C + lambda I)^-1 (k_i - mu),   lambda >= 0 the least with |q| <= radius.
-The search starts there, then replaces mu by the rivals' mean under the query's own softmax: a Newton step in which C
-stands for the curvature.
+The search starts at this q, then replaces mu by the rivals' mean under the query's own softmax: a Newton step in which
+C stands for the curvature.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ _INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding 
 class Ball:
     """Search queries of length at most `radius` that put most weight on one key each, against given rival keys (c, d).
 
-    scale and softcap define the logits. `beyond` is the log mass of further tokens that every query sees, or None.
-    `few` keeps the rivals in float32; else bfloat16 is used where that is faster. The covariance of the rivals stands
-    for the curvature in the search.
+    scale and softcap define the logits. `beyond` is the log of the softmax mass of further tokens that every query
+    sees, or None. `few` keeps the rivals in float32; else bfloat16 is used where that is faster. The covariance of the
+    rivals stands for the curvature in the search.
     """
 
     def __init__(
@@ -53,8 +56,8 @@ class Ball:
         """Return for each key (n, d) a query (n, d) that puts much softmax weight on it, against the rivals.
 
         place (n,) is the key's index among the rivals, or -1. The query is the best found among these: the direction
-        from the rivals' mean to the key; the best query if the rivals were Gaussian; `first` if given; the direction of
-        the key, if there is mass `beyond`; and `steps` refinements of the best of these.
+        from the rivals' mean to the key; the best query if the rivals were Gaussian; `first` (n, d) if given; the
+        direction of the key, if there is mass `beyond`; and `steps` refinements of the best of these.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):
@@ -90,7 +93,7 @@ class Ball:
     def _longest(self, aim: Tensor) -> Tensor:
         """Return (C + lambda I)^-1 aim, C the scaled rivals' covariance, for the least lambda >= 0 within the radius.
 
-        Each row of `aim` has its own lambda.
+        `aim` (n, d) holds one vector per key, and each has its own lambda.
         """
         along = aim @ self._vectors
         shift = torch.zeros_like(along[:, :1])
@@ -110,7 +113,10 @@ class Ball:
         return raw
 
     def _lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
-        """Return each key's logit less the log mass of its rivals and of the tokens beyond: (n,)."""
+        """Return each key's logit under its query, less the log mass of the rivals and of the tokens beyond: (n,).
+
+        query and keys are (n, d); place (n,) is the key's index among the rivals, or -1.
+        """
         own = capped((query * keys).sum(1) * self.scale, self.softcap)
         rivals = torch.logsumexp(self._rival_logits(query, place), 1)
         return own - torch.logaddexp(rivals, torch.full_like(rivals, self.beyond))
@@ -122,9 +128,10 @@ def _better(best: Tensor, lead: Tensor, query: Tensor, found: Tensor) -> tuple[T
 
 
 def towards_each(k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None) -> Tensor:
-    """Return for every key of k (n, d) a query (n, d) of length at most `radius` that puts much weight on it.
+    """Return for every key of k (n, d) a query (n, d) of length at most `radius` that puts much softmax weight on it.
 
-    All keys are in the stream. `beyond` is the log mass of further tokens that every query sees, or None.
+    All keys are in the stream. scale and softcap define the logits. `beyond` is the log of the softmax mass of further
+    tokens that every query sees, or None.
     """
     everything = torch.arange(len(k), device=k.device)
     return with_rivals(k, everything, radius, scale, softcap, beyond)
@@ -134,9 +141,11 @@ def with_rivals(
     k: Tensor, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None,
     first: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return for every key of k (n, d) a query (n, d) that puts much weight on it, against the keys at `rivals` (c,).
+    """Return for every key of k (n, d) a query (n, d) that puts much weight on it, against the rival keys k[rivals].
 
-    Where there are many keys, a sample of the rivals is used. `first` (n, d) holds queries to improve on.
+    rivals (c,) are indices into k; where there are many keys, a sample of the rivals is used. Queries have length at
+    most `radius`. scale and softcap define the logits. `beyond` is the log of the softmax mass of further tokens that
+    every query sees, or None. `first` (n, d) holds queries to improve on, or is None.
     """
     few = len(k) <= FEW
     if not few:

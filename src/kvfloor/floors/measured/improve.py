@@ -1,8 +1,15 @@
-"""Improve a choice of token groups, each read by one query, on a dense matrix of softmax weights.
+"""Improve a choice of token groups, each read by one query, given all softmax weights of the queries on the tokens.
 
-Rounds of reordering, pruning and reassigning tokens maximise, per group, log2(1 + w / (error + l)): a smooth stand-in
-for log2 L, L the number of value levels that the query tells apart. Here w is the weight of the group under its query,
-and l the weight that this query puts on groups decoded later.
+The choice serves the read floor, a lower bound on the bits of a state that answers the queries. In its proof, a
+receiver (Bob) reconstructs ("decodes") hidden values from the answers.
+    group   tokens that share one hidden row of values, read by one query
+    order   Bob decodes one group after the other; groups that he has decoded no longer disturb his next answers
+    weight  softmax weight w that the query of a group puts on the group
+    leak    softmax weight l that the query of a group puts on all groups decoded later
+    levels  number L of values that Bob can tell apart in a group; `error` is what an answer may be off besides the leak
+    pairs   matrix (G, G) of the softmax weight of query j on group k, rows and columns in the order of decoding
+Rounds of reordering groups, pruning groups and reassigning tokens maximise the sum over groups of
+log2(1 + w / (error + l)), a smooth stand-in for log2 L.
 """
 
 from __future__ import annotations
@@ -22,10 +29,11 @@ _GAIN = 1e-3  # bits that dropping a group must gain
 
 
 class Choice(NamedTuple):
-    """Hold an assignment of tokens to the queries that read them.
+    """Hold a choice of token groups: the queries that read a group, and the query that reads each token.
 
-    order   (G,) queries, in the order in which their groups of tokens are decoded
-    reader  (n,) the query that reads each token, or -1
+    order   (G,) indices of queries, in the order of decoding: that in which the proof's receiver (Bob) reconstructs the
+            hidden values of the queries' groups
+    reader  (n,) the query that reads each token, or -1 for none
     """
 
     order: Tensor
@@ -33,15 +41,16 @@ class Choice(NamedTuple):
 
 
 def promised(pairs: Tensor, demand: Demand) -> Tensor:
-    """Return the bits that each group of tokens gives to the floor, (G,), from the groups' weights, in decoding order.
+    """Return the estimated bits (G,) that each group of tokens adds to the read floor.
 
-    pairs (G, G) holds the softmax weight of query j on group k. The weight on later groups counts as leak.
+    pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding. The weight on later
+    groups counts as leak: an error of the answer that the later groups' hidden values cause.
     """
     return demand.bits(pairs.diagonal(), pairs.triu(1).sum(1))
 
 
 def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
-    """Return the weight (M, M) of query j on the tokens that query k reads, from softmax weights (M, n).
+    """Return the softmax weight (M, M) of query j on all tokens that query k reads, from the weights (M, n) on tokens.
 
     reader (n,) holds the query that reads each token, -1 for none.
     """
@@ -52,10 +61,10 @@ def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
 
 
 def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tuple[float, Choice]:
-    """Improve a choice of groups for at most `rounds` rounds; return the most bits found, and the choice that has them.
+    """Improve a choice of groups for at most `rounds` rounds; return (estimated bits, choice) of the best found.
 
-    weights (M, n) are the softmax weights of the queries. `choice.order` may contain queries without a group: tokens
-    may be assigned to these.
+    weights (M, n) are the softmax weights of the M queries on all n tokens. `choice.order` may contain queries without
+    a group: tokens may be assigned to these queries.
     """
     order, reader = choice
     best, most = Choice(order[:0], reader), 0.0
@@ -81,11 +90,12 @@ def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tu
 
 
 def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
-    """Return an order of decoding (G,): first the groups that would cost the others most bits if decoded later.
+    """Return an order of decoding, positions (G,): first the groups that cost other groups most if decoded later.
 
-    pairs (G, G) holds the weight of query j on group k. Decoding group k before group j spares group j
-    log2(1 + pairs_jk / c_j), where c_j = error + half of the weight that query j puts on other groups. Groups are
-    sorted by the bits they cost others less the bits others cost them.
+    Decoding reconstructs the hidden values of one group after the other; a decoded group no longer disturbs later
+    answers. pairs (G, G) holds the softmax weight of query j on group k. Decoding group k before group j gains group j
+    log2(1 + pairs_jk / c_j) bits, where c_j = error + half of the weight that query j puts on other groups. Groups are
+    sorted by the bits that a group costs other groups less the bits that other groups cost it, the largest first.
     """
     others = pairs - torch.diag(pairs.diagonal())
     cost = torch.log2(1.0 + others / (demand.error + 0.5 * others.sum(1, keepdim=True)))
@@ -93,12 +103,12 @@ def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def pruned(pairs: Tensor, demand: Demand) -> Tensor:
-    """Drop the groups that cost other groups more bits than they give; return the positions of the remaining groups.
+    """Drop the groups that cost other groups more bits than they add; return the positions (m,) of the groups kept.
 
-    Positions count in the order of decoding, in which pairs (G, G), the weight of query j on group k, is given. The
-    values of a dropped group are 0, so that it leaks into no answer. Groups whose weight is too small to be read even
-    without a leak are dropped first. Then, repeatedly, the worst half of the groups without bits is dropped, or else
-    the worst quarter of the groups whose absence gains bits.
+    pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding; positions are indices
+    into pairs. The values of a dropped group are 0, so that it disturbs no answer. Groups whose weight is too small to
+    be read even without a leak are dropped first. Then, repeatedly, the worst half of the groups without bits is
+    dropped, or else the worst quarter of the groups whose absence gains bits.
     """
     places = (demand.bits(pairs.diagonal(), torch.zeros_like(pairs[:, 0])) > 0.0).nonzero()[:, 0]
     for _ in range(_PRUNINGS):
@@ -126,11 +136,13 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
-    """Return the query (n,) that should read each token, or -1, by the objective linearised at this choice.
+    """Return the query (n,) that should read each token, or -1, by the objective linearised at the given choice.
 
-    The objective is the sum over groups of log2(1 + w / (error + l)), w the weight of query g on its group, l its
-    weight on groups decoded later. Assigned to query g, a token gains its weight under g times d objective / d w_g. It
-    costs every query decoded before g the token's weight under that query times -d objective / d l.
+    The objective is the sum over groups g of log2(1 + w_g / (error + l_g)), w_g the weight of query g on its group, l_g
+    its weight on groups decoded later. weights (M, n) are the queries' weights on tokens, `order` (G,) the queries in
+    the order of decoding, pairs (G, G) their weights on groups. Assigned to query g, a token gains its weight under g
+    times d objective / d w_g. For every query h decoded before g, it costs the token's weight under h times
+    -d objective / d l_h.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

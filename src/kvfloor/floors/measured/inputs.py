@@ -20,9 +20,9 @@ def matrix(name: str, value: Tensor, width: int | None = None, least: int = 1) -
 
 
 def log_masses(name: str, value: Tensor | float | None, count: int) -> Tensor | None:
-    """Return log masses as (count,) float64: one number is repeated for all, -inf is no mass, None stays None.
+    """Return logs of softmax masses, one per query, as (count,) float64; None stays None.
 
-    Raises ValueError for another shape, NaN or +inf.
+    One number is repeated for all queries; -inf is no mass. Raises ValueError for another shape, NaN or +inf.
     """
     if value is None:
         return None

@@ -1,6 +1,11 @@
 """Compute the number of value levels that an answer distinguishes, and the bits of the read floor that follow.
 
-The read floor is the bits that a state must hold to answer queries over given keys.
+The read floor is a lower bound on the bits of a state that answers queries over given keys. In its proof, a receiver
+(Bob) reconstructs ("decodes") hidden values from the answers of the state, one group of tokens after the other.
+    group   tokens that share one hidden row of dv values, read by one query
+    weight  softmax weight that the query of a group puts on the group
+    leak    softmax weight that the query of a group puts on all groups decoded later
+    levels  equally spaced values in [-1, 1], one of which each hidden value is
 """
 
 import dataclasses
@@ -16,7 +21,10 @@ _MOST = 2**53  # whole numbers up to which float64 counts
 
 
 def grain(dtype: torch.dtype) -> float:
-    """Return the largest rounding error of a number in [-1, 1] in `dtype`: 2^-25 for float32, 2^-9 for bfloat16."""
+    """Return the largest rounding error of a number in [-1, 1] in `dtype`: 2^-25 for float32, 2^-9 for bfloat16.
+
+    `readable.py` calls it the grain of the format.
+    """
     return torch.finfo(dtype).eps / 4.0
 
 
@@ -49,11 +57,11 @@ class Demand:
 
     @property
     def error(self) -> float:
-        """Return eta plus the values' rounding: the most that an answer may differ from that for unrounded values."""
+        """Return eta plus `grain`(dtype): the most that an answer may differ from that for unrounded values."""
         return self.eta + grain(self.dtype)
 
     def levels(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return the number of value levels that each answer distinguishes, int64, given its weight and leak.
+        """Return the number of levels that Bob can tell apart in the values of each group of tokens, int64.
 
         weights are the softmax weights of queries on their own groups of tokens, leaks those on groups decoded later.
         Law: the largest whole L with (L - 1)(error + leak) < weight, in 1..`most_levels`. L equally spaced levels in
@@ -64,17 +72,16 @@ class Demand:
         return torch.ceil(ratio * (1.0 - _SHAVE)).clamp(1.0, self._cap).to(torch.int64)
 
     def bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return the bits that each group of tokens gives to the read floor, float64, for the arguments of `levels`.
+        """Return the bits that each group of tokens adds to the read floor, float64, for the arguments of `levels`.
 
-        The values of a group are read by one query.
-        Law: p dv log2 L - H2(p), clamped at 0, and 0 for a single level.
+        Law: p dv log2 L - H2(p), with L of `levels` and H2 the binary entropy; clamped at 0, and 0 for a single level.
         """
         levels = self.levels(weights, leaks)
         bits = self.p * self.dv * torch.log2(levels.double()) - H2(self.p)
         return bits.clamp_min(0.0).masked_fill(levels < 2, 0.0)
 
     def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return an estimate of `bits`, computed in the dtype of `weights`: fast, and good enough for searching.
+        """Return an estimate of `bits`, computed in the dtype of `weights`: fast, and good enough for searching groups.
 
         weights and leaks are those of `levels`.
         """
@@ -84,7 +91,7 @@ class Demand:
 
     @property
     def ceiling(self) -> float:
-        """Return the bits of a group on which its query puts all its weight: the most that a group can give."""
+        """Return the most bits that a group can add to the read floor: those of a group with weight 1 and leak 0."""
         return float(self.bits(torch.ones(()), torch.zeros(())))
 
     @property

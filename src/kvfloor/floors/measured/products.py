@@ -1,4 +1,4 @@
-"""Compute logits in a chosen precision, and bound the rounding error of each precision."""
+"""Compute attention logits in a chosen precision, and bound the rounding error of the logits in each precision."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Factors:
 
     @property
     def sum_unit(self) -> float:
-        """Return the unit roundoff of the sums of products, and of all that is computed from the logits.
+        """Return the unit roundoff (half an eps) of the sums of products, and of all that is computed from the logits.
 
-        It is that of the factors' dtype, but that of float32 for bfloat16 factors.
+        It is that of the factors' dtype, except that bfloat16 factors are summed in float32.
         """
         return _FLOAT32_UNIT if self.q.dtype == torch.bfloat16 else torch.finfo(self.q.dtype).eps / 2.0
 
@@ -57,10 +57,10 @@ class Rounding:
 
     @staticmethod
     def of(factors: Factors, q: Tensor, k: Tensor, scale: float) -> Rounding:
-        """Bound, per query, the errors and the size of logits computed from `factors`, made from these q, k and scale.
+        """Bound the rounding error and the size of the logits that `factors` give, per query, as a `Rounding`.
 
-        With u the unit roundoff of the sums (float32's for bfloat16), primes for the factors and |.| l2 norms, the
-        error is
+        `factors` were made from q (m, d), k (n, d) and scale. With u the unit roundoff of the sums (float32's for
+        bfloat16), q' and k' the rounded factors, q the unrounded query times scale, and |.| l2 norms, the error is
             |q - q'| |k| + |q'| |k - k'|      the factors' own rounding, measured
             + (d + 2) u |q'| |k'|             the sum, in any order (Cauchy-Schwarz)
             + unit(dtype) |q'| |k'|           the rounding of the result
@@ -77,9 +77,9 @@ class Rounding:
         return Rounding(error * 1.001, reach * 1.001)
 
     def of_sums(self, unit: float, terms: int) -> Tensor:
-        """Return a bound on |log(computed / true)| for a sum of `terms` exponentials of logits, per query: (m,).
+        """Bound |log(computed / true)| for a sum of `terms` exponentials of logits, per query: (m,).
 
-        `unit` is the unit of rounding of the sum.
+        `unit` is the unit roundoff of the sum.
         """
         return self.error + unit * (_EXP_ULPS + 2.0 * self.reach + terms) * 1.01
 
@@ -101,5 +101,8 @@ def short_products(device: torch.device) -> bool:
 
 
 def rough_dtype(device: torch.device, few: bool) -> torch.dtype:
-    """Choose a precision for searching: float32 for few tokens, bfloat16 for many where that is faster."""
+    """Choose a precision for the logits of a search: float32 for few tokens, bfloat16 for many where that is faster.
+
+    `few` is True for few tokens, as the caller counts them.
+    """
     return torch.bfloat16 if not few and short_products(device) else torch.float32

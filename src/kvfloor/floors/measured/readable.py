@@ -1,9 +1,16 @@
-"""Compute the read floor: bits that a state must hold to answer given queries, or all short ones, over given keys.
+"""Compute the read floor: a lower bound on the bits of a state that answers given queries, or all short queries.
 
-Keys and queries are public and fixed before the values. Tokens are put in disjoint groups. Each group has values of its
-own, independent of the others, and one query that reads it; tokens in no group have value 0. The queries are answered
-one after the other, and the contribution of groups decoded earlier is subtracted from each answer. The remainder gives
-the group's values back, so that Fano's inequality per group and the chain rule add up (docs/floors.md, "Readable
+The keys of the stored tokens are given. The proof is a game. Alice hides random values in a stream of tokens and sends
+the state, S bits, to Bob. Bob asks each query of a copy of the state, and reconstructs the hidden values from the
+answers. Keys and queries are public.
+    group   tokens that share one hidden row of dv values, read by one query; tokens in no group have value 0
+    order   Bob reconstructs ("decodes") the groups one after the other, in a fixed order that has nothing to do with
+            the order of the stream; from each answer, he subtracts the contribution of the groups decoded before
+    weight  softmax weight that the query of a group puts on the group
+    leak    softmax weight that the query of a group puts on all groups decoded later, an error that Bob cannot remove
+    levels  number of equally spaced values in [-1, 1] that Bob can tell apart in the group's values
+    grain   largest rounding error of a number in [-1, 1] in the values' format (`levels.grain`)
+Groups hide independent rows, so Fano's inequality per group and the chain rule add up (docs/floors.md, "Readable
 tokens").
 """
 
@@ -33,19 +40,22 @@ _KEPT = 0.8  # share of its estimated bits that a candidate must reach to end th
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Readable:
-    """Hold a read floor: after the `n` tokens of `stream`, any method that meets `demand` holds at least `bits`.
+    """Hold a read floor: after the tokens of `stream`, any method that meets `demand` holds at least `bits` bits.
 
-    Groups are numbered in the order in which they are decoded. Weights and leaks are shares of a softmax.
+    `demand` is the accuracy required of answers. Groups of tokens are numbered in the order in which Bob decodes them.
+    The module defines group, weight, leak, grain and Bob.
 
-    stream      (n,) int64, the tokens of the given keys that the stream holds, in their order there
-    group       (n,) int64, the group of each of these, -1 for tokens whose values are 0
+    stream      (n,) int64, the tokens of the stream, as indices into the given keys, in order
+    group       (n,) int64, the group of each token of the stream, -1 for tokens whose values are 0
     queries     (G, d), the query that reads each group
     asked       (G,) int64, the source of each query: an index into the given queries, or for `readable_within` the
                 token of the given keys for which the query was made
-    weights     (G,) float64, softmax weight of query g on its group, at most the true weight
-    leaks       (G,) float64, weight of query g on the groups decoded later; for both, other tokens' mass is rounded up
+    weights     (G,) float64, softmax weight of query g on group g, at most the true weight
+    leaks       (G,) float64, softmax weight of query g on the groups decoded after g; in weights and leaks, the mass on
+                other tokens is rounded up
     levels      (G,) int64, with (levels - 1)(eta + grain + leak) < weight for these weights, hence for the true ones
-    later_mass  (G,) float64 or None, log mass of query g on tokens outside the stream
+    later_mass  (G,) float64 or None, log of the softmax mass of query g on tokens outside the stream
+    scale, softcap   of the logits
     """
 
     bits: float
@@ -68,12 +78,12 @@ class Readable:
 
     @property
     def groups(self) -> int:
-        """Return the number of groups of tokens whose values the queries read."""
+        """Return the number G of groups of tokens, each read by one query."""
         return len(self.levels)
 
     @property
     def bytes(self) -> int:
-        """Return `bits` in whole bytes, rounded up."""
+        """Return the floor in whole bytes: `bits` / 8, rounded up."""
         return math.ceil(self.bits / 8.0 * (1.0 - 1e-12))
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,16 +110,18 @@ def readable_by(
     dtype: torch.dtype = torch.float32,
     most_levels: int | None = None,
 ) -> Readable:
-    """Bound the bits needed to answer queries `q` over stored keys `k` within eta, each whole row with probability p.
+    """Return a lower bound on the bits S of a state that answers the queries `q` over the stored keys `k`.
 
-    A row is the dv values of one answer. Law: S >= sum over groups of max(0, p dv log2 L_g - H2(p)), with L_g the most
-    levels for which (L_g - 1)(eta + grain + leak_g) < weight_g, leak_g the weight on groups decoded after g (`Demand`,
-    `Readable`). Worst case over values, for these keys: not a claim about recorded values.
+    Every answer must be within eta of exact attention in all its dv values with probability p, for values in [-1, 1].
+    Law: S >= sum over groups g of max(0, p dv log2 L_g - H2(p)). H2 is the binary entropy. L_g is the most levels for
+    which (L_g - 1)(eta + grain + leak_g) < weight_g, where weight_g is the softmax weight of query g on group g, and
+    leak_g that on groups decoded after g. The module defines group, decoding and grain. The bound is for the worst
+    values, given these keys: it is no claim about recorded values.
 
-    k, q         (n, d) stored keys, (m, d) queries that may come after the state is sent
-    later_mass   log mass of a query on tokens after the stored ones, its own included: (m,), or one number; see
-                 `causal_mass`
-    dtype        the values' number format; most_levels caps the levels further
+    k, q         (n, d) stored keys; (m, d) queries, any of which may be asked of the state
+    later_mass   log of the softmax mass of a query on tokens after the stored ones, its own included: (m,), or one
+                 number; see `causal_mass`
+    dtype        the values' number format; most_levels caps L_g further
     Groups, their queries and their order come from a search. Any choice gives a valid floor, so a longer search can
     only raise it.
     Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".
@@ -135,15 +147,15 @@ def readable_within(
     dtype: torch.dtype = torch.float32,
     most_levels: int | None = None,
 ) -> Readable:
-    """Bound the bits needed to answer every query of length at most `radius` over a stream of keys from `k` (n, d).
+    """Return a lower bound on the bits of a state that answers all queries of length at most `radius` over keys of `k`.
 
-    Law: as `readable_by`, for the best queries found within the radius. `others` says whether keys that no query reads
-    are in the stream:
+    k (n, d) holds the keys from which the stream is made. Law: as `readable_by`, for the best queries found within the
+    radius. `others` says whether keys that no query reads are in the stream:
         "absent"   the stream is the read tokens alone: fewer than the given keys, and the floor is for that stream
         "present"  all given keys are in the stream, with value 0 where they are not read; near-duplicates, which no
                    query tells apart, are read as one group
-    later_mass  log mass that every query sees beyond the stream, such as that of its own token; None: no token is
-                appended before the query
+    later_mass  log of the softmax mass that every query sees beyond the stream, such as that of its own token; None: no
+                token is appended before the query
     The other arguments, errors and source are those of `readable_by`.
     """
     k = matrix("k", k)
@@ -170,8 +182,9 @@ def readable_by_rows(
     """Apply `readable_by` to every row (stream of one kv head) of k (rows, n, d) and q (rows, m, d).
 
     Returns one result per row. later_mass is (rows, m) or None. present (rows, n) and asked (rows, m), bool, mark the
-    real tokens and queries, which are not padding. In the results, `stream` and `asked` are indices into all tokens and
-    queries of the row. Rows have independent values, so their bits add up.
+    real tokens and queries, which are not padding. `demand` holds the other arguments of `readable_by`. In the results,
+    `stream` and `asked` are indices into all tokens and queries of the row. Rows have independent values, so the bits
+    of all rows add up.
     """
     rows = _rows("k", k)
     if _rows("q", q) != rows:
@@ -190,7 +203,8 @@ def readable_within_rows(
 ) -> list[Readable]:
     """Apply `readable_within` to every row (stream of one kv head) of k (rows, n, d); return one result per row.
 
-    radius is one number or (rows,); present (rows, n), bool, marks the real tokens, which are not padding.
+    radius is one number or (rows,); present (rows, n), bool, marks the real tokens, which are not padding. `demand`
+    holds the other arguments of `readable_within`.
     """
     rows = _rows("k", k)
     radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()
@@ -203,9 +217,10 @@ def readable_within_rows(
 
 
 def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand) -> Readable:
-    """Compute the read floor of the groups that the search finds for queries q, with all keys k in the stream.
+    """Compute the read floor of the groups that a search finds for the queries q, with all keys k in the stream.
 
-    `law` is (scale, softcap). `later` (m,) is the log mass of each query on tokens outside the stream, or None.
+    `law` is (scale, softcap). `later` (m,) is the log of each query's softmax mass on tokens outside the stream, or
+    None.
     """
     order, reader = find_groups(Sight(q, k, *law, later), demand)
     place = torch.full((len(q) + 1,), -1, device=k.device)
@@ -224,10 +239,11 @@ def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Deman
 
 
 def _read_alone(k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor | None, demand: Demand) -> Readable:
-    """Compute the read floor of a stream of `tokens` alone: each is a group with its query in q, in decoding order.
+    """Compute the read floor of a stream of `tokens` alone, in which each token is a group with a query of its own.
 
-    `tokens` are indices into k. `law` is (scale, softcap). `beyond` is the log mass of the query of every key of k on
-    tokens outside the stream, or None.
+    `tokens` are indices into k, in the order in which Bob decodes them, and q holds the query of each. `law` is (scale,
+    softcap). `beyond` (n,) is, for each key of k, the log of the softmax mass of its query on tokens outside the
+    stream, or None.
     """
     for settling in range(1, _SETTLINGS + 1):
         group = torch.arange(len(tokens), device=k.device)
@@ -253,7 +269,7 @@ def _readable(
 
 
 def _renumbered(group: Tensor, stays: Tensor) -> Tensor:
-    """Renumber each token's group (n,) after groups are dropped; tokens of dropped groups get -1.
+    """Return each token's group (n,), renumbered after groups are dropped; tokens of dropped groups get -1.
 
     stays (G,) is True for each group that is kept.
     """
@@ -268,7 +284,7 @@ def _rows(name: str, value: Tensor) -> int:
 
 
 def _marked(name: str, mask: Tensor | None, like: Tensor, row: int) -> Tensor:
-    """Return the indices (t,) that the mask marks in a row, or all indices without a mask.
+    """Return the indices (t,) that the bool `mask` marks in row `row`, or all indices if the mask is None.
 
     Raises ValueError with `name` unless the mask is bool of shape `like`.shape[:2].
     """

@@ -1,6 +1,6 @@
 """Compute the read floor of recorded keys and queries, cut in two at a token.
 
-It is the bits that a state at the cut must hold to answer the queries after it.
+The read floor is a lower bound on the bits that a state at the cut must hold to answer the queries after the cut.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from kvfloor.validation import whole
 def causal_mass(
     q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """Return the log mass of causal attention among the tokens after a cut, per query: (g * t,) float64.
+    """Return the log of each query's softmax mass on the tokens from a cut up to its own token: (g * t,) float64.
 
-    Log mass is the log-sum-exp of logits. The result is the argument `later_mass` of the floors: the mass that each
-    query puts on tokens after the stored ones, its own included. q (g, t, d), the queries of a GQA group at the t
-    tokens after the cut, g per token; k (t, d), the keys of the same tokens; present (t,) bool marks real tokens, which
-    are not padding. Query i sees tokens 0..i. The result is flattened as q.reshape(g * t, d). It is -inf where a query
-    sees no real token.
+    The log mass is the log-sum-exp of the logits, and the floors take it as `later_mass`: the mass on tokens that come
+    after the stored ones. q (g, t, d) holds the queries of a GQA group at the t tokens after the cut, g per token; k
+    (t, d) the keys of the same tokens; present (t,) bool marks real tokens, which are not padding. The query at token i
+    sees tokens 0..i of the t. The result is in the order of q.reshape(g * t, d). It is -inf where a query sees no real
+    token.
     """
     g, t, d = q.shape
     everything = slice(None)
@@ -48,12 +48,12 @@ def readable_after(
     """Apply `readable_by` to each row of a recorded stream, cut in two after `cut` tokens; return one result per row.
 
     A row is the stream of one kv head. The first `cut` tokens are stored, and all later queries are asked. Each later
-    query also sees its own token and the tokens between the cut and it.
+    query also attends to its own token and to the tokens between the cut and its own.
 
     q (rows, g, n, d), g queries per token (a GQA group), k (rows, n, d); present (rows, n) bool marks real tokens,
-    which are not padding; `demand` as for `readable_by`. In the results `asked` indexes a row's later queries flattened
-    as q[row, :, cut:].reshape(-1, d), and `stream` indexes its tokens. Bits of rows add up: their values are
-    independent of each other.
+    which are not padding; `demand` holds the other arguments of `readable_by`. In the results `asked` indexes a row's
+    later queries flattened as q[row, :, cut:].reshape(-1, d), and `stream` indexes the row's tokens. Bits of rows add
+    up, because the values of different rows are independent.
     """
     if q.ndim != 4 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[1:]:
         raise ValueError(f"q must be (rows, g, n, d) and k (rows, n, d), got {tuple(q.shape)} and {tuple(k.shape)}")

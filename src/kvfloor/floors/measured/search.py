@@ -1,5 +1,11 @@
 """Search groups of tokens, the query that reads each group, and their order of decoding, for `readable_by`.
 
+`readable_by` computes the read floor, a lower bound on the bits of a state that answers given queries. In its proof, a
+receiver (Bob) reconstructs ("decodes") hidden values from the answers, one group of tokens after the other.
+    group           tokens that share one hidden row of values, read by one query
+    leak            softmax weight that the query of a group puts on groups that Bob decodes later
+    near tokens     tokens on which a query puts at least a given share of its largest softmax weight
+    estimated bits  the floor that a choice of groups would give, before rounding is accounted for
 The search only proposes groups. Any disjoint groups in any order give a valid floor, which `readable.py` computes from
 weights that it bounds again. So the search decides the size of the floor, never its validity. Groups depend on keys and
 queries only.
@@ -33,11 +39,11 @@ _PASSES = 16  # most iterations that settle which queries of a block are chosen
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Hold the attention of some queries (b,) over the n stored tokens.
+    """Hold the softmax weights of a block of b queries on the n stored tokens.
 
     queries  (b,) indices of the queries
     softmax  (b, n), over the stored tokens alone
-    share    (b,), the mass on stored tokens over all mass that the query sees
+    share    (b,), the softmax mass on stored tokens over the mass on all tokens that the query sees
     """
 
     queries: Tensor
@@ -50,7 +56,7 @@ class Block:
         return self.softmax * self.share.unsqueeze(1)
 
     def near(self, share: float) -> Tensor:
-        """Mark the tokens (b, n) that have at least `share` of their query's largest weight."""
+        """Mark the tokens (b, n), bool, on which a query's weight is at least `share` of its largest weight."""
         return self.softmax >= share * self.softmax.amax(1, keepdim=True)
 
     def at(self, places: Tensor) -> Block:
@@ -61,7 +67,8 @@ class Block:
 class Sight:
     """Compute the softmax weights of m queries on n stored tokens, in a precision that suffices for searching.
 
-    later_mass (m,) is the log mass of further tokens that each query sees, or None.
+    scale and softcap define the logits. later_mass (m,) is the log of the softmax mass on further tokens that each
+    query sees, or None.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, later_mass: Tensor | None) -> None:
@@ -76,11 +83,11 @@ class Sight:
         return torch.arange(self.m, device=self.device)
 
     def rows(self, queries: Tensor) -> Block:
-        """Return the attention of the queries with these indices (b,) over all stored tokens."""
+        """Return the softmax weights of the queries with these indices (b,) on all stored tokens."""
         return self._made(queries) if self._kept is None else self._kept.at(queries)
 
     def blocks(self, queries: Tensor) -> Iterator[Block]:
-        """Yield the attention of the queries with these indices, a fixed number of queries at a time."""
+        """Yield the softmax weights of the queries with these indices (b,) on all stored tokens, block by block."""
         return (self.rows(part) for part in queries.split(_QUERIES_AT_ONCE))
 
     def _made(self, queries: Tensor) -> Block:
@@ -93,9 +100,10 @@ class Sight:
 
 
 def find_groups(sight: Sight, demand: Demand) -> Choice:
-    """Return the choice of token groups and queries with the most estimated bits, among a few settings of the search.
+    """Return the choice of token groups, queries and order of decoding with the largest estimated read floor.
 
-    The choice has no groups if no query can read any token.
+    It is the best over a few settings of the search, and has no groups if no query can read any token. `demand` is the
+    accuracy required of the answers. Decoding reconstructs the hidden values of one group after the other.
     """
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)
@@ -118,10 +126,10 @@ def find_groups(sight: Sight, demand: Demand) -> Choice:
 
 
 def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Iterator[tuple[float, Choice]]:
-    """Improve a choice of groups from up to three starts; yield the estimated bits and the improved choice of each.
+    """Improve a choice of groups from up to three starts; yield (estimated bits, improved choice) of each start.
 
-    `pool` holds the indices of the queries that may read tokens. The starts differ in the queries of `pool` without a
-    group: they come first in the order of decoding, last, or not at all.
+    `pool` holds the indices of the queries that may read tokens. A start is an order of decoding over the pool. Starts
+    differ in the queries of the pool that have no group yet: they come first, last, or not at all.
     """
     weights = sight.rows(pool).weights
     place = torch.full((sight.m + 1,), -1, device=sight.device)
@@ -140,10 +148,10 @@ def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Ite
 
 
 def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
-    """Rank the queries (m,), best first, by how much they have their near tokens for themselves.
+    """Rank the queries (m,), best first, by how little other queries attend to the tokens that a query would read.
 
-    Near tokens have at least `share` of the query's largest weight. The rank is the query's weight on them over the
-    weight that other queries put on them.
+    A query would read its near tokens: those with at least `share` of its largest weight. The score is the query's
+    weight on these tokens over the sum of the weights that other queries put on these tokens plus the allowed error.
     """
     step = max(1, sight.m // _SAMPLED_QUERIES)
     asked = sum(block.share @ block.softmax for block in sight.blocks(sight.all()[::step])) * float(step)
@@ -156,13 +164,13 @@ def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
 
 
 def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tuple[float, Choice]:
-    """Form groups greedily: each of the `candidates` in turn reads its near tokens that no other query reads yet.
+    """Form groups greedily: each query of `candidates` in turn reads the near tokens that no other query reads yet.
 
-    Returns the estimated bits and the choice. `candidates` holds indices of queries; those whose group would give no
-    bits are skipped. Near tokens have at least `share` of the query's largest weight. Groups are built from the last
-    decoded to the first: a group that is decoded earlier adds no leak to the groups decoded after it. Candidates are
-    handled in blocks. Within a block, a candidate loses tokens to earlier candidates that are chosen, and leaks weight
-    to their groups; an iteration settles which candidates are chosen.
+    Returns the estimated bits of the choice and the choice. `candidates` holds indices of queries; queries whose group
+    would add no bits are skipped. Near tokens have at least `share` of the query's largest weight. The group formed
+    first is the last that Bob decodes: a group that is decoded earlier adds no leak to the groups decoded after it.
+    Candidates are handled in blocks. Within a block, a candidate loses tokens to earlier candidates that are chosen,
+    and leaks weight to their groups; an iteration settles which candidates are chosen.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0

@@ -1,6 +1,8 @@
-"""Bound the softmax weights of ordered groups of tokens, for the read floor, so that rounding cannot raise the floor.
+"""Bound the softmax weights of groups of tokens, for the read floor, so that rounding cannot raise the floor.
 
-Groups are numbered in the order in which their queries are decoded, and query g belongs to group g.
+The read floor is a lower bound on the bits of a state that answers queries. In its proof, a receiver (Bob)
+reconstructs ("decodes") hidden values of groups of tokens from the answers, one group after the other. Query g reads
+group g, and groups are numbered in the order of decoding.
 """
 
 import torch
@@ -27,13 +29,13 @@ def ordered_shares(
 ) -> tuple[Tensor, Tensor]:
     """Bound the softmax weight of each query on its own group of tokens, and on all groups decoded later.
 
-    Returns two (G,) float64 in [0, 1], on the safe side of rounding. Query g reads group g.
-    q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,) float64, log mass of
-    query g on tokens outside the stream. Weights are shares of the mass on all n tokens and on those outside.
-    A group's own mass is always computed in float64. The mass of other tokens is float64 for small inputs. For larger
-    ones it is bfloat16 or float32, multiplied by the factor e^error that its rounding can hide (`Rounding`). So the
-    first result is at most the true weight, and for every e >= 0 first / (e + second) is at most the same quotient of
-    the true weights.
+    Returns (weights, leaks), two (G,) float64 in [0, 1], on the safe side of rounding. Query g reads group g.
+    q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,) float64, log of the
+    softmax mass of query g on tokens outside the stream. Weights are shares of the mass on all n tokens and on those
+    outside. A group's own mass is always computed in float64. The mass of other tokens is float64 for small inputs. For
+    larger ones it is bfloat16 or float32, multiplied by the factor e^error that its rounding can hide (`Rounding`). So
+    `weights` are at most the true weights, and for every e >= 0 weights / (e + leaks) is at most the quotient of the
+    true weights.
     """
     count, n, device = q.shape[0], k.shape[0], k.device
     if count == 0:
@@ -116,9 +118,10 @@ def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, s
 
 
 def _pieces(inside: int, beyond: int, n: int) -> list[tuple[int, int]]:
-    """Cut n tokens, sorted by group, into ranges (low, high) of bounded length around the groups of a block of queries.
+    """Cut n tokens, sorted by group, into ranges (low, high) of bounded length, for one block of queries.
 
-    The tokens of these groups are `inside`..`beyond` - 1. Each range lies entirely before, inside or after them.
+    The tokens of the groups that these queries read are `inside`..`beyond` - 1. Each range lies entirely before, inside
+    or after them.
     """
     pieces = []
     for low, high in ((0, inside), (inside, beyond), (beyond, n)):

@@ -1,6 +1,7 @@
-"""Compute the Gaussian reference: the rate-distortion function of attention's answers if the values were Gaussian.
+"""Compute the Gaussian reference: the bits of attention's answers at a given error, if the values were Gaussian.
 
-It is a reference to compare measurements with, never the floor of recorded data: see `gaussian_reference`.
+It is the rate-distortion function of the answers A V, A the attention matrix and V the values. It is a reference to
+compare measurements with, never a lower bound for recorded data: see `gaussian_reference`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from kvfloor.validation import positive, within
 class GaussianReference:
     """Hold the bits that Gaussian answers take at total squared error `distortion`, by reverse water-filling.
 
-    level       theta, the error of every component that is sent
+    Components are the independent Gaussians into which the answers decompose.
+    level       theta, the error of every component that is sent; components with less variance are not sent
     variance    total variance of the answers: the squared error of guessing their mean
-    sent        number of components of the answers whose variance is above `level`
-    components  number of components of the answers with positive variance
+    sent        number of components whose variance is above `level`
+    components  number of components with positive variance
     """
 
     bits: float
@@ -39,8 +41,8 @@ def attention_matrix(
 ) -> Tensor:
     """Return the softmax weights (m, n), float64, of queries q (m, d) on stored keys k (n, d).
 
-    later_mass (m,), or one number, is the log mass of a query on tokens after the stored ones; rows then sum to less
-    than 1.
+    scale and softcap define the logits. later_mass (m,), or one number, is the log of a query's softmax mass on tokens
+    after the stored ones; with it, the weights of a query sum to less than 1.
     """
     k = matrix("k", k)
     q = matrix("q", q, k.shape[1])
@@ -76,9 +78,9 @@ def value_spread(values: Tensor) -> Tensor:
 def gaussian_rate(variances: Tensor, distortion: float) -> GaussianReference:
     """Return the bits that independent Gaussians of these variances take at total squared error `distortion`.
 
-    Law: the rate-distortion function 1/2 sum max(0, log2(variance / theta)) bits, theta solving
-    sum min(theta, variance) = distortion; 0 from the total variance on, infinite at distortion 0. Reverse water-filling
-    (Shannon; Kolmogorov).
+    Law: the rate-distortion function 1/2 sum max(0, log2(variance / theta)) bits, with theta chosen so that
+    sum min(theta, variance) = distortion; 0 if distortion is the total variance or more, infinite at distortion 0.
+    Reverse water-filling (Shannon; Kolmogorov).
     """
     distortion = within("distortion", distortion, 0.0, math.inf)
     if not bool(torch.isfinite(variances).all()) or bool((variances < 0).any()):
@@ -117,10 +119,10 @@ def gaussian_reference(
         distortion    D, the expected squared error summed over all m dv entries
         mean_squared  D / (m dv)
         relative      sqrt(D) / ||a V||_F; without `values`, over the root of the mean of ||a V||_F^2 for mean 0
-    For Gaussian values it is a lower bound on any state, whether or not the state's reader or writer is given `a`. For
-    values of another law it bounds nothing: values of the same covariance can take fewer bits. Hence it is a reference,
-    never a floor of recorded data. Raises ValueError naming the argument. Source: derived, docs/floors.md, "Gaussian
-    reference".
+    For Gaussian values it is a lower bound on the bits of any state, whether or not the state's writer or reader is
+    given `a`. For values of another law it bounds nothing: values of the same covariance can take fewer bits. Hence it
+    is a reference, never a floor of recorded data. Raises ValueError naming the argument. Source: derived,
+    docs/floors.md, "Gaussian reference".
     """
     a = matrix("a", a)
     if (values is None) == (spread is None):

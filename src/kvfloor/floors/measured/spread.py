@@ -1,10 +1,16 @@
 """Search for a stream of keys in which one short query reads each key: `readable_within(others="absent")`.
 
-The search only proposes a stream. `readable.py` then bounds the softmax weights anew and computes the floor.
-
-Let R_ij = exp(logit_ij - logit_ii) under the query of token i. In a given set of tokens, the query of token i puts the
-weight 1 / (1 + sum_j R_ij) on token i, j over the other tokens of the set. Its leak is that weight times the sum of
-R_ij over the tokens j decoded later. A set grows from the last decoded token to the first: a token that is decoded
+`readable_within` computes the read floor, a lower bound on the bits of a state that answers all short queries. In its
+proof, a receiver (Bob) reconstructs ("decodes") the hidden value of one token after the other from the answers; tokens
+that he has decoded no longer disturb his next answers. So tokens are kept in an order of decoding, which has nothing to
+do with their order in the stream.
+    members         the tokens of the stream that is being built; all other tokens are left out of it
+    ratio R_ij      exp(logit_ij - logit_ii) under the query of token i: softmax mass on token j over that on token i
+    load            sum of the ratios R_ij over a set of tokens j
+    weight          softmax weight of the query of token i on token i: 1 / (1 + sum of R_ij over the other members)
+    leak            the weight of token i times the sum of R_ij over the members that Bob decodes after token i
+    estimated bits  the floor that a stream would give, before `readable.py` bounds its softmax weights anew
+The search only proposes streams. A stream grows from the last decoded token to the first: a token that is decoded
 earlier adds no leak to the tokens decoded after it, and only shrinks their weights.
 """
 
@@ -35,8 +41,8 @@ _TOP = 60.0  # logit differences are cut to +-60: exponentials stay finite, and 
 class Pull:
     """Compute the ratios R_ij: the softmax mass on token j over that on token i, under the query of token i.
 
-    q (n, d) holds one query per key of k (n, d). `beyond` is the log mass of further tokens that every query sees, or
-    None.
+    q (n, d) holds one query per key of k (n, d). scale and softcap define the logits. `beyond` is the log of the
+    softmax mass of further tokens that every query sees, or None.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, beyond: float | None) -> None:
@@ -48,9 +54,10 @@ class Pull:
         self.beyond = torch.zeros_like(self._own) if beyond is None else torch.exp((beyond - self._own).clamp_max(_TOP))
 
     def on(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the ratios (t, o): the mass on each of `others` over that on the token, under each token's query.
+        """Return the ratios R_ij (t, o) for all i of `tokens` (t,) and j of `others` (o,), which are indices of tokens.
 
-        A ratio is 0 where both are the same token.
+        R_ij is the softmax mass on token j over that on token i, under the query of token i. Where i and j are one
+        token, the result is 0.
         """
         pull = self._factors.logits(tokens, others).sub_(self._own[tokens].unsqueeze(1))
         pull = (pull if self._tame else pull.clamp_(-_TOP, _TOP)).exp_()
@@ -62,10 +69,7 @@ class Pull:
         return pull
 
     def load(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the mass on all `others` over that on the token, under the token's query: (t,), one per token.
-
-        It is the sum of the ratios of `on`.
-        """
+        """Return the load of `others` on each i of `tokens`, (t,): the sum of the ratios R_ij over j in `others`."""
         total = torch.zeros_like(self._own[tokens])
         for row in range(0, len(tokens), _TOKENS_AT_ONCE):
             rows = slice(row, row + _TOKENS_AT_ONCE)
@@ -74,9 +78,9 @@ class Pull:
         return total
 
     def damage(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return how much each of `others` disturbs the queries of `tokens`: (o,), sums of ratios.
+        """Return how much each j of `others` disturbs the queries of `tokens`, (o,): the sum of min(R_ij, 1) over i.
 
-        The ratios are those of `on`, each cut at 1 and summed over `tokens`.
+        R_ij are the ratios of `on`, i runs over `tokens`.
         """
         total = torch.zeros_like(self._own[others])
         for rows in tokens.split(_TOKENS_AT_ONCE):
@@ -84,9 +88,10 @@ class Pull:
         return total
 
     def pairs(self, members: Tensor) -> Tensor:
-        """Return the softmax weights (G, G) of the queries of the tokens `members` on these tokens.
+        """Return the softmax weights (G, G) of the members' queries on the members of a stream.
 
-        The stream consists of these tokens alone.
+        `members` (G,) are the tokens of the stream. The mass of the tokens `beyond` is counted too, so that rows sum to
+        at most 1.
         """
         pull = self.on(members, members)
         pull.fill_diagonal_(1.0)
@@ -94,7 +99,12 @@ class Pull:
 
 
 class Candidate(NamedTuple):
-    """Hold a proposed stream: its tokens (G,) in the order of decoding, their queries (G, d), the estimated bits."""
+    """Hold a proposed stream of tokens, each read by one query, and the estimated read floor of this stream.
+
+    tokens  (G,) in the order of decoding, i.e. in which the proof's receiver (Bob) reconstructs their hidden values
+    q       (G, d), the query that reads each token
+    bits    estimated floor, in bits
+    """
 
     tokens: Tensor
     q: Tensor
@@ -102,9 +112,12 @@ class Candidate(NamedTuple):
 
 
 class Spread:
-    """Search keys (n, d), float32, for streams of tokens that queries of length at most `radius` read one by one.
+    """Search keys (n, d), float32, for streams in which queries of length at most `radius` read one token each.
 
-    scale and softcap define the logits; `beyond` is the log mass of further tokens that every query sees, or None.
+    scale and softcap define the logits; `beyond` is the log of the softmax mass of further tokens that every query
+    sees, or None; `demand` is the accuracy required of the answers. The tokens of a stream are its members, kept in the
+    order of decoding: the order in which the proof's receiver (Bob) reconstructs the hidden values. The estimated bits
+    of a stream are its read floor before rounding is accounted for.
     """
 
     def __init__(
@@ -116,11 +129,12 @@ class Spread:
         self._all = torch.arange(k.shape[0], device=k.device)
 
     def candidates(self) -> Iterator[Candidate]:
-        """Yield proposed streams with their estimated bits, for the caller to compute the floor of each in turn.
+        """Yield proposed streams with their estimated floors, for the caller to compute the true floor of each.
 
-        Few tokens: one stream, the best of the revisions from two starts. Many tokens: first all tokens that are
-        readable together by a sample's estimate, if these are nearly all; then a set grown by comparing every pair,
-        which also finds near-duplicates that a sample misses.
+        Up to `FEW` tokens: one stream, the best that is grown from two orders in which tokens are tried. More tokens:
+        first, if an estimate from a sample finds nearly all tokens readable when all are in the stream, a stream of
+        those readable tokens; then a stream grown by comparing every pair of tokens, which also finds near-duplicates
+        that the sample misses.
         """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)
@@ -138,9 +152,9 @@ class Spread:
         yield self._best(pull, (load.argsort(),))
 
     def _best(self, pull: Pull, orders: tuple[Tensor, ...]) -> Candidate:
-        """Return the stream with the most estimated bits, over several orders in which tokens are tried.
+        """Return the stream with the largest estimated floor, over several orders in which tokens are tried as members.
 
-        In each order, a set of tokens that queries can read one by one is grown and then revised.
+        For each order, a stream is grown by adding tokens in this order, and then revised in rounds.
         """
         best = Candidate(self._all[:0], self.k[:0], 0.0)
         for order in orders:
@@ -156,18 +170,19 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Find a query for every token against the tokens at `rivals`, and return the mass ratios of these queries.
+        """Search for each of the n tokens a query that reads it and not the tokens at `rivals` (r,).
 
-        `first` (n, d) holds queries to improve on, or is None.
+        Returns the queries and their ratios R_ij, over all tokens i and j, as a `Pull`. `first` (n, d) holds queries to
+        improve on, or is None.
         """
         scale, softcap, beyond = self._law
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
         return Pull(q, self.k, scale, softcap, beyond)
 
     def _revisions(self, pull: Pull, members: Tensor) -> Iterator[Candidate]:
-        """Revise a set of tokens in rounds, and yield each version of it.
+        """Revise a stream with the given `members` in rounds, and yield each version with its estimated floor.
 
-        Each round reorders the set, drops the members that cost more bits than they give, searches new queries against
+        Each round reorders the members, drops members that cost more bits than they add, searches new queries against
         the remaining members, and adds further tokens.
         """
         for _ in range(_ROUNDS):
@@ -182,10 +197,11 @@ class Spread:
             members = self._grown(pull, pull.load(self._all, members).argsort(), members)
 
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
-        """Return the estimated bits of a set of tokens, `members`, and the members in a better order of decoding.
+        """Return the estimated floor (bits) of a stream of `members`, and the members in the better of two orders.
 
-        Where the members are too many to compare all pairs, they are sorted by the mass that the other members have
-        under their query, over their own mass: the least comes first.
+        An order is one of decoding, i.e. of reconstructing the hidden values. The better order gives the larger floor.
+        Up to `FEW` members, the two are the given order and that of `by_damage`. More members get one order only: by
+        the load that a sample of the members puts on each member, the least load first.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)
@@ -200,9 +216,10 @@ class Spread:
         return float(self.demand.bits(own, own * load / 2.0).sum()), members[load.argsort()]
 
     def _grown(self, pull: Pull, order: Tensor, members: Tensor) -> Tensor:
-        """Add further tokens, tried in the given order, to a set of tokens where their values stay readable.
+        """Add the tokens that a query can still read, tried in the given `order`, to a stream of `members`.
 
-        New tokens are decoded before the `members`. Returns the tokens added and the members, in the order of decoding.
+        A query can read a token if the answer gives bits of the token's hidden value. Returns all members in the order
+        of decoding (in which hidden values are reconstructed): the added tokens come before the given members.
         """
         new = torch.ones_like(self._all, dtype=torch.bool)
         new[members] = False
@@ -221,9 +238,10 @@ class Spread:
         return members
 
     def _reads(self, load: Tensor, beyond: Tensor) -> Tensor:
-        """Mark the tokens that still carry bits when the tokens decoded after them take `load` times their own mass.
+        """Mark the tokens (t,), bool, that would add bits to the floor as members, given the load of later members.
 
-        beyond is the same ratio for the mass beyond the stream.
+        Later members are decoded after the token. load (t,) is the softmax mass on later members over that on the
+        token, and beyond (t,) the mass outside the stream over that on the token, both under the token's query.
         """
         own = 1.0 / (1.0 + load + beyond)
         return self.demand.bits(own, own * load) > 0.0

@@ -1,10 +1,10 @@
 """Certify how many bits one message carries, from the values that its receiver decoded. All results are in bits.
 
-Each certificate turns one decoding into a gain T with Pr_X[T >= S + t] <= 2^-t for every message of S bits, over
-uniform hidden values X that are independent of everything public. So S >= T - log2(1/alpha) with confidence 1 - alpha
-from a single run, and taking the best of k certificates costs log2 k more. A decoder may use the message and public
-randomness only. If it chooses a set of rows to leave out (erasures), a threshold or a width by looking at X, the choice
-costs log2 of the number of choices.
+A message is the S bits of a state in which values X are hidden; X is uniform and independent of everything public. A
+certificate turns one decoding of X into a gain: a number T with Pr_X[T >= S + t] <= 2^-t for every message of S bits.
+So S >= T - log2(1/alpha) with confidence 1 - alpha from a single run, and taking the best of k certificates costs
+log2 k more. A decoder may use the message and public randomness only. If it chooses a set of rows to leave out
+(erasures), a threshold or a width by looking at X, the choice costs log2 of the number of choices.
 Derived here; docs/floors.md ("Certificates") has the proofs. The message length is taken as public; where a method's
 length depends on the values, add log2 of the number of possible lengths.
 """
@@ -22,10 +22,10 @@ ALPHA = 2.0**-20
 
 
 def hard(bits: int, wrong: int) -> float:
-    """Return the gain T, in bits, of decoding `bits` hidden bits when `wrong` of them are decoded wrong.
+    """Return the gain T, in bits, of decoding `bits` hidden bits when `wrong` of these bits are decoded wrong.
 
-    Less log2(1/alpha), a gain is a lower bound on the message's length at confidence 1 - alpha.
-    Law: bits (1 - H2(wrong/bits)), H2 the binary entropy; 0 from a wrong share of 1/2 on. For a share rho < 1/2, at
+    T - log2(1/alpha) is a lower bound on the message's length at confidence 1 - alpha.
+    Law: bits (1 - H2(wrong/bits)), H2 the binary entropy; 0 for a wrong share of 1/2 or more. For a share rho < 1/2, at
     most 2^(bits H2(rho)) strings differ from the decoded one in a share rho of their bits or less. Raises ValueError
     where wrong > bits.
     """
@@ -38,8 +38,8 @@ def hard(bits: int, wrong: int) -> float:
 def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
     """Return the gain T, in bits, of the rows that the decoder trusts: `hard` on the bits of these rows alone.
 
-    A row is the dv hidden values that one query reads. Less log2(1/alpha), a gain is a lower bound on the message's
-    length at confidence 1 - alpha.
+    A row is the dv hidden values that one query reads. T - log2(1/alpha) is a lower bound on the message's length at
+    confidence 1 - alpha.
     row_bits  hidden bits per row
     wrong     (m,) wrong bits of every row
     trusted   (m,) bool, a function of the answers only; choosing it by `wrong` makes the certificate false
@@ -48,12 +48,12 @@ def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
 
 
 def log_loss(gains: Sequence[float]) -> float:
-    """Return the gain, in bits, of the best of several predictors, less log2 of their number.
+    """Return the gain T, in bits, of the best of several predictors, less log2 of their number.
 
-    A predictor is a probability mass function p over the L levels of a hidden value x. Its gain is the sum of
-    log2 L + log2 p(x) over all hidden values. The answers alone must fix p, and p must sum to 1 over all levels.
-    Choosing the best of len(gains) predictors by looking at X costs log2 of that number. Raises ValueError without a
-    gain.
+    A predictor is a probability mass function p over the L levels of a hidden value x. `gains` holds the gain of each
+    predictor: the sum of log2 L + log2 p(x) over all hidden values. The answers alone must fix p, and p must sum to 1
+    over all levels. Choosing the best of len(gains) predictors by looking at X costs log2 of that number. The
+    lower bound on the message's length at confidence 1 - alpha is T - log2(1/alpha). Raises ValueError without a gain.
     """
     if not gains:
         raise ValueError("gains must hold the gain of at least one predictor, got none")
@@ -63,6 +63,7 @@ def log_loss(gains: Sequence[float]) -> float:
 def certified(gains: Sequence[float], alpha: float = ALPHA) -> float:
     """Return the bits that a message certifiably carries at confidence 1 - alpha, given the gains of all certificates.
 
+    A gain is what `hard`, `erasure` or `log_loss` returns.
     Law: max(gains) - log2 len(gains) - log2(1/alpha), clamped at 0. Raises ValueError without a gain.
     """
     alpha = within("alpha", alpha, 0.0, 1.0, low_open=True)
@@ -74,11 +75,12 @@ def certified(gains: Sequence[float], alpha: float = ALPHA) -> float:
 def certified_from_sample(n: int, row_bits: int, wrong: int, drawn: int, alpha: float = ALPHA) -> float:
     """Return the bits that a message about `n` rows certifiably carries at confidence 1 - alpha, by a sample of rows.
 
-    Of `drawn` rows, drawn with replacement, `wrong` were decoded with an error. Each row hides `row_bits` bits.
-    Law: n (row_bits (1-e) - H2(e)) - log2(2/alpha), e the upper Clopper-Pearson limit on the share of wrong rows at
-    alpha/2. The limit and the certificate together fail with probability at most alpha. Draw the rows after the message
-    is fixed, from entropy that the method never sees. The result is 0 from e = 1 - 2^-row_bits on, where guessing does
-    as well.
+    A row is the dv hidden values that one query reads, `row_bits` bits. Of `drawn` rows, drawn with replacement,
+    `wrong` were decoded with an error.
+    Law: n (row_bits (1-e) - H2(e)) - log2(2/alpha), H2 the binary entropy, e the upper Clopper-Pearson limit on the
+    share of wrong rows at alpha/2. The limit and the certificate together fail with probability at most alpha. Draw the
+    rows after the message is fixed, from entropy that the method never sees. The result is 0 for e >= 1 - 2^-row_bits,
+    the error rate of guessing.
     """
     n, row_bits = whole("n", n), whole("row_bits", row_bits)
     e = clopper_pearson_limit(wrong, drawn, alpha / 2.0)

@@ -1,7 +1,10 @@
 """Decode the values hidden in a state from its answers to queries, and certify the bits that its message carries.
 
-Decoding uses the answers and the public sizes of the game only. Hidden values are levels: level x of 0..2^bits-1 stands
-for the value x / (2^bits - 1).
+    row      the dv values that one query reads: a row of the hidden levels (m, dv) and of the answers (m, dv)
+    level    hidden value x of 0..2^bits-1, streamed as the number x / (2^bits - 1)
+    leak     softmax mass on tokens other than the one that the query aims at
+    message  the bytes of the state, which the receiver (Bob) restores
+Decoding uses the answers and the public sizes of the game only.
 """
 
 import dataclasses
@@ -22,8 +25,8 @@ _SPREAD = 0.15  # standard deviation in [0, 1] below which a row is an average o
 def leak_ratio(bits: int, eta: float) -> float:
     """Return the largest ratio (softmax mass on other tokens)/(mass on the queried token) that the game allows.
 
-    The ratio, eps_s, is (1-eta)/4 for single bits, and at most 2^-(bits+3) too for values of more bits. eta is the
-    relative error that answers may have.
+    The ratio is (1-eta)/4 for single hidden bits, and the lesser of (1-eta)/4 and 2^-(bits+3) for values of more bits.
+    eta is the relative error that answers may have.
     """
     return eps_s(eta) if bits == 1 else min(eps_s(eta), level_eps_s(bits))
 
@@ -31,8 +34,8 @@ def leak_ratio(bits: int, eta: float) -> float:
 def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
     """Decode answers (m, dv) to the hidden levels (m, dv), int64 in [0, 2^bits).
 
-    Level x stands for the value x / (2^bits - 1). Single bits are decoded by the threshold `tau`, finer values by the
-    nearest level. An answer that is not finite decodes as level 0.
+    Level x stands for the value x / (2^bits - 1). Single bits are decoded by the threshold `tau` for relative error
+    `eta`, finer values by the nearest level. An answer that is not finite decodes as level 0.
     """
     answers = torch.nan_to_num(answers.double(), nan=0.0, posinf=0.0, neginf=0.0)
     if bits == 1:
@@ -42,10 +45,10 @@ def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
 
 
 def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Find the rows of answers (m, dv) that look like one token's own values.
+    """Find the rows of answers (m, dv) that look like the values of one token.
 
     Returns which rows are trusted, (m,) bool, and the decoded levels of all rows, (m, dv) int64: level x stands for the
-    value x / (2^bits - 1). A row of single bits is first divided by its largest answer (sampling methods return it
+    value x / (2^bits - 1). A row of single bits is first divided by its largest answer (sampling methods return answers
     scaled). A trusted row is finite, large enough, close to levels, and not the flat average that is left of an evicted
     token.
     """
@@ -90,12 +93,12 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Record the decoding of one set of answers.
+    """Record the decoding of one set of answers of a state.
 
-    certified_bits  bits that the message certifiably carries
-    certificate     the certificate that proves them: hard, erasure, log-loss or sampled rows
+    certified_bits  bits that the message (the bytes of the state) certifiably carries
+    certificate     name of the certificate that proves these bits: hard, erasure, log-loss or sampled rows
     bit_error       share of hidden bits decoded wrong
-    row_success     share of rows answered within the allowed relative error
+    row_success     share of rows (the dv values that one query reads) answered within the allowed relative error
     """
 
     certified_bits: float
@@ -107,10 +110,11 @@ class Decoded:
 def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_from: int | None = None) -> Decoded:
     """Compare answers (m, dv) with the hidden levels (m, dv), and certify the bits that a state's message carries.
 
-    Returns the certified bits and the shares decoded right or wrong (`Decoded`). eta is the relative error that answers
-    may have. If every row was asked once, in order, the best of the hard, erasure and log-loss certificates counts.
-    `sampled_from` = n means that the m rows were drawn with replacement from n; then the share of whole rows decoded
-    right gives the certificate.
+    Returns the certified bits and the shares decoded right or wrong (`Decoded`). The message is the bytes of the state.
+    eta is the relative error that answers may have. A row is the dv values that one query reads. If every row was asked
+    once, in order, the best of the hard, erasure and log-loss certificates counts (`certificates`). `sampled_from` = n
+    means that the m rows were drawn with replacement from n; then the share of whole rows decoded right gives the
+    certificate.
     """
     m, dv = hidden.shape
     decoded = nearest_levels(answers, bits, eta)

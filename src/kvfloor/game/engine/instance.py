@@ -1,6 +1,10 @@
 """Define the public data of the game: all that Alice and Bob agree on before any value is hidden.
 
-Alice hides values in a method's state. Bob decodes them from the bytes of that state.
+Alice hides values in a method's state. Bob decodes the values from the message, i.e. the bytes of that state.
+    barrier  the game of one memory theorem
+    stream   Alice's tokens in order; a game has `copies` independent streams, which one state holds side by side
+    row      dv hidden values, which one of Bob's queries reads back
+    level    hidden value x of 0..2^bits-1, streamed as the number x / (2^bits - 1)
 """
 
 import dataclasses
@@ -27,7 +31,7 @@ _TOKENS_AT_ONCE = 1024
 def derived_seed(purpose: str, seed: int | str) -> int:
     """Derive a seed for one purpose from a run's seed: 63 bits of SHA-256 over "kvfloor/barriers/v1/PURPOSE/SEED".
 
-    Random streams for different purposes are unrelated.
+    `purpose` is a name such as "keys". Random numbers for different purposes are unrelated.
     """
     digest = hashlib.sha256(f"kvfloor/barriers/v1/{purpose}/{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -39,8 +43,10 @@ class Instance(ABC):
 
     Alice appends the streams' tokens to a method's state. A hidden row is the values that one of Bob's queries reads
     back. Each barrier (the game of one memory theorem) implements `rows`, `length`, `stream` and `answers`. All fields
-    are public and plain: Bob's process receives them as JSON, and nothing else about the instance. key_seed and
-    method_seed derive from the run's seed by `derived_seed`; neither reveals the run's seed nor the hidden values.
+    are public and plain: Bob's process receives all fields as JSON, and nothing else about the instance.
+    d, dv, dtype           width of a key, width of a value, number format of both
+    eta                    relative error that answers may have
+    key_seed, method_seed  derived from the run's seed by `derived_seed`; they reveal neither it nor the hidden values
     """
 
     barrier: ClassVar[str]
@@ -63,19 +69,25 @@ class Instance(ABC):
     @property
     @abstractmethod
     def length(self) -> int:
-        """Return the number of tokens that Alice appends per stream; tokens that Bob appends are not counted."""
+        """Return the number of tokens that Alice appends per stream; tokens that Bob appends are not counted.
+
+        Alice hides values in the state, and Bob, who receives the state, reads the values.
+        """
 
     @abstractmethod
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield Alice's tokens in order, in pieces: keys (copies, t, d) and values (copies, t, dv).
 
-        t is the number of tokens in a piece. values (copies, rows, dv) are the hidden values. `hidden` draws the secret
-        token positions of those games that have some.
+        t is the number of tokens in a piece, `copies` the number of streams. values (copies, rows, dv) are the hidden
+        values, as numbers in [0, 1]. `hidden` draws the secret token positions of games that have some.
         """
 
     @abstractmethod
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the state's answers (m, dv), float32 in [0, 1], for hidden rows `row` (m,) of streams `copy` (m,)."""
+        """Return the state's answers (m, dv), float32 in [0, 1], for hidden rows `row` (m,) of streams `copy` (m,).
+
+        A hidden row is the dv values that one query reads; `copy` and `row` are indices.
+        """
 
     def lift(self, method: Method) -> Method:
         """Return the method to play: the given one, or a wrapper of it where the game has its own attention law.
@@ -87,12 +99,12 @@ class Instance(ABC):
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
         """Append one piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), to the state.
 
-        Nothing is queried while tokens arrive. Games in which Alice queries too override this method.
+        No query is asked while tokens arrive. Games in which Alice queries too override this method.
         """
         state.append(k, v)
 
     def optimum(self) -> Method:
-        """Return the smallest method that answers this instance; raise ValueError where none is known."""
+        """Return the method of least memory that answers this instance; raise ValueError where none is known."""
         raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
 
     def details(self) -> dict[str, Any]:
@@ -117,7 +129,7 @@ class Instance(ABC):
         """Append all of Alice's tokens to the state in order, then seal the state: the prompt ends there.
 
         levels (copies * rows, dv) are the hidden levels: level x becomes the value x / (2^bits - 1). `hidden` draws the
-        secret token positions of those games that have some.
+        secret token positions of games that have some.
         """
         values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):
@@ -127,7 +139,8 @@ class Instance(ABC):
     def ask(self, state: State, rows: Tensor | None) -> Tensor:
         """Return the state's answers (m, dv), float32, for hidden rows `rows` (m,), or for all rows in order if None.
 
-        Rows are numbered across streams: the first stream's rows come first.
+        A hidden row is the dv values that one query reads. Rows are numbered across streams: the first stream's rows
+        come first.
         """
         rows = torch.arange(self.copies * self.rows) if rows is None else rows
         return self.answers(state, rows // self.rows, rows % self.rows).float().contiguous()
@@ -153,10 +166,10 @@ class KeyedInstance(Instance):
 
 
 def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
-    """Return n public keys for an instance whose common fields (see `agreed`) are `shared`.
+    """Return n public keys for an instance whose common fields (the dict that `agreed` returns) are `shared`.
 
-    Without `family`, the key family with the largest gap between keys is taken. Errors are those of
-    `PublicKeys.chosen`.
+    Without `family`, the key family with the largest gap is taken: a key's squared norm less its largest inner product
+    with another key. Errors are those of `PublicKeys.chosen`.
     """
     return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
 
@@ -164,9 +177,10 @@ def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> Publi
 def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: str = "float32") -> dict[str, Any]:
     """Check the arguments that all instances share, and return them as fields of an instance: name -> value.
 
-    Two seeds derived from `seed` replace it: key_seed and method_seed. d and dv are the widths of a key and a value (dv
-    is d unless given), bits the hidden bits per value, and eta the relative error that answers may have. Raises
-    ValueError naming the argument that is out of its domain.
+    Two seeds derived from `seed` take its place in the result: key_seed and method_seed. d and dv are the widths of a
+    key and a value (dv is d unless given), bits the hidden bits per value, and eta the relative error that answers may
+    have.
+    Raises ValueError naming the argument that is out of its domain.
     """
     d = whole("d", d)
     if whole("bits", bits) > MOST_BITS:

@@ -1,6 +1,7 @@
 """Play the INDEX game in two processes: Alice fills a state, its bytes go to a fresh process, and Bob answers there.
 
-Alice hides values in the tokens that she appends. Bob reads them back by queries.
+Alice hides values in the tokens that she appends to the state. Bob reads the values back by queries; a hidden row is
+the dv values that one query reads. The message is the bytes of Alice's state.
 """
 
 import dataclasses
@@ -34,8 +35,9 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob impo
 class Played:
     """Record one game: the hidden levels, the answers of Alice's and Bob's states, and the sizes in bytes.
 
-    `live` has the answers of the state that Alice filled, `restored` those of the state that Bob restored from the
-    message (its bytes). `restored` is None if no state could answer from the message; then `why` gives the reason.
+    A hidden level is a whole number x in [0, 2^bits). `live` has the answers of the state that Alice filled, `restored`
+    those of the state that Bob restored from the message (the bytes of Alice's state). `restored` is None if no state
+    could answer from the message; then `why` gives the reason.
     """
 
     method: str
@@ -82,9 +84,10 @@ def play_index(
 ) -> Played:
     """Play one game: hide values in a state, send its bytes, and query both the state and its restored copy.
 
-    Returns the answers and sizes (`Played`). Every hidden row (dv values) is queried, or `sampled` rows that are drawn
-    with replacement after the message is fixed. The public data for Bob's process (method, `sys.path`, instance) are
-    fixed before the first value is streamed. `method` may be the word "optimum", the smallest method known for the
+    Returns the answers and sizes (`Played`). The message is the bytes of the state. Every hidden row (the dv values
+    that one query reads) is queried, or `sampled` rows that are drawn with replacement after the message is fixed.
+    `hidden` draws the hidden values and these rows. The public data for Bob's process (method, `sys.path`, instance)
+    are fixed before the first value is streamed. `method` may be the word "optimum", the smallest method known for the
     instance. If `isolated` is False, the message is restored in this process. Raises ValueError for a method that
     cannot be opened or rebuilt.
     """
@@ -146,10 +149,11 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
 
 
 def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
-    """Return Bob's answers, of the given shape, from a new interpreter: (answers, "") or (None, the reason for none).
+    """Return Bob's answers, of the given shape, from a new interpreter: (answers, ""), or (None, reason) without any.
 
-    The interpreter is isolated, in an empty directory, with an empty environment. It receives the request and the
-    message on stdin, and nothing else. Raises ValueError where it cannot rebuild the method or the instance.
+    The interpreter is isolated, in an empty directory, with an empty environment. It receives the request (the public
+    data) and the message (the bytes of Alice's state) on stdin, and nothing else. Raises ValueError where the
+    interpreter cannot rebuild the method or the instance.
     """
     package = importlib.util.find_spec("kvfloor")
     assert package is not None and package.origin is not None

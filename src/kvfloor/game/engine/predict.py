@@ -1,5 +1,11 @@
 """Compute predictive distributions over the hidden levels, for the log-loss certificate.
 
+The certificate (`certificates.log_loss`) bounds the bits that a state carries by the probability that a predictor gives
+to the hidden values.
+    level      hidden value x of 0..2^bits-1
+    predictor  rule that gives, from the answers of the state alone, a probability to every level of every hidden value
+    gain       log2 of the probability given to the true levels over the probability of guessing them
+    belief     probability that the prediction of a row (the dv values that one query reads) is used, not a guess
 Every distribution here sums to 1 over all levels by construction. Level s gets the mass between s - 1/2 and s + 1/2 of
 a logistic distribution around the answer, the two end levels get the tails, and a uniform share is mixed in. A row's
 distribution is a mixture of the product over its entries and of pure guessing. No distribution depends on the hidden
@@ -20,7 +26,7 @@ _EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
 def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
     """Return log2 of the probability that a logistic distribution around the answer `centre` gives to `level`.
 
-    `centre`, `level` and the result have the same shape. Levels are 0..2^bits-1, and the answers are in units of their
+    `centre`, `level` and the result have one shape. Levels are 0..2^bits-1, and the answers are in units of the level
     spacing. `width` is the scale of the logistic, and `uniform_share` the share of the uniform distribution over all
     levels that is mixed in.
     """
@@ -36,8 +42,9 @@ def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: floa
 def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
     """Return the gain (m,), in bits, of believing each row's prediction with probability `belief` (m,), else guessing.
 
-    A gain is log2 of the probability given to the row's hidden levels over that of guessing them. row_gain (m,) is the
-    gain of each prediction alone. Law: log2(belief 2^row_gain + 1 - belief).
+    A row is the dv hidden levels that one query reads. A gain is log2 of the probability given to these levels over the
+    probability of guessing them. row_gain (m,) is the gain of each prediction alone.
+    Law: log2(belief 2^row_gain + 1 - belief).
     """
     return torch.logaddexp2(row_gain + torch.log2(belief), torch.log2(1.0 - belief))
 
@@ -66,7 +73,8 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
 def _centres(answers: Tensor, bits: int) -> Iterator[Tensor]:
     """Yield the answers (m, dv), in units of the level spacing, in two scalings.
 
-    First they are as given. Then each row is divided by its largest answer, which so comes to lie on the top level.
+    First come the answers as given. Then come the answers with each row scaled so that its largest answer lies on the
+    top level.
     """
     top = 2**bits - 1
     answers = torch.nan_to_num(answers.double(), nan=0.5, posinf=1.0, neginf=0.0)

@@ -1,8 +1,9 @@
 """Measure the share of right answers of readers that look up scores q.k one by one; every look-up (probe) counts.
 
 The instance is that of the time barrier (docs/floors.md, "Time"). Token 0 of n tokens has value n, all others 0. Either
-all keys are zero (the answer is 1), or one of the other tokens has a key that takes nearly all the mass (the answer is
-1/(n-1)). A reader that has not read the score of that key cannot distinguish the two cases.
+all keys are zero (the answer is 1), or one other token has a heavy key, which takes nearly all softmax mass (the answer
+is 1/(n-1)). A run is one such stream, with a heavy key at even odds. A reader that has not read the score of the heavy
+key cannot distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from kvfloor.statistics import wilson_interval
 
 
 class ScoreOracle:
-    """Return scores q.k_l of `runs` instances (streams of n tokens) on request, and count the requests of each."""
+    """Return scores q.k_l of `runs` streams of n tokens on request, and count the requests (`probes`) per stream."""
 
     def __init__(self, n: int, place: Tensor, planted: Tensor) -> None:
-        """Store the heavy keys, which take nearly all softmax mass: at most one per instance.
+        """Store the position of the heavy key of each stream; a stream has at most one.
 
-        place (runs,) is the key's position in 1..n-1; planted (runs,), bool, is False where an instance has none.
+        A heavy key takes nearly all softmax mass. place (runs,) is the position in 1..n-1; planted (runs,), bool, is
+        False where a stream has no heavy key.
         """
         self._n, self._place, self._planted = n, place, planted
         self.probes = torch.zeros(len(place), dtype=torch.int64)
@@ -66,10 +68,10 @@ _SCORES_AT_ONCE = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class ReaderSuccess:
-    """Record the share `success` of runs in which a reader answered right, with its 95 % interval low..high.
+    """Record the share `success` of runs (streams) in which a reader answered right, with its 95 % interval low..high.
 
-    reader  the rule by which it chooses the scores to look up
-    probes  scores that the reader looked up per run
+    reader  name of the rule that chooses the scores that the reader looks up
+    probes  number of scores that the reader looked up per run
     bound   largest success of any reader with as many probes that has not read the keys on arrival
     """
 
@@ -85,15 +87,17 @@ class ReaderSuccess:
 def success_bound(n: int, probes: float) -> float:
     """Return the largest share of right answers of a reader that looks up `probes` scores and no key on arrival.
 
-    One of n tokens has a heavy key, or none has, with even odds. Law: (1 + T/(n-1))/2 for T probes, at most 1.
+    One of n tokens has a heavy key, which takes nearly all softmax mass, or none has, with even odds.
+    Law: (1 + T/(n-1))/2 for T probes, at most 1.
     """
     return (1.0 + min(1.0, probes / (n - 1))) / 2.0
 
 
 def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -> list[ReaderSuccess]:
-    """Measure the success of every reader at each number of probes, on `runs` instances with a heavy key at even odds.
+    """Measure the success of every reader at each number of `probes`, on `runs` streams with a heavy key at even odds.
 
-    Returns one record per reader and number of probes. `hidden` draws the instances, `seed` the readers' choices. The
+    A heavy key takes nearly all softmax mass of a stream of n tokens, and a reader has to say whether there is one.
+    Returns one record per reader and number of probes. `hidden` draws the streams, `seed` the readers' choices. The
     last record is of a reader that indexes the keys as they arrive, and needs one probe.
     """
     place, planted = 1 + hidden.places(n - 1, runs), hidden.levels(runs, 1, 1)[:, 0] == 0

@@ -1,7 +1,8 @@
 """Define the smallest method for the spike game: the keys are public, so only the levels of the values are stored.
 
-The game hides bits in the values of tokens with public keys, and reads them by one query per key. The memory of this
-method shows that the game's floor (the bits that any method needs) is tight.
+The game hides whole numbers (levels) of `bits` bits in the values of tokens with public keys, and reads the values of
+each token by one query. The memory of this method shows that the game's floor (a lower bound on the bits of any method)
+is tight.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ class PublicBits(Method):
     """Store exactly n dv `bits` bits for n tokens whose keys are public, given by a key family, its size and its seed.
 
     The method answers only a stream of exactly these keys, in order, with values on the 2^bits levels of [0, 1]. The
-    message's payload is the floor at p = 1, where every answer must be right. Other keys raise ValueError.
+    payload of the message has as many bits as the floor at p = 1, where every answer must be right. Other keys
+    raise ValueError.
     """
 
     name: ClassVar[str] = "public_bits"
@@ -90,7 +92,10 @@ class PublicBitsState(State[PublicBits]):
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """Return the fields of the message, name -> value; its header holds the token count `seen`, a public number."""
+        """Return the fields that `to_bytes` packs, name -> value.
+
+        The token count `seen` goes into the header of these bytes, because it is public.
+        """
         return super().export() | {"seen": int(self.seen[0])}
 
     def fields(self) -> dict[str, Any]:

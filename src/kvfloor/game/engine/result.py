@@ -1,4 +1,8 @@
-"""Judge a game: compare the bits certified from the answers with the bytes of state and message, and give a verdict."""
+"""Judge a game: compare the bits certified from the answers with the bytes of state and message, and give a verdict.
+
+In a game, Alice hides values in a method's state (the live state), and Bob restores a state from the message, i.e. the
+bytes of Alice's state. Certified bits are the hidden bits that the answers of a state prove it to carry.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,19 +27,20 @@ Verdict = Literal["holds", "breaks", "cheats"]
 class Result:
     """Record one game and its verdict. Sizes are in bytes, information in bits.
 
-    n                    hidden rows per stream; hidden_bits counts all streams
-    certified_bits       bits that the message provably carries
-    live_certified_bits  the same for Alice's own state
+    n                    hidden rows per stream, a row being the dv values that one query reads; hidden_bits counts all
+                         streams
+    certified_bits       bits that the message (the bytes of Alice's state) provably carries
+    live_certified_bits  bits that Alice's own state (the live state) provably carries
     bits_per_value       certified bits per hidden value: the precision that the method keeps, at most `bits`
     bit_error            share of hidden bits decoded wrong
-    row_success          share of rows (dv values each) answered within a factor 1±eta; row_success and bit_error are
-                         of the restored state, or of the live state if none could be restored
+    row_success          share of rows answered within a factor 1±eta; row_success and bit_error are of the state
+                         restored from the message, or of the live state if none could be restored
     message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
     floor_bits           bits that any method that answers within 1±eta must hold on this instance
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
                          answer differently, or no state answers from the message; breaks: row_success < 0.9; else
                          holds
-    certificate          the certificate with the largest gain
+    certificate          name of the certificate with the largest gain (`certificates`)
     details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
     hidden_seed          seed that repeats the run's hidden values
     """
@@ -84,7 +89,8 @@ def run(
 ) -> Result:
     """Play an instance against a method, and return the judged result; the last step of most barriers' `play`.
 
-    `seed` and `floor_bits` are recorded in the result. The other arguments are those of `play_index` and `Hidden`.
+    `seed` and `floor_bits` are recorded in the result. hidden_seed is the seed of `Hidden`; the other arguments are
+    those of `play_index`.
     """
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     return conclude(played, instance, seed=seed, floor_bits=floor_bits)
@@ -101,8 +107,9 @@ def conclude(
 ) -> Result:
     """Judge the answers of Alice's live state and of the restored state, and return the result with its verdict.
 
-    The certified bits are compared with the bytes of the state and of the message. `seed` and `floor_bits` are recorded
-    in the result. `judge` replaces the usual decoder, `decode.judge`. `details` are added to `instance.details()`.
+    `played` has the answers. The certified bits are compared with the bytes of the state and of the message. `seed` and
+    `floor_bits` are recorded in the result. `judge` replaces the usual decoder, `decode.judge`. `details` are added to
+    `instance.details()`.
     """
     bits, eta = instance.bits, instance.eta
     total = instance.copies * instance.rows
@@ -127,10 +134,10 @@ def conclude(
 
 
 def judge_bytes(played: Played, live: Decoded, sent: Decoded, certified: float) -> tuple[Verdict, str]:
-    """Return the verdict on a game (holds, breaks or cheats), and its reason in words.
+    """Return the verdict on a game (holds, breaks or cheats), and the reason for the verdict in words.
 
-    `live` and `sent` are decoded from the answers of Alice's state and of the restored state; `certified` are the bits
-    that the message carries.
+    `live` and `sent` are decoded from the answers of Alice's state and of the restored state; `certified` is the number
+    of bits that the message provably carries.
     """
     message_bits, state_bits = 8 * played.message_bytes, 8 * played.state_bytes
     if played.restored is None:

@@ -1,4 +1,7 @@
-"""Draw the game's secrets (hidden values, secret places, sampled rows) from a seed that the method never receives."""
+"""Draw the game's secrets (hidden values, secret places, sampled rows) from a seed that the method never receives.
+
+A hidden row is the dv values that one query reads; a level is a hidden value, a whole number of `bits` bits.
+"""
 
 import hashlib
 import secrets
@@ -26,12 +29,12 @@ class Hidden:
     def rows(self, n: int, count: int) -> Tensor:
         """Draw the indices of `count` hidden rows to query, (count,) int64, uniformly from [0, n) with replacement.
 
-        Call it after the message is fixed.
+        Call it after the message (the bytes of Alice's state) is fixed.
         """
         return self._whole("rows", count) % n
 
     def places(self, n: int, count: int) -> Tensor:
-        """Draw `count` secret token positions (count,), int64, independent and uniform in [0, n), for Alice's input."""
+        """Draw `count` secret token positions (count,), int64, independent and uniform in [0, n), for Alice."""
         return self._whole("places", count) % n
 
     def subset(self, n: int, size: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Play the spike game with bits hidden in the keys too: Alice streams a secret choice of n keys of a public codebook.
 
-The choice hides log2 C(M, n) bits more than the values, about n log2(M e / n), in a codebook of M keys. Bob asks for
-every key of the codebook. Before each query he appends a marker, a token with a slightly shorter copy of that key and
-value -1. If the key was streamed, it outweighs the marker; if not, the marker outweighs all other keys (docs/floors.md,
-"Bits in the keys"; derived).
+The codebook has M public keys. The choice hides log2 C(M, n) bits more than the values, about n log2(M e / n). Bob
+restores Alice's state from its bytes and queries every key of the codebook. Before each query he appends a marker, a
+token with a slightly shorter copy of the queried key and value -1. If the key was streamed, it outweighs the marker; if
+not, the marker outweighs all other keys (docs/floors.md, "Bits in the keys"; derived).
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ _BELIEFS = (1.0 - 2.0**-20, 0.75)
 class Codebook(KeyedInstance):
     """Stream n of M public keys, chosen and ordered in secret, each with a hidden row of dv values.
 
-    All M keys have hidden values, of which only those of the n streamed keys matter.
+    M is `codebook`. Hidden values are drawn for all M keys; those of keys that are not streamed are not used.
     """
 
     barrier: ClassVar[str] = "spike"
@@ -47,7 +47,7 @@ class Codebook(KeyedInstance):
 
     @property
     def rows(self) -> int:
-        """Return the number of codebook keys, as Bob asks for each of them."""
+        """Return the number M of codebook keys: Bob, who decodes the hidden values, queries each key once."""
         return self.codebook
 
     @property
@@ -77,8 +77,8 @@ class Codebook(KeyedInstance):
         """Certify which keys were streamed, and their values, from the answers (M, dv) to all codebook keys' queries.
 
         Returns the certified bits and the shares decoded right or wrong. M is the number of codebook keys. levels
-        (M, dv) are the hidden levels; present (M,) bool marks the keys that were streamed. The certificate is by
-        log-loss, over subsets and values together.
+        (M, dv) are the hidden values as whole numbers of `bits` bits; present (M,) bool marks the keys that were
+        streamed. The certificate is by log-loss (`certificates.log_loss`), over subsets and values together.
         """
         believed = answers.double().mean(dim=1) > -0.5  # a marker answers -1, a streamed key at least 0
         right = believed == present
@@ -130,10 +130,10 @@ def play(
 ) -> Result:
     """Play the spike game with bits hidden in the keys too: Alice streams n keys, chosen in secret, of a public set.
 
-    `codebook` is the size of that set, in n..16,384. row_success of the result is the lesser of two shares: of streamed
-    keys decoded with all their bits, and of other keys decoded as missing. bits_per_value leaves out the bits hidden in
-    the keys. The other arguments are those of `spike.play`. Raises ValueError naming the argument that is out of its
-    domain.
+    `codebook` is the size of the public set, in n..16,384. Returns the certified bits, the sizes and the verdict
+    (`Result`). Its row_success is the lesser of two shares: of streamed keys decoded with all their bits, and of other
+    keys decoded as missing. Its bits_per_value leaves out the bits hidden in the keys. The other arguments are those of
+    `spike.play`. Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n, codebook = whole("n", n), whole("codebook", codebook)
@@ -156,10 +156,11 @@ def play(
 def subset_bits(codebook: int, n: int, p: float) -> float:
     """Return the least message length, in bits, from which membership in a secret n-subset of a codebook is decoded.
 
-    A share p >= 1/2 of the subset's keys must be decoded as members, and a share p of the other keys as no members.
-    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), f = n/M, M = codebook, clamped at 0. The entropy that
-    is left of one key's membership, given its decoding, is at most that of a binary channel with error 1-p, and entropy
-    is concave.
+    A codebook is a public set of M keys. A share p >= 1/2 of the subset's keys must be decoded as members, and a share
+    p of the other keys as no members.
+    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), f = n/M, M = codebook, H2 the binary entropy, clamped
+    at 0. The entropy that is left of one key's membership, given its decoding, is at most that of a binary channel with
+    error 1-p, and entropy is concave.
     """
     f = n / codebook
     left_open = H2(f) + H2(p) - H2(f * p + (1.0 - f) * (1.0 - p))

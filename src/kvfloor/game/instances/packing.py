@@ -1,10 +1,11 @@
 """Play the packing game: few dimensions, and as many keys as queries with logits of at most r can separate.
 
-It is the hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r, eta)) bits, where N counts the
-keys that such queries separate, and p is the probability that a row of dv bits is answered right (docs/floors.md,
-"Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form of N is a
-lower estimate. The game builds its keys, so it may find more of them and hide more rows. Of m keys, each is streamed
-n/m times with its value: repeating all tokens alike changes no answer.
+Every key hides a row of dv bits, which one query reads. A query separates its key if it puts nearly all softmax mass on
+this key. It is the hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r, eta)) bits, where N
+counts the keys that such queries separate, H2 is the binary entropy, and p is the probability that a row is answered
+right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The
+closed form of N is a lower estimate. The game builds its keys, so it may find more keys and hide more rows. Of m keys,
+each is streamed n/m times with its value: repeating all tokens alike changes no answer.
 """
 
 import dataclasses
@@ -37,7 +38,10 @@ _MOST_KEYS = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing(KeyedInstance):
-    """Stream m keys that queries can separate, each `repeats` times with its hidden row; no logit is above `radius`."""
+    """Stream m keys that queries separate, each `repeats` times with its hidden row; no logit is above `radius`.
+
+    A query separates a key if it puts nearly all softmax mass on this key. A row is the dv values of a key.
+    """
 
     barrier: ClassVar[str] = "packing"
     m: int
@@ -73,9 +77,11 @@ class Packing(KeyedInstance):
 def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tuple[str, int]:
     """Find the key family with the most keys, up to `most`, that queries with logits of at most `radius` separate.
 
-    Returns the family and the number m of keys. A query separates a key if it puts all but a ratio eps_s of the softmax
-    mass on it. Its length is C = ln(m / eps_s) / gap, which must not exceed the radius: its rivals are the m - 1 other
-    keys and the receiver's own token. The smallest gap is measured on the keys themselves. One key is always separable.
+    Returns the family and the number m of keys. A query separates a key if it leaves other tokens at most the ratio
+    eps_s (which `eta` gives) of the softmax mass on this key. The query needs the length C = ln(m / eps_s) / gap, which
+    must not exceed the radius; the m other tokens are m - 1 keys and the token of the receiver of the state. The gap is
+    the smallest over all keys, measured on the keys that `key_seed` gives: squared norm less the largest inner product
+    with another key. One key is always separable.
     """
     best = ("sphere", 1)
     names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
@@ -113,8 +119,9 @@ def play(
     """Play the packing game against a method: few dimensions, bounded logits, one hidden bit per value.
 
     dv       64 by default: few dimensions hide few bits otherwise
-    radius   the largest logit, 32 by default; each key that such logits separate hides a row, up to min(n, 2,048) keys
-    The other arguments are those of `spike.play`.
+    radius   the largest logit, 32 by default; each key that queries with such logits separate hides a row of dv values,
+             up to min(n, 2,048) keys
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=_DEFAULT_DV if dv is None else dv, bits=1, eta=eta, seed=seed)

@@ -4,7 +4,7 @@ It is Haris & Onak (COLT 2025), Theorem 19 (26), on a corrected family of stream
 errors below 1/3 only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one of two
 cases by a hidden bit: all keys zero, or one heavy key, which takes nearly all softmax mass, at a secret position. As in
 the other games, a method answers from the message (the bytes of its state), and the bytes it reads per query are
-counted. Its success is compared with that of readers whose every score is counted by an oracle.
+counted. Its success is compared with that of simple readers, which look up scores q.k from an oracle that counts them.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ _SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at whic
 class Probing(Instance):
     """Make `copies` streams of n tokens, with one hidden bit each.
 
-    Bit 1: all keys are zero, and the answer is 1. Bit 0: one heavy key takes nearly all the mass, and the answer is
+    Bit 1: all keys are zero, and the answer is 1. Bit 0: one heavy key takes nearly all softmax mass, and the answer is
     1/(n-1).
     """
 
@@ -57,9 +57,10 @@ class Probing(Instance):
         return self.n
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the tokens of each stream from its hidden bit, `values` (copies, 1, 1).
+        """Yield the tokens of each stream, in pieces, from the stream's hidden bit: `values` (copies, 1, 1).
 
-        A bit 0 puts a heavy key at a secret position drawn from `hidden`.
+        Each piece has keys (copies, t, d) and values (copies, t, dv). A bit 0 puts a heavy key, which takes nearly all
+        softmax mass, at a secret position drawn from `hidden`.
         """
         place, planted = 1 + hidden.places(self.n - 1, self.copies), values[:, 0, 0] == 0
         for start in range(0, self.n, _TOKENS_AT_ONCE):
@@ -72,7 +73,8 @@ class Probing(Instance):
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         """Return the answers (m, dv), float32, to one fixed query: (2/d) ln(n-1) in every coordinate.
 
-        The query is the same for streams with and without a heavy key. copy (m,) holds the streams; `row` is not used.
+        All streams are asked this query, with or without a heavy key. copy (m,) holds the indices of the streams; `row`
+        is not used.
         """
         q = torch.full((len(copy), self.d), 2.0 * math.log(self.n - 1) / self.d)
         return by_reading(state, copy, q.to(DTYPES[self.dtype]))
@@ -91,12 +93,13 @@ def play(
 ) -> Result:
     """Play the time barrier against a method: one heavy key or none in each stream; values are single numbers.
 
+    A heavy key takes nearly all softmax mass, and the hidden bit of a stream says whether there is one.
     runs   independent streams, 256 by default, fewer where n d is large
-    The other arguments are those of `spike.play`.
-    details of the result: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on the
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`),
+    with these `details`: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on the
     success of a method that has not read the keys on arrival, `adaptive` (this method's success is above that bound
-    with 99.9 % confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and the `readers` whose scores an oracle
-    counted.
+    with 99.9 % confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and `readers`, the success of simple readers
+    that look up scores q.k from an oracle that counts.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=1, bits=1, eta=eta, seed=seed)

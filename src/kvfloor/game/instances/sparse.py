@@ -1,9 +1,11 @@
 """Play the spike game with every attention row concentrated on one token (one-sparse); the floor stays the same.
 
-Haris & Onak (COLT 2025), Corollary 16: the promise that nearly all attention is negligible, at undisclosed places, does
-not help. The scores of the spike game are already that sparse, as Alice asks nothing there (her queries are 0). Here
-Alice asks the query q_t = C k_t at every token, so that every softmax row, hers and Bob's, has nearly all its mass on a
-single token. Queries that do not depend on the hidden bits change nothing in the proof (docs/floors.md).
+In the spike game, Alice hides a row of values under each public key, and Bob reads each row by a spike query, which
+gives one key nearly all softmax mass. Haris & Onak (COLT 2025), Corollary 16: the promise that nearly all attention is
+negligible, at undisclosed places, does not help. The scores of the spike game are already that sparse, as Alice asks
+nothing there (her queries are 0). Here Alice asks the query q_t = C k_t at every token t, so that every softmax row,
+hers and Bob's, has nearly all its mass on a single token. Queries that do not depend on the hidden bits change nothing
+in the proof (docs/floors.md).
 """
 
 import dataclasses
@@ -32,7 +34,10 @@ _MOST_TOKENS = 16_384
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(KeyedInstance):
-    """Stream n public keys; Alice queries each token's key as it is appended, Bob queries all keys at the end."""
+    """Stream n public keys; Alice queries each token's key as it is appended, Bob queries all keys at the end.
+
+    Alice hides a row of dv values under each key, and Bob decodes the rows from the answers.
+    """
 
     barrier: ClassVar[str] = "sparse"
     n: int
@@ -47,7 +52,7 @@ class Sparse(KeyedInstance):
 
     @cached_property
     def queries(self) -> Tensor:
-        """Return the spike query of every key (n, d), asked by Alice at that token and by Bob at the end.
+        """Return the spike query of every key, (n, d), which Alice asks when the key is appended and Bob at the end.
 
         A spike query gives its key nearly all softmax mass.
         """
@@ -60,9 +65,10 @@ class Sparse(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append a piece of Alice's stream, each token with the spike query q_t = C k_t of its own key.
+        """Append a piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), each token with its spike query.
 
-        So eviction policies observe softmax weights that are nearly one-sparse.
+        The spike query q_t = C k_t of token t gives the token's own key nearly all softmax mass, so eviction policies
+        observe softmax weights that are nearly one-sparse.
         """
         start = int(state.seen[0])
         q = self.queries[start : start + k.shape[1]].expand(self.copies, 1, -1, -1)
@@ -74,8 +80,8 @@ class Sparse(KeyedInstance):
     def details(self) -> dict[str, Any]:
         """Measure the shares of scores Q K^T and of softmax weights that are near zero, on up to 512 causal rows.
 
-        A score is near zero below 1e-3 of its row's largest, a weight below 1e-3. `least_top_weight` is the least over
-        these rows of the row's largest weight.
+        Returns name -> number. A score is near zero below 1e-3 of its row's largest score, a weight below 1e-3.
+        `least_top_weight` is the least, over these rows, of the largest weight in the row.
         """
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T
@@ -105,11 +111,12 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the sparse game against a method: the spike with one-sparse attention at every token, n at most 16,384.
+    """Play the sparse game against a method: the spike game with one-sparse attention at every token, n at most 16,384.
 
-    The arguments are those of `spike.play`.
-    details of the result: the share of entries of Q K^T below 1e-3 of their row's largest, of softmax weights below
-    1e-3, and the least weight that any row puts on its one token.
+    One-sparse attention puts nearly all softmax mass on one token. The arguments are those of `spike.play`. Returns the
+    certified bits, the sizes and the verdict (`Result`), with these `details`: the share of entries of Q K^T below 1e-3
+    of the largest entry in their row, the share of softmax weights below 1e-3, and the least weight that any row puts
+    on its one token.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if whole("n", n) > _MOST_TOKENS:

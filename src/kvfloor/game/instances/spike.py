@@ -1,7 +1,9 @@
 """Play the spike game: one hidden row per public key, read by a query that gives this key nearly all softmax mass.
 
-It is the hard instance of Haris & Onak (COLT 2025), Theorems 6 (eta = 0) and 8, with exact constants (docs/floors.md).
-Independent copies of the game in one state stand for kv heads and layers (the direct sum).
+Alice hides the rows (dv values each) in the state of a method. Bob restores the state from its bytes, the message, and
+decodes the rows from the answers to the queries. It is the hard instance of Haris & Onak (COLT 2025), Theorems 6
+(eta = 0) and 8, with exact constants (docs/floors.md). Independent copies of the game in one state stand for kv heads
+and layers (the direct sum).
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ ROWS_SAMPLED = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spike(KeyedInstance):
-    """Stream n public keys of one family, each with a hidden row of dv values; Bob reads without appending."""
+    """Stream n public keys of one family, each with a hidden row of dv values; Bob queries without appending."""
 
     barrier: ClassVar[str] = "spike"
     n: int
@@ -48,10 +50,10 @@ class Spike(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of their keys to others.
+        """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the rows' keys to other keys.
 
-        A spike query gives its key nearly all softmax mass. A gap is the key's squared norm less its largest inner
-        product with another key.
+        Each hidden row has one key, and its spike query gives this key nearly all softmax mass. A gap is the key's
+        squared norm less its largest inner product with another key.
         """
         ratio = leak_ratio(self.bits, self.eta)
         return self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))
@@ -81,22 +83,25 @@ def play(
     codebook: int | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the spike game against a method and certify the bits that its message carries.
+    """Play the spike game against a method and certify the bits that its message, the bytes of its state, carries.
 
     method       a method, or the word "optimum": public keys and packed levels, against which the floor is tight
-    n, d, dv     keys, their width, the values' width (dv = d by default); `bits` per value, 1 to 24: with many bits
-                 the certificate reads out the precision that a method keeps (`bits_per_value` of the result)
+    n, d, dv     number of keys, width of a key, width of a value (dv = d by default)
+    bits         hidden bits per value, 1 to 24: with many bits the certificate reads out the precision that a method
+                 keeps (`bits_per_value` of the result)
     eta          relative error that answers may have, in [0, 1)
     heads        kv heads, and `layers`: heads * layers independent instances side by side in one state
     dtype        of the keys and values that the method receives: float32, float16 or bfloat16
-    rows         how many rows to ask, drawn with replacement; by default all up to n = 16,384, else 2,048
+    rows         how many hidden rows (dv values of one key) to ask, drawn with replacement; by default 2,048 if there
+                 are more than 16,384, else every row once
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive
                  from anything that the method sees, also where hidden_seed equals seed
     family       of keys, by default the one that separates best at (n, d)
     codebook     hide bits in the keys too: n of this many public keys, in secret (`kvfloor.game.instances.codebook`)
     isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected
-    Raises ValueError naming the argument that is out of its domain, or the reason that the method cannot be rebuilt.
+    Returns the certified bits, the sizes in bytes and the verdict (`Result`). Raises ValueError naming the argument
+    that is out of its domain, or the reason that the method cannot be rebuilt.
     """
     if codebook is not None:
         if heads != 1 or layers != 1 or rows is not None:

@@ -1,7 +1,9 @@
 """Play tensor attention, in which every pair of tokens is a key, so that no cache of pairs or of tokens can be small.
 
-Four caches (K1, K2, V1, V2 are streamed): 2(n-1) hidden rows. Token 0 has values 1; the other tokens hide X1 in V1 and
-X2 in V2. The query at pair (i, 0) reads X1[i], and the query at pair (0, i) reads X2[i].
+Alice hides rows of dv values in the stream, and Bob, who restores her state from its bytes, reads each row by a query
+at one pair.
+Four caches (K1, K2, V1, V2 are streamed): 2(n-1) hidden rows. Token 0 has values 1; the other tokens hide the rows X1
+in V1 and X2 in V2. The query at pair (i, 0) reads X1[i], and the query at pair (0, i) reads X2[i].
 Two caches (the n^2 products are streamed as keys, with arbitrary values): n^2 hidden rows. Any Method plays it, as the
 pairs are ordinary tokens.
 Chen et al. 2025 (arXiv 2503.11108) claim Omega(nd) and Omega(n^2 d); instances and constants: docs/floors.md.
@@ -41,7 +43,10 @@ _LENGTH_STEP = 64.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourCaches(Instance):
-    """Stream n tokens with two keys of signs ±1 and two values each, for tensor attention over their pairs."""
+    """Stream n tokens with two keys of signs ±1 and two values each, for tensor attention over pairs of tokens.
+
+    Tokens 1..n-1 hide two rows of dv values each: their two values.
+    """
 
     barrier: ClassVar[str] = "tensor"
     n: int
@@ -56,14 +61,20 @@ class FourCaches(Instance):
 
     @cached_property
     def keys(self) -> tuple[Tensor, Tensor]:
-        """Return the public keys K1, K2 (n, d), signs ±1; products are signs too, so pairs have norm sqrt(d)."""
+        """Return the public keys K1, K2, each (n, d) of signs ±1.
+
+        Products of two keys are signs too, so the keys of pairs have norm sqrt(d).
+        """
         first, second = self.key_seed, derived_seed("second keys", self.key_seed)
         # exactly ±1, not a rounded sqrt(d) / sqrt(d)
         k1, k2 = (torch.sign(rademacher(self.n, self.d, seed)) for seed in (first, second))
         return k1.to(DTYPES[self.dtype]), k2.to(DTYPES[self.dtype])
 
     def lift(self, method: Method) -> Method:
-        """Wrap a method of standard attention to keep tokens with two keys and two values, and to read their pairs."""
+        """Wrap a method of standard attention: tokens get two keys and two values, and queries attend to token pairs.
+
+        A method of tensor attention is returned as it is.
+        """
         return method if method.traits.reference == "tensor" else TensorAttention(method)
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
@@ -74,10 +85,11 @@ class FourCaches(Instance):
         yield from pieces(torch.cat(self.keys, dim=-1), v)
 
     def aimed(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of their pairs' keys.
+        """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the keys of the rows' pairs.
 
-        A spike query gives one pair nearly all softmax mass. The gap is 1 less the largest inner product, over d, with
-        any of the n^2 - 1 other pairs' keys. Raises ValueError where a gap is not positive.
+        A spike query gives one pair of tokens nearly all softmax mass. The gap is 1 less the largest inner product,
+        over d, of the pair's key with that of any of the n^2 - 1 other pairs. Raises ValueError where a gap is not
+        positive.
         """
         k1, k2 = (k.double() for k in self.keys)
         token = row % (self.n - 1) + 1
@@ -108,7 +120,7 @@ class FourCaches(Instance):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoCaches(Instance):
-    """Stream all n^2 products of keys as tokens of standard attention, each with a hidden row of its own."""
+    """Stream all n^2 products of keys as tokens of standard attention, each with its own hidden row of dv values."""
 
     barrier: ClassVar[str] = "tensor"
     n: int
@@ -160,11 +172,11 @@ def play(
 ) -> Result:
     """Play tensor attention, in which pairs of tokens are keys, against a method.
 
-    n        with four caches the number of tokens (up to 1,024; above 512 rows, rows are sampled); with two caches the
-             number of pairs, whose square root is the number of tokens
-    caches   4: the method keeps tokens and tensor attention reads their pairs; 2: the products are streamed. By
+    n        with four caches the number of tokens, up to 1,024 (if there are more than 512 hidden rows of dv values,
+             256 sampled rows are queried); with two caches the number of pairs: the square of the number of tokens
+    caches   4: the method keeps tokens and tensor attention reads pairs of them; 2: the products are streamed. By
              default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
-    The other arguments are those of `spike.play`.
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

@@ -1,7 +1,9 @@
 """Play the scale pyramid: all scales of an image hide bits, and one further scale reads them, a whole map at once.
 
-Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881)
-state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
+A scale is one square map of the image pyramid, whose tokens are appended together. Alice streams the maps, each token
+with a hidden row of dv values. Bob restores her state from its bytes and appends one more map, whose queries read the
+rows. Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv
+2503.14881) state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
 """
 
 import dataclasses
@@ -25,9 +27,10 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visual(KeyedInstance):
-    """Stream the maps (scales) of an image pyramid with the given sides; every token hides a row of values.
+    """Stream the maps (scales) of an image pyramid with the given `sides`; every token hides a row of dv values.
 
-    Bob adds one more map, as large as the last, of zero tokens with spike queries.
+    Bob, who reads the rows from the state, adds one more map, as large as the last, of zero tokens with spike queries:
+    each gives one key nearly all softmax mass.
     """
 
     barrier: ClassVar[str] = "visual"
@@ -47,7 +50,7 @@ class Visual(KeyedInstance):
 
     @property
     def asked_at_once(self) -> int:
-        """Return the number of queries in Bob's map, which are asked at once."""
+        """Return the number of queries in Bob's map, which reads the hidden rows; all are asked at once."""
         return self.sides[-1] ** 2
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,13 +59,17 @@ class Visual(KeyedInstance):
         yield from zip(scale_by_scale(self.sides, keys), scale_by_scale(self.sides, values), strict=True)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append one map, k (copies, t, d) and v (copies, t, dv), with zero queries, which carry no information."""
+        """Append one map of Alice's stream, k (copies, t, d) and v (copies, t, dv), to the state.
+
+        The queries of the map are zero: they carry no information.
+        """
         NextScale(state).step(k.new_zeros(self.copies, 1, *k.shape[1:]), k, v)
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the answers (m, dv), float32, for hidden rows `row` (m,), read in parts of sides[-1]^2 rows.
+        """Return the answers (m, dv), float32, for hidden rows `row` (m,), one map of queries at a time.
 
-        Each part is one map of zero tokens with spike queries, appended to a fresh copy of the state.
+        A map is zero tokens with spike queries, as many as the last map has tokens, appended to a fresh copy of the
+        state; a spike query gives the key of one hidden row nearly all softmax mass. `copy` is not used.
         """
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
         queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
@@ -108,10 +115,10 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the scale pyramid against a method: all maps of an image hide bits, and one more map reads them at once.
+    """Play the scale pyramid against a method: all maps of an image hide bits, and one more map reads the bits at once.
 
     sides   sides of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
-    The other arguments are those of `spike.play`.
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

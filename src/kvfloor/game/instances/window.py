@@ -1,10 +1,11 @@
 """Play the sliding window: n - W zero tokens, then W tokens with hidden values, read with the old tokens masked or not.
 
-It is Haris & Onak (COLT 2025), Theorems 17 and 25, with a corrected constant (docs/floors.md). The zero tokens have
-logit 0. A masked window leaves them out of the softmax; an unmasked window and full attention count them. The query is
-long enough for both. If Bob appends a token before he asks (append=True, the published order), his token pushes the
-oldest coded token (a token with hidden values) out of the window, so W - 1 rows are hidden; if he only asks, W rows
-are.
+Alice streams the tokens, and Bob, who restores her state from its bytes, reads each hidden row (the dv values of a
+coded token, i.e. one with hidden values) by a query. It is Haris & Onak (COLT 2025), Theorems 17 and 25, with a
+corrected constant (docs/floors.md). The zero tokens have logit 0. A masked window leaves them out of the softmax; an
+unmasked window and full attention count them. The query is long enough for both. If Bob appends a token before he asks
+(append=True, the published order), this token pushes the oldest coded token out of the window, so W - 1 rows are
+hidden; if he only asks, W rows are.
 """
 
 import dataclasses
@@ -28,9 +29,10 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowInstance(KeyedInstance):
-    """Stream n - W zero tokens, then W coded tokens, which have hidden values.
+    """Stream n - W zero tokens, then W coded tokens, i.e. tokens with hidden values; W is `window`.
 
-    Where Bob appends a token, the first coded token hides nothing.
+    Where Bob, the receiver of the state, appends a token before he asks (`append`), the first coded token hides
+    nothing.
     """
 
     barrier: ClassVar[str] = "window"
@@ -84,9 +86,10 @@ def play(
 ) -> Result:
     """Play the sliding window game against a method: zero tokens, then a window of tokens with hidden values.
 
-    window   number W of coded tokens at the end of the n tokens, n/4 by default
-    append   True: Bob appends a zero token before he asks, each query on its own copy of the state
-    The other arguments are those of `spike.play`.
+    window   number of tokens with hidden values, at the end of the n tokens, n/4 by default
+    append   True: Bob, who reads the hidden values, appends a zero token before each query, each time on a
+             fresh copy of the state
+    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)

@@ -1,4 +1,7 @@
-"""Make key families from codes over prime fields: explicit keys whose largest inner product is known in closed form."""
+"""Make key families from codes over prime fields: explicit keys whose largest inner product is known in closed form.
+
+Every key belongs to one polynomial modulo a prime p. A point is a number x at which the polynomials are evaluated.
+"""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +28,8 @@ def digits_needed(n: int, p: int) -> int:
 def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
     """Find (p, m) of the chirp code of n keys in d dimensions with the smallest inner products, or None without one.
 
-    p is the largest fitting prime <= d/2, and m the degree of the code's polynomials.
+    p is the largest prime <= d/2 that gives n keys with a positive gap, and m the degree of the polynomials mod p that
+    make the keys (`chirp`).
     """
     for p in reversed(primes_up_to(d // 2)):
         m = digits_needed(n, p)
@@ -38,8 +42,8 @@ def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
     """Find (p, b, m) of the one-hot Reed-Solomon code of n keys in d dimensions with the smallest inner products.
 
     Returns None where there is no such code.
-    p is a prime, m the number of coefficients of the code's polynomials mod p, and b the number of points at which they
-    are evaluated.
+    p is a prime, m the number of coefficients of the code's polynomials mod p, and b the number of points at which the
+    polynomials are evaluated.
     """
 
     def fitting() -> Iterator[tuple[int, int, int]]:
@@ -52,10 +56,10 @@ def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
 
 
 def chirp(n: int, d: int, seed: int = 0) -> Tensor:
-    """Make n unit keys (n, d), float64, of the chirp code: cosine and sine of 2 pi f(x)/p at points x, over sqrt(p).
+    """Make n unit keys (n, d), float64, of the chirp code: (cos, sin)(2 pi f(x)/p) / sqrt(p) at points x.
 
-    f(x) = a_1 x + ... + a_m x^m mod the prime p, one polynomial per key, x = 0..p-1.
-    Inner products are at most (m-1)/sqrt(p) (Weil). `seed` is not used: the code is explicit.
+    f(x) = a_1 x + ... + a_m x^m mod the prime p, one polynomial f per key, at the points x = 0..p-1.
+    Inner products of two keys are at most (m-1)/sqrt(p) (Weil). `seed` is not used: the code is explicit.
     Raises ValueError where no chirp code has n keys in d dimensions.
     """
     del seed
@@ -74,9 +78,11 @@ def chirp(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
-    """Make n unit keys (n, d), float64, of a Reed-Solomon code: polynomial values at b points, one-hot, over sqrt(b).
+    """Make n unit keys (n, d), float64, of a Reed-Solomon code: one-hot polynomial values at b points.
 
-    Inner products lie in [0, (m-1)/b] for polynomials of m coefficients. `seed` is not used: the code is explicit.
+    A key has one polynomial mod a prime p, whose value at each of the points 0..b-1 fills p coordinates: 1/sqrt(b) at
+    the value, else 0. Inner products of two keys lie in [0, (m-1)/b] for polynomials of m coefficients. `seed` is not
+    used: the code is explicit.
     Raises ValueError where no such code has n keys in d dimensions.
     """
     del seed

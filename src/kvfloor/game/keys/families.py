@@ -1,7 +1,7 @@
 """Make public keys for the game: families of nearly orthogonal keys, each a deterministic function of (n, d, seed).
 
 `seed` is public and is never the seed of the hidden values. All families but `jl` have unit norm. docs/floors.md gives
-the relation of n, d and the gap (a key's squared norm less its largest inner product with another key).
+the relation of n, d and the gap. The gap of a key is its squared norm less its largest inner product with another key.
 """
 
 import math
@@ -34,7 +34,7 @@ def sphere(n: int, d: int, seed: int = 0) -> Tensor:
 def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
     """List the first n of the 2^s sign vectors on s = max(1, ceil(log2 n)) coordinates as keys (n, d), float64.
 
-    Their gap is 2/s. `seed` is not used. Raises ValueError when d < s.
+    The gap (1 less the largest inner product of two keys) is 2/s. `seed` is not used. Raises ValueError when d < s.
     """
     del seed
     signs = max(1, math.ceil(math.log2(n)))
@@ -49,19 +49,25 @@ def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
 def jl(n: int, d: int, seed: int = 0) -> Tensor:
     """Draw the keys (n, d), float64, of Haris & Onak (COLT 2025): Gaussian entries of variance 1/d.
 
-    They are a Johnson-Lindenstrauss image of n unit vectors, and not of unit norm. The paper's theorem needs
-    d >= `jl_dimension(n)`; below that the gap can be negative. Source: Haris & Onak (COLT 2025), Lemma 3.
+    The keys are a Johnson-Lindenstrauss image of n unit vectors, and not of unit norm. The paper's theorem needs
+    d >= `jl_dimension(n)`; below that, the gap (squared norm less largest inner product with another key) can be
+    negative.
+    Source: Haris & Onak (COLT 2025), Lemma 3.
     """
     return torch.randn(n, d, generator=_random(seed), dtype=torch.float64) / math.sqrt(d)
 
 
 def jl_dimension(n: int, eps: float = 0.1) -> int:
-    """Return the dimension that Haris & Onak (COLT 2025) require of n `jl` keys, at the paper's eps = 0.1."""
+    """Return the dimension that Haris & Onak (COLT 2025) require of n `jl` keys.
+
+    In this dimension, all inner products of two keys are within eps of 0 with probability 1 - 1/n; the paper takes
+    eps = 0.1.
+    """
     return math.ceil(jl_dim_paper(n, eps))
 
 
 def packing(n: int, d: int, seed: int = 0) -> Tensor:
-    """Choose n unit keys (n, d), float64, greedily: each is the random candidate farthest from the keys before it.
+    """Choose n unit keys (n, d), float64, greedily: each is the random candidate farthest from all keys chosen before.
 
     For d = 2 the optimum is known, n equally spaced points of the circle; for d = 1 only ±1 exist.
     Raises ValueError for d = 1 and n > 2.

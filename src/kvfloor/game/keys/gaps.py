@@ -1,6 +1,7 @@
-"""Measure the one-sided gap of each key to all others, and choose the key family with the largest worst gap.
+"""Measure the one-sided gap of each key to all other keys, and choose the key family with the largest worst gap.
 
-A key's one-sided gap is its squared norm less its largest inner product with another key.
+The one-sided gap of a key is its squared norm less its largest inner product with another key. A query along the key
+can put nearly all softmax mass on this key only if the gap is positive; the worst gap of a family is its smallest.
 """
 
 import torch
@@ -16,10 +17,9 @@ _PRODUCTS_AT_ONCE = 2**24
 
 
 def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Return the gaps |k_i|^2 - max_{j != i} <k_i, k_j> of the keys at `rows` (all by default): float64 (m,).
+    """Return the gaps |k_i|^2 - max_{j != i} <k_i, k_j> of the keys with indices `rows`, or of all keys: (m,) float64.
 
-    The gap of a single key is |k_i|^2.
-    keys (n, d) of any float type. Time n m d, memory bounded by chunks.
+    keys (n, d) has any float type. The gap of a single key is |k_i|^2. Time n m d for m rows, memory bounded by chunks.
     """
     keys = keys.double()
     n = keys.shape[0]
@@ -37,11 +37,11 @@ def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def promised_gaps(n: int, d: int) -> dict[str, float]:
-    """Bound the smallest gap of n keys in d dimensions from below: key family -> lower bound.
+    """Return a lower bound on the smallest gap of n keys in d dimensions for each key family: name -> bound.
 
-    Families without n keys in d dimensions, or without a proven bound, are left out. The bounds are the families'
-    closed forms. For random families, the bound holds with even odds at least (rademacher) or with positive probability
-    (sphere).
+    The gap of a key is its squared norm less its largest inner product with another key. Families without n keys in d
+    dimensions, or without a proven bound, are left out. The bounds are the families' closed forms. For random families,
+    the bound holds with probability at least 1/2 (rademacher) or above 0 (sphere).
     """
     gaps: dict[str, float] = {}
     if chirp_code := chirp_parameters(n, d):
@@ -60,9 +60,10 @@ def promised_gaps(n: int, d: int) -> dict[str, float]:
 def best_family(n: int, d: int, seed: int = 0) -> str:
     """Return the name of the key family whose smallest gap is largest, among those that are cheap to make at (n, d).
 
-    Explicit codes count with the closed form of their gap. Random families, and packing in few dimensions, are measured
-    up to 16,384 keys and count with their formula beyond. Raises ValueError where no family has n keys that queries can
-    separate (d = 1 and n > 2).
+    The gap of a key is its squared norm less its largest inner product with another key. Explicit codes are compared by
+    the closed form of the gap, random families by the gap of keys that `seed` draws, or a formula beyond 16,384 keys.
+    Packing is compared by its measured gap, for d = 2 and, up to 4,096 keys, for d <= 16. Raises ValueError where no
+    family has n keys that queries can separate: for d = 1 and n > 2.
     """
     gaps = promised_gaps(n, d)
     if n <= _MEASURED_UP_TO:

@@ -1,6 +1,8 @@
-"""Name public keys by a family, a size and a seed that Alice and Bob agree on, and make spike queries for them.
+"""Name public keys by a family, a size and a seed that Alice and Bob agree on, and make spike queries for these keys.
 
-A spike query is a multiple of one key, long enough to give this key nearly all softmax mass.
+In the game, Alice hides values under the keys, and Bob reads each value by a spike query: a multiple of one key, long
+enough to give this key nearly all softmax mass. The one-sided gap of a key is its squared norm less its largest inner
+product with another key.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class PublicKeys:
     def chosen(cls, family: str | None, n: int, d: int, seed: int, dtype: str = "float32") -> PublicKeys:
         """Return public keys of the given family, or of the family with the largest gap at (n, d) if None.
 
-        Raises ValueError where there is no such family, or none with n keys that queries separate.
+        The gap is a key's squared norm less its largest inner product with another key. Raises ValueError where there
+        is no such family, or none with n keys that queries separate.
         """
         if family is None:
             return cls(best_family(n, d, seed), n, d, seed, dtype)
@@ -49,23 +52,26 @@ class PublicKeys:
 
     @cached_property
     def table(self) -> Tensor:
-        """Return the keys (n, d), in `dtype`."""
+        """Return all keys as a tensor (n, d), in `dtype`."""
         return FAMILIES[self.family](self.n, self.d, self.seed).to(DTYPES[self.dtype])
 
     def aim(self, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:
-        """Return the spike queries (m, d) of the keys at `rows` (m,), and their gaps (m,), by the function `aim`.
+        """Return the spike queries (m, d) of the keys with indices `rows` (m,), and the gaps (m,) of these keys.
 
-        A spike query gives its key nearly all softmax mass.
+        A spike query is a multiple of its key that gives this key nearly all softmax mass. The gap is the key's squared
+        norm less its largest inner product with another key. `spec` gives the scale and the dtype of the queries.
+        `length`(gap, squared norm) returns the factor C of the query C k / scale of a key k.
         """
         return aim(self.table, rows, spec, length)
 
 
 def aim(keys: Tensor, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:
-    """Return the spike query C_i k_i / scale of each key at `rows`, (m, d) in the spec's dtype, and the gaps (m,).
+    """Return the spike query C_i k_i / scale of each key i of `rows` (m,), as (m, d), and the gaps (m,) of these keys.
 
-    A spike query gives its key nearly all softmax mass. `length` returns C from a key's one-sided gap (at most its
-    squared norm) and its squared norm. Raises ValueError where a key's gap is not positive, so that no query singles it
-    out.
+    A spike query gives its key nearly all softmax mass. keys is (n, d); `spec` gives the scale and the dtype of the
+    queries. `length` is called with (gap, squared norm) of a key, the gap cut to at most the squared norm, and returns
+    C_i. The gap is the key's squared norm less its largest inner product with another key. Raises ValueError where a
+    gap is not positive, so that no query singles the key out.
     """
     gaps = one_sided_gaps(keys, rows)
     if not bool((gaps > 0.0).all()):

@@ -1,4 +1,8 @@
-"""Keep the tokens of largest score: expected attention from future queries times the norm of the value."""
+"""Keep the tokens of largest score: expected attention from future queries times the norm of the value.
+
+In this file a row is one (batch item, kv head) stream; its queries are those of the g query heads of the GQA group.
+N(mu, Sigma) is the Gaussian that is fitted to the row's past queries; k' is the transpose of k.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +109,7 @@ class QueryMoments(PolicyMemory):
             raise ValueError(f"moments of the queries of {heads} heads, in a group of {g}")
 
     def take(self, rows: Tensor | None, q: Tensor, wanted: Tensor) -> None:
-        """Update the mean and covariance of `rows` (r,), None: all, by the queries q (r, g, b, d) of b new tokens.
+        """Update mean and covariance of `rows` (r,) (None: of all rows) by the queries q (r, g, b, d) of b new tokens.
 
         wanted (r, b) is True for the tokens whose queries count.
         """
@@ -125,9 +129,9 @@ class QueryMoments(PolicyMemory):
         self.count[mine] = self.count[mine] + fresh.view(-1).to(torch.int64)
 
     def gaussian(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the mean (r, h, d) and covariance (r, h, d, d) of all queries so far of `rows` (r,), None: all.
+        """Return the mean (r, h, d) and covariance (r, h, d, d) of all queries so far, for each of `rows`.
 
-        Both are zero before the first query.
+        rows (r,): the rows asked for, None: all. Mean and covariance are zero before the first query.
         """
         mine = slice(None) if rows is None else rows.to(self.count.device)
         count = self.count[mine].clamp_min(1).view(-1, 1, 1, 1).to(self.mean.dtype)

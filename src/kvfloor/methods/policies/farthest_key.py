@@ -1,4 +1,9 @@
-"""Keep keys that are spread out, so that every key has a kept key near it (greedy k-center)."""
+"""Keep keys that are spread out, so that every key has a kept key near it (greedy k-center).
+
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. Farthest-first traversal
+picks keys one after the other, each time the key that is farthest from all picked keys; the picked keys are the
+centres.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class KeyDifference(Guarded):
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
     The paper's rule is keydiff(sinks=0,recent=0).
-    Cosines are float32 whatever the cache's dtype; a key of length 0 is at right angles to everything.
+    Cosines are float32 whatever the cache's dtype; a key of length 0 has the cosine 0.
     """
 
     name: ClassVar[str] = "keydiff"
@@ -33,7 +33,10 @@ class KeyDifference(Guarded):
 
 
 def _against_the_mean(k: Tensor) -> Tensor:
-    """Return minus the cosine (1, s) of each key of one row, k (1, s, d), with the mean direction of these keys."""
+    """Return minus the cosine, (1, s), of the angle between each key and the mean direction of the keys, for one row.
+
+    k (1, s, d) are the row's keys. The mean direction is the mean of k / ||k||.
+    """
     unit = torch.nn.functional.normalize(k, dim=-1)
     direction = torch.nn.functional.normalize(unit.sum(1, dtype=torch.float64), dim=-1).to(unit.dtype)
     return -torch.matmul(unit, direction.unsqueeze(-1)).squeeze(-1)

@@ -20,8 +20,8 @@ class KeyNorm(Guarded):
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
     The paper's rule is knorm(sinks=0,recent=0,block=1).
-    Norms are float32 whatever the cache's dtype. A token's score never changes, so every block length keeps the
-    same tokens, except for the choice of the newest tokens.
+    Norms are float32 whatever the cache's dtype. A token's score never changes, so the block length matters
+    only through the newest tokens, which are protected.
     """
 
     name: ClassVar[str] = "knorm"

@@ -1,4 +1,9 @@
-"""Evict the tokens whose keys are nearly linear combinations of the other keys (low ridge leverage)."""
+"""Evict the tokens whose keys are nearly linear combinations of the other keys (low ridge leverage).
+
+In this file a row is one (batch item, kv head) stream. A sketched key is x = S'k, the key k projected to fewer channels
+by the matrix S. X is the matrix with the sketched keys as rows, and X'X its Gram matrix; ' is the transpose. r, s, w
+and d in shapes are rows, slots, and the widths of a sketched and of a whole key.
+"""
 
 from __future__ import annotations
 
@@ -120,10 +125,10 @@ def leverage(x: Tensor, gram: Tensor, ridge: float, d: int) -> Tensor:
 
 
 class KeyGram(PolicyMemory):
-    """Hold the Gram matrix of all sketched keys so far, and the sum of the keys if they are centred.
+    """Hold the Gram matrix of all sketched keys so far, and the sum of the sketched keys if the keys are centred.
 
     gram   (rows, w, w) float32; w is the width of the sketched keys
-    total  (rows, w) float32: the sum of the keys; (rows, 0) unless keys are centred
+    total  (rows, w) float32: the sum of the sketched keys; (rows, 0) unless keys are centred
     met    (rows,) number of tokens in the Gram matrix
     """
 
@@ -150,7 +155,8 @@ class KeyGram(PolicyMemory):
     def require_sound(self, fields: dict[str, Any]) -> None:
         """Raise ValueError if the Gram matrix in a message (a saved state) has a negative eigenvalue.
 
-        No Gram matrix of keys has one. If keys are centred, the matrix after subtraction of the mean key is tested.
+        No true Gram matrix of keys has a negative eigenvalue. If keys are centred, the matrix after subtraction of the
+        mean key is tested.
         """
         gram, total = fields["gram"].double(), fields["total"].double()
         if total.shape[1]:

@@ -1,4 +1,11 @@
-"""Evict the pages (runs of tokens) of the answer that queries needed least recently, and keep the prompt (RaaS)."""
+"""Evict the pages (runs of tokens) of the answer that queries needed least recently, and keep the prompt (RaaS).
+
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of
+the prompt, and the answer is all tokens after the seal. A page is `page` consecutive tokens of the answer; the newest
+page is being filled. A page's timestamp is the position of the last query that needed the page, i.e. gave it an
+estimated attention weight above `alpha` (or among the largest estimates, with `top`). In shapes, r are rows, s slots, b
+query tokens, p pages, g query heads per kv head.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +35,10 @@ class Milestones(Policy):
 
     Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page`. With low and high the least and largest
     entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of the page
-    (Quest). The estimate of a page is softmax(scale bound) over all pages visible to the query, the largest within its
-    GQA group. Where the estimate exceeds `alpha`, the page's timestamp becomes the query's position. The page with the
-    oldest timestamp is evicted, and the older page among equals. The oldest tokens of a page are evicted first, as many
-    as the budget requires.
+    (Quest). The estimate of a page for a token is softmax(scale bound) over all pages visible to the query, the largest
+    among the token's queries in the GQA group. Where the estimate exceeds `alpha`, the page's timestamp becomes the
+    query's position. The page with the oldest timestamp is evicted, and the older page among equals. The oldest tokens
+    of a page are evicted first, as many as the budget requires.
     page     tokens per page
     alpha    estimate above which a page counts as needed
     top      instead of alpha: the share of pages, of largest estimates, that counts as needed (the paper runs 0.5)
@@ -117,9 +124,9 @@ class Milestones(Policy):
         return torch.where(position < start, position // self.page, behind)
 
     def _held_pages(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pages of which a token is held, oldest first, as three tensors (index, number, slots).
+        """Return the p pages of which a token is held, oldest first, as three tensors (index, number, slots).
 
-        index   (r, s) place, among these p pages, of the page of each slot's token
+        index   (r, s) for each slot, the place of its token's page among the p pages
         number  (r, p) number of each page, see `_page`
         slots   (r, p, page) slots of each page's tokens; a page that is not full repeats its first slot
         """
@@ -141,8 +148,8 @@ class Milestones(Policy):
     def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
         """Return the estimated attention weight (r, b, p) of each page for the queries of each of b tokens.
 
-        The largest weight within the token's GQA group counts. `pages` (r, p) are the pages' numbers and `slots`
-        (r, p, page) the slots of their tokens, both from `_held_pages`.
+        The largest weight within the token's GQA group counts. `pages` (r, p) are the numbers of the pages, and `slots`
+        (r, p, page) the slots of the pages' tokens, both from `_held_pages`.
         """
         _, g, b, _ = queries.q.shape
         members = _keys_at(held.k, slots.flatten(1)).unflatten(1, slots.shape[1:])
@@ -167,7 +174,7 @@ class Milestones(Policy):
     def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
         """Return the least and largest key entries (r, b, d) per channel of the page that each query's token fills.
 
-        The b queries each belong to one token. Tokens after a query's own token are left out, as they came later.
+        The b queries each belong to one token. A page's tokens that came after the query's own token are left out.
         """
         r, b = queries.position.shape
         start, first = self._start(held), self._page(queries.position[:, :1], held)
@@ -189,10 +196,11 @@ class Milestones(Policy):
         return _keys_at(low, mine).double(), _keys_at(high, mine).double()
 
     def _needed(self, estimate: Tensor, pages: Tensor, own: Tensor) -> Tensor:
-        """Return a mask (r, b, p) of the pages that each query needs, from their estimated weights (r, b, p).
+        """Return a mask (r, b, p) of the pages that each query needs.
 
-        pages (r, p) are the numbers of the pages, and own (r, b) is the number of the page of the query's own token.
-        Later pages are never needed.
+        estimate (r, b, p) is the estimated attention weight of each page, pages (r, p) are the numbers of the pages,
+        and own (r, b) is the number of the page of the query's own token. Pages later than the query's own are never
+        needed.
         """
         if self.top is None:
             return estimate > self.alpha

@@ -1,4 +1,10 @@
-"""Read exactly the tokens of largest logit, found by visiting pages in order of their logit bounds (best-first)."""
+"""Read exactly the tokens of largest logit, found by visiting pages in order of their logit bounds (best-first).
+
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page`
+neighbouring slots; a page's box is the least and largest entry per channel of its keys. The logit bound of a page is
+the largest logit that a query can have with any key in the box. r, m and d in shapes are rows, queries per row and the
+width of a key.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +25,13 @@ from kvfloor.validation import count
 class BestFirst(Indexed):
     """Read the k tokens of largest logit by branch and bound over pages.
 
-    The result equals that of `top_k`, without a visit to every key where keys have structure.
-    Law: branch and bound over the boxes of `pages` (least and largest key entry per channel of a page), which bound
-    the logits of the page's tokens. The newest page is visited first, then the other pages from the
-    largest bound on, until the next bound is below the k-th best logit found. No page after that holds a better token,
-    whatever the keys are. An isolated token is therefore never lost, unlike with halving (`hip`). Where keys have no
-    structure the bounds are loose and nearly all pages are visited. Ties are broken in favour of the newer token.
+    The result equals that of `top_k`. Where keys have structure, it is found without reading every key.
+    Law: branch and bound over the boxes of `pages` (least and largest key entry per channel of a page), which bound the
+    logits of the page's tokens. To visit a page is to compute the logits of its tokens. The newest page is visited
+    first, then the other pages from the largest bound down, until the next bound is below the k-th best logit found.
+    None of the unvisited pages then holds a better token, whatever the keys are. An isolated token is therefore never
+    lost, unlike with halving (`hip`). Where keys have no structure the bounds are loose and nearly all pages are
+    visited. Ties are broken in favour of the newer token.
     k      tokens read per query
     page   tokens per page, as in `pages`
     """
@@ -69,7 +76,7 @@ class BestFirstState(SelectorState):
         return self.search(q, slots, visible, rows)[0]
 
     def search(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> tuple[Chosen, Tensor]:
-        """Return the slots that each query of q (r, m, d) reads, and the number of pages (r, m) int64 that it visited.
+        """Return the slots that each query of q (r, m, d) reads, and the number (r, m), int64, of visited pages.
 
         The arguments and the first result are those of `choose`: visible (r, m) is the number of slots that a query
         sees, and rows (r,) are the rows of the queries (None: all).
@@ -106,8 +113,8 @@ class BestFirstState(SelectorState):
     def _in_order(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the pages in the order in which queries visit them: logit bounds and page numbers, (r*m, pages) each.
 
-        newest (r, m) is the page of the newest token that a query sees. It comes first, with the bound inf; the other
-        pages follow from the largest bound on. Places without a page have the bound -inf and the number -1.
+        newest (r, m) is the page of the newest token that a query sees. This page comes first, with the bound inf; the
+        other pages follow from the largest bound down. Entries without a page have the bound -inf and the number -1.
         """
         bound = self.pages.bounds(q, newest, rows).flip(-1)
         order = bound.argsort(dim=-1, descending=True, stable=True)
@@ -128,9 +135,9 @@ class BestFirstState(SelectorState):
 
 
 def _largest(logit: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of c logits per query, and their slots, for a queries: (a, k) each.
+    """Return the k largest logits of each query, and the slots of these logits: (queries, k) each.
 
-    logit and slot are (a, c). Of equal logits the one in the higher slot, i.e. of the newer token, is preferred.
+    logit and slot are (queries, c). Of equal logits the one in the higher slot, i.e. of the newer token, is preferred.
     """
     by_age = slot.argsort(dim=1, descending=True, stable=True)
     logit, slot = logit.gather(1, by_age), slot.gather(1, by_age)

@@ -1,4 +1,10 @@
-"""Read the tokens found by halving intervals of the stream repeatedly, by the logits at their centres (HiP)."""
+"""Read the tokens found by halving intervals of the stream repeatedly, by the logits at their centres (HiP).
+
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A key block is
+`key_block` consecutive tokens; an interval [low, high) is a range of block numbers, whose centre block stands for it. A
+choice is the list of key blocks that queries read; queries of one span of positions share a choice. The seal is the end
+of the prompt.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +31,9 @@ class Hierarchical(Indexed):
 
     Law (Lee et al. 2024, HiP attention): between `sinks` and the newest `window` tokens the stream is cut into blocks
     of `key_block` tokens, and the blocks into k / key_block equal intervals. Each round splits every interval into two
-    halves, scores a half by the largest logit in its centre block, and keeps the better half of all halves. Rounds end
-    when every interval is one block. The query reads the sinks, the remaining blocks, and all newer tokens. Every
-    token is read while there are at most k / key_block blocks. Beyond that a token of large logit among tokens of
+    halves, scores each half by the largest logit in its centre block, and keeps the best-scored 50 % of all halves.
+    Rounds end when every interval is one block. The query reads the sinks, the remaining blocks, and all newer tokens.
+    Every token is read while there are at most k / key_block blocks. Beyond that a token of large logit among tokens of
     small logit is found only if it lies in a centre block: there is no guarantee.
 
     query_block  before the seal (end of the prompt), the queries of positions with the same position // query_block
@@ -219,7 +225,7 @@ class HierarchicalState(SelectorState):
         """Return the slots that a query reads: the sinks, the chosen blocks and all newer tokens.
 
         block    (r, m, most) numbers of the chosen blocks, -1 for none
-        blocks   (r, m) number of blocks that the choice was made from; all tokens after them are newer tokens
+        blocks   (r, m) number of blocks that the choice was made from; all tokens after these blocks are read
         visible  (r, m) number of tokens that the query sees, from the oldest on
         """
         sinks, b, device = self.method.sinks, self.method.key_block, block.device
@@ -247,7 +253,7 @@ class HierarchicalState(SelectorState):
         """Return the bytes that one query per row reads of held (rows,) tokens, averaged where queries share a choice.
 
         One of these queries makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
-        reads the keys of 2 k / key_block centre blocks. Counted as well are the bytes of the index: the current choice
+        reads the keys of 2 k / key_block centre blocks. The bytes read from the index count too: the current choice
         and, if tokens may be evicted, the order of arrival of the slots read.
         """
         method, number = self.method, self.spec.dtype.itemsize

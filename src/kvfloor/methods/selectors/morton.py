@@ -21,8 +21,9 @@ def cells(x: Tensor, bits: int) -> Tensor:
 def interleave(cell: Tensor, bits: int) -> Tensor:
     """Return the Morton codes (...) of grid points cell (..., dims) int64.
 
-    Bit b of coordinate j becomes bit b * dims + j.
-    Raises ValueError where dims * bits exceeds 62, which an int64 does not hold.
+    The last axis of `cell` has the dims coordinates of a point, each in [0, 2**bits). A point's code interleaves their
+    bits: bit b of coordinate j becomes bit b * dims + j. Raises ValueError where dims * bits exceeds 62, which an int64
+    does not hold.
     """
     dims = cell.shape[-1]
     if dims * bits > 62:

@@ -1,4 +1,10 @@
-"""Read the keys of largest logit among those near the query on Z-order curves of random projections (ZETA)."""
+"""Read the keys of largest logit among those near the query on Z-order curves of random projections (ZETA).
+
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A curve is a sorted
+order of keys: a key's place on the curve is its Morton code, an integer computed from a 3-dimensional projection of the
+key. A key is merged when it is inserted into the sorted lists of all curves; newer keys wait outside the lists. A
+candidate is a token whose exact logit is computed.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +75,7 @@ class ZCurve(Indexed):
 def projections(spec: Spec, curves: int) -> Tensor:
     """Return a random projection with orthonormal rows for each curve: (curves, min(3, d), d), float64.
 
-    It is fixed by the spec's seed and width alone.
+    The projections are fixed by the spec's seed and width alone.
     """
     dims = min(_DIMS, spec.d)
     key = row_keys(spec.seed, torch.arange(curves), "z-curve projections").view(-1, 1, 1)
@@ -105,7 +111,8 @@ class ZCurveState(SelectorState):
         """Raise ValueError unless the lists of codes in a message (a saved state) fit its slots.
 
         The n codes of a curve must be in ascending order and belong to the first n slots of the row, n at most the
-        number of held tokens. fields are the saved fields of this index, slots those of the slots.
+        number of held tokens. `fields` are the saved fields of this index, and `slots` the saved fields of the state's
+        slots.
         """
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
@@ -128,7 +135,8 @@ class ZCurveState(SelectorState):
     def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
         """Merge the keys in slots first[r] .. held[r] - 1 of each of `rows` into the sorted lists of every curve.
 
-        The lists of row r are cut to their first first[r] items before; 0 makes them anew from all held keys.
+        Each old list of row r is cut after first[r] items before the merge; first[r] = 0 makes the lists anew from all
+        held keys.
         """
         held, device = slots.held[rows], slots.k.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))
@@ -212,8 +220,8 @@ class ZCurveState(SelectorState):
     def bytes_read(self, held: Tensor) -> int:
         """Return the bytes that one query per row reads of held (rows,) tokens.
 
-        They are the codes of a binary search and a window of slots per curve, the keys of all candidates, and the
-        values of the k best.
+        The query reads the codes of a binary search and a window of slots per curve, the keys of all candidates, and
+        the values of the k best.
         """
         used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()

@@ -1,4 +1,11 @@
-"""Evict half of the tokens repeatedly, chosen by a self-balancing walk, and double the others' weight (BalanceKV)."""
+"""Evict half of the tokens repeatedly, chosen by a self-balancing walk, and double the others' weight (BalanceKV).
+
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token.
+A level is the set of a row's tokens of equal weight 2^l; new tokens are at level 0. Halving a level evicts about half
+of its tokens and moves the rest up to level l + 1, at double weight.
+A walk gives every token of the level a random sign, such that the signed sum of the tokens stays short; the signs
+decide which half is evicted. A step of a walk is clamped where the rule would give a sign a probability outside [0, 1].
+"""
 
 from __future__ import annotations
 
@@ -33,19 +40,21 @@ class Balance(Method):
     Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, here with one set of kept tokens for the
     numerator and the denominator of attention.
     A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
-    Halving a level keeps half of its tokens and moves them up one level. The kept half is chosen so that the sum of
-    e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short (`self_balancing`). The paper has one
-    tree per numerator bucket and one for the denominator. Here the constant coordinate lets one tree serve both, so
+    Halving a level evicts half of the level's tokens and moves the other half up one level. The kept half is chosen so
+    that the sum of e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short (`self_balancing`).
+    Here e^{q} and e^{k} stand for feature vectors with inner product e^{q.k}, and const is a number appended to each
+    value. A tree is all levels through which one set of tokens is halved. The paper has one tree for each bucket (part)
+    of the tokens of the numerator, and one for the denominator. Here the coordinate const lets one tree serve both, so
     answers are convex combinations.
     batch     number of tokens that makes a level full. A row halves levels at every batch-th token; newer tokens are
               read exactly. Without a budget every full level is halved, which leaves at most batch tokens per level
               and log2(n / batch) + 2 levels.
-    budget    upper bound on tokens per row at all times. A row checks its space once per block; a block is an eighth
-              of the budget less sinks and recent tokens, or `batch` tokens if that is less. While the next block does
-              not fit, the row halves the oldest tokens of one level, at most four blocks. It picks the level with the
-              largest count / 4^l, because halving level l adds 4^l to the squared error whatever the count. Halving
-              at most four blocks keeps weights similar. Where every level has one token, a fair coin drops the token
-              of the lowest level or doubles its weight.
+    budget    upper bound on tokens per row at all times. Once per block, a row checks if its budget has room for the
+              next block; a block is an eighth of the budget less sinks and recent tokens, or `batch` tokens if that is
+              less. While there is no room, the row halves the oldest tokens of one level, at most four blocks of them,
+              which keeps weights similar. The row picks the level l with the largest (number of tokens) / 4^l, because
+              halving level l adds 4^l to the squared error however many tokens are halved. Where every level has
+              one token, a fair coin drops the token of the lowest level or doubles its weight.
     keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's rule, by which the
               tokens of the rarer sign in the walk stay, which loses a little mass each time
     c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for
@@ -111,9 +120,9 @@ class Balance(Method):
     def traits(self) -> Traits:
         """Return the promises of this method.
 
-        It is normalised, because numerator and denominator have the same positive weights. Its values are lossy,
+        The method is normalised, because numerator and denominator have the same positive weights. It has lossy values,
         because held tokens do not all have weight 1 in answers. It is not linear in the values, because the choice of
-        kept tokens depends on them.
+        kept tokens depends on the values.
         """
         return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
 
@@ -161,13 +170,13 @@ class Balance(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance.
 
-        The epsilon is derived in `tree_error`.
+        V is the matrix of all values, and softmax the vector of exact attention weights. `tree_error` derives epsilon.
         radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
         spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
         horizon   bound on the tokens seen
         The bound needs keep=pairs without a budget and without softcap, and c at least the safe threshold. There is no
-        guarantee otherwise: the paper's theorem for the smaller class does not state its constants. Every answer errs
-        by at most 2 max|v|, so an epsilon of 2 sqrt(spread) or more is vacuous.
+        guarantee otherwise: the paper's theorem for keep=smaller does not state its constants. Every answer errs by at
+        most 2 max|v|, so an epsilon of 2 sqrt(spread) or more is vacuous.
         """
         if self.radius is None or self.spread is None or self.horizon is None:
             return None
@@ -214,8 +223,8 @@ class Balance(Method):
 class BalanceState(Blocked[Balance]):
     """Hold tokens in slots and the level l of each, i.e. its weight 2^l in answers.
 
-    Each row's longest key, value and query, its sum of |v|^2 and its number of clamped steps are held too: they test
-    the assumptions of the guarantee.
+    For each row, the state also holds the length of its longest key, value and query, the sum of |v|^2 over its tokens,
+    and the number of clamped steps of its walks. These numbers test the assumptions of the guarantee.
     """
 
     def __init__(self, method: Balance, spec: Spec) -> None:
@@ -245,7 +254,8 @@ class BalanceState(Blocked[Balance]):
     def _weighted(self, q: Tensor, width: int, hide: Tensor | None) -> Partial:
         """Return the attention of q (rows, m, d) over the first `width` slots, with weight 2^level for each token.
 
-        hide, which broadcasts to (rows, m, width), is True for slots that a query does not see; None: it sees all.
+        hide, which broadcasts to (rows, m, width), is True for slots that a query does not see; None: a query sees all
+        slots.
         """
         view = self.slots.view(width=width)
         log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
@@ -281,7 +291,7 @@ class BalanceState(Blocked[Balance]):
                 self._halve(rows, level[due], size[due], free[due])
 
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the level to halve in each of `rows`, the number of its tokens to halve, and the mask of its slots.
+        """Return the level to halve in each of `rows`, the number of tokens to halve, and a mask of slots.
 
         Level and number are (r,); the number is 0 if no level is due. The mask (r, s), bool, is True for the slots of
         the tokens of that level that are neither sinks nor recent.
@@ -341,7 +351,10 @@ class BalanceState(Blocked[Balance]):
     # ---- the guarantee's assumptions -----------------------------------------------------------------------
 
     def _measure(self, rows: Tensor) -> None:
-        """Update each row's longest key, longest value and sum of |v|^2 by the newest block of tokens, now complete."""
+        """Update the longest key, longest value and sum of |v|^2 of each of `rows` by the row's newest block of tokens.
+
+        Each of these rows has just completed a block.
+        """
         slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
         at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)
         key = length(self.slots.k[slot].to(torch.float64)).amax(1)

@@ -1,4 +1,10 @@
-"""Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn in proportion to |v|^2."""
+"""Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn in proportion to |v|^2.
+
+In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
+A cluster is a set of keys around one key, the centre; a sample is a key of the cluster that represents the others.
+A pair is the (key, value) of one sampled token, and mu is the sum of |v|^2 over all tokens of its row.
+The random number of a token is fixed by the token's position in the stream, not drawn anew.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +31,10 @@ _RINGS_LIMIT = 2**24  # counters of one token: filling s slots takes some s log 
 class Clusters(Memory):
     """Hold online clusters of keys: for each row c centres (c, d), sizes (c,) and t uniform samples each, (c, t, d).
 
-    A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Past the
-    cap on centres a key joins its nearest centre whatever the distance, and `overfull` (rows,) becomes True. Every
-    sample slot keeps the key whose random number, fixed by its position, is smallest; so samples do not depend on how
-    calls cut the stream.
+    A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Once a
+    row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance; beyond delta this sets
+    `overfull` (rows,) to True. Every sample slot keeps the key whose random number, fixed by its position, is smallest;
+    so samples do not depend on how calls cut the stream.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:
@@ -62,10 +68,10 @@ class Clusters(Memory):
         return (self.count > 0).sum(1)
 
     def weighted(self, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the sampled keys (rows, width * t, d) of the first `width` clusters, None: all, and the log weights.
+        """Return the sampled keys (rows, width * t, d) of the first `width` clusters, and their log-weights.
 
-        A cluster of `count` keys has t samples, so each has the weight count / t. The log weights are
-        (rows, width * t), float64, and -inf where there is no cluster.
+        width None: all clusters. A cluster of `count` keys has t samples, so each sample has the weight count / t. The
+        log-weights are (rows, width * t), float64, and -inf where there is no cluster.
         """
         sample, size = self.sample[:, :width], self.count[:, :width]
         t = sample.shape[2]
@@ -75,9 +81,10 @@ class Clusters(Memory):
     def join(self, rows: Tensor, k: Tensor, position: Tensor, delta: float, purpose: str) -> None:
         """Add the keys k (r, b, d) of `rows` to their clusters: each joins a centre within delta or becomes a centre.
 
-        One search compares the whole block with the old centres. The rule then runs over the keys that no old centre
-        covers. Finally every key joins the nearest centre among the old centres and the new centres made no later than
-        the key. `purpose` is a text that sets the random draws of these samples apart from all other draws.
+        An old centre is one from before this call. One search compares all b keys with the old centres. The rule then
+        runs over the keys that have no old centre within delta. Finally every key joins the nearest of the old centres
+        and of the new centres that come no later in the stream than the key. `purpose` is a text that sets the random
+        draws of these samples apart from all other draws.
         """
         used = self.used[rows]
         self._grow(int(used.max()) + k.shape[1])
@@ -107,8 +114,9 @@ class Clusters(Memory):
     def _open(wide: Tensor, uncovered: Tensor, room: Tensor, delta: float) -> Tensor:
         """Return a mask (r, b) of the keys that become new centres, at most room (r,) per row.
 
-        wide (r, b, d) are the keys in float32 or wider; uncovered (r, b) marks those without an old centre within
-        delta. An uncovered key becomes a centre unless an earlier key that became one lies within delta.
+        wide (r, b, d) are the keys in float32 or wider; uncovered (r, b) marks the keys that have no centre from before
+        this call within delta. An uncovered key becomes a centre unless an earlier key that became one lies within
+        delta.
         """
         most = int(uncovered.sum(1).max())
         order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age
@@ -176,9 +184,10 @@ class Reservoir(Memory):
         }
 
     def log_weight(self) -> Tensor:
-        """Return the log of the weight mu / (s |v|^2) of each pair (rows, s), float64; -inf where there is no pair.
+        """Return the log of the weight mu / (s |v|^2) of each of the s sampled pairs, (rows, s), float64.
 
-        Under these weights, sums over pairs are unbiased for sums over tokens.
+        v is the pair's value, and mu the sum of |v|^2 over all tokens of the row. Under these weights, sums over the
+        sampled pairs are unbiased estimates of sums over all tokens. The log-weight is -inf where a slot has no pair.
         """
         norm = self.v.to(torch.float64).square().sum(-1)
         weight = torch.where(norm > 0, torch.log(self.mu.unsqueeze(1) / (norm * norm.shape[1])), -torch.inf)
@@ -187,12 +196,13 @@ class Reservoir(Memory):
     def offer(self, rows: Tensor, k: Tensor, v: Tensor, position: Tensor, purpose: str) -> None:
         """Update the sampled pairs of `rows` by new tokens k (r, b, d), v (r, b, dv), position (r, b).
 
-        Slot i keeps the token with the smallest Exp(1)/|v|^2, so token j is kept with probability |v_j|^2 / mu.
-        A token's s numbers Exp(1)/|v|^2 are drawn as one Poisson process of rate s |v|^2. Each event falls in a uniform
-        slot, and the time of the first event in a slot is the token's number there. Drawing stops once the time passes
-        the numbers of all kept pairs. A long stream thus costs O(log(s) s / n) draws per token instead of s, and the
-        kept tokens do not depend on how calls cut the stream. `purpose` is a text that sets these random draws apart
-        from all other draws.
+        Each token draws one number Exp(1) / |v|^2 for each of the s slots, and a slot keeps the token with the smallest
+        number. So a slot keeps token j with probability |v_j|^2 / mu.
+        A token's s numbers are drawn as one Poisson process of rate s |v|^2. Each event falls in a uniform slot, and
+        the time of the first event in a slot is the token's number for that slot. Drawing stops once the time exceeds
+        the numbers of all kept tokens. A stream of n tokens thus costs O(log(s) s / n) draws per token instead of s,
+        and the kept tokens do not depend on how calls cut the stream. `purpose` is a text that sets these random draws
+        apart from all other draws.
         """
         norm = total(v.to(torch.float64).square())  # (r, b)
         s = self.key.shape[1]
@@ -222,7 +232,7 @@ class Reservoir(Memory):
 
 
 def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Evict the b = `block` tokens that each of `rows` holds, and return them, oldest first.
+    """Evict the b = `block` tokens that each of `rows` holds in its slots, and return these tokens, oldest first.
 
     Returns k (r, b, d), v (r, b, dv) and position (r, b).
     """
@@ -252,7 +262,8 @@ def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block:
 def longest(q: Tensor, take: Tensor) -> Tensor:
     """Return the largest norm |q| (rows,), float64, over the queries q (rows, g, a, d) of each row.
 
-    Only the queries of the first take[r] of the a tokens count. The norm is 0 for a row without queries.
+    In row r only the queries of the first take[r] tokens count; the others are padding. The norm is 0 for a row without
+    queries.
     """
     if q.numel() == 0:
         return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
@@ -265,7 +276,8 @@ def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
     """Return the number s of sampled pairs and the cap on centres that fit into a budget in tokens.
 
     `block` tokens of the budget are set aside for the newest tokens, which are not clustered yet. Half of the rest is
-    for pairs, which cost one token each, and half for centres: one with its t sampled keys costs (1 + t) / 2 tokens.
+    for pairs, which cost one token each, and half for centres: a centre with its t sampled keys costs (1 + t) / 2
+    tokens.
     """
     free = tokens(budget, 1)[0] - block
     s = max(1, free // 2)

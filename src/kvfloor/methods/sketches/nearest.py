@@ -14,10 +14,10 @@ _MEASURED_AT_ONCE = 2**18  # pairs whose distance is taken directly at a time
 def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the l2 distance to the nearest allowed point and its index, both (r, b), for vectors x (r, b, d).
 
-    allowed (r, b or 1, c) marks which of the points (r, c, d) count; the distance is inf where no point is allowed.
-    One matrix product rules out all points except a few that its rounding leaves possible, and the distances to these
-    few are computed directly. The result equals that of computing all distances directly, whatever the shapes. The
-    first of equally near points is returned.
+    allowed (r, b or 1, c) marks which of the points (r, c, d) count; the distance is inf where no point is allowed. One
+    matrix product rules out all points except a few, between which its rounding error leaves the choice open. The
+    distances to these few are computed directly. The result equals that of computing all distances directly, whatever
+    the shapes. The first of equally near points is returned.
     """
     (r, b, _d), c = x.shape, points.shape[1]
     apart = x.new_full((r * b,), torch.inf)
@@ -40,9 +40,11 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
-    """Return the sorted triples (row, index in x, index in points) that may be nearest, given the product's rounding.
+    """Return the triples (row, index in x, index in points) of every point that may be the nearest one to an x.
 
-    They are three tensors (e,), and are certain to include the nearest allowed point of every x.
+    The triples are sorted, and come as three tensors (e,), one per part. x, points and allowed are those of `nearest`.
+    Distances are computed by one matrix product. A point is left out only if its distance is above the smallest one by
+    more than the product's rounding error. So the nearest allowed point of every x is included.
     """
     norm, size = (torch.linalg.vector_norm(one, dim=-1).square_() for one in (x, points))
     side = size.unsqueeze(1).masked_fill(~allowed, torch.inf)

@@ -1,4 +1,9 @@
-"""Quantise the keys and values of every token to a few bits per number, as a baseline for eviction (KIVI)."""
+"""Quantise the keys and values of every token to a few bits per number, as a baseline for eviction (KIVI).
+
+In this file a row is one (batch item, kv head) stream. A group is `group` consecutive tokens of a row, which are
+quantised together; a code is the small integer that stands for a number; a slot is the place of one token that is held
+whole.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +137,7 @@ class Codes(Memory):
     def decode(self, groups: int, spec: Spec) -> Tensor:
         """Return the dequantised numbers of every row's first `groups` groups: (rows, groups * group, width).
 
-        They are in the spec's dtype.
+        The result has the spec's dtype.
         """
         code = self.packed[:, :groups]
         if self.bits < 8:

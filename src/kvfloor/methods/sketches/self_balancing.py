@@ -1,4 +1,13 @@
-"""Draw random signs for vectors one by one, so that the signed sum stays short (the self-balancing walk)."""
+"""Draw random signs for vectors one by one, so that the signed sum stays short (the self-balancing walk).
+
+A walk takes vectors x_1, x_2, ... one by one and gives each a random sign; w is the signed sum so far. The sign that
+shortens w is the more likely one. The threshold c sets how much more likely: a small c is greedy, a large c is a fair
+coin. A step is clamped where the formula for the probability of a sign leaves [0, 1]. A walk sees the vectors only
+through the matrix of their inner products.
+`Balance` calls this: each vector stands for a token, and tokens of one sign are evicted. A level is the set of tokens
+of equal weight 2^l; halving a level evicts half of its tokens and moves the others to level l + 1. A level is full at
+`batch` tokens, and n is the number of tokens of the stream.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +26,11 @@ def safe_threshold(steps: float, failure: float) -> float:
     A step of `walk` is clamped if the formula for the probability of its sign leaves [0, 1]. For every c of at least
     this value, with probability 1 - failure none of the `steps` steps is clamped.
     Proof: let w be the signed sum so far and x the next vector, |x| <= 1 and c >= 1. Take the walk that moves by
-    -<w, x> / c times x, instead of by a sign times x, where |<w, x>| > c. It is sigma-sub-Gaussian in every fixed
-    direction theta with sigma^2 = c^2 / (2c - 1): the noise of a step lies in an interval of length 2, so Hoeffding
-    gives (theta.x)^2 / 2, and the pull back takes away at least as much. Hence a step is clamped with probability
-    2 exp(1/2 - c) at most. The paper's 30 ln(n / failure) is safe as well, and makes the walk nearly a fair coin.
+    -<w, x> / c times x, instead of by a sign times x, where |<w, x>| > c. The signed sum of this walk is
+    sigma-sub-Gaussian in every fixed direction theta with sigma^2 = c^2 / (2c - 1): the noise of a step lies in an
+    interval of length 2, so Hoeffding gives (theta.x)^2 / 2, and the mean step, towards 0, takes away at least as much.
+    Hence a step is clamped with probability 2 exp(1/2 - c) at most. The paper's 30 ln(n / failure) is safe as well, and
+    makes the walk nearly a fair coin.
     """
     return max(1.0, 0.5 + math.log(2.0 * steps / failure))
 
@@ -39,8 +49,8 @@ def worst_growth(sharpness: float, centre: bool) -> float:
     r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. `sharpness` is the exponent of the walk's kernel; `centre`
     is True if the mean key is subtracted in the walk.
     Law: with h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and
-    the denominator is at least n e^{-r^2}. If keys are centred, |k - mean| can be 2r, and the factor e^{q.mean} comes
-    on top.
+    the denominator of attention over n tokens is at least n e^{-r^2}. If keys are centred, |k - mean| can be 2r, and
+    the factor e^{q.mean} comes on top.
     """
     return 0.5 / sharpness + (2.0 * sharpness + 2.0 if centre else 0.5 * sharpness + 1.0)
 
@@ -48,9 +58,9 @@ def worst_growth(sharpness: float, centre: bool) -> float:
 def tree_error(dv: int, growth: float, constant: float, c: float, failure: float) -> tuple[float, float]:
     """Return (x, y) in the error bound x / (batch - y) max |v| of `Balance`, whose levels are halved by pairs.
 
-    The bound holds for one fixed query with probability 1 - 2 failure, if no step of a walk is clamped. c is the walk's
-    threshold, growth is r^2 times `worst_growth` for a bound r on the lengths, and a = constant is the square of the
-    constant coordinate in units of max |v|^2.
+    The bound holds for one fixed query with probability 1 - 2 failure, if no step of a walk is clamped. dv is the width
+    of a value v, and c the walk's threshold. growth is r^2 times `worst_growth`, where r bounds the lengths of keys and
+    queries as there. a = constant is the square of the constant coordinate const of `Balance`, in units of max |v|^2.
     Proof: e^{k} and e^{q} stand for feature vectors with inner product e^{q.k}. In a direction u, the error of
     numerator minus answer times denominator is the signed sum of e^{q.k} (v - answer).u. This sum is linear in the
     walk's vectors e^{k} (v, const). Differences of two vectors are at most 2 |e^{k}| sqrt(1 + a) max |v| long. So one
@@ -68,11 +78,10 @@ def tree_error(dv: int, growth: float, constant: float, c: float, failure: float
 def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, centre: bool) -> Tensor:
     """Return the kernel matrix K of the walk, i.e. the inner products of its m vectors per row: (r, m, m) float64.
 
-    K(i, j) = exp(|scale| k_i.k_j) (v_i.v_j + constant), up to one factor per row. k (r, m, d), v (r, m, dv);
-    live (r, m) marks the tokens; all other entries are zero. `constant` is in units of the squared longest value. The
-    factor exp(-max |scale| |k|^2) / max |v|^2 keeps every entry within 1 + constant; the walk compares inner products
-    with the largest of them, so no common factor changes a sign.
-    centre   subtract the mean key first: exp(q.k) loses one factor per query
+    K(i, j) = exp(|scale| (k_i.k_j - max |k|^2)) (v_i.v_j / max |v|^2 + constant), at most 1 + constant, with the maxima
+    over the row's tokens. The walk compares inner products with the largest of them, so no factor common to the row
+    changes a sign. k (r, m, d), v (r, m, dv); live (r, m) marks the tokens; all other entries are zero.
+    centre   subtract the mean key first, which divides exp(q.k) by the same number for all keys of a query
     """
     there = live.unsqueeze(-1)
     k = k.to(torch.float64).masked_fill(~there, 0.0)
@@ -90,7 +99,10 @@ def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, cent
 
 
 def of_pairs(products: Tensor) -> Tensor:
-    """Return the inner products (r, m/2, m/2) of x_0 - x_1, x_2 - x_3, ..., from those of x_0, x_1, ..., (r, m, m)."""
+    """Return the inner products (r, m/2, m/2) of the differences x_0 - x_1, x_2 - x_3, ... of neighbouring vectors.
+
+    products (r, m, m) are the inner products of the m vectors x_0, x_1, ... themselves.
+    """
     rows = products[:, 0::2] - products[:, 1::2]
     return rows[:, :, 0::2] - rows[:, :, 1::2]
 
@@ -99,9 +111,9 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
     """Return signs (r, m) in {-1, 1} for m vectors of inner products (r, m, m), and the number of clamped steps (r,).
 
     Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if draws (r, m), uniform, is below
-    1/2 - y / (2a), else -. With R the longest of the vectors, a is
+    1/2 - y / (2a), else -. With R the length of the longest vector, a is
         c R^2       as in the paper (`even` False), or
-        c |x_j| R   which pulls short vectors back as firmly as long ones; the bounds of `safe_threshold` hold for both
+        c |x_j| R   so that only the direction of x_j matters; the bounds of `safe_threshold` hold for both
     Where |y| > a the probability is clamped to 0 or 1. Rows are independent; a vector of zeros gets a fair coin.
     """
     length = products.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
@@ -124,8 +136,9 @@ def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) 
     products (r, m, m) are the vectors' inner products, m even, zero beyond the count; draws (r, m) are uniform random
     numbers, one per vector; c is the threshold of the walk (`walk`). keep is one of:
     pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2; an odd last vector
-             is in neither mask. The walk signs the differences of the two, pulling evenly.
-    smaller  the paper's rule: the vectors of the rarer sign stay, those of sign + if both are equally frequent
+             is in neither mask. The walk signs the differences of neighbours (`walk`, even True).
+    smaller  the paper's rule: the vectors of the rarer sign stay, or the vectors of sign + if both signs are equally
+             frequent
     """
     place = torch.arange(products.shape[1], device=products.device)
     if keep == "pairs":

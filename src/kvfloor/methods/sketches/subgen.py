@@ -1,4 +1,10 @@
-"""Estimate the softmax denominator from samples of key clusters, the numerator from a value reservoir (SubGen)."""
+"""Estimate the softmax denominator from samples of key clusters, the numerator from a value reservoir (SubGen).
+
+In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
+A cluster is a set of keys around one key, the centre; a sample is a key of the cluster that represents the others.
+A pair is the (key, value) of one token, drawn with probability proportional to |v|^2; the reservoir holds the pairs. mu
+is the sum of |v|^2 over all tokens of a row. Numerator and denominator are those of softmax attention.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +40,7 @@ _LOG_RATIO_LIMIT = 60.0
 
 @dataclass(frozen=True)
 class SubGen(Method):
-    """Estimate attention from samples of key clusters and from pairs sampled by |v|^2.
+    """Estimate attention from samples of key clusters and from (key, value) pairs drawn in proportion to |v|^2.
 
     The clusters give the denominator and the pairs the numerator. This is the streaming algorithm of Zandieh, Han,
     Mirrokni and Karbasi 2024 (arXiv 2402.06082).
@@ -48,7 +54,7 @@ class SubGen(Method):
     centres  cap on the clusters; past it a key joins its nearest centre whatever the distance, and the guarantee
              is withdrawn. None: as many as the stream needs.
     block    at most the last `block - 1` tokens stay unclustered and are read exactly; 1 is the paper's rule.
-             The clusters equal those of sequential clustering for every block.
+             Whatever the block, the clusters equal the clusters of sequential clustering, token by token.
     radius, failure   bound on |q| * scale, and failure probability, for `guarantee`
     budget   tokens per row instead of s and centres: half of it for the pairs, half for the clusters.
     """
@@ -97,9 +103,10 @@ class SubGen(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op for one query fixed in advance.
 
-        V are the values and ||V||_op is their operator norm. Constants by Chebyshev, with f = failure / 2 for numerator
-        and denominator each: s = 9 dv / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f) with R = exp(2 delta radius). An
-        epsilon of 1 or more is vacuous. Returns None without a radius.
+        V is the matrix of all values, ||V||_op its operator norm, and softmax the vector of exact attention weights;
+        eps is epsilon. Constants by Chebyshev, with f = failure / 2 for numerator and denominator each: s = 9 dv /
+        (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f) with R = exp(2 delta radius). An epsilon of 1 or more is vacuous.
+        Returns None without a radius.
         """
         if self.radius is None:
             return None
@@ -191,19 +198,20 @@ def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
 
     The error is relative to ||softmax||_2 ||V||_F, for values V.
     Law: the larger of sqrt(9 / (s f)) for the numerator and sqrt(9 (R-1)^2 / (4 R t f)) for the denominator, by
-    Chebyshev with probability f = failure / 2 each. Logits are within `reach` of that of their cluster's centre:
-    R = exp(2 reach). For the operator norm of the values V instead of the Frobenius norm, s pairs count as s / dv.
+    Chebyshev, each with failure probability f = failure / 2. `reach` bounds the difference between the logit of a key
+    and the logit of the centre of its cluster: R = exp(2 reach). For the operator norm of the values V instead of the
+    Frobenius norm, s pairs count as s / dv.
     """
     half, spread = failure / 2, math.exp(min(700.0, 2 * reach))
     return max(math.sqrt(9 / (s * half)), math.sqrt(9 * (spread - 1) ** 2 / (4 * spread * t * half)))
 
 
 def ratio(z: Partial, log_tau: Tensor) -> Partial:
-    """Return the attention estimate (numerator) / tau with the mass tau, where tau estimates the denominator.
+    """Return the answer numerator / tau as a `Partial` of mass tau, where tau estimates attention's denominator.
 
-    z is the attention over the sampled pairs: its mean times its mass is the estimate of the numerator. log_tau is the
-    log of tau, of the shape of z.log_mass. Beyond the cap on centres the two estimates can differ without bound; the
-    ratio is limited, so the answer stays finite.
+    z is the weighted attention over the sampled pairs, a `Partial`: z's mean times z's mass estimates the numerator.
+    log_tau is the log of tau, of the shape of z.log_mass. Where clusters are wider than delta, z's mass can exceed tau
+    without bound; the factor z's mass / tau is limited to e^60, so the answer stays finite.
     """
     share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))
     return Partial(z.mean * torch.where(log_tau == -torch.inf, 0.0, share).unsqueeze(-1), log_tau)

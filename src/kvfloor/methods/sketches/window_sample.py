@@ -1,4 +1,10 @@
-"""Answer with one token's value, drawn by its unmasked window attention (Haris and Onak 2025, Algorithm 1)."""
+"""Answer with one token's value, drawn by its unmasked window attention (Haris and Onak 2025, Algorithm 1).
+
+In this file a row is one (batch item, kv head) stream. The window is the newest tokens of a row, at most the budget.
+Unmasked window attention gives every older token the logit 0 instead of -inf, i.e. the weight 1. A draw is one randomly
+chosen token, whose value is the answer or enters a mean of several draws. The reservoir holds the drawn values of older
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +39,10 @@ class WindowSample(Method):
     """Answer with the value of one token, drawn from the window or from a reservoir of older tokens.
 
     The reservoir is a uniform sample of the c tokens outside the window.
-    Law (Haris and Onak 2025, section 4, Algorithm 1): with S = c + the sum of exp(logit) over the window, the sampled
-    value is taken from the reservoir with probability c / S, and is that of a window token with probability
-    exp(logit) / S. Theorem 23: the answer's mean is unmasked window attention, exactly. The variance of a coordinate is
-    at most max|value| times its mean (values >= 0). While all tokens are in the window the answer is exact.
+    Law (Haris and Onak 2025, section 4, Algorithm 1): with S = c + the sum of exp(logit) over the window, the answer is
+    the reservoir's value with probability c / S, and each window token's value with probability exp(logit) / S. Theorem
+    23: the answer's mean is unmasked window attention, exactly. The variance of a coordinate is at most max|value|
+    times its mean (values >= 0). While all tokens are in the window the answer is exact.
 
     budget   tokens of the window per row. A token's query is answered before the oldest token is evicted:
              the paper's W is one more.
@@ -111,9 +117,9 @@ class WindowSampleState(Blocked[WindowSample]):
     """Hold the slots of the window, one sampled older value per draw, and the extremes of all values so far.
 
     The random number of a draw is fixed by (seed, row id, tokens seen, index of the draw). So all queries of a row that
-    are answered after the same number of tokens share it, and a repeated query gets the same answer. Every single
-    answer has the stated distribution. Answers that share random numbers depend on one another; the guarantee still
-    holds, as it is a union bound over answers.
+    are answered after the same number of tokens share this random number, and a repeated query gets the same answer.
+    Each answer alone has the distribution that `WindowSample` states. Answers that share random numbers depend on
+    one another; the guarantee still holds, as it is a union bound over answers.
     """
 
     def __init__(self, method: WindowSample, spec: Spec) -> None:

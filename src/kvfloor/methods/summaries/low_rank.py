@@ -1,4 +1,9 @@
-"""Summarise the evicted tokens in a small linear-attention state with trained kernels (LESS, low rank)."""
+"""Summarise the evicted tokens in a small linear-attention state with trained kernels (LESS, low rank).
+
+In this file a row is one (batch item, kv head) stream. A kernel is a trained feature map, i.e. a small network that
+maps a query (phi) or a key (psi) to R non-negative numbers, its features; kernels come in pairs (phi, psi), one pair
+per kv head.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +45,17 @@ class Less(Summary):
 
     Law (Dong et al. 2024): the state is H = sum of psi(k) v^T and z = sum of psi(k) over the evicted tokens of a row.
     The evicted tokens add phi(q) H to the numerator and phi(q) z to the denominator of attention, so psi(k).phi(q)
-    replaces exp(scale q.k). phi and psi are small non-negative networks (`Kernels`),
-    trained for one model and policy by `kvfloor train-less`. The mass is never negative, and the answer is
-    a convex combination of the evicted values. The state is R (dv + 1) float32 numbers per row: with R = 8, the memory
-    of about 4 tokens. A fair comparison is the same policy with that many more tokens. There is no guarantee.
+    replaces exp(scale q.k). phi and psi are small networks with non-negative outputs (`Kernels`), trained for
+    one model and policy by `kvfloor train-less`. The mass is never negative, and the answer is a convex combination of
+    the evicted values. The state is R (dv + 1) float32 numbers per row: with R = 8, the memory of about 4 tokens. A
+    fair comparison is the same policy with that many more tokens. There is no guarantee.
 
     rank     R
     kernels  the trainer's safetensors file: one pair of networks per (layer, kv head), selected for each row
              by `Spec.places`; "builtin": the kernels shipped with the built-in model. A file with a single pair
              serves every row. None: untrained networks, which give the evicted tokens almost no weight.
-    A message (a saved state) holds the path of the kernels' file and a tag of its contents. It is refused once the
-    file has changed.
+    A message (a saved state) holds the path of the kernels' file and a tag of its contents. Loading the message is
+    refused once the file has changed.
     """
 
     name: ClassVar[str] = "less"

@@ -1,4 +1,9 @@
-"""Summarise the evicted tokens by the count, means and covariances of their keys and values, without training."""
+"""Summarise the evicted tokens by the count, means and covariances of their keys and values, without training.
+
+In this file a row is one (batch item, kv head) stream. The mass is the evicted tokens' sum of exp(logit), i.e. their
+part of the denominator of attention; the numerator is their sum of exp(logit) v. E, mean and cov are over the evicted
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ class Moments(Summary):
     Law, for c evicted tokens, with x = scale q.k of mean mu = scale q.mean(k) and variance s2 = scale^2 q^T cov(k) q:
         mass       c E[e^x]                = c exp(mu + s2/2)
         numerator  c E[v e^x]              = c (mean(v) + scale cov(v, k) q) exp(mu + s2/2)
-    exact for jointly Gaussian (k, v), and to second order in the logits for any. The log-mass is capped at
+    exact for jointly Gaussian (k, v), and to second order in the logits for others. The log-mass is capped at
     log c + scale |q| max|k|, a bound that holds for any keys; where the cap applies, the shift of the mean shrinks in
     proportion. Under a softcap the expectations over x use Gauss-Hermite quadrature. The mass is always positive.
 
@@ -152,8 +157,8 @@ class MomentsState(SummaryState):
     def _growth(self, centre: Tensor, variance: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
         """Return log E[e^y] and E[(dy/dx) e^y] / E[e^y], each (rows, m), for the logit x ~ N(centre, variance).
 
-        y = x, or y = c tanh(x / c) under a softcap c. centre, variance and largest are (rows, m). As no logit is
-        larger, x is limited to |x| <= largest under a softcap, and log E[e^y] to at most `largest` without one.
+        y = x, or y = c tanh(x / c) under a softcap c. centre, variance and largest are (rows, m). `largest`
+        bounds the size of every logit, so |x| is limited to it under a softcap, and log E[e^y] without one.
         """
         cap = self.spec.softcap
         if cap is None:

@@ -1,4 +1,8 @@
-"""Summarise the evicted tokens by exact sums of monomials of their keys, for a truncated exponential (Taylor)."""
+"""Summarise the evicted tokens by exact sums of monomials of their keys, for a truncated exponential (Taylor).
+
+In this file a row is one (batch item, kv head) stream. The features phi(u) of a vector u are its monomials up to the
+degree, scaled so that phi(q).phi(k) is the Taylor polynomial of e^(q.k).
+"""
 
 from __future__ import annotations
 
@@ -34,8 +38,9 @@ class Taylor(Summary):
     An evicted token has the weight p(x) = sum over j <= g of x^j / j! instead of e^x, with x = scale q.k. One pass
     over the tokens suffices, and no token is kept.
     Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
-    = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give phi(q) S / phi(q) z: t (dv + 1) float64 numbers. In a
-    cache k and v arrive together, so S needs no sketched product. The method is useful where |x| is below about 2.
+    = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give the answer phi(q) S / phi(q) z. S and z are t (dv + 1)
+    float64 numbers per row. A token arrives with both k and v, so S is summed, not sketched. The method is useful
+    where |x| is below about 2.
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
             answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
@@ -230,7 +235,7 @@ class TaylorState(SummaryState):
     def _step(self) -> int:
         """Return the number of tokens or queries whose features are computed and multiplied at once.
 
-        It does not depend on the number of rows, so that sums round alike whatever rows are beside a row.
+        The number does not depend on the number of rows, so the sums of a row round alike in every batch.
         """
         return max(1, _FEATURES_PER_ROW // self.moments.shape[1])
 

@@ -1,4 +1,9 @@
-"""Summarise the evicted tokens by uniform samples of their values, with logit 0 (Haris and Onak 2025, Algorithm 1)."""
+"""Summarise the evicted tokens by uniform samples of their values, with logit 0 (Haris and Onak 2025, Algorithm 1).
+
+In this file a row is one (batch item, kv head) stream, and dv the width of a value. The unmasked law gives every
+evicted token the logit 0 instead of -inf, i.e. the weight 1. A draw, or sample, is the value of one randomly chosen
+evicted token. An answer is the median of Q means, each of T draws.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ class ValueSample(Summary):
     Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law the c evicted tokens
     have total weight c and contribute their mean value. The paper draws one value with a reservoir, and a token of
     the window by its weight. Here the window's attention is exact (Rao-Blackwell: the same mean, no more variance)
-    and only the sampled value is replicated. `window_sample` is the paper's own form.
+    and only the draw from the reservoir is repeated. `window_sample` is the paper's own form.
 
     copies    T: independent samples in a mean; 1 unless given
     groups    Q: number of such means, whose coordinatewise median is the answer; odd, 1 unless given
@@ -37,12 +42,12 @@ class ValueSample(Summary):
     spread, horizon  for the guarantee: evicted values lie in [a, spread * a] for an a > 0, and at most
                      `horizon` tokens are evicted
 
-    Guarantee, for a stream fixed beforehand: with probability 1 - delta every coordinate of every answer, to any query
-    at any time, is within epsilon times itself. Each mean is wrong by more than epsilon with probability <= 1/8 by
-    Chebyshev, as a value's variance is at most spread times its squared mean. A median of Q means is wrong by more with
-    probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon * dv such medians. (The paper's
-    constants are 3 instead of 8 and 12 ln instead of 2.5 ln, with a failure of 1/3 per mean. They do not fit together:
-    the exponent is Q / 17 for 1/3.)
+    Guarantee, for a stream fixed beforehand: with probability 1 - delta, the error of every coordinate of every answer,
+    to any query at any time, is at most epsilon times the coordinate's exact value. Each mean is wrong by more than
+    epsilon with probability <= 1/8 by Chebyshev, as a value's variance is at most spread times its squared mean. A
+    median of Q means is wrong by more with probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon *
+    dv such medians. (The paper's constants are 3 instead of 8 and 12 ln instead of 2.5 ln, with a failure of 1/3 per
+    mean. The paper's constants do not fit together: the exponent is Q / 17 for 1/3.)
     """
 
     name: ClassVar[str] = "value_sample"
@@ -172,8 +177,8 @@ class ValueSampleState(SummaryState):
     key    (rows, T Q) sampling key of each sampled value
     count  (rows,) number of evicted tokens
     A sampling key is a uniform random number fixed by (seed, row id, position, i), for slot i of the T Q samples. Slot
-    i keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all
-    evicted tokens, independent between slots and the same for every chunking and block.
+    i keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all evicted tokens,
+    independent of the other slots, and the same for every chunking and block.
     """
 
     def __init__(self, summary: ValueSample, spec: Spec) -> None:
@@ -234,9 +239,9 @@ class ValueSampleState(SummaryState):
 
 
 def middle(draws: Tensor, copies: int, groups: int) -> Tensor:
-    """Return the coordinatewise median (..., dv) of means of draws (..., copies * groups, dv).
+    """Return the coordinatewise median (..., dv) of `groups` means, each of `copies` sampled values.
 
-    There are `groups` means of `copies` draws each.
+    draws (..., copies * groups, dv) are the sampled values.
     """
     means = draws.unflatten(-2, (groups, copies)).mean(-2)
     return means.squeeze(-2) if groups == 1 else means.median(-2).values

@@ -52,7 +52,7 @@ class ValueSum(Summary):
 class ValueSumState(SummaryState):
     """Hold the sum of the evicted values, total (rows, dv), and their count (rows,).
 
-    The sum is float64, which holds 2**29 bfloat16 or float32 values of equal size to 24 bits.
+    In float64, 2**29 bfloat16 or float32 values (24 bits) of the same exponent add up without rounding error.
     """
 
     def __init__(self, spec: Spec) -> None:

@@ -1,11 +1,15 @@
 """Estimate tensor attention from key clusters and sampled (key, value) pairs, combined in all pairs (SubGen).
 
-Every token has two keys and two values; a side of the cache is (K1, V1) or (K2, V2), and a pair of tokens takes one of
-each. A side becomes two sets of weighted points: samples of its key clusters, whose weights sum to n, and its sampled
-(key, value) pairs. Denominator and numerator are each one sum over the product of two such sets, so neither the n^2
-products nor the clusters of products are ever stored. After Zandieh et al. 2024, who sketch standard attention; Chen et
-al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not known to us. Constants are
-derived in docs/floors.md.
+Every token has two keys and two values. A side of the cache is (K1, V1) or (K2, V2). Tensor attention is over token
+pairs (j1, j2): the key and value of j1 are taken from the first side, those of j2 from the second.
+A point is what stands for tokens of one side: a whole token, a sample of a key cluster, or a sampled (key, value) pair,
+i.e. key and value of one token, drawn with probability proportional to |v|^2. A point has a weight, the number of
+tokens that it stands for. A block end comes after every `block`-th token of a row; newer tokens are held whole.
+A side becomes two sets of points: samples of its key clusters, whose weights sum to the number n of tokens, and its
+sampled (key, value) pairs. Denominator and numerator are each one sum over the product of two such sets, one per side,
+so neither the n^2 token pairs nor clusters of token pairs are ever stored. After Zandieh et al. 2024, who sketch
+standard attention; Chen et al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not
+known to us. Constants are derived in docs/floors.md.
 """
 
 from __future__ import annotations
@@ -49,11 +53,12 @@ class SubGenTensor(Method):
 
     The answer is z / tau with
 
-        tau = sum over samples x of the first side, y of the second, of  n_x n_y / t^2 * exp(score(x, y))
-        z   = sum over pairs   x of the first side, y of the second, of  w_x w_y * exp(score(x, y)) * (v_x * v_y)
+        tau = sum over sampled keys  x of the first side, y of the second, of  n_x n_y / t^2 * exp(score(x, y))
+        z   = sum over sampled pairs x of the first side, y of the second, of  w_x w_y * exp(score(x, y)) * (v_x * v_y)
 
-    n_x is the number of keys in x's cluster, and w_x = mu1 / (s |v_x|^2) with mu1 the sum of all |v1|^2. n_y and w_y
-    are defined in the same way on the second side.
+    score(x, y) is scale times the sum over l of q_l x_l y_l. A sampled pair x has the key x and the value v_x. n_x is
+    the number of keys in x's cluster, and w_x = mu1 / (s |v_x|^2) with mu1 the sum of |v1|^2 over all tokens. n_y and
+    w_y are defined in the same way on the second side.
     delta1, delta2  cluster radius of the first and of the second keys (l2)
     t               sampled keys per cluster, on each side: a product of two clusters is estimated by t^2 pairs of keys
     s               tokens kept per side with probability proportional to |v1|^2 and |v2|^2: s^2 pairs
@@ -117,9 +122,11 @@ class SubGenTensor(Method):
         """Return the error bound for one query fixed in advance.
 
         ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F.
-        The scores of two pairs of the same two clusters differ by at most D = 2 radius largest (delta1 + delta2); let
-        R = exp(D). By Chebyshev, with f = failure / 2 for numerator and denominator each: s = 9 / (eps^2 f),
-        t = 9 (R-1)^2 / (4 R eps^2 f). Returns None without a radius.
+        V1 and V2 are the matrices of all first and second values, softmax the vector of exact weights of all token
+        pairs. If x and x' are first keys of one cluster, y and y' second keys of one cluster, then score(x, y) and
+        score(x', y') differ by at most D = 2 radius largest (delta1 + delta2); let R = exp(D). By Chebyshev, with f =
+        failure / 2 for numerator and denominator each: s = 9 / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f). Returns None
+        without a radius.
         """
         del spec
         if self.radius is None:
@@ -145,7 +152,8 @@ class SubGenTensor(Method):
     def _reach(self) -> float:
         """Return a bound on the l2 distance of the product k1 * k2 of two keys from the product of their centres.
 
-        Products are entry by entry; k1 and k2 are in a cluster of the first and of the second side.
+        Products are entry by entry. k1 is a key in a cluster of the first side, k2 a key in a cluster of the second
+        side, and each centre is that of the key's cluster.
         """
         return self.largest * (self.delta1 + self.delta2)
 
@@ -175,8 +183,8 @@ class Side(Memory):
     def masses(self, waiting: Points) -> Points:
         """Return this side's weighted points for the denominator: the sampled keys, then the `waiting` points.
 
-        waiting are the tokens since the last block end, which are in no cluster yet. All values are 0, because the
-        denominator needs none.
+        `waiting` are the tokens since the last block end, as points; they are in no cluster yet. All values are 0,
+        because the denominator needs none.
         """
         keys, weight = self.keys.weighted(int(self.keys.used.max()))
         nothing = Points(waiting.k, torch.zeros_like(waiting.v[..., :1]), waiting.log_weight)
@@ -185,7 +193,7 @@ class Side(Memory):
     def values(self, waiting: Points) -> Points:
         """Return this side's weighted points for the numerator: sampled (key, value) pairs, then the `waiting` points.
 
-        waiting are the tokens since the last block end, which are in no sample yet.
+        `waiting` are the tokens since the last block end, as points; they are in no sample yet.
         """
         return _points(self.pairs.k, self.pairs.v, self.pairs.log_weight(), waiting)
 
@@ -256,17 +264,17 @@ class SubGenTensorState(Blocked[SubGenTensor]):
         return self._pairs(q, self.slots.held)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Compute causal attention of the queries q (rows, g, a, d) of the a newest tokens: a `Partial` (rows, g, a).
+        """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
 
-        Each query attends to all pairs of tokens up to its own token, so the set of pairs differs from token to token
-        and one token is computed at a time. before (rows,) is the number of tokens since the last block end that came
-        before these.
+        The query of a token attends to all token pairs (j1, j2) in which neither j1 nor j2 is newer than that token.
+        This set differs from token to token, so one token is computed at a time. before (rows,) is the number of older
+        tokens that came since the last block end. new_k and new_v are in the slots already, and are not used.
         """
         parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
         return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))
 
     def _pairs(self, q: Tensor, visible: Tensor) -> Partial:
-        """Return the attention of q (rows, m, d) over all pairs of points of the two sides: a `Partial` (rows, m).
+        """Return the tensor attention of q (rows, m, d) over all pairs of one point per side: a `Partial` (rows, m).
 
         The points of a side are its samples and the first visible[r] of row r's tokens since the last block end, which
         are in no sample yet.
@@ -295,9 +303,9 @@ class SubGenTensorState(Blocked[SubGenTensor]):
 
 
 def _points(k: Tensor, v: Tensor, log_weight: Tensor, waiting: Points) -> Points:
-    """Return s points k (rows, s, d), v (rows, s, dv), log_weight (rows, s), followed by the `waiting` points.
+    """Join s points k (rows, s, d), v (rows, s, dv), log_weight (rows, s) and the `waiting` points, in this order.
 
-    waiting are tokens since the last block end, which are in no sample yet.
+    `waiting` are the tokens since the last block end, as points; they are in no sample yet.
     """
     assert waiting.log_weight is not None
     return Points(*(torch.cat(x, 1) for x in ((k, waiting.k), (v, waiting.v), (log_weight, waiting.log_weight))))

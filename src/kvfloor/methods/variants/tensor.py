@@ -1,6 +1,6 @@
 """Compute tensor attention, in which every pair of tokens forms one key and one value.
 
-    Each token has two keys and two values:
+Each token j has two keys, K1[j] and K2[j], and two values, V1[j] and V2[j]:
 
     score(j1, j2) = scale * sum_l q_l K1[j1, l] K2[j2, l]         value(j1, j2) = V1[j1] * V2[j2], entry by entry
     answer(q)     = softmax over all n^2 pairs of the scores, applied to the values
@@ -153,7 +153,7 @@ class Points:
 
 
 def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
-    """Return the tensor attention of q (rows, m, d) over all pairs of a point of `one` and one of `two`.
+    """Return the tensor attention of q (rows, m, d) over all pairs (x, y), x a point of `one` and y a point of `two`.
 
     The weight of a pair is the product of its points' weights. Pairs are taken in blocks of bounded size. Returns a
     `Partial` (rows, m).
@@ -167,10 +167,11 @@ def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 
 
 def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
-    """Return the tensor attention of `over_pairs`, computed for all pairs in one block.
+    """Compute `over_pairs` by standard attention, for all pairs (x, y) of points at once.
 
-    For a fixed first token j1, tensor attention is standard attention of the query q * k1[j1] over the second tokens.
-    The first tokens are then weighted by the masses of these standard attentions.
+    For one point x of `one` with key k1, tensor attention is standard attention of the query q * k1 over the points of
+    `two`. The points of `one` are then weighted by the masses of these standard attentions. The result is a `Partial`
+    (rows, m).
     """
     (rows, m, d), s = q.shape, one.k.shape[1]
     dtype = spec.compute_dtype
@@ -188,7 +189,7 @@ def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 def products(x1: Tensor, x2: Tensor) -> Tensor:
     """Return the entrywise products x1[i] * x2[j] of all n^2 pairs of tokens: (rows, n^2, width).
 
-    x1 and x2 are (rows, n, width); the pair (i, j) is at index i * n + j. `TensorAttention` never stores the products:
-    they define its keys and values.
+    x1 and x2 are (rows, n, width); the pair (i, j) is at index i * n + j. The products of keys are the keys of tensor
+    attention, and the products of values are its values. `TensorAttention` never stores these products.
     """
     return (x1.unsqueeze(2) * x2.unsqueeze(1)).flatten(1, 2)

@@ -2,6 +2,8 @@
 
 Scale k is a map of h_k x h_k tokens. Its queries attend to all earlier scales and their own scale (block-wise
 causal), and any Method stores the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
+A side is the number h_k of tokens along an edge of scale k's map. The first, small scales are the coarse ones. A row is
+one (batch item, kv head) stream.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ def tokens_in(sides: Sequence[int]) -> int:
 def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[int]:
     """Return the number of tokens to keep of each scale under a budget of `total` tokens per row.
 
-    sides are the sides of the scales' square maps, coarse first. Coarse scales are kept whole, and finer scales in
-    proportion to their tokens. Scales count as coarse, in order, while all of them take at most `share` of the budget;
-    the rest of the budget is divided among the other scales by their tokens, rounded down. Left-over tokens go to the
-    finest scales, one each. A budget with room for all tokens keeps all.
+    sides are the sides of the scales' square maps, coarse first. Coarse scales are kept whole: as many first scales as
+    together take at most `share` of the budget. The rest of the budget is divided among the other scales in proportion
+    to their numbers of tokens, rounded down. Left-over tokens go to the finest scales, one each. A budget with room for
+    all tokens keeps all.
     """
     total = whole("total", total)
     share = within("share", share, 0.0, 1.0)
@@ -48,10 +50,11 @@ def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[
 def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
     """Pin the tokens of an image's coarse scales against eviction, and return the number of pinned scales.
 
-    sides are the sides of the scales' square maps, coarse first. The coarse scales are those that `scale_budgets` keeps
-    whole under the state's (smallest) budget. The policy chooses the tokens of the finer scales; `random` keeps
-    `scale_budgets` tokens of them in expectation. Raises ValueError for a state that cannot pin, that has seen tokens,
-    or whose policy protects so many other tokens that the coarse scales do not fit.
+    sides are the sides of the scales' square maps, coarse first. The coarse scales are the scales that `scale_budgets`
+    keeps whole under the state's budget (the smallest one, if rows have different budgets). The policy chooses the
+    tokens of the finer scales; in expectation, the policy `random` keeps as many tokens of each as `scale_budgets`
+    returns. Raises ValueError for a state that cannot pin, that has seen tokens, or whose policy protects so many other
+    tokens that the coarse scales do not fit.
     """
     if not isinstance(state, BoundedState):
         raise ValueError(f"{state.method} has no budget to share out over scales: give an eviction policy")
@@ -65,9 +68,9 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
 
 def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
-    """Return the number of coarse scales: the most first scales that take at most `share` of the budget `total`.
+    """Return the number of coarse scales: as many first scales as together take at most `share` of the budget `total`.
 
-    sizes are the scales' numbers of tokens.
+    sizes are the numbers of tokens of the scales, coarse first; `total` is in tokens per row.
     """
     return sum(taken <= share * total for taken in accumulate(sizes))
 
@@ -88,7 +91,7 @@ class NextScale:
         """Append a scale's tokens k (rows, t, d), v (rows, t, dv) and return attention (rows, g, t, dv) of its queries.
 
         q (rows, g, t, d) are the queries; all of them see all t tokens of the scale. A policy that uses attention
-        weights receives these queries. Raises what `State.append` raises, with the state as it was.
+        weights receives these queries. Raises the errors of `State.append`; a refused input leaves the state unchanged.
         """
         spec = self.state.spec
         if q.ndim != 4:
