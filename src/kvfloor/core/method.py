@@ -172,7 +172,7 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return this method with the sample counts or ranks that bound its error by epsilon with probability 1 - delta.
+        """Return this method with sample counts or ranks that bound its error by epsilon with probability 1 - delta.
 
         A method without such sizes returns itself. `budget_for` then checks the guarantee of the returned method.
         """
