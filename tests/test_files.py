@@ -7,14 +7,16 @@ import os
 import resource
 import signal
 import socket
-import threading
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
+from kvfloor import files
 from kvfloor.files import open_folder, read_regular, replace_file
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -151,22 +153,45 @@ def test_a_disk_that_fills_in_the_middle_leaves_the_old_file_and_nothing_else(tm
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
+def interrupted_at(line: int, call: Callable[[], object]) -> bool:
+    """Raise KeyboardInterrupt before the given line, counted from 1, that `call` runs in files.py.
+
+    Returns False if the call ends before that line.
+    """
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename != files.__file__:
+            return None
+        count += event == "line"
+        if event == "line" and count == line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
 def test_an_interrupt_at_any_moment_leaves_one_whole_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    old, new = b"o" * (8 << 20), b"n" * (8 << 20)
-    interrupted = 0
-    for delay in range(12):
-        path.write_bytes(old)
-        timer = threading.Timer(0.001 * delay, signal.raise_signal, [signal.SIGINT])
-        try:
-            timer.start()
-            replace_file(path, new)
-            timer.join()
-        except KeyboardInterrupt:
-            interrupted += 1
-        timer.join()
-        assert path.read_bytes() in (old, new) and os.listdir(tmp_path) == ["file"]
-    assert interrupted
+    path, found, line = tmp_path / "file", [], 0
+    while not found or found[-1][0]:
+        line += 1
+        path.write_bytes(b"old")
+        stopped = interrupted_at(line, lambda: replace_file(path, b"new"))
+        found.append((stopped, path.read_bytes()))
+        assert os.listdir(tmp_path) == ["file"]
+    contents = [content for _, content in found]
+    changed = contents.index(b"new")
+    assert set(contents[:changed]) == {b"old"} and set(contents[changed:]) == {b"new"}
+    assert 10 < changed < len(contents) - 1
 
 
 def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

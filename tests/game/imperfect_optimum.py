@@ -18,6 +18,7 @@ class Imperfect(Method):
     """
 
     name: ClassVar[str] = "imperfect"
+    bits: ClassVar[int] = 1  # per value
     family: str
     n: int
     key_seed: int
@@ -37,11 +38,6 @@ class ImperfectState(PublicBitsState):
         super().__init__(plan, spec)
         self.method = method
         self.packed = self.packed[:, : method.kept // 8].clone()
-
-    @property
-    def _plan(self):
-        method = self.method
-        return PublicBits(method.family, method.n, method.key_seed)  # type: ignore[attr-defined]
 
     def _levels(self):
         spec, kept, size = self.spec, 8 * self.packed.shape[1], self.method.n * self.spec.dv  # type: ignore[attr-defined]
