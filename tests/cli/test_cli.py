@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,16 @@ from tests.cli.running import kvfloor
 def test_help_does_not_load_torch() -> None:
     code = "import sys; import kvfloor.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_wait_briefly_unless_the_user_decides(given: dict[str, str], spins: str) -> None:
+    code = "import os, kvfloor.cli as cli, sys\ntry: cli.main()\nfinally: print(os.environ.get('GOMP_SPINCOUNT'))"
+    rest = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    run = subprocess.run([sys.executable, "-c", code, "--version"], env=rest | given, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.split()[-1] == spins
 
 
 @pytest.mark.parametrize("arguments", [(), ("break",), ("floors",)])
