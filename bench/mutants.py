@@ -2,8 +2,8 @@
 
 A mutant is a module with one change: a comparison turned, `and` for `or`, a constant moved by one, an operator or a
 truth value exchanged, a condition negated, a returned value replaced by None. A seeded sample of all mutants is drawn.
-Each one is written into a copy of the repository, where the tests of that module run until the first failure. The share
-of killed mutants comes with its Wilson interval.
+Each one is written into a copy of the repository, where the tests of that module run until the first failure, and
+then the laws of some methods. The share of killed mutants comes with its Wilson interval.
 """
 
 from __future__ import annotations
@@ -39,9 +39,15 @@ BESIDE = {
         "core/test_rotation",
         "methods/test_selectors",
     ),
-    "bounded": ("core/test_one_token", "core/test_state", "methods/test_value_sum", "core/test_restoring"),
+    "bounded": (
+        "core/test_forget",
+        "core/test_one_token",
+        "core/test_state",
+        "methods/test_value_sum",
+        "core/test_restoring",
+    ),
     "broken": ("core/test_doors",),
-    "exact": ("core/test_state", "core/test_method"),
+    "exact": ("core/test_state", "core/test_method", "core/test_forget", "core/test_restoring"),
     "fields": ("core/test_message", "core/test_restoring"),
     "message": ("core/test_restoring",),
     "policy": ("core/test_bounded", "methods/test_registry", "methods/test_observation"),
@@ -54,14 +60,26 @@ BESIDE = {
         "methods/test_observation",
         "methods/test_last_query",
     ),
-    "slots": ("core/test_one_token", "core/test_bounded", "core/test_rotation", "core/test_restoring"),
+    "slots": (
+        "core/test_forget",
+        "core/test_one_token",
+        "core/test_bounded",
+        "core/test_rotation",
+        "core/test_restoring",
+    ),
     "spec": ("core/test_state", "core/test_rotation"),
-    "state": ("core/test_one_token", "core/test_doors", "core/test_restoring", "core/test_broken"),
+    "state": ("core/test_forget", "core/test_one_token", "core/test_doors", "core/test_restoring", "core/test_broken"),
     "stretches": ("core/test_restoring", "methods/test_quantized"),
-    "summary": ("methods/test_value_sum", "core/test_method"),
+    "summary": ("methods/test_value_sum", "methods/test_moments", "core/test_method"),
     "tiles": ("methods/test_observation",),
 }
 """Module of the core -> the tests that cover it, beside its own `tests/core/test_<module>.py`."""
+
+LAWS = tuple(
+    f"tests/check/test_conformance.py::test_method_keeps_its_laws[{text}]"
+    for text in ("exact", "window@32", "h2o@32", "snapkv@32", "random@32", "window+moments@32", "exact|pages", "quant")
+)
+"""The laws of some methods, which every survivor of a module's own tests is tried against next."""
 
 TURNED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
@@ -195,7 +213,8 @@ def tried(mutant: Mutant, tests: list[str], where: Path, seconds: int) -> Outcom
     whole = file.read_text()
     file.write_text(mutant.source)
     try:
-        return outcome(tests, where, seconds)
+        found = outcome(tests, where, seconds)
+        return outcome([*LAWS], where, seconds) if found == "SURVIVED" else found
     finally:
         file.write_text(whole)
 
@@ -217,7 +236,7 @@ def main() -> None:
         where = Path(folder)
         for name in COPIED:
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, where / name)
-        used = sorted({test for mutant in drawn for test in tests[mutant.path]})
+        used = sorted({test for mutant in drawn for test in tests[mutant.path]}) + list(LAWS)
         if not asked.trusted and outcome(used, where) != "SURVIVED":
             raise SystemExit("the tests fail without any mutant: mend them first")
         for mutant in drawn:
