@@ -77,14 +77,14 @@ def late(ratios: list[float]) -> tuple[float, float]:
 
 def page(lengths: list[int], ratios: dict[str, list[float]]) -> str:
     """Render a page with one figure per method: the time per token, old state over young, against the length."""
-    from kvfloor.report import plot
+    from kvfloor.report.chart import line, line_chart
     from kvfloor.report.environment import environment
+    from kvfloor.report.marks import nth_mark
 
-    figures = [
-        plot.plot(name, "tokens so far", "A token's cost, old state over young.", [plot.Series(name, points, "s0")])
-        for name, points in ((name, list(zip(lengths, series, strict=True))) for name, series in ratios.items())
-    ]
-    return environment().from_string(PAGE).render(figures=figures, frame=plot)
+    caption = "A token's cost, old state over young."
+    curves = {name: line(nth_mark(0, name), list(zip(lengths, y, strict=True))) for name, y in ratios.items()}
+    figures = [line_chart(name, "tokens so far", caption, [curve]) for name, curve in curves.items()]
+    return environment().from_string(PAGE).render(figures=figures)
 
 
 def main() -> int:
@@ -124,10 +124,10 @@ def main() -> int:
     return 0
 
 
-PAGE = """{% from "plot.html" import draw with context %}<!doctype html>
+PAGE = """{% from "chart.html" import figure %}<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>kvfloor: what a token costs</title>{% include "style.html" %}</head>
 <body><main><h1>What a token costs, from the first thousand to the last</h1>
-{% for figure in figures %}{{ draw(figure, frame) }}{% endfor %}</main></body></html>
+{% for chart in figures %}{{ figure(chart) }}{% endfor %}</main></body></html>
 """
 
 if __name__ == "__main__":
