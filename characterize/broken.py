@@ -26,7 +26,7 @@ from characterize.lib.table import save
 from kvfloor import parse
 from kvfloor.check import Setting
 from kvfloor.check.breaking import broken, situations
-from kvfloor.check.faults import Tally
+from kvfloor.check.faults import FaultTally
 from kvfloor.hf import CompressedCache, prepare
 from survey.breaking import broken_forwards, forward_of
 from survey.tiny import tiny_model
@@ -45,13 +45,13 @@ CACHES = (
 )
 
 
-def states(most: int) -> Iterator[tuple[str, Tally]]:
+def states(most: int) -> Iterator[tuple[str, FaultTally]]:
     for text in STATES:
         for what, (state, call) in situations(parse(text), Setting(g=2)).items():
             yield f"{text}: {what}", broken(state, call, most)
 
 
-def caches(most: int) -> Iterator[tuple[str, Tally]]:
+def caches(most: int) -> Iterator[tuple[str, FaultTally]]:
     ids = torch.randint(2, 98, (2, 40), generator=torch.Generator().manual_seed(0))
     for family, text in CACHES:
         model = prepare(tiny_model(family))

@@ -1,4 +1,4 @@
-"""The benchmarks import what is there, and draw the page that they promise."""
+"""The rooms outside the wheel import what is there; a benchmark draws the page that it promises."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from types import ModuleType
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "bench"
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+ROOMS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for room in ("characterize", "survey", "builtin_model")
+    for path in (ROOT / room).rglob("*.py")
+    if not path.stem.startswith("__")
+)
 
 
 @pytest.fixture
@@ -20,6 +27,11 @@ def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mo
 @pytest.mark.parametrize("bench", sorted(path.stem for path in BENCH.glob("*.py")), indirect=True)
 def test_every_benchmark_can_be_imported(bench: ModuleType) -> None:
     assert bench.__doc__
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_every_module_outside_the_wheel_can_be_imported(name: str) -> None:
+    assert importlib.import_module(name).__doc__
 
 
 @pytest.mark.parametrize("bench", ["streaming"], indirect=True)
