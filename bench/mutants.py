@@ -51,7 +51,7 @@ BESIDE = {
     "fields": ("core/test_message", "core/test_restoring"),
     "message": ("core/test_restoring",),
     "policy": ("core/test_bounded", "methods/test_registry", "methods/test_observation"),
-    "selector": ("methods/test_selectors", "methods/test_pages", "core/test_method"),
+    "selector": ("core/test_forget", "methods/test_selectors", "methods/test_pages", "core/test_method"),
     "watching": (
         "core/test_bounded",
         "core/test_one_token",
@@ -70,7 +70,7 @@ BESIDE = {
     "spec": ("core/test_state", "core/test_rotation"),
     "state": ("core/test_forget", "core/test_one_token", "core/test_doors", "core/test_restoring", "core/test_broken"),
     "stretches": ("core/test_restoring", "methods/test_quantized"),
-    "summary": ("methods/test_value_sum", "methods/test_moments", "core/test_method"),
+    "summary": ("methods/test_value_sum", "methods/test_moments", "methods/test_taylor", "core/test_method"),
     "tiles": ("methods/test_observation",),
 }
 """Module of the core -> the tests that cover it, beside its own `tests/core/test_<module>.py`."""

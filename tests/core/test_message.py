@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfloor import CorruptState, Spec, parse
+from kvfloor.core.fields import require_room
 from kvfloor.core.message import (
     FORMAT,
     HEADER_LIMIT_BYTES,
@@ -297,3 +298,23 @@ def test_a_file_is_read_no_further_than_it_looks_like_a_message(tmp_path: Path) 
 def test_these_errors_are_value_errors() -> None:
     for kind in (CorruptState, NewerVersion, OlderVersion):
         assert issubclass(kind, ValueError)
+
+
+@pytest.mark.parametrize("pages", [0, -1, None, 1000])
+def test_room_is_required_only_where_the_machine_tells_its_memory(
+    pages: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,000 pages of 4 bytes hold 1,000 numbers of 4 bytes and no more; 0, -1 and an error tell nothing."""
+
+    def told(name: str) -> int:
+        if pages is None:
+            raise ValueError(name)
+        return {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 4}[name]
+
+    monkeypatch.setattr("os.sysconf", told)
+    require_room(1000, 4, "the slots")
+    if pages == 1000:
+        with pytest.raises(ValueError, match="the slots would take"):
+            require_room(1001, 4, "the slots")
+    else:
+        require_room(1001, 4, "the slots")

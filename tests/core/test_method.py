@@ -12,7 +12,7 @@ from kvfloor.check.streams import rows_of
 from kvfloor.check.suite import CHECKS
 from kvfloor.core.budget import resolve
 from kvfloor.core.exact import Exact
-from kvfloor.core.method import Parts
+from kvfloor.core.method import Parts, standard_law
 from kvfloor.core.selector import Everything
 from kvfloor.core.summary import Drop
 from kvfloor.methods.policies.window import Window
@@ -92,3 +92,10 @@ def test_the_others_refuse_a_pin_and_stay_as_they_were(text: str) -> None:
     with pytest.raises(ValueError, match="cannot pin tokens"):
         state.pin(0, 3)
     assert state.to_bytes() == before
+
+
+def test_tensor_attention_is_refused_where_standard_attention_is_needed() -> None:
+    method = parse("h2o@64")
+    assert standard_law(method, "an audit") is method
+    with pytest.raises(ValueError, match="tensor is tensor attention, over pairs of tokens; an audit takes"):
+        standard_law(parse("tensor"), "an audit")

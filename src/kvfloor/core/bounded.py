@@ -230,7 +230,7 @@ class BoundedState(Watching):
 
     def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
         leaving = self.slots.find(row, position)
-        if self.summary is not None and int(leaving.sum()) < len(torch.unique(torch.stack([row, position]), dim=1)[0]):
+        if self.summary is not None and int(leaving.sum()) < torch.unique(torch.stack([row, position]), dim=1).shape[1]:
             raise ValueError(
                 f"some of these tokens are in the summary of {self.method}, which cannot give them back: {ANEW}"
             )
