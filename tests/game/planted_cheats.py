@@ -5,6 +5,7 @@ Bob appends to his copies of the state stay in the copy, so that the cheats play
 not cheat: they are a third party's parts of an eviction method.
 """
 
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -149,6 +150,19 @@ class InAttribute(Cheat):
         return self.tokens
 
 
+class InEnvironment(Cheat):
+    """Hide tokens in a variable of the environment that interpreters need."""
+
+    def _put(self, k, v):
+        stored = io.BytesIO()
+        torch.save([*self._all(), (k, v)], stored)
+        os.environ["DYLD_LIBRARY_PATH"] = stored.getvalue().hex()
+
+    def _all(self):
+        hidden = os.environ.get("DYLD_LIBRARY_PATH", "")
+        return torch.load(io.BytesIO(bytes.fromhex(hidden))) if hidden else []
+
+
 class Spying(InGlobal):
     """Report what the fresh process can see, through the text of the error that it returns."""
 
@@ -167,6 +181,7 @@ HidesInGlobal = cheating("HidesInGlobal", InGlobal)
 HidesInShared = cheating("HidesInShared", InShared)
 HidesInFile = cheating("HidesInFile", InFile)
 HidesBehindPadding = cheating("HidesBehindPadding", InGlobalPadded)
+HidesInEnvironment = cheating("HidesInEnvironment", InEnvironment)
 HidesInAttribute = cheating("HidesInAttribute", InAttribute)
 Spies = cheating("Spies", Spying)
 

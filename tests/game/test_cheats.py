@@ -79,6 +79,18 @@ def test_the_fresh_process_sees_an_empty_directory_and_no_environment(planted, m
     assert "HOME" not in result.why
 
 
+def test_nothing_hidden_in_the_environment_arrives(planted, monkeypatch):
+    monkeypatch.setenv("DYLD_LIBRARY_PATH", "")
+    result = planted("HidesInEnvironment")
+    assert result.live_certified_bits > 0.99 * result.hidden_bits
+    assert (result.verdict, result.certified_bits) == ("cheats", 0.0)
+
+
+def test_both_sides_compute_with_the_same_instructions(planted, monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert "'ATEN_CPU_CAPABILITY'" in planted("Spies").why
+
+
 def test_a_third_partys_part_is_rebuilt_from_the_text_it_was_given_as(planted):
     result = play("window(block=1)+planted_cheats:Forgets@16", n=64, d=32)
     assert (result.verdict, result.row_success) == ("breaks", 0.25)

@@ -108,7 +108,7 @@ def test_the_method_and_bob_are_given_nothing_that_tells_the_hidden_values(monke
     seen = seen_by_bob(
         monkeypatch, **({"n": 32, "d": 32, "barrier": barrier, "seed": seed, "hidden_seed": seed} | arguments)
     )
-    assert set(seen) == {"method", "code_path", "kind", "instance", "threads", "rows"}
+    assert set(seen) == {"method", "code_path", "kind", "instance", "threads", "environment", "rows"}
     assert set(seen["instance"]) == COMMON | own
     assert str(seed) not in json.dumps(seen)
     assert (seen["code_path"], seen["rows"]) == ([], None)

@@ -28,6 +28,10 @@ from kvfloor.methods.grammar import parse
 OPTIMUM = "optimum"  # in place of a method: the method against which the instance's floor is tight
 NOT_REBUILT = 3  # Bob's exit status when the public half fails: an error of the set-up, not of the state
 _INTERPRETER_NEEDS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # to find its own libraries
+_ARITHMETIC = (  # chooses the instructions that torch computes with, and so how answers round
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"),
+    *("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE"),
+)
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob import main; main()"
 
 
@@ -134,9 +138,11 @@ def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor |
 
 
 def _request(text: str, instance: Instance) -> dict[str, Any]:
-    """Return all public data that Bob's process receives, as JSON types: method, `sys.path`, instance, thread count.
+    """Return all public data that Bob's process receives, as JSON types: method, instance, and how it is started.
 
-    `sys.path` of this process is sent only for a method defined outside this package, so that its module is found.
+    `sys.path` of this process is sent only for a method defined outside this package, so that its module is found. The
+    environment says where libraries are and which instructions to compute with. It is read here, before the first value
+    is streamed, so that no method can hide values in it.
     """
     third_party = ":" in text.split("@")[0]
     return {
@@ -145,27 +151,27 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
         "kind": type(instance).__name__,
         "instance": dataclasses.asdict(instance),
         "threads": torch.get_num_threads(),
+        "environment": {name: os.environ[name] for name in (*_INTERPRETER_NEEDS, *_ARITHMETIC) if name in os.environ},
     }
 
 
 def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
     """Return Bob's answers, of the given shape, from a new interpreter: (answers, ""), or (None, reason) without any.
 
-    The interpreter is isolated, in an empty directory, with an empty environment. It receives the request (the public
-    data) and the message (the bytes of Alice's state) on stdin, and nothing else. Raises ValueError where the
+    The interpreter is isolated, in an empty directory, with the request's environment. It receives the request (the
+    public data) and the message (the bytes of Alice's state) on stdin, and nothing else. Raises ValueError where the
     interpreter cannot rebuild the method or the instance.
     """
     package = importlib.util.find_spec("kvfloor")
     assert package is not None and package.origin is not None
     header = json.dumps(request).encode()
-    environment = {name: os.environ[name] for name in _INTERPRETER_NEEDS if name in os.environ}
     with tempfile.TemporaryDirectory(prefix="kvfloor-bob-") as empty:
         bob = subprocess.run(
             [sys.executable, "-I", "-c", _BOOT, str(Path(package.origin).parents[1])],
             input=len(header).to_bytes(8, "little") + header + message,
             capture_output=True,
             cwd=empty,
-            env=environment,
+            env=request["environment"],
             check=False,
         )
     last_words = (bob.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
