@@ -195,10 +195,10 @@ class Passage:
         )
 
     def _half_filled(self, last: int) -> set[int]:
-        """Return {last} if layer `last` still misses updates of its linear states in this forward, else an empty set.
+        """Return {last} if layer `last` still misses keys or updates of its linear states in this forward, else {}.
 
-        last: the newest layer that the forward has reached. Updates are missing if they differ from those of another
-        layer with states of the same class. Earlier layers are complete, since the forward went past them.
+        last: the newest layer that the forward has reached. Something is missing if another layer with states of the
+        same class has received more or less. Earlier layers are complete, since the forward went past them.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]
@@ -209,11 +209,12 @@ class Passage:
     def _changed(self, layer: int) -> frozenset[tuple[str, int, int]]:
         """Return (kind, index, number of in-place changes) of each linear state of the layer that this forward used.
 
-        A model may change one state several times, head by head.
+        A model may change one state several times, head by head. Keys that the layer received are one more entry.
         """
         often = {request: _version(state) - version for request, (state, version) in self._handed.items()}
         filled = {(f"new {kind}", index, 1) for at, kind, index in self._filled if at == layer}
-        return frozenset(filled | {(kind, index, times) for (at, kind, index), times in often.items() if at == layer})
+        changed = {(kind, index, times) for (at, kind, index), times in often.items() if at == layer}
+        return frozenset(changed | filled | ({(_KEYS, 0, 1)} if (layer, _KEYS, 0) in self._made else set()))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy, with the error of a broken forward decided now.
