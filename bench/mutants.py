@@ -51,7 +51,7 @@ BESIDE = {
     "fields": ("core/test_message", "core/test_restoring"),
     "message": ("core/test_restoring",),
     "policy": ("core/test_bounded", "methods/test_registry", "methods/test_observation"),
-    "selector": ("core/test_forget", "methods/test_selectors", "methods/test_pages", "core/test_method"),
+    "selector": ("methods/test_selectors", "methods/test_pages", "core/test_method"),
     "watching": (
         "core/test_bounded",
         "core/test_one_token",

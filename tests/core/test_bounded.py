@@ -366,3 +366,11 @@ def test_a_summary_is_given_the_real_queries_and_zeros_for_pads(draw: Draw, monk
     whole = torch.cat(given, 2)
     assert torch.equal(whole[0], q[0]) and torch.equal(whole[1, :, :2], q[1, :, :2])
     assert not whole[1, :, 2:].any()
+
+
+def test_an_answer_is_spared_from_an_empty_prompt_on(draw: Draw) -> None:
+    """The prompt's tokens, none here, may stay in the budget; the tokens of the answer stay beside it."""
+    state = opened("snapkv(window=2,kernel=1,sinks=0,decode=keep)@4", d=4)
+    state.seal()
+    state.append(draw(1, 80, 4), draw(1, 80, 4))
+    assert kept(state) == [list(range(80))]

@@ -1,4 +1,4 @@
-"""State.forget drops named tokens for good, or refuses and changes nothing; and three more promises of the core."""
+"""State.forget drops named tokens for good, or refuses and changes nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import Draw, attention, close, filled, opened, positions, seeded
+from tests.support import Draw, attention, close, filled, positions, seeded
 
 
 @given(st.data())
@@ -90,22 +90,3 @@ def test_dropping_nothing_changes_nothing(draw: Draw) -> None:
     nothing = torch.empty(0, dtype=torch.int64)
     state.forget(nothing, nothing)
     assert state.to_bytes() == before
-
-
-def test_an_answer_is_spared_from_an_empty_prompt_on(draw: Draw) -> None:
-    """The prompt's tokens, none here, may stay in the budget; the tokens of the answer stay beside it."""
-    state = opened("snapkv(window=2,kernel=1,sinks=0,decode=keep)@4", d=4)
-    state.seal()
-    state.append(draw(1, 80, 4), draw(1, 80, 4))
-    assert positions(state) == [list(range(80))]
-
-
-def test_exact_states_that_it_is_exact_unless_a_selector_skips_tokens() -> None:
-    stated = opened("exact").guarantee()
-    assert stated is not None and (stated.epsilon, stated.delta, stated.quantifier) == (0.0, 0.0, "every query")
-    assert opened("exact|top_k(k=4)").guarantee() is None
-
-
-def test_a_query_reads_the_bytes_of_every_held_token(draw: Draw) -> None:
-    state = filled("exact", draw(2, 9, 4), draw(2, 9, 6))
-    assert state.bytes_read == 2 * 9 * (4 + 6) * 8

@@ -17,6 +17,7 @@ from kvfloor.core.selector import Everything
 from kvfloor.core.summary import Drop
 from kvfloor.methods.policies.window import Window
 from kvfloor.methods.summaries.value_sum import ValueSum
+from tests.support import opened
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,9 @@ def test_tensor_attention_is_refused_where_standard_attention_is_needed() -> Non
     assert standard_law(method, "an audit") is method
     with pytest.raises(ValueError, match="tensor is tensor attention, over pairs of tokens; an audit takes"):
         standard_law(parse("tensor"), "an audit")
+
+
+def test_exact_states_that_it_is_exact_unless_a_selector_skips_tokens() -> None:
+    stated = opened("exact").guarantee()
+    assert stated is not None and (stated.epsilon, stated.delta, stated.quantifier) == (0.0, 0.0, "every query")
+    assert opened("exact|top_k(k=4)").guarantee() is None

@@ -133,3 +133,8 @@ def _tensors(part: Memory) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, Memory):
             yield from _tensors(value)
+
+
+def test_a_query_reads_the_bytes_of_every_held_token(draw: Draw) -> None:
+    state = filled("exact", draw(2, 9, 4), draw(2, 9, 6))
+    assert state.bytes_read == 2 * 9 * (4 + 6) * 8

@@ -28,15 +28,15 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Return, for each entry of x, what its error is measured against: |x| where that is finite and above 1, else 1."""
+    return x.to(torch.float64).abs().clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
+
+
 def _relatively_apart(a: Tensor, b: Tensor) -> float:
     """Return the largest difference between a and b, divided by |b| where that is more than 1."""
-    unit = b.to(torch.float64).abs().clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
+    unit = _unit(b)
     return apart(a.to(torch.float64) / unit, b.to(torch.float64) / unit)
-
-
-def _size(x: Tensor) -> float:
-    """Return the largest finite |x|, at least 1."""
-    return max(1.0, float(x.to(torch.float64).abs().nan_to_num(nan=0.0, posinf=0.0).max())) if x.numel() else 1.0
 
 
 def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:
@@ -55,8 +55,8 @@ def require_accuracy(answer: Tensor, truth: Tensor, plain: Tensor, dtype: torch.
     An error is the largest difference from the float64 `truth`; `plain` is plain attention in the answer's dtype.
     `what` begins the error's message.
     """
-    rounding = ROUNDING[dtype] * (_size(truth) if dtype.itemsize == 2 else 1.0)
-    error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + rounding
+    size = max(_unit(truth).flatten().tolist(), default=1.0) if dtype.itemsize == 2 else 1.0
+    error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + ROUNDING[dtype] * size
     require(error <= allowed, f"{what}: the error is {error:.3g}, allowed is {allowed:.3g}")
 
 

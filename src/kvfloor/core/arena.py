@@ -62,6 +62,10 @@ class Arena(Memory):
         """Return the number of places of all lists, with or without an item."""
         return int(self.capacity.sum()) * self.lists
 
+    def _empty(self, like: Tensor) -> Tensor:
+        """Return a flat tensor of empty places for all lists, with the entry shape and the dtype of `like`."""
+        return like.new_full((self._places, *like.shape[1:]), self.fill)
+
     @property
     def level(self) -> int | None:
         """Return how many items each list has, if it is the same number in all rows; otherwise None.
@@ -116,7 +120,7 @@ class Arena(Memory):
         self._lay_out(capacity.clone())
         target = self.live() if level is None else None
         for owner, name, store in self._arrays():
-            moved = store.new_full((self._places, *store.shape[1:]), self.fill)
+            moved = self._empty(store)
             if level is None:
                 moved[target] = store[source]
             elif level:  # one stride before and after: no index needed
@@ -131,7 +135,7 @@ class Arena(Memory):
         self._lay_out(self.capacity[index])
         target = self.live()
         for owner, name, store in self._arrays():
-            moved = store.new_full((self._places, *store.shape[1:]), self.fill)
+            moved = self._empty(store)
             moved[target] = store[source]
             setattr(owner, name, moved)
         self._moved()
@@ -167,7 +171,7 @@ class Arena(Memory):
         self._lay_out(fields["capacity"])
         live = self.live()
         for owner, name, store in self._arrays():
-            placed = store.new_full((self._places, *store.shape[1:]), self.fill)
+            placed = self._empty(store)
             sent = self._sent(fields, owner, name)
             if sent is not None:
                 placed[live] = sent.to(store.device)
