@@ -76,9 +76,10 @@ models-oldest: $(OLDEST)/.development
 # A seeded sample of one-line mutants of the core against its tests: make mutants SAMPLE=60 SEED=1
 SAMPLE ?= 40
 SEED   ?= 0
+JOBS   ?= 2
 
 mutants: $(VENV)/.development
-	$(BIN)/python bench/mutants.py src/kvfloor/core --sample $(SAMPLE) --seed $(SEED)
+	$(BIN)/python bench/mutants.py src/kvfloor/core --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS)
 
 bench: $(VENV)/.development
 	$(BIN)/python bench/decode.py

@@ -12,6 +12,7 @@ import argparse
 import ast
 import copy
 import os
+import queue
 import random
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -175,8 +177,8 @@ def mutants(path: Path) -> list[Mutant]:
             source = ast.unparse(ast.fix_missing_locations(tree))
             setattr(parent, name, held)
             line = getattr(node, "lineno", 0)
-            short = [ast.unparse(x).splitlines()[0][:90] for x in (node, changed)]
-            found.append(Mutant(path, line, *short, source))
+            before, after = (ast.unparse(x).splitlines()[0][:90] for x in (node, changed))
+            found.append(Mutant(path, line, before, after, source))
     return found
 
 
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=300, help="longest run of one mutant's tests")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants tried at once, each in a copy of its own")
     parser.add_argument("--trusted", action="store_true", help="do not first run the tests without a mutant")
     asked = parser.parse_args()
     files = [asked.folder] if asked.folder.suffix else sorted(asked.folder.rglob("*.py"))
@@ -232,15 +235,27 @@ def main() -> None:
     every = [mutant for file in files if tests[file] for mutant in mutants(file)]
     drawn = random.Random(asked.seed).sample(every, min(asked.sample, len(every)))
     count: Counter[Outcome] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder)
-        for name in COPIED:
-            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, where / name)
+    copies: queue.Queue[Path] = queue.Queue()
+
+    def tried_in_a_copy(mutant: Mutant) -> Outcome:
+        """Try the mutant in the first copy that is free."""
+        where = copies.get()
+        try:
+            return tried(mutant, tests[mutant.path], where, asked.seconds)
+        finally:
+            copies.put(where)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
+        for job in range(asked.jobs):
+            where = Path(folder) / str(job)
+            where.mkdir()
+            for name in COPIED:
+                (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, where / name)
+            copies.put(where)
         used = sorted({test for mutant in drawn for test in tests[mutant.path]}) + list(LAWS)
         if not asked.trusted and outcome(used, where) != "SURVIVED":
             raise SystemExit("the tests fail without any mutant: mend them first")
-        for mutant in drawn:
-            found = tried(mutant, tests[mutant.path], where, asked.seconds)
+        for mutant, found in zip(drawn, pool.map(tried_in_a_copy, drawn), strict=True):
             count[found] += 1
             print(f"{found:9}", mutant, flush=True)
     judged = count["killed"] + count["SURVIVED"]
