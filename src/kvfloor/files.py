@@ -16,7 +16,7 @@ _IRREGULAR = "it is a folder, a pipe or a device, not a regular file"
 def open_folder(folder: Path) -> Path:
     """Create `folder` if it is missing, write and rename a test file in it, and return it.
 
-    An audit calls this first, so that an unwritable `--out` fails at once, not at the end of a long run.
+    A command calls this first, so that an unwritable folder (its `--out`) fails at once, not at the end of a long run.
     Raises ValueError with one line naming the folder and the reason.
     """
     try:
@@ -32,8 +32,8 @@ def open_folder(folder: Path) -> Path:
 def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
     """Return the content of a regular file of at most `most_bytes` bytes.
 
-    what: the file's name in errors, such as "prompts file". Raises ValueError, before anything is read, for a path that
-    is no regular file (a folder, a pipe, a device) and for a file that is larger. Never waits for a writer.
+    what: the kind of file, for errors, such as "prompts file". Raises ValueError, before anything is read, for a path
+    that is no regular file (a folder, a pipe, a device) and for a file that is larger. Never waits for a pipe's writer.
     """
     with open_regular(path, what) as (stream, size):
         if size > most_bytes:
@@ -48,7 +48,7 @@ def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
 def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
     """Open a regular file for reading, and yield (stream, size in bytes). Raises ValueError for anything else.
 
-    what: the file's name in errors. Opening a device may act on it, and opening a pipe waits for its writer, so the
+    what: the kind of file, for errors. Opening a device may act on it, and opening a pipe waits for its writer, so the
     path is checked first. Another file may take the path in between, so the opened file is checked again.
     """
     path = named(path, what)
@@ -70,7 +70,7 @@ def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
 def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> bytes:
     """Return the next `size` bytes of an open file. Raises ValueError if fewer are left.
 
-    path, what: the file's path and name, for the error.
+    path, what: the file's path and the kind of file, for the error.
     """
     data = bytearray()
     try:
@@ -149,7 +149,7 @@ def _flush_folder(folder: Path) -> None:
 def named(path: str | Path, what: str) -> Path:
     """Return `path` as a Path. Raises TypeError if it is neither text nor a Path, ValueError if it is empty.
 
-    what: the file's name in errors.
+    what: the kind of file, for errors, such as "prompts file".
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"the path of the {what} must be text or a Path, got {path!r}")
@@ -159,7 +159,7 @@ def named(path: str | Path, what: str) -> Path:
 
 
 def cannot_read(path: str | Path, what: str, reason: str) -> ValueError:
-    """Return a ValueError that names the file (`what` and `path`) and the reason why it cannot be read."""
+    """Return a ValueError with the kind of file (`what`), its path and the reason why it cannot be read."""
     return ValueError(f"cannot read the {what} {str(path)!r}: {reason}")
 
 

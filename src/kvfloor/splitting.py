@@ -1,6 +1,7 @@
 """Split texts such as "h2o(recent=64)@512, window@256" at marks outside parentheses, brackets and quotes.
 
-A comma or "@" within parentheses or quotes belongs to a method's argument, so it does not split.
+This text lists two methods, each with its budget after "@"; `recent=64` is an argument of the first. A mark is a text
+such as a comma or "@". Within parentheses or quotes it belongs to a method's argument, so it does not split.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Compute confidence intervals for shares of right answers and for their paired differences.
 
 The two-sided intervals (Wilson, Tango) are score intervals: they invert a test instead of estimating a standard error.
-So they keep a positive width at 0 and at n of n, where a Wald interval or a bootstrap has width zero.
+So they keep a positive width at 0 and at n of n, where a Wald interval or a bootstrap has width zero. In a paired
+difference, a method is compared with a reference (such as exact attention) on the same samples.
 """
 
 import math
@@ -11,7 +12,7 @@ from statistics import NormalDist
 from kvfloor.validation import whole, within
 
 MIN_SAMPLES = 32
-"""Require at least this many samples for each score that an audit reports."""
+"""Require at least this many samples for each share of right answers in an audit, a comparison of methods on tasks."""
 
 
 def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """Judge a row of an audit: decide, at a given confidence, if its loss of score stays below a tolerated loss.
 
-A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol. A
-verdict is "holds" (the tolerated loss is excluded), "falls" (a loss is certain) or "open" (neither is shown).
+A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol
+(question asked before or after the compression). Its loss is the score of the exact cache, which keeps every token,
+minus its own. A verdict is "holds" (the tolerated loss is excluded), "falls" (a loss is certain) or "open" (neither is
+shown).
 `audit/recommend.py` combines the verdicts on a setting's rows, to tell if the setting is safe.
 """
 
@@ -35,10 +37,11 @@ class Standard:
 
     @property
     def cell_confidence(self) -> float:
-        """Return the confidence level of the two-sided interval by which one row is judged.
+        """Return the confidence level of the two-sided interval of one row's score difference, by which it is judged.
 
-        The allowed error 1 - confidence is divided equally among the methods. The interval's lower end, which alone
-        decides the verdict "holds", is wrong with the probability (1 - confidence) / methods.
+        The difference is the row's score minus the exact cache's. The allowed error 1 - confidence is divided equally
+        among the methods. The interval's lower end, which alone decides the verdict "holds", is wrong with the
+        probability (1 - confidence) / methods.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
@@ -53,9 +56,8 @@ class Standard:
     def verdict(self, row: Row) -> Verdict:
         """Judge one row: return "holds", "open" or "falls".
 
-        "holds" means that a loss of `margin` against exact is excluded, "falls" that a loss is certain (95 %), and
-        "open" that neither is shown. A row is one setting measured on one cell; a row of the exact cache holds by
-        definition.
+        "holds" means that a loss of `margin` to the exact cache is excluded, "falls" that a loss is certain (95 %), and
+        "open" that neither is shown. A row of the exact cache holds by definition.
         """
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"

@@ -1,7 +1,9 @@
 """Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol. A setting is safe if it
-and every larger budget of its method hold on every cell; it breaks on a cell where its loss of score is certain.
+A setting is a method with its budget; a cell is a task at a context length under a protocol (question asked before or
+after the compression). "Exact" is the cache that keeps every token. A setting holds on a cell if a loss of score to
+exact above the tolerated one is excluded, and breaks there if a loss is certain. It is safe if it and every larger
+budget of its method hold on every cell.
 """
 
 from collections import Counter, defaultdict
@@ -36,7 +38,10 @@ def what_breaks(answer: Recommendation) -> tuple[str, ...]:
 
 
 def cautions(answer: Recommendation) -> tuple[str, ...]:
-    """Return the limits of the audit's numbers, one sentence each: few samples, a weak exact score, a high peak."""
+    """Return the limits of the audit's numbers, one sentence each.
+
+    They are few samples, a low score of exact itself, and a peak of the recommended setting's bytes as high as exact's.
+    """
     sentences = []
     standard = answer.standard
     n = min(row.n for row in answer.exact)

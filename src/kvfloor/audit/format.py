@@ -28,7 +28,7 @@ def points_text(share: float) -> str:
 
 
 def smaller_text(exact_bytes: float, state_bytes: float) -> str:
-    """Write the ratio of exact bytes to state bytes, e.g. `7.5x`; `-` where the state holds 0 bytes."""
+    """Write the ratio of the exact cache's bytes to a method's state bytes, e.g. `7.5x`; `-` for a state of 0 bytes."""
     return f"{exact_bytes / state_bytes:.1f}x" if state_bytes else "-"
 
 

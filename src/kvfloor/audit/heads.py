@@ -1,7 +1,7 @@
 """Compare three sizes in bytes for each kv head: its floor, its cheapest good setting and its exact cache.
 
 The floor is the least bytes that any method needs for a head's keys. A setting is a method with its budget; it is good
-for a head if the relative error of the head's attention output is at most GOOD.
+for a head if the relative error of the head's attention output is at most GOOD. The exact cache keeps every token.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class HeadFloor:
     """Hold the read floors of one kv head on one recorded sample of a cell (task, context length, protocol).
 
     Bytes are of this head alone. A read floor is the bytes that any method must hold to answer given queries over the
-    head's keys within the error ETA, if the values are the worst possible. A group is one token, or several with nearly
-    the same key; a query reads a group if its attention weight on the group is large enough to recover the group's
-    value from the answer.
+    head's keys within the additive error ETA, with probability P, if the values are the worst possible in [-1, 1]. A
+    group is one token, or several with nearly the same key; a query reads a group if its attention weight on the group
+    is large enough to recover the group's value from the answer.
 
     tokens             number of tokens of the context
     readable_groups    number of groups that can be read by some query whose norm is at most the largest recorded norm
-    floor_bytes        read floor for all queries of such norm
+    floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
     asked_floor_bytes  read floor for the queries that were recorded after the context
     exact_bytes        bytes of the context's keys and values
     """

@@ -1,6 +1,7 @@
 """Measure the rows of an audit: each is one setting on the samples of one cell, decoded greedily by the model.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol.
+A setting is a method with its budget; a cell is a task at a context length under a protocol: "visible" compresses a
+sample's question with its context, "after" asks it after the compression.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Prepared:
     """Hold a cell's samples as token ids, and the recorded traces (queries, keys, values) of the first few.
 
     work      the cell (task, context length, protocol) with its samples as text
-    contexts  token ids of the prompt: the context and, in the protocol "visible", the question but its last token
+    contexts  token ids of the prompt: the context and, in "visible", the question without its last token
     asks      token ids fed after the end of the prompt: the question, or in "visible" only its last token
     answers   token ids of the right answers
     traces    one per layer
@@ -146,8 +147,8 @@ class Bench:
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: Measurement) -> Row:
         """Build the row of a setting on a cell, from the setting's measurement and the exact cache's.
 
-        A setting is a method with its budget; a cell is a task at a context length under a protocol. The output error
-        is measured here, on the recorded traces of `prepared`.
+        A setting is a method with its budget; a cell is a task at a context length under a protocol. The error of the
+        attention output is measured here, on the recorded traces of `prepared`.
         """
         cell = prepared.work.cell
         by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))

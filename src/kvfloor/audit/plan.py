@@ -63,7 +63,7 @@ def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMet
 
     A method whose text has a budget runs under that budget alone. A method that takes no budget runs once. A baseline
     that is also among `methods` is marked as a baseline and as asked for. Raises ValueError for an unknown method, and
-    for a budget smaller than the number of tokens that the method protects.
+    for a budget smaller than the number of tokens that the method protects from eviction.
     """
     sizes: list[Budget] = [parse_budget(text) for text in budgets]
     if not sizes:
@@ -116,8 +116,8 @@ def task_work(
 ) -> list[Work]:
     """Return the cells of an audit (tasks x contexts x protocols) with `n` generated samples each.
 
-    Samples are the same for every protocol. `count` returns the number of tokens of a text, so that samples fit a
-    context.
+    Samples are the same for every protocol. A sample's context has at most the cell's number of tokens, as `count`
+    counts those of a text.
     """
     work = []
     for task in chosen_tasks(tasks):
@@ -146,7 +146,7 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
 def prompt_work(
     name: str, items: tuple[Item, ...], protocols: Sequence[Any], count: Callable[[str], int]
 ) -> list[Work]:
-    """Return the cells of a user's own samples, one per protocol.
+    """Return the cells of a user's own samples, one per protocol, with `name` in place of a task's name.
 
     The cell's context is the largest number of tokens of a sample's context, by `count`. A bare prompt has no separate
     question, so only the protocol `visible` applies to it.

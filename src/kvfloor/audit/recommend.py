@@ -1,9 +1,10 @@
 """Recommend the setting of fewest bytes whose loss of quality stays below a margin, from the audit's rows alone.
 
-A setting is one method under one budget. A cell is one task at one context length under one protocol, and a row is one
-setting measured on one cell. A recommendation claims non-inferiority: *with 95 % confidence, the recommended setting
-loses fewer than `margin` points to exact on every audited cell*. Many cells and settings are tested, and three rules
-keep the probability of a wrong claim at 5 %:
+A setting is one method under one budget. A cell is one task at one context length under one protocol (question asked
+before or after the compression), and a row is one setting measured on one cell. `exact` is the cache that keeps every
+token. A recommendation claims non-inferiority: *with 95 % confidence, the recommended setting loses fewer than `margin`
+points to exact on every audited cell*. Many cells and settings are tested, and three rules keep the probability of a
+wrong claim at 5 %:
 
 - **Cells.** A setting must pass its test on every cell, each at the full level. Several tests that must all reject need
   no correction (intersection-union test: Berger, Technometrics 24 (1982)).
@@ -85,10 +86,11 @@ class Recommendation:
 def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.95) -> Recommendation:
     """Return the safe setting of fewest bytes, with the verdict on every candidate.
 
-    A setting is a method with its budget; a cell is a task at a context length under a protocol. No setting is
-    recommended if every cell is weak, i.e. if exact itself scores below WEAK_EXACT_SCORE on each. The default margin of
-    15 points suits a short audit: with n = 40 samples per cell and eight methods, a setting that loses no sample to
-    exact is shown to lose less than 14 points. A tighter margin needs more samples.
+    A setting (method with budget) is safe if it and every larger budget of its method are shown to lose less than
+    `margin` on every cell, at the given confidence. No setting is recommended if every cell is weak, i.e. if exact
+    itself scores below WEAK_EXACT_SCORE on each. The default margin of 15 points suits a short audit: with n = 40
+    samples per cell and eight methods, a setting that loses no sample to exact is shown to lose less than 14 points. A
+    tighter margin needs more samples.
 
     Raises ValueError if the rows hold no exact reference or a setting twice on one cell, or if margin or confidence is
     out of range.

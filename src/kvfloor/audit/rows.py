@@ -176,8 +176,9 @@ def measured_row(
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
     `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact
-    cache's own row, `exact_outcomes` equals `outcomes`. Raises ValueError where fewer than 32 samples were run,
-    `outcomes` and `exact_outcomes` differ in length, or a number is not finite.
+    cache's own row, `exact_outcomes` equals `outcomes`. The other arguments but `setting` are fields of
+    `Row`. Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or
+    a number is not finite.
     """
     n, method = len(outcomes), setting.text
     gained, lost = paired_counts(outcomes, exact_outcomes)

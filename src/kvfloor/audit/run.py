@@ -41,10 +41,13 @@ class AuditRequest:
     methods   texts of methods, without the baselines, which always run too
     budgets   texts of budgets: tokens, shares or bytes
     tasks     names or module:TASK, unless `prompts` is given
+    prompts   file of the user's own samples (`read_prompts`), used in place of tasks; None: tasks
     contexts  lengths of contexts in tokens
     n         samples per row, at least 32
     protocols "after": the question follows the compression; "visible": it is compressed with the context
     require   conditions on the rows (`audit/require.py`), or None
+    out       folder for `rows.jsonl` and the report
+    command   command line that the report shows
     """
 
     model: str = "builtin"
@@ -93,8 +96,8 @@ class Answer:
 def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
     """Run the audit that is asked for, write its `rows.jsonl`, and return its results.
 
-    `track(total, text)` is called before each of `total` measurements. Raises ValueError with one line for anything in
-    `question` that cannot be done; nothing is written then.
+    `track(total, text)` is called before each of `total` measurements, which `text` names. Raises ValueError with one
+    line for anything in `question` that cannot be done; nothing is written then.
     """
     begin = time.perf_counter()
     if question.n < MIN_SAMPLES:

@@ -42,7 +42,10 @@ class BudgetedMethod:
 
     @cached_property
     def name(self) -> str:
-        """Return the method's parts without their arguments, e.g. `h2o` or `sinks+less|pages`."""
+        """Return the method's parts without their arguments, e.g. `h2o` or `sinks+less|pages`.
+
+        `+` precedes the summary of evicted tokens, `|` the selector of the held tokens that a query reads.
+        """
         policy, summary, selector = self.method.parts
         name = part_name(policy or self.method)
         if summary is not None and not isinstance(summary, Drop):

@@ -1,4 +1,7 @@
-"""Check that an exception in the middle of a call leaves a state unchanged, or makes it refuse further calls."""
+"""Check that an exception in the middle of a call leaves a state unchanged, or makes it refuse further calls.
+
+A state is a method's memory of the tokens that it was given. A block is the run of tokens between two evictions.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
     """Return {description: (state, call)} for every kind of call that changes a state; call(state) makes the call.
 
-    Each state is in the middle of a block. All have evicted tokens, except perhaps the one that the call seals.
+    Each state is in the middle of a block. All have evicted tokens, except perhaps the one whose call is `seal`, which
+    marks the end of the prompt.
     """
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)

@@ -57,7 +57,7 @@ class FaultTally:
     """Count injected failures by their outcome.
 
     as_before   the state (or cache) was as before the call, and the call made again succeeds
-    taken_in    the call was a cache's, and the cache had already appended all its tokens in every layer
+    taken_in    the call was a model's forward, and its cache had already appended the call's tokens in every layer
     refused     every further call raises BrokenState
     silent      one sentence for each failure with any other outcome, which is a fault
     """

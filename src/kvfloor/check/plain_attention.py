@@ -11,12 +11,14 @@ from kvfloor.core.spec import Spec
 def attention(
     q: Tensor, k: Tensor, v: Tensor, spec: Spec, zero_logits: Tensor | None = None, hide: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs (..., m, dv) and log-masses (..., m) of attention of q (..., m, d) over k (..., s, d) and v.
+    """Return outputs (..., m, dv) and log-masses (..., m) of the attention of m queries over s tokens, in q's dtype.
 
-    v (..., s, dv). A log-mass is the log-sum-exp of a query's logits. Both are in q's dtype, with the spec's scale and
-    softcap.
-    zero_logits (..., e, dv) are values of further tokens, whose logit is 0; hide (..., m, s) marks the tokens that a
-    query does not see.
+    q (..., m, d)             queries
+    k, v                      keys (..., s, d) and values (..., s, dv)
+    spec                      gives the scale and softcap of the logits
+    zero_logits (..., e, dv)  values of e further tokens, whose logit is 0
+    hide (..., m, s)          True where a query does not see a token
+    A log-mass is the log-sum-exp of a query's logits.
     """
     logits = torch.matmul(q, k.transpose(-1, -2)) * spec.scale
     if spec.softcap is not None:

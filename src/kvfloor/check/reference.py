@@ -1,6 +1,7 @@
 """Check that answers equal exact attention where a method claims it, and that its other claims (`Traits`) hold.
 
-The other claims are normalised weights, linearity in values and constant memory.
+The other claims are normalised weights, linearity in values and constant memory. A selector is the part of a method
+that picks, for each query, the held tokens to read. A slot is the place of one held token.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from kvfloor.core.state import State
 
 
 def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
-    """Return a mask (rows, m, s) of the slots that the selector skips for q (rows, m, d); None if it skips none."""
+    """Return a mask (rows, m, s), True for slots that the selector skips for q (rows, m, d); None if it skips none.
+
+    s is the number of tokens held by the fullest row.
+    """
     slots = state.slots
     if slots is None or method.parts.selector is None or not isinstance(state, Blocked):
         return None

@@ -19,7 +19,10 @@ def _row(state: State, *index: int) -> State:
 
 
 def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
-    """Return the length of every row's message at each block end, which tells how many numbers the row holds."""
+    """Return the length in bytes of each row's saved state (`to_bytes`) after each piece of the stream: [piece][row].
+
+    Pieces have at most `method.block` tokens. Another length shows that the row holds more or fewer tokens.
+    """
     state, sizes = method.open(spec_for(method, at)), []
 
     def look(i: int) -> None:

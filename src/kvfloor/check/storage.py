@@ -1,4 +1,4 @@
-"""Check that nbytes counts all storage, and that saved states are restored exactly or refused.
+"""Check that `State.nbytes` counts all storage, and that saved states are restored exactly or refused.
 
 A message is the bytes of `State.to_bytes`, from which `Method.from_bytes` restores a state.
 """
@@ -26,8 +26,8 @@ _SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a contai
 def storages(state: State) -> tuple[dict[int, int], int]:
     """Return ({address: bytes} of every tensor storage that the state reaches, total bytes of all other objects).
 
-    The walk follows every attribute and container, and does not use `Memory`, the code under test. The method, specs
-    and `state.shared` are left out, because a saved state need not contain them.
+    The walk follows every attribute and container, and does not use `Memory`, the class that computes nbytes. The
+    method, specs and `state.shared` are left out, because a saved state need not contain them.
     """
     found: dict[int, int] = {}
     others, met = 0, {id(state.shared)}  # a part may hold the same dictionary

@@ -1,4 +1,7 @@
-"""Check that answers do not change with the cuts of a stream into calls, later tokens, other queries, or padding."""
+"""Check that answers do not change with the cuts of a stream into calls, later tokens, other queries, or padding.
+
+A block is the number of a row's tokens between two evictions; a block end is a multiple of it.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ def check_chunking(method: Method, at: Setting) -> None:
     """Require that any split of a stream into calls keeps the same tokens and gives the same answers.
 
     The stream has at least 20 block ends and is tested with and without padding. It is cut at random, and in places
-    token by token; the pieces lie elsewhere in memory. For a method of constant memory that keeps tokens in slots, the
-    states' bytes (`to_bytes`) must be equal too.
+    token by token; the pieces are cut from a copy of the stream at other addresses. For a method of constant memory
+    that holds whole tokens, the states' bytes (`to_bytes`) must be equal too.
     """
     spec, n = spec_for(method, at), long_stream_length(method)
     stream = stream_for(method, at, n=n)

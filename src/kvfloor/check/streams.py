@@ -1,4 +1,8 @@
-"""Draw seeded streams of tokens for the checks, feed them to states, and compare the tokens that states hold."""
+"""Draw seeded streams of tokens for the checks, feed them to states, and compare the tokens that states hold.
+
+A row is the stream of one kv head of one sequence. Its row id in the spec keys its random draws. A method evicts tokens
+at block ends, which are the multiples of `Method.block` tokens. A slot is the place of one held token.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +97,7 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return a prompt length in tokens that exceeds the method's capacity by a block, and ends inside a block."""
+    """Return a prompt length that exceeds the most tokens that a row can hold by a block, and ends inside a block."""
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
 
@@ -104,14 +108,14 @@ def stream_length(method: Method) -> int:
 
 
 def long_stream_length(method: Method) -> int:
-    """Return a stream length in tokens, at least `stream_length`, that contains at least 20 block ends."""
+    """Return a stream length in tokens with at least 20 block ends, and no less than `stream_length(method)`."""
     return max(stream_length(method), _BLOCK_ENDS * method.block + method.block // 2 + 1)
 
 
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
     """Draw a random stream of n tokens: normal queries and keys, uniform values in [-1, 1].
 
-    spec None: that of `spec_for`; n None: `stream_length`. Another `salt` gives another stream.
+    spec None: that of `spec_for`; n None: `stream_length(method)`. Another `salt` gives another stream.
     """
     spec = spec_for(method, at) if spec is None else spec
     n = stream_length(method) if n is None else n
@@ -135,7 +139,7 @@ def probes(spec: Spec, m: int = 5) -> Tensor:
 
 
 def some_absent(stream: Stream, seed: int) -> Tensor:
-    """Draw a mask (rows, n), True for the real tokens of a stream: a third is padding, in each row another share."""
+    """Draw a mask (rows, n), True for real tokens, False for padding: a third on average, in each row another share."""
     rows, n = stream.k.shape[:2]
     source = torch.Generator().manual_seed(31 + seed)
     share = 1.0 - torch.arange(1, rows + 1).unsqueeze(1) / (1.5 * (rows + 1))

@@ -72,7 +72,7 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Pass a stream, beside ones, to a state of tensor attention, and return the answers of that state."""
+    """Feed a stream's keys and values, with ones as the other two, to a tensor-attention state; return its answers."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)

@@ -1,7 +1,7 @@
 """Check the tokens that a state holds, their number and origin, and that evicted tokens enter the summary once.
 
 A summary is the part of a method that absorbs evicted tokens. A selector is the part that picks, for each query, the
-held tokens to read.
+held tokens to read; it may keep an index of the held keys. A slot is the place of one held token.
 """
 
 from __future__ import annotations
@@ -206,9 +206,9 @@ def check_selector_subset(method: Method, at: Setting) -> None:
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Raise Broken unless a selector without an index hides the slots given as `hide`, and leaves some for each query.
+    """Raise Broken unless a selector without an index skips the slots that a query may not see, but not all slots.
 
-    These slots, the argument `hide` of `Selector.hide`, are drawn at random from `source`.
+    The slots that each query may not see, argument `hide` of `Selector.hide`, are drawn at random from `source`.
     """
     view = state.slots.view()
     width = view.k.shape[1]

@@ -1,4 +1,4 @@
-"""Check that keys and queries are rotated (RoPE) by their ranks among held tokens, for methods that claim `turns`."""
+"""Check that keys and queries are RoPE-rotated by their ranks among held tokens, if a method claims `Traits.turns`."""
 
 from __future__ import annotations
 

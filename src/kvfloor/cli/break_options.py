@@ -21,9 +21,9 @@ from kvfloor.game import ARGUMENTS, BARRIERS
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return `command` as a function whose signature has one command-line option per argument of a barrier.
 
-    A barrier is a game played against a method; `ARGUMENTS` holds the help texts of its arguments. The function also
-    takes a method, `--barrier`, `--out` and `--json`. It calls `command` with `method`, `barrier`, `out`, `as_json` and
-    `arguments`, a dict of the options that were given.
+    `ARGUMENTS` holds the help texts of the barriers' arguments. The function also takes a method, `--barrier`, `--out`
+    and `--json`. It calls `command` with `method`, `barrier`, `out`, `as_json` and `arguments`, a dict of the options
+    that were given.
     """
     names = [name for name in ARGUMENTS if any(name in barrier.arguments for barrier in BARRIERS.values())]
     parameters = [

@@ -87,7 +87,7 @@ def _wait_briefly() -> None:
     """Let torch's threads spin for microseconds only before they sleep, unless the user's environment says otherwise.
 
     A thread that spins takes the core from the thread that it waits for, once other programs run: beside two of them an
-    audit took three times as long. It works before torch is imported, on the OpenMP runtime that torch's wheels bring.
+    audit took three times as long. Call it before torch is imported. It affects the OpenMP runtime of torch's wheels.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPINS

@@ -1,1 +1,4 @@
-"""Define the contract of a streaming cache, and the two methods that keep whole tokens: exact and bounded."""
+"""Define the interface of a streaming KV cache, and two methods that keep uncompressed tokens: `Exact` and `Bounded`.
+
+`Exact` keeps all tokens, `Bounded` at most a budget of them.
+"""

@@ -1,7 +1,8 @@
 """Store lists of items, such as the tokens that each row holds, in flat tensors, each list in its own stretch.
 
 A row is one (batch item, kv head) stream. A stretch is a range of places, i.e. indices into the flat tensors, in which
-one list can grow. A list's capacity is the length of its stretch; a place is empty if no item is in it.
+one list can grow. A list's capacity is the length of its stretch; a place is empty if no item is in it. In shapes, r
+are the rows of a call: those that an argument `rows` or `index` selects, or all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def grown(size: Any) -> Any:
 
 
 class Arena(Memory):
-    """Store `lists` lists for each row r, with held[r] items each at the front of a stretch of capacity[r] places.
+    """Store `lists` lists per row; a list of row i has held[i] items, at the front of a stretch of capacity[i] places.
 
     An item is one entry in each of the flat tensors that `_arrays` returns, which have shape (places, ...). Rows may
     differ in capacity, so that a smaller budget takes less memory. Counts and offsets live on the CPU, so that control

@@ -70,8 +70,9 @@ def attend_causal(
 ) -> tuple[Tensor, Tensor]:
     """Compute causal attention: query i of q (rows, g, a, d) sees keys 0 .. i of k (rows, a, d).
 
-    g is the GQA group, i.e. query heads per kv head. Returns outputs (rows, g, a, dv) and log-masses (rows, g, a), as
-    `attend` does. The fused kernel skips the hidden keys instead of masking them.
+    a is the number of tokens, g the GQA group, i.e. query heads per kv head; v is (rows, a, dv). Returns outputs
+    (rows, g, a, dv) and log-masses (rows, g, a), as `attend` does. The fused kernel skips the hidden keys instead of
+    masking them.
     """
     rows, g, a, _d = q.shape
     if backend != "eager" and fused(q, k, v, softcap):
@@ -94,9 +95,10 @@ def weigh(
     log_weight: Tensor | None = None,
     hide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `attend` by its definition, and return the weights too.
+    """Compute `attend` by its definition, without the fused kernel, and return the weights too.
 
-    Returns mean (rows, m, dv), log-mass (rows, m) and softmax weights (rows, m, s).
+    Arguments are those of `attend`. Returns outputs (rows, m, dv), log-masses (rows, m) and softmax weights
+    (rows, m, s), in the compute dtype.
     """
     dtype = compute_dtype(k.dtype)
     logits = torch.matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))

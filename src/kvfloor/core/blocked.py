@@ -1,10 +1,11 @@
 """Define a state that evicts or compresses after every `block`-th token of a row, however calls split the stream.
 
-A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A block is `block` consecutive tokens of
-a row; a block end comes after the last of them, and the open block is the tokens since the last block end. A slot is
-the place of one held token. In shapes, r are rows (of some rows only, where an argument `rows` selects them), g query
-heads per kv head, a new tokens, m queries, s slots. A `Partial` is a result of attention: the mean and the log-mass
-(log-sum-exp of logits).
+A state is a method's memory of its streams. A row is one (batch item, kv head) stream; its clock `seen` counts its
+tokens. A block is `block` consecutive tokens of a row; a block end comes after the last of them, and the open block is
+the tokens since the last block end. A slot is the place of one held token. A selector picks the held tokens that a
+query reads; a summary is a compressed form of evicted tokens. In shapes, r are rows (some rows only, where an argument
+`rows` selects them), g query heads per kv head, a new tokens, m queries, s slots. A `Partial` is a result of attention:
+the mean and the log-mass (log-sum-exp of logits).
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ class Blocked(State[M]):
     A slot is the place of one held token. A row is one (batch item, kv head) stream; its clock `seen` counts its
     tokens. Each row has its own clock, so rows of different length complete their blocks in different calls. A variant
     (subclass) writes `_close`, which evicts or compresses; `_rest`, attention over memory outside the slots; and, if it
-    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. If it keeps an
-    index of the held tokens, the index is given every new token, and a variant must pass it the tokens that it evicts.
+    uses queries, `_on_queries`. A selector picks the held tokens that a query reads. If the selector keeps an index of
+    the held tokens, this class adds every new token to the index, and the variant must pass the index the tokens that
+    it evicts.
     """
 
     slots: Slots
@@ -89,7 +91,7 @@ class Blocked(State[M]):
         """
 
     def _on_query(self, q: Tensor, seen: int) -> None:
-        """Record the queries q (rows, g, 1, d) of a decode step by `_step_one`; every row saw `seen` tokens before."""
+        """Record queries q (rows, g, 1, d) that `_step_one` just answered; every row saw `seen` tokens before."""
 
     # ---- written once --------------------------------------------------------------------------------------
 
@@ -137,10 +139,10 @@ class Blocked(State[M]):
         return out
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
-        """Append the first count[r] tokens of row r and return the answers to their queries q.
+        """Append the first count[r] of t tokens of row r and return the answers to their queries q (rows, g, t, d).
 
-        The answers are a `Partial` (rows, g, t); None without q. The tokens are cut at the ends of each row's blocks.
-        After each piece `_close` is called for the rows whose block is complete.
+        k is (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q. The tokens are cut
+        at the ends of each row's blocks. After each piece `_close` is called for the rows whose block is complete.
         """
         seen, counts = self.seen.tolist(), count.tolist()  # comparing lists is faster than comparing small tensors
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
@@ -374,7 +376,10 @@ class Blocked(State[M]):
 
     @property
     def slot_bytes_read(self) -> int:
-        """Return the bytes that one query per row reads of the slots' keys and values and of the selector's index."""
+        """Return the bytes of the slots' keys and values, and of the selector's index, that one query per row reads.
+
+        The bytes are summed over all rows.
+        """
         if self.selection is not None:
             return self.selection.bytes_read(self.slots.held)
         return self._selector.bytes_read(self.slots.held, self.spec)
@@ -395,9 +400,10 @@ class Blocked(State[M]):
 
 
 def _cut(x: Tensor, index: Tensor) -> Tensor:
-    """Return the tokens of x (rows, t, d) or (rows, g, t, d) at index (rows, a).
+    """Return the tokens of x at the token indices `index` (rows, a).
 
-    An index beyond the last token gives the last.
+    x is (rows, t, d) or (rows, g, t, d), and the result has a tokens in place of t. An index beyond the last token
+    gives the last.
     """
     index = index.clamp_max(x.shape[-2] - 1)
     if x.ndim == 4:

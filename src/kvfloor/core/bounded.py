@@ -1,8 +1,8 @@
 """Define the method of all caches that keep whole tokens: a policy, a summary, a selector, and one eviction loop.
 
-A row is one (batch item, kv head) stream. A priority is a policy's number for a held token; the token of
-lowest priority is evicted first. A protected token is one that the policy never evicts, a pinned token one that
-`State.pin` protects.
+A row is one (batch item, kv head) stream, and a slot the place of one held token. A priority is a policy's number for a
+held token; the token of lowest priority is evicted first. A protected token is one that the policy never evicts, a
+pinned token one that `State.pin` protects.
 """
 
 from __future__ import annotations
@@ -314,9 +314,10 @@ class BoundedState(Watching):
 
 
 def _lowest(priority: Tensor, position: Tensor, n: Tensor) -> Tensor:
-    """Mark the n (r, 1) slots of lowest priority in each row: a mask (r, s), shaped as `priority`.
+    """Return a bool mask (r, s) of the slots of lowest priority in each of r rows of s slots.
 
-    Of slots with equal priority, those with the older token (lower `position`) are marked first.
+    priority (r, s) and position (r, s), the arrival index, are those of each slot's token; n (r, 1) is the number of
+    slots to mark in each row, at least 1. Of slots with equal priority, the one with the older token is marked first.
     """
     last = priority.topk(int(n.max()), dim=1, largest=False).values.gather(1, n - 1)
     lowest = priority <= last

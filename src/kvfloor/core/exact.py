@@ -1,7 +1,8 @@
 """Keep every token: exact attention as the reference, optionally with a selector of the tokens that a query reads.
 
-A slot is the place of one held token. A block is `block` consecutive tokens of a row, which is one (batch item, kv
-head) stream. To pin a token is to protect it from eviction; to forget a token is to drop it on request.
+A slot is the place of one held token. A row is one (batch item, kv head) stream, a block `block` consecutive tokens of
+a row. A selector's index, if it keeps one, is what it stores about the held keys to find those of large logit. To pin a
+token is to protect it from eviction; to forget a token is to drop it on request.
 """
 
 from __future__ import annotations

@@ -37,10 +37,10 @@ class Field:
 
     @classmethod
     def like(cls, x: Tensor) -> Field:
-        """Return the default field of a tensor that a state declares no field for; x is its value in a new state.
+        """Return the field of a tensor for which the part's class declares none; x is the tensor in a new, empty part.
 
-        Dtype and shape must be those of x. An axis of size 0 in x is one that grows with the stream, and may have any
-        size. Integers are counts or positions: they must lie in 0 .. MOST (2^48).
+        A saved tensor must have the dtype and shape of x. An axis of size 0 in x is one that grows with the stream, and
+        may have any size. Integers are counts or positions: they must lie in 0 .. MOST (2^48).
         """
         counts = x.dtype in (torch.int64, torch.int32, torch.int16)
         shape = tuple(size or None for size in x.shape)

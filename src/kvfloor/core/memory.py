@@ -3,9 +3,10 @@
 No method declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
 every storage once, and raises TypeError on any object whose size it cannot measure.
 
-A part of a state is a `Memory` object. A storage is the block of bytes behind one or several tensors. A newly opened
-part is one that was made, empty, from method and spec alone. A message is the bytes of `State.to_bytes`, i.e. a saved
-state.
+A state is a cache method's memory of its streams; a row is one (batch item, kv head) stream, a slot the place of one
+held token. A part of a state is a `Memory` object. A storage is the block of bytes behind one or several tensors. A
+newly opened part is one that was made, empty, from the method (configuration) and the spec (sizes and constants) alone.
+A message is the bytes of `State.to_bytes`, i.e. a saved state.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from kvfloor.core.fields import Field
 
-# Not memory: values fixed before the stream and known to both sides, the record of past sizes, the callback, and the
-# call that is running.
+# Not memory: values fixed before the stream, so known to any reader of a message; the record of past sizes; the
+# callback; and the name of the running call.
 PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "_underway"})
 SCALAR_BYTES = 8
 
@@ -45,7 +46,7 @@ class Memory:
         return self.nbytes + self._excess()
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """Return `nbytes` split by row, (rows,) float64.
+        """Return `nbytes` split by row, (rows,) float64; `rows` is the number of rows.
 
         The bytes of a row's own slots count for that row; all other bytes are split equally.
         """
@@ -147,7 +148,7 @@ class Memory:
                 setattr(self, name, value.index_select(0, index.to(value.device)))
 
     def copied(self) -> Any:
-        """Return a copy that shares no storage with this part, except for public attributes (method, spec, tables)."""
+        """Return a copy that shares no storage with this part, except for attributes in PUBLIC (such as `shared`)."""
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)
 

@@ -1,11 +1,13 @@
 """Pack a state or a whole cache as bytes, called a message: the content of a saved file.
 
-Lower-bound proofs count its bytes: there Alice, who saw the tokens, sends it to Bob, who answers the queries. A message
-is a safetensors file. Its metadata have one text, "kvfloor": a SHA-256 of every other byte of the file in 64 hex
-digits, and a JSON object with the format, the caller's header, and under "fields" all values that are not tensors. A
-tensor is named by its path in the fields. Nothing is unpickled. A message that is truncated, changed in any bit or of
-another format is refused before anything is allocated from it. The digest detects damage, not forgery. Equal content
-makes equal bytes.
+In lower-bound proofs Alice, who saw the tokens, sends a message to Bob, who answers the queries; the proofs count its
+bytes. Fields are the saved attributes of a state, as nested dicts of tensors and JSON values; a path is the names of a
+field and of the dicts around it, joined by slashes. A message is a safetensors file, whose own header ends before the
+tensors. The header's metadata have one text, "kvfloor": the digest, i.e. a SHA-256 of every other byte of the file in
+64 hex digits, and a JSON object with the format (a number), the entries that the caller of `pack` gives, and under
+"fields" all fields that are not tensors. A tensor is named by its path. Nothing is unpickled. A message that is
+truncated, changed in any bit or of another format is refused before anything is allocated from it. The digest detects
+damage, not forgery. Equal content makes equal bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class OlderVersion(ValueError):
 def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
     """Return one message, as bytes, of `fields` (nested dicts of tensors and JSON values) and a JSON-ready `header`.
 
-    Raises TypeError for a dtype that no message holds.
+    `header` is a dict of the caller's, such as {"method": ..., "spec": ...}. Raises TypeError for a dtype that no
+    message holds, and ValueError if everything but the tensors takes more than HEADER_LIMIT_BYTES.
     """
     tensors: dict[str, Tensor] = {}
     plain = _split(fields, "", tensors)
@@ -69,7 +72,7 @@ def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
 
 
 def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the header and the fields that `pack` wrote into a message.
+    """Return (header, fields), the two dicts from which `pack` made a message.
 
     Raises CorruptState if the message is not intact, and OlderVersion or NewerVersion for another format.
     """
@@ -101,8 +104,8 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[s
 def read(path: str | Path, most_bytes: int, what: str) -> bytes:
     """Read a file that holds a message, and return its bytes; of any other file only the beginning is read.
 
-    what: the kind of file, for errors. Raises the errors of `unpack` for a bad beginning, and ValueError for a file
-    that cannot be read or has more than `most_bytes`.
+    what: the kind of file, for errors. Raises CorruptState or OlderVersion for a beginning that no message of this
+    format has, and ValueError for a file that cannot be read or has more than `most_bytes` bytes.
     """
     with open_regular(path, what) as (stream, size):
         start = read_exactly(stream, min(size, _DIGEST.stop), path, what)
@@ -113,7 +116,7 @@ def read(path: str | Path, most_bytes: int, what: str) -> bytes:
 
 
 def payload_bytes(data: bytes) -> int:
-    """Return the number of bytes that the tensors of a message take, i.e. its size without the header."""
+    """Return the number of bytes that the tensors of a message take, i.e. its size without the safetensors header."""
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
@@ -139,7 +142,9 @@ _FORGED = (
 
 
 def _header_end(start: bytes, size: int) -> int:
-    """Return the offset at which the header of a message ends, from its first bytes `start` and its `size` in bytes.
+    """Return the offset at which a message's safetensors header ends and its tensors begin.
+
+    start: the first bytes of the message; size: its number of bytes.
 
     Raises CorruptState if no message begins with these bytes, and OlderVersion for a message of format 1.
     """

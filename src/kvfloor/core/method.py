@@ -1,8 +1,9 @@
 """Define methods: the frozen configuration of a cache, its promises, and the text that names it.
 
-A state is the memory that a method keeps of its streams. A row is one (batch item, kv head) stream. A part of a method
-is its policy (chooses tokens to evict), summary (compressed form of evicted tokens) or selector (chooses the tokens
-that a query reads). A text such as "h2o(recent=64)@512" names a method; `parse` reads it.
+A state is the memory that a method keeps of its streams. A row is one (batch item, kv head) stream. A whole token is
+one whose own key and value are kept. A block is the tokens of a row between two evictions. A part of a method is its
+policy (chooses tokens to evict), summary (compressed form of evicted tokens) or selector (chooses the tokens that a
+query reads). A text such as "h2o(recent=64)@512" names a method; `parse` reads it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Traits:
     value_linear    answers are linear in the values, for fixed keys and queries
     lossy_values    values are stored with an error even while no token was dropped
     block_causal    an answer may depend on later tokens of the query's own block
-    constant_memory nbytes never grows once opened
+    constant_memory `nbytes` of a state never grows after the state was opened
     pins            `State.pin` keeps a span of tokens for good
     turns           keys are held whole, so that `Spec.rotation` can rotate each to its rank among the held tokens
     trained_for     (layers, kv heads, d) of the model whose trained parameters the method has; None: any model
@@ -153,9 +154,10 @@ class Method(ABC):
     def budget_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
         """Return this method in the least size that guarantees error `epsilon` with failure probability `delta`.
 
-        The theorem's assumptions (a radius, a spread, a horizon) are taken from the method's own arguments; the error's
-        norm and quantifier are those of its guarantee. Raises ValueError where there is no theorem, where an assumption
-        is not given, and where no size is enough.
+        A size is a number that fixes the memory, such as a sample count or a rank. Values that the theorem assumes,
+        such as a bound on the tokens seen, are taken from the method's own arguments; the error's norm and quantifier
+        are those of the method's `Guarantee`. Raises ValueError where there is no theorem, where an assumed value is
+        not given, and where no size is enough.
         """
         if not (isinstance(epsilon, (int, float)) and isinstance(delta, (int, float)) and epsilon >= 0 <= delta < 1):
             raise ValueError(f"budget_for takes epsilon >= 0 and 0 <= delta < 1, got {epsilon!r} and {delta!r}")
@@ -189,7 +191,7 @@ class Method(ABC):
             return rebuilt(self, header.get("spec"), fields, device)
 
     def __str__(self) -> str:
-        """Return the text from which `parse` makes this method; a third party's class is written `module:Class`."""
+        """Return the text from which `parse` makes this method; a class from outside kvfloor is `module:Class`."""
         text = part_text(self, skip=("budget",))
         return text if self.budget is None else f"{text}@{budget_text(self.budget)}"
 
@@ -198,8 +200,8 @@ def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device)
     """Return a state of `method` restored from `fields`, which `State.export` returned for the saved state.
 
     `plain` is the saved state's spec as a dict. Raises CorruptState if the fields are not those of this release's
-    state, or do not fit the method, the spec and each other: a matching digest does not prove that nobody changed the
-    fields.
+    state, or do not fit the method, the spec and each other: a message's digest detects damage, but not fields that
+    somebody changed together with the digest.
     """
     try:
         if plain["rows"] > _numbers(fields):  # before anything is allocated for so many rows
@@ -265,13 +267,13 @@ def budget_text(budget: Budget) -> str:
 def part_text(part: Any, skip: tuple[str, ...] = ()) -> str:
     """Return the text of a method, policy, summary or selector with its arguments, as `parse` takes it.
 
-    A third party's class is written `module:Class`. Arguments named in `skip` are left out.
+    A class from outside kvfloor is written `module:Class`. Arguments named in `skip` are left out.
     """
     return call_text(part_name(part), part, skip)
 
 
 def part_name(part: Any) -> str:
-    """Return the name of a method, policy, summary or selector; a third party's class is written `module:Class`."""
+    """Return the name of a method, policy, summary or selector: `module:Class` if its class is from outside kvfloor."""
     kind = type(part)
     own = kind.__module__.partition(".")[0] == "kvfloor"
     return kind.name if own else f"{kind.__module__}:{kind.__qualname__}"

@@ -1,9 +1,9 @@
 """Define the interface of an eviction policy, which `Bounded` calls.
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A column is a policy's number per
-slot, e.g. a score. A block is `block` consecutive tokens of a row; evictions take place at its end. In shapes,
-r are the rows of a call, s slots, b tokens of a block, g query heads per kv head (GQA group), d and dv the widths of a
-key and a value.
+slot, e.g. a score. A block is `block` consecutive tokens of a row; evictions take place at its end. To spare a part of
+the stream is to keep it whole and not count it in the budget. In shapes, r are the rows of a call, s slots, b tokens of
+a block, g query heads per kv head (GQA group), d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -246,8 +246,8 @@ class Policy(ABC):
         """Return new values of the policy's columns, column name -> (r, s), given a block's attention weights.
 
         A column is one number per slot. weights (r, g, b, s) are the softmax weights of the block's queries over the
-        held tokens; the weights of a query that was not given are 0. `held` may be one of several tiles of slots, so a
-        slot's numbers may depend on its own weights only.
+        held tokens; the weights of a query that was not given are 0. `held` and `weights` may have only a part of the
+        slots, and further calls the rest, so a slot's numbers may depend on its own weights only.
         """
         del held, weights, queries
         return {}

@@ -1,8 +1,9 @@
 """Draw counter-based random numbers: each is a function of a key and a counter, never of earlier draws.
 
-A key is made from the seed, the row id and the purpose of a draw; a counter, for example, from a token's position. So a
-draw depends neither on other rows nor on how a stream was cut into calls, and no random generator is read or advanced.
-A reservoir that keeps the items with the smallest draws is thus independent of chunking (THEORY: bottom-k sampling).
+A key is made from the seed, the row id (`Spec.row_ids`; a row is one stream of tokens) and the purpose of a draw; a
+counter, for example, from a token's position. So a draw depends neither on other rows nor on how a stream was cut into
+calls, and no random generator is read or advanced. A sample that keeps the items with the smallest draws (bottom-k
+sampling) is thus independent of these cuts.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def row_by_row(
     """Apply `work` to one row after another and stack the results: bits depend on a row's numbers and shape alone.
 
     columns  tensors (rows, ...), of which `work` is given one row at a time
-    beside   further tensors (rows, ...), which are never cut by `held`
+    beside   further tensors (rows, ...), of which `work` is given one whole row at a time, whatever `held` is
     work     takes each column and each of `beside` as (1, ...), aligned, and returns (1, ...); it changes none of them
     held     if rows are of different length: `work` is given the first held[r] items of a column's second axis, and
              returns as many along its result's last axis; the places after them get `fill`

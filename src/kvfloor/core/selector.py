@@ -53,7 +53,7 @@ class SelectorState(Memory, ABC):
 
     @abstractmethod
     def evict(self, slots: Slots, leaving: Tensor) -> None:
-        """Update the index after the slots marked in leaving (rows, width) were emptied and refilled.
+        """Update the index after the tokens in the slots marked by the mask `leaving` (rows, width) were evicted.
 
         Tokens from the end of each row have been moved into the emptied slots.
         """
@@ -72,10 +72,11 @@ class SelectorState(Memory, ABC):
 
     @abstractmethod
     def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
-        """Choose the slots that each query of q (r, m, d) reads among the first visible (r, m) slots of `rows`.
+        """Choose the slots that each query of q (r, m, d) reads among the slots of its row that it sees.
 
-        The call changes nothing, and a query's choice does not depend on the other queries. A query sees at least the
-        slots that were held after the last eviction. A query that sees any slot reads at least one.
+        Query j of row i sees slots 0 .. visible[i, j] - 1, for `visible` (r, m); this includes every slot that held a
+        token after the last eviction. rows (r,) are the queries' rows in the state; None: all. A query that sees any
+        slot reads at least one. The call changes nothing, and a query's choice does not depend on the other queries.
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
@@ -90,7 +91,10 @@ class SelectorState(Memory, ABC):
 
     @abstractmethod
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes of index, keys and values that one query per row reads of held (rows,) tokens."""
+        """Return the bytes of index, keys and values that one query per row reads, summed over all rows.
+
+        `held` (rows,) is the number of tokens that each row holds.
+        """
 
 
 class Selector(ABC):
@@ -111,7 +115,10 @@ class Selector(ABC):
 
     @abstractmethod
     def bytes_read(self, held: Tensor, spec: Spec) -> int:
-        """Return the bytes of keys and values that one query per row reads of held (rows,) tokens."""
+        """Return the bytes of keys and values that one query per row reads, summed over all rows.
+
+        `held` (rows,) is the number of tokens that each row holds.
+        """
 
 
 class Indexed(Selector):

@@ -1,8 +1,8 @@
-"""Store the held tokens of all rows in one arena of keys and values.
+"""Store the held tokens of all rows in one arena: flat tensors of keys and values, a stretch of them for each row.
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token. A column is a policy's number per
-slot. The rank of a token is its index among the tokens that its row holds, the oldest at 0. In shapes, r are the rows
-of a call, s or width slots per row, a new tokens, e named tokens.
+A row is one (batch item, kv head) stream, and a slot the place of one held token; a row's slots are numbered from 0. A
+column is a policy's number per slot. The rank of a token is its index among the tokens that its row holds, the oldest
+at 0. In shapes, r are the rows of a call, s or width slots per row, a new tokens, e tokens of any rows.
 """
 
 from __future__ import annotations
@@ -112,7 +112,11 @@ class Slots(Arena):
         return x[self._index(rows, width)]
 
     def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Copy the entries at slot (r, m, c) of each of `rows` (None: all) from a per-slot tensor x: (r, m, c, ...)."""
+        """Return a copy of chosen entries of a per-slot tensor x (slots, ...): (r, m, c, ...).
+
+        rows (r,) are the rows to read (None: all); `slot` (r, m, c), int64, names c slots of the row for each of its m
+        queries.
+        """
         offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
         index = (offset + slot).clamp_max(x.shape[0] - 1).flatten()
         return x.index_select(0, index).view(*slot.shape, *x.shape[1:])
@@ -174,7 +178,7 @@ class Slots(Arena):
         store[self._index(rows, values.shape[1])[live]] = values[live].to(store.dtype)
 
     def evict(self, leaving: Tensor) -> None:
-        """Drop the tokens in the slots marked in leaving (rows, width), bool; every marked slot must hold a token.
+        """Drop the tokens in the slots marked by the bool mask `leaving` (rows, width); marked slots must hold tokens.
 
         Remaining tokens from the end of a row move into the freed slots further front, so a row stays packed and at
         most as many tokens move as leave.
@@ -217,7 +221,10 @@ class Slots(Arena):
             self.k[self._index(rows, width)[live]] = turned[live]
 
     def find(self, row: Tensor, position: Tensor) -> Tensor:
-        """Mark the slots (rows, width), bool on the CPU, that hold the tokens named by row (e,) and position (e,)."""
+        """Return a mask (rows, width), bool on the CPU, of the slots that hold the tokens at row (e,), position (e,).
+
+        A token's position is its arrival index in its row. Tokens that are not held are ignored.
+        """
         view = self.view()
         wanted = torch.zeros(self.spec.rows, int(position.max()) + 2, dtype=torch.bool)  # the last column stays False
         wanted[row, position] = True
@@ -225,9 +232,9 @@ class Slots(Arena):
         return found if view.live is None else found & view.live.cpu()
 
     def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (row, k, v, position) of the marked slots, in slot order: (e,), (e, d), (e, dv), (e,).
+        """Return (row, k, v, position) of the tokens in the marked slots: (e,), (e, d), (e, dv), (e,).
 
-        marked (rows, width) is a mask.
+        `marked` (rows, width) is a bool mask. The tokens come row by row, in the order of their slots.
         """
         row, slot = marked.cpu().nonzero(as_tuple=True)
         index = (self.offset[row] + slot).to(self.k.device)

@@ -1,4 +1,4 @@
-"""Define the spec of a state: its sizes and constants, all public and independent of the stream."""
+"""Define the spec of a state, i.e. of a method's memory: sizes and constants, all independent of the stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Spec:
-    """Hold the sizes and constants that a state is opened for; all are public, and none depends on the stream.
+    """Hold the sizes and constants that a state is opened for; none depends on the stream, so none counts as memory.
 
     rows      independent streams held side by side (batch x kv head)
     d, dv     width of a key and of a value

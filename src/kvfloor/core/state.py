@@ -3,7 +3,8 @@
 The checks of input, the padding, the clocks (tokens per row) and the message (saved state) are written once, here.
 A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A call's real tokens are those that are
 not padding; packed tokens have each row's real tokens first. To seal a state is to mark the end of the prompt, to pin
-tokens is to protect them from eviction, to forget tokens is to drop them on request.
+tokens is to protect them from eviction, to forget tokens is to drop them on request. A token's position is its index in
+its row's stream; e tokens of any rows are named by two tensors (e,), their rows and their positions.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
     A variant (subclass) writes `_append` and `_read`, and `_step_partial` where it can do better than token by token.
     It refuses unacceptable tokens in `_require_tokens` and unacceptable groups in `_require_group`, before anything
     changes. Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA
-    group, queries of `read` (rows, m, d). All public calls raise TypeError or ValueError on bad input and leave the
-    state as it was. After any other exception the state is either unchanged, or refuses every further call with
-    `BrokenState`. A state that keeps whole tokens holds them in `slots`.
+    group, queries of `read` (rows, m, d); present (rows, t), bool, is False for padding, None: all tokens are real. All
+    public calls raise TypeError or ValueError on bad input and leave the state as it was. After any other exception the
+    state is either unchanged, or refuses every further call with `BrokenState`. A state that keeps whole tokens (each
+    with its own key and value) holds them in `slots`.
     """
 
     slots: Slots | None = None
@@ -341,7 +343,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes that answering one query token reads, over all rows.
+        """Return the bytes that answering one query per row reads, summed over all rows.
 
         The default is `nbytes`; a variant that reads only a part of its memory returns less.
         """
@@ -376,8 +378,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def to_bytes(self) -> bytes:
         """Return the state as bytes, a message from which `Method.from_bytes` restores it.
 
-        The message has everything that is needed to answer queries and to append tokens, except the method and public
-        randomness.
+        The message has everything that is needed to answer queries and to append tokens, except the method and the
+        tensors in `shared`, which are fixed by method and spec and made anew.
         """
         return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 
@@ -524,10 +526,11 @@ def _pack(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
-    """Undo `_pack`: move the answers (rows, g, t, w) to packed tokens back to where the tokens stood in the call.
+    """Undo `_pack`: return the answers with each one at the index that its token had in the call.
 
-    Row r has take[r] real tokens; all other places get `empty`, whatever was computed for padding. order None: no token
-    was moved, and `out` is returned.
+    out (rows, g, t, w) has the answers to packed tokens, w numbers each; `order` is the one given to `_pack`. Row r has
+    take[r] real tokens; all other entries become `empty`, whatever was computed for padding. order None: no token was
+    moved, and `out` is returned.
     """
     if order is None:
         return out

@@ -1,7 +1,8 @@
 """Store the lists of a selector's index, one or more per row, each in its own stretch of a flat arena.
 
-A row is one (batch item, kv head) stream. A place is an index into the flat tensors of the arena; a stretch is the
-range of places in which one list can grow.
+A row is one (batch item, kv head) stream. A selector's index is what it stores about the held keys to find those of
+large logit. A place is an index into the flat tensors of the arena; a stretch is the range of places in which one list
+can grow. In shapes, r are the rows of a call.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class Stretches(Arena):
         return column[self.places(rows, width)]
 
     def write(self, name: str, rows: Tensor, held: Tensor, items: Tensor) -> None:
-        """Replace the lists of `rows` (r,) in the column `name` by the first held[r] of items (r, lists, w).
+        """Replace the lists of `rows` (r,) in the column `name` by `items` (r, lists, w, ...), w entries per list.
 
-        Where the old list was longer, the places behind the new one get `fill`. `self.held` is not changed.
+        The new lists of rows[i] have held[i] items each, the first of their w entries. Where the old list was longer,
+        the places behind the new one get `fill`. `self.held` is not changed.
         """
         column = getattr(self, name)
         width = int(torch.maximum(held, self.held[rows]).max())

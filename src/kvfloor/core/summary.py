@@ -2,7 +2,7 @@
 
 A row is one (batch item, kv head) stream. To absorb tokens is to add them to the summary. A lot is the evicted tokens
 of one row in one call of `absorb`. In shapes, e are evicted tokens of all rows, c those of one row, r the rows of a
-call.
+call, m queries, g query heads per kv head, a new tokens, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations

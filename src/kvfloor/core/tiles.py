@@ -1,4 +1,8 @@
-"""Compute softmax weights over many keys in two passes, one tile of keys after another."""
+"""Compute softmax weights over many keys in two passes, one tile (a range of consecutive keys) after another.
+
+In shapes, rows are (batch item, kv head) streams, with m queries and s keys each. The compute dtype is float64 for
+float64 keys, float32 for all others.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ def weights_by_tile(
     def logits(at: slice, among: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, logits) for each row of `among` that has keys in the slice `at`.
 
-        logits (1, m, c) are those of the row's m queries over its c keys there.
+        The logits are (1, m, c), for the row's m queries and its c keys in the slice.
         """
         behind = slice(max(at.start, clear), at.stop)
         hidden = hide(behind) if behind.start < behind.stop else None

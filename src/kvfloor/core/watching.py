@@ -1,8 +1,9 @@
-"""Give a policy, at block ends, the queries, attention weights and keys that it learns from.
+"""Give an eviction policy, at block ends, the queries, attention weights and keys that it learns from.
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A block is `block` consecutive tokens
-of a row, and the open block the tokens since the last block end. In shapes, r are the rows of a call, b
-tokens of a block, m queries, s slots, g query heads per kv head.
+of a row, and the open block the tokens since the last block end. A selector picks the held tokens that a query reads; a
+summary is a compressed form of evicted tokens. A policy's memory (`PolicyMemory`) is what it keeps beside its numbers
+per slot. In shapes, r are the rows of a call, b tokens of a block, m queries, s slots, g query heads per kv head.
 """
 
 from __future__ import annotations
@@ -185,9 +186,10 @@ class Watching(Blocked["Bounded"]):
     def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
         """Give the policy queries of these rows, and store the numbers per slot that it returns.
 
-        Each query sees its row's first visible (r, b) slots. If the spec has a rotation, a query is first rotated to
-        the rank that its own token had on arrival. A row's weights are computed from its own queries and held tokens
-        alone (`weights_by_tile`), so the weights round alike for every chunking and every neighbour row.
+        visible (r, b) is the number of slots, from the row's first on, that each query of `asked` sees. If the spec has
+        a rotation, a query is first rotated to the rank that its own token had on arrival. A row's weights are computed
+        from its own queries and held tokens alone (`weights_by_tile`), so they round alike however the stream was cut
+        into calls and whichever rows are beside.
         """
         policy, width = self.method.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows
@@ -205,8 +207,9 @@ class Watching(Blocked["Bounded"]):
     def _observed(self, rows: Tensor | None, asked: Queries, visible: Tensor, width: int) -> dict[str, Tensor]:
         """Return the policy's new numbers per slot, column name -> (r, s), learnt from the queries' attention weights.
 
-        A column is a tensor with one number of the policy per slot. The weights are computed one tile of slots at a
-        time. A query sees its first visible (r, b) slots.
+        A column is a tensor with one number of the policy per slot. The weights are computed one range of slots at a
+        time. visible (r, b) is the number of slots, from the row's first on, that each query sees; width is the number
+        of slots to return numbers for.
         """
         r, g, b, d = asked.q.shape
         flat, held = asked.q.reshape(r, g * b, d), self._held(rows, width)
@@ -225,8 +228,8 @@ class Watching(Blocked["Bounded"]):
     def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
         """Return a function from a slice of slots to its mask, True for slots that queries q (r, m, d) do not read.
 
-        The mask is (r, m, slots). A slot is unread where it lies beyond visible (r, m), or where the selector did not
-        choose it.
+        The mask is (r, m, slots). A query does not read the slots from its number `visible` (r, m) on, nor slots that
+        the selector did not choose. width is the number of slots that the slices may reach.
         """
         if isinstance(self._selector, Everything):
             slot = torch.arange(width, device=q.device)

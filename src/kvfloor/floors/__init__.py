@@ -2,7 +2,7 @@
 
 Most users need `space` only, which returns the floor (a lower bound on memory) in bits, for a context length and head
 sizes. The other functions are the formulas behind `space`. docs/floors.md has the proofs, which share one game: Alice
-hides random bits in the values of a stream and sends the state, and Bob reads the bits back by queries.
+hides random bits in the values of a stream and sends the state, a method's memory. Bob reads the bits back by queries.
 """
 
 from kvfloor.floors.coherence import (

@@ -1,8 +1,8 @@
 """Bound the inner products `mu_*` and one-sided gaps `gap_*` of families of n nearly orthogonal keys in d dimensions.
 
 mu is an upper bound on the inner product of two different keys. The one-sided gap of key i is
-g_i = |k_i|^2 - max_{j != i} <k_i, k_j>, and the hard instances of the floors need a positive gap and nothing else. For
-unit keys, g >= 1 - mu.
+g_i = |k_i|^2 - max_{j != i} <k_i, k_j>. The hard instances of the floors, streams in which each key hides values that a
+query along this key reads, need a positive gap and nothing else. For unit keys, g >= 1 - mu.
 """
 
 import math
@@ -47,7 +47,8 @@ def mu_sphere(n: int, d: int) -> float:
 def mu_chirp(p: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m keys of a chirp code: (m-1)/sqrt(p), Weil's bound.
 
-    p is a prime, m < p the degree of the code's polynomials, and d >= 2p. Raises ValueError for p <= m.
+    Each key is made of one polynomial mod p (`kvfloor.game.keys.codes.chirp`). p is a prime, m < p the degree of the
+    polynomials, and d >= 2p the key width. Raises ValueError for p <= m.
     """
     p, m = whole("p", p), whole("m", m)
     if p <= m:
@@ -58,9 +59,9 @@ def mu_chirp(p: int, m: int) -> float:
 def mu_reed_solomon(b: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m one-hot Reed-Solomon keys: (m-1)/b.
 
-    p is a prime, m the number of coefficients of the code's polynomials mod p, b <= p the number of points at which the
-    polynomials are evaluated, and d >= b p the key width. Two polynomials of degree below m agree on at most m - 1 of
-    the b points.
+    Each key is made of one polynomial mod a prime p (`kvfloor.game.keys.codes.reed_solomon`). m is the number of
+    coefficients of a polynomial, b <= p the number of points at which the polynomials are evaluated, and d >= b p the
+    key width. Two polynomials of degree below m agree on at most m - 1 of the b points.
     """
     return (whole("m", m) - 1) / whole("b", b)
 
@@ -110,9 +111,9 @@ def gap_packing(n: int, d: int) -> float:
 def gap_known(n: int, d: int) -> float:
     """Return the largest gap that this module's closed forms guarantee for `n` unit keys in `d` dimensions, at most 1.
 
-    The gap is 1 less the largest inner product of two keys. It is 1 when the 2d vectors ±e_i suffice; else the largest
-    gap of a circle, the hypercube and a maximal packing. It is 0 when d = 1 and n > 2: no query can favour a key that
-    lies between two other keys.
+    The gap is 1 less the largest inner product of two keys. It is 1 for n <= 2d, where the 2d unit vectors ±e_i of the
+    axes suffice; else the largest gap of a circle, the hypercube and a maximal packing. It is 0 when d = 1 and n > 2:
+    no query can favour a key that lies between two other keys.
     """
     n, d = whole("n", n), whole("d", d)
     if n <= 2 * d:

@@ -1,7 +1,7 @@
 """Bound the number of balls, clusters or greedy centres that a clustering of keys in the unit ball needs.
 
-All counts are upper bounds: whole numbers as floats, `inf` beyond the floats. For keys of norm up to R, divide the
-radius or diameter delta by R.
+All counts are upper bounds: whole numbers as floats, `inf` where a float overflows. For keys of norm up to R, divide
+the radius or diameter delta by R.
 """
 
 import math

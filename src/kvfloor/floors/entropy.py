@@ -20,7 +20,8 @@ def index_bits(N: int, p: float) -> float:
     """Return the least message length, in bits, from which a random one of `N` hidden bits is decoded (problem INDEX).
 
     Law: S >= N (1 - H2(1-p)), where S is the length, and `p` the probability that this bit is decoded right, over
-    uniform hidden bits, index and public coins. The bound is 0 for p <= 1/2, because guessing reaches that.
+    uniform hidden bits, index and public coins (random bits that Alice and Bob share). The bound is 0 for p <= 1/2,
+    because guessing reaches that.
     Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the
     concavity of H2 (derived here: docs/floors.md, "INDEX").
     """
@@ -45,8 +46,9 @@ def row_bits(n: int, dv: int, p: float) -> float:
 def token_ids(n: int, vocabulary: int) -> float:
     """Return the bits of `n` stored token ids, from which a fixed model can always recompute all keys and values.
 
-    Law: n log2(vocabulary). It may lie below `space`: the floors hold for attention as a data structure, for which
-    keys and values are arbitrary, not for a fixed model whose keys and values are functions of its tokens.
+    Law: n log2(vocabulary). It may lie below the floor that `space` returns: the floors hold for attention as a data
+    structure, for which keys and values are arbitrary, not for a fixed model whose keys and values are functions of its
+    tokens.
     """
     return whole("n", n, least=0) * math.log2(whole("vocabulary", vocabulary))
 

@@ -1,4 +1,8 @@
-"""Hold a memory floor: a lower bound on the bits of every method, and memory sizes that are known to suffice."""
+"""Hold a memory floor: a lower bound on the bits of every method, and memory sizes that are known to suffice.
+
+In the proof of a floor, Alice hides values in a stream of tokens and sends a method's state, and Bob reads the values
+back by queries of the state. Keys are public if Alice and Bob both know them beforehand.
+"""
 
 import dataclasses
 import math
@@ -26,7 +30,8 @@ class Floor:
 
     A row is the dv values of one answer. `bytes` is `bits` in whole bytes. `upper_bits` suffices when the keys are
     public and the values are single bits, so the floor is tight up to the factor p - H2(p)/dv, H2 the binary entropy.
-    `regime` and `theorem` name the argument that gives the number, and `constants` holds everything that entered it.
+    `regime` names the case of the sizes that applies, `theorem` the theorem that gives `bits`, and `constants` maps the
+    name of every number that entered it to the number.
     `possible` lists memory sizes that suffice, smallest first.
     """
 
@@ -49,7 +54,7 @@ class Floor:
     ) -> "Floor":
         """Return a floor of `bits`, with `bytes` computed from the bits and `possible` sorted by size.
 
-        The other arguments are fields of the floor. A floor of 0 bits has its regime marked as vacuous.
+        The other arguments are fields of the floor. At 0 bits, the field `regime` becomes "vacuous (`regime`)".
         """
         return Floor(
             bits=bits,
@@ -66,7 +71,7 @@ class Floor:
         return memory.bits / self.bits if self.bits > 0.0 else math.inf
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON types; a number that is not finite becomes None."""
+        """Return the fields as a dict of plain JSON types, name -> value; a number that is not finite becomes None."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["constants"] = {name: _finite(value) for name, value in self.constants.items()}
         fields["possible"] = [

@@ -1,7 +1,8 @@
 """Compute the space floor (lower bound on any method's bits) of error guarantees in a norm.
 
-Such a guarantee is |z - A|_2 <= epsilon * size, for the answer z to exact attention A. In the hard instance, values are
-±1, and the receiver of a state (Bob) reads the signs of each answer, a row of dv signs, by a query (spike) that puts
+Such a guarantee is |z - A|_2 <= epsilon * size, for the answer z to exact attention A; size is a norm of the values,
+times one of the softmax weights in two of the three cases. In the hard instance, the stream of the proof, Alice hides
+values ±1. Bob, the receiver of a state, reads the signs of each answer, a row of dv signs, by a query (spike) that puts
 nearly all softmax mass on one token. The guarantee allows a share rho of wrong signs per row. If it holds with
 probability p, a row gives p (dv - log2 B) - H2(p) bits, B the number of rows with at most rho dv wrong signs, H2 the
 binary entropy.

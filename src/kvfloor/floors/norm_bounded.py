@@ -40,7 +40,7 @@ def separable_keys(d: int, r: float, ratio: float) -> float:
 
 
 def _count(d: int, r: float, offset: float) -> float:
-    """Return the number of keys of `separable_keys`, given `offset`, the logarithm of 1/ratio."""
+    """Return the number of keys of `separable_keys`(d, r, ratio), given `offset`, the natural logarithm of 1/ratio."""
     packed = _packed(d, r, offset) if d >= 2 else 0.0
     return max(1.0, packed, min(2.0 * d, _whole_exp(r - offset)))  # ±e_i have gap 1
 
@@ -48,7 +48,8 @@ def _count(d: int, r: float, offset: float) -> float:
 def _packed(d: int, r: float, offset: float) -> float:
     """Return the largest number m of keys that a packing of the sphere gives at gap (ln m + offset)/r, or 0.
 
-    The gap is 1 less the largest inner product of two keys. m is found by bisection on ln m, as larger m are harder.
+    The arguments are those of `_count`. The gap is 1 less the largest inner product of two keys. m is found by
+    bisection on ln m, as larger m are harder.
     """
 
     def feasible(log_m: float) -> bool:

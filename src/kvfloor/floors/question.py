@@ -31,12 +31,13 @@ def space(
     """Return a lower bound on the bits that any streaming method must hold to answer attention.
 
     n, d, dv   tokens of the stream, width of a key, width of a value (d unless given)
-    attention  standard, window (needs `window`), tensor (`caches` 4 or 2) or visual, where `n` is the side of the last
-               map of an image pyramid, and maps shrink by `ratio` (2): tokens are the sum of the squared sides.
+    attention  standard; window (needs `window`, its number of tokens); tensor, where pairs of tokens are the keys
+               (`caches` 4: tokens arrive, 2: pairs arrive); or visual, where `n` is the side of the last map of an
+               image pyramid, and maps shrink by `ratio` (2): tokens are the sum of the squared sides.
                A `window` given with "standard" means attention "window"
     metric     norm of the error guarantee. entrywise: a factor 1±`eta` in every coordinate. max, frobenius, operator:
-               an l2 error of at most `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2 ||V||_op (for
-               standard and window only)
+               an l2 error of at most `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2 ||V||_op, V the
+               matrix of the values v_i (for standard and window only)
     p          probability that an answer meets the error guarantee
     radius     bound on |logit|, not for visual
     heads, layers   number of KV heads and of layers, which multiply the bound

@@ -2,6 +2,7 @@
 
 SubGen (Zandieh et al. 2024) clusters keys online. It estimates attention by a numerator z, for sum_j exp(q.k_j) v_j,
 from s sampled pairs of key and value, over a denominator tau, for sum_j exp(q.k_j), from t sampled keys per cluster.
+K and V are the matrices of the keys k_j and the values v_j, and a number is one stored float.
 """
 
 import math
@@ -34,7 +35,7 @@ def subgen_t(delta: float, r: float, epsilon: float, failure: float, *, centres:
     Law, with R = exp(2 delta r), keys within `delta` of their centre and |q| <= `r`:
         9 (R-1)^2 / (4 R epsilon^2 failure)            Chebyshev on the sum of all clusters (the default)
         27 R ln(2 centres / failure) / epsilon^2       Chernoff in each of the `centres` clusters, if they are given
-    `inf` where R is beyond the floats. Source: Zandieh et al. 2024 (SubGen); constants derived here: samples of mean u
+    `inf` where R overflows a float. Source: Zandieh et al. 2024 (SubGen); constants derived here: samples of mean u
     in [a, R a] have variance at most u^2 (R-1)^2 / (4R), and a mean of at least 1/R of their largest value.
     """
     delta, r = positive("delta", delta), positive("r", r)
@@ -69,8 +70,9 @@ def subgen_plan(
     and `norm` (operator or frobenius) the norm of V.
     The plan is for `n` unit-ball keys and |q| <= `r`. delta is the cluster radius, s and t count sampled pairs and
     sampled keys per cluster. Half of `failure` goes to each of numerator z and denominator tau, t is the smaller of the
-    two forms of `subgen_t`, and centres = min(n, greedy_centres). delta is the best of 2^(-j/4), j from -4 to 40.
-    Returns None where s or every t is beyond the floats.
+    two forms of `subgen_t`, and centres the lesser of n and `greedy_centres`. delta is the best of 2^(-j/4), j from -4
+    to 40.
+    Returns None where s or every t overflows a float.
     """
     n, failure = whole("n", n), _failure(failure)
     pairs = subgen_s(dv, epsilon, failure / 2.0, norm=norm)
@@ -89,9 +91,9 @@ def subgen_plan(
 def lazy_gumbel_tokens(n: int) -> float:
     """Return the expected number of tokens that lazy Gumbel sampling holds for one unbiased draw when d = 1: O(sqrt n).
 
-    The draw is a token with the softmax probability of one query, found as the largest of logit plus Gumbel noise. Law:
-    the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled keys in expectation; never more than
-    n.
+    `n` is the number of tokens. The draw is a token with the softmax probability of one query, found as the largest of
+    logit plus Gumbel noise. Law: the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled keys
+    in expectation; never more than n.
     Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; the constant is derived here: given the cutoff B that the
     Gumbel noise of a remaining token must exceed, (n - k)(1 - exp(-e^-B)) <= (n - k) e^-B tokens are sampled, and B is
     at least the largest of k Gumbels, so that e^-B is at most an exponential variable of mean 1/k.

@@ -31,9 +31,9 @@ def eps_s_limit(eta: float) -> float:
 def tau(eta: float, leak: float) -> float:
     """Return the threshold between hidden 0 and hidden 1 in a (1±eta) answer: ((1+eta) leak + (1-eta)(1-leak)) / 2.
 
-    `leak` is the softmax mass off the key that the query aims at. The answer is at most (1+eta) leak for a hidden 0,
-    and at least (1-eta)(1-leak) for a hidden 1. Raises ValueError unless leak <= (1-eta)/2 (a leak is less than its
-    ratio to the mass on the key).
+    `leak` is the softmax mass off the key that the query aims at, or an upper bound on it, such as the ratio `eps_s`.
+    The answer is at most (1+eta) leak for a hidden 0, and at least (1-eta)(1-leak) for a hidden 1. Raises ValueError
+    unless leak <= (1-eta)/2.
     """
     eta = relative_error(eta)
     leak = within("leak", leak, 0.0, (1.0 - eta) / 2.0)

@@ -44,10 +44,10 @@ def window_C(W: int, n: int, z: int, g: float, eps_s: float, gamma: float = 1.0)
     The query is C times one key of the window. It leaves the other tokens at most the ratio `eps_s` of the softmax mass
     on this key, although the older tokens stay in the softmax.
     Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma): half the ratio goes to the other W - 1 keys of
-    the window, half to the n - W + z tokens of logit 0. g is the one-sided gap of the keys (squared norm less the
-    largest inner product with another key) and gamma their squared norm; ln 0 counts as -inf. When `n` excludes the
-    token that the receiver of the state appends before he asks, z = 2: this token, and the row that it pushes out of
-    the window.
+    the window, half to the n - W + z tokens of logit 0: the n - W older ones and `z` more. g is the one-sided gap of
+    the keys (squared norm less the largest inner product with another key) and gamma their squared norm; ln 0 counts as
+    -inf. When `n` excludes the token that the receiver of the state appends before he asks, z = 2: this token, and the
+    row that it pushes out of the window.
     Source: Haris & Onak (COLT 2025), Theorem 25; its printed constant is too small (docs/floors.md, "Window").
     """
     W, n, z = whole("W", W), whole("n", n), whole("z", z, least=0)

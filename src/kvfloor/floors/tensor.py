@@ -3,8 +3,8 @@
 The floor is a lower bound on the bits of any method.
 score(j1, j2) = sum_l q_l K1[j1, l] K2[j2, l], value(j1, j2) = V1[j1] * V2[j2] entry by entry (Alman and Song 2023).
 In the proofs, Alice hides rows (dv values each) in a stream, and Bob, the receiver of the state, reads each hidden row
-by a query at one pair. Four caches: K1, K2, V1, V2 arrive, token by token. Two caches: the n^2 products of keys arrive,
-each with a value of its own.
+by a query at one pair. Four caches (`caches` = 4): K1, K2, V1, V2 arrive, token by token. Two caches: the n^2 products
+of keys arrive as the tokens of standard attention, each with a value of its own.
 """
 
 import math
@@ -34,8 +34,8 @@ def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
 
     Random rows K1, K2 (n, d) stay within the bound with positive probability, so such keys exist.
     Law: with four caches queries read 2(n-1) pairs, each against n^2 - 1 other pairs: sqrt((6 ln n + 2 ln 2)/d), by
-    Hoeffding over fewer than 2 n^3. With two caches queries read all n^2 pairs: sqrt((8 ln n - 2 ln 2)/d) over fewer
-    than n^4/2; 0 for n = 1. Derived here.
+    Hoeffding over fewer than 2 n^3 inner products. With two caches queries read all n^2 pairs:
+    sqrt((8 ln n - 2 ln 2)/d) over fewer than n^4/2 inner products; 0 for n = 1. Derived here.
     """
     n, d = whole("n", n), whole("d", d)
     pairs = 3.0 * math.log(n) + math.log(2.0) if _caches(caches) == 4 else 4.0 * math.log(n) - math.log(2.0)
@@ -55,7 +55,7 @@ def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
 
 
 def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
-    """Count the hidden rows that queries can read by tensor attention over `n` tokens, norms unbounded.
+    """Count the hidden rows that queries of any length can read by tensor attention over `n` tokens.
 
     A hidden row is dv values that one query reads. Token i has the values V1[i] and V2[i]; those of token 0 are 1.
     Four caches: 2(n-1) for d >= 4, V1[i] at pair (i, 0) and V2[i] at pair (0, i); else as in standard attention,
@@ -88,8 +88,9 @@ def tensor_space(
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `tensor_rows`. With
     `caches` = 4, tokens arrive with K1, K2, V1, V2; with 2, pairs arrive with values of their own, not products of
     token values (else 2 n dv numbers describe all values).
-    Under `radius`, the largest |score| in nats, n is at most `separable_keys`(floor(d/2), radius/2, e) with
-    e = sqrt(1 + eps_s) - 1, or the keys that standard attention separates, whichever gives more rows.
+    Under `radius`, the largest |score| in nats, m counts only tokens whose keys such scores separate: at most
+    `separable_keys`(floor(d/2), radius/2, e) of the n, with e = sqrt(1 + eps_s) - 1 and eps_s of `separation`, or the
+    keys that standard attention separates, whichever gives more rows.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
@@ -125,10 +126,10 @@ def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
     """Choose public keys, proven to exist, for a hard instance; return a dict of "keys" (their kind), "gap" and "C".
 
     C is the length of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` of the softmax
-    mass on this pair. The gap is 1 less the largest inner product of the (unit) keys of two pairs. The token that the
-    receiver of the state appends is in the stream. The keys are ±1 rows where d is large enough; else K1 = (a, 1) and
-    K2 = (1, b), whose products (a, b) separate each half on its own; else K2 = V2 = 1, also for the receiver's token,
-    which is then one zero token of standard attention.
+    mass on this pair. The gap is 1 less the largest inner product of the (unit) keys of two pairs. The token that Bob,
+    the receiver of the state, appends counts in the softmax. The keys are ±1 rows where d is large enough; else K1 =
+    (a, 1) and K2 = (1, b), whose products (a, b) separate each half on its own; else K2 = V2 = 1, also for the
+    receiver's token, which is then one zero token of standard attention.
     """
     mu = mu_tensor(n, d, caches=caches)
     if mu < 1.0:

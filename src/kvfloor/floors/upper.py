@@ -1,4 +1,7 @@
-"""List methods whose memory is known to suffice for attention, to compare with a floor (a lower bound on memory)."""
+"""List methods whose memory is known to suffice for attention, to compare with a floor (a lower bound on memory).
+
+A number is one stored float. Keys are public if the writer and the reader of a state both know them beforehand.
+"""
 
 import math
 
@@ -51,7 +54,8 @@ def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") ->
 def public_keys(copies: int, rows: int, dv: int) -> Possible:
     """Return the memory that suffices for a floor's hard instance: one bit per value coordinate, as keys are public.
 
-    `copies` is the number of heads times layers, `rows` the number of hidden rows (dv values each) per head and layer.
+    The hard instance is the stream of the floor's proof, in which tokens hide rows of dv single-bit values. `copies` is
+    the number of heads times layers, `rows` the number of hidden rows per head and layer.
     """
     return Possible("public keys", float(copies * rows * dv), "keys known to both sides, values of one bit", _DERIVED)
 
@@ -113,10 +117,10 @@ def sampled(
 ) -> list[Possible]:
     """List the memory of SubGen at its best cluster radius, for the operator or Frobenius norm; [] for other metrics.
 
-    `copies` is the number of heads times layers. `metric`, `epsilon` and `failure` are the norm, the error and the
-    failure probability of the guarantee; queries q have |q| <= `radius`. The operator norm is SubGen's own guarantee,
-    the Frobenius norm BalanceKV's. The list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and
-    where SubGen's sizes are beyond the floats.
+    SubGen clusters keys and samples tokens (`floors.sampling`). `copies` is the number of heads times layers. `metric`,
+    `epsilon` and `failure` are the norm, the error and the failure probability of the guarantee; queries q have |q| <=
+    `radius`. The operator norm is SubGen's own guarantee, the Frobenius norm BalanceKV's. The list is also empty for
+    epsilon outside (0, 1], for failure outside (0, 1), and where SubGen's sizes overflow a float.
     """
     if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:
         return []

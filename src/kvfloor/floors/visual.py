@@ -2,7 +2,8 @@
 
 The floor is a lower bound on the bits of any method. The maps of an image pyramid grow in size: map k has h_k x h_k
 tokens, and h_k is the side of map k. The queries of map k attend to all maps up to and including map k (block-wise
-causal). In the proof, tokens hide rows of dv values, and the queries of a later map ("the asking map") read the rows.
+causal). In the proof, Alice hides rows of dv values under the tokens and sends a method's state. Bob, its receiver,
+reads the rows by the queries of a later map ("the asking map").
 """
 
 import math
@@ -82,13 +83,14 @@ def visual_space(
     heads: int = 1,
     layers: int = 1,
 ) -> Floor:
-    """Return a lower bound on the bits of visual autoregression after a pyramid of maps, the last of them `n` x `n`.
+    """Return a lower bound on the bits that any method of visual autoregression must hold after a pyramid of maps.
 
-    `p` is the probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention.
+    The last map is `n` x `n`. `p` is the probability that a whole row, the dv values of one answer, is within a factor
+    1±eta of attention.
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `visual_rows`(sides,
     last_asks), and m <= 2 for d = 1. `sides` are those of the square maps, ascending, the last of them n; by default
     `pyramid`(n, ratio). `last_asks`: no map follows, so that the last map's queries read the other maps, and the last
-    map hides nothing. Else a further map, as large as the last, asks. Norms are unbounded.
+    map hides nothing. Else a further map, as large as the last, asks. Lengths of keys and queries are unbounded.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)

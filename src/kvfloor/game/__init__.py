@@ -76,7 +76,8 @@ INSTANCES: dict[str, type[Instance]] = {
 def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
     """Play one barrier, the game of a memory theorem, against a method; return the result with its verdict.
 
-    `barrier` is a name in `BARRIERS`. `method` is a `Method` or the text of one, such as "h2o@16".
+    `barrier` is a name in `BARRIERS`. `method` is a `Method` or the text of one: "h2o@16" is H2O with a budget of 16
+    tokens.
     `arguments` are those of the `play` function in the barrier's module, which explains them.
     Raises ValueError for an unknown barrier (listing all barriers), for an argument that the barrier does not take
     (listing the arguments that it takes), and for the errors of the barrier's own `play`.

@@ -1,7 +1,7 @@
 """Play the game of the read floor: hide levels in the values of token groups, and decode the levels from a message.
 
 The read floor (`floors.measured`) is a lower bound on the bits that a state must hold to answer queries over given
-keys.
+keys. In the game of its proof, Alice hides values in a method's state, and Bob restores the state and decodes them.
     group    tokens that share one row of dv hidden values, read by one query
     levels   equally spaced values in [-1, 1], one of which each hidden value is
     message  the bytes of a method's state
@@ -35,7 +35,7 @@ class MeasuredGame:
     only if its whole row is right.
 
     answered       share of answers within eta of exact attention in max norm; the floor assumes this of each answer
-                   with probability p only
+                   with probability p only (eta and p are those of the floor's `Demand`)
     decoded        share of rows decoded right if the levels of groups decoded earlier are given, as in the proof
     worst_error    largest deviation of an answer from exact attention
     floor_bits     bits of the read floor
@@ -52,7 +52,7 @@ class MeasuredGame:
 
     @property
     def contradicts(self) -> bool:
-        """Return True if every answer was within eta yet the message is shorter than the floor: a refutation."""
+        """Return True if every answer was within eta yet the message is shorter than the floor: the floor is false."""
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
 

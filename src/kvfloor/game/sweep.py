@@ -1,9 +1,10 @@
 """Play series of small games of growing difficulty, and record the bits certified for a method in each.
 
-In a game, values are hidden in the state of a method, and the certified bits are the hidden bits that the message (the
-bytes of the state) provably carries. `precision` plays the spike game (one hidden row per key) with ever finer values,
-`packings` the packing game (few dimensions, bounded logits) at several sizes and radii. These games restore the message
-in this process; the games of the report's table use an isolated process.
+In a game, Alice hides values in the state of a method and sends its bytes, the message, from which Bob decodes the
+values. The certified bits are the hidden bits that the message provably carries. `precision` plays the spike game (one
+hidden row per key) with ever finer values, `packings` the packing game (few dimensions, bounded logits) at several
+sizes and radii. These games restore the message in this process; the games of the report's table use an isolated
+process.
 """
 
 from collections.abc import Sequence

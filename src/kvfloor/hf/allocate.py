@@ -3,6 +3,7 @@
 The budget is the mean number of tokens per kv head. Shares are multiples of it: among shares of mean 1, a head with
 share 1.5 gets 1.5 times the budget. The table has one tuple per compressed layer, with a share per kv head or one share
 for all heads. Shares may fall with depth (`pyramid`), be measured (`kvfloor.hf.calibrate`), or be given by the user.
+A compressed layer is one with attention over all tokens, whose cache a kvfloor method keeps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     pass
 
-# Multiples of one budget per compressed layer and kv head; one number is for all.
+# Multiples of one budget, per compressed layer and kv head; a single number in a layer is for all its heads.
 Shares = tuple[tuple[float, ...], ...]
 Number = TypeVar("Number", int, float)
 
@@ -37,8 +38,8 @@ def pyramid(layers: int) -> Shares:
 def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number, ...]:
     """Return one number (share, or budget in tokens) per kv head of a layer, repeating a single one for all its heads.
 
-    line: the layer's entry in the table, with one number or `kv_heads` numbers. place: the layer's index in the table,
-    for the error. Raises ValueError for any other count of numbers.
+    line: the layer's entry in a table of shares or of budgets, with one number or `kv_heads` numbers. place: the
+    layer's index in the table, for the error. Raises ValueError for any other count of numbers.
     """
     if len(line) not in (1, kv_heads):
         raise ValueError(

@@ -1,4 +1,9 @@
-"""Define CompressedCache, the bounded-memory cache that is passed to `generate(past_key_values=...)`."""
+"""Define CompressedCache, the bounded-memory cache that is passed to `generate(past_key_values=...)`.
+
+A compressed layer is a cache layer whose keys and values a kvfloor method keeps; its state is all that the method keeps
+of them. A slot is one column of the padded batch. A forward that broke off has passed its tokens to some layers only,
+and leaves the cache unusable.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +50,9 @@ class CompressedCache(Cache):
     requests  one id per batch item, which seeds that item's randomness together with `seed`; 0, 1, 2, ... unless given
     budgets   instead of '@': tokens per compressed layer and kv head, [[512, 128], [64, 64], ...]; one number in a
               layer is for all its heads
-    allocate  how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (in
-              proportion to the tokens that each head distinguishes in `calibration`, the token ids of a typical
-              prompt; needs the model), or multiples of the budget, in the form of `budgets`
+    allocate  how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (more for
+              heads whose queries can tell more tokens apart, see `floor_shares`; needs the model, and `calibration`:
+              the token ids of a typical prompt), or multiples of the budget, in the form of `budgets`
     pinned    spans [from, to) of token positions that are never evicted, e.g. [(0, 40)] for a system prompt; positions
               count a batch item's real tokens, pads excluded
     on_evict  called with an `Eviction` whenever a layer evicts tokens
@@ -55,9 +60,9 @@ class CompressedCache(Cache):
               token's rank among the tokens that its kv head still holds, so that no distance is longer than the budget
               and a stream goes on past the positions that the model was trained for (StreamingLLM). "cache" needs the
               prepared model, rotary positions, and a method that holds whole tokens
-    One cache serves one request (or one batch) at a time, on a model that went through `prepare`.
-    Raises TypeError and ValueError naming the argument. Errors that need the model's keys to detect (a budget too small
-    for the protected tokens, a table with a wrong number of heads) are raised in the first forward.
+    One cache serves one request (or one batch) at a time, on a model that went through `kvfloor.hf.prepare`.
+    Raises TypeError and ValueError naming the argument. Errors that need the model's keys to detect (a budget smaller
+    than the tokens that must be kept, a table with a wrong number of heads) are raised in the first forward.
     """
 
     def __init__(
@@ -137,7 +142,7 @@ class CompressedCache(Cache):
         """Return True if the cache has layers, filled or not.
 
         Raises ValueError for a model that changes its rotary angles at some length (Phi-3), in older transformers
-        releases. There generate() would replace this cache by a DynamicCache, and no later call could raise instead.
+        releases. Their generate() would replace this cache by a DynamicCache, and no later call could raise instead.
         """
         if self._rotation is not None:
             self._rotation.refuse_unasked(int(super().get_seq_length()))
@@ -146,7 +151,7 @@ class CompressedCache(Cache):
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Return the sizes of the attention mask for a forward: (number of slots covered, index of the first slot).
 
-        A slot is one column of the padded batch. query_length: the new slots, as for `CompressedLayer.get_mask_sizes`.
+        query_length: the number of new slots; until transformers 5.3 the tensor of their positions.
         Raises ValueError if the forward would pass the length at which the model changes its rotary angles (Phi-3),
         since the keys in the cache do not fit beyond it.
         """
@@ -157,9 +162,9 @@ class CompressedCache(Cache):
         return slots, offset
 
     def seal(self) -> None:
-        """Mark the end of the prompt now, so that methods that compress the prompt do so.
+        """Mark the end of the prompt now. Methods that compress the prompt as a whole, such as SnapKV, do so here.
 
-        Without this call, the first one-token forward marks it.
+        Without this call, the first one-token forward marks the end.
         """
         with self._passage.change("seal()"):
             for layer in self.compressed:
@@ -363,7 +368,7 @@ class CompressedCache(Cache):
         row_bytes               per row: measured bytes; their sum is state_bytes up to rounding
         state_bytes             bytes of the layer's state
         staged_bytes            bytes of keys and values that wait for the attention of a running forward
-        guarantee               the method's theorem evaluated on the tokens seen (the fields of `Guarantee`), or None
+        guarantee               the method's proved error bound for the tokens seen (fields of `Guarantee`), or None
         """
         return [_entry(layer) for layer in self.compressed]
 

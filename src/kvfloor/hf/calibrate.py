@@ -17,15 +17,15 @@ from kvfloor.hf.allocate import Shares
 from kvfloor.hf.layers import watched_cache
 from kvfloor.hf.recording import Recorded, Recorder
 
-ETA, P = 0.25, 0.9  # additive error, of values in [-1, 1], and success probability at which heads' floors are taken
+ETA, P = 0.25, 0.9  # error allowed in answers, of values in [-1, 1], and probability with which it must be kept
 MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
 
 
 def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept: float = 0.5) -> Shares:
     """Return each kv head's share of a budget, one tuple per compressed layer, of mean 1 over all heads.
 
-    Law: share = kept + (1 - kept) * readable / mean readable. A head's `readable` is the number of tokens of `prompt`,
-    alone or in groups, whose values could be read back from the answers to the head's own queries
+    Law: share = kept + (1 - kept) * readable / mean readable. A head's `readable` is the number of groups of one or
+    more tokens of `prompt` whose value could be read back from the answers to the head's own queries
     (`kvfloor.floors.measured.readable_by`).
     prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
              that keeps every token; the head's queries are those of the prompt's newest tokens
@@ -50,7 +50,7 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
 
 
 def _readable(seen: Recorded) -> list[int]:
-    """Count, for each kv head of a layer, the groups of tokens that its newest queries can read; at least 1 per head.
+    """Return, for each kv head of a layer, the number of groups of tokens that its newest queries can read, at least 1.
 
     Queries can read a group (one or several tokens) if its value could be read back from their answers.
     seen: the queries, keys and values of the layer on the calibration prompt.

@@ -55,9 +55,9 @@ class Dialogue:
     def score(self, token_ids: Sequence[Sequence[int]], chunk: int = 512) -> list[tuple[Tensor, Tensor]]:
         """Feed one list of token ids per batch item, and score each token given all tokens before it.
 
-        Returns per item two CPU tensors: each token's log-probability (t,) float32, and a bool (t,) that is True where
-        the token was the likeliest one. `chunk` slots per forward bound the memory of the logits. Shorter lists are
-        padded at their end, so no tokens can be fed afterwards.
+        Returns per item of t tokens two CPU tensors: each token's log-probability (t,) float32, and a bool (t,) that
+        is True where the token was the likeliest one. Call `feed` first. `chunk` slots per forward bound the memory of
+        the logits. Shorter lists are padded at their end, so no tokens can be fed afterwards.
         """
         assert self.logits is not None
         batch, real = padded(token_ids, side="right")

@@ -1,4 +1,4 @@
-"""Decide which layers of a model a compressed cache serves, and which model families it refuses, with the reason."""
+"""Decide which layers of a model are compressed, and which model families are refused, with the reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REFUSED: dict[str, str] = {  # families that use the attention registry but cann
 def layer_types(config: PreTrainedConfig) -> list[str]:
     """Return the type of each decoder layer, such as "full_attention" or "sliding_attention".
 
-    A layer without keys of its own, which reads those of an earlier layer, has the type "dummy".
+    A layer that has no keys of its own and attends to those of an earlier layer has the type "dummy".
     """
     decoder = config.get_text_config(decoder=True)
     try:

@@ -2,11 +2,11 @@
 
 Where transformers caches latents, the cache's `update` receives a token's latent c and its rotary key r, one of each
 for all heads. The attention module's `expand_kv` then computes head h's key [K_h c, r] and value V_h c from the latents
-that `update` returns. A head's logit is [K_h' q, q_rot] . [c, r], where q and q_rot are the parts of its query without
-and with rotation. Its answer is V_h times the weighted mean of the latents (DeepSeek-V2, arXiv 2405.04434, section
-2.1.2, "absorbed"). So kvfloor stores [c, r] as key and as value of a single kv head, whose GQA group is all query
-heads: all heads keep the same tokens. Some transformers releases cache the keys of every head instead; they need none
-of this.
+that `update` returns. A head's logit is [K_h' q, q_rot] . [c, r], where K_h' is the transpose of K_h, and q and q_rot
+are the parts of its query without and with rotation. Its answer is V_h times the weighted mean of the latents
+(DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorbed"). So kvfloor stores [c, r] as key and as value of a single kv
+head, whose GQA group is all query heads: all heads keep the same tokens. Some transformers releases cache the keys of
+every head instead; they need none of this.
 
 In shapes, c and r are the widths of a latent and of a rotary key, and nope is the width of a key without rotation. B is
 the batch, H the number of query heads, n the number of tokens, d and dv the widths of a head's key and value.

@@ -1,6 +1,9 @@
 """Implement one layer of a compressed cache: transformers' cache-layer protocol over a kvfloor state.
 
-A state is the memory of one method for the rows of one layer. A row is the stream of one (batch item, kv head).
+A state is the memory of one method for the rows of one layer. A row is the stream of one (batch item, kv head). A
+slot is one column of the padded batch. Keys and values are staged from the layer's `update` until its `answer` appends
+them to the state. In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of new
+slots, d and dv the widths of a key and of a value.
 """
 
 from __future__ import annotations
@@ -30,8 +33,7 @@ from kvfloor.hf.rows import present_rows, step_rows
 class Meter:
     """Record the bytes and the slots seen of every layer of a cache, and the peak of all bytes together.
 
-    The peak includes staged tensors (of a running forward, not appended yet) and temporary copies. Layers that never
-    answered a query have no entry.
+    The peak includes staged tensors and temporary copies. Layers that never answered a query have no entry.
     """
 
     def __init__(self) -> None:
@@ -222,7 +224,7 @@ class CompressedLayer(CacheLayerMixin):
         self._on_evict(Eviction(self.index, row // heads, row % heads, position))
 
     def clocks(self) -> dict[str, Any]:
-        """Return {"seen", "batch", "is_initialized"}: the counters that are saved beside the state, JSON-ready."""
+        """Return {"seen": slots fed, "batch": size, "is_initialized": bool}, which are saved beside the state."""
         return {"seen": self.seen, "batch": self.batch, "is_initialized": self.is_initialized}
 
     def resume(self, state: State | None, clocks: dict[str, Any], model: torch.nn.Module) -> None:
@@ -275,7 +277,7 @@ class CompressedLayer(CacheLayerMixin):
         """Do nothing: a compressed layer is never offloaded to the CPU, so there is nothing to fetch."""
 
     def to(self, device: str | torch.device) -> None:
-        """Move the state to `device`: serialise it on the CPU, and build it again there."""
+        """Move the state to `device`: serialise it on the CPU, and build it again on `device`."""
         if self.state is not None:
             self.state = self.state.method.from_bytes(self.state.to_bytes(), device)
             self.call_on_evict(self._on_evict)
@@ -450,9 +452,9 @@ class CompressedLayer(CacheLayerMixin):
 
 
 def _in_rows(tokens: tuple[Tensor, Tensor], kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Convert (batch item (e,), position (e,)) of tokens to (row, position), (e * kv_heads,) each, for every kv head.
+    """Convert (batch item (e,), position (e,)) of e tokens to (row, position), (e * kv_heads,) each.
 
-    A row is the stream of one kv head of one batch item. Its index is batch item * kv_heads + kv head.
+    Each token is in the rows of all kv heads of its batch item. A row's index is batch item * kv_heads + kv head.
     """
     item, position = tokens
     rows = item.unsqueeze(1) * kv_heads + torch.arange(kv_heads)

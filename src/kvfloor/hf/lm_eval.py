@@ -59,6 +59,7 @@ class CompressedLM(TemplateLM):
     device      such as "cuda:0", the default of lm-eval's command line; the CPU where there is no such device
     dtype       "float32", "bfloat16" or "float16"
     max_length  tokens that the model can see; taken from its configuration unless given
+    tokenizer   the model's tokenizer, needed only if `pretrained` is a model
     Raises ValueError naming the argument that is not allowed.
     """
 
@@ -136,7 +137,10 @@ class CompressedLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Return, per request, the log-probability of its continuation, and True if every token of it was likeliest."""
+        """Return, per request, the log-probability of its continuation, and True if every token of it was likeliest.
+
+        requests: (lm-eval's key of the request, token ids of the context, token ids of the continuation).
+        """
         answers: dict[int, tuple[float, bool]] = {}
         sizes = [len(context) + len(continuation) for _, context, continuation in requests]
         for batch in self._batches(sizes, disable_tqdm, "loglikelihood"):
@@ -207,7 +211,7 @@ class CompressedLM(TemplateLM):
         """Yield the request indices of one batch after another, longest requests first.
 
         sizes: tokens per request. alike: a text per request; requests of one batch have the same text (their generation
-        options). None: any requests may share a batch.
+        options). With `alike` None, any requests may share a batch.
         """
         kinds = alike or [""] * len(sizes)
         order = sorted(range(len(sizes)), key=lambda i: (kinds[i], -sizes[i]))

@@ -1,6 +1,8 @@
 """Represent the attention mask of a compressed layer by its rule and padding, and build its tensor only on use.
 
-A compressed layer needs the padding alone. So the tensor (batch, 1, queries, slots) of a long cache is seldom built.
+A rule is transformers' function that decides which slots a query attends to. A slot is one column of the padded batch;
+a mask covers the slots of earlier forwards too. A compressed layer needs the padding alone. So the tensor (batch, 1,
+queries, slots) of a long cache is seldom built.
 """
 
 from __future__ import annotations
@@ -198,8 +200,9 @@ def _made(x: Any) -> Any:
 def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | None:
     """Return a forward's attention mask: a LazyMask for a compressed layer, else a tensor or None.
 
-    before: name of the attention selected before kvfloor's, in whose form a tensor is. kwargs: transformers' arguments
-    for masks.
+    This is the mask function that transformers calls. before: name of the attention selected before kvfloor's; a tensor
+    has the form that eager attention needs if the name ends with "eager", else sdpa's. kwargs: transformers' arguments
+    for masks. Raises TypeError if any are passed by position (`args`).
     Raises ValueError, before any layer has changed, for a mask rule that a compressed layer cannot follow.
     """
     if args:

@@ -1,6 +1,7 @@
 """Open the kvfloor state of each compressed layer of a cache, with its share of the budget.
 
-A state is the memory of one method for the rows of one layer; a row is the stream of one (batch item, kv head).
+A state is the memory of one method for the rows of one layer; a row is the stream of one (batch item, kv head). A
+compressed layer is one with attention over all tokens, whose keys and values a kvfloor method keeps.
 """
 
 from __future__ import annotations

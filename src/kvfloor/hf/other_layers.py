@@ -1,6 +1,7 @@
 """Save, restore, move and count the tensors of transformers' own cache layers.
 
-These are layers with a sliding window, a convolution or linear attention, and the linear half of a hybrid layer.
+These are layers with a sliding window, a convolution or linear attention, and the linear half of a hybrid layer (one
+with attention beside a linear state).
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ A forward passes its tokens to one layer after the other. If it breaks off, some
 not, and the cache is unusable. No layer can detect that alone, and a cache gets no signal when a forward begins or
 ends. But a model makes the same requests (give keys, read or fill a linear state) to each layer once per forward. So a
 request that is made a second time belongs to the next forward.
+
+Linear states are those of convolutions and of linear attention. Models may change them in place. Each tensor counts its
+in-place changes (`Tensor._version`), so if the counts of two like layers differ, the forward broke off between them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from transformers.cache_utils import Cache
 from kvfloor.core.broken import BrokenState
 from kvfloor.hf.families import layer_roles
 
-# Releases before that let models take linear states out of the layers themselves, unseen by the cache.
+# In older transformers releases, models read linear states from the layers themselves, unseen by the cache.
 _LINEAR_SEEN = hasattr(Cache, "get_conv_state")
 _KEYS = "keys"
 _REMEDY = "reset() it, load the last one you saved, or begin with a new one"
@@ -79,11 +82,12 @@ class Passage:
         self._open.add(layer)
 
     def passed_over(self, layer: int) -> bool:
-        """Return True if the forward skipped another layer's attention, False if an earlier forward broke off there.
+        """Return True if the recorded forward goes on without kvfloor's attention, False if it broke off.
 
-        Call it when `layer` receives keys while that other layer has received keys and not appended them. If the
-        recorded forward has already passed keys to `layer`, a new forward has begun: False. With a single layer the
-        result is always True: an unprepared model skips kvfloor's attention.
+        Call it when `layer` receives keys while some layer still has keys that its attention has not stored. If the
+        recorded forward has passed keys to `layer` before, the new keys begin another forward, and the recorded one
+        broke off: False. If only one layer of the model stores anything, the two cases look alike, and the result is
+        True: the model is taken to be unprepared.
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
@@ -197,8 +201,8 @@ class Passage:
     def _half_filled(self, last: int) -> set[int]:
         """Return {last} if layer `last` still misses keys or updates of its linear states in this forward, else {}.
 
-        last: the newest layer that the forward has reached. Something is missing if another layer with states of the
-        same class has received more or less. Earlier layers are complete, since the forward went past them.
+        last: the last layer that the forward has reached. Something is missing if its changes (`_changed`) differ from
+        those of a layer with linear states of the same class. Earlier layers are complete: the forward went past them.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]
@@ -217,9 +221,10 @@ class Passage:
         return frozenset(changed | filled | ({(_KEYS, 0, 1)} if (layer, _KEYS, 0) in self._made else set()))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for a copy, with the error of a broken forward decided now.
+        """Return the attributes for a copy: the error if a forward broke off (or still runs), and no requests.
 
-        A copy could not decide it later, since its tensors count their in-place changes from 0 again.
+        The error is found now and stored as text: it depends on tensors' counts of in-place changes, and a copied
+        tensor counts from 0 again.
         """
         plain = dict(self.__dict__)
         try:

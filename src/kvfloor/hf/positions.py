@@ -79,8 +79,8 @@ class TurnBack:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return query (B, H, n, d) and key (B, Hkv, n, d) without their rotation; value is not used.
 
-        positions (B or 1, n) or (axes, B, n) are the positions by which the model rotated query and key. Raises
-        ValueError if positions is None.
+        positions, (B or 1, n) or (axes, B, n) as for `plain`, are those by which the model rotated query and key.
+        Raises ValueError if positions is None.
         """
         del value
         if positions is None:
@@ -148,7 +148,7 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
 class _Inputs:
     """Record one layer's query, key and value of one token at several positions, one per batch item: (B, heads, d)."""
 
-    place: Tensor  # (batch,)
+    place: Tensor  # (batch,): the positions
     query: Tensor
     key: Tensor
     value: Tensor | None  # None where it is the key
@@ -157,7 +157,10 @@ class _Inputs:
 
 @dataclass
 class _Recorder:
-    """Record a layer's queries, keys and values when called in place of `TurnBack`; return query and key unchanged."""
+    """Record a layer's queries, keys and values when called in place of `TurnBack`; return query and key unchanged.
+
+    place: the token's position in each batch item (B,). seen: the inputs of each call.
+    """
 
     place: Tensor
     seen: list[_Inputs] = field(default_factory=list)

@@ -49,9 +49,9 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return attention of queries (B, H, n, d) as (B, n, H, dv), and the attention weights or None.
 
-    This is the function that transformers calls. Keys from a compressed layer are marked, and that layer answers. Other
-    keys go to the attention named `over`, which the model had selected before. Weights are returned only there, if they
-    are requested and the family's eager attention returns them.
+    This is the function that transformers calls. Keys from a compressed layer are marked, and that layer answers,
+    without weights. Other keys go to the attention named `over`, which the model had selected before. Their weights are
+    returned if they are requested and the family's eager attention returns them.
     """
     answer: Any = _latent if hasattr(module, "expand_kv") else _stock
     if CompressedLayer.of(key) is not None:

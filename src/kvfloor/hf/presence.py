@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Tokens = tuple[Tensor, Tensor]  # batch item (e,) and position among the item's own tokens (e,), int64 on the CPU
+Tokens = tuple[Tensor, Tensor]  # of e tokens: batch item (e,), position among the item's own (e,), int64 on the CPU
 
 _WHOLE = "give the same zeros again, or feed the tokens of these slots with all others to a new cache"
 
@@ -28,8 +28,8 @@ class Presence:
     def reset(self) -> None:
         """Remove all entries, as for an empty cache."""
         self.slots = 0
-        self.pads = torch.zeros(0, 2, dtype=torch.int64)  # (batch item, slot) of slots never taken in
-        self.hidden = torch.zeros(0, 2, dtype=torch.int64)  # (batch item, slot) of tokens taken in and dropped
+        self.pads = torch.zeros(0, 2, dtype=torch.int64)  # (batch item, slot) of slots never stored
+        self.hidden = torch.zeros(0, 2, dtype=torch.int64)  # (batch item, slot) of tokens stored and dropped later
         self._leaving: Tokens | None = None
 
     @property
@@ -43,8 +43,8 @@ class Presence:
         padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards. With
         padding None, earlier slots stay as they were and all new slots are real: so a padded prompt may be followed by
         tokens without a mask.
-        Returns (batch item (e,), position (e,) among the item's stored tokens). Changes nothing. Raises ValueError if
-        the mask is True for a slot that an earlier mask hid, where the cache holds no token.
+        Returns, for e tokens, (batch item (e,), position (e,) among the item's stored tokens). Changes nothing. Raises
+        ValueError if the mask is True for a slot that an earlier mask hid, where the cache holds no token.
         """
         if self.slots != seen:  # another layer of this forward has compared this mask already
             return self._leaving

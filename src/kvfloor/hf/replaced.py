@@ -62,9 +62,9 @@ class SwitchingRotation:
         return cls(length, rope.get("rope_type", "default") != "default", reachable and _drops_unasked(config))
 
     def seen(self, slots: int) -> int:
-        """Return the number of slots as an int that raises ValueError when generate() compares it with the length.
+        """Return `slots` as an int that raises ValueError when generate() compares it with the length.
 
-        That comparison precedes the replacement of the cache.
+        slots: columns of the padded batch fed so far. generate() compares before it replaces the cache.
         """
         return _SlotsSeen(slots, self)
 

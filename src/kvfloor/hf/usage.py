@@ -1,6 +1,6 @@
 """Sum the tokens and bytes of many compressed caches, beside the bytes that exact caches would have taken.
 
-The totals show in an evaluation's results that the method was really applied.
+An exact cache keeps every token. The totals show in an evaluation's results that the method was really applied.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Usage:
 
         sequences                            number of batch items
         most_tokens_seen, most_tokens_held   maxima over kv heads
-        state_bytes, exact_bytes             sums: bytes at the end of each sequence, and those of an exact cache
+        state_bytes, exact_bytes             sums: bytes of the states when recorded, and those of exact caches
         peak_bytes                           maximum over caches
         """
         return {

@@ -60,7 +60,7 @@ def adapters_of(model: nn.Module) -> Adapters:
 
 
 def stored(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of every parameter and persistent buffer that the model computes with, by name.
+    """Yield (name, tensor) of every parameter and persistent buffer that the model computes with, sorted by name.
 
     Weights of inactive adapters are left out. A layer wrapped by an adapter has the name that it has without one. A
     quantised weight is yielded in parts. Raises ValueError naming a weight whose numbers cannot be read.

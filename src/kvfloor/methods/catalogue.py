@@ -1,4 +1,9 @@
-"""Describe every registered method in words, for `kvfloor methods` and the generated docs."""
+"""Describe every registered method in words, for `kvfloor methods` and the generated docs.
+
+A method is a way to cache tokens. It is whole, or made of parts: a policy (chooses tokens to evict), a summary
+(compressed form of evicted tokens) and a selector (chooses the tokens that a query reads). A guarantee is a proved
+error bound; traits are a method's promises.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +23,9 @@ def rows() -> list[dict[str, Any]]:
     """Return one dict per registered method, policy, summary and selector: the rows of the table of methods.
 
     The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory, traits,
-    aliases. Variants come last: methods of another attention law, which cannot serve as a model's cache. Variants with
-    an argument that has no default are left out, as only the game that proves a lower bound makes them.
+    aliases. The values are text, except traits and aliases, which are lists of text. Variants come last: methods of
+    another attention law, which cannot serve as a model's cache. A variant with an argument that has no default is left
+    out: only the experiments of `kvfloor.game` use such a variant.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]
@@ -55,7 +61,7 @@ def _guarantee(name: str, part: type, method: Method) -> str:
 
     A theorem that holds only under assumptions is followed by the arguments of `part` that state these assumptions,
     such as `radius` or `spread`. name, part: the registered name and its class; method: a method that contains the
-    part with its default arguments.
+    part, all with default arguments.
     """
     spec = Spec(rows=1, d=4, dv=4)
     stated, given = method.guarantee(spec), ""

@@ -142,7 +142,7 @@ def default_method(name: str, budget: int = 64) -> Method:
 
     A policy becomes "name@budget", a summary "window+name@budget", a selector "exact|name"; a whole method ignores
     `budget`. The budget is in tokens.
-    Tests, docs and the conformance matrix iterate over these methods.
+    Tests and docs iterate over these methods.
     """
     part = lookup(name)
     texts = {"policy": "{0}@{1}", "summary": "window+{0}@{1}", "selector": "exact|{0}", "method": "{0}"}

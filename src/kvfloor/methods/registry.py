@@ -1,8 +1,8 @@
 """Register every method, policy, summary and selector in one table, and look a part up by its name.
 
-A part is a policy, summary, selector or whole method. CLI choices, the docs' tables, the conformance matrix and the
-report all follow from `TABLE`. A part may also be written `module:Class`, which is imported, so that third parties can
-add parts.
+A part is a policy, summary, selector or whole method. The choices of the command line, the docs' tables, the tests that
+run for every method and the report all follow from `TABLE`. A part may also be written `module:Class`, which is
+imported, so that third parties can add parts.
 """
 
 from __future__ import annotations

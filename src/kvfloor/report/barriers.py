@@ -1,7 +1,7 @@
 """Render the page of `kvfloor break --out`: every game played against a method, and sweeps of harder games.
 
 A barrier is the hard instance of a memory theorem, and a game plays it against the method. A sweep is a series of
-games of growing difficulty, which shows from where on the method leaves the theorem's bound.
+games of growing difficulty, which shows at what difficulty the method departs from the theorem's bound.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ _PLAIN = (str, int, float, bool)
 def render(results: Sequence[Result], command: str, path: Path) -> None:
     """Write the HTML page of these games, all of one method, to `path`, whole or not at all.
 
-    The call first plays the sweeps, which are series of games of growing difficulty. The page shows `command`.
+    The call first plays the sweeps, which are series of games of growing difficulty. `command` is the command line that
+    the page shows.
     Raises ValueError where there is no result or the file cannot be written.
     """
     replace_file(path, page(results, command))
@@ -31,8 +32,8 @@ def render(results: Sequence[Result], command: str, path: Path) -> None:
 def page(results: Sequence[Result], command: str) -> str:
     """Play the sweeps, and return the page of these games, all of one method, as HTML text.
 
-    Sweeps are series of games of growing difficulty. The page shows `command`. Raises ValueError where there is no
-    game.
+    Sweeps are series of games of growing difficulty. `command` is the command line that the page shows. Raises
+    ValueError where there is no game.
     """
     if not results:
         raise ValueError("there is nothing to report: play at least one barrier")

@@ -23,7 +23,7 @@ LETTER = 7.0
 
 
 def number_text(value: float) -> str:
-    """Write a number as text: four significant digits below 1000, whole below a million, with M or G above."""
+    """Write a number as text: four significant digits below 1000, whole below a million, then as `1.23M` or `4.5G`."""
     for size, unit in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -71,7 +71,7 @@ class Axis:
         return self.start + (at - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """List the labelled points of the axis as (coordinate, label): powers of two, or round numbers."""
+        """List the axis's ticks as (page coordinate, label): powers of two if it is logarithmic, else round numbers."""
         if self.log:
             first, last = math.ceil(self.low), math.floor(self.high)
             stride = max(1, math.ceil((last - first + 1) / self.most_ticks))

@@ -21,7 +21,7 @@ _PROTOCOLS = {"visible": "Question visible while compressing", "after": "Questio
 def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
     """Make the figure of score (y) against bytes (x, log scale) for one task, context length and protocol.
 
-    rows   the results of each setting (method with budget) there, those of the exact cache included
+    rows   the cell's measured rows: one per setting (method with budget), and one of the exact cache
     marks  maps each method (a setting without its budget) to its colour and shape
     """
     exact = next(row for row in rows if row.method == "exact")

@@ -25,6 +25,7 @@ def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path, 
     """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
     rows     one per setting (method with budget) and cell (task, context length, protocol)
+    answer   the recommended setting, with the verdict on every candidate
     by_head  the kv heads' floors (the least bytes that any method needs), if they were measured
     Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
     """

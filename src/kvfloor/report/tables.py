@@ -1,8 +1,9 @@
 """Compute the report's tables as plain data, for both the page and the terminal.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol. A row is one setting
-measured on one cell. Its verdict is on its loss of score against the exact cache: "holds" (an intolerable loss is
-excluded), "falls" (a loss is certain) or "open" (neither is shown).
+A setting is a method with its budget; a cell is a task at a context length under a protocol (question asked before or
+after the compression). A row is one setting measured on one cell. Its verdict is on its loss of score against the exact
+cache, which keeps every token: "holds" (an intolerable loss is excluded), "falls" (a loss is certain) or "open"
+(neither is shown).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ VERDICT_SIGNS: dict[Verdict, str] = {"holds": "✓", "open": "?", "falls": "✗"
 
 @dataclass(frozen=True)
 class CellScore:
-    """Hold the row of one setting on one cell, and the row's verdict; both None if it was not measured."""
+    """Hold the row of one setting on one cell, and its verdict; both None if the setting was not measured there."""
 
     row: Row | None
     verdict: Verdict | None
@@ -41,7 +42,10 @@ class SettingScores:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold one setting's bytes at one context length; each is the largest over its tasks and protocols."""
+    """Hold the bytes of one setting's cache at one context length, each the largest over its tasks and protocols.
+
+    The fields are those of `Row`.
+    """
 
     setting: str
     baseline: bool
@@ -57,7 +61,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Speed:
-    """Hold one setting's times at one context length: medians over its tasks and protocols. None: not measured."""
+    """Hold one setting's times at one context length: medians over its tasks and protocols. None: not measured.
+
+    The fields are those of `Row`.
+    """
 
     setting: str
     baseline: bool
@@ -107,7 +114,7 @@ def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...
 
 
 def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
-    """Return the table of bytes: one `Sizes` per setting (method with budget) and context length."""
+    """Return the bytes of every setting's cache: one `Sizes` per setting (method with budget) and context length."""
     return tuple(
         Sizes(
             setting=setting,
@@ -126,7 +133,7 @@ def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
 
 
 def speeds(rows: Sequence[Row]) -> tuple[Speed, ...]:
-    """Return the table of times: one `Speed` per setting (method with budget) and context length."""
+    """Return the prefill and decode times: one `Speed` per setting (method with budget) and context length."""
     table = []
     for (setting, context), group in _by_context(rows).items():
         decode = [row.decode_ms_per_token for row in group if row.decode_ms_per_token is not None]

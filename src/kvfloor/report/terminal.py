@@ -62,7 +62,7 @@ def print_barriers(results: Sequence[Result]) -> None:
 def details_text(details: Mapping[str, Any]) -> str:
     """Return a game's further numbers, which depend on its theorem, as one line: "name value, name value".
 
-    Lists among them are left to the JSON and the page.
+    Values that are lists are left out; the JSON document and the page show them.
     """
     shown = {name: value for name, value in details.items() if isinstance(value, (str, int, float))}
     return ", ".join(

@@ -1,6 +1,7 @@
 """Define the task "kv": recall the value of one key among key-value pairs.
 
-Keys and values are four-digit numbers of two tokens each. Other pairs contain the same tokens.
+Keys and values are four-digit numbers of two tokens each. Keys share tokens with one another, so both tokens of a key
+must be matched.
 """
 
 from __future__ import annotations

@@ -102,16 +102,16 @@ class Lexicon:
     pairs: tuple[str, ...] = PAIRS
 
     def shrink(self, symbols: int) -> Lexicon:
-        """Return a lexicon with the first `symbols` nouns, adjectives and numbers.
+        """Return a lexicon with the first `symbols` entries of each pool: nouns, adjectives and numbers.
 
-        Training starts with such a lexicon. Raises ValueError if `symbols` is less than 1.
+        The training of the built-in model starts with such a lexicon. Raises ValueError if `symbols` is less than 1.
         """
         if symbols < 1:
             raise ValueError(f"symbols={symbols}: a lexicon needs at least 1 symbol per pool")
         return Lexicon(self.things[:symbols], self.traits[:symbols], self.pairs[:symbols])
 
     def split(self, rng: random.Random, sizes: Sequence[int]) -> list[Lexicon]:
-        """Return one lexicon per entry of `sizes`, with that many nouns, none of which two lexicons share.
+        """Return one lexicon per entry of `sizes`, with that many random nouns; no noun is in two of the lexicons.
 
         So several tasks in one context cannot use the same noun. Adjectives and numbers are shared.
         """

@@ -1,7 +1,7 @@
 """Define the task "vartrack": find a variable's value by following a chain of scattered assignments.
 
-The context holds several chains, such as "let fox = 4821." ... "let hen = fox.", whose number of hops is the
-difficulty.
+The context holds several chains, such as "let fox = 4821." ... "let hen = fox.". The difficulty is a chain's number of
+hops, i.e. of assignments from another variable.
 """
 
 from __future__ import annotations

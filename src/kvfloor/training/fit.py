@@ -2,8 +2,9 @@
 
 LESS (Dong et al. 2024, arXiv 2402.09398) keeps a low-rank state of the evicted tokens. Its kernels are two small
 networks per kv head, phi of queries and psi of keys, such that phi(q).psi(k) replaces exp(scale q.k) of an evicted
-token. A lesson is one text in one layer of the model, with the tokens that a policy evicts from it; the last tenth of
-the texts is kept out of training.
+token. In shapes, P is the number of kv heads, g of query heads per kv head, m of queries, dv the width of a value. A
+lesson is one text in one layer of the model, with the tokens that a policy evicts from it; the last tenth of the texts
+is kept out of training.
 """
 
 from __future__ import annotations
@@ -85,9 +86,10 @@ def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
 
 
 def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
-    """Return the output projection (hidden, width) of the attention in model layer `layer`, float32; None if not found.
+    """Return the weight of the attention's output projection in model layer `layer`, float32; None if not found.
 
-    The projection is a linear module with `width` inputs and a usual name, such as o_proj.
+    It has shape (model's hidden size, width). The projection is a linear module with `width` inputs and a usual name,
+    such as o_proj.
     """
     for module in model.modules():
         if getattr(module, "layer_idx", None) != layer:
@@ -99,10 +101,10 @@ def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
 
 
 def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
-    """Return the attention layer's output (m, hidden) for m tokens, given its heads' outputs x (P, g, m, dv).
+    """Return the attention layer's output for m tokens, given its heads' outputs x (P, g, m, dv).
 
-    There are P kv heads with g query heads each, and dv is the width of a value. The heads' outputs are concatenated
-    and multiplied by the output projection `weight` (hidden, P * g * dv); None: not multiplied.
+    The heads' outputs are concatenated to (m, P * g * dv) and multiplied by the output projection `weight` (model's
+    hidden size, P * g * dv), which gives (m, hidden size); `weight` None: not multiplied.
     """
     heads = x.permute(2, 0, 1, 3).flatten(1)
     return heads if weight is None else heads @ weight.T
@@ -169,8 +171,8 @@ def train(
     material   texts that the model runs over
     method     the eviction policy with its budget, which decides the tokens that the kernels learn to replace
     say        called with each line of progress
-    Kernels are two small networks per kv head, which replace evicted tokens. A layer that `CompressedCache` does not
-    compress gets the kernels of the layer before it, or untrained ones if it is the first.
+    The model is prepared by `kvfloor.hf.prepare`. A layer that `CompressedCache` does not compress gets the kernels of
+    the layer before it, or untrained ones if it is the first.
     Raises ValueError if the policy evicts (nearly) nothing from these texts.
     """
     compressed = {layer.index for layer in CompressedCache(model.config, "exact").compressed}

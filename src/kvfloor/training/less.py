@@ -75,7 +75,7 @@ def run(
         return []
     less = Less(recipe.rank, str(out))
     _, _, d, _ = tensors["query_in"].shape
-    dv = d  # the cost of one more token, in the model's own widths
+    dv = d  # the kernels' file holds no width of values: bytes are counted as if they were as wide as keys
     spec = Spec(1, d, dv, places=[(0, 0)])
     return compare(model, texts(tokenizer, fresh), rivals(method, less, spec))
 
@@ -109,8 +109,9 @@ def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> 
 def rivals(method: Bounded, less: Less, spec: Spec) -> list[Bounded]:
     """Return three methods to compare: the policy alone, with a larger budget, and with the LESS state.
 
-    The LESS state is the summary `less` of the tokens that the policy evicts. The policy with the larger budget keeps
-    as many more tokens as fit into the bytes of that state, so the last two methods take equal memory.
+    The LESS state is the summary `less` of the tokens that the policy evicts. `spec` has the shapes of one kv head, for
+    which bytes are counted. The policy with the larger budget keeps as many more tokens as fit into the bytes of that
+    state, so the last two methods take equal memory.
     """
     budget = method.budget
     assert isinstance(budget, int)

@@ -1,7 +1,8 @@
 """Prepare the training data of LESS's kernels: evicted tokens, later queries and exact attention, layer by layer.
 
 A lesson is one text in one layer of a model. An eviction policy has run over the text, so that the evicted tokens are
-known. P is the number of kv heads, and g the number of query heads per kv head.
+known. A prompt ends with the context; `State.seal` marks its end. In shapes, a row is one kv head, P the number of kv
+heads, g of query heads per kv head; d and dv are the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ class Text:
 class Lesson:
     """Hold one text in one layer: keys and values of n tokens, and queries of the m tokens after the first eviction.
 
-    P is the number of kv heads, g of query heads per kv head; d and dv are the widths of a key and a value. A departure
-    is a time at which tokens are evicted; departures are numbered from 0.
+    A departure is a time at which tokens are evicted; departures are numbered from 0.
     q               (P, g, m, d): the queries
     k, v            (P, n, d), (P, n, dv): keys and values of all tokens
     rank            (P, n): number of the departure at which each token is evicted; `departures` if never
@@ -107,9 +107,9 @@ def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple
 def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
     """Return the time (rows, n) at which the policy `method` evicts each token, counted in tokens appended by then.
 
-    The time is n + 1 for a token that is never evicted. The state is sealed after `prompt` tokens, which marks the end
-    of the prompt. q (rows, g, n, d), k (rows, n, d) and v (rows, n, dv) are one layer's stream of n tokens: a row per
-    kv head, g query heads each.
+    The time is n + 1 for a token that is never evicted. `prompt` is the number of tokens after which the state is
+    sealed. q (rows, g, n, d), k (rows, n, d) and v (rows, n, dv) are one layer's stream of n tokens: a row per kv head,
+    g query heads each.
     """
     state = replace(method, summary=Drop()).open(spec)
     assert isinstance(state, BoundedState)
@@ -132,7 +132,7 @@ def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, pro
 def lesson(method: Bounded, layer: int, text: Text, taken: tuple[Tensor, Tensor, Tensor, Any, Any]) -> Lesson | None:
     """Return one text's training data for one layer's kernels; None if no query follows an eviction.
 
-    method: the eviction policy; taken: (q, k, v, scale, softcap) of the layer from `recorded`.
+    method: the eviction policy; taken: the layer's (q, k, v, scale, softcap) on this text, as `recorded` yields it.
     """
     q, k, v, scale, softcap = taken
     rows, g, n, d = q.shape

@@ -1,7 +1,8 @@
 """Measure the covering ceiling: the memory that SubGen needs on given keys, with one cluster centre per ball of keys.
 
 SubGen (Zandieh et al. 2024) clusters keys online: a key farther than a radius delta from all centres so far becomes a
-centre. It keeps a sample of the keys near each centre, and one sample of pairs of key and value from the whole stream.
+centre. It keeps a sample of t keys near each centre, and one sample of s pairs of key and value from the whole stream.
+Memory is counted in numbers, i.e. stored floats.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class Ceiling:
     A row is the stream of one kv head.
     centres  number of cluster centres
     s, t     number of sampled pairs of key and value, number of sampled keys per centre
-    numbers  how many numbers are stored in all
-    vacuous  True where s or t reaches n, or where keeping every token takes no more numbers
+    numbers  number of floats stored in all
+    vacuous  True where s or t reaches the number n of tokens, or where keeping every token takes no more numbers
     """
 
     delta: float
@@ -89,9 +90,9 @@ def covering_curve(
     The result has one list per row, with one `Ceiling` per radius; a row is the stream of one kv head. dv is the width
     of a value. The memory meets error `epsilon` for queries q with |scale q| <= `radius`, except with probability
     `failure`.
-    Law: centres from `covering_number`; s = 9 dv / (epsilon^2 f), t the smaller of `subgen_t`'s two forms at f, with
-    f = failure / 2; numbers from `subgen_numbers`. Where s or t is beyond the floats, `numbers` is the count for
-    keeping all n tokens.
+    Law: `covering_number` centres, s = 9 dv / (epsilon^2 f) sampled pairs of key and value, and t sampled keys per
+    centre, t the smaller of `subgen_t`'s two forms at f, with f = failure / 2; `subgen_numbers` floats in all. Where s
+    or t is too large for a float, the memory is that of keeping all n tokens.
     Guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op with probability 1 - failure, for a query fixed
     before the stream; keys need not be short. Source: Zandieh et al. 2024 (SubGen); docs/floors.md, "Covering ceiling".
     """

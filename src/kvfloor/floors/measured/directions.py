@@ -91,9 +91,9 @@ class Ball:
         return aim * (self.radius / aim.norm(dim=1, keepdim=True).clamp_min(1e-30))
 
     def _longest(self, aim: Tensor) -> Tensor:
-        """Return (C + lambda I)^-1 aim, C the scaled rivals' covariance, for the least lambda >= 0 within the radius.
+        """Return q = (C + lambda I)^-1 a for each row a of `aim` (n, d): (n, d), one row per key.
 
-        `aim` (n, d) holds one vector per key, and each has its own lambda.
+        C is the covariance of the rivals times scale^2. Each row has its own lambda >= 0, the least with |q| <= radius.
         """
         along = aim @ self._vectors
         shift = torch.zeros_like(along[:, :1])

@@ -52,7 +52,7 @@ def promised(pairs: Tensor, demand: Demand) -> Tensor:
 def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
     """Return the softmax weight (M, M) of query j on all tokens that query k reads, from the weights (M, n) on tokens.
 
-    reader (n,) holds the query that reads each token, -1 for none.
+    reader (n,) holds the query, as an index 0..M-1, that reads each token, -1 for none.
     """
     count, n = weights.shape
     column = torch.where(reader < 0, count, reader)

@@ -23,7 +23,7 @@ _MOST = 2**53  # whole numbers up to which float64 counts
 def grain(dtype: torch.dtype) -> float:
     """Return the largest rounding error of a number in [-1, 1] in `dtype`: 2^-25 for float32, 2^-9 for bfloat16.
 
-    `readable.py` calls it the grain of the format.
+    The read floor adds it to the error that answers may have.
     """
     return torch.finfo(dtype).eps / 4.0
 

@@ -1,4 +1,7 @@
-"""Compute attention logits in a chosen precision, and bound the rounding error of the logits in each precision."""
+"""Compute attention logits in a chosen precision, and bound the rounding error of the logits in each precision.
+
+A softcap replaces each logit s by softcap * tanh(s / softcap); None leaves the logits as they are.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ class Factors:
         return Factors((q.double() * scale).to(dtype), k.to(dtype), softcap)
 
     def logits(self, queries: slice | Tensor, tokens: slice | Tensor) -> Tensor:
-        """Return the logits (q, t) of the given queries on the given tokens.
+        """Return the logits (b, t) of the b given queries on the t given tokens.
 
-        With a cap, logit s becomes softcap * tanh(s / softcap). bfloat16 factors give float32.
+        bfloat16 factors give float32 logits.
         """
         products = self.q[queries] @ self.k[tokens].T
         products = products.float() if products.dtype == torch.bfloat16 else products

@@ -53,7 +53,8 @@ class Readable:
     weights     (G,) float64, softmax weight of query g on group g, at most the true weight
     leaks       (G,) float64, softmax weight of query g on the groups decoded after g; in weights and leaks, the mass on
                 other tokens is rounded up
-    levels      (G,) int64, with (levels - 1)(eta + grain + leak) < weight for these weights, hence for the true ones
+    levels      (G,) int64, with (levels - 1)(eta + grain + leak) < weight, eta of `demand`, for these weights and
+                leaks, hence for the true ones
     later_mass  (G,) float64 or None, log of the softmax mass of query g on tokens outside the stream
     scale, softcap   of the logits
     """
@@ -87,7 +88,7 @@ class Readable:
         return math.ceil(self.bits / 8.0 * (1.0 - 1e-12))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the floor's numbers as plain JSON types, without the tensors."""
+        """Return the floor's numbers as a dict of plain JSON types, name -> number, without the tensors."""
         demand = self.demand
         return {
             "bits": self.bits, "bytes": self.bytes, "n": self.n, "groups": self.groups,

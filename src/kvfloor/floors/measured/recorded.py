@@ -20,11 +20,11 @@ def causal_mass(
 ) -> Tensor:
     """Return the log of each query's softmax mass on the tokens from a cut up to its own token: (g * t,) float64.
 
-    The log mass is the log-sum-exp of the logits, and the floors take it as `later_mass`: the mass on tokens that come
-    after the stored ones. q (g, t, d) holds the queries of a GQA group at the t tokens after the cut, g per token; k
-    (t, d) the keys of the same tokens; present (t,) bool marks real tokens, which are not padding. The query at token i
-    sees tokens 0..i of the t. The result is in the order of q.reshape(g * t, d). It is -inf where a query sees no real
-    token.
+    The log mass is the log-sum-exp of the logits. `readable_by` takes it as `later_mass`, the mass on tokens that come
+    after the stored ones. scale and softcap define the logits. q (g, t, d) holds the queries of a GQA group at the t
+    tokens after the cut, g per token; k (t, d) the keys of the same tokens; present (t,) bool marks real tokens, which
+    are not padding. The query at token i sees tokens 0..i of the t. The result is in the order of q.reshape(g * t, d).
+    It is -inf where a query sees no real token.
     """
     g, t, d = q.shape
     everything = slice(None)

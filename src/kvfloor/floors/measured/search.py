@@ -60,15 +60,15 @@ class Block:
         return self.softmax >= share * self.softmax.amax(1, keepdim=True)
 
     def at(self, places: Tensor) -> Block:
-        """Return the block of the queries at the indices `places` of this block."""
+        """Return a block of some of this block's queries: those at the indices `places` (c,) in the block."""
         return Block(self.queries[places], self.softmax[places], self.share[places])
 
 
 class Sight:
     """Compute the softmax weights of m queries on n stored tokens, in a precision that suffices for searching.
 
-    scale and softcap define the logits. later_mass (m,) is the log of the softmax mass on further tokens that each
-    query sees, or None.
+    scale and softcap define the logits of queries q (m, d) on keys k (n, d). later_mass (m,) is the log of the softmax
+    mass on further tokens that each query sees, or None.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, later_mass: Tensor | None) -> None:
@@ -102,8 +102,8 @@ class Sight:
 def find_groups(sight: Sight, demand: Demand) -> Choice:
     """Return the choice of token groups, queries and order of decoding with the largest estimated read floor.
 
-    It is the best over a few settings of the search, and has no groups if no query can read any token. `demand` is the
-    accuracy required of the answers. Decoding reconstructs the hidden values of one group after the other.
+    It is the best over a few settings of the search, and has no groups if no query can read any token. `sight` gives
+    the softmax weights, and `demand` is the accuracy required of the answers.
     """
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)

@@ -29,13 +29,13 @@ def ordered_shares(
 ) -> tuple[Tensor, Tensor]:
     """Bound the softmax weight of each query on its own group of tokens, and on all groups decoded later.
 
-    Returns (weights, leaks), two (G,) float64 in [0, 1], on the safe side of rounding. Query g reads group g.
-    q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,) float64, log of the
-    softmax mass of query g on tokens outside the stream. Weights are shares of the mass on all n tokens and on those
-    outside. A group's own mass is always computed in float64. The mass of other tokens is float64 for small inputs. For
-    larger ones it is bfloat16 or float32, multiplied by the factor e^error that its rounding can hide (`Rounding`). So
-    `weights` are at most the true weights, and for every e >= 0 weights / (e + leaks) is at most the quotient of the
-    true weights.
+    Returns (weights, leaks), two (G,) float64 in [0, 1], on the safe side of rounding. Query g reads group g of the G
+    groups of tokens. q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass (G,)
+    float64, log of the softmax mass of query g on tokens outside the stream. Weights are shares of the mass on all n
+    tokens and on those outside. A group's own mass is always computed in float64. The mass of other tokens is float64
+    for small inputs. For larger ones it is bfloat16 or float32, multiplied by the factor e^error that its rounding can
+    hide (`Rounding`). So `weights` are at most the true weights, and for every e >= 0 weights / (e + leaks) is at most
+    the quotient of the true weights.
     """
     count, n, device = q.shape[0], k.shape[0], k.device
     if count == 0:
@@ -108,7 +108,7 @@ def _mass(factors: Factors, asked: slice, tokens: slice, shift: Tensor | None) -
 
 
 def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, softcap: float | None) -> Tensor:
-    """Return the logit of every token from `start` on under the query of the token's own group, float64."""
+    """Return the logit of every token from `start` on under the query of the token's own group: (t,), float64."""
     parts = [k.new_zeros(0, dtype=torch.float64)]
     for low in range(start, k.shape[0], _TOKENS_AT_ONCE):
         here = slice(low, low + _TOKENS_AT_ONCE)

@@ -78,9 +78,9 @@ class Pull:
         return total
 
     def damage(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return how much each j of `others` disturbs the queries of `tokens`, (o,): the sum of min(R_ij, 1) over i.
+        """Return how much each token j of `others` (o,) disturbs the queries of `tokens` (t,): (o,), one sum per j.
 
-        R_ij are the ratios of `on`, i runs over `tokens`.
+        The sum is of min(R_ij, 1) over all i of `tokens`, R_ij the ratios of `on`.
         """
         total = torch.zeros_like(self._own[others])
         for rows in tokens.split(_TOKENS_AT_ONCE):
@@ -90,8 +90,8 @@ class Pull:
     def pairs(self, members: Tensor) -> Tensor:
         """Return the softmax weights (G, G) of the members' queries on the members of a stream.
 
-        `members` (G,) are the tokens of the stream. The mass of the tokens `beyond` is counted too, so that rows sum to
-        at most 1.
+        `members` (G,) are the tokens of the stream. The softmax also counts the mass `beyond` of further tokens, so
+        that the weights of a query sum to at most 1.
         """
         pull = self.on(members, members)
         pull.fill_diagonal_(1.0)

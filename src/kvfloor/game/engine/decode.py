@@ -1,9 +1,11 @@
 """Decode the values hidden in a state from its answers to queries, and certify the bits that its message carries.
 
+In the game, Alice hides values in a method's state and sends its bytes; Bob restores the state and queries it.
     row      the dv values that one query reads: a row of the hidden levels (m, dv) and of the answers (m, dv)
     level    hidden value x of 0..2^bits-1, streamed as the number x / (2^bits - 1)
     leak     softmax mass on tokens other than the one that the query aims at
-    message  the bytes of the state, which the receiver (Bob) restores
+    message  the bytes of the state that Alice sends
+    gain     bits that a certificate proves of the message, before the allowance for chance (`certificates`)
 Decoding uses the answers and the public sizes of the game only.
 """
 

@@ -71,7 +71,7 @@ class Instance(ABC):
     def length(self) -> int:
         """Return the number of tokens that Alice appends per stream; tokens that Bob appends are not counted.
 
-        Alice hides values in the state, and Bob, who receives the state, reads the values.
+        Bob, who receives the state, may append a token before each query.
         """
 
     @abstractmethod
@@ -168,8 +168,8 @@ class KeyedInstance(Instance):
 def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
     """Return n public keys for an instance whose common fields (the dict that `agreed` returns) are `shared`.
 
-    Without `family`, the key family with the largest gap is taken: a key's squared norm less its largest inner product
-    with another key. Errors are those of `PublicKeys.chosen`.
+    Without `family`, the key family whose smallest gap is largest is taken. A gap is a key's squared norm less its
+    largest inner product with another key. Errors are those of `PublicKeys.chosen`.
     """
     return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
 

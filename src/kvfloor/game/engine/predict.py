@@ -1,7 +1,8 @@
 """Compute predictive distributions over the hidden levels, for the log-loss certificate.
 
-The certificate (`certificates.log_loss`) bounds the bits that a state carries by the probability that a predictor gives
-to the hidden values.
+In the game, Alice hides levels in the values of a state, and Bob decodes them from the state's answers to queries. The
+certificate (`certificates.log_loss`) bounds the bits that a state carries by the probability that a predictor gives to
+the hidden values.
     level      hidden value x of 0..2^bits-1
     predictor  rule that gives, from the answers of the state alone, a probability to every level of every hidden value
     gain       log2 of the probability given to the true levels over the probability of guessing them
@@ -55,7 +56,8 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
     A predictor gives a probability p(x) to every hidden level x, from the answers alone. Its gain is the sum of
     bits + log2 p(x). The grid has answers as they are or divided by the row's largest; widths of the logistic from 1/64
     of a level to half the range; two uniform shares; and five beliefs, i.e. probabilities that a row's prediction is
-    used instead of a guess: one follows `trusted` (m,), bool, the others are equal for all rows.
+    used instead of a guess: one is high for the rows that `trusted` (m,), bool, marks and low for others, four are
+    equal for all rows.
     """
     m = hidden.shape[0]
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]

@@ -2,8 +2,8 @@
 
 The instance is that of the time barrier (docs/floors.md, "Time"). Token 0 of n tokens has value n, all others 0. Either
 all keys are zero (the answer is 1), or one other token has a heavy key, which takes nearly all softmax mass (the answer
-is 1/(n-1)). A run is one such stream, with a heavy key at even odds. A reader that has not read the score of the heavy
-key cannot distinguish the two cases.
+is 1/(n-1)). Scores are the logits q.k of one fixed query q. A run is one such stream, with a heavy key at even odds. A
+reader that has not read the score of the heavy key cannot distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class ReaderSuccess:
 
 
 def success_bound(n: int, probes: float) -> float:
-    """Return the largest share of right answers of a reader that looks up `probes` scores and no key on arrival.
+    """Return the largest share of right answers of a reader that looks up `probes` scores and reads no arriving key.
 
     One of n tokens has a heavy key, which takes nearly all softmax mass, or none has, with even odds.
     Law: (1 + T/(n-1))/2 for T probes, at most 1.

@@ -1,8 +1,8 @@
 """Define the smallest method for the spike game: the keys are public, so only the levels of the values are stored.
 
-The game hides whole numbers (levels) of `bits` bits in the values of tokens with public keys, and reads the values of
-each token by one query. The memory of this method shows that the game's floor (a lower bound on the bits of any method)
-is tight.
+In the game, Alice hides whole numbers (levels) of `bits` bits in the values of tokens with public keys, and sends the
+bytes of a state, the message. Bob restores the state, and reads the values of each token by one query. The memory of
+this method shows that the game's floor (a lower bound on the bits of any method) is tight.
 """
 
 import dataclasses

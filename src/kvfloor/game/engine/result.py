@@ -35,6 +35,7 @@ class Result:
     bit_error            share of hidden bits decoded wrong
     row_success          share of rows answered within a factor 1±eta; row_success and bit_error are of the state
                          restored from the message, or of the live state if none could be restored
+    alpha                1 - alpha is the confidence of the certified bits
     message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
     floor_bits           bits that any method that answers within 1±eta must hold on this instance
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
@@ -73,7 +74,7 @@ class Result:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON types."""
+        """Return the fields as a dict of plain JSON types, name -> value."""
         return dataclasses.asdict(self)
 
 

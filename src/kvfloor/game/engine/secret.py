@@ -1,6 +1,7 @@
 """Draw the game's secrets (hidden values, secret places, sampled rows) from a seed that the method never receives.
 
-A hidden row is the dv values that one query reads; a level is a hidden value, a whole number of `bits` bits.
+In the game, Alice hides values in a method's state, and Bob decodes the values from the message, the state's bytes. A
+hidden row is the dv values that one query reads; a level is a hidden value, a whole number of `bits` bits.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ class Hidden:
     def rows(self, n: int, count: int) -> Tensor:
         """Draw the indices of `count` hidden rows to query, (count,) int64, uniformly from [0, n) with replacement.
 
-        Call it after the message (the bytes of Alice's state) is fixed.
+        Call it after the message is fixed.
         """
         return self._whole("rows", count) % n
 

@@ -1,9 +1,11 @@
 """Play the spike game with bits hidden in the keys too: Alice streams a secret choice of n keys of a public codebook.
 
-The codebook has M public keys. The choice hides log2 C(M, n) bits more than the values, about n log2(M e / n). Bob
-restores Alice's state from its bytes and queries every key of the codebook. Before each query he appends a marker, a
-token with a slightly shorter copy of the queried key and value -1. If the key was streamed, it outweighs the marker; if
-not, the marker outweighs all other keys (docs/floors.md, "Bits in the keys"; derived).
+In the spike game, Alice hides a row of dv values under each key of a stream and sends the bytes of a method's state.
+Bob restores the state, and reads each row by a spike query, which gives one key nearly all softmax mass. The codebook
+has M public keys. The choice of n of these hides log2 C(M, n) bits more than the values, about n log2(M e / n), C(M, n)
+the binomial coefficient. Bob queries every key of the codebook. Before each query he appends a marker, a token with a
+slightly shorter copy of the queried key and value -1. If the key was streamed, it outweighs the marker; if not, the
+marker outweighs all other keys (docs/floors.md, "Bits in the keys"; derived).
 """
 
 import dataclasses

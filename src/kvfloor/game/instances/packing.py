@@ -1,11 +1,12 @@
 """Play the packing game: few dimensions, and as many keys as queries with logits of at most r can separate.
 
-Every key hides a row of dv bits, which one query reads. A query separates its key if it puts nearly all softmax mass on
-this key. It is the hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r, eta)) bits, where N
-counts the keys that such queries separate, H2 is the binary entropy, and p is the probability that a row is answered
-right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The
-closed form of N is a lower estimate. The game builds its keys, so it may find more keys and hide more rows. Of m keys,
-each is streamed n/m times with its value: repeating all tokens alike changes no answer.
+Alice hides a row of dv bits under every key of a stream of n tokens, and Bob, who restores her state from its bytes,
+reads each row by one query. A query separates its key if it puts nearly all softmax mass on this key. The stream is the
+hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r, eta)) bits, where N counts the keys of width
+d that such queries separate at relative error eta, H2 is the binary entropy, and p is the probability that a row is
+answered right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary
+9). The closed form of N is a lower estimate. The game builds its keys, so it may find more keys and hide more rows.
+Each of its m keys is streamed n/m times with its value: repeating all tokens alike changes no answer.
 """
 
 import dataclasses
@@ -79,7 +80,7 @@ def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tu
 
     Returns the family and the number m of keys. A query separates a key if it leaves other tokens at most the ratio
     eps_s (which `eta` gives) of the softmax mass on this key. The query needs the length C = ln(m / eps_s) / gap, which
-    must not exceed the radius; the m other tokens are m - 1 keys and the token of the receiver of the state. The gap is
+    must not exceed the radius; the m other tokens are m - 1 keys and one token that Bob may append. The gap is
     the smallest over all keys, measured on the keys that `key_seed` gives: squared norm less the largest inner product
     with another key. One key is always separable.
     """

@@ -1,10 +1,11 @@
 """Play the time barrier: a method that does not read the keys on arrival must read Omega(n) scores for the last answer.
 
-It is Haris & Onak (COLT 2025), Theorem 19 (26), on a corrected family of streams: the printed one separates relative
-errors below 1/3 only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one of two
-cases by a hidden bit: all keys zero, or one heavy key, which takes nearly all softmax mass, at a secret position. As in
-the other games, a method answers from the message (the bytes of its state), and the bytes it reads per query are
-counted. Its success is compared with that of simple readers, which look up scores q.k from an oracle that counts them.
+The game is of Haris & Onak (COLT 2025), Theorems 19 and 26, on a corrected family of streams: the printed one separates
+relative errors below 1/3 only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one
+of two cases by a bit that Alice hides: all keys zero, or one heavy key, which takes nearly all softmax mass, at a
+secret position. Bob decodes the bit from a method's answer, given from the message (the bytes of the method's state),
+and the bytes that the method reads per query are counted. The method's success is compared with that of simple readers,
+which look up scores q.k from an oracle that counts them.
 """
 
 import dataclasses

@@ -2,10 +2,10 @@
 
 In the spike game, Alice hides a row of values under each public key, and Bob reads each row by a spike query, which
 gives one key nearly all softmax mass. Haris & Onak (COLT 2025), Corollary 16: the promise that nearly all attention is
-negligible, at undisclosed places, does not help. The scores of the spike game are already that sparse, as Alice asks
-nothing there (her queries are 0). Here Alice asks the query q_t = C k_t at every token t, so that every softmax row,
-hers and Bob's, has nearly all its mass on a single token. Queries that do not depend on the hidden bits change nothing
-in the proof (docs/floors.md).
+negligible, at undisclosed places, does not help. Scores are already that sparse in the spike game, in which Alice asks
+nothing (her queries are 0). In the sparse game, Alice asks the spike query q_t = C k_t at every token t, k_t its key
+and C the length of the query, so that every softmax row, hers and Bob's, has nearly all its mass on one token. Queries
+that do not depend on the hidden bits change nothing in the proof (docs/floors.md).
 """
 
 import dataclasses

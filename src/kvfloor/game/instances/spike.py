@@ -1,8 +1,8 @@
 """Play the spike game: one hidden row per public key, read by a query that gives this key nearly all softmax mass.
 
 Alice hides the rows (dv values each) in the state of a method. Bob restores the state from its bytes, the message, and
-decodes the rows from the answers to the queries. It is the hard instance of Haris & Onak (COLT 2025), Theorems 6
-(eta = 0) and 8, with exact constants (docs/floors.md). Independent copies of the game in one state stand for kv heads
+decodes the rows from the answers to the queries. The stream is the hard instance of Haris & Onak (COLT 2025), Theorems
+6 (eta = 0) and 8, with exact constants (docs/floors.md). Independent copies of the game in one state stand for kv heads
 and layers (the direct sum).
 """
 
@@ -85,7 +85,8 @@ def play(
 ) -> Result:
     """Play the spike game against a method and certify the bits that its message, the bytes of its state, carries.
 
-    method       a method, or the word "optimum": public keys and packed levels, against which the floor is tight
+    method       a method or its text, or the word "optimum": `PublicBits`, which stores only the packed hidden values
+                 and makes the floor tight
     n, d, dv     number of keys, width of a key, width of a value (dv = d by default)
     bits         hidden bits per value, 1 to 24: with many bits the certificate reads out the precision that a method
                  keeps (`bits_per_value` of the result)

@@ -1,11 +1,11 @@
 """Play the sliding window: n - W zero tokens, then W tokens with hidden values, read with the old tokens masked or not.
 
 Alice streams the tokens, and Bob, who restores her state from its bytes, reads each hidden row (the dv values of a
-coded token, i.e. one with hidden values) by a query. It is Haris & Onak (COLT 2025), Theorems 17 and 25, with a
-corrected constant (docs/floors.md). The zero tokens have logit 0. A masked window leaves them out of the softmax; an
-unmasked window and full attention count them. The query is long enough for both. If Bob appends a token before he asks
-(append=True, the published order), this token pushes the oldest coded token out of the window, so W - 1 rows are
-hidden; if he only asks, W rows are.
+coded token, i.e. one with hidden values) by a query. The game is of Haris & Onak (COLT 2025), Theorems 17 and 25, with
+a corrected constant (docs/floors.md). W is the width of the window. The zero tokens have logit 0. A masked window
+leaves them out of the softmax; an unmasked window and full attention count them. The query is long enough for both. If
+Bob appends a token before he asks (append=True, the published order), this token pushes the oldest coded token out of
+the window, so W - 1 rows are hidden; if he only asks, W rows are.
 """
 
 import dataclasses

@@ -1,6 +1,8 @@
 """Make key families from codes over prime fields: explicit keys whose largest inner product is known in closed form.
 
-Every key belongs to one polynomial modulo a prime p. A point is a number x at which the polynomials are evaluated.
+The keys are public keys of the game, under which values are hidden; the smaller their inner products, the better a
+query singles one key out. Every key belongs to one polynomial modulo a prime p. A point is a number x at which the
+polynomials are evaluated.
 """
 
 import math
@@ -28,8 +30,8 @@ def digits_needed(n: int, p: int) -> int:
 def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
     """Find (p, m) of the chirp code of n keys in d dimensions with the smallest inner products, or None without one.
 
-    p is the largest prime <= d/2 that gives n keys with a positive gap, and m the degree of the polynomials mod p that
-    make the keys (`chirp`).
+    p is the largest prime <= d/2 that gives n unit keys whose inner products are bounded below 1, and m the degree of
+    the polynomials mod p that make the keys (`chirp`).
     """
     for p in reversed(primes_up_to(d // 2)):
         m = digits_needed(n, p)

@@ -1,7 +1,9 @@
 """Make public keys for the game: families of nearly orthogonal keys, each a deterministic function of (n, d, seed).
 
-`seed` is public and is never the seed of the hidden values. All families but `jl` have unit norm. docs/floors.md gives
-the relation of n, d and the gap. The gap of a key is its squared norm less its largest inner product with another key.
+In the game, Alice hides values under the keys, and Bob, who makes the same keys, reads each value by a query along its
+key. `seed` is public and is never the seed of the hidden values. All families but `jl` have unit norm. docs/floors.md
+gives the relation of n, d and the gap. The gap of a key is its squared norm less its largest inner product with another
+key.
 """
 
 import math

@@ -35,7 +35,7 @@ class PublicKeys:
 
     @classmethod
     def chosen(cls, family: str | None, n: int, d: int, seed: int, dtype: str = "float32") -> PublicKeys:
-        """Return public keys of the given family, or of the family with the largest gap at (n, d) if None.
+        """Return public keys of the given family, or, if None, of the family whose smallest gap is largest at (n, d).
 
         The gap is a key's squared norm less its largest inner product with another key. Raises ValueError where there
         is no such family, or none with n keys that queries separate.

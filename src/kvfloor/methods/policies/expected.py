@@ -1,7 +1,8 @@
 """Keep the tokens of largest score: expected attention from future queries times the norm of the value.
 
 In this file a row is one (batch item, kv head) stream; its queries are those of the g query heads of the GQA group.
-N(mu, Sigma) is the Gaussian that is fitted to the row's past queries; k' is the transpose of k.
+N(mu, Sigma) is the Gaussian that is fitted to the row's past queries; k' is the transpose of k. In shapes, rows are all
+rows of a state, r those of one call, d is the width of a key.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Expected(Guarded):
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
     epsilon   weight of the value's length for a token that receives no attention
     sinks     first tokens that are never evicted: 4 by default
-    recent    newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
+    recent    newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     A stream without queries has z = 1: the tokens with the shortest values are evicted. Logits are taken without the
     spec's softcap. Statistics and scores are float32 (float64 for a float64 cache).
     """
@@ -77,12 +78,12 @@ class Expected(Guarded):
 
 
 class QueryMoments(PolicyMemory):
-    """Hold the mean and covariance of each row's queries so far, updated by blocks (Chan et al. 1979).
+    """Hold the mean and covariance of each row's queries so far, updated by one block of tokens at a time.
 
     count   (rows,) number of queries in each mean
     mean    (rows, h, d); h is 1 if the query heads of a GQA group are pooled, otherwise their number g
     spread  (rows, h, d, d) sum of (q - mean)(q - mean)', i.e. the covariance times `count`
-    The update subtracts no large sums, so no digits cancel.
+    The update (Chan et al. 1979) subtracts no large sums, so no digits cancel.
     """
 
     def __init__(self, spec: Spec, pooled: bool) -> None:
@@ -111,7 +112,7 @@ class QueryMoments(PolicyMemory):
     def take(self, rows: Tensor | None, q: Tensor, wanted: Tensor) -> None:
         """Update mean and covariance of `rows` (r,) (None: of all rows) by the queries q (r, g, b, d) of b new tokens.
 
-        wanted (r, b) is True for the tokens whose queries count.
+        wanted (r, b) is True for the tokens whose queries are included.
         """
         mine = slice(None) if rows is None else rows.to(self.count.device)
         x, mark = q.to(self.mean.dtype), wanted[:, None, :, None]
@@ -131,7 +132,7 @@ class QueryMoments(PolicyMemory):
     def gaussian(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the mean (r, h, d) and covariance (r, h, d, d) of all queries so far, for each of `rows`.
 
-        rows (r,): the rows asked for, None: all. Mean and covariance are zero before the first query.
+        rows (r,): indices of these rows, None: all. Mean and covariance are zero before the first query.
         """
         mine = slice(None) if rows is None else rows.to(self.count.device)
         count = self.count[mine].clamp_min(1).view(-1, 1, 1, 1).to(self.mean.dtype)

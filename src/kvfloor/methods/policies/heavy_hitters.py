@@ -26,7 +26,7 @@ class HeavyHitters(Policy):
     group   reduction of the weights over a GQA group's queries: "mean" or "max"
     Scores are float32 whatever the cache's dtype: bfloat16 sums stall at 256. With prefill=dense (no eviction before
     the end of the prompt) the scores are the column sums of the prompt's whole attention matrix, computed for a block
-    of rows and a tile of columns at a time.
+    of queries and a tile of keys at a time.
     """
 
     name: ClassVar[str] = "h2o"

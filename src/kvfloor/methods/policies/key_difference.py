@@ -17,9 +17,10 @@ class KeyDifference(Guarded):
     """Evict the token whose key is most similar to the mean key direction, without looking at queries.
 
     Law (Park et al. 2025, KeyDiff): score(token) = -cos(k, m), where m is the mean of k / ||k|| over the tokens held
-    at the end of the block, including the block's own tokens. The token of lowest score is evicted.
+    at the end of a block (the new tokens between two evictions), including the block's own tokens. The token of lowest
+    score is evicted.
     sinks   first tokens that are never evicted: 4 by default
-    recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
+    recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     The paper's rule is keydiff(sinks=0,recent=0).
     Cosines are float32 whatever the cache's dtype; a key of length 0 has the cosine 0.
     """
@@ -33,9 +34,10 @@ class KeyDifference(Guarded):
 
 
 def _against_the_mean(k: Tensor) -> Tensor:
-    """Return minus the cosine, (1, s), of the angle between each key and the mean direction of the keys, for one row.
+    """Return minus the cosine, (1, s), of the angle between each key and the mean direction of all keys.
 
-    k (1, s, d) are the row's keys. The mean direction is the mean of k / ||k||.
+    k (1, s, d) are the keys of the s tokens that one (batch item, kv head) stream holds. The mean direction is the mean
+    of k / ||k||.
     """
     unit = torch.nn.functional.normalize(k, dim=-1)
     direction = torch.nn.functional.normalize(unit.sum(1, dtype=torch.float64), dim=-1).to(unit.dtype)

@@ -18,10 +18,10 @@ class KeyNorm(Guarded):
     Law (Devoto et al. 2024): score(token) = -||k||; the token of lowest score is evicted. In trained decoders, tokens
     with short keys tend to receive most of the attention.
     sinks   first tokens that are never evicted: 4 by default
-    recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
+    recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     The paper's rule is knorm(sinks=0,recent=0,block=1).
-    Norms are float32 whatever the cache's dtype. A token's score never changes, so the block length matters
-    only through the newest tokens, which are protected.
+    Norms are float32 whatever the cache's dtype. A token's score never changes, so the block length (the
+    number of new tokens between two evictions) matters only through the newest tokens, which are protected.
     """
 
     name: ClassVar[str] = "knorm"

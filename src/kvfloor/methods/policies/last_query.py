@@ -16,11 +16,12 @@ from kvfloor.core.rowwise import row_by_row, total
 class LastQuery(Guarded):
     """Evict the token that the last query of each block attends to least.
 
+    A block is the new tokens between two evictions.
     Law (Oren et al. 2024, TOVA): after each block, score(token) = mean over the GQA group of softmax(q . k) over held
     tokens, for the last query of the block; the token of lowest score is evicted. The paper's rule is
     tova(sinks=0,recent=0,block=1): in a larger block, one last query decides all evictions at once.
     sinks   first tokens that are never evicted: 4 by default
-    recent  newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
+    recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     A token after the last query has no score yet, and stays longer than every token with a score. In a stream without
     queries the oldest token is evicted. Scores are float32 whatever the cache's dtype.
     """

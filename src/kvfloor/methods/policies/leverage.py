@@ -1,8 +1,9 @@
 """Evict the tokens whose keys are nearly linear combinations of the other keys (low ridge leverage).
 
-In this file a row is one (batch item, kv head) stream. A sketched key is x = S'k, the key k projected to fewer channels
-by the matrix S. X is the matrix with the sketched keys as rows, and X'X its Gram matrix; ' is the transpose. r, s, w
-and d in shapes are rows, slots, and the widths of a sketched and of a whole key.
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A sketched key is x =
+S'k, the key k projected to fewer channels by the matrix S. X is the matrix with the sketched keys as rows, and X'X its
+Gram matrix; ' is the transpose. r, s, w and d in shapes are rows, slots, and the widths of a sketched and of a whole
+key.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class RidgeLeverage(Guarded):
 
     Law (after Compactor, 2025): score(token) = x' (X'X + lambda I)^-1 x with x = S'k and lambda = ridge tr(X'X) / d.
     K and X are the matrices whose rows are the keys k and the sketched keys x. S (d, sketch) is a random matrix fixed
-    by the public seed, with E SS' = I. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2 for all u in the span of
+    by `Spec.seed`, with E SS' = I. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2 for all u in the span of
     the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact k' (K'K + lambda I)^-1 k.
     A Gaussian S satisfies this if sketch is of the order rank / e^2. With sketch >= d there is no S: x = k, and the
     scores are exact.
@@ -41,7 +42,7 @@ class RidgeLeverage(Guarded):
              of a key rises as similar keys are evicted
     centre   subtract the mean of the keys first
     sinks    first tokens that are never evicted: 4 by default
-    recent   newest tokens that are never evicted; by default 16, or a quarter of the budget if it is below 64
+    recent   newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     Compactor scores the whole prompt once, with ridge_leverage(centre=True,sinks=8,recent=4,prefill=dense), before
     RoPE, and blends in attention; here keys are taken as cached. Scores are float64, the stored Gram matrix float32.
     """
@@ -103,7 +104,7 @@ class RidgeLeverage(Guarded):
 def sketched(k: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """Return keys k (..., d) projected to (..., sketch), float64, or k itself if there is no projection.
 
-    shared holds the projection S (d, sketch), if any, under the name "key sketch".
+    shared maps names to tensors; the projection S (d, sketch), if any, has the name "key sketch".
     """
     sketch = shared.get("key sketch")
     k = k.to(torch.float64)
@@ -169,7 +170,8 @@ class KeyGram(PolicyMemory):
     def moments(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the Gram matrix (r, w, w) and sum (r, w) of the sketched keys, and the number of keys (r, 1).
 
-        Matrix and sum are float64. The sum is (r, 0) unless keys are centred. rows (r,): the rows asked for, None: all.
+        Matrix and sum are float64. The sum is (r, 0) unless keys are centred. rows (r,): indices of the rows, None:
+        all.
         """
         mine = slice(None) if rows is None else rows.to(self.met.device)
         return self.gram[mine].double(), self.total[mine].double(), self.met[mine].unsqueeze(1)

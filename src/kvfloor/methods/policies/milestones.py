@@ -4,7 +4,8 @@ In this file a row is one (batch item, kv head) stream, and a slot the place of 
 the prompt, and the answer is all tokens after the seal. A page is `page` consecutive tokens of the answer; the newest
 page is being filled. A page's timestamp is the position of the last query that needed the page, i.e. gave it an
 estimated attention weight above `alpha` (or among the largest estimates, with `top`). In shapes, r are rows, s slots, b
-query tokens, p pages, g query heads per kv head.
+query tokens, p pages, g query heads per kv head, d the width of a key. A query's own token is the token that came with
+the query.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ def _keys_at(k: Tensor, slot: Tensor) -> Tensor:
 class Milestones(Policy):
     """Evict the page of the answer that queries needed least recently, by bounds on the logits of its keys.
 
-    Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page`. With low and high the least and largest
-    entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of the page
-    (Quest). The estimate of a page for a token is softmax(scale bound) over all pages visible to the query, the largest
-    among the token's queries in the GQA group. Where the estimate exceeds `alpha`, the page's timestamp becomes the
-    query's position. The page with the oldest timestamp is evicted, and the older page among equals. The oldest tokens
-    of a page are evicted first, as many as the budget requires.
+    Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page` tokens. With low and high the least and
+    largest entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of
+    the page (Quest). The estimate of a page for a token is softmax(scale bound) over all pages visible to the query,
+    the largest among the token's queries in the GQA group. Where the estimate exceeds `alpha`, the page's timestamp
+    becomes the query's position. The page with the oldest timestamp is evicted, and the older page among equals. The
+    oldest tokens of a page are evicted first, as many as the budget requires.
     page     tokens per page
     alpha    estimate above which a page counts as needed
-    top      instead of alpha: the share of pages, of largest estimates, that counts as needed (the paper runs 0.5)
+    top      instead of alpha: the share of pages, of largest estimates, that counts as needed (the paper uses 0.5)
     prompt   "keep": tokens before the seal (end of the prompt) are never evicted and not counted: a row holds prompt +
-             budget, and prefill is dense. "evict": no token counts as prompt, and the budget applies from the first
-             token on
+             budget, and nothing is evicted before the seal. "evict": no token counts as prompt, and the budget applies
+             from the first token on
     sinks    first tokens of the stream that are never evicted; the page being filled is never evicted either
-    Each kv head decides for itself. Bounds are recomputed from the held keys at the end of each block, so only a
-    timestamp per token is stored. Without queries the oldest page is evicted.
+    Each row (kv head) has timestamps and evictions of its own. Bounds are recomputed from the held keys at the end of
+    each block, so only a timestamp per token is stored. Without queries the oldest page is evicted.
     """
 
     name: ClassVar[str] = "raas"
@@ -126,6 +127,8 @@ class Milestones(Policy):
     def _held_pages(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
         """Return the p pages of which a token is held, oldest first, as three tensors (index, number, slots).
 
+        A row with fewer pages than p has the number `_NO_PAGE` for each missing page.
+
         index   (r, s) for each slot, the place of its token's page among the p pages
         number  (r, p) number of each page, see `_page`
         slots   (r, p, page) slots of each page's tokens; a page that is not full repeats its first slot
@@ -172,9 +175,9 @@ class Milestones(Policy):
         return row_by_row(shares, high, low, pages, beside=(up, down, own, at), held=many)
 
     def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
-        """Return the least and largest key entries (r, b, d) per channel of the page that each query's token fills.
+        """Return the least and the largest key entry per channel of the page of each query's own token: (r, b, d) each.
 
-        The b queries each belong to one token. A page's tokens that came after the query's own token are left out.
+        Tokens of the page that came after the query's own token are left out.
         """
         r, b = queries.position.shape
         start, first = self._start(held), self._page(queries.position[:, :1], held)

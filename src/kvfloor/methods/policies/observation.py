@@ -3,7 +3,7 @@
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of
 the prompt. The window is the last `window` tokens of the prompt, whose queries vote: a token's vote is the attention
 weight that it receives from these queries. In shapes, r are rows, s slots, w queries of the window, g query heads per
-kv head.
+kv head, d the width of a key.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ class Observation(Policy):
 class LastQueries(PolicyMemory):
     """Hold the last `window` queries of each row, q (rows, g, window, d), the newest last, and their positions.
 
-    The queries are held as given, before `Spec.rotation`. An entry without a query has position -1. The queries are
-    dropped at the seal (end of the prompt), unless `for_good` is True.
+    The queries are held as given, before the rotation (RoPE) of `Spec.rotation`. An entry without a query has position
+    -1. The queries are dropped at the seal (end of the prompt), unless `for_good` is True.
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:

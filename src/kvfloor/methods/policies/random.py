@@ -16,9 +16,10 @@ from kvfloor.validation import count
 class Random(Policy):
     """Evict tokens at random, so that the held tokens are a uniform sample of all tokens seen.
 
-    Each token has a uniform random number fixed by (seed, row id, position); the tokens with the largest ones stay. The
-    kept set is therefore a uniform sample without replacement of all tokens seen (a bottom-k sample, Cohen and
-    Kaplan 2007), the same for any chunking. `sinks` and `recent` tokens can be protected; both are 0 by default.
+    Each token has a uniform random number, fixed by the seed, the token's (batch item, kv head) stream and its position
+    there; the tokens with the largest numbers stay. The kept set is therefore a uniform sample without replacement of
+    all tokens seen (a bottom-k sample, Cohen and Kaplan 2007), however calls cut the stream. The first `sinks` and the
+    newest `recent` tokens can be protected; both numbers are 0 by default.
     """
 
     name: ClassVar[str] = "random"

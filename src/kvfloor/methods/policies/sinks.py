@@ -1,4 +1,4 @@
-"""Keep the first few tokens (attention sinks) and the newest tokens."""
+"""Keep the first few tokens (attention sinks) and the newest tokens of each row, i.e. (batch item, kv head) stream."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page`
 neighbouring slots; a page's box is the least and largest entry per channel of its keys. The logit bound of a page is
-the largest logit that a query can have with any key in the box. r, m and d in shapes are rows, queries per row and the
-width of a key.
+the largest logit that a query can have with any key in the box. r, m, c and d in shapes are rows, queries per row,
+candidate tokens per query and the width of a key.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class BestFirst(Indexed):
     """Read the k tokens of largest logit by branch and bound over pages.
 
     The result equals that of `top_k`. Where keys have structure, it is found without reading every key.
-    Law: branch and bound over the boxes of `pages` (least and largest key entry per channel of a page), which bound the
-    logits of the page's tokens. To visit a page is to compute the logits of its tokens. The newest page is visited
-    first, then the other pages from the largest bound down, until the next bound is below the k-th best logit found.
-    None of the unvisited pages then holds a better token, whatever the keys are. An isolated token is therefore never
-    lost, unlike with halving (`hip`). Where keys have no structure the bounds are loose and nearly all pages are
-    visited. Ties are broken in favour of the newer token.
+    Law: branch and bound over the boxes of the selector `pages` (least and largest key entry per channel of a page),
+    which bound the logits of the page's tokens. To visit a page is to compute the logits of its tokens. The newest page
+    is visited first, then the other pages from the largest bound down, until the next bound is below the k-th best
+    logit found. None of the unvisited pages then holds a better token, whatever the keys are. An isolated token is
+    therefore never lost, unlike with halving (`hip`). Where keys have no structure the bounds are loose and nearly all
+    pages are visited. Ties are broken in favour of the newer token.
     k      tokens read per query
     page   tokens per page, as in `pages`
     """
@@ -78,8 +78,8 @@ class BestFirstState(SelectorState):
     def search(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> tuple[Chosen, Tensor]:
         """Return the slots that each query of q (r, m, d) reads, and the number (r, m), int64, of visited pages.
 
-        The arguments and the first result are those of `choose`: visible (r, m) is the number of slots that a query
-        sees, and rows (r,) are the rows of the queries (None: all).
+        The arguments and the first result are those of `choose`: a query sees the first visible (r, m) slots of its
+        row, and rows (r,) are the indices of the queries' rows (None: all).
         """
         (r, m, _), k, size, device = q.shape, self.method.k, self.method.page, q.device
         visible = visible.to(device).expand(r, m)
@@ -125,9 +125,10 @@ class BestFirstState(SelectorState):
         return bound.flatten(0, 1), page.flatten(0, 1)
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes that one query per row reads of held (rows,) tokens in the worst case.
+        """Return the bytes that one query per row reads in the worst case, summed over the rows.
 
-        In that case every page is visited: all boxes, all keys and the k best values are read.
+        held (rows,) is the number of tokens that each row holds. In the worst case every page is visited: all boxes,
+        all keys and the k best values are read.
         """
         full = (held - 1).clamp_min(0) // self.method.page
         numbers = int((2 * full + held).sum()) * self.spec.d + int(held.clamp_max(self.method.k).sum()) * self.spec.dv
@@ -137,7 +138,8 @@ class BestFirstState(SelectorState):
 def _largest(logit: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest logits of each query, and the slots of these logits: (queries, k) each.
 
-    logit and slot are (queries, c). Of equal logits the one in the higher slot, i.e. of the newer token, is preferred.
+    logit and slot are (queries, c), for c candidate tokens per query. Of equal logits the one in the higher slot, i.e.
+    of the newer token, is preferred.
     """
     by_age = slot.argsort(dim=1, descending=True, stable=True)
     logit, slot = logit.gather(1, by_age), slot.gather(1, by_age)

@@ -3,7 +3,8 @@
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A key block is
 `key_block` consecutive tokens; an interval [low, high) is a range of block numbers, whose centre block stands for it. A
 choice is the list of key blocks that queries read; queries of one span of positions share a choice. The seal is the end
-of the prompt.
+of the prompt. In shapes, r are rows, m queries per row, g query heads per kv head, c entries per query, d the width of
+a key; an argument `rows` (r,) has the indices of these rows (None: all).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Hierarchical(Indexed):
                  share a choice, which the first of them makes; so a choice depends neither on later queries nor on
                  how calls cut the stream
     refresh      number of decoded tokens that share a choice, after the seal
-    Each query of a GQA group has its own choice. `read` and `attend` choose anew for every query.
+    Each query of a GQA group has its own choice. `State.read` and `State.attend` choose anew for every query.
     """
 
     name: ClassVar[str] = "hip"
@@ -222,7 +223,7 @@ class HierarchicalState(SelectorState):
         return torch.cat(worth, 1).masked_fill(high <= low, -torch.inf)
 
     def _to_read(self, block: Tensor, blocks: Tensor, visible: Tensor, slots: Slots, rows: Tensor | None) -> Chosen:
-        """Return the slots that a query reads: the sinks, the chosen blocks and all newer tokens.
+        """Return the slots that each query reads: those of the sinks, the chosen blocks and all newer tokens.
 
         block    (r, m, most) numbers of the chosen blocks, -1 for none
         blocks   (r, m) number of blocks that the choice was made from; all tokens after these blocks are read
@@ -239,7 +240,7 @@ class HierarchicalState(SelectorState):
         return Chosen(self._slots(rank.masked_fill(dead, 0), slots, rows), dead)
 
     def _slots(self, rank: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Return the slots (r, m, c) of the tokens with the ranks by age rank (r, m, c); the oldest has rank 0."""
+        """Return the slots (r, m, c) of the tokens with the ranks `rank` (r, m, c); a row's oldest has 0."""
         width = int(slots.held.max())
         if self.order is None or width == 0:
             return rank
@@ -250,9 +251,10 @@ class HierarchicalState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes that one query per row reads of held (rows,) tokens, averaged where queries share a choice.
+        """Return the bytes that one query per row reads, summed over the rows.
 
-        One of these queries makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
+        held (rows,) is the number of tokens that each row holds. The result is an average over the queries that share a
+        choice. One of them makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
         reads the keys of 2 k / key_block centre blocks. The bytes read from the index count too: the current choice
         and, if tokens may be evicted, the order of arrival of the slots read.
         """

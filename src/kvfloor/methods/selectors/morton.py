@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def cells(x: Tensor, bits: int) -> Tensor:
-    """Return the grid cell of every coordinate of x: int64 in [0, 2**bits), of x's shape.
+    """Return the number of the grid cell that every coordinate of x is in: int64 in [0, 2**bits), of x's shape.
 
-    Cells are bounded by quantiles of the standard normal, so each is equally likely. The grid is fixed in advance: a
-    range taken from the data would let later tokens change the codes of earlier ones.
+    Cells are intervals between quantiles of the standard normal, so a standard normal coordinate is in each with the
+    same probability. The grid is fixed in advance: with a range taken from the data, later tokens would change the
+    Morton codes of earlier ones.
     """
     share = 0.5 * (1.0 + torch.erf(x.to(torch.float64) / math.sqrt(2.0)))
     return (share * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.int64)

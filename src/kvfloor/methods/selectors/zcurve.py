@@ -3,7 +3,8 @@
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A curve is a sorted
 order of keys: a key's place on the curve is its Morton code, an integer computed from a 3-dimensional projection of the
 key. A key is merged when it is inserted into the sorted lists of all curves; newer keys wait outside the lists. A
-candidate is a token whose exact logit is computed.
+candidate is a token whose exact logit is computed. In shapes, r are rows, s vectors or m queries per row, c candidates
+per query, d the width of a key; an argument `rows` (r,) has the indices of these rows (None: all).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class ZCurve(Indexed):
     The place of a key x on a curve is the Morton code of the grid point of sqrt(d) P x / |x|. P is a 3 x d matrix of
     orthonormal rows, drawn from the public seed and independent of the data. The grid is fixed: its lines are quantiles
     of the standard normal. Each of the `curves` curves has its own P and its own shift of the grid, because a single
-    curve has seams that part near neighbours. The candidates are the `window` keys around the query's own place on each
+    curve puts some near neighbours far apart. The candidates are the `window` keys around the query's own place on each
     curve and the keys that are not merged into the curves yet (see `chunk`). The query reads the k candidates of
     largest exact logit. Ties are broken in favour of the newer token.
 
@@ -218,10 +219,10 @@ class ZCurveState(SelectorState):
     # ---- what it costs -------------------------------------------------------------------------------------
 
     def bytes_read(self, held: Tensor) -> int:
-        """Return the bytes that one query per row reads of held (rows,) tokens.
+        """Return the bytes that one query per row reads, summed over the rows.
 
-        The query reads the codes of a binary search and a window of slots per curve, the keys of all candidates, and
-        the values of the k best.
+        held (rows,) is the number of tokens that each row holds. The query reads the codes of a binary
+        search and a window of slots per curve, the keys of all candidates, and the values of the k best.
         """
         used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()

@@ -5,6 +5,8 @@ A level is the set of a row's tokens of equal weight 2^l; new tokens are at leve
 of its tokens and moves the rest up to level l + 1, at double weight.
 A walk gives every token of the level a random sign, such that the signed sum of the tokens stays short; the signs
 decide which half is evicted. A step of a walk is clamped where the rule would give a sign a probability outside [0, 1].
+A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of logits). In shapes, r are the
+rows of a call, m queries per row, s slots, d and dv the widths of a key and a value; n is the number of tokens seen.
 """
 
 from __future__ import annotations
@@ -120,9 +122,9 @@ class Balance(Method):
     def traits(self) -> Traits:
         """Return the promises of this method.
 
-        The method is normalised, because numerator and denominator have the same positive weights. It has lossy values,
-        because held tokens do not all have weight 1 in answers. It is not linear in the values, because the choice of
-        kept tokens depends on the values.
+        `normalised` is True, because numerator and denominator have the same positive weights. `lossy_values` is True,
+        because held tokens do not all have weight 1 in answers. `value_linear` is False, because the choice of kept
+        tokens depends on the values.
         """
         return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
 
@@ -233,7 +235,7 @@ class BalanceState(Blocked[Balance]):
         super().__init__(method, spec, slots, method.block)
         wide = {"dtype": torch.float64, "device": spec.device}
         self.clamped = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)  # clamped steps of walks
-        self.longest_key = torch.zeros(spec.rows, **wide)  # of closed blocks, if there is a radius; as all below
+        self.longest_key = torch.zeros(spec.rows, **wide)  # of completed blocks; 0 without a radius, as all below
         self.longest_value = torch.zeros(spec.rows, **wide)
         self.square_sum = torch.zeros(spec.rows, **wide)  # of values
         self.longest_query = torch.zeros(spec.rows, **wide)
@@ -254,8 +256,8 @@ class BalanceState(Blocked[Balance]):
     def _weighted(self, q: Tensor, width: int, hide: Tensor | None) -> Partial:
         """Return the attention of q (rows, m, d) over the first `width` slots, with weight 2^level for each token.
 
-        hide, which broadcasts to (rows, m, width), is True for slots that a query does not see; None: a query sees all
-        slots.
+        Returns a `Partial` (rows, m). hide, which broadcasts to (rows, m, width), is True for slots that a query does
+        not see; None: a query sees all slots.
         """
         view = self.slots.view(width=width)
         log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
@@ -315,10 +317,10 @@ class BalanceState(Blocked[Balance]):
         return chosen, size, free & (level == chosen.unsqueeze(1))
 
     def _halve(self, rows: Tensor, level: Tensor, size: Tensor, members: Tensor) -> None:
-        """Evict about half of the oldest size[r] tokens of `members` in each row, and raise the rest by one level.
+        """Evict about half of the size[r] oldest `members` of each row, and raise the other half by one level.
 
-        members (r, s) is True for the slots of tokens of level[r] that may be halved. If size[r] is 1, a fair coin
-        decides whether that token is evicted or raised.
+        members (r, s) is True for the slots of tokens of level[r] that may be halved; level and size are (r,). If
+        size[r] is 1, a fair coin decides whether the single token is evicted or raised.
         """
         plan, device, width = self.method, self.slots.k.device, int(size.max() + 1) // 2 * 2
         view = self.slots.view(rows, members.shape[1])

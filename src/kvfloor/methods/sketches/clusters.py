@@ -3,7 +3,8 @@
 In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
 A cluster is a set of keys around one key, the centre; a sample is a key of the cluster that represents the others.
 A pair is the (key, value) of one sampled token, and mu is the sum of |v|^2 over all tokens of its row.
-The random number of a token is fixed by the token's position in the stream, not drawn anew.
+The random number of a token is fixed by the token's position in the stream, not drawn anew. In shapes, r are the rows
+of a call and b new tokens of each; an argument `rows` (r,) has the indices of these rows.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from kvfloor.methods.sketches.nearest import DIRECT, nearest
 from kvfloor.validation import count
 
 _FIRST_CENTRES = 16
-_RINGS = 16  # of a token's clocks, drawn at a time
-_RINGS_LIMIT = 2**24  # counters of one token: filling s slots takes some s log s rings, 10^5 for s = 10^4
+_RINGS = 16  # events of a token's Poisson process (`Reservoir.offer`) that are drawn at a time
+_RINGS_LIMIT = 2**24  # bound on a token's events: filling s slots takes some s log s events, 10^5 for s = 10^4
 
 
 class Clusters(Memory):
@@ -33,8 +34,8 @@ class Clusters(Memory):
 
     A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Once a
     row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance; beyond delta this sets
-    `overfull` (rows,) to True. Every sample slot keeps the key whose random number, fixed by its position, is smallest;
-    so samples do not depend on how calls cut the stream.
+    `overfull` (rows,) to True. Sample i of a cluster is the key whose i-th random number, fixed by the key's position,
+    is smallest; so samples do not depend on how calls cut the stream.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:
@@ -81,10 +82,10 @@ class Clusters(Memory):
     def join(self, rows: Tensor, k: Tensor, position: Tensor, delta: float, purpose: str) -> None:
         """Add the keys k (r, b, d) of `rows` to their clusters: each joins a centre within delta or becomes a centre.
 
-        An old centre is one from before this call. One search compares all b keys with the old centres. The rule then
-        runs over the keys that have no old centre within delta. Finally every key joins the nearest of the old centres
-        and of the new centres that come no later in the stream than the key. `purpose` is a text that sets the random
-        draws of these samples apart from all other draws.
+        An old centre is one from before this call. One search compares all b keys with the old centres. The keys
+        that have no old centre within delta are then taken one by one by the rule above. Finally every key joins the
+        nearest of the old centres and of the new centres that come no later in the stream than the key. `purpose` is a
+        text that sets the random draws of these samples apart from all other draws.
         """
         used = self.used[rows]
         self._grow(int(used.max()) + k.shape[1])
@@ -133,7 +134,7 @@ class Clusters(Memory):
     def _sample(self, rows: Tensor, k: Tensor, position: Tensor, joined: Tensor, purpose: str) -> None:
         """Update each cluster's t uniform samples, with replacement, by the keys k (r, b, d) that joined it.
 
-        joined (r, b) is the index of each key's cluster. Slot i of a cluster keeps the key whose i-th random number,
+        joined (r, b) is the index of each key's cluster. Sample i of a cluster is the key whose i-th random number,
         fixed by position (r, b) and the text `purpose`, is smallest.
         """
         t = self.sample.shape[2]
@@ -161,9 +162,9 @@ class Clusters(Memory):
 class Reservoir(Memory):
     """Hold s sampled (key, value) pairs per row, k (s, d) and v (s, dv), drawn with probability proportional to |v|^2.
 
-    Each pair is an independent draw of a token with probability |v|^2 / mu, where mu is the sum of all |v|^2. Every
-    slot keeps the token whose random number, fixed by its position, is smallest; so samples do not depend on how calls
-    cut the stream.
+    Each pair is an independent draw of a token with probability |v|^2 / mu, where mu is the sum of all |v|^2. A slot is
+    the place of one pair: it keeps the token whose random number, fixed by the token's position, is smallest; so pairs
+    do not depend on how calls cut the stream.
     """
 
     def __init__(self, spec: Spec, s: int) -> None:

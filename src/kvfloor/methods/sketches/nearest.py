@@ -33,22 +33,23 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
         far = torch.cdist(x[to, j[part]].unsqueeze(1), points[to, other].unsqueeze(1), compute_mode=DIRECT).flatten()
         before = apart.clone()
         apart.scatter_reduce_(0, one, far, "amin")
-        # The points come by index, so an equal distance in an earlier part had the smaller one.
+        # The points come by index, so an equal distance in an earlier part belongs to a point of smaller index.
         first = torch.full_like(index, c).scatter_reduce_(0, one, torch.where(far == apart[one], other, c), "amin")
         index = torch.where(apart < before, first, index)
     return apart.view(r, b), index.view(r, b)
 
 
 def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
-    """Return the triples (row, index in x, index in points) of every point that may be the nearest one to an x.
+    """Return the triples (row, index in x, index in points) of every point that may be the nearest to a vector of x.
 
-    The triples are sorted, and come as three tensors (e,), one per part. x, points and allowed are those of `nearest`.
+    The triples are sorted, and are returned as three tensors (e,): the rows, the indices in x, the indices in points.
+    x, points and allowed are those of `nearest`.
     Distances are computed by one matrix product. A point is left out only if its distance is above the smallest one by
-    more than the product's rounding error. So the nearest allowed point of every x is included.
+    more than the product's rounding error. So the nearest allowed point of every vector is included.
     """
     norm, size = (torch.linalg.vector_norm(one, dim=-1).square_() for one in (x, points))
     side = size.unsqueeze(1).masked_fill(~allowed, torch.inf)
-    rough = torch.bmm(x, points.transpose(1, 2)).mul_(-2).add_(side)  # less |x|^2
+    rough = torch.bmm(x, points.transpose(1, 2)).mul_(-2).add_(side)  # squared distances minus |x|^2
     exact_products = x.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
     unit = torch.finfo(x.dtype).eps if exact_products else 2.0**-7
     doubt = 4 * unit * (x.shape[-1] + 4) * (norm + size.masked_fill(~allowed.any(1), 0).amax(1, keepdim=True))

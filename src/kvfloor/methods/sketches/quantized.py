@@ -104,10 +104,11 @@ class QuantizedState(Blocked[Quantized]):
 
 
 class Codes(Memory):
-    """Hold (rows, groups, group, width) numbers as packed integers, with an offset and a step per channel or token.
+    """Hold the codes of all keys or of all values of full groups, with an offset and a step per channel or per token.
 
-    packed  (rows, groups, group, bytes) uint8, the width axis packed
-    low, step  (rows, groups, 1, width) per channel, or (rows, groups, group, 1) per token
+    A number is offset + step * code; the numbers are (rows, groups, group, width), with the width of a key or value.
+    packed     (rows, groups, group, bytes) uint8: the codes of the width axis, one or more per byte
+    low, step  offset and step: (rows, groups, 1, width) per channel, or (rows, groups, group, 1) per token
     """
 
     def __init__(self, spec: Spec, width: int, bits: int, group: int, per_channel: bool) -> None:

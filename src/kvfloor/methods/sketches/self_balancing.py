@@ -2,8 +2,9 @@
 
 A walk takes vectors x_1, x_2, ... one by one and gives each a random sign; w is the signed sum so far. The sign that
 shortens w is the more likely one. The threshold c sets how much more likely: a small c is greedy, a large c is a fair
-coin. A step is clamped where the formula for the probability of a sign leaves [0, 1]. A walk sees the vectors only
-through the matrix of their inner products.
+coin. A step is clamped where the formula for the probability of a sign leaves [0, 1]. A walk needs only the matrix of
+the vectors' inner products. In shapes, r are rows, i.e. (batch item, kv head) streams, each with a walk of its own, and
+m vectors per row.
 `Balance` calls this: each vector stands for a token, and tokens of one sign are evicted. A level is the set of tokens
 of equal weight 2^l; halving a level evicts half of its tokens and moves the others to level l + 1. A level is full at
 `batch` tokens, and n is the number of tokens of the stream.
@@ -46,8 +47,8 @@ def sub_gaussian(c: float) -> float:
 def worst_growth(sharpness: float, centre: bool) -> float:
     """Return the number g for which exp(g r^2) is the factor in `tree_error` due to the length of keys and queries.
 
-    r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. `sharpness` is the exponent of the walk's kernel; `centre`
-    is True if the mean key is subtracted in the walk.
+    r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. The walk's kernel is exp(sharpness |scale| k.k');
+    `centre` is True if the mean key is subtracted in the walk.
     Law: with h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and
     the denominator of attention over n tokens is at least n e^{-r^2}. If keys are centred, |k - mean| can be 2r, and
     the factor e^{q.mean} comes on top.
@@ -59,8 +60,9 @@ def tree_error(dv: int, growth: float, constant: float, c: float, failure: float
     """Return (x, y) in the error bound x / (batch - y) max |v| of `Balance`, whose levels are halved by pairs.
 
     The bound holds for one fixed query with probability 1 - 2 failure, if no step of a walk is clamped. dv is the width
-    of a value v, and c the walk's threshold. growth is r^2 times `worst_growth`, where r bounds the lengths of keys and
-    queries as there. a = constant is the square of the constant coordinate const of `Balance`, in units of max |v|^2.
+    of a value v, and c the walk's threshold. growth is r^2 times `worst_growth`, where r is a bound on sqrt(|scale|)
+    |q| and sqrt(|scale|) |k|. a = constant is the square of the constant coordinate const of `Balance`, in units of max
+    |v|^2.
     Proof: e^{k} and e^{q} stand for feature vectors with inner product e^{q.k}. In a direction u, the error of
     numerator minus answer times denominator is the signed sum of e^{q.k} (v - answer).u. This sum is linear in the
     walk's vectors e^{k} (v, const). Differences of two vectors are at most 2 |e^{k}| sqrt(1 + a) max |v| long. So one
@@ -131,7 +133,7 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
 
 
 def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
-    """Return masks (r, m) of the vectors to keep and to drop among the first count[r], and the clamped steps (r,).
+    """Return masks (r, m) of the first count[r] vectors to keep and to drop, and the number (r,) of clamped steps.
 
     products (r, m, m) are the vectors' inner products, m even, zero beyond the count; draws (r, m) are uniform random
     numbers, one per vector; c is the threshold of the walk (`walk`). keep is one of:

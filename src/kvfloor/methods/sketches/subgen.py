@@ -3,7 +3,8 @@
 In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
 A cluster is a set of keys around one key, the centre; a sample is a key of the cluster that represents the others.
 A pair is the (key, value) of one token, drawn with probability proportional to |v|^2; the reservoir holds the pairs. mu
-is the sum of |v|^2 over all tokens of a row. Numerator and denominator are those of softmax attention.
+is the sum of |v|^2 over all tokens of a row. Numerator and denominator are those of softmax attention. A `Partial` is a
+result of attention: the mean of values and the log-mass (log-sum-exp of logits).
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class SubGenState(Blocked[SubGen]):
         s, cap = method.sizes()
         self.keys = Clusters(spec, method.t, cap)
         self.pairs = Reservoir(spec, s)
-        self.longest_query = torch.zeros(spec.rows, dtype=torch.float64, device=spec.device)  # of those with tokens
+        self.longest_query = torch.zeros(spec.rows, dtype=torch.float64, device=spec.device)  # but not of `read`
 
     def fields(self) -> dict[str, Any]:
         return super().fields() | {"longest_query": Field(torch.float64, (self.spec.rows,), least=0)}

@@ -3,7 +3,8 @@
 In this file a row is one (batch item, kv head) stream. The window is the newest tokens of a row, at most the budget.
 Unmasked window attention gives every older token the logit 0 instead of -inf, i.e. the weight 1. A draw is one randomly
 chosen token, whose value is the answer or enters a mean of several draws. The reservoir holds the drawn values of older
-tokens.
+tokens. A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of logits). In shapes, m
+are queries per row, s slots (places of held tokens), d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations

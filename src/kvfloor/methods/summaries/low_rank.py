@@ -2,7 +2,8 @@
 
 In this file a row is one (batch item, kv head) stream. A kernel is a trained feature map, i.e. a small network that
 maps a query (phi) or a key (psi) to R non-negative numbers, its features; kernels come in pairs (phi, psi), one pair
-per kv head.
+per kv head. In shapes, P are kv heads or rows, m queries and c keys of each, d, h and R the widths of a head, of a
+kernel's hidden layer and of its features.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class Less(Summary):
     fair comparison is the same policy with that many more tokens. There is no guarantee.
 
     rank     R
-    kernels  the trainer's safetensors file: one pair of networks per (layer, kv head), selected for each row
-             by `Spec.places`; "builtin": the kernels shipped with the built-in model. A file with a single pair
-             serves every row. None: untrained networks, which give the evicted tokens almost no weight.
+    kernels  the safetensors file that `kvfloor train-less` wrote: one pair of networks per (layer, kv head), selected
+             for each row by its place in `Spec.places`; "builtin": the kernels shipped with the built-in model. A file
+             with a single pair serves every row. None: untrained networks, which give the evicted tokens almost no
+             weight.
     A message (a saved state) holds the path of the kernels' file and a tag of its contents. Loading the message is
     refused once the file has changed.
     """
@@ -274,7 +276,7 @@ class LessState(SummaryState):
         self.sums = torch.zeros(spec.rows, kernels.s1.shape[1], spec.dv + 1, **like)
 
     def _kernels(self, row: Tensor | None = None) -> Kernels:
-        """Return the feature maps of the rows `row` (r,), one head per row (None: of all rows)."""
+        """Return the feature maps for the rows of index `row` (r,), one pair per row (None: for all rows)."""
         of_places = Kernels(*(self.shared[_SHARED + f.name] for f in fields(Kernels)))
         head = torch.zeros(self.spec.rows, dtype=torch.int64)
         place = self.shared[_SHARED + "place"]

@@ -2,7 +2,7 @@
 
 In this file a row is one (batch item, kv head) stream. The mass is the evicted tokens' sum of exp(logit), i.e. their
 part of the denominator of attention; the numerator is their sum of exp(logit) v. E, mean and cov are over the evicted
-tokens.
+tokens. In shapes, rows are all rows, r those of a call, m queries per row, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MomentsState(SummaryState):
 
     count    (rows,) number of evicted tokens
     mean_k   (rows, d)                              mean_v   (rows, dv)
-    longest  (rows,) largest |k|
+    longest  (rows,) largest |k| of an evicted key
     cov_k    (rows, d(d+1)/2) lower triangle row by row, or (rows, d) diagonal only
     cov_vk   (rows, dv, d)
     A covariance that the setting `covariance` leaves out is None.

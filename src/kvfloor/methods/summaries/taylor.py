@@ -1,7 +1,7 @@
 """Summarise the evicted tokens by exact sums of monomials of their keys, for a truncated exponential (Taylor).
 
-In this file a row is one (batch item, kv head) stream. The features phi(u) of a vector u are its monomials up to the
-degree, scaled so that phi(q).phi(k) is the Taylor polynomial of e^(q.k).
+In this file a row is one (batch item, kv head) stream. The features phi(u) of a vector u are its t monomials up to
+degree g, scaled so that phi(q).phi(k) is the Taylor polynomial of e^(q.k) of degree g.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Monomials:
     def features(self, u: Tensor) -> Tensor:
         """Return phi(u) (..., t), float64: the scaled monomials of u (..., d).
 
-        phi(u).phi(w) is the truncated exponential of u.w.
+        phi(u).phi(w) is the Taylor polynomial of e^(u.w) of degree g.
         """
         u = u.to(torch.float64)
         phi = u.new_ones(*u.shape[:-1], len(self.degree))

@@ -32,8 +32,8 @@ class ValueSample(Summary):
     `value_sum` keeps the exact mean in less memory.
     Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law the c evicted tokens
     have total weight c and contribute their mean value. The paper draws one value with a reservoir, and a token of
-    the window by its weight. Here the window's attention is exact (Rao-Blackwell: the same mean, no more variance)
-    and only the draw from the reservoir is repeated. `window_sample` is the paper's own form.
+    the window (the held tokens) by its weight. Here the window's attention is exact (Rao-Blackwell: the same mean, no
+    more variance) and only the draw from the reservoir is repeated. `window_sample` is the paper's own form.
 
     copies    T: independent samples in a mean; 1 unless given
     groups    Q: number of such means, whose coordinatewise median is the answer; odd, 1 unless given
@@ -178,7 +178,7 @@ class ValueSampleState(SummaryState):
     count  (rows,) number of evicted tokens
     A sampling key is a uniform random number fixed by (seed, row id, position, i), for slot i of the T Q samples. Slot
     i keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all evicted tokens,
-    independent of the other slots, and the same for every chunking and block.
+    independent of the other slots, and the same however calls cut the stream.
     """
 
     def __init__(self, summary: ValueSample, spec: Spec) -> None:

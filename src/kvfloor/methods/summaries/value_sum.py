@@ -1,6 +1,7 @@
 """Summarise the evicted tokens by the sum of their values, each with logit 0.
 
-With a window policy this is exactly the unmasked sliding window of Haris and Onak 2025.
+With the policy `window` this is exactly the unmasked sliding window of Haris and Onak 2025. A row is one (batch item,
+kv head) stream, and dv the width of a value.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class ValueSum(Summary):
     """Summarise the evicted tokens by the sum and count of their values.
 
     The summary takes dv + 1 numbers per row and has no error.
-    Law (Haris and Onak 2025, section 4, "sliding window with unmasked values"): scores outside the window are
-    0 rather than -inf, so the c evicted tokens add c to the denominator and the sum of their values to the
-    numerator. The paper's Algorithm 1 estimates that with a reservoir sample; keeping the sum is exact.
+    Law (Haris and Onak 2025, section 4, "sliding window with unmasked values"): logits outside the window (the held
+    tokens) are 0 rather than -inf, so the c evicted tokens add c to the denominator and the sum of their values to the
+    numerator. The paper's Algorithm 1 estimates this sum with a reservoir sample; keeping the sum is exact.
     """
 
     name: ClassVar[str] = "value_sum"

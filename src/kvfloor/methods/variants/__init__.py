@@ -1,4 +1,4 @@
-"""Define other attention laws over the same caches: tensor attention over pairs of tokens, and images by scales."""
+"""Define other attention laws over the same caches: tensor attention over token pairs, and attention over images."""
 
 from kvfloor.methods.variants.subgen_tensor import SubGenTensor
 from kvfloor.methods.variants.tensor import TensorAttention

@@ -4,7 +4,9 @@ Every token has two keys and two values. A side of the cache is (K1, V1) or (K2,
 pairs (j1, j2): the key and value of j1 are taken from the first side, those of j2 from the second.
 A point is what stands for tokens of one side: a whole token, a sample of a key cluster, or a sampled (key, value) pair,
 i.e. key and value of one token, drawn with probability proportional to |v|^2. A point has a weight, the number of
-tokens that it stands for. A block end comes after every `block`-th token of a row; newer tokens are held whole.
+tokens that it stands for. A row is one (batch item, kv head) stream. A block end comes after every `block`-th token of
+a row; newer tokens are held whole. A `Partial` is a result of attention: the mean of values and the log-mass
+(log-sum-exp of logits).
 A side becomes two sets of points: samples of its key clusters, whose weights sum to the number n of tokens, and its
 sampled (key, value) pairs. Denominator and numerator are each one sum over the product of two such sets, one per side,
 so neither the n^2 token pairs nor clusters of token pairs are ever stored. After Zandieh et al. 2024, who sketch
@@ -66,7 +68,7 @@ class SubGenTensor(Method):
     block           at most the last `block - 1` tokens stay unclustered, as points of weight 1
     radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; failure probability
     budget          tokens per row instead of s and centres: half of it for the pairs, half for the clusters
-    A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], as `tensor` does.
+    A state takes k (rows, a, 2d) = [k1, k2] and v (rows, a, 2dv) = [v1, v2] of a new tokens, as `tensor` does.
     """
 
     name: ClassVar[str] = "subgen_tensor"
@@ -206,7 +208,7 @@ class SubGenTensorState(Blocked[SubGenTensor]):
         super().__init__(method, spec, Slots(tokens, [method.block] * spec.rows), method.block)
         self.first, self.second = Side(spec, method), Side(spec, method)
         wide = {"dtype": torch.float64, "device": spec.device}
-        self.longest_query = torch.zeros(spec.rows, **wide)  # |q| of queries given with tokens
+        self.longest_query = torch.zeros(spec.rows, **wide)  # largest |q| given with tokens or to `attend`
         self.largest_entry = torch.zeros(spec.rows, **wide)  # of the keys that left the open block
 
     @property
@@ -244,7 +246,7 @@ class SubGenTensorState(Blocked[SubGenTensor]):
         return stated
 
     def _entries(self) -> Tensor:
-        """Return the largest absolute entry of any key that each row has seen, (rows,) float64."""
+        """Return, for each row, the largest absolute entry of all keys given so far: (rows,) float64."""
         view = self.slots.view()
         waiting = view.k.abs() if view.live is None else view.k.abs().masked_fill(~view.live.unsqueeze(-1), 0)
         if waiting.shape[1] == 0:
@@ -303,7 +305,7 @@ class SubGenTensorState(Blocked[SubGenTensor]):
 
 
 def _points(k: Tensor, v: Tensor, log_weight: Tensor, waiting: Points) -> Points:
-    """Join s points k (rows, s, d), v (rows, s, dv), log_weight (rows, s) and the `waiting` points, in this order.
+    """Return the s points k (rows, s, d), v (rows, s, dv), log_weight (rows, s), and after them the `waiting` points.
 
     `waiting` are the tokens since the last block end, as points; they are in no sample yet.
     """

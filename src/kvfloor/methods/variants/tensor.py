@@ -7,6 +7,8 @@ Each token j has two keys, K1[j] and K2[j], and two values, V1[j] and V2[j]:
 
 Law: Alman and Song 2023 (arXiv 2310.04064), D^-1 exp(Q (K1 (x) K2)^T) (V1 (x) V2) with (x) the column-wise Kronecker
 (Khatri-Rao) product. With K2 = V2 = 1 it is standard attention on (K1, V1).
+In shapes, rows are (batch item, kv head) streams, m queries per row, d and dv the widths of one key and of one value. A
+`Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of scores).
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ class TensorAttention(Method):
 
     The answer is exact with the exact store.
     store   a method that keeps whole tokens: exact, or an eviction policy that drops the rest. The store
-            receives the two keys of a token side by side (width 2d), the two values likewise (2dv), and no query.
-    A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2], queries of width d, and answers with
-    width dv. The n^2 products are never stored: the state holds 2n(d + dv) numbers, and `read` computes the products of
-    a block of pairs at a time.
+            receives the two keys of a token concatenated to one of width 2d, the two values to one of width 2dv, and no
+            query. A text such as "window@64" is parsed.
+    A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2] of t tokens, queries of width d, and
+    returns answers of width dv. The n^2 products are never stored: for n tokens the state holds 2n(d + dv) numbers, and
+    `State.read` computes the products of a block of pairs at a time.
     Raises ValueError for a store that does not keep whole tokens.
     """
 
@@ -61,7 +64,7 @@ class TensorAttention(Method):
 
     @property
     def kept(self) -> Method:
-        """Return `store`, the method that keeps the tokens, as a Method."""
+        """Return `store`, the method that keeps the tokens; typed as a `Method`, as a text was parsed at the start."""
         assert isinstance(self.store, Method)
         return self.store
 
@@ -94,7 +97,11 @@ class TensorAttention(Method):
 
 
 class TensorState(State[TensorAttention]):
-    """Hold the state of the store, whose tokens have two keys and two values each, side by side."""
+    """Hold the state of the method `TensorAttention.store`, which keeps the tokens.
+
+    In this state a token's key is k1 and k2 concatenated along the width, (..., 2d), and its value is v1 and v2
+    likewise.
+    """
 
     def __init__(self, method: TensorAttention, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -147,7 +154,7 @@ class Points:
     log_weight: Tensor | None = None
 
     def part(self, at: slice) -> Points:
-        """Return the points in the slice `at` of the s points."""
+        """Return the points whose index among the s points of each row is in the slice `at`."""
         weight = None if self.log_weight is None else self.log_weight[:, at]
         return Points(self.k[:, at], self.v[:, at], weight)
 

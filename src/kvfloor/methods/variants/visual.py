@@ -3,7 +3,8 @@
 Scale k is a map of h_k x h_k tokens. Its queries attend to all earlier scales and their own scale (block-wise
 causal), and any Method stores the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
 A side is the number h_k of tokens along an edge of scale k's map. The first, small scales are the coarse ones. A row is
-one (batch item, kv head) stream.
+one (batch item, kv head) stream; in shapes, t are tokens of one scale, g query heads per kv head, d and dv the widths
+of a key and a value.
 """
 
 from __future__ import annotations
@@ -78,14 +79,14 @@ def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
 class NextScale:
     """Feed the scales of an image to the state of any method, one scale at a time, and compute their attention.
 
-    The queries of a scale attend to the stored past and to the whole scale itself, before the state may evict any of
-    the scale's tokens: every token can be read by its own scale, whatever the budget. A new scale's tokens are all
-    held only during the call of `step`, as the tokens of any forward pass are.
+    The queries of a scale attend to the tokens that the state holds and to the whole scale itself, before the state may
+    evict any of the scale's tokens: every token can be read by its own scale, whatever the budget. A new scale's tokens
+    are all held only during the call of `step`, as the tokens of any forward pass are.
     """
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self._underway = False  # also after a step that broke off between the state's own calls
+        self._underway = False  # stays True after a step that failed between two calls of the state
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append a scale's tokens k (rows, t, d), v (rows, t, dv) and return attention (rows, g, t, dv) of its queries.
