@@ -82,9 +82,9 @@ def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[in
 
 
 def paired_difference_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval (low, high) of a method's share right minus the reference's, over `n` pairs.
+    """Return the confidence interval (low, high) of the difference of two shares of right answers, over `n` pairs.
 
-    It is two-sided. A pair is one sample, answered by both.
+    It is two-sided. The difference is a method's share minus a reference's; a pair is one sample, answered by both.
 
     gained, lost: the samples that only the method has right, and those that only the reference has right (discordant
     pairs). The other pairs agree and enter by their number alone. The interval holds every difference D that Tango's
@@ -113,10 +113,10 @@ def paired_difference_interval(gained: int, lost: int, n: int, confidence: float
 def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
     """Return Tango's score statistic for the hypothesis that two paired shares differ by `difference`.
 
-    A pair is one sample, answered by two methods. gained, lost: how many of the `n` pairs only the first method has
-    right, and how many only the second. The statistic is standard normal under the hypothesis, and falls as
-    `difference` grows. Its variance uses the maximum-likelihood shares of gained and lost pairs among the shares that
-    differ by `difference`.
+    A pair is one sample, answered by two methods. gained is the number of pairs, out of `n`, that only the first method
+    has right; lost is the number that only the second has right. The statistic is standard normal under the
+    hypothesis, and falls as `difference` grows. Its variance uses the maximum-likelihood shares of gained and lost
+    pairs among the shares that differ by `difference`.
     """
     deviation = gained - lost - n * difference
     a = 2 * n

@@ -1,10 +1,10 @@
 """Judge a row of an audit: decide, at a given confidence, if its loss of score stays below a tolerated loss.
 
 A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol
-(question asked before or after the compression). Its loss is the score of the exact cache, which keeps every token,
-minus its own. A verdict is "holds" (the tolerated loss is excluded), "falls" (a loss is certain) or "open" (neither is
-shown).
-`audit/recommend.py` combines the verdicts on a setting's rows, to tell if the setting is safe.
+(question asked before or after the compression). A row's loss is the exact cache's score minus the row's score; the
+exact cache keeps every token. A verdict is "holds" (the tolerated loss is excluded), "falls" (a loss is certain) or
+"open" (neither is shown). `audit/recommend.py` combines the verdicts on a setting's rows, to decide if the setting is
+safe.
 """
 
 import math
@@ -28,7 +28,7 @@ class Standard:
 
     margin      largest tolerated loss of score (share of right answers) against the exact cache, in (0, 1)
     confidence  of the whole recommendation, in (0.5, 1)
-    methods     how many methods share the allowed error 1 - confidence
+    methods     number of methods that share the allowed error 1 - confidence
     """
 
     margin: float
@@ -37,16 +37,16 @@ class Standard:
 
     @property
     def cell_confidence(self) -> float:
-        """Return the confidence level of the two-sided interval of one row's score difference, by which it is judged.
+        """Return the confidence level of the two-sided interval that decides the verdict "holds" on a row.
 
-        The difference is the row's score minus the exact cache's. The allowed error 1 - confidence is divided equally
-        among the methods. The interval's lower end, which alone decides the verdict "holds", is wrong with the
+        It is the interval of the row's score minus the exact cache's score. The allowed error 1 - confidence is divided
+        equally among the methods. The interval's lower end, which alone decides the verdict, is wrong with the
         probability (1 - confidence) / methods.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
     def lower_end(self, row: Row) -> float:
-        """Return the lower confidence limit of a difference: the row's score minus the exact cache's score.
+        """Return the lower confidence limit of the row's score minus the exact cache's score.
 
         A row is one setting (method with budget) measured on one cell (task, context length, protocol). A limit of -0.1
         means that a loss of 10 points is not excluded, but any larger loss is.
@@ -64,9 +64,9 @@ class Standard:
         return "falls" if row.diff_high < 0 else "open"
 
     def samples_needed(self, margin: float) -> int:
-        """Return the number of samples per row that are enough to show a loss below `margin` in the best case.
+        """Return the smallest number of samples per row with which a loss of `margin` can be excluded.
 
-        The best case is a setting that is right on the same samples as the exact cache.
+        The number is enough in the best case only: the setting is right on the same samples as the exact cache.
         """
         z = NormalDist().inv_cdf((1 + self.cell_confidence) / 2)
         return math.ceil(z * z * (1 - margin) / margin)

@@ -1,9 +1,9 @@
 """Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers.
 
 A setting is a method with its budget; a cell is a task at a context length under a protocol (question asked before or
-after the compression). "Exact" is the cache that keeps every token. A setting holds on a cell if a loss of score to
-exact above the tolerated one is excluded, and breaks there if a loss is certain. It is safe if it and every larger
-budget of its method hold on every cell.
+after the compression). "Exact" is the cache that keeps every token. A loss is exact's score minus the setting's. A
+setting holds on a cell if the tolerated loss is excluded, and breaks there if a loss is certain. It is safe if it and
+every larger budget of its method hold on every cell.
 """
 
 from collections import Counter, defaultdict
@@ -21,9 +21,9 @@ def why(answer: Recommendation) -> str:
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
     """Return sentences on where quality is lost: one on the task that breaks first, then one per method.
 
-    The task that breaks first is the one that is weakest in most settings that lose quality. A method's sentence names
-    its smallest safe setting (method with budget), and the next smaller setting with its weakest cell: the task,
-    context length and protocol on which it breaks or is not shown to hold.
+    Each setting (method with budget) that certainly loses quality has a weakest cell. The task that breaks first is the
+    most frequent task of these cells. A method's sentence names its smallest safe setting, and the next smaller setting
+    with its weakest cell: the task, context length and protocol on which it breaks or is not shown to hold.
     """
     falling = Counter(one.weakest.task for one in answer.judged if one.verdict == "falls")
     sentences = []
@@ -40,7 +40,8 @@ def what_breaks(answer: Recommendation) -> tuple[str, ...]:
 def cautions(answer: Recommendation) -> tuple[str, ...]:
     """Return the limits of the audit's numbers, one sentence each.
 
-    They are few samples, a low score of exact itself, and a peak of the recommended setting's bytes as high as exact's.
+    The sentences warn of few samples, of a low score of exact itself, and of a recommended setting (method with budget)
+    whose peak bytes are no less than exact's bytes.
     """
     sentences = []
     standard = answer.standard

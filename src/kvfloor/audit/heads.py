@@ -57,7 +57,9 @@ class Head:
     relative error of the head's attention output is at most GOOD.
 
     readable_share     groups that queries can read (`HeadFloor`) per token of the context, the largest over the cells
-    floor_bytes        bytes that any method needs, see `HeadFloor`; also asked_floor_bytes and exact_bytes
+    floor_bytes        bytes that any method needs (`HeadFloor`), the largest over the cells
+    asked_floor_bytes  the same for the queries that were recorded after the context
+    exact_bytes        bytes of the context's keys and values, the largest over the cells
     best_method        text of the cheapest good setting; None where only exact is good
     best_bytes         bytes per kv head of the cheapest good setting, the largest over the cells; None without one
     best_error         output error of the cheapest good setting, the largest over the cells; None without one
@@ -148,8 +150,8 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Ro
 def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> tuple[int, str, float] | None:
     """Return a kv head's cheapest good setting as (bytes per head, setting, largest error); None if only exact is good.
 
-    `place` is (layer, head). A setting (method with budget) is good if the head's output error is at most GOOD on every
-    one of the cells.
+    `place` is (layer, head). A setting (method with budget) is good if the head's output error is at most GOOD on each
+    of `cells` (task, context length, protocol).
     """
     layer, head = place
     settings: dict[str, list[Row]] = {}
@@ -169,7 +171,7 @@ def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> 
 def summary(found: Sequence[Head]) -> str:
     """Name the compressible kv heads in one plain sentence.
 
-    A head is compressible if queries can tell apart at most a share COMPRESSIBLE of the context's tokens.
+    A head is compressible if queries can read at most COMPRESSIBLE groups (`HeadFloor`) per token of the context.
     """
     if not found:
         return "No head's floor was measured."

@@ -106,7 +106,7 @@ class Bench:
     def resolved(self, method: Method, prepared: Prepared) -> Method:
         """Return the method with its budget in tokens per kv head.
 
-        A budget given as a share is taken of the cell's context length. A budget given in bytes is the size of the
+        A budget given as a share is that share of the cell's context length. A budget given in bytes is the size of the
         whole cache of one sequence.
         """
         trace, layers = prepared.traces[0], len(prepared.traces)
@@ -195,12 +195,12 @@ class Bench:
 def run_cells(
     bench: Bench, settings: Sequence[BudgetedMethod], work: Sequence[Work], progress: Callable[[str], None]
 ) -> tuple[list[Row], list[HeadFloor]]:
-    """Run every setting on every cell, and return the rows and the floors of every kv head.
+    """Run every setting on every cell; return the measured rows, and the memory floors of the model's kv heads.
 
     A setting is a method with its budget; a cell is a task at a context length under a protocol, and its samples are a
-    `Work`. A row is one setting measured on one cell. A floor is the least bytes that any method needs. The exact cache
-    comes first in `settings`, as the other settings are compared with it. `progress` is called with a line of text
-    before each measurement.
+    `Work`. A row is one setting measured on one cell. A floor is the least bytes that any method needs for a kv head on
+    a cell. The exact cache comes first in `settings`, as the other settings are compared with it. `progress` is called
+    with a line of text before each measurement.
     """
     rows, floors = [], []
     for one in work:

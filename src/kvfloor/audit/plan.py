@@ -116,8 +116,8 @@ def task_work(
 ) -> list[Work]:
     """Return the cells of an audit (tasks x contexts x protocols) with `n` generated samples each.
 
-    Samples are the same for every protocol. A sample's context has at most the cell's number of tokens, as `count`
-    counts those of a text.
+    Samples are the same for every protocol. `count` counts the tokens of a text. A sample's context has at most as many
+    tokens as the cell's context length.
     """
     work = []
     for task in chosen_tasks(tasks):
@@ -148,7 +148,7 @@ def prompt_work(
 ) -> list[Work]:
     """Return the cells of a user's own samples, one per protocol, with `name` in place of a task's name.
 
-    The cell's context is the largest number of tokens of a sample's context, by `count`. A bare prompt has no separate
+    The cells' context length is that of the longest sample context, in tokens by `count`. A bare prompt has no separate
     question, so only the protocol `visible` applies to it.
     """
     split = all(item.question for item in items)

@@ -8,10 +8,11 @@ Grammar, with the word `and` between clauses:
 
 e.g. `h2o@256:recall.score>=0.9 and h2o@256:diff_low>=-15%`.
 
-METHOD is a setting (a method with its budget) in any spelling of the grammar. Without arguments it means every
-configuration (`h2o@256` means `h2o(recent=64)@256` too), without a budget every budget. Without METHOD a clause is
-about the settings that were asked for, not the baselines beside them; without TASK, about every task. A clause must
-hold on every row that it is about; a row is one setting measured on one task, context length and protocol.
+METHOD is a setting (a method with its budget) in any spelling that `methods/grammar.py` parses. A METHOD without
+arguments means every configuration (`h2o@256` means `h2o(recent=64)@256` too); a METHOD without a budget means every
+budget. A clause without METHOD is about the settings that were asked for, not the baselines beside them; a clause
+without TASK is about every task. A clause must hold on every row that it is about; a row is one setting measured on one
+task, context length and protocol.
 
 Exit codes: 0 if every clause holds, 1 if one does not, 2 (ValueError here, before any measurement) for text that is no
 condition or covers no row. A clause without rows is an error, because it would always hold.

@@ -51,7 +51,7 @@ class Row:
     diff_low, diff_high    95 % Tango interval of the paired difference score - exact_score
     state_bytes            bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
     exact_bytes            bytes of the exact cache at the end of the same context
-    floor_bytes            lower bound for attention as a data structure, worst case over keys and values
+    floor_bytes            lower bound on any attention data structure's bytes, for worst-case keys and values
     token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
     bytes_read_per_token   bytes of state read to produce one token
     output_error           mean of `output_error_by_layer`
@@ -63,7 +63,7 @@ class Row:
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
     outcomes               one 0 (wrong) or 1 (right) per sample, in the samples' order
-    gained, lost           samples only this setting has right; samples only exact has right
+    gained, lost           number of samples that only this setting answers right; that only exact answers right
     """
 
     method: str
@@ -176,9 +176,10 @@ def measured_row(
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
     `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact
-    cache's own row, `exact_outcomes` equals `outcomes`. The other arguments but `setting` are fields of
-    `Row`. Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or
-    a number is not finite.
+    cache's own row, `exact_outcomes` equals `outcomes`. All other arguments except `setting` are fields of `Row`.
+
+    Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
+    number is not finite.
     """
     n, method = len(outcomes), setting.text
     gained, lost = paired_counts(outcomes, exact_outcomes)
@@ -252,8 +253,8 @@ def document(
 ) -> dict[str, Any]:
     """Build the one JSON document of `kvfloor audit --json`.
 
-    The document has the schema number, model, seed, rows, the recommended setting with its reason `why`, and the
-    report's path. `method` is None where no setting is safe.
+    The document has the schema number, model, seed, rows, the recommended setting `method` with its reason `why`, and
+    the report's path. `method` is None where no setting is safe.
     """
     return {
         "schema": SCHEMA,

@@ -24,7 +24,7 @@ from kvfloor.hf.recording import Recorder
 class Trace:
     """Hold one layer's recorded queries, keys and values on a few samples.
 
-    A row is one kv head on one sample, g the size of the GQA group, n the number of tokens with padding.
+    A row is one kv head on one sample; g is the size of the GQA group, and n the number of tokens, padding included.
 
     q        (rows, g, n, d)               queries
     k, v     (rows, n, d), (rows, n, dv)   keys and values
@@ -72,9 +72,9 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 def replay(trace: Trace, method: Method) -> Tensor:
     """Return a method's attention outputs (rows, g, asked, dv), float32, for the last `asked` queries of a trace.
 
-    A row is one kv head on one sample, g the size of the GQA group, dv the width of a value. The context's tokens are
-    appended first, and the state is sealed (its prompt ends) before these queries. The method's budget must be in
-    tokens, as `Bench.resolved` returns it.
+    A row is one kv head on one sample; g is the size of the GQA group, and dv the width of a value. The context's
+    tokens are appended first, and the state is sealed (its prompt ends) before these queries. The method's budget must
+    be in tokens, as `Bench.resolved` returns it.
     """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
@@ -87,9 +87,10 @@ def replay(trace: Trace, method: Method) -> Tensor:
 
 
 def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:
-    """Compute a method's relative l2 error of the attention output, ||answers - exact|| / ||exact||: [layer][kv head].
+    """Return a method's relative l2 error of the attention output, per layer and kv head: [layer][kv head].
 
-    Norms run over the samples, the group's heads, the question's and answer's tokens and the head width.
+    An error is ||answers - exact|| / ||exact||. Norms run over the samples, the group's heads, the question's and
+    answer's tokens and the head width.
     """
     table = []
     for trace in traces:

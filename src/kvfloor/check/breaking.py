@@ -26,7 +26,8 @@ def check_broken(method: Method, at: Setting) -> None:
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
     """Make the call fail at each of its torch operations, or at `most` of them, each time on a copy of `state`.
 
-    Returns the number of failures by what the state then is: unchanged, refusing all calls, or neither (a fault).
+    Returns the number of failures by their outcome: the state is unchanged, or it refuses all calls, or neither, which
+    is a fault.
     """
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))

@@ -17,7 +17,7 @@ Call = Callable[[State], Tensor | None]
 
 
 class Injected(Exception):
-    """Mark the exception that `Faults` raises; no library code catches it by name."""
+    """Signal an injected failure: `Faults` raises this exception, and no library code catches it by name."""
 
 
 class Faults(TorchDispatchMode):

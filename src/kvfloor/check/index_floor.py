@@ -22,8 +22,9 @@ def check_index_floor(method: Method, at: Setting) -> None:
     """Require that queries recover at most 8 bits per byte of `nbytes`, and of the saved state (`to_bytes`).
 
     A short game tests the live state and one restored from the saved bytes: random bits are hidden in values, the
-    tokens are appended, and spike queries, each of which attends to one token, ask the bits back. Only bits that the
-    answers certify (`judge`) are counted. In `kvfloor break` a fresh process answers from the saved bytes alone.
+    tokens are appended, and the bits are recovered from the answers to spike queries, each of which attends to one
+    token. Only the bits that `judge` certifies are counted. In `kvfloor break` a fresh process answers from the saved
+    bytes alone.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)

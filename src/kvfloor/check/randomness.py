@@ -1,6 +1,6 @@
-"""Check randomness: random draws depend on seed and row ids alone, shared tensors on method and spec alone.
+"""Check randomness: random draws depend on seed and row ids alone, and shared tensors on method and spec alone.
 
-A row is the stream of one kv head of one sequence. Its row id is the identity in the spec that keys its random draws.
+A row is the stream of one kv head of one sequence. Its row id is a number in the spec that seeds its random draws.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvfloor.core.method import Method
 def check_seeded(method: Method, at: Setting) -> None:
     """Require that results depend on seed and row ids alone, and no global random generator is read or advanced.
 
-    A row id is the identity in the spec that keys the random draws of a row, the stream of one kv head.
+    A row is the stream of one kv head of one sequence. Its row id is a number in the spec that seeds its random draws.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     messages, outputs = [], []

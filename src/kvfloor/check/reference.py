@@ -53,7 +53,7 @@ def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
 
 
 def check_reference(method: Method, at: Setting) -> None:
-    """Require exact attention until a token is evicted, to within 1.5 times plain attention's error in its dtype."""
+    """Require exact attention until a token is evicted, up to 1.5 times plain attention's error in the same dtype."""
     for softcap in (None, 4.0):
         spec, stream = replace(spec_for(method, at), softcap=softcap), stream_for(method, at)
         state, budget = method.open(spec), method.budget
@@ -138,7 +138,7 @@ def check_hull(method: Method, at: Setting) -> None:
 
 
 def check_value_linear(method: Method, at: Setting) -> None:
-    """Require answers linear in values: values a v + b w give a times the answers to v plus b times those to w.
+    """Require that answers are linear in values: f(a v + b w) = a f(v) + b f(w), with f(v) the answers for values v.
 
     Keys and queries are fixed, and the tokens that are kept must be the same.
     """

@@ -21,7 +21,8 @@ def _row(state: State, *index: int) -> State:
 def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
     """Return the length in bytes of each row's saved state (`to_bytes`) after each piece of the stream: [piece][row].
 
-    Pieces have at most `method.block` tokens. Another length shows that the row holds more or fewer tokens.
+    Pieces have at most `method.block` tokens. If a length differs between two streams, the row
+    holds more tokens of one stream than of the other.
     """
     state, sizes = method.open(spec_for(method, at)), []
 
@@ -48,8 +49,8 @@ def check_row_order(method: Method, at: Setting) -> None:
 def check_row_isolation(method: Method, at: Setting) -> None:
     """Require that other input in one row never changes a bit of another row's answers and memory.
 
-    Where a row holds more or fewer tokens for its other input, products over all rows have another shape, and the
-    answers of the other rows agree up to rounding instead.
+    If the changed row then holds more or fewer tokens, matrix products over all rows have another shape. In that case
+    the answers of the other rows need to agree up to rounding only.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     changed, intruder = spec.rows - 1, stream_for(method, at, salt=1)
@@ -74,7 +75,7 @@ def check_row_isolation(method: Method, at: Setting) -> None:
 def check_row_alone(method: Method, at: Setting) -> None:
     """Require that a row keeps the same tokens in a state of its own as in a batch, under the same row id.
 
-    The answers must agree too. A row id is the identity in the spec that keys the row's random draws.
+    The answers must agree too. A row id is a number in the spec that seeds the row's random draws.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)

@@ -1,6 +1,6 @@
-"""Check that answers do not change with the cuts of a stream into calls, later tokens, other queries, or padding.
+"""Check that answers do not depend on padding, later tokens, other queries, or how a stream is split into calls.
 
-A block is the number of a row's tokens between two evictions; a block end is a multiple of it.
+A method evicts tokens at block ends, which are the multiples of `Method.block` tokens of a row.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from kvfloor.core.method import Method
 def check_chunking(method: Method, at: Setting) -> None:
     """Require that any split of a stream into calls keeps the same tokens and gives the same answers.
 
-    The stream has at least 20 block ends and is tested with and without padding. It is cut at random, and in places
-    token by token; the pieces are cut from a copy of the stream at other addresses. For a method of constant memory
-    that holds whole tokens, the states' bytes (`to_bytes`) must be equal too.
+    The stream has at least 20 block ends and is tested with and without padding. It is cut at random; without padding
+    it is also cut token by token at its start and after the prompt. The pieces lie at other memory addresses than the
+    stream. For a method of constant memory that holds whole tokens, the states' bytes (`to_bytes`) must be equal too.
     """
     spec, n = spec_for(method, at), long_stream_length(method)
     stream = stream_for(method, at, n=n)

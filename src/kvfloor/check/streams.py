@@ -1,7 +1,7 @@
 """Draw seeded streams of tokens for the checks, feed them to states, and compare the tokens that states hold.
 
-A row is the stream of one kv head of one sequence. Its row id in the spec keys its random draws. A method evicts tokens
-at block ends, which are the multiples of `Method.block` tokens. A slot is the place of one held token.
+A row is the stream of one kv head of one sequence. Its row id in the spec seeds its random draws. A method evicts
+tokens at block ends, which are the multiples of `Method.block` tokens. A slot is the place of one held token.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Stream:
         return replace(self, q=q, k=k, v=torch.cat([self.v[:, :start], other.v[:, start:]], 1))
 
     def packed(self, present: Tensor) -> Stream:
-        """Return a stream of the tokens that present (n,), bool, marks; the others are left out."""
+        """Return the stream without the tokens where the mask `present` (n,) is False."""
         prompt = int(present[: self.prompt].sum())
         return Stream(self.q[:, :, present], self.k[:, present], self.v[:, present], prompt)
 
@@ -97,7 +97,10 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return a prompt length that exceeds the most tokens that a row can hold by a block, and ends inside a block."""
+    """Return a prompt length in tokens: the most that a row can hold (64 if unbounded), plus one block, plus 5.
+
+    The 5 tokens let the prompt end inside a block.
+    """
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
 
@@ -139,7 +142,10 @@ def probes(spec: Spec, m: int = 5) -> Tensor:
 
 
 def some_absent(stream: Stream, seed: int) -> Tensor:
-    """Draw a mask (rows, n), True for real tokens, False for padding: a third on average, in each row another share."""
+    """Draw a mask (rows, n), True for real tokens, False for padding.
+
+    The expected share of padding rises from row to row; its mean over the rows is a third.
+    """
     rows, n = stream.k.shape[:2]
     source = torch.Generator().manual_seed(31 + seed)
     share = 1.0 - torch.arange(1, rows + 1).unsqueeze(1) / (1.5 * (rows + 1))
@@ -165,8 +171,8 @@ def play(
 ) -> Tensor:
     """Feed tokens start .. stop - 1 of a stream to `state.step`, in pieces that end at `cuts`; return the outputs.
 
-    Outputs are (rows, g, stop - start, dv). `State.seal` is called where the prompt ends. present (rows, n) marks the
-    real tokens. `after(i)` is called after each piece, with the number i of tokens fed so far.
+    Outputs are (rows, g, stop - start, dv). `State.seal` is called where the prompt ends. `present` (rows, n) is True
+    at real tokens. `after(i)` is called after each piece, with the number i of tokens fed so far.
     """
     stop = stream.n if stop is None else stop
     edges = sorted({start, stop, *(c for c in (*cuts, stream.prompt) if start < c < stop)})

@@ -147,8 +147,9 @@ def run_checks(
     A law whose outcome may depend on the dtype is tested for all dtypes, otherwise for the first one; a law whose
     outcome may depend on the GQA group is tested for all groups, otherwise for the last one. A law fails at its first
     Broken or any other exception, whose message is recorded in `Outcome.failed`. Tensor attention (softmax over pairs
-    of tokens) is tested as standard attention: the stream's keys and values stand for a token's first or second ones,
-    in turn, and the other two are ones (`check/tensor_adapter.py`).
+    of tokens) gives each token two keys and two values. It is tested as standard attention: the stream serves as the
+    first key and value in some tests, as the second in others, and the other key and value are filled with 1
+    (`check/tensor_adapter.py`).
     Raises ValueError if the method cannot be opened at all (for want of a budget, say).
     """
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law

@@ -1,4 +1,4 @@
-"""Reduce tensor attention to standard attention by second keys and values of ones, so that every law can be tested.
+"""Reduce tensor attention to standard attention by filling keys and values with 1, so that laws can be tested.
 
 Tensor attention is softmax over pairs of tokens; each token has two keys K1, K2 and two values V1, V2.
 """
@@ -21,11 +21,12 @@ from kvfloor.methods.grammar import parse
 
 @dataclass(frozen=True)
 class Ones(Method):
-    """Wrap a tensor-attention method `inner` as standard attention, by ones as its second keys and values.
+    """Wrap a tensor-attention method `inner` as standard attention: fill one of its two keys and values with 1.
 
     Tensor attention is softmax over pairs of tokens; a token has keys and values (K1, V1) and (K2, V2). `side` is 1 or
-    2: the stream's keys and values become (K1, V1) for 1, (K2, V2) for 2, and the other two become ones. With
-    K2 = V2 = 1 tensor attention is standard attention on (K1, V1), but over n tokens its softmax mass is n times that.
+    2: the stream's keys and values become (K1, V1) for 1, (K2, V2) for 2, and the other two are filled with 1. With
+    K2 = V2 = 1 tensor attention over n tokens equals standard attention on (K1, V1), but its softmax mass is n times
+    as large.
     """
 
     name: ClassVar[str] = "ones"
@@ -72,7 +73,7 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Feed a stream's keys and values, with ones as the other two, to a tensor-attention state; return its answers."""
+    """Feed a stream to a tensor-attention state, with 1 in place of the other keys and values; return its answers."""
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)

@@ -227,8 +227,8 @@ def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator)
 def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
     """Raise Broken unless a selector with an index chooses visible slots only: at least one per query, and none twice.
 
-    Each query sees a random number of slots, drawn from `source`: all held slots, except some of those that were filled
-    since the last block end, where tokens may be evicted.
+    Each query sees all held slots but the newest few. The number of unseen slots is drawn from `source`; they were
+    filled since the last block end, where tokens may be evicted.
     """
     held = state.slots.held.unsqueeze(1)
     newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))

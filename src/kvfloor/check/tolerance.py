@@ -1,4 +1,7 @@
-"""Compare answers within tolerances, given in one table by dtype. Every check draws values of size at most 1."""
+"""Compare answers within tolerances, given in one table by dtype.
+
+The tolerances fit values of size at most 1, the only ones that a check draws.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Return, for each entry of x, what its error is measured against: |x| where that is finite and above 1, else 1."""
+    """Return the divisor that makes each entry's error relative: |x| where that is finite and above 1, else 1."""
     return x.to(torch.float64).abs().clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
 
 
@@ -40,7 +43,7 @@ def _relatively_apart(a: Tensor, b: Tensor) -> float:
 
 
 def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:
-    """Raise Broken unless a and b agree within the dtype's tolerance times `size`, the typical size of their numbers.
+    """Raise Broken unless a and b agree within the dtype's tolerance times `size`, the typical size of their entries.
 
     `what` begins the error's message, as in all functions of this module.
     """

@@ -1,4 +1,4 @@
-"""Check that keys and queries are RoPE-rotated by their ranks among held tokens, if a method claims `Traits.turns`."""
+"""Check methods that claim `Traits.turns`: keys and queries are RoPE-rotated by their ranks among the held tokens."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Return plain attention of one row in `dtype`: outputs (m, dv) and log-masses (m,).
 
-    kept: queries (m, d), keys (h, d), values (h, dv), and values of tokens of logit 0 (e, dv) or None. hide (m, h)
-    marks the keys that a query does not see.
+    kept: queries (m, d), keys (h, d), values (h, dv), and values (e, dv) of evicted tokens that keep logit 0, or None.
+    hide (m, h) marks the keys that a query does not see.
     """
     q, k, v, left = kept
     zero_logits = None if left is None else left.to(dtype)

@@ -19,9 +19,9 @@ from kvfloor.game import ARGUMENTS, BARRIERS
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command` as a function whose signature has one command-line option per argument of a barrier.
+    """Return a wrapper of `command` whose signature has one command-line option per argument of a barrier.
 
-    `ARGUMENTS` holds the help texts of the barriers' arguments. The function also takes a method, `--barrier`, `--out`
+    `ARGUMENTS` holds the help texts of the barriers' arguments. The wrapper also takes a method, `--barrier`, `--out`
     and `--json`. It calls `command` with `method`, `barrier`, `out`, `as_json` and `arguments`, a dict of the options
     that were given.
     """
@@ -70,7 +70,7 @@ def _kind(annotation: Any) -> Any:
 
 
 def _usual(values: dict[str, Any]) -> str:
-    """Return help text for an option's default: the most common one, with the barriers that have another default.
+    """Return help text for an option's default: the commonest value, then every barrier that has another value.
 
     values: {barrier: default}. Example: "4096 (tensor: 64)".
     """

@@ -1,4 +1,4 @@
-"""Define the subcommands of `kvfloor`. Each imports its modules when it runs, so that `--help` is quick.
+"""Define the subcommands of `kvfloor`. Each subcommand imports its modules when it runs, so that `--help` is quick.
 
 Exit codes: 0 success; 1 a requirement or a conformance law does not hold; 2 bad input, reported in one line on stderr.
 """
@@ -30,7 +30,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class _Commands(TyperGroup):
-    """Find the subcommand that was called, and build the options of `break` only then.
+    """Find the subcommand that was called; build the options of `break` only if `break` was called.
 
     The options of `break` come from the table of barriers (lower-bound games), whose import is slow.
     """
@@ -84,10 +84,11 @@ def main() -> None:
 
 
 def _wait_briefly() -> None:
-    """Let torch's threads spin for microseconds only before they sleep, unless the user's environment says otherwise.
+    """Make torch's waiting threads sleep after microseconds of spinning, unless the user's environment sets this.
 
-    A thread that spins takes the core from the thread that it waits for, once other programs run: beside two of them an
-    audit took three times as long. Call it before torch is imported. It affects the OpenMP runtime of torch's wheels.
+    If other programs run, a spinning thread takes the core from the thread that it waits for: beside two such programs
+    an audit took three times as long. Call this function before torch is imported. It affects the OpenMP runtime of
+    torch's wheels.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPINS
@@ -315,7 +316,7 @@ def _number(value: Any) -> str:
 
 @app.command("break")
 def break_() -> None:
-    """Play lower-bound games against a method: hidden bits decoded from its memory, beside the bits that it takes."""
+    """Play lower-bound games against a method: hidden bits decoded from its memory, beside that memory's size."""
     raise AssertionError("made with its options where it is called")
 
 

@@ -81,8 +81,8 @@ class Arena(Memory):
     def places(self, rows: Tensor | None, width: int) -> Tensor:
         """Return the first `width` places of every list of `rows` (None: all), as indices (r, lists, width).
 
-        The indices are into the flat tensors. If `width` exceeds the length of a list's stretch, its indices run on
-        into the next stretch. Indices beyond the arena are replaced by the arena's last place.
+        The indices are into the flat tensors. If `width` exceeds the length of a list's stretch, the list's indices
+        run on into the next stretch. Indices beyond the arena are replaced by the arena's last place.
         """
         offset, capacity = (x if rows is None else x[rows] for x in (self.offset, self.capacity))
         start = offset.unsqueeze(1) + torch.arange(self.lists) * capacity.unsqueeze(1)
@@ -102,8 +102,8 @@ class Arena(Memory):
     def _table(self, x: Tensor, start: int, stop: int, stride: int | None = None) -> Tensor:
         """View places start .. stop - 1 of every list in the flat tensor x: (rows * lists, stop - start, ...).
 
-        The stretches of all lists must have the same length, `stride` places (None: the length that they have now). The
-        view is one torch operation, because in decoding an operation's overhead exceeds its work.
+        The stretches of all lists must have the same length, `stride` places (None: their present length). The view is
+        one torch operation, because in decoding an operation's overhead exceeds its work.
         """
         stride, (slot, *inner) = stride or self.stride, x.stride()
         shape = (self.spec.rows * self.lists, stop - start, *x.shape[1:])

@@ -57,7 +57,7 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float 
 
     k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs are those of
     `attend`, in k's dtype where the fused kernel applies, otherwise in the compute dtype. The kernel is called by
-    torch's public function, to avoid the overhead of `attend`, which over few keys is a third of the time.
+    torch's public function, because the overhead of `attend` would be a third of the time if keys are few.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
@@ -95,7 +95,7 @@ def weigh(
     log_weight: Tensor | None = None,
     hide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `attend` by its definition, without the fused kernel, and return the weights too.
+    """Compute attention by the formula in `attend`, without the fused kernel, and return the weights too.
 
     Arguments are those of `attend`. Returns outputs (rows, m, dv), log-masses (rows, m) and softmax weights
     (rows, m, s), in the compute dtype.

@@ -61,10 +61,10 @@ class Blocked(State[M]):
         return None
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of a row's next `left` tokens may be appended in one piece, across ends of blocks.
+        """Return how many of a row's next `left` tokens may be appended in one piece, across block ends.
 
-        `seen` tokens came before. A variant returns more than 0 only if `_close` would do nothing at these ends of
-        blocks. 0: the piece must stop at the end of the open block.
+        0: the piece must stop at the end of the open block. A variant returns more than 0 only if `_close` would do
+        nothing at the block ends inside the piece. seen: number of tokens that the row saw before.
         """
         del seen, left
         return 0
@@ -139,7 +139,7 @@ class Blocked(State[M]):
         return out
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
-        """Append the first count[r] of t tokens of row r and return the answers to their queries q (rows, g, t, d).
+        """Append the first count[r] of the t tokens of row r; return the answers to their queries q (rows, g, t, d).
 
         k is (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q. The tokens are cut
         at the ends of each row's blocks. After each piece `_close` is called for the rows whose block is complete.
@@ -167,9 +167,9 @@ class Blocked(State[M]):
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
-        """Do `_feed` where all rows get the same number of tokens, by slices of k, v and q.
+        """Append and answer as `_feed` does, by slices of k, v and q, where all rows get the same number of tokens.
 
-        seen: number of tokens that every row saw before, or, if each row gets one token, that any of them saw.
+        seen: number of tokens that every row saw before; if rows differ (each then gets one token), that of any row.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -215,17 +215,17 @@ class Blocked(State[M]):
         return part
 
     def _circle(self, place: Tensor, below: int) -> Circle:
-        """Return the cosines and sines (..., pairs) that rotate (RoPE) to places (...), in the compute dtype.
+        """Return the RoPE cosines and sines (..., pairs) of the ranks `place` (...), in the compute dtype.
 
-        A place is a token's rank among the held tokens of its row, the oldest at 0; all places are below `below`.
+        A rank is a token's index among the held tokens of its row, the oldest at 0; all ranks are below `below`.
         """
         assert self.spec.rotation is not None
         return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
 
     def _turned(self, q: Tensor, place: Tensor, below: int) -> Tensor:
-        """Rotate queries q (r, g, a, d) to their places (r, a); return q itself if the spec has no rotation.
+        """Rotate queries q (r, g, a, d) to the ranks `place` (r, a); return q itself if the spec has no rotation.
 
-        A place is a token's rank among the held tokens of its row, the oldest at 0; all places are below `below`.
+        A rank is a token's index among the held tokens of its row, the oldest at 0; all ranks are below `below`.
         """
         if self.spec.rotation is None:
             return q
@@ -290,8 +290,8 @@ class Blocked(State[M]):
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
         """Attend with queries `flat` (rows, g*a, d) to all slots, under the causal mask and the selector's mask.
 
-        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens; the row held before[r]
-        tokens when these came.
+        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens. Before these tokens,
+        row r held before[r] tokens.
         """
         m = flat.shape[1]
         view = self.slots.view()
@@ -310,8 +310,8 @@ class Blocked(State[M]):
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
         """Attend causally with q (rows, g, a, d) to the slots that the selector's index chooses.
 
-        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens; the row held before[r]
-        tokens when these came.
+        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens. Before these tokens,
+        row r held before[r] tokens.
         """
         assert self.selection is not None
         arrived = torch.arange(q.shape[2])
@@ -357,7 +357,7 @@ class Blocked(State[M]):
         return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
 
     def _left_unread(self, q: Tensor) -> Tensor | None:
-        """Return the mask of slots that queries q (rows, m, d), already rotated to their places, do not read.
+        """Return the mask of slots that queries q (rows, m, d), which are rotated already, do not read.
 
         The mask is that of `unread`: bool (rows or 1, m or 1, s), or None if all slots are read.
         """
@@ -402,8 +402,8 @@ class Blocked(State[M]):
 def _cut(x: Tensor, index: Tensor) -> Tensor:
     """Return the tokens of x at the token indices `index` (rows, a).
 
-    x is (rows, t, d) or (rows, g, t, d), and the result has a tokens in place of t. An index beyond the last token
-    gives the last.
+    x is (rows, t, d) or (rows, g, t, d); the result is (rows, a, d) or (rows, g, a, d). An index beyond the last token
+    selects the last token.
     """
     index = index.clamp_max(x.shape[-2] - 1)
     if x.ndim == 4:

@@ -1,4 +1,4 @@
-"""Define the method of all caches that keep whole tokens: a policy, a summary, a selector, and one eviction loop.
+"""Define `Bounded`, the method of all caches that evict whole tokens: policy, summary, selector and one eviction loop.
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A priority is a policy's number for a
 held token; the token of lowest priority is evicted first. A protected token is one that the policy never evicts, a
@@ -32,7 +32,7 @@ DEFAULT_BLOCK = 32
 class Bounded(Method):
     """Keep at most `budget` tokens per row after every `block`-th token, and at most `budget + block - 1` in between.
 
-    policy    decides which held token is evicted   summary   stores what is kept of evicted tokens
+    policy    decides which held token is evicted   summary   stores evicted tokens in compressed form
     selector  picks the held tokens a query reads   budget    tokens per row (one number, or one per row)
     block     tokens of a row between two evictions; 1 is the papers' rule: evict after every token. Larger blocks evict
               `block` tokens at once.
@@ -81,10 +81,10 @@ class Bounded(Method):
             )
 
     def _least_budget(self, budget: int, pinned: int) -> int:
-        """Return the smallest budget >= `budget` with room for one unprotected token.
+        """Return the smallest budget >= `budget` that leaves room for one unprotected token.
 
-        pinned: number of tokens that `State.pin` protects. The number of newest protected tokens may grow with the
-        budget, so the search repeats until the budget has room.
+        pinned: number of tokens that `State.pin` protects. Under a larger budget the policy may protect more of the
+        newest tokens, so the search repeats until there is room.
         """
         first = self.policy.protected_first()
         while (needed := first + self.policy.protected_last(budget) + pinned + 1) > budget:
@@ -154,9 +154,10 @@ class Bounded(Method):
 
 
 class BoundedState(Watching):
-    """Keep tokens in budget + block slots per row, which are allocated once, or grow while a dense prefill lasts.
+    """Keep tokens in budget + block slots per row, allocated once; add more in a dense prefill and for spared tokens.
 
-    A dense prefill keeps every token until the seal (end of the prompt).
+    A dense prefill keeps every token until the seal (end of the prompt). Spared tokens are those of the prompt or of
+    the answer, where `Policy.spares` keeps these beside the budget.
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -267,7 +268,7 @@ class BoundedState(Watching):
     def _limit(self) -> Tensor:
         """Return the most tokens (rows,) that each row may hold after an eviction: its budget plus its spared tokens.
 
-        Spared are the tokens of the prompt or of the answer, where `Policy.spares` keeps them beside the budget.
+        Spared tokens are those of the prompt or of the answer, where `Policy.spares` keeps these beside the budget.
         """
         if self.prompt is None:
             return self.budget

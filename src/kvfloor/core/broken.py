@@ -1,4 +1,4 @@
-"""Define the error of a state in which a call broke off halfway."""
+"""Define the error that a state raises after a call on it broke off halfway."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class BrokenState(RuntimeError):
 
 
 def broken_state(call: str) -> BrokenState:
-    """Return the error of a state in which the call of this name ("append") broke off, or has not returned yet.
+    """Return the error to raise from a state whose call of this name ("append") broke off or has not returned yet.
 
-    It is also raised if a callback of a call that still runs, or another thread, uses the same state.
+    The call has not returned yet if one of its own callbacks, or another thread, uses the state meanwhile.
     """
     return BrokenState(
         f"{call} broke off halfway (or has not returned yet), so this state is neither the old one nor the new one and "

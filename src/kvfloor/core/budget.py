@@ -23,9 +23,9 @@ _FORMS = "a number of tokens (512), a share of the context (25%) or bytes (64MiB
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse the text of a budget: return "512" as an int, but "25%" and "64MiB" as text, after a check.
+    """Parse and check the text of a budget: return "512" as an int, but "25%" and "64MiB" as text.
 
-    Raises ValueError naming the allowed forms.
+    Raises ValueError, naming the allowed forms, for any other text.
     """
     text = text.strip()
     if re.fullmatch(r"[0-9]+", text):
@@ -106,7 +106,7 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
 
 
 def least_budget(method: Method) -> int:
-    """Return the smallest budget, in tokens, that the method accepts: more than the tokens that it protects."""
+    """Return the smallest budget in tokens that the method accepts, i.e. one with room beside its protected tokens."""
     high = 1
     while not _accepts(method, high):
         high *= 2

@@ -37,21 +37,21 @@ class Field:
 
     @classmethod
     def like(cls, x: Tensor) -> Field:
-        """Return the field of a tensor for which the part's class declares none; x is the tensor in a new, empty part.
+        """Return the default field of a tensor that the part's class does not declare; x is its value in a new part.
 
-        A saved tensor must have the dtype and shape of x. An axis of size 0 in x is one that grows with the stream, and
-        may have any size. Integers are counts or positions: they must lie in 0 .. MOST (2^48).
+        The new part is empty. A saved tensor must have the dtype and shape of x. An axis of size 0 in x grows with the
+        stream, and may have any size. Integers are counts or positions: they must lie in 0 .. MOST (2^48).
         """
         counts = x.dtype in (torch.int64, torch.int32, torch.int16)
         shape = tuple(size or None for size in x.shape)
         return cls(x.dtype, shape, least=0 if counts else None, most=MOST if counts else None)
 
     def require(self, value: Any, where: str, sizes: dict[str, int]) -> None:
-        """Raise ValueError unless this field may have `value`.
+        """Raise ValueError unless this field allows `value`.
 
         where   path of the field in the message, for the error
-        sizes   word used in a shape -> the size that it stands for, as found so far; sizes first met in `value` are
-                added
+        sizes   word used in a shape -> the size that it stands for, as found so far; the sizes of other words are taken
+                from `value` and added
         """
         if value is None and self.optional:
             return
@@ -83,7 +83,7 @@ class Field:
 
 
 def require_equal(found: Tensor, wanted: Tensor, what: str) -> None:
-    """Raise ValueError unless the counts `found` in a saved state equal `wanted`, which follows from its other fields.
+    """Raise ValueError unless the counts `found` in a saved state equal `wanted`, derived from its other fields.
 
     what: the name of the counts, for the error.
     """

@@ -102,7 +102,7 @@ class Memory:
     def require_sound(self, fields: dict[str, Any]) -> None:
         """Raise ValueError if the fields of a message (a saved state) contradict each other.
 
-        Each field alone was found to be allowed before.
+        Called after each single field was found to be allowed.
         """
 
     def require(self, fields: Any, where: str = "") -> None:

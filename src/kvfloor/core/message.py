@@ -3,11 +3,11 @@
 In lower-bound proofs Alice, who saw the tokens, sends a message to Bob, who answers the queries; the proofs count its
 bytes. Fields are the saved attributes of a state, as nested dicts of tensors and JSON values; a path is the names of a
 field and of the dicts around it, joined by slashes. A message is a safetensors file, whose own header ends before the
-tensors. The header's metadata have one text, "kvfloor": the digest, i.e. a SHA-256 of every other byte of the file in
-64 hex digits, and a JSON object with the format (a number), the entries that the caller of `pack` gives, and under
-"fields" all fields that are not tensors. A tensor is named by its path. Nothing is unpickled. A message that is
-truncated, changed in any bit or of another format is refused before anything is allocated from it. The digest detects
-damage, not forgery. Equal content makes equal bytes.
+tensors. The header's metadata have one entry, named "kvfloor". Its text begins with the digest, i.e. the SHA-256 of
+every other byte of the file, in 64 hex digits. A JSON object follows, which holds the format (a number), the entries
+that the caller of `pack` gives, and under "fields" all fields that are not tensors. A tensor is named by its path.
+Nothing is unpickled. A message that is truncated, changed in any bit or of another format is refused before anything is
+allocated from it. The digest detects damage, not forgery. Equal content makes equal bytes.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class OlderVersion(ValueError):
 
 
 def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
-    """Return one message, as bytes, of `fields` (nested dicts of tensors and JSON values) and a JSON-ready `header`.
+    """Return the bytes of a message that holds `header` and `fields` (nested dicts of tensors and JSON values).
 
-    `header` is a dict of the caller's, such as {"method": ..., "spec": ...}. Raises TypeError for a dtype that no
-    message holds, and ValueError if everything but the tensors takes more than HEADER_LIMIT_BYTES.
+    `header` is a JSON-ready dict of the caller's entries, such as {"method": ..., "spec": ...}. Raises TypeError for a
+    dtype that no message holds, and ValueError if everything except the tensors takes more than HEADER_LIMIT_BYTES.
     """
     tensors: dict[str, Tensor] = {}
     plain = _split(fields, "", tensors)
@@ -163,7 +163,7 @@ def _header_end(start: bytes, size: int) -> int:
 
 
 def _digest(data: bytes) -> bytes:
-    """Return the SHA-256 of a message, without the bytes of its own digest, as 64 hex digits."""
+    """Return the SHA-256 of all bytes of a message but its digest, as 64 hex digits."""
     rest = memoryview(data)
     digest = hashlib.sha256(rest[: _DIGEST.start])
     digest.update(rest[_DIGEST.stop :])
@@ -197,7 +197,8 @@ def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dic
 def _place(fields: dict[str, Any], path: str, tensor: Tensor) -> None:
     """Put a tensor back into nested fields at its path, the inverse of `_split`.
 
-    Raises CorruptState if the path is used already, if a parent on it is no dict, or if no message holds such a tensor.
+    Raises CorruptState if the path is used already, if a parent on it is no dict, for a dtype that
+    no message holds, and for a bool tensor with bytes other than 0 and 1.
     """
     if tensor.dtype not in _DTYPES:
         raise CorruptState(f"field {path} is a {tensor.dtype} tensor")

@@ -41,7 +41,7 @@ class Traits:
     constant_memory `nbytes` of a state never grows after the state was opened
     pins            `State.pin` keeps a span of tokens for good
     turns           keys are held whole, so that `Spec.rotation` can rotate each to its rank among the held tokens
-    trained_for     (layers, kv heads, d) of the model whose trained parameters the method has; None: any model
+    trained_for     (layers, kv heads, d) of the model that the method's parameters were trained for; None: any model
     """
 
     reference: Literal["softmax", "unmasked", "tensor"] = "softmax"

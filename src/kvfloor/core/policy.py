@@ -117,7 +117,7 @@ class Queries:
     def as_they_came(self) -> Tensor:
         """Return the queries (r, g, b, d) before rotation.
 
-        A policy memory that reads queries after later evictions stores the unrotated queries, since evictions change
+        A policy's memory stores the unrotated queries if it reads them after later evictions, since evictions change
         the ranks that queries are rotated to.
         """
         return self.q if self.bare is None else self.bare
@@ -150,7 +150,7 @@ class PolicyMemory(Memory, ABC):
         """
 
     def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
-        """Update the memory by the keys k (r, b, d) of the newest b tokens of `rows` (r,), oldest first.
+        """Update the memory with the keys k (r, b, d) of the newest b tokens of the rows `rows` (r,), oldest first.
 
         position (r, b) is each token's index in its stream; live (r, b) is False where a row has no such token. Called
         at block ends and at the seal (end of the prompt) if the policy `wants_keys`; b is the block's length. Tokens of
@@ -246,8 +246,9 @@ class Policy(ABC):
         """Return new values of the policy's columns, column name -> (r, s), given a block's attention weights.
 
         A column is one number per slot. weights (r, g, b, s) are the softmax weights of the block's queries over the
-        held tokens; the weights of a query that was not given are 0. `held` and `weights` may have only a part of the
-        slots, and further calls the rest, so a slot's numbers may depend on its own weights only.
+        held tokens; the weights of a query that was not given are 0. A call may give only a part of the slots in
+        `held` and `weights`, and leave the rest to further calls. So a slot's numbers may depend on its own weights
+        only.
         """
         del held, weights, queries
         return {}

@@ -27,11 +27,11 @@ class Rotation:
 
     A vector's place is a whole number: in a state, the rank of the vector's token among the held tokens of the row.
     frequencies  radians per place, one number per pair
-    start        the first rotated entry; 2 x pairs of entries are rotated, the others stay
-    interleaved  pair i is entries (2i, 2i + 1) of the rotated ones; otherwise (i, i + pairs)
-    Law: at place p pair (x, y) becomes (x cos a - y sin a, y cos a + x sin a), a = p x frequency rounded to float32, as
-    transformers rounds it. So `turned` rotates as the model does, and with `back` undoes the model's rotation exactly,
-    however large p is.
+    start        index of the first rotated entry; two entries per pair are rotated, the others stay
+    interleaved  True: pair i is the rotated entries 2i and 2i + 1; False: i and i + (number of pairs)
+    Law: at place p a pair (x, y) becomes (x cos a - y sin a, y cos a + x sin a). The angle a is the product of p and
+    the pair's frequency, rounded to float32 as in transformers. So `turned` rotates as the model does, and with `back`
+    undoes the model's rotation exactly, however large p is.
     """
 
     frequencies: tuple[float, ...]
@@ -55,7 +55,8 @@ class Rotation:
     def circle(self, place: Tensor, dtype: torch.dtype, below: int | None = None) -> Circle:
         """Return the cosines and sines (..., pairs) of the angles at each place (...), int64, in `dtype`.
 
-        below: a number greater than every place. If it is small, cosines and sines are looked up in a table.
+        below: a number greater than every place, or None. If it is small, cosines and sines are looked up in a
+        table; otherwise they are computed.
         """
         if below is None or below > _TABLE_PLACES:
             return self._computed(place, dtype)

@@ -1,8 +1,8 @@
 """Compute row by row: a result's bits depend on the row's own numbers alone, on any BLAS and any instruction set.
 
-A matrix product, a factorisation, a reduction or an exponential may round a number by its place in a batch, by how many
-rows are beside it, by how storage is aligned and by how threads share the work. Two forms of
-computation always round a number alike:
+A matrix product, a factorisation, a reduction or an exponential may round the same number differently: rounding depends
+on the number's place in a batch, on how many rows are beside it, on how storage is aligned and on how threads share the
+work. Two forms of computation always round a number alike:
     row by row   the same call on tensors of the same shape, contiguous and aligned alike, one row at a time
     by elements  additions, multiplications, divisions and square roots, each rounded once, in any place of a tensor
 Any number that enters a state, or decides which tokens stay, is computed in one of these forms.
@@ -23,7 +23,7 @@ _TERMS = 12  # of the logarithm's series; the next one is below 2^-64
 def aligned(x: Tensor) -> Tensor:
     """Return x, or a copy of x, such that the result is contiguous and starts at a multiple of 64 bytes in memory.
 
-    A copy is made only if x itself does not.
+    A copy is made only if x itself is not contiguous or starts elsewhere.
     """
     dense, size = [], 1
     for extent in reversed(x.shape):

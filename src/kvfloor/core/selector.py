@@ -1,5 +1,6 @@
-"""Define the interface of a selector, which picks the held tokens that a query reads; `Exact` and `Bounded` call it.
+"""Define the interface of a selector, which picks the held tokens that a query reads.
 
+The methods `Exact` (keeps all tokens) and `Bounded` (keeps at most a budget of them) call it.
 A row is one (batch item, kv head) stream, and a slot the place of one held token. An index is what a selector stores
 about the held keys to find the tokens of large logit. A query sees a slot if the causal mask allows it, and reads the
 slots that the selector chooses among these. In shapes, r are the rows of a call, m queries per row, g query heads per
@@ -65,7 +66,7 @@ class SelectorState(Memory, ABC):
         """Adapt the index to new capacities of the rows' slots; the held tokens have not changed."""
 
     def close(self, slots: Slots, rows: Tensor | None) -> None:
-        """Update the index at the end of a block in these rows (None: all), after the block's evictions."""
+        """Update the index of these rows (None: all) at the end of a block of tokens, after the block's evictions."""
 
     def seal(self) -> None:
         """Update the index at the end of the prompt."""
@@ -74,16 +75,17 @@ class SelectorState(Memory, ABC):
     def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
         """Choose the slots that each query of q (r, m, d) reads among the slots of its row that it sees.
 
-        Query j of row i sees slots 0 .. visible[i, j] - 1, for `visible` (r, m); this includes every slot that held a
-        token after the last eviction. rows (r,) are the queries' rows in the state; None: all. A query that sees any
-        slot reads at least one. The call changes nothing, and a query's choice does not depend on the other queries.
+        Query j of row i sees slots 0 .. visible[i, j] - 1, for `visible` (r, m). Every query sees at least the slots
+        that held a token after the last eviction. rows (r,) are the queries' rows in the state; None: all. A query that
+        sees any slot reads at least one. The call changes nothing, and a query's choice does not depend on the other
+        queries.
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
         """Choose the slots that the newest tokens' queries q (rows, g, a, d) read: `Chosen` with m = g * a.
 
-        visible (rows, a) is the number of slots that a query sees, up to its own token; position (rows, a) is that
-        token's index in the stream, or -1 where the row has no such token. The index may remember a choice for
+        visible (rows, a) is the number of slots that a query sees, that of its own token included; position (rows, a)
+        is that token's index in the stream, or -1 where the row has no such token. The index may remember a choice for
         later queries, unlike in `choose`.
         """
         del position
@@ -108,7 +110,7 @@ class Selector(ABC):
 
     @abstractmethod
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
-        """Return the mask of slots that q (rows, m, d) does not read: bool (rows or 1, m or 1, s), or None for no slot.
+        """Return the mask of slots that q (rows, m, d) does not read: bool (rows or 1, m or 1, s); None: q reads all.
 
         The argument `hide` is the mask of slots that a query may not see; the result is True there as well.
         """

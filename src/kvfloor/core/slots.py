@@ -1,8 +1,9 @@
 """Store the held tokens of all rows in one arena: flat tensors of keys and values, a stretch of them for each row.
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token; a row's slots are numbered from 0. A
-column is a policy's number per slot. The rank of a token is its index among the tokens that its row holds, the oldest
-at 0. In shapes, r are the rows of a call, s or width slots per row, a new tokens, e tokens of any rows.
+column is a tensor with one number of the policy per slot. The rank of a token is its index among the tokens that its
+row holds, the oldest at 0. In shapes, r are the rows of a call, s or width slots per row, a new tokens, e tokens of any
+rows.
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ class Slots(Arena):
         return View(k, v, live, lambda: self.across(self.position, rows, width))
 
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
-        """Return the first `width` slots of `rows` (None: all) of a per-slot tensor x (slots, ...): (r, width, ...)."""
+        """Return the first `width` entries of each of `rows` (None: all) in a per-slot tensor x: (r, width, ...).
+
+        x is (slots of all rows, ...).
+        """
         if self.stride:
             table = self._table(x, 0, min(width, self.stride))
             return table if rows is None else table[rows.to(x.device)]
@@ -130,7 +134,7 @@ class Slots(Arena):
     # ---- writing -------------------------------------------------------------------------------------------
 
     def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor, bare: Tensor | None = None) -> None:
-        """Append the first take[r] tokens of k (rows, a, d), v (rows, a, dv) and position (rows, a) to each row r.
+        """Append to each row r its first take[r] tokens of k (rows, a, d), v (rows, a, dv) and position (rows, a).
 
         bare (rows, a, d): under a rotation, the keys before they were rotated to their ranks.
         """
@@ -180,8 +184,8 @@ class Slots(Arena):
     def evict(self, leaving: Tensor) -> None:
         """Drop the tokens in the slots marked by the bool mask `leaving` (rows, width); marked slots must hold tokens.
 
-        Remaining tokens from the end of a row move into the freed slots further front, so a row stays packed and at
-        most as many tokens move as leave.
+        Remaining tokens from the end of a row move into the freed slots further front, so a row stays packed. The
+        number of moved tokens is at most the number of dropped tokens.
         """
         leaving = leaving.cpu()
         slot = torch.arange(leaving.shape[1])
@@ -221,9 +225,10 @@ class Slots(Arena):
             self.k[self._index(rows, width)[live]] = turned[live]
 
     def find(self, row: Tensor, position: Tensor) -> Tensor:
-        """Return a mask (rows, width), bool on the CPU, of the slots that hold the tokens at row (e,), position (e,).
+        """Return a mask (rows, width), bool on the CPU, of the slots that hold e given tokens.
 
-        A token's position is its arrival index in its row. Tokens that are not held are ignored.
+        Token i is given by its row, row[i], and its arrival index in that row, position[i]. Tokens that are not held
+        are ignored.
         """
         view = self.view()
         wanted = torch.zeros(self.spec.rows, int(position.max()) + 2, dtype=torch.bool)  # the last column stays False
@@ -268,7 +273,10 @@ class Slots(Arena):
         return sent
 
     def fields(self) -> dict[str, Any]:
-        """Return the allowed values of the saved tensors, name -> `Field`: each has one entry per held token."""
+        """Return the dtype, shape and range that each saved tensor must have, name -> `Field`.
+
+        Every tensor has one entry per held token.
+        """
         spec, tokens = self.spec, "tokens"
         wide = {"k": spec.d, "v": spec.dv}
         own = {name: Field(spec.dtype, (tokens, wide[name]), finite=True) for name in wide if name in self._own}
@@ -295,10 +303,10 @@ class Slots(Arena):
 
 
 class Columns(Memory):
-    """Store a policy's columns beside the keys and values: tensors (total slots,) with one number per slot."""
+    """Store a policy's columns beside the keys and values: tensors (slots of all rows,) with one number per slot."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the columns, column name -> tensor (total slots,)."""
+        """Return the columns, column name -> tensor (slots of all rows,)."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 

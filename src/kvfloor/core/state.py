@@ -4,7 +4,8 @@ The checks of input, the padding, the clocks (tokens per row) and the message (s
 A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A call's real tokens are those that are
 not padding; packed tokens have each row's real tokens first. To seal a state is to mark the end of the prompt, to pin
 tokens is to protect them from eviction, to forget tokens is to drop them on request. A token's position is its index in
-its row's stream; e tokens of any rows are named by two tensors (e,), their rows and their positions.
+its row's stream; e tokens of any rows are named by two tensors (e,), their rows and their positions. A `Partial` is the
+result of attention: the mean of values under the softmax weights, and the log of the softmax mass.
 """
 
 from __future__ import annotations
@@ -88,13 +89,13 @@ class _Plain(ABCMeta):
 class State(Memory, Generic[M], metaclass=_Plain):
     """Store a method's memory of `rows` independent streams of tokens.
 
-    A variant (subclass) writes `_append` and `_read`, and `_step_partial` where it can do better than token by token.
-    It refuses unacceptable tokens in `_require_tokens` and unacceptable groups in `_require_group`, before anything
-    changes. Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA
-    group, queries of `read` (rows, m, d); present (rows, t), bool, is False for padding, None: all tokens are real. All
-    public calls raise TypeError or ValueError on bad input and leave the state as it was. After any other exception the
-    state is either unchanged, or refuses every further call with `BrokenState`. A state that keeps whole tokens (each
-    with its own key and value) holds them in `slots`.
+    A variant (subclass) writes `_append` and `_read`, and `_step_partial` if it can be faster than token by token. A
+    variant refuses unacceptable tokens in `_require_tokens` and unacceptable groups in `_require_group`, before
+    anything changes. Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the
+    GQA group, queries of `read` (rows, m, d); present (rows, t), bool, is False for padding, None: all tokens are real.
+    All public calls raise TypeError or ValueError on bad input and leave the state as it was. After any other exception
+    the state is either unchanged, or refuses every further call with `BrokenState`. A state that keeps whole tokens
+    (each with its own key and value) holds them in `slots`.
     """
 
     slots: Slots | None = None
@@ -138,9 +139,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Return attention of q (rows, m, d) over all tokens seen, a `Partial` (rows, m); change nothing."""
 
     def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
-        """Append each token and then answer its queries: a `Partial` (rows, g, t).
+        """Append the first take[r] tokens of row r, and answer each token's queries: a `Partial` (rows, g, t).
 
-        This token-by-token form is the law that faster variants must reproduce.
+        A token's queries are answered right after it is appended. This token-by-token form is the law that faster
+        variants must reproduce.
         """
         out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
         for i in range(int(take.max())):
@@ -150,7 +152,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return out
 
     def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
-        """Return the mean of `_step_partial`: (rows, g, t, dv)."""
+        """Append tokens and return the outputs (rows, g, t, dv): the `mean` of the `_step_partial` result."""
         return self._step_partial(k, v, q, take).mean
 
     @property
@@ -173,7 +175,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Handle the end of the prompt, for example by compressing the prompt."""
 
     def _require_group(self, g: int, attending: bool = False) -> None:
-        """Raise ValueError if the GQA group g (queries per kv head) differs from the group of all queries kept so far.
+        """Raise ValueError if g, the GQA group (queries per kv head), differs from that of the queries kept so far.
 
         attending: True if the queries come by `attend`, without tokens of their own.
         """
@@ -239,7 +241,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
-        """Do `step`, but return the log-mass beside the mean: a `Partial` (rows, g, t) in the compute dtype.
+        """Do `step`, but return outputs with their log-mass: a `Partial` (rows, g, t) in the compute dtype.
 
         The partial is empty (mean 0, log-mass -inf) where `present` is False. Use this call to merge further terms into
         the answer, such as a sink's logit.
@@ -330,9 +332,9 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def guarantee(self) -> Guarantee | None:
-        """Return the method's guarantee, withdrawn (`holds` False) where the tokens seen break an assumption.
+        """Return the method's proved error bound, withdrawn (`holds` False) if the tokens seen break an assumption.
 
-        None if the method has no guarantee.
+        None if the method has no such bound.
         """
         return self.method.guarantee(self.spec)
 
@@ -353,9 +355,9 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if the `fields` of a saved state contradict the fields of another state inside it.
+        """Raise ValueError if `fields`, those of a saved state, contradict the fields of a state that is a part of it.
 
-        Both must have seen equally many tokens per row, and both or neither must be sealed (past the end of the
+        Both states must have seen equally many tokens per row, and both or neither must be sealed (past the end of the
         prompt).
         """
         for name, value in vars(self).items():
@@ -460,10 +462,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return _pack(k, order), _pack(v, order), _pack(q, by_query), take, order
 
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Check that k, v, q and `present` fit together; return the number of real tokens per row, and a token order.
+        """Check that k, v, q and `present` fit together; return the real tokens per row (rows,), and a token order.
 
-        The numbers are (rows,). The order (rows, t) is the one by which `_pack` moves each row's real tokens to the
-        front; it is None if all tokens are real.
+        The order (rows, t) is the one by which `_pack` moves each row's real tokens to the front; it is None if all
+        tokens are real.
         """
         rows, t = k.shape[:2]
         if v.shape[1] != t:
@@ -495,7 +497,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 def _require_dense(x: Tensor, name: str) -> None:
     """Raise TypeError unless the tensor is dense and has data, so that its shape and numbers can be read.
 
-    Refused are nested, sparse and quantised tensors, tensors on the meta device, and lazy ones without data yet.
+    Nested, sparse and quantised tensors, tensors on the meta device, and lazy ones without data yet are refused.
     """
     if is_lazy(x):
         raise TypeError(f"{name} must be a dense tensor with data, got a {type(x).__name__}")
@@ -526,7 +528,7 @@ def _pack(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
-    """Undo `_pack`: return the answers with each one at the index that its token had in the call.
+    """Undo `_pack`: move each answer back to the index that its token had in the call.
 
     out (rows, g, t, w) has the answers to packed tokens, w numbers each; `order` is the one given to `_pack`. Row r has
     take[r] real tokens; all other entries become `empty`, whatever was computed for padding. order None: no token was

@@ -1,8 +1,8 @@
-"""Store the lists of a selector's index, one or more per row, each in its own stretch of a flat arena.
+"""Store lists of items, one or more per row, each list in its own stretch of a flat arena.
 
-A row is one (batch item, kv head) stream. A selector's index is what it stores about the held keys to find those of
-large logit. A place is an index into the flat tensors of the arena; a stretch is the range of places in which one list
-can grow. In shapes, r are the rows of a call.
+A row is one (batch item, kv head) stream. The lists are a selector's index: what the selector stores about the held
+keys, to find the keys of large logit. A place is an index into the flat tensors of the arena; a stretch is the range of
+places in which one list can grow. In shapes, r are the rows of a call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Stretches(Arena):
         return tuple(name for name in own if name not in ("held", "capacity", "offset"))
 
     def across(self, name: str, rows: Tensor | None, width: int) -> Tensor:
-        """Return the first `width` places of every list of `rows` in the column `name`: (r, lists, width, ...).
+        """Return each list's first `width` entries of the column `name`, for `rows`: (r, lists, width, ...).
 
         rows None: all rows. Entries behind a list's last item are `fill` or arbitrary. Copies only if capacities differ
         or `rows` is given.
@@ -59,9 +59,9 @@ class Stretches(Arena):
         return column[self.places(rows, width)]
 
     def write(self, name: str, rows: Tensor, held: Tensor, items: Tensor) -> None:
-        """Replace the lists of `rows` (r,) in the column `name` by `items` (r, lists, w, ...), w entries per list.
+        """Replace the lists of `rows` (r,) in the column `name` by `items` (r, lists, w, ...).
 
-        The new lists of rows[i] have held[i] items each, the first of their w entries. Where the old list was longer,
+        A new list of rows[i] consists of the first held[i] of its w entries in `items`. Where the old list was longer,
         the places behind the new one get `fill`. `self.held` is not changed.
         """
         column = getattr(self, name)

@@ -1,5 +1,6 @@
-"""Define the interface of a summary, which keeps a compressed form of evicted tokens; `Bounded` calls it.
+"""Define the interface of a summary, which keeps a compressed form of evicted tokens.
 
+The method `Bounded`, which keeps at most a budget of whole tokens, calls it.
 A row is one (batch item, kv head) stream. To absorb tokens is to add them to the summary. A lot is the evicted tokens
 of one row in one call of `absorb`. In shapes, e are evicted tokens of all rows, c those of one row, r the rows of a
 call, m queries, g query heads per kv head, a new tokens, d and dv the widths of a key and a value.
@@ -25,9 +26,9 @@ from kvfloor.core.spec import Spec
 class SummaryState(Memory, ABC):
     """Store a compressed form of evicted tokens, as tensors with rows as first axis.
 
-    `shared` maps names to tensors that are fixed by (method, spec) alone (trained kernels, tables): public and
-    uncounted. `Bounded` replaces `shared` by one dictionary for the whole state, so a summary uses names in it that
-    start with the summary's own name.
+    `shared` maps names to tensors that are fixed by (method, spec) alone (trained kernels, tables). They are
+    public, so they do not count as memory. `Bounded` replaces `shared` by one dictionary for the whole state, so a
+    summary uses names in it that start with the summary's own name.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -54,9 +55,10 @@ class SummaryState(Memory, ABC):
         """Record queries q (rows, g, a, d) that came with tokens or by `attend`; zeros where a row has no query."""
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Return the configuration's guarantee `stated`, withdrawn (`holds` False) if an assumption failed so far.
+        """Return the error bound `stated`, withdrawn (`holds` False) once one of its assumptions has failed.
 
-        The assumptions are tested on the tokens and queries that the summary was given.
+        `stated` is the bound of the configuration, `Summary.guarantee`. The assumptions are tested on the tokens and
+        queries that the summary was given.
         """
         return stated
 
@@ -69,7 +71,7 @@ class Summary(ABC):
 
     @property
     def traits(self) -> Traits:
-        """Return the traits (promises) of a method's answers that this summary allows."""
+        """Return the promises (`Traits`) that a method with this summary can keep about its answers."""
         return Traits()
 
     @abstractmethod
@@ -77,15 +79,15 @@ class Summary(ABC):
         """Return an empty summary for the rows of `spec`, or None if nothing is kept of evicted tokens."""
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """Return the error bound that holds whichever tokens are evicted, or None.
+        """Return a bound on the error of answers that holds whichever tokens are evicted; None: no bound is proved.
 
-        An epsilon of 0 means that answers follow the attention law of `Traits.reference` exactly.
+        If the returned bound's `epsilon` is 0, answers follow the attention law of `Traits.reference` exactly.
         """
         del spec
         return None
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Summary:
-        """Return this summary in the least size whose guarantee has error epsilon and failure probability delta.
+        """Return this summary at the least size that guarantees error `epsilon` with failure probability `delta`.
 
         A summary without a size to choose returns itself.
         """
@@ -124,8 +126,8 @@ def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def equal_lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split the evicted tokens as `lots` does, but yield all rows with equally many tokens together.
 
-    For r rows with c tokens each (at, column, ...) is yielded: at (r,) has the rows, and columns are (r, c, ...). This
-    makes fewer, larger operations; products and sums over tokens must then go through `core.rowwise`.
+    The r rows with c tokens each are yielded as (at, column, ...): at (r,) has the rows, and columns are (r, c, ...).
+    This makes fewer, larger operations; products and sums over tokens must then go through `core.rowwise`.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     start = counts.cumsum(0) - counts

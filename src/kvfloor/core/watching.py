@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Watching(Blocked["Bounded"]):
-    """Answer from slots and a summary, and let the policy learn from queries, attention weights and keys.
+    """Answer queries from slots and a summary, and let the policy learn from queries, attention weights and keys.
 
     A policy learns at block ends, in one product of fixed shape over the block's buffered queries. So the policy's
     decisions do not depend on how the stream was cut into calls.
@@ -128,10 +128,10 @@ class Watching(Blocked["Bounded"]):
     def _at_once(self, seen: int, left: int) -> int:
         """Return how many of a row's next `left` tokens may be appended in one piece, across ends of blocks.
 
-        `seen` tokens came before. 0: the piece must stop at the next block end. More than 0 is possible only in a dense
-        prompt (nothing is evicted before its end), without selector, and if the policy needs neither weights nor keys.
-        Then the piece has all `left` tokens if the policy needs no queries; if it needs the newest queries only, the
-        piece has whole blocks and leaves out the tokens of these queries.
+        `seen` tokens came before. 0 is returned where the piece must stop at the next block end. More than 0 is
+        possible only in a dense prompt (nothing is evicted before its end), without selector, and if the policy needs
+        neither weights nor keys. Then the piece has all `left` tokens if the policy needs no queries. If the policy
+        needs only the newest queries, the piece has whole blocks and ends before the tokens of these queries.
         """
         policy = self.method.policy
         if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
@@ -145,7 +145,7 @@ class Watching(Blocked["Bounded"]):
         return max(0, left - policy.newest_queries) // self.block * self.block
 
     def _show_open_blocks(self) -> None:
-        """Give the policy the keys and queries that came since each row's last block end."""
+        """Pass to the policy the keys and queries that came since each row's last block end."""
         every = torch.arange(self.spec.rows)
         self._show_keys(every)
         for fill in (self.seen % self.block).unique().tolist():
@@ -184,7 +184,7 @@ class Watching(Blocked["Bounded"]):
             self.asked[rows] = False
 
     def _show_queries(self, rows: Tensor, asked: Queries, visible: Tensor) -> None:
-        """Give the policy queries of these rows, and store the numbers per slot that it returns.
+        """Pass the queries `asked` of these rows to the policy, and store the numbers per slot that the policy returns.
 
         visible (r, b) is the number of slots, from the row's first on, that each query of `asked` sees. If the spec has
         a rotation, a query is first rotated to the rank that its own token had on arrival. A row's weights are computed
@@ -226,10 +226,10 @@ class Watching(Blocked["Bounded"]):
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
     def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
-        """Return a function from a slice of slots to its mask, True for slots that queries q (r, m, d) do not read.
+        """Return a function from a slice of slots to the mask of those that queries q (r, m, d) do not read.
 
-        The mask is (r, m, slots). A query does not read the slots from its number `visible` (r, m) on, nor slots that
-        the selector did not choose. width is the number of slots that the slices may reach.
+        The mask (r, m, slots) is True for slots that are not read. A query reads only slots below its entry of
+        `visible` (r, m), and among these only slots that the selector chose. Slices end at `width` at most.
         """
         if isinstance(self._selector, Everything):
             slot = torch.arange(width, device=q.device)

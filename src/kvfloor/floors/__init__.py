@@ -1,8 +1,8 @@
-"""Compute floors: theorems on the least memory that attention can use, as functions that return numbers.
+"""Compute floors: lower bounds on the memory that attention needs, each given by a theorem.
 
-Most users need `space` only, which returns the floor (a lower bound on memory) in bits, for a context length and head
-sizes. The other functions are the formulas behind `space`. docs/floors.md has the proofs, which share one game: Alice
-hides random bits in the values of a stream and sends the state, a method's memory. Bob reads the bits back by queries.
+Most users need `space` only, which returns the floor in bits, for a context length and head sizes. The other functions
+are the formulas behind `space`. docs/floors.md has the proofs, which share one game: Alice hides random bits in the
+values of a stream and sends the state, a method's memory. Bob reads the bits back by queries.
 """
 
 from kvfloor.floors.coherence import (

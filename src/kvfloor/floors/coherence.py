@@ -11,20 +11,20 @@ from kvfloor.validation import whole, within
 
 
 def jl_dim_paper(n: int, eps: float) -> float:
-    """Return the dimension that `n` Gaussian keys need in the theorem of Haris & Onak: 12 ln n / (eps^2 - eps^3).
+    """Return a dimension in which `n` Gaussian keys are nearly orthogonal: 12 ln n / (eps^2 - eps^3).
 
     In that dimension the inner products of all pairs of keys are within eps of 0 with probability 1 - 1/n.
-    Source: Haris & Onak (COLT 2025), Lemma 3 and Lemma 22. At eps = 0.1 it is 1333 ln n, too large for real heads,
-    hence the other families.
+    Source: Haris & Onak (COLT 2025), Lemma 3 and Lemma 22. At eps = 0.1 the dimension is 1333 ln n, too large for real
+    heads, hence the other families.
     """
     eps = within("eps", eps, 0.0, 1.0, low_open=True, high_open=True)
     return 12.0 * math.log(whole("n", n)) / (eps**2 - eps**3)
 
 
 def mu_rademacher(n: int, d: int, delta: float) -> float:
-    """Return an upper bound on the inner products of `n` random keys in {±1/sqrt(d)}^d, all pairs of keys together.
+    """Return an upper bound on the inner products of any two of `n` random keys in {±1/sqrt(d)}^d.
 
-    The bound fails with probability at most `delta`.
+    The bound holds for all pairs of keys at once, except with probability at most `delta`.
     Law: sqrt((4 ln n + 2 ln(1/(2 delta))) / d), Hoeffding's tail exp(-d t^2/2) over fewer than n^2/2 pairs. Derived
     here.
     """
@@ -34,11 +34,11 @@ def mu_rademacher(n: int, d: int, delta: float) -> float:
 
 
 def mu_sphere(n: int, d: int) -> float:
-    """Return an upper bound on the inner products of some `n` unit keys in `d` dimensions: keys within the bound exist.
+    """Return an upper bound on inner products that some set of `n` unit keys in `d` dimensions meets.
 
-    Uniform random unit keys stay within the bound with positive probability.
-    Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, as a cap of angle theta <= pi/2 covers a share of the sphere of at most
-    sin(theta)^(d-1)/2. Derived here.
+    Such keys exist, as uniform random unit keys stay within the bound with positive probability.
+    Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, as a cap of angle theta <= pi/2 covers at most the share
+    sin(theta)^(d-1)/2 of the sphere. Derived here.
     """
     n, d = whole("n", n), whole("d", d, least=2)
     return math.sqrt(max(0.0, 1.0 - (4.0 / n**2) ** (2.0 / (d - 1))))
@@ -112,8 +112,8 @@ def gap_known(n: int, d: int) -> float:
     """Return the largest gap that this module's closed forms guarantee for `n` unit keys in `d` dimensions, at most 1.
 
     The gap is 1 less the largest inner product of two keys. It is 1 for n <= 2d, where the 2d unit vectors ±e_i of the
-    axes suffice; else the largest gap of a circle, the hypercube and a maximal packing. It is 0 when d = 1 and n > 2:
-    no query can favour a key that lies between two other keys.
+    axes suffice. Otherwise it is the largest of three gaps: on a circle, in the hypercube, and of a maximal packing. It
+    is 0 when d = 1 and n > 2: no query can favour a key that lies between two other keys.
     """
     n, d = whole("n", n), whole("d", d)
     if n <= 2 * d:

@@ -15,8 +15,9 @@ def covering_balls(delta: float, d: int) -> float:
     """Return an upper bound on the number of balls of radius `delta` that cover the unit ball of R^d: (1 + 2/delta)^d.
 
     The bound is 1 from delta = 1 on.
-    Source: a maximal set of points more than delta apart covers; balls of radius delta/2 around them are disjoint
-    and lie in one of radius 1 + delta/2. Haris & Onak (COLT 2025), Lemma 13 has (3/delta)^d for delta < 1.
+    Source: a maximal set of points more than delta apart covers; balls of radius delta/2 around the points
+    are disjoint and lie in one ball of radius 1 + delta/2.
+    Haris & Onak (COLT 2025), Lemma 13 has (3/delta)^d for delta < 1.
     """
     delta, d = positive("delta", delta), whole("d", d)
     return 1.0 if delta >= 1.0 else _power(1.0 + 2.0 / delta, d)

@@ -19,9 +19,9 @@ def H2(p: float) -> float:
 def index_bits(N: int, p: float) -> float:
     """Return the least message length, in bits, from which a random one of `N` hidden bits is decoded (problem INDEX).
 
-    Law: S >= N (1 - H2(1-p)), where S is the length, and `p` the probability that this bit is decoded right, over
-    uniform hidden bits, index and public coins (random bits that Alice and Bob share). The bound is 0 for p <= 1/2,
-    because guessing reaches that.
+    Law: S >= N (1 - H2(1-p)), where S is the length, H2 the binary entropy, and `p` the probability that this bit is
+    decoded right, over uniform hidden bits, index and public coins (random bits that Alice and Bob share). The bound is
+    0 for p <= 1/2, because guessing reaches that.
     Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the
     concavity of H2 (derived here: docs/floors.md, "INDEX").
     """
@@ -33,8 +33,8 @@ def index_bits(N: int, p: float) -> float:
 def row_bits(n: int, dv: int, p: float) -> float:
     """Return the least message length, in bits, from which `n` whole rows of `dv` hidden bits are decoded right.
 
-    Law: S >= n (p dv - H2(p)), clamped at 0, where S is the length, H2 the binary entropy, and `p` the chance (average
-    over the `n` rows) that a row is decoded without any error.
+    Law: S >= n (p dv - H2(p)), clamped at 0, where S is the length, H2 the binary entropy, and `p` the probability
+    (average over the `n` rows) that a row is decoded without any error.
     Source: Haris & Onak (COLT 2025), Remark 7, where the receiver (Bob) recovers a whole row; the constant is Fano's
     inequality per row (derived here: docs/floors.md, "Whole rows").
     """

@@ -26,12 +26,13 @@ class Possible:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """Hold a space floor: any method that answers each row to the given accuracy with probability p needs `bits`.
+    """Hold a space floor: the `bits` that any method needs to answer accurately with probability p.
 
-    A row is the dv values of one answer. `bytes` is `bits` in whole bytes. `upper_bits` suffices when the keys are
-    public and the values are single bits, so the floor is tight up to the factor p - H2(p)/dv, H2 the binary entropy.
-    `regime` names the case of the sizes that applies, `theorem` the theorem that gives `bits`, and `constants` maps the
-    name of every number that entered it to the number.
+    A row is the dv values of one answer; p is the probability that a whole row is within the accuracy that the floor
+    was computed for. `bytes` is `bits` in whole bytes. `upper_bits` suffices when the keys are public and the values
+    are single bits, so the floor is tight up to the factor p - H2(p)/dv, H2 the binary entropy.
+    `regime` names the case of the theorem that these sizes fall under, such as "near-orthogonal". `theorem` names the
+    theorem that gives `bits`. `constants` has every number that was used to compute `bits`, name -> number.
     `possible` lists memory sizes that suffice, smallest first.
     """
 

@@ -1,11 +1,11 @@
 """Compute the space floor (lower bound on any method's bits) of error guarantees in a norm.
 
-Such a guarantee is |z - A|_2 <= epsilon * size, for the answer z to exact attention A; size is a norm of the values,
-times one of the softmax weights in two of the three cases. In the hard instance, the stream of the proof, Alice hides
-values ±1. Bob, the receiver of a state, reads the signs of each answer, a row of dv signs, by a query (spike) that puts
-nearly all softmax mass on one token. The guarantee allows a share rho of wrong signs per row. If it holds with
-probability p, a row gives p (dv - log2 B) - H2(p) bits, B the number of rows with at most rho dv wrong signs, H2 the
-binary entropy.
+Such a guarantee is |z - A|_2 <= epsilon * size, for the answer z to exact attention A; size is a norm of the values;
+in two of the three cases it is multiplied by a norm of the softmax weights. In the hard instance, the stream of the
+proof, Alice hides values ±1, a row of dv signs per token. Bob, the receiver of a state, reads a row as the signs of the
+answer to a spike query, which puts nearly all softmax mass on the row's token. The guarantee allows a share rho of
+wrong signs per row. If it holds with probability p, a row gives p (dv - log2 B) - H2(p) bits, B the number of rows with
+at most rho dv wrong signs, H2 the binary entropy.
 docs/floors.md, "Other error guarantees", has the proofs.
 """
 
@@ -37,10 +37,10 @@ _THEOREMS = {
 def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0, norm: float | None = None) -> float:
     """Return an upper bound on the share rho of a row's dv signs that an answer within the guarantee gets wrong.
 
-    A row is the ±1 values of one of `m` hidden tokens, read by a query that puts nearly all softmax mass on this token,
-    the spike. The guarantee is |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F
+    A row is the ±1 values of one of `m` hidden tokens, read by a query that puts nearly all softmax mass on this
+    token. The guarantee is |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F
     (frobenius) or ||softmax||_2 ||V||_op (operator).
-    Law, with `leak` = x, (mass off the spike)/(mass on the spike), so that the weight on the spike is at least 1/(1+x):
+    Law, with `leak` = x, (mass off the token)/(mass on the token), so that the weight on it is at least 1/(1+x):
         max         epsilon^2 ((1+x)/(1-x))^2
         frobenius   epsilon^2 m (1+x^2)/(1-x)^2
         operator    epsilon^2 ||X||_op^2 / dv (1+x^2)/(1-x)^2      ||X||_op: `norm`, or `sign_norm(m, dv)`
@@ -108,8 +108,9 @@ def metric_space(
     `wrong_share` of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else
     0. The hard instance is a stream that is m tokens long so far, m <= n, or m <= W - 1 under `window` = W, with signs
     in w <= dv coordinates. m unit keys have the gap g = `gap_known`(m, d), 1 less the largest inner product of two
-    keys. Their queries leave other tokens the ratio x = m e^(-radius g) of the softmax mass on the key, the token of
-    the receiver included; `radius` is the largest logit. Without `radius` the ratio can be made arbitrarily small.
+    keys. The query of a key gives all other tokens, the one that the receiver appends included, at most
+    x = m e^(-radius g) times the softmax mass of the key; x is the `leak` of `wrong_share`, and `radius` the largest
+    logit. Without `radius`, x can be made arbitrarily small.
     `norm`: a measured operator norm that half of all n x dv sign matrices stay below.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
@@ -161,11 +162,11 @@ def metric_space(
 
 
 def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:
-    """Find the number of rows m <= `most` and their width <= `dv` that give the most `noisy_row_bits`.
+    """Find the number of rows m <= `most` and their width <= `dv` that make `noisy_row_bits` largest.
 
-    Returns (m, width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. A row is decoded with
-    probability p with at most `wrong`(m, width) errors; this number must not fall as m grows. For each width and number
-    of errors, the largest m that allows no more errors is found by bisection, so the maximum is exact.
+    Returns (m, width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. With probability p,
+    a row is decoded with at most `wrong`(m, width) errors; `wrong` must not fall as m grows. For each width and number
+    of errors, the largest m whose `wrong` is at most this number is found by bisection, so the maximum is exact.
     """
     best = (0, 0, 0, 0.0)
     for width in range(dv, 0, -1):
@@ -207,8 +208,8 @@ def _squared_norm(m: int, dv: int) -> float:
 def _leak(m: int, d: int, radius: float | None) -> float:
     """Return (softmax mass off the queried key)/(mass on it) for `m` unit keys, at logits of at most `radius`.
 
-    The token that the receiver of the state appends is in the stream. Without `radius` the ratio is 0, or infinite
-    where no query can single out a key.
+    The mass off the key includes the mass of the token that the receiver of the state appends. Without `radius` the
+    ratio is 0, or infinite where no query can single out a key.
     """
     gap = gap_known(m, d)
     if radius is None:

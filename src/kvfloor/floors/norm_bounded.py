@@ -1,7 +1,7 @@
-"""Count the keys that queries of bounded length can separate, each query putting nearly all softmax mass on one key.
+"""Count the keys that queries of bounded length can tell apart, if each query must give one key nearly all mass.
 
-Such a query is a spike query: a multiple of its key. The logit radius r is the largest scale |q| |k|, in nats. The gap
-of unit keys is 1 less the largest inner product of two keys.
+Such a query is a spike query: a multiple of its key. Mass is softmax mass. The logit radius is r = scale max|q| max|k|,
+in nats. The gap of unit keys is 1 less the largest inner product of two keys.
 """
 
 import math
@@ -13,7 +13,7 @@ _LARGEST_LOG = 700.0  # exp of it is still a float
 
 
 def N_dr(d: int, r: float, eta: float) -> float:
-    """Count the keys that spike queries of logit radius `r` separate in `d` dimensions at relative error `eta`.
+    """Count the keys in `d` dimensions that spike queries of logit radius `r` can tell apart at relative error `eta`.
 
     A spike query puts nearly all softmax mass on one key. `r` = scale * max|q| * max|k| in nats.
     Law: the largest whole m with m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and
@@ -28,7 +28,7 @@ def N_dr(d: int, r: float, eta: float) -> float:
 
 
 def separable_keys(d: int, r: float, ratio: float) -> float:
-    """Count the keys in `d` dimensions that spike queries of logit radius `r` separate at a leak of at most `ratio`.
+    """Count the keys in `d` dimensions that spike queries of logit radius `r` can tell apart at a leak <= `ratio`.
 
     A spike query puts nearly all softmax mass on one key. Its leak, as a ratio, is (mass on all other keys)/(mass on
     the key).

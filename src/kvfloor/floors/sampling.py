@@ -1,7 +1,8 @@
 """Compute the sizes of sampling methods: SubGen's constants and stored numbers, and lazy Gumbel sampling for d = 1.
 
-SubGen (Zandieh et al. 2024) clusters keys online. It estimates attention by a numerator z, for sum_j exp(q.k_j) v_j,
-from s sampled pairs of key and value, over a denominator tau, for sum_j exp(q.k_j), from t sampled keys per cluster.
+SubGen (Zandieh et al. 2024) clusters keys online. It estimates attention as z / tau. The numerator z estimates
+sum_j exp(q.k_j) v_j from s sampled pairs of key and value. The denominator tau estimates sum_j exp(q.k_j) from t
+sampled keys per cluster.
 K and V are the matrices of the keys k_j and the values v_j, and a number is one stored float.
 """
 
@@ -63,7 +64,7 @@ def subgen_numbers(d: int, dv: int, s: int, t: int, centres: int) -> int:
 def subgen_plan(
     n: int, d: int, dv: int, epsilon: float, r: float, failure: float, *, norm: str = "operator"
 ) -> tuple[float, int, int, int] | None:
-    """Find SubGen's sizes (delta, s, t, centres) of fewest stored numbers that guarantee error `epsilon`.
+    """Find the sizes (delta, s, t, centres) with which SubGen guarantees error `epsilon` at the fewest stored numbers.
 
     Guarantee: |z/tau - attention|_2 <= (2 epsilon/3)/(1 - epsilon/3) |softmax|_2 ||V|| <= epsilon |softmax|_2 ||V||
     with probability 1 - `failure`, for epsilon <= 1 and one query fixed before the stream. z/tau is SubGen's answer,

@@ -40,8 +40,8 @@ def space(
 ) -> Floor:
     """Return a lower bound on the bits that any streaming method must hold to answer attention within a factor 1±eta.
 
-    The bound is after `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within the
-    factor 1±eta.
+    The bound holds after `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within
+    the factor 1±eta.
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m the number of tokens
     with hidden values that queries can read. m is n, but at most `N_dr`(d, radius, eta) under `radius`, the largest
     scale * |q| * |k| in nats; at most W - 1 under `window` = W, as the appended token takes one place; and at most 2

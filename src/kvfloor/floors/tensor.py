@@ -30,9 +30,9 @@ _THEOREMS = {
 
 
 def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
-    """Return an upper bound on the inner products, divided by d, of product keys K1[i] * K2[j] of some ±1 rows.
+    """Return mu such that some ±1 keys have product keys K1[i] * K2[j] with inner products of at most mu d.
 
-    Random rows K1, K2 (n, d) stay within the bound with positive probability, so such keys exist.
+    Random ±1 keys K1, K2 (n, d) stay within the bound with positive probability, so such keys exist.
     Law: with four caches queries read 2(n-1) pairs, each against n^2 - 1 other pairs: sqrt((6 ln n + 2 ln 2)/d), by
     Hoeffding over fewer than 2 n^3 inner products. With two caches queries read all n^2 pairs:
     sqrt((8 ln n - 2 ln 2)/d) over fewer than n^4/2 inner products; 0 for n = 1. Derived here.
@@ -88,9 +88,9 @@ def tensor_space(
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `tensor_rows`. With
     `caches` = 4, tokens arrive with K1, K2, V1, V2; with 2, pairs arrive with values of their own, not products of
     token values (else 2 n dv numbers describe all values).
-    Under `radius`, the largest |score| in nats, m counts only tokens whose keys such scores separate: at most
-    `separable_keys`(floor(d/2), radius/2, e) of the n, with e = sqrt(1 + eps_s) - 1 and eps_s of `separation`, or the
-    keys that standard attention separates, whichever gives more rows.
+    Under `radius`, the largest |score| in nats, m counts only tokens whose keys such scores can tell apart: at most
+    `separable_keys`(floor(d/2), radius/2, x) of the n, with x = sqrt(1 + eps_s) - 1 and eps_s of `separation`, or the
+    keys that standard attention can tell apart, whichever gives more rows.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
@@ -127,9 +127,10 @@ def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
 
     C is the length of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` of the softmax
     mass on this pair. The gap is 1 less the largest inner product of the (unit) keys of two pairs. The token that Bob,
-    the receiver of the state, appends counts in the softmax. The keys are ±1 rows where d is large enough; else K1 =
-    (a, 1) and K2 = (1, b), whose products (a, b) separate each half on its own; else K2 = V2 = 1, also for the
-    receiver's token, which is then one zero token of standard attention.
+    the receiver of the state, appends counts in the softmax. The keys are of the first kind that d allows:
+        ±1 rows         for large d
+        (a, 1), (1, b)  K1 and K2, with products (a, b); each half of the query picks one half of the product
+        K2 = V2 = 1     also for Bob's token, as in standard attention with one zero token appended
     """
     mu = mu_tensor(n, d, caches=caches)
     if mu < 1.0:
@@ -150,9 +151,9 @@ def _rows_within(n: int, d: int, caches: int, radius: float, ratio: float) -> in
 
 
 def _half_ratio(ratio: float) -> float:
-    """Return the ratio x of leaked to own mass of each half of a key with which both halves leak `ratio` together.
+    """Return the leak x that each half of a query may have, if the leak of the whole query is to be `ratio`.
 
-    Law: (1 + x)^2 = 1 + ratio.
+    A leak is (softmax mass on all other keys)/(mass on the queried key). Law: (1 + x)^2 = 1 + ratio.
     """
     return math.sqrt(1.0 + ratio) - 1.0
 

@@ -38,7 +38,7 @@ def pyramid(n: int, ratio: float = 2.0) -> tuple[int, ...]:
 
 
 def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> float:
-    """Count the tokens of maps of sides 1, a, a^2, .., n, a = `ratio`, by the closed form (a^2 n^2 - 1)/(a^2 - 1).
+    """Count the tokens of maps of sides 1, a, a^2, .., n by the formula (a^2 n^2 - 1)/(a^2 - 1), with a = `ratio`.
 
     `before_last` leaves out the last map: (n^2 - 1)/(a^2 - 1). Exact where n is a power of a whole ratio. Else the sum
     over `pyramid` is the count to use, at most n^2 a^2/(a^2 - 1).
@@ -49,7 +49,7 @@ def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> 
 
 
 def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
-    """Count the tokens with hidden values of a pyramid with maps of these sides: sum h_k^2, with h_k the side of map k.
+    """Count the tokens that hide values in a pyramid with maps of these sides: sum h_k^2, with h_k the side of map k.
 
     `last_asks`: the queries of the last map read the hidden values of the other maps, and the last map hides nothing
     and is not counted. Else the queries are those of a further map.
@@ -61,9 +61,9 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 
 
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
-    """Return the length of the queries of a map of `asking` zero tokens that each aim at one of `rows` unit keys.
+    """Return the length with which a query reads one of `rows` unit keys, if its own map has `asking` zero tokens.
 
-    Every query gives its key all but `eps_s` of the softmax mass, as a ratio (mass off the key)/(mass on it), if the
+    The query gives its key all but `eps_s` of the softmax mass, as a ratio (mass off the key)/(mass on it), if the
     keys' gap is at least `g`. The gap is 1 less the largest inner product of two keys.
     Law: ln((rows - 1 + asking)/eps_s) / min(g, 1): the asking map's own tokens have logit 0. Derived here.
     """

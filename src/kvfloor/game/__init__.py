@@ -1,4 +1,4 @@
-"""Play barriers against any KV-cache method: games on token streams that, by a theorem, need much memory.
+"""Play games ("barriers") on token streams against any KV-cache method; by a theorem, winning takes much memory.
 
 A barrier is the game of one theorem. Alice appends tokens with hidden values to the method's state and sends the
 bytes of the state, the message. Bob rebuilds the state from the message, queries it, and decodes the hidden values from
@@ -20,9 +20,9 @@ from kvfloor.game.keys.families import FAMILIES
 
 @dataclass(frozen=True)
 class Barrier:
-    """Hold one barrier, the game of a memory theorem: its `play` function, a sentence about it, and its largest n.
+    """Hold one barrier, the game of a memory theorem: its `play`, a sentence about the game, and the largest n.
 
-    n is the number of tokens in a stream; the largest is `most`, to which `play_all` reduces a larger n.
+    n is the number of tokens in a stream. The largest n is `most`; `play_all` reduces a larger n to it.
     """
 
     play: Callable[..., Result]

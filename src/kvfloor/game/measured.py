@@ -34,8 +34,8 @@ class MeasuredGame:
     Each group of tokens shares one row of dv hidden values, which one query reads. Shares are of groups; a group counts
     only if its whole row is right.
 
-    answered       share of answers within eta of exact attention in max norm; the floor assumes this of each answer
-                   with probability p only (eta and p are those of the floor's `Demand`)
+    answered       share of answers within eta of exact attention in max norm. The floor assumes less: each answer is
+                   that close with probability p (eta and p are those of the floor's `Demand`)
     decoded        share of rows decoded right if the levels of groups decoded earlier are given, as in the proof
     worst_error    largest deviation of an answer from exact attention
     floor_bits     bits of the read floor

@@ -35,9 +35,10 @@ class Precision:
 class Packed:
     """Record one packing game at (d, radius): bits hidden, bits certified, and the closed-form floor for n tokens.
 
-    The game hides a row of dv values under each of the keys that queries with bounded logits separate in few
-    dimensions. d is the width of a key, radius the largest logit. Certified bits are bits that the message (the bytes
-    of the state) provably carries; the floor is a lower bound on the bits of any method that answers.
+    d is the width of a key, radius the largest logit. Keys are separable if, for each of them, a query with such logits
+    puts nearly all softmax mass on this key. The game hides a row of dv values under each separable key. Certified bits
+    are bits that the message (the bytes of the state) provably carries; the floor is a lower bound on the bits of any
+    method that answers.
     """
 
     d: int
@@ -67,7 +68,8 @@ def packings(
 ) -> list[Packed]:
     """Play the packing game at every dimension and logit radius, with at most `n` keys; return one record per game.
 
-    The game hides a row of dv values under each key that queries with logits up to the radius separate.
+    The game hides a row of dv values under each key of a separable set: for each of them, a query with logits up to the
+    radius puts nearly all softmax mass on this key.
     """
     found = []
     for d in dimensions:

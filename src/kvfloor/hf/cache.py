@@ -45,11 +45,11 @@ class CompressedCache(Cache):
 
     config    the model's configuration, or the model
     method    a Method or its text, e.g. "h2o(recent=64)@512"; budgets in bytes are for the whole cache
-    context   length in tokens of which a budget such as "@25%" is a share
+    context   length in tokens; a budget such as "@25%" is a share of this length
     seed      seeds the method's own randomness
     requests  one id per batch item, which seeds that item's randomness together with `seed`; 0, 1, 2, ... unless given
-    budgets   instead of '@': tokens per compressed layer and kv head, [[512, 128], [64, 64], ...]; one number in a
-              layer is for all its heads
+    budgets   tokens per compressed layer and kv head, [[512, 128], [64, 64], ...], instead of the method's '@' budget;
+              one number in a layer is for all its heads
     allocate  how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (more for
               heads whose queries can tell more tokens apart, see `floor_shares`; needs the model, and `calibration`:
               the token ids of a typical prompt), or multiples of the budget, in the form of `budgets`
@@ -141,8 +141,8 @@ class CompressedCache(Cache):
     def __bool__(self) -> bool:
         """Return True if the cache has layers, filled or not.
 
-        Raises ValueError for a model that changes its rotary angles at some length (Phi-3), in older transformers
-        releases. Their generate() would replace this cache by a DynamicCache, and no later call could raise instead.
+        Raises ValueError if generate() of an older transformers release may later replace this cache by a DynamicCache
+        without calling it again. That happens to a model that changes its rotary angles at some length (Phi-3).
         """
         if self._rotation is not None:
             self._rotation.refuse_unasked(int(super().get_seq_length()))
@@ -151,7 +151,7 @@ class CompressedCache(Cache):
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Return the sizes of the attention mask for a forward: (number of slots covered, index of the first slot).
 
-        query_length: the number of new slots; until transformers 5.3 the tensor of their positions.
+        query_length: the number of new slots; before transformers 5.3, a tensor of their positions.
         Raises ValueError if the forward would pass the length at which the model changes its rotary angles (Phi-3),
         since the keys in the cache do not fit beyond it.
         """
@@ -379,7 +379,7 @@ def _place(device: str | torch.device) -> torch.device:
 
 
 def _told(report: Callable[..., None], *args: Any) -> None:
-    """Call `report(*args)` outside torch.compile's trace, which would compile anew for every layer.
+    """Call `report(*args)` outside torch.compile's trace: a traced call would be compiled anew for every layer.
 
     report: a function for bookkeeping, such as a method of `Passage`, which records how far a forward has got.
     """

@@ -42,7 +42,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """Return the model's {"model": class name, "adapters": names of active ones, "sha256": hex digest}.
 
     The same weights give the same digest on any device, offloaded to disk or not. These change the digest: another
-    dtype or quantisation, since a cache cannot continue bit for bit there; an active or merged adapter, and its scaling
+    dtype or quantisation, in which a cache would not continue bit for bit; an active or merged adapter, and its scaling
     factor. These do not: an inactive adapter, and weight entries outside the sample. Raises ValueError naming a weight
     whose numbers cannot be read.
     """

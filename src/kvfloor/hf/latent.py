@@ -34,7 +34,7 @@ def staged(keys: Tensor, values: Tensor) -> None:
 
 
 def awaited() -> tuple[Tensor, Tensor] | None:
-    """Return the (keys, values) that this thread's last `update` returned, if its forward is still running.
+    """Return the (keys, values) that this thread's last `update` returned, while the model's forward is running.
 
     Returns None otherwise: a forward that ended or broke off has released the tensors.
     """
@@ -78,9 +78,9 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
     module   the attention module, whose `kv_b_proj` is the map
     latent   (B, 1, n, c), with the key (B, H, n, .) and value (B, H, n, dv) that the module computed from it
     If `kv_b_proj` is a plain linear layer without adapter or hook, the matrix is its weight. Any other `kv_b_proj` is
-    called on every unit vector: an adapter, a quantised or offloaded weight and a hook count as they are now, and
-    nothing is cached. It must be linear, so the matrix is checked on the newest token's key and value. Raises
-    ValueError if the matrix's key and value differ from the module's by more than rounding.
+    called on every unit vector, at every call, so that an adapter, a hook, and a quantised or offloaded weight take
+    effect as they are now; nothing is cached. It must be linear, so the matrix is checked on the newest token's key and
+    value. Raises ValueError if the matrix's key and value differ from the module's by more than rounding.
     """
     project: nn.Module = module.kv_b_proj  # type: ignore[assignment]
     heads, dv = value.shape[1], value.shape[-1]

@@ -100,7 +100,7 @@ class CompressedLayer(CacheLayerMixin):
         presence: Presence,
         readers: int = 0,
     ) -> None:
-        """Build the empty cache layer of the model's layer `index`, the place-th compressed layer counted from 0.
+        """Build the empty cache layer of the model's layer `index`; `place` is its index among the compressed layers.
 
         opening, meter, passage and presence are shared by all layers of one cache: its settings, byte counts, record of
         how far a forward has got, and list of pads. readers: number of later layers that attend to this layer's keys.
@@ -194,7 +194,7 @@ class CompressedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Return (slots, 0): the number of slots that the attention mask covers, and the index of the first of them.
 
-        Slots of earlier forwards are included. query_length: the number of new slots; until transformers 5.3 the tensor
+        Slots of earlier forwards are included. query_length: the number of new slots; before transformers 5.3, a tensor
         of their positions.
         """
         refuse_other_attention(self.served_by)
@@ -398,7 +398,7 @@ class CompressedLayer(CacheLayerMixin):
         """Restore the layer as it was before an `answer` that failed, unless the state has changed since.
 
         state, batch   the layer's attributes from before the call
-        clocks         (seen, sealed) of the state before its step, None without a state; `sealed`: the prompt had ended
+        clocks         (seen, sealed) of the state before the step, None without a state; `sealed`: the prompt had ended
         """
         asked = self.state
         if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):

@@ -23,8 +23,8 @@ def layers_served(config: PreTrainedConfig) -> int:
 def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer]]:
     """Return a cache that keeps every token exactly, and the list of its layers whose attention inputs can be recorded.
 
-    These are the full-attention layers. Set `record` or `turn_back` of a layer to a function, which then receives the
-    queries, keys and values of the next forward.
+    These are the full-attention layers. To record, set a layer's attribute `record` or `turn_back` to a function: it is
+    called with the queries, keys and values of every later forward.
     """
     opening = Opening(Exact(), layers_served(config))
     cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))
@@ -36,10 +36,10 @@ def cache_layers(
 ) -> list[Any]:
     """Return one cache layer per layer of the model.
 
-    Layers with full attention get a `CompressedLayer` or, beside a linear state, a `HybridLayer`; the others get
-    transformers' own class.
-    opening, meter, passage and presence are shared by all layers of one cache: its settings, byte counts, record of
-    how far a forward has got, and list of pads.
+    A layer with full attention gets a `CompressedLayer`, or a `HybridLayer` if it also has the state of a convolution
+    or of linear attention. Every other layer gets transformers' own class.
+    All layers of one cache share its settings (opening), byte counts (meter), record of how far a forward has got
+    (passage) and list of pads (presence).
     """
     layers: list[Any] = []
     for i, ((role, theirs), readers) in enumerate(zip(layer_roles(config), key_readers(config), strict=False)):

@@ -137,7 +137,7 @@ class CompressedLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Return, per request, the log-probability of its continuation, and True if every token of it was likeliest.
+        """Return, per request, the log-probability of its continuation, and True if greedy decoding would give it.
 
         requests: (lm-eval's key of the request, token ids of the context, token ids of the continuation).
         """
@@ -195,7 +195,7 @@ class CompressedLM(TemplateLM):
         return [said[i] for i in range(len(requests))]
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the dict that lm-eval writes into its results: kvfloor's version, method and cache totals."""
+        """Return the dict that lm-eval writes into its results: kvfloor's version, the method and `Usage.totals`."""
         return {"kvfloor": {"version": __version__, "method": str(self.method)} | self.usage.totals()}
 
     # ---- inside ------------------------------------------------------------------------------------------------
@@ -210,8 +210,8 @@ class CompressedLM(TemplateLM):
     ) -> Iterator[list[int]]:
         """Yield the request indices of one batch after another, longest requests first.
 
-        sizes: tokens per request. alike: a text per request; requests of one batch have the same text (their generation
-        options). With `alike` None, any requests may share a batch.
+        sizes: tokens per request. alike: the generation options of each request, as text; requests share a batch only
+        if their texts are equal. With `alike` None, any requests may share a batch.
         """
         kinds = alike or [""] * len(sizes)
         order = sorted(range(len(sizes)), key=lambda i: (kinds[i], -sizes[i]))

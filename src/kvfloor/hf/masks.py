@@ -1,4 +1,4 @@
-"""Represent the attention mask of a compressed layer by its rule and padding, and build its tensor only on use.
+"""Represent the attention mask of a compressed layer by its rule and padding, and build its tensor only if used.
 
 A rule is transformers' function that decides which slots a query attends to. A slot is one column of the padded batch;
 a mask covers the slots of earlier forwards too. A compressed layer needs the padding alone. So the tensor (batch, 1,
@@ -25,8 +25,8 @@ EVERY = slice(None)
 class SlotCount(int):
     """Represent the number of slots that a mask covers, with a reference to the compressed layer that returned it.
 
-    transformers passes a mask function the mask's sizes, but not the cache. The size arrives as this object, unchanged,
-    so that the function can distinguish a compressed cache from all others.
+    transformers passes a mask function the mask's sizes, but not the cache. It passes on this object, unchanged, as one
+    of the sizes. So the mask function can distinguish a compressed cache from all others.
     """
 
     layer: CompressedLayer
@@ -48,7 +48,7 @@ class LazyMask:
     def __init__(
         self, arguments: dict[str, Any], form: Callable[..., Tensor | None] = sdpa_mask, queries: slice = EVERY
     ) -> None:
-        """Store the call that builds the tensor: `form(**arguments)`, cut along its queries to the slice `queries`.
+        """Store the call `form(**arguments)` that builds the tensor, and the slice `queries` of its queries in use.
 
         form: a mask function of transformers, such as `sdpa_mask`; arguments: its keyword arguments.
         """
@@ -61,8 +61,8 @@ class LazyMask:
     def plainly_causal(self) -> bool:
         """Return True if each token attends to itself and all tokens before it and to nothing else, padding apart.
 
-        A mask rule may let image tokens attend to later ones, and yet be causal for a text without images. So a rule
-        other than the causal one is applied, and its mask compared with the causal mask, once for all layers.
+        A rule that lets image tokens attend to later ones is still causal for a text without images. So for any rule
+        other than the causal one, the mask is built and compared with the causal mask, once for all layers.
         """
         if self._arguments.get("mask_function", causal_mask_function) is causal_mask_function:
             return True
@@ -81,9 +81,9 @@ class LazyMask:
         return self._moved(self._arguments.get("attention_mask"))
 
     def for_stock(self) -> Tensor | None:
-        """Build the mask that transformers' own attention would have received; None if it needs none.
+        """Build the mask that transformers' own attention would have received; None if no mask is needed.
 
-        It is built once for all layers.
+        The mask is built once for all layers.
         """
         return self._make(self._queries == EVERY)
 
@@ -124,7 +124,7 @@ class LazyMask:
     def __getitem__(self, index: Any) -> LazyMask | Tensor:
         """Return a part of the mask: a LazyMask if only its queries are sliced, otherwise a tensor.
 
-        Layers without keys of their own slice the queries.
+        Models slice the queries for layers that use the keys of an earlier layer.
         """
         if isinstance(index, tuple) and len(index) == 4 and self._queries == EVERY:
             batch, heads, queries, keys = index
@@ -200,9 +200,10 @@ def _made(x: Any) -> Any:
 def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | None:
     """Return a forward's attention mask: a LazyMask for a compressed layer, else a tensor or None.
 
-    This is the mask function that transformers calls. before: name of the attention selected before kvfloor's; a tensor
-    has the form that eager attention needs if the name ends with "eager", else sdpa's. kwargs: transformers' arguments
-    for masks. Raises TypeError if any are passed by position (`args`).
+    This is the mask function that transformers calls.
+    before: name of the attention selected before kvfloor's. If it ends with "eager", a returned tensor has the form for
+    eager attention, otherwise the form for sdpa. kwargs: transformers' arguments for masks.
+    Raises TypeError if any of these arguments are passed by position (`args`).
     Raises ValueError, before any layer has changed, for a mask rule that a compressed layer cannot follow.
     """
     if args:

@@ -112,7 +112,7 @@ class Opening:
         return state
 
     def _sized(self, spec: Spec, place: int, batch: int, kv_heads: int, g: int) -> Method:
-        """Return the method with its budget in tokens for the place-th compressed layer, per row if its heads differ.
+        """Return the method for the place-th compressed layer; its budget is in tokens, one per row if kv heads differ.
 
         A row is one (batch item, kv head). g: query heads per kv head. A budget in bytes or percent is converted to
         tokens for the shapes in `spec`.

@@ -38,8 +38,8 @@ Request = tuple[int, str, int]  # layer, kind of tensor read or given, index amo
 class Passage:
     """Record which layers of a cache have stored the tokens of the newest forward.
 
-    kinds   per layer: the class of its convolution or linear state, None without one. A forward updates all states of
-            one class in the same way
+    kinds   per layer: the class that holds its linear states, None without such states. A forward changes the linear
+            states of all layers of one class in the same way
     keeps   per layer: True if a forward must store something in it
     """
 
@@ -82,12 +82,12 @@ class Passage:
         self._open.add(layer)
 
     def passed_over(self, layer: int) -> bool:
-        """Return True if the recorded forward goes on without kvfloor's attention, False if it broke off.
+        """Return True if the recorded forward bypassed kvfloor's attention in a layer, False if it broke off there.
 
-        Call it when `layer` receives keys while some layer still has keys that its attention has not stored. If the
-        recorded forward has passed keys to `layer` before, the new keys begin another forward, and the recorded one
-        broke off: False. If only one layer of the model stores anything, the two cases look alike, and the result is
-        True: the model is taken to be unprepared.
+        Call it when `layer` receives keys while some layer has keys that no attention call has stored. If the recorded
+        forward has given keys to `layer` before, the new keys begin another forward, and the recorded one broke off:
+        False. If only one layer of the model stores anything, the two cases look alike, and the result is True: the
+        model is assumed not to use kvfloor's attention (not prepared).
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
@@ -201,8 +201,8 @@ class Passage:
     def _half_filled(self, last: int) -> set[int]:
         """Return {last} if layer `last` still misses keys or updates of its linear states in this forward, else {}.
 
-        last: the last layer that the forward has reached. Something is missing if its changes (`_changed`) differ from
-        those of a layer with linear states of the same class. Earlier layers are complete: the forward went past them.
+        last: the last layer that the forward has reached. Something is missing there if `_changed(last)` differs from
+        `_changed` of an earlier layer of the same class (`kinds`). Earlier layers are complete: the forward left them.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]
@@ -213,7 +213,8 @@ class Passage:
     def _changed(self, layer: int) -> frozenset[tuple[str, int, int]]:
         """Return (kind, index, number of in-place changes) of each linear state of the layer that this forward used.
 
-        A model may change one state several times, head by head. Keys that the layer received are one more entry.
+        A model may change one state several times, head by head. A state that the model wrote anew gives the entry
+        ("new conv" or "new recurrent", index, 1), and keys that the layer received give the entry ("keys", 0, 1).
         """
         often = {request: _version(state) - version for request, (state, version) in self._handed.items()}
         filled = {(f"new {kind}", index, 1) for at, kind, index in self._filled if at == layer}
@@ -221,10 +222,10 @@ class Passage:
         return frozenset(changed | filled | ({(_KEYS, 0, 1)} if (layer, _KEYS, 0) in self._made else set()))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for a copy: the error if a forward broke off (or still runs), and no requests.
+        """Return the attributes for a copy: no record of the newest forward, but its error message if it has one.
 
-        The error is found now and stored as text: it depends on tensors' counts of in-place changes, and a copied
-        tensor counts from 0 again.
+        There is an error if the forward broke off or still runs. It is detected now, because that takes the tensors'
+        counts of in-place changes, and a copied tensor counts from 0 again.
         """
         plain = dict(self.__dict__)
         try:
@@ -250,8 +251,8 @@ def outside_inference(call: Any, *args: Any, **kwargs: Any) -> Any:
 def keeps_something(layer: Any, own: bool) -> bool:
     """Return True if every forward must store something in this cache layer.
 
-    own: the layer's class is one of transformers. Then the answer is True if the layer keeps keys, or linear states
-    that models access through the cache. For any other class it is always True.
+    own: True if the layer's class is one of transformers. Then the result is True if the layer keeps keys, or linear
+    states that models access through the cache. For any other class the result is always True.
     """
     if not own or hasattr(layer, "get_seq_length"):
         return True

@@ -51,7 +51,7 @@ class Memo:
 
         pairs: number of pairs of entries that are rotated. place: index of the calling layer among the compressed
         layers. Layers call in rising order, so a place that is not larger than in the last call means a new forward.
-        The cached cosines and sines are dropped then, and for another `positions` tensor.
+        The cached cosines and sines are dropped then, and also when `positions` is another tensor than last time.
         """
         same = self._positions is not None and self._positions() is positions
         if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
@@ -79,7 +79,7 @@ class TurnBack:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return query (B, H, n, d) and key (B, Hkv, n, d) without their rotation; value is not used.
 
-        positions, (B or 1, n) or (axes, B, n) as for `plain`, are those by which the model rotated query and key.
+        positions: those by which the model rotated query and key, (B or 1, n) or (axes, B or 1, n), see `plain`.
         Raises ValueError if positions is None.
         """
         del value
@@ -90,9 +90,9 @@ class TurnBack:
 
 
 def plain(positions: Tensor) -> Tensor:
-    """Return positions as (B or 1, n), given with or without a first dimension of axes (such as time, height, width).
+    """Return positions (B or 1, n) without their first dimension of axes, such as time, height, width, if they have it.
 
-    Raises ValueError if the axes differ, as they do for image tokens.
+    Raises ValueError if a token's positions on the axes differ, as they do for image tokens.
     """
     if positions.ndim < 3:
         return positions
@@ -146,7 +146,7 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
 
 @dataclass
 class _Inputs:
-    """Record one layer's query, key and value of one token at several positions, one per batch item: (B, heads, d)."""
+    """Record one layer's query, key and value (B, heads, d) of a token that each batch item has at another position."""
 
     place: Tensor  # (batch,): the positions
     query: Tensor
@@ -157,9 +157,10 @@ class _Inputs:
 
 @dataclass
 class _Recorder:
-    """Record a layer's queries, keys and values when called in place of `TurnBack`; return query and key unchanged.
+    """Record a layer's queries, keys and values when called as the layer's `turn_back` function.
 
-    place: the token's position in each batch item (B,). seen: the inputs of each call.
+    A `TurnBack`, set as this function, would undo the rotation; a recorder returns query and key unchanged.
+    place: position (B,) of the token in each batch item; not a layer's index here. seen: the inputs of each call.
     """
 
     place: Tensor
@@ -173,9 +174,10 @@ class _Recorder:
 
 
 def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[_Inputs]]:
-    """Run one token at each of these positions through the model, and return what each layer's attention received.
+    """Feed one token at each of these positions to the model, and return the attention inputs of each layer.
 
-    The positions form one batch. The dict is keyed by layer index. Raises ValueError if the model cannot run so.
+    The positions form one batch. Returns {layer index: one `_Inputs` per call of the layer's attention}. Raises
+    ValueError if the model cannot run on single tokens at chosen positions.
     """
     name, place = type(model).__name__, torch.tensor(positions, device=model.device)
     cache, layers = watched_cache(model.config)
@@ -212,10 +214,10 @@ def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
 
 
 def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
-    """Return the rotation by which a layer's recorded queries and keys were rotated; None if they were not.
+    """Return the rotation by which a layer's recorded queries and keys were rotated; None if they are unrotated.
 
-    name: the model's name, for the error. index: the layer's index. seen: the layer's recorded queries and keys.
-    candidates: the frequency tuples to try. Raises ValueError, naming the model, if none of them fits all.
+    name: the model's name, for the error. index: the layer's index. seen: the layer's recorded inputs.
+    candidates: the frequency tuples to try. Raises ValueError, naming the model, if no tuple explains all inputs.
     """
     d = seen[0].key.shape[-1]
     for one in seen:

@@ -34,7 +34,7 @@ def one_dtype(
     """Return query, key and value in one dtype: the one that a state already stores, or the one for a new state.
 
     held: the stored dtype, None if there is no state yet. lower: autocast's dtype, None if it is off. If key and value
-    are one tensor, the results are one too. Raises ValueError outside autocast if the stored dtype would round.
+    are the same tensor, so are those returned. Outside autocast, raises ValueError if keys or values would be rounded.
     """
     given = torch.promote_types(key.dtype, value.dtype)
     dtype = held or lower or given

@@ -2,7 +2,7 @@
 
 Nothing is patched. For each attention that a part of the model had selected, such as "sdpa", an attention function and
 a mask function are added to transformers' own registries, and the model selects them by name (see `selection`). With a
-compressed cache they attend to its layers; with any other cache they do what the earlier attention did.
+compressed cache, its layers compute the attention; with any other cache, the earlier attention does.
 `restore(model)` selects the earlier attention again.
 """
 
@@ -49,9 +49,9 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return attention of queries (B, H, n, d) as (B, n, H, dv), and the attention weights or None.
 
-    This is the function that transformers calls. Keys from a compressed layer are marked, and that layer answers,
-    without weights. Other keys go to the attention named `over`, which the model had selected before. Their weights are
-    returned if they are requested and the family's eager attention returns them.
+    This is the function that transformers calls. If the keys carry the mark of a compressed layer, that layer computes
+    the attention, and the weights are None. For other keys the attention named `over` does, which the model had
+    selected before; weights are returned if they are requested and the family's eager attention returns them.
     """
     answer: Any = _latent if hasattr(module, "expand_kv") else _stock
     if CompressedLayer.of(key) is not None:
@@ -63,7 +63,7 @@ def attention(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Return the first argument so that autograd sees it depend on all others, and raise RuntimeError on backward."""
+    """Return `out` as a function of `sources` in the autograd graph, whose backward raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *sources: Tensor | None) -> Tensor:
@@ -78,9 +78,9 @@ class _NoGradient(torch.autograd.Function):
 def _latent(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Do `attention` for a latent-attention module (MLA), which computes its keys from latents that a cache returned.
+    """Compute `attention` for a latent-attention module (MLA), which forms its keys from latents that a cache returned.
 
-    If the latents come from a compressed layer, that layer answers; otherwise `_stock` does.
+    If the latents come from a compressed layer, that layer computes the attention; otherwise `_stock` does.
     """
     pair = latent.awaited()
     layer = None if pair is None else CompressedLayer.of(pair[0])
@@ -96,7 +96,7 @@ def _latent(
 def _compressed(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Do `attention` for keys from a compressed layer.
+    """Compute `attention` for keys from a compressed layer.
 
     It runs outside torch.compile's trace, which would trace the method block by block.
     """
@@ -139,7 +139,8 @@ def _answered(
 def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call: dict[str, Any]) -> None:
     """Raise ValueError if a call asks for attention that a compressed layer cannot compute.
 
-    These are cross-attention, a mask that is not causal, a position bias, looking ahead, and attention weights.
+    Refused are cross-attention, a mask that is 4-d or not causal, a position bias, attention to later tokens
+    (is_causal=False), and a request for attention weights.
     """
     config = getattr(module, "config", None)
     crossing = query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True)
@@ -181,7 +182,7 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Do `attention` for keys from any other cache, by the attention `over` that was selected before.
+    """Compute `attention` for keys from any other cache, with the attention `over` that was selected before.
 
     The family's own eager attention is used instead if sdpa cannot compute the call: with a cap on logits, with sinks,
     or with weights requested.
@@ -209,7 +210,8 @@ def _eager(module: torch.nn.Module) -> Any:
 def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
     """Convert a mask for sdpa to one for eager attention: 0 where a query may attend, the dtype's minimum elsewhere.
 
-    sdpa's mask is bool, or None for plain causal attention. A mask that is no bool tensor is returned unchanged.
+    sdpa's mask is bool or None. With several queries, None stands for the causal mask if `causal` is True (None: the
+    module's `is_causal`). Otherwise None is returned. A mask of any other dtype is returned unchanged.
     """
     n, slots = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -19,7 +19,7 @@ _WHOLE = "give the same zeros again, or feed the tokens of these slots with all 
 class Presence:
     """Hold the pads of one cache, and its slots whose tokens a later mask has hidden.
 
-    In each forward, the first layer to answer compares the mask with both lists, for all layers.
+    In each forward, the first layer that computes attention compares the mask with both lists, for all layers.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Presence:
         padding None, earlier slots stay as they were and all new slots are real: so a padded prompt may be followed by
         tokens without a mask.
         Returns, for e tokens, (batch item (e,), position (e,) among the item's stored tokens). Changes nothing. Raises
-        ValueError if the mask is True for a slot that an earlier mask hid, where the cache holds no token.
+        ValueError if the mask is True for a slot that an earlier mask hid: the cache holds no token there.
         """
         if self.slots != seen:  # another layer of this forward has compared this mask already
             return self._leaving
@@ -67,7 +67,7 @@ class Presence:
     def commit(self, padding: Tensor | None, seen: int, n: int, leaving: Tokens | None) -> None:
         """Record the new pads and hidden tokens of a forward of n slots, once the first layer has applied its mask.
 
-        padding, seen: as for `leaving`, whose result is `leaving`. Later layers of the same forward change nothing.
+        padding, seen: as for method `leaving`. leaving: its result. Later layers of the same forward change nothing.
         """
         if self.slots != seen:
             return
@@ -97,7 +97,7 @@ class Presence:
         self.slots, self.pads, self.hidden = slots, fields["pads"], fields["hidden"]
 
     def _positions(self, newly: Tensor, batch: int, seen: int) -> Tokens:
-        """Convert (batch item, slot) pairs (e, 2) to batch item (e,) and position (e,) of the tokens there.
+        """Convert (batch item, slot) pairs `newly` (e, 2) to batch item (e,) and position (e,) of the tokens there.
 
         A position counts all tokens that the item ever stored, hidden since or not, and no pads.
         """

@@ -1,7 +1,7 @@
 """Refuse calls that would bypass a compressed cache.
 
-These are a forward with another attention function over its keys, and a generate() that would replace the cache by a
-DynamicCache.
+These are a forward in which another attention function reads the keys, and a generate() that would replace the cache by
+a DynamicCache.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
 class SwitchingRotation:
     """Hold the length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) changes the angles of its rotary embedding.
 
-    Keys rotated below that length do not fit keys rotated above it. So generate() replaces any cache there by a
-    DynamicCache, which it fills with all tokens anew. A compressed cache no longer has all tokens and raises instead.
+    Keys rotated below that length do not fit keys rotated above it. So at that length generate() replaces any
+    cache by a DynamicCache and fills this with all tokens anew. A compressed cache no longer has all tokens and raises
+    an error instead.
     """
 
     def __init__(self, length: int, angles_differ: bool, dropped_unasked: bool) -> None:
@@ -69,10 +70,10 @@ class SwitchingRotation:
         return _SlotsSeen(slots, self)
 
     def refuse_unasked(self, seen: int) -> None:
-        """Raise ValueError if this generate() may later replace the cache without calling `get_seq_length`.
+        """Raise ValueError if the model's generate() may later replace the cache without calling `get_seq_length`.
 
-        Older transformers releases put a DynamicCache in its place at the length where the angles change. seen: slots
-        fed so far.
+        generate() of older transformers releases does so at the length where the angles change, and goes on with a
+        DynamicCache. seen: slots fed so far.
         """
         if self._dropped_unasked and seen <= self._length:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 The file is a message (`kvfloor.core.message`): a JSON header and tensors. The header holds the method, the arguments of
 the cache's constructor, the model's fingerprint and the class of each layer. The tensors are each layer's state, under
-the layer's index. Loading never imports a module because a file names it.
+the layer's index. A name in the file never causes loading to import a module.
 """
 
 from __future__ import annotations

@@ -19,15 +19,15 @@ _AS_THEY_ARE = ("eager", "sdpa")
 def name_over(before: str | None) -> str:
     """Return the name of kvfloor's attention for a model in which the attention `before` was selected.
 
-    transformers searches names for words such as "flash", and then prepares other inputs. It takes a name with a slash
-    for a kernel to load. So every name but "eager" and "sdpa" is written with dots between its letters.
+    transformers searches this name for words such as "flash", for which it prepares other inputs. A name with a slash
+    makes it load a kernel. So `before` is written with dots between its letters, unless it is "eager" or "sdpa".
     """
     before = before or "eager"
     return _BEGIN + (before if before in _AS_THEY_ARE else "·".join(before).replace("/", "÷")) + _END
 
 
 def before(name: str | None) -> str | None:
-    """Return the attention that `name_over` turned into `name`; None if `name` is not kvfloor's attention."""
+    """Return the earlier attention contained in a name that `name_over` returned; None for any other name."""
     if name is None or not (name.startswith(_BEGIN) and name.endswith(_END)):
         return None
     return name[len(_BEGIN) : -len(_END)].replace("·", "").replace("÷", "/")
@@ -80,7 +80,7 @@ def select(model: nn.Module) -> set[str]:
 
 
 def deselect(model: nn.Module) -> None:
-    """Select again, in every part of the model that uses kvfloor's attention, the attention selected before."""
+    """Select the earlier attention again in every part of the model that uses kvfloor's."""
     for config in configurations(model):
         earlier = before(config._attn_implementation)
         if earlier is not None:

@@ -16,7 +16,7 @@ class Usage:
         self._state_bytes = self._exact_bytes = self._peak_bytes = 0
 
     def record(self, cache: CompressedCache) -> None:
-        """Add a cache whose batch has ended to the totals."""
+        """Add one cache to the totals, at the end of its batch."""
         batch = 0
         for layer in cache.compressed:
             if layer.state is None:
@@ -35,7 +35,7 @@ class Usage:
 
         sequences                            number of batch items
         most_tokens_seen, most_tokens_held   maxima over kv heads
-        state_bytes, exact_bytes             sums: bytes of the states when recorded, and those of exact caches
+        state_bytes, exact_bytes             sums: bytes of the states when recorded, of exact caches of the same tokens
         peak_bytes                           maximum over caches
         """
         return {

@@ -1,6 +1,6 @@
 """Read the weights of a model: on a device, offloaded to disk by accelerate, or packed by a quantiser.
 
-Also find the adapters (PEFT's, or transformers' own use of them) that change the effect of the weights.
+Also find the adapters that change the effect of the weights, added by PEFT or by transformers' integration of PEFT.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def adapters_of(model: nn.Module) -> Adapters:
 def stored(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of every parameter and persistent buffer that the model computes with, sorted by name.
 
-    Weights of inactive adapters are left out. A layer wrapped by an adapter has the name that it has without one. A
-    quantised weight is yielded in parts. Raises ValueError naming a weight whose numbers cannot be read.
+    Weights of inactive adapters are left out. In a layer wrapped by an adapter, weights have the names that
+    they have without it. A quantised weight is yielded in parts. Raises ValueError naming a weight that cannot be read.
     """
     whole, plain = model.state_dict(keep_vars=True), {}
     for name in whole:

@@ -23,9 +23,9 @@ def rows() -> list[dict[str, Any]]:
     """Return one dict per registered method, policy, summary and selector: the rows of the table of methods.
 
     The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory, traits,
-    aliases. The values are text, except traits and aliases, which are lists of text. Variants come last: methods of
-    another attention law, which cannot serve as a model's cache. A variant with an argument that has no default is left
-    out: only the experiments of `kvfloor.game` use such a variant.
+    aliases. The values are text, except traits and aliases, which are lists of text. Variants come last: methods
+    of an attention law other than softmax attention, which cannot serve as a model's cache. A variant with an argument
+    that has no default is left out: only the experiments of `kvfloor.game` use such a variant.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]

@@ -1,8 +1,9 @@
 """Parse the text that names a method, which `str(method)` writes.
 
 METHOD  =  policy(args) + summary(args) | selector(args) @ budget
-        |  method(args) | selector(args) @ budget
+    or     method(args) | selector(args) @ budget
 
+The characters + | @ are part of the text. (args), + summary, | selector and @ budget may each be left out.
 A policy chooses the tokens to evict, a summary keeps a compressed form of evicted tokens, a selector chooses the held
 tokens that a query reads. A method of the second form, such as `exact`, takes neither policy nor summary. The table of
 names is `TABLE` in `registry.py`.

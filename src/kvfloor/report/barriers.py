@@ -1,7 +1,7 @@
 """Render the page of `kvfloor break --out`: every game played against a method, and sweeps of harder games.
 
 A barrier is the hard instance of a memory theorem, and a game plays it against the method. A sweep is a series of
-games of growing difficulty, which shows at what difficulty the method departs from the theorem's bound.
+games of growing difficulty; it shows from which difficulty on the method's curve leaves the curve of the theorem.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _PLAIN = (str, int, float, bool)
 
 
 def render(results: Sequence[Result], command: str, path: Path) -> None:
-    """Write the HTML page of these games, all of one method, to `path`, whole or not at all.
+    """Write the HTML page of the games `results`, all of one method, to `path`, whole or not at all.
 
     The call first plays the sweeps, which are series of games of growing difficulty. `command` is the command line that
     the page shows.
@@ -30,7 +30,7 @@ def render(results: Sequence[Result], command: str, path: Path) -> None:
 
 
 def page(results: Sequence[Result], command: str) -> str:
-    """Play the sweeps, and return the page of these games, all of one method, as HTML text.
+    """Play the sweeps, and return the page of the games `results`, all of one method, as HTML text.
 
     Sweeps are series of games of growing difficulty. `command` is the command line that the page shows. Raises
     ValueError where there is no game.

@@ -148,7 +148,7 @@ class Chart:
 
     @property
     def top(self) -> int:
-        """Return the y coordinate of the figure's upper edge.
+        """Return the page coordinate y of the figure's upper edge.
 
         A figure with vertical lines begins higher, to have room for their labels.
         """
@@ -159,11 +159,11 @@ class Chart:
         return "M" + "L".join(f"{self.x(one):.1f} {self.up.place(one.y):.1f}" for one in series.data)
 
     def x(self, one: Datum) -> float:
-        """Return the x coordinate at which a point is drawn, its shift included."""
+        """Return the page coordinate x at which a point is drawn: that of its number x, plus its `shift`."""
         return self.across.place(one.x) + one.shift
 
     def side(self, rule: Rule) -> str:
-        """Choose the side of a vertical line on which its words fit: `start` to its right, `end` to its left."""
+        """Return the SVG `text-anchor` of a vertical line's label: `start` if it fits right of the line, else `end`."""
         width = LETTER * max(map(len, rule.words))
         return "start" if self.across.place(rule.x) + 6 + width <= WIDTH else "end"
 

@@ -38,7 +38,7 @@ class Heatmap:
 
 
 def heatmaps(rows: Sequence[Row]) -> tuple[Heatmap, ...]:
-    """Return one map per setting but exact (whose error is zero), in the rows' order.
+    """Return one map per setting, in the rows' order; the setting `exact`, whose error is zero, gets none.
 
     Errors are averaged over the setting's rows, one per cell (task, context length, protocol). Raises ValueError where
     a setting's rows differ in their number of layers or kv heads.

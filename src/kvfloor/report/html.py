@@ -80,10 +80,10 @@ def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, An
     """Return the recommended setting as a literal to paste into Python, or None where no setting is recommended.
 
     A setting is a method with its budget. The dict has two keys:
-    literal  the setting as a quoted string; a budget that is a share of the context is replaced by a number of tokens
+    literal  the setting as a quoted string, its budget in tokens
     share    the budget if it is a share of the context, else None
-    A cache that is opened for a stream of unknown length takes no share, so the largest audited number of tokens is
-    written instead.
+    A cache that is opened for a stream of unknown length takes no share. So `literal` has instead the largest
+    number of tokens that the share came to in the audit.
     """
     chosen = [row for row in rows if row.method == answer.method]
     if answer.method is None or not chosen:

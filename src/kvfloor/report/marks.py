@@ -65,7 +65,7 @@ def marks(rows: Sequence[Row]) -> dict[str, Mark]:
 def nth_mark(index: int, name: str, baseline: bool = False) -> Mark:
     """Return mark number `index`, a colour and a marker; the first 64 differ in colour or marker.
 
-    name      name of the curve that has this mark
+    name      name of the curve, kept as `Mark.name` for legend and tooltips
     baseline  True for a mark that is drawn hollow and dashed
     """
     shape = SHAPES[(index + index // COLOURS) % len(SHAPES)]

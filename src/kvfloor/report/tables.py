@@ -42,7 +42,7 @@ class SettingScores:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold the bytes of one setting's cache at one context length, each the largest over its tasks and protocols.
+    """Hold the bytes of one setting's cache at one context length, the largest over tasks and protocols.
 
     The fields are those of `Row`.
     """
@@ -61,7 +61,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Speed:
-    """Hold one setting's times at one context length: medians over its tasks and protocols. None: not measured.
+    """Hold one setting's times at one context length: medians over tasks and protocols. None: not measured.
 
     The fields are those of `Row`.
     """

@@ -38,7 +38,7 @@ def print_report(rows: Sequence[Row], answer: Recommendation, console: Console) 
 
 
 def print_barriers(results: Sequence[Result]) -> None:
-    """Print a table with one line per game, then each game's verdict in words with its further numbers.
+    """Print a table with one line per game, then each game's verdict in words with its `Result.details`.
 
     A game plays a barrier, i.e. the hard instance of a memory theorem, against a method.
     """
@@ -60,7 +60,7 @@ def print_barriers(results: Sequence[Result]) -> None:
 
 
 def details_text(details: Mapping[str, Any]) -> str:
-    """Return a game's further numbers, which depend on its theorem, as one line: "name value, name value".
+    """Return `details`, the numbers that only this game's theorem has, as one line: "name value, name value".
 
     Values that are lists are left out; the JSON document and the page show them.
     """

@@ -13,7 +13,7 @@ from .weave import Plot
 def plot(rng: random.Random, words: int, lexicon: Lexicon) -> Plot:
     """Draw the passage as the only fact, and the question that asks to repeat it.
 
-    The passage has from 2/3 `words` to `words` words, each drawn from the lexicon with replacement.
+    Its number of words is random, from 2/3 of `words` to `words`. Each is drawn from the lexicon with replacement.
     """
     n = rng.randint(max(1, words * 2 // 3), words)
     passage = " ".join(rng.choice(lexicon.things) for _ in range(n))

@@ -1,6 +1,6 @@
-"""Generate random filler sentences, in which a task's facts are hidden and which answer no question.
+"""Generate random filler sentences, which answer no question, to hide a task's facts among them.
 
-They are drawn from a small grammar with a seeded generator, instead of repeating one paragraph.
+The sentences are drawn from a small grammar with a seeded generator, instead of repeating one paragraph.
 """
 
 from __future__ import annotations

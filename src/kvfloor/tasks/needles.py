@@ -1,4 +1,4 @@
-"""Define the task "needles": recall one of several facts of one form, hidden in filler.
+"""Define the task "needles": recall one of several equally phrased facts, hidden in filler.
 
 The facts share the words of their keys (the pale fox, the pale hen, the old fox), so both words must be matched.
 """

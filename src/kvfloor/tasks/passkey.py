@@ -1,4 +1,4 @@
-"""Define the tasks "passkey" and "passkey64": recall one number hidden in filler, of 5 or 6 or of 64 digits.
+"""Define the tasks "passkey" and "passkey64": recall a number of 5 or 6 digits, or of 64, hidden in filler.
 
 The long number takes 32 tokens to copy. Shorter contexts have shorter numbers.
 """
@@ -24,9 +24,9 @@ def hide(rng: random.Random, digits: int, lexicon: Lexicon, kind: str) -> Plot:
 
 
 def short(rng: random.Random, digits: int, lexicon: Lexicon) -> Plot:
-    """Draw the fact and question of "passkey": a number of `digits` digits, or of one digit fewer.
+    """Draw the fact and question of "passkey": a number of `digits` digits or, at random, of one digit fewer.
 
-    As the length varies, the model must also recall where the number ends.
+    As the number's length varies, the model must also recall where the number ends.
     """
     return hide(rng, digits - (digits > 2 and rng.random() < 0.5), lexicon, "pass")
 

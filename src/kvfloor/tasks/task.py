@@ -17,10 +17,10 @@ class Request:
     """Hold the checked settings of one sample that a task is to make.
 
     rng         the sample's own random generator
-    length      most tokens of the context, as `count` counts them
-    difficulty  the number of the task's `unit`, such as pairs
+    length      largest number of tokens of the context, as `count` counts them
+    difficulty  size of the task, counted in its `Task.unit`, e.g. a number of pairs
     depth       where the asked fact goes: a share of the context, 0 first to 1 last; None: at random
-    questions   most questions to ask
+    questions   largest number of questions to ask
     count       returns the number of tokens of a text
     lexicon     words and numbers to draw from
     """
@@ -44,10 +44,10 @@ class Task:
     lowest, highest  limits of the difficulty
     default          returns the difficulty for a context of so many tokens
     make             makes the sample that a request asks for
-    depth_moves      name of the fact that `depth` places, such as "the key"; None if the facts are spread over the
-                     whole context, so that no depth can be given
-    things           most nouns that the task takes at its default difficulty; tasks in one context divide a lexicon
-                     in proportion to it
+    depth_moves      name of the fact, such as "the key", whose place in the context the caller can choose by the
+                     argument `depth`; None if the facts are spread over the whole context, so that it cannot be given
+    things           largest number of nouns that the task needs at its default difficulty; tasks in one context divide
+                     the lexicon's nouns in proportion to this number
     """
 
     name: str
@@ -72,10 +72,10 @@ class Task:
         count: Count | None = None,
         lexicon: Lexicon = FULL,
     ) -> Sample:
-        """Generate the sample that `seed` and `index` decide: a context of at most, and nearly, `length` tokens.
+        """Generate the sample that `seed` and `index` decide: a context of nearly `length` tokens, never more.
 
         depth       share of the context, 0 first to 1 last, at which the asked fact stands; None: at random
-        difficulty  number of the task's `unit`; the default for this length unless given
+        difficulty  size of the task, counted in its `unit`; the default for this length unless given
         questions   number of different questions; a task with fewer asks all it has
         count       returns the number of tokens of a text; the built-in tokenizer's, BOS included, unless given
         lexicon     words and numbers to draw from
@@ -100,7 +100,7 @@ class Task:
 def builtin_count() -> Count:
     """Return the function that counts a text's tokens by the built-in tokenizer.
 
-    It is imported late, since the tokenizer is built from the words of the tasks.
+    The tokenizer's module is imported in the call, since the tokenizer is built from the words of the tasks.
     """
     from kvfloor.tasks.tokenizer import count_tokens
 

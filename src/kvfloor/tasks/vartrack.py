@@ -19,7 +19,8 @@ CHAINS = 4
 def plot(rng: random.Random, hops: int, lexicon: Lexicon) -> Plot:
     """Draw chains of `hops` assignments after "let fox = 4821.", and a question about each chain's last variable.
 
-    The answer goes back along the chain to the number. Raises ValueError if the lexicon has too few nouns.
+    The answer spells out the chain back to the number: "fox = 4821" completes "hen =". Raises ValueError if the lexicon
+    has too few nouns.
     """
     chains = min(CHAINS, len(lexicon.things) // (hops + 1))
     if chains < 1:

@@ -30,7 +30,7 @@ class Plot:
 def weave(
     rng: random.Random, threads: Sequence[Sequence[str]], length: int, count: Count, pinned: dict[int, float]
 ) -> str:
-    """Return a context of at most, and nearly, `length` tokens: all facts at random places among filler sentences.
+    """Return a context of nearly `length` tokens, never more: all facts at random places among filler sentences.
 
     threads  lists of sentences with facts, as in `Plot`
     count    returns the number of tokens of a text
@@ -65,7 +65,7 @@ def weave(
 
 
 def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[str, int]]:
-    """Draw filler sentences of nearly, and at most, `room` tokens in all; return (sentence, tokens) pairs.
+    """Draw filler sentences of nearly `room` tokens in all, never more; return (sentence, tokens) pairs.
 
     count  returns the number of tokens of a text, with special tokens such as BOS
     empty  number of tokens that `count` returns for an empty text, subtracted from each sentence's count

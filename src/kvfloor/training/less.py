@@ -50,8 +50,8 @@ def run(
     compared  number of texts, not used in training, to compare on; 0: return []
     recipe    the settings of the training
     say       called with each line of progress
-    Returns three tuples (method, bytes per kv head, mean output error per layer): for the policy alone, for the policy
-    with the kernels' bytes spent on more tokens, and for the policy with the kernels. Raises ValueError with one line
+    Returns (method, bytes per kv head, mean output error per layer) for three methods, the last two equal in bytes:
+    the policy alone, the policy with a larger budget, and the policy with the kernels. Raises ValueError with one line
     for an argument that cannot be used.
     """
     method = parse(policy)
@@ -92,9 +92,10 @@ def weights_tag(model: Any) -> str:
 
 
 def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> list[tuple[str, int, list[float]]]:
-    """Measure the error of each method's attention output on the rest of each text, which follows the prompt.
+    """Measure each method's relative l2 error of the attention output against exact attention, on the given texts.
 
-    Returns (method, bytes per kv head, [error per layer, mean over kv heads]) for each method.
+    The error is taken on the tokens after each text's context (`Text.rest`). Returns, for each method, (method, bytes
+    per kv head, [error per layer, mean over kv heads]).
     """
     seen = traces.record(model, [text.context for text in material], [text.rest for text in material])
     d, dv, dtype = seen[0].k.shape[2], seen[0].v.shape[2], seen[0].k.dtype

@@ -24,9 +24,9 @@ _TOKENS_AT_ONCE = 512
 def greedy_cover(k: Tensor, delta: float) -> Tensor:
     """Return the indices (c,) of the keys that online greedy clustering of k (n, d) makes centres, in order of arrival.
 
-    Law: a token farther than `delta` (l2) from every centre so far becomes a centre, as in SubGen. Results equal those
-    of distances computed directly, token by token. Matrix products only decide pairs whose distance is not close to
-    `delta`.
+    Law: a token farther than `delta` (l2) from every centre so far becomes a centre, as in SubGen. The
+    result is that of distances computed directly, token by token. Only pairs whose distance is clearly below or above
+    `delta` are decided by matrix products.
     """
     k, delta = matrix("k", k), positive("delta", delta)
     k = k if k.dtype == torch.float64 else k.float()
@@ -89,10 +89,11 @@ def covering_curve(
 
     The result has one list per row, with one `Ceiling` per radius; a row is the stream of one kv head. dv is the width
     of a value. The memory meets error `epsilon` for queries q with |scale q| <= `radius`, except with probability
-    `failure`.
+    `failure`; this `radius` bounds queries, and is no cluster radius.
     Law: `covering_number` centres, s = 9 dv / (epsilon^2 f) sampled pairs of key and value, and t sampled keys per
-    centre, t the smaller of `subgen_t`'s two forms at f, with f = failure / 2; `subgen_numbers` floats in all. Where s
-    or t is too large for a float, the memory is that of keeping all n tokens.
+    centre, with f = failure / 2 and t the smaller of the two numbers that `subgen_t` gives with and without the number
+    of centres, at failure probability f; `subgen_numbers` floats in all. Where s or t is too
+    large for a float, the memory is that of keeping all n tokens.
     Guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op with probability 1 - failure, for a query fixed
     before the stream; keys need not be short. Source: Zandieh et al. 2024 (SubGen); docs/floors.md, "Covering ceiling".
     """

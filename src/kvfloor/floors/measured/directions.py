@@ -1,8 +1,8 @@
-"""Search for queries of bounded length that each put most softmax weight on one key, for `readable_within`.
+"""Search for queries of bounded length that each put as much softmax weight as possible on one key.
 
-The queries are proposals: `readable_within` computes a lower bound on the memory of attention that is valid for any
-queries, and better queries only raise it.
-    rivals   the keys whose softmax mass a query has to outweigh: all keys of the stream, or a sample
+The queries are proposals for `readable_within`, which computes a lower bound on the memory of attention. The bound is
+valid for any queries, and better queries only raise it.
+    rivals   the keys whose softmax mass a query for another key has to outweigh: all keys of the stream, or a sample
     lead     logit of the query's own key, less the log of the softmax mass of the rivals and of tokens `beyond`
     beyond   further tokens that every query sees, outside the stream
 
@@ -31,11 +31,11 @@ _INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding 
 
 
 class Ball:
-    """Search queries of length at most `radius` that put most weight on one key each, against given rival keys (c, d).
+    """Search for queries of length at most `radius` that favour one key each over given rival keys (c, d).
 
     scale and softcap define the logits. `beyond` is the log of the softmax mass of further tokens that every query
-    sees, or None. `few` keeps the rivals in float32; else bfloat16 is used where that is faster. The covariance of the
-    rivals stands for the curvature in the search.
+    sees, or None. `few` True (few keys): the rivals are kept in float32; False: in bfloat16 where that is faster. The
+    covariance of the rivals stands for the curvature in the search.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Ball:
     def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
         """Return for each key (n, d) a query (n, d) that puts much softmax weight on it, against the rivals.
 
-        place (n,) is the key's index among the rivals, or -1. The query is the best found among these: the direction
-        from the rivals' mean to the key; the best query if the rivals were Gaussian; `first` (n, d) if given; the
-        direction of the key, if there is mass `beyond`; and `steps` refinements of the best of these.
+        place (n,) is the key's index among the rivals, or -1 if it is not one. The query is the best of these: the
+        direction from the rivals' mean to the key; the best query if the rivals were Gaussian; `first` (n, d) if given;
+        the direction of the key, if there is mass `beyond`; and `steps` refinements of the best of these.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):
@@ -91,7 +91,7 @@ class Ball:
         return aim * (self.radius / aim.norm(dim=1, keepdim=True).clamp_min(1e-30))
 
     def _longest(self, aim: Tensor) -> Tensor:
-        """Return q = (C + lambda I)^-1 a for each row a of `aim` (n, d): (n, d), one row per key.
+        """Return the vector q = (C + lambda I)^-1 a of length at most `radius` for each row a of `aim` (n, d): (n, d).
 
         C is the covariance of the rivals times scale^2. Each row has its own lambda >= 0, the least with |q| <= radius.
         """
@@ -113,9 +113,10 @@ class Ball:
         return raw
 
     def _lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
-        """Return each key's logit under its query, less the log mass of the rivals and of the tokens beyond: (n,).
+        """Return each key's logit under its query, less the log mass of the rivals and the tokens `beyond`: (n,).
 
-        query and keys are (n, d); place (n,) is the key's index among the rivals, or -1.
+        query and keys are (n, d); place (n,) is the key's index among the rivals, or -1 if it is not one. A key is no
+        rival of itself.
         """
         own = capped((query * keys).sum(1) * self.scale, self.softcap)
         rivals = torch.logsumexp(self._rival_logits(query, place), 1)
@@ -130,8 +131,8 @@ def _better(best: Tensor, lead: Tensor, query: Tensor, found: Tensor) -> tuple[T
 def towards_each(k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None) -> Tensor:
     """Return for every key of k (n, d) a query (n, d) of length at most `radius` that puts much softmax weight on it.
 
-    All keys are in the stream. scale and softcap define the logits. `beyond` is the log of the softmax mass of further
-    tokens that every query sees, or None.
+    A key's rivals are all other keys, or a sample where there are many. scale and softcap define the logits. `beyond`
+    is the log of the softmax mass of further tokens that every query sees, or None.
     """
     everything = torch.arange(len(k), device=k.device)
     return with_rivals(k, everything, radius, scale, softcap, beyond)

@@ -6,7 +6,8 @@ receiver (Bob) reconstructs ("decodes") hidden values from the answers.
     order   Bob decodes one group after the other; groups that he has decoded no longer disturb his next answers
     weight  softmax weight w that the query of a group puts on the group
     leak    softmax weight l that the query of a group puts on all groups decoded later
-    levels  number L of values that Bob can tell apart in a group; `error` is what an answer may be off besides the leak
+    levels  number L of values that Bob can tell apart in a group
+    error   allowed error of an answer (`Demand.error`), not counting the leak
     pairs   matrix (G, G) of the softmax weight of query j on group k, rows and columns in the order of decoding
 Rounds of reordering groups, pruning groups and reassigning tokens maximise the sum over groups of
 log2(1 + w / (error + l)), a smooth stand-in for log2 L.
@@ -31,8 +32,8 @@ _GAIN = 1e-3  # bits that dropping a group must gain
 class Choice(NamedTuple):
     """Hold a choice of token groups: the queries that read a group, and the query that reads each token.
 
-    order   (G,) indices of queries, in the order of decoding: that in which the proof's receiver (Bob) reconstructs the
-            hidden values of the queries' groups
+    order   (G,) indices of queries, in the order in which the proof's receiver (Bob) decodes the queries' groups, i.e.
+            reconstructs their hidden values
     reader  (n,) the query that reads each token, or -1 for none
     """
 
@@ -90,12 +91,12 @@ def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tu
 
 
 def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
-    """Return an order of decoding, positions (G,): first the groups that cost other groups most if decoded later.
+    """Return an order of decoding, as indices (G,): first the groups that cost other groups most if decoded later.
 
     Decoding reconstructs the hidden values of one group after the other; a decoded group no longer disturbs later
     answers. pairs (G, G) holds the softmax weight of query j on group k. Decoding group k before group j gains group j
-    log2(1 + pairs_jk / c_j) bits, where c_j = error + half of the weight that query j puts on other groups. Groups are
-    sorted by the bits that a group costs other groups less the bits that other groups cost it, the largest first.
+    log2(1 + pairs_jk / c_j) bits, where c_j = error + half of the weight that query j puts on other groups. A group's
+    score is the bits that it costs other groups, minus the bits that they cost it; the largest score comes first.
     """
     others = pairs - torch.diag(pairs.diagonal())
     cost = torch.log2(1.0 + others / (demand.error + 0.5 * others.sum(1, keepdim=True)))
@@ -107,8 +108,9 @@ def pruned(pairs: Tensor, demand: Demand) -> Tensor:
 
     pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding; positions are indices
     into pairs. The values of a dropped group are 0, so that it disturbs no answer. Groups whose weight is too small to
-    be read even without a leak are dropped first. Then, repeatedly, the worst half of the groups without bits is
-    dropped, or else the worst quarter of the groups whose absence gains bits.
+    be read even without a leak are dropped first. The harm of a group is the bits that other groups gain without it,
+    minus its own bits. Then, repeatedly, half of the groups without bits are dropped, or where all groups have bits, a
+    quarter of the groups with positive harm: the most harmful ones.
     """
     places = (demand.bits(pairs.diagonal(), torch.zeros_like(pairs[:, 0])) > 0.0).nonzero()[:, 0]
     for _ in range(_PRUNINGS):
@@ -136,13 +138,13 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
-    """Return the query (n,) that should read each token, or -1, by the objective linearised at the given choice.
+    """Return the query (n,) that should read each token, or -1 for none, by a linear estimate of the bits gained.
 
-    The objective is the sum over groups g of log2(1 + w_g / (error + l_g)), w_g the weight of query g on its group, l_g
-    its weight on groups decoded later. weights (M, n) are the queries' weights on tokens, `order` (G,) the queries in
-    the order of decoding, pairs (G, G) their weights on groups. Assigned to query g, a token gains its weight under g
-    times d objective / d w_g. For every query h decoded before g, it costs the token's weight under h times
-    -d objective / d l_h.
+    The estimate linearises an objective at the given choice: the sum over groups g of log2(1 + w_g / (error + l_g)),
+    w_g the weight of query g on its group, l_g its weight on groups decoded later. weights (M, n) are the queries'
+    weights on tokens, `order` (G,) the queries in the order of decoding, pairs (G, G) their weights on groups. Assigned
+    to query g, a token gains its weight under g times d objective / d w_g. For every query h decoded before g, it costs
+    the token's weight under h times -d objective / d l_h.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

@@ -22,7 +22,7 @@ def matrix(name: str, value: Tensor, width: int | None = None, least: int = 1) -
 def log_masses(name: str, value: Tensor | float | None, count: int) -> Tensor | None:
     """Return logs of softmax masses, one per query, as (count,) float64; None stays None.
 
-    One number is repeated for all queries; -inf is no mass. Raises ValueError for another shape, NaN or +inf.
+    One number is repeated for all queries; -inf means no mass. Raises ValueError for another shape, NaN or +inf.
     """
     if value is None:
         return None

@@ -5,7 +5,7 @@ The read floor is a lower bound on the bits of a state that answers queries over
     group   tokens that share one hidden row of dv values, read by one query
     weight  softmax weight that the query of a group puts on the group
     leak    softmax weight that the query of a group puts on all groups decoded later
-    levels  equally spaced values in [-1, 1], one of which each hidden value is
+    levels  equally spaced values in [-1, 1] that a hidden value can take
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Demand:
 
     @property
     def error(self) -> float:
-        """Return eta plus `grain`(dtype): the most that an answer may differ from that for unrounded values."""
+        """Return eta plus `grain`(dtype): the allowed error of an answer, against the answer for unrounded values."""
         return self.eta + grain(self.dtype)
 
     def levels(self, weights: Tensor, leaks: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def logits(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def short_products(device: torch.device) -> bool:
-    """Return True if bfloat16 products are fast here and summed in float32: on a CPU where oneDNN supports them.
+    """Return True if `device` is a CPU where oneDNN multiplies bfloat16 matrices fast and sums in float32.
 
     On a GPU float32 is fast enough, and sums of bfloat16 products may be accumulated in lower precision.
     """

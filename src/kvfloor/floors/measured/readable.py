@@ -10,8 +10,8 @@ answers. Keys and queries are public.
     leak    softmax weight that the query of a group puts on all groups decoded later, an error that Bob cannot remove
     levels  number of equally spaced values in [-1, 1] that Bob can tell apart in the group's values
     grain   largest rounding error of a number in [-1, 1] in the values' format (`levels.grain`)
-Groups hide independent rows, so Fano's inequality per group and the chain rule add up (docs/floors.md, "Readable
-tokens").
+Fano's inequality bounds the bits of each group. Groups hide independent rows, so the bits of all groups add up by the
+chain rule (docs/floors.md, "Readable tokens").
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def readable_within(
 
     k (n, d) holds the keys from which the stream is made. Law: as `readable_by`, for the best queries found within the
     radius. `others` says whether keys that no query reads are in the stream:
-        "absent"   the stream is the read tokens alone: fewer than the given keys, and the floor is for that stream
+        "absent"   the floor is for a stream of only those tokens that some query reads: fewer than the given keys
         "present"  all given keys are in the stream, with value 0 where they are not read; near-duplicates, which no
                    query tells apart, are read as one group
     later_mass  log of the softmax mass that every query sees beyond the stream, such as that of its own token; None: no

@@ -39,10 +39,10 @@ _PASSES = 16  # most iterations that settle which queries of a block are chosen
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Hold the softmax weights of a block of b queries on the n stored tokens.
+    """Hold the softmax weights of a block of b queries on the n stored tokens, as the factors `softmax` and `share`.
 
     queries  (b,) indices of the queries
-    softmax  (b, n), over the stored tokens alone
+    softmax  (b, n), the softmax over the stored tokens alone
     share    (b,), the softmax mass on stored tokens over the mass on all tokens that the query sees
     """
 
@@ -52,7 +52,7 @@ class Block:
 
     @property
     def weights(self) -> Tensor:
-        """Return the weight (b, n) of each query on each stored token."""
+        """Return the weight (b, n) of each query on each stored token, in the softmax over all tokens that it sees."""
         return self.softmax * self.share.unsqueeze(1)
 
     def near(self, share: float) -> Tensor:
@@ -60,7 +60,7 @@ class Block:
         return self.softmax >= share * self.softmax.amax(1, keepdim=True)
 
     def at(self, places: Tensor) -> Block:
-        """Return a block of some of this block's queries: those at the indices `places` (c,) in the block."""
+        """Return a block of c of this block's queries: those at the indices `places` (c,) in the block."""
         return Block(self.queries[places], self.softmax[places], self.share[places])
 
 
@@ -83,11 +83,11 @@ class Sight:
         return torch.arange(self.m, device=self.device)
 
     def rows(self, queries: Tensor) -> Block:
-        """Return the softmax weights of the queries with these indices (b,) on all stored tokens."""
+        """Return one `Block`: the softmax weights on all stored tokens of the queries at the given indices (b,)."""
         return self._made(queries) if self._kept is None else self._kept.at(queries)
 
     def blocks(self, queries: Tensor) -> Iterator[Block]:
-        """Yield the softmax weights of the queries with these indices (b,) on all stored tokens, block by block."""
+        """Split the given indices of queries into pieces; yield the `Block` of each piece, as `rows` returns it."""
         return (self.rows(part) for part in queries.split(_QUERIES_AT_ONCE))
 
     def _made(self, queries: Tensor) -> Block:
@@ -128,8 +128,8 @@ def find_groups(sight: Sight, demand: Demand) -> Choice:
 def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Iterator[tuple[float, Choice]]:
     """Improve a choice of groups from up to three starts; yield (estimated bits, improved choice) of each start.
 
-    `pool` holds the indices of the queries that may read tokens. A start is an order of decoding over the pool. Starts
-    differ in the queries of the pool that have no group yet: they come first, last, or not at all.
+    `pool` holds the indices of the queries that may read tokens. A start is an order in which groups are decoded, given
+    as queries of the pool. The queries without a group yet come first in it, last, or not at all.
     """
     weights = sight.rows(pool).weights
     place = torch.full((sight.m + 1,), -1, device=sight.device)

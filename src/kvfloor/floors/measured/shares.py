@@ -34,8 +34,8 @@ def ordered_shares(
     float64, log of the softmax mass of query g on tokens outside the stream. Weights are shares of the mass on all n
     tokens and on those outside. A group's own mass is always computed in float64. The mass of other tokens is float64
     for small inputs. For larger ones it is bfloat16 or float32, multiplied by the factor e^error that its rounding can
-    hide (`Rounding`). So `weights` are at most the true weights, and for every e >= 0 weights / (e + leaks) is at most
-    the quotient of the true weights.
+    hide (`Rounding`). So `weights` are at most the true weights, and for every c >= 0 weights / (c + leaks) is at most
+    its true value.
     """
     count, n, device = q.shape[0], k.shape[0], k.device
     if count == 0:

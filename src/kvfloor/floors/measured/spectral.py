@@ -22,9 +22,9 @@ class GaussianReference:
     """Hold the bits that Gaussian answers take at total squared error `distortion`, by reverse water-filling.
 
     Components are the independent Gaussians into which the answers decompose.
-    level       theta, the error of every component that is sent; components with less variance are not sent
+    level       theta, the squared error of each component that takes bits; a component of less variance takes none
     variance    total variance of the answers: the squared error of guessing their mean
-    sent        number of components whose variance is above `level`
+    sent        number of components that take bits: those of variance above `level`
     components  number of components with positive variance
     """
 
@@ -113,12 +113,12 @@ def gaussian_reference(
 ) -> GaussianReference:
     """Return the bits that the answers a V take at a given error, if the rows of V were independent Gaussians.
 
-    Law: R_A(D), `gaussian_rate` of the products sigma_i^2 lambda_j, for rows N(mean, Sigma): sigma are the singular
-    values of the attention matrix `a` (m, n), lambda the eigenvalues of Sigma: `spread` (dv,), or those of the
-    covariance of `values` (n, dv). One error must be given:
+    Law, for rows N(mean, Sigma): R_A(D), `gaussian_rate` of the variances sigma_i^2 lambda_j at distortion D. The
+    sigma_i are the singular values of the attention matrix `a` (m, n), the lambda_j the eigenvalues of Sigma. `spread`
+    (dv,) holds these eigenvalues; without it, Sigma is the covariance of `values` (n, dv). One error must be given:
         distortion    D, the expected squared error summed over all m dv entries
         mean_squared  D / (m dv)
-        relative      sqrt(D) / ||a V||_F; without `values`, over the root of the mean of ||a V||_F^2 for mean 0
+        relative      sqrt(D) / ||a V||_F, V the `values`; without them, ||a V||_F^2 is its expectation at mean 0
     For Gaussian values it is a lower bound on the bits of any state, whether or not the state's writer or reader is
     given `a`. For values of another law it bounds nothing: values of the same covariance can take fewer bits. Hence it
     is a reference, never a floor of recorded data. Raises ValueError naming the argument. Source: derived,

@@ -1,4 +1,4 @@
-"""Search for a stream of keys in which one short query reads each key: `readable_within(others="absent")`.
+"""Search for a stream of keys, each of which has a short query that reads it: `readable_within(others="absent")`.
 
 `readable_within` computes the read floor, a lower bound on the bits of a state that answers all short queries. In its
 proof, a receiver (Bob) reconstructs ("decodes") the hidden value of one token after the other from the answers; tokens
@@ -170,7 +170,7 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Search for each of the n tokens a query that reads it and not the tokens at `rivals` (r,).
+        """Search, for each of the n tokens, a query that reads this token and not the tokens at indices `rivals` (r,).
 
         Returns the queries and their ratios R_ij, over all tokens i and j, as a `Pull`. `first` (n, d) holds queries to
         improve on, or is None.
@@ -216,7 +216,7 @@ class Spread:
         return float(self.demand.bits(own, own * load / 2.0).sum()), members[load.argsort()]
 
     def _grown(self, pull: Pull, order: Tensor, members: Tensor) -> Tensor:
-        """Add the tokens that a query can still read, tried in the given `order`, to a stream of `members`.
+        """Extend a stream of `members`: try other tokens in the given `order`, add those that a query can still read.
 
         A query can read a token if the answer gives bits of the token's hidden value. Returns all members in the order
         of decoding (in which hidden values are reconstructed): the added tokens come before the given members.
@@ -238,10 +238,10 @@ class Spread:
         return members
 
     def _reads(self, load: Tensor, beyond: Tensor) -> Tensor:
-        """Mark the tokens (t,), bool, that would add bits to the floor as members, given the load of later members.
+        """Mark the tokens (t,), bool, that would add bits to the floor if they joined the stream, given their loads.
 
-        Later members are decoded after the token. load (t,) is the softmax mass on later members over that on the
-        token, and beyond (t,) the mass outside the stream over that on the token, both under the token's query.
+        load (t,) is the softmax mass on the members that are decoded after the token, over the mass on the token, and
+        beyond (t,) the mass outside the stream over that on the token, both under the token's query.
         """
         own = 1.0 / (1.0 + load + beyond)
         return self.demand.bits(own, own * load) > 0.0

@@ -1,6 +1,6 @@
 """Certify how many bits one message carries, from the values that its receiver decoded. All results are in bits.
 
-A message is the S bits of a state in which Alice has hidden values X, which Bob, its receiver, decodes; X is uniform
+Alice hides values X in a method's state and sends the state as a message of S bits; Bob decodes X from it. X is uniform
 and independent of everything public. A certificate turns one decoding of X into a gain: a number T with
 Pr_X[T >= S + t] <= 2^-t for every message of S bits. So S >= T - log2(1/alpha) with confidence 1 - alpha from a single
 run, and taking the best of k certificates costs log2 k more. A decoder may use the message and public randomness only.

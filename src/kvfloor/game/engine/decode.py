@@ -5,7 +5,7 @@ In the game, Alice hides values in a method's state and sends its bytes; Bob res
     level    hidden value x of 0..2^bits-1, streamed as the number x / (2^bits - 1)
     leak     softmax mass on tokens other than the one that the query aims at
     message  the bytes of the state that Alice sends
-    gain     bits that a certificate proves of the message, before the allowance for chance (`certificates`)
+    gain     bits that the message is shown to carry, before the allowance for chance is subtracted (`certificates`)
 Decoding uses the answers and the public sizes of the game only.
 """
 

@@ -79,7 +79,7 @@ class Instance(ABC):
         """Yield Alice's tokens in order, in pieces: keys (copies, t, d) and values (copies, t, dv).
 
         t is the number of tokens in a piece, `copies` the number of streams. values (copies, rows, dv) are the hidden
-        values, as numbers in [0, 1]. `hidden` draws the secret token positions of games that have some.
+        values, as numbers in [0, 1]. `hidden` draws the secret token positions, in games with such positions.
         """
 
     @abstractmethod
@@ -129,7 +129,7 @@ class Instance(ABC):
         """Append all of Alice's tokens to the state in order, then seal the state: the prompt ends there.
 
         levels (copies * rows, dv) are the hidden levels: level x becomes the value x / (2^bits - 1). `hidden` draws the
-        secret token positions of games that have some.
+        secret token positions, in games with such positions.
         """
         values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):

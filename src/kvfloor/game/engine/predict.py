@@ -1,11 +1,11 @@
 """Compute predictive distributions over the hidden levels, for the log-loss certificate.
 
 In the game, Alice hides levels in the values of a state, and Bob decodes them from the state's answers to queries. The
-certificate (`certificates.log_loss`) bounds the bits that a state carries by the probability that a predictor gives to
-the hidden values.
+certificate (`certificates.log_loss`) turns the probability that a predictor gives to the hidden values into a lower
+bound on the bits that a state carries.
     level      hidden value x of 0..2^bits-1
     predictor  rule that gives, from the answers of the state alone, a probability to every level of every hidden value
-    gain       log2 of the probability given to the true levels over the probability of guessing them
+    gain       log2 of a ratio: the probability given to the true levels, over the probability of guessing them
     belief     probability that the prediction of a row (the dv values that one query reads) is used, not a guess
 Every distribution here sums to 1 over all levels by construction. Level s gets the mass between s - 1/2 and s + 1/2 of
 a logistic distribution around the answer, the two end levels get the tails, and a uniform share is mixed in. A row's
@@ -44,20 +44,22 @@ def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
     """Return the gain (m,), in bits, of believing each row's prediction with probability `belief` (m,), else guessing.
 
     A row is the dv hidden levels that one query reads. A gain is log2 of the probability given to these levels over the
-    probability of guessing them. row_gain (m,) is the gain of each prediction alone.
+    probability of guessing them. row_gain (m,) is the gain of each row at belief 1.
     Law: log2(belief 2^row_gain + 1 - belief).
     """
     return torch.logaddexp2(row_gain + torch.log2(belief), torch.log2(1.0 - belief))
 
 
 def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
-    """Return the gain, in bits, of every predictor on a public grid, for answers and hidden levels (m, dv).
+    """Return the gain, in bits, of each predictor of a fixed public grid, for answers and hidden levels (m, dv).
 
     A predictor gives a probability p(x) to every hidden level x, from the answers alone. Its gain is the sum of
-    bits + log2 p(x). The grid has answers as they are or divided by the row's largest; widths of the logistic from 1/64
-    of a level to half the range; two uniform shares; and five beliefs, i.e. probabilities that a row's prediction is
-    used instead of a guess: one is high for the rows that `trusted` (m,), bool, marks and low for others, four are
-    equal for all rows.
+    bits + log2 p(x) over the hidden levels. The predictors are all combinations of
+        scaling        two: the answers as they are, or divided by the largest answer of their row
+        width          scale of the logistic distribution, from 1/64 of a level to half the range
+        uniform share  two values
+        belief         five: probability that a row's prediction is used instead of a guess. One is high for the rows
+                       that `trusted` (m,), bool, marks and low for others; four are equal for all rows
     """
     m = hidden.shape[0]
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]

@@ -42,8 +42,8 @@ class ScoreOracle:
 def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
     """Choose `probes` distinct tokens of 1..n-1 to look up in each run, all equally likely: (runs, probes) int64.
 
-    This is the best choice: token 0 has a zero key in either case. All runs share one random order of the tokens, and
-    each run starts at its own random position in it.
+    This is the best choice: token 0 never has the heavy key. All runs share one random order of the tokens, and each
+    run starts at its own random position in it.
     """
     order = 1 + torch.randperm(n - 1, generator=generator)
     start = torch.randint(n - 1, (runs, 1), generator=generator)
@@ -72,7 +72,7 @@ class ReaderSuccess:
 
     reader  name of the rule that chooses the scores that the reader looks up
     probes  number of scores that the reader looked up per run
-    bound   largest success of any reader with as many probes that has not read the keys on arrival
+    bound   largest success, with this number of probes, of any reader that has not read the keys on arrival
     """
 
     reader: str

@@ -25,7 +25,7 @@ from kvfloor.validation import whole
 class PublicBits(Method):
     """Store exactly n dv `bits` bits for n tokens whose keys are public, given by a key family, its size and its seed.
 
-    The method answers only a stream of exactly these keys, in order, with values on the 2^bits levels of [0, 1]. The
+    The method accepts only a stream of exactly these keys, in order, with values on the 2^bits levels of [0, 1]. The
     payload of the message has as many bits as the floor at p = 1, where every answer must be right. Other keys
     raise ValueError.
     """

@@ -39,8 +39,8 @@ class Result:
     message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
     floor_bits           bits that any method that answers within 1±eta must hold on this instance
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
-                         answer differently, or no state answers from the message; breaks: row_success < 0.9; else
-                         holds
+                         answer differently, or no state could be restored from the message; breaks: row_success < 0.9;
+                         else holds
     certificate          name of the certificate with the largest gain (`certificates`)
     details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
     hidden_seed          seed that repeats the run's hidden values
@@ -88,10 +88,10 @@ def run(
     sampled: int | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play an instance against a method, and return the judged result; the last step of most barriers' `play`.
+    """Play an instance against a method, and return the result with its verdict.
 
-    `seed` and `floor_bits` are recorded in the result. hidden_seed is the seed of `Hidden`; the other arguments are
-    those of `play_index`.
+    Most games' `play` functions end with this call. `seed` and `floor_bits` are recorded in the result. hidden_seed is
+    the seed of `Hidden`; the other arguments are those of `play_index`.
     """
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     return conclude(played, instance, seed=seed, floor_bits=floor_bits)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Hidden:
-    """Draw the values that Alice hides and the rows that are asked, so that neither a method nor Bob can foresee them.
+    """Draw the values that Alice hides and the rows to query, so that neither a method nor Bob can foresee them.
 
     All draws are SHAKE-256 over a domain-separated string with `seed`; by default the seed is 128 fresh bits from the
-    operating system. A given seed repeats a run. The method receives neither the seed nor the data that the seed
-    derives from.
+    operating system. A given seed repeats a run. The method receives neither the seed nor any data from which the seed
+    derives.
     """
 
     def __init__(self, seed: int | str | None = None) -> None:

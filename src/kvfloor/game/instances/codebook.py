@@ -2,10 +2,10 @@
 
 In the spike game, Alice hides a row of dv values under each key of a stream and sends the bytes of a method's state.
 Bob restores the state, and reads each row by a spike query, which gives one key nearly all softmax mass. The codebook
-has M public keys. The choice of n of these hides log2 C(M, n) bits more than the values, about n log2(M e / n), C(M, n)
-the binomial coefficient. Bob queries every key of the codebook. Before each query he appends a marker, a token with a
-slightly shorter copy of the queried key and value -1. If the key was streamed, it outweighs the marker; if not, the
-marker outweighs all other keys (docs/floors.md, "Bits in the keys"; derived).
+has M public keys. The choice of n of these hides log2 C(M, n) more bits than the values alone, where C(M, n) is the
+binomial coefficient: about n log2(2.718 M / n) bits. Bob queries every key of the codebook. Before each query he
+appends a marker, a token with a slightly shorter copy of the queried key and value -1. If the key was streamed, it
+outweighs the marker; if not, the marker outweighs all other keys (docs/floors.md, "Bits in the keys"; derived).
 """
 
 import dataclasses
@@ -76,11 +76,12 @@ class Codebook(KeyedInstance):
         return by_appending(state, copy, queries, markers, markers.new_full((len(row), self.dv), -1.0))
 
     def judge(self, answers: Tensor, levels: Tensor, present: Tensor) -> Decoded:
-        """Certify which keys were streamed, and their values, from the answers (M, dv) to all codebook keys' queries.
+        """Certify which keys were streamed, and their values, from the answers (M, dv) to one query per codebook key.
 
-        Returns the certified bits and the shares decoded right or wrong. M is the number of codebook keys. levels
+        Returns the certified bits, the share of value bits decoded wrong, and the lesser of two shares: of streamed
+        keys decoded with all their bits, and of other keys decoded as missing. M is the number of codebook keys. levels
         (M, dv) are the hidden values as whole numbers of `bits` bits; present (M,) bool marks the keys that were
-        streamed. The certificate is by log-loss (`certificates.log_loss`), over subsets and values together.
+        streamed. One log-loss certificate (`certificates.log_loss`) covers the choice of keys and their values.
         """
         believed = answers.double().mean(dim=1) > -0.5  # a marker answers -1, a streamed key at least 0
         right = believed == present
@@ -159,10 +160,10 @@ def subset_bits(codebook: int, n: int, p: float) -> float:
     """Return the least message length, in bits, from which membership in a secret n-subset of a codebook is decoded.
 
     A codebook is a public set of M keys. A share p >= 1/2 of the subset's keys must be decoded as members, and a share
-    p of the other keys as no members.
+    p of the other keys as non-members.
     Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), f = n/M, M = codebook, H2 the binary entropy, clamped
-    at 0. The entropy that is left of one key's membership, given its decoding, is at most that of a binary channel with
-    error 1-p, and entropy is concave.
+    at 0. Given its decoding, one key's membership has at most the entropy that a binary channel with error 1-p leaves,
+    and entropy is concave.
     """
     f = n / codebook
     left_open = H2(f) + H2(p) - H2(f * p + (1.0 - f) * (1.0 - p))

@@ -1,12 +1,13 @@
-"""Play the packing game: few dimensions, and as many keys as queries with logits of at most r can separate.
+"""Play the packing game: few dimensions, logits of at most r, and the largest set of keys found to be separable.
 
 Alice hides a row of dv bits under every key of a stream of n tokens, and Bob, who restores her state from its bytes,
-reads each row by one query. A query separates its key if it puts nearly all softmax mass on this key. The stream is the
-hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r, eta)) bits, where N counts the keys of width
-d that such queries separate at relative error eta, H2 is the binary entropy, and p is the probability that a row is
-answered right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary
-9). The closed form of N is a lower estimate. The game builds its keys, so it may find more keys and hide more rows.
-Each of its m keys is streamed n/m times with its value: repeating all tokens alike changes no answer.
+reads each row by one query. Keys are separable if, for each of them, a query with logits of at most r puts nearly all
+softmax mass on this key. The stream is the hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r,
+eta)) bits, where N is the number of keys of width d that are separable at relative error eta, H2 is the binary entropy,
+and p is the probability that a row is answered right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris &
+Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form of N is a lower estimate. The game builds its keys, so it
+may find more keys and hide more rows. Each of its m keys is streamed n/m times with its value: repeating all tokens
+alike changes no answer.
 """
 
 import dataclasses
@@ -39,9 +40,10 @@ _MOST_KEYS = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing(KeyedInstance):
-    """Stream m keys that queries separate, each `repeats` times with its hidden row; no logit is above `radius`.
+    """Stream m separable keys, each `repeats` times with its hidden row; no logit is above `radius`.
 
-    A query separates a key if it puts nearly all softmax mass on this key. A row is the dv values of a key.
+    Keys are separable if, for each of them, a query puts nearly all softmax mass on this key. A row is the dv values of
+    a key.
     """
 
     barrier: ClassVar[str] = "packing"
@@ -76,13 +78,13 @@ class Packing(KeyedInstance):
 
 
 def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tuple[str, int]:
-    """Find the key family with the most keys, up to `most`, that queries with logits of at most `radius` separate.
+    """Find the key family with the most separable keys, up to `most`, for queries with logits of at most `radius`.
 
-    Returns the family and the number m of keys. A query separates a key if it leaves other tokens at most the ratio
-    eps_s (which `eta` gives) of the softmax mass on this key. The query needs the length C = ln(m / eps_s) / gap, which
-    must not exceed the radius; the m other tokens are m - 1 keys and one token that Bob may append. The gap is
-    the smallest over all keys, measured on the keys that `key_seed` gives: squared norm less the largest inner product
-    with another key. One key is always separable.
+    Returns the family and the number m of keys. Keys are separable if, for each of them, a query leaves all other
+    tokens together at most eps_s(eta) times the softmax mass on this key. The others are m tokens: m - 1 keys and one
+    token that Bob may append. So the query needs the length C = ln(m / eps_s) / gap, which must not exceed the radius.
+    The gap of a key is its squared norm less its largest inner product with another key. The smallest gap counts,
+    measured on the keys that `key_seed` gives. One key is always separable.
     """
     best = ("sphere", 1)
     names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
@@ -119,9 +121,9 @@ def play(
 ) -> Result:
     """Play the packing game against a method: few dimensions, bounded logits, one hidden bit per value.
 
-    dv       64 by default: few dimensions hide few bits otherwise
-    radius   the largest logit, 32 by default; each key that queries with such logits separate hides a row of dv values,
-             up to min(n, 2,048) keys
+    dv       64 by default: with dv = d, few dimensions would hide few bits
+    radius   the largest logit, 32 by default. Each key of the set that is separable with such logits hides a row of dv
+             values, up to min(n, 2,048) keys
     The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
     Raises ValueError naming the argument that is out of its domain.
     """

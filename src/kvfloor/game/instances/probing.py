@@ -1,11 +1,11 @@
 """Play the time barrier: a method that does not read the keys on arrival must read Omega(n) scores for the last answer.
 
-The game is of Haris & Onak (COLT 2025), Theorems 19 and 26, on a corrected family of streams: the printed one separates
-relative errors below 1/3 only and gives its two cases different queries (docs/floors.md, "Time"). Every stream is one
-of two cases by a bit that Alice hides: all keys zero, or one heavy key, which takes nearly all softmax mass, at a
-secret position. Bob decodes the bit from a method's answer, given from the message (the bytes of the method's state),
-and the bytes that the method reads per query are counted. The method's success is compared with that of simple readers,
-which look up scores q.k from an oracle that counts them.
+The game is of Haris & Onak (COLT 2025), Theorems 19 and 26, on a corrected family of streams. In the printed family,
+answers separate the two cases only at relative errors below 1/3, and each case has its own query (docs/floors.md,
+"Time"). A bit that Alice hides chooses the case of each stream: all keys zero, or one heavy key, which takes nearly all
+softmax mass, at a secret position. Bob decodes the bit from a method's answer, given from the message (the bytes of the
+method's state), and the bytes that the method reads per query are counted. The method's success is compared with that
+of simple readers, which look up scores q.k from an oracle that counts them.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ class Probing(Instance):
             yield k, v
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the answers (m, dv), float32, to one fixed query: (2/d) ln(n-1) in every coordinate.
+        """Return the answers (m, dv), float32, to a fixed query with (2/d) ln(n-1) in every coordinate.
 
         All streams are asked this query, with or without a heavy key. copy (m,) holds the indices of the streams; `row`
         is not used.
@@ -97,10 +97,10 @@ def play(
     A heavy key takes nearly all softmax mass, and the hidden bit of a stream says whether there is one.
     runs   independent streams, 256 by default, fewer where n d is large
     The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`),
-    with these `details`: `probes_per_query` (tokens that the method reads to answer one query), the `bound` on the
-    success of a method that has not read the keys on arrival, `adaptive` (this method's success is above that bound
-    with 99.9 % confidence), `floor_probes` (2 - 1/p)(n - 1) at p = 0.9, and `readers`, the success of simple readers
-    that look up scores q.k from an oracle that counts.
+    with these `details`: `probes_per_query` (tokens that the method reads to answer one query), `bound` (on the success
+    of any method that has not read the keys on arrival), `floor_probes` (scores that any such method must read for
+    success p = 0.9: (2 - 1/p)(n - 1)), `adaptive` (the success of the method played is above `bound` with 99.9 %
+    confidence), and `readers`, the success of simple readers that look up scores q.k from an oracle that counts.
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=1, bits=1, eta=eta, seed=seed)

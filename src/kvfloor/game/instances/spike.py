@@ -91,14 +91,15 @@ def play(
     bits         hidden bits per value, 1 to 24: with many bits the certificate reads out the precision that a method
                  keeps (`bits_per_value` of the result)
     eta          relative error that answers may have, in [0, 1)
-    heads        kv heads, and `layers`: heads * layers independent instances side by side in one state
-    dtype        of the keys and values that the method receives: float32, float16 or bfloat16
+    heads        number of kv heads; heads * layers independent instances lie side by side in one state
+    layers       number of layers
+    dtype        float32, float16 or bfloat16: type of the keys and values that the method receives
     rows         how many hidden rows (dv values of one key) to ask, drawn with replacement; by default 2,048 if there
                  are more than 16,384, else every row once
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive
                  from anything that the method sees, also where hidden_seed equals seed
-    family       of keys, by default the one that separates best at (n, d)
+    family       name of the key family, by default the one whose keys are separated best at (n, d)
     codebook     hide bits in the keys too: n of this many public keys, in secret (`kvfloor.game.instances.codebook`)
     isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected
     Returns the certified bits, the sizes in bytes and the verdict (`Result`). Raises ValueError naming the argument

@@ -2,10 +2,11 @@
 
 Alice hides rows of dv values in the stream, and Bob, who restores her state from its bytes, reads each row by a query
 at one pair.
-Four caches (K1, K2, V1, V2 are streamed): 2(n-1) hidden rows. Token 0 has values 1; the other tokens hide the rows X1
-in V1 and X2 in V2. The query at pair (i, 0) reads X1[i], and the query at pair (0, i) reads X2[i].
-Two caches (the n^2 products are streamed as keys, with arbitrary values): n^2 hidden rows. Any Method plays it, as the
-pairs are ordinary tokens.
+Four caches: a token has a key in K1 and in K2, and a value in V1 and in V2; 2(n-1) rows are hidden. Token 0 has
+values 1; the other tokens hide the rows X1 in V1 and X2 in V2. The query at pair (i, 0) reads X1[i], and the query at
+pair (0, i) reads X2[i].
+Two caches: the n^2 products of a key of K1 and a key of K2 are streamed as keys, with arbitrary values; n^2 rows are
+hidden. Any Method plays it, as the pairs are ordinary tokens.
 Chen et al. 2025 (arXiv 2503.11108) claim Omega(nd) and Omega(n^2 d); instances and constants: docs/floors.md.
 """
 
@@ -45,7 +46,7 @@ _LENGTH_STEP = 64.0
 class FourCaches(Instance):
     """Stream n tokens with two keys of signs ±1 and two values each, for tensor attention over pairs of tokens.
 
-    Tokens 1..n-1 hide two rows of dv values each: their two values.
+    The two values of each token 1..n-1 are hidden rows of dv values.
     """
 
     barrier: ClassVar[str] = "tensor"
@@ -87,9 +88,9 @@ class FourCaches(Instance):
     def aimed(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the keys of the rows' pairs.
 
-        A spike query gives one pair of tokens nearly all softmax mass. The gap is 1 less the largest inner product,
-        over d, of the pair's key with that of any of the n^2 - 1 other pairs. Raises ValueError where a gap is not
-        positive.
+        A spike query gives one pair of tokens nearly all softmax mass. The gap is 1 - s/d, where s is the largest
+        inner product of the pair's key with that of any of the n^2 - 1 other pairs. Raises ValueError where a gap is
+        not positive.
         """
         k1, k2 = (k.double() for k in self.keys)
         token = row % (self.n - 1) + 1
@@ -172,8 +173,8 @@ def play(
 ) -> Result:
     """Play tensor attention, in which pairs of tokens are keys, against a method.
 
-    n        with four caches the number of tokens, up to 1,024 (if there are more than 512 hidden rows of dv values,
-             256 sampled rows are queried); with two caches the number of pairs: the square of the number of tokens
+    n        with two caches the number of pairs, i.e. the square of the number of tokens; with four caches the number
+             of tokens, up to 1,024 (if there are more than 512 hidden rows of dv values, 256 sampled rows are queried)
     caches   4: the method keeps tokens and tensor attention reads pairs of them; 2: the products are streamed. By
              default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
     The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).

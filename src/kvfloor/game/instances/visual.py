@@ -1,6 +1,6 @@
-"""Play the scale pyramid: all scales of an image hide bits, and one further scale reads them, a whole map at once.
+"""Play the scale pyramid: all maps of an image hide bits, and the queries of one further map read them, all at once.
 
-A scale is one square map of the image pyramid, whose tokens are appended together. Alice streams the maps, each token
+A map is one square scale of the image pyramid, whose tokens are appended together. Alice streams the maps, each token
 with a hidden row of dv values. Bob restores her state from its bytes and appends one more map, whose queries read the
 rows. Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv
 2503.14881) state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.

@@ -3,9 +3,9 @@
 Alice streams the tokens, and Bob, who restores her state from its bytes, reads each hidden row (the dv values of a
 coded token, i.e. one with hidden values) by a query. The game is of Haris & Onak (COLT 2025), Theorems 17 and 25, with
 a corrected constant (docs/floors.md). W is the width of the window. The zero tokens have logit 0. A masked window
-leaves them out of the softmax; an unmasked window and full attention count them. The query is long enough for both. If
-Bob appends a token before he asks (append=True, the published order), this token pushes the oldest coded token out of
-the window, so W - 1 rows are hidden; if he only asks, W rows are.
+leaves them out of the softmax; an unmasked window and full attention count them. The query is so long that its key
+outweighs them. If Bob appends a token before he asks (append=True, the published order), this token pushes the oldest
+coded token out of the window, so W - 1 rows are hidden; if he only asks, W rows are.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from kvfloor.validation import whole
 class WindowInstance(KeyedInstance):
     """Stream n - W zero tokens, then W coded tokens, i.e. tokens with hidden values; W is `window`.
 
-    Where Bob, the receiver of the state, appends a token before he asks (`append`), the first coded token hides
-    nothing.
+    Where Bob, the receiver of the state, appends a token before he asks (`append`), this token pushes the first
+    coded token out of the window, so that token hides nothing.
     """
 
     barrier: ClassVar[str] = "window"

@@ -28,8 +28,9 @@ def digits_needed(n: int, p: int) -> int:
 
 
 def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
-    """Find (p, m) of the chirp code of n keys in d dimensions with the smallest inner products, or None without one.
+    """Find (p, m) of the chirp code of n keys in d dimensions with the smallest inner products.
 
+    Returns None where there is no such code.
     p is the largest prime <= d/2 that gives n unit keys whose inner products are bounded below 1, and m the degree of
     the polynomials mod p that make the keys (`chirp`).
     """

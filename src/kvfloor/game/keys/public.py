@@ -1,4 +1,4 @@
-"""Name public keys by a family, a size and a seed that Alice and Bob agree on, and make spike queries for these keys.
+"""Define public keys by a family, a size and a seed that Alice and Bob share, and make spike queries for these keys.
 
 In the game, Alice hides values under the keys, and Bob reads each value by a spike query: a multiple of one key, long
 enough to give this key nearly all softmax mass. The one-sided gap of a key is its squared norm less its largest inner
@@ -25,7 +25,7 @@ _LENGTH_STEP = 64.0  # query lengths are rounded up to 1/64, so that float noise
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """Name n keys of width d by a family and a public seed, from which Alice and Bob make the same table of keys."""
+    """Define n keys of width d by a family and a public seed, from which Alice and Bob make the same table of keys."""
 
     family: str
     n: int

@@ -30,11 +30,11 @@ class Expected(Guarded):
     after RoPE: queries of past positions stand for future queries. Queries of the first `sinks` tokens are left out.
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
-    epsilon   weight of the value's length for a token that receives no attention
+    epsilon   weight of the value's norm for a token that receives no attention
     sinks     first tokens that are never evicted: 4 by default
     recent    newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
-    A stream without queries has z = 1: the tokens with the shortest values are evicted. Logits are taken without the
-    spec's softcap. Statistics and scores are float32 (float64 for a float64 cache).
+    A stream without queries has z = 1: the tokens with the smallest value norms are evicted. Logits are taken without
+    the spec's softcap. Statistics and scores are float32 (float64 for a float64 cache).
     """
 
     name: ClassVar[str] = "expected"

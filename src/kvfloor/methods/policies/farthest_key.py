@@ -1,6 +1,6 @@
 """Keep keys that are spread out, so that every key has a kept key near it (greedy k-center).
 
-In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. Farthest-first traversal
+In this file a row is one (batch item, kv head) stream; a slot is the place of one held token. Farthest-first traversal
 picks keys one after the other, each time the key that is farthest (l2) from all picked keys; the picked keys are the
 centres. In shapes, r are rows, s slots, d the width of a key.
 """
@@ -24,8 +24,9 @@ class FarthestKey(Guarded):
     This is the offline clustering of SubGen's experiments.
     Law (Gonzalez 1985): the held token whose key is farthest in l2 from all kept keys is kept next, until the budget
     is full. The protected tokens (`sinks` and `recent`) are kept first; the oldest token is kept first where none is
-    protected. Every held key is then near a kept key: the distance is at most twice the least radius that any choice of
-    as many tokens, beside the protected ones, can achieve. Tokens pinned by `State.pin` are ranked like all others.
+    protected. The largest distance from a held key to its nearest kept key is then at most twice the least that any
+    choice of as many tokens, the protected ones included, can achieve. Tokens pinned by `State.pin` are ranked like all
+    others.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     decode  "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;
@@ -62,10 +63,10 @@ class FarthestKey(Guarded):
 def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -> Tensor:
     """Return the turn (r, s), float64, at which farthest-first traversal of the keys k (r, s, d) picks each slot.
 
-    Every turn picks one key per row, the farthest from all keys picked before. The slots that kept (r, s) marks count
-    as picked at turn 0; in a row without marked slots, turn 1 picks the oldest token. Slots that are not picked within
-    `most` turns have turn `most` + 1. live (r, s) marks the slots that hold a token, and position (r, s) is the token's
-    index in the stream.
+    Every turn picks one key per row, the farthest from all keys picked before. Slots with `kept` (r, s) True count
+    as picked at turn 0; in a row without such slots, turn 1 picks the oldest token. Slots that are not picked within
+    `most` turns have turn `most` + 1. `live` (r, s) is True in slots that hold a token; `position` (r, s) is that
+    token's index in the stream.
     """
     k = k if k.dtype == torch.float64 else k.to(torch.float32)
     rows, width, d = k.shape
@@ -87,10 +88,10 @@ def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -
 
 
 def _distance(k: Tensor, centres: Tensor, which: Tensor) -> Tensor:
-    """Return the distance (r, s), l2, of every key k (r, s, d) to the nearest marked centre.
+    """Return the l2 distance (r, s) of every key k (r, s, d) to the nearest centre in its row.
 
-    centres (r, s, d) are the possible centres, and which (r, s) is True for the marked ones. The distance is inf in a
-    row without marked centres.
+    The centres are the vectors of `centres` (r, s, d) for which `which` (r, s) is True. The distance is inf in a row
+    without a centre.
     """
     order = torch.argsort((~which).to(torch.int8), dim=1, stable=True)[:, : max(1, int(which.sum(1).max()))]
     index = order.unsqueeze(-1).expand(-1, -1, k.shape[2])

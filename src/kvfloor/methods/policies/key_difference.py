@@ -34,10 +34,9 @@ class KeyDifference(Guarded):
 
 
 def _against_the_mean(k: Tensor) -> Tensor:
-    """Return minus the cosine, (1, s), of the angle between each key and the mean direction of all keys.
+    """Return -cos(k, m), (1, s), for each key k and the mean direction m of all keys.
 
-    k (1, s, d) are the keys of the s tokens that one (batch item, kv head) stream holds. The mean direction is the mean
-    of k / ||k||.
+    k (1, s, d) are the keys of the s tokens that one (batch item, kv head) stream holds. m is the mean of k / ||k||.
     """
     unit = torch.nn.functional.normalize(k, dim=-1)
     direction = torch.nn.functional.normalize(unit.sum(1, dtype=torch.float64), dim=-1).to(unit.dtype)

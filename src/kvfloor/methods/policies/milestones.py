@@ -2,10 +2,10 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of
 the prompt, and the answer is all tokens after the seal. A page is `page` consecutive tokens of the answer; the newest
-page is being filled. A page's timestamp is the position of the last query that needed the page, i.e. gave it an
-estimated attention weight above `alpha` (or among the largest estimates, with `top`). In shapes, r are rows, s slots, b
-query tokens, p pages, g query heads per kv head, d the width of a key. A query's own token is the token that came with
-the query.
+page is being filled. A query needs a page if its estimated attention weight for the page exceeds `alpha`, or if it
+is among the largest estimates (with `top`). A page's timestamp is the position of the last query that needed the page.
+In shapes, r are rows, s slots, b query tokens, p pages, g query heads per kv head, d the width of a key. A query's own
+token is the token that came with the query.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Milestones(Policy):
 
     Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page` tokens. With low and high the least and
     largest entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of
-    the page (Quest). The estimate of a page for a token is softmax(scale bound) over all pages visible to the query,
-    the largest among the token's queries in the GQA group. Where the estimate exceeds `alpha`, the page's timestamp
+    the page (Quest). A query's estimate for a page is softmax(scale bound) over all pages visible to the query. Of
+    the queries in a token's GQA group, the largest estimate counts. Where it exceeds `alpha`, the page's timestamp
     becomes the query's position. The page with the oldest timestamp is evicted, and the older page among equals. The
     oldest tokens of a page are evicted first, as many as the budget requires.
     page     tokens per page
     alpha    estimate above which a page counts as needed
-    top      instead of alpha: the share of pages, of largest estimates, that counts as needed (the paper uses 0.5)
+    top      instead of alpha: this share of the pages counts as needed, largest estimates first (the paper uses 0.5)
     prompt   "keep": tokens before the seal (end of the prompt) are never evicted and not counted: a row holds prompt +
              budget, and nothing is evicted before the seal. "evict": no token counts as prompt, and the budget applies
              from the first token on
@@ -116,16 +116,17 @@ class Milestones(Policy):
         return torch.zeros_like(held.seen) if held.prompt is None else held.prompt.clamp_min(0)
 
     def _page(self, position: Tensor, held: Held) -> Tensor:
-        """Return the number (r, ...) of the page that each position (r, ...) in the stream belongs to, counted from 0.
+        """Return the index (r, ...), from 0, of the page that each position (r, ...) in the stream belongs to.
 
-        A page starts at the first token of the answer, so no page has tokens of both prompt and answer.
+        The prompt's pages come first. A page starts at the first token of the answer, so no page has tokens of both
+        prompt and answer.
         """
         start = self._start(held)
         behind = -(-start // self.page) + (position - start).clamp_min(0) // self.page
         return torch.where(position < start, position // self.page, behind)
 
     def _held_pages(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the p pages of which a token is held, oldest first, as three tensors (index, number, slots).
+        """Return the p pages with at least one held token, oldest first, as three tensors (index, number, slots).
 
         A row with fewer pages than p has the number `_NO_PAGE` for each missing page.
 
@@ -149,10 +150,10 @@ class Milestones(Policy):
     # ---- estimates -------------------------------------------------------------------------------------------
 
     def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
-        """Return the estimated attention weight (r, b, p) of each page for the queries of each of b tokens.
+        """Return the estimated attention weight (r, b, p) that each of b query tokens gives to each page.
 
-        The largest weight within the token's GQA group counts. `pages` (r, p) are the numbers of the pages, and `slots`
-        (r, p, page) the slots of the pages' tokens, both from `_held_pages`.
+        It is the largest estimate among the token's queries in the GQA group. `pages` (r, p) are the numbers of the
+        pages, and `slots` (r, p, page) the slots of the pages' tokens, both from `_held_pages`.
         """
         _, g, b, _ = queries.q.shape
         members = _keys_at(held.k, slots.flatten(1)).unflatten(1, slots.shape[1:])
@@ -175,9 +176,9 @@ class Milestones(Policy):
         return row_by_row(shares, high, low, pages, beside=(up, down, own, at), held=many)
 
     def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
-        """Return the least and the largest key entry per channel of the page of each query's own token: (r, b, d) each.
+        """Return the least and the largest entry per channel, (r, b, d) each, of the keys in each query's own page.
 
-        Tokens of the page that came after the query's own token are left out.
+        A query's own page is the page of its own token. Tokens of the page that came after this token are left out.
         """
         r, b = queries.position.shape
         start, first = self._start(held), self._page(queries.position[:, :1], held)

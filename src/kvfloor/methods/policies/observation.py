@@ -28,9 +28,9 @@ class Observation(Policy):
     """Evict the tokens that receive the least attention from the last queries of the prompt.
 
     Law (Li et al. 2024, SnapKV): the last `window` prompt queries vote once, at the seal (end of the prompt).
-    vote(token) = sum over the window's queries of softmax(q . k) over all visible tokens. Votes are pooled over the
-    `kernel` positions around a token, positions before the window only, and averaged over the GQA group. The window's
-    own tokens stay; of the other tokens, the budget - window with the highest votes stay.
+    vote(token) = sum over the window's queries of softmax(q . k) over all visible tokens. A token's vote is
+    pooled with those of the `kernel` positions around the token that lie before the window, and averaged over the GQA
+    group. The window's own tokens stay; of the other tokens, the budget - window with the highest votes stay.
     window   queries that vote, and newest tokens that stay: 32 (half of a budget below 64)
     kernel   positions that are pooled, an odd number; 1 pools nothing
     pool     "max" or "avg" of the votes of the held tokens around a token
@@ -125,10 +125,10 @@ class Observation(Policy):
         return hide
 
     def _pooled(self, votes: Tensor, held: Held, stop: Tensor) -> Tensor:
-        """Return the votes (r, g, s) after each slot's vote was replaced by the maximum or mean of the votes around it.
+        """Return the pooled votes (r, g, s): for each slot, the maximum or mean of its own and the nearby votes.
 
-        The maximum or mean is over the held tokens at most kernel // 2 positions away. Only tokens before position
-        `stop` (r, 1) take part.
+        Nearby votes are those of held tokens at most kernel // 2 positions away. Only tokens before position `stop`
+        (r, 1) take part.
         """
         reach = self.kernel // 2
         voted = held.live & (held.position < stop)
@@ -157,7 +157,7 @@ class LastQueries(PolicyMemory):
     """Hold the last `window` queries of each row, q (rows, g, window, d), the newest last, and their positions.
 
     The queries are held as given, before the rotation (RoPE) of `Spec.rotation`. An entry without a query has position
-    -1. The queries are dropped at the seal (end of the prompt), unless `for_good` is True.
+    -1. The queries are dropped at the seal (end of the prompt), unless `for_good` is True (decode="evict").
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:

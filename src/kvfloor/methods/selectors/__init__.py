@@ -1,1 +1,1 @@
-"""Select which held tokens a query reads, one selector per file; no token is evicted by this."""
+"""Select the held tokens that a query reads, without evicting any; one selector per file."""

@@ -37,9 +37,9 @@ class Hierarchical(Indexed):
     Every token is read while there are at most k / key_block blocks. Beyond that a token of large logit among tokens of
     small logit is found only if it lies in a centre block: there is no guarantee.
 
-    query_block  before the seal (end of the prompt), the queries of positions with the same position // query_block
-                 share a choice, which the first of them makes; so a choice depends neither on later queries nor on
-                 how calls cut the stream
+    query_block  number of positions whose queries share a choice, before the seal (end of the prompt). The first query
+                 of each such span makes the choice, so a choice depends neither on later queries nor on how calls
+                 cut the stream
     refresh      number of decoded tokens that share a choice, after the seal
     Each query of a GQA group has its own choice. `State.read` and `State.attend` choose anew for every query.
     """
@@ -108,7 +108,7 @@ class HierarchicalState(SelectorState):
         self._number(slots, first, position.argsort(dim=1, stable=True))
 
     def _number(self, slots: Slots, first: Tensor, slot: Tensor) -> None:
-        """Record for each row r that its i-th oldest token is in slot[r, i], for first[r] <= i < slots.held[r]."""
+        """Store slot[r, i] in `order` as the slot of row r's i-th oldest token, for first[r] <= i < slots.held[r]."""
         assert self.order is not None
         width = slot.shape[1]
         rank = torch.arange(width)
@@ -240,7 +240,7 @@ class HierarchicalState(SelectorState):
         return Chosen(self._slots(rank.masked_fill(dead, 0), slots, rows), dead)
 
     def _slots(self, rank: Tensor, slots: Slots, rows: Tensor | None) -> Tensor:
-        """Return the slots (r, m, c) of the tokens with the ranks `rank` (r, m, c); a row's oldest has 0."""
+        """Return the slots (r, m, c) of the tokens with age ranks `rank` (r, m, c); a row's oldest token has rank 0."""
         width = int(slots.held.max())
         if self.order is None or width == 0:
             return rank

@@ -1,4 +1,4 @@
-"""Encode grid points as integers along a Z-shaped curve, on which near points are mostly near (Morton codes)."""
+"""Encode grid points as integers along a Z-shaped curve that keeps most neighbours close (Morton codes)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def cells(x: Tensor, bits: int) -> Tensor:
-    """Return the number of the grid cell that every coordinate of x is in: int64 in [0, 2**bits), of x's shape.
+    """Return the index of the cell that holds each coordinate of x: int64 in [0, 2**bits), of x's shape.
 
-    Cells are intervals between quantiles of the standard normal, so a standard normal coordinate is in each with the
-    same probability. The grid is fixed in advance: with a range taken from the data, later tokens would change the
+    Cells are the intervals between quantiles of the standard normal, so a standard normal coordinate is in each with
+    the same probability. The grid is fixed in advance: with a range taken from the data, later tokens would change the
     Morton codes of earlier ones.
     """
     share = 0.5 * (1.0 + torch.erf(x.to(torch.float64) / math.sqrt(2.0)))

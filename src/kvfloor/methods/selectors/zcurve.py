@@ -136,8 +136,8 @@ class ZCurveState(SelectorState):
     def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
         """Merge the keys in slots first[r] .. held[r] - 1 of each of `rows` into the sorted lists of every curve.
 
-        Each old list of row r is cut after first[r] items before the merge; first[r] = 0 makes the lists anew from all
-        held keys.
+        Before the merge, each old list of row r keeps only its first first[r] items; with first[r] = 0 the lists are
+        built anew from all held keys.
         """
         held, device = slots.held[rows], slots.k.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))
@@ -221,8 +221,8 @@ class ZCurveState(SelectorState):
     def bytes_read(self, held: Tensor) -> int:
         """Return the bytes that one query per row reads, summed over the rows.
 
-        held (rows,) is the number of tokens that each row holds. The query reads the codes of a binary
-        search and a window of slots per curve, the keys of all candidates, and the values of the k best.
+        held (rows,) is the number of tokens that each row holds. On each curve, the query reads the codes
+        of a binary search and a window of slots. It also reads the keys of all candidates and the values of the k best.
         """
         used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()

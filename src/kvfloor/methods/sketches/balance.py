@@ -51,10 +51,10 @@ class Balance(Method):
     batch     number of tokens that makes a level full. A row halves levels at every batch-th token; newer tokens are
               read exactly. Without a budget every full level is halved, which leaves at most batch tokens per level
               and log2(n / batch) + 2 levels.
-    budget    upper bound on tokens per row at all times. Once per block, a row checks if its budget has room for the
+    budget    upper bound on tokens per row at all times. At the end of each block, the budget must have room for the
               next block; a block is an eighth of the budget less sinks and recent tokens, or `batch` tokens if that is
-              less. While there is no room, the row halves the oldest tokens of one level, at most four blocks of them,
-              which keeps weights similar. The row picks the level l with the largest (number of tokens) / 4^l, because
+              less. While there is no room, the oldest tokens of one level are halved, at most four blocks of them,
+              which keeps weights similar. The level halved is the l with the largest (number of tokens) / 4^l, because
               halving level l adds 4^l to the squared error however many tokens are halved. Where every level has
               one token, a fair coin drops the token of the lowest level or doubles its weight.
     keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's rule, by which the
@@ -64,7 +64,7 @@ class Balance(Method):
     constant  square of the constant coordinate `const`, in units of the largest |v|^2 of the tokens halved; the
               paper's code has 0.025, and the error bound of the guarantee is smallest at 1
     sharpness exponent of the walk's kernel exp(sharpness |scale| k.k'); the paper has 1, and a smaller exponent lets
-              keys balance more distant keys
+              more distant keys balance each other
     centre    subtract the level's mean key in the walk; answers always use the original keys
     sinks, recent   numbers of first and newest tokens that are never halved
     radius, spread, horizon, failure   assumptions of the guarantee, see `guarantee`
@@ -130,7 +130,7 @@ class Balance(Method):
 
     @property
     def block(self) -> int:
-        """Return the block length in tokens: at the end of each block a row checks whether to halve a level."""
+        """Return the block length in tokens; a row's levels are halved, if necessary, at the end of a block only."""
         if not isinstance(self.budget, int):
             return self.batch
         return min(self.batch, (self.budget - self.sinks - self.recent) // _BLOCKS)
@@ -208,8 +208,9 @@ class Balance(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Balance:
-        """Return this method with the least even batch whose error is at most epsilon, and without budget.
+        """Return this method with the least even batch for error epsilon and failure probability delta, without budget.
 
+        The error is that of `guarantee`; c is the safe threshold.
         Law: x / (batch - y) <= epsilon / sqrt(spread), with x and y of `tree_error`.
         """
         if self.radius is None or self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
@@ -353,9 +354,9 @@ class BalanceState(Blocked[Balance]):
     # ---- the guarantee's assumptions -----------------------------------------------------------------------
 
     def _measure(self, rows: Tensor) -> None:
-        """Update the longest key, longest value and sum of |v|^2 of each of `rows` by the row's newest block of tokens.
+        """Update the longest key, longest value and sum of |v|^2 of each of `rows` at the end of a block.
 
-        Each of these rows has just completed a block.
+        Only the tokens of this block, the newest of each row, are new to these numbers.
         """
         slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
         at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)

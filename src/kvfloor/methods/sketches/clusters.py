@@ -30,12 +30,12 @@ _RINGS_LIMIT = 2**24  # bound on a token's events: filling s slots takes some s 
 
 
 class Clusters(Memory):
-    """Hold online clusters of keys: for each row c centres (c, d), sizes (c,) and t uniform samples each, (c, t, d).
+    """Hold online clusters of keys: per row, c centres (c, d), cluster sizes (c,), and t samples per cluster (c, t, d).
 
     A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Once a
     row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance; beyond delta this sets
-    `overfull` (rows,) to True. Sample i of a cluster is the key whose i-th random number, fixed by the key's position,
-    is smallest; so samples do not depend on how calls cut the stream.
+    `overfull` (rows,) to True. Samples are uniform: sample i of a cluster is the key whose i-th random number, fixed by
+    the key's position, is smallest. So samples do not depend on how calls cut the stream.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:
@@ -83,9 +83,10 @@ class Clusters(Memory):
         """Add the keys k (r, b, d) of `rows` to their clusters: each joins a centre within delta or becomes a centre.
 
         An old centre is one from before this call. One search compares all b keys with the old centres. The keys
-        that have no old centre within delta are then taken one by one by the rule above. Finally every key joins the
-        nearest of the old centres and of the new centres that come no later in the stream than the key. `purpose` is a
-        text that sets the random draws of these samples apart from all other draws.
+        that have no old centre within delta are then taken in order: while the cap permits, each becomes a centre
+        unless a new centre is within delta. Finally every key joins the nearest of the old centres and of the new
+        centres that come no later in the stream than the key. `purpose` is a text that sets the random draws of these
+        samples apart from all other draws.
         """
         used = self.used[rows]
         self._grow(int(used.max()) + k.shape[1])
@@ -132,10 +133,11 @@ class Clusters(Memory):
         return torch.zeros_like(uncovered).scatter(1, order, chosen)
 
     def _sample(self, rows: Tensor, k: Tensor, position: Tensor, joined: Tensor, purpose: str) -> None:
-        """Update each cluster's t uniform samples, with replacement, by the keys k (r, b, d) that joined it.
+        """Update the t uniform samples of each cluster by the keys k (r, b, d) that joined the cluster.
 
-        joined (r, b) is the index of each key's cluster. Sample i of a cluster is the key whose i-th random number,
-        fixed by position (r, b) and the text `purpose`, is smallest.
+        A key may be in several samples (sampling with replacement). joined (r, b) is the index of each key's cluster.
+        Sample i of a cluster is the key whose i-th random number, fixed by position (r, b) and the text `purpose`, is
+        smallest.
         """
         t = self.sample.shape[2]
         lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows].view(-1, 1, 1)
@@ -250,7 +252,7 @@ def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block: int) -> None:
-    """Raise ValueError unless a message (a saved state) has every token seen either in its slots or in its clusters.
+    """Raise ValueError unless the slots and clusters of a message (a saved state) together have every token seen.
 
     The slots must hold the tokens since the last block end, and the clusters all earlier tokens. fields are the saved
     fields of the state, parts the saved fields of each `Clusters` in it.

@@ -22,7 +22,7 @@ Keep = Literal["pairs", "smaller"]
 
 
 def safe_threshold(steps: float, failure: float) -> float:
-    """Return c = 1/2 + ln(2 steps / failure), at least 1: a threshold at which a walk (`walk`) rarely clamps a step.
+    """Return c = 1/2 + ln(2 steps / failure), at least 1: a threshold at which `walk` rarely clamps a step.
 
     A step of `walk` is clamped if the formula for the probability of its sign leaves [0, 1]. For every c of at least
     this value, with probability 1 - failure none of the `steps` steps is clamped.
@@ -45,7 +45,7 @@ def sub_gaussian(c: float) -> float:
 
 
 def worst_growth(sharpness: float, centre: bool) -> float:
-    """Return the number g for which exp(g r^2) is the factor in `tree_error` due to the length of keys and queries.
+    """Return g, where exp(g r^2) is the factor of x and y in `tree_error` due to the length r of keys and queries.
 
     r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. The walk's kernel is exp(sharpness |scale| k.k');
     `centre` is True if the mean key is subtracted in the walk.
@@ -57,7 +57,7 @@ def worst_growth(sharpness: float, centre: bool) -> float:
 
 
 def tree_error(dv: int, growth: float, constant: float, c: float, failure: float) -> tuple[float, float]:
-    """Return (x, y) in the error bound x / (batch - y) max |v| of `Balance`, whose levels are halved by pairs.
+    """Return (x, y) of the bound ||answer - attention||_2 <= x max |v| / (batch - y) for `Balance` with keep=pairs.
 
     The bound holds for one fixed query with probability 1 - 2 failure, if no step of a walk is clamped. dv is the width
     of a value v, and c the walk's threshold. growth is r^2 times `worst_growth`, where r is a bound on sqrt(|scale|)
@@ -110,12 +110,14 @@ def of_pairs(products: Tensor) -> Tensor:
 
 
 def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor, Tensor]:
-    """Return signs (r, m) in {-1, 1} for m vectors of inner products (r, m, m), and the number of clamped steps (r,).
+    """Return a sign (r, m), -1 or 1, for each of the m vectors x_j of a row, and the number (r,) of clamped steps.
 
-    Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if draws (r, m), uniform, is below
-    1/2 - y / (2a), else -. With R the length of the longest vector, a is
-        c R^2       as in the paper (`even` False), or
-        c |x_j| R   so that only the direction of x_j matters; the bounds of `safe_threshold` hold for both
+    products (r, m, m) are the vectors' inner products, draws (r, m) uniform random numbers, one per vector.
+    Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if the vector's draw is below 1/2 - y / (2a),
+    else -. With R the length of the longest vector, a is
+        c R^2       if `even` is False, as in the paper, or
+        c |x_j| R   if `even` is True, so that only the direction of x_j matters
+    The bounds of `safe_threshold` hold for both.
     Where |y| > a the probability is clamped to 0 or 1. Rows are independent; a vector of zeros gets a fair coin.
     """
     length = products.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
@@ -133,12 +135,13 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
 
 
 def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
-    """Return masks (r, m) of the first count[r] vectors to keep and to drop, and the number (r,) of clamped steps.
+    """Return masks (r, m) of the vectors to keep and of those to drop, and the number (r,) of clamped steps.
 
-    products (r, m, m) are the vectors' inner products, m even, zero beyond the count; draws (r, m) are uniform random
-    numbers, one per vector; c is the threshold of the walk (`walk`). keep is one of:
+    Only the first count[r] of row r's m vectors take part, and m is even. products (r, m, m) are the vectors' inner
+    products, zero beyond the count; draws (r, m) are uniform random numbers, one per vector; c is the threshold of
+    `walk`. keep is one of:
     pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2; an odd last vector
-             is in neither mask. The walk signs the differences of neighbours (`walk`, even True).
+             is in neither mask. `walk` is given the differences of neighbours, and even=True.
     smaller  the paper's rule: the vectors of the rarer sign stay, or the vectors of sign + if both signs are equally
              frequent
     """

@@ -104,9 +104,10 @@ class SubGen(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op for one query fixed in advance.
 
-        V is the matrix of all values, ||V||_op its operator norm, and softmax the vector of exact attention weights;
-        eps is epsilon. Constants by Chebyshev, with f = failure / 2 for numerator and denominator each: s = 9 dv /
-        (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f) with R = exp(2 delta radius). An epsilon of 1 or more is vacuous.
+        V is the matrix of all values, ||V||_op its operator norm, and softmax the vector of exact attention weights.
+        Law (Chebyshev): an epsilon needs s = 9 dv / (epsilon^2 f) pairs for the numerator, and for the denominator
+        t = 9 (R-1)^2 / (4 R epsilon^2 f) samples per cluster. R = exp(2 delta radius), and f = failure / 2 is the
+        failure probability of each of the two. An epsilon of 1 or more is vacuous.
         Returns None without a radius.
         """
         if self.radius is None:
@@ -124,9 +125,9 @@ class SubGen(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGen:
-        """Return this method with the s and t that epsilon and delta need, and without cap on centres or budget.
+        """Return this method with s and t for error epsilon and failure probability delta, without cap or budget.
 
-        The number of centres then depends on the keys alone.
+        The error is that of `guarantee`. Without a cap, the number of centres depends on the keys alone.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self

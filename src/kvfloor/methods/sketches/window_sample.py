@@ -1,4 +1,4 @@
-"""Answer with one token's value, drawn by its unmasked window attention (Haris and Onak 2025, Algorithm 1).
+"""Answer with the value of one token, drawn by its unmasked attention weight (Haris and Onak 2025, Algorithm 1).
 
 In this file a row is one (batch item, kv head) stream. The window is the newest tokens of a row, at most the budget.
 Unmasked window attention gives every older token the logit 0 instead of -inf, i.e. the weight 1. A draw is one randomly
@@ -45,9 +45,10 @@ class WindowSample(Method):
     23: the answer's mean is unmasked window attention, exactly. The variance of a coordinate is at most max|value|
     times its mean (values >= 0). While all tokens are in the window the answer is exact.
 
-    budget   tokens of the window per row. A token's query is answered before the oldest token is evicted:
-             the paper's W is one more.
-    copies   T: independent draws in a mean           groups   Q: such means, whose coordinatewise median answers; odd
+    budget   tokens of the window per row. A token's query is answered before the oldest token is evicted, so the
+             paper's window W is budget + 1
+    copies   T: number of independent draws in a mean
+    groups   Q: number of such means, whose coordinatewise median is the answer; odd
     spread, horizon   for the guarantee (Theorem 24, corrected constants): values lie in [a, spread * a] for some a > 0,
                       and at most `horizon` answers are given; epsilon = sqrt(8 spread / T) with probability
                       1 - horizon dv exp(-Q / 2.5)
@@ -194,9 +195,9 @@ class WindowSampleState(Blocked[WindowSample]):
             self.slots.evict(leaving)
 
     def _extend(self, v: Tensor, newest: Tensor) -> None:
-        """Update each row's least and largest value so far by the values v (rows, s, dv) of the newest tokens.
+        """Update the least and the largest value entry of each row so far with those of the newest tokens.
 
-        newest (rows, s) marks the slots of these tokens.
+        v (rows, s, dv) are the values in all slots; newest (rows, s) marks the slots of the newest tokens.
         """
         new = newest.to(v.device).unsqueeze(-1)
         wide = v.to(self.least.dtype)

@@ -211,8 +211,8 @@ class KernelFile:
 def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
     """Read the trained feature maps from a safetensors file.
 
-    `stamp` distinguishes versions of the file, for this function's cache of results. Raises ValueError describing the
-    fault of the file.
+    Results are cached. `stamp` differs between versions of the file, so that a changed file is read anew. Raises
+    ValueError that describes the fault of the file.
     """
     del stamp
     try:

@@ -34,8 +34,9 @@ class Moments(Summary):
         mass       c E[e^x]                = c exp(mu + s2/2)
         numerator  c E[v e^x]              = c (mean(v) + scale cov(v, k) q) exp(mu + s2/2)
     exact for jointly Gaussian (k, v), and to second order in the logits for others. The log-mass is capped at
-    log c + scale |q| max|k|, a bound that holds for any keys; where the cap applies, the shift of the mean shrinks in
-    proportion. Under a softcap the expectations over x use Gauss-Hermite quadrature. The mass is always positive.
+    log c + scale |q| max|k|, a bound that holds for any keys; where the cap applies, it shrinks s2/2, and
+    scale cov(v, k) q shrinks by the same factor. Under a softcap the expectations over x use Gauss-Hermite quadrature.
+    The mass is always positive.
 
     covariance  "full":      cov(k) and cov(v, k): 2 + d + dv + d(d+1)/2 + d dv numbers per row
                 "diagonal":  the diagonal of cov(k): 2 + 2d + dv numbers; the answer is mean(v), in the hull of the
@@ -158,7 +159,8 @@ class MomentsState(SummaryState):
         """Return log E[e^y] and E[(dy/dx) e^y] / E[e^y], each (rows, m), for the logit x ~ N(centre, variance).
 
         y = x, or y = c tanh(x / c) under a softcap c. centre, variance and largest are (rows, m). `largest`
-        bounds the size of every logit, so |x| is limited to it under a softcap, and log E[e^y] without one.
+        bounds |x| for every evicted key. So under a softcap |x| is limited to `largest`. Without a softcap log E[e^y]
+        is limited to `largest`, and the second result shrinks accordingly.
         """
         cap = self.spec.softcap
         if cap is None:

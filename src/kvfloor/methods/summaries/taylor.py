@@ -39,8 +39,8 @@ class Taylor(Summary):
     over the tokens suffices, and no token is kept.
     Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
     = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give the answer phi(q) S / phi(q) z. S and z are t (dv + 1)
-    float64 numbers per row. A token arrives with both k and v, so S is summed, not sketched. The method is useful
-    where |x| is below about 2.
+    float64 numbers per row. k and v of a token arrive together, so S is an exact sum, not a sketch. The method is
+    useful where |x| is below about 2.
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
             answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
@@ -49,8 +49,9 @@ class Taylor(Summary):
     than FEATURES_LIMIT = 10,000 features are refused with an error that names the numbers.
 
     Guarantee: on |x| <= r the ratio p(x) e^-x is monotone on either side of 0 (its derivative is -e^-x x^g / g!), so
-    the ratio lies between its values at -r, 0 and r. Weights relative to their sum are then wrong by a factor within
-    1 +- epsilon, epsilon = largest / least ratio - 1, with certainty and for every query.
+    the ratio lies between its values at -r, 0 and r. Let epsilon be the largest ratio divided by the least, minus
+    1. Then every weight, divided by the sum of weights, is wrong by a factor within 1 +- epsilon, with certainty and
+    for every query.
     """
 
     name: ClassVar[str] = "taylor"
@@ -98,10 +99,10 @@ class Taylor(Summary):
         )
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Taylor:
-        """Return the summary with the least even degree whose relative error is at most epsilon.
+        """Return this summary with the least even degree whose guarantee has an error of at most epsilon.
 
-        There are at most FEATURES_LIMIT features, even if the error then exceeds epsilon. The degree is 0 without a
-        radius. The failure probability delta is not used, as the error bound is certain.
+        There are at most FEATURES_LIMIT features, even if the error then exceeds epsilon. Without a radius there is no
+        guarantee, and the degree is 0. The failure probability delta is not used, as the error bound is certain.
         """
         del delta
         degree = 0

@@ -129,8 +129,8 @@ def check_sampling(owner: str, copies: int | None, groups: int | None) -> None:
 def sizes_for(epsilon: float, delta: float, spread: float, answers: int) -> tuple[int, int]:
     """Return (T, Q) such that `answers` medians of Q means of T draws all have a relative error of at most epsilon.
 
-    A draw is the value of a randomly chosen token. The bound holds with probability 1 - delta, if the variance of a
-    draw is at most spread times its squared mean. Q is odd.
+    A draw is the value of a randomly chosen token; errors are relative to the mean of a draw. The bound holds with
+    probability 1 - delta, if the variance of a draw is at most spread times its squared mean. Q is odd.
     """
     q = math.ceil(2.5 * math.log(answers / delta))
     return math.ceil(8.0 * spread / epsilon**2), max(1, q + 1 - q % 2)
@@ -142,7 +142,8 @@ def median_of_means(
     """Return the error bound of `answers` medians of q means of t draws, or None if its failure probability is >= 1.
 
     A draw is the value of a randomly chosen token, whose variance must be at most spread times its squared mean.
-    `quantifier` (the range of the probability) and `assumptions` become the attributes of the guarantee, in words.
+    The error is relative to that mean. The texts `quantifier` (the answers and streams that the bound holds for) and
+    `assumptions` become attributes of the guarantee.
     """
     delta = answers * math.exp(-q / 2.5)
     if delta >= 1:
@@ -158,7 +159,7 @@ def median_of_means(
 
 
 def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
-    """Return a sentence on the values that are outside [a, spread * a] for every a > 0, or "" if there are none.
+    """Return a sentence on rows whose values fit into no interval [a, spread * a], a > 0, or "" if all rows fit.
 
     least (rows,) and largest (rows,) are the least and the largest entry of each row's values.
     """

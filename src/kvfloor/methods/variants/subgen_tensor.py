@@ -126,9 +126,10 @@ class SubGenTensor(Method):
         ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F.
         V1 and V2 are the matrices of all first and second values, softmax the vector of exact weights of all token
         pairs. If x and x' are first keys of one cluster, y and y' second keys of one cluster, then score(x, y) and
-        score(x', y') differ by at most D = 2 radius largest (delta1 + delta2); let R = exp(D). By Chebyshev, with f =
-        failure / 2 for numerator and denominator each: s = 9 / (eps^2 f), t = 9 (R-1)^2 / (4 R eps^2 f). Returns None
-        without a radius.
+        score(x', y') differ by at most D = 2 radius largest (delta1 + delta2); let R = exp(D).
+        Law (Chebyshev): an epsilon needs s = 9 / (epsilon^2 f) pairs for the numerator, and for the denominator
+        t = 9 (R-1)^2 / (4 R epsilon^2 f) samples per cluster. f = failure / 2 is the failure probability of each of the
+        two. Returns None without a radius.
         """
         del spec
         if self.radius is None:
@@ -152,7 +153,7 @@ class SubGenTensor(Method):
 
     @property
     def _reach(self) -> float:
-        """Return a bound on the l2 distance of the product k1 * k2 of two keys from the product of their centres.
+        """Return a bound on the l2 distance between the product k1 * k2 of two keys and the product of their centres.
 
         Products are entry by entry. k1 is a key in a cluster of the first side, k2 a key in a cluster of the second
         side, and each centre is that of the key's cluster.
@@ -160,9 +161,9 @@ class SubGenTensor(Method):
         return self.largest * (self.delta1 + self.delta2)
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGenTensor:
-        """Return this method with the s and t that epsilon and delta need, and without cap on centres or budget.
+        """Return this method with s and t for error epsilon and failure probability delta, without cap or budget.
 
-        The number of centres then depends on the keys alone.
+        The error is that of `guarantee`. Without a cap, the number of centres depends on the keys alone.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
@@ -276,7 +277,7 @@ class SubGenTensorState(Blocked[SubGenTensor]):
         return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))
 
     def _pairs(self, q: Tensor, visible: Tensor) -> Partial:
-        """Return the tensor attention of q (rows, m, d) over all pairs of one point per side: a `Partial` (rows, m).
+        """Return a `Partial` (rows, m): the tensor attention of q (rows, m, d) over all pairs of points, one per side.
 
         The points of a side are its samples and the first visible[r] of row r's tokens since the last block end, which
         are in no sample yet.

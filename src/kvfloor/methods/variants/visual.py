@@ -30,10 +30,10 @@ def tokens_in(sides: Sequence[int]) -> int:
 def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[int]:
     """Return the number of tokens to keep of each scale under a budget of `total` tokens per row.
 
-    sides are the sides of the scales' square maps, coarse first. Coarse scales are kept whole: as many first scales as
-    together take at most `share` of the budget. The rest of the budget is divided among the other scales in proportion
-    to their numbers of tokens, rounded down. Left-over tokens go to the finest scales, one each. A budget with room for
-    all tokens keeps all.
+    sides are the sides of the scales' square maps, coarse first. Coarse scales are kept whole: as many of
+    the first scales as fit into `share` of the budget. The rest of the budget is divided among the other
+    scales in proportion to their numbers of tokens, rounded down. The finest scales get what rounding leaves, one token
+    each. A budget with room for all tokens keeps all.
     """
     total = whole("total", total)
     share = within("share", share, 0.0, 1.0)
@@ -53,9 +53,9 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
     sides are the sides of the scales' square maps, coarse first. The coarse scales are the scales that `scale_budgets`
     keeps whole under the state's budget (the smallest one, if rows have different budgets). The policy chooses the
-    tokens of the finer scales; in expectation, the policy `random` keeps as many tokens of each as `scale_budgets`
-    returns. Raises ValueError for a state that cannot pin, that has seen tokens, or whose policy protects so many other
-    tokens that the coarse scales do not fit.
+    tokens of the finer scales; in expectation, the policy `random` keeps of each scale the number of tokens that
+    `scale_budgets` returns. Raises ValueError for a state that cannot pin, that has seen tokens, or whose policy
+    protects so many other tokens that the coarse scales do not fit.
     """
     if not isinstance(state, BoundedState):
         raise ValueError(f"{state.method} has no budget to share out over scales: give an eviction policy")
@@ -69,9 +69,10 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
 
 def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
-    """Return the number of coarse scales: as many first scales as together take at most `share` of the budget `total`.
+    """Return the number of coarse scales, which together take at most `share` of the budget `total`.
 
-    sizes are the numbers of tokens of the scales, coarse first; `total` is in tokens per row.
+    They are as many of the first scales as fit. sizes are the numbers of tokens of the scales, coarse first; `total`
+    is in tokens per row.
     """
     return sum(taken <= share * total for taken in accumulate(sizes))
 
@@ -80,8 +81,8 @@ class NextScale:
     """Feed the scales of an image to the state of any method, one scale at a time, and compute their attention.
 
     The queries of a scale attend to the tokens that the state holds and to the whole scale itself, before the state may
-    evict any of the scale's tokens: every token can be read by its own scale, whatever the budget. A new scale's tokens
-    are all held only during the call of `step`, as the tokens of any forward pass are.
+    evict any of the scale's tokens: every token can be read by its own scale, whatever the budget. During the
+    call of `step` all tokens of the new scale are held, as in any forward pass; afterwards, those the method keeps.
     """
 
     def __init__(self, state: State) -> None:
