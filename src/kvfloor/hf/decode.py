@@ -8,7 +8,7 @@ are never stored.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -59,19 +59,29 @@ class Dialogue:
         is True where the token was the likeliest one. Call `feed` first. `chunk` slots per forward bound the memory of
         the logits. Shorter lists are padded at their end, so no tokens can be fed afterwards.
         """
+        parts: list[tuple[Tensor, Tensor]] = []
+        for tokens, logits in self.predict(token_ids, chunk):
+            at = tokens.unsqueeze(-1)
+            log_p = (logits.gather(-1, at) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+            parts.append((log_p.cpu(), (logits.argmax(-1) == tokens).cpu()))
+        log_ps, likeliest = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return [(log_ps[row, : len(ids)], likeliest[row, : len(ids)]) for row, ids in enumerate(token_ids)]
+
+    @torch.inference_mode()
+    def predict(self, token_ids: Sequence[Sequence[int]], chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
+        """Feed one list of token ids per batch item, and yield the logits by which the model predicts them.
+
+        Yields (tokens (batch, c) int64, logits (batch, c, vocabulary) float32) for one chunk of at most `chunk` slots
+        after the other, on the model's device. The logits at a token are those after all tokens before it. Call `feed`
+        first. Shorter lists are padded at their end, so no tokens can be fed afterwards.
+        """
         assert self.logits is not None
         batch, real = padded(token_ids, side="right")
-        parts: list[tuple[Tensor, Tensor]] = []
         for start in range(0, batch.shape[1], chunk):
             tokens = batch[:, start : start + chunk]
             before = self.logits.unsqueeze(1)
             after = self._forward(tokens, real[:, start : start + chunk], every=True)
-            logits = torch.cat([before, after[:, :-1]], 1).float()
-            at = tokens.to(logits.device).unsqueeze(-1)
-            log_p = (logits.gather(-1, at) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-            parts.append((log_p.cpu(), (logits.argmax(-1) == at.squeeze(-1)).cpu()))
-        log_ps, likeliest = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-        return [(log_ps[row, : len(ids)], likeliest[row, : len(ids)]) for row, ids in enumerate(token_ids)]
+            yield tokens.to(after.device), torch.cat([before, after[:, :-1]], 1).float()
 
     @torch.inference_mode()
     def answer(self, most: int, stop: int | None) -> tuple[list[list[int]], list[float]]:

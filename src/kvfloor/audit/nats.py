@@ -1,0 +1,210 @@
+"""Compare a method's next-token distributions with the exact cache's on a text, in nats, token by token.
+
+The model reads the first part of a text (the context) under the method, and the cache is sealed (end of the prompt).
+Then the model predicts each token of the rest (the continuation) from the true tokens before it, while the method keeps
+running. p is the exact cache's distribution of a token, q the method's. The definitions are those of llama.cpp's
+`--kl-divergence`, whose natural logarithms make nats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvfloor.files import read_regular, replace_file
+from kvfloor.statistics import block_means, mean_interval
+
+BLOCK_TOKENS = 64
+"""Tokens whose mean is one observation of an interval: neighbouring tokens are not independent of each other."""
+
+MOST_BYTES = 2**30  # of a nats.jsonl
+_DIGITS = 6  # significant digits of a token's figures in the file
+_TOKENS_AT_ONCE = 64
+
+
+class TextCell(NamedTuple):
+    """Identify a text, and how many of its tokens are the context and the scored continuation."""
+
+    text: str
+    context: int
+    continuation: int
+
+    def __str__(self) -> str:
+        return f"{self.text}, {self.context:,} tokens of context, {self.continuation:,} scored"
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """Hold what is measured at each of t scored tokens.
+
+    kl          KL(p || q), nats: how far the method's distribution is from the exact one
+    loss        -log q(token), nats; exact_loss: -log p(token)
+    same_top    1 where p and q have the same likeliest token, else 0
+    """
+
+    kl: tuple[float, ...]
+    loss: tuple[float, ...]
+    exact_loss: tuple[float, ...]
+    same_top: tuple[int, ...]
+
+
+def figures(exact: Iterable[Tensor], method: Iterable[Tensor], tokens: Iterable[Tensor]) -> TokenFigures:
+    """Compare two runs over the same text, given in equal pieces.
+
+    exact, method  logits (c, vocabulary) of each piece of c tokens; tokens: the pieces' token ids (c,)
+    All sums are float64.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    for p_logits, q_logits, ids in zip(exact, method, tokens, strict=True):
+        for piece in range(0, len(ids), _TOKENS_AT_ONCE):
+            at = slice(piece, piece + _TOKENS_AT_ONCE)
+            log_p, log_q = (torch.log_softmax(logits[at].double(), -1) for logits in (p_logits, q_logits))
+            chosen = ids[at].unsqueeze(-1)
+            parts.append(
+                (
+                    (log_p.exp() * (log_p - log_q)).nan_to_num_(0.0).sum(-1),  # a probability of 0 adds nothing
+                    -log_q.gather(-1, chosen).squeeze(-1),
+                    -log_p.gather(-1, chosen).squeeze(-1),
+                    (p_logits[at].argmax(-1) == q_logits[at].argmax(-1)).long(),
+                )
+            )
+    kl, loss, exact_loss, same = (torch.cat(column).tolist() for column in zip(*parts, strict=True))
+    return TokenFigures(*(tuple(_short(x) for x in column) for column in (kl, loss, exact_loss)), tuple(same))
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """Record one setting (method with its budget) measured on one text.
+
+    Bytes are of the whole cache: all layers and heads of one sequence.
+
+    method                 the setting, budget included; `configuration`, `name`, `budget`, `baseline`: as in `Row`
+    budget_tokens          tokens kept per kv head after budget resolution; None for an unbounded method
+    text                   the text's name; `context` and `continuation` count its tokens
+    kl .. same_top         one figure per scored token (`TokenFigures`)
+    state_bytes            bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
+    exact_bytes            bytes of the exact cache at the end of the context, in the model's own dtype
+    exact_16_bit_bytes     the same if its numbers had 16 bits
+    seconds                time to read context and continuation
+    """
+
+    method: str
+    configuration: str
+    name: str
+    budget: str | None
+    baseline: bool
+    budget_tokens: int | None
+    text: str
+    context: int
+    continuation: int
+    kl: tuple[float, ...]
+    loss: tuple[float, ...]
+    exact_loss: tuple[float, ...]
+    same_top: tuple[int, ...]
+    state_bytes: int
+    peak_state_bytes: int
+    exact_bytes: int
+    exact_16_bit_bytes: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        where = f"row {self.method!r} on the text {self.text!r}"
+        lists = (self.kl, self.loss, self.exact_loss, self.same_top)
+        if self.continuation < 1 or any(len(column) != self.continuation for column in lists):
+            raise ValueError(f"{where}: give one figure for each of the {self.continuation} scored tokens")
+        if not all(math.isfinite(x) for column in lists for x in column):
+            raise ValueError(f"{where}: a figure is not finite; the model's logits are broken")
+        if self.exact_bytes < 1 or self.peak_state_bytes < self.state_bytes:
+            raise ValueError(f"{where}: exact_bytes = {self.exact_bytes}, peak {self.peak_state_bytes} below the end")
+
+    @property
+    def cell(self) -> TextCell:
+        return TextCell(self.text, self.context, self.continuation)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Summarise one setting over the scored tokens of all texts.
+
+    kl, kl_low, kl_high          mean KL(p || q), nats per token, and its two-sided confidence interval
+    kl_median, kl_999            median and 99.9 % quantile of the tokens' KL
+    same_top                     share of tokens whose likeliest next token is the same under p and q
+    loss_change                  mean of log p(token) - log q(token): the change in cross-entropy, nats per token;
+                                 `loss_low`..`loss_high` is its interval
+    perplexity_ratio             exp(loss_change): the method's perplexity over exact's
+    tokens                       number of scored tokens
+    """
+
+    kl: float
+    kl_low: float
+    kl_high: float
+    kl_median: float
+    kl_999: float
+    same_top: float
+    loss_change: float
+    loss_low: float
+    loss_high: float
+    tokens: int
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return math.exp(self.loss_change)
+
+
+def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
+    """Summarise the rows of one setting, one per text.
+
+    The intervals resample blocks of BLOCK_TOKENS tokens, each text's blocks among themselves: they tell how far the
+    figures could move on other passages of the same texts. Raises ValueError for rows of several settings, and for
+    texts that have less than two blocks in all.
+    """
+    if len({row.method for row in rows}) != 1:
+        raise ValueError("summarise the rows of one setting at a time")
+    kls = [block_means(row.kl, BLOCK_TOKENS) for row in rows]
+    changes = [block_means([q - p for q, p in zip(row.loss, row.exact_loss, strict=True)], BLOCK_TOKENS) for row in rows]
+    kl, (kl_low, kl_high) = mean_interval(kls, confidence)
+    change, (loss_low, loss_high) = mean_interval(changes, confidence)
+    every = torch.tensor([x for row in rows for x in row.kl], dtype=torch.float64)
+    same = [x for row in rows for x in row.same_top]
+    return Divergence(
+        kl=kl,
+        kl_low=max(0.0, kl_low),
+        kl_high=kl_high,
+        kl_median=float(every.median()),
+        kl_999=float(every.quantile(0.999)),
+        same_top=sum(same) / len(same),
+        loss_change=change,
+        loss_low=loss_low,
+        loss_high=loss_high,
+        tokens=len(every),
+    )
+
+
+def write_text_rows(path: Path, rows: Iterable[TextRow]) -> None:
+    """Write the rows to a `nats.jsonl` at `path`, one per line, whole or not at all."""
+    replace_file(path, "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows))
+
+
+def read_text_rows(path: Path) -> list[TextRow]:
+    """Read the rows that `write_text_rows` wrote. Raises ValueError naming the file and line that is not a row."""
+    rows, names = [], {field.name for field in fields(TextRow)}
+    for number, line in enumerate(read_regular(path, MOST_BYTES, "nats rows").decode("utf-8").splitlines(), start=1):
+        try:
+            record: dict[str, Any] = json.loads(line)
+            if set(record) != names:
+                raise ValueError(f"fields {sorted(names ^ set(record))} are missing or unknown")
+            rows.append(TextRow(**{key: tuple(x) if isinstance(x, list) else x for key, x in record.items()}))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{str(path)!r} line {number} is not a row of an audit's texts: {error}") from error
+    return rows
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.{_DIGITS}g}")

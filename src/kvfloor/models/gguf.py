@@ -1,0 +1,90 @@
+"""Convert a GGUF file, llama.cpp's format of a model, into a transformers folder in the user's cache, once.
+
+A converted folder is named after the file's SHA-256, so that an equal file is never converted twice. It is written
+under another name and renamed when it is complete: a folder in the cache is always whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+from kvfloor.files import open_folder, open_regular
+
+MAGIC = b"GGUF"
+_PIECE = 2**22  # bytes read at a time
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted models: `kvfloor` in XDG_CACHE_HOME, or in `~/.cache` where that is not set."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kvfloor"
+
+
+def is_gguf(path: Path) -> bool:
+    """Return True if the path ends in `.gguf`."""
+    return path.suffix.lower() == ".gguf"
+
+
+def converted(path: Path, track: Callable[[str], None]) -> Path:
+    """Return the folder of the GGUF file's model in float32, with its tokenizer, after converting it if necessary.
+
+    `track` is called with a line of text before each long step. Raises ValueError for a file that is not GGUF or has an
+    architecture that transformers cannot read, where the package gguf is missing, and where the cache cannot be
+    written.
+    """
+    track(f"reading {path.name}")
+    with open_regular(path, "GGUF file") as (stream, _):
+        if stream.read(len(MAGIC)) != MAGIC:
+            raise ValueError(f"{str(path)!r} is no GGUF file: it does not begin with {MAGIC.decode()}")
+        stream.seek(0)
+        digest = sha256(stream)
+    target = cache_folder() / f"{path.stem}-{digest[:16]}"
+    if not target.exists():
+        track(f"converting {path.name}: once, into {target}")
+        _convert(path, target)
+    return target
+
+
+def sha256(stream: IO[bytes]) -> str:
+    """Return the SHA-256 of the rest of a stream in hex digits."""
+    digest = hashlib.sha256()
+    while piece := stream.read(_PIECE):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _convert(path: Path, target: Path) -> None:
+    """Write the model and tokenizer of a GGUF file as the folder `target`, whole or not at all."""
+    if find_spec("gguf") is None or find_spec("accelerate") is None:
+        raise ValueError("reading a GGUF file needs the packages gguf and accelerate: pip install 'kvfloor[gguf]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    open_folder(target.parent)
+    staged = target.with_name(f".{secrets.token_hex(8)}")
+    try:
+        at = {"gguf_file": path.name, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype="float32", **at)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **at)
+        _forget_quantization(model)
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        if not target.exists():
+            staged.rename(target)
+    except Exception as cause:  # a damaged file may raise any exception in its reader
+        raise ValueError(f"cannot convert {str(path)!r} to {str(target)!r}: {type(cause).__name__}: {cause}") from cause
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _forget_quantization(model: Any) -> None:
+    """Remove the marks of quantised weights from a model: its weights were dequantised when they were read."""
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
