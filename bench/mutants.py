@@ -52,6 +52,7 @@ BESIDE = {
     "exact": ("core/test_state", "core/test_method", "core/test_forget", "core/test_restoring"),
     "fields": ("core/test_message", "core/test_restoring"),
     "message": ("core/test_restoring",),
+    "method": ("core/test_budget_for", "methods/test_registry"),
     "policy": ("core/test_bounded", "methods/test_registry", "methods/test_observation"),
     "selector": ("methods/test_selectors", "methods/test_pages", "core/test_method"),
     "watching": (
