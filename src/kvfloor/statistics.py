@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
+import numpy as np
+
 from kvfloor.validation import whole, within
 
 MIN_SAMPLES = 32
@@ -65,6 +67,51 @@ def _binomial_cdf(k: int, n: int, e: float) -> float:
     ]
     top = max(logs)
     return math.exp(top) * math.fsum(math.exp(term - top) for term in logs)
+
+
+def blocks(values: Sequence[float], size: int) -> list[tuple[float, int]]:
+    """Cut values that follow each other into blocks of about `size`, and return each block's (sum, number of values).
+
+    The blocks differ by at most one value in length; fewer than `size` values make one block.
+    """
+    parts = np.array_split(np.asarray(values, dtype=np.float64), max(1, len(values) // size))
+    return [(float(part.sum()), len(part)) for part in parts]
+
+
+def mean_interval(
+    observed: Sequence[tuple[float, int]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return (mean, low, high): the mean of all values and its confidence interval, given the values' `blocks`.
+
+    Values within a block may depend on each other; the blocks are resampled with replacement. The interval inverts the
+    resampled t statistics (bootstrap-t), whose two tails differ, as they must for skewed values such as divergences. It
+    has width 0 if all blocks have the same mean. Coverage is tested in `tests/audit/test_statistics.py`.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 12; blocks as one observation:
+    Kuensch, Annals of Statistics 17 (1989).
+    Raises ValueError for fewer than two blocks.
+    """
+    _quantile(confidence)
+    if len(observed) < 2:
+        raise ValueError(f"{len(observed)} block of values has no spread: give at least two blocks")
+    sums, sizes = (np.array(column, dtype=np.float64) for column in zip(*observed, strict=True))
+    draws = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    mean, error = _ratio(sums, sizes)
+    means, errors = _ratio(sums[draws], sizes[draws])
+    t = (means - mean) / np.where(errors > 0, errors, np.inf)
+    least, most = np.quantile(t, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(mean), float(mean - most * error), float(mean - least * error)
+
+
+def _ratio(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean sum(sums) / sum(sizes) over the last axis of blocks (..., b), and its standard error.
+
+    The error is that of a ratio of two means, by its linear term.
+    """
+    count, total = sums.shape[-1], sizes.sum(-1)
+    mean = sums.sum(-1) / total
+    residual = sums - mean[..., None] * sizes
+    return mean, np.sqrt((residual**2).sum(-1) * count / (count - 1)) / total
 
 
 def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[int, int]:

@@ -1,10 +1,11 @@
-"""Judge a row of an audit: decide, at a given confidence, if its loss of score stays below a tolerated loss.
+"""Judge a setting of an audit by its loss to the exact cache: in nats on texts, in right answers on tasks.
 
-A row is one setting (a method with its budget) measured on one cell: a task at a context length under a protocol
-(question asked before or after the compression). A row's loss is the exact cache's score minus the row's score; the
-exact cache keeps every token. A verdict is "holds" (the tolerated loss is excluded), "falls" (a loss is certain) or
-"open" (neither is shown). `audit/recommend.py` combines the verdicts on a setting's rows, to decide if the setting is
-safe.
+A setting is a method with its budget. The exact cache keeps every token. A row is one setting measured on one cell: a
+task at a context length under a protocol (question asked before or after the compression). Its loss is the exact
+cache's score minus the row's score. A setting's divergence is its mean KL to the exact cache over the scored tokens of
+all texts. A verdict is "holds" (the tolerated loss or divergence is excluded), "falls" (on a task: a loss is certain;
+on texts: the divergence certainly exceeds the limit) or "open" (neither is shown). `audit/recommend.py` combines the
+verdicts on a setting, to decide if the setting is safe.
 """
 
 import math
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
+from kvfloor.audit.nats import Divergence
 from kvfloor.audit.rows import Row
 from kvfloor.statistics import paired_difference_interval
 
 Verdict = Literal["falls", "open", "holds"]
-"""`holds`: a loss of `margin` to exact is excluded. `falls`: a loss is certain (95 %). `open`: neither is shown."""
+"""`holds`: too large a loss is excluded. `falls`: a loss, or too large a divergence, is certain. `open`: neither."""
 
 SEVERITY: dict[Verdict, int] = {"falls": 0, "open": 1, "holds": 2}
 """Rank the verdicts, from the worst (0) up."""
@@ -29,11 +31,13 @@ class Standard:
     margin      largest tolerated loss of score (share of right answers) against the exact cache, in (0, 1)
     confidence  of the whole recommendation, in (0.5, 1)
     methods     number of methods that share the allowed error 1 - confidence
+    kl_limit    largest tolerated divergence, nats per token; None if no text was read
     """
 
     margin: float
     confidence: float
     methods: int
+    kl_limit: float | None = None
 
     @property
     def cell_confidence(self) -> float:
@@ -62,6 +66,17 @@ class Standard:
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"
         return "falls" if row.diff_high < 0 else "open"
+
+    def shown_worse(self, row: Row) -> Verdict:
+        """Judge one row beside texts, which show what is safe: return "falls" if a loss is certain, else "holds"."""
+        return "falls" if self.verdict(row) == "falls" else "holds"
+
+    def divergence_verdict(self, found: Divergence) -> Verdict:
+        """Judge a divergence, whose interval has `cell_confidence`: "holds", "falls" or "open" against `kl_limit`."""
+        assert self.kl_limit is not None
+        if found.kl_high <= self.kl_limit:
+            return "holds"
+        return "falls" if found.kl_low > self.kl_limit else "open"
 
     def samples_needed(self, margin: float) -> int:
         """Return the smallest number of samples per row with which a loss of `margin` can be excluded.

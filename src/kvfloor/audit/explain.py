@@ -2,15 +2,17 @@
 
 A setting is a method with its budget; a cell is a task at a context length under a protocol (question asked before or
 after the compression). "Exact" is the cache that keeps every token. A loss is exact's score minus the setting's. A
-setting holds on a cell if the tolerated loss is excluded, and breaks there if a loss is certain. It is safe if it and
-every larger budget of its method hold on every cell.
+setting holds on a cell if the tolerated loss is excluded, and breaks there if a loss is certain. A divergence is a
+setting's mean KL to exact on texts. A setting is safe if it and every larger budget of its method hold.
 """
 
 from collections import Counter, defaultdict
 
 from kvfloor.audit.criterion import Standard
-from kvfloor.audit.format import bytes_text, counted, percent_text, points_text, smaller_text
+from kvfloor.audit.format import bytes_text, counted, nats_text, number_of_nats, percent_text, points_text, smaller_text
+from kvfloor.audit.nats import Divergence
 from kvfloor.audit.recommend import WEAK_EXACT_SCORE, Judged, Recommendation
+from kvfloor.audit.rows import Row
 
 
 def why(answer: Recommendation) -> str:
@@ -25,7 +27,9 @@ def what_breaks(answer: Recommendation) -> tuple[str, ...]:
     most frequent task of these cells. A method's sentence names its smallest safe setting, and the next smaller setting
     with its weakest cell: the task, context length and protocol on which it breaks or is not shown to hold.
     """
-    falling = Counter(one.weakest.task for one in answer.judged if one.verdict == "falls")
+    falling = Counter(
+        one.weakest.task for one in answer.judged if one.weakest and (one.verdict, one.decided_by) == ("falls", "tasks")
+    )
     sentences = []
     if falling:
         task, count = falling.most_common(1)[0]
@@ -45,24 +49,17 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
     """
     sentences = []
     standard = answer.standard
-    n = min(row.n for row in answer.exact)
-    if n < standard.samples_needed(standard.margin):
-        needed = standard.samples_needed(standard.margin)
-        sentences.append(
-            f"With n = {n} samples per cell, even a setting that loses none of them cannot be shown to lose "
-            f"less than {points_text(standard.margin)}; run at least {needed:,}."
-        )
-    elif standard.margin > 0.05:
-        sentences.append(
-            f"With n = {n} samples per cell the intervals are wide; to exclude a loss of 5 points, run at "
-            f"least {standard.samples_needed(0.05):,} per cell."
-        )
+    if not answer.exact:
+        sentences.append("No task was run: name tasks of your own use, or give prompts with answers.")
+    if answer.exact and not answer.texts:
+        sentences += _few_samples(standard, min(row.n for row in answer.exact))
     if answer.weak:
         cells = "; ".join(str(row.cell) for row in answer.weak)
         sentences.append(
             f"Exact itself scores below {percent_text(WEAK_EXACT_SCORE)} on {cells}: a loss is hard to see there."
         )
-    if answer.chosen and answer.chosen.peak_state_bytes >= max(row.exact_bytes for row in answer.exact):
+    exact_bytes = max(row.exact_bytes for row in answer.texts or answer.exact)
+    if answer.chosen and answer.chosen.peak_state_bytes >= exact_bytes:
         sentences.append(
             f"{answer.method} peaks at {bytes_text(answer.chosen.peak_state_bytes)}, no less than exact "
             "holds: it saves memory after the context is taken in, not meanwhile."
@@ -70,30 +67,79 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
     return tuple(sentences)
 
 
+def _few_samples(standard: Standard, n: int) -> list[str]:
+    """Return at most one sentence: what n samples per cell are too few for, where tasks decide."""
+    if n < standard.samples_needed(standard.margin):
+        needed = standard.samples_needed(standard.margin)
+        return [
+            f"With n = {n} samples per cell, even a setting that loses none of them cannot be shown to lose "
+            f"less than {points_text(standard.margin)}; run at least {needed:,}."
+        ]
+    if standard.margin > 0.05:
+        return [
+            f"With n = {n} samples per cell the intervals are wide; to exclude a loss of 5 points, run at "
+            f"least {standard.samples_needed(0.05):,} per cell."
+        ]
+    return []
+
+
 def _why_chosen(answer: Recommendation, chosen: Judged) -> str:
-    standard = answer.standard
-    if chosen.weakest.score < chosen.weakest.exact_score:
-        weakest = f"its weakest cell is {chosen.weakest.cell}: {_scores(chosen)}"
+    sentences = [_saved(answer, chosen)]
+    if chosen.divergence is None:
+        sentences.append(_kept_on_tasks(answer, chosen))
     else:
-        weakest = "no cell scores below exact"
-    sentences = [
-        f"{chosen.setting} holds {bytes_text(chosen.state_bytes)} where exact holds "
-        f"{bytes_text(chosen.exact_bytes)}, {smaller_text(chosen.exact_bytes, chosen.state_bytes)} smaller "
-        f"(mean of {counted(len(answer.exact), 'cell')}).",
-        f"It loses less than {points_text(standard.margin)} to exact on every cell, with "
-        f"{percent_text(standard.confidence)} confidence over the {counted(standard.methods, 'method')} "
-        f"judged; {weakest}.",
-    ]
+        sentences.append(_kept_on_texts(answer, chosen.divergence))
+        sentences.append("No task shows a loss." if answer.exact else "No task was run.")
     smaller = [one for one in answer.judged if one.state_bytes < chosen.state_bytes]
     if smaller:
-        sentences.append(f"The next smaller setting is {smaller[-1].setting}: {_weakness(smaller[-1], standard)}.")
+        sentences.append(
+            f"The next smaller setting is {smaller[-1].setting}: {_weakness(smaller[-1], answer.standard)}."
+        )
     else:
         sentences.append("No smaller setting was audited.")
     return " ".join(sentences)
 
 
+def _saved(answer: Recommendation, chosen: Judged) -> str:
+    """Compare the recommended setting's bytes with exact's, in the model's dtype and at 16 bits."""
+    times = f"{smaller_text(chosen.exact_bytes, chosen.state_bytes)} smaller"
+    of = counted(len(answer.texts or answer.exact), "text" if answer.texts else "cell")
+    halved = chosen.exact_16_bit_bytes
+    if halved is not None and halved != chosen.exact_bytes:
+        times += f", and {smaller_text(halved, chosen.state_bytes)} smaller than exact at 16 bits"
+    return (
+        f"{chosen.setting} holds {bytes_text(chosen.state_bytes)} where exact holds {bytes_text(chosen.exact_bytes)}, "
+        f"{times} (mean of {of})."
+    )
+
+
+def _kept_on_tasks(answer: Recommendation, chosen: Judged) -> str:
+    standard, row = answer.standard, chosen.weakest
+    assert row is not None
+    weakest = f"its weakest cell is {row.cell}: {_scores(row)}"
+    if row.score >= row.exact_score:
+        weakest = "no cell scores below exact"
+    return (
+        f"It loses less than {points_text(standard.margin)} to exact on every cell, with "
+        f"{percent_text(standard.confidence)} confidence over the {counted(standard.methods, 'method')} judged; "
+        f"{weakest}."
+    )
+
+
+def _kept_on_texts(answer: Recommendation, found: Divergence) -> str:
+    standard = answer.standard
+    assert standard.kl_limit is not None
+    return (
+        f"Its next-token distributions diverge from exact's by {nats_text(found.kl)} per token "
+        f"({_interval(found)}; {percent_text(standard.confidence)} confidence over the "
+        f"{counted(standard.methods, 'method')} judged), within the limit of {standard.kl_limit:g}: over "
+        f"{found.tokens:,} tokens the likeliest token is the same for {_percent(found.same_top)}, and the perplexity "
+        f"is {_percent(found.perplexity_ratio)} of exact's."
+    )
+
+
 def _why_none(answer: Recommendation) -> str:
-    if len(answer.weak) == len(answer.exact):
+    if not answer.texts and len(answer.weak) == len(answer.exact):
         return (
             f"no setting here is safe: exact itself scores below {percent_text(WEAK_EXACT_SCORE)} on every "
             "cell, so a loss could not be seen. Audit tasks that the model can do."
@@ -104,11 +150,13 @@ def _why_none(answer: Recommendation) -> str:
             "smaller budgets."
         )
     standard = answer.standard
-    closest = max(answer.judged, key=lambda one: (standard.lower_end(one.weakest), -one.state_bytes))
+    closest = max(answer.judged, key=lambda one: (_room(one, standard), -one.state_bytes))
     if all(one.verdict == "falls" for one in answer.judged):
         reason = "quality falls under every setting"
     elif closest.verdict == "holds":
         reason = "the settings that hold are not believed, because a larger budget of the same method does not"
+    elif closest.divergence is not None:
+        reason = f"no interval lies within {standard.kl_limit:g} nats of exact"
     else:
         reason = f"no interval excludes a loss of {points_text(standard.margin)} on every cell"
     weakness = f"{closest.setting}: {_weakness(closest, standard)}"
@@ -128,17 +176,42 @@ def _along_budgets(settings: list[Judged], standard: Standard) -> str:
     return f"{believed[-1]} holds; {weakness}" if believed else weakness
 
 
+def _room(one: Judged, standard: Standard) -> float:
+    """Return how far a setting is from falling short; larger is better."""
+    if one.divergence is not None:
+        return -one.divergence.kl_high
+    assert one.weakest is not None
+    return standard.lower_end(one.weakest)
+
+
 def _weakness(one: Judged, standard: Standard) -> str:
-    """Describe a setting's weakest cell (task, context length, protocol), and its scores there."""
-    cell = one.weakest.cell
+    """Describe where a setting is weakest: its divergence on the texts, or its scores on its weakest cell."""
+    if one.decided_by == "texts":
+        assert one.divergence is not None and standard.kl_limit is not None
+        far = f"{nats_text(one.divergence.kl)} ({_interval(one.divergence)})"
+        if one.verdict == "holds":
+            return f"it diverges by {far}"
+        if one.verdict == "falls":
+            return f"it diverges by {far}, above the limit of {standard.kl_limit:g}"
+        return f"it diverges by {far}, not shown to lie within the limit of {standard.kl_limit:g}"
+    assert one.weakest is not None
+    cell, scores = one.weakest.cell, _scores(one.weakest)
     if one.verdict == "falls":
-        return f"it breaks on {cell}, {_scores(one)}"
+        return f"it breaks on {cell}, {scores}"
     if one.verdict == "holds":
-        return f"it holds, weakest on {cell}, {_scores(one)}"
+        return f"it holds, weakest on {cell}, {scores}"
     loss = points_text(-standard.lower_end(one.weakest))
-    return f"it is not shown to hold on {cell}, {_scores(one)}; a loss of {loss} cannot be excluded"
+    return f"it is not shown to hold on {cell}, {scores}; a loss of {loss} cannot be excluded"
 
 
-def _scores(one: Judged) -> str:
-    row = one.weakest
+def _scores(row: Row) -> str:
     return f"{percent_text(row.score)} right where exact has {percent_text(row.exact_score)} (n = {row.n})"
+
+
+def _interval(found: Divergence) -> str:
+    return f"{number_of_nats(found.kl_low)} to {number_of_nats(found.kl_high)}"
+
+
+def _percent(share: float) -> str:
+    """Write a share with one digit after the point, e.g. `95.5 %`."""
+    return f"{100 * share:.1f} %"

@@ -35,3 +35,15 @@ def smaller_text(exact_bytes: float, state_bytes: float) -> str:
 def counted(number: int, noun: str) -> str:
     """Write a number with its noun: `1 cell`, `3 cells`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def nats_text(nats: float) -> str:
+    """Write a divergence or a loss with two significant digits, e.g. `0.0056 nats`; `0 nats` below 1e-6."""
+    return f"{number_of_nats(nats)} nats"
+
+
+def number_of_nats(nats: float) -> str:
+    """Write a number of nats with two significant digits and without a unit; `0` below 1e-6."""
+    if abs(nats) < 1e-6:
+        return "0"
+    return f"{nats:.2g}" if abs(nats) >= 1e-4 else f"{nats:.0e}"

@@ -78,9 +78,13 @@ class Bench:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self._extra_tokens = extra_tokens  # an answer that goes on for these is wrong
 
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, special tokens included."""
+        return self.tokenizer(text, verbose=False).input_ids  # verbose: a warning about texts longer than the model's
+
     def count(self, text: str) -> int:
         """Count the tokens of a text, special tokens included."""
-        return len(self.tokenizer(text).input_ids)
+        return len(self.encode(text))
 
     def prepare(self, work: Work) -> Prepared:
         """Tokenize a cell's samples, split them at the end of the prompt, and record traces of the first few.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.files import read_regular, replace_file
-from kvfloor.statistics import block_means, mean_interval
+from kvfloor.statistics import blocks, mean_interval
 
 BLOCK_TOKENS = 64
 """Tokens whose mean is one observation of an interval: neighbouring tokens are not independent of each other."""
@@ -76,7 +76,7 @@ def figures(exact: Iterable[Tensor], method: Iterable[Tensor], tokens: Iterable[
                 )
             )
     kl, loss, exact_loss, same = (torch.cat(column).tolist() for column in zip(*parts, strict=True))
-    return TokenFigures(*(tuple(_short(x) for x in column) for column in (kl, loss, exact_loss)), tuple(same))
+    return TokenFigures(_short(kl), _short(loss), _short(exact_loss), tuple(same))
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class TextRow:
     state_bytes            bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
     exact_bytes            bytes of the exact cache at the end of the context, in the model's own dtype
     exact_16_bit_bytes     the same if its numbers had 16 bits
+    floor_bytes            lower bound on any attention data structure's bytes, for worst-case keys and values
+    token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
     seconds                time to read context and continuation
     """
 
@@ -112,6 +114,8 @@ class TextRow:
     peak_state_bytes: int
     exact_bytes: int
     exact_16_bit_bytes: int
+    floor_bytes: int
+    token_id_bytes: int
     seconds: float
 
     def __post_init__(self) -> None:
@@ -127,6 +131,11 @@ class TextRow:
     @property
     def cell(self) -> TextCell:
         return TextCell(self.text, self.context, self.continuation)
+
+    @property
+    def loss_change(self) -> tuple[float, ...]:
+        """Return log p(token) - log q(token) of each scored token, in nats."""
+        return tuple(q - p for q, p in zip(self.loss, self.exact_loss, strict=True))
 
 
 @dataclass(frozen=True)
@@ -161,16 +170,16 @@ class Divergence:
 def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     """Summarise the rows of one setting, one per text.
 
-    The intervals resample blocks of BLOCK_TOKENS tokens, each text's blocks among themselves: they tell how far the
-    figures could move on other passages of the same texts. Raises ValueError for rows of several settings, and for
-    texts that have less than two blocks in all.
+    The intervals resample blocks of BLOCK_TOKENS tokens of all texts together: they tell how far the figures could move
+    on other passages like these. Raises ValueError for rows of several settings, and for texts that have less than two
+    blocks in all.
     """
     if len({row.method for row in rows}) != 1:
         raise ValueError("summarise the rows of one setting at a time")
-    kls = [block_means(row.kl, BLOCK_TOKENS) for row in rows]
-    changes = [block_means([q - p for q, p in zip(row.loss, row.exact_loss, strict=True)], BLOCK_TOKENS) for row in rows]
-    kl, (kl_low, kl_high) = mean_interval(kls, confidence)
-    change, (loss_low, loss_high) = mean_interval(changes, confidence)
+    kls = [block for row in rows for block in blocks(row.kl, BLOCK_TOKENS)]
+    changes = [block for row in rows for block in blocks(row.loss_change, BLOCK_TOKENS)]
+    kl, kl_low, kl_high = mean_interval(kls, confidence)
+    change, loss_low, loss_high = mean_interval(changes, confidence)
     every = torch.tensor([x for row in rows for x in row.kl], dtype=torch.float64)
     same = [x for row in rows for x in row.same_top]
     return Divergence(
@@ -187,6 +196,50 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     )
 
 
+@dataclass(frozen=True)
+class Summary:
+    """Hold one line of an audit's table of texts: a setting (method with budget), its bytes and its divergence.
+
+    Bytes are means over the texts, of a cache at the end of the context. `figures` has 95 % intervals.
+    """
+
+    setting: str
+    configuration: str
+    baseline: bool
+    budget_tokens: int | None
+    state_bytes: float
+    peak_state_bytes: int
+    exact_bytes: float
+    exact_16_bit_bytes: float
+    floor_bytes: float
+    token_id_bytes: float
+    seconds: float
+    figures: Divergence
+
+
+_MEANS = ("state_bytes", "exact_bytes", "exact_16_bit_bytes", "floor_bytes", "token_id_bytes")
+
+
+def summaries(rows: Sequence[TextRow]) -> list[Summary]:
+    """Return one summary per setting, in the order of the rows."""
+    groups: dict[str, list[TextRow]] = {}
+    for row in rows:
+        groups.setdefault(row.method, []).append(row)
+    return [
+        Summary(
+            setting=setting,
+            configuration=group[0].configuration,
+            baseline=group[0].baseline,
+            budget_tokens=group[0].budget_tokens,
+            peak_state_bytes=max(row.peak_state_bytes for row in group),
+            **{name: sum(getattr(row, name) for row in group) / len(group) for name in _MEANS},
+            seconds=sum(row.seconds for row in group),
+            figures=divergence(group),
+        )
+        for setting, group in groups.items()
+    ]
+
+
 def write_text_rows(path: Path, rows: Iterable[TextRow]) -> None:
     """Write the rows to a `nats.jsonl` at `path`, one per line, whole or not at all."""
     replace_file(path, "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows))
@@ -194,17 +247,24 @@ def write_text_rows(path: Path, rows: Iterable[TextRow]) -> None:
 
 def read_text_rows(path: Path) -> list[TextRow]:
     """Read the rows that `write_text_rows` wrote. Raises ValueError naming the file and line that is not a row."""
-    rows, names = [], {field.name for field in fields(TextRow)}
+    rows: list[TextRow] = []
     for number, line in enumerate(read_regular(path, MOST_BYTES, "nats rows").decode("utf-8").splitlines(), start=1):
         try:
-            record: dict[str, Any] = json.loads(line)
-            if set(record) != names:
-                raise ValueError(f"fields {sorted(names ^ set(record))} are missing or unknown")
-            rows.append(TextRow(**{key: tuple(x) if isinstance(x, list) else x for key, x in record.items()}))
+            rows.append(_row_from(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{str(path)!r} line {number} is not a row of an audit's texts: {error}") from error
     return rows
 
 
-def _short(x: float) -> float:
-    return float(f"{x:.{_DIGITS}g}")
+def _row_from(record: dict[str, Any]) -> TextRow:
+    names = {field.name for field in fields(TextRow)}
+    if not isinstance(record, dict) or set(record) != names:
+        given = set(record) if isinstance(record, dict) else set()
+        raise ValueError(f"missing fields {sorted(names - given)}, unknown fields {sorted(given - names)}")
+    lists: dict[str, Any] = {name: tuple(x) for name, x in record.items() if isinstance(x, list)}
+    return TextRow(**record | lists)
+
+
+def _short(column: Iterable[float]) -> tuple[float, ...]:
+    """Round each number to the digits that the file keeps."""
+    return tuple(float(f"{x:.{_DIGITS}g}") for x in column)

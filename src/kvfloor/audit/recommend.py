@@ -1,10 +1,15 @@
-"""Recommend the setting of fewest bytes whose loss of quality stays below a margin, from the audit's rows alone.
+"""Recommend the setting of fewest bytes whose loss of quality stays below a limit, from the audit's rows alone.
 
-A setting is one method under one budget. A cell is one task at one context length under one protocol (question asked
-before or after the compression), and a row is one setting measured on one cell. `exact` is the cache that keeps every
-token. A recommendation claims non-inferiority: *with 95 % confidence, the recommended setting loses fewer than `margin`
-points to exact on every audited cell*. Many cells and settings are tested, and three rules keep the probability of a
-wrong claim at 5 %:
+A setting is one method under one budget. `exact` is the cache that keeps every token. Quality is measured in two ways:
+
+- **Texts.** The divergence is the mean KL (nats per token) of the next-token distributions to exact's over all texts.
+  It resolves small losses, so it decides where texts were read: *with 95 % confidence, the recommended setting diverges
+  by less than the limit*, and no task shows a loss.
+- **Tasks.** A cell is one task at one context length under one protocol (question asked before or after the
+  compression), and a row is one setting measured on one cell. Where no text was read, tasks decide: *with 95 %
+  confidence, the recommended setting loses fewer than `margin` points to exact on every audited cell*.
+
+Many cells and settings are tested, and three rules keep the probability of a wrong claim at 5 %:
 
 - **Cells.** A setting must pass its test on every cell, each at the full level. Several tests that must all reject need
   no correction (intersection-union test: Berger, Technometrics 24 (1982)).
@@ -22,55 +27,65 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfloor.audit.criterion import SEVERITY, Standard, Verdict
+from kvfloor.audit.nats import Divergence, TextRow, divergence
 from kvfloor.audit.rows import Cell, Row
 
 WEAK_EXACT_SCORE = 0.5
 """Score of exact below which a cell is called weak: little is left there for a method to lose."""
 
+KL_LIMIT = 0.01
+"""Default of the largest tolerated divergence, nats per token: the perplexity of exact changes by 1 % or less."""
+
 
 @dataclass(frozen=True)
 class Judged:
-    """Record the verdict on one candidate setting over all cells.
+    """Record the verdict on one candidate setting over all texts and cells.
 
     A setting is a method with its budget; a cell is a task at a context length under a protocol.
 
-    verdict                    the worst verdict over the cells: "holds" (a loss of the margin is excluded), "falls" (a
-                               loss is certain) or "open" (neither is shown)
-    weakest                    the row (setting measured on one cell) that has the worst verdict
+    verdict                    the worse of the verdicts on texts and on cells: "holds" (too large a loss is excluded),
+                               "falls" (a loss, or too large a divergence, is certain) or "open" (neither is shown)
+    weakest                    the row (setting measured on one cell) with the worst verdict; None if no task was run
+    divergence                 how far the setting is from exact on the texts; None if no text was read. Its interval
+                               has the confidence by which the setting is judged
+    decided_by                 "texts" or "tasks": what gave the verdict
     believed                   True if the setting and every larger budget of its method hold
-    state_bytes, exact_bytes   means over the cells
-    peak_state_bytes           maximum over the cells
+    state_bytes, exact_bytes   means over the texts, or over the cells if no text was read
+    exact_16_bit_bytes         bytes of an exact cache whose numbers have 16 bits; None if no text was read
+    peak_state_bytes           maximum over the texts or cells
     """
 
     setting: str
+    method: str
     verdict: Verdict
     believed: bool
     state_bytes: float
     peak_state_bytes: int
     exact_bytes: float
-    weakest: Row
-
-    @property
-    def method(self) -> str:
-        return self.weakest.configuration
+    weakest: Row | None
+    divergence: Divergence | None = None
+    decided_by: str = "tasks"
+    exact_16_bit_bytes: float | None = None
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """Hold the recommended setting of an audit, and all candidates with their verdicts.
 
-    A candidate is a setting (method with budget) that was measured on every cell and saves bytes.
+    A candidate is a setting (method with budget) that was measured on every text and cell and saves bytes.
 
     method    text of the recommended setting, or None if no setting is safe
     judged    the verdict on every candidate, from the fewest bytes up
     exact     the rows of the exact cache, one per cell (task, context length, protocol)
-    standard  margin and confidence that every candidate was judged by
+    standard  limit, margin and confidence that every candidate was judged by
+    texts     the rows of the exact cache, one per text and context length
     """
 
     method: str | None
     judged: tuple[Judged, ...]
     exact: tuple[Row, ...]
     standard: Standard
+    texts: tuple[TextRow, ...] = ()
 
     @property
     def weak(self) -> tuple[Row, ...]:
@@ -83,25 +98,37 @@ class Recommendation:
         return next((one for one in self.judged if one.setting == self.method), None)
 
 
-def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.95) -> Recommendation:
+def recommend(
+    rows: Sequence[Row],
+    margin: float = 0.15,
+    confidence: float = 0.95,
+    *,
+    texts: Sequence[TextRow] = (),
+    kl_limit: float = KL_LIMIT,
+) -> Recommendation:
     """Return the safe setting of fewest bytes, with the verdict on every candidate.
 
-    A setting (method with budget) is safe if it and every larger budget of its method are shown to lose less than
-    `margin` on every cell, at the given confidence. No setting is recommended if every cell is weak, i.e. if exact
-    itself scores below WEAK_EXACT_SCORE on each. The default margin of 15 points suits a short audit: with n = 40
-    samples per cell and eight methods, a setting that loses no sample to exact is shown to lose less than 14 points. A
-    tighter margin needs more samples.
+    With `texts`, a setting (method with budget) is safe if it and every larger budget of its method are shown to
+    diverge by less than `kl_limit` nats, at the given confidence, and no cell shows a loss. Without texts it is safe if
+    it and every larger budget of its method are shown to lose less than `margin` on every cell; then no setting is
+    recommended if every cell is weak, i.e. if exact itself scores below WEAK_EXACT_SCORE on each. The default margin of
+    15 points suits a short audit: with n = 40 samples per cell and eight methods, a setting that loses no sample to
+    exact is shown to lose less than 14 points. A tighter margin needs more samples.
 
-    Raises ValueError if the rows hold no exact reference or a setting twice on one cell, or if margin or confidence is
-    out of range.
+    Raises ValueError if the rows hold no exact reference or a setting twice on one cell or text, or if margin,
+    confidence or limit is out of range.
     """
-    if not 0 < margin < 1 or not 0.5 < confidence < 1:
-        raise ValueError(f"margin {margin} must lie in (0, 1) and confidence {confidence} in (0.5, 1)")
+    if not 0 < margin < 1 or not 0.5 < confidence < 1 or not kl_limit > 0:
+        raise ValueError(
+            f"margin {margin} must lie in (0, 1), confidence {confidence} in (0.5, 1), and the limit {kl_limit} above 0"
+        )
     exact = {row.cell: row for row in rows if row.method == "exact"}
-    if not exact:
+    exact_texts = {row.cell: row for row in texts if row.method == "exact"}
+    if not exact and not exact_texts:
         raise ValueError("the rows hold no exact reference: audit with the method 'exact' too")
-    candidates = _candidates(rows, exact)
-    standard = Standard(margin, confidence, methods=len({of_one[0].configuration for of_one in candidates.values()}))
+    candidates = _candidates(rows, texts, exact, exact_texts)
+    methods = len({one.method for one in candidates})
+    standard = Standard(margin, confidence, methods, kl_limit if exact_texts else None)
     judged = _judge(candidates, standard)
     safe = [one for one in judged if one.believed]
     answer = Recommendation(
@@ -109,63 +136,97 @@ def recommend(rows: Sequence[Row], margin: float = 0.15, confidence: float = 0.9
         judged=judged,
         exact=tuple(exact.values()),
         standard=standard,
+        texts=tuple(exact_texts.values()),
     )
-    if len(answer.weak) == len(answer.exact):
+    if not exact_texts and len(answer.weak) == len(answer.exact):
         return Recommendation(None, judged, answer.exact, standard)
     return answer
 
 
-def _candidates(rows: Sequence[Row], exact: dict[Cell, Row]) -> dict[str, list[Row]]:
-    """Map each setting that may be recommended to its rows, one per cell.
+@dataclass(frozen=True)
+class _Candidate:
+    """Hold a setting's rows: one per cell of the tasks, and one per text and context length."""
 
-    Such a setting (method with budget) is measured on every cell (task, context length, protocol), takes fewer bytes
-    than exact, and is neither `exact` nor `random`. Raises ValueError for a setting with two rows on one cell.
+    setting: str
+    method: str
+    rows: tuple[Row, ...]
+    texts: tuple[TextRow, ...]
+
+    @property
+    def sized(self) -> tuple[Row, ...] | tuple[TextRow, ...]:
+        """Return the rows whose bytes stand for the setting: those of the texts, if any was read."""
+        return self.texts or self.rows
+
+    def mean(self, name: str) -> float:
+        return sum(getattr(row, name) for row in self.sized) / len(self.sized)
+
+
+def _candidates(
+    rows: Sequence[Row], texts: Sequence[TextRow], exact: dict[Cell, Row], exact_texts: dict
+) -> list[_Candidate]:
+    """Return the settings that may be recommended, with their rows.
+
+    Such a setting (method with budget) is measured on every cell (task, context length, protocol) and text, takes fewer
+    bytes than exact, and is neither `exact` nor `random`. Raises ValueError for a setting with two rows on one of them.
     """
-    settings: dict[str, dict[Cell, Row]] = defaultdict(dict)
-    for row in rows:
+    settings: dict[str, dict] = defaultdict(dict)
+    for row in (*rows, *texts):
         if row.cell in settings[row.method]:
             raise ValueError(f"the rows hold {row.method!r} on {row.cell} twice: give each cell once")
         settings[row.method][row.cell] = row
-    return {
-        setting: list(cells.values())
-        for setting, cells in settings.items()
-        if next(iter(cells.values())).name not in ("exact", "random")
-        and cells.keys() == exact.keys()
-        and sum(row.state_bytes for row in cells.values()) < sum(row.exact_bytes for row in cells.values())
-    }
+    found = []
+    for setting, cells in settings.items():
+        first = next(iter(cells.values()))
+        one = _Candidate(
+            setting,
+            first.configuration,
+            tuple(row for row in cells.values() if isinstance(row, Row)),
+            tuple(row for row in cells.values() if isinstance(row, TextRow)),
+        )
+        whole = cells.keys() == exact.keys() | exact_texts.keys()
+        if first.name not in ("exact", "random") and whole and one.mean("state_bytes") < one.mean("exact_bytes"):
+            found.append(one)
+    return found
 
 
-def _judge(candidates: dict[str, list[Row]], standard: Standard) -> tuple[Judged, ...]:
-    """Judge every candidate, each method's budgets from the largest down; return the verdicts by rising bytes.
-
-    `candidates` maps settings (methods with budgets) to their rows, one row per cell (task, context length, protocol).
-    """
-
-    def strength(row: Row) -> tuple[int, float, float, Cell]:
-        lower_end = standard.lower_end(row)
-        return SEVERITY[standard.verdict(row)], row.score - row.exact_score, lower_end, row.cell
-
+def _judge(candidates: Sequence[_Candidate], standard: Standard) -> tuple[Judged, ...]:
+    """Judge every candidate, each method's budgets from the largest down; return the verdicts by rising bytes."""
     judged: list[Judged] = []
     stopped: set[str] = set()
-    for setting, rows in sorted(candidates.items(), key=lambda item: (-_mean_bytes(item[1]), item[0])):
-        weakest = min(rows, key=strength)
-        verdict = standard.verdict(weakest)
-        method = weakest.configuration
+    for one in sorted(candidates, key=lambda one: (-one.mean("state_bytes"), one.setting)):
+        far = divergence(one.texts, standard.cell_confidence) if one.texts else None
+        weakest = min(one.rows, key=lambda row: _strength(row, standard), default=None)
+        verdict, decided_by = _verdict(far, weakest, standard)
         if verdict != "holds":
-            stopped.add(method)
+            stopped.add(one.method)
         judged.append(
             Judged(
-                setting=setting,
+                setting=one.setting,
+                method=one.method,
                 verdict=verdict,
-                believed=method not in stopped,
-                state_bytes=_mean_bytes(rows),
-                peak_state_bytes=max(row.peak_state_bytes for row in rows),
-                exact_bytes=sum(row.exact_bytes for row in rows) / len(rows),
+                believed=one.method not in stopped,
+                state_bytes=one.mean("state_bytes"),
+                peak_state_bytes=max(row.peak_state_bytes for row in one.sized),
+                exact_bytes=one.mean("exact_bytes"),
                 weakest=weakest,
+                divergence=far,
+                decided_by=decided_by,
+                exact_16_bit_bytes=one.mean("exact_16_bit_bytes") if one.texts else None,
             )
         )
     return tuple(sorted(judged, key=lambda one: (one.state_bytes, one.peak_state_bytes, one.setting)))
 
 
-def _mean_bytes(rows: Sequence[Row]) -> float:
-    return sum(row.state_bytes for row in rows) / len(rows)
+def _strength(row: Row, standard: Standard) -> tuple[int, float, float, Cell]:
+    """Return a key that sorts rows from the weakest up."""
+    return SEVERITY[standard.verdict(row)], row.score - row.exact_score, standard.lower_end(row), row.cell
+
+
+def _verdict(far: Divergence | None, weakest: Row | None, standard: Standard) -> tuple[Verdict, str]:
+    """Return the verdict on a setting, and what gave it: "texts" or "tasks"."""
+    if far is None:
+        assert weakest is not None
+        return standard.verdict(weakest), "tasks"
+    on_texts = standard.divergence_verdict(far)
+    on_tasks: Verdict = "holds" if weakest is None else standard.shown_worse(weakest)
+    return (on_tasks, "tasks") if SEVERITY[on_tasks] < SEVERITY[on_texts] else (on_texts, "texts")

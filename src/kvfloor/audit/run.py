@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from kvfloor.audit.explain import why
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.meta import Meta
+from kvfloor.audit.nats import TextRow, summaries, write_text_rows
 from kvfloor.audit.plan import (
     BUDGETS,
     METHODS,
@@ -23,14 +25,17 @@ from kvfloor.audit.plan import (
     settings,
     task_work,
 )
-from kvfloor.audit.recommend import Recommendation, recommend
+from kvfloor.audit.recommend import KL_LIMIT, Recommendation, recommend
 from kvfloor.audit.require import conditions, shortfalls
 from kvfloor.audit.rows import Row, document, write_rows
+from kvfloor.audit.texts import GENERATED, SHIPPED, passages
 from kvfloor.files import open_folder
+from kvfloor.models.load import BUILTIN
 from kvfloor.statistics import MIN_SAMPLES
 
 DEFAULT_SAMPLES = 40
-DEFAULT_CONTEXT = 512
+DEFAULT_CONTEXT = {True: 512, False: 1024}
+"""Tokens of context for the built-in model (True) and any other (False)."""
 
 
 @dataclass(frozen=True)
@@ -40,39 +45,81 @@ class AuditRequest:
     model     "builtin" or a local folder
     methods   texts of methods, without the baselines, which always run too
     budgets   texts of budgets: tokens, shares or bytes
-    tasks     names or module:TASK, unless `prompts` is given
+    tasks     names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none for
+              any other
     prompts   file of the user's own samples (`read_prompts`), used in place of tasks; None: tasks
-    contexts  lengths of contexts in tokens
+    texts     names or files of texts to compare next-token distributions on (`audit/texts.py`); None: the generated
+              ones for the built-in model, the shipped ones for any other
+    contexts  lengths of contexts in tokens; None: 512 for the built-in model, 1,024 for any other
+    continuation  number of tokens that are predicted after each text's context; None: as many as the context has
+    kl_limit  largest tolerated divergence, nats per token
+    accept_terms  True if the user accepts the terms of use of a published model
     n         samples per row, at least 32
     protocols "after": the question follows the compression; "visible": it is compressed with the context
     require   conditions on the rows (`audit/require.py`), or None
     out       folder for `rows.jsonl` and the report
     command   command line that the report shows
+    allow_beyond  True if contexts may be longer than the positions that the model was trained for
     """
 
     model: str = "builtin"
     methods: Sequence[str] = METHODS
     budgets: Sequence[str] = BUDGETS
-    tasks: Sequence[str] = TASKS
+    tasks: Sequence[str] | None = None
     prompts: Path | None = None
-    contexts: Sequence[int] = (DEFAULT_CONTEXT,)
+    texts: Sequence[str] | None = None
+    contexts: Sequence[int] | None = None
+    continuation: int | None = None
+    kl_limit: float = KL_LIMIT
+    accept_terms: bool = False
     protocols: Sequence[str] = ("after",)
     n: int = DEFAULT_SAMPLES
     seed: int = 0
     require: str | None = None
     out: Path = Path("out/audit")
     command: str = "kvfloor audit"
+    allow_beyond: bool = False
+
+    @property
+    def is_builtin(self) -> bool:
+        return self.model == BUILTIN
+
+    @property
+    def task_names(self) -> Sequence[str]:
+        """Return the names of the tasks to run; none if the user's own prompts are used in their place."""
+        if self.prompts is not None or (self.tasks is None and not self.is_builtin):
+            return ()
+        return TASKS if self.tasks is None else self.tasks
+
+    @property
+    def text_names(self) -> Sequence[str]:
+        """Return the names of the texts to read."""
+        if self.texts is not None:
+            return self.texts
+        return GENERATED if self.is_builtin else SHIPPED
+
+    @property
+    def context_lengths(self) -> Sequence[int]:
+        """Return the context lengths in tokens."""
+        return (DEFAULT_CONTEXT[self.is_builtin],) if self.contexts is None else self.contexts
+
+    @property
+    def scored(self) -> int:
+        """Return the number of tokens that are predicted after each text's context."""
+        return max(self.context_lengths) if self.continuation is None else self.continuation
 
 
 @dataclass(frozen=True)
 class Answer:
     """Hold the results of an audit: rows, kv heads' floors, recommendation, and the request that they answer.
 
+    rows        one per setting (method with budget) and cell of the tasks; texts: one per setting and text
     report      path of the HTML page, which `kvfloor.report.render` writes later
     shortfalls  a line for each row that misses a condition of `require`
     """
 
     rows: list[Row]
+    texts: list[TextRow]
     heads: list[Head]
     recommendation: Recommendation
     report: Path
@@ -90,7 +137,8 @@ class Answer:
             why=why(self.recommendation),
             report=str(self.report),
         )
-        return plain | {"heads": [head.as_dict() for head in self.heads]}
+        nats = [asdict(found) for found in summaries(self.texts)]
+        return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads]}
 
 
 def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
@@ -103,27 +151,35 @@ def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
     if question.n < MIN_SAMPLES:
         raise ValueError(f"--n {question.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
     check_protocols(question.protocols)
-    known = tuple(task.name for task in chosen_tasks(question.tasks))
+    names = question.task_names
+    known = tuple(task.name for task in chosen_tasks(names)) if names else ()
     plan = settings(question.methods, question.budgets)
     tasks = known if question.prompts is None else (question.prompts.stem,)
     required = () if question.require is None else conditions(question.require, plan, tasks)
     items = None if question.prompts is None else read_prompts(question.prompts, question.n)
+    if not (tasks or question.text_names):
+        raise ValueError("an audit needs texts or tasks: leave --texts out, or name --tasks")
     open_folder(question.out)
 
     from kvfloor.audit.measure import Bench, run_cells
+    from kvfloor.audit.reading import Reader, read_passages
     from kvfloor.hf import prepare
     from kvfloor.models import load
 
-    model, tokenizer = load(question.model)
+    model, tokenizer = load(question.model, question.accept_terms, lambda text: track(0, text))
     bench = Bench(prepare(model), tokenizer, question.seed)
+    contexts = question.context_lengths
+    read = passages(question.text_names, contexts, question.scored, bench.encode)
+    _require_positions(model, question, max(contexts) + (question.scored if read else 0))
     if question.prompts is not None and items is not None:
         work = prompt_work(question.prompts.stem, items, question.protocols, bench.count)
     else:
-        work = task_work(question.tasks, question.contexts, question.protocols, question.n, question.seed, bench.count)
-    total = (len(plan) + 1) * len(work)
+        work = task_work(names, contexts, question.protocols, question.n, question.seed, bench.count) if names else []
+    total = (len(plan) + 1) * (len(read) + len(work))
+    texts = read_passages(Reader(model, question.seed), plan, read, lambda text: track(total, text))
     rows, floors = run_cells(bench, plan, work, lambda text: track(total, text))
     by_head = heads(floors, rows)
-    answer = recommend(rows)
+    answer = recommend(rows, texts=texts, kl_limit=question.kl_limit)
     report = question.out / "report.html"
     meta = Meta(
         model=question.model,
@@ -139,7 +195,18 @@ def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
         duration_s=time.perf_counter() - begin,
     )
     write_rows(question.out / "rows.jsonl", rows)
-    return Answer(rows, by_head, answer, report, tuple(shortfalls(required, rows)), question, meta)
+    write_text_rows(question.out / "nats.jsonl", texts)
+    return Answer(rows, texts, by_head, answer, report, tuple(shortfalls(required, rows)), question, meta)
+
+
+def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:
+    """Raise ValueError if the audit has more tokens in a row than the model was trained for."""
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(most, int) and longest > most and not question.allow_beyond:
+        raise ValueError(
+            f"contexts and continuations of {longest:,} tokens are longer than the {most:,} positions of the model "
+            f"{question.model!r}: give smaller ones, or pass --allow-beyond"
+        )
 
 
 def _threads() -> int:

@@ -18,6 +18,8 @@ from typer.core import TyperGroup
 from kvfloor.audit.protocols import PROTOCOLS
 from kvfloor.cli.options import JSON, real, whole
 from kvfloor.floors import ATTENTIONS, METRICS
+from kvfloor.models.load import BUILTIN
+from kvfloor.models.packaged import PACKAGED
 from kvfloor.splitting import split_list
 from kvfloor.version import __version__
 
@@ -128,7 +130,9 @@ def _print_json(document: dict[str, Any]) -> None:
 
 @app.command()
 def audit(
-    model: Annotated[str, typer.Option(help="builtin, or the folder of a transformers model.")] = "builtin",
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join((BUILTIN, *PACKAGED))}, a .gguf file, or a model's folder.")
+    ] = BUILTIN,
     methods: Annotated[
         str | None, typer.Option(help="Comma-separated methods; the baselines run beside them in any case.")
     ] = None,
@@ -139,7 +143,19 @@ def audit(
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with prompt and answer (or context, question, answer).")
     ] = None,
+    texts: Annotated[
+        str | None, typer.Option(help="Comma-separated texts to compare predictions on: names, files, or none.")
+    ] = None,
     contexts: Annotated[str | None, typer.Option(help="Comma-separated context lengths in tokens.")] = None,
+    continuation: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens predicted after each text's context; as many unless given.", **whole(1, _MOST_CONTEXT)
+        ),
+    ] = None,
+    kl_limit: Annotated[
+        float, typer.Option(help="Largest safe divergence from exact, nats per token.", **real())
+    ] = 0.01,
     protocols: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {words}" for name, words in PROTOCOLS.items()) + ".")
     ] = next(iter(PROTOCOLS)),
@@ -148,7 +164,13 @@ def audit(
     require: Annotated[
         str | None, typer.Option(help="Exit 1 unless this holds, e.g. 'h2o@192:recall.score>=0.9'.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and report.html.")] = Path("out/audit"),
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Accept the terms of use of a published model.")
+    ] = False,
+    allow_beyond: Annotated[
+        bool, typer.Option("--allow-beyond", help="Allow contexts longer than the model's trained positions.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the rows and report.html.")] = Path("out/audit"),
     as_json: Json = False,
 ) -> None:
     """Measure each method's memory and right answers on a model, at each budget, beside the provable memory floor."""
@@ -168,10 +190,23 @@ def audit(
         from kvfloor.tasks import TASKS
 
         chosen["tasks"] = tuple(TASKS)
+    if texts is not None:
+        chosen["texts"] = () if texts == "none" else tuple(split_list(texts))
     if contexts is not None:
         chosen["contexts"] = _contexts(contexts)
     question = AuditRequest(
-        model=model, prompts=prompts, n=n, seed=seed, require=require, out=out, command=_command_line(), **chosen
+        model=model,
+        prompts=prompts,
+        n=n,
+        seed=seed,
+        require=require,
+        out=out,
+        command=_command_line(),
+        continuation=continuation,
+        kl_limit=kl_limit,
+        accept_terms=accept_terms,
+        allow_beyond=allow_beyond,
+        **chosen,
     )
     _quiet_transformers()
     stderr = Console(stderr=True)
@@ -181,14 +216,14 @@ def audit(
 
         def track(total: int, text: str) -> None:
             started = progress.tasks[0].total is not None
-            progress.update(bar, total=total, advance=1 if started else 0, description=visible(text))
+            progress.update(bar, total=total or None, advance=1 if started else 0, description=visible(text))
 
         answer = run(question, track)
-        render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads)
+        render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts)
     if as_json:
         _print_json(answer.as_dict())
     else:
-        print_report(answer.rows, answer.recommendation, Console())
+        print_report(answer.rows, answer.recommendation, Console(), answer.texts)
         print(f"\nreport: {answer.report}")
     for line in answer.shortfalls:
         stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)

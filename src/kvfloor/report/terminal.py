@@ -9,10 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kvfloor.audit.explain import cautions, what_breaks, why
-from kvfloor.audit.format import bytes_text, percent_text, points_text, smaller_text
+from kvfloor.audit.format import bytes_text, number_of_nats, percent_text, points_text, smaller_text
+from kvfloor.audit.nats import TextRow
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.game.engine.result import Result
+from kvfloor.report.divergence import judged_lines
 from kvfloor.report.tables import CellScore, scoreboard
 from kvfloor.report.text import visible
 
@@ -20,17 +22,23 @@ _VERDICTS = {"holds": "green", "breaks": "yellow", "cheats": "red"}
 _COLOURS = {"holds": "green", "open": "yellow", "falls": "red", None: "dim"}
 
 
-def print_report(rows: Sequence[Row], answer: Recommendation, console: Console) -> None:
-    """Print one table of scores per context length and protocol, then the recommended setting with its reasons."""
+def print_report(rows: Sequence[Row], answer: Recommendation, console: Console, texts: Sequence[TextRow] = ()) -> None:
+    """Print a table of the texts, a table of scores per context length and protocol, and the recommendation."""
+    if texts and answer.standard.kl_limit is not None:
+        console.print(_nats_table(texts, answer))
+        limit = answer.standard.kl_limit
+        console.print(Text(f"✓ within {limit:g} nats of exact   ? not shown   ✗ above", style="dim"))
+        console.print()
     tables = sorted({(row.context, row.protocol) for row in rows}, key=lambda one: (one[0], one[1] != "visible"))
     for context, protocol in tables:
         some = [row for row in rows if (row.context, row.protocol) == (context, protocol)]
         console.print(_table(some, answer))
-    margin = points_text(answer.standard.margin)
-    console.print(
-        Text(f"✓ loses less than {margin} to exact   ? not shown   ✗ loses, with 95 % confidence", style="dim")
-    )
-    console.print()
+    if rows:
+        margin = points_text(answer.standard.margin)
+        console.print(
+            Text(f"✓ loses less than {margin} to exact   ? not shown   ✗ loses, with 95 % confidence", style="dim")
+        )
+        console.print()
     console.print(_line("Use: ", answer.method or "nothing here", style="bold"))
     console.print(_line("", why(answer)))
     for sentence in (*what_breaks(answer), *cautions(answer)):
@@ -69,6 +77,27 @@ def details_text(details: Mapping[str, Any]) -> str:
         f"{name.replace('_', ' ')} {f'{value:,.4g}' if isinstance(value, float) else value}"
         for name, value in shown.items()
     )
+
+
+def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
+    count = len({row.text for row in texts})
+    title = f"{count} texts, {texts[0].context:,} tokens of context, {texts[0].continuation:,} scored"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("setting", no_wrap=True)
+    for name in ("state", "smaller", "(16 bit)", "KL, nats", "95 %", "same top"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one, verdict, sign in judged_lines(texts, answer.standard):
+        found = one.figures
+        table.add_row(
+            Text(visible(one.setting), style="dim" if one.baseline else ""),
+            bytes_text(one.state_bytes),
+            smaller_text(one.exact_bytes, one.state_bytes),
+            smaller_text(one.exact_16_bit_bytes, one.state_bytes),
+            Text(f"{number_of_nats(found.kl)} {sign}", style=_COLOURS[verdict]),
+            f"{number_of_nats(found.kl_low)} to {number_of_nats(found.kl_high)}",
+            f"{100 * found.same_top:.1f} %",
+        )
+    return table
 
 
 def _table(rows: Sequence[Row], answer: Recommendation) -> Table:

@@ -1,0 +1,153 @@
+"""Read texts under every setting of an audit (method with budget), and compare the predictions with the exact cache's.
+
+The reference is transformers' own cache and the attention that the model had before it was prepared, so `exact` is
+measured like any other method. Its logits are computed once per passage (context and continuation) and shared.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from kvfloor import floors
+from kvfloor.audit.nats import TextRow, TokenFigures, figures
+from kvfloor.audit.setting import BudgetedMethod
+from kvfloor.audit.texts import Passage
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
+from kvfloor.hf.cache import CompressedCache
+from kvfloor.hf.decode import Dialogue
+
+CHUNK_SLOTS = 256
+"""Tokens per forward, so that the tokens of a call do not dominate the peak of bytes."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """Record one setting's reading of a passage: its figures per scored token, the cache's bytes, and the time.
+
+    state_bytes    bytes at the end of the context; peak_state_bytes: the most bytes at any moment
+    budget_tokens  tokens kept per kv head; None if the budget is not one number
+    floor_bytes    bytes that any method needs for worst-case keys and values of the context's length
+    """
+
+    figures: TokenFigures
+    state_bytes: int
+    peak_state_bytes: int
+    budget_tokens: int | None
+    floor_bytes: int
+    seconds: float
+
+
+class Reader:
+    """Read passages with one prepared model."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        self.model, self.seed = model, seed
+
+    def reference(self, passage: Passage) -> list[tuple[Tensor, Tensor]]:
+        """Return the exact cache's predictions of the continuation, in pieces: token ids (c,), logits (c, vocabulary).
+
+        The logits are float32, on the CPU.
+        """
+        dialogue = Dialogue.start(self.model, DynamicCache(config=self.model.config), 1)
+        return [(tokens.cpu(), logits.cpu()) for tokens, logits in self._predictions(dialogue, passage)]
+
+    def read(self, method: Method, passage: Passage, reference: Sequence[tuple[Tensor, Tensor]]) -> Read:
+        """Read a passage under a method, and compare its predictions with the exact cache's (`reference`)."""
+        begin = time.perf_counter()
+        cache = CompressedCache(self.model.config, method, seed=self.seed, context=passage.cell.context)
+        dialogue = Dialogue.start(self.model, cache, 1)
+        sizes: list[int] = []
+
+        def logits() -> Iterator[Tensor]:
+            for _, found in self._predictions(dialogue, passage, lambda: sizes.append(cache.nbytes)):
+                yield found.cpu()
+
+        found = figures([exact for _, exact in reference], logits(), [tokens for tokens, _ in reference])
+        states = [layer.state for layer in cache.compressed if layer.state is not None]
+        budget = getattr(states[0].method, "budget", None) if states else None
+        return Read(
+            found,
+            state_bytes=math.ceil(sizes[0]),
+            peak_state_bytes=math.ceil(cache.peak_nbytes),
+            budget_tokens=budget if isinstance(budget, int) else None,
+            floor_bytes=math.ceil(sum(_floor(state.spec, passage.cell.context) for state in states)),
+            seconds=time.perf_counter() - begin,
+        )
+
+    @torch.inference_mode()
+    def _predictions(
+        self, dialogue: Dialogue, passage: Passage, sealed: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Feed the context, seal the cache (end of the prompt), and yield token ids (c,) and logits (c, vocabulary).
+
+        `sealed` is called after the seal.
+        """
+        dialogue.feed([passage.context], CHUNK_SLOTS)
+        if isinstance(dialogue.cache, CompressedCache):
+            dialogue.cache.seal()
+        sealed()
+        for tokens, logits in dialogue.predict([passage.continuation], CHUNK_SLOTS):
+            yield tokens[0], logits[0]
+
+
+def _floor(spec: Spec, context: int) -> float:
+    """Return the worst-case floor in bytes of one layer, whose kv heads are the rows of `spec`."""
+    return floors.space(context, spec.d, spec.dv, heads=spec.rows).bytes
+
+
+def text_row(setting: BudgetedMethod, passage: Passage, read: Read, exact: Read, model: Any) -> TextRow:
+    """Build the row of a setting on a passage, from its reading and that of the setting `exact`."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    cell, found = passage.cell, read.figures
+    return TextRow(
+        method=setting.text,
+        configuration=setting.configuration,
+        name=setting.name,
+        budget=setting.budget,
+        baseline=setting.baseline,
+        budget_tokens=read.budget_tokens,
+        text=cell.text,
+        context=cell.context,
+        continuation=cell.continuation,
+        kl=found.kl,
+        loss=found.loss,
+        exact_loss=found.exact_loss,
+        same_top=found.same_top,
+        state_bytes=read.state_bytes,
+        peak_state_bytes=read.peak_state_bytes,
+        exact_bytes=exact.state_bytes,
+        exact_16_bit_bytes=exact.state_bytes * 2 // model.dtype.itemsize,
+        floor_bytes=read.floor_bytes,
+        token_id_bytes=math.ceil(cell.context * math.log2(vocabulary) / 8),
+        seconds=read.seconds,
+    )
+
+
+def read_passages(
+    reader: Reader, settings: Sequence[BudgetedMethod], passages: Sequence[Passage], progress: Callable[[str], None]
+) -> list[TextRow]:
+    """Read every passage under every setting, and return one row for each pair.
+
+    The setting `exact` comes first in `settings`, as the other rows tell its bytes. `progress` is called with a line of
+    text before each reading.
+    """
+    rows: list[TextRow] = []
+    for passage in passages:
+        progress(f"{passage.cell}: the exact predictions")
+        reference = reader.reference(passage)
+        exact: Read | None = None
+        for setting in settings:
+            progress(f"{passage.cell}: {setting.text}")
+            read = reader.read(setting.method, passage, reference)
+            exact = read if exact is None else exact
+            rows.append(text_row(setting, passage, read, exact, reader.model))
+    return rows

@@ -1,0 +1,82 @@
+"""Provide the texts that an audit reads: shipped public-domain ones, generated ones for the built-in model, or files.
+
+A passage is the first tokens of a text: a context, and the continuation whose tokens are predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from kvfloor.audit.nats import TextCell
+from kvfloor.files import read_regular
+from kvfloor.tasks.lexicon import FULL
+from kvfloor.tasks.mixture import mix, mixable
+from kvfloor.tasks.task import builtin_count
+
+SHIPPED = ("speech", "novel", "facts")
+"""Texts in the package, each at least 10,000 tokens of SmolLM2 long (`tasks/texts/README.md`)."""
+
+GENERATED = ("mixture-0", "mixture-1", "mixture-2")
+"""Texts in the built-in model's own vocabulary: facts of several tasks among filler, unlike those of its training."""
+
+MOST_TEXT_BYTES = 2**27
+_GENERATED_FROM = 1_000_000  # index of the first generated text: far from the indices of any sample
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Hold the tokens of one text that an audit reads: ids of the context, and of the scored continuation."""
+
+    cell: TextCell
+    context: list[int]
+    continuation: list[int]
+
+
+def text_of(name: str, tokens: int) -> str:
+    """Return a shipped text, a generated text of at least `tokens` built-in tokens, or the content of a file.
+
+    Raises ValueError for a name that is neither a text nor a readable UTF-8 file.
+    """
+    if name in SHIPPED:
+        return files("kvfloor.tasks").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
+    if name in GENERATED:
+        pieces, count, index = [], builtin_count(), _GENERATED_FROM * (1 + GENERATED.index(name))
+        while sum(map(count, pieces)) < tokens:
+            pieces.append(mix(mixable(), 0, index + len(pieces), max(256, tokens), 0, count, FULL)[0])
+        return " ".join(pieces)
+    path = Path(name)
+    if not path.exists():
+        known = ", ".join((*SHIPPED, *GENERATED))
+        raise ValueError(f"no text {name!r}: give a file, or one of {known}")
+    try:
+        return read_regular(path, MOST_TEXT_BYTES, "text").decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as cause:
+        raise ValueError(f"cannot read the text {name!r} as UTF-8: {cause}; convert it first") from None
+
+
+def passages(
+    names: Sequence[str], contexts: Sequence[int], continuation: int, encode: Callable[[str], list[int]]
+) -> list[Passage]:
+    """Return the passage of each text at each context length; `encode` returns the token ids of a text.
+
+    Raises ValueError for a text that is shorter than context and continuation, and for two texts of one name.
+    """
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) != len(stems):
+        raise ValueError(f"two of the texts are named {max(stems, key=stems.count)!r}: rename one")
+    found = []
+    for name, stem in zip(names, stems, strict=True):
+        need = max(contexts) + continuation
+        ids = encode(text_of(name, need))
+        if len(ids) < need:
+            raise ValueError(
+                f"the text {name!r} has {len(ids):,} tokens; a context of {max(contexts):,} and a continuation of "
+                f"{continuation:,} need {need:,}: give a longer text or smaller numbers"
+            )
+        for context in dict.fromkeys(contexts):
+            cell = TextCell(stem, context, continuation)
+            found.append(Passage(cell, ids[:context], ids[context : context + continuation]))
+    return found

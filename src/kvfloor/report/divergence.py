@@ -1,0 +1,89 @@
+"""Draw the divergence from exact against bytes, and list it, for every setting that read the audit's texts.
+
+A setting is a method with its budget. Its divergence is the mean KL, in nats per token, of its next-token distributions
+to those of the exact cache, which keeps every token.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from kvfloor.audit.criterion import Standard, Verdict
+from kvfloor.audit.format import bytes_text, nats_text, number_of_nats
+from kvfloor.audit.nats import Summary, TextRow, divergence, summaries
+from kvfloor.report.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Datum, Rule, Series, power_text
+from kvfloor.report.marks import Mark
+from kvfloor.report.tables import VERDICT_SIGNS
+
+LEAST = 1e-6
+"""Divergences below this are drawn at the lower edge: they are rounding."""
+
+
+def divergence_chart(lines: Sequence[Summary], marks: Mapping[str, Mark], limit: float, title: str) -> Chart:
+    """Make the figure of divergence (y, log scale) against bytes (x, log scale).
+
+    lines  one per setting, `exact` among them
+    marks  maps each method (a setting without its budget) to its colour and shape
+    limit  the largest tolerated divergence, drawn as a line across the figure
+    """
+    shown = sorted((one for one in lines if one.setting != "exact"), key=lambda one: one.state_bytes)
+    any_line = lines[0]
+    rules = {
+        any_line.exact_bytes: "exact, the model's dtype",
+        any_line.exact_16_bit_bytes: "exact, 16 bits",
+        any_line.floor_bytes: "floor, worst case",
+    }
+    across = Axis([*(one.state_bytes for one in shown), *rules], LEFT, RIGHT, log=True, room=0.06, write=power_text)
+    ends = [max(LEAST, x) for one in shown for x in (one.figures.kl, one.figures.kl_high)]
+    up = Axis([*ends, limit], BOTTOM, TOP, log=True, room=0.06, most_ticks=8, write=number_of_nats)
+    curves: dict[str, list[Datum]] = {}
+    for one in shown:
+        curves.setdefault(one.configuration, []).append(_datum(one))
+    return Chart(
+        title=title,
+        label=f"Divergence from exact against state bytes, {title}",
+        x_name="bytes of state at the end of the context (log scale)",
+        across=across,
+        up=up,
+        series=tuple(Series(mark, tuple(curves[name])) for name, mark in marks.items() if name in curves),
+        captions=(f"Nats per token, log scale; down and to the left is better. Dotted: the limit of {limit:g} nats.",),
+        rules=tuple(
+            Rule(size, (f"{words}, {bytes_text(size)}",), "floor" if "floor" in words else "tokenids", top=16 + 18 * i)
+            for i, (size, words) in enumerate(rules.items())
+        ),
+        level=Datum(any_line.exact_bytes, limit, "limit", (limit, limit)),
+    )
+
+
+def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> list[Chart]:
+    """Return one figure per context length of the texts."""
+    found = []
+    for context in sorted({row.context for row in rows}):
+        some = [row for row in rows if row.context == context]
+        names = ", ".join(dict.fromkeys(row.text for row in some))
+        title = f"{names}: {context:,} tokens of context, {some[0].continuation:,} scored"
+        found.append(divergence_chart(summaries(some), marks, limit, title))
+    return found
+
+
+def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[Summary, Verdict | None, str]]:
+    """Return the table of texts: per setting its summary, the verdict on its divergence, and the verdict's sign.
+
+    The lines go from the smallest divergence up. `exact` has no verdict.
+    """
+    lines = []
+    for one in sorted(summaries(rows), key=lambda one: one.figures.kl):
+        some = [row for row in rows if row.method == one.setting]
+        if one.setting == "exact":
+            lines.append((one, None, ""))
+        else:
+            verdict = standard.divergence_verdict(divergence(some, standard.cell_confidence))
+            lines.append((one, verdict, VERDICT_SIGNS[verdict]))
+    return lines
+
+
+def _datum(one: Summary) -> Datum:
+    found = one.figures
+    words = (
+        f"{one.setting}: {nats_text(found.kl)} ({number_of_nats(found.kl_low)} to {number_of_nats(found.kl_high)}) in "
+        f"{one.state_bytes:,.0f} bytes; same likeliest token {100 * found.same_top:.1f} %"
+    )
+    return Datum(one.state_bytes, max(LEAST, found.kl), words, (found.kl_low, max(LEAST, found.kl_high)))
