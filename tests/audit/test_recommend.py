@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvfloor.audit.explain import cautions, what_breaks, why
+from kvfloor.audit.nats import TextRow
 from kvfloor.audit.recommend import recommend
+from tests.audit.made_up import text_row
 
 
 def exact(row, *tasks: str, right: int = 40):
@@ -79,3 +81,52 @@ def test_impossible_questions_are_refused(row) -> None:
         recommend(exact(row, "recall") + [row("h2o@64"), row("h2o@64")])
     with pytest.raises(ValueError, match="margin"):
         recommend(exact(row, "recall"), margin=0)
+
+
+def texts(**nats: float) -> list[TextRow]:
+    """Rows of exact and of these settings on two texts; `h2o_64` stands for h2o@64, whose bytes are 64 times 10."""
+    found = [text_row("exact", text) for text in "ab"]
+    for name, far in nats.items():
+        setting, size = name.replace("_", "@"), 10 * int(name.rpartition("_")[2])
+        found += [text_row(setting, text, seed=i, nats=far, state_bytes=size) for i, text in enumerate("ab")]
+    return found
+
+
+def test_where_texts_were_read_nats_decide() -> None:
+    answer = recommend([], texts=texts(h2o_64=0.02, h2o_128=0.002, window_32=0.5))
+    assert answer.method == "h2o@128"
+    assert "within the limit of 0.01" in why(answer) and "exact at 16 bits" in why(answer)
+    assert "The next smaller setting is h2o@64: it diverges by 0.0" in why(answer)
+    assert [one.verdict for one in answer.judged] == ["falls", "falls", "holds"]
+    assert any(line.startswith("h2o@128 holds; h2o@64: it diverges") for line in what_breaks(answer))
+    assert any(line.startswith("No task was run") for line in cautions(answer))
+    assert recommend([], texts=texts(h2o_64=0.02), kl_limit=0.1).method == "h2o@64"
+
+
+def test_a_divergence_that_may_lie_above_the_limit_is_not_safe() -> None:
+    answer = recommend([], texts=texts(h2o_64=0.0095))
+    assert answer.method is None and answer.judged[0].verdict == "open"
+    assert "no interval lies within 0.01 nats" in why(answer)
+
+
+def test_nothing_below_a_budget_that_diverges_is_believed() -> None:
+    answer = recommend([], texts=texts(h2o_64=0.002, h2o_128=0.02))
+    assert answer.method is None and "not believed" in why(answer)
+
+
+def test_a_task_that_shows_a_loss_rules_out_what_nats_allow(row) -> None:
+    read = texts(h2o_64=0.002, h2o_128=0.002)
+    tasks = exact(row, "recall") + [row("h2o@64", right=10, size=640), row("h2o@128", right=38, size=1280)]
+    answer = recommend(tasks, texts=read)
+    assert answer.method == "h2o@128"  # its interval is too wide to exclude 15 points, but it is not shown worse
+    assert answer.judged[0].decided_by == "tasks" and "breaks on recall" in why(answer)
+    assert "No task shows a loss." in why(answer)
+
+
+def test_a_setting_must_have_read_every_text() -> None:
+    read = texts(h2o_64=0.002)
+    assert recommend([], texts=read[:-1]).judged == ()
+    with pytest.raises(ValueError, match=r"'h2o@64' on b, .* twice"):
+        recommend([], texts=[*read, read[-1]])
+    with pytest.raises(ValueError, match="the limit 0 above 0"):
+        recommend([], texts=read, kl_limit=0)

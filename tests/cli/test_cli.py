@@ -210,7 +210,7 @@ def test_audit_json_report_and_require(tmp_path: Path) -> None:
     assert run.returncode == 1, run.stderr
     assert "not met" in run.stderr
     document = json.loads(run.stdout)
-    assert set(document) == {"schema", "model", "seed", "rows", "heads", "recommendation", "report"}
+    assert set(document) == {"schema", "model", "seed", "rows", "texts", "heads", "recommendation", "report"}
     assert set(document["recommendation"]) == {"method", "why"}
     by_method = {row["method"]: row for row in document["rows"]}
     assert set(by_method) == {"exact", "quant", "quant(bits=4)", "random@24", "window@24", "sinks@24", "h2o@24"}

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from kvfloor.audit.format import number_of_nats
 from kvfloor.audit.heads import Head
 from kvfloor.audit.meta import Meta
+from kvfloor.audit.nats import divergence
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Row
 from kvfloor.report.decision import decision_chart
 from kvfloor.report.html import page, render
 from kvfloor.report.ladder import WORST, ladders
 from kvfloor.report.marks import marks
+from tests.audit.made_up import text_row
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -74,7 +77,16 @@ def hostile_page(rows: list[Row], meta: Meta, poison: str) -> str:
     ]
     notes = tuple(note + poison for note in meta.notes)
     dirty = replace(meta, model=poison, command=poison, machine=poison, notes=notes, versions={poison: poison})
-    return page(bad, recommend(bad), dirty)
+    texts = [
+        replace(
+            row,
+            text=row.text + poison,
+            method=row.method if row.method == "exact" else row.method + poison,
+            configuration=row.configuration + poison,
+        )
+        for row in (text_row("exact"), text_row("h2o@64"))
+    ]
+    return page(bad, recommend(bad), dirty) + page([], recommend([], texts=texts), dirty, texts=texts)
 
 
 @pytest.mark.parametrize("poison", HOSTILE, ids=range(len(HOSTILE)))
@@ -189,3 +201,15 @@ def test_the_title_is_the_last_component_of_the_model(few: list[Row], meta: Meta
     text = html.unescape(page(few, recommend(few), replace(meta, model=model)))
     assert f"<title>kvfloor audit of {name}</title>" in text and f"KV cache costs {name}</h1>" in text
     assert f"<dd>{model}</dd>" in text
+
+
+def test_texts_alone_make_a_page(meta: Meta) -> None:
+    texts = [text_row(one, text, nats=0.002, state_bytes=640) for one in ("exact", "h2o@64") for text in ("sea", "sky")]
+    answer = recommend([], texts=texts)
+    text = html.unescape(page([], answer, meta, texts=texts))
+    assert answer.method == "h2o@64" and 'CompressedCache(model.config, "h2o@64")' in text
+    assert "sea, sky: 256 tokens of context, 640 scored" in text and "Every setting on every task" not in text
+    assert "exact, 16 bits, 1.95 KiB" in text and "floor, worst case, 300 B" in text
+    (line,) = re.findall(r"<tr class=\"use\">.*?</tr>", text, re.S)
+    found = divergence([row for row in texts if row.method == "h2o@64"])
+    assert f">{number_of_nats(found.kl)} ✓<" in line and f"{100 * found.same_top:.1f} %" in line

@@ -10,6 +10,7 @@ from rich.console import Console
 from kvfloor.audit.recommend import recommend
 from kvfloor.audit.rows import Row
 from kvfloor.report.terminal import print_report
+from tests.audit.made_up import text_row
 
 
 def printed(rows: list[Row], width: int = 160) -> str:
@@ -35,3 +36,12 @@ def test_numbers_are_whole_at_eighty_columns(rows: list[Row]) -> None:
     tasks = ("recall", "passkey64", "vartrack", "registers")
     some = [replace(row, method=row.method.replace("(recent=32)", "")) for row in rows if row.task in tasks]
     assert "…" not in printed(some, width=80)
+
+
+def test_texts_are_a_table_of_their_own_at_eighty_columns() -> None:
+    texts = [text_row(setting, text) for setting in ("exact", "quant(bits=4)", "random@1024") for text in "ab"]
+    out = io.StringIO()
+    print_report([], recommend([], texts=texts), Console(file=out, width=80), texts)
+    text = out.getvalue()
+    assert "2 texts, 256 tokens of context, 640 scored" in text and "quant(bits=4)" in text
+    assert "…" not in text and "No task was run" in text

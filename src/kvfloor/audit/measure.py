@@ -15,6 +15,7 @@ from typing import Any
 
 from kvfloor import floors
 from kvfloor.audit import traces
+from kvfloor.audit.clock import Clock
 from kvfloor.audit.heads import HeadFloor, head_floors
 from kvfloor.audit.plan import Work
 from kvfloor.audit.rows import Row, measured_row
@@ -197,17 +198,25 @@ class Bench:
 
 
 def run_cells(
-    bench: Bench, settings: Sequence[BudgetedMethod], work: Sequence[Work], progress: Callable[[str], None]
+    bench: Bench,
+    settings: Sequence[BudgetedMethod],
+    work: Sequence[Work],
+    progress: Callable[[str], None],
+    clock: Clock,
 ) -> tuple[list[Row], list[HeadFloor]]:
     """Run every setting on every cell; return the measured rows, and the memory floors of the model's kv heads.
 
     A setting is a method with its budget; a cell is a task at a context length under a protocol, and its samples are a
     `Work`. A row is one setting measured on one cell. A floor is the least bytes that any method needs for a kv head on
     a cell. The exact cache comes first in `settings`, as the other settings are compared with it. `progress` is called
-    with a line of text before each measurement.
+    with a line of text before each measurement. `clock` leaves out the cells that do not fit into the audit's time.
     """
     rows, floors = [], []
     for one in work:
+        tokens = one.cell.context * len(one.items)
+        if not clock.fits(str(one.cell), tokens):
+            continue
+        begin = time.perf_counter()
         prepared = bench.prepare(one)
         progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: floors of the heads")
         floors += head_floors(one.cell, prepared.traces)
@@ -217,4 +226,5 @@ def run_cells(
             outcome = bench.run(setting.method, prepared)
             exact = outcome if exact is None else exact
             rows.append(bench.row(setting, prepared, outcome, exact))
+        clock.took(time.perf_counter() - begin, tokens)
     return rows, floors

@@ -25,7 +25,7 @@ BLOCK_TOKENS = 64
 """Tokens whose mean is one observation of an interval: neighbouring tokens are not independent of each other."""
 
 MOST_BYTES = 2**30  # of a nats.jsonl
-_DIGITS = 6  # significant digits of a token's figures in the file
+_DIGITS = 8  # significant digits of a token's figures in the file
 _TOKENS_AT_ONCE = 64
 
 
@@ -197,7 +197,7 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
 
 
 @dataclass(frozen=True)
-class Summary:
+class TextSummary:
     """Hold one line of an audit's table of texts: a setting (method with budget), its bytes and its divergence.
 
     Bytes are means over the texts, of a cache at the end of the context. `figures` has 95 % intervals.
@@ -220,13 +220,13 @@ class Summary:
 _MEANS = ("state_bytes", "exact_bytes", "exact_16_bit_bytes", "floor_bytes", "token_id_bytes")
 
 
-def summaries(rows: Sequence[TextRow]) -> list[Summary]:
+def summaries(rows: Sequence[TextRow]) -> list[TextSummary]:
     """Return one summary per setting, in the order of the rows."""
     groups: dict[str, list[TextRow]] = {}
     for row in rows:
         groups.setdefault(row.method, []).append(row)
     return [
-        Summary(
+        TextSummary(
             setting=setting,
             configuration=group[0].configuration,
             baseline=group[0].baseline,

@@ -1,7 +1,7 @@
 """Read texts under every setting of an audit (method with budget), and compare the predictions with the exact cache's.
 
 The reference is transformers' own cache and the attention that the model had before it was prepared, so `exact` is
-measured like any other method. Its logits are computed once per passage (context and continuation) and shared.
+measured like any other method. Its logits are computed once per excerpt (context and continuation) and shared.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvfloor import floors
+from kvfloor.audit.clock import Clock
 from kvfloor.audit.nats import TextRow, TokenFigures, figures
 from kvfloor.audit.setting import BudgetedMethod
-from kvfloor.audit.texts import Passage
+from kvfloor.audit.texts import Excerpt
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
@@ -31,7 +32,7 @@ CHUNK_SLOTS = 256
 
 @dataclass(frozen=True)
 class Read:
-    """Record one setting's reading of a passage: its figures per scored token, the cache's bytes, and the time.
+    """Record one setting's reading of an excerpt: its figures per scored token, the cache's bytes, and the time.
 
     state_bytes    bytes at the end of the context; peak_state_bytes: the most bytes at any moment
     budget_tokens  tokens kept per kv head; None if the budget is not one number
@@ -47,28 +48,28 @@ class Read:
 
 
 class Reader:
-    """Read passages with one prepared model."""
+    """Read excerpts with one prepared model."""
 
     def __init__(self, model: Any, seed: int) -> None:
         self.model, self.seed = model, seed
 
-    def reference(self, passage: Passage) -> list[tuple[Tensor, Tensor]]:
+    def reference(self, excerpt: Excerpt) -> list[tuple[Tensor, Tensor]]:
         """Return the exact cache's predictions of the continuation, in pieces: token ids (c,), logits (c, vocabulary).
 
         The logits are float32, on the CPU.
         """
         dialogue = Dialogue.start(self.model, DynamicCache(config=self.model.config), 1)
-        return [(tokens.cpu(), logits.cpu()) for tokens, logits in self._predictions(dialogue, passage)]
+        return [(tokens.cpu(), logits.cpu()) for tokens, logits in self._predictions(dialogue, excerpt)]
 
-    def read(self, method: Method, passage: Passage, reference: Sequence[tuple[Tensor, Tensor]]) -> Read:
-        """Read a passage under a method, and compare its predictions with the exact cache's (`reference`)."""
+    def read(self, method: Method, excerpt: Excerpt, reference: Sequence[tuple[Tensor, Tensor]]) -> Read:
+        """Read an excerpt under a method, and compare its predictions with the exact cache's (`reference`)."""
         begin = time.perf_counter()
-        cache = CompressedCache(self.model.config, method, seed=self.seed, context=passage.cell.context)
+        cache = CompressedCache(self.model.config, method, seed=self.seed, context=excerpt.cell.context)
         dialogue = Dialogue.start(self.model, cache, 1)
         sizes: list[int] = []
 
         def logits() -> Iterator[Tensor]:
-            for _, found in self._predictions(dialogue, passage, lambda: sizes.append(cache.nbytes)):
+            for _, found in self._predictions(dialogue, excerpt, lambda: sizes.append(cache.nbytes)):
                 yield found.cpu()
 
         found = figures([exact for _, exact in reference], logits(), [tokens for tokens, _ in reference])
@@ -79,23 +80,23 @@ class Reader:
             state_bytes=math.ceil(sizes[0]),
             peak_state_bytes=math.ceil(cache.peak_nbytes),
             budget_tokens=budget if isinstance(budget, int) else None,
-            floor_bytes=math.ceil(sum(_floor(state.spec, passage.cell.context) for state in states)),
+            floor_bytes=math.ceil(sum(_floor(state.spec, excerpt.cell.context) for state in states)),
             seconds=time.perf_counter() - begin,
         )
 
     @torch.inference_mode()
     def _predictions(
-        self, dialogue: Dialogue, passage: Passage, sealed: Callable[[], object] = lambda: None
+        self, dialogue: Dialogue, excerpt: Excerpt, sealed: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Feed the context, seal the cache (end of the prompt), and yield token ids (c,) and logits (c, vocabulary).
 
         `sealed` is called after the seal.
         """
-        dialogue.feed([passage.context], CHUNK_SLOTS)
+        dialogue.feed([excerpt.context], CHUNK_SLOTS)
         if isinstance(dialogue.cache, CompressedCache):
             dialogue.cache.seal()
         sealed()
-        for tokens, logits in dialogue.predict([passage.continuation], CHUNK_SLOTS):
+        for tokens, logits in dialogue.predict([excerpt.continuation], CHUNK_SLOTS):
             yield tokens[0], logits[0]
 
 
@@ -104,10 +105,10 @@ def _floor(spec: Spec, context: int) -> float:
     return floors.space(context, spec.d, spec.dv, heads=spec.rows).bytes
 
 
-def text_row(setting: BudgetedMethod, passage: Passage, read: Read, exact: Read, model: Any) -> TextRow:
-    """Build the row of a setting on a passage, from its reading and that of the setting `exact`."""
+def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact: Read, model: Any) -> TextRow:
+    """Build the row of a setting on an excerpt, from its reading and that of the setting `exact`."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    cell, found = passage.cell, read.figures
+    cell, found = excerpt.cell, read.figures
     return TextRow(
         method=setting.text,
         configuration=setting.configuration,
@@ -132,22 +133,33 @@ def text_row(setting: BudgetedMethod, passage: Passage, read: Read, exact: Read,
     )
 
 
-def read_passages(
-    reader: Reader, settings: Sequence[BudgetedMethod], passages: Sequence[Passage], progress: Callable[[str], None]
+def read_excerpts(
+    reader: Reader,
+    settings: Sequence[BudgetedMethod],
+    excerpts: Sequence[Excerpt],
+    progress: Callable[[str], None],
+    clock: Clock,
 ) -> list[TextRow]:
-    """Read every passage under every setting, and return one row for each pair.
+    """Read every excerpt under every setting, and return one row for each pair.
 
     The setting `exact` comes first in `settings`, as the other rows tell its bytes. `progress` is called with a line of
-    text before each reading.
+    text before each reading. `clock` leaves out the excerpts that do not fit into the audit's time.
     """
     rows: list[TextRow] = []
-    for passage in passages:
-        progress(f"{passage.cell}: the exact predictions")
-        reference = reader.reference(passage)
+    for excerpt in excerpts:
+        tokens = len(excerpt.context) + len(excerpt.continuation)
+        if rows and not clock.fits(str(excerpt.cell), tokens):
+            continue
+        begin = time.perf_counter()
+        progress(f"{excerpt.cell}: the exact predictions")
+        reference = reader.reference(excerpt)
+        if not rows:
+            clock.expect(time.perf_counter() - begin, tokens, len(settings), len(excerpts))
         exact: Read | None = None
         for setting in settings:
-            progress(f"{passage.cell}: {setting.text}")
-            read = reader.read(setting.method, passage, reference)
+            progress(f"{excerpt.cell}: {setting.text}")
+            read = reader.read(setting.method, excerpt, reference)
             exact = read if exact is None else exact
-            rows.append(text_row(setting, passage, read, exact, reader.model))
+            rows.append(text_row(setting, excerpt, read, exact, reader.model))
+        clock.took(time.perf_counter() - begin, tokens)
     return rows

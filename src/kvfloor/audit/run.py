@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.meta import Meta
@@ -28,7 +29,7 @@ from kvfloor.audit.plan import (
 from kvfloor.audit.recommend import KL_LIMIT, Recommendation, recommend
 from kvfloor.audit.require import conditions, shortfalls
 from kvfloor.audit.rows import Row, document, write_rows
-from kvfloor.audit.texts import GENERATED, SHIPPED, passages
+from kvfloor.audit.texts import GENERATED, SHIPPED, excerpts
 from kvfloor.files import open_folder
 from kvfloor.models.load import BUILTIN
 from kvfloor.statistics import MIN_SAMPLES
@@ -44,7 +45,8 @@ class AuditRequest:
 
     model     "builtin" or a local folder
     methods   texts of methods, without the baselines, which always run too
-    budgets   texts of budgets: tokens, shares or bytes
+    budgets   texts of budgets: tokens, shares or bytes; None: 64 and 192 tokens for the built-in model, a quarter and a
+              half of the context for any other
     tasks     names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none for
               any other
     prompts   file of the user's own samples (`read_prompts`), used in place of tasks; None: tasks
@@ -60,11 +62,12 @@ class AuditRequest:
     out       folder for `rows.jsonl` and the report
     command   command line that the report shows
     allow_beyond  True if contexts may be longer than the positions that the model was trained for
+    minutes   time limit: texts and cells that do not fit are left out; None: no limit
     """
 
     model: str = "builtin"
     methods: Sequence[str] = METHODS
-    budgets: Sequence[str] = BUDGETS
+    budgets: Sequence[str] | None = None
     tasks: Sequence[str] | None = None
     prompts: Path | None = None
     texts: Sequence[str] | None = None
@@ -79,10 +82,16 @@ class AuditRequest:
     out: Path = Path("out/audit")
     command: str = "kvfloor audit"
     allow_beyond: bool = False
+    minutes: float | None = None
 
     @property
     def is_builtin(self) -> bool:
         return self.model == BUILTIN
+
+    @property
+    def budget_texts(self) -> Sequence[str]:
+        """Return the budgets under which every method runs."""
+        return BUDGETS[self.is_builtin] if self.budgets is None else self.budgets
 
     @property
     def task_names(self) -> Sequence[str]:
@@ -141,19 +150,28 @@ class Answer:
         return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads]}
 
 
-def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
+def _silent(text: str) -> None:
+    del text
+
+
+def run(question: AuditRequest, track: Callable[[int, str], None], announce: Callable[[str], None] = _silent) -> Answer:
     """Run the audit that is asked for, write its `rows.jsonl`, and return its results.
 
-    `track(total, text)` is called before each of `total` measurements, which `text` names. Raises ValueError with one
+    `track(total, text)` is called before each of `total` measurements, which `text` names; total is 0 while the model
+    is loaded. `announce` is called with a line of text that tells the expected time. Raises ValueError with one
     line for anything in `question` that cannot be done; nothing is written then.
     """
     begin = time.perf_counter()
+    if not question.kl_limit > 0:
+        raise ValueError(f"--kl-limit {question.kl_limit}: give a number of nats above 0, such as {KL_LIMIT}")
+    if question.minutes is not None and not question.minutes > 0:
+        raise ValueError(f"--minutes {question.minutes:g}: give a number above 0, or leave it out for no limit")
     if question.n < MIN_SAMPLES:
         raise ValueError(f"--n {question.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
     check_protocols(question.protocols)
     names = question.task_names
     known = tuple(task.name for task in chosen_tasks(names)) if names else ()
-    plan = settings(question.methods, question.budgets)
+    plan = settings(question.methods, question.budget_texts)
     tasks = known if question.prompts is None else (question.prompts.stem,)
     required = () if question.require is None else conditions(question.require, plan, tasks)
     items = None if question.prompts is None else read_prompts(question.prompts, question.n)
@@ -162,22 +180,23 @@ def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
     open_folder(question.out)
 
     from kvfloor.audit.measure import Bench, run_cells
-    from kvfloor.audit.reading import Reader, read_passages
+    from kvfloor.audit.reading import Reader, read_excerpts
     from kvfloor.hf import prepare
     from kvfloor.models import load
 
     model, tokenizer = load(question.model, question.accept_terms, lambda text: track(0, text))
     bench = Bench(prepare(model), tokenizer, question.seed)
     contexts = question.context_lengths
-    read = passages(question.text_names, contexts, question.scored, bench.encode)
+    read = excerpts(question.text_names, contexts, question.scored, bench.encode)
     _require_positions(model, question, max(contexts) + (question.scored if read else 0))
     if question.prompts is not None and items is not None:
         work = prompt_work(question.prompts.stem, items, question.protocols, bench.count)
     else:
         work = task_work(names, contexts, question.protocols, question.n, question.seed, bench.count) if names else []
+    clock = Clock(question.minutes, announce, begin)
     total = (len(plan) + 1) * (len(read) + len(work))
-    texts = read_passages(Reader(model, question.seed), plan, read, lambda text: track(total, text))
-    rows, floors = run_cells(bench, plan, work, lambda text: track(total, text))
+    texts = read_excerpts(Reader(model, question.seed), plan, read, lambda text: track(total, text), clock)
+    rows, floors = run_cells(bench, plan, work, lambda text: track(total, text), clock)
     by_head = heads(floors, rows)
     answer = recommend(rows, texts=texts, kl_limit=question.kl_limit)
     report = question.out / "report.html"
@@ -193,6 +212,7 @@ def run(question: AuditRequest, track: Callable[[int, str], None]) -> Answer:
         },
         machine=f"{platform.machine()}, {_threads()} torch threads",
         duration_s=time.perf_counter() - begin,
+        notes=clock.note(),
     )
     write_rows(question.out / "rows.jsonl", rows)
     write_text_rows(question.out / "nats.jsonl", texts)

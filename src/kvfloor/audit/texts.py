@@ -1,6 +1,6 @@
 """Provide the texts that an audit reads: shipped public-domain ones, generated ones for the built-in model, or files.
 
-A passage is the first tokens of a text: a context, and the continuation whose tokens are predicted.
+An excerpt is the first tokens of a text: a context, and the continuation whose tokens are predicted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GENERATED_FROM = 1_000_000  # index of the first generated text: far from the i
 
 
 @dataclass(frozen=True)
-class Passage:
+class Excerpt:
     """Hold the tokens of one text that an audit reads: ids of the context, and of the scored continuation."""
 
     cell: TextCell
@@ -57,10 +57,10 @@ def text_of(name: str, tokens: int) -> str:
         raise ValueError(f"cannot read the text {name!r} as UTF-8: {cause}; convert it first") from None
 
 
-def passages(
+def excerpts(
     names: Sequence[str], contexts: Sequence[int], continuation: int, encode: Callable[[str], list[int]]
-) -> list[Passage]:
-    """Return the passage of each text at each context length; `encode` returns the token ids of a text.
+) -> list[Excerpt]:
+    """Return the excerpt of each text at each context length; `encode` returns the token ids of a text.
 
     Raises ValueError for a text that is shorter than context and continuation, and for two texts of one name.
     """
@@ -78,5 +78,5 @@ def passages(
             )
         for context in dict.fromkeys(contexts):
             cell = TextCell(stem, context, continuation)
-            found.append(Passage(cell, ids[:context], ids[context : context + continuation]))
+            found.append(Excerpt(cell, ids[:context], ids[context : context + continuation]))
     return found

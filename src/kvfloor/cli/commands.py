@@ -164,6 +164,9 @@ def audit(
     require: Annotated[
         str | None, typer.Option(help="Exit 1 unless this holds, e.g. 'h2o@192:recall.score>=0.9'.")
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time limit; texts and cells that do not fit are left out.", **real())
+    ] = None,
     accept_terms: Annotated[
         bool, typer.Option("--accept-terms", help="Accept the terms of use of a published model.")
     ] = False,
@@ -206,6 +209,7 @@ def audit(
         kl_limit=kl_limit,
         accept_terms=accept_terms,
         allow_beyond=allow_beyond,
+        minutes=minutes,
         **chosen,
     )
     _quiet_transformers()
@@ -218,7 +222,7 @@ def audit(
             started = progress.tasks[0].total is not None
             progress.update(bar, total=total or None, advance=1 if started else 0, description=visible(text))
 
-        answer = run(question, track)
+        answer = run(question, track, lambda text: stderr.print(text, markup=False, highlight=False))
         render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts)
     if as_json:
         _print_json(answer.as_dict())

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from kvfloor.audit.criterion import Standard, Verdict
 from kvfloor.audit.format import bytes_text, nats_text, number_of_nats
-from kvfloor.audit.nats import Summary, TextRow, divergence, summaries
+from kvfloor.audit.nats import TextRow, TextSummary, divergence, summaries
 from kvfloor.report.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Datum, Rule, Series, power_text
 from kvfloor.report.marks import Mark
 from kvfloor.report.tables import VERDICT_SIGNS
@@ -17,7 +17,7 @@ LEAST = 1e-6
 """Divergences below this are drawn at the lower edge: they are rounding."""
 
 
-def divergence_chart(lines: Sequence[Summary], marks: Mapping[str, Mark], limit: float, title: str) -> Chart:
+def divergence_chart(lines: Sequence[TextSummary], marks: Mapping[str, Mark], limit: float, title: str) -> Chart:
     """Make the figure of divergence (y, log scale) against bytes (x, log scale).
 
     lines  one per setting, `exact` among them
@@ -64,7 +64,7 @@ def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> 
     return found
 
 
-def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[Summary, Verdict | None, str]]:
+def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[TextSummary, Verdict | None, str]]:
     """Return the table of texts: per setting its summary, the verdict on its divergence, and the verdict's sign.
 
     The lines go from the smallest divergence up. `exact` has no verdict.
@@ -80,7 +80,7 @@ def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[Summ
     return lines
 
 
-def _datum(one: Summary) -> Datum:
+def _datum(one: TextSummary) -> Datum:
     found = one.figures
     words = (
         f"{one.setting}: {nats_text(found.kl)} ({number_of_nats(found.kl_low)} to {number_of_nats(found.kl_high)}) in "

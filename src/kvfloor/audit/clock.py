@@ -1,0 +1,74 @@
+"""Keep an audit within its minutes: decide which texts and cells still fit, and name those that were left out.
+
+A cell is a task at a context length under a protocol. An audit does whole texts and cells only, so that every setting
+(method with budget) is measured on the same ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+SLOWER = 1.3
+"""Time of a method's forward over that of the model's own attention, before any method was timed."""
+
+
+@dataclass
+class Clock:
+    """Measure how long texts and cells take, and decide which of the next ones fit.
+
+    minutes      time limit of the audit, from `begin` on; None: no limit
+    announce     called with one line of text: the expected time, before the work begins
+    left_out     the texts and cells that did not fit, in words
+    per_token    seconds that all settings together took per token of the last text or cell; None: nothing was timed
+    """
+
+    minutes: float | None
+    announce: Callable[[str], None]
+    begin: float = field(default_factory=time.perf_counter)
+    left_out: list[str] = field(default_factory=list)
+    per_token: float | None = None
+
+    def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int) -> None:
+        """Announce the expected time of `pieces` texts like the first, whose exact predictions took `exact_seconds`.
+
+        tokens: of one text. settings: number of settings that read it. Raises ValueError if not even one text can fit.
+        """
+        one = exact_seconds * (1 + SLOWER * settings)
+        self.per_token = one / tokens
+        self.announce(
+            f"{settings} settings on {pieces} texts of {tokens:,} tokens: about {_minutes(one * pieces)}"
+            + ("" if self.minutes is None else f", limited to {_minutes(60 * self.minutes)}")
+        )
+        if self.minutes is not None and one / 2 > self._left():
+            raise ValueError(
+                f"--minutes {self.minutes:g} is too short: one text of {tokens:,} tokens under {settings} settings "
+                f"takes about {_minutes(one)}; give more minutes, fewer methods or smaller contexts"
+            )
+
+    def fits(self, name: str, tokens: int) -> bool:
+        """Return True if work of so many tokens fits into the time that is left; else note it as left out."""
+        if self.minutes is None or self.per_token is None or self.per_token * tokens <= self._left():
+            return True
+        self.left_out.append(name)
+        return False
+
+    def took(self, seconds: float, tokens: int) -> None:
+        """Record the time of one text or cell under all settings, from which the next one's is estimated."""
+        self.per_token = seconds / tokens
+
+    def note(self) -> tuple[str, ...]:
+        """Return at most one sentence, which names what was left out."""
+        if not self.left_out or self.minutes is None:
+            return ()
+        return (f"Left out to stay within {_minutes(60 * self.minutes)}: {'; '.join(self.left_out)}.",)
+
+    def _left(self) -> float:
+        assert self.minutes is not None
+        return 60 * self.minutes - (time.perf_counter() - self.begin)
+
+
+def _minutes(seconds: float) -> str:
+    """Write a time in minutes, or in seconds below two minutes."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
