@@ -39,7 +39,9 @@ def test_numbers_are_whole_at_eighty_columns(rows: list[Row]) -> None:
 
 
 def test_texts_are_a_table_of_their_own_at_eighty_columns() -> None:
-    texts = [text_row(setting, text) for setting in ("exact", "quant(bits=4)", "random@1024") for text in "ab"]
+    settings = ("exact", "quant(bits=4)", "snapkv@1024")
+    size = {"state_bytes": 12_900_000, "peak_state_bytes": 2**30, "exact_bytes": 45_700_000}
+    texts = [text_row(setting, text, nats=0.0052, **size) for setting in settings for text in "ab"]
     out = io.StringIO()
     print_report([], recommend([], texts=texts), Console(file=out, width=80), texts)
     text = out.getvalue()

@@ -43,7 +43,7 @@ def nats_text(nats: float) -> str:
 
 
 def number_of_nats(nats: float) -> str:
-    """Write a number of nats with two significant digits and without a unit; `0` below 1e-6."""
+    """Write a number of nats with two significant digits, e.g. `0.0056` or `2e-5`; `0` below 1e-6."""
     if abs(nats) < 1e-6:
         return "0"
-    return f"{nats:.2g}" if abs(nats) >= 1e-4 else f"{nats:.0e}"
+    return f"{nats:.2g}" if abs(nats) >= 1e-4 else f"{nats:.0e}".replace("e-0", "e-")

@@ -43,6 +43,7 @@ class Axis:
     The axis spans all of `values`; a linear axis also spans 0. A logarithmic axis spans the positive values alone, and
     places any other number at the lower end. At both ends a margin of `room` times the span is added.
 
+    base        a logarithmic axis has ticks at powers of this number, 2 or 10
     most_ticks  most ticks of a logarithmic axis        write  returns the label of a tick's number
     """
 
@@ -54,11 +55,13 @@ class Axis:
         *,
         log: bool = False,
         room: float = 0.0,
+        base: float = 2.0,
         most_ticks: int = 7,
         write: Callable[[float], str] = number_text,
     ) -> None:
         self.start, self.end, self.log, self.most_ticks, self.write = start, end, log, most_ticks, write
-        shown = [math.log2(value) for value in values if value > 0] if log else [0.0, *values]
+        self.base = base
+        shown = [math.log(value, base) for value in values if value > 0] if log else [0.0, *values]
         self.low, self.high = min(shown, default=0.0), max(shown, default=1.0)
         if self.high <= self.low:
             self.high = self.low + 1.0
@@ -67,15 +70,15 @@ class Axis:
 
     def place(self, value: float) -> float:
         """Return the page coordinate of a number."""
-        at = value if not self.log else math.log2(value) if value > 0 else self.low
+        at = value if not self.log else math.log(value, self.base) if value > 0 else self.low
         return self.start + (at - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """List the axis's ticks as (page coordinate, label): powers of two if it is logarithmic, else round numbers."""
+        """List the ticks as (page coordinate, label): powers of the base on a logarithmic axis, else round numbers."""
         if self.log:
             first, last = math.ceil(self.low), math.floor(self.high)
             stride = max(1, math.ceil((last - first + 1) / self.most_ticks))
-            values = [2.0**k for k in range(first, last + 1, stride)]
+            values = [self.base**k for k in range(first, last + 1, stride)]
         else:
             rough = (self.high - self.low) / 5
             unit = 10.0 ** math.floor(math.log10(rough))

@@ -33,7 +33,7 @@ def divergence_chart(lines: Sequence[TextSummary], marks: Mapping[str, Mark], li
     }
     across = Axis([*(one.state_bytes for one in shown), *rules], LEFT, RIGHT, log=True, room=0.06, write=power_text)
     ends = [max(LEAST, x) for one in shown for x in (one.figures.kl, one.figures.kl_high)]
-    up = Axis([*ends, limit], BOTTOM, TOP, log=True, room=0.06, most_ticks=8, write=number_of_nats)
+    up = Axis([*ends, limit], BOTTOM, TOP, log=True, base=10.0, room=0.06, write=number_of_nats)
     curves: dict[str, list[Datum]] = {}
     for one in shown:
         curves.setdefault(one.configuration, []).append(_datum(one))

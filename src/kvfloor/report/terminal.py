@@ -94,7 +94,7 @@ def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
             smaller_text(one.exact_bytes, one.state_bytes),
             smaller_text(one.exact_16_bit_bytes, one.state_bytes),
             Text(f"{number_of_nats(found.kl)} {sign}", style=_COLOURS[verdict]),
-            f"{number_of_nats(found.kl_low)} to {number_of_nats(found.kl_high)}",
+            f"{number_of_nats(found.kl_low)}..{number_of_nats(found.kl_high)}",
             f"{100 * found.same_top:.1f} %",
         )
     return table
