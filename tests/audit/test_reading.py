@@ -78,6 +78,7 @@ def test_texts_come_from_the_package_the_generator_or_a_file(tmp_path: Any) -> N
         text_of(str(tmp_path / "wide.txt"), 1)
     with pytest.raises(ValueError, match=r"no text 'novle': give a file, or one of speech, novel"):
         text_of("novle", 1)
+    (tmp_path / "speech.txt").write_text("another")
     with pytest.raises(ValueError, match="two of the texts are named 'speech'"):
         excerpts(["speech", str(tmp_path / "speech.txt")], [1], 1, lambda text: [])
 

@@ -135,7 +135,7 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     Raises ValueError naming the file and the broken line, or the number of samples if it is less than `n`.
     """
     try:
-        lines = read_regular(path, MOST_PROMPT_BYTES, "prompts file").decode("utf-8").split("\n")
+        lines = read_regular(path, MOST_PROMPT_BYTES, "prompts file").decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as cause:
         raise ValueError(f"cannot read the prompts file {str(path)!r}: {cause}") from None
     items = tuple(_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip())

@@ -29,7 +29,7 @@ from kvfloor.audit.plan import (
 from kvfloor.audit.recommend import KL_LIMIT, Recommendation, recommend
 from kvfloor.audit.require import conditions, shortfalls
 from kvfloor.audit.rows import Row, document, write_rows
-from kvfloor.audit.texts import GENERATED, SHIPPED, excerpts
+from kvfloor.audit.texts import GENERATED, SHIPPED, check_texts, excerpts
 from kvfloor.files import open_folder
 from kvfloor.models.load import BUILTIN
 from kvfloor.statistics import MIN_SAMPLES
@@ -177,6 +177,7 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
     items = None if question.prompts is None else read_prompts(question.prompts, question.n)
     if not (tasks or question.text_names):
         raise ValueError("an audit needs texts or tasks: leave --texts out, or name --tasks")
+    check_texts(question.text_names)
     open_folder(question.out)
 
     from kvfloor.audit.measure import Bench, run_cells
