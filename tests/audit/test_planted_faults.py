@@ -24,15 +24,17 @@ SHOWN = 1e-6
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def in_steps(change: Callable[..., tuple[Any, Any, Any]]) -> Plant:
-    """Change the queries, keys and values of every step of the first layer's state."""
+def in_steps(change: Callable[..., tuple[Any, Any, Any]], every_layer: bool = False) -> Plant:
+    """Change the queries, keys and values of every step of the first layer's state, or of all layers'."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         step, first = ExactState.step, []
 
         def faulty(self: ExactState, q: Any, k: Any, v: Any, *more: Any, **named: Any) -> Any:
             first.append(self)
-            return step(self, *(change(self, q, k, v) if self is first[0] else (q, k, v)), *more, **named)
+            return step(
+                self, *(change(self, q, k, v) if every_layer or self is first[0] else (q, k, v)), *more, **named
+            )
 
         patch.setattr(ExactState, "step", faulty)
 
@@ -103,7 +105,7 @@ FAULTS: dict[str, Plant | Callable[[Excerpt], Excerpt]] = {
     "stale cache": in_context(lambda ids: [*ids[40:60], *ids]),
     "swapped heads": in_steps(lambda state, q, k, v: (q, k, v.flip(0))),
     "unscaled query": in_steps(lambda state, q, k, v: (q / state.spec.scale, k, v)),
-    "bfloat16 scores": in_steps(lambda state, q, k, v: (rounded(q), rounded(k), v)),
+    "bfloat16 scores": in_steps(lambda state, q, k, v: (rounded(q), rounded(k), v), every_layer=True),
 }
 
 
