@@ -11,7 +11,7 @@ from kvfloor.audit.clock import Clock
 from kvfloor.audit.nats import TextCell, figures
 from kvfloor.audit.plan import settings
 from kvfloor.audit.reading import Reader, read_excerpts
-from kvfloor.audit.texts import GENERATED, SHIPPED, Excerpt, excerpts, text_of
+from kvfloor.audit.texts import GENERATED, SHIPPED, Excerpt, check_scored, excerpts, text_of
 from kvfloor.hf import prepare
 from kvfloor.models import load
 from kvfloor.tasks.task import builtin_count
@@ -65,6 +65,15 @@ def test_texts_are_cut_into_context_and_continuation() -> None:
     assert found[0].cell == TextCell("speech", 3, 4)
     with pytest.raises(ValueError, match=r"'speech' has 8 tokens; .* need 9"):
         excerpts(["speech"], [3, 5], 4, lambda text: list(range(8)))
+
+
+def test_too_few_scored_tokens_are_refused_before_the_model_is_loaded() -> None:
+    check_scored(3, 192, limited=False)
+    check_scored(0, 1, limited=False)
+    with pytest.raises(ValueError, match=r"--continuation 128: .*on 3 texts.* at least 192"):
+        check_scored(3, 128, limited=False)
+    with pytest.raises(ValueError, match=r"one text must do alone.* at least 512"):
+        check_scored(3, 511, limited=True)
 
 
 def test_texts_come_from_the_package_the_generator_or_a_file(tmp_path: Any) -> None:

@@ -171,8 +171,8 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     """Summarise the rows of one setting, one per text.
 
     The intervals resample blocks of BLOCK_TOKENS tokens of all texts together: they tell how far the figures could move
-    on other passages like these. Raises ValueError for rows of several settings, and for texts that have less than two
-    blocks in all.
+    on other passages like these. Raises ValueError for rows of several settings, and for texts with fewer blocks than
+    an interval needs.
     """
     if len({row.method for row in rows}) != 1:
         raise ValueError("summarise the rows of one setting at a time")

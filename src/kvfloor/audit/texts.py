@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from kvfloor.audit.nats import TextCell
+from kvfloor.audit.nats import BLOCK_TOKENS, TextCell
 from kvfloor.files import read_regular
+from kvfloor.statistics import MIN_BLOCKS
 from kvfloor.tasks.lexicon import FULL
 from kvfloor.tasks.mixture import mix, mixable
 from kvfloor.tasks.task import builtin_count
@@ -63,6 +64,20 @@ def text_of(name: str, tokens: int) -> str:
         return read_regular(path, MOST_TEXT_BYTES, "text").decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as cause:
         raise ValueError(f"cannot read the text {name!r} as UTF-8: {cause}; convert it first") from None
+
+
+def check_scored(texts: int, continuation: int, limited: bool) -> None:
+    """Raise ValueError if so many texts have too few scored tokens for an interval.
+
+    limited: True if texts may be left out for lack of time; then the first text alone must have enough.
+    """
+    count = 1 if limited else texts
+    if texts and count * (continuation // BLOCK_TOKENS) < MIN_BLOCKS:
+        least = BLOCK_TOKENS * -(-MIN_BLOCKS // count)
+        told = "with --minutes, one text must do alone" if limited else f"on {texts} texts"
+        raise ValueError(
+            f"--continuation {continuation}: too few scored tokens for an interval ({told}); give at least {least}"
+        )
 
 
 def excerpts(
