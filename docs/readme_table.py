@@ -1,40 +1,40 @@
-"""Print the README's table of methods from an audit's texts: `python docs/readme_table.py out/methods/nats.jsonl`."""
+"""Print the README's table of methods from an audit's rows: `python docs/readme_table.py out/methods/rows.jsonl`."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from kvfloor.audit.format import bytes_text, number_of_nats, smaller_text
-from kvfloor.audit.nats import TextSummary, read_text_rows, summaries
 from kvfloor.methods.catalogue import rows as catalogue
 
+TASKS = ("recall", "passkey64", "vartrack", "registers")
 
-def table(lines: list[TextSummary]) -> str:
-    """Return one line per setting: its paper, bytes, divergence from exact in nats, and guarantee."""
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return one line per setting: its paper, mean bytes, share of right answers by task, and guarantee."""
     known = {row["name"]: row for row in catalogue()}
-    text = [
-        "| method | paper | bytes | smaller than 16 bits | nats | 95 % interval | same top token | guarantee |",
-        "|---|---|--:|--:|--:|--:|--:|---|",
+    settings: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        settings[row["method"]][row["task"]] = row
+    lines = [
+        f"| method | paper | bytes | {' | '.join(TASKS)} | guarantee |",
+        f"|---|---|--:|{'--:|' * len(TASKS)}---|",
     ]
-    for one in sorted(lines, key=lambda one: one.figures.kl):
-        parts = [known[name] for name in re.split(r"[+|]", re.sub(r"\([^)]*\)|@.*", "", one.setting))]
+    for setting, cells in sorted(settings.items(), key=lambda item: -_kibibytes(item[1])):
+        parts = [known[name] for name in re.split(r"[+|]", re.sub(r"\([^)]*\)|@.*", "", setting))]
         papers = "; ".join(_paper(part["paper"]) for part in parts if part["name"] != "exact" or len(parts) == 1)
-        found = one.figures
-        cells = (
-            f"`{one.setting}`".replace("|", "\\|"),
-            papers,
-            bytes_text(one.state_bytes),
-            smaller_text(one.exact_16_bit_bytes, one.state_bytes),
-            number_of_nats(found.kl),
-            f"{number_of_nats(found.kl_low)} to {number_of_nats(found.kl_high)}",
-            f"{100 * found.same_top:.1f}%",
-            _guarantee(parts),
-        )
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text)
+        scores = " | ".join(f"{cells[task]['score']:.0%}" for task in TASKS)
+        text = setting.replace("|", "\\|")
+        lines.append(f"| `{text}` | {papers} | {_kibibytes(cells):,.0f} KiB | {scores} | {_guarantee(parts)} |")
+    return "\n".join(lines)
+
+
+def _kibibytes(cells: dict[str, dict[str, Any]]) -> float:
+    return sum(cell["state_bytes"] for cell in cells.values()) / len(cells) / 1024
 
 
 def _paper(text: str) -> str:
@@ -53,5 +53,10 @@ def _guarantee(parts: list[dict[str, Any]]) -> str:
     return text if text == "none" else re.split(r"[:,]", text)[0] + " error" + (f", given {given[1]}" if given else "")
 
 
+def main() -> None:
+    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
+    print(table(rows))
+
+
 if __name__ == "__main__":
-    print(table(summaries(read_text_rows(Path(sys.argv[1])))))
+    main()
