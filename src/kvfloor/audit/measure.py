@@ -127,7 +127,7 @@ class Bench:
         answers are decoded greedily.
         """
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
-        cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
+        cache = CompressedCache(self.model, method, seed=self.seed, requests=range(batch))
         dialogue = Dialogue.start(self.model, cache, batch)
         begin = time.perf_counter()
         dialogue.feed(prepared.contexts, CHUNK_SLOTS)

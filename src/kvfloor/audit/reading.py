@@ -64,7 +64,7 @@ class Reader:
     def read(self, method: Method, excerpt: Excerpt, reference: Sequence[tuple[Tensor, Tensor]]) -> Read:
         """Read an excerpt under a method, and compare its predictions with the exact cache's (`reference`)."""
         begin = time.perf_counter()
-        cache = CompressedCache(self.model.config, method, seed=self.seed, context=excerpt.cell.context)
+        cache = CompressedCache(self.model, method, seed=self.seed, context=excerpt.cell.context)
         dialogue = Dialogue.start(self.model, cache, 1)
         sizes: list[int] = []
 
