@@ -49,8 +49,8 @@ def check_row_order(method: Method, at: Setting) -> None:
 def check_row_isolation(method: Method, at: Setting) -> None:
     """Require that other input in one row never changes a bit of another row's answers and memory.
 
-    If the changed row then holds more or fewer tokens, matrix products over all rows have another shape. In that case
-    the answers of the other rows need to agree up to rounding only.
+    If the row with other input then holds another number of tokens, matrix products over all rows change shape. In that
+    case the other rows' answers need to agree up to rounding only, while their memory must still have the same bits.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     changed, intruder = spec.rows - 1, stream_for(method, at, salt=1)

@@ -81,7 +81,8 @@ class Summary(ABC):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return a bound on the error of answers that holds whichever tokens are evicted; None: no bound is proved.
 
-        If the returned bound's `epsilon` is 0, answers follow the attention law of `Traits.reference` exactly.
+        A returned bound with `epsilon` 0 promises that answers have no error against the attention law named by
+        `Traits.reference`.
         """
         del spec
         return None

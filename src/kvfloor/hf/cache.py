@@ -143,8 +143,9 @@ class CompressedCache(Cache):
     def __bool__(self) -> bool:
         """Return True if the cache has layers, filled or not.
 
-        Raises ValueError if generate() of an older transformers release may later replace this cache by a DynamicCache
-        without calling it again. That happens to a model that changes its rotary angles at some length (Phi-3).
+        Raises ValueError if generate() of an older transformers release may later replace this cache by a DynamicCache,
+        for a model that changes its rotary angles at some length (Phi-3). Newer releases compare `get_seq_length` with
+        that length first, which raises the error; older ones do not, so it is raised here, up to that length.
         """
         if self._rotation is not None:
             self._rotation.refuse_unasked(int(super().get_seq_length()))

@@ -160,7 +160,8 @@ class _Recorder:
     """Record a layer's queries, keys and values when called as the layer's `turn_back` function.
 
     A `TurnBack`, set as this function, would undo the rotation; a recorder returns query and key unchanged.
-    place: position (B,) of the token in each batch item; not a layer's index here. seen: the inputs of each call.
+    place    (B,) position of the one token of each batch item (in this class, not the index of a layer)
+    seen     the inputs of every call so far
     """
 
     place: Tensor
@@ -269,8 +270,9 @@ def _rope_types(module: nn.Module) -> list[str]:
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
     """Return True if the model multiplies its queries by a factor that grows with their position.
 
-    This is llama_4_scaling_beta in the configuration. The factor is read from the configuration instead of measured:
-    until transformers 5.3, a measurement cannot choose the position from which the model computes the factor.
+    Such a model has llama_4_scaling_beta in its configuration, which decides here, not a measurement as for rotations:
+    before transformers 5.3, the model computes the factor from a position count of its own, not from the positions
+    that `_probed` feeds it.
     """
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))
