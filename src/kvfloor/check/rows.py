@@ -21,8 +21,8 @@ def _row(state: State, *index: int) -> State:
 def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
     """Return the length in bytes of each row's saved state (`to_bytes`) after each piece of the stream: [piece][row].
 
-    Pieces have at most `method.block` tokens. If a length differs between two streams, the row
-    holds more tokens of one stream than of the other.
+    Pieces have at most `method.block` tokens. The caller compares two calls with different streams: where a length
+    differs, the row held another number of tokens.
     """
     state, sizes = method.open(spec_for(method, at)), []
 

@@ -46,9 +46,10 @@ class SummaryState(Memory, ABC):
 
     @abstractmethod
     def read(self, q: Tensor) -> Partial:
-        """Return attention of q (rows, m, d) over the absorbed tokens as the summary defines it: a `Partial` (rows, m).
+        """Return attention of q (rows, m, d) over the absorbed tokens as the summary defines it.
 
-        The call changes nothing.
+        The result is a `Partial`: the mean (rows, m, dv), i.e. the normalised output, and the log-mass (rows, m), i.e.
+        the log-sum-exp of the logits. The call changes nothing.
         """
 
     def on_queries(self, q: Tensor) -> None:

@@ -90,9 +90,10 @@ class TurnBack:
 
 
 def plain(positions: Tensor) -> Tensor:
-    """Return positions (B or 1, n) without their first dimension of axes, such as time, height, width, if they have it.
+    """Return a model's positions as (B or 1, n), given in this shape or once per axis: (axes, B or 1, n).
 
-    Raises ValueError if a token's positions on the axes differ, as they do for image tokens.
+    Axes are, for example, time, height and width; a text token has the same position on each. Raises ValueError if a
+    token's positions on the axes differ, as they do for image tokens.
     """
     if positions.ndim < 3:
         return positions
