@@ -31,7 +31,7 @@ BASELINES = {
 }
 """Map each method that every audit compares with to a description in words."""
 
-METHODS = ("h2o", "snapkv", "keydiff")
+METHODS = ("h2o", "snapkv")
 BUDGETS = {True: ("64", "192"), False: ("25%", "50%")}
 """Budgets for the built-in model (True) and any other (False)."""
 MOST_PROMPT_BYTES = 2**28
