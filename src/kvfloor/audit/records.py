@@ -21,8 +21,8 @@ def write_records(path: Path, records: Iterable[Any]) -> None:
 def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> list[R]:
     """Read the objects of the dataclass `kind` that `write_records` wrote; lists become tuples.
 
-    file_name, what: the name that an audit gives the file, and a line of it in words, for errors. Raises ValueError naming the file, and the line that
-    is not a row.
+    file_name, what: the name that an audit gives the file, and a line of it in words, for errors. Raises ValueError
+    naming the file, and the line that is not a row.
     """
     try:
         lines = read_regular(path, most_bytes, "rows").decode("utf-8").splitlines()
