@@ -10,9 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kvfloor.audit.chat import Wish, check_wish, chosen_chat
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
 from kvfloor.audit.heads import Head, heads
+from kvfloor.audit.limits import chat_notes, left_out_notes
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextRow, summaries, write_text_rows
 from kvfloor.audit.plan import (
@@ -22,12 +24,12 @@ from kvfloor.audit.plan import (
     check_protocols,
     chosen_tasks,
     prompt_work,
-    read_prompts,
     settings,
     task_work,
 )
-from kvfloor.audit.recommend import KL_LIMIT, Recommendation, recommend
-from kvfloor.audit.require import conditions, shortfalls
+from kvfloor.audit.prompts import read_prompts
+from kvfloor.audit.recommend import KL_LIMIT, WEAK_EXACT_SCORE, Recommendation, recommend
+from kvfloor.audit.require import conditions, shortfalls, uncovered
 from kvfloor.audit.rows import Row, document, write_rows
 from kvfloor.audit.texts import GENERATED, SHIPPED, check_scored, check_texts, excerpts
 from kvfloor.files import open_folder
@@ -65,6 +67,9 @@ class AuditRequest:
     command   command line that the report shows
     allow_beyond  True if contexts may be longer than the positions that the model was trained for
     minutes   time limit: texts and cells that do not fit are left out; None: no limit
+    chat      "on": put all samples into the model's chat template; "off": none; "auto": those of tasks whose questions
+              are put to an assistant, and of prompts, if the tokenizer has a template
+    least_exact  score of exact below which a cell is left out; 0: keep all cells
     """
 
     model: str = "builtin"
@@ -85,6 +90,8 @@ class AuditRequest:
     command: str = "kvfloor audit"
     allow_beyond: bool = False
     minutes: float | None = None
+    chat: Wish = "auto"
+    least_exact: float = WEAK_EXACT_SCORE
 
     @property
     def is_builtin(self) -> bool:
@@ -125,6 +132,7 @@ class Answer:
     """Hold the results of an audit: rows, kv heads' floors, recommendation, and the request that they answer.
 
     rows        one per setting (method with budget) and cell of the tasks; texts: one per setting and text
+    left_out    the exact cache's row of each cell that was left out because of its score
     report      path of the HTML page, which `kvfloor.report.render` writes later
     shortfalls  a line for each row that misses a condition of `require`
     """
@@ -137,6 +145,7 @@ class Answer:
     shortfalls: tuple[str, ...]
     question: AuditRequest
     meta: Meta
+    left_out: tuple[Row, ...] = ()
 
     def as_dict(self) -> dict:
         """Return the document of `kvfloor audit --json` as plain JSON types."""
@@ -149,7 +158,8 @@ class Answer:
             report=str(self.report),
         )
         nats = [asdict(found) for found in summaries(self.texts)]
-        return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads]}
+        weak = [row.cell._asdict() | {"exact_score": row.score} for row in self.left_out]
+        return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads], "left_out": weak}
 
 
 def _silent(text: str) -> None:
@@ -170,6 +180,9 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
         raise ValueError(f"--minutes {question.minutes:g}: give a number above 0, or leave it out for no limit")
     if question.n < MIN_SAMPLES:
         raise ValueError(f"--n {question.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
+    if not 0 <= question.least_exact <= 1:
+        raise ValueError(f"--least-exact {question.least_exact:g}: give a score from 0 (keep all cells) to 1")
+    check_wish(question.chat)
     check_protocols(question.protocols)
     names = question.task_names
     known = tuple(task.name for task in chosen_tasks(names)) if names else ()
@@ -190,17 +203,24 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
 
     model, tokenizer = load(question.model, question.accept_terms, lambda text: track(0, text))
     bench = Bench(prepare(model), tokenizer, question.seed)
+    chat = chosen_chat(question.chat, bench.template, question.model)
     contexts = question.context_lengths
     read = excerpts(question.text_names, contexts, question.scored, bench.encode)
     _require_positions(model, question, max(contexts) + (question.scored if read else 0))
     if question.prompts is not None and items is not None:
-        work = prompt_work(question.prompts.stem, items, question.protocols, bench.count)
+        work = prompt_work(question.prompts.stem, items, question.protocols, bench.count, chat)
     else:
-        work = task_work(names, contexts, question.protocols, question.n, question.seed, bench.count) if names else []
+        work = (
+            task_work(names, contexts, question.protocols, question.n, question.seed, bench.count, chat)
+            if names
+            else []
+        )
     clock = Clock(question.minutes, announce, begin)
     total = (len(plan) + 1) * (len(read) + len(work))
     texts = read_excerpts(Reader(model, question.seed), plan, read, lambda text: track(total, text), clock)
-    rows, floors = run_cells(bench, plan, work, lambda text: track(total, text), clock)
+    rows, floors, weak = run_cells(bench, plan, work, lambda text: track(total, text), clock, question.least_exact)
+    if not rows and not texts and weak:
+        raise ValueError(f"nothing is left to compare. {left_out_notes(weak, question.least_exact)[0]}")
     by_head = heads(floors, rows)
     answer = recommend(rows, texts=texts, kl_limit=question.kl_limit)
     report = question.out / "report.html"
@@ -216,11 +236,12 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
         },
         machine=f"{platform.machine()}, {_threads()} torch threads",
         duration_s=time.perf_counter() - begin,
-        notes=clock.note(),
+        notes=(*clock.note(), *chat_notes(work), *left_out_notes(weak, question.least_exact)),
     )
+    missed = [*shortfalls(required, rows), *uncovered(required, weak)]
     write_rows(question.out / "rows.jsonl", rows)
     write_text_rows(question.out / "nats.jsonl", texts)
-    return Answer(rows, texts, by_head, answer, report, tuple(shortfalls(required, rows)), question, meta)
+    return Answer(rows, texts, by_head, answer, report, tuple(missed), question, meta, tuple(weak))
 
 
 def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:

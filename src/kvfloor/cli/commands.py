@@ -138,7 +138,7 @@ def audit(
     ] = None,
     budgets: Annotated[str | None, typer.Option(help="Comma-separated budgets: 64, 25%, 8MiB.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks: built-in ones, all, or module:TASK.")
+        str | None, typer.Option(help="Comma-separated tasks or groups (see kvfloor tasks), or module:TASK.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with prompt and answer (or context, question, answer).")
@@ -167,6 +167,12 @@ def audit(
     minutes: Annotated[
         float | None, typer.Option(help="Time limit; texts and cells that do not fit are left out.", **real())
     ] = None,
+    chat: Annotated[
+        str, typer.Option(help="Ask in the model's chat template: on, off, or auto (tasks made for it).")
+    ] = "auto",
+    least_exact: Annotated[
+        float, typer.Option(help="Leave out a cell where exact scores below this; 0: none.", **real())
+    ] = 0.5,
     accept_terms: Annotated[
         bool, typer.Option("--accept-terms", help="Accept the terms of use of a published model.")
     ] = False,
@@ -182,17 +188,13 @@ def audit(
 
     from kvfloor.audit.run import AuditRequest, run
     from kvfloor.report.html import render
-    from kvfloor.report.terminal import print_report
+    from kvfloor.report.terminal import print_notes, print_report
     from kvfloor.report.text import visible
 
     chosen: dict[str, Any] = {}
     for name, text in (("methods", methods), ("budgets", budgets), ("tasks", tasks), ("protocols", protocols)):
         if text is not None:
             chosen[name] = tuple(split_list(text))
-    if chosen.get("tasks") == ("all",):
-        from kvfloor.tasks import TASKS
-
-        chosen["tasks"] = tuple(TASKS)
     if texts is not None:
         chosen["texts"] = () if texts == "none" else tuple(split_list(texts))
     if contexts is not None:
@@ -210,6 +212,8 @@ def audit(
         accept_terms=accept_terms,
         allow_beyond=allow_beyond,
         minutes=minutes,
+        chat=chat,  # type: ignore[arg-type]
+        least_exact=least_exact,
         **chosen,
     )
     _quiet_transformers()
@@ -228,6 +232,7 @@ def audit(
         _print_json(answer.as_dict())
     else:
         print_report(answer.rows, answer.recommendation, Console(), answer.texts)
+        print_notes(answer.meta.notes, Console())
         print(f"\nreport: {answer.report}")
     for line in answer.shortfalls:
         stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)
@@ -423,6 +428,25 @@ def methods(as_json: Json = False) -> None:
     for row in table:
         shown.add_row(*(row[name] for name in ("name", "kind", "memory", "about")))
     Console().print(shown, markup=False, highlight=False)
+
+
+@app.command()
+def tasks(as_json: Json = False) -> None:
+    """List the tasks of an audit, by group; --tasks takes the names of tasks and of groups."""
+    from kvfloor.tasks import GROUPS
+
+    rows = [
+        {"group": group, "task": task.name, "about": task.about, "chat": task.chat}
+        for group, members in GROUPS.items()
+        for task in members
+    ]
+    if as_json:
+        _print_json({"schema": 1, "rows": rows})
+        return
+    for group, members in GROUPS.items():
+        print(f"{group}:")
+        for task in members:
+            print(f"  {task.name:<16} {task.about}")
 
 
 @app.command("train-less")

@@ -7,6 +7,7 @@ state follows each stretch: in turn for a box that never changed, and for one th
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from .checks import Matches, Part
 from .fit import fitting, reserved
@@ -49,7 +50,7 @@ def make(request: Request) -> Sample:
         cuts = [0, *(half + size * i for i in range(STRETCHES)), len(sentences)]
         return [
             " ".join(among_sentences(again, sentences[start:stop], lines))
-            for start, stop, lines in zip(cuts, cuts[1:], stories, strict=True)
+            for (start, stop), lines in zip(pairwise(cuts), stories, strict=True)
         ]
 
     room = request.length - reserved(leads, request.count)

@@ -61,5 +61,7 @@ def asked_facts() -> tuple[tuple[str, str, str, str], ...]:
     """Return the facts that can be asked for: short ones whose country and label name no other fact."""
     names = [(country, label) for country, _, label, _ in facts()]
     return tuple(
-        one for one in facts() if len(one[3]) <= MOST_ANSWER and names.count((one[0], one[2])) == 1 and "(" not in one[3]
+        one
+        for one in facts()
+        if len(one[3]) <= MOST_ANSWER and names.count((one[0], one[2])) == 1 and "(" not in one[3]
     )

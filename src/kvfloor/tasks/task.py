@@ -48,8 +48,8 @@ class Task:
                      argument `depth`; None if the facts are spread over the whole context, so that it cannot be given
     things           largest number of nouns that the task needs at its default difficulty; tasks in one context divide
                      the lexicon's nouns in proportion to this number
-    chat             True if the questions are put to an assistant, so that they can be asked in a model's chat template;
-                     False if the right answer continues the text of the question
+    chat             True if the questions are put to an assistant, so that they can be asked in a chat template; False
+                     if the right answer continues the text of the question
     """
 
     name: str

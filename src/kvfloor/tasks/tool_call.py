@@ -52,8 +52,8 @@ def make(request: Request) -> Sample:
     answer = json.dumps({"name": TOOL, "arguments": wanted[people[0]]})
     question = Question(
         ask=(
-            f"\n\nCall the tool to book the delivery for the {people[0]}. Take all arguments from the text. Answer with "
-            'one JSON object of the form {"name": ..., "arguments": {...}} and nothing else.'
+            f"\n\nCall the tool to book the delivery for the {people[0]}. Take all arguments from the text. "
+            'Answer with one JSON object of the form {"name": ..., "arguments": {...}} and nothing else.'
         ),
         answer=answer,
         parts=(

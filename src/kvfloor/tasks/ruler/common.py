@@ -34,9 +34,7 @@ def make(request: Request) -> Sample:
     shown = rng.sample(pool, 20 if short else 40)
     first = question(shown[:COMMON])
     example = (
-        _HEAD
-        + numbered(rng, shown, *((3, 1) if short else (10, 3)))
-        + f"{first.lead} {in_order(shown[:COMMON])}\n"
+        _HEAD + numbered(rng, shown, *((3, 1) if short else (10, 3))) + f"{first.lead} {in_order(shown[:COMMON])}\n"
     )
     words = [*rng.sample(pool, len(pool)), *rng.sample(COMPOUNDS, len(COMPOUNDS))]
     asked = question(words[:COMMON])

@@ -1,4 +1,4 @@
-"""Define RULER's eight needle tasks (niah): sentences "One of the special magic numbers for KEY is: VALUE." in a haystack.
+"""Define RULER's eight needle tasks (niah): "One of the special magic numbers for KEY is: VALUE." in a haystack.
 
 The haystack is a repeated paragraph ("noise"), the text of essays ("essay"), or further needles ("needle"). Needles
 stand in an essay at random ones of 40 equally spaced depths from 0 to 100 %, and between random lines of the others.
@@ -83,8 +83,9 @@ class Needles:
             f"I will quiz you about the {kind} afterwards.\n"
         )
         verb = "is" if one else "are"
+        asks = "What is" if one else "What are all"
         return Question(
-            ask=f"\nWhat {verb if one else 'are all'} the special magic {kind} for {query} mentioned in the provided text?",
+            ask=f"\n{asks} the special magic {kind} for {query} mentioned in the provided text?",
             answer=", ".join(answers),
             opening=f"The special magic {kind} for {query} mentioned in the provided text {verb}",
             parts=(Part("references", Contains(answers)),),
