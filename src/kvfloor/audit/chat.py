@@ -66,7 +66,8 @@ class Template:
         """
         ask = apart(question.ask)
         before, _, after = self._render([("user", f"{context}{_MARK}{ask}")]).partition(_MARK)
-        if before + after != self._render([("user", context + ask)]):
+        kept = before.endswith(context.lstrip()) and after.startswith(ask.rstrip())
+        if not kept or before + after != self._render([("user", context + ask)]):
             raise ValueError("the model's chat template changes the text of a user's turn: use --chat off")
         return before, after + question.opening.strip()
 

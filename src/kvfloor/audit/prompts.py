@@ -11,7 +11,6 @@ from kvfloor.tasks import BeginsWith, Part, Question
 
 MOST_PROMPT_BYTES = 2**28
 FORMS = ({"prompt", "answer"}, {"context", "question", "answer"})
-_OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
 def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
@@ -21,9 +20,8 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     the number of samples if it is less than `n`.
     """
     data = read_regular(path, MOST_PROMPT_BYTES, "prompts file")
-    encoding = _OTHER_ENCODINGS.get(data[:2])
-    if encoding is not None:
-        raise ValueError(f"the prompts file {str(path)!r} is {encoding}: save it as UTF-8")
+    if b"\0" in data:
+        raise ValueError(f"the prompts file {str(path)!r} has zero bytes, as UTF-16 and UTF-32 do: save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
@@ -35,12 +33,6 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     items = tuple(_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip())
     if len(items) < n:
         raise ValueError(f"{path} has {len(items)} samples; an audit row needs at least {n}: add prompts")
-    if len({item.split for item in items}) > 1:
-        first = next(i for i, item in enumerate(items, 1) if item.split != items[0].split)
-        raise ValueError(
-            f"{path} mixes bare prompts with contexts and questions: sample {first} is not of the first one's form; "
-            "use two files"
-        )
     return items
 
 
