@@ -91,7 +91,9 @@ def test_every_wrong_argument_fails_its_own_part() -> None:
         for wrong in (str(value) if not isinstance(value, str) else value + " ", None, [value]):
             said = json.dumps(call | {"arguments": call["arguments"] | {name: wrong}})
             assert [part for part, share in shares(sample, said).items() if share < 1] == [name]
-    assert [part for part, share in shares(sample, json.dumps(call | {"name": "book"})).items() if share < 1] == ["call"]
+    assert [part for part, share in shares(sample, json.dumps(call | {"name": "book"})).items() if share < 1] == [
+        "call"
+    ]
 
 
 def test_every_broken_instruction_fails_its_own_part() -> None:

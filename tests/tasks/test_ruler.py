@@ -35,7 +35,7 @@ def references(sample: Sample) -> tuple[str, ...]:
 
 def test_all_published_tasks_are_there() -> None:
     published = "single_1 single_2 single_3 multikey_1 multikey_2 multikey_3 multivalue multiquery".split()
-    assert NAMES == [*(f"niah_{one}" for one in published), "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa"]
+    assert [*(f"niah_{one}" for one in published), "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa"] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,7 +177,9 @@ def test_the_chain_of_variables_is_followed_by_hand(index: int) -> None:
             assert references(sample) == tuple(names)
 
 
-@pytest.mark.parametrize(("length", "often", "seldom", "shown", "counts"), [(2048, 6, 1, 20, (3, 1)), (6000, 30, 3, 40, (10, 3))])
+@pytest.mark.parametrize(
+    ("length", "often", "seldom", "shown", "counts"), [(2048, 6, 1, 20, (3, 1)), (6000, 30, 3, 40, (10, 3))]
+)
 def test_common_words_stand_as_often_as_published(
     length: int, often: int, seldom: int, shown: int, counts: tuple[int, int]
 ) -> None:
