@@ -39,6 +39,7 @@ def test_the_groups_hold_every_task_once() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("length", [1024, 5000])
 def test_all_turns_together_fill_the_length_and_never_exceed_it(name: str, length: int) -> None:
+    assert len({tuple(question.most for question in made(name, length, index).turns) for index in range(5)}) == 1
     for index in range(3):
         sample = made(name, length, index)
         whole = sample.context + "".join(question.lead for question in sample.turns)

@@ -39,7 +39,7 @@ def fitting(build: Callable[[int], str], length: int, count: Count, least: int, 
         raise ValueError(f"{what} need at least {tokens - length} tokens more than this length has: give a longer one")
     high: int | None = None
     n = max(FIRST, 2 * least)
-    for _ in range(TRIES):
+    for i in range(TRIES):
         if high is not None and high - low <= 1:
             break
         found = count(build(n))
@@ -53,6 +53,6 @@ def fitting(build: Callable[[int], str], length: int, count: Count, least: int, 
         if found <= length and length - tokens < max(rate, SLACK * length):
             break
         n = low + max(1, int((length - tokens) / rate))
-        if high is not None:
-            n = min(n, high - 1)
+        if high is not None:  # every third time in the middle, as tokens may grow unevenly
+            n = (low + high) // 2 if i % 3 == 2 else min(n, high - 1)
     return low
