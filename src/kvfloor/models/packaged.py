@@ -74,6 +74,16 @@ PACKAGED = {
 """Map the name of each published model to where it is found and what its file must be."""
 
 
+def kept(name: str) -> Path | None:
+    """Return the folder of a published model that was fetched and converted before; None if it was not."""
+    folder = _folder(PACKAGED[name])
+    return folder if folder.exists() else None
+
+
+def _folder(model: PackagedModel) -> Path:
+    return cache_folder() / f"{Path(model.file).stem}-{model.sha256[:16]}"
+
+
 def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path:
     """Return the folder of a published model, after fetching and converting it if that was not done before.
 
@@ -82,9 +92,9 @@ def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path
     whose SHA-256 differs.
     """
     model = PACKAGED[name]
-    target = cache_folder() / f"{Path(model.file).stem}-{model.sha256[:16]}"
-    if target.exists():
-        return target
+    ready = kept(name)
+    if ready is not None:
+        return ready
     if model.terms is not None and not accept_terms:
         raise ValueError(
             f"the model {name} is licensed under the {model.licence}: read them at {model.terms}, and pass "
