@@ -171,8 +171,10 @@ def _own_bytes(config: PreTrainedConfig, cache: CompressedCache) -> Callable[[in
             fixed += _storage([getattr(layer, name) for name in layer.beside])
         else:
             fixed += _storage([x for name, x in vars(layer).items() if name not in ("keys", "values")])
-    keyed = [(i, layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, CompressedLayer)]
-    keyed = [(i, layer.keys, layer.values) for i, layer in keyed if _keyed(layer)]
+    others: list[tuple[int, Any]] = [
+        (i, layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, CompressedLayer)
+    ]
+    keyed = [(i, layer.keys, layer.values) for i, layer in others if _keyed(layer)]
 
     def after(tokens: int) -> int:
         total, fresh = fixed, layer_roles(config)

@@ -117,8 +117,8 @@ def plan(
     chosen = _methods(METHODS if methods is None else methods, BUDGETS if budgets is None else budgets)
     asked = methods is not None or budgets is not None
     kind = DTYPES[dtype]
-    config = configuration(model) if config is None else config
-    shape = model_shape(config, kind, batch)
+    about: PreTrainedConfig = configuration(model) if config is None else config
+    shape = model_shape(about, kind, batch)
     weights = shape.parameters * kind.itemsize
     free = None if total is None else total - weights
     if free is not None and free < 0:
@@ -139,11 +139,11 @@ def plan(
     bounded = [layer for layer in (*shape.compressed, *shape.windows) if not layer.tied]
     return MemoryPlan(
         model=str(model),
-        model_type=config.model_type,
+        model_type=about.model_type,
         dtype=dtype,
         context=context,
         batch=batch,
-        trained_positions=_positions(config),
+        trained_positions=_positions(about),
         parameters=shape.parameters,
         weights_bytes=weights,
         memory_bytes=total,

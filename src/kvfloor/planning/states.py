@@ -18,7 +18,7 @@ from kvfloor.hf.shapes import LayerShape
 
 
 @dataclass(frozen=True)
-class Held:
+class StateBytes:
     """Hold the bytes of a method's states: at the end of a prompt, before its compression, and after it."""
 
     before: int
@@ -27,13 +27,13 @@ class Held:
 
 def held_bytes(
     method: Method, layers: tuple[LayerShape, ...], tokens: int, dtype: torch.dtype, batch: int
-) -> tuple[Method, Held]:
+) -> tuple[Method, StateBytes]:
     """Return the method with its budget in tokens, and the bytes of its states in these layers.
 
     The prompt of `tokens` tokens is read in one forward. A budget in bytes is for the states of all layers and the
     whole batch. The returned method is that of the first layer. Raises ValueError for a budget that is too small.
     """
-    known: dict[tuple[int | bool, ...], tuple[Method, Held]] = {}
+    known: dict[tuple[int | bool, ...], tuple[Method, StateBytes]] = {}
     found = []
     for layer in layers:
         sizes = (layer.heads, layer.d, layer.dv, layer.g, layer.tied)
@@ -42,19 +42,19 @@ def held_bytes(
             sized = resolve(method, _spec(layer, dtype, rows), layers=len(layers), length=tokens, g=layer.g)
             known[sizes] = (sized, _held(sized, layer, tokens, dtype, rows))
         found.append(known[sizes])
-    return found[0][0], Held(sum(held.before for _, held in found), sum(held.after for _, held in found))
+    return found[0][0], StateBytes(sum(held.before for _, held in found), sum(held.after for _, held in found))
 
 
-def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> Held:
+def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:
     one = _measured(method, layer, tokens, dtype, 1)
     if rows == 1:
         return one
     two = _measured(method, layer, tokens, dtype, 2)
     more = rows - 1
-    return Held(one.before + more * (two.before - one.before), one.after + more * (two.after - one.after))
+    return StateBytes(one.before + more * (two.before - one.before), one.after + more * (two.after - one.after))
 
 
-def _measured(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> Held:
+def _measured(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:
     """Return the bytes of a state of 1 or 2 rows that holds `tokens` tokens.
 
     A state of constant memory allocates all at its first token, so it is fed no more. Only the first token comes with
@@ -67,7 +67,7 @@ def _measured(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype
         state.append(*_pair(state, layer, n))
     before = state.nbytes
     state.seal()
-    return Held(before, state.nbytes)
+    return StateBytes(before, state.nbytes)
 
 
 def _pair(state: State, layer: LayerShape, n: int) -> tuple[torch.Tensor, torch.Tensor]:
