@@ -107,16 +107,17 @@ def test_dtype_sets_the_bytes_of_weights_and_cache() -> None:
     assert {line.method: line.state_bytes for line in half.lines}["quant(bits=4)"] == cache.nbytes
 
 
-def test_the_stock_line_is_transformers_own_cache() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "deepseek_v3"])
+def test_the_stock_line_is_transformers_own_cache(family: str) -> None:
     from transformers import DynamicCache
 
-    model = tiny_model("gemma3_text")
+    model = tiny_model(family)
     cache = DynamicCache(config=model.config)
     for n in (CONTEXT - 1, 1):
         model(input_ids=torch.full((BATCH, n), 7), past_key_values=cache, use_cache=True)
     tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
     stored = sum(x.untyped_storage().nbytes() for x in tensors)
-    assert planned(model).lines[0].cache_bytes == stored
+    assert plan(context=CONTEXT, batch=BATCH, dtype="float32", config=model.config).lines[0].cache_bytes == stored
 
 
 def test_the_floor_is_the_sum_over_layers() -> None:

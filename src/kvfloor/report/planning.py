@@ -53,11 +53,7 @@ def _cells(line: Line, plan: MemoryPlan) -> list[str]:
         bytes_text(line.cache_bytes),
         smaller_text(plan.lines[0].cache_bytes, line.cache_bytes),
         "-" if line.requests is None else f"{line.requests:,}",
-        "any"
-        if not line.grows and line.requests
-        else "-"
-        if line.longest_context is None
-        else f"{line.longest_context:,}",
+        _longest(line),
     ]
 
 
