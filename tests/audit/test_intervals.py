@@ -104,6 +104,6 @@ def test_a_mean_of_skewed_and_dependent_values_is_covered(count: int, spread: fl
 
 
 def test_a_mean_of_equal_values_has_no_width() -> None:
-    assert mean_interval([(6.0, 3), (4.0, 2)]) == (2.0, 2.0, 2.0)
-    with pytest.raises(ValueError, match="at least two blocks"):
-        mean_interval([(1.0, 1)])
+    assert mean_interval([(6.0, 3), (4.0, 2)] * 4) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="at least 8 blocks of values, got 7"):
+        mean_interval([(1.0, 1)] * 7)

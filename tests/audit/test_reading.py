@@ -11,7 +11,7 @@ from kvfloor.audit.clock import Clock
 from kvfloor.audit.nats import TextCell, figures
 from kvfloor.audit.plan import settings
 from kvfloor.audit.reading import Reader, read_excerpts
-from kvfloor.audit.texts import GENERATED, SHIPPED, Excerpt, excerpts, text_of
+from kvfloor.audit.texts import GENERATED, SHIPPED, Excerpt, check_scored, excerpts, text_of
 from kvfloor.hf import prepare
 from kvfloor.models import load
 from kvfloor.tasks.task import builtin_count
@@ -67,6 +67,15 @@ def test_texts_are_cut_into_context_and_continuation() -> None:
         excerpts(["speech"], [3, 5], 4, lambda text: list(range(8)))
 
 
+def test_too_few_scored_tokens_are_refused_before_the_model_is_loaded() -> None:
+    check_scored(3, 192, limited=False)
+    check_scored(0, 1, limited=False)
+    with pytest.raises(ValueError, match=r"--continuation 128: .*on 3 texts.* at least 192"):
+        check_scored(3, 128, limited=False)
+    with pytest.raises(ValueError, match=r"one text must do alone.* at least 512"):
+        check_scored(3, 511, limited=True)
+
+
 def test_texts_come_from_the_package_the_generator_or_a_file(tmp_path: Any) -> None:
     assert all(len(text_of(name, 1)) > 40_000 for name in SHIPPED)
     assert builtin_count()(text_of(GENERATED[1], 700)) >= 700
@@ -78,6 +87,7 @@ def test_texts_come_from_the_package_the_generator_or_a_file(tmp_path: Any) -> N
         text_of(str(tmp_path / "wide.txt"), 1)
     with pytest.raises(ValueError, match=r"no text 'novle': give a file, or one of speech, novel"):
         text_of("novle", 1)
+    (tmp_path / "speech.txt").write_text("another")
     with pytest.raises(ValueError, match="two of the texts are named 'speech'"):
         excerpts(["speech", str(tmp_path / "speech.txt")], [1], 1, lambda text: [])
 

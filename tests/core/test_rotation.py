@@ -263,3 +263,14 @@ def test_more_places_than_the_first_table_has_are_turned_in_one_call_as_in_sever
     whole = parse("window(block=1030)@2000").open(spec).step(q, k, v)
     cut = parse("window(block=1030)@2000").open(replace(spec, rotation=Rotation((1.0, 0.31, 0.052, 0.0031))))
     torch.testing.assert_close(fed(cut, (q, k, v), 7, 1000), whole, rtol=1e-11, atol=1e-12)
+
+
+def test_a_spec_tells_the_rotation_that_keys_came_with() -> None:
+    spec = Spec(2, D, D, applied=PAIRS)
+    assert Spec.from_dict(json.loads(json.dumps(spec.as_dict()))) == spec and spec.select(torch.tensor([1])).applied
+    with pytest.raises(ValueError, match="give one of them"):
+        replace(spec, rotation=HALF)
+    with pytest.raises(ValueError, match=re.escape("Spec.applied turns entries up to 8 of keys that have d = 4")):
+        Spec(1, 4, 4, applied=PAIRS)
+    with pytest.raises(ValueError, match=re.escape("Spec.applied must be None or a Rotation, got 1.0")):
+        Spec(1, D, D, applied=1.0)  # pyright: ignore[reportArgumentType]

@@ -40,6 +40,8 @@ MIXED = (
     "deepseek_v3",
     "kimi_linear",
 )
+LONG_FORWARDS = {"kimi_linear": 12}
+"""Families whose forward is thousands of operations one token after the other -> how many of them are made to fail."""
 
 
 def started(family: str, method: str = METHOD) -> tuple[Any, CompressedCache]:
@@ -70,7 +72,7 @@ def test_a_forward_that_fails_anywhere_leaves_no_half_filled_cache(family: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", (*QUICK, *MIXED))
 def test_it_is_so_for_every_kind_of_layers(family: str) -> None:
-    require_whole(family, METHOD, 300)
+    require_whole(family, METHOD, LONG_FORWARDS.get(family, 300))
 
 
 @pytest.mark.slow

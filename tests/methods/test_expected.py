@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
-from kvfloor.core.policy import Held
+from kvfloor.core.policy import Held, Policy, Queries
+from kvfloor.core.rotation import Rotation
 from kvfloor.methods.policies.expected import Expected, QueryMoments
 from kvfloor.methods.variants.visual import NextScale
-from tests.literal import Rule, Token, keeps_alike, run
+from tests.literal import Rule, Token, keeps_alike, kept_by, run
 from tests.support import Draw, between, fed, opened, positions, stream, wrong
 
 PLAIN = Expected(sinks=0, recent=0)
@@ -83,6 +85,101 @@ WRONG = {
 @pytest.mark.parametrize("heads", ["pool", "each"])
 def test_a_wrong_line_is_rejected(draw: Draw, mutant: str, heads: Any) -> None:
     assert not agrees(WRONG[mutant](sinks=0, recent=0, heads=heads, epsilon=0.05), draw, (9, 21), block=7)
+
+
+HALF, PAIRS = Rotation((0.9, 0.23)), Rotation((0.7,), start=2, interleaved=True)  # of 4 entries; 0 and 1 are not turned
+
+
+def matrix(rotation: Rotation, place: int, d: int = 4) -> Tensor:
+    """The rotation by one place as a matrix: complex numbers, pair by pair."""
+    out, pairs = torch.eye(d, dtype=torch.float64), len(rotation.frequencies)
+    for i, frequency in enumerate(rotation.frequencies):
+        a, b = (2 * i, 2 * i + 1) if rotation.interleaved else (i, i + pairs)
+        a, b = a + rotation.start, b + rotation.start
+        unit = cmath.exp(1j * place * frequency)
+        out[a, a], out[a, b], out[b, a], out[b, b] = unit.real, -unit.imag, unit.imag, unit.real
+    return out
+
+
+class Future(Expect):
+    """The paper's rule: q is given before its rotation, and its mean and covariance get the mean future rotation."""
+
+    def __init__(self, policy: Expected, budget: int, rotation: Rotation, by_rank: bool) -> None:
+        super().__init__(policy, budget)
+        self.rotation, self.by_rank = rotation, by_rank
+
+    def worth(self, held: list[Token], seen: int, budget: int) -> list[float]:
+        first = len(held) if self.by_rank else seen
+        turns = sum(matrix(self.rotation, first + i) for i in range(self.policy.horizon)) / self.policy.horizon
+        places = range(len(held)) if self.by_rank else [0] * len(held)
+        keys = [matrix(self.rotation, place) @ t.k for place, t in zip(places, held, strict=True)]
+        bare, self.asked = self.asked, [q @ turns.T for q in self.asked]
+        worth = super().worth([replace(t, k=k) for t, k in zip(held, keys, strict=True)], seen, budget)
+        self.asked = bare
+        return worth
+
+
+def predicts(policy: Expected, draw: Draw, rotation: Rotation, by_rank: bool, block: int = 7, shift: int = 0) -> bool:
+    """Feed the policy queries rotated by their positions plus `shift`, or bare ones to be rotated by ranks."""
+    q, k, v = draw(2, 3, 60, 4, scale=2.0) + torch.linspace(-1, 1, 4), draw(2, 60, 4, scale=1.5), draw(2, 60, 4)
+    given, at = q, k
+    if not by_rank:
+        turns = torch.stack([matrix(rotation, place + shift) for place in range(60)])
+        given, at = (torch.einsum("nij,...nj->...ni", turns, x) for x in (q, k))
+    spec = Spec(2, 4, 4, 0.5, dtype=torch.float64, **{"rotation" if by_rank else "applied": rotation})
+    state = parse(f"h2o(block={block})@16").with_budget(16)
+    state = replace(state, policy=policy).open(spec)
+    for start, stop in ((0, 23), (23, 60)):
+        state.step(given[:, :, start:stop], at[:, start:stop], v[:, start:stop])
+    wanted = []
+    for row in range(2):
+        unturned = at[row] if by_rank or not shift else torch.einsum("ij,nj->ni", matrix(rotation, -shift), at[row])
+        wanted.append(kept_by(Future(policy, 16, rotation, by_rank), 16, q[row], unturned, v[row], block))
+    return positions(state) == wanted
+
+
+TURNED = Expected(sinks=2, recent=0, horizon=5, epsilon=0.02)
+
+
+@pytest.mark.parametrize("rotation", [HALF, PAIRS], ids=["half", "pairs"])
+@pytest.mark.parametrize("by_rank", [False, True], ids=["applied", "by rank"])
+@pytest.mark.parametrize("heads", ["pool", "each"])
+def test_future_queries_are_turned_as_in_the_paper(draw: Draw, rotation: Any, by_rank: bool, heads: Any) -> None:
+    assert predicts(replace(TURNED, heads=heads), draw, rotation, by_rank)
+    assert predicts(replace(TURNED, heads=heads, horizon=1), draw, rotation, by_rank, block=1)
+
+
+def test_positions_from_another_start_change_nothing(draw: Draw) -> None:
+    assert predicts(TURNED, draw, HALF, by_rank=False, shift=1000)
+
+
+def unturned(self: Expected, held: Held, queries: Queries) -> dict[str, Tensor]:
+    """Record queries as they are multiplied with keys: rotated to the past."""
+    held.memory.take(held.rows, queries.q, queries.made & (queries.position >= self.sinks))
+    return {}
+
+
+MISTURNED = {
+    "queries keep the rotation of the past": wrong(Expected, on_queries=unturned),
+    "the mean alone is turned": wrong(
+        Expected, future=lambda self, held: (Expected.future(self, held)[0], held.memory.gaussian(held.rows)[1])
+    ),
+    "the covariance alone is turned": wrong(
+        Expected, future=lambda self, held: (held.memory.gaussian(held.rows)[0], Expected.future(self, held)[1])
+    ),
+    "the future begins at place 0": wrong(
+        Expected,
+        future=lambda self, held: Expected.future(self, replace(held, seen=0 * held.seen, count=0 * held.count)),
+    ),
+    "nothing is averaged": wrong(Expected, shared=lambda self, spec: Expected.shared(replace(self, horizon=1), spec)),
+}
+
+
+@pytest.mark.parametrize("by_rank", [False, True], ids=["applied", "by rank"])
+@pytest.mark.parametrize("mutant", MISTURNED)
+def test_a_wrong_turn_is_rejected(draw: Draw, mutant: str, by_rank: bool) -> None:
+    policy: Policy = MISTURNED[mutant](sinks=2, recent=0, horizon=5, epsilon=0.02)
+    assert not predicts(policy, draw, HALF, by_rank)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_closed_form_is_the_mean_over_drawn_queries(draw: Draw) -> None:

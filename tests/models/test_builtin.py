@@ -88,7 +88,7 @@ def test_without_its_context_the_model_is_wrong(loaded) -> None:
 
 
 def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no model at .*nowhere.* no other model is downloaded"):
+    with pytest.raises(ValueError, match=r"no model at .*nowhere.*no other model is downloaded"):
         models.load(tmp_path / "nowhere")
 
 

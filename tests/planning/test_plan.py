@@ -130,8 +130,8 @@ def test_the_floor_is_the_sum_over_layers() -> None:
 
 
 def test_requests_and_longest_context_fit_and_one_more_does_not() -> None:
-    found = plan(context=512, memory="64MiB")
-    free = 64 * 2**20 - found.weights_bytes
+    found = plan(context=512, memory="8MiB")
+    free = 8 * 2**20 - found.weights_bytes
     for line in found.lines:
         assert (
             line.requests is not None
@@ -144,7 +144,7 @@ def test_requests_and_longest_context_fit_and_one_more_does_not() -> None:
         sizes = [plan(context=int(line.longest_context * x)).lines for x in (1, 1.01)]
         fits, not_fits = ({one.method: one.cache_bytes for one in size}[line.method] for size in sizes)
         assert fits <= free < not_fits
-    batched = plan(context=512, memory="64MiB", batch=4)
+    batched = plan(context=512, memory="8MiB", batch=4)
     assert batched.lines[0].requests == stock.requests
 
 

@@ -148,10 +148,11 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Ro
 
 
 def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> tuple[int, str, float] | None:
-    """Return a kv head's cheapest good setting as (bytes per head, setting, largest error); None if only exact is good.
+    """Return a kv head's cheapest good setting as (bytes per head, setting, largest error); None without a good one.
 
-    `place` is (layer, head). A setting (method with budget) is good if the head's output error is at most GOOD on each
-    of `cells` (task, context length, protocol).
+    A setting (method with budget) is good if the head's output error is at most GOOD on each of `cells` (task, context
+    length, protocol); the exact cache is left out. `place` is (layer, head). `rows` hold the measured errors and bytes:
+    the bytes are the largest over the cells, divided by the number of kv heads of all layers.
     """
     layer, head = place
     settings: dict[str, list[Row]] = {}

@@ -88,9 +88,12 @@ class Bench:
         return len(self.encode(text))
 
     def prepare(self, work: Work) -> Prepared:
-        """Tokenize a cell's samples, split them at the end of the prompt, and record traces of the first few.
+        """Return a cell's samples as token ids, split at the end of the prompt, and the traces of the first few.
 
-        A trace is one layer's queries, keys and values.
+        The prompt, at whose end the cache is sealed, is the context under the protocol "after", and the context and the
+        question without its last token under "visible". A trace is one layer's queries, keys and values, recorded
+        over context, question and right answer. `work` is the cell (task, context length, protocol) and its samples as
+        text.
         """
         plain = self._plain
         contexts, asks, answers = [], [], []
@@ -127,7 +130,7 @@ class Bench:
         answers are decoded greedily.
         """
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
-        cache = CompressedCache(self.model.config, method, seed=self.seed, requests=range(batch))
+        cache = CompressedCache(self.model, method, seed=self.seed, requests=range(batch))
         dialogue = Dialogue.start(self.model, cache, batch)
         begin = time.perf_counter()
         dialogue.feed(prepared.contexts, CHUNK_SLOTS)

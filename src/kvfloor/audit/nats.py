@@ -8,17 +8,16 @@ running. p is the exact cache's distribution of a token, q the method's. The def
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvfloor.files import read_regular, replace_file
+from kvfloor.audit.records import read_records, write_records
 from kvfloor.statistics import blocks, mean_interval
 
 BLOCK_TOKENS = 64
@@ -171,8 +170,8 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     """Summarise the rows of one setting, one per text.
 
     The intervals resample blocks of BLOCK_TOKENS tokens of all texts together: they tell how far the figures could move
-    on other passages like these. Raises ValueError for rows of several settings, and for texts that have less than two
-    blocks in all.
+    on other passages like these. Raises ValueError for rows of several settings, and for texts with fewer blocks than
+    an interval needs.
     """
     if len({row.method for row in rows}) != 1:
         raise ValueError("summarise the rows of one setting at a time")
@@ -242,27 +241,12 @@ def summaries(rows: Sequence[TextRow]) -> list[TextSummary]:
 
 def write_text_rows(path: Path, rows: Iterable[TextRow]) -> None:
     """Write the rows to a `nats.jsonl` at `path`, one per line, whole or not at all."""
-    replace_file(path, "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows))
+    write_records(path, rows)
 
 
 def read_text_rows(path: Path) -> list[TextRow]:
     """Read the rows that `write_text_rows` wrote. Raises ValueError naming the file and line that is not a row."""
-    rows: list[TextRow] = []
-    for number, line in enumerate(read_regular(path, MOST_BYTES, "nats rows").decode("utf-8").splitlines(), start=1):
-        try:
-            rows.append(_row_from(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} line {number} is not a row of an audit's texts: {error}") from error
-    return rows
-
-
-def _row_from(record: dict[str, Any]) -> TextRow:
-    names = {field.name for field in fields(TextRow)}
-    if not isinstance(record, dict) or set(record) != names:
-        given = set(record) if isinstance(record, dict) else set()
-        raise ValueError(f"missing fields {sorted(names - given)}, unknown fields {sorted(given - names)}")
-    lists: dict[str, Any] = {name: tuple(x) for name, x in record.items() if isinstance(x, list)}
-    return TextRow(**record | lists)
+    return read_records(path, TextRow, MOST_BYTES, "nats.jsonl", "a row of an audit's texts")
 
 
 def _short(column: Iterable[float]) -> tuple[float, ...]:

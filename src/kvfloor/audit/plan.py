@@ -31,7 +31,7 @@ BASELINES = {
 }
 """Map each method that every audit compares with to a description in words."""
 
-METHODS = ("h2o", "snapkv", "tova", "keydiff")
+METHODS = ("h2o", "snapkv")
 BUDGETS = {True: ("64", "192"), False: ("25%", "50%")}
 """Budgets for the built-in model (True) and any other (False)."""
 MOST_PROMPT_BYTES = 2**28
@@ -135,7 +135,7 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     Raises ValueError naming the file and the broken line, or the number of samples if it is less than `n`.
     """
     try:
-        lines = read_regular(path, MOST_PROMPT_BYTES, "prompts file").decode("utf-8").split("\n")
+        lines = read_regular(path, MOST_PROMPT_BYTES, "prompts file").decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as cause:
         raise ValueError(f"cannot read the prompts file {str(path)!r}: {cause}") from None
     items = tuple(_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip())

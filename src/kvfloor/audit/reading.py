@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvfloor import floors
 from kvfloor.audit.clock import Clock
+from kvfloor.audit.measure import CHUNK_SLOTS
 from kvfloor.audit.nats import TextRow, TokenFigures, figures
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.audit.texts import Excerpt
@@ -25,9 +26,6 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-
-CHUNK_SLOTS = 256
-"""Tokens per forward, so that the tokens of a call do not dominate the peak of bytes."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Reader:
     def read(self, method: Method, excerpt: Excerpt, reference: Sequence[tuple[Tensor, Tensor]]) -> Read:
         """Read an excerpt under a method, and compare its predictions with the exact cache's (`reference`)."""
         begin = time.perf_counter()
-        cache = CompressedCache(self.model.config, method, seed=self.seed, context=excerpt.cell.context)
+        cache = CompressedCache(self.model, method, seed=self.seed, context=excerpt.cell.context)
         dialogue = Dialogue.start(self.model, cache, 1)
         sizes: list[int] = []
 

@@ -3,16 +3,15 @@
 A row is one setting (method with its budget) measured on one cell (task, context length, protocol).
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from kvfloor.audit.protocols import Protocol
+from kvfloor.audit.records import read_records, write_records
 from kvfloor.audit.setting import BudgetedMethod
-from kvfloor.files import read_regular, replace_file
 from kvfloor.statistics import MIN_SAMPLES, paired_counts, paired_difference_interval, wilson_interval
 
 SCHEMA = 1
@@ -230,22 +229,12 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
     The file is written whole, or it is left as it was and ValueError is raised.
     """
-    replace_file(path, "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows))
+    write_records(path, rows)
 
 
 def read_rows(path: Path) -> list[Row]:
     """Read the rows that `write_rows` wrote. Raises ValueError naming the file and line that is not a row."""
-    try:
-        lines = read_regular(path, MOST_BYTES, "rows").decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error}; give a rows.jsonl that an audit wrote") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(_row_from(json.loads(line)))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{str(path)!r} line {number} is not an audit row: {error}") from error
-    return rows
+    return read_records(path, Row, MOST_BYTES, "rows.jsonl", "an audit row")
 
 
 def document(
@@ -264,18 +253,3 @@ def document(
         "recommendation": {"method": method, "why": why},
         "report": report,
     }
-
-
-def _row_from(record: dict[str, Any]) -> Row:
-    names = {field.name for field in fields(Row)}
-    if not isinstance(record, dict) or set(record) != names:
-        given = set(record) if isinstance(record, dict) else set()
-        raise ValueError(f"missing fields {sorted(names - given)}, unknown fields {sorted(given - names)}")
-    return Row(
-        **{
-            **record,
-            "output_error_by_layer": tuple(record["output_error_by_layer"]),
-            "output_error_by_head": tuple(tuple(layer) for layer in record["output_error_by_head"]),
-            "outcomes": tuple(record["outcomes"]),
-        }
-    )

@@ -29,7 +29,7 @@ from kvfloor.audit.plan import (
 from kvfloor.audit.recommend import KL_LIMIT, Recommendation, recommend
 from kvfloor.audit.require import conditions, shortfalls
 from kvfloor.audit.rows import Row, document, write_rows
-from kvfloor.audit.texts import GENERATED, SHIPPED, excerpts
+from kvfloor.audit.texts import GENERATED, SHIPPED, check_scored, check_texts, excerpts
 from kvfloor.files import open_folder
 from kvfloor.models.load import BUILTIN
 from kvfloor.statistics import MIN_SAMPLES
@@ -37,6 +37,7 @@ from kvfloor.statistics import MIN_SAMPLES
 DEFAULT_SAMPLES = 40
 DEFAULT_CONTEXT = {True: 512, False: 1024}
 """Tokens of context for the built-in model (True) and any other (False)."""
+_FEWEST_SCORED = 512
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class AuditRequest:
     texts     names or files of texts to compare next-token distributions on (`audit/texts.py`); None: the generated
               ones for the built-in model, the shipped ones for any other
     contexts  lengths of contexts in tokens; None: 512 for the built-in model, 1,024 for any other
-    continuation  number of tokens that are predicted after each text's context; None: as many as the context has
+    continuation  number of tokens that are predicted after each text's context; None: as many as the longest context
+              has, at least 512
     kl_limit  largest tolerated divergence, nats per token
     accept_terms  True if the user accepts the terms of use of a published model
     n         samples per row, at least 32
@@ -115,7 +117,7 @@ class AuditRequest:
     @property
     def scored(self) -> int:
         """Return the number of tokens that are predicted after each text's context."""
-        return max(self.context_lengths) if self.continuation is None else self.continuation
+        return max(*self.context_lengths, _FEWEST_SCORED) if self.continuation is None else self.continuation
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,8 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
     items = None if question.prompts is None else read_prompts(question.prompts, question.n)
     if not (tasks or question.text_names):
         raise ValueError("an audit needs texts or tasks: leave --texts out, or name --tasks")
+    check_texts(question.text_names)
+    check_scored(len(question.text_names), question.scored, question.minutes is not None)
     open_folder(question.out)
 
     from kvfloor.audit.measure import Bench, run_cells

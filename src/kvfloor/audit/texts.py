@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from kvfloor.audit.nats import TextCell
+from kvfloor.audit.nats import BLOCK_TOKENS, TextCell
 from kvfloor.files import read_regular
+from kvfloor.statistics import MIN_BLOCKS
 from kvfloor.tasks.lexicon import FULL
 from kvfloor.tasks.mixture import mix, mixable
 from kvfloor.tasks.task import builtin_count
@@ -35,6 +36,16 @@ class Excerpt:
     continuation: list[int]
 
 
+def check_texts(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that is neither a text nor a file, and for two texts of one name."""
+    for name in names:
+        if name not in (*SHIPPED, *GENERATED) and not Path(name).exists():
+            raise ValueError(f"no text {name!r}: give a file, or one of {', '.join((*SHIPPED, *GENERATED))}")
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) != len(stems):
+        raise ValueError(f"two of the texts are named {max(stems, key=stems.count)!r}: rename one")
+
+
 def text_of(name: str, tokens: int) -> str:
     """Return a shipped text, a generated text of at least `tokens` built-in tokens, or the content of a file.
 
@@ -47,14 +58,26 @@ def text_of(name: str, tokens: int) -> str:
         while sum(map(count, pieces)) < tokens:
             pieces.append(mix(mixable(), 0, index + len(pieces), max(256, tokens), 0, count, FULL)[0])
         return " ".join(pieces)
+    check_texts([name])
     path = Path(name)
-    if not path.exists():
-        known = ", ".join((*SHIPPED, *GENERATED))
-        raise ValueError(f"no text {name!r}: give a file, or one of {known}")
     try:
         return read_regular(path, MOST_TEXT_BYTES, "text").decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as cause:
         raise ValueError(f"cannot read the text {name!r} as UTF-8: {cause}; convert it first") from None
+
+
+def check_scored(texts: int, continuation: int, limited: bool) -> None:
+    """Raise ValueError if so many texts have too few scored tokens for an interval.
+
+    limited: True if texts may be left out for lack of time; then the first text alone must have enough.
+    """
+    count = 1 if limited else texts
+    if texts and count * (continuation // BLOCK_TOKENS) < MIN_BLOCKS:
+        least = BLOCK_TOKENS * -(-MIN_BLOCKS // count)
+        told = "with --minutes, one text must do alone" if limited else f"on {texts} texts"
+        raise ValueError(
+            f"--continuation {continuation}: too few scored tokens for an interval ({told}); give at least {least}"
+        )
 
 
 def excerpts(
@@ -62,13 +85,11 @@ def excerpts(
 ) -> list[Excerpt]:
     """Return the excerpt of each text at each context length; `encode` returns the token ids of a text.
 
-    Raises ValueError for a text that is shorter than context and continuation, and for two texts of one name.
+    Raises ValueError for a text that is shorter than context and continuation, and as `check_texts` does.
     """
-    stems = [Path(name).stem for name in names]
-    if len(set(stems)) != len(stems):
-        raise ValueError(f"two of the texts are named {max(stems, key=stems.count)!r}: rename one")
+    check_texts(names)
     found = []
-    for name, stem in zip(names, stems, strict=True):
+    for name in names:
         need = max(contexts) + continuation
         ids = encode(text_of(name, need))
         if len(ids) < need:
@@ -77,6 +98,6 @@ def excerpts(
                 f"{continuation:,} need {need:,}: give a longer text or smaller numbers"
             )
         for context in dict.fromkeys(contexts):
-            cell = TextCell(stem, context, continuation)
+            cell = TextCell(Path(name).stem, context, continuation)
             found.append(Excerpt(cell, ids[:context], ids[context : context + continuation]))
     return found

@@ -21,8 +21,8 @@ def _row(state: State, *index: int) -> State:
 def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
     """Return the length in bytes of each row's saved state (`to_bytes`) after each piece of the stream: [piece][row].
 
-    Pieces have at most `method.block` tokens. If a length differs between two streams, the row
-    holds more tokens of one stream than of the other.
+    Pieces have at most `method.block` tokens. The caller compares two calls with different streams: where a length
+    differs, the row held another number of tokens.
     """
     state, sizes = method.open(spec_for(method, at)), []
 
@@ -49,8 +49,8 @@ def check_row_order(method: Method, at: Setting) -> None:
 def check_row_isolation(method: Method, at: Setting) -> None:
     """Require that other input in one row never changes a bit of another row's answers and memory.
 
-    If the changed row then holds more or fewer tokens, matrix products over all rows have another shape. In that case
-    the answers of the other rows need to agree up to rounding only.
+    If the row with other input then holds another number of tokens, matrix products over all rows change shape. In that
+    case the other rows' answers need to agree up to rounding only, while their memory must still have the same bits.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     changed, intruder = spec.rows - 1, stream_for(method, at, salt=1)

@@ -124,5 +124,5 @@ class OnesState(State[Ones]):
 
 
 def beside_ones(method: Method) -> list[Method]:
-    """Return the methods to test in place of `method`: itself, or for tensor attention its two wraps in `Ones`."""
+    """Return the methods to test for `method`: itself, or for tensor attention `Ones` of side 1 and of side 2."""
     return [method] if method.traits.reference != "tensor" else [Ones(method, 1), Ones(method, 2)]

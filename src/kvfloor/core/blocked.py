@@ -53,18 +53,20 @@ class Blocked(State[M]):
         """Handle the end of a block in these rows (None: all), for example by evicting tokens."""
 
     def _rest(self, q: Tensor) -> Partial | None:
-        """Return attention of q (rows, m, d) over memory outside the slots, such as a summary: a `Partial` (rows, m).
+        """Return attention of q (rows, m, d) over memory outside the slots: a `Partial` (rows, m), or None without any.
 
-        None if there is no such memory.
+        Such memory is, for example, a summary of evicted tokens.
         """
         del q
         return None
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of a row's next `left` tokens may be appended in one piece, across block ends.
+        """Return how many of a row's next `left` tokens may be appended as one piece that passes over block ends.
 
-        0: the piece must stop at the end of the open block. A variant returns more than 0 only if `_close` would do
-        nothing at the block ends inside the piece. seen: number of tokens that the row saw before.
+        Only new tokens are counted, not the tokens that the open block has already. 0 means that no such piece is
+        allowed: the caller then appends at most the tokens that complete the open block. A variant returns more than 0
+        only if `_close` would do nothing at the block ends inside the piece. seen: number of tokens that the row saw
+        before.
         """
         del seen, left
         return 0
@@ -258,10 +260,11 @@ class Blocked(State[M]):
                 self.selection.close(self.slots, rows)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
+        """Return causal attention of the newest tokens' queries over slots and `_rest`: a `Partial` (rows, g, a).
 
-        The newest tokens, a per row, have the keys new_k and values new_v. They are in the slots already, behind
-        `before` (rows,) older tokens.
+        q       (rows, g, a, d) queries of the a newest tokens of each row, whose keys new_k (rows, a, d) and values
+                new_v (rows, a, dv) are in the slots already, behind the older tokens
+        before  (rows,) number of these older tokens
         """
         shape = q.shape[:3]
         rest = self._rest(q.flatten(1, 2))
@@ -269,10 +272,13 @@ class Blocked(State[M]):
         return part if rest is None else part.merge(rest.shaped(*shape))
 
     def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Compute `_answer` over the tokens in the slots alone, without `_rest`.
+        """Return causal attention of the newest tokens' queries over the slots alone: a `Partial` (rows, g, a).
 
-        Arguments and result are those of `_answer`. If there are several new tokens and no selector, attention to the
-        older tokens and to the new ones is computed separately and merged, without a mask of rows x queries x slots.
+        q       (rows, g, a, d) queries of the a newest tokens of each row, whose keys new_k (rows, a, d) and values
+                new_v (rows, a, dv) are in the slots already, behind the older tokens
+        before  (rows,) number of these older tokens
+        If there are several new tokens and no selector, attention to the older tokens and to the new ones is computed
+        separately and merged, without a mask of rows x queries x slots.
         """
         shape, past = q.shape[:3], int(before.max())
         if self.selection is not None:
@@ -288,10 +294,10 @@ class Blocked(State[M]):
         return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
-        """Attend with queries `flat` (rows, g*a, d) to all slots, under the causal mask and the selector's mask.
+        """Return attention over all slots, under the causal mask and the selector's mask: a `Partial` (rows, g*a).
 
-        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens. Before these tokens,
-        row r held before[r] tokens.
+        `flat` (rows, g*a, d) holds the queries of the a newest tokens of each row. These tokens are in the slots
+        already, behind before[r] older tokens in row r.
         """
         m = flat.shape[1]
         view = self.slots.view()
@@ -308,10 +314,10 @@ class Blocked(State[M]):
         return Partial.over(flat, view.k, view.v, self.spec, hide=hide)
 
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
-        """Attend causally with q (rows, g, a, d) to the slots that the selector's index chooses.
+        """Return causal attention over the slots that the selector's index chooses: a `Partial` (rows, g*a).
 
-        Returns a `Partial` (rows, g*a). The queries are those of each row's a newest tokens. Before these tokens,
-        row r held before[r] tokens.
+        q (rows, g, a, d) holds the queries of the a newest tokens of each row. These tokens are in the slots already,
+        behind before[r] older tokens in row r.
         """
         assert self.selection is not None
         arrived = torch.arange(q.shape[2])

@@ -179,6 +179,7 @@ class Policy(ABC):
     weights_of: ClassVar[Literal["all", "last"]] = "all"  # the queries of a block whose attention `on_weights` gets
     newest_queries: int | None = None  # newest queries of a dense prompt that `on_queries` needs; None: all
     wants_keys: ClassVar[bool] = False  # True: the memory's `on_keys` gets every key
+    wants_rotation: ClassVar[bool] = False  # True: a model's cache looks for the rotation of its keys (`Spec.applied`)
     weighs_values: ClassVar[bool] = False  # True: evictions depend on values, so answers are not linear in values
     columns: ClassVar[dict[str, torch.dtype]] = {}  # numbers kept per slot, zero for a new token
 

@@ -36,6 +36,9 @@ class Spec:
     tied      a token's value is its key: both are given as one tensor, and held once
     rotation  None, or the rotation (RoPE) of keys and queries, which are then given unrotated. A token's key and query
               are rotated by the token's rank among the tokens that its row holds, the oldest at 0
+    applied   None, or the rotation (RoPE) by which keys and queries are already rotated when given, each by its token's
+              position in the stream plus any constant. A state does not rotate by it; it is for policies that predict
+              later queries. None where it is unknown too; not together with `rotation`
     Raises ValueError naming the field that is out of its domain.
     """
 
@@ -51,6 +54,7 @@ class Spec:
     places: Sequence[tuple[int, int]] | None = None
     tied: bool = False
     rotation: Rotation | None = None
+    applied: Rotation | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "d", "dv"):
@@ -65,13 +69,16 @@ class Spec:
             raise ValueError(f"Spec.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.tied and self.d != self.dv:
             raise ValueError(f"Spec.tied says that values are the keys, so dv must be d = {self.d}, got {self.dv}")
-        if self.rotation is not None:
-            if not isinstance(self.rotation, Rotation):
-                raise ValueError(f"Spec.rotation must be None or a Rotation, got {self.rotation!r}")
-            if self.rotation.stop > self.d:
-                raise ValueError(
-                    f"Spec.rotation turns entries up to {self.rotation.stop} of keys that have d = {self.d}"
-                )
+        for name in ("rotation", "applied"):
+            rotation = getattr(self, name)
+            if not isinstance(rotation, Rotation | None):
+                raise ValueError(f"Spec.{name} must be None or a Rotation, got {rotation!r}")
+            if rotation is not None and rotation.stop > self.d:
+                raise ValueError(f"Spec.{name} turns entries up to {rotation.stop} of keys that have d = {self.d}")
+        if self.rotation is not None and self.applied is not None:
+            raise ValueError(
+                "Spec.rotation says that keys are given unrotated, Spec.applied that they are rotated: give one of them"
+            )
         if not isinstance(self.seed, int):
             raise ValueError(f"Spec.seed must be an integer, got {self.seed!r}")
         ids = tuple(range(self.rows)) if self.row_ids is None else tuple(int(i) for i in self.row_ids)
@@ -110,14 +117,12 @@ class Spec:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         plain.pop("device", None)
         plain["dtype"] = str(self.dtype).removeprefix("torch.")
-        if self.rotation is not None:
-            plain["rotation"] = self.rotation.as_dict()
+        plain |= {name: plain[name].as_dict() for name in ("rotation", "applied") if name in plain}
         if plain.get("row_ids") == tuple(range(self.rows)):
             del plain["row_ids"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any], device: str | torch.device = "cpu") -> Spec:
-        turn = plain.get("rotation")
-        rotation = None if turn is None else Rotation.from_dict(turn)
-        return cls(**(plain | {"dtype": DTYPES[plain["dtype"]], "device": device, "rotation": rotation}))
+        turns: dict[str, Any] = {x: Rotation.from_dict(plain[x]) for x in ("rotation", "applied") if plain.get(x)}
+        return cls(**(plain | {"dtype": DTYPES[plain["dtype"]], "device": device} | turns))

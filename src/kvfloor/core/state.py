@@ -152,7 +152,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return out
 
     def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
-        """Append tokens and return the outputs (rows, g, t, dv): the `mean` of the `_step_partial` result."""
+        """Append tokens and return the attention outputs (rows, g, t, dv): the means that `_step_partial` returns."""
         return self._step_partial(k, v, q, take).mean
 
     @property
@@ -355,10 +355,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if `fields`, those of a saved state, contradict the fields of a state that is a part of it.
+        """Raise ValueError if a saved state's `fields` contradict the saved fields of a state inside that state.
 
-        Both states must have seen equally many tokens per row, and both or neither must be sealed (past the end of the
-        prompt).
+        Outer and inner state must have seen equally many tokens per row, and both or neither must be sealed (past the
+        end of the prompt).
         """
         for name, value in vars(self).items():
             if isinstance(value, State):

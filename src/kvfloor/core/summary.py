@@ -46,9 +46,10 @@ class SummaryState(Memory, ABC):
 
     @abstractmethod
     def read(self, q: Tensor) -> Partial:
-        """Return attention of q (rows, m, d) over the absorbed tokens as the summary defines it: a `Partial` (rows, m).
+        """Return attention of q (rows, m, d) over the absorbed tokens as the summary defines it.
 
-        The call changes nothing.
+        The result is a `Partial`: the mean (rows, m, dv), i.e. the normalised output, and the log-mass (rows, m), i.e.
+        the log-sum-exp of the logits. The call changes nothing.
         """
 
     def on_queries(self, q: Tensor) -> None:
@@ -81,7 +82,8 @@ class Summary(ABC):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return a bound on the error of answers that holds whichever tokens are evicted; None: no bound is proved.
 
-        If the returned bound's `epsilon` is 0, answers follow the attention law of `Traits.reference` exactly.
+        A returned bound with `epsilon` 0 promises that answers have no error against the attention law named by
+        `Traits.reference`.
         """
         del spec
         return None

@@ -126,12 +126,13 @@ class Watching(Blocked["Bounded"]):
     # ---- learning --------------------------------------------------------------------------------------------------
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of a row's next `left` tokens may be appended in one piece, across ends of blocks.
+        """Return how many of a row's next `left` tokens may be appended as one piece that passes over block ends.
 
-        `seen` tokens came before. 0 is returned where the piece must stop at the next block end. More than 0 is
-        possible only in a dense prompt (nothing is evicted before its end), without selector, and if the policy needs
-        neither weights nor keys. Then the piece has all `left` tokens if the policy needs no queries. If the policy
-        needs only the newest queries, the piece has whole blocks and ends before the tokens of these queries.
+        Only new tokens are counted; the row saw `seen` tokens before. 0 means that no such piece is allowed: the caller
+        then appends at most the tokens that complete the open block. More than 0 is possible only in a dense prompt
+        (nothing is evicted before its end), without selector, and if the policy needs neither weights nor keys. Then
+        the piece has all `left` tokens if the policy needs no queries. If the policy needs only the newest queries, the
+        piece has whole blocks, which must start at a block end, and ends before the tokens of these queries.
         """
         policy = self.method.policy
         if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):

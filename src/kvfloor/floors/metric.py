@@ -102,8 +102,8 @@ def metric_space(
 ) -> Floor:
     """Return a lower bound on the bits that any streaming method must hold to meet an error guarantee at each step.
 
-    The guarantee, of the norm `metric` with error `epsilon` (see `wrong_share`), must hold with probability `p` at each
-    step.
+    The guarantee bounds the l2 error of an answer by `epsilon` times the scale that `metric` names: max, frobenius or
+    operator (formulas in `wrong_share`). It must hold with probability `p` at each step.
     Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), S the bits, rho the
     `wrong_share` of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else
     0. The hard instance is a stream that is m tokens long so far, m <= n, or m <= W - 1 under `window` = W, with signs

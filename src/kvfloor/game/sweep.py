@@ -35,8 +35,9 @@ class Precision:
 class Packed:
     """Record one packing game at (d, radius): bits hidden, bits certified, and the closed-form floor for n tokens.
 
-    d is the width of a key, radius the largest logit. Keys are separable if, for each of them, a query with such logits
-    puts nearly all softmax mass on this key. The game hides a row of dv values under each separable key. Certified bits
+    d is the width of a key, radius the largest logit allowed. Keys are separable if each key has a query that puts
+    nearly all softmax mass on this key with no logit above radius. The game hides a row of dv values under each
+    separable key. Certified bits
     are bits that the message (the bytes of the state) provably carries; the floor is a lower bound on the bits of any
     method that answers.
     """

@@ -43,7 +43,8 @@ class CompressedCache(Cache):
 
     Sliding-window, convolution and linear layers keep transformers' own storage.
 
-    config    the model's configuration, or the model
+    config    the model's configuration, or the model. A method that predicts later queries (`expected`) needs the
+              prepared model for its paper's law, which undoes the rotary embedding
     method    a Method or its text, e.g. "h2o(recent=64)@512"; budgets in bytes are for the whole cache
     context   length in tokens; a budget such as "@25%" is a share of this length
     seed      seeds the method's own randomness
@@ -98,6 +99,7 @@ class CompressedCache(Cache):
             _shares(allocate, model, calibration, served),
             tuple((int(start), int(stop)) for start, stop in pinned),
             _rotations(positions, self.method, model),
+            _applied(positions, self.method, model),
         )
         kept = ("context", "seed", "requests", "budgets", "pinned")
         # The arguments with which `load` constructs the cache; JSON-ready.
@@ -141,8 +143,9 @@ class CompressedCache(Cache):
     def __bool__(self) -> bool:
         """Return True if the cache has layers, filled or not.
 
-        Raises ValueError if generate() of an older transformers release may later replace this cache by a DynamicCache
-        without calling it again. That happens to a model that changes its rotary angles at some length (Phi-3).
+        Raises ValueError if generate() of an older transformers release may later replace this cache by a DynamicCache,
+        for a model that changes its rotary angles at some length (Phi-3). Newer releases compare `get_seq_length` with
+        that length first, which raises the error; older ones do not, so it is raised here, up to that length.
         """
         if self._rotation is not None:
             self._rotation.refuse_unasked(int(super().get_seq_length()))
@@ -457,6 +460,21 @@ def _rotations(positions: str, method: Method, model: PreTrainedModel | None) ->
         )
     assert model is not None
     return tuple(rotations(model))
+
+
+def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
+    """Return the rotary embedding of each compressed layer for a policy that `wants_rotation` and positions="stream".
+
+    Returns None if the policy does not want it, if no prepared model is given to measure it on, and if the model's
+    positions are not fixed rotations.
+    """
+    policy = method.parts.policy
+    if positions != "stream" or policy is None or not policy.wants_rotation or model is None or not is_prepared(model):
+        return None
+    try:
+        return tuple(rotations(model))
+    except ValueError:
+        return None
 
 
 def _shares(allocate: Any, model: PreTrainedModel | None, calibration: Any, layers: int) -> Shares | None:

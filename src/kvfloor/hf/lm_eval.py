@@ -201,9 +201,7 @@ class CompressedLM(TemplateLM):
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _cache(self, requests: list[int]) -> CompressedCache:
-        return CompressedCache(
-            self.model.config, self.method, context=self._context, seed=self._seed, requests=requests
-        )
+        return CompressedCache(self.model, self.method, context=self._context, seed=self._seed, requests=requests)
 
     def _batches(
         self, sizes: list[int], quiet: bool, title: str, alike: list[str] | None = None

@@ -38,6 +38,7 @@ class Opening:
     pinned     spans [from, to) of token positions that are never evicted
     rotations  None: keys come rotated and stay as they are. Otherwise one rotary embedding per compressed layer: keys
                come unrotated, and the state rotates each by its rank among the held tokens
+    applied    None, or one rotary embedding per compressed layer, by which keys come rotated (`Spec.applied`)
     Raises ValueError for settings in conflict.
     """
 
@@ -50,6 +51,7 @@ class Opening:
     shares: Shares | None = None
     pinned: tuple[tuple[int, int], ...] = ()
     rotations: tuple[Rotation | None, ...] | None = None
+    applied: tuple[Rotation | None, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, table in (("budgets", self.budgets), ("allocate", self.shares)):
@@ -105,6 +107,7 @@ class Opening:
             places=[(layer, head) for _ in requests for head in range(kv_heads)],
             tied=tied,
             rotation=None if self.rotations is None else self.rotations[place],
+            applied=None if self.applied is None else self.applied[place],
         )
         state = self._sized(spec, place, batch, kv_heads, g).open(spec)
         for start, stop in self.pinned:

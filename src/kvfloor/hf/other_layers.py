@@ -84,10 +84,11 @@ def blank(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
 
 
 def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """Empty the layer, even in the middle of an update: set the attributes that `blank` returned.
+    """Make a layer empty again, even in the middle of an update, by setting its attributes to those of an empty layer.
 
-    names: the attributes concerned; None: all, and attributes that are not in `empty` are deleted. A layer's own reset
-    is not enough after a failure in the middle of its update, and differs from release to release.
+    empty: these attributes, name -> value, as `blank` returned them. names: the attributes to set; None: all, and then
+    attributes that are not in `empty` are deleted. A layer's own reset is not enough after a failure in the middle of
+    its update, and differs from release to release.
     """
     for name in [name for name in vars(layer) if name not in empty] if names is None else ():
         delattr(layer, name)

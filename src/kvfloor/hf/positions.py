@@ -90,9 +90,10 @@ class TurnBack:
 
 
 def plain(positions: Tensor) -> Tensor:
-    """Return positions (B or 1, n) without their first dimension of axes, such as time, height, width, if they have it.
+    """Return a model's positions as (B or 1, n), given in this shape or once per axis: (axes, B or 1, n).
 
-    Raises ValueError if a token's positions on the axes differ, as they do for image tokens.
+    Axes are, for example, time, height and width; a text token has the same position on each. Raises ValueError if a
+    token's positions on the axes differ, as they do for image tokens.
     """
     if positions.ndim < 3:
         return positions
@@ -160,7 +161,8 @@ class _Recorder:
     """Record a layer's queries, keys and values when called as the layer's `turn_back` function.
 
     A `TurnBack`, set as this function, would undo the rotation; a recorder returns query and key unchanged.
-    place: position (B,) of the token in each batch item; not a layer's index here. seen: the inputs of each call.
+    place    (B,) position of the one token of each batch item (in this class, not the index of a layer)
+    seen     the inputs of every call so far
     """
 
     place: Tensor
@@ -269,8 +271,9 @@ def _rope_types(module: nn.Module) -> list[str]:
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
     """Return True if the model multiplies its queries by a factor that grows with their position.
 
-    This is llama_4_scaling_beta in the configuration. The factor is read from the configuration instead of measured:
-    until transformers 5.3, a measurement cannot choose the position from which the model computes the factor.
+    Such a model has llama_4_scaling_beta in its configuration, which decides here, not a measurement as for rotations:
+    before transformers 5.3, the model computes the factor from a position count of its own, not from the positions
+    that `_probed` feeds it.
     """
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))

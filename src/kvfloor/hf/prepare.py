@@ -78,9 +78,10 @@ class _NoGradient(torch.autograd.Function):
 def _latent(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `attention` for a latent-attention module (MLA), which forms its keys from latents that a cache returned.
+    """Return output and weights, as `attention` does, for a latent-attention module (MLA).
 
-    If the latents come from a compressed layer, that layer computes the attention; otherwise `_stock` does.
+    Such a module forms its keys from latents that a cache returned. If the latents come from a compressed layer, that
+    layer computes the attention; otherwise `_stock` does.
     """
     pair = latent.awaited()
     layer = None if pair is None else CompressedLayer.of(pair[0])
@@ -96,9 +97,10 @@ def _latent(
 def _compressed(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Compute `attention` for keys from a compressed layer.
+    """Return the attention (B, n, H, dv) that a compressed layer computes for its own keys, and None for the weights.
 
-    It runs outside torch.compile's trace, which would trace the method block by block.
+    `attention`, which chooses this function, keeps it out of torch.compile's graph: the method's loop over blocks would
+    be traced once per block.
     """
     layer = CompressedLayer.of(key)
     assert layer is not None
@@ -182,7 +184,7 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `attention` for keys from any other cache, with the attention `over` that was selected before.
+    """Return output and weights, as `attention` does, for keys from any other cache, by the earlier attention `over`.
 
     The family's own eager attention is used instead if sdpa cannot compute the call: with a cap on logits, with sinks,
     or with weights requested.
@@ -210,8 +212,10 @@ def _eager(module: torch.nn.Module) -> Any:
 def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
     """Convert a mask for sdpa to one for eager attention: 0 where a query may attend, the dtype's minimum elsewhere.
 
-    sdpa's mask is bool or None. With several queries, None stands for the causal mask if `causal` is True (None: the
-    module's `is_causal`). Otherwise None is returned. A mask of any other dtype is returned unchanged.
+    mask      bool, for sdpa, or None, for which sdpa takes the causal mask if attention is causal. With several queries
+              that causal mask is converted; in every other case without a mask, nothing is hidden and None is returned.
+              A mask that is not bool is returned unchanged.
+    causal    True if attention is causal; if not given (None), the module's `is_causal` decides
     """
     n, slots = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kvfloor.files import open_folder, open_regular
 
@@ -32,32 +32,36 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-def converted(path: Path, track: Callable[[str], None]) -> Path:
+def folder_of(file_name: str, digest: str) -> Path:
+    """Return the path of the folder for the converted GGUF file of this name and SHA-256; it may not exist yet."""
+    return cache_folder() / f"{Path(file_name).stem}-{digest[:16]}"
+
+
+def converted(path: Path, track: Callable[[str], None], expected: str | None = None) -> Path:
     """Return the folder of the GGUF file's model in float32, with its tokenizer, after converting it if necessary.
 
-    `track` is called with a line of text before each long step. Raises ValueError for a file that is not GGUF or has an
-    architecture that transformers cannot read, where the package gguf is missing, and where the cache cannot be
-    written.
+    `track` is called with a line of text before each long step. Raises ValueError for a file that is not GGUF, whose
+    SHA-256 is not `expected` (None: any), or that has an architecture that transformers cannot read, where the packages
+    gguf and accelerate are missing, and where the cache cannot be written.
     """
     track(f"reading {path.name}")
     with open_regular(path, "GGUF file") as (stream, _):
-        if stream.read(len(MAGIC)) != MAGIC:
-            raise ValueError(f"{str(path)!r} is no GGUF file: it does not begin with {MAGIC.decode()}")
-        stream.seek(0)
-        digest = sha256(stream)
-    target = cache_folder() / f"{path.stem}-{digest[:16]}"
+        digest = hashlib.sha256(begin := stream.read(len(MAGIC)))
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+    found = digest.hexdigest()
+    if expected not in (None, found):
+        raise ValueError(
+            f"{path.name} has the SHA-256 {found}, not {expected}: another file than this version of kvfloor knows; "
+            "nothing was kept"
+        )
+    if begin != MAGIC:
+        raise ValueError(f"{str(path)!r} is no GGUF file: it does not begin with {MAGIC.decode()}")
+    target = folder_of(path.name, found)
     if not target.exists():
         track(f"converting {path.name}: once, into {target}")
         _convert(path, target)
     return target
-
-
-def sha256(stream: IO[bytes]) -> str:
-    """Return the SHA-256 of the rest of a stream in hex digits."""
-    digest = hashlib.sha256()
-    while piece := stream.read(_PIECE):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def _convert(path: Path, target: Path) -> None:

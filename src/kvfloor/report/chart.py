@@ -162,7 +162,7 @@ class Chart:
         return "M" + "L".join(f"{self.x(one):.1f} {self.up.place(one.y):.1f}" for one in series.data)
 
     def x(self, one: Datum) -> float:
-        """Return the page coordinate x at which a point is drawn: that of its number x, plus its `shift`."""
+        """Return a point's horizontal coordinate on the page: the place of its x on the axis, plus its `shift`."""
         return self.across.place(one.x) + one.shift
 
     def side(self, rule: Rule) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvfloor.audit.explain import cautions, what_breaks, why
-from kvfloor.audit.format import bytes_text, number_of_nats, percent_text, points_text, smaller_text
+from kvfloor.audit.format import bytes_text, counted, number_of_nats, percent_text, points_text, smaller_text
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
@@ -80,8 +80,8 @@ def details_text(details: Mapping[str, Any]) -> str:
 
 
 def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
-    count = len({row.text for row in texts})
-    title = f"{count} texts, {texts[0].context:,} tokens of context, {texts[0].continuation:,} scored"
+    count = counted(len({row.text for row in texts}), "text")
+    title = f"{count}, {texts[0].context:,} tokens of context, {texts[0].continuation:,} scored"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("setting", no_wrap=True)
     for name in ("state", "smaller", "(16 bit)", "KL, nats", "95 %", "same top"):

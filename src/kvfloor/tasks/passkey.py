@@ -1,6 +1,6 @@
 """Define the tasks "passkey" and "passkey64": recall a number of 5 or 6 digits, or of 64, hidden in filler.
 
-The long number takes 32 tokens to copy. Shorter contexts have shorter numbers.
+The 64 digits of "passkey64" take 32 tokens to copy. In short contexts, both tasks have fewer digits by default.
 """
 
 from __future__ import annotations

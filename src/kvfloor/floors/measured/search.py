@@ -87,7 +87,7 @@ class Sight:
         return self._made(queries) if self._kept is None else self._kept.at(queries)
 
     def blocks(self, queries: Tensor) -> Iterator[Block]:
-        """Split the given indices of queries into pieces; yield the `Block` of each piece, as `rows` returns it."""
+        """Yield the softmax weights of the queries at the given indices (b,), one `Block` for each few queries."""
         return (self.rows(part) for part in queries.split(_QUERIES_AT_ONCE))
 
     def _made(self, queries: Tensor) -> Block:

@@ -9,7 +9,8 @@ do with their order in the stream.
     load            sum of the ratios R_ij over a set of tokens j
     weight          softmax weight of the query of token i on token i: 1 / (1 + sum of R_ij over the other members)
     leak            the weight of token i times the sum of R_ij over the members that Bob decodes after token i
-    estimated bits  the floor that a stream would give, before `readable.py` bounds its softmax weights anew
+    estimated bits  the read floor of a stream, in bits, by the search's own softmax weights, whose rounding errors are
+                    not accounted for; `readable.py` bounds the weights anew and computes the true floor
 The search only proposes streams. A stream grows from the last decoded token to the first: a token that is decoded
 earlier adds no leak to the tokens decoded after it, and only shrinks their weights.
 """
@@ -112,12 +113,16 @@ class Candidate(NamedTuple):
 
 
 class Spread:
-    """Search keys (n, d), float32, for streams in which queries of length at most `radius` read one token each.
+    """Search keys (n, d), float32, for streams in which a query per token reveals the token's hidden value.
 
-    scale and softcap define the logits; `beyond` is the log of the softmax mass of further tokens that every query
-    sees, or None; `demand` is the accuracy required of the answers. The tokens of a stream are its members, kept in the
-    order of decoding: the order in which the proof's receiver (Bob) reconstructs the hidden values. The estimated bits
-    of a stream are its read floor before rounding is accounted for.
+    `candidates` yields the streams found, each with its tokens, its queries and its estimated bits (see the module). A
+    query reveals a value, or reads the token, if the answer to it tells levels of the value apart. The tokens of a
+    stream are its members, kept in the order of decoding: the order in which the proof's receiver (Bob) reconstructs
+    the hidden values.
+    radius          greatest length of a query
+    scale, softcap  define the logits
+    beyond          log of the softmax mass of further tokens that every query sees, or None
+    demand          largest error that an answer may have, for values in [-1, 1], and the chance to keep within it
     """
 
     def __init__(

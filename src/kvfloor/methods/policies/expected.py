@@ -1,8 +1,9 @@
 """Keep the tokens of largest score: expected attention from future queries times the norm of the value.
 
 In this file a row is one (batch item, kv head) stream; its queries are those of the g query heads of the GQA group.
-N(mu, Sigma) is the Gaussian that is fitted to the row's past queries; k' is the transpose of k. In shapes, rows are all
-rows of a state, r those of one call, d is the width of a key.
+N(mu, Sigma) is the Gaussian that is fitted to the row's past queries; k' is the transpose of k. A rotation is a rotary
+embedding (RoPE). In shapes, rows are all rows of a state, r those of one call, h the Gaussians per row, d is the width
+of a key.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from kvfloor.core.fields import Field
 from kvfloor.core.policy import Guarded, Held, PolicyMemory, Queries
+from kvfloor.core.rotation import Rotation
 from kvfloor.core.rowwise import length, row_by_row, total
 from kvfloor.core.spec import Spec
-from kvfloor.validation import literals
+from kvfloor.validation import count, literals
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,15 @@ class Expected(Guarded):
     Law (Devoto et al. 2025, ExpectedAttention): for q ~ N(mu, Sigma), E exp(scale q.k) is
     z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||, and the
     token of lowest score is evicted. mu and Sigma are the mean and the covariance of the row's queries so far, taken
-    after RoPE: queries of past positions stand for future queries. Queries of the first `sinks` tokens are left out.
+    before their rotation, and then rotated by the mean rotation of the next `horizon` positions. Queries of the first
+    `sinks` tokens are left out. The rotation is `Spec.applied`, which a model's cache measures if it is given the
+    prepared model, or `Spec.rotation`, whose places are ranks. If neither is set, mu and Sigma are those of the queries
+    as given: for a rotary model this is a weaker law, as queries rotated to past positions stand for future queries.
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
-    epsilon   weight of the value's norm for a token that receives no attention
+    epsilon   weight of the value's norm for a token that receives no attention. Shares of attention sum to 1, so 0.01
+              among hundreds of tokens ranks most of them by their values' norms, and 0 by their attention
+    horizon   future positions whose rotations are averaged
     sinks     first tokens that are never evicted: 4 by default
     recent    newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     A stream without queries has z = 1: the tokens with the smallest value norms are evicted. Logits are taken without
@@ -40,15 +47,27 @@ class Expected(Guarded):
     name: ClassVar[str] = "expected"
     paper: ClassVar[str] = "Devoto et al. 2025, ExpectedAttention (arXiv 2510.00636)"
     weighs_values: ClassVar[bool] = True
+    wants_rotation: ClassVar[bool] = True
 
     heads: Literal["pool", "each"] = "pool"
     epsilon: float = 0.01
+    horizon: int = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
         literals(self)
+        count(self.name, least=1, horizon=self.horizon)
         if not (isinstance(self.epsilon, (int, float)) and 0 <= self.epsilon < float("inf")):
             raise ValueError(f"expected: epsilon must be a number >= 0, got {self.epsilon!r}")
+
+    def shared(self, spec: Spec) -> dict[str, Tensor]:
+        """Return the mean cosine and sine (pairs,) of the rotation over the places 0 .. horizon - 1."""
+        rotation = _rotation(spec)
+        if rotation is None:
+            return {}
+        places = torch.arange(self.horizon, device=spec.device)
+        cos, sin = (total(x, 0) / self.horizon for x in rotation.circle(places, spec.compute_dtype))
+        return {"horizon_cos": cos, "horizon_sin": sin}
 
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> QueryMoments:
         del shared
@@ -59,8 +78,29 @@ class Expected(Guarded):
         return True
 
     def on_queries(self, held: Held, queries: Queries) -> dict[str, Tensor]:
-        held.memory.take(held.rows, queries.q, queries.made & (queries.position >= self.sinks))
+        q, applied, dtype = queries.as_they_came, held.spec.applied, held.spec.compute_dtype
+        if applied is not None:
+            q = applied.turned(q.to(dtype), applied.circle(queries.position.unsqueeze(1), dtype), back=True)
+        held.memory.take(held.rows, q, queries.made & (queries.position >= self.sinks))
         return {}
+
+    def future(self, held: Held) -> tuple[Tensor, Tensor]:
+        """Return the mean (r, h, d) and covariance (r, h, d, d) of the next queries, rotated as the held keys are.
+
+        Law: R mu and R Sigma R', where R is the mean of the rotations by the next `horizon` places. It is the rotation
+        by the next place times the mean over places 0 .. horizon - 1, as rotations of one pair commute.
+        """
+        mean, covariance = held.memory.gaussian(held.rows)
+        rotation = _rotation(held.spec)
+        if rotation is None:
+            return mean, covariance
+        following = held.seen if held.spec.rotation is None else held.count
+        cos, sin = rotation.circle(following, held.spec.compute_dtype)  # (r, 1, pairs)
+        over_cos, over_sin = held.shared["horizon_cos"], held.shared["horizon_sin"]
+        circle = cos * over_cos - sin * over_sin, sin * over_cos + cos * over_sin
+        square = circle[0].unsqueeze(1), circle[1].unsqueeze(1)
+        half = rotation.turned(covariance, square).transpose(-1, -2)
+        return rotation.turned(mean, circle), rotation.turned(half, square)
 
     def priority(self, held: Held) -> Tensor:
         dtype, scale = held.spec.compute_dtype, held.spec.scale
@@ -72,9 +112,13 @@ class Expected(Guarded):
                 whole = whole + torch.softmax(scale * (turned * k).sum(-1), -1) / mean.shape[1]
             return whole
 
-        gaussian = held.memory.gaussian(held.rows)
-        expected = row_by_row(share, held.k.to(dtype), beside=gaussian, held=held.count.flatten().tolist())
+        expected = row_by_row(share, held.k.to(dtype), beside=self.future(held), held=held.count.flatten().tolist())
         return (expected + self.epsilon) * length(held.v.to(dtype))
+
+
+def _rotation(spec: Spec) -> Rotation | None:
+    """Return the rotation of the keys that queries are multiplied with; None if there is none or it is unknown."""
+    return spec.applied if spec.rotation is None else spec.rotation
 
 
 class QueryMoments(PolicyMemory):

@@ -68,9 +68,11 @@ class Hierarchical(Indexed):
 class HierarchicalState(SelectorState):
     """Hold the key blocks that the queries of every row currently read (the choice), and the slots' order of arrival.
 
+    k, key_block, query_block and refresh are the settings of `Hierarchical`: about k tokens are read, in blocks of
+    key_block tokens; queries of query_block positions in the prompt, or of refresh positions after it, share a choice.
     block    (rows, g, k / key_block) blocks of the current choice, ascending, -1 beyond the last; None before a choice
     blocks   (rows,) number of blocks that the choice was made from: all tokens after these blocks are read
-    span     (rows,) index of the span of `query_block` or `refresh` positions that the choice is for; -1: none
+    span     (rows,) index of the span of positions that share the current choice; -1: none
     order    the slots of each row from the oldest to the newest token; None if no token is ever evicted, as slots
              then are in order
     """

@@ -45,18 +45,18 @@ class Balance(Method):
     Halving a level evicts half of the level's tokens and moves the other half up one level. The kept half is chosen so
     that the sum of e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short (`self_balancing`).
     Here e^{q} and e^{k} stand for feature vectors with inner product e^{q.k}, and const is a number appended to each
-    value. A tree is all levels through which one set of tokens is halved. The paper has one tree for each bucket (part)
-    of the tokens of the numerator, and one for the denominator. Here the coordinate const lets one tree serve both, so
-    answers are convex combinations.
+    value. The paper halves separate sets of tokens, each through levels of its own (a tree): one set for each bucket
+    (part) of the numerator's tokens, and one set for the denominator. Here one set serves both, thanks to the
+    coordinate const: numerator and denominator have the same weights, so answers are convex combinations of values.
     batch     number of tokens that makes a level full. A row halves levels at every batch-th token; newer tokens are
               read exactly. Without a budget every full level is halved, which leaves at most batch tokens per level
               and log2(n / batch) + 2 levels.
     budget    upper bound on tokens per row at all times. At the end of each block, the budget must have room for the
-              next block; a block is an eighth of the budget less sinks and recent tokens, or `batch` tokens if that is
-              less. While there is no room, the oldest tokens of one level are halved, at most four blocks of them,
-              which keeps weights similar. The level halved is the l with the largest (number of tokens) / 4^l, because
-              halving level l adds 4^l to the squared error however many tokens are halved. Where every level has
-              one token, a fair coin drops the token of the lowest level or doubles its weight.
+              next block; a block has (budget - sinks - recent) / 8 tokens, rounded down, or `batch` if that is less.
+              While there is no room, the oldest tokens of one level are halved, at most four blocks of them: halving
+              few at once keeps the held tokens' weights similar. The level halved is the l with the largest (number
+              of tokens) / 4^l, because halving level l adds 4^l to the squared error however many tokens are halved.
+              Where every level has one token, a fair coin drops the token of the lowest level or doubles its weight.
     keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's rule, by which the
               tokens of the rarer sign in the walk stay, which loses a little mass each time
     c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for

@@ -165,8 +165,9 @@ class Reservoir(Memory):
     """Hold s sampled (key, value) pairs per row, k (s, d) and v (s, dv), drawn with probability proportional to |v|^2.
 
     Each pair is an independent draw of a token with probability |v|^2 / mu, where mu is the sum of all |v|^2. A slot is
-    the place of one pair: it keeps the token whose random number, fixed by the token's position, is smallest; so pairs
-    do not depend on how calls cut the stream.
+    the place of one pair. Every token has an exponential random number of rate |v|^2 for each slot, Exp(1) / |v|^2, and
+    the slot keeps the token with the smallest number. The draws are fixed by the token's position, so pairs do not
+    depend on how calls cut the stream.
     """
 
     def __init__(self, spec: Spec, s: int) -> None:

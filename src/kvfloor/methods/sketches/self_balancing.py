@@ -135,15 +135,16 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
 
 
 def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
-    """Return masks (r, m) of the vectors to keep and of those to drop, and the number (r,) of clamped steps.
+    """Choose by `walk` which vectors to keep: masks (r, m) of those to keep and to drop, and clamped steps (r,).
 
     Only the first count[r] of row r's m vectors take part, and m is even. products (r, m, m) are the vectors' inner
     products, zero beyond the count; draws (r, m) are uniform random numbers, one per vector; c is the threshold of
     `walk`. keep is one of:
-    pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2; an odd last vector
-             is in neither mask. `walk` is given the differences of neighbours, and even=True.
-    smaller  the paper's rule: the vectors of the rarer sign stay, or the vectors of sign + if both signs are equally
-             frequent
+    pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2. `walk`, with even=True,
+             gives a sign to each difference of two neighbours: the first stays for +, the second for -. If count[r] is
+             odd, the last vector is in neither mask.
+    smaller  the paper's rule: `walk`, with even=False, gives a sign to each vector, and the vectors of the rarer sign
+             stay, or the vectors of sign + if both signs are equally frequent
     """
     place = torch.arange(products.shape[1], device=products.device)
     if keep == "pairs":

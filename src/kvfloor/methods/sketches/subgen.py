@@ -125,9 +125,10 @@ class SubGen(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGen:
-        """Return this method with s and t for error epsilon and failure probability delta, without cap or budget.
+        """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
-        The error is that of `guarantee`. Without a cap, the number of centres depends on the keys alone.
+        s is the number of sampled pairs, t that of sampled keys per cluster; the error is that of `guarantee`. The
+        returned method has no budget and no cap on centres: their number depends on the keys alone.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self

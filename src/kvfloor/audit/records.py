@@ -1,0 +1,50 @@
+"""Write dataclasses as JSON lines, one object with all fields per line, and read them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvfloor.files import read_regular, replace_file
+
+R = TypeVar("R")
+
+
+def write_records(path: Path, records: Iterable[Any]) -> None:
+    """Write dataclass objects to `path`, one per line, whole or not at all."""
+    replace_file(path, "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records))
+
+
+def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> list[R]:
+    """Read the objects of the dataclass `kind` that `write_records` wrote; lists become tuples.
+
+    file_name, what: the name that an audit gives the file, and a line of it in words, for errors. Raises ValueError
+    naming the file, and the line that is not a row.
+    """
+    try:
+        lines = read_regular(path, most_bytes, "rows").decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}; give a {file_name} that an audit wrote") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_record_from(json.loads(line), kind))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{str(path)!r} line {number} is not {what}: {error}") from error
+    return records
+
+
+def _record_from(plain: Any, kind: type[R]) -> R:
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(plain, dict) or set(plain) != names:
+        given = set(plain) if isinstance(plain, dict) else set()
+        raise ValueError(f"missing fields {sorted(names - given)}, unknown fields {sorted(given - names)}")
+    return kind(**{name: _tuples(value) for name, value in plain.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Return a value with its lists, nested ones included, made tuples."""
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
