@@ -3,7 +3,7 @@
 A sample is a context of `length` tokens, at least one question about it, and each question's only right answer.
 """
 
-from .checks import BeginsWith, Check, Contains, JsonField, Lines, Matches, Part, SameWords
+from .checks import BeginsWith, Contains, Demand, JsonField, Lines, Matches, Part, SameWords
 from .lexicon import FULL, Lexicon
 from .registry import EVERY, GROUPS, TASKS, expand, lookup
 from .sample import Question, Sample, score
@@ -16,8 +16,8 @@ __all__ = [
     "GROUPS",
     "TASKS",
     "BeginsWith",
-    "Check",
     "Contains",
+    "Demand",
     "JsonField",
     "Lexicon",
     "Lines",

@@ -17,7 +17,7 @@ Form = Callable[[str], str]
 """Return a text as the tokenizer would decode it."""
 
 
-class Check(Protocol):
+class Demand(Protocol):
     """Compare a generated answer with what is demanded."""
 
     def share(self, said: str, form: Form) -> float:
@@ -30,7 +30,7 @@ class Part:
     """Hold a check under the name by which a report lists it."""
 
     name: str
-    check: Check
+    check: Demand
 
 
 @dataclass(frozen=True)
