@@ -97,7 +97,7 @@ def test_a_row_pairs_with_exact(bench: Bench, work: Work) -> None:
 def test_a_users_answer_may_go_on_a_tasks_may_not(bench: Bench) -> None:
     said = bench.tokenizer(" cake 71", add_special_tokens=False).input_ids
 
-    def share(answer: str, *checks: tasks.Demand) -> float:
+    def share(answer: str, *checks: tasks.AnswerCheck) -> float:
         parts = tuple(tasks.Part("answer", check) for check in checks)
         return bench._shares(Item("x", (tasks.Question("", answer, parts=parts),)), [said])["answer"]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kvfloor.tasks import BeginsWith, Contains, Demand, JsonField, Lines, Matches, Question, SameWords
+from kvfloor.tasks import AnswerCheck, BeginsWith, Contains, JsonField, Lines, Matches, Question, SameWords
 
 
 def same(text: str) -> str:
@@ -52,7 +52,7 @@ ARGUMENT = JsonField(("arguments", "n"), "7")
         (JsonField((), '{"a": 1}'), '{"a": 1, "b": 2}', 0),
     ],
 )
-def test_a_check_accepts_its_demand_and_nothing_near(check: Demand, said: str, share: float) -> None:
+def test_a_check_accepts_its_demand_and_nothing_near(check: AnswerCheck, said: str, share: float) -> None:
     assert check.share(said, same) == share
 
 
@@ -62,7 +62,7 @@ def test_a_hostile_answer_is_wrong_and_no_error() -> None:
 
 
 @pytest.mark.parametrize("check", [SameWords("x"), BeginsWith("x"), Contains(("x",))])
-def test_a_reference_that_the_tokenizer_cannot_write_is_never_met(check: Demand) -> None:
+def test_a_reference_that_the_tokenizer_cannot_write_is_never_met(check: AnswerCheck) -> None:
     assert check.share("", lambda text: "") == 0
     assert check.share("anything", lambda text: "") == 0
 

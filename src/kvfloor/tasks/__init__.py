@@ -3,7 +3,7 @@
 A sample is a context of `length` tokens, at least one question about it, and each question's only right answer.
 """
 
-from .checks import BeginsWith, Contains, Demand, JsonField, Lines, Matches, Part, SameWords
+from .checks import AnswerCheck, BeginsWith, Contains, JsonField, Lines, Matches, Part, SameWords
 from .lexicon import FULL, Lexicon
 from .registry import EVERY, GROUPS, TASKS, expand, lookup
 from .sample import Question, Sample, score
@@ -15,9 +15,9 @@ __all__ = [
     "FULL",
     "GROUPS",
     "TASKS",
+    "AnswerCheck",
     "BeginsWith",
     "Contains",
-    "Demand",
     "JsonField",
     "Lexicon",
     "Lines",

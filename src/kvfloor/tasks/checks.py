@@ -17,7 +17,7 @@ Form = Callable[[str], str]
 """Return a text as the tokenizer would decode it."""
 
 
-class Demand(Protocol):
+class AnswerCheck(Protocol):
     """Compare a generated answer with what is demanded."""
 
     def share(self, said: str, form: Form) -> float:
@@ -30,7 +30,7 @@ class Part:
     """Hold a check under the name by which a report lists it."""
 
     name: str
-    check: Demand
+    check: AnswerCheck
 
 
 @dataclass(frozen=True)
