@@ -45,7 +45,7 @@ def test_separators_inside_a_text_do_not_end_its_line(tmp_path: Path, odd: str) 
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        *((GOOD.encode(code), "has zero bytes, as UTF-16 and UTF-32 do: save it as UTF-8") for code in WIDE),
+        *((GOOD.encode(code), "line 1 has zero bytes, as UTF-16 and UTF-32 do: save the file as") for code in WIDE),
         (GOOD.encode("latin-1"), "is not UTF-8.*convert it first"),
         (GOOD.replace("\n", "\r").encode(), "end in CR alone: save it with LF or CRLF"),
         (b'{"prompt": "x", "answer": ""}', "line 1 must have non-empty texts"),

@@ -20,8 +20,10 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     the number of samples if it is less than `n`.
     """
     data = read_regular(path, MOST_PROMPT_BYTES, "prompts file")
-    if b"\0" in data:
-        raise ValueError(f"the prompts file {str(path)!r} has zero bytes, as UTF-16 and UTF-32 do: save it as UTF-8")
+    before, zero, _ = data.partition(b"\0")
+    if zero:
+        line = before.count(b"\n") + 1
+        raise ValueError(f"{path} line {line} has zero bytes, as UTF-16 and UTF-32 do: save the file as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
