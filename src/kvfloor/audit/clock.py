@@ -30,10 +30,11 @@ class Clock:
     left_out: list[str] = field(default_factory=list)
     per_token: float | None = None
 
-    def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int) -> None:
+    def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int, must: bool = True) -> None:
         """Announce the expected time of `pieces` texts like the first, whose exact predictions took `exact_seconds`.
 
-        tokens: of one text. settings: number of settings that read it. Raises ValueError if not even one text can fit.
+        tokens: of one text. settings: number of settings that read it. Raises ValueError if not even one text can fit,
+        unless `must` is False because others are measured already.
         """
         one = exact_seconds * (1 + SLOWER * settings)
         self.per_token = one / tokens
@@ -41,7 +42,7 @@ class Clock:
             f"{settings} settings on {pieces} texts of {tokens:,} tokens: about {_minutes(one * pieces)}"
             + ("" if self.minutes is None else f", limited to {_minutes(60 * self.minutes)}")
         )
-        if self.minutes is not None and one / 2 > self._left():
+        if must and self.minutes is not None and one / 2 > self._left():
             raise ValueError(
                 f"--minutes {self.minutes:g} is too short: one text of {tokens:,} tokens under {settings} settings "
                 f"takes about {_minutes(one)}; give more minutes, fewer methods or smaller contexts"

@@ -173,14 +173,18 @@ def audit(
     allow_beyond: Annotated[
         bool, typer.Option("--allow-beyond", help="Allow contexts longer than the model's trained positions.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the rows and report.html.")] = Path("out/audit"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the rows and report.html; a stopped audit goes on there.")
+    ] = Path("out/audit"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has measured already.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure each method's memory and right answers on a model, at each budget, beside the provable memory floor."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from kvfloor.audit.run import AuditRequest, run
+    from kvfloor.audit.request import AuditRequest
+    from kvfloor.audit.run import run
     from kvfloor.report.html import render
     from kvfloor.report.terminal import print_report
     from kvfloor.report.text import visible
@@ -210,6 +214,7 @@ def audit(
         accept_terms=accept_terms,
         allow_beyond=allow_beyond,
         minutes=minutes,
+        fresh=fresh,
         **chosen,
     )
     _quiet_transformers()
@@ -222,7 +227,7 @@ def audit(
             started = progress.tasks[0].total is not None
             progress.update(bar, total=total or None, advance=1 if started else 0, description=visible(text))
 
-        answer = run(question, track, lambda text: stderr.print(text, markup=False, highlight=False))
+        answer = run(question, track, lambda text: stderr.print(text, markup=False, highlight=False, soft_wrap=True))
         render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts)
     if as_json:
         _print_json(answer.as_dict())
