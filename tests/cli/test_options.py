@@ -44,6 +44,7 @@ FOR_PYTHON_ALONE = {"hidden_seed", "isolated", "sides"}
 # What a command needs besides, and what stops it before any work once its options are read.
 BASES = {
     "audit": ({"--model": "/nowhere"}, "no model at"),
+    "merge": ({"/nowhere": None, "--out": "out"}, "holds no audit"),
     "floors": ({"--n": "8", "--d": "4"}, "impossible below"),
     "break": ({"nonsense@8": None}, "nonsense"),
 }

@@ -75,9 +75,6 @@ class Journal:
             for name in _KINDS:  # before the description, so that no row is ever taken for one of the new audit
                 (self.folder / name).unlink(missing_ok=True)
             self.rows, self.floors = {}, {}
-            self.header = None
-        else:
-            header = replace(header, seconds=self._seconds())
         header.write(self.folder)
         self.header = header
 
@@ -107,7 +104,7 @@ class Journal:
 
     def sort(self, **changes: Any) -> None:
         """Write the files anew in the order of the report, and `audit.json` with changed fields."""
-        header = replace(self.about, seconds=self._seconds(), **changes)
+        header = replace(self.about, seconds=self.seconds, **changes)
         self.rows = {pair: self.rows[pair] for pair in header.grid.pairs if pair in self.rows}
         self.floors = {cell: self.floors.get(cell, []) for cell in header.cells if (cell, EXACT) in self.rows}
         write_records(self.folder / TEXTS, self.texts)
@@ -115,6 +112,12 @@ class Journal:
         write_records(self.folder / FLOORS, [floor for found in self.floors.values() for floor in found])
         self.header = replace(header, began=time.time())
         self.header.write(self.folder)
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of all starts: a start ends with its last row, even if it was killed."""
+        last = [path.stat().st_mtime for path in (self.folder / TEXTS, self.folder / ROWS) if path.exists()]
+        return self.about.seconds + max(0.0, max(last, default=0.0) - self.about.began)
 
     @property
     def texts(self) -> list[TextRow]:
@@ -138,11 +141,6 @@ class Journal:
                 self.floors.setdefault(record.cell, []).append(record)
             else:
                 self.rows[pair_of(record)] = record
-
-    def _seconds(self) -> float:
-        """Return the time of all starts: a start ends with its last row, even if it was killed."""
-        last = [path.stat().st_mtime for path in (self.folder / TEXTS, self.folder / ROWS) if path.exists()]
-        return self.about.seconds + max(0.0, max(last, default=0.0) - self.about.began)
 
 
 def read_part(folder: Path, name: str) -> tuple[list[Any], int]:

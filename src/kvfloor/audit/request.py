@@ -109,8 +109,20 @@ class AuditRequest:
             raise ValueError(f"--minutes {self.minutes:g}: give a number above 0, or leave it out for no limit")
         if self.n < MIN_SAMPLES:
             raise ValueError(f"--n {self.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
+        self._check_shard()
         check_protocols(self.protocols)
         if not (self.task_names or self.prompts or self.text_names):
             raise ValueError("an audit needs texts or tasks: leave --texts out, or name --tasks")
         check_texts(self.text_names)
         check_scored(len(self.text_names), self.scored, self.minutes is not None)
+
+    def _check_shard(self) -> None:
+        if self.shard is None:
+            return
+        i, n = self.shard
+        if not 1 <= i <= n:
+            raise ValueError(f"--shard {i}/{n}: give I/N with I from 1 to N, such as 1/4")
+        if self.minutes is not None:
+            raise ValueError("--minutes plans whole audits: leave it out with --shard, and raise N for shorter parts")
+        if self.require is not None:
+            raise ValueError("--require is about whole audits: give it to `kvfloor merge` instead of a part")

@@ -149,6 +149,7 @@ def _measure(
         versions=versions(),
         machine=f"{platform.machine()}, {_threads()} torch threads",
         began=began,
+        seconds=journal.seconds if journal.rows else 0.0,
     )
     if before is not None:
         names = ", ".join(differences(before.identity, known))
