@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvfloor import files
-from kvfloor.audit import journal, worker
+from kvfloor.audit import engine, journal
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.journal import FLOORS, ROWS, TEXTS, Journal
 from kvfloor.audit.run import Answer, run
@@ -25,7 +25,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "Worker", Replaying)
+    monkeypatch.setattr(engine, "Worker", Replaying)
 
 
 def audit(out: Path, said: list[str] | None = None, **changes: Any) -> Answer:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvfloor.audit import worker
+from kvfloor.audit import engine
 from kvfloor.audit.grid import EXACT, Grid, Pair
 from kvfloor.audit.journal import FLOORS, ROWS, TEXTS
 from kvfloor.audit.merge import merge, unlike
@@ -22,7 +22,7 @@ from tests.cli.running import kvfloor
 
 @pytest.fixture(autouse=True)
 def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "Worker", Replaying)
+    monkeypatch.setattr(engine, "Worker", Replaying)
 
 
 def audit(out: Path, **changes: Any) -> Answer:

@@ -49,6 +49,7 @@ BASES = {
     "break": ({"nonsense@8": None}, "nonsense"),
 }
 FITTING = {  # what an option needs beside it
+    ("audit", "--workers"): {"--engine": "ray"},
     ("floors", "--epsilon"): {"--metric": "max"},
     ("floors", "--caches"): {"--attention": "tensor"},
     ("floors", "--ratio"): {"--attention": "visual"},

@@ -16,6 +16,7 @@ DEFAULT_SAMPLES = 40
 DEFAULT_CONTEXT = {True: 512, False: 1024}
 """Tokens of context for the built-in model (True) and any other (False)."""
 _FEWEST_SCORED = 512
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class AuditRequest:
     minutes   time limit: texts and cells that do not fit are left out; None: no limit
     fresh     True if rows that are in `out` already are measured again
     shard     (i, n): measure the i-th of n parts only, 1 <= i <= n; None: measure everything
+    engine    "local": this process measures; "ray": the workers of a Ray cluster do
+    workers   number of Ray workers; None: as many as the cluster has processors for
+    ray_address  address of a running Ray cluster; None: the one in RAY_ADDRESS, or one that is started here
     """
 
     model: str = "builtin"
@@ -67,6 +71,9 @@ class AuditRequest:
     minutes: float | None = None
     fresh: bool = False
     shard: tuple[int, int] | None = None
+    engine: str = ENGINES[0]
+    workers: int | None = None
+    ray_address: str | None = None
 
     @property
     def is_builtin(self) -> bool:
@@ -110,6 +117,7 @@ class AuditRequest:
         if self.n < MIN_SAMPLES:
             raise ValueError(f"--n {self.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
         self._check_shard()
+        self._check_engine()
         check_protocols(self.protocols)
         if not (self.task_names or self.prompts or self.text_names):
             raise ValueError("an audit needs texts or tasks: leave --texts out, or name --tasks")
@@ -126,3 +134,13 @@ class AuditRequest:
             raise ValueError("--minutes plans whole audits: leave it out with --shard, and raise N for shorter parts")
         if self.require is not None:
             raise ValueError("--require is about whole audits: give it to `kvfloor merge` instead of a part")
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"--engine {self.engine!r}: choose from {', '.join(ENGINES)}")
+        if self.engine == "local" and not (self.workers is None and self.ray_address is None):
+            raise ValueError("--workers and --ray-address are for --engine ray")
+        if self.engine == "ray" and self.minutes is not None:
+            raise ValueError("--minutes plans for one process: leave it out with --engine ray")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers {self.workers}: give at least 1")

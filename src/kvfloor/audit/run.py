@@ -5,11 +5,14 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
+from kvfloor.audit.grid import Grid
 from kvfloor.audit.header import Header
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.identity import differences, identity, versions
@@ -24,6 +27,9 @@ from kvfloor.audit.rows import Cell, Row, document
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.files import open_folder
 from kvfloor.models.load import find
+
+if TYPE_CHECKING:
+    from kvfloor.audit.engine import Engine
 
 Track = Callable[[int, str], None]
 Announce = Callable[[str], None]
@@ -133,37 +139,55 @@ def _measure(
     elif _is_done(question, journal):
         announce(f"{_out(question)} has all of this measured: the report is made anew (--fresh measures again)")
         return _finish(question, journal, journal.about.notes)
+    with closing(_engine(question, folder, known, lambda text: track(0, text))) as engine:
+        header = _header(question, plan, known, engine.grid, began, journal.seconds if journal.rows else 0.0)
+        if before is not None:
+            names = ", ".join(differences(before.identity, known))
+            announce(f"{_out(question)} has another audit (another {names}): its rows are removed")
+        elif journal.rows:
+            count = f"{len(journal.rows)} of {len(header.grid.pairs)} measurements"
+            announce(f"{_out(question)} has {count}: going on from there")
+        journal.begin(header)
+        pairs = header.grid.part(question.shard)
+        clock = Clock(question.minutes, announce, begin)
+        missing = journal.missing(pairs)
+        total = len(missing) + len({place for place, _ in missing})
+        engine.measure(pairs, journal, clock, lambda text: track(total, text))
+    return _finish(question, journal, clock.note())
 
-    from kvfloor.audit.engine import measure_here
-    from kvfloor.audit.worker import Worker
 
-    worker = Worker(question, folder, lambda text: track(0, text))
-    places = worker.grid.places
-    header = Header(
+def _engine(question: AuditRequest, folder: Path, known: dict[str, Any], track: Announce) -> Engine:
+    """Return the engine that `question` names, with the model loaded."""
+    if question.engine == "ray":
+        from kvfloor.audit.cluster import Cluster
+
+        return Cluster(question, folder, known, track)
+    from kvfloor.audit.engine import Here
+
+    return Here(question, folder, track)
+
+
+def _header(
+    question: AuditRequest,
+    plan: Sequence[BudgetedMethod],
+    known: dict[str, Any],
+    grid: Grid,
+    began: float,
+    seconds: float,
+) -> Header:
+    """Describe the audit that begins now; `known` is its identity, `seconds` the time of earlier starts."""
+    return Header(
         model=question.model,
         seed=question.seed,
         identity=known,
         settings=[(one.text, one.baseline, one.asked) for one in plan],
-        texts=[place for place in places if isinstance(place, TextCell)],
-        cells=[place for place in places if isinstance(place, Cell)],
+        texts=[place for place in grid.places if isinstance(place, TextCell)],
+        cells=[place for place in grid.places if isinstance(place, Cell)],
         versions=versions(),
         machine=f"{platform.machine()}, {_threads()} torch threads",
         began=began,
-        seconds=journal.seconds if journal.rows else 0.0,
+        seconds=seconds,
     )
-    if before is not None:
-        names = ", ".join(differences(before.identity, known))
-        announce(f"{_out(question)} has another audit (another {names}): its rows are removed")
-    elif journal.rows:
-        announce(
-            f"{_out(question)} has {len(journal.rows)} of {len(header.grid.pairs)} measurements: going on from there"
-        )
-    journal.begin(header)
-    pairs = header.grid.part(question.shard)
-    clock = Clock(question.minutes, announce, begin)
-    total = len(journal.missing(pairs)) + len({place for place, _ in journal.missing(pairs)})
-    measure_here(worker, pairs, journal, clock, lambda text: track(total, text))
-    return _finish(question, journal, clock.note())
 
 
 def _is_done(question: AuditRequest, journal: Journal) -> bool:

@@ -181,6 +181,13 @@ def audit(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Measure the I-th of N parts only, for kvfloor merge.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="local: in this process; ray: on a Ray cluster.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers; one per processor unless given.", **whole(1, 100_000))
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one started here, unless given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure each method's memory and right answers on a model, at each budget, beside the provable memory floor."""
@@ -218,6 +225,9 @@ def audit(
         minutes=minutes,
         fresh=fresh,
         shard=None if shard is None else _shard(shard),
+        engine=engine,
+        workers=workers,
+        ray_address=ray_address,
         **chosen,
     )
     _quiet_transformers()
