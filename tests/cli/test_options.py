@@ -47,6 +47,7 @@ BASES = {
     "merge": ({"/nowhere": None, "--out": "out"}, "holds no audit"),
     "floors": ({"--n": "8", "--d": "4"}, "impossible below"),
     "break": ({"nonsense@8": None}, "nonsense"),
+    "plan": ({"--context": "8", "--model": "/nowhere"}, "no model at"),
 }
 FITTING = {  # what an option needs beside it
     ("audit", "--workers"): {"--engine": "ray"},
