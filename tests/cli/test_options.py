@@ -44,11 +44,13 @@ FOR_PYTHON_ALONE = {"hidden_seed", "isolated", "sides"}
 # What a command needs besides, and what stops it before any work once its options are read.
 BASES = {
     "audit": ({"--model": "/nowhere"}, "no model at"),
+    "merge": ({"/nowhere": None, "--out": "out"}, "holds no audit"),
     "floors": ({"--n": "8", "--d": "4"}, "impossible below"),
     "break": ({"nonsense@8": None}, "nonsense"),
     "plan": ({"--context": "8", "--model": "/nowhere"}, "no model at"),
 }
 FITTING = {  # what an option needs beside it
+    ("audit", "--workers"): {"--engine": "ray"},
     ("floors", "--epsilon"): {"--metric": "max"},
     ("floors", "--caches"): {"--attention": "tensor"},
     ("floors", "--ratio"): {"--attention": "visual"},

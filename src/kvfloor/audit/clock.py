@@ -30,13 +30,14 @@ class Clock:
     left_out: list[str] = field(default_factory=list)
     per_token: float | None = None
 
-    def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int) -> None:
+    def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int, must: bool = True) -> None:
         """Announce the expected time of all `pieces` texts, from the time of the exact cache on the first text.
 
         exact_seconds  seconds that the exact cache's predictions on the first text took
         tokens         number of tokens of one text
         settings       number of settings that read each text
-        Raises ValueError if not even one text fits into the time limit.
+        must           False if other texts are measured already, so that this one may be left out
+        Raises ValueError if not even one text fits into the time limit, and `must` is True.
         """
         one = exact_seconds * (1 + SLOWER * settings)
         self.per_token = one / tokens
@@ -44,7 +45,7 @@ class Clock:
             f"{settings} settings on {pieces} texts of {tokens:,} tokens: about {_minutes(one * pieces)}"
             + ("" if self.minutes is None else f", limited to {_minutes(60 * self.minutes)}")
         )
-        if self.minutes is not None and one / 2 > self._left():
+        if must and self.minutes is not None and one / 2 > self._left():
             raise ValueError(
                 f"--minutes {self.minutes:g} is too short: one text of {tokens:,} tokens under {settings} settings "
                 f"takes about {_minutes(one)}; give more minutes, fewer methods or smaller contexts"

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvfloor import floors
 from kvfloor.audit import traces
-from kvfloor.audit.clock import Clock
-from kvfloor.audit.heads import HeadFloor, head_floors
 from kvfloor.audit.plan import Work
 from kvfloor.audit.rows import Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
@@ -70,6 +68,13 @@ class Measurement:
     decode_ms_per_token: float | None
     output_tokens: float
     budget_tokens: int | None
+
+
+class ExactOutcome(NamedTuple):
+    """Hold what other settings are compared with on a cell: the exact cache's answers, right or wrong, and bytes."""
+
+    right: tuple[int, ...]
+    state_bytes: int
 
 
 class Bench:
@@ -152,7 +157,7 @@ class Bench:
             budget_tokens=budget if isinstance(budget, int) else None,
         )
 
-    def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: Measurement) -> Row:
+    def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: ExactOutcome) -> Row:
         """Build the row of a setting on a cell, from the setting's measurement and the exact cache's.
 
         A setting is a method with its budget; a cell is a task at a context length under a protocol. The error of the
@@ -198,36 +203,3 @@ class Bench:
         text = self.tokenizer.decode(said, skip_special_tokens=True).split()
         wanted = self.tokenizer.decode(self._plain(" " + item.answer), skip_special_tokens=True).split()
         return text == wanted if item.ends else text[: len(wanted)] == wanted
-
-
-def run_cells(
-    bench: Bench,
-    settings: Sequence[BudgetedMethod],
-    work: Sequence[Work],
-    progress: Callable[[str], None],
-    clock: Clock,
-) -> tuple[list[Row], list[HeadFloor]]:
-    """Run every setting on every cell; return the measured rows, and the memory floors of the model's kv heads.
-
-    A setting is a method with its budget; a cell is a task at a context length under a protocol, and its samples are a
-    `Work`. A row is one setting measured on one cell. A floor is the least bytes that any method needs for a kv head on
-    a cell. The exact cache comes first in `settings`, as the other settings are compared with it. `progress` is called
-    with a line of text before each measurement. `clock` leaves out the cells that do not fit into the audit's time.
-    """
-    rows, floors = [], []
-    for one in work:
-        tokens = one.cell.context * len(one.items)
-        if not clock.fits(str(one.cell), tokens):
-            continue
-        begin = time.perf_counter()
-        prepared = bench.prepare(one)
-        progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: floors of the heads")
-        floors += head_floors(one.cell, prepared.traces)
-        exact: Measurement | None = None
-        for setting in settings:
-            progress(f"{one.cell.task} {one.cell.context} {one.cell.protocol}: {setting.text}")
-            outcome = bench.run(setting.method, prepared)
-            exact = outcome if exact is None else exact
-            rows.append(bench.row(setting, prepared, outcome, exact))
-        clock.took(time.perf_counter() - begin, tokens)
-    return rows, floors

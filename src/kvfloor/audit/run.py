@@ -1,128 +1,43 @@
-"""Run an audit from start to end: plan the work, measure it, recommend a setting, write `rows.jsonl`."""
+"""Run an audit from start to end: plan the work, measure it, recommend a setting, write the rows."""
 
 from __future__ import annotations
 
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
+from kvfloor.audit.grid import Grid
+from kvfloor.audit.header import Header
 from kvfloor.audit.heads import Head, heads
+from kvfloor.audit.identity import differences, identity, versions
+from kvfloor.audit.journal import Journal
 from kvfloor.audit.meta import Meta
-from kvfloor.audit.nats import TextRow, summaries, write_text_rows
-from kvfloor.audit.plan import (
-    BUDGETS,
-    METHODS,
-    TASKS,
-    check_protocols,
-    chosen_tasks,
-    prompt_work,
-    read_prompts,
-    settings,
-    task_work,
-)
-from kvfloor.audit.recommend import KL_LIMIT, Recommendation, recommend
-from kvfloor.audit.require import conditions, shortfalls
-from kvfloor.audit.rows import Row, document, write_rows
-from kvfloor.audit.texts import GENERATED, SHIPPED, check_scored, check_texts, excerpts
+from kvfloor.audit.nats import TextCell, TextRow, summaries
+from kvfloor.audit.plan import chosen_tasks, read_prompts, settings
+from kvfloor.audit.recommend import Recommendation, recommend
+from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.require import Condition, conditions, shortfalls
+from kvfloor.audit.rows import Cell, Row, document
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.files import open_folder
-from kvfloor.models.load import BUILTIN
-from kvfloor.statistics import MIN_SAMPLES
+from kvfloor.models.load import find
 
-DEFAULT_SAMPLES = 40
-DEFAULT_CONTEXT = {True: 512, False: 1024}
-"""Tokens of context for the built-in model (True) and any other (False)."""
-_FEWEST_SCORED = 512
+if TYPE_CHECKING:
+    from kvfloor.audit.engine import Engine
 
-
-@dataclass(frozen=True)
-class AuditRequest:
-    """Hold the arguments of an audit: every field has the command line's default.
-
-    model     "builtin" or a local folder
-    methods   texts of methods, without the baselines, which always run too
-    budgets   texts of budgets: tokens, shares or bytes; None: 64 and 192 tokens for the built-in model, a quarter and a
-              half of the context for any other
-    tasks     names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none for
-              any other
-    prompts   file of the user's own samples (`read_prompts`), used in place of tasks; None: tasks
-    texts     names or files of texts to compare next-token distributions on (`audit/texts.py`); None: the generated
-              ones for the built-in model, the shipped ones for any other
-    contexts  lengths of contexts in tokens; None: 512 for the built-in model, 1,024 for any other
-    continuation  number of tokens that are predicted after each text's context; None: as many as the longest context
-              has, at least 512
-    kl_limit  largest tolerated divergence, nats per token
-    accept_terms  True if the user accepts the terms of use of a published model
-    n         samples per row, at least 32
-    protocols "after": the question follows the compression; "visible": it is compressed with the context
-    require   conditions on the rows (`audit/require.py`), or None
-    out       folder for `rows.jsonl` and the report
-    command   command line that the report shows
-    allow_beyond  True if contexts may be longer than the positions that the model was trained for
-    minutes   time limit: texts and cells that do not fit are left out; None: no limit
-    """
-
-    model: str = "builtin"
-    methods: Sequence[str] = METHODS
-    budgets: Sequence[str] | None = None
-    tasks: Sequence[str] | None = None
-    prompts: Path | None = None
-    texts: Sequence[str] | None = None
-    contexts: Sequence[int] | None = None
-    continuation: int | None = None
-    kl_limit: float = KL_LIMIT
-    accept_terms: bool = False
-    protocols: Sequence[str] = ("after",)
-    n: int = DEFAULT_SAMPLES
-    seed: int = 0
-    require: str | None = None
-    out: Path = Path("out/audit")
-    command: str = "kvfloor audit"
-    allow_beyond: bool = False
-    minutes: float | None = None
-
-    @property
-    def is_builtin(self) -> bool:
-        return self.model == BUILTIN
-
-    @property
-    def budget_texts(self) -> Sequence[str]:
-        """Return the budgets under which every method runs."""
-        return BUDGETS[self.is_builtin] if self.budgets is None else self.budgets
-
-    @property
-    def task_names(self) -> Sequence[str]:
-        """Return the names of the tasks to run; none if the user's own prompts are used in their place."""
-        if self.prompts is not None or (self.tasks is None and not self.is_builtin):
-            return ()
-        return TASKS if self.tasks is None else self.tasks
-
-    @property
-    def text_names(self) -> Sequence[str]:
-        """Return the names of the texts to read."""
-        if self.texts is not None:
-            return self.texts
-        return GENERATED if self.is_builtin else SHIPPED
-
-    @property
-    def context_lengths(self) -> Sequence[int]:
-        """Return the context lengths in tokens."""
-        return (DEFAULT_CONTEXT[self.is_builtin],) if self.contexts is None else self.contexts
-
-    @property
-    def scored(self) -> int:
-        """Return the number of tokens that are predicted after each text's context."""
-        return max(*self.context_lengths, _FEWEST_SCORED) if self.continuation is None else self.continuation
+Track = Callable[[int, str], None]
+Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold the results of an audit: rows, kv heads' floors, recommendation, and the request that they answer.
+    """Hold the results of an audit: rows, kv heads' floors, recommendation, and what they come from.
 
     rows        one per setting (method with budget) and cell of the tasks; texts: one per setting and text
     report      path of the HTML page, which `kvfloor.report.render` writes later
@@ -135,14 +50,13 @@ class Answer:
     recommendation: Recommendation
     report: Path
     shortfalls: tuple[str, ...]
-    question: AuditRequest
     meta: Meta
 
     def as_dict(self) -> dict:
         """Return the document of `kvfloor audit --json` as plain JSON types."""
         plain = document(
-            model=self.question.model,
-            seed=self.question.seed,
+            model=self.meta.model,
+            seed=self.meta.seed,
             rows=self.rows,
             method=self.recommendation.method,
             why=why(self.recommendation),
@@ -156,81 +70,151 @@ def _silent(text: str) -> None:
     del text
 
 
-def run(question: AuditRequest, track: Callable[[int, str], None], announce: Callable[[str], None] = _silent) -> Answer:
-    """Run the audit that is asked for, write its `rows.jsonl`, and return its results.
+def run(question: AuditRequest, track: Track, announce: Announce = _silent) -> Answer:
+    """Run the audit that is asked for, write its rows, and return its results.
+
+    Rows that are in the folder `question.out` already, of an audit that was stopped, are not measured again.
 
     `track(total, text)` is called before each of `total` measurements, which `text` names; total is 0 while the model
-    is loaded. `announce` is called with a line of text that tells the expected time. Raises ValueError with one
-    line for anything in `question` that cannot be done; nothing is written then.
+    is loaded. `announce` is called with lines of text that tell the expected time, and what was measured before. Raises
+    ValueError with one line for anything in `question` that cannot be done.
     """
-    begin = time.perf_counter()
-    if not question.kl_limit > 0:
-        raise ValueError(f"--kl-limit {question.kl_limit}: give a number of nats above 0, such as {KL_LIMIT}")
-    if question.minutes is not None and not question.minutes > 0:
-        raise ValueError(f"--minutes {question.minutes:g}: give a number above 0, or leave it out for no limit")
-    if question.n < MIN_SAMPLES:
-        raise ValueError(f"--n {question.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
-    check_protocols(question.protocols)
-    names = question.task_names
-    known = tuple(task.name for task in chosen_tasks(names)) if names else ()
-    plan = settings(question.methods, question.budget_texts)
-    tasks = known if question.prompts is None else (question.prompts.stem,)
-    required = () if question.require is None else conditions(question.require, plan, tasks)
-    items = None if question.prompts is None else read_prompts(question.prompts, question.n)
-    if not (tasks or question.text_names):
-        raise ValueError("an audit needs texts or tasks: leave --texts out, or name --tasks")
-    check_texts(question.text_names)
-    check_scored(len(question.text_names), question.scored, question.minutes is not None)
-    open_folder(question.out)
+    plan, required = _checked(question)
+    with Journal(open_folder(question.out)) as journal:
+        _measure(question, plan, journal, track, announce)
+        return answer(journal, question.kl_limit, required, question.command)
 
-    from kvfloor.audit.measure import Bench, run_cells
-    from kvfloor.audit.reading import Reader, read_excerpts
-    from kvfloor.hf import prepare
-    from kvfloor.models import load
 
-    model, tokenizer = load(question.model, question.accept_terms, lambda text: track(0, text))
-    bench = Bench(prepare(model), tokenizer, question.seed)
-    contexts = question.context_lengths
-    read = excerpts(question.text_names, contexts, question.scored, bench.encode)
-    _require_positions(model, question, max(contexts) + (question.scored if read else 0))
-    if question.prompts is not None and items is not None:
-        work = prompt_work(question.prompts.stem, items, question.protocols, bench.count)
-    else:
-        work = task_work(names, contexts, question.protocols, question.n, question.seed, bench.count) if names else []
-    clock = Clock(question.minutes, announce, begin)
-    total = (len(plan) + 1) * (len(read) + len(work))
-    texts = read_excerpts(Reader(model, question.seed), plan, read, lambda text: track(total, text), clock)
-    rows, floors = run_cells(bench, plan, work, lambda text: track(total, text), clock)
-    by_head = heads(floors, rows)
-    answer = recommend(rows, texts=texts, kl_limit=question.kl_limit)
-    report = question.out / "report.html"
+def measure_part(question: AuditRequest, track: Track, announce: Announce = _silent) -> int:
+    """Measure the part of an audit that `question.shard` names, and return its number of rows.
+
+    Arguments and errors are those of `run`.
+    """
+    plan, _ = _checked(question)
+    with Journal(open_folder(question.out)) as journal:
+        return _measure(question, plan, journal, track, announce)
+
+
+def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], command: str) -> Answer:
+    """Return the results of the rows in a journal: floors, recommendation, and where they miss a condition."""
+    header = journal.about
+    rows, texts = journal.tasks, journal.texts
     meta = Meta(
+        model=header.model,
+        seed=header.seed,
+        command=command,
+        versions=header.versions,
+        machine=header.machine,
+        duration_s=header.seconds,
+        notes=tuple(header.notes),
+    )
+    by_head = heads([floor for found in journal.floors.values() for floor in found], rows)
+    found = recommend(rows, texts=texts, kl_limit=kl_limit)
+    report = journal.folder / "report.html"
+    return Answer(rows, texts, by_head, found, report, tuple(shortfalls(required, rows)), meta)
+
+
+def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condition, ...]]:
+    """Return the settings and the parsed `require`. Raises ValueError for a request that cannot be measured."""
+    question.check()
+    plan = settings(question.methods, question.budget_texts)
+    if question.prompts is not None:
+        read_prompts(question.prompts, question.n)
+        tasks: tuple[str, ...] = (question.prompts.stem,)
+    else:
+        tasks = tuple(task.name for task in chosen_tasks(question.task_names)) if question.task_names else ()
+    return plan, () if question.require is None else conditions(question.require, plan, tasks)
+
+
+def _measure(
+    question: AuditRequest, plan: Sequence[BudgetedMethod], journal: Journal, track: Track, announce: Announce
+) -> int:
+    """Measure what the journal lacks, sort its files, and return the number of rows that were asked for."""
+    begin, began = time.perf_counter(), time.time()
+    folder = find(question.model, question.accept_terms, lambda text: track(0, text))
+    known = identity(question, plan, folder)
+    before = None
+    if question.fresh or not journal.resume(known):
+        before = journal.header
+    elif _is_done(question, journal):
+        announce(f"{_out(question)} has all of this measured: the report is made anew (--fresh measures again)")
+        return _finish(question, journal, journal.about.notes)
+    with closing(_engine(question, folder, known, lambda text: track(0, text))) as engine:
+        header = _header(question, plan, known, engine.grid, began, journal.seconds if journal.rows else 0.0)
+        if before is not None:
+            names = ", ".join(differences(before.identity, known))
+            announce(f"{_out(question)} has another audit (another {names}): its rows are removed")
+        elif journal.rows:
+            count = f"{len(journal.rows)} of {len(header.grid.pairs)} measurements"
+            announce(f"{_out(question)} has {count}: going on from there")
+        journal.begin(header)
+        pairs = header.grid.part(question.shard)
+        clock = Clock(question.minutes, announce, begin)
+        missing = journal.missing(pairs)
+        total = len(missing) + len({place for place, _ in missing})
+        engine.measure(pairs, journal, clock, lambda text: track(total, text))
+    return _finish(question, journal, clock.note())
+
+
+def _engine(question: AuditRequest, folder: Path, known: dict[str, Any], track: Announce) -> Engine:
+    """Return the engine that `question` names, with the model loaded."""
+    if question.engine == "ray":
+        from kvfloor.audit.cluster import Cluster
+
+        return Cluster(question, folder, known, track)
+    from kvfloor.audit.engine import Here
+
+    return Here(question, folder, track)
+
+
+def _header(
+    question: AuditRequest,
+    plan: Sequence[BudgetedMethod],
+    known: dict[str, Any],
+    grid: Grid,
+    began: float,
+    seconds: float,
+) -> Header:
+    """Describe the audit that begins now; `known` is its identity, `seconds` the time of earlier starts."""
+    return Header(
         model=question.model,
         seed=question.seed,
-        command=question.command,
-        versions={
-            "kvfloor": version("kvfloor"),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        identity=known,
+        settings=[(one.text, one.baseline, one.asked) for one in plan],
+        texts=[place for place in grid.places if isinstance(place, TextCell)],
+        cells=[place for place in grid.places if isinstance(place, Cell)],
+        versions=versions(),
         machine=f"{platform.machine()}, {_threads()} torch threads",
-        duration_s=time.perf_counter() - begin,
-        notes=clock.note(),
+        began=began,
+        seconds=seconds,
     )
-    write_rows(question.out / "rows.jsonl", rows)
-    write_text_rows(question.out / "nats.jsonl", texts)
-    return Answer(rows, texts, by_head, answer, report, tuple(shortfalls(required, rows)), question, meta)
 
 
-def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:
-    """Raise ValueError if the audit's longest input, of `longest` tokens, exceeds the model's trained positions."""
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(most, int) and longest > most and not question.allow_beyond:
-        raise ValueError(
-            f"contexts and continuations of {longest:,} tokens are longer than the {most:,} positions of the model "
-            f"{question.model!r}: give smaller ones, or pass --allow-beyond"
-        )
+def _is_done(question: AuditRequest, journal: Journal) -> bool:
+    """Return True if the rows asked for are there, or those left out did not fit into the same minutes before."""
+    header = journal.about
+    limited = question.shard is None and header.minutes is not None and question.minutes is not None
+    same_end = limited and header.ended and header.minutes == question.minutes
+    return same_end or not journal.missing(header.grid.part(question.shard))
+
+
+def _finish(question: AuditRequest, journal: Journal, notes: Sequence[str]) -> int:
+    """Bring the files into their last order, without places that lack a setting, and return the number of rows.
+
+    A part of an audit keeps all rows, as other parts may be measured in the same folder.
+    """
+    header = journal.about
+    pairs = header.grid.part(question.shard)
+    if question.shard is None:
+        lacking = {place for place, _ in journal.missing(pairs)}
+        journal.finish({pair for pair in pairs if pair[0] not in lacking}, question.minutes, notes)
+    else:
+        journal.sort()
+    return len(pairs) - len(journal.missing(pairs))
+
+
+def _out(question: AuditRequest) -> str:
+    return repr(str(question.out))
 
 
 def _threads() -> int:

@@ -1,0 +1,86 @@
+"""Measure the settings of an audit on this machine, one text or cell after the other.
+
+A setting is a method with its budget; a cell is a task at a context length under a protocol.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from kvfloor.audit.clock import Clock
+from kvfloor.audit.grid import EXACT, AnyRow, Grid, Pair, Place
+from kvfloor.audit.journal import Journal
+from kvfloor.audit.nats import TextCell
+from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.worker import Worker
+
+
+class Engine(Protocol):
+    """Measure pairs of place (text or cell) and setting, and record each row in a journal as soon as it is there."""
+
+    @property
+    def grid(self) -> Grid:
+        """Return the places and settings of the audit."""
+        ...
+
+    def measure(self, pairs: Sequence[Pair], journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
+        """Measure those of the pairs that the journal lacks.
+
+        `clock` leaves out the places that do not fit into the audit's time. `track` is called with a line of text
+        before each measurement.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        ...
+
+
+class Here:
+    """Measure with one model in this process. All settings of a place are measured before the next place begins."""
+
+    def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
+        """Load the model in `folder`; `track` is called with a line of text before each long step."""
+        self._worker = Worker(question, folder, track)
+
+    @property
+    def grid(self) -> Grid:
+        """Return the places and settings of the audit."""
+        return self._worker.grid
+
+    def measure(self, pairs: Sequence[Pair], journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
+        """Measure those of the pairs that the journal lacks; arguments as in `Engine`."""
+        worker, left = self._worker, journal.missing(pairs)
+        places = list(dict.fromkeys(place for place, _ in left))
+        count = len({setting for _, setting in pairs})
+        is_first = len(places) == len({place for place, _ in pairs})
+        for place in places:
+            todo = [setting for at, setting in left if at == place]
+            tokens = worker.tokens(place) * len(todo) // count
+            if not clock.fits(str(place), tokens):
+                continue
+            begin = time.perf_counter()
+            is_text = isinstance(place, TextCell)
+            track(f"{place}: {'the exact predictions' if is_text else 'samples and traces'}")
+            worker.open(place)
+            if is_text and clock.per_token is None:
+                texts = sum(isinstance(one, TextCell) for one in places)
+                clock.expect(time.perf_counter() - begin, worker.tokens(place), count, texts, must=is_first)
+                if not is_first and not clock.fits(str(place), tokens):
+                    continue
+            for setting in todo:
+                track(f"{place}: {setting}")
+                journal.add(worker.measure(place, setting, exact_row(journal, place, setting)))
+            clock.took(time.perf_counter() - begin, max(1, tokens))
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self._worker
+
+
+def exact_row(journal: Journal, place: Place, setting: str) -> AnyRow | None:
+    """Return the recorded row of `exact` that a setting's row is compared with; None for `exact` itself."""
+    return None if setting == EXACT else journal.rows[place, EXACT]
