@@ -51,11 +51,15 @@ class Clock:
                 f"takes about {_minutes(one)}; give more minutes, fewer methods or smaller contexts"
             )
 
-    def fits(self, name: str, tokens: int) -> bool:
-        """Return True if a text or cell of `tokens` tokens fits into the time left; else add `name` to `left_out`."""
+    def fits(self, name: str | None, tokens: int) -> bool:
+        """Return True if a text or cell of `tokens` tokens fits into the time left; else add `name` to `left_out`.
+
+        name: None for a text that need not be read.
+        """
         if self.minutes is None or self.per_token is None or self.per_token * tokens <= self._left():
             return True
-        self.left_out.append(name)
+        if name is not None:
+            self.left_out.append(name)
         return False
 
     def took(self, seconds: float, tokens: int) -> None:

@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.engine import exact_row
-from kvfloor.audit.grid import AnyRow, Grid, Pair, Place
+from kvfloor.audit.grid import AnyRow, Asked, Grid, Pair, Place
 from kvfloor.audit.handout import Handout
 from kvfloor.audit.identity import differences, identity
 from kvfloor.audit.journal import Journal
@@ -111,13 +111,14 @@ class Cluster:
         """Return the places and settings of the audit."""
         return self._grid
 
-    def measure(self, pairs: Sequence[Pair], journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
-        """Measure those of the pairs that the journal lacks; arguments as in `Engine`.
+    def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
+        """Measure what is asked for and the journal lacks; arguments as in `Engine`.
 
         A measurement whose worker died is given to another one. Raises ValueError after MOST_DEATHS deaths of its
         workers.
         """
         del clock  # no limit of minutes: `AuditRequest.check`
+        pairs = asked(journal.rows)
         handout = Handout(journal.missing(pairs), journal.rows)
         idle = [self._first]
         while True:

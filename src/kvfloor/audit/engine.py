@@ -6,12 +6,12 @@ A setting is a method with its budget; a cell is a task at a context length unde
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from kvfloor.audit.clock import Clock
-from kvfloor.audit.grid import EXACT, AnyRow, Grid, Pair, Place
+from kvfloor.audit.grid import EXACT, AnyRow, Asked, Grid, Place
 from kvfloor.audit.journal import Journal
 from kvfloor.audit.nats import TextCell
 from kvfloor.audit.request import AuditRequest
@@ -26,8 +26,8 @@ class Engine(Protocol):
         """Return the places and settings of the audit."""
         ...
 
-    def measure(self, pairs: Sequence[Pair], journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
-        """Measure those of the pairs that the journal lacks.
+    def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
+        """Measure what is asked for and the journal lacks.
 
         `clock` leaves out the places that do not fit into the audit's time. `track` is called with a line of text
         before each measurement.
@@ -51,25 +51,29 @@ class Here:
         """Return the places and settings of the audit."""
         return self._worker.grid
 
-    def measure(self, pairs: Sequence[Pair], journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
-        """Measure those of the pairs that the journal lacks; arguments as in `Engine`."""
-        worker, left = self._worker, journal.missing(pairs)
-        places = list(dict.fromkeys(place for place, _ in left))
-        count = len({setting for _, setting in pairs})
-        is_first = len(places) == len({place for place, _ in pairs})
-        for place in places:
+    def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
+        """Measure what is asked for and the journal lacks; arguments as in `Engine`.
+
+        What is asked for may change with the rows of a place, so the next place is chosen after each.
+        """
+        worker, count, is_first = self._worker, len(self.grid.settings), not journal.rows
+        done: set[Place] = set()
+        while left := [pair for pair in journal.missing(asked(journal.rows)) if pair[0] not in done]:
+            place = left[0][0]
+            done.add(place)
             todo = [setting for at, setting in left if at == place]
+            name = None if place in self.grid.further else str(place)
             tokens = worker.tokens(place) * len(todo) // count
-            if not clock.fits(str(place), tokens):
+            if not clock.fits(name, tokens):
                 continue
             begin = time.perf_counter()
             is_text = isinstance(place, TextCell)
             track(f"{place}: {'the exact predictions' if is_text else 'samples and traces'}")
             worker.open(place)
             if is_text and clock.per_token is None:
-                texts = sum(isinstance(one, TextCell) for one in places)
+                texts = len({at for at, _ in left if isinstance(at, TextCell)})
                 clock.expect(time.perf_counter() - begin, worker.tokens(place), count, texts, must=is_first)
-                if not is_first and not clock.fits(str(place), tokens):
+                if not is_first and not clock.fits(name, tokens):
                     continue
             for setting in todo:
                 track(f"{place}: {setting}")

@@ -5,6 +5,7 @@ A cell is a task at a context length under a protocol. One measurement is a pair
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,6 +15,9 @@ from kvfloor.audit.rows import Cell, Row
 Place: TypeAlias = TextCell | Cell
 AnyRow: TypeAlias = TextRow | Row
 Pair: TypeAlias = tuple[Place, str]
+
+Asked: TypeAlias = Callable[[Mapping[Pair, AnyRow]], Sequence[Pair]]
+"""Return the measurements that an audit asks for, given its rows so far."""
 
 EXACT = "exact"
 """The setting that keeps every token. The others are compared with it, so it is measured first on every place."""
@@ -30,15 +34,22 @@ class Grid:
 
     places    the texts, then the cells of the tasks
     settings  texts of settings, `exact` first
+    further   more texts, which a race gives to close calls alone (`audit/race.py`)
     """
 
     places: tuple[Place, ...]
     settings: tuple[str, ...]
+    further: tuple[TextCell, ...] = ()
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """Return every measurement, place by place."""
+        """Return every measurement, place by place, without those of further texts."""
         return tuple((place, setting) for place in self.places for setting in self.settings)
+
+    @property
+    def all_pairs(self) -> tuple[Pair, ...]:
+        """Return every measurement, those of further texts last."""
+        return self.pairs + tuple((place, setting) for place in self.further for setting in self.settings)
 
     def part(self, shard: tuple[int, int] | None) -> tuple[Pair, ...]:
         """Return the i-th of n parts of the measurements for shard (i, n), or all measurements for None.

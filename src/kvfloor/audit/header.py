@@ -28,10 +28,12 @@ class Header:
     identity     all that the rows depend on (`audit/identity.py`)
     settings     (text, True for a baseline, True if asked for) of each method with its budget
     texts, cells  the places where each setting is measured
+    further      more texts, which close calls alone read
     versions     name -> version of each program
     machine      the machine in words
     began        time at which the last start of the audit began, seconds since 1970
     seconds      time that earlier starts took
+    racing       True if clear losers stopped early, and close calls read on (`audit/race.py`)
     minutes      time limit of the last start that ended by itself; None: no limit
     ended        True if a start ended by itself; notes: sentences for the report, such as what was left out
     """
@@ -42,11 +44,13 @@ class Header:
     settings: Sequence[tuple[str, bool, bool]]
     texts: Sequence[TextCell]
     cells: Sequence[Cell]
+    further: Sequence[TextCell]
     versions: dict[str, str]
     machine: str
     began: float
     seconds: float = 0.0
     minutes: float | None = None
+    racing: bool = False
     ended: bool = False
     notes: Sequence[str] = ()
     schema: int = _SCHEMA
@@ -54,7 +58,8 @@ class Header:
     @property
     def grid(self) -> Grid:
         """Return the places and settings of the audit."""
-        return Grid((*self.texts, *self.cells), tuple(text for text, _, _ in self.settings))
+        settings = tuple(text for text, _, _ in self.settings)
+        return Grid((*self.texts, *self.cells), settings, tuple(self.further))
 
     @property
     def methods(self) -> list[BudgetedMethod]:
@@ -76,7 +81,8 @@ def read_header(folder: Path) -> Header | None:
         if set(plain) != {field.name for field in fields(Header)} or plain["schema"] != _SCHEMA:
             raise ValueError("written by another version of kvfloor")
         header = Header(**plain)
-        cells = {"texts": [TextCell(*one) for one in header.texts], "cells": [Cell(*one) for one in header.cells]}
+        cells = {name: [TextCell(*one) for one in plain[name]] for name in ("texts", "further")}
+        cells |= {"cells": [Cell(*one) for one in header.cells]}
         return Header(**plain | cells | {"settings": [(t, bool(b), bool(a)) for t, b, a in header.settings]})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}; choose another --out, or pass --fresh") from error

@@ -105,7 +105,7 @@ class Journal:
     def sort(self, **changes: Any) -> None:
         """Write the files anew in the order of the report, and `audit.json` with changed fields."""
         header = replace(self.about, seconds=self.seconds, **changes)
-        self.rows = {pair: self.rows[pair] for pair in header.grid.pairs if pair in self.rows}
+        self.rows = {pair: self.rows[pair] for pair in header.grid.all_pairs if pair in self.rows}
         self.floors = {cell: self.floors.get(cell, []) for cell in header.cells if (cell, EXACT) in self.rows}
         write_records(self.folder / TEXTS, self.texts)
         write_records(self.folder / ROWS, self.tasks)

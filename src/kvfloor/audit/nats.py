@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,13 @@ import torch
 from torch import Tensor
 
 from kvfloor.audit.records import read_records, write_records
-from kvfloor.statistics import blocks, mean_interval
+from kvfloor.statistics import blocks, confidence_of_look, mean_interval
 
 BLOCK_TOKENS = 64
 """Tokens whose mean is one observation of an interval: neighbouring tokens are not independent of each other."""
+
+FIRST_LOOK = 32
+"""Blocks of scored tokens that a setting must have before a race may call it safe: below, an interval is too rough."""
 
 MOST_BYTES = 2**30  # of a nats.jsonl
 _DIGITS = 8  # significant digits of a token's figures in the file
@@ -196,6 +200,20 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     )
 
 
+def block_means(rows: Iterable[TextRow]) -> list[float]:
+    """Return the mean KL of each block of BLOCK_TOKENS scored tokens, text by text, in nats per token."""
+    return [total / count for row in rows for total, count in blocks(row.kl, BLOCK_TOKENS)]
+
+
+def looks(rows: Iterable[TextRow]) -> int:
+    """Return how often a race has judged a setting that read these texts.
+
+    It is judged after each text, as soon as it has FIRST_LOOK blocks.
+    """
+    counts = accumulate(len(blocks(row.kl, BLOCK_TOKENS)) for row in rows)
+    return max(1, sum(count >= FIRST_LOOK for count in counts))
+
+
 @dataclass(frozen=True)
 class TextSummary:
     """Hold one line of an audit's table of texts: a setting (method with budget), its bytes and its divergence.
@@ -220,8 +238,11 @@ class TextSummary:
 _MEANS = ("state_bytes", "exact_bytes", "exact_16_bit_bytes", "floor_bytes", "token_id_bytes")
 
 
-def summaries(rows: Sequence[TextRow]) -> list[TextSummary]:
-    """Return one summary per setting, in the order of the rows."""
+def summaries(rows: Sequence[TextRow], racing: bool = False, confidence: float = 0.95) -> list[TextSummary]:
+    """Return one summary per setting, in the order of the rows.
+
+    With `racing`, each interval leaves a share of its error for later looks: one may have stopped after any text.
+    """
     groups: dict[str, list[TextRow]] = {}
     for row in rows:
         groups.setdefault(row.method, []).append(row)
@@ -234,7 +255,7 @@ def summaries(rows: Sequence[TextRow]) -> list[TextSummary]:
             peak_state_bytes=max(row.peak_state_bytes for row in group),
             **{name: sum(getattr(row, name) for row in group) / len(group) for name in _MEANS},
             seconds=sum(row.seconds for row in group),
-            figures=divergence(group),
+            figures=divergence(group, confidence_of_look(confidence, looks(group)) if racing else confidence),
         )
         for setting, group in groups.items()
     ]

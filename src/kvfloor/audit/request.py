@@ -108,6 +108,11 @@ class AuditRequest:
         """Return the number of tokens that are predicted after each text's context."""
         return max(*self.context_lengths, _FEWEST_SCORED) if self.continuation is None else self.continuation
 
+    @property
+    def racing(self) -> bool:
+        """Return True if the audit spends its minutes where they decide (`audit/race.py`)."""
+        return self.minutes is not None and bool(self.text_names)
+
     def check(self) -> None:
         """Raise ValueError with one line for an argument that is out of range."""
         if not self.kl_limit > 0:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
-from kvfloor.audit.grid import Grid
+from kvfloor.audit.grid import Asked, Grid
 from kvfloor.audit.header import Header
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.identity import differences, identity, versions
@@ -20,6 +20,7 @@ from kvfloor.audit.journal import Journal
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextCell, TextRow, summaries
 from kvfloor.audit.plan import chosen_tasks, read_prompts, settings
+from kvfloor.audit.race import Race, race
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.require import Condition, conditions, shortfalls
@@ -62,7 +63,7 @@ class Answer:
             why=why(self.recommendation),
             report=str(self.report),
         )
-        nats = [asdict(found) for found in summaries(self.texts)]
+        nats = [asdict(found) for found in summaries(self.texts, self.recommendation.standard.racing)]
         return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads]}
 
 
@@ -109,7 +110,7 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
         notes=tuple(header.notes),
     )
     by_head = heads([floor for found in journal.floors.values() for floor in found], rows)
-    found = recommend(rows, texts=texts, kl_limit=kl_limit)
+    found = recommend(rows, texts=texts, kl_limit=kl_limit, racing=header.racing)
     report = journal.folder / "report.html"
     return Answer(rows, texts, by_head, found, report, tuple(shortfalls(required, rows)), meta)
 
@@ -148,11 +149,11 @@ def _measure(
             count = f"{len(journal.rows)} of {len(header.grid.pairs)} measurements"
             announce(f"{_out(question)} has {count}: going on from there")
         journal.begin(header)
-        pairs = header.grid.part(question.shard)
+        asked = _asked(question, header)
         clock = Clock(question.minutes, announce, begin)
-        missing = journal.missing(pairs)
+        missing = journal.missing(asked(journal.rows))
         total = len(missing) + len({place for place, _ in missing})
-        engine.measure(pairs, journal, clock, lambda text: track(total, text))
+        engine.measure(asked, journal, clock, lambda text: track(total, text))
     return _finish(question, journal, clock.note())
 
 
@@ -183,6 +184,8 @@ def _header(
         settings=[(one.text, one.baseline, one.asked) for one in plan],
         texts=[place for place in grid.places if isinstance(place, TextCell)],
         cells=[place for place in grid.places if isinstance(place, Cell)],
+        further=grid.further,
+        racing=question.racing,
         versions=versions(),
         machine=f"{platform.machine()}, {_threads()} torch threads",
         began=began,
@@ -190,12 +193,26 @@ def _header(
     )
 
 
+def _asked(question: AuditRequest, header: Header) -> Asked:
+    """Return the function from the rows so far to the measurements that the audit asks for."""
+    if header.racing:
+        return _race(question, header).asked
+    pairs = header.grid.part(question.shard)
+    return lambda rows: pairs
+
+
+def _race(question: AuditRequest, header: Header) -> Race:
+    return race(header.grid, [one.configuration for one in header.methods], question.kl_limit)
+
+
 def _is_done(question: AuditRequest, journal: Journal) -> bool:
     """Return True if the rows asked for are there, or those left out did not fit into the same minutes before."""
     header = journal.about
+    if header.racing != question.racing:
+        return False
     limited = question.shard is None and header.minutes is not None and question.minutes is not None
     same_end = limited and header.ended and header.minutes == question.minutes
-    return same_end or not journal.missing(header.grid.part(question.shard))
+    return same_end or not journal.missing(_asked(question, header)(journal.rows))
 
 
 def _finish(question: AuditRequest, journal: Journal, notes: Sequence[str]) -> int:
@@ -204,10 +221,13 @@ def _finish(question: AuditRequest, journal: Journal, notes: Sequence[str]) -> i
     A part of an audit keeps all rows, as other parts may be measured in the same folder.
     """
     header = journal.about
-    pairs = header.grid.part(question.shard)
+    pairs = _asked(question, header)(journal.rows)
     if question.shard is None:
         lacking = {place for place, _ in journal.missing(pairs)}
-        journal.finish({pair for pair in pairs if pair[0] not in lacking}, question.minutes, notes)
+        kept = [pair for pair in pairs if pair[0] not in lacking]
+        if header.racing and (told := _race(question, header).note(kept)) and told not in notes:
+            notes = (*notes, told)
+        journal.finish(kept, question.minutes, notes)
     else:
         journal.sort()
     return len(pairs) - len(journal.missing(pairs))

@@ -20,7 +20,7 @@ from kvfloor.audit.plan import Work, prompt_work, read_prompts, settings, task_w
 from kvfloor.audit.reading import Reader, text_row
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Row
-from kvfloor.audit.texts import Excerpt, excerpts
+from kvfloor.audit.texts import Excerpt, excerpts, further_excerpts
 from kvfloor.hf import prepare
 from kvfloor.models import load
 
@@ -43,7 +43,7 @@ class _Opened:
 
 
 class Worker:
-    """Measure the settings of an audit with one model, place by place."""
+    """Measure the settings of an audit with one model, place by place. `grid` holds the places and settings."""
 
     def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
         """Load the model in `folder`, and make the texts and samples that `question` asks for.
@@ -64,13 +64,13 @@ class Worker:
             work = prompt_work(question.prompts.stem, items, question.protocols, bench.count)
         elif question.task_names:
             work = task_work(question.task_names, contexts, question.protocols, question.n, question.seed, bench.count)
-        self._places: dict[Place, Excerpt | Work] = {one.cell: one for one in (*read, *work)}
+        further: list[Excerpt] = []
+        if question.racing:
+            further = further_excerpts(question.text_names, contexts, question.scored, bench.encode)
+        self._places: dict[Place, Excerpt | Work] = {one.cell: one for one in (*read, *work, *further)}
+        places = tuple(one.cell for one in (*read, *work))
+        self.grid = Grid(places, tuple(self._settings), tuple(one.cell for one in further))
         self._opened: _Opened | None = None
-
-    @property
-    def grid(self) -> Grid:
-        """Return the places and settings of the audit."""
-        return Grid(tuple(self._places), tuple(self._settings))
 
     def tokens(self, place: Place) -> int:
         """Return the number of tokens that one setting takes in on a place."""
