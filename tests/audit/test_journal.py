@@ -94,6 +94,26 @@ def test_an_audit_killed_at_any_write_goes_on_to_the_same_rows(
             assert Replaying.count - before == 21 - rows, (moment, torn)
 
 
+def test_an_audit_killed_again_and_again_goes_on_to_the_same_rows(
+    tmp_path: Path, whole: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = 0
+    while True:
+        with monkeypatch.context() as patch:
+            killed_at(patch, 4, 0.5)  # the third row, in its middle
+            try:
+                audit(tmp_path / "out")
+            except Killed:
+                kills += 1
+            else:
+                break
+        if kills > 11:  # only the four files in order are left to write
+            audit(tmp_path / "out")
+            break
+    assert kills == 12
+    assert without_times(tmp_path / "out") == whole
+
+
 def test_a_finished_audit_is_only_reported_anew(tmp_path: Path) -> None:
     first = audit(tmp_path / "out")
     before = Replaying.count
@@ -107,11 +127,17 @@ def test_a_finished_audit_is_only_reported_anew(tmp_path: Path) -> None:
     assert Replaying.count == before + 21
 
 
-def test_another_audit_in_the_folder_is_replaced_and_named(tmp_path: Path, whole: dict[str, list[str]]) -> None:
+def test_another_audit_in_the_folder_is_replaced_and_named(
+    tmp_path: Path, whole: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     audit(out, n=33, texts=("mixture-0", "mixture-2"))
     said: list[str] = []
-    audit(out, said)
+    with monkeypatch.context() as patch:
+        killed_at(patch, 3, 0)
+        with pytest.raises(Killed):
+            audit(out, said)
+    audit(out)
     assert f"{str(out)!r} has another audit (another texts, n): its rows are removed" in said
     assert without_times(out) == whole
 

@@ -68,11 +68,11 @@ def test_merged_parts_equal_one_audit(tmp_path: Path, n: int) -> None:
 def test_parts_one_after_the_other_in_one_folder_are_a_whole_audit(tmp_path: Path) -> None:
     audit(tmp_path / "whole")
     before = Replaying.count
-    for i in (3, 1, 2):
-        part(tmp_path / "out", i, 3)
+    for i in (4, 2, 3, 1):
+        part(tmp_path / "out", i, 4)
     assert Replaying.count == before + 21
     before = Replaying.count
-    part(tmp_path / "out", 2, 3)
+    part(tmp_path / "out", 2, 4)
     audit(tmp_path / "out")
     assert Replaying.count == before
     assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")

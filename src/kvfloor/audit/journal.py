@@ -57,7 +57,7 @@ class Journal:
     def resume(self, identity: dict[str, Any]) -> bool:
         """Read the rows in the folder, and return True, if they have this identity; else return False.
 
-        A line that was cut off while it was written is removed.
+        A line that was cut off while it was written is removed, and so are floors without the row of `exact`.
         """
         self.header = read_header(self.folder)
         if self.header is None or self.header.identity != identity:
@@ -66,7 +66,10 @@ class Journal:
             records, size = read_part(self.folder, name)
             cut_to(self.folder / name, size)
             self._take(records)
-        self.floors = {cell: found for cell, found in self.floors.items() if (cell, EXACT) in self.rows}
+        kept = {cell: found for cell, found in self.floors.items() if (cell, EXACT) in self.rows}
+        if kept != self.floors:  # the audit ended between floors and their row: both are measured again
+            self.floors = kept
+            self._write_floors()
         return True
 
     def begin(self, header: Header) -> None:
@@ -109,7 +112,7 @@ class Journal:
         self.floors = {cell: self.floors.get(cell, []) for cell in header.cells if (cell, EXACT) in self.rows}
         write_records(self.folder / TEXTS, self.texts)
         write_records(self.folder / ROWS, self.tasks)
-        write_records(self.folder / FLOORS, [floor for found in self.floors.values() for floor in found])
+        self._write_floors()
         self.header = replace(header, began=time.time())
         self.header.write(self.folder)
 
@@ -134,6 +137,9 @@ class Journal:
         """Return the description of the audit, which `resume` found or `begin` was given."""
         assert self.header is not None
         return self.header
+
+    def _write_floors(self) -> None:
+        write_records(self.folder / FLOORS, [floor for found in self.floors.values() for floor in found])
 
     def _take(self, records: Iterable[Any]) -> None:
         for record in records:

@@ -52,7 +52,7 @@ class Worker:
         for contexts that are longer than the model's positions.
         """
         self._settings = {one.text: one for one in settings(question.methods, question.budget_texts)}
-        model, tokenizer = load(folder, track=track)
+        model, tokenizer = load(folder.absolute(), track=track)  # a folder "smollm2" is not the model of that name
         self._bench = bench = Bench(prepare(model), tokenizer, question.seed)
         self._reader = Reader(model, question.seed)
         contexts = question.context_lengths
