@@ -244,7 +244,12 @@ def test_texts_beyond_the_minutes_are_left_out_and_named_until_there_is_time(
     assert again.meta.notes == first.meta.notes and again.texts == first.texts
     before = Replaying.count
     more = run(small(out, minutes=2e9, continuation=512), lambda total, text: None)
-    assert Replaying.count == before + 14 and len(more.texts) == 14 and len(more.rows) == 7 and more.meta.notes == ()
+    assert {row.text for row in more.texts} == {"mixture-0", "mixture-1"} and more.rows
+    assert Replaying.count == before + len(more.texts) + len(more.rows) - 7  # what was there is not measured again
+    stopped = {row.method for row in more.texts} - {row.method for row in more.rows}
+    assert "exact" not in stopped and [note for note in more.meta.notes if "stopped early" in note]
+    whole = run(small(out, continuation=512), lambda total, text: None)
+    assert len(whole.texts) == 14 and len(whole.rows) == 7 and whole.meta.notes == ()
 
 
 def test_minutes_for_less_than_one_text_are_refused(tmp_path: Path) -> None:
