@@ -68,7 +68,13 @@ class Here:
             worker.open(place)
             if is_text and clock.per_token is None:
                 texts = sum(isinstance(one, TextCell) for one in places)
-                clock.expect(time.perf_counter() - begin, worker.tokens(place), count, texts, must=is_first)
+                clock.expect(
+                    time.perf_counter() - begin,
+                    worker.tokens(place),
+                    count,
+                    texts,
+                    must=is_first and len(todo) == count,
+                )
                 if not is_first and not clock.fits(str(place), tokens):
                     continue
             for setting in todo:
