@@ -40,7 +40,7 @@ class Snap(Rule):
         for token in held:
             near = range(token.position - self.policy.kernel // 2, token.position + self.policy.kernel // 2 + 1)
             around = [votes[p] for p in near if p in votes and p < seen - window] or [votes[token.position]]
-            heads = [max(x) if self.policy.pool == "max" else sum(x) / len(x) for x in zip(*around, strict=True)]
+            heads = [max(x) if self.policy.pool == "max" else sum(x) / self.policy.kernel for x in zip(*around, strict=True)]
             worth.append(sum(heads) / g)
         return worth
 
