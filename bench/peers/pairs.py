@@ -1,4 +1,4 @@
-"""List the presses of kvpress 0.5.5, each beside kvfloor's method of the same rule, or with the reason why there is none.
+"""List the presses of kvpress 0.5.5, each beside kvfloor's method of the same rule, or with why there is none.
 
 A press is kvpress's word for an eviction rule. It compresses once, at the end of the prompt. kvfloor's methods do
 likewise with `prefill=dense` and a block longer than the continuation, so that nothing is evicted after the prompt.
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ONCE = "block=512,prefill=dense"
+_EXPECTED = f"expected(heads=each,epsilon=0.0,recent=0,{ONCE})"
+_TOVA = f"tova(sinks=0,recent=1,{ONCE})"
 _LEVERAGE = "ridge_leverage(ridge=1e-05,centre=True,keys=unrotated,sinks=0,recent=0,block=512,prefill=dense)"
 
 
@@ -23,6 +25,7 @@ class Pair:
     inner     the press that `press` wraps, if it is a wrapper
     eager     True if the press reads the attention matrix, which only eager attention returns
     ranks     True if kept keys are rotated anew, to their ranks among the kept tokens
+    variant   name of kvpress's variant of the method's law (`variants.py`), if kvfloor's cache is to run that instead
     stepwise  True if the continuation is fed token by token: the press compresses while decoding, or its layers keep
               different numbers of tokens
     """
@@ -35,7 +38,18 @@ class Pair:
     inner: str = ""
     eager: bool = False
     ranks: bool = False
+    variant: str = ""
     stepwise: bool = False
+
+    @property
+    def ours(self) -> str:
+        """Return kvfloor's method with the variant of its law, as the table shows it."""
+        return f"{self.method} as {self.variant}" if self.variant else self.method
+
+    @property
+    def runs(self) -> bool:
+        """Return True if the pair draws at random, so that several runs are compared."""
+        return self.rule == "random" or "seed" in self.arguments
 
     @property
     def title(self) -> str:
@@ -52,13 +66,13 @@ PAIRS = (
     Pair("StreamingLLMPress", {"n_sink": 4}, f"sinks(4,{ONCE})"),
     Pair("KeyRerotationPress", {}, f"sinks(4,{ONCE})", inner="StreamingLLMPress", ranks=True),
     Pair("SnapKVPress", {"window_size": 64, "kernel_size": 5}, "snapkv(window=64,kernel=5,pool=avg)"),
-    Pair("SnapKVPress", {"window_size": 1, "kernel_size": 1}, f"tova(sinks=0,recent=1,{ONCE})"),
+    Pair("SnapKVPress", {"window_size": 1, "kernel_size": 1}, _TOVA),
     Pair("ObservedAttentionPress", {}, f"h2o(score=mean,recent=0,sinks=0,{ONCE})", eager=True),
     Pair("ExpectedAttentionPress", {"n_sink": 0}, f"expected(heads=each,epsilon=0.0,sinks=0,recent=0,{ONCE})"),
     Pair(
         "ExpectedAttentionPress",
         {"n_sink": 4},
-        f"expected(heads=each,epsilon=0.0,recent=0,{ONCE})",
+        _EXPECTED,
         "other",
         "kvpress takes shares of the attention to all tokens but the 4 sinks, kvfloor of that to all tokens, as the "
         "paper writes. So a query head that expects to look at the sinks has less weight here in its group's mean",
@@ -66,11 +80,13 @@ PAIRS = (
     Pair(
         "TOVAPress",
         {},
-        f"tova(sinks=0,recent=1,{ONCE})",
+        _TOVA,
         "other",
         "kvpress averages over all query heads of a layer, as the authors' code does, and keeps the same tokens in all "
         "its kv heads; kvfloor averages over each kv head's own group. kvpress's `SnapKVPress(1, 1)` does so too",
     ),
+    Pair("ExpectedAttentionPress", {"n_sink": 4}, _EXPECTED, variant="SharesWithoutSinks"),
+    Pair("TOVAPress", {}, _TOVA, variant="MeanOverLayer"),
     Pair("RandomPress", {}, f"random({ONCE})", "random"),
     Pair(
         "RandomPress",
@@ -84,7 +100,13 @@ PAIRS = (
 )
 
 STEPWISE = (
-    Pair("PrefillDecodingPress", {"interval": 16}, "knorm(sinks=0,recent=0,block=16,prefill=dense)", inner="KnormPress", stepwise=True),
+    Pair(
+        "PrefillDecodingPress",
+        {"interval": 16},
+        "knorm(sinks=0,recent=0,block=16,prefill=dense)",
+        inner="KnormPress",
+        stepwise=True,
+    ),
     Pair("PyramidKVPress", {"beta": 2}, "snapkv(window=64,kernel=5,pool=avg)", stepwise=True),
 )  # fmt: skip
 

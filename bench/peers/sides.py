@@ -1,4 +1,4 @@
-"""Read a text with kvpress and with kvfloor: a dense prompt, one compression, then a continuation scored token by token.
+"""Read a text with kvpress and with kvfloor: a dense prompt, one compression, then a continuation to score.
 
 Positions are the tokens' places in the text on both sides, also after the compression.
 """
@@ -11,31 +11,19 @@ from typing import Any
 import kvpress
 import torch
 from pairs import Pair
+from parity_table import Reading
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvfloor.audit.nats import figures
 from kvfloor.audit.texts import Excerpt
+from kvfloor.core.method import Method
 from kvfloor.hf import CompressedCache
 from kvfloor.hf.layer import Eviction
 
 
-@dataclass
-class Reading:
-    """Hold what a compressed cache did to an excerpt.
-
-    kl      (scored,) float64: KL(exact || compressed) of each token's prediction, nats
-    kept    (layers, kv heads, context) bool: the tokens held after the prompt; None where they cannot be told
-    scores  the press's score of every token, a tensor (kv heads, context) per layer; None for kvfloor
-    """
-
-    kl: Tensor
-    kept: Tensor | None = None
-    scores: list[Tensor] | None = None
-
-
 @dataclass(frozen=True)
-class Exact:
+class ExactReading:
     """Hold an excerpt, and the logits (scored, vocabulary) of its continuation with the exact cache."""
 
     excerpt: Excerpt
@@ -43,7 +31,7 @@ class Exact:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: PreTrainedModel, excerpt: Excerpt) -> Exact:
+    def of(cls, model: PreTrainedModel, excerpt: Excerpt) -> ExactReading:
         cache, last = prompt(model, excerpt, DynamicCache())
         return cls(excerpt, score(model, cache, excerpt, last))
 
@@ -101,7 +89,7 @@ def score(
 
 
 def press_of(pair: Pair, budget: int, context: int, run: int = 0) -> kvpress.BasePress:
-    """Return the pair's press, set to keep `budget` of `context` tokens; `run` is the seed of a press that wants one."""
+    """Return the pair's press, set to keep `budget` of `context` tokens; `run` seeds a press with `seed="run"`."""
     ratio, arguments = 1 - budget / context, {**pair.arguments}
     if pair.inner == "KnormPress":
         decoding = kvpress.DecodingPress(kvpress.KnormPress(), arguments["interval"], target_size=budget)
@@ -140,7 +128,9 @@ def kept_tokens(whole: Tensor, left: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def theirs(model: PreTrainedModel, presses: list[kvpress.BasePress], pairs: list[Pair], exact: Exact) -> list[Reading]:
+def theirs(
+    model: PreTrainedModel, presses: list[kvpress.BasePress], pairs: list[Pair], exact: ExactReading
+) -> list[Reading]:
     """Read the excerpt under each press; a cache is scored without the press, which does nothing after the prompt."""
     scores = [record_scores(press) for press in presses]
     once = Several(presses)
@@ -161,7 +151,7 @@ def theirs(model: PreTrainedModel, presses: list[kvpress.BasePress], pairs: list
 
 
 @torch.no_grad()
-def theirs_stepwise(model: PreTrainedModel, press: kvpress.BasePress, exact: Exact, steps: int) -> Reading:
+def theirs_stepwise(model: PreTrainedModel, press: kvpress.BasePress, exact: ExactReading, steps: int) -> Reading:
     """Read the excerpt under a press that stays active while the continuation is fed token by token."""
     with press(model):
         cache, last = prompt(model, exact.excerpt, DynamicCache())
@@ -169,7 +159,7 @@ def theirs_stepwise(model: PreTrainedModel, press: kvpress.BasePress, exact: Exa
 
 
 @torch.no_grad()
-def ours(model: PreTrainedModel, method: str, exact: Exact, steps: int | None = None, **more: Any) -> Reading:
+def ours(model: PreTrainedModel, method: Method, exact: ExactReading, steps: int | None = None, **more: Any) -> Reading:
     """Read the excerpt under a method of kvfloor, on the prepared model; `more` are arguments of the cache."""
     config, n = model.config, len(exact.excerpt.context)
     kept = torch.ones(config.num_hidden_layers, config.num_key_value_heads, n, dtype=torch.bool)

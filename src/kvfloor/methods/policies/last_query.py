@@ -19,7 +19,9 @@ class LastQuery(Guarded):
     A block is the new tokens between two evictions.
     Law (Oren et al. 2024, TOVA): after each block, score(token) = mean over the GQA group of softmax(q . k) over held
     tokens, for the last query of the block; the token of lowest score is evicted. The paper's rule is
-    tova(sinks=0,recent=0,block=1): in a larger block, one last query decides all evictions at once.
+    tova(sinks=0,recent=0,block=1): in a larger block, one last query decides all evictions at once. The authors' code
+    averages over all query heads of a layer and evicts the same token in all kv heads. Here each kv head decides for
+    itself, so the rules are the same for a model with one kv head.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     A token after the last query has no score yet, and stays longer than every token with a score. In a stream without
