@@ -30,8 +30,8 @@ SAME = """\
 "difference" is that of the two means, "largest" that of one token's KL. "common" is the share of the kept tokens that
 both sides keep, and "least" this share in the head where it is smallest. Rounding alone (equal tokens kept, another
 order of summation) moves a mean by about 1e-7 nats. Where only one side keeps a token, its score equals that of the
-token in its place: "gap" is the relative difference of the two scores, in kvpress's float32. `knorm` has such ties, as in
-the first layer keys of equal tokens have equal lengths; kvfloor evicts the older token, torch's top-k either.
+token in its place: "gap" is the relative difference of the two scores, in kvpress's float32. `knorm` has such ties, as
+in the first layer keys of equal tokens have equal lengths; kvfloor evicts the older token, torch's top-k either.
 `make peers` writes no table if a mean differs by more than 1e-4 nats or if a gap is larger than 1e-4.
 
 A method "as" a name runs with kvpress's variant of its law, written anew in `bench/peers/variants.py` and run by
