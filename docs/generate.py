@@ -29,7 +29,7 @@ OTHER_VERDICTS = {
     "not built": "Not compared: no tiny model without a network, other libraries or other inputs than text",
 }
 API = ("kvfloor", "kvfloor.hf", "kvfloor.floors", "kvfloor.game", "kvfloor.tasks")
-COMMANDS = ("audit", "floors", "break", "check", "methods", "train-less")
+COMMANDS = ("audit", "floors", "break", "check", "methods", "plan", "train-less")
 
 
 def methods_page() -> str:

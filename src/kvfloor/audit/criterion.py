@@ -68,11 +68,18 @@ class Standard:
         return "falls" if row.diff_high < 0 else "open"
 
     def shown_worse(self, row: Row) -> Verdict:
-        """Judge one row beside texts, which show what is safe: return "falls" if a loss is certain, else "holds"."""
+        """Judge one row where texts were read too: return "falls" if a loss is certain, else "holds".
+
+        The texts show that a setting is safe; a row can only show that it is not.
+        """
         return "falls" if self.verdict(row) == "falls" else "holds"
 
     def divergence_verdict(self, found: Divergence) -> Verdict:
-        """Judge a divergence, whose interval has `cell_confidence`: "holds", "falls" or "open" against `kl_limit`."""
+        """Judge a divergence against `kl_limit`: return "holds", "open" or "falls".
+
+        "holds" means that its confidence interval lies below the limit, "falls" that it lies above, and "open" that it
+        contains the limit. The interval must have the confidence level `cell_confidence`.
+        """
         assert self.kl_limit is not None
         if found.kl_high <= self.kl_limit:
             return "holds"

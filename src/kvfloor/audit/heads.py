@@ -103,7 +103,7 @@ def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
 def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
     """Return the floors of one kv head on a cell (task, context length, protocol), from its keys and queries.
 
-    trace             the layer's recorded queries, keys and values, of which scale, softcap and norms are taken
+    trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
     k      (n, d)     keys of the context's n tokens
     asked  (g, t, d)  queries of the t tokens after the context, for the g query heads of the kv head
     own    (t, d)     keys of these t tokens

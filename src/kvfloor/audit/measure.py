@@ -1,4 +1,4 @@
-"""Measure the rows of an audit: each is one setting on the samples of one cell, decoded greedily by the model.
+"""Measure the rows of an audit: run the model under each setting on each cell's samples, decoding greedily.
 
 A setting is a method with its budget; a cell is a task at a context length under a protocol: "visible" compresses a
 sample's question with its context, "after" asks it after the compression.

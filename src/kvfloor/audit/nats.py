@@ -55,9 +55,10 @@ class TokenFigures:
 
 
 def figures(exact: Iterable[Tensor], method: Iterable[Tensor], tokens: Iterable[Tensor]) -> TokenFigures:
-    """Compare two runs over the same text, given in equal pieces.
+    """Return the figures of each scored token, from the logits of the exact cache and of a method on one text.
 
-    exact, method  logits (c, vocabulary) of each piece of c tokens; tokens: the pieces' token ids (c,)
+    exact, method  logits (c, vocabulary) of each piece of c tokens
+    tokens         token ids (c,) of each piece; the pieces are the same in all three
     All sums are float64.
     """
     parts: list[tuple[Tensor, ...]] = []
@@ -169,9 +170,9 @@ class Divergence:
 def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     """Summarise the rows of one setting, one per text.
 
-    The intervals resample blocks of BLOCK_TOKENS tokens of all texts together: they tell how far the figures could move
-    on other passages like these. Raises ValueError for rows of several settings, and for texts with fewer blocks than
-    an interval needs.
+    The intervals show how far the figures could move on other passages like these. They are computed by resampling the
+    blocks of BLOCK_TOKENS tokens of all texts together. Raises ValueError for rows of several settings, and for texts
+    with fewer blocks than an interval needs.
     """
     if len({row.method for row in rows}) != 1:
         raise ValueError("summarise the rows of one setting at a time")

@@ -224,7 +224,7 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
 
 
 def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:
-    """Raise ValueError if the audit has more tokens in a row than the model was trained for."""
+    """Raise ValueError if the audit's longest input, of `longest` tokens, exceeds the model's trained positions."""
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(most, int) and longest > most and not question.allow_beyond:
         raise ValueError(

@@ -24,7 +24,9 @@ def check_broken(method: Method, at: Setting) -> None:
 
 
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
-    """Make the call fail at each of its torch operations, or at `most` of them, each time on a copy of `state`.
+    """Make the call fail at each of its torch operations, each time on a copy of `state`, and count the outcomes.
+
+    most: largest number of failures, which are then spread evenly over the operations; None: fail at every operation.
 
     Returns the number of failures by their outcome: the state is unchanged, or it refuses all calls, or neither, which
     is a fault.

@@ -46,7 +46,10 @@ def operations(call: Callable[[], object]) -> int:
 
 
 def spread_out(operations: int, most: int | None) -> list[int]:
-    """Return the numbers 1 .. operations, or `most` of them at even distances, including the first and the last."""
+    """Return the numbers 1 .. operations, or a choice of them at even distances, the first and the last included.
+
+    most: largest count of numbers to return; None: return all.
+    """
     if most is None or operations <= most:
         return list(range(1, operations + 1))
     return sorted({round(1 + i * (operations - 1) / (most - 1)) for i in range(most)})

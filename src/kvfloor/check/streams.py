@@ -29,7 +29,8 @@ _LONG = 1 << 20  # so many tokens that `capacity` has reached its bound, if it h
 class Stream:
     """Hold n tokens per row to feed to a state: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
 
-    The first `prompt` tokens are the prompt, after which `State.seal` is called.
+    g is the GQA group, i.e. query heads per row. The first `prompt` tokens are the prompt, after which `State.seal` is
+    called.
     """
 
     q: Tensor
@@ -64,7 +65,7 @@ def rows_of(method: Method) -> int:
 
 
 def of_rows(method: Method, index: Sequence[int]) -> Method:
-    """Return the method for the rows at `index`: with their budgets if it has one per row, otherwise itself."""
+    """Return the method for the rows at `index`, with the budgets of these rows if each row has its own."""
     budget = method.budget
     if not isinstance(budget, tuple):
         return method
@@ -131,7 +132,10 @@ def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | N
 
 
 def _off_boundary(x: Tensor) -> Tensor:
-    """Return a copy of x that starts three numbers into a larger storage, unaligned as slices of a tensor may be."""
+    """Return a copy of x whose memory address is unaligned, as that of a slice may be.
+
+    The copy starts three numbers into a larger storage.
+    """
     return x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x)
 
 

@@ -170,7 +170,8 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
     """Raise Broken unless a query of zeros gives every token, evicted or held, the unnormalised weight exp(0) = 1.
 
     Only for methods of the "unmasked" law, by which evicted tokens keep logit 0. Held tokens that the selector skips
-    have no weight. All values are 1, so the answer must be 1, and the mass the number of tokens that are not skipped.
+    have no weight. All values are 1, so the answer must be 1. The mass (sum of the weights) must be the number of
+    tokens that are not skipped.
     """
     stream = replace(stream, v=torch.ones_like(stream.v))
     nothing = torch.zeros_like(probes(state.spec, 1))

@@ -22,8 +22,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return a wrapper of `command` whose signature has one command-line option per argument of a barrier.
 
     `ARGUMENTS` holds the help texts of the barriers' arguments. The wrapper also takes a method, `--barrier`, `--out`
-    and `--json`. It calls `command` with `method`, `barrier`, `out`, `as_json` and `arguments`, a dict of the options
-    that were given.
+    and `--json`. The wrapper calls `command` with `method`, `barrier`, `out`, `as_json` and `arguments`, a dict of the
+    options that were given.
     """
     names = [name for name in ARGUMENTS if any(name in barrier.arguments for barrier in BARRIERS.values())]
     parameters = [

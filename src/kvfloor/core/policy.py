@@ -72,12 +72,12 @@ class Held:
         return torch.arange(self.position.shape[1], device=self.count.device) < self.count
 
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
-        """Rotate unrotated queries q (r, g, b, d) to the ranks that their own tokens have now.
+        """Rotate unrotated queries q (r, g, b, d) by the angles of their own tokens' present ranks.
 
         A query's own token is the token that came with the query; position (r, b) is that token's index in the stream.
-        A token's rank is its index among the tokens that the row holds now, the oldest at 0. The computed rank is right
-        only if no token after the query's own was evicted, as for the newest tokens if the policy protects them.
-        Without a rotation in the spec q is returned.
+        A token's rank is its index among the tokens that the row holds now, the oldest at 0. Ranks are counted back
+        from the newest token, so they are right only where no token after the query's own was evicted. This holds for
+        the newest tokens if the policy protects them. If the spec has no rotation, q is returned as it is.
         """
         rotation = self.spec.rotation
         if rotation is None:
@@ -103,9 +103,9 @@ class Queries:
     """Hold the queries of one block of b tokens in order. Each query sees the tokens up to its own position.
 
     q         (r, g, b, d)  the queries; if the spec has a rotation they are rotated, as the held keys are
-    made      (r, b)        True where a query was really given; the other entries of q are arbitrary
+    made      (r, b)        True where a query was given; the other entries of q are arbitrary
     position  (r, b)        position of the token that each query came with
-    bare      (r, g, b, d)  the queries before the rotation; None without one
+    bare      (r, g, b, d)  the queries before the rotation; None if the spec has no rotation
     """
 
     q: Tensor

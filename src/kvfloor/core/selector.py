@@ -1,6 +1,6 @@
 """Define the interface of a selector, which picks the held tokens that a query reads.
 
-The methods `Exact` (keeps all tokens) and `Bounded` (keeps at most a budget of them) call it.
+The methods `Exact` (keeps all tokens) and `Bounded` (keeps at most a budget of tokens) call this interface.
 A row is one (batch item, kv head) stream, and a slot the place of one held token. An index is what a selector stores
 about the held keys to find the tokens of large logit. A query sees a slot if the causal mask allows it, and reads the
 slots that the selector chooses among these. In shapes, r are the rows of a call, m queries per row, g query heads per
@@ -85,8 +85,8 @@ class SelectorState(Memory, ABC):
         """Choose the slots that the newest tokens' queries q (rows, g, a, d) read: `Chosen` with m = g * a.
 
         visible (rows, a) is the number of slots that a query sees, that of its own token included; position (rows, a)
-        is that token's index in the stream, or -1 where the row has no such token. The index may remember a choice for
-        later queries, unlike in `choose`.
+        is that token's index in the stream, or -1 where the row has no such token. Unlike `choose`, this call may store
+        a choice in the index for later queries.
         """
         del position
         return self.choose(q.flatten(1, 2), slots, visible.repeat(1, q.shape[1]))

@@ -1,4 +1,4 @@
-"""Store the held tokens of all rows in one arena: flat tensors of keys and values, a stretch of them for each row.
+"""Store the held tokens of all rows in one arena: flat tensors of keys and values, with one stretch per row.
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token; a row's slots are numbered from 0. A
 column is a tensor with one number of the policy per slot. The rank of a token is its index among the tokens that its
@@ -73,7 +73,7 @@ class Slots(Arena):
 
     @property
     def _own(self) -> tuple[str, ...]:
-        """Return the names of the tensors with one entry per token, except the policy's columns.
+        """Return the names of the tensors with one entry per token; the policy's columns are left out.
 
         If a token's value is its key (`spec.tied`), "k" stands for both.
         """

@@ -1,6 +1,6 @@
 """Define the state of a method, i.e. the memory of its streams of tokens.
 
-The checks of input, the padding, the clocks (tokens per row) and the message (saved state) are written once, here.
+This module implements the checks of input, the padding, the clocks and the message (saved state) for all methods.
 A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A call's real tokens are those that are
 not padding; packed tokens have each row's real tokens first. To seal a state is to mark the end of the prompt, to pin
 tokens is to protect them from eviction, to forget tokens is to drop them on request. A token's position is its index in
@@ -89,10 +89,11 @@ class _Plain(ABCMeta):
 class State(Memory, Generic[M], metaclass=_Plain):
     """Store a method's memory of `rows` independent streams of tokens.
 
-    A variant (subclass) writes `_append` and `_read`, and `_step_partial` if it can be faster than token by token. A
-    variant refuses unacceptable tokens in `_require_tokens` and unacceptable groups in `_require_group`, before
-    anything changes. Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the
-    GQA group, queries of `read` (rows, m, d); present (rows, t), bool, is False for padding, None: all tokens are real.
+    A variant (subclass) implements `_append` and `_read`. It overrides `_step_partial` if it has a form that is faster
+    than token by token. Before anything changes, `_require_tokens` refuses tokens that the variant cannot take, and
+    `_require_group` a wrong number of queries per kv head.
+    Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group,
+    queries of `read` (rows, m, d); present (rows, t), bool, is False for padding, None: all tokens are real.
     All public calls raise TypeError or ValueError on bad input and leave the state as it was. After any other exception
     the state is either unchanged, or refuses every further call with `BrokenState`. A state that keeps whole tokens
     (each with its own key and value) holds them in `slots`.
@@ -122,12 +123,12 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def key_width(self) -> int:
-        """Return the width (last axis) of `k`: the spec's d, or more if tokens have several keys (tensor attention)."""
+        """Return the width of `k`: the spec's d, or more in tensor attention (several keys per token)."""
         return self.spec.d
 
     @property
     def value_width(self) -> int:
-        """Return the width (last axis) of `v`: the spec's dv, more if tokens have several values (tensor attention)."""
+        """Return the width of `v`: the spec's dv, or more in tensor attention (several values per token)."""
         return self.spec.dv
 
     @abstractmethod
@@ -263,7 +264,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def attend(self, q: Tensor) -> Tensor:
-        """Return answers (rows, g, m, dv) to q (rows, g, m, d) without new tokens; a policy may learn from q."""
+        """Return the attention outputs (rows, g, m, dv) of q (rows, g, m, d), and append no token.
+
+        A policy may learn from the queries.
+        """
         q = self._checked(q, "q", self.spec.d, axes=4, finite=True)
         if q.shape[1] < 1:
             raise ValueError(f"q must be (rows, g, m, d) with g >= 1, got {tuple(q.shape)}")
@@ -345,7 +349,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes that answering one query per row reads, summed over all rows.
+        """Return the bytes that are read to answer one query per row, summed over all rows.
 
         The default is `nbytes`; a variant that reads only a part of its memory returns less.
         """
@@ -355,10 +359,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if a saved state's `fields` contradict the saved fields of a state inside that state.
+        """Raise ValueError if the saved `fields` of a wrapper state contradict those of a state that it wraps.
 
-        Outer and inner state must have seen equally many tokens per row, and both or neither must be sealed (past the
-        end of the prompt).
+        Wrapper and wrapped state must have seen equally many tokens per row, and both or neither must be sealed (past
+        the end of the prompt).
         """
         for name, value in vars(self).items():
             if isinstance(value, State):

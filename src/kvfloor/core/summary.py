@@ -1,6 +1,6 @@
 """Define the interface of a summary, which keeps a compressed form of evicted tokens.
 
-The method `Bounded`, which keeps at most a budget of whole tokens, calls it.
+The method `Bounded`, which keeps at most a budget of whole tokens, calls this interface.
 A row is one (batch item, kv head) stream. To absorb tokens is to add them to the summary. A lot is the evicted tokens
 of one row in one call of `absorb`. In shapes, e are evicted tokens of all rows, c those of one row, r the rows of a
 call, m queries, g query heads per kv head, a new tokens, d and dv the widths of a key and a value.
@@ -65,7 +65,7 @@ class SummaryState(Memory, ABC):
 
 
 class Summary(ABC):
-    """Define the compressed form of evicted tokens by a frozen configuration."""
+    """Define a form in which evicted tokens are kept compressed: a frozen configuration."""
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Watching(Blocked["Bounded"]):
     """Answer queries from slots and a summary, and let the policy learn from queries, attention weights and keys.
 
-    A policy learns at block ends, in one product of fixed shape over the block's buffered queries. So the policy's
-    decisions do not depend on how the stream was cut into calls.
+    A policy learns at block ends, in one matrix product of fixed shape over the block's buffered queries. So the
+    policy's decisions do not depend on how the stream was cut into calls.
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -126,13 +126,14 @@ class Watching(Blocked["Bounded"]):
     # ---- learning --------------------------------------------------------------------------------------------------
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of a row's next `left` tokens may be appended as one piece that passes over block ends.
+        """Return how many of a row's next `left` tokens may be appended in one piece, without a stop at block ends.
 
-        Only new tokens are counted; the row saw `seen` tokens before. 0 means that no such piece is allowed: the caller
-        then appends at most the tokens that complete the open block. More than 0 is possible only in a dense prompt
-        (nothing is evicted before its end), without selector, and if the policy needs neither weights nor keys. Then
-        the piece has all `left` tokens if the policy needs no queries. If the policy needs only the newest queries, the
-        piece has whole blocks, which must start at a block end, and ends before the tokens of these queries.
+        `seen` is the number of tokens that the row saw before. 0 means that no such piece is allowed: the caller then
+        appends at most the tokens that complete the open block. More than 0 is returned only in a dense prompt (nothing
+        is evicted before its end), without selector, for a policy that needs neither weights nor keys:
+            no queries needed            all `left` tokens
+            newest queries needed only   the tokens before those of the newest queries, in whole blocks; 0 unless the
+                                         open block is empty
         """
         policy = self.method.policy
         if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):

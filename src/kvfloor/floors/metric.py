@@ -43,7 +43,8 @@ def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0,
     Law, with `leak` = x, (mass off the token)/(mass on the token), so that the weight on it is at least 1/(1+x):
         max         epsilon^2 ((1+x)/(1-x))^2
         frobenius   epsilon^2 m (1+x^2)/(1-x)^2
-        operator    epsilon^2 ||X||_op^2 / dv (1+x^2)/(1-x)^2      ||X||_op: `norm`, or `sign_norm(m, dv)`
+        operator    epsilon^2 (B^2/dv) (1+x^2)/(1-x)^2
+    B is the operator norm of the m x dv matrix of signs: `norm`, or `sign_norm`(m, dv) if `norm` is None.
     Each coordinate of the exact answer is at least (1-x)/(1+x) in size, so a wrong sign is an error of that size, and
     ||softmax||_2^2 <= (1+x^2)/(1+x)^2. Infinite for leak >= 1. Derived here.
     """
@@ -78,8 +79,8 @@ def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
     """Return the least message length, in bits, from which each of `m` rows of `dv` bits is decoded with few errors.
 
     Each row is decoded with at most `wrong` wrong bits with probability p.
-    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0, H2 the binary entropy; no less than
-    m [p dv (1 - H2(rho)) - H2(p)] for rho = wrong/dv <= 1/2, and `row_bits` for wrong = 0. Derived here: Fano's
+    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0, H2 the binary entropy. This is at least
+    m [p dv (1 - H2(rho)) - H2(p)] for rho = wrong/dv <= 1/2, and equals `row_bits` for wrong = 0. Derived here: Fano's
     inequality with a list.
     """
     m, p = whole("m", m, least=0), within("p", p, 0.0, 1.0, low_open=True)
@@ -106,11 +107,12 @@ def metric_space(
     operator (formulas in `wrong_share`). It must hold with probability `p` at each step.
     Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), S the bits, rho the
     `wrong_share` of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else
-    0. The hard instance is a stream that is m tokens long so far, m <= n, or m <= W - 1 under `window` = W, with signs
-    in w <= dv coordinates. m unit keys have the gap g = `gap_known`(m, d), 1 less the largest inner product of two
-    keys. The query of a key gives all other tokens, the one that the receiver appends included, at most
-    x = m e^(-radius g) times the softmax mass of the key; x is the `leak` of `wrong_share`, and `radius` the largest
-    logit. Without `radius`, x can be made arbitrarily small.
+    0. The hard instance is a stream of m tokens, with signs in w <= dv coordinates; m <= n, or m <= W - 1 under
+    `window` = W.
+    The `leak` of `wrong_share` is x = m e^(-radius g), where `radius` is the largest logit, and g = `gap_known`(m, d)
+    the gap of m unit keys, 1 less the largest inner product of two keys: the query of a key leaves all other tokens,
+    the one that the receiver appends included, at most x times the softmax mass of the key. Without `radius`, x can be
+    made arbitrarily small.
     `norm`: a measured operator norm that half of all n x dv sign matrices stay below.
     Raises ValueError naming the argument, what was given and what is allowed.
     """

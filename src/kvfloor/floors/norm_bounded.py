@@ -48,8 +48,8 @@ def _count(d: int, r: float, offset: float) -> float:
 def _packed(d: int, r: float, offset: float) -> float:
     """Return the largest number m of keys that a packing of the sphere gives at gap (ln m + offset)/r, or 0.
 
-    The arguments are those of `_count`. The gap is 1 less the largest inner product of two keys. m is found by
-    bisection on ln m, as larger m are harder.
+    The arguments are those of `_count`. The gap is 1 less the largest inner product of two keys. If m keys have
+    room, so have fewer: the largest m is found by bisection on ln m.
     """
 
     def feasible(log_m: float) -> bool:

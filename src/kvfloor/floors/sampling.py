@@ -92,7 +92,7 @@ def subgen_plan(
 def lazy_gumbel_tokens(n: int) -> float:
     """Return the expected number of tokens that lazy Gumbel sampling holds for one unbiased draw when d = 1: O(sqrt n).
 
-    `n` is the number of tokens. The draw is a token with the softmax probability of one query, found as the largest of
+    `n` is the number of tokens. The draw is a random token, by the softmax of one query: the token of largest
     logit plus Gumbel noise. Law: the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled keys
     in expectation; never more than n.
     Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; the constant is derived here: given the cutoff B that the

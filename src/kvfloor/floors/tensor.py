@@ -57,9 +57,12 @@ def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
 def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
     """Count the hidden rows that queries of any length can read by tensor attention over `n` tokens.
 
-    A hidden row is dv values that one query reads. Token i has the values V1[i] and V2[i]; those of token 0 are 1.
-    Four caches: 2(n-1) for d >= 4, V1[i] at pair (i, 0) and V2[i] at pair (0, i); else as in standard attention,
-    n for d >= 2 and min(n, 2) for d = 1, with K2 = V2 = 1. Two caches: n^2 for d >= 4, else n or min(n, 2).
+    A hidden row is dv values that one query reads.
+        d >= 4, four caches  2(n-1) rows: V1[i] is read at pair (i, 0) and V2[i] at pair (0, i), for all tokens i but 0;
+                             V1[0] and V2[0] are 1. At least n rows (see d >= 2)
+        d >= 4, two caches   n^2 rows, one per pair
+        d >= 2               n rows, as in standard attention: K2 = V2 = 1
+        d = 1                min(n, 2) rows, as in standard attention
     ±1 keys suffice for as many rows if d > 6 ln n + 2 ln 2 (two caches: 8 ln n - 2 ln 2). Derived here.
     """
     n, d = whole("n", n), whole("d", d)
@@ -88,9 +91,9 @@ def tensor_space(
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `tensor_rows`. With
     `caches` = 4, tokens arrive with K1, K2, V1, V2; with 2, pairs arrive with values of their own, not products of
     token values (else 2 n dv numbers describe all values).
-    Under `radius`, the largest |score| in nats, m counts only tokens whose keys such scores can tell apart: at most
-    `separable_keys`(floor(d/2), radius/2, x) of the n, with x = sqrt(1 + eps_s) - 1 and eps_s of `separation`, or the
-    keys that standard attention can tell apart, whichever gives more rows.
+    Under `radius`, the largest |score| in nats, m counts only tokens whose keys such scores can tell apart. Two counts
+    are tried, and the one that gives more rows is used: the keys that standard attention can tell apart, and
+    `separable_keys`(floor(d/2), radius/2, x) of the n tokens, with x = sqrt(1 + eps_s) - 1 and eps_s of `separation`.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)

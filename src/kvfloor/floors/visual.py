@@ -61,10 +61,10 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 
 
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
-    """Return the length with which a query reads one of `rows` unit keys, if its own map has `asking` zero tokens.
+    """Return the length of a query that reads one of `rows` unit keys, if the query's map has `asking` zero tokens.
 
-    The query gives its key all but `eps_s` of the softmax mass, as a ratio (mass off the key)/(mass on it), if the
-    keys' gap is at least `g`. The gap is 1 less the largest inner product of two keys.
+    The query leaves all other tokens at most `eps_s` times the softmax mass of its key, if the keys' gap is at least
+    `g`. The gap is 1 less the largest inner product of two keys.
     Law: ln((rows - 1 + asking)/eps_s) / min(g, 1): the asking map's own tokens have logit 0. Derived here.
     """
     return spike_C(rows, whole("asking", asking), g, 1.0, eps_s)

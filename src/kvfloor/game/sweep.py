@@ -37,9 +37,8 @@ class Packed:
 
     d is the width of a key, radius the largest logit allowed. Keys are separable if each key has a query that puts
     nearly all softmax mass on this key with no logit above radius. The game hides a row of dv values under each
-    separable key. Certified bits
-    are bits that the message (the bytes of the state) provably carries; the floor is a lower bound on the bits of any
-    method that answers.
+    separable key. Certified bits are bits that the message (the bytes of the state) provably carries; the floor is a
+    lower bound on the bits of any method that answers.
     """
 
     d: int

@@ -8,8 +8,9 @@ are the parts of its query without and with rotation. Its answer is V_h times th
 head, whose GQA group is all query heads: all heads keep the same tokens. Some transformers releases cache the keys of
 every head instead; they need none of this.
 
-In shapes, c and r are the widths of a latent and of a rotary key, and nope is the width of a key without rotation. B is
-the batch, H the number of query heads, n the number of tokens, d and dv the widths of a head's key and value.
+In shapes, c and r stand for the widths of the latent c and the rotary key r, and nope is the width of a key without
+rotation. B is the batch, H the number of query heads, n the number of tokens, d and dv the widths of a head's key and
+value.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def awaited() -> tuple[Tensor, Tensor] | None:
 
 
 def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert queries and latents to one shared kv head: queries (B, H, n, c + r), and keys (B, 1, n, c + r).
+    """Convert queries and latents to the queries (B, H, n, c + r) and keys (B, 1, n, c + r) of one shared kv head.
 
     These queries and keys have the same logits as the module's own queries and per-head keys. In shapes, c, r and nope
     are the widths of a latent, of a rotary key, and of a head's key without rotation.
@@ -89,7 +90,8 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
     units = torch.eye(latent.shape[-1], dtype=latent.dtype, device=latent.device)
     found = project(units).transpose(0, 1).reshape(heads, -1, latent.shape[-1])
     made = torch.cat([key[:, :, -1, : found.shape[1] - dv], value[:, :, -1]], -1)  # (B, H, nope + dv)
-    if not _alike(torch.matmul(latent[:, :, -1:], found.to(latent.dtype).transpose(1, 2)).squeeze(2), made):
+    again = torch.matmul(latent[:, :, -1:], found.to(latent.dtype).transpose(1, 2)).squeeze(2)
+    if not (made.is_meta or _alike(again, made)):  # meta tensors have shapes only
         raise ValueError(
             f"{type(module).__name__}.kv_b_proj, or a hook on it, is not linear: keys and values cannot be had from "
             f"latents that a compressed cache keeps; take it off, or use a stock cache"

@@ -23,8 +23,8 @@ def layers_served(config: PreTrainedConfig) -> int:
 def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer]]:
     """Return a cache that keeps every token exactly, and the list of its layers whose attention inputs can be recorded.
 
-    These are the full-attention layers. To record, set a layer's attribute `record` or `turn_back` to a function: it is
-    called with the queries, keys and values of every later forward.
+    These are the full-attention layers. To record, set a layer's attribute `record` or `turn_back` to a function: every
+    later forward calls it with its queries, keys and values. `turn_back` returns the queries and keys to go on with.
     """
     opening = Opening(Exact(), layers_served(config))
     cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))

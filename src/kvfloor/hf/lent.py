@@ -14,7 +14,7 @@ class LentKeys(dict[int, Any]):
     """
 
     def __init__(self, readers: Sequence[int]) -> None:
-        """Begin empty. readers: for each layer of the model, the number of later layers that read its keys."""
+        """Build an empty map. readers: for each layer of the model, the number of later layers that read its keys."""
         super().__init__()
         self._readers = tuple(readers)
         self._left: dict[int, int] = {}
@@ -31,5 +31,5 @@ class LentKeys(dict[int, Any]):
         return pair
 
     def __reduce__(self) -> Any:
-        """Copy and pickle without the entries: outside a forward there are none."""
+        """Leave the entries out of a copy or pickle: outside a forward there are none."""
         return type(self), (self._readers,)

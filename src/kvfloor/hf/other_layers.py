@@ -55,7 +55,7 @@ def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = N
 
 
 def devices(layer: Any, names: Iterable[str] | None = None) -> set[torch.device]:
-    """Return the devices of a layer's tensors, and the devices that it holds as attributes, for later tensors.
+    """Return the devices of a layer's tensors, and those that its attributes name, on which it makes later tensors.
 
     names: the attributes concerned; None: all.
     """
@@ -76,7 +76,7 @@ def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
 
 
 def blank(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Return a deep copy of the attributes of an empty layer, with which `refresh` can empty it again.
+    """Return a deep copy of the attributes of an empty layer, from which `refresh` can empty the layer later.
 
     names: the attributes concerned; None: all.
     """

@@ -36,7 +36,7 @@ class SwitchingRotation:
     """Hold the length at which a model (Phi-3, PhiMoE, Phi-4 multimodal) changes the angles of its rotary embedding.
 
     Keys rotated below that length do not fit keys rotated above it. So at that length generate() replaces any
-    cache by a DynamicCache and fills this with all tokens anew. A compressed cache no longer has all tokens and raises
+    cache by a DynamicCache and feeds all tokens to it again. A compressed cache no longer has all tokens and raises
     an error instead.
     """
 
@@ -72,8 +72,8 @@ class SwitchingRotation:
     def refuse_unasked(self, seen: int) -> None:
         """Raise ValueError if the model's generate() may later replace the cache without calling `get_seq_length`.
 
-        generate() of older transformers releases does so at the length where the angles change, and goes on with a
-        DynamicCache. seen: slots fed so far.
+        In older transformers releases, generate() replaces the cache by a DynamicCache at the length where the rotary
+        angles change. seen: slots fed so far.
         """
         if self._dropped_unasked and seen <= self._length:
             raise ValueError(

@@ -98,7 +98,7 @@ def _last_component(model: str) -> str:
 
 
 def _pasted_setting(rows: Sequence[Row | TextRow], answer: Recommendation) -> dict[str, Any] | None:
-    """Return the recommended setting as a literal to paste into Python, or None where no setting is recommended.
+    """Return a dict with the recommended setting, to paste into Python; None where no setting is recommended.
 
     A setting is a method with its budget. The dict has two keys:
     literal  the setting as a quoted string, its budget in tokens

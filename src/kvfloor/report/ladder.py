@@ -43,7 +43,7 @@ class Ladder:
 
 
 def ladders(heads: Sequence[Head]) -> list[Ladder]:
-    """Lay out the kv heads in two ladders: the heads with the largest floors (WORST of them), then all others.
+    """Lay out the kv heads in two ladders: a number `WORST` of heads with the largest floors, then all others.
 
     A ladder has one line per kv head. The first ladder is ordered from the largest floor down, the second by layer and
     head. Both have the same axis of bytes. A model of at most WORST heads has one ladder, ordered by layer and head.

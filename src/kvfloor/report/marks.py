@@ -50,7 +50,7 @@ class Mark:
 
 
 def marks(rows: Sequence[Row | TextRow]) -> dict[str, Mark]:
-    """Map each configuration (a setting without its budget) to a mark, in the rows' order with baselines last.
+    """Map each method, with its arguments but without its budget, to a mark, in the rows' order with baselines last.
 
     A mark is a colour and a marker; the first 64 differ. Baselines are the methods that every audit compares with.
     `exact` is left out, as every figure has a mark for it.

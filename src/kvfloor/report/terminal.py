@@ -23,7 +23,10 @@ _COLOURS = {"holds": "green", "open": "yellow", "falls": "red", None: "dim"}
 
 
 def print_report(rows: Sequence[Row], answer: Recommendation, console: Console, texts: Sequence[TextRow] = ()) -> None:
-    """Print a table of the texts, a table of scores per context length and protocol, and the recommendation."""
+    """Print a table of divergences on the texts, tables of scores on the tasks, and the recommendation.
+
+    There is one table of scores per context length and protocol.
+    """
     if texts and answer.standard.kl_limit is not None:
         console.print(_nats_table(texts, answer))
         limit = answer.standard.kl_limit
@@ -68,7 +71,7 @@ def print_barriers(results: Sequence[Result]) -> None:
 
 
 def details_text(details: Mapping[str, Any]) -> str:
-    """Return `details`, the numbers that only this game's theorem has, as one line: "name value, name value".
+    """Return `details`, the numbers that only games of one barrier have, as one line: "name value, name value".
 
     Values that are lists are left out; the JSON document and the page show them.
     """

@@ -42,10 +42,10 @@ class Task:
     about            one line for lists of tasks
     unit             what `difficulty` counts, such as "pairs"
     lowest, highest  limits of the difficulty
-    default          returns the difficulty for a context of so many tokens
+    default          returns the usual difficulty for a context of a given number of tokens
     make             makes the sample that a request asks for
     depth_moves      name of the fact, such as "the key", whose place in the context the caller can choose by the
-                     argument `depth`; None if the facts are spread over the whole context, so that it cannot be given
+                     argument `depth`; None if the facts are spread over the whole context and `depth` cannot be given
     things           largest number of nouns that the task needs at its default difficulty; tasks in one context divide
                      the lexicon's nouns in proportion to this number
     """

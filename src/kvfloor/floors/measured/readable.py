@@ -119,10 +119,11 @@ def readable_by(
     leak_g that on groups decoded after g. The module defines group, decoding and grain. The bound is for the worst
     values, given these keys: it is no claim about recorded values.
 
-    k, q         (n, d) stored keys; (m, d) queries, any of which may be asked of the state
+    k, q         (n, d) stored keys; (m, d) queries, each of which the state must be able to answer
     later_mass   log of the softmax mass of a query on tokens after the stored ones, its own included: (m,), or one
                  number; see `causal_mass`
-    dtype        the values' number format; most_levels caps L_g further
+    dtype        the values' number format
+    most_levels  a further cap on L_g, or None
     Groups, their queries and their order come from a search. Any choice gives a valid floor, so a longer search can
     only raise it.
     Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".

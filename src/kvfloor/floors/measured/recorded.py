@@ -1,4 +1,4 @@
-"""Compute the read floor of recorded keys and queries, cut in two at a token.
+"""Compute the read floor of a recorded stream of keys and queries that is cut in two at a token.
 
 The read floor is a lower bound on the bits that a state at the cut must hold to answer the queries after the cut.
 """

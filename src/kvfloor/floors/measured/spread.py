@@ -136,10 +136,10 @@ class Spread:
     def candidates(self) -> Iterator[Candidate]:
         """Yield proposed streams with their estimated floors, for the caller to compute the true floor of each.
 
-        Up to `FEW` tokens: one stream, the best that is grown from two orders in which tokens are tried. More tokens:
-        first, if an estimate from a sample finds nearly all tokens readable when all are in the stream, a stream of
-        those readable tokens; then a stream grown by comparing every pair of tokens, which also finds near-duplicates
-        that the sample misses.
+        Up to `FEW` tokens: one stream, the better of two that are grown by trying tokens in two orders.
+        More tokens: one stream is grown by comparing every pair of tokens, so that it leaves out near-duplicates which
+        a sample misses. Another stream may be yielded before it: all tokens that can be read while all tokens are in
+        the stream, as estimated by a sample. This one is yielded only if nearly all tokens can be read.
         """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)
@@ -175,10 +175,10 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Search, for each of the n tokens, a query that reads this token and not the tokens at indices `rivals` (r,).
+        """Search for a query per token that reads this token, against the softmax mass of the tokens `rivals` (r,).
 
-        Returns the queries and their ratios R_ij, over all tokens i and j, as a `Pull`. `first` (n, d) holds queries to
-        improve on, or is None.
+        `rivals` are indices of tokens. Returns a `Pull`, which has the n queries and computes their ratios R_ij for all
+        tokens i and j. `first` (n, d) holds queries to improve on, or is None.
         """
         scale, softcap, beyond = self._law
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
@@ -202,10 +202,10 @@ class Spread:
             members = self._grown(pull, pull.load(self._all, members).argsort(), members)
 
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
-        """Return the estimated floor (bits) of a stream of `members`, and the members in the better of two orders.
+        """Arrange the members of a stream in a good order of decoding; return (estimated floor in bits, members).
 
-        An order is one of decoding, i.e. of reconstructing the hidden values. The better order gives the larger floor.
-        Up to `FEW` members, the two are the given order and that of `by_damage`. More members get one order only: by
+        In this order the proof's receiver reconstructs the hidden values.
+        Up to `FEW` members: the given order or that of `by_damage`, whichever gives the larger floor. More members: by
         the load that a sample of the members puts on each member, the least load first.
         """
         if len(members) <= FEW:

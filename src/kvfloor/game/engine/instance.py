@@ -46,7 +46,7 @@ class Instance(ABC):
     are public and plain: Bob's process receives all fields as JSON, and nothing else about the instance.
     d, dv, dtype           width of a key, width of a value, number format of both
     eta                    relative error that answers may have
-    key_seed, method_seed  derived from the run's seed by `derived_seed`; they reveal neither it nor the hidden values
+    key_seed, method_seed  derived from the run's seed (`derived_seed`); neither that seed nor hidden values follow
     """
 
     barrier: ClassVar[str]

@@ -157,13 +157,13 @@ def play(
 
 
 def subset_bits(codebook: int, n: int, p: float) -> float:
-    """Return the least message length, in bits, from which membership in a secret n-subset of a codebook is decoded.
+    """Return a lower bound on the bits of a message from which the members of a secret set of keys are decoded.
 
-    A codebook is a public set of M keys. A share p >= 1/2 of the subset's keys must be decoded as members, and a share
-    p of the other keys as non-members.
-    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), f = n/M, M = codebook, H2 the binary entropy, clamped
-    at 0. Given its decoding, one key's membership has at most the entropy that a binary channel with error 1-p leaves,
-    and entropy is concave.
+    The set has n of the M keys of a public codebook; M is `codebook`. A share p >= 1/2 of the set's keys must be
+    decoded as members, and a share p of the other keys as non-members.
+    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), clamped at 0, with f = n/M and H2 the binary entropy.
+    The factor of M is the entropy that remains of one key's membership once its decoding is known, as over a binary
+    channel with error 1-p. As entropy is concave, M times it bounds the entropy of all keys together.
     """
     f = n / codebook
     left_open = H2(f) + H2(p) - H2(f * p + (1.0 - f) * (1.0 - p))

@@ -81,10 +81,11 @@ def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tu
     """Find the key family with the most separable keys, up to `most`, for queries with logits of at most `radius`.
 
     Returns the family and the number m of keys. Keys are separable if, for each of them, a query leaves all other
-    tokens together at most eps_s(eta) times the softmax mass on this key. The others are m tokens: m - 1 keys and one
-    token that Bob may append. So the query needs the length C = ln(m / eps_s) / gap, which must not exceed the radius.
-    The gap of a key is its squared norm less its largest inner product with another key. The smallest gap counts,
-    measured on the keys that `key_seed` gives. One key is always separable.
+    tokens together at most eps_s = (1-eta)/4 times the softmax mass on this key. The others are m tokens: m - 1 keys
+    and one token that Bob may append.
+    Law: ln(m / eps_s) / gap <= radius; the left side is the length of the query. The gap of a key is its squared norm
+    less its largest inner product with another key; the smallest gap of the keys that `key_seed` gives counts.
+    One key is always separable.
     """
     best = ("sphere", 1)
     names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]

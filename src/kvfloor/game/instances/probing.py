@@ -58,10 +58,10 @@ class Probing(Instance):
         return self.n
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the tokens of each stream, in pieces, from the stream's hidden bit: `values` (copies, 1, 1).
+        """Yield the tokens of all streams in pieces of t tokens: keys (copies, t, d) and values (copies, t, dv).
 
-        Each piece has keys (copies, t, d) and values (copies, t, dv). A bit 0 puts a heavy key, which takes nearly all
-        softmax mass, at a secret position drawn from `hidden`.
+        The argument `values` (copies, 1, 1) has the hidden bit of each stream. A bit 0 puts a heavy key, which takes
+        nearly all softmax mass, at a secret position drawn from `hidden`.
         """
         place, planted = 1 + hidden.places(self.n - 1, self.copies), values[:, 0, 0] == 0
         for start in range(0, self.n, _TOKENS_AT_ONCE):

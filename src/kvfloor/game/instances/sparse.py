@@ -1,11 +1,11 @@
 """Play the spike game with every attention row concentrated on one token (one-sparse); the floor stays the same.
 
 In the spike game, Alice hides a row of values under each public key, and Bob reads each row by a spike query, which
-gives one key nearly all softmax mass. Haris & Onak (COLT 2025), Corollary 16: the promise that nearly all attention is
-negligible, at undisclosed places, does not help. Scores are already that sparse in the spike game, in which Alice asks
-nothing (her queries are 0). In the sparse game, Alice asks the spike query q_t = C k_t at every token t, k_t its key
-and C the length of the query, so that every softmax row, hers and Bob's, has nearly all its mass on one token. Queries
-that do not depend on the hidden bits change nothing in the proof (docs/floors.md).
+gives one key nearly all softmax mass. Haris & Onak (COLT 2025), Corollary 16: the floor stays the same if nearly all
+attention scores are negligible, unless the method is told which. The scores of the spike game are that sparse already:
+Alice asks nothing there, so her queries and scores are 0. In the sparse game, Alice asks the spike query q_t = C k_t at
+every token t, k_t its key and C the length of the query. So every softmax row, hers and Bob's, has nearly all its mass
+on one token. Queries that do not depend on the hidden bits change nothing in the proof (docs/floors.md).
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ class Sparse(KeyedInstance):
         return by_reading(state, copy, self.queries[row])
 
     def details(self) -> dict[str, Any]:
-        """Measure the shares of scores Q K^T and of softmax weights that are near zero, on up to 512 causal rows.
+        """Measure the shares of scores Q K^T and of softmax weights near zero, on up to 512 rows of causal attention.
 
         Returns name -> number. A score is near zero below 1e-3 of its row's largest score, a weight below 1e-3.
         `least_top_weight` is the least, over these rows, of the largest weight in the row.

@@ -100,7 +100,8 @@ def play(
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive
                  from anything that the method sees, also where hidden_seed equals seed
     family       name of the key family, by default the one whose keys are separated best at (n, d)
-    codebook     hide bits in the keys too: n of this many public keys, in secret (`kvfloor.game.instances.codebook`)
+    codebook     size of a public set from which Alice chooses the n keys in secret, so that the keys hide bits too
+                 (`kvfloor.game.instances.codebook`); None: all n public keys are streamed
     isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected
     Returns the certified bits, the sizes in bytes and the verdict (`Result`). Raises ValueError naming the argument
     that is out of its domain, or the reason that the method cannot be rebuilt.

@@ -24,8 +24,8 @@ class LastQuery(Guarded):
     itself, so the rules are the same for a model with one kv head.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
-    A token after the last query has no score yet, and stays longer than every token with a score. In a stream without
-    queries the oldest token is evicted. Scores are float32 whatever the cache's dtype.
+    A token appended after the last query has no score yet, and is evicted after all tokens with a score. In a stream
+    without queries the oldest token is evicted. Scores are float32 whatever the cache's dtype.
     """
 
     name: ClassVar[str] = "tova"

@@ -30,12 +30,12 @@ class RidgeLeverage(Guarded):
     """Evict the token whose key has the lowest ridge leverage score, without looking at queries.
 
     Law (after Compactor, 2025): score(token) = x' (X'X + lambda I)^-1 x with x = S'k and lambda = ridge tr(X'X) / d.
-    K and X are the matrices whose rows are the keys k and the sketched keys x. S (d, sketch) is a random matrix fixed
+    K has the keys k as rows, X the sketched keys x. S (d, sketch) is a random matrix fixed
     by `Spec.seed`, with E SS' = I. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2 for all u in the span of
     the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact k' (K'K + lambda I)^-1 k.
     A Gaussian S satisfies this if sketch is of the order rank / e^2. With sketch >= d there is no S: x = k, and the
     scores are exact.
-    ridge    lambda, as a share of the mean eigenvalue of X'X
+    ridge    lambda, as a share of tr(X'X) / d, which is the mean eigenvalue of K'K or (if sketched) an estimate of it
     sketch   width of the sketched keys, 48; only their Gram matrix is stored
     kind     "gaussian", or "count": each key channel is added to one sketched channel with a random sign
     over     "seen": X has the keys of all tokens so far; "held": X has the keys of the held tokens only, so the score
@@ -47,8 +47,8 @@ class RidgeLeverage(Guarded):
     sinks    first tokens that are never evicted: 4 by default
     recent   newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     Compactor scores the whole prompt once, with
-    ridge_leverage(centre=True,keys=unrotated,sinks=8,recent=4,prefill=dense), and blends in attention. Scores are
-    float64, the stored Gram matrix float32.
+    ridge_leverage(centre=True,keys=unrotated,sinks=8,recent=4,prefill=dense), and blends these scores with attention
+    weights. Scores are float64, the stored Gram matrix float32.
     """
 
     name: ClassVar[str] = "ridge_leverage"

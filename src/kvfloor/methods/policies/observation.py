@@ -29,8 +29,8 @@ class Observation(Policy):
 
     Law (Li et al. 2024, SnapKV): the last `window` prompt queries vote once, at the seal (end of the prompt).
     vote(token) = sum over the window's queries of softmax(q . k) over all visible tokens. A token's vote is
-    pooled with those of the `kernel` positions around the token that lie before the window, and averaged over the GQA
-    group. The window's own tokens stay; of the other tokens, the budget - window with the highest votes stay.
+    pooled over the `kernel` positions centred on the token, except positions in the window, and averaged over the GQA
+    group. The window's own tokens stay. The rest of the budget goes to the other tokens with the highest votes.
     window   queries that vote, and newest tokens that stay: 32 (half of a budget below 64)
     kernel   positions that are pooled, an odd number; 1 pools nothing
     pool     "max" or "avg" of the votes of the held tokens around a token. In an average, each of the `kernel`
@@ -41,8 +41,8 @@ class Observation(Policy):
     sinks    first tokens that are never evicted; none by default, as in the paper
     Prefill is dense by default (no eviction before the seal); with `prefill=stream` each block of the prompt is
     compressed in turn. A prompt within the budget stays whole. Tokens appended without queries add no votes; without
-    any vote the oldest tokens are evicted, as from a window. Votes are float32 whatever the cache's dtype, and are
-    computed tile by tile.
+    any vote the oldest tokens are evicted, as by the policy `window`. Votes are float32 whatever the cache's dtype, and
+    are computed tile by tile.
     """
 
     name: ClassVar[str] = "snapkv"

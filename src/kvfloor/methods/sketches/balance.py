@@ -57,8 +57,9 @@ class Balance(Method):
               few at once keeps the held tokens' weights similar. The level halved is the l with the largest (number
               of tokens) / 4^l, because halving level l adds 4^l to the squared error however many tokens are halved.
               Where every level has one token, a fair coin drops the token of the lowest level or doubles its weight.
-    keep      pairs: one of each two neighbours stays, so weights add up to n; smaller: the paper's rule, by which the
-              tokens of the rarer sign in the walk stay, which loses a little mass each time
+    keep      pairs: of each two tokens of the level that are next to each other in age, one stays, so weights add up
+              to n; smaller: the paper's rule, by which the tokens of the rarer sign in the walk stay, which loses a
+              little mass each time
     c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for
               `horizon` and `failure`, at which the guarantee holds. The paper's code has 1/8.
     constant  square of the constant coordinate `const`, in units of the largest |v|^2 of the tokens halved; the
@@ -356,7 +357,7 @@ class BalanceState(Blocked[Balance]):
     def _measure(self, rows: Tensor) -> None:
         """Update the longest key, longest value and sum of |v|^2 of each of `rows` at the end of a block.
 
-        Only the tokens of this block, the newest of each row, are new to these numbers.
+        Only the tokens of this block, the newest of each row, are not in these numbers yet.
         """
         slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
         at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)

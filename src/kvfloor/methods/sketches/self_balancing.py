@@ -45,10 +45,10 @@ def sub_gaussian(c: float) -> float:
 
 
 def worst_growth(sharpness: float, centre: bool) -> float:
-    """Return g, where exp(g r^2) is the factor of x and y in `tree_error` due to the length r of keys and queries.
+    """Return g of the factor exp(g r^2) by which the error of `Balance` grows with the length r of keys and queries.
 
-    r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. The walk's kernel is exp(sharpness |scale| k.k');
-    `centre` is True if the mean key is subtracted in the walk.
+    Both terms x and y of `tree_error` have this factor. r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. The
+    walk's kernel is exp(sharpness |scale| k.k'); `centre` is True if the mean key is subtracted in the walk.
     Law: with h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and
     the denominator of attention over n tokens is at least n e^{-r^2}. If keys are centred, |k - mean| can be 2r, and
     the factor e^{q.mean} comes on top.

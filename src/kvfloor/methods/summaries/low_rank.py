@@ -132,7 +132,8 @@ class Kernels:
         psi(k) = | x + (x key_mix) s2 |                        key_mix (P, R, R), s2 (P, R)
              x = |s1| gelu(gelu(k key_in) key_out)             key_in (P, d, h), key_out (P, h, R), s1 (P, R)
 
-    The maps take queries and keys as the cache receives them, after RoPE. The model's scale is learned in training.
+    The maps take queries and keys as the cache receives them, after RoPE. Neither is multiplied by
+    the model's scale of logits, which the maps learn in training.
     """
 
     query_in: Tensor

@@ -39,12 +39,13 @@ class Taylor(Summary):
     over the tokens suffices, and no token is kept.
     Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
     = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give the answer phi(q) S / phi(q) z. S and z are t (dv + 1)
-    float64 numbers per row. k and v of a token arrive together, so S is an exact sum, not a sketch. The method is
+    float64 numbers per row. A token's k and v arrive together, so phi(k) v^T is added to S exactly. The method is
     useful where |x| is below about 2.
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
             answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
-    radius  bound on |x|, for the guarantee below; the guarantee is withdrawn once a query or a key exceeds the bound
+    radius  bound on |scale| |q| |k|, and so on |x|, for the guarantee below; the guarantee is withdrawn once the
+            longest query and evicted key of a row exceed the bound
     Under a softcap c the series of exp(c tanh(x/c)) is used; a state whose series is not positive is refused. More
     than FEATURES_LIMIT = 10,000 features are refused with an error that names the numbers.
 

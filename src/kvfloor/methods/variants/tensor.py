@@ -39,9 +39,9 @@ class TensorAttention(Method):
     """Compute tensor attention over all pairs of the tokens that `store` keeps.
 
     The answer is exact with the exact store.
-    store   a method that keeps whole tokens: exact, or an eviction policy that drops the rest. The store
-            receives a token's two keys concatenated into one key of width 2d, and its two values into one value of
-            width 2dv; it receives no queries. A text such as "window@64" is parsed.
+    store   a method that keeps whole tokens: exact, or an eviction policy without a summary of the evicted tokens. The
+            store receives a token's two keys concatenated into one key of width 2d, and its two values into one value
+            of width 2dv; it receives no queries. A text such as "window@64" is parsed.
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2] of t tokens, queries of width d, and
     returns answers of width dv. The n^2 products are never stored: for n tokens the state holds 2n(d + dv) numbers, and
     `State.read` computes the products of a block of pairs at a time.
@@ -143,7 +143,7 @@ class TensorState(State[TensorAttention]):
 
 @dataclass(frozen=True)
 class Points:
-    """Hold the points that fill one place, first or second, in pairs: k (rows, s, d), v (rows, s, dv).
+    """Hold the first points, or the second points, of all pairs (x, y) of points: k (rows, s, d), v (rows, s, dv).
 
     A point is a token with one of its keys and values, or a sample that represents many tokens. log_weight (rows, s)
     is the log of the number of tokens that a point represents, -inf for 0 tokens. If log_weight is None, each is 1.
