@@ -34,8 +34,8 @@ class Observation(Policy):
     window   queries that vote, and newest tokens that stay: 32 (half of a budget below 64)
     kernel   positions that are pooled, an odd number; 1 pools nothing
     pool     "max" or "avg" of the votes of the held tokens around a token. In an average, each of the `kernel`
-             positions without a vote counts as 0, as in the paper's code: those outside the prompt or in the window, and
-             those of evicted tokens
+             positions without a vote counts as 0, as in the paper's code: positions outside the prompt, in the window,
+             and of evicted tokens
     decode   "keep": tokens after the prompt are never evicted, so memory grows with the answer;
              "evict": each block of the answer is compressed like the prompt, by the last `window` queries so far
     sinks    first tokens that are never evicted; none by default, as in the paper
