@@ -98,8 +98,9 @@ def runs(rows: list[dict[str, str]]) -> str:
 
 
 def grid(rows: list[dict[str, str]], numbers: tuple[str, ...]) -> str:
-    lines = [f"| press | method | {' | '.join(numbers)} |", f"|---|---|{'--:|' * len(numbers)}"]
+    sides = "".join("---|" if name == "text" else "--:|" for name in numbers)
+    lines = [f"| press | method | {' | '.join(numbers)} |", f"|---|---|{sides}"]
     for row in rows:
-        cells = (f"`{row['press']}`", f"`{row['method']}`", *(row[name] for name in numbers))
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        cells = (f"`{row['press']}`", f"`{row['method']}`", *(row[name] or "-" for name in numbers))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -43,8 +43,9 @@ class Pair:
 
     @property
     def ours(self) -> str:
-        """Return kvfloor's method with the variant of its law, as the table shows it."""
-        return f"{self.method} as {self.variant}" if self.variant else self.method
+        """Return kvfloor's method as the table shows it, with the variant of its law or the cache's argument."""
+        added = f" as {self.variant}" if self.variant else ' with positions="cache"' if self.ranks else ""
+        return self.method + added
 
     @property
     def runs(self) -> bool:
@@ -93,8 +94,8 @@ PAIRS = (
         {"seed": "run"},
         f"random({ONCE})",
         "other",
-        "with a seed, kvpress restarts its generator in every layer, so that all layers keep the same tokens and lose "
-        "the same ones; without a seed the layers draw independently, as here",
+        "with a seed, kvpress restarts its generator in every layer, so that all layers keep the same tokens, and what "
+        "one loses all lose; without a seed the layers draw independently, as here",
     ),
     Pair("LeverageScorePress", {}, _LEVERAGE, "random"),
 )
@@ -120,7 +121,7 @@ WITHOUT = {
     "ChunkPress": "gives each chunk of the prompt a budget of its own",
     "CompactorPress": "blends leverage with attention that is not causal; its leverage alone is a pair",
     "CompressionRatioDecodingPress": "keeps a share of all tokens seen, so memory grows with the answer",
-    "CriticalAdaKVPress": "as AdaKVPress, rescaled as in CriticalKVPress",
+    "CriticalAdaKVPress": "works as AdaKVPress, rescaled as in CriticalKVPress",
     "CriticalKVPress": "rescales scores by values after the output projection, which a cache does not see",
     "ComposedPress": "applies presses one after the other",
     "DMSPress": "evicts by a threshold instead of a budget",
