@@ -13,7 +13,7 @@ gap                     how far below kvpress's lowest kept score a token scores
                         that score: rounding where the rules agree
 intervals, p            of random rules: 95 % intervals of both means, and the permutation test's p that they differ
 
-Float32 rounding alone (same tokens kept, another order of summation) moves a token's KL by up to about 1e-5 nats and
+Float32 rounding alone (same tokens kept, another order of summation) moves a token's KL by up to about 5e-5 nats and
 a mean by 1e-7. Two tokens whose scores are equal up to rounding may change places, which moves a mean by about 1e-5.
 So a pair of the same rule must agree to TOLERANCE nats and keep tokens whose scores differ by rounding only, and the
 means of random rules must not differ with p below LEAST_P. Otherwise no table is written, and the exit code is 1.
