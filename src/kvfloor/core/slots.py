@@ -3,7 +3,7 @@
 A row is one (batch item, kv head) stream, and a slot the place of one held token; a row's slots are numbered from 0. A
 column is a tensor with one number of the policy per slot. The rank of a token is its index among the tokens that its
 row holds, the oldest at 0. In shapes, r are the rows of a call, s or width slots per row, a new tokens, e tokens of any
-rows.
+rows, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ class Slots(Arena):
         return sent
 
     def fields(self) -> dict[str, Any]:
-        """Return the dtype, shape and range that each saved tensor must have, name -> `Field`.
+        """Return the dtype, shape and range that each saved tensor must have, name -> `Field` (allowed values).
 
         Every tensor has one entry per held token.
         """

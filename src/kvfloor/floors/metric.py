@@ -80,8 +80,8 @@ def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
 
     Each row is decoded with at most `wrong` wrong bits with probability p.
     Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0, H2 the binary entropy. This is at least
-    m [p dv (1 - H2(rho)) - H2(p)] for rho = wrong/dv <= 1/2, and equals `row_bits` for wrong = 0. Derived here: Fano's
-    inequality with a list.
+    m [p dv (1 - H2(rho)) - H2(p)] for rho = wrong/dv <= 1/2, and is, for wrong = 0, the bound m (p dv - H2(p)) for rows
+    that are decoded without any error. Derived here: Fano's inequality with a list.
     """
     m, p = whole("m", m, least=0), within("p", p, 0.0, 1.0, low_open=True)
     return max(0.0, m * (p * (dv - ball_bits(dv, wrong)) - H2(p)))
@@ -109,10 +109,10 @@ def metric_space(
     `wrong_share` of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else
     0. The hard instance is a stream of m tokens, with signs in w <= dv coordinates; m <= n, or m <= W - 1 under
     `window` = W.
-    The `leak` of `wrong_share` is x = m e^(-radius g), where `radius` is the largest logit, and g = `gap_known`(m, d)
-    the gap of m unit keys, 1 less the largest inner product of two keys: the query of a key leaves all other tokens,
-    the one that the receiver appends included, at most x times the softmax mass of the key. Without `radius`, x can be
-    made arbitrarily small.
+    The `leak` of `wrong_share` is x = m e^(-radius g), where `radius` is the largest logit, and g a gap that some m
+    unit keys in d dimensions have (`gap_known`), 1 less the largest inner product of two keys: the query of a key
+    leaves all other tokens, the one that the receiver appends included, at most x times the softmax mass of the key.
+    Without `radius`, x can be made arbitrarily small.
     `norm`: a measured operator norm that half of all n x dv sign matrices stay below.
     Raises ValueError naming the argument, what was given and what is allowed.
     """

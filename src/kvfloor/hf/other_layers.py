@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def export(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Return attributes of a layer as a dict that `message.pack` can serialise.
+    """Return attributes of a layer as a dict that can be serialised: nested dicts of tensors and JSON values.
 
     names: the attributes concerned; None: all. Raises TypeError naming an attribute that cannot be saved.
     """
@@ -98,8 +98,8 @@ def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = Non
 def count_changes(layer: Any) -> None:
     """Replace a layer's linear states that are inference-mode tensors by copies that count their in-place changes.
 
-    Linear states are those of convolutions and linear attention. The count (`Tensor._version`) shows later whether a
-    forward has updated the state.
+    Linear states are those of convolutions and linear attention. torch's count of a tensor's changes
+    (`Tensor._version`) shows later whether a forward has updated the state.
     """
     for states in (layer.conv_states, layer.recurrent_states):
         for index, state in states.items():

@@ -18,7 +18,7 @@ class Request:
 
     rng         the sample's own random generator
     length      largest number of tokens of the context, as `count` counts them
-    difficulty  size of the task, counted in its `Task.unit`, e.g. a number of pairs
+    difficulty  size of the task, counted in the task's unit, e.g. a number of pairs
     depth       where the asked fact goes: a share of the context, 0 first to 1 last; None: at random
     questions   largest number of questions to ask
     count       returns the number of tokens of a text

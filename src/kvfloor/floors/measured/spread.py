@@ -136,7 +136,7 @@ class Spread:
     def candidates(self) -> Iterator[Candidate]:
         """Yield proposed streams with their estimated floors, for the caller to compute the true floor of each.
 
-        Up to `FEW` tokens: one stream, the better of two that are grown by trying tokens in two orders.
+        Up to 4,096 tokens (`FEW`): one stream, the better of two that are grown by trying tokens in two orders.
         More tokens: one stream is grown by comparing every pair of tokens, so that it leaves out near-duplicates which
         a sample misses. Another stream may be yielded before it: all tokens that can be read while all tokens are in
         the stream, as estimated by a sample. This one is yielded only if nearly all tokens can be read.
@@ -205,8 +205,9 @@ class Spread:
         """Arrange the members of a stream in a good order of decoding; return (estimated floor in bits, members).
 
         In this order the proof's receiver reconstructs the hidden values.
-        Up to `FEW` members: the given order or that of `by_damage`, whichever gives the larger floor. More members: by
-        the load that a sample of the members puts on each member, the least load first.
+        Up to 4,096 members (`FEW`): the given order or the order of damage (first the members that cost the others most
+        bits if decoded later), whichever gives the larger floor. More members: by the load that a sample of the members
+        puts on each member, the least load first.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)

@@ -41,7 +41,8 @@ class Result:
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
                          answer differently, or no state could be restored from the message; breaks: row_success < 0.9;
                          else holds
-    certificate          name of the certificate with the largest gain (`certificates`)
+    certificate          way in which the certified bits were proved: hard, erasure, log-loss or sampled rows
+                         (`certificates`), the one that proves most
     details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
     hidden_seed          seed that repeats the run's hidden values
     """
@@ -90,8 +91,14 @@ def run(
 ) -> Result:
     """Play an instance against a method, and return the result with its verdict.
 
-    Most games' `play` functions end with this call. `seed` and `floor_bits` are recorded in the result. hidden_seed is
-    the seed of `Hidden`; the other arguments are those of `play_index`.
+    Most games' `play` functions end with this call.
+    method       a method or its text, or the word "optimum": the instance's smallest known method
+    instance     the public half of the game: keys, stream and queries
+    seed         seed of the public keys, recorded in the result
+    floor_bits   bits that any method needs on this instance, recorded in the result
+    hidden_seed  seed of the hidden values and of the sampled rows; None: fresh from the operating system
+    sampled      number of rows to query, drawn with replacement; None: every row once
+    isolated     True: Bob restores the state in a fresh process; False: in this process
     """
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     return conclude(played, instance, seed=seed, floor_bits=floor_bits)
@@ -109,8 +116,9 @@ def conclude(
     """Judge the answers of Alice's live state and of the restored state, and return the result with its verdict.
 
     `played` has the answers. The certified bits are compared with the bytes of the state and of the message. `seed` and
-    `floor_bits` are recorded in the result. `judge` replaces the usual decoder, `decode.judge`. `details` are added to
-    `instance.details()`.
+    `floor_bits` are recorded in the result. `judge` replaces the usual decoder (`decode.judge`), which takes the
+    nearest level of each answer and the best certificate. `details` are added to `instance.details()`, the instance's
+    numbers.
     """
     bits, eta = instance.bits, instance.eta
     total = instance.copies * instance.rows

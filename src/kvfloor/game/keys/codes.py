@@ -31,8 +31,9 @@ def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
     """Find (p, m) of the chirp code of n keys in d dimensions with the smallest inner products.
 
     Returns None where there is no such code.
-    p is the largest prime <= d/2 that gives n unit keys whose inner products are bounded below 1, and m the degree of
-    the polynomials mod p that make the keys (`chirp`).
+    m is the degree of the polynomials mod p that make the n unit keys (`chirp`), the least with p^m >= n. p is the
+    largest prime <= d/2 with p > m for which no two keys can have an inner product of 1: their inner products are at
+    most (m-1)/sqrt(p), which must be less than 1.
     """
     for p in reversed(primes_up_to(d // 2)):
         m = digits_needed(n, p)
