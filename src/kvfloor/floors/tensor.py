@@ -98,7 +98,8 @@ def tensor_space(
     (softmax mass off the queried key)/(mass on it). With eps_s = (1-eta)/4, m is the larger of two counts:
         N(d, radius, eps_s)  as in standard attention
         2(h-1)               for d >= 4, or h^2 with two caches, with h = N(floor(d/2), radius/2, sqrt(1 + eps_s) - 1):
-                             each half of the query picks one token of the pair
+                             the first half of the query's d coordinates picks the first token of the pair, the second
+                             half the second token
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
@@ -137,7 +138,8 @@ def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
     mass on this pair. The gap is 1 less the largest inner product of the (unit) keys of two pairs. The token that Bob,
     the receiver of the state, appends counts in the softmax. The keys are of the first kind that d allows:
         ±1 rows         for large d
-        (a, 1), (1, b)  K1 and K2, with products (a, b); each half of the query picks one half of the product
+        (a, 1), (1, b)  rows of K1 and K2, with products (a, b): a and b are unit keys of half the width d, one per
+                        token; the first half of the query's coordinates picks a, the second half b
         K2 = V2 = 1     also for Bob's token, as in standard attention with one zero token appended
     """
     mu = mu_tensor(n, d, caches=caches)
@@ -161,7 +163,10 @@ def _rows_within(n: int, d: int, caches: int, radius: float, ratio: float) -> in
 def _half_ratio(ratio: float) -> float:
     """Return the leak x that each half of a query may have, if the leak of the whole query is to be `ratio`.
 
-    A leak is (softmax mass on all other keys)/(mass on the queried key). Law: (1 + x)^2 = 1 + ratio.
+    The query reads a pair of tokens whose product key is (a, b): the first half of the query's coordinates picks a, the
+    second half b. A leak is (softmax mass on all other keys)/(mass on the queried key), for a half among the halves a
+    (or b) of all tokens, for the whole query among the product keys of all pairs.
+    Law: (1 + x)^2 = 1 + ratio, as scores of the halves add up and so their masses multiply.
     """
     return math.sqrt(1.0 + ratio) - 1.0
 

@@ -80,9 +80,10 @@ def readable_after(
 
 
 def longest_query(q: Tensor, present: Tensor | None = None) -> Tensor:
-    """Return the length (rows,), float64, of each row's longest query, a bound for the floor over short queries.
+    """Return the length (rows,), float64, of each row's longest query.
 
-    `readable_within_rows` takes the length as `radius`. A row is the stream of one kv head. q (rows, g, n, d) has g
+    Given this length as `radius`, `readable_within_rows` computes the read floor for all queries that are no longer
+    than those recorded. A row is the stream of one kv head. q (rows, g, n, d) has g
     queries per token (a GQA group); present (rows, n), bool, marks the real tokens, which are not padding.
     """
     length = q.double().norm(dim=-1)

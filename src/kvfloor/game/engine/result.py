@@ -1,7 +1,8 @@
 """Judge a game: compare the bits certified from the answers with the bytes of state and message, and give a verdict.
 
 In a game, Alice hides values in a method's state (the live state), and Bob restores a state from the message, i.e. the
-bytes of Alice's state. Certified bits are the hidden bits that the answers of a state prove it to carry.
+bytes of Alice's state. Certified bits are the number of hidden bits that a state carries for certain, as proved by its
+answers to queries.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ class Result:
                          restored from the message, or of the live state if none could be restored
     alpha                1 - alpha is the confidence of the certified bits
     message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
+    state_bytes          size of Alice's state
     floor_bits           bits that any method that answers within 1±eta must hold on this instance
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
                          answer differently, or no state could be restored from the message; breaks: row_success < 0.9;
@@ -92,7 +94,7 @@ def run(
     """Play an instance against a method, and return the result with its verdict.
 
     Most games' `play` functions end with this call.
-    method       a method or its text, or the word "optimum": the instance's smallest known method
+    method       a method or its text, or the word "optimum": the known method of least memory for the instance
     instance     the public half of the game: keys, stream and queries
     seed         seed of the public keys, recorded in the result
     floor_bits   bits that any method needs on this instance, recorded in the result
@@ -115,10 +117,13 @@ def conclude(
 ) -> Result:
     """Judge the answers of Alice's live state and of the restored state, and return the result with its verdict.
 
-    `played` has the answers. The certified bits are compared with the bytes of the state and of the message. `seed` and
-    `floor_bits` are recorded in the result. `judge` replaces the usual decoder (`decode.judge`), which takes the
-    nearest level of each answer and the best certificate. `details` are added to `instance.details()`, the instance's
-    numbers.
+    `played` has the answers. The certified bits are compared with the bytes of the state and of the message.
+    seed        seed of the public keys, recorded in the result
+    floor_bits  lower bound on the bits that any method needs on this instance, recorded in the result
+    judge       replaces the usual decoder (`decode.judge`). That one decodes each answer to a level, i.e. one of the
+                2^bits values that Alice can hide, compares the levels with the hidden ones, and certifies bits by the
+                certificate (way of proof) that proves most
+    details     added to `instance.details()`, the instance's numbers
     """
     bits, eta = instance.bits, instance.eta
     total = instance.copies * instance.rows

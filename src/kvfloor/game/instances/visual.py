@@ -1,7 +1,8 @@
-"""Play the scale pyramid: all maps of an image hide bits, and the queries of one further map read them, all at once.
+"""Play the visual game: all maps of an image hide bits, and the queries of one further map read the bits, all at once.
 
-A map is one square scale of the image pyramid, whose tokens are appended together. Alice streams the maps, each token
-with a hidden row of dv values. Bob restores her state from its bytes and appends one more map, whose queries read the
+The game tests methods for visual autoregression, in which an image grows map by map. A map is one square scale of the
+image pyramid, whose tokens are appended together. Alice streams the maps into a state of the tested method; every token
+has a hidden row of dv values. Bob restores the state from its bytes and appends one more map, whose queries read the
 rows. Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv
 2503.14881) state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
 """
@@ -115,7 +116,7 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the scale pyramid against a method: all maps of an image hide bits, and one more map reads the bits at once.
+    """Play the visual game against a method: all maps of an image hide bits, and one more map reads the bits at once.
 
     method       a method or its text, such as "h2o@16"
     n            largest number of tokens of all maps together, unless `sides` is given
@@ -126,7 +127,7 @@ def play(
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     dtype        float32, float16 or bfloat16: type of the keys and values that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system
-    family       name of the key family, by default the one whose keys are separated best
+    family       name of the key family; by default the one in which a query along a key singles it out best
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
     verdict. Raises ValueError naming the argument that is out of its domain.
