@@ -30,11 +30,11 @@ class RidgeLeverage(Guarded):
     """Evict the token whose key has the lowest ridge leverage score, without looking at queries.
 
     Law (after Compactor, 2025): score(token) = x' (X'X + lambda I)^-1 x with x = S'k and lambda = ridge tr(X'X) / d.
-    K has the keys k as rows, X the sketched keys x. S (d, sketch) is a random matrix fixed
-    by `Spec.seed`, with E SS' = I. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2 for all u in the span of
-    the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact k' (K'K + lambda I)^-1 k.
-    A Gaussian S satisfies this if sketch is of the order rank / e^2. With sketch >= d there is no S: x = k, and the
-    scores are exact.
+    K has the keys k as rows, X the sketched keys x; tr is the trace, I the unit matrix. S (d, sketch) is a random
+    matrix fixed by the spec's seed, and SS' is I on average. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2 for
+    all u in the span of the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact k'
+    (K'K + lambda I)^-1 k. A Gaussian S satisfies this if sketch is of the order (rank of K) / e^2. With sketch >= d
+    there is no S: x = k, and the scores are exact.
     ridge    lambda, as a share of tr(X'X) / d, which is the mean eigenvalue of K'K or (if sketched) an estimate of it
     sketch   width of the sketched keys, 48; only their Gram matrix is stored
     kind     "gaussian", or "count": each key channel is added to one sketched channel with a random sign

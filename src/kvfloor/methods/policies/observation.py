@@ -157,8 +157,9 @@ class Observation(Policy):
 class LastQueries(PolicyMemory):
     """Hold the last `window` queries of each row, q (rows, g, window, d), the newest last, and their positions.
 
-    The queries are held as given, before the rotation (RoPE) of `Spec.rotation`. An entry without a query has position
-    -1. The queries are dropped at the seal (end of the prompt), unless `for_good` is True (decode="evict").
+    The queries are held as given, before any rotation (RoPE) that the state itself applies. An entry without a query
+    has position -1. The queries are dropped at the seal (end of the prompt), unless `for_good` is True
+    (decode="evict").
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:
