@@ -44,11 +44,12 @@ class Standard:
 
     @property
     def cell_confidence(self) -> float:
-        """Return the confidence level of the two-sided interval that decides the verdict "holds" on a row.
+        """Return the confidence level of the two-sided intervals that decide the verdict "holds".
 
-        It is the interval of the row's score minus the exact cache's score. The allowed error 1 - confidence is divided
-        equally among the methods. The interval's lower end, which alone decides the verdict, is wrong with the
-        probability (1 - confidence) / methods.
+        On a row, the interval is that of the row's score minus the exact cache's score, and its lower end alone decides
+        the verdict. On texts, it is that of a setting's divergence, and its upper end alone decides. The allowed error
+        1 - confidence is divided equally among the methods, so each of these ends is wrong with the probability
+        (1 - confidence) / methods.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 

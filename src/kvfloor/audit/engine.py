@@ -72,7 +72,8 @@ class Here:
             worker.open(place)
             if is_text and clock.per_token is None:
                 texts = len({at for at, _ in left if isinstance(at, TextCell)})
-                clock.expect(time.perf_counter() - begin, worker.tokens(place), count, texts, must=is_first)
+                seconds, must = time.perf_counter() - begin, is_first and len(todo) == count
+                clock.expect(seconds, worker.tokens(place), count, texts, must=must)
                 if not is_first and not clock.fits(name, tokens):
                     continue
             for setting in todo:

@@ -29,7 +29,7 @@ class AuditRequest:
               half of the context for any other
     tasks     names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none for
               any other
-    prompts   file of the user's own samples (`read_prompts`), used in place of tasks; None: tasks
+    prompts   file of the user's own samples as JSON lines, used in place of tasks; None: tasks
     texts     names or files of texts to compare next-token distributions on (`audit/texts.py`); None: the generated
               ones for the built-in model, the shipped ones for any other
     contexts  lengths of contexts in tokens; None: 512 for the built-in model, 1,024 for any other
@@ -39,7 +39,7 @@ class AuditRequest:
     accept_terms  True if the user accepts the terms of use of a published model
     n         samples per row, at least 32
     protocols "after": the question follows the compression; "visible": it is compressed with the context
-    require   conditions on the rows (`audit/require.py`), or None
+    require   conditions on the rows, such as "h2o@192:recall.score>=0.9" (`audit/require.py`), or None
     out       folder for the rows and the report; rows that are in it already are not measured again
     command   command line that the report shows
     allow_beyond  True if contexts may be longer than the positions that the model was trained for

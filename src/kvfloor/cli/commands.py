@@ -33,9 +33,9 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class _Commands(TyperGroup):
-    """Find the subcommand that was called; build the options of `break` only if `break` was called.
+    """Find the subcommand that was called; build the options of `kvfloor break` only if it was called.
 
-    The options of `break` come from the table of barriers (lower-bound games), whose import is slow.
+    These options come from the table of barriers (lower-bound games), whose import is slow.
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

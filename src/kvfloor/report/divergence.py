@@ -67,8 +67,8 @@ def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> 
 def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[TextSummary, Verdict | None, str]]:
     """Return the lines of the divergence table: per setting, its summary, the verdict on its divergence, and a sign.
 
-    The sign stands for the verdict (`VERDICT_SIGNS`). The lines go from the smallest divergence up. `exact` has no
-    verdict.
+    The sign stands for the verdict: ✓ for "holds", ? for "open", ✗ for "falls". The lines go from the smallest
+    divergence up. `exact` has no verdict.
     """
     lines = []
     for one in sorted(summaries(rows, standard.racing), key=lambda one: one.figures.kl):

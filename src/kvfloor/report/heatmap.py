@@ -27,7 +27,7 @@ class Tile:
 class Heatmap:
     """Hold the map of one setting (method with budget): one tile (square) per layer and kv head.
 
-    `overall` is the mean of `Row.output_error` over the setting's rows.
+    `overall` is the mean of the errors of all layers, over all rows of the setting.
     """
 
     setting: str

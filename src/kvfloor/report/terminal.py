@@ -49,9 +49,10 @@ def print_report(rows: Sequence[Row], answer: Recommendation, console: Console, 
 
 
 def print_barriers(results: Sequence[Result]) -> None:
-    """Print a table with one line per game, then each game's verdict in words with its `Result.details`.
+    """Print a table with one line per game, then each game's verdict in words and numbers of its own.
 
-    A game plays a barrier, i.e. the hard instance of a memory theorem, against a method.
+    A game plays a barrier, i.e. the hard instance of a memory theorem, against a method. Its own numbers are those that
+    only games of its barrier have, such as the width of a window.
     """
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
