@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -98,10 +96,28 @@ def test_a_row_pairs_with_exact(bench: Bench, work: Work) -> None:
 
 def test_a_users_answer_may_go_on_a_tasks_may_not(bench: Bench) -> None:
     said = bench.tokenizer(" cake 71", add_special_tokens=False).input_ids
-    item = Item("x", "", "cake", ends=False)
-    assert bench._is_right(item, said)
-    assert not bench._is_right(replace(item, ends=True), said)
-    assert not bench._is_right(replace(item, answer="71"), said)
+
+    def share(answer: str, *checks: tasks.AnswerCheck) -> float:
+        parts = tuple(tasks.Part("answer", check) for check in checks)
+        return bench._shares(Item("x", (tasks.Question("", answer, parts=parts),)), [said])["answer"]
+
+    assert share("cake", tasks.BeginsWith("cake")) == 1
+    assert share("cake") == 0 and share("cake 71") == 1
+    assert share("71", tasks.BeginsWith("71")) == 0
+
+
+def test_an_answer_is_right_if_all_its_parts_are_met_in_full(bench: Bench, work: Work) -> None:
+    def one(item: Item, *wanted: str) -> Item:
+        parts = (tasks.Part("all", tasks.Contains(wanted)), tasks.Part("start", tasks.BeginsWith(item.answer)))
+        return Item(item.context, (tasks.Question(item.question, item.answer, parts=parts),))
+
+    right = bench.run(parse("exact"), bench.prepare(work)).right
+    known = [item for item, ok in zip(work.items, right, strict=True) if ok][:3]
+    cell = Cell("mine", CONTEXT, "after")
+    half = Work(cell, (one(known[0], known[0].answer), one(known[1], known[1].answer, "zebra"), one(known[2], "zebra")))
+    outcome = bench.run(parse("exact"), bench.prepare(half))
+    assert outcome.right == (1, 0, 0)
+    assert outcome.parts == {"all": 0.5, "start": 1.0}
 
 
 def test_a_byte_budget_is_of_one_sequence_and_a_share_of_the_context(bench: Bench, work: Work) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from kvfloor.audit.plan import BASELINES, Item, prompt_work, read_prompts, settings, task_work
+from kvfloor.audit.plan import BASELINES, Item, prompt_work, settings, task_work
+from kvfloor.audit.prompts import read_prompts
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.run import run
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.grammar import parse
 from kvfloor.models import builtin_path
+from kvfloor.tasks import BeginsWith, Part, Question
 
 
 def words(text: str) -> int:
@@ -122,7 +124,7 @@ def test_bare_prompts_are_visible_only(tmp_path: Path) -> None:
     line = json.dumps({"prompt": "two and two is", "answer": "four"})
     (work,) = prompt_work("mine", read_prompts(prompts(tmp_path, [line] * 3), 3), ["after"], words)
     assert work.cell == ("mine", 4, "visible")
-    assert work.items[0] == Item("two and two is", "", "four", ends=False)
+    assert work.items[0] == Item("two and two is", (Question("", "four", parts=(Part("answer", BeginsWith("four")),)),))
 
 
 def test_prompts_with_a_question_follow_both_protocols(tmp_path: Path) -> None:
@@ -179,5 +181,5 @@ def test_a_setting_tells_its_parts(
 def test_a_cell_named_twice_is_measured_once() -> None:
     work = task_work(["kv", "kv"], [64, 64], ["after", "after"], 2, seed=0, count=words)
     assert len(work) == 1
-    items = (Item("a b", "c", "d"),)
+    items = (Item("a b", (Question("c", "d"),)),)
     assert len(prompt_work("mine", items, ["after", "after"], words)) == 1

@@ -19,14 +19,14 @@ from tests.audit.made_up import text_row
 SCORED = 1024
 FIRST = [TextCell(name, 256, SCORED) for name in ("a", "b", "c")]
 FURTHER = [TextCell(f"{name} (2)", 256, SCORED) for name in ("a", "b", "c")]
-TASK = Cell("recall", 256, "after")
-NATS = {EXACT: 0.0, "quant@9": 0.004, "h2o@64": 0.0095, "h2o@32": 0.2, "sinks@64": 0.2, "random@64": 0.9}
-BYTES = {EXACT: 4000, "quant@9": 1500, "h2o@64": 1200, "h2o@32": 600, "sinks@64": 1200, "random@64": 1200}
+TASK = Cell("recall", 512, "after")
+NATS = {EXACT: 0.0, "quant": 0.004, "h2o@64": 0.0095, "h2o@32": 0.2, "sinks@64": 0.2, "random@64": 0.9}
+BYTES = {EXACT: 4000, "quant": 1500, "h2o@64": 1200, "h2o@32": 600, "sinks@64": 1200, "random@64": 1200}
 
 
-def started(further: Iterable[TextCell] = FURTHER) -> Race:
+def started(*cells: Cell) -> Race:
     configurations = {setting.partition("@")[0] for setting in NATS}
-    return race(Grid((*FIRST, TASK), tuple(NATS), tuple(further)), configurations, 0.01)
+    return race(Grid((*FIRST, *cells), tuple(NATS), tuple(FURTHER)), configurations, 0.01, 0.5)
 
 
 def measured(pair: Pair) -> TextRow:
@@ -37,10 +37,10 @@ def measured(pair: Pair) -> TextRow:
 
 
 def ran(one: Race, make: Callable[[Pair], AnyRow] = measured) -> dict[Pair, AnyRow]:
-    """Measure what a race asks for, until it asks for nothing more; cells get no row."""
+    """Measure what a race asks for, until it asks for nothing more."""
     rows: dict[Pair, AnyRow] = {}
-    while left := [pair for pair in one.asked(rows) if pair not in rows and pair[0] != TASK]:
-        rows |= {pair: make(pair) for pair in left if pair[0] == left[0][0]}
+    while left := [pair for pair in one.asked(rows) if pair not in rows]:
+        rows[left[0]] = make(left[0])
     return rows
 
 
@@ -48,17 +48,30 @@ def read(rows: Iterable[Pair], setting: str) -> list[str]:
     return [place.text for place, one in rows if one == setting and isinstance(place, TextCell)]
 
 
-def test_losers_stop_after_their_first_text_and_run_no_task() -> None:
-    one = started()
-    rows = ran(one)
-    assert all(read(rows, setting) == ["a"] for setting in ("h2o@32", "sinks@64", "random@64"))
-    assert [setting for place, setting in one.asked(rows) if place == TASK] == [EXACT, "quant@9", "h2o@64"]
+def test_losers_stop_after_their_first_text_and_run_no_task(row) -> None:
+    assert all(read(ran(started()), setting) == ["a"] for setting in ("h2o@32", "sinks@64", "random@64"))
+
+    def make(pair: Pair) -> AnyRow:
+        return row(pair[1], right=35, exact_right=35) if pair[0] == TASK else measured(pair)
+
+    rows = ran(started(TASK), make)
+    assert [setting for place, setting in rows if place == TASK] == [EXACT, "quant", "h2o@64"]
+    assert "a (2)" in read(rows, "h2o@64")  # after the task
+
+
+def test_a_cell_that_exact_cannot_do_has_its_row_alone_and_does_not_end_the_race(row) -> None:
+    def make(pair: Pair) -> AnyRow:
+        return row(pair[1], right=2, exact_right=2) if pair[0] == TASK else measured(pair)
+
+    rows = ran(started(TASK), make)
+    assert [setting for place, setting in rows if place == TASK] == [EXACT]
+    assert "a (2)" in read(rows, "h2o@64")
 
 
 def test_close_calls_alone_read_further_passages() -> None:
     one = started()
     rows = ran(one)
-    assert read(rows, "quant@9") == ["a", "b", "c"]  # safe after the first passages
+    assert read(rows, "quant") == ["a", "b", "c"]  # safe after the first passages
     assert read(rows, "h2o@64")[:4] == ["a", "b", "c", "a (2)"]  # open, and smaller than the safe setting
     assert read(rows, EXACT) == read(rows, "h2o@64")
     told = one.note(rows)
@@ -79,8 +92,8 @@ def test_a_call_that_cannot_change_the_recommendation_is_not_close() -> None:
 
 
 def test_a_larger_budget_is_read_on_for_a_smaller_one_that_needs_it() -> None:
-    sizes = {"quant@9": 1500, "h2o@128": 1800, "h2o@64": 1200, "h2o@32": 600}
-    nats = {"quant@9": 0.004, "h2o@128": 0.0095, "h2o@64": 0.0096, "h2o@32": 0.2}
+    sizes = {"quant": 1500, "h2o@128": 1800, "h2o@64": 1200, "h2o@32": 600}
+    nats = {"quant": 0.004, "h2o@128": 0.0095, "h2o@64": 0.0096, "h2o@32": 0.2}
     rows = [text_row(EXACT, cell.text, scored=SCORED) for cell in FIRST]
     for i, setting in enumerate(sizes):
         rows += [text_row(setting, c.text, i, SCORED, nats[setting], state_bytes=sizes[setting]) for c in FIRST]
@@ -95,10 +108,10 @@ def test_decisions_follow_from_the_rows_before_them() -> None:
     one = started()
     rows = ran(one)
     order = [pair for pair in one.asked(rows) if pair in rows]
-    assert [pair for pair in started().asked(rows) if pair[0] != TASK] == order
+    assert started().asked(rows) == order
     for count, pair in enumerate(order):  # as after a kill, with the rows before this one only
         some = {known: rows[known] for known in order[:count]}
-        left = [other for other in started().asked(some) if other not in some and other[0] != TASK]
+        left = [other for other in started().asked(some) if other not in some]
         here = [other for other in order[count:] if other[0] == pair[0]]
         assert [other for other in left if other[0] == pair[0]] == here
 
@@ -108,7 +121,7 @@ def test_a_stopped_setting_is_judged_and_one_without_its_tasks_is_never_safe(row
     texts = [one for one in rows.values() if isinstance(one, TextRow)]
     found = recommend([], texts=texts, racing=True)
     verdicts = {one.setting: one.verdict for one in found.judged}
-    assert verdicts == {"h2o@32": "falls", "h2o@64": "open", "sinks@64": "falls", "quant@9": "holds"}
+    assert verdicts == {"h2o@32": "falls", "h2o@64": "open", "sinks@64": "falls", "quant": "holds"}
     read_all = recommend([], texts=texts).judged  # without a race, each must have read every text that exact read
     assert [one.setting for one in read_all] == ["h2o@64"]
     tasks = [row("exact", right=40, size=4000, task="recall")]

@@ -14,7 +14,7 @@ from kvfloor.files import open_folder
 FIELDS = """
     method budget_tokens task context protocol n score score_low score_high exact_score diff_low diff_high state_bytes
     peak_state_bytes exact_bytes floor_bytes bytes_read_per_token output_error prefill_ms decode_ms_per_token
-    output_tokens configuration name budget baseline
+    output_tokens configuration name budget baseline parts
 """.split()
 
 

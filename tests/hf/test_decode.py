@@ -69,3 +69,24 @@ def test_a_ledger_adds_up_what_caches_took(prepared: PreTrainedModel) -> None:
         "exact_bytes": (40 + 30 + 60 + 30) * token_bytes,
         "peak_bytes": max(cache.peak_nbytes for cache in caches),
     }
+
+
+def test_an_answer_that_ended_leaves_nothing_more_in_the_cache(prepared: PreTrainedModel) -> None:
+    """In a batch, one item ends early; the next question must find it as if it had been alone."""
+    contexts = [[5, 9, 3, 7], [8, 4, 6, 2, 9, 3]]
+    whole = Dialogue.start(prepared, CompressedCache(prepared.config, "exact"), 2)
+    whole.feed(contexts)
+    free, _ = whole.answer(6, None)
+    stop = next(token for token in free[0] if token not in free[1])  # ends the first item only
+    asks = [[11, 12], [13, 14, 15]]
+
+    def told(rows: list[int]) -> list[list[list[int]]]:
+        dialogue = Dialogue.start(prepared, CompressedCache(prepared.config, "exact"), len(rows))
+        dialogue.feed([contexts[row] for row in rows])
+        first, _ = dialogue.answer(6, stop)
+        dialogue.feed([asks[row] for row in rows])
+        return [list(pair) for pair in zip(first, dialogue.answer(6, {stop})[0], strict=True)]
+
+    together = told([0, 1])
+    assert len(together[0][0]) < 6 == len(together[1][0])
+    assert together == told([0]) + told([1])

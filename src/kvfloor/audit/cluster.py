@@ -118,8 +118,7 @@ class Cluster:
         workers.
         """
         del clock  # no limit of minutes: `AuditRequest.check`
-        pairs = asked(journal.rows)
-        handout = Handout(journal.missing(pairs), journal.rows)
+        handout = Handout(journal.missing(asked(journal.rows)), journal.rows)
         idle = [self._first]
         while True:
             for worker in list(idle):
@@ -129,12 +128,13 @@ class Cluster:
                     idle.remove(worker)
                     future = worker.measure.remote(*pair, exact_row(journal, *pair))
                     self._jobs[future] = worker, pair
-            if not journal.missing(pairs):
+            if not journal.missing(asked(journal.rows)):
                 return
             worker, pair, result = self._finished()
             if isinstance(result, Measured) and pair is not None:
                 journal.add(result)
                 handout.done(pair)
+                handout.keep(asked(journal.rows))
             if result is None:
                 handout.lost(worker, pair)
             else:

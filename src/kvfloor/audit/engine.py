@@ -77,6 +77,8 @@ class Here:
                 if not is_first and not clock.fits(name, tokens):
                     continue
             for setting in todo:
+                if (place, setting) not in asked(journal.rows):  # exact cannot do this cell
+                    break
                 track(f"{place}: {setting}")
                 journal.add(worker.measure(place, setting, exact_row(journal, place, setting)))
             clock.took(time.perf_counter() - begin, max(1, tokens))

@@ -34,12 +34,14 @@ class Grid:
 
     places    the texts, then the cells of the tasks
     settings  texts of settings, `exact` first
+    chat      names of the tasks whose samples are in the model's chat template
     further   more texts, which a race gives to close calls alone (`audit/race.py`)
     """
 
     places: tuple[Place, ...]
     settings: tuple[str, ...]
     further: tuple[TextCell, ...] = ()
+    chat: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> tuple[Pair, ...]:

@@ -41,6 +41,12 @@ class Handout:
         if pair[1] == EXACT:
             self._ready.add(pair[0])
 
+    def keep(self, pairs: Iterable[Pair]) -> None:
+        """Hand out none but these measurements from now on."""
+        wanted = set(pairs)
+        for place, left in self._left.items():
+            left[:] = [setting for setting in left if (place, setting) in wanted]
+
     def lost(self, worker: Hashable, pair: Pair | None) -> None:
         """Note that a worker died, and take back the measurement that it had."""
         self._on.pop(worker, None)

@@ -29,6 +29,8 @@ class Header:
     settings     (text, True for a baseline, True if asked for) of each method with its budget
     texts, cells  the places where each setting is measured
     further      more texts, which close calls alone read
+    least_exact  score of exact below which a cell is left out; its row of exact is the only one then
+    chat         names of the tasks whose samples are in the model's chat template
     versions     name -> version of each program
     machine      the machine in words
     began        time at which the last start of the audit began, seconds since 1970
@@ -51,6 +53,8 @@ class Header:
     seconds: float = 0.0
     minutes: float | None = None
     racing: bool = False
+    least_exact: float = 0.0
+    chat: Sequence[str] = ()
     ended: bool = False
     notes: Sequence[str] = ()
     schema: int = _SCHEMA
@@ -59,7 +63,7 @@ class Header:
     def grid(self) -> Grid:
         """Return the places and settings of the audit."""
         settings = tuple(text for text, _, _ in self.settings)
-        return Grid((*self.texts, *self.cells), settings, tuple(self.further))
+        return Grid((*self.texts, *self.cells), settings, tuple(self.further), tuple(self.chat))
 
     @property
     def methods(self) -> list[BudgetedMethod]:

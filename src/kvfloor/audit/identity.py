@@ -44,6 +44,7 @@ def identity(question: AuditRequest, settings: Sequence[BudgetedMethod], folder:
         "contexts": list(question.context_lengths),
         "continuation": question.scored if question.text_names else None,
         "protocols": list(question.protocols),
+        "chat": question.chat,
         "n": question.n,
         "seed": question.seed,
         "versions": {name: found for name, found in versions().items() if name in VERSIONS},

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from kvfloor import floors
 from kvfloor.audit import traces
-from kvfloor.audit.plan import Work
+from kvfloor.audit.chat import Template
+from kvfloor.audit.plan import Item, Work
 from kvfloor.audit.rows import Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.core.budget import resolve
@@ -23,9 +24,24 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
+from kvfloor.tasks.sample import apart
 
 CHUNK_SLOTS = 256  # slots per chunk of the prefill, so that the tokens of a call do not dominate the peak
 TRACED_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Hold one question to every sample of a cell.
+
+    asks     token ids that are fed before the answer; of the first question in "visible", only its last token
+    answers  token ids of the right answers
+    most     largest number of tokens to decode
+    """
+
+    asks: list[list[int]]
+    answers: list[list[int]]
+    most: int
 
 
 @dataclass(frozen=True)
@@ -34,15 +50,13 @@ class Prepared:
 
     work      the cell (task, context length, protocol) with its samples as text
     contexts  token ids of the prompt: the context and, in "visible", the question without its last token
-    asks      token ids fed after the end of the prompt: the question, or in "visible" only its last token
-    answers   token ids of the right answers
+    turns     the questions that follow the end of the prompt, one after the other
     traces    one per layer
     """
 
     work: Work
     contexts: list[list[int]]
-    asks: list[list[int]]
-    answers: list[list[int]]
+    turns: list[Turn]
     traces: list[traces.Trace]
 
 
@@ -54,6 +68,7 @@ class Measurement:
     number of sequences.
 
     right          one 0 (wrong) or 1 (right) per sample
+    parts          mean share of each named part of the answers that was met, from 0 to 1
     state_bytes    bytes of the cache at the end of the context; peak_state_bytes: the most bytes at any moment
     bytes_read     bytes of the cache that are read to produce one token
     output_tokens  mean length of the answers, in tokens
@@ -61,6 +76,7 @@ class Measurement:
     """
 
     right: tuple[int, ...]
+    parts: dict[str, float]
     state_bytes: int
     peak_state_bytes: int
     bytes_read: float
@@ -83,6 +99,7 @@ class Bench:
     def __init__(self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self._extra_tokens = extra_tokens  # an answer that goes on for these is wrong
+        self.template = Template.of(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, special tokens included."""
@@ -100,21 +117,34 @@ class Bench:
         over context, question and right answer. `work` is the cell (task, context length, protocol) and its samples as
         text.
         """
-        plain = self._plain
-        contexts, asks, answers = [], [], []
+        contexts = []
+        per_turn: list[Turn] = [Turn([], [], 0) for _ in work.items[0].turns]
         for item in work.items:
-            context, ask = self.tokenizer(item.context).input_ids, plain(" " + item.question if item.question else "")
+            context, *asks = self._pieces(item, work.chat)
             if work.cell.protocol == "visible":
-                whole = context + ask
-                contexts.append(whole[:-1])
-                asks.append(whole[-1:])
-            else:
-                contexts.append(context)
-                asks.append(ask)
-            answers.append(plain(" " + item.answer))
+                whole = context + asks[0]
+                context, asks[0] = whole[:-1], whole[-1:]
+            contexts.append(context)
+            for i, (turn, question, ask) in enumerate(zip(per_turn, item.turns, asks, strict=True)):
+                answer = self._plain(apart(question.answer))
+                most = len(answer) + self._extra_tokens if question.most is None else question.most
+                per_turn[i] = Turn([*turn.asks, ask], [*turn.answers, answer], max(turn.most, most))
         few = slice(0, TRACED_SAMPLES)
-        spoken = [ask + answer for ask, answer in zip(asks[few], answers[few], strict=True)]
-        return Prepared(work, contexts, asks, answers, traces.record(self.model, contexts[few], spoken))
+        spoken = [
+            [token for turn in per_turn for token in turn.asks[i] + turn.answers[i]] for i in range(len(contexts))[few]
+        ]
+        return Prepared(work, contexts, per_turn, traces.record(self.model, contexts[few], spoken))
+
+    def _pieces(self, item: Item, chat: bool) -> list[list[int]]:
+        """Return the token ids of a sample's context, and of what is fed before each of its answers."""
+        first, *later = item.turns
+        if not chat:
+            context = self.tokenizer(item.context, verbose=False).input_ids
+            return [context, *(self._plain(question.lead) for question in item.turns)]
+        if self.template is None:
+            raise ValueError("the tokenizer has no chat template: use --chat off")
+        texts = [*self.template.first(item.context, first), *(self.template.later(question) for question in later)]
+        return [self._plain(text) for text in texts]
 
     def resolved(self, method: Method, prepared: Prepared) -> Method:
         """Return the method with its budget in tokens per kv head.
@@ -142,18 +172,24 @@ class Bench:
         cache.seal()
         prefill_ms = (time.perf_counter() - begin) * 1e3
         state_bytes, bytes_read = cache.nbytes, cache.bytes_read
-        dialogue.feed(prepared.asks)
-        most = max(len(answer) for answer in prepared.answers) + self._extra_tokens
-        said, steps_ms = dialogue.answer(most, self.tokenizer.eos_token_id)
+        said: list[list[list[int]]] = []
+        steps_ms: list[float] = []
+        for turn in prepared.turns:
+            dialogue.feed(turn.asks, CHUNK_SLOTS)
+            tokens, times = dialogue.answer(turn.most, self._stops(prepared.work.chat))
+            said.append(tokens)
+            steps_ms += times
+        shares = [self._shares(item, told) for item, *told in zip(prepared.work.items, *said, strict=True)]
         budget = method.budget
         return Measurement(
-            right=tuple(int(self._is_right(*pair)) for pair in zip(prepared.work.items, said, strict=True)),
+            right=tuple(int(all(share == 1 for share in one.values())) for one in shares),
+            parts={name: statistics.fmean(one[name] for one in shares) for name in shares[0]},
             state_bytes=math.ceil(state_bytes / batch),
             peak_state_bytes=math.ceil(cache.peak_nbytes / batch),
             bytes_read=bytes_read / batch,
             prefill_ms=prefill_ms / batch,
             decode_ms_per_token=statistics.median(steps_ms) / batch if steps_ms else None,
-            output_tokens=statistics.fmean(len(tokens) for tokens in said),
+            output_tokens=statistics.fmean(sum(map(len, told)) for told in zip(*said, strict=True)),
             budget_tokens=budget if isinstance(budget, int) else None,
         )
 
@@ -178,6 +214,7 @@ class Bench:
             protocol=cell.protocol,  # type: ignore[arg-type]
             outcomes=outcome.right,
             exact_outcomes=exact.right,
+            parts=outcome.parts,
             state_bytes=outcome.state_bytes,
             peak_state_bytes=outcome.peak_state_bytes,
             exact_bytes=exact.state_bytes,
@@ -194,12 +231,18 @@ class Bench:
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
-    def _is_right(self, item: Any, said: Sequence[int]) -> bool:
-        """Return True if the decoded tokens `said` are the sample's answer, after white space is normalised.
+    def _stops(self, chat: bool) -> set[int]:
+        """Return the ids of the tokens that end an answer."""
+        found = {self.tokenizer.eos_token_id} - {None}
+        return found | set(self.template.ends()) if chat and self.template else found
 
-        The samples of a user's own file do not define where an answer ends (`item.ends` is False). For such a sample,
-        further tokens may follow the right answer.
-        """
-        text = self.tokenizer.decode(said, skip_special_tokens=True).split()
-        wanted = self.tokenizer.decode(self._plain(" " + item.answer), skip_special_tokens=True).split()
-        return text == wanted if item.ends else text[: len(wanted)] == wanted
+    def _shares(self, item: Item, told: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Return how much of each part of a sample's answers the decoded tokens `told` (one list per turn) meet."""
+
+        def form(text: str) -> str:
+            return self.tokenizer.decode(self._plain(apart(text)), skip_special_tokens=True)
+
+        found: dict[str, float] = {}
+        for question, tokens in zip(item.turns, told, strict=True):
+            found |= question.shares(self.tokenizer.decode(tokens, skip_special_tokens=True), form)
+        return found

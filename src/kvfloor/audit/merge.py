@@ -14,6 +14,7 @@ from kvfloor.audit.header import Header, read_header
 from kvfloor.audit.heads import HeadFloor
 from kvfloor.audit.identity import differences
 from kvfloor.audit.journal import FLOORS, ROWS, TEXTS, Journal, read_part
+from kvfloor.audit.limits import without_left_out
 from kvfloor.audit.recommend import KL_LIMIT
 from kvfloor.audit.require import conditions
 from kvfloor.audit.rows import Cell
@@ -108,7 +109,7 @@ def _floors(folders: Sequence[Path]) -> dict[Cell, list[HeadFloor]]:
 
 def _require_all(whole: Header, rows: dict[Pair, AnyRow]) -> None:
     """Raise ValueError naming the measurements of the audit that no part has."""
-    pairs = whole.grid.pairs
+    pairs = without_left_out(whole.grid.pairs, rows, whole.least_exact)
     missing = [pair for pair in pairs if pair not in rows]
     if missing:
         by_place: dict[Place, list[str]] = {}

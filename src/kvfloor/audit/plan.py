@@ -6,20 +6,18 @@ compares with.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from kvfloor.audit.chat import PLAIN, Chat
 from kvfloor.audit.protocols import PROTOCOLS
 from kvfloor.audit.rows import Cell
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.core.budget import Budget, parse_budget
 from kvfloor.core.method import Method, standard_law
-from kvfloor.files import read_regular
 from kvfloor.methods.grammar import parse
-from kvfloor.tasks import Task, lookup
+from kvfloor.tasks import Question, Task, expand, lookup
 
 BASELINES = {
     "exact": "keeps every token at full precision",
@@ -34,29 +32,42 @@ BASELINES = {
 METHODS = ("h2o", "snapkv")
 BUDGETS = {True: ("64", "192"), False: ("25%", "50%")}
 """Budgets for the built-in model (True) and any other (False)."""
-MOST_PROMPT_BYTES = 2**28
 TASKS = ("recall", "passkey64", "vartrack", "registers")
 
 
 @dataclass(frozen=True)
 class Item:
-    """Hold one sample: its context and question as text, and the only right answer.
-
-    `ends` is True if the end of text must follow the answer, as in the built-in tasks.
-    """
+    """Hold one sample as text: its context, and the questions that are asked in one conversation about it."""
 
     context: str
-    question: str
-    answer: str
-    ends: bool = True
+    turns: tuple[Question, ...]
+
+    @property
+    def question(self) -> str:
+        """Return the first question."""
+        return self.turns[0].ask
+
+    @property
+    def answer(self) -> str:
+        """Return the right answer to the first question."""
+        return self.turns[0].answer
+
+    @property
+    def split(self) -> bool:
+        """Return True if the sample has a question apart from its context."""
+        return bool(self.turns[0].ask)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Hold one cell of the audit (task, context length, protocol) and its samples."""
+    """Hold one cell of the audit (task, context length, protocol) and its samples.
+
+    chat: True if the samples are put into the model's chat template.
+    """
 
     cell: Cell
     items: tuple[Item, ...]
+    chat: bool = False
 
 
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMethod]:
@@ -94,13 +105,13 @@ def check_protocols(protocols: Sequence[str]) -> None:
 
 
 def chosen_tasks(names: Sequence[str]) -> list[Task]:
-    """Return the tasks of these names, each once: built-in ones, or a third party's as `module:TASK`.
+    """Return the tasks of these names, each once: of the package, of a group, or a third party's as `module:TASK`.
 
     Raises ValueError for a name that is no task, for two tasks of one name, and for an empty list.
     """
     if not names:
         raise ValueError(f"an audit needs at least one task, for example --tasks {TASKS[0]}")
-    tasks = [lookup(name) for name in dict.fromkeys(names)]
+    tasks = [lookup(name) for name in dict.fromkeys(expand(names))]
     for task in tasks:
         if [other.name for other in tasks].count(task.name) > 1:
             raise ValueError(f"two of the tasks are named {task.name!r}: a report tells them apart by name only")
@@ -114,65 +125,43 @@ def task_work(
     n: int,
     seed: int,
     count: Callable[[str], int],
+    chat: Chat = PLAIN,
 ) -> list[Work]:
     """Return the cells of an audit (tasks x contexts x protocols) with `n` generated samples each.
 
     Samples are the same for every protocol. `count` counts the tokens of a text. A sample's context has at most as many
-    tokens as the cell's context length.
+    tokens as the cell's context length. `chat` decides which tasks are put into the model's chat template.
     """
     work = []
     for task in chosen_tasks(tasks):
+        wrapped = chat.takes(task.chat)
+        size = chat.count if wrapped and chat.count else count
         for context in dict.fromkeys(contexts):
-            samples = [task.generate(seed, i, context, count=count) for i in range(n)]
-            items = tuple(Item(s.context, s.questions[0].ask, s.questions[0].answer) for s in samples)
-            work += [Work(Cell(task.name, context, protocol), items) for protocol in dict.fromkeys(protocols)]
+            samples = [task.generate(seed, i, context, count=size) for i in range(n)]
+            items = tuple(Item(one.context, one.turns) for one in samples)
+            if len({len(item.turns) for item in items}) > 1:
+                raise ValueError(
+                    f"the samples of {task.name} differ in their number of turns: give all the same number"
+                )
+            work += [Work(Cell(task.name, context, one), items, wrapped) for one in dict.fromkeys(protocols)]
     return work
 
 
-def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
-    """Read a user's samples from JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
-
-    Raises ValueError naming the file and the broken line, or the number of samples if it is less than `n`.
-    """
-    try:
-        lines = read_regular(path, MOST_PROMPT_BYTES, "prompts file").decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as cause:
-        raise ValueError(f"cannot read the prompts file {str(path)!r}: {cause}") from None
-    items = tuple(_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip())
-    if len(items) < n:
-        raise ValueError(f"{path} has {len(items)} samples; an audit row needs at least {n}: add prompts")
-    return items
-
-
 def prompt_work(
-    name: str, items: tuple[Item, ...], protocols: Sequence[Any], count: Callable[[str], int]
+    name: str,
+    items: tuple[Item, ...],
+    protocols: Sequence[Any],
+    count: Callable[[str], int],
+    chat: Chat = PLAIN,
 ) -> list[Work]:
     """Return the cells of a user's own samples, one per protocol, with `name` in place of a task's name.
 
     The cells' context length is that of the longest sample context, in tokens by `count`. A bare prompt has no separate
-    question, so only the protocol "visible" (compress the question with the context) applies to it.
+    question, so only the protocol "visible" (compress the question with the context) applies to it. `chat` decides if
+    the samples are put into the model's chat template.
     """
-    split = all(item.question for item in items)
-    allowed = [p for p in dict.fromkeys(protocols) if split or p == "visible"] or ["visible"]
-    context = max(count(item.context) for item in items)
-    return [Work(Cell(name, context, protocol), items) for protocol in allowed]
-
-
-def _item(line: str, where: str) -> Item:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as cause:
-        raise ValueError(f"{where} is not JSON: {cause.msg} at column {cause.colno}") from None
-    except (ValueError, RecursionError) as cause:  # a number of thousands of digits, brackets thousands deep
-        raise ValueError(f"{where} is not JSON that can be read: {cause}") from None
-    forms = ({"prompt", "answer"}, {"context", "question", "answer"})
-    fits = isinstance(record, dict) and any(
-        form <= record.keys() and all(isinstance(record[key], str) and record[key] for key in form) for form in forms
-    )
-    if not fits:
-        raise ValueError(f'{where} must have non-empty texts "prompt" and "answer", or "context", "question", "answer"')
-    if any(0xD800 <= ord(c) < 0xE000 for value in record.values() if isinstance(value, str) for c in value):
-        raise ValueError(f"{where} has half of a surrogate pair, which is no text: write the character itself")
-    if "prompt" in record:
-        return Item(record["prompt"], "", record["answer"], ends=False)
-    return Item(record["context"], record["question"], record["answer"], ends=False)
+    allowed = [p for p in dict.fromkeys(protocols) if p == "visible" or all(item.split for item in items)]
+    wrapped = chat.takes(True)
+    size = chat.count if wrapped and chat.count else count
+    context = max(size(item.context) for item in items)
+    return [Work(Cell(name, context, protocol), items, wrapped) for protocol in allowed or ["visible"]]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from kvfloor.audit.criterion import Standard
 from kvfloor.audit.format import counted
 from kvfloor.audit.grid import EXACT, AnyRow, Grid, Pair, Place
+from kvfloor.audit.limits import left_out
 from kvfloor.audit.nats import TextCell, TextRow
 from kvfloor.audit.recommend import CONFIDENCE, MARGIN, UNJUDGED, Judged, recommend
 from kvfloor.audit.rows import Row
@@ -29,24 +30,31 @@ class Race:
 
     grid      the places in order, the settings, and the further texts
     standard  the limit and the confidence by which a setting stops
+    least_exact  score of exact below which a cell is left out
     """
 
     grid: Grid
     standard: Standard
+    least_exact: float = 0.0
     _close: dict[Place, frozenset[str]] = field(default_factory=dict)
 
     def asked(self, rows: Rows) -> list[Pair]:
         """Return the measurements that the race asks for, given the rows so far, in the order of measuring.
 
-        Of the further texts, those that are measured are returned, and the next one.
+        Further texts are asked for one by one, when all before them is measured.
         """
+        weak = left_out(rows, self.least_exact)
         pairs: list[Pair] = []
         read: dict[str, list[TextRow]] = {setting: [] for setting in self.grid.settings}
         stopped: set[str] = set()
         for place in self._places:
             if place in self.grid.further:
-                close = self._close_calls(place, rows)
+                if any(pair not in rows for pair in pairs):
+                    break
+                close = self._close_calls(place, {pair: row for pair, row in rows.items() if pair[0] not in weak})
                 here = [setting for setting in self.grid.settings if close and setting in (*close, EXACT)]
+            elif place in weak:
+                here = [EXACT]
             else:
                 here = [setting for setting in self.grid.settings if setting not in stopped]
             pairs += [(place, setting) for setting in here]
@@ -55,8 +63,6 @@ class Race:
                     if isinstance(row := rows.get((place, setting)), TextRow):
                         read[setting].append(row)
                 stopped |= {s for s in here if s != EXACT and read[s] and self.standard.exceeds(read[s])}
-            if place in self.grid.further and any((place, setting) not in rows for setting in here):
-                break
         return pairs
 
     def note(self, rows: Iterable[Pair]) -> str:
@@ -82,16 +88,14 @@ class Race:
         if place not in self._close:
             before = self._places[: self._places.index(place)]
             known = [rows[at, setting] for at in before for setting in self.grid.settings if (at, setting) in rows]
-            if not any(isinstance(row, TextRow) for row in known):
-                return frozenset()
             self._close[place] = frozenset(close_calls(known, self.standard))
         return self._close[place]
 
 
-def race(grid: Grid, configurations: Iterable[str], kl_limit: float) -> Race:
+def race(grid: Grid, configurations: Iterable[str], kl_limit: float, least_exact: float = 0.0) -> Race:
     """Return the race over a grid; `configurations` are the methods without their budgets, which share the error."""
     methods = len({text for text in configurations if text not in UNJUDGED})
-    return Race(grid, Standard(MARGIN, CONFIDENCE, methods, kl_limit, racing=True))
+    return Race(grid, Standard(MARGIN, CONFIDENCE, methods, kl_limit, racing=True), least_exact)
 
 
 def close_calls(rows: Sequence[AnyRow], standard: Standard) -> list[str]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvfloor.audit.chat import Wish, check_wish
 from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, check_protocols
-from kvfloor.audit.recommend import KL_LIMIT
+from kvfloor.audit.recommend import KL_LIMIT, WEAK_EXACT_SCORE
 from kvfloor.audit.texts import GENERATED, SHIPPED, check_scored, check_texts
 from kvfloor.models.load import BUILTIN
 from kvfloor.statistics import MIN_SAMPLES
@@ -46,6 +47,9 @@ class AuditRequest:
     minutes   time limit: texts and cells that do not fit are left out; None: no limit
     fresh     True if rows that are in `out` already are measured again
     shard     (i, n): measure the i-th of n parts only, 1 <= i <= n; None: measure everything
+    chat      "on": put all samples into the model's chat template; "off": none; "auto": those of tasks whose questions
+              are put to an assistant, and of prompts, if the tokenizer has a template
+    least_exact  score of exact below which a cell is left out; 0: keep all cells
     engine    "local": this process measures; "ray": the workers of a Ray cluster do
     workers   number of Ray workers; None: as many as the cluster has processors for
     ray_address  address of a running Ray cluster; None: the one in RAY_ADDRESS, or one that is started here
@@ -71,6 +75,8 @@ class AuditRequest:
     minutes: float | None = None
     fresh: bool = False
     shard: tuple[int, int] | None = None
+    chat: Wish = "auto"
+    least_exact: float = WEAK_EXACT_SCORE
     engine: str = ENGINES[0]
     workers: int | None = None
     ray_address: str | None = None
@@ -119,6 +125,9 @@ class AuditRequest:
             raise ValueError(f"--kl-limit {self.kl_limit}: give a number of nats above 0, such as {KL_LIMIT}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"--minutes {self.minutes:g}: give a number above 0, or leave it out for no limit")
+        if not 0 <= self.least_exact <= 1:
+            raise ValueError(f"--least-exact {self.least_exact:g}: give a score from 0 (keep all cells) to 1")
+        check_wish(self.chat)
         if self.n < MIN_SAMPLES:
             raise ValueError(f"--n {self.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
         self._check_shard()

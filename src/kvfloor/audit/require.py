@@ -29,7 +29,7 @@ from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.grammar import parse
 from kvfloor.splitting import outline, split_words
 
-_WORDS = ("method", "task", "protocol", "configuration", "name", "budget", "baseline")
+_WORDS = ("method", "task", "protocol", "configuration", "name", "budget", "baseline", "parts")
 FIGURES = tuple(name for name in CONTRACT_FIELDS if name not in _WORDS)
 
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -123,6 +123,19 @@ def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str
                 found = "not measured" if value is None else f"{value:,.6g}"
                 lines.append(f"{clause.text}: {row.method} on {row.cell} has {clause.figure} {found}")
     return lines
+
+
+def uncovered(conditions: Sequence[Condition], left_out: Sequence[Row]) -> list[str]:
+    """Return one line of text per condition and left-out cell that it is about: it was not shown to hold there.
+
+    left_out: the exact cache's row of each cell on which no other setting was measured.
+    """
+    return [
+        f"{condition.clause.text}: {row.cell} was left out, exact scores {row.score:.3g} there"
+        for condition in conditions
+        for row in left_out
+        if row.task in condition.tasks
+    ]
 
 
 def _parse_clause(text: str) -> Clause:

@@ -59,6 +59,8 @@ class Row:
     configuration          the setting without its budget; `name`: without arguments too; `budget`: as the user gave
                            it, None without one
     baseline               True for the methods that every audit compares with
+    parts                  mean share, from 0 to 1, of each named part of the answers that was met; an answer is right
+                           if all its parts are met in full
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
     outcomes               one 0 (wrong) or 1 (right) per sample, in the samples' order
@@ -90,6 +92,7 @@ class Row:
     name: str
     budget: str | None
     baseline: bool
+    parts: dict[str, float]
     token_id_bytes: int
     output_error_by_layer: tuple[float, ...]
     output_error_by_head: tuple[tuple[float, ...], ...]
@@ -113,6 +116,8 @@ class Row:
             sum(self.outcomes) - self.gained + self.lost
         ):
             raise ValueError(f"{where}: score, exact_score, gained and lost do not follow from the outcomes")
+        if not self.parts or any(not 0 <= share <= 1 for share in self.parts.values()):
+            raise ValueError(f"{where}: parts = {self.parts}; give the share of at least one part, each from 0 to 1")
         for name, value in vars(self).items():
             if (name == "context" or name.endswith("_bytes")) and not (isinstance(value, int) and value >= 0):
                 raise ValueError(f"{where}: {name} = {value!r}; give a whole number >= 0")
@@ -147,7 +152,7 @@ class Row:
         return self.state_bytes < self.floor_bytes
 
 
-CONTRACT_FIELDS = tuple(field.name for field in fields(Row))[:25]
+CONTRACT_FIELDS = tuple(field.name for field in fields(Row))[:26]
 """The fields of a row in the `--json` document, which scripts rely on; `rows.jsonl` has the others too."""
 
 
@@ -171,11 +176,13 @@ def measured_row(
     prefill_ms: float,
     decode_ms_per_token: float | None,
     output_tokens: float,
+    parts: dict[str, float] | None = None,
 ) -> Row:
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
     `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact
-    cache's own row, `exact_outcomes` equals `outcomes`. All other arguments except `setting` are fields of `Row`.
+    cache's own row, `exact_outcomes` equals `outcomes`. `parts` None: an answer has one part.
+    All other arguments except `setting` are fields of `Row`.
 
     Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
     number is not finite.
@@ -215,6 +222,7 @@ def measured_row(
         name=setting.name,
         budget=setting.budget,
         baseline=setting.baseline,
+        parts={name: float(share) for name, share in (parts or {"answer": sum(outcomes) / n}).items()},
         token_id_bytes=token_id_bytes,
         output_error_by_layer=tuple(float(error) for error in output_error_by_layer),
         output_error_by_head=tuple(tuple(float(error) for error in layer) for layer in output_error_by_head),

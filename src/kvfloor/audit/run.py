@@ -17,13 +17,15 @@ from kvfloor.audit.header import Header
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.identity import differences, identity, versions
 from kvfloor.audit.journal import Journal
+from kvfloor.audit.limits import chat_notes, left_out, left_out_notes, without_left_out
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextCell, TextRow, summaries
-from kvfloor.audit.plan import chosen_tasks, read_prompts, settings
+from kvfloor.audit.plan import chosen_tasks, settings
+from kvfloor.audit.prompts import read_prompts
 from kvfloor.audit.race import Race, race
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.request import AuditRequest
-from kvfloor.audit.require import Condition, conditions, shortfalls
+from kvfloor.audit.require import Condition, conditions, shortfalls, uncovered
 from kvfloor.audit.rows import Cell, Row, document
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.files import open_folder
@@ -41,6 +43,7 @@ class Answer:
     """Hold the results of an audit: rows, kv heads' floors, recommendation, and what they come from.
 
     rows        one per setting (method with budget) and cell of the tasks; texts: one per setting and text
+    left_out    the exact cache's row of each cell that was left out because of its score
     report      path of the HTML page, which `kvfloor.report.render` writes later
     shortfalls  a line for each row that misses a condition of `require`
     """
@@ -52,6 +55,7 @@ class Answer:
     report: Path
     shortfalls: tuple[str, ...]
     meta: Meta
+    left_out: tuple[Row, ...] = ()
 
     def as_dict(self) -> dict:
         """Return the document of `kvfloor audit --json` as plain JSON types."""
@@ -64,7 +68,8 @@ class Answer:
             report=str(self.report),
         )
         nats = [asdict(found) for found in summaries(self.texts, self.recommendation.standard.racing)]
-        return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads]}
+        weak = [row.cell._asdict() | {"exact_score": row.score} for row in self.left_out]
+        return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads], "left_out": weak}
 
 
 def _silent(text: str) -> None:
@@ -97,9 +102,16 @@ def measure_part(question: AuditRequest, track: Track, announce: Announce = _sil
 
 
 def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], command: str) -> Answer:
-    """Return the results of the rows in a journal: floors, recommendation, and where they miss a condition."""
+    """Return the results of the rows in a journal: floors, recommendation, and where they miss a condition.
+
+    Raises ValueError if exact scores too low on every cell and no text was read, so that nothing is left to compare.
+    """
     header = journal.about
-    rows, texts = journal.tasks, journal.texts
+    weak = left_out(journal.rows, header.least_exact)
+    rows, texts = [row for row in journal.tasks if row.cell not in weak], journal.texts
+    notes = left_out_notes(list(weak.values()), header.least_exact)
+    if not rows and not texts and weak:
+        raise ValueError(f"nothing is left to compare. {notes[0]}")
     meta = Meta(
         model=header.model,
         seed=header.seed,
@@ -107,12 +119,13 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
         versions=header.versions,
         machine=header.machine,
         duration_s=header.seconds,
-        notes=tuple(header.notes),
+        notes=(*header.notes, *chat_notes(header.chat), *notes),
     )
     by_head = heads([floor for found in journal.floors.values() for floor in found], rows)
     found = recommend(rows, texts=texts, kl_limit=kl_limit, racing=header.racing)
     report = journal.folder / "report.html"
-    return Answer(rows, texts, by_head, found, report, tuple(shortfalls(required, rows)), meta)
+    missed = (*shortfalls(required, rows), *uncovered(required, list(weak.values())))
+    return Answer(rows, texts, by_head, found, report, missed, meta, tuple(weak.values()))
 
 
 def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condition, ...]]:
@@ -186,6 +199,8 @@ def _header(
         cells=[place for place in grid.places if isinstance(place, Cell)],
         further=grid.further,
         racing=question.racing,
+        least_exact=question.least_exact,
+        chat=grid.chat,
         versions=versions(),
         machine=f"{platform.machine()}, {_threads()} torch threads",
         began=began,
@@ -198,11 +213,11 @@ def _asked(question: AuditRequest, header: Header) -> Asked:
     if header.racing:
         return _race(question, header).asked
     pairs = header.grid.part(question.shard)
-    return lambda rows: pairs
+    return lambda rows: without_left_out(pairs, rows, header.least_exact)
 
 
 def _race(question: AuditRequest, header: Header) -> Race:
-    return race(header.grid, [one.configuration for one in header.methods], question.kl_limit)
+    return race(header.grid, [one.configuration for one in header.methods], question.kl_limit, header.least_exact)
 
 
 def _is_done(question: AuditRequest, journal: Journal) -> bool:

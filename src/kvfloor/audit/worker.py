@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from kvfloor.audit.chat import chosen_chat
 from kvfloor.audit.grid import EXACT, AnyRow, Grid, Place
 from kvfloor.audit.heads import HeadFloor, head_floors
 from kvfloor.audit.measure import Bench, ExactOutcome, Prepared
 from kvfloor.audit.nats import TextRow
-from kvfloor.audit.plan import Work, prompt_work, read_prompts, settings, task_work
+from kvfloor.audit.plan import Work, prompt_work, settings, task_work
+from kvfloor.audit.prompts import read_prompts
 from kvfloor.audit.reading import Reader, text_row
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Row
@@ -51,25 +53,29 @@ class Worker:
         `track` is called with a line of text before each long step. Raises ValueError for a text that is too short, and
         for contexts that are longer than the model's positions.
         """
+        self._least_exact = question.least_exact
         self._settings = {one.text: one for one in settings(question.methods, question.budget_texts)}
         model, tokenizer = load(folder.absolute(), track=track)  # a folder "smollm2" is not the model of that name
         self._bench = bench = Bench(prepare(model), tokenizer, question.seed)
         self._reader = Reader(model, question.seed)
+        chat = chosen_chat(question.chat, bench.template, question.model)
         contexts = question.context_lengths
         read = excerpts(question.text_names, contexts, question.scored, bench.encode)
         _require_positions(model, question, max(contexts) + (question.scored if read else 0))
         work: list[Work] = []
         if question.prompts is not None:
             items = read_prompts(question.prompts, question.n)
-            work = prompt_work(question.prompts.stem, items, question.protocols, bench.count)
+            work = prompt_work(question.prompts.stem, items, question.protocols, bench.count, chat)
         elif question.task_names:
-            work = task_work(question.task_names, contexts, question.protocols, question.n, question.seed, bench.count)
+            names, seed = question.task_names, question.seed
+            work = task_work(names, contexts, question.protocols, question.n, seed, bench.count, chat)
+        chatting = tuple(dict.fromkeys(one.cell.task for one in work if one.chat))
         further: list[Excerpt] = []
         if question.racing:
             further = further_excerpts(question.text_names, contexts, question.scored, bench.encode)
         self._places: dict[Place, Excerpt | Work] = {one.cell: one for one in (*read, *work, *further)}
         places = tuple(one.cell for one in (*read, *work))
-        self.grid = Grid(places, tuple(self._settings), tuple(one.cell for one in further))
+        self.grid = Grid(places, tuple(self._settings), tuple(one.cell for one in further), chatting)
         self._opened: _Opened | None = None
 
     def tokens(self, place: Place) -> int:
@@ -114,8 +120,9 @@ class Worker:
             if exact is None
             else ExactOutcome(exact.outcomes, exact.state_bytes)
         )
-        floors = head_floors(found.cell, opened.prepared.traces) if exact is None else []
-        return Measured(self._bench.row(one, opened.prepared, outcome, against), tuple(floors))
+        row = self._bench.row(one, opened.prepared, outcome, against)
+        floors = exact is None and row.score >= self._least_exact
+        return Measured(row, tuple(head_floors(found.cell, opened.prepared.traces)) if floors else ())
 
 
 def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:

@@ -139,7 +139,7 @@ def audit(
     ] = None,
     budgets: Annotated[str | None, typer.Option(help="Comma-separated budgets: 64, 25%, 8MiB.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks: built-in ones, all, or module:TASK.")
+        str | None, typer.Option(help="Comma-separated tasks or groups (see kvfloor tasks), or module:TASK.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with prompt and answer (or context, question, answer).")
@@ -168,6 +168,12 @@ def audit(
     minutes: Annotated[
         float | None, typer.Option(help="Time limit; texts and cells that do not fit are left out.", **real())
     ] = None,
+    chat: Annotated[
+        str, typer.Option(help="Ask in the model's chat template: on, off, or auto (tasks made for it).")
+    ] = "auto",
+    least_exact: Annotated[
+        float, typer.Option(help="Leave out a cell where exact scores below this; 0: none.", **real())
+    ] = 0.5,
     accept_terms: Annotated[
         bool, typer.Option("--accept-terms", help="Accept the terms of use of a published model.")
     ] = False,
@@ -202,10 +208,6 @@ def audit(
     for name, text in (("methods", methods), ("budgets", budgets), ("tasks", tasks), ("protocols", protocols)):
         if text is not None:
             chosen[name] = tuple(split_list(text))
-    if chosen.get("tasks") == ("all",):
-        from kvfloor.tasks import TASKS
-
-        chosen["tasks"] = tuple(TASKS)
     if texts is not None:
         chosen["texts"] = () if texts == "none" else tuple(split_list(texts))
     if contexts is not None:
@@ -228,6 +230,8 @@ def audit(
         engine=engine,
         workers=workers,
         ray_address=ray_address,
+        chat=chat,  # type: ignore[arg-type]
+        least_exact=least_exact,
         **chosen,
     )
     _quiet_transformers()
@@ -261,13 +265,14 @@ def _show(answer: Any, as_json: bool) -> None:
     from rich.console import Console
 
     from kvfloor.report.html import render
-    from kvfloor.report.terminal import print_report
+    from kvfloor.report.terminal import print_notes, print_report
 
     render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts)
     if as_json:
         _print_json(answer.as_dict())
     else:
         print_report(answer.rows, answer.recommendation, Console(), answer.texts)
+        print_notes(answer.meta.notes, Console())
         print(f"\nreport: {answer.report}")
     for line in answer.shortfalls:
         print(f"kvfloor: not met: {line}", file=sys.stderr)
@@ -492,6 +497,25 @@ def methods(as_json: Json = False) -> None:
     for row in table:
         shown.add_row(*(row[name] for name in ("name", "kind", "memory", "about")))
     Console().print(shown, markup=False, highlight=False)
+
+
+@app.command()
+def tasks(as_json: Json = False) -> None:
+    """List the tasks of an audit, by group; --tasks takes the names of tasks and of groups."""
+    from kvfloor.tasks import GROUPS
+
+    rows = [
+        {"group": group, "task": task.name, "about": task.about, "chat": task.chat}
+        for group, members in GROUPS.items()
+        for task in members
+    ]
+    if as_json:
+        _print_json({"schema": 1, "rows": rows})
+        return
+    for group, members in GROUPS.items():
+        print(f"{group}:")
+        for task in members:
+            print(f"  {task.name:<16} {task.about}")
 
 
 @app.command("plan")

@@ -8,7 +8,7 @@ are never stored.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -84,26 +84,27 @@ class Dialogue:
             yield tokens.to(after.device), torch.cat([before, after[:, :-1]], 1).float()
 
     @torch.inference_mode()
-    def answer(self, most: int, stop: int | None) -> tuple[list[list[int]], list[float]]:
+    def answer(self, most: int, stop: int | Collection[int] | None) -> tuple[list[list[int]], list[float]]:
         """Decode greedily: return the new token ids per batch item, and the milliseconds of each decode step.
 
-        An item ends before its first token `stop` (None: no such token), or after `most` tokens.
+        An item ends before its first token that is (among) `stop` (None: no such token), or after `most` tokens. Only
+        its tokens before the end enter the cache.
         """
         assert self.logits is not None
         batch = self.mask.shape[0]
+        stops = torch.tensor([] if stop is None else [stop] if isinstance(stop, int) else sorted(stop))
         done = torch.zeros(batch, dtype=torch.bool)
         said: list[list[int]] = [[] for _ in range(batch)]
         steps_ms: list[float] = []
         for _ in range(most):
             token = self.logits.argmax(-1).cpu()
-            if stop is not None:
-                done |= token == stop
+            done |= torch.isin(token, stops)
             if bool(done.all()):
                 break
             for row in (~done).nonzero().flatten().tolist():
                 said[row].append(int(token[row]))
             begin = time.perf_counter()
-            self._forward(token.unsqueeze(1), torch.ones(batch, 1, dtype=torch.int64))
+            self._forward(token.unsqueeze(1), (~done).to(torch.int64).unsqueeze(1))
             steps_ms.append((time.perf_counter() - begin) * 1e3)
         return said, steps_ms
 

@@ -19,6 +19,7 @@ from kvfloor.report.chart import Chart
 from kvfloor.report.decision import decision_chart
 from kvfloor.report.environment import environment
 from kvfloor.report.marks import marks
+from kvfloor.report.parts import part_tables
 from kvfloor.statistics import MIN_SAMPLES
 
 
@@ -76,6 +77,7 @@ def page(
             settings=len({row.method for row in (*rows, *texts)}),
             cells=cells,
             scores=lines,
+            parts=part_tables(rows),
             sizes=tables.sizes(rows),
             speeds=tables.speeds(rows),
             figures=figures,

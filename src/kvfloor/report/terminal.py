@@ -15,6 +15,7 @@ from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.game.engine.result import Result
 from kvfloor.report.divergence import judged_lines
+from kvfloor.report.parts import PartTable, part_tables
 from kvfloor.report.tables import CellScore, scoreboard
 from kvfloor.report.text import visible
 
@@ -36,6 +37,8 @@ def print_report(rows: Sequence[Row], answer: Recommendation, console: Console, 
     for context, protocol in tables:
         some = [row for row in rows if (row.context, row.protocol) == (context, protocol)]
         console.print(_table(some, answer))
+    for one in part_tables(rows):
+        console.print(_parts_table(one))
     if rows:
         margin = points_text(answer.standard.margin)
         console.print(
@@ -46,6 +49,12 @@ def print_report(rows: Sequence[Row], answer: Recommendation, console: Console, 
     console.print(_line("", why(answer)))
     for sentence in (*what_breaks(answer), *cautions(answer)):
         console.print(_line("- ", sentence))
+
+
+def print_notes(notes: Sequence[str], console: Console) -> None:
+    """Print what an audit left out, and other notes on it, one per line."""
+    for note in notes:
+        console.print(_line("- ", note))
 
 
 def print_barriers(results: Sequence[Result]) -> None:
@@ -122,6 +131,17 @@ def _table(rows: Sequence[Row], answer: Recommendation) -> Table:
             smaller_text(line.exact_bytes, line.state_bytes),
             *(_score(score) for score in line.scores),
         )
+    return table
+
+
+def _parts_table(one: PartTable) -> Table:
+    title = Text(f"{visible(str(one.cell))}: mean share of each part")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("setting", no_wrap=True)
+    for name in one.names:
+        table.add_column(Text(visible(name)), justify="right")
+    for setting, shares in one.lines:
+        table.add_row(Text(visible(setting)), *(percent_text(share) for share in shares))
     return table
 
 

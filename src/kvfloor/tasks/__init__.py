@@ -3,10 +3,34 @@
 A sample is a context of `length` tokens, at least one question about it, and each question's only right answer.
 """
 
+from .checks import AnswerCheck, BeginsWith, Contains, JsonField, Lines, Matches, Part, SameWords
 from .lexicon import FULL, Lexicon
-from .registry import TASKS, lookup
+from .registry import EVERY, GROUPS, TASKS, expand, lookup
 from .sample import Question, Sample, score
 from .task import Request, Task, Woven
 from .weave import Plot
 
-__all__ = ["FULL", "TASKS", "Lexicon", "Plot", "Question", "Request", "Sample", "Task", "Woven", "lookup", "score"]
+__all__ = [
+    "EVERY",
+    "FULL",
+    "GROUPS",
+    "TASKS",
+    "AnswerCheck",
+    "BeginsWith",
+    "Contains",
+    "JsonField",
+    "Lexicon",
+    "Lines",
+    "Matches",
+    "Part",
+    "Plot",
+    "Question",
+    "Request",
+    "SameWords",
+    "Sample",
+    "Task",
+    "Woven",
+    "expand",
+    "lookup",
+    "score",
+]

@@ -4,29 +4,69 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .checks import Form, Part, SameWords
+
 
 @dataclass(frozen=True)
 class Question:
-    """Hold a question about a context, and its only right answer.
+    """Hold a question about a context, with a right answer and the checks that score a generated one.
 
-    ask     text to append to the context after one space
-    answer  text that the model should generate
+    ask      text to append to the context, after one space unless it begins with white space
+    answer   a right answer
+    opening  the answer's first words, which the model is given; `answer` follows them
+    parts    named checks of the generated text; without any, it must equal `answer` word for word
+    most     largest number of tokens to generate; None: a few more than `answer` has
     """
 
     ask: str
     answer: str
+    opening: str = ""
+    parts: tuple[Part, ...] = ()
+    most: int | None = None
+
+    @property
+    def scored_parts(self) -> tuple[Part, ...]:
+        """Return the parts by which an answer is scored: `parts`, or one that demands the answer's words."""
+        return self.parts or (Part("answer", SameWords(self.answer)),)
+
+    @property
+    def lead(self) -> str:
+        """Return the text between the context and the generated answer: the question and the answer's opening."""
+        return apart(self.ask) + apart(self.opening)
+
+    def shares(self, said: str, form: Form) -> dict[str, float]:
+        """Return the share of its demands that the generated text `said` meets, for each part.
+
+        form: returns a text as the tokenizer would decode it.
+        """
+        return {part.name: part.check.share(said, form) for part in self.scored_parts}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold a context, and at least one question about it. The answers follow from the context alone."""
+    """Hold a context, and at least one question about it. The answers follow from the context alone.
+
+    in_turn  True if the questions are asked one after the other in one conversation, and may bring text of their own;
+             False if each is a question about the context alone
+    """
 
     context: str
     questions: tuple[Question, ...]
+    in_turn: bool = False
+
+    @property
+    def turns(self) -> tuple[Question, ...]:
+        """Return the questions of one conversation: all of them in turn, or the first alone."""
+        return self.questions if self.in_turn else self.questions[:1]
 
     def prompt(self, which: int = 0) -> str:
-        """Return the context and its question number `which`, joined by a space: a prompt for greedy decoding."""
-        return f"{self.context} {self.questions[which].ask}"
+        """Return the context with its question number `which`, a prompt for greedy decoding."""
+        return self.context + self.questions[which].lead
+
+
+def apart(text: str) -> str:
+    """Return a text that is to follow another one: after a space, unless it is empty or begins with white space."""
+    return text if not text or text[0].isspace() else f" {text}"
 
 
 def score(answer: str, generated: str) -> bool:

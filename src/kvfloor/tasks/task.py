@@ -52,6 +52,8 @@ class Task:
                      tasks can be mixed in one context (`mix`). Then each task gets nouns of its own from the lexicon
                      (the words to draw from), so that no task's fact answers another task's question: this many nouns,
                      or proportionally fewer if the lexicon has too few for all tasks
+    chat             True if the questions are put to an assistant, so that they can be asked in a chat template; False
+                     if the right answer continues the text of the question
     """
 
     name: str
@@ -63,6 +65,7 @@ class Task:
     make: Callable[[Request], Sample]
     depth_moves: str | None = None
     things: int = 0
+    chat: bool = False
 
     def generate(
         self,

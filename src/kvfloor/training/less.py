@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 
 from kvfloor.audit import traces
-from kvfloor.audit.plan import read_prompts
+from kvfloor.audit.prompts import read_prompts
 from kvfloor.core.bounded import Bounded
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec

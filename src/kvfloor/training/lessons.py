@@ -69,7 +69,7 @@ def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
     return [
         Text(
             tokenizer(item.context).input_ids,
-            plain(" " + item.question if item.question else "") + plain(" " + item.answer),
+            plain(item.turns[0].lead) + plain(" " + item.answer),
         )
         for item in items
     ]
@@ -86,7 +86,7 @@ def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Ite
 
     tasks = list(TASKS.values())
     drawn = (tasks[i % len(tasks)].generate(seed, i, length, count=size) for i in range(samples))
-    return [Item(s.context, s.questions[0].ask, s.questions[0].answer) for s in drawn]
+    return [Item(one.context, one.turns) for one in drawn]
 
 
 def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Any, Any]]:

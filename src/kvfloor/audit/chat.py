@@ -1,0 +1,98 @@
+"""Put samples into a model's chat template: decide which ones, and split the rendered text where an audit needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from kvfloor.tasks import Question
+from kvfloor.tasks.sample import apart
+
+Wish = Literal["auto", "on", "off"]
+WISHES = get_args(Wish)
+_MARK = "kvfloor8437mark"  # marks a place in a text while a template is rendered
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Decide which samples are put into the chat template.
+
+    wish   "on": all, "off": none, "auto": those whose questions are put to an assistant
+    count  returns the number of tokens of a text in a user's turn, the template's own included; None: the tokenizer
+           has no template
+    """
+
+    wish: Wish = "auto"
+    count: Callable[[str], int] | None = None
+
+    def takes(self, fits: bool) -> bool:
+        """Return True if a task is put into the template; `fits`: its questions are put to an assistant."""
+        return self.count is not None and (self.wish == "on" or (self.wish == "auto" and fits))
+
+
+PLAIN = Chat()
+
+
+def check_wish(wish: str) -> None:
+    """Raise ValueError unless `wish` is "auto", "on" or "off"."""
+    if wish not in WISHES:
+        raise ValueError(f"--chat {wish!r}: choose from {', '.join(WISHES)}")
+
+
+def chosen_chat(wish: Wish, template: Template | None, model: str) -> Chat:
+    """Return the rule for samples under a wish; raise ValueError for "on" without a template."""
+    if wish == "on" and template is None:
+        raise ValueError(f"--chat on: the tokenizer of {model!r} has no chat template; use --chat off or another model")
+    return Chat(wish, None if template is None else template.count)
+
+
+@dataclass(frozen=True)
+class Template:
+    """Render conversations by a tokenizer's chat template, and split them into the pieces that an audit feeds."""
+
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Template | None:
+        """Return the chat template of a tokenizer, or None if it has none."""
+        return cls(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+
+    def first(self, context: str, question: Question) -> tuple[str, str]:
+        """Return the text up to the end of the context, and the text from there to the generated answer.
+
+        Context and question are one user's turn; the answer's opening begins the assistant's turn. Raises ValueError if
+        the template changes a user's text.
+        """
+        ask = apart(question.ask)
+        before, _, after = self._render([("user", f"{context}{_MARK}{ask}")]).partition(_MARK)
+        kept = before.endswith(context.lstrip()) and after.startswith(ask.rstrip())
+        if not kept or before + after != self._render([("user", context + ask)]):
+            raise ValueError("the model's chat template changes the text of a user's turn: use --chat off")
+        return before, after + question.opening.strip()
+
+    def later(self, question: Question) -> str:
+        """Return the text between a generated answer and the next one: the end of the turn, then a user's turn."""
+        text = self._render([("user", "x"), ("assistant", _MARK), ("user", question.ask.strip())])
+        return text[text.rindex(_MARK) + len(_MARK) :] + question.opening.strip()
+
+    def count(self, text: str) -> int:
+        """Count the tokens of a text in a user's turn, with those of the template around it."""
+        around = len(self._tokens(self._render([("user", "x")]))) - len(self._tokens("x"))
+        return len(self._tokens(text)) + around
+
+    def ends(self) -> list[int]:
+        """Return the id of the special token that ends an assistant's turn, if the template has one."""
+        after = self._tokens(self.later(Question("x", "")).lstrip())[:1]
+        return [token for token in after if token in self.tokenizer.added_tokens_decoder]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def _render(self, turns: list[tuple[str, str]]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as cause:  # a template is a program: it may raise anything
+            told = str(cause).strip().splitlines()[:1] or [type(cause).__name__]
+            raise ValueError(f"the model's chat template cannot be used: {told[0]}; use --chat off") from None

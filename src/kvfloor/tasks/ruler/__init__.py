@@ -1,0 +1,15 @@
+"""Generate the synthetic tasks of RULER (Hsieh et al., 2024) by their published definitions, for any tokenizer.
+
+The generated answer's tokens count in a sample's length. A sample's score in RULER is the share of the references that
+the answer contains.
+"""
+
+from .coded import CODED_WORDS
+from .common import COMMON_WORDS
+from .documents import DOCUMENTS
+from .niah import NEEDLES
+from .variables import VARIABLES
+
+RULER = (*NEEDLES, VARIABLES, COMMON_WORDS, CODED_WORDS, DOCUMENTS)
+
+__all__ = ["RULER"]
