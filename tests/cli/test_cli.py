@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvfloor import models
+from kvfloor.tasks import EVERY
 from tests.cli.running import kvfloor
 
 
@@ -204,13 +205,26 @@ def test_a_model_that_ignores_the_attention_interface_is_refused(tmp_path: Path)
     assert run.returncode == 2 and "BloomForCausalLM" in run.stderr
 
 
+def test_tasks_lists_every_group_and_task() -> None:
+    run = kvfloor("tasks", "--json")
+    document = json.loads(run.stdout)
+    assert run.returncode == 0 and document["schema"] == 1
+    groups = {row["group"] for row in document["rows"]}
+    assert groups == {"builtin", "ruler", "assistant"} and len(document["rows"]) == len(EVERY)
+    shown = kvfloor("tasks").stdout
+    assert all(f"  {row['task']} " in shown and row["about"] in shown for row in document["rows"])
+
+
 def test_audit_json_report_and_require(tmp_path: Path) -> None:
     arguments = ("--tasks", "kv", "--contexts", "96", "--budgets", "24", "--methods", "h2o", "--n", "32", "--json")
     run = kvfloor("audit", *arguments, "--require", "h2o:state_bytes<=1 and score>=0", cwd=tmp_path)
     assert run.returncode == 1, run.stderr
     assert "not met" in run.stderr
     document = json.loads(run.stdout)
-    assert set(document) == {"schema", "model", "seed", "rows", "texts", "heads", "recommendation", "report"}
+    assert set(document) == {
+        "schema", "model", "seed", "rows", "texts", "heads", "left_out", "recommendation", "report",
+    }  # fmt: skip
+    assert all(row["parts"] == {"answer": row["score"]} for row in document["rows"]) and document["left_out"] == []
     assert set(document["recommendation"]) == {"method", "why"}
     by_method = {row["method"]: row for row in document["rows"]}
     assert set(by_method) == {"exact", "quant", "quant(bits=4)", "random@24", "window@24", "sinks@24", "h2o@24"}

@@ -260,7 +260,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ('{"prompt": "' + "9" * 5 + '", "answer": ' + "9" * 9999 + "}", "line 1"),
         ("[" * 100_000, "line 1"),
         (r'{"prompt": "\ud800", "answer": "y"}', "surrogate"),
-        ("\x00", "line 1"),
+        ("\x00", "zero bytes"),
     ],
 )
 def test_hostile_prompts_are_named_by_their_line(line: str, told: str, tmp_path: Path) -> None:
