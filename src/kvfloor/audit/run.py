@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
-from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextRow, summaries, write_text_rows
 from kvfloor.audit.plan import (
@@ -33,6 +32,9 @@ from kvfloor.audit.texts import GENERATED, SHIPPED, check_scored, check_texts, e
 from kvfloor.files import open_folder
 from kvfloor.models.load import BUILTIN
 from kvfloor.statistics import MIN_SAMPLES
+
+if TYPE_CHECKING:
+    from kvfloor.audit.closer import Closer
 
 DEFAULT_SAMPLES = 40
 DEFAULT_CONTEXT = {True: 512, False: 1024}
@@ -122,16 +124,17 @@ class AuditRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold the results of an audit: rows, kv heads' floors, recommendation, and the request that they answer.
+    """Hold the results of an audit: rows, recommendation, what explains it, and the request that they answer.
 
     rows        one per setting (method with budget) and cell of the tasks; texts: one per setting and text
+    closer      errors by head, kv heads' floors and example answers
     report      path of the HTML page, which `kvfloor.report.render` writes later
     shortfalls  a line for each row that misses a condition of `require`
     """
 
     rows: list[Row]
     texts: list[TextRow]
-    heads: list[Head]
+    closer: Closer
     recommendation: Recommendation
     report: Path
     shortfalls: tuple[str, ...]
@@ -149,7 +152,12 @@ class Answer:
             report=str(self.report),
         )
         nats = [asdict(found) for found in summaries(self.texts)]
-        return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads]}
+        return plain | {
+            "texts": nats,
+            "heads": [head.as_dict() for head in self.closer.heads],
+            "output_errors": [asdict(one) for one in self.closer.error_maps],
+            "examples": [asdict(one) for one in self.closer.examples],
+        }
 
 
 def _silent(text: str) -> None:
@@ -183,7 +191,9 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
     check_scored(len(question.text_names), question.scored, question.minutes is not None)
     open_folder(question.out)
 
+    from kvfloor.audit.closer import look_closer
     from kvfloor.audit.measure import Bench, run_cells
+    from kvfloor.audit.provenance import file_hash, model_hashes, text_hashes
     from kvfloor.audit.reading import Reader, read_excerpts
     from kvfloor.hf import prepare
     from kvfloor.models import load
@@ -197,12 +207,14 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
         work = prompt_work(question.prompts.stem, items, question.protocols, bench.count)
     else:
         work = task_work(names, contexts, question.protocols, question.n, question.seed, bench.count) if names else []
+    longest = max(contexts) + question.scored
+    hashes = model_hashes(question.model) | text_hashes(question.text_names, longest) | file_hash(question.prompts)
     clock = Clock(question.minutes, announce, begin)
     total = (len(plan) + 1) * (len(read) + len(work))
     texts = read_excerpts(Reader(model, question.seed), plan, read, lambda text: track(total, text), clock)
     rows, floors = run_cells(bench, plan, work, lambda text: track(total, text), clock)
-    by_head = heads(floors, rows)
     answer = recommend(rows, texts=texts, kl_limit=question.kl_limit)
+    closer = look_closer(bench, plan, read, work, rows, texts, floors, answer, lambda text: track(total, text))
     report = question.out / "report.html"
     meta = Meta(
         model=question.model,
@@ -217,10 +229,12 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
         machine=f"{platform.machine()}, {_threads()} torch threads",
         duration_s=time.perf_counter() - begin,
         notes=clock.note(),
+        hashes=hashes,
     )
     write_rows(question.out / "rows.jsonl", rows)
     write_text_rows(question.out / "nats.jsonl", texts)
-    return Answer(rows, texts, by_head, answer, report, tuple(shortfalls(required, rows)), question, meta)
+    closer.write(question.out)
+    return Answer(rows, texts, closer, answer, report, tuple(shortfalls(required, rows)), question, meta)
 
 
 def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:

@@ -223,11 +223,15 @@ def audit(
             progress.update(bar, total=total or None, advance=1 if started else 0, description=visible(text))
 
         answer = run(question, track, lambda text: stderr.print(text, markup=False, highlight=False))
-        render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts)
+        closer = answer.closer
+        render(
+            answer.rows, answer.recommendation, answer.meta, answer.report, closer.heads, answer.texts,
+            closer.error_maps, closer.examples,
+        )  # fmt: skip
     if as_json:
         _print_json(answer.as_dict())
     else:
-        print_report(answer.rows, answer.recommendation, Console(), answer.texts)
+        print_report(answer.rows, answer.recommendation, Console(), answer.texts, answer.closer.examples)
         print(f"\nreport: {answer.report}")
     for line in answer.shortfalls:
         stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)

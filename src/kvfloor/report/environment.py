@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvfloor.audit.format import bytes_text, number_of_nats, percent_text, points_text, smaller_text
+from kvfloor.audit.format import bytes_text, counted, number_of_nats, percent_text, points_text, smaller_text
 from kvfloor.report import chart
 from kvfloor.report.decision import note_below_floor
 from kvfloor.report.text import visible
@@ -36,6 +36,7 @@ def environment() -> Environment:
         "error": "{:.2g}".format,
         "short": _short,
         "below_floor": note_below_floor,
+        "counted": counted,
     }
     made.globals |= {"smaller": smaller_text, "frame": chart}
     return made
