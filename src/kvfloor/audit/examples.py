@@ -103,7 +103,7 @@ class Speaker:
             kind=kind,
             name=name,
             context=len(prompt.context),
-            prompt_end=self._text(prompt.context)[-_END_CHARACTERS:],
+            prompt_end=_end(self._text(prompt.context)),
             question=question,
             truth=truth,
             exact=self._answered("exact", exact, exact),
@@ -163,6 +163,14 @@ class Speaker:
         most = getattr(self.bench.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         fits = not isinstance(most, int) or len(prompt.context) + len(prompt.ask) + MOST_TOKENS <= most
         return prompt if fits else None
+
+
+def _end(text: str) -> str:
+    """Return the last characters of a text, from the beginning of a word on."""
+    if len(text) <= _END_CHARACTERS:
+        return text
+    end = text[-_END_CHARACTERS:]
+    return end.partition(" ")[2] or end
 
 
 def shown_settings(answer: Recommendation) -> list[str]:

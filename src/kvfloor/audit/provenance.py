@@ -16,6 +16,7 @@ from kvfloor.models.packaged import PACKAGED
 MOST_HASHED = 2**32
 """Bytes of a folder's weights beyond which they are not read once more for their SHA-256."""
 
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the names that transformers gives them
 _PIECE = 2**22  # bytes read at a time
 
 
@@ -26,7 +27,7 @@ def model_hashes(name: str) -> dict[str, str]:
     if is_gguf(Path(name)):
         return {Path(name).name: _of_file(Path(name))}
     folder = builtin_path() if name == BUILTIN else Path(name)
-    weights = [path for ending in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{ending}"))]
+    weights = [path for names in _WEIGHTS for path in sorted(folder.glob(names))]
     if sum(path.stat().st_size for path in weights) > MOST_HASHED:
         return {path.name: f"not computed: {bytes_text(path.stat().st_size)}" for path in weights}
     return {path.name: _of_file(path) for path in weights}

@@ -35,7 +35,8 @@ class Tile:
 class Heatmap:
     """Hold the map of one setting (method with budget): one tile (square) per layer and kv head.
 
-    `overall` is the mean of `Row.output_error` over the setting's rows. `layers` are the layers' numbers, from the left.
+    overall  mean of `Row.output_error` over the setting's rows
+    layers   the layers' numbers, from the left
     """
 
     setting: str
