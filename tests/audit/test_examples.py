@@ -25,7 +25,7 @@ from kvfloor.audit.plan import Item, Work
 from kvfloor.audit.recommend import recommend
 from kvfloor.audit.rows import Cell
 from kvfloor.audit.texts import GENERATED, Excerpt, excerpts
-from kvfloor.hf import prepare
+from kvfloor.hf import CompressedCache, prepare
 from kvfloor.models import load
 from tests.audit.made_up import text_row
 
@@ -89,6 +89,24 @@ def test_exact_says_what_generate_says_and_a_window_what_a_masked_model_says(
     for answer in (one.exact, small):
         assert answer.agrees + answer.differs + answer.rest == bench.tokenizer.decode(answer.tokens)
     assert small.differs == bench.tokenizer.decode(small.tokens[: small.same + 1])[len(small.agrees) :]
+
+
+def test_the_cache_is_sealed_at_the_end_of_the_prompt(bench: Bench, excerpt: Excerpt) -> None:
+    method = parse("snapkv(window=8)@16")
+    prompt = Prompt(excerpt.context[:60], excerpt.context[60:66])
+    said = Speaker(bench, {}).tokens(prompt, method, 12)
+    cache = CompressedCache(bench.model, method, seed=0)
+    with torch.inference_mode():
+        bench.model(torch.tensor([prompt.context]), past_key_values=cache)
+        cache.seal()
+        logits = bench.model(torch.tensor([prompt.ask]), past_key_values=cache).logits
+        wanted = []
+        for _ in said:
+            wanted.append(int(logits[0, -1].argmax()))
+            logits = bench.model(torch.tensor([wanted[-1:]]), past_key_values=cache).logits
+    assert said == wanted
+    late = Speaker(bench, {}).tokens(Prompt(excerpt.context[:66], []), method, 12)
+    assert late != said  # the question was compressed too
 
 
 def test_an_answer_that_ends_earlier_is_not_the_same(bench: Bench) -> None:

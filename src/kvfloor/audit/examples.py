@@ -32,6 +32,7 @@ MOST_TASKS = 4
 """Tasks of which an example is shown."""
 
 SUMMARISE = "Summarise the text above in one sentence."
+_CHAT_SETTINGS = 1  # beside exact: a whole context more is taken in for each
 _END_CHARACTERS = 400  # of a prompt's end that an example keeps
 
 Kind = Literal["text", "chat", "task"]
@@ -98,7 +99,8 @@ class Speaker:
     def example(self, kind: Kind, name: str, prompt: Prompt, truth: str | None, question: str, most: int) -> Example:
         """Return the example of a prompt, with answers of at most `most` tokens."""
         exact = self.tokens(prompt, None, most)
-        others = {text: self.tokens(prompt, method, most) for text, method in self.methods.items()}
+        shown = list(self.methods)[: _CHAT_SETTINGS if kind == "chat" else None]
+        others = {text: self.tokens(prompt, self.methods[text], most) for text in shown}
         return Example(
             kind=kind,
             name=name,

@@ -28,8 +28,8 @@ ASKED = 64
 MOST_RECORDED_BYTES = 2**30
 """Bytes of queries, keys and values that are recorded at most; of a longer context only the beginning is."""
 
-MOST_FLOOR_WORK = 2**23
-"""`head_floors.most_work` for a text: the floors of 8 kv heads at 1,024 tokens take a fiftieth of an audit's time."""
+MOST_FLOOR_WORK = 2**22
+"""`head_floors.most_work` for a text: 4 kv heads at 1,024 tokens take a hundredth of an audit's time."""
 
 MOST_BYTES = 2**28  # of an output_errors.jsonl
 
