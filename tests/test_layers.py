@@ -14,7 +14,7 @@ FLOORS = (
     {"core", "floors", "tasks", "models", "statistics"},
     {"methods"},
     {"game", "hf"},
-    {"audit", "check"},
+    {"audit", "check", "planning"},
     {"report", "training"},
     {"cli"},
     {"__main__"},

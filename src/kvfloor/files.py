@@ -14,9 +14,10 @@ _IRREGULAR = "it is a folder, a pipe or a device, not a regular file"
 
 
 def open_folder(folder: Path) -> Path:
-    """Create `folder` if it is missing, write and rename a test file in it, and return it.
+    """Return `folder`, created if it is missing, once a test file could be written and renamed in the folder.
 
-    A command calls this first, so that an unwritable folder (its `--out`) fails at once, not at the end of a long run.
+    The test file is removed. A command calls this first for its `--out`, so that an unwritable folder fails at once,
+    not at the end of a long run.
     Raises ValueError with one line naming the folder and the reason.
     """
     try:
@@ -115,7 +116,7 @@ def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> N
 def _replaceable(path: str | Path) -> Path:
     """Return the path to write to: `path`, or the file that it leads to if it is a symbolic link.
 
-    Raises ValueError for a folder, a pipe or a device, which no file can replace.
+    Raises ValueError for a folder, a pipe or a device: no file may take their place.
     """
     path = named(path, "file to write")
     try:

@@ -13,7 +13,7 @@ _SHOWN = 40  # characters of a refused text
 
 
 def outline(text: str) -> str:
-    """Return `text` with "_" for each character of quoted strings and of all within parentheses or brackets.
+    """Return `text` with "_" for every character of a quoted string, and every character within brackets of any kind.
 
     The length is unchanged, so a mark found in the outline has the same index in the text. A quote that is never closed
     and a parenthesis that was never opened are plain characters.

@@ -73,7 +73,7 @@ def _binomial_cdf(k: int, n: int, e: float) -> float:
 
 
 def blocks(values: Sequence[float], size: int) -> list[tuple[float, int]]:
-    """Cut values that follow each other into blocks of about `size`, and return each block's (sum, number of values).
+    """Cut a sequence of values into blocks of about `size` values, and return each block's (sum, number of values).
 
     The blocks differ by at most one value in length; fewer than `size` values make one block.
     """
@@ -84,15 +84,15 @@ def blocks(values: Sequence[float], size: int) -> list[tuple[float, int]]:
 def mean_interval(
     observed: Sequence[tuple[float, int]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return (mean, low, high): the mean of all values and its confidence interval, given the values' `blocks`.
+    """Return (mean, low, high): the mean of all values and its confidence interval, given the output of `blocks`.
 
     Values within a block may depend on each other; the blocks are resampled with replacement. The interval inverts the
-    resampled t statistics (bootstrap-t), whose two tails differ, as they must for skewed values such as divergences. It
-    has width 0 if all blocks have the same mean. Coverage is tested in `tests/audit/test_statistics.py`.
+    resampled t statistics (bootstrap-t), so its two sides may differ in length, as skewed values such as divergences
+    require. It has width 0 if all blocks have the same mean. Coverage is tested in `tests/audit/test_statistics.py`.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 12; blocks as one observation:
     Kuensch, Annals of Statistics 17 (1989).
-    Raises ValueError for fewer than MIN_BLOCKS blocks, whose spread says too little.
+    Raises ValueError for fewer than MIN_BLOCKS blocks, too few to estimate their spread.
     """
     _quantile(confidence)
     if len(observed) < MIN_BLOCKS:
@@ -109,7 +109,7 @@ def mean_interval(
 def _ratio(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean sum(sums) / sum(sizes) over the last axis of blocks (..., b), and its standard error.
 
-    The error is that of a ratio of two means, by its linear term.
+    The standard error is that of a ratio of two means, to first order (delta method).
     """
     count, total = sums.shape[-1], sizes.sum(-1)
     mean = sums.sum(-1) / total
@@ -166,7 +166,7 @@ def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
     A pair is one sample, answered by two methods. gained is the number of pairs, out of `n`, that only the first method
     has right; lost is the number that only the second has right. The statistic is standard normal under the
     hypothesis, and falls as `difference` grows. Its variance uses the maximum-likelihood shares of gained and lost
-    pairs among the shares that differ by `difference`.
+    pairs among all shares with this difference.
     """
     deviation = gained - lost - n * difference
     a = 2 * n

@@ -46,6 +46,7 @@ BASES = {
     "audit": ({"--model": "/nowhere"}, "no model at"),
     "floors": ({"--n": "8", "--d": "4"}, "impossible below"),
     "break": ({"nonsense@8": None}, "nonsense"),
+    "plan": ({"--context": "8", "--model": "/nowhere"}, "no model at"),
 }
 FITTING = {  # what an option needs beside it
     ("floors", "--epsilon"): {"--metric": "max"},

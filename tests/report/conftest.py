@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from kvfloor.audit.examples import Answered, Example
+from kvfloor.audit.examples import Answered, SideBySide
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.output_errors import ErrorMap
 from kvfloor.audit.recommend import Recommendation, recommend
@@ -111,12 +111,12 @@ def synthetic_meta() -> Meta:
     )
 
 
-def synthetic_example(poison: str = "") -> Example:
+def synthetic_example(poison: str = "") -> SideBySide:
     """Make the example of a text that a setting continues otherwise than exact from its third token on."""
     exact = Answered("exact", (5, 6, 7), 3, f"one two three{poison}", "", "", True)
     other = Answered(f"h2o@64{poison}", (5, 6, 8, 9), 2, f"one two{poison}", f" four{poison}", f" five{poison}", False)
     same = Answered(f"quant{poison}", (5, 6, 7), 3, f"one two three{poison}", "", "", True)
-    return Example(
+    return SideBySide(
         "text", f"sea{poison}", 256, f"begin{poison}", f"ask{poison}", f"truth{poison}", exact, (other, same)
     )
 

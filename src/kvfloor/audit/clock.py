@@ -21,7 +21,7 @@ CLOSER = 9.0
 
 @dataclass
 class Clock:
-    """Measure how long texts and cells take, and decide which of the next ones fit.
+    """Time the texts and cells of an audit, and decide which further ones fit into its time limit.
 
     minutes      time limit of the audit, from `begin` on; None: no limit
     announce     called with one line of text: the expected time, before the work begins
@@ -38,9 +38,12 @@ class Clock:
     reserved: float = 0.0
 
     def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int) -> None:
-        """Announce the expected time of `pieces` texts like the first, whose exact predictions took `exact_seconds`.
+        """Announce the expected time of all `pieces` texts, from the time of the exact cache on the first text.
 
-        tokens: of one text. settings: number of settings that read it. Raises ValueError if not even one text can fit.
+        exact_seconds  seconds that the exact cache's predictions on the first text took
+        tokens         number of tokens of one text
+        settings       number of settings that read each text
+        Raises ValueError if not even one text fits into the time limit.
         """
         one = exact_seconds * (1 + SLOWER * settings)
         self.per_token = one / tokens
@@ -57,18 +60,18 @@ class Clock:
             )
 
     def fits(self, name: str, tokens: int) -> bool:
-        """Return True if work of so many tokens fits into the time that is left; else note it as left out."""
+        """Return True if a text or cell of `tokens` tokens fits into the time left; else add `name` to `left_out`."""
         if self.minutes is None or self.per_token is None or self.per_token * tokens <= self._left():
             return True
         self.left_out.append(name)
         return False
 
     def took(self, seconds: float, tokens: int) -> None:
-        """Record the time of one text or cell under all settings, from which the next one's is estimated."""
+        """Record the time of one text or cell under all settings, to estimate that of the next one."""
         self.per_token = seconds / tokens
 
     def note(self) -> tuple[str, ...]:
-        """Return at most one sentence, which names what was left out."""
+        """Return a tuple of one sentence that names the texts and cells left out; it is empty if there are none."""
         if not self.left_out or self.minutes is None:
             return ()
         return (f"Left out to stay within {_minutes(60 * self.minutes)}: {'; '.join(self.left_out)}.",)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvfloor.audit.examples import (
-    Example,
+    SideBySide,
     Speaker,
     shown_settings,
     task_examples,
@@ -40,7 +40,7 @@ class Closer:
 
     error_maps: tuple[ErrorMap, ...] = ()
     heads: tuple[Head, ...] = ()
-    examples: tuple[Example, ...] = ()
+    examples: tuple[SideBySide, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write `output_errors.jsonl` and `examples.jsonl` into a folder."""

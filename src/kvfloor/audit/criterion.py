@@ -41,11 +41,12 @@ class Standard:
 
     @property
     def cell_confidence(self) -> float:
-        """Return the confidence level of the two-sided interval that decides the verdict "holds" on a row.
+        """Return the confidence level of the two-sided intervals that decide the verdict "holds".
 
-        It is the interval of the row's score minus the exact cache's score. The allowed error 1 - confidence is divided
-        equally among the methods. The interval's lower end, which alone decides the verdict, is wrong with the
-        probability (1 - confidence) / methods.
+        On a row, the interval is that of the row's score minus the exact cache's score, and its lower end alone decides
+        the verdict. On texts, it is that of a setting's divergence, and its upper end alone decides. The allowed error
+        1 - confidence is divided equally among the methods, so each of these ends is wrong with the probability
+        (1 - confidence) / methods.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
@@ -68,11 +69,19 @@ class Standard:
         return "falls" if row.diff_high < 0 else "open"
 
     def shown_worse(self, row: Row) -> Verdict:
-        """Judge one row beside texts, which show what is safe: return "falls" if a loss is certain, else "holds"."""
+        """Judge one row where texts were read too: return "falls" if a loss is certain, else "holds".
+
+        The texts show that a setting is safe; a row can only show that it is not.
+        """
         return "falls" if self.verdict(row) == "falls" else "holds"
 
     def divergence_verdict(self, found: Divergence) -> Verdict:
-        """Judge a divergence, whose interval has `cell_confidence`: "holds", "falls" or "open" against `kl_limit`."""
+        """Judge a setting's divergence against `kl_limit`: return "holds", "open" or "falls".
+
+        "holds" means that the confidence interval of the divergence lies below the limit, "falls" that the interval
+        lies above the limit, and "open" that it contains the limit. The caller must have computed `found` at the
+        confidence level `cell_confidence` of this standard, which serves for texts as well as for the cells of tasks.
+        """
         assert self.kl_limit is not None
         if found.kl_high <= self.kl_limit:
             return "holds"

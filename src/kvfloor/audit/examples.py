@@ -58,7 +58,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Example:
+class SideBySide:
     """Hold one prompt, its right answer if there is one, and the answers of exact and of a few settings.
 
     kind        "text": a text is continued; "chat": a question about the text is put to a chat model; "task": a sample
@@ -96,12 +96,12 @@ class Speaker:
     def __init__(self, bench: Bench, methods: Mapping[str, Method]) -> None:
         self.bench, self.methods = bench, methods
 
-    def example(self, kind: Kind, name: str, prompt: Prompt, truth: str | None, question: str, most: int) -> Example:
+    def example(self, kind: Kind, name: str, prompt: Prompt, truth: str | None, question: str, most: int) -> SideBySide:
         """Return the example of a prompt, with answers of at most `most` tokens."""
         exact = self.tokens(prompt, None, most)
         shown = list(self.methods)[: _CHAT_SETTINGS if kind == "chat" else None]
         others = {text: self.tokens(prompt, self.methods[text], most) for text in shown}
-        return Example(
+        return SideBySide(
             kind=kind,
             name=name,
             context=len(prompt.context),
@@ -185,7 +185,7 @@ def shown_settings(answer: Recommendation) -> list[str]:
     return [one.setting for one in found if one is not None]
 
 
-def text_examples(speaker: Speaker, excerpt: Excerpt, progress: Callable[[str], None]) -> list[Example]:
+def text_examples(speaker: Speaker, excerpt: Excerpt, progress: Callable[[str], None]) -> list[SideBySide]:
     """Continue an excerpt's context, and ask a chat model to summarise it. `progress` is called before each example."""
     progress(f"{excerpt.cell.text}: an example answer")
     most = min(MOST_TOKENS, len(excerpt.continuation))
@@ -200,7 +200,7 @@ def text_examples(speaker: Speaker, excerpt: Excerpt, progress: Callable[[str], 
 
 def task_examples(
     speaker: Speaker, work: Sequence[Work], rows: Sequence[Row], progress: Callable[[str], None]
-) -> list[Example]:
+) -> list[SideBySide]:
     """Answer one sample of each of the first MOST_TASKS tasks that were measured.
 
     The sample is the first that exact answers right and the first shown setting answers wrong; the cell's first sample
@@ -230,6 +230,6 @@ def _lost_sample(work: Work, rows: Sequence[Row], setting: str) -> int:
     return next((index for index, (exact, other) in enumerate(pairs) if exact and not other), 0)
 
 
-def write_examples(path: Path, examples: Iterable[Example]) -> None:
+def write_examples(path: Path, examples: Iterable[SideBySide]) -> None:
     """Write the examples to an `examples.jsonl` at `path`, one per line, whole or not at all."""
     write_records(path, examples)

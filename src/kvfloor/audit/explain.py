@@ -78,7 +78,10 @@ def next_smaller(answer: Recommendation, chosen: Judged) -> Judged | None:
 
 
 def _few_samples(standard: Standard, n: int) -> list[str]:
-    """Return at most one sentence: what n samples per cell are too few for, where tasks decide."""
+    """Return at most one sentence: a warning that n samples per cell are too few to exclude a small loss on tasks.
+
+    The list is empty if n is enough for the tolerated loss, and that loss is at most 5 points.
+    """
     if n < standard.samples_needed(standard.margin):
         needed = standard.samples_needed(standard.margin)
         return [
@@ -109,7 +112,10 @@ def _why_chosen(answer: Recommendation, chosen: Judged) -> str:
 
 
 def _saved(answer: Recommendation, chosen: Judged) -> str:
-    """Compare the recommended setting's bytes with exact's, in the model's dtype and at 16 bits."""
+    """Write a sentence that compares the recommended setting's bytes with those of exact.
+
+    Exact's bytes are those in the model's dtype, and also those at 16 bits if they differ and texts were read.
+    """
     times = f"{smaller_text(chosen.exact_bytes, chosen.state_bytes)} smaller"
     of = counted(len(answer.texts or answer.exact), "text" if answer.texts else "cell")
     halved = chosen.exact_16_bit_bytes
@@ -186,7 +192,11 @@ def _along_budgets(settings: list[Judged], standard: Standard) -> str:
 
 
 def _room(one: Judged, standard: Standard) -> float:
-    """Return how far a setting is from falling short; larger is better."""
+    """Return a number that is larger for a setting that loses less quality, to find the one closest to safe.
+
+    It is minus the upper confidence limit of the divergence; without texts, the lower confidence limit of the score on
+    the weakest cell minus exact's score.
+    """
     if one.divergence is not None:
         return -one.divergence.kl_high
     assert one.weakest is not None

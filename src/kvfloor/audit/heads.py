@@ -145,7 +145,7 @@ def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
 def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> tuple[Readable, Readable]:
     """Return two read floors of one kv head: for all queries of the recorded lengths, and for the recorded queries.
 
-    trace             the layer's recorded queries, keys and values, of which scale, softcap and norms are taken
+    trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
     k      (n, d)     keys of the context's n tokens
     asked  (g, t, d)  queries of the t tokens after the context, for the g query heads of the kv head
     own    (t, d)     keys of these t tokens

@@ -1,4 +1,4 @@
-"""Measure the rows of an audit: each is one setting on the samples of one cell, decoded greedily by the model.
+"""Measure the rows of an audit: run the model under each setting on each cell's samples, decoding greedily.
 
 A setting is a method with its budget; a cell is a task at a context length under a protocol: "visible" compresses a
 sample's question with its context, "after" asks it after the compression.
@@ -209,10 +209,11 @@ def run_cells(
 ) -> tuple[list[Row], list[HeadFloor]]:
     """Run every setting on every cell; return the measured rows, and the memory floors of the model's kv heads.
 
-    A setting is a method with its budget; a cell is a task at a context length under a protocol, and its samples are a
-    `Work`. A row is one setting measured on one cell. A floor is the least bytes that any method needs for a kv head on
-    a cell. The exact cache comes first in `settings`, as the other settings are compared with it. `progress` is called
-    with a line of text before each measurement. `clock` leaves out the cells that do not fit into the audit's time.
+    A setting is a method with its budget; a cell is a task at a context length under a protocol, and `work` has the
+    cells with their samples as text. A row is one setting measured on one cell. A floor is the least bytes that any
+    method needs for a kv head on a cell. The exact cache comes first in `settings`, as the other settings are compared
+    with it. `progress` is called with a line of text before each measurement. `clock` leaves out the cells that do not
+    fit into the audit's time.
     """
     rows, floors = [], []
     for one in work:

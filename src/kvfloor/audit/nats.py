@@ -41,7 +41,7 @@ class TextCell(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Hold what is measured at each of t scored tokens.
+    """Hold what is measured at each scored token, i.e. each token of the continuation.
 
     kl          KL(p || q), nats: how far the method's distribution is from the exact one
     loss        -log q(token), nats; exact_loss: -log p(token)
@@ -55,9 +55,10 @@ class TokenFigures:
 
 
 def figures(exact: Iterable[Tensor], method: Iterable[Tensor], tokens: Iterable[Tensor]) -> TokenFigures:
-    """Compare two runs over the same text, given in equal pieces.
+    """Return the figures of each scored token, from the logits of the exact cache and of a method on one text.
 
-    exact, method  logits (c, vocabulary) of each piece of c tokens; tokens: the pieces' token ids (c,)
+    exact, method  logits (c, vocabulary) of each piece of c tokens
+    tokens         token ids (c,) of each piece; the pieces are the same in all three
     All sums are float64.
     """
     parts: list[tuple[Tensor, ...]] = []
@@ -84,10 +85,14 @@ class TextRow:
 
     Bytes are of the whole cache: all layers and heads of one sequence.
 
-    method                 the setting, budget included; `configuration`, `name`, `budget`, `baseline`: as in `Row`
+    method                 the setting as text, budget included; `configuration`: without its budget; `name`: without
+                           arguments too; `budget`: as the user gave it, None without one
+    baseline               True for the methods that every audit compares with
     budget_tokens          tokens kept per kv head after budget resolution; None for an unbounded method
     text                   the text's name; `context` and `continuation` count its tokens
-    kl .. same_top         one figure per scored token (`TokenFigures`)
+    kl                     KL(p || q) of each scored token, nats
+    loss, exact_loss       -log q(token) and -log p(token) of each scored token, nats
+    same_top               1 for each scored token where p and q have the same likeliest token, else 0
     state_bytes            bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
     exact_bytes            bytes of the exact cache at the end of the context, in the model's own dtype
     exact_16_bit_bytes     the same if its numbers had 16 bits
@@ -169,9 +174,9 @@ class Divergence:
 def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     """Summarise the rows of one setting, one per text.
 
-    The intervals resample blocks of BLOCK_TOKENS tokens of all texts together: they tell how far the figures could move
-    on other passages like these. Raises ValueError for rows of several settings, and for texts with fewer blocks than
-    an interval needs.
+    The intervals show how far the figures could move on other passages like these. They are computed by resampling the
+    blocks of BLOCK_TOKENS tokens of all texts together. Raises ValueError for rows of several settings, and for texts
+    with fewer blocks than an interval needs.
     """
     if len({row.method for row in rows}) != 1:
         raise ValueError("summarise the rows of one setting at a time")
@@ -240,7 +245,7 @@ def summaries(rows: Sequence[TextRow]) -> list[TextSummary]:
 
 
 def write_text_rows(path: Path, rows: Iterable[TextRow]) -> None:
-    """Write the rows to a `nats.jsonl` at `path`, one per line, whole or not at all."""
+    """Write the rows as JSON lines (`nats.jsonl`) to `path`, one row per line, whole or not at all."""
     write_records(path, rows)
 
 

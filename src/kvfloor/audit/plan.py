@@ -150,7 +150,7 @@ def prompt_work(
     """Return the cells of a user's own samples, one per protocol, with `name` in place of a task's name.
 
     The cells' context length is that of the longest sample context, in tokens by `count`. A bare prompt has no separate
-    question, so only the protocol `visible` applies to it.
+    question, so only the protocol "visible" (compress the question with the context) applies to it.
     """
     split = all(item.question for item in items)
     allowed = [p for p in dict.fromkeys(protocols) if split or p == "visible"] or ["visible"]

@@ -1,7 +1,8 @@
 """Read texts under every setting of an audit (method with budget), and compare the predictions with the exact cache's.
 
-The reference is transformers' own cache and the attention that the model had before it was prepared, so `exact` is
-measured like any other method. Its logits are computed once per excerpt (context and continuation) and shared.
+The reference is transformers' own cache with the model's own attention, without kvfloor. So kvfloor's `exact` is
+measured against it like any other method. The reference's logits are computed once per excerpt (context and
+continuation) and used for all settings.
 """
 
 from __future__ import annotations
@@ -46,15 +47,16 @@ class Read:
 
 
 class Reader:
-    """Read excerpts with one prepared model."""
+    """Read excerpts with one model, which `kvfloor.hf.prepare` made ready for compressed caches."""
 
     def __init__(self, model: Any, seed: int) -> None:
         self.model, self.seed = model, seed
 
     def reference(self, excerpt: Excerpt) -> list[tuple[Tensor, Tensor]]:
-        """Return the exact cache's predictions of the continuation, in pieces: token ids (c,), logits (c, vocabulary).
+        """Return the continuation in pieces of c tokens, as (token ids (c,), the exact cache's logits (c, vocabulary)).
 
-        The logits are float32, on the CPU.
+        The ids are the text's own tokens, and each token's logits predict it from the tokens before. The logits are
+        float32, on the CPU.
         """
         dialogue = Dialogue.start(self.model, DynamicCache(config=self.model.config), 1)
         return [(tokens.cpu(), logits.cpu()) for tokens, logits in self._predictions(dialogue, excerpt)]
@@ -86,9 +88,10 @@ class Reader:
     def _predictions(
         self, dialogue: Dialogue, excerpt: Excerpt, sealed: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Feed the context, seal the cache (end of the prompt), and yield token ids (c,) and logits (c, vocabulary).
+        """Feed the context, seal the cache (end of the prompt), and yield the continuation in pieces of c tokens.
 
-        `sealed` is called after the seal.
+        A piece is (token ids (c,), logits (c, vocabulary)): the ids are the text's own tokens, and each token's logits
+        predict it from the tokens before. `sealed` is called after the seal.
         """
         dialogue.feed([excerpt.context], CHUNK_SLOTS)
         if isinstance(dialogue.cache, CompressedCache):
@@ -140,8 +143,8 @@ def read_excerpts(
 ) -> list[TextRow]:
     """Read every excerpt under every setting, and return one row for each pair.
 
-    The setting `exact` comes first in `settings`, as the other rows tell its bytes. `progress` is called with a line of
-    text before each reading. `clock` leaves out the excerpts that do not fit into the audit's time.
+    The setting `exact` comes first in `settings`, because every row also records exact's bytes. `progress` is called
+    with a line of text before each reading. `clock` leaves out the excerpts that do not fit into the audit's time.
     """
     rows: list[TextRow] = []
     for excerpt in excerpts:

@@ -92,7 +92,7 @@ class Recommendation:
 
     @property
     def weak(self) -> tuple[Row, ...]:
-        """Return the exact rows of the weak cells, where exact itself scores below WEAK_EXACT_SCORE."""
+        """Return the rows of the exact cache on weak cells, i.e. those with a score below WEAK_EXACT_SCORE."""
         return tuple(row for row in self.exact if row.score < WEAK_EXACT_SCORE)
 
     @property
@@ -170,7 +170,8 @@ def _candidates(
     """Return the settings that may be recommended, with their rows.
 
     Such a setting (method with budget) is measured on every cell (task, context length, protocol) and text, takes fewer
-    bytes than exact, and is neither `exact` nor `random`. Raises ValueError for a setting with two rows on one of them.
+    bytes than exact, and is neither `exact` nor `random`. Raises ValueError if a setting has two rows on one cell or
+    text.
     """
     settings: dict[str, dict] = defaultdict(dict)
     for row in (*rows, *texts):
@@ -226,7 +227,11 @@ def _strength(row: Row, standard: Standard) -> tuple[int, float, float, Cell]:
 
 
 def _verdict(far: Divergence | None, weakest: Row | None, standard: Standard) -> tuple[Verdict, str]:
-    """Return the verdict on a setting, and what gave it: "texts" or "tasks"."""
+    """Return the worse of a setting's two verdicts, on texts and on tasks, and "texts" or "tasks" for its source.
+
+    far      the setting's divergence from exact on the texts; None if no text was read: tasks alone decide
+    weakest  its row with the worst verdict; None if no task was run
+    """
     if far is None:
         assert weakest is not None
         return standard.verdict(weakest), "tasks"

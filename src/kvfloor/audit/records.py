@@ -21,8 +21,9 @@ def write_records(path: Path, records: Iterable[Any]) -> None:
 def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> list[R]:
     """Read the objects of the dataclass `kind` that `write_records` wrote; lists become tuples.
 
-    file_name, what: the name that an audit gives the file, and a line of it in words, for errors. Raises ValueError
-    naming the file, and the line that is not a row.
+    file_name  name that an audit gives such a file, for errors
+    what       description of one line, such as "a row of an audit", for errors
+    Raises ValueError naming the file, and the line that is not a row.
     """
     try:
         lines = read_regular(path, most_bytes, "rows").decode("utf-8").splitlines()
@@ -46,5 +47,5 @@ def _record_from(plain: Any, kind: type[R]) -> R:
 
 
 def _tuples(value: Any) -> Any:
-    """Return a value with its lists, nested ones included, made tuples."""
+    """Convert a list to a tuple, with the lists inside it; return any other value unchanged."""
     return tuple(_tuples(one) for one in value) if isinstance(value, list) else value

@@ -52,7 +52,7 @@ class AuditRequest:
               half of the context for any other
     tasks     names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none for
               any other
-    prompts   file of the user's own samples (`read_prompts`), used in place of tasks; None: tasks
+    prompts   file of the user's own samples as JSON lines, used in place of tasks; None: tasks
     texts     names or files of texts to compare next-token distributions on (`audit/texts.py`); None: the generated
               ones for the built-in model, the shipped ones for any other
     contexts  lengths of contexts in tokens; None: 512 for the built-in model, 1,024 for any other
@@ -62,7 +62,7 @@ class AuditRequest:
     accept_terms  True if the user accepts the terms of use of a published model
     n         samples per row, at least 32
     protocols "after": the question follows the compression; "visible": it is compressed with the context
-    require   conditions on the rows (`audit/require.py`), or None
+    require   conditions on the rows, such as "h2o@192:recall.score>=0.9" (`audit/require.py`), or None
     out       folder for `rows.jsonl` and the report
     command   command line that the report shows
     allow_beyond  True if contexts may be longer than the positions that the model was trained for
@@ -238,7 +238,7 @@ def run(question: AuditRequest, track: Callable[[int, str], None], announce: Cal
 
 
 def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:
-    """Raise ValueError if the audit has more tokens in a row than the model was trained for."""
+    """Raise ValueError if the audit's longest input, of `longest` tokens, exceeds the model's trained positions."""
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(most, int) and longest > most and not question.allow_beyond:
         raise ValueError(

@@ -47,7 +47,9 @@ def check_texts(names: Sequence[str]) -> None:
 
 
 def text_of(name: str, tokens: int) -> str:
-    """Return a shipped text, a generated text of at least `tokens` built-in tokens, or the content of a file.
+    """Return the text of this name: a shipped one, a generated one, or the content of a file.
+
+    A generated text has at least `tokens` tokens of the built-in model's tokenizer.
 
     Raises ValueError for a name that is neither a text nor a readable UTF-8 file.
     """
@@ -67,9 +69,11 @@ def text_of(name: str, tokens: int) -> str:
 
 
 def check_scored(texts: int, continuation: int, limited: bool) -> None:
-    """Raise ValueError if so many texts have too few scored tokens for an interval.
+    """Raise ValueError if the scored tokens are too few for a confidence interval.
 
-    limited: True if texts may be left out for lack of time; then the first text alone must have enough.
+    texts         number of texts
+    continuation  number of scored tokens of each text
+    limited       True if texts may be left out for lack of time; then the first text alone must have enough
     """
     count = 1 if limited else texts
     if texts and count * (continuation // BLOCK_TOKENS) < MIN_BLOCKS:
@@ -85,7 +89,7 @@ def excerpts(
 ) -> list[Excerpt]:
     """Return the excerpt of each text at each context length; `encode` returns the token ids of a text.
 
-    Raises ValueError for a text that is shorter than context and continuation, and as `check_texts` does.
+    Raises ValueError for a text shorter than context and continuation, and for names that `check_texts` refuses.
     """
     check_texts(names)
     found = []

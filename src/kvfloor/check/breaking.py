@@ -24,7 +24,9 @@ def check_broken(method: Method, at: Setting) -> None:
 
 
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
-    """Make the call fail at each of its torch operations, or at `most` of them, each time on a copy of `state`.
+    """Make the call fail at each of its torch operations, each time on a copy of `state`, and count the outcomes.
+
+    most: largest number of failures, which are then spread evenly over the operations; None: fail at every operation.
 
     Returns the number of failures by their outcome: the state is unchanged, or it refuses all calls, or neither, which
     is a fault.
@@ -36,8 +38,8 @@ def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
     """Return {description: (state, call)} for every kind of call that changes a state; call(state) makes the call.
 
-    Each state is in the middle of a block. All have evicted tokens, except perhaps the one whose call is `seal`, which
-    marks the end of the prompt.
+    Each state is in the middle of a block. All have evicted tokens, except perhaps the one whose call marks the end of
+    the prompt (`seal`).
     """
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)

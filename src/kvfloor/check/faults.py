@@ -21,7 +21,7 @@ class Injected(Exception):
 
 
 class Faults(TorchDispatchMode):
-    """Count the torch operations in a `with` block as `done`, and raise `Injected` after operation number `at`.
+    """Count the torch operations in a `with` block (in `done`), and raise `Injected` after operation number `at`.
 
     With `at` None the operations are only counted.
     """
@@ -46,7 +46,10 @@ def operations(call: Callable[[], object]) -> int:
 
 
 def spread_out(operations: int, most: int | None) -> list[int]:
-    """Return the numbers 1 .. operations, or `most` of them at even distances, including the first and the last."""
+    """Return the numbers 1 .. operations, or a choice of them at even distances, the first and the last included.
+
+    most: largest count of numbers to return; None: return all.
+    """
     if most is None or operations <= most:
         return list(range(1, operations + 1))
     return sorted({round(1 + i * (operations - 1) / (most - 1)) for i in range(most)})
@@ -82,8 +85,8 @@ class FaultTally:
 def broken_at(state: State, call: Call, points: Iterable[int]) -> FaultTally:
     """Make the call fail at each torch operation in `points`, each time on a clone of `state`, and count the outcomes.
 
-    as_before  the clone's bytes (`to_bytes`) equal those from before the call, and the call made again gives the same
-               bits as a call without failure
+    as_before  the clone's saved form (`to_bytes`) has the same bytes as before the call, and the call made again gives
+               the same bits as a call without failure
     refused    every public call on the clone raises BrokenState
     silent     a sentence for every other outcome
     """

@@ -182,7 +182,7 @@ def check_inputs_untouched(method: Method, at: Setting) -> None:
 
 
 def _overwrite(x: Tensor) -> None:
-    """Overwrite the whole storage of which x is a view with the number 3."""
+    """Write the number 3 into the whole storage behind x, also where x, as a view, does not reach."""
     torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).fill_(3)
 
 

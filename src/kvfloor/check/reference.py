@@ -1,7 +1,8 @@
 """Check that answers equal exact attention where a method claims it, and that its other claims (`Traits`) hold.
 
 The other claims are normalised weights, linearity in values and constant memory. A selector is the part of a method
-that picks, for each query, the held tokens to read. A slot is the place of one held token.
+that picks, for each query, the held tokens to read. A slot is the place of one held token. In shapes, rows are streams
+of one kv head, m queries per row, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -80,10 +81,12 @@ def check_reference(method: Method, at: Setting) -> None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Hold what one row attends to: m queries q, and the keys k (h, d) and values v (h, dv) of its h held tokens.
+    """Hold the inputs of one row's attention: m queries, and the keys and values of the row's h held tokens.
 
-    zero_logits (e, dv) are the values of evicted tokens that keep logit 0, or None; hide (m, h) marks the held tokens
-    that a query does not read, or None.
+    q (m, d)              queries
+    k (h, d), v (h, dv)   keys and values of the held tokens
+    zero_logits (e, dv)   values of the evicted tokens that keep logit 0; None: there are none
+    hide (m, h)           True for a held token that the query does not read; None: every query reads all
     """
 
     q: Tensor

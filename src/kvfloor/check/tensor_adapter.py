@@ -40,7 +40,7 @@ class Ones(Method):
 
     @property
     def kept(self) -> Method:
-        """Return `inner`, the tensor-attention method, as a Method."""
+        """Return the tensor-attention method `inner`, typed as a Method; `__post_init__` has parsed a text."""
         return cast(Method, self.inner)
 
     @property
@@ -73,7 +73,10 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Feed a stream to a tensor-attention state, with 1 in place of the other keys and values; return its answers."""
+    """Feed a stream to a tensor-attention state, each token's second key and value filled with 1; return its answers.
+
+    For `side` 2 the first key and value are filled instead. The softmax mass is scaled to that of standard attention.
+    """
 
     def __init__(self, method: Ones, spec: Spec) -> None:
         super().__init__(method, spec)

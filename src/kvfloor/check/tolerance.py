@@ -1,4 +1,4 @@
-"""Compare answers within tolerances, given in one table by dtype.
+"""Require that two answers differ by at most a tolerance, which depends on the dtype.
 
 The tolerances fit values of size at most 1, the only ones that a check draws.
 """

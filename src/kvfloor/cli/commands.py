@@ -32,9 +32,9 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class _Commands(TyperGroup):
-    """Find the subcommand that was called; build the options of `break` only if `break` was called.
+    """Find the subcommand that was called; build the options of `kvfloor break` only if it was called.
 
-    The options of `break` come from the table of barriers (lower-bound games), whose import is slow.
+    These options come from the table of barriers (lower-bound games), whose import is slow.
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -427,6 +427,40 @@ def methods(as_json: Json = False) -> None:
     for row in table:
         shown.add_row(*(row[name] for name in ("name", "kind", "memory", "about")))
     Console().print(shown, markup=False, highlight=False)
+
+
+@app.command("plan")
+def plan_(
+    context: Annotated[int, typer.Option(help="Tokens of each request.", **whole(1, _MOST_CONTEXT))],
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join((BUILTIN, *PACKAGED))}, a model's folder, or a config.json file.")
+    ] = BUILTIN,
+    batch: Annotated[int, typer.Option(help="Requests in one cache.", **whole(1, _MOST_SAMPLES))] = 1,
+    memory: Annotated[str | None, typer.Option(help="Memory for weights and caches, such as 24GiB.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated methods; exact, 8 and 4 bits are planned in any case.")
+    ] = None,
+    budgets: Annotated[str | None, typer.Option(help="Comma-separated budgets: 64, 25%, 8MiB.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights, keys and values: bfloat16, float16 or float32.")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Plan a model's memory before it runs: weights, exact cache, methods under budgets, requests that fit, floor."""
+    from kvfloor.planning import plan
+
+    _quiet_transformers()
+    chosen: dict[str, Any] = {}
+    for name, text in (("methods", methods), ("budgets", budgets)):
+        if text is not None:
+            chosen[name] = tuple(split_list(text))
+    planned = plan(model, context, batch=batch, memory=memory, dtype=dtype, **chosen)
+    if as_json:
+        _print_json(planned.as_dict())
+        return
+    from rich.console import Console
+
+    from kvfloor.report.planning import print_plan
+
+    print_plan(planned, Console())
 
 
 @app.command("train-less")

@@ -69,10 +69,7 @@ class Arena(Memory):
 
     @property
     def level(self) -> int | None:
-        """Return how many items each list has, if it is the same number in all rows; otherwise None.
-
-        None also if rows differ in capacity.
-        """
+        """Return the number of items per list if all rows have the same number and capacity; otherwise None."""
         counts = self.held.tolist()
         return counts[0] if self.stride and min(counts) == max(counts) else None
 
@@ -153,9 +150,9 @@ class Arena(Memory):
     # ---- as a part of a state --------------------------------------------------------------------------------------
 
     def _export(self, owner: Memory) -> dict[str, Any]:
-        """Return the entries of all items, without empty places, as attribute name -> tensor.
+        """Return {attribute name: tensor with the entries of all items} for the tensors that the object `owner` holds.
 
-        Only the tensors that belong to the object `owner` are returned.
+        Empty places are left out.
         """
         live = self.live()
         return {name: x[live] for of, name, x in self._arrays() if of is owner}
@@ -180,9 +177,9 @@ class Arena(Memory):
         self._moved()
 
     def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:
-        """Return the items' entries of attribute `name` of `owner` from `fields`, which `export` returned.
+        """Look up one tensor of item entries, the attribute `name` of the object `owner`, in what `export` returned.
 
-        None if `export` leaves this attribute out.
+        Returns None if `export` leaves this attribute out.
         """
         del owner
         return fields[name]

@@ -4,8 +4,9 @@ A state is a method's memory of its streams. A row is one (batch item, kv head) 
 tokens. A block is `block` consecutive tokens of a row; a block end comes after the last of them, and the open block is
 the tokens since the last block end. A slot is the place of one held token. A selector picks the held tokens that a
 query reads; a summary is a compressed form of evicted tokens. In shapes, r are rows (some rows only, where an argument
-`rows` selects them), g query heads per kv head, a new tokens, m queries, s slots. A `Partial` is a result of attention:
-the mean and the log-mass (log-sum-exp of logits).
+`rows` selects them), g query heads per kv head, a new tokens, m queries, s slots, d and dv the widths of a key and a
+value; count[r] is the count of row r. A `Partial` is a result of attention: the mean of values and the log-mass
+(log-sum-exp of logits).
 """
 
 from __future__ import annotations
@@ -61,12 +62,13 @@ class Blocked(State[M]):
         return None
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of a row's next `left` tokens may be appended as one piece that passes over block ends.
+        """Return how many new tokens of a row may be appended as one piece that passes over block ends.
 
-        Only new tokens are counted, not the tokens that the open block has already. 0 means that no such piece is
-        allowed: the caller then appends at most the tokens that complete the open block. A variant returns more than 0
-        only if `_close` would do nothing at the block ends inside the piece. seen: number of tokens that the row saw
-        before.
+        seen   number of tokens that the row saw before
+        left   number of new tokens still to append
+        Tokens that the open block has already are not counted. 0 means that no such piece is allowed: the caller then
+        appends at most the tokens that complete the open block. A variant returns more than 0 only if `_close` would do
+        nothing at the block ends inside the piece.
         """
         del seen, left
         return 0
@@ -169,9 +171,10 @@ class Blocked(State[M]):
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
-        """Append and answer as `_feed` does, by slices of k, v and q, where all rows get the same number of tokens.
+        """Append and answer as `_feed` does, for calls that give all rows the same number of tokens.
 
-        seen: number of tokens that every row saw before; if rows differ (each then gets one token), that of any row.
+        k, v and q are then cut by slices, without an index. seen: number of tokens that every row saw before. If rows
+        differ in it, each must get one token only, and `seen` may be the number of any row.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -331,7 +334,7 @@ class Blocked(State[M]):
         return self._over(q.flatten(1, 2), chosen)
 
     def _over(self, q: Tensor, chosen: Chosen) -> Partial:
-        """Attend with q (rows, m, d) to the slots that `chosen` lists for each query: a `Partial` (rows, m).
+        """Return attention of q (rows, m, d) over the slots that `chosen` lists for each query: a `Partial` (rows, m).
 
         Few chosen slots are copied out; if they are many, all slots are read under a mask.
         """
@@ -346,14 +349,14 @@ class Blocked(State[M]):
         return Partial(part.mean.view(rows, m, self.spec.dv), part.log_mass.view(rows, m))
 
     def unread(self, q: Tensor) -> Tensor | None:
-        """Return a mask that is True for the slots that `read` skips for q (rows, m, d); None if it skips none.
+        """Return a mask, True for the slots that queries q (rows, m, d) skip; None if they read every slot.
 
-        The mask is bool (rows or 1, m or 1, s) over the s slots.
+        The queries come without new tokens (call `read`). The mask is bool (rows or 1, m or 1, s) over the s slots.
         """
         return self._left_unread(self._newest(q))
 
     def _newest(self, q: Tensor) -> Tensor:
-        """Rotate queries q (rows, m, d) that came without tokens, to the rank of the newest held token of their row.
+        """Rotate queries q (rows, m, d), given without new tokens, to the rank of the newest held token of their row.
 
         A token's rank is its index among the held tokens, the oldest at 0. Without a rotation in the spec q is
         returned.

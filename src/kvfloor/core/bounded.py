@@ -1,4 +1,4 @@
-"""Define `Bounded`, the method of all caches that evict whole tokens: policy, summary, selector and one eviction loop.
+"""Define `Bounded`, which evicts whole tokens: one eviction loop for every policy, summary and selector.
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A priority is a policy's number for a
 held token; the token of lowest priority is evicted first. A protected token is one that the policy never evicts, a
@@ -34,10 +34,10 @@ class Bounded(Method):
 
     policy    decides which held token is evicted   summary   stores evicted tokens in compressed form
     selector  picks the held tokens a query reads   budget    tokens per row (one number, or one per row)
-    block     tokens of a row between two evictions; 1 is the papers' rule: evict after every token. Larger blocks evict
-              `block` tokens at once.
+    block     tokens of a row between two evictions; 1, the rule of the policies' papers: evict after every token.
+              Larger blocks evict `block` tokens at once.
     prefill   "stream": the budget holds from the first token; "dense": every token is kept until the seal
-              (end of the prompt). None: `usual_prefill` of the policy.
+              (end of the prompt). None: the policy's default (`usual_prefill`).
     """
 
     name: ClassVar[str] = "bounded"
@@ -83,8 +83,8 @@ class Bounded(Method):
     def _least_budget(self, budget: int, pinned: int) -> int:
         """Return the smallest budget >= `budget` that leaves room for one unprotected token.
 
-        pinned: number of tokens that `State.pin` protects. Under a larger budget the policy may protect more of the
-        newest tokens, so the search repeats until there is room.
+        pinned: number of tokens that `State.pin` protects. The budget is raised step by step, because under a larger
+        budget the policy may protect more of the newest tokens.
         """
         first = self.policy.protected_first()
         while (needed := first + self.policy.protected_last(budget) + pinned + 1) > budget:
@@ -156,8 +156,8 @@ class Bounded(Method):
 class BoundedState(Watching):
     """Keep tokens in budget + block slots per row, allocated once; add more in a dense prefill and for spared tokens.
 
-    A dense prefill keeps every token until the seal (end of the prompt). Spared tokens are those of the prompt or of
-    the answer, where `Policy.spares` keeps these beside the budget.
+    A dense prefill keeps every token until the seal (end of the prompt). Spared tokens are kept and not counted in the
+    budget: all tokens of the prompt, or all after it, if the policy names that part (`Policy.spares`).
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -268,7 +268,7 @@ class BoundedState(Watching):
     def _limit(self) -> Tensor:
         """Return the most tokens (rows,) that each row may hold after an eviction: its budget plus its spared tokens.
 
-        Spared tokens are those of the prompt or of the answer, where `Policy.spares` keeps these beside the budget.
+        Spared tokens are all tokens of the prompt, or all after it, if the policy names that part (`Policy.spares`).
         """
         if self.prompt is None:
             return self.budget

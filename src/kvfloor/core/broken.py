@@ -12,9 +12,9 @@ class BrokenState(RuntimeError):
 
 
 def broken_state(call: str) -> BrokenState:
-    """Return the error to raise from a state whose call of this name ("append") broke off or has not returned yet.
+    """Return the error of a state whose call of this name, e.g. "append", broke off or has not returned yet.
 
-    The call has not returned yet if one of its own callbacks, or another thread, uses the state meanwhile.
+    The latter happens if a callback of the call, or another thread, uses the state before the call has returned.
     """
     return BrokenState(
         f"{call} broke off halfway (or has not returned yet), so this state is neither the old one nor the new one and "

@@ -65,8 +65,8 @@ class Exact(Method):
 class ExactState(Blocked[Exact]):
     """Keep every token in slots, whose storage grows by a quarter whenever it is full.
 
-    Nothing is evicted at the end of a block. A block only bounds how many queries are answered in one product, unless a
-    selector updates its index at block ends.
+    Nothing is evicted at the end of a block. A block bounds how many queries are answered in one product; if the
+    selector keeps an index, the index is updated at block ends.
     """
 
     def __init__(self, method: Exact, spec: Spec) -> None:

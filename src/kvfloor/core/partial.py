@@ -65,7 +65,7 @@ class Partial:
     def causal(cls, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Partial:
         """Compute causal attention: query i of q (rows, g, a, d) sees keys 0 .. i of k (rows, a, d).
 
-        v is (rows, a, dv). Returns a partial (rows, g, a), with scale and softcap of the spec.
+        v is (rows, a, dv). Returns a partial (rows, g, a). Logits have the spec's scale and softcap.
         """
         return cls(*attend_causal(q, k, v, spec.scale, spec.softcap))
 

@@ -72,12 +72,12 @@ class Held:
         return torch.arange(self.position.shape[1], device=self.count.device) < self.count
 
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
-        """Rotate unrotated queries q (r, g, b, d) to the ranks that their own tokens have now.
+        """Rotate unrotated queries q (r, g, b, d) by the angles of their own tokens' present ranks.
 
         A query's own token is the token that came with the query; position (r, b) is that token's index in the stream.
-        A token's rank is its index among the tokens that the row holds now, the oldest at 0. The computed rank is right
-        only if no token after the query's own was evicted, as for the newest tokens if the policy protects them.
-        Without a rotation in the spec q is returned.
+        A token's rank is its index among the tokens that the row holds now, the oldest at 0. Ranks are counted back
+        from the newest token, so they are right only where no token after the query's own was evicted. This holds for
+        the newest tokens if the policy protects them. If the spec has no rotation, q is returned as it is.
         """
         rotation = self.spec.rotation
         if rotation is None:
@@ -103,9 +103,9 @@ class Queries:
     """Hold the queries of one block of b tokens in order. Each query sees the tokens up to its own position.
 
     q         (r, g, b, d)  the queries; if the spec has a rotation they are rotated, as the held keys are
-    made      (r, b)        True where a query was really given; the other entries of q are arbitrary
+    made      (r, b)        True where a query was given; the other entries of q are arbitrary
     position  (r, b)        position of the token that each query came with
-    bare      (r, g, b, d)  the queries before the rotation; None without one
+    bare      (r, g, b, d)  the queries before the rotation; None if the spec has no rotation
     """
 
     q: Tensor
@@ -136,9 +136,10 @@ class Queries:
 
 
 class PolicyMemory(Memory, ABC):
-    """Store what a policy remembers of each row beyond its numbers per slot (`Policy.columns`).
+    """Store what a policy remembers of each row beyond its numbers per slot (columns).
 
-    All tensors have rows as first axis. `spec` is the spec of the state that this memory belongs to.
+    All tensors have rows as first axis. `spec` has the sizes, dtype and constants of the state of which this memory is
+    a part.
     """
 
     spec: Spec
@@ -185,7 +186,10 @@ class Policy(ABC):
 
     @property
     def usual_prefill(self) -> Literal["stream", "dense"]:
-        """Return the default of `Bounded.prefill`: evict during the prompt ("stream") or only at its end ("dense")."""
+        """Return when to evict in the prompt, by default: all along it ("stream") or only at its end ("dense").
+
+        This is the default of the argument `prefill` of `Bounded`.
+        """
         return "stream"
 
     @property
@@ -206,13 +210,17 @@ class Policy(ABC):
         return 0
 
     def protected(self, held: Held, last: Tensor) -> Tensor:
-        """Return a mask (r, s) of the slots that may not be evicted; last (r, 1) is each row's `protected_last`."""
+        """Return a mask (r, s), True for slots with a protected token, which is never evicted.
+
+        Protected are a row's first `protected_first` tokens and its last[r] newest tokens. last (r, 1) is the number
+        that `protected_last` returns for the row's budget.
+        """
         return (held.position < self.protected_first()) | (held.position >= held.seen - last)
 
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
         """Return the policy's empty memory for the rows of `spec`, or None if it keeps only numbers per slot (columns).
 
-        shared: the tensors that `Policy.shared` returned.
+        shared: the tensors, by name, that are fixed by policy and spec alone.
         """
         del spec, shared
         return None
@@ -261,7 +269,7 @@ class Guarded(Policy):
 
     sinks   first tokens that are never evicted; trained models give these much attention
     recent  newest tokens that are never evicted; if not given, 16, or a quarter of a budget below 64
-    The papers' plain rules are sinks=0, recent=0, block=1.
+    The rules as the policies' papers state them have sinks=0, recent=0 and block=1.
     """
 
     sinks: int = 4

@@ -21,7 +21,7 @@ _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift int64 numbers right by `bits` and fill with zeros, into a new tensor; torch's own shift keeps the sign."""
+    """Return int64 numbers shifted right by `bits`, with zeros in the free bits; torch's `>>` copies the sign bit."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 

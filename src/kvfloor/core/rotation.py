@@ -55,8 +55,8 @@ class Rotation:
     def circle(self, place: Tensor, dtype: torch.dtype, below: int | None = None) -> Circle:
         """Return the cosines and sines (..., pairs) of the angles at each place (...), int64, in `dtype`.
 
-        below: a number greater than every place, or None. If it is small, cosines and sines are looked up in a
-        table; otherwise they are computed.
+        below: an exclusive upper bound on the places, or None. Under a small bound, the cosines and sines are looked
+        up in a table; under a large bound or None, they are computed.
         """
         if below is None or below > _TABLE_PLACES:
             return self._computed(place, dtype)

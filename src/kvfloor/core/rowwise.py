@@ -4,7 +4,7 @@ A matrix product, a factorisation, a reduction or an exponential may round the s
 on the number's place in a batch, on how many rows are beside it, on how storage is aligned and on how threads share the
 work. Two forms of computation always round a number alike:
     row by row   the same call on tensors of the same shape, contiguous and aligned alike, one row at a time
-    by elements  additions, multiplications, divisions and square roots, each rounded once, in any place of a tensor
+    by elements  additions, multiplications, divisions and square roots: each rounds once, anywhere in a tensor alike
 Any number that enters a state, or decides which tokens stay, is computed in one of these forms.
 """
 
@@ -71,7 +71,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def total(x: Tensor, axis: int = -1) -> Tensor:
-    """Sum x along an axis by a fixed tree of additions, so that a sum rounds alike whatever the other axes' sizes."""
+    """Sum x along an axis by a fixed tree of additions, so that the other axes have no influence on the rounding."""
     x = x.movedim(axis, 0)
     n = x.shape[0]
     if n < 2:
@@ -86,14 +86,15 @@ def total(x: Tensor, axis: int = -1) -> Tensor:
 
 
 def length(x: Tensor) -> Tensor:
-    """Return the Euclidean norm of x along its last axis, rounded alike in any batch (by `total`)."""
+    """Return the Euclidean norm of x along its last axis; its bits do not depend on the batch around it."""
     return total(x.square()).sqrt()
 
 
 def logarithm(x: Tensor) -> Tensor:
     """Return the natural logarithm of positive float64 numbers, element by element, to a few units in the last place.
 
-    Law: x = m 2^e with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh(s) with s = (m - 1) / (m + 1), by its series.
+    Law: log x = log m + k log 2, where x = m 2^k with m in [sqrt(1/2), sqrt(2)). log m is 2 artanh(s), by the power
+    series of artanh, with s = (m - 1) / (m + 1).
     """
     fraction, exponent = torch.frexp(x)
     small = fraction < math.sqrt(0.5)

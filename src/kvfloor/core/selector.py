@@ -1,10 +1,10 @@
 """Define the interface of a selector, which picks the held tokens that a query reads.
 
-The methods `Exact` (keeps all tokens) and `Bounded` (keeps at most a budget of them) call it.
+The methods `Exact` (keeps all tokens) and `Bounded` (keeps at most a budget of tokens) call this interface.
 A row is one (batch item, kv head) stream, and a slot the place of one held token. An index is what a selector stores
 about the held keys to find the tokens of large logit. A query sees a slot if the causal mask allows it, and reads the
 slots that the selector chooses among these. In shapes, r are the rows of a call, m queries per row, g query heads per
-kv head, a new tokens, s slots.
+kv head, a new tokens, s slots, d the width of a key.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Chosen:
 class SelectorState(Memory, ABC):
     """Store a selector's index of the held tokens, which is updated whenever tokens enter or leave the slots.
 
-    `spec` is the state's spec. Rows are the first axis of every tensor; a subclass with other tensors defines its
-    own `select_rows`. Slots are chosen by float64 scores, and by slot number among equal scores, so that a choice does
-    not depend on the shape of the call.
+    `spec` has the sizes, dtype and constants that the index was opened for. Rows are the first axis of every tensor; a
+    subclass with other tensors defines its own `select_rows`, which keeps some of the rows. Slots are chosen by float64
+    scores, and by slot number among equal scores, so that a choice does not depend on the shape of the call.
     """
 
     spec: Spec
@@ -85,8 +85,8 @@ class SelectorState(Memory, ABC):
         """Choose the slots that the newest tokens' queries q (rows, g, a, d) read: `Chosen` with m = g * a.
 
         visible (rows, a) is the number of slots that a query sees, that of its own token included; position (rows, a)
-        is that token's index in the stream, or -1 where the row has no such token. The index may remember a choice for
-        later queries, unlike in `choose`.
+        is that token's index in the stream, or -1 where the row has no such token. Unlike `choose`, this call may store
+        a choice in the index for later queries.
         """
         del position
         return self.choose(q.flatten(1, 2), slots, visible.repeat(1, q.shape[1]))
@@ -135,9 +135,10 @@ class Indexed(Selector):
         """
 
     def block(self) -> int | None:
-        """Return the block length that the index needs, in tokens between two calls of `close`; None: any will do.
+        """Return how many tokens of a row come between two updates of the index; None: any number will do.
 
-        `Exact` uses this block length; `Bounded` has one of its own.
+        The update is `SelectorState.close`. `Exact` calls it after so many tokens of a row; `Bounded` calls it after a
+        number of its own, at the end of each of its blocks.
         """
         return None
 

@@ -36,9 +36,9 @@ class Spec:
     tied      a token's value is its key: both are given as one tensor, and held once
     rotation  None, or the rotation (RoPE) of keys and queries, which are then given unrotated. A token's key and query
               are rotated by the token's rank among the tokens that its row holds, the oldest at 0
-    applied   None, or the rotation (RoPE) by which keys and queries are already rotated when given, each by its token's
-              position in the stream plus any constant. A state does not rotate by it; it is for policies that predict
-              later queries. None where it is unknown too; not together with `rotation`
+    applied   the rotation (RoPE) by which keys and queries are already rotated when given, each by its token's position
+              in the stream plus any constant; None if there is none or if it is unknown. A state never applies this
+              rotation: policies that predict later queries read it. `applied` and `rotation` exclude each other
     Raises ValueError naming the field that is out of its domain.
     """
 
@@ -113,7 +113,7 @@ class Spec:
         return replace(self, rows=len(chosen), row_ids=chosen, places=places)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dict of the dtype and all fields that differ from their defaults, except the device."""
+        """Return a JSON-ready dict of the dtype and the fields that differ from their defaults, without the device."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         plain.pop("device", None)
         plain["dtype"] = str(self.dtype).removeprefix("torch.")

@@ -1,11 +1,13 @@
 """Define the state of a method, i.e. the memory of its streams of tokens.
 
-The checks of input, the padding, the clocks (tokens per row) and the message (saved state) are written once, here.
+This module implements the checks of input, the padding, the clocks and the message (saved state) for all methods.
 A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A call's real tokens are those that are
 not padding; packed tokens have each row's real tokens first. To seal a state is to mark the end of the prompt, to pin
 tokens is to protect them from eviction, to forget tokens is to drop them on request. A token's position is its index in
 its row's stream; e tokens of any rows are named by two tensors (e,), their rows and their positions. A `Partial` is the
-result of attention: the mean of values under the softmax weights, and the log of the softmax mass.
+result of attention: the mean of values under the softmax weights, and the log of the softmax mass. The spec has the
+sizes, dtype and constants of a state. In shapes, d and dv are the widths of a key and a value, t tokens and m queries
+per row.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def _plain(call: Call) -> Call:
 
 
 def whole(call: Call) -> Call:
-    """Wrap the method `call` of a state so that it raises `BrokenState` if an earlier call on the state broke off.
+    """Wrap a state's method so that it raises the exception BrokenState if an earlier call on the state broke off.
 
     Otherwise the call runs outside autograd and outside inference mode, as under `_plain`. A call that is about to
     change the state sets `_underway` first, after it has checked its input. The wrapper clears `_underway` when the
@@ -89,13 +91,14 @@ class _Plain(ABCMeta):
 class State(Memory, Generic[M], metaclass=_Plain):
     """Store a method's memory of `rows` independent streams of tokens.
 
-    A variant (subclass) writes `_append` and `_read`, and `_step_partial` if it can be faster than token by token. A
-    variant refuses unacceptable tokens in `_require_tokens` and unacceptable groups in `_require_group`, before
-    anything changes. Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the
-    GQA group, queries of `read` (rows, m, d); present (rows, t), bool, is False for padding, None: all tokens are real.
+    A variant (subclass) implements `_append` and `_read`. It overrides `_step_partial` if it has a form that is faster
+    than token by token. Before anything changes, `_require_tokens` refuses tokens that the variant cannot take, and
+    `_require_group` a wrong number of queries per kv head.
+    Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group,
+    queries of `read` (rows, m, d); present (rows, t), bool, is False for padding, None: all tokens are real.
     All public calls raise TypeError or ValueError on bad input and leave the state as it was. After any other exception
-    the state is either unchanged, or refuses every further call with `BrokenState`. A state that keeps whole tokens
-    (each with its own key and value) holds them in `slots`.
+    the state is either unchanged, or every further call raises the exception BrokenState. A state that keeps whole
+    tokens (each with its own key and value) holds them in `slots`.
     """
 
     slots: Slots | None = None
@@ -122,12 +125,12 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def key_width(self) -> int:
-        """Return the width (last axis) of `k`: the spec's d, or more if tokens have several keys (tensor attention)."""
+        """Return the width of `k`: the spec's d, or more in tensor attention (several keys per token)."""
         return self.spec.d
 
     @property
     def value_width(self) -> int:
-        """Return the width (last axis) of `v`: the spec's dv, more if tokens have several values (tensor attention)."""
+        """Return the width of `v`: the spec's dv, or more in tensor attention (several values per token)."""
         return self.spec.dv
 
     @abstractmethod
@@ -263,7 +266,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def attend(self, q: Tensor) -> Tensor:
-        """Return answers (rows, g, m, dv) to q (rows, g, m, d) without new tokens; a policy may learn from q."""
+        """Return the attention outputs (rows, g, m, dv) of q (rows, g, m, d), and append no token.
+
+        A policy may learn from the queries.
+        """
         q = self._checked(q, "q", self.spec.d, axes=4, finite=True)
         if q.shape[1] < 1:
             raise ValueError(f"q must be (rows, g, m, d) with g >= 1, got {tuple(q.shape)}")
@@ -322,8 +328,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def pin(self, start: int, stop: int) -> None:
         """Keep the tokens start <= position < stop of every row for good; call it before they are evicted.
 
-        Raises ValueError if the method cannot pin (its trait `pins` is False), if the budget cannot hold all protected
-        tokens, and if some of the tokens are evicted already.
+        Raises ValueError if the method cannot pin (`pins` among its promises is False), if the budget cannot hold all
+        protected tokens, and if some of the tokens are evicted already.
         """
         whole_numbers = all(isinstance(end, int) and not isinstance(end, bool) for end in (start, stop))
         if not whole_numbers or not 0 <= start < stop:
@@ -345,9 +351,9 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes that answering one query per row reads, summed over all rows.
+        """Return the bytes that are read to answer one query per row, summed over all rows.
 
-        The default is `nbytes`; a variant that reads only a part of its memory returns less.
+        The default is all bytes of the state (`nbytes`); a variant that reads only a part of its memory returns less.
         """
         return self.nbytes
 
@@ -355,10 +361,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if a saved state's `fields` contradict the saved fields of a state inside that state.
+        """Raise ValueError if the saved `fields` of a wrapper state contradict those of a state that it wraps.
 
-        Outer and inner state must have seen equally many tokens per row, and both or neither must be sealed (past the
-        end of the prompt).
+        Wrapper and wrapped state must have seen equally many tokens per row, and both or neither must be sealed (past
+        the end of the prompt).
         """
         for name, value in vars(self).items():
             if isinstance(value, State):
@@ -378,7 +384,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def to_bytes(self) -> bytes:
-        """Return the state as bytes, a message from which `Method.from_bytes` restores it.
+        """Return the state as bytes, a message from which the state can be restored (`Method.from_bytes`).
 
         The message has everything that is needed to answer queries and to append tokens, except the method and the
         tensors in `shared`, which are fixed by method and spec and made anew.

@@ -3,7 +3,8 @@
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A block is `block` consecutive tokens
 of a row, and the open block the tokens since the last block end. A selector picks the held tokens that a query reads; a
 summary is a compressed form of evicted tokens. A policy's memory (`PolicyMemory`) is what it keeps beside its numbers
-per slot. In shapes, r are the rows of a call, b tokens of a block, m queries, s slots, g query heads per kv head.
+per slot. In shapes, r are the rows of a call, b tokens of a block, m queries, s slots, g query heads per kv head, a new
+tokens, d the width of a key.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 class Watching(Blocked["Bounded"]):
     """Answer queries from slots and a summary, and let the policy learn from queries, attention weights and keys.
 
-    A policy learns at block ends, in one product of fixed shape over the block's buffered queries. So the policy's
-    decisions do not depend on how the stream was cut into calls.
+    A policy learns at block ends, in one matrix product of fixed shape over the block's buffered queries. So the
+    policy's decisions do not depend on how the stream was cut into calls.
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -126,13 +127,14 @@ class Watching(Blocked["Bounded"]):
     # ---- learning --------------------------------------------------------------------------------------------------
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of a row's next `left` tokens may be appended as one piece that passes over block ends.
+        """Return how many of a row's next `left` tokens may be appended in one piece, without a stop at block ends.
 
-        Only new tokens are counted; the row saw `seen` tokens before. 0 means that no such piece is allowed: the caller
-        then appends at most the tokens that complete the open block. More than 0 is possible only in a dense prompt
-        (nothing is evicted before its end), without selector, and if the policy needs neither weights nor keys. Then
-        the piece has all `left` tokens if the policy needs no queries. If the policy needs only the newest queries, the
-        piece has whole blocks, which must start at a block end, and ends before the tokens of these queries.
+        `seen` is the number of tokens that the row saw before. 0 means that no such piece is allowed: the caller then
+        appends at most the tokens that complete the open block. More than 0 is returned only in a dense prompt (nothing
+        is evicted before its end), without selector, for a policy that needs neither weights nor keys:
+            no queries needed            all `left` tokens
+            newest queries needed only   the tokens before those of the newest queries, in whole blocks; 0 unless the
+                                         open block is empty
         """
         policy = self.method.policy
         if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
@@ -153,9 +155,9 @@ class Watching(Blocked["Bounded"]):
             self._show_block(every[(self.seen % self.block) == fill], fill)
 
     def _show_keys(self, rows: Tensor) -> None:
-        """Call the policy memory's `on_keys` for the newest `block` tokens of these rows, read from the slots.
+        """Pass the keys of the newest `block` tokens of these rows, read from the slots, to the policy's memory.
 
-        No eviction has moved these tokens yet.
+        The memory's call is `on_keys`. No eviction has moved these tokens yet.
         """
         if self.memory is None or not self.method.policy.wants_keys:
             return
@@ -165,10 +167,10 @@ class Watching(Blocked["Bounded"]):
         self.memory.on_keys(rows, self.slots.k[index], self.slots.position[index], live)
 
     def _show_block(self, rows: Tensor, fill: int) -> None:
-        """Call the policy's `on_queries` and `on_weights` for the queries of the last `fill` tokens of these rows.
+        """Pass the queries of the last `fill` tokens of these rows, and their attention weights, to the policy.
 
-        The last `fill` tokens are those since the last block end. The weights of a query are over the tokens that were
-        held when the query came.
+        The policy's calls are `on_queries` and `on_weights`. The last `fill` tokens are those since the last block end.
+        The weights of a query are over the tokens that were held when the query came.
         """
         rows = rows[self.asked[rows].any(1)]
         if self.queries is None or not len(rows):
@@ -189,8 +191,8 @@ class Watching(Blocked["Bounded"]):
 
         visible (r, b) is the number of slots, from the row's first on, that each query of `asked` sees. If the spec has
         a rotation, a query is first rotated to the rank that its own token had on arrival. A row's weights are computed
-        from its own queries and held tokens alone (`weights_by_tile`), so they round alike however the stream was cut
-        into calls and whichever rows are beside.
+        from its own queries and held tokens alone, in tiles (`core.tiles`), so they round alike however the stream was
+        cut into calls and whichever rows are beside.
         """
         policy, width = self.method.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows

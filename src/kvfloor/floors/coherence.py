@@ -1,8 +1,8 @@
 """Bound the inner products `mu_*` and one-sided gaps `gap_*` of families of n nearly orthogonal keys in d dimensions.
 
 mu is an upper bound on the inner product of two different keys. The one-sided gap of key i is
-g_i = |k_i|^2 - max_{j != i} <k_i, k_j>. The hard instances of the floors, streams in which each key hides values that a
-query along this key reads, need a positive gap and nothing else. For unit keys, g >= 1 - mu.
+g_i = |k_i|^2 - max_{j != i} <k_i, k_j>. For unit keys, g >= 1 - mu. In a hard instance, the stream of a floor's proof,
+each key hides values, and a query along the key reads these values. Reading needs a positive gap, no more.
 """
 
 import math
@@ -34,7 +34,7 @@ def mu_rademacher(n: int, d: int, delta: float) -> float:
 
 
 def mu_sphere(n: int, d: int) -> float:
-    """Return an upper bound on inner products that some set of `n` unit keys in `d` dimensions meets.
+    """Return an upper bound on the inner products within some set of `n` unit keys in `d` dimensions.
 
     Such keys exist, as uniform random unit keys stay within the bound with positive probability.
     Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, as a cap of angle theta <= pi/2 covers at most the share

@@ -55,7 +55,8 @@ class Floor:
     ) -> "Floor":
         """Return a floor of `bits`, with `bytes` computed from the bits and `possible` sorted by size.
 
-        The other arguments are fields of the floor. At 0 bits, the field `regime` becomes "vacuous (`regime`)".
+        The other arguments are fields of the floor. If `bits` is 0, the floor's regime is "vacuous (REGIME)", with the
+        given regime in place of REGIME.
         """
         return Floor(
             bits=bits,

@@ -50,7 +50,7 @@ def level_eps_s(bits: int) -> float:
 
 
 def level_tolerance(bits: int) -> float:
-    """Return the additive error of an answer below which the nearest of 2^bits levels in [0, 1] is the hidden level.
+    """Return the additive error below which rounding an answer to 2^bits levels in [0, 1] finds the hidden level.
 
     Law: an error below 1/(2 (2^bits - 1)) - 2^-(bits+3), half the level spacing less the leak that `level_eps_s`
     allows.

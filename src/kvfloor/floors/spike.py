@@ -11,9 +11,9 @@ from kvfloor.validation import positive, relative_error, whole, within
 
 
 def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
-    """Return the length C of the query q = C k_i that gives key i all but `eps_s` of the softmax mass.
+    """Return the length C at which the query q = C k_i leaves all other tokens `eps_s` times the mass of key i.
 
-    `eps_s` is the ratio (mass off the key)/(mass on the key).
+    Mass is softmax mass.
     Law: C = ln((n_eff - 1 + z) / eps_s) / min(g, gamma), for n_eff - 1 other keys with one-sided gap
     |k_i|^2 - <k_i, k_j> >= g, z tokens of logit 0 (the token of the receiver of the state, padding, tokens outside a
     window) and gamma = |k_i|^2. Then the softmax weight of key i is at least 1/(1 + eps_s). C is 0 when there is no
@@ -39,10 +39,10 @@ def paper_C(n: int, eta: float, coherence: float) -> float:
 
 
 def window_C(W: int, n: int, z: int, g: float, eps_s: float, gamma: float = 1.0) -> float:
-    """Return the query length C for a sliding window of `W` keys whose n - W older tokens keep logit 0.
+    """Return the query length C for a window of `W` keys, if the n - W older tokens stay in the softmax at logit 0.
 
-    The query is C times one key of the window. It leaves the other tokens at most the ratio `eps_s` of the softmax mass
-    on this key, although the older tokens stay in the softmax.
+    The query is C times one key of the window. It leaves all other tokens, the older ones included, at most `eps_s`
+    times the softmax mass of this key.
     Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma): half the ratio goes to the other W - 1 keys of
     the window, half to the n - W + z tokens of logit 0: the n - W older ones and `z` more. g is the one-sided gap of
     the keys (squared norm less the largest inner product with another key) and gamma their squared norm; ln 0 counts as

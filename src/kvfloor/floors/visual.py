@@ -61,10 +61,10 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 
 
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
-    """Return the length with which a query reads one of `rows` unit keys, if its own map has `asking` zero tokens.
+    """Return the length of a query that reads one of `rows` unit keys, if the query's map has `asking` zero tokens.
 
-    The query gives its key all but `eps_s` of the softmax mass, as a ratio (mass off the key)/(mass on it), if the
-    keys' gap is at least `g`. The gap is 1 less the largest inner product of two keys.
+    The query leaves all other tokens at most `eps_s` times the softmax mass of its key, if the keys' gap is at least
+    `g`. The gap is 1 less the largest inner product of two keys.
     Law: ln((rows - 1 + asking)/eps_s) / min(g, 1): the asking map's own tokens have logit 0. Derived here.
     """
     return spike_C(rows, whole("asking", asking), g, 1.0, eps_s)
@@ -122,9 +122,11 @@ def visual_space(
 
 
 def _readable(sides: Sequence[int], d: int, last_asks: bool) -> int:
-    """Count the tokens of a pyramid (`visual_rows`) whose hidden values queries can read.
+    """Count the tokens of a pyramid whose hidden values queries can read.
 
-    For d = 1 there are only two such tokens, with the largest and the smallest key.
+    `sides` are the sides of its maps, and d is the width of a key. If `last_asks`, the queries are those of the last
+    map, which then hides nothing; else they are those of a further map.
+    Law: all tokens that hide values (`visual_rows`); for d = 1 at most two, those of the largest and the smallest key.
     """
     rows = visual_rows(sides, last_asks=last_asks)
     return min(rows, 2) if d == 1 else rows

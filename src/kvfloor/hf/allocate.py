@@ -36,7 +36,7 @@ def pyramid(layers: int) -> Shares:
 
 
 def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number, ...]:
-    """Return one number (share, or budget in tokens) per kv head of a layer, repeating a single one for all its heads.
+    """Return one number (share, or budget in tokens) per kv head of a layer; repeat a single number for all.
 
     line: the layer's entry in a table of shares or of budgets, with one number or `kv_heads` numbers. place: the
     layer's index in the table, for the error. Raises ValueError for any other count of numbers.

@@ -71,9 +71,9 @@ class Dialogue:
     def predict(self, token_ids: Sequence[Sequence[int]], chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
         """Feed one list of token ids per batch item, and yield the logits by which the model predicts them.
 
-        Yields (tokens (batch, c) int64, logits (batch, c, vocabulary) float32) for one chunk of at most `chunk` slots
-        after the other, on the model's device. The logits at a token are those after all tokens before it. Call `feed`
-        first. Shorter lists are padded at their end, so no tokens can be fed afterwards.
+        Yields, per chunk of c <= `chunk` slots, (tokens (batch, c) int64, logits (batch, c, vocabulary) float32) on the
+        model's device. The logits at a token are the model's output after all tokens before it. Call `feed` first.
+        Shorter lists are padded at their end, so no tokens can be fed afterwards.
         """
         assert self.logits is not None
         batch, real = padded(token_ids, side="right")

@@ -8,8 +8,9 @@ are the parts of its query without and with rotation. Its answer is V_h times th
 head, whose GQA group is all query heads: all heads keep the same tokens. Some transformers releases cache the keys of
 every head instead; they need none of this.
 
-In shapes, c and r are the widths of a latent and of a rotary key, and nope is the width of a key without rotation. B is
-the batch, H the number of query heads, n the number of tokens, d and dv the widths of a head's key and value.
+In shapes, c and r stand for the widths of the latent c and the rotary key r, and nope is the width of a key without
+rotation. B is the batch, H the number of query heads, n the number of tokens, d and dv the widths of a head's key and
+value.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def awaited() -> tuple[Tensor, Tensor] | None:
 
 
 def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert queries and latents to one shared kv head: queries (B, H, n, c + r), and keys (B, 1, n, c + r).
+    """Convert queries and latents to the queries (B, H, n, c + r) and keys (B, 1, n, c + r) of one shared kv head.
 
     These queries and keys have the same logits as the module's own queries and per-head keys. In shapes, c, r and nope
     are the widths of a latent, of a rotary key, and of a head's key without rotation.
@@ -75,12 +76,12 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
     """Return the matrix (H, nope + dv, c) that maps a latent to every head's key and value. Call it once per forward.
 
     In shapes, c is the width of a latent, and nope that of a head's key without its rotary part.
-    module   the attention module, whose `kv_b_proj` is the map
+    module   the attention module, whose layer `kv_b_proj` is the map
     latent   (B, 1, n, c), with the key (B, H, n, .) and value (B, H, n, dv) that the module computed from it
-    If `kv_b_proj` is a plain linear layer without adapter or hook, the matrix is its weight. Any other `kv_b_proj` is
-    called on every unit vector, at every call, so that an adapter, a hook, and a quantised or offloaded weight take
-    effect as they are now; nothing is cached. It must be linear, so the matrix is checked on the newest token's key and
-    value. Raises ValueError if the matrix's key and value differ from the module's by more than rounding.
+    If that layer is plainly linear, without adapter or hook, the matrix is its weight. Any other layer is called on
+    every unit vector, at every call, so that an adapter, a hook, and a quantised or offloaded weight take effect as
+    they are now; nothing is cached. It must be linear, so the matrix is checked on the newest token's key and value.
+    Raises ValueError if the matrix's key and value differ from the module's by more than rounding.
     """
     project: nn.Module = module.kv_b_proj  # type: ignore[assignment]
     heads, dv = value.shape[1], value.shape[-1]
@@ -89,7 +90,8 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
     units = torch.eye(latent.shape[-1], dtype=latent.dtype, device=latent.device)
     found = project(units).transpose(0, 1).reshape(heads, -1, latent.shape[-1])
     made = torch.cat([key[:, :, -1, : found.shape[1] - dv], value[:, :, -1]], -1)  # (B, H, nope + dv)
-    if not _alike(torch.matmul(latent[:, :, -1:], found.to(latent.dtype).transpose(1, 2)).squeeze(2), made):
+    again = torch.matmul(latent[:, :, -1:], found.to(latent.dtype).transpose(1, 2)).squeeze(2)
+    if not (made.is_meta or _alike(again, made)):  # meta tensors have shapes only
         raise ValueError(
             f"{type(module).__name__}.kv_b_proj, or a hook on it, is not linear: keys and values cannot be had from "
             f"latents that a compressed cache keeps; take it off, or use a stock cache"

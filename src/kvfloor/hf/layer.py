@@ -31,7 +31,7 @@ from kvfloor.hf.rows import present_rows, step_rows
 
 
 class Meter:
-    """Record the bytes and the slots seen of every layer of a cache, and the peak of all bytes together.
+    """Record the bytes held and the slots seen by each layer of a cache, and the peak of all layers' bytes together.
 
     The peak includes staged tensors and temporary copies. Layers that never answered a query have no entry.
     """
@@ -102,8 +102,8 @@ class CompressedLayer(CacheLayerMixin):
     ) -> None:
         """Build the empty cache layer of the model's layer `index`; `place` is its index among the compressed layers.
 
-        opening, meter, passage and presence are shared by all layers of one cache: its settings, byte counts, record of
-        how far a forward has got, and list of pads. readers: number of later layers that attend to this layer's keys.
+        All layers of one cache share its settings (opening), byte counts (meter), record of how far a forward has got
+        (passage) and list of pads (presence). readers: number of later layers that attend to this layer's keys.
         """
         super().__init__()
         self.opening, self.index, self.place = opening, index, place
@@ -169,7 +169,7 @@ class CompressedLayer(CacheLayerMixin):
         self._passage.unchanged(self.index)
 
     def expect(self, batch: int) -> None:
-        """Raise ValueError unless the layer is empty or holds this batch size."""
+        """Raise ValueError unless the layer is empty or holds `batch` batch items."""
         if self.state is not None and batch != self.batch:
             raise ValueError(
                 f"this cache holds a batch of {self.batch} and cannot go on with one of {batch}: give each item a copy "
@@ -180,8 +180,8 @@ class CompressedLayer(CacheLayerMixin):
     def get_seq_length(self, *args: Any) -> int:
         """Return the number of slots fed so far, pads and evicted tokens included.
 
-        The model calls this before it looks its positions up. So this raises ValueError if a learned position table has
-        no position left for another token.
+        The model calls this before it chooses the positions of new tokens. So ValueError is raised here if the model's
+        learned position table has no position left for another token.
         """
         if self.room is not None and self.state is not None and int(self.state.seen.max()) >= self.room:
             raise ValueError(
@@ -398,7 +398,8 @@ class CompressedLayer(CacheLayerMixin):
         """Restore the layer as it was before an `answer` that failed, unless the state has changed since.
 
         state, batch   the layer's attributes from before the call
-        clocks         (seen, sealed) of the state before the step, None without a state; `sealed`: the prompt had ended
+        clocks         the state's token counts (`seen`), and True if the prompt had ended (`sealed`), from before the
+                       call; None if there was no state
         """
         asked = self.state
         if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):
@@ -424,8 +425,8 @@ class CompressedLayer(CacheLayerMixin):
     ) -> Tensor:
         """Do `answer` for a later layer that attends to this layer's keys: queries (B, H, m, d) of the newest m tokens.
 
-        The queries attend to a copy of the state from before this forward. So only this layer's own queries decide
-        which tokens it keeps.
+        The queries attend to a copy of the state from before this forward, with this forward's tokens appended to the
+        copy. So queries of later layers have no influence on the tokens that this layer keeps.
         """
         del scale, softcap  # as the state was opened for
         if self._before is None:

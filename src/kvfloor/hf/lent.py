@@ -9,12 +9,13 @@ from typing import Any
 class LentKeys(dict[int, Any]):
     """Map a layer to its (keys, values), and drop the entry once every later layer that shares them has read it.
 
-    It takes the place of the cache's dict `shared_layers` (Gemma 3n, until transformers 5.3). A plain dict would hold a
-    whole prompt's keys and values, evicted ones too, until the next forward.
+    It takes the place of the dict `shared_layers`, an attribute of the cache in which a model leaves keys and values
+    for later layers (Gemma 3n, until transformers 5.3). A plain dict would hold a whole prompt's keys and values,
+    evicted ones too, until the next forward.
     """
 
     def __init__(self, readers: Sequence[int]) -> None:
-        """Begin empty. readers: for each layer of the model, the number of later layers that read its keys."""
+        """Build an empty map. readers: for each layer of the model, the number of later layers that read its keys."""
         super().__init__()
         self._readers = tuple(readers)
         self._left: dict[int, int] = {}
@@ -31,5 +32,5 @@ class LentKeys(dict[int, Any]):
         return pair
 
     def __reduce__(self) -> Any:
-        """Copy and pickle without the entries: outside a forward there are none."""
+        """Leave the entries out of a copy or pickle: outside a forward there are none."""
         return type(self), (self._readers,)

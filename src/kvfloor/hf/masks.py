@@ -48,7 +48,7 @@ class LazyMask:
     def __init__(
         self, arguments: dict[str, Any], form: Callable[..., Tensor | None] = sdpa_mask, queries: slice = EVERY
     ) -> None:
-        """Store the call `form(**arguments)` that builds the tensor, and the slice `queries` of its queries in use.
+        """Store the call `form(**arguments)` that builds the tensor, and `queries`, the slice of its queries to keep.
 
         form: a mask function of transformers, such as `sdpa_mask`; arguments: its keyword arguments.
         """

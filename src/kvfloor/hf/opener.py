@@ -38,7 +38,8 @@ class Opening:
     pinned     spans [from, to) of token positions that are never evicted
     rotations  None: keys come rotated and stay as they are. Otherwise one rotary embedding per compressed layer: keys
                come unrotated, and the state rotates each by its rank among the held tokens
-    applied    None, or one rotary embedding per compressed layer, by which keys come rotated (`Spec.applied`)
+    applied    None, or one rotary embedding per compressed layer, by which keys come rotated, for policies that
+           predict later queries
     Raises ValueError for settings in conflict.
     """
 
@@ -115,10 +116,10 @@ class Opening:
         return state
 
     def _sized(self, spec: Spec, place: int, batch: int, kv_heads: int, g: int) -> Method:
-        """Return the method for the place-th compressed layer; its budget is in tokens, one per row if kv heads differ.
+        """Return the method for the layer with index `place` among the compressed layers, with its budget in tokens.
 
-        A row is one (batch item, kv head). g: query heads per kv head. A budget in bytes or percent is converted to
-        tokens for the shapes in `spec`.
+        The budget is one number, or one per row if the kv heads have different budgets. A row is one (batch item, kv
+        head). g: query heads per kv head. A budget in bytes or percent is converted to tokens for the shapes in `spec`.
         """
         if self.budgets is not None:
             return _with(self.method, per_head(self.budgets[place], kv_heads, place), batch)

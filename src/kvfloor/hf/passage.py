@@ -6,7 +6,8 @@ ends. But a model makes the same requests (give keys, read or fill a linear stat
 request that is made a second time belongs to the next forward.
 
 Linear states are those of convolutions and of linear attention. Models may change them in place. Each tensor counts its
-in-place changes (`Tensor._version`), so if the counts of two like layers differ, the forward broke off between them.
+in-place changes (torch's `Tensor._version`). So if these counts differ between two layers of one class, the forward
+broke off between them.
 """
 
 from __future__ import annotations
@@ -82,12 +83,12 @@ class Passage:
         self._open.add(layer)
 
     def passed_over(self, layer: int) -> bool:
-        """Return True if the recorded forward bypassed kvfloor's attention in a layer, False if it broke off there.
+        """Return True if the recorded forward bypassed kvfloor's attention, False if it broke off.
 
-        Call it when `layer` receives keys while some layer has keys that no attention call has stored. If the recorded
-        forward has given keys to `layer` before, the new keys begin another forward, and the recorded one broke off:
-        False. If only one layer of the model stores anything, the two cases look alike, and the result is True: the
-        model is assumed not to use kvfloor's attention (not prepared).
+        Call it when `layer` receives keys while the keys of some layer still wait for their attention call. If the
+        recorded forward has not given keys to `layer` yet, it went on past the missing call: True. If it has, the new
+        keys belong to another forward, and the recorded one broke off: False. If only one layer of the model stores
+        anything, the result is always True: the model is assumed not to use kvfloor's attention (not prepared).
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
@@ -224,8 +225,8 @@ class Passage:
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy: no record of the newest forward, but its error message if it has one.
 
-        There is an error if the forward broke off or still runs. It is detected now, because that takes the tensors'
-        counts of in-place changes, and a copied tensor counts from 0 again.
+        There is an error if the forward broke off or still runs. A copy could not detect it later: detection compares
+        the tensors' counts of in-place changes, and the count of a copied tensor starts from 0.
         """
         plain = dict(self.__dict__)
         try:
@@ -251,7 +252,7 @@ def outside_inference(call: Any, *args: Any, **kwargs: Any) -> Any:
 def keeps_something(layer: Any, own: bool) -> bool:
     """Return True if every forward must store something in this cache layer.
 
-    own: True if the layer's class is one of transformers. Then the result is True if the layer keeps keys, or linear
+    own: True if the layer's class is transformers' own. Then the result is True if the layer keeps keys, or linear
     states that models access through the cache. For any other class the result is always True.
     """
     if not own or hasattr(layer, "get_seq_length"):

@@ -2,11 +2,11 @@
 
 A rotary model rotates queries and keys by their position before a cache receives them. For positions="cache" they are
 rotated back here, and the state rotates them by the token's rank among the held tokens (`Spec.rotation`). A layer's
-rotation is measured, not known by family. One token is fed at several positions at once, and each layer's keys and
-queries must differ by one rotation whose frequencies are those of one of the model's own rotary modules. A token alone
-attends to itself, so nothing but its rotation depends on its position. B is the batch, H and Hkv the numbers of query
-heads and kv heads, n the number of tokens, pairs the number of rotated pairs of entries. The place of a layer is its
-index among the compressed layers.
+rotation is measured, not known by family. One token is fed at several positions, one per batch item. A layer's key and
+query at each position must be those at position 0, rotated with the frequencies of one of the model's own rotary
+modules. A token alone attends to itself, so nothing but its rotation depends on its position. B is the batch, H and Hkv
+the numbers of query heads and kv heads, n the number of tokens, pairs the number of rotated pairs of entries. The place
+of a layer is its index among the compressed layers.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
 
 @dataclass
 class _Inputs:
-    """Record one layer's query, key and value (B, heads, d) of a token that each batch item has at another position."""
+    """Record one layer's query, key and value (B, heads, d) of one token, at another position in each batch item."""
 
     place: Tensor  # (batch,): the positions
     query: Tensor
@@ -158,9 +158,10 @@ class _Inputs:
 
 @dataclass
 class _Recorder:
-    """Record a layer's queries, keys and values when called as the layer's `turn_back` function.
+    """Record the queries, keys and values that a compressed layer passes to its function `turn_back`.
 
-    A `TurnBack`, set as this function, would undo the rotation; a recorder returns query and key unchanged.
+    A layer calls the function in its attribute `turn_back` before attention, and goes on with the query and key that it
+    returns. A recorder, set there, returns them unchanged; a `TurnBack`, set there, undoes their rotation.
     place    (B,) position of the one token of each batch item (in this class, not the index of a layer)
     seen     the inputs of every call so far
     """
@@ -271,9 +272,9 @@ def _rope_types(module: nn.Module) -> list[str]:
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
     """Return True if the model multiplies its queries by a factor that grows with their position.
 
-    Such a model has llama_4_scaling_beta in its configuration, which decides here, not a measurement as for rotations:
-    before transformers 5.3, the model computes the factor from a position count of its own, not from the positions
-    that `_probed` feeds it.
+    Such a model has llama_4_scaling_beta in its configuration. The factor is not measured, as rotations are: before
+    transformers 5.3, the model computes it from a position count of its own, not from the positions that `_probed`
+    feeds it.
     """
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))

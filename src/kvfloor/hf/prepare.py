@@ -50,8 +50,8 @@ def attention(
     """Return attention of queries (B, H, n, d) as (B, n, H, dv), and the attention weights or None.
 
     This is the function that transformers calls. If the keys carry the mark of a compressed layer, that layer computes
-    the attention, and the weights are None. For other keys the attention named `over` does, which the model had
-    selected before; weights are returned if they are requested and the family's eager attention returns them.
+    the attention, and the weights are None. For other keys, the attention `over` that the model had selected before
+    computes it; weights are returned if they are requested and the family's eager attention returns them.
     """
     answer: Any = _latent if hasattr(module, "expand_kv") else _stock
     if CompressedLayer.of(key) is not None:
@@ -63,7 +63,7 @@ def attention(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Return `out` as a function of `sources` in the autograd graph, whose backward raises RuntimeError."""
+    """Return `out` unchanged, as a result of `sources` in the autograd graph: its backward raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *sources: Tensor | None) -> Tensor:
@@ -212,10 +212,11 @@ def _eager(module: torch.nn.Module) -> Any:
 def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
     """Convert a mask for sdpa to one for eager attention: 0 where a query may attend, the dtype's minimum elsewhere.
 
-    mask      bool, for sdpa, or None, for which sdpa takes the causal mask if attention is causal. With several queries
-              that causal mask is converted; in every other case without a mask, nothing is hidden and None is returned.
-              A mask that is not bool is returned unchanged.
-    causal    True if attention is causal; if not given (None), the module's `is_causal` decides
+    mask      a bool mask is converted; a mask of another dtype is returned unchanged. None stands for the causal mask
+              if attention is causal and there are several queries, and this causal mask is converted. Otherwise None
+              hides nothing, and None is returned
+    causal    True if attention is causal; if not given (None), the module's attribute of that meaning, `is_causal`,
+              decides
     """
     n, slots = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -229,7 +230,7 @@ def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor 
 
 
 def prepare(model: Model) -> Model:
-    """Make `model` work with a `CompressedCache`; its results with every other cache stay the same. Returns `model`.
+    """Make `model` work with kvfloor's cache (`CompressedCache`), and return it; other caches give the same results.
 
     `model` may be wrapped (torch.compile, PEFT, DataParallel). Its configurations are replaced by copies, so that other
     models built from the same ones do not change. Raises TypeError if there is no transformers model in `model`, and
@@ -261,7 +262,7 @@ def prepare(model: Model) -> Model:
 
 
 def is_prepared(model: object) -> bool:
-    """Return True if `model` is, or wraps, a transformers model that works with a `CompressedCache` now."""
+    """Return True if `model` is, or wraps, a transformers model that works with kvfloor's `CompressedCache` now."""
     try:
         inner = unwrapped(model)
     except TypeError:

@@ -40,9 +40,9 @@ class Presence:
     def leaving(self, padding: Tensor | None, seen: int, batch: int) -> Tokens | None:
         """Return the stored tokens that this forward's mask hides for the first time; None if there are none.
 
-        padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards. With
-        padding None, earlier slots stay as they were and all new slots are real: so a padded prompt may be followed by
-        tokens without a mask.
+        padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards.
+        Tokens after a padded prompt may come without a mask, i.e. with padding None: earlier slots then stay as they
+        were, and all new slots are real.
         Returns, for e tokens, (batch item (e,), position (e,) among the item's stored tokens). Changes nothing. Raises
         ValueError if the mask is True for a slot that an earlier mask hid: the cache holds no token there.
         """
@@ -65,9 +65,9 @@ class Presence:
         return self._positions(newly.cpu().nonzero(), batch, seen)
 
     def commit(self, padding: Tensor | None, seen: int, n: int, leaving: Tokens | None) -> None:
-        """Record the new pads and hidden tokens of a forward of n slots, once the first layer has applied its mask.
+        """Record the new pads and newly hidden tokens of a forward of n slots, after a layer has applied the mask.
 
-        padding, seen: as for method `leaving`. leaving: its result. Later layers of the same forward change nothing.
+        padding, seen: as for method `leaving`. leaving: its result. Only the first call in a forward has an effect.
         """
         if self.slots != seen:
             return

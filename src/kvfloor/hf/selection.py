@@ -19,8 +19,9 @@ _AS_THEY_ARE = ("eager", "sdpa")
 def name_over(before: str | None) -> str:
     """Return the name of kvfloor's attention for a model in which the attention `before` was selected.
 
-    transformers searches this name for words such as "flash", for which it prepares other inputs. A name with a slash
-    makes it load a kernel. So `before` is written with dots between its letters, unless it is "eager" or "sdpa".
+    transformers searches this name for words such as "flash", and prepares other inputs if it finds one. A slash in the
+    name makes transformers load a kernel. So `before` is written with dots between its letters, unless it is "eager" or
+    "sdpa".
     """
     before = before or "eager"
     return _BEGIN + (before if before in _AS_THEY_ARE else "·".join(before).replace("/", "÷")) + _END

@@ -35,7 +35,8 @@ class Usage:
 
         sequences                            number of batch items
         most_tokens_seen, most_tokens_held   maxima over kv heads
-        state_bytes, exact_bytes             sums: bytes of the states when recorded, of exact caches of the same tokens
+        state_bytes                          sum over caches: bytes of the states when recorded
+        exact_bytes                          sum over caches: bytes that an exact cache of the same tokens would take
         peak_bytes                           maximum over caches
         """
         return {

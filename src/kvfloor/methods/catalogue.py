@@ -24,8 +24,8 @@ def rows() -> list[dict[str, Any]]:
 
     The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory, traits,
     aliases. The values are text, except traits and aliases, which are lists of text. Variants come last: methods
-    of an attention law other than softmax attention, which cannot serve as a model's cache. A variant with an argument
-    that has no default is left out: only the experiments of `kvfloor.game` use such a variant.
+    for another attention law than softmax attention, which cannot serve as a model's cache. Variants that need an
+    argument (one without a default) are left out: only the experiments of `kvfloor.game` use them.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]
@@ -57,11 +57,11 @@ def _first_sentence(text: str) -> str:
 
 
 def _guarantee(name: str, part: type, method: Method) -> str:
-    """Return the norm and the theorem of the method's guarantee as text, or "none".
+    """Return the method's guarantee as text, "norm of the bounded error: theorem", or "none" if it has none.
 
     A theorem that holds only under assumptions is followed by the arguments of `part` that state these assumptions,
-    such as `radius` or `spread`. name, part: the registered name and its class; method: a method that contains the
-    part, all with default arguments.
+    such as `radius` (lengths of keys and queries) or `spread` (how far values differ). name, part: the registered name
+    and its class; method: a method that contains the part, with default arguments throughout.
     """
     spec = Spec(rows=1, d=4, dv=4)
     stated, given = method.guarantee(spec), ""

@@ -88,7 +88,7 @@ def _convert(path: Path, target: Path) -> None:
 
 
 def _forget_quantization(model: Any) -> None:
-    """Remove the marks of quantised weights from a model: its weights were dequantised when they were read."""
+    """Remove the settings that mark a model as quantised: its weights were dequantised when they were read."""
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

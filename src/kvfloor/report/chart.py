@@ -1,6 +1,6 @@
 """Lay out figures: curves of points on two axes, with labels and tooltips, for `chart.html` to draw as SVG.
 
-The figures are plain SVG, not made by a plotting library. So every name passes the page's one escaping path, a figure
+The figures are plain SVG, not made by a plotting library. So every name is escaped as all text of the page is, a figure
 follows the reader's light or dark mode, and a point shows its exact numbers without a script.
 Page coordinates are those of the SVG: x to the right, y downwards.
 """
@@ -23,7 +23,10 @@ LETTER = 7.0
 
 
 def number_text(value: float) -> str:
-    """Write a number as text: four significant digits below 1000, whole below a million, then as `1.23M` or `4.5G`."""
+    """Write a number as text, such as `1.23M` or `4.5G`.
+
+    Below 1000 the text has four significant digits; from 1000 to a million it is a whole number.
+    """
     for size, unit in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -162,11 +165,11 @@ class Chart:
         return "M" + "L".join(f"{self.x(one):.1f} {self.up.place(one.y):.1f}" for one in series.data)
 
     def x(self, one: Datum) -> float:
-        """Return a point's horizontal coordinate on the page: the place of its x on the axis, plus its `shift`."""
+        """Return a point's horizontal coordinate on the page: its x on the axis, plus its sideways shift."""
         return self.across.place(one.x) + one.shift
 
     def side(self, rule: Rule) -> str:
-        """Return the SVG `text-anchor` of a vertical line's label: `start` if it fits right of the line, else `end`."""
+        """Return the SVG `text-anchor` of a vertical line's label: "start" if it fits right of the line, else "end"."""
         width = LETTER * max(map(len, rule.words))
         return "start" if self.across.place(rule.x) + 6 + width <= WIDTH else "end"
 

@@ -1,8 +1,8 @@
 """Draw quality against bytes for one cell: each method's settings, the exact cache, the floor and the token ids.
 
 A cell is a task at a context length under a protocol; a setting is a method with its budget. The floor is a lower
-bound: no method takes fewer bytes on every input. The token ids of the context are all that a model must store if it
-recomputes the keys and values.
+bound for the worst case: every method takes at least that many bytes on some input. The token ids of the context are
+all that a model must store if it recomputes the keys and values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,12 +62,15 @@ def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
 
 
 def note_below_floor(row: Row) -> str:
-    """Return the note on a row with fewer bytes than the floor; it does not claim that so few bytes are impossible."""
+    """Return the note on a row with fewer bytes than the floor.
+
+    The note does not call such a row impossible, as the floor is a bound for the worst case.
+    """
     return BELOW_FLOOR_AND_FALLS if row.diff_high < 0 else BELOW_FLOOR
 
 
 def _shifts(rows: Sequence[Row], across: Axis) -> dict[str, float]:
-    """Map each setting to the `Datum.shift` of its point, so that points of almost equal bytes stand side by side.
+    """Map each setting to the sideways shift of its point, so that points of almost equal bytes stand side by side.
 
     `rows` are ordered from the fewest bytes up.
     """

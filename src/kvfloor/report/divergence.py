@@ -1,7 +1,7 @@
-"""Draw the divergence from exact against bytes, and list it, for every setting that read the audit's texts.
+"""Draw the divergence from exact against bytes, and list it, for every setting that was run on the audit's texts.
 
-A setting is a method with its budget. Its divergence is the mean KL, in nats per token, of its next-token distributions
-to those of the exact cache, which keeps every token.
+A setting is a method with its budget. Its divergence is the mean KL(p || q) in nats per token, where q is the setting's
+next-token distribution and p that of the exact cache, which keeps every token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ LEAST = 1e-6
 def divergence_chart(lines: Sequence[TextSummary], marks: Mapping[str, Mark], limit: float, title: str) -> Chart:
     """Make the figure of divergence (y, log scale) against bytes (x, log scale).
 
-    lines  one per setting, `exact` among them
+    lines  one summary per setting, `exact` among them
     marks  maps each method (a setting without its budget) to its colour and shape
     limit  the largest tolerated divergence, drawn as a line across the figure
     """
@@ -65,9 +65,10 @@ def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> 
 
 
 def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[TextSummary, Verdict | None, str]]:
-    """Return the table of texts: per setting its summary, the verdict on its divergence, and the verdict's sign.
+    """Return the lines of the divergence table: per setting, its summary, the verdict on its divergence, and a sign.
 
-    The lines go from the smallest divergence up. `exact` has no verdict.
+    The sign stands for the verdict: ✓ for "holds", ? for "open", ✗ for "falls". The lines go from the smallest
+    divergence up. `exact` has no verdict.
     """
     lines = []
     for one in sorted(summaries(rows), key=lambda one: one.figures.kl):

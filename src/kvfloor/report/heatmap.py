@@ -35,7 +35,7 @@ class Tile:
 class Heatmap:
     """Hold the map of one setting (method with budget): one tile (square) per layer and kv head.
 
-    overall  mean of `Row.output_error` over the setting's rows
+    overall  mean of the errors of all layers, over all rows of the setting
     layers   the layers' numbers, from the left
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvfloor.audit.examples import Example
+from kvfloor.audit.examples import SideBySide
 from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.heads import ETA, GOOD, Head, summary
 from kvfloor.audit.meta import Meta
@@ -32,7 +32,7 @@ def render(
     by_head: Sequence[Head] = (),
     texts: Sequence[TextRow] = (),
     error_maps: Sequence[ErrorMap] = (),
-    examples: Sequence[Example] = (),
+    examples: Sequence[SideBySide] = (),
 ) -> None:
     """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
@@ -54,7 +54,7 @@ def page(
     by_head: Sequence[Head] = (),
     texts: Sequence[TextRow] = (),
     error_maps: Sequence[ErrorMap] = (),
-    examples: Sequence[Example] = (),
+    examples: Sequence[SideBySide] = (),
 ) -> str:
     """Return the report of an audit as HTML text; raise ValueError where there is no row. Arguments as in `render`."""
     if not rows and not texts:
@@ -118,7 +118,7 @@ def _last_component(model: str) -> str:
 
 
 def _pasted_setting(rows: Sequence[Row | TextRow], answer: Recommendation) -> dict[str, Any] | None:
-    """Return the recommended setting as a literal to paste into Python, or None where no setting is recommended.
+    """Return a dict with the recommended setting, to paste into Python; None where no setting is recommended.
 
     A setting is a method with its budget. The dict has two keys:
     literal  the setting as a quoted string, its budget in tokens

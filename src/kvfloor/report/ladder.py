@@ -35,7 +35,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Hold all that `ladder.html` draws for one figure: one line (rung) per kv head, and the axis's ticks."""
+    """Hold all that the template `ladder.html` draws for one figure: a line (rung) per kv head, and axis ticks."""
 
     height: float
     rungs: tuple[Rung, ...]
@@ -43,7 +43,7 @@ class Ladder:
 
 
 def ladders(heads: Sequence[Head]) -> list[Ladder]:
-    """Lay out the kv heads in two ladders: the heads with the largest floors (WORST of them), then all others.
+    """Lay out the kv heads in two ladders: a number `WORST` of heads with the largest floors, then all others.
 
     A ladder has one line per kv head. The first ladder is ordered from the largest floor down, the second by layer and
     head. Both have the same axis of bytes. A model of at most WORST heads has one ladder, ordered by layer and head.

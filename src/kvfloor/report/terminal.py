@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvfloor.audit.examples import Example
+from kvfloor.audit.examples import SideBySide
 from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.format import bytes_text, counted, number_of_nats, percent_text, points_text, smaller_text
 from kvfloor.audit.nats import TextRow
@@ -28,11 +28,11 @@ def print_report(
     answer: Recommendation,
     console: Console,
     texts: Sequence[TextRow] = (),
-    examples: Sequence[Example] = (),
+    examples: Sequence[SideBySide] = (),
 ) -> None:
-    """Print a table of the texts, a table of scores per context length and protocol, and the recommendation.
+    """Print a table of divergences on the texts, tables of scores on the tasks, and the recommendation.
 
-    The first of `examples` follows in brief; the page shows all of them whole.
+    There is one table of scores per context length and protocol. The first of `examples` follows in brief.
     """
     if texts and answer.standard.kl_limit is not None:
         console.print(_nats_table(texts, answer))
@@ -57,7 +57,7 @@ def print_report(
         _print_example(one, console)
 
 
-def _print_example(one: Example, console: Console) -> None:
+def _print_example(one: SideBySide, console: Console) -> None:
     """Print one line per answer: the first words, or from the first token on that differs from exact's."""
     console.print()
     console.print(_line(f"Example, {one.name} after {one.context:,} tokens: ", f"…{_brief(one.prompt_end, -60)}"))
@@ -84,9 +84,10 @@ def _brief(text: str, most: int = 60) -> str:
 
 
 def print_barriers(results: Sequence[Result]) -> None:
-    """Print a table with one line per game, then each game's verdict in words with its `Result.details`.
+    """Print a table with one line per game, then each game's verdict in words and numbers of its own.
 
-    A game plays a barrier, i.e. the hard instance of a memory theorem, against a method.
+    A game plays a barrier, i.e. the hard instance of a memory theorem, against a method. Its own numbers are those that
+    only games of its barrier have, such as the width of a window.
     """
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -106,7 +107,7 @@ def print_barriers(results: Sequence[Result]) -> None:
 
 
 def details_text(details: Mapping[str, Any]) -> str:
-    """Return `details`, the numbers that only this game's theorem has, as one line: "name value, name value".
+    """Return `details`, the numbers that only games of one barrier have, as one line: "name value, name value".
 
     Values that are lists are left out; the JSON document and the page show them.
     """

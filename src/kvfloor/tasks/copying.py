@@ -11,9 +11,10 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, words: int, lexicon: Lexicon) -> Plot:
-    """Draw the passage as the only fact, and the question that asks to repeat it.
+    """Draw the marked passage, the only fact of the sample, and the question that asks to repeat the passage.
 
-    Its number of words is random, from 2/3 of `words` to `words`. Each is drawn from the lexicon with replacement.
+    The passage's number of words is random, from 2/3 of `words` to `words`. Each word is drawn from the lexicon with
+    replacement.
     """
     n = rng.randint(max(1, words * 2 // 3), words)
     passage = " ".join(rng.choice(lexicon.things) for _ in range(n))

@@ -37,7 +37,7 @@ class Recipe:
                         decides which epoch's kernels are returned
     epochs, batch       passes over the texts; texts per step
     lr, dropout, seed   Adam's learning rate; share of hidden units off in training; seed of all randomness
-    The defaults are the LESS paper's, except for samples and hidden, of which the paper takes 512 each.
+    The defaults are the LESS paper's, except for samples and hidden: each is 512 in the paper.
     """
 
     rank: int = 8
@@ -126,7 +126,7 @@ def fit(
     lessons   the texts in this layer; the last tenth is kept out of training
     weight    the output projection of the layer, or None
     start     the untrained kernels
-    say       called with one line about the errors
+    say       called at the end with one line: the error before and after training
     The best kernels are those of the epoch with the least error on the last tenth.
     """
     kept_back = max(1, len(lessons) // 10)
@@ -171,8 +171,8 @@ def train(
     material   texts that the model runs over
     method     the eviction policy with its budget, which decides the tokens that the kernels learn to replace
     say        called with each line of progress
-    The model is prepared by `kvfloor.hf.prepare`. A layer that `CompressedCache` does not compress gets the kernels of
-    the layer before it, or untrained ones if it is the first.
+    The model is prepared by `kvfloor.hf.prepare`. A layer without attention over all tokens, which a compressed
+    cache leaves to transformers, gets the kernels of the layer before it, or untrained ones if it is the first.
     Raises ValueError if the policy evicts (nearly) nothing from these texts.
     """
     compressed = {layer.index for layer in CompressedCache(model.config, "exact").compressed}

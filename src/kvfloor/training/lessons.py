@@ -1,8 +1,8 @@
 """Prepare the training data of LESS's kernels: evicted tokens, later queries and exact attention, layer by layer.
 
 A lesson is one text in one layer of a model. An eviction policy has run over the text, so that the evicted tokens are
-known. A prompt ends with the context; `State.seal` marks its end. In shapes, a row is one kv head, P the number of kv
-heads, g of query heads per kv head; d and dv are the widths of a key and a value.
+known. The prompt is the context of a text; `State.seal` marks its end. In shapes, a row is one kv head, P the number of
+kv heads, g of query heads per kv head; d and dv are the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QUERIES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Text:
-    """Hold the token ids of a context, which is the prompt, and of the rest that follows it: question and answer."""
+    """Hold the token ids of a text in two parts: the context (the prompt), and the rest (question and answer)."""
 
     context: list[int]
     rest: list[int]

@@ -51,8 +51,9 @@ def promised(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
-    """Return the softmax weight (M, M) of query j on all tokens that query k reads, from the weights (M, n) on tokens.
+    """Return the softmax weight (M, M) of query j on all tokens that query k reads.
 
+    weights (M, n) are the softmax weights of the M queries on the n single tokens.
     reader (n,) holds the query, as an index 0..M-1, that reads each token, -1 for none.
     """
     count, n = weights.shape
@@ -138,13 +139,14 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
-    """Return the query (n,) that should read each token, or -1 for none, by a linear estimate of the bits gained.
+    """Return for each token the query (n,) that should read it, or -1 for none, by a linear estimate of the bits.
 
-    The estimate linearises an objective at the given choice: the sum over groups g of log2(1 + w_g / (error + l_g)),
-    w_g the weight of query g on its group, l_g its weight on groups decoded later. weights (M, n) are the queries'
-    weights on tokens, `order` (G,) the queries in the order of decoding, pairs (G, G) their weights on groups. Assigned
-    to query g, a token gains its weight under g times d objective / d w_g. For every query h decoded before g, it costs
-    the token's weight under h times -d objective / d l_h.
+    The objective is F, the sum over groups g of log2(1 + w_g / (error + l_g)): w_g is the weight of query g on its own
+    group, l_g its weight on groups decoded later. weights (M, n) are the queries' weights on tokens, `order` (G,) the
+    queries in the order of decoding, pairs (G, G) their weights on groups.
+    Law: F is linearised at the given choice. If query g reads a token on which each query h puts weight a_h, F changes
+    by a_g dF/dw_g + (sum of a_h dF/dl_h over the queries h decoded before g). The g of the largest change is returned,
+    and -1 if no change is positive. The derivatives by l_h are negative: they are the cost of the leak.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

@@ -42,7 +42,7 @@ class Factors:
     def sum_unit(self) -> float:
         """Return the unit roundoff (half an eps) of the sums of products, and of all that is computed from the logits.
 
-        It is that of the factors' dtype, except that bfloat16 factors are summed in float32.
+        It is that of the factors' dtype, or of float32 for bfloat16 factors, as these are summed in float32.
         """
         return _FLOAT32_UNIT if self.q.dtype == torch.bfloat16 else torch.finfo(self.q.dtype).eps / 2.0
 

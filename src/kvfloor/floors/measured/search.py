@@ -87,7 +87,7 @@ class Sight:
         return self._made(queries) if self._kept is None else self._kept.at(queries)
 
     def blocks(self, queries: Tensor) -> Iterator[Block]:
-        """Yield the softmax weights of the queries at the given indices (b,), one `Block` for each few queries."""
+        """Yield the softmax weights of the queries at the given indices (b,), one `Block` per batch of queries."""
         return (self.rows(part) for part in queries.split(_QUERIES_AT_ONCE))
 
     def _made(self, queries: Tensor) -> Block:
@@ -128,8 +128,8 @@ def find_groups(sight: Sight, demand: Demand) -> Choice:
 def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Iterator[tuple[float, Choice]]:
     """Improve a choice of groups from up to three starts; yield (estimated bits, improved choice) of each start.
 
-    `pool` holds the indices of the queries that may read tokens. A start is an order in which groups are decoded, given
-    as queries of the pool. The queries without a group yet come first in it, last, or not at all.
+    `pool` holds the indices of the queries that may read tokens. A start is an order of decoding, given as
+    queries of the pool. In the up to three starts, the queries that have no group yet come first, last, or not at all.
     """
     weights = sight.rows(pool).weights
     place = torch.full((sight.m + 1,), -1, device=sight.device)
@@ -150,8 +150,9 @@ def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Ite
 def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
     """Rank the queries (m,), best first, by how little other queries attend to the tokens that a query would read.
 
-    A query would read its near tokens: those with at least `share` of its largest weight. The score is the query's
-    weight on these tokens over the sum of the weights that other queries put on these tokens plus the allowed error.
+    A query would read its near tokens: those with at least `share` of its largest weight. The score is w / (u + error):
+    w is the weight that the query puts on these tokens, u the total weight that all other queries put on them, and
+    error the allowed error of an answer.
     """
     step = max(1, sight.m // _SAMPLED_QUERIES)
     asked = sum(block.share @ block.softmax for block in sight.blocks(sight.all()[::step])) * float(step)

@@ -116,9 +116,9 @@ class Spread:
     """Search keys (n, d), float32, for streams in which a query per token reveals the token's hidden value.
 
     `candidates` yields the streams found, each with its tokens, its queries and its estimated bits (see the module). A
-    query reveals a value, or reads the token, if the answer to it tells levels of the value apart. The tokens of a
-    stream are its members, kept in the order of decoding: the order in which the proof's receiver (Bob) reconstructs
-    the hidden values.
+    query reveals a value, or reads the token, if its answer shows which of several possible numbers the value is. The
+    tokens of a stream are its members, kept in the order of decoding: the order in which the proof's receiver (Bob)
+    reconstructs the hidden values.
     radius          greatest length of a query
     scale, softcap  define the logits
     beyond          log of the softmax mass of further tokens that every query sees, or None
@@ -136,10 +136,12 @@ class Spread:
     def candidates(self) -> Iterator[Candidate]:
         """Yield proposed streams with their estimated floors, for the caller to compute the true floor of each.
 
-        Up to `FEW` tokens: one stream, the best that is grown from two orders in which tokens are tried. More tokens:
-        first, if an estimate from a sample finds nearly all tokens readable when all are in the stream, a stream of
-        those readable tokens; then a stream grown by comparing every pair of tokens, which also finds near-duplicates
-        that the sample misses.
+        Up to 4,096 tokens (`FEW`): one stream, the better of two that are grown by trying tokens in two orders.
+        More tokens: one or two streams. The load of all tokens on each token is first estimated from at most 1,024 of
+        the tokens, evenly spaced. If by this estimate at least 90 % of the tokens can be read while all tokens are in
+        the stream, the first stream consists of all these readable tokens. The last stream, which is always yielded, is
+        grown token by token from loads computed without such an estimate, and so leaves out near-duplicates of tokens
+        that the 1,024 tokens miss.
         """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)
@@ -175,10 +177,10 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Search, for each of the n tokens, a query that reads this token and not the tokens at indices `rivals` (r,).
+        """Search for a query per token that reads this token, against the softmax mass of the tokens `rivals` (r,).
 
-        Returns the queries and their ratios R_ij, over all tokens i and j, as a `Pull`. `first` (n, d) holds queries to
-        improve on, or is None.
+        `rivals` are indices of tokens. Returns a `Pull`, which has the n queries and computes their ratios R_ij for all
+        tokens i and j. `first` (n, d) holds queries to improve on, or is None.
         """
         scale, softcap, beyond = self._law
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
@@ -202,11 +204,12 @@ class Spread:
             members = self._grown(pull, pull.load(self._all, members).argsort(), members)
 
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
-        """Return the estimated floor (bits) of a stream of `members`, and the members in the better of two orders.
+        """Arrange the members of a stream in a good order of decoding; return (estimated floor in bits, members).
 
-        An order is one of decoding, i.e. of reconstructing the hidden values. The better order gives the larger floor.
-        Up to `FEW` members, the two are the given order and that of `by_damage`. More members get one order only: by
-        the load that a sample of the members puts on each member, the least load first.
+        In this order the proof's receiver reconstructs the hidden values.
+        Up to 4,096 members (`FEW`): the given order or the order of damage (first the members that cost the others most
+        bits if decoded later), whichever gives the larger floor. More members: by the load that a sample of the members
+        puts on each member, the least load first.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)

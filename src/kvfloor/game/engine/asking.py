@@ -33,8 +33,9 @@ def by_reading(state: State, copy: Tensor, queries: Tensor) -> Tensor:
 def by_appending(
     state: State, copy: Tensor, queries: Tensor, k: Tensor | None = None, v: Tensor | None = None
 ) -> Tensor:
-    """Return the answers (m, dv), float32, to queries (m, d), each on its own copy of the state with one token more.
+    """Return the answers (m, dv), float32, to queries (m, d), each asked after one token was appended to the state.
 
+    Each query and its token have a copy of the state of their own.
     copy (m,) holds, for each query, the index of the stream that it is for (one of the independent copies of the game).
     k (m, d) and v (m, dv) are the appended tokens, zero unless given. The theorems in which the receiver (Bob)
     continues the stream before he asks need this form.

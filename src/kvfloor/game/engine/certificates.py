@@ -3,10 +3,11 @@
 Alice hides values X in a method's state and sends the state as a message of S bits; Bob decodes X from it. X is uniform
 and independent of everything public. A certificate turns one decoding of X into a gain: a number T with
 Pr_X[T >= S + t] <= 2^-t for every message of S bits. So S >= T - log2(1/alpha) with confidence 1 - alpha from a single
-run, and taking the best of k certificates costs log2 k more. A decoder may use the message and public randomness only.
-Whoever computes a certificate also has X. If X is used to choose the rows to leave out (erasures), a threshold or a
-width, this choice costs log2 of the number of possible choices. Derived here; docs/floors.md ("Certificates") has the
-proofs. The message length is taken as public; where a method's length depends on the values, add log2 of the number of
+run, and taking the best of k certificates lowers this bound by log2 k.
+A decoder may use the message and public randomness only. Whoever computes a certificate also has X. If X is used to
+choose the rows to leave out (erasures), a threshold or a width, the bound is lowered by log2 of the number of possible
+choices. Derived here; docs/floors.md ("Certificates") has the proofs.
+The message length is taken as public; where a method's length depends on the values, add log2 of the number of
 possible lengths.
 """
 

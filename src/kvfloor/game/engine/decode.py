@@ -36,8 +36,9 @@ def leak_ratio(bits: int, eta: float) -> float:
 def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
     """Decode answers (m, dv) to the hidden levels (m, dv), int64 in [0, 2^bits).
 
-    Level x stands for the value x / (2^bits - 1). Single bits are decoded by the threshold `tau` for relative error
-    `eta`, finer values by the nearest level. An answer that is not finite decodes as level 0.
+    Level x stands for the value x / (2^bits - 1). Single bits are decoded by a threshold (`tau`): the middle between
+    the largest answer to a hidden 0 and the least answer to a hidden 1, at relative error `eta`. Finer values are
+    decoded by the nearest level. An answer that is not finite decodes as level 0.
     """
     answers = torch.nan_to_num(answers.double(), nan=0.0, posinf=0.0, neginf=0.0)
     if bits == 1:
@@ -80,9 +81,10 @@ def wrong_bits(decoded: Tensor, hidden: Tensor, bits: int) -> Tensor:
 def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Tensor:
     """Mark the rows (m,), bool, of answers (m, dv) that a method of relative error eta could have returned.
 
-    For single bits, the whole row must decode to its hidden levels (m, dv). For finer values x, every coordinate must
-    lie between (1-eta) times the least and (1+eta) times the largest value that exact attention gives when the query
-    leaks at most `leak_ratio` to other tokens, up to float32 rounding.
+    hidden (m, dv) has the hidden levels. For single bits, the whole row must decode to its hidden levels. For values of
+    more bits, every coordinate must lie in [(1-eta) a, (1+eta) b], up to float32 rounding: a and b are the least and
+    the largest number that exact attention gives for the hidden value if the query leaks at most `leak_ratio` to
+    other tokens.
     """
     if bits == 1:
         return (nearest_levels(answers, bits, eta) == hidden).all(dim=1)

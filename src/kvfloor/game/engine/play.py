@@ -40,8 +40,8 @@ class Played:
     """Record one game: the hidden levels, the answers of Alice's and Bob's states, and the sizes in bytes.
 
     A hidden level is a whole number x in [0, 2^bits). `live` has the answers of the state that Alice filled, `restored`
-    those of the state that Bob restored from the message (the bytes of Alice's state). `restored` is None if no state
-    could answer from the message; then `why` gives the reason.
+    those of the state that Bob restored from the message (the bytes of Alice's state). `restored` is None if Bob
+    could not answer from the message; then `why` gives the reason.
     """
 
     method: str
@@ -67,8 +67,8 @@ class Played:
 def method_text(method: Method, given: str | None = None) -> str:
     """Return a text from which a fresh process rebuilds the method.
 
-    It is the first of three texts that parses to an equal method: `given`, `str(method)` and `module:Class(...)`.
-    Raises ValueError where none does.
+    Tries `given`, `str(method)` and `module:Class(...)` in this order, and returns the first text that parses to an
+    equal method. Raises ValueError if none does.
     """
     own = type(method)
     for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
@@ -91,8 +91,8 @@ def play_index(
     Returns the answers and sizes (`Played`). The message is the bytes of the state. Every hidden row (the dv values
     that one query reads) is queried, or `sampled` rows that are drawn with replacement after the message is fixed.
     `hidden` draws the hidden values and these rows. The public data for Bob's process (method, `sys.path`, instance)
-    are fixed before the first value is streamed. `method` may be the word "optimum", the smallest method known for the
-    instance. If `isolated` is False, the message is restored in this process. Raises ValueError for a method that
+    are fixed before the first value is streamed. `method` may be the word "optimum": then the instance's smallest known
+    method plays. If `isolated` is False, the message is restored in this process. Raises ValueError for a method that
     cannot be opened or rebuilt.
     """
     started = time.perf_counter()
@@ -138,11 +138,11 @@ def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor |
 
 
 def _request(text: str, instance: Instance) -> dict[str, Any]:
-    """Return all public data that Bob's process receives, as JSON types: method, instance, and how it is started.
+    """Return all public data that Bob's process receives, as JSON types: method, instance and process settings.
 
     `sys.path` of this process is sent only for a method defined outside this package, so that its module is found. The
-    environment says where libraries are and which instructions to compute with. It is read here, before the first value
-    is streamed, so that no method can hide values in it.
+    environment variables that are sent lead Bob's process to its libraries and choose its CPU instructions. They are
+    read here, before the first value is streamed, so that no method can hide values in them.
     """
     third_party = ":" in text.split("@")[0]
     return {
@@ -156,7 +156,7 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
 
 
 def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
-    """Return Bob's answers, of the given shape, from a new interpreter: (answers, ""), or (None, reason) without any.
+    """Return Bob's answers, of shape `shape`, from a new interpreter: (answers, ""), or (None, reason) if it fails.
 
     The interpreter is isolated, in an empty directory, with the request's environment. It receives the request (the
     public data) and the message (the bytes of Alice's state) on stdin, and nothing else. Raises ValueError where the

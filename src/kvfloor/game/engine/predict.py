@@ -7,10 +7,10 @@ bound on the bits that a state carries.
     predictor  rule that gives, from the answers of the state alone, a probability to every level of every hidden value
     gain       log2 of a ratio: the probability given to the true levels, over the probability of guessing them
     belief     probability that the prediction of a row (the dv values that one query reads) is used, not a guess
-Every distribution here sums to 1 over all levels by construction. Level s gets the mass between s - 1/2 and s + 1/2 of
-a logistic distribution around the answer, the two end levels get the tails, and a uniform share is mixed in. A row's
-distribution is a mixture of the product over its entries and of pure guessing. No distribution depends on the hidden
-values, which only select the entry that is scored.
+Every distribution here sums to 1 over all levels by construction. Level x gets the mass between x - 1/2 and x + 1/2 of
+a logistic distribution around the answer, and the two end levels get its tails too. A uniform distribution over all
+levels is then mixed in. A row's distribution is a mixture of the product over its entries and of pure guessing. No
+distribution depends on the hidden values, which only select the entry that is scored.
 """
 
 import math
@@ -41,7 +41,7 @@ def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: floa
 
 
 def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
-    """Return the gain (m,), in bits, of believing each row's prediction with probability `belief` (m,), else guessing.
+    """Return the gain (m,), in bits, of each row's prediction mixed with a guess: weights `belief` (m,) and 1 - belief.
 
     A row is the dv hidden levels that one query reads. A gain is log2 of the probability given to these levels over the
     probability of guessing them. row_gain (m,) is the gain of each row at belief 1.
@@ -51,15 +51,15 @@ def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
 
 
 def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
-    """Return the gain, in bits, of each predictor of a fixed public grid, for answers and hidden levels (m, dv).
+    """Return the gain, in bits, of each predictor in a fixed public list, for answers and hidden levels (m, dv).
 
     A predictor gives a probability p(x) to every hidden level x, from the answers alone. Its gain is the sum of
     bits + log2 p(x) over the hidden levels. The predictors are all combinations of
         scaling        two: the answers as they are, or divided by the largest answer of their row
         width          scale of the logistic distribution, from 1/64 of a level to half the range
         uniform share  two values
-        belief         five: probability that a row's prediction is used instead of a guess. One is high for the rows
-                       that `trusted` (m,), bool, marks and low for others; four are equal for all rows
+        belief         probability that a row's prediction is used instead of a guess, in five ways: high for the rows
+                       that `trusted` (m,), bool, marks and low for the others; or one of four values for all rows
     """
     m = hidden.shape[0]
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]
@@ -75,10 +75,10 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
 
 
 def _centres(answers: Tensor, bits: int) -> Iterator[Tensor]:
-    """Yield the answers (m, dv), in units of the level spacing, in two scalings.
+    """Yield two scalings of the answers (m, dv), each (m, dv) in units of the level spacing.
 
-    First come the answers as given. Then come the answers with each row scaled so that its largest answer lies on the
-    top level.
+    The first has the answers as given. In the second, each row is scaled so that its largest answer lies on the top
+    level.
     """
     top = 2**bits - 1
     answers = torch.nan_to_num(answers.double(), nan=0.5, posinf=1.0, neginf=0.0)

@@ -1,4 +1,4 @@
-"""Measure the share of right answers of readers that look up scores q.k one by one; every look-up (probe) counts.
+"""Measure the share of right answers of readers that look up scores q.k one by one, counting each look-up (probe).
 
 The instance is that of the time barrier (docs/floors.md, "Time"). Token 0 of n tokens has value n, all others 0. Either
 all keys are zero (the answer is 1), or one other token has a heavy key, which takes nearly all softmax mass (the answer
@@ -40,10 +40,10 @@ class ScoreOracle:
 
 
 def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Choose `probes` distinct tokens of 1..n-1 to look up in each run, all equally likely: (runs, probes) int64.
+    """Choose `probes` distinct random tokens of 1..n-1 to look up in each run: (runs, probes) int64.
 
-    This is the best choice: token 0 never has the heavy key. All runs share one random order of the tokens, and each
-    run starts at its own random position in it.
+    Every token is equally likely. No choice is better: every token but 0 has the heavy key equally often, token 0
+    never. All runs share one random order of the tokens, and each run reads on from its own random position in it.
     """
     order = 1 + torch.randperm(n - 1, generator=generator)
     start = torch.randint(n - 1, (runs, 1), generator=generator)

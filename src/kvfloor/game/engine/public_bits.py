@@ -23,7 +23,7 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True)
 class PublicBits(Method):
-    """Store exactly n dv `bits` bits for n tokens whose keys are public, given by a key family, its size and its seed.
+    """Store exactly n dv times `bits` bits for n tokens whose keys are public: a key family, n and a seed define them.
 
     The method accepts only a stream of exactly these keys, in order, with values on the 2^bits levels of [0, 1]. The
     payload of the message has as many bits as the floor at p = 1, where every answer must be right. Other keys
@@ -92,9 +92,10 @@ class PublicBitsState(State[PublicBits]):
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """Return the fields that `to_bytes` packs, name -> value.
+        """Return the fields that the message, i.e. the bytes of the state, is packed from: name -> value.
 
-        The token count `seen` goes into the header of these bytes, because it is public.
+        The token count `seen` is among them as an int, so it goes into the header of the message and not into its
+        payload, because it is public.
         """
         return super().export() | {"seen": int(self.seen[0])}
 

@@ -35,7 +35,7 @@ class Hidden:
         return self._whole("rows", count) % n
 
     def places(self, n: int, count: int) -> Tensor:
-        """Draw `count` secret token positions (count,), int64, independent and uniform in [0, n), for Alice."""
+        """Draw `count` token positions that only Alice receives: (count,) int64, independent and uniform in [0, n)."""
         return self._whole("places", count) % n
 
     def subset(self, n: int, size: int) -> Tensor:

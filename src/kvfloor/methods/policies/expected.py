@@ -27,12 +27,14 @@ class Expected(Guarded):
     """Evict the token with the least expected attention times value norm, for queries modelled as Gaussian.
 
     Law (Devoto et al. 2025, ExpectedAttention): for q ~ N(mu, Sigma), E exp(scale q.k) is
-    z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||, and the
-    token of lowest score is evicted. mu and Sigma are the mean and the covariance of the row's queries so far, taken
-    before their rotation, and then rotated by the mean rotation of the next `horizon` positions. Queries of the first
-    `sinks` tokens are left out. The rotation is `Spec.applied`, which a model's cache measures if it is given the
-    prepared model, or `Spec.rotation`, whose places are ranks. If neither is set, mu and Sigma are those of the queries
-    as given: for a rotary model this is a weaker law, as queries rotated to past positions stand for future queries.
+    z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||. The token
+    of lowest score is evicted. mu and Sigma are the mean and the covariance of the row's queries so far, taken before
+    their rotation, and then rotated by the mean rotation of the next `horizon` positions. Queries of the first `sinks`
+    tokens are left out. The rotation is the one by which keys and queries come rotated (`Spec.applied`), which a
+    model's cache measures if it is given the prepared model, or the one that the state applies (`Spec.rotation`),
+    whose positions are ranks among the held tokens. If neither is known, mu and Sigma are those of the queries as
+    given: for a rotary model this is a weaker law, as queries rotated to past positions stand
+    for future queries.
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
     epsilon   weight of the value's norm for a token that receives no attention. Shares of attention sum to 1, so 0.01
@@ -61,7 +63,7 @@ class Expected(Guarded):
             raise ValueError(f"expected: epsilon must be a number >= 0, got {self.epsilon!r}")
 
     def shared(self, spec: Spec) -> dict[str, Tensor]:
-        """Return the mean cosine and sine (pairs,) of the rotation over the places 0 .. horizon - 1."""
+        """Return the mean cosine and sine (pairs,) of the rotation over the positions 0 .. horizon - 1."""
         rotation = _rotation(spec)
         if rotation is None:
             return {}
@@ -87,8 +89,8 @@ class Expected(Guarded):
     def future(self, held: Held) -> tuple[Tensor, Tensor]:
         """Return the mean (r, h, d) and covariance (r, h, d, d) of the next queries, rotated as the held keys are.
 
-        Law: R mu and R Sigma R', where R is the mean of the rotations by the next `horizon` places. It is the rotation
-        by the next place times the mean over places 0 .. horizon - 1, as rotations of one pair commute.
+        Law: R mu and R Sigma R', where R is the mean of the rotations at the next `horizon` positions. As rotations of
+        one pair commute, R is the rotation at the next position times the mean rotation at 0 .. horizon - 1.
         """
         mean, covariance = held.memory.gaussian(held.rows)
         rotation = _rotation(held.spec)
@@ -117,7 +119,7 @@ class Expected(Guarded):
 
 
 def _rotation(spec: Spec) -> Rotation | None:
-    """Return the rotation of the keys that queries are multiplied with; None if there is none or it is unknown."""
+    """Return the rotary embedding of the keys in the products q.k; None if they have none or it is unknown."""
     return spec.applied if spec.rotation is None else spec.rotation
 
 

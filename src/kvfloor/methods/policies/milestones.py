@@ -2,10 +2,10 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of
 the prompt, and the answer is all tokens after the seal. A page is `page` consecutive tokens of the answer; the newest
-page is being filled. A query needs a page if its estimated attention weight for the page exceeds `alpha`, or if it
-is among the largest estimates (with `top`). A page's timestamp is the position of the last query that needed the page.
-In shapes, r are rows, s slots, b query tokens, p pages, g query heads per kv head, d the width of a key. A query's own
-token is the token that came with the query.
+page is being filled. A query needs a page if the query's estimated attention weight for the page exceeds `alpha`
+or, with `top`, is among the largest of the query's estimates. A page's timestamp is the position of the last query that
+needed the page. In shapes, r are rows, s slots, b query tokens, p pages, g query heads per kv head, d the width of a
+key. A query's own token is the token that came with the query.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PAGES = 1 << 22  # more pages than a row can hold: one float64 holds a page's t
 
 
 def _keys_at(k: Tensor, slot: Tensor) -> Tensor:
-    """Return the keys (r, c, d) in slots `slot` (r, c), from the keys k (r, s, d) of all slots."""
+    """Return the keys (r, c, d) in c slots per row, given by `slot` (r, c), from the keys k (r, s, d) of all slots."""
     return k[torch.arange(k.shape[0], device=k.device).unsqueeze(1), slot]
 
 
@@ -36,10 +36,10 @@ class Milestones(Policy):
 
     Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page` tokens. With low and high the least and
     largest entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of
-    the page (Quest). A query's estimate for a page is softmax(scale bound) over all pages visible to the query. Of
-    the queries in a token's GQA group, the largest estimate counts. Where it exceeds `alpha`, the page's timestamp
-    becomes the query's position. The page with the oldest timestamp is evicted, and the older page among equals. The
-    oldest tokens of a page are evicted first, as many as the budget requires.
+    the page (Quest). A query's estimate for a page is softmax(scale bound) over all pages visible to the query; the
+    largest estimate among the queries of a GQA group counts for all of them. If this estimate exceeds `alpha`, the
+    page's timestamp becomes the query's position. The page with the oldest timestamp is evicted, and the older page
+    among equals. The oldest tokens of a page are evicted first, as many as the budget requires.
     page     tokens per page
     alpha    estimate above which a page counts as needed
     top      instead of alpha: this share of the pages counts as needed, largest estimates first (the paper uses 0.5)
@@ -116,10 +116,10 @@ class Milestones(Policy):
         return torch.zeros_like(held.seen) if held.prompt is None else held.prompt.clamp_min(0)
 
     def _page(self, position: Tensor, held: Held) -> Tensor:
-        """Return the index (r, ...), from 0, of the page that each position (r, ...) in the stream belongs to.
+        """Return the page number (r, ...), from 0, of each position (r, ...) in the stream.
 
-        The prompt's pages come first. A page starts at the first token of the answer, so no page has tokens of both
-        prompt and answer.
+        The prompt is cut into pages too, whose numbers come first. A page starts at the first token of the answer, so
+        no page has tokens of both prompt and answer.
         """
         start = self._start(held)
         behind = -(-start // self.page) + (position - start).clamp_min(0) // self.page

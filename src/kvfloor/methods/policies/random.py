@@ -18,8 +18,8 @@ class Random(Policy):
 
     Each token has a uniform random number, fixed by the seed, the token's (batch item, kv head) stream and its position
     there; the tokens with the largest numbers stay. The kept set is therefore a uniform sample without replacement of
-    all tokens seen (a bottom-k sample, Cohen and Kaplan 2007), however calls cut the stream. The first `sinks` and the
-    newest `recent` tokens can be protected; both numbers are 0 by default.
+    all tokens seen (a bottom-k sample, Cohen and Kaplan 2007), however the stream is split into calls. The first
+    `sinks` and the newest `recent` tokens can be protected; both numbers are 0 by default.
     """
 
     name: ClassVar[str] = "random"

@@ -38,10 +38,11 @@ class Hierarchical(Indexed):
     small logit is found only if it lies in a centre block: there is no guarantee.
 
     query_block  number of positions whose queries share a choice, before the seal (end of the prompt). The first query
-                 of each such span makes the choice, so a choice depends neither on later queries nor on how calls
-                 cut the stream
+                 of each such span makes the choice, so a choice depends neither on later queries nor on how the
+                 stream is split into calls
     refresh      number of decoded tokens that share a choice, after the seal
-    Each query of a GQA group has its own choice. `State.read` and `State.attend` choose anew for every query.
+    Each query of a GQA group has its own choice. Queries that come without new tokens (`State.read`, `State.attend`)
+    share no choice: each makes one of its own.
     """
 
     name: ClassVar[str] = "hip"
@@ -66,7 +67,7 @@ class Hierarchical(Indexed):
 
 
 class HierarchicalState(SelectorState):
-    """Hold the key blocks that the queries of every row currently read (the choice), and the slots' order of arrival.
+    """Hold the choice, i.e. the key blocks that the queries of each row currently read, and the slots in order of age.
 
     k, key_block, query_block and refresh are the settings of `Hierarchical`: about k tokens are read, in blocks of
     key_block tokens; queries of query_block positions in the prompt, or of refresh positions after it, share a choice.
@@ -110,7 +111,10 @@ class HierarchicalState(SelectorState):
         self._number(slots, first, position.argsort(dim=1, stable=True))
 
     def _number(self, slots: Slots, first: Tensor, slot: Tensor) -> None:
-        """Store slot[r, i] in `order` as the slot of row r's i-th oldest token, for first[r] <= i < slots.held[r]."""
+        """Set entries first[r] .. slots.held[r] - 1 of row r's `order`: entry i becomes slot[r, i].
+
+        Entry i of a row is the slot of the row's i-th oldest token.
+        """
         assert self.order is not None
         width = slot.shape[1]
         rank = torch.arange(width)
@@ -182,7 +186,7 @@ class HierarchicalState(SelectorState):
         return self.method.k // self.method.key_block
 
     def _blocks(self, visible: Tensor) -> Tensor:
-        """Return the number of whole key blocks between sinks and window for queries that see `visible` tokens."""
+        """Return the number of whole key blocks between sinks and window, per query that sees `visible` tokens."""
         return (visible - self.method.sinks - self.method.window).clamp_min(0) // self.method.key_block
 
     def _descend(self, q: Tensor, slots: Slots, blocks: Tensor, rows: Tensor | None) -> Tensor:
@@ -257,8 +261,8 @@ class HierarchicalState(SelectorState):
 
         held (rows,) is the number of tokens that each row holds. The result is an average over the queries that share a
         choice. One of them makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
-        reads the keys of 2 k / key_block centre blocks. The bytes read from the index count too: the current choice
-        and, if tokens may be evicted, the order of arrival of the slots read.
+        reads the keys of 2 k / key_block centre blocks. Bytes read from this state are added: the current choice and,
+        if tokens may be evicted, the entries of `order` for the tokens read.
         """
         method, number = self.method, self.spec.dtype.itemsize
         share = method.refresh if self.sealed else method.query_block

@@ -1,4 +1,4 @@
-"""Read the k held tokens of largest logit, found by a scan of all keys: the oracle for selectors that scan fewer."""
+"""Read the k held tokens of largest logit by a scan of all keys: the oracle for selectors that scan fewer keys."""
 
 from __future__ import annotations
 

@@ -44,8 +44,9 @@ class ZCurve(Indexed):
     curve and the keys that are not merged into the curves yet (see `chunk`). The query reads the k candidates of
     largest exact logit. Ties are broken in favour of the newer token.
 
-    ZETA learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best
-    tokens are missed where d is large and keys have no clusters: `characterize.lib.recall` measures the share.
+    ZETA learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best tokens are
+    missed where d is large and keys have no clusters; the repository's
+    characterize/lib/recall.py measures the share that is read.
 
     k        tokens read per query
     curves   number of curves, each with its own random projection
@@ -112,8 +113,7 @@ class ZCurveState(SelectorState):
         """Raise ValueError unless the lists of codes in a message (a saved state) fit its slots.
 
         The n codes of a curve must be in ascending order and belong to the first n slots of the row, n at most the
-        number of held tokens. `fields` are the saved fields of this index, and `slots` the saved fields of the state's
-        slots.
+        number of held tokens. `fields` are the saved fields of this state, and `slots` those of the slots.
         """
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
@@ -136,8 +136,8 @@ class ZCurveState(SelectorState):
     def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
         """Merge the keys in slots first[r] .. held[r] - 1 of each of `rows` into the sorted lists of every curve.
 
-        Before the merge, each old list of row r keeps only its first first[r] items; with first[r] = 0 the lists are
-        built anew from all held keys.
+        first[r] is the number of keys that row r's old lists have, all of which stay; with 0, the old lists are dropped
+        and built anew from all held keys.
         """
         held, device = slots.held[rows], slots.k.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))
@@ -221,8 +221,9 @@ class ZCurveState(SelectorState):
     def bytes_read(self, held: Tensor) -> int:
         """Return the bytes that one query per row reads, summed over the rows.
 
-        held (rows,) is the number of tokens that each row holds. On each curve, the query reads the codes
-        of a binary search and a window of slots. It also reads the keys of all candidates and the values of the k best.
+        held (rows,) is the number of tokens that each row holds. On each curve, the query reads the codes that a binary
+        search compares, and the slot numbers of the `window` keys around the place found. It also reads the keys of
+        all candidates and the values of the k best.
         """
         used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()

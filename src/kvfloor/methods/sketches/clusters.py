@@ -1,7 +1,7 @@
 """Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn in proportion to |v|^2.
 
 In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
-A cluster is a set of keys around one key, the centre; a sample is a key of the cluster that represents the others.
+A cluster is a set of keys around one key, the centre; a sample is one of these keys and represents the others.
 A pair is the (key, value) of one sampled token, and mu is the sum of |v|^2 over all tokens of its row.
 The random number of a token is fixed by the token's position in the stream, not drawn anew. In shapes, r are the rows
 of a call and b new tokens of each; an argument `rows` (r,) has the indices of these rows.
@@ -34,8 +34,8 @@ class Clusters(Memory):
 
     A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Once a
     row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance; beyond delta this sets
-    `overfull` (rows,) to True. Samples are uniform: sample i of a cluster is the key whose i-th random number, fixed by
-    the key's position, is smallest. So samples do not depend on how calls cut the stream.
+    the row's flag `overfull` (rows,) to True. Samples are uniform: sample i of a cluster is the key whose i-th random
+    number, fixed by the key's position, is smallest. So samples do not depend on how the stream is split into calls.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:
@@ -71,8 +71,8 @@ class Clusters(Memory):
     def weighted(self, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the sampled keys (rows, width * t, d) of the first `width` clusters, and their log-weights.
 
-        width None: all clusters. A cluster of `count` keys has t samples, so each sample has the weight count / t. The
-        log-weights are (rows, width * t), float64, and -inf where there is no cluster.
+        width None: all clusters. The t samples of a cluster stand for all its keys, so each sample has the weight
+        (number of keys) / t. The log-weights are (rows, width * t), float64, and -inf where there is no cluster.
         """
         sample, size = self.sample[:, :width], self.count[:, :width]
         t = sample.shape[2]
@@ -82,7 +82,7 @@ class Clusters(Memory):
     def join(self, rows: Tensor, k: Tensor, position: Tensor, delta: float, purpose: str) -> None:
         """Add the keys k (r, b, d) of `rows` to their clusters: each joins a centre within delta or becomes a centre.
 
-        An old centre is one from before this call. One search compares all b keys with the old centres. The keys
+        Old centres are the centres from before this call. One search compares all b keys with the old centres. The keys
         that have no old centre within delta are then taken in order: while the cap permits, each becomes a centre
         unless a new centre is within delta. Finally every key joins the nearest of the old centres and of the new
         centres that come no later in the stream than the key. `purpose` is a text that sets the random draws of these
@@ -167,7 +167,7 @@ class Reservoir(Memory):
     Each pair is an independent draw of a token with probability |v|^2 / mu, where mu is the sum of all |v|^2. A slot is
     the place of one pair. Every token has an exponential random number of rate |v|^2 for each slot, Exp(1) / |v|^2, and
     the slot keeps the token with the smallest number. The draws are fixed by the token's position, so pairs do not
-    depend on how calls cut the stream.
+    depend on how the stream is split into calls.
     """
 
     def __init__(self, spec: Spec, s: int) -> None:
@@ -205,8 +205,8 @@ class Reservoir(Memory):
         A token's s numbers are drawn as one Poisson process of rate s |v|^2. Each event falls in a uniform slot, and
         the time of the first event in a slot is the token's number for that slot. Drawing stops once the time exceeds
         the numbers of all kept tokens. A stream of n tokens thus costs O(log(s) s / n) draws per token instead of s,
-        and the kept tokens do not depend on how calls cut the stream. `purpose` is a text that sets these random draws
-        apart from all other draws.
+        and the kept tokens do not depend on how the stream is split into calls. `purpose` is a text that sets these
+        random draws apart from all other draws.
         """
         norm = total(v.to(torch.float64).square())  # (r, b)
         s = self.key.shape[1]
@@ -266,8 +266,8 @@ def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block:
 def longest(q: Tensor, take: Tensor) -> Tensor:
     """Return the largest norm |q| (rows,), float64, over the queries q (rows, g, a, d) of each row.
 
-    In row r only the queries of the first take[r] tokens count; the others are padding. The norm is 0 for a row without
-    queries.
+    There are g queries per token and up to a tokens per row. Row r has only take[r] tokens; the others are padding. The
+    norm is 0 for a row without queries.
     """
     if q.numel() == 0:
         return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)

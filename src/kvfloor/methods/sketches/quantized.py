@@ -31,7 +31,7 @@ class Quantized(Method):
 
     Quantisation is asymmetric and rounds to nearest, after KIVI (Liu et al. 2024, arXiv 2402.02750). The newest
     tokens, up to group - 1 of them, stay unquantised.
-    bits: 8, 4 or 2 per number. Scales and offsets are kept in the cache's own dtype.
+    bits: 8, 4 or 2 per number. The offset and step of the codes are kept in the cache's own dtype.
     """
 
     name: ClassVar[str] = "quant"

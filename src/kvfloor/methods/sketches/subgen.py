@@ -1,7 +1,7 @@
 """Estimate the softmax denominator from samples of key clusters, the numerator from a value reservoir (SubGen).
 
 In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
-A cluster is a set of keys around one key, the centre; a sample is a key of the cluster that represents the others.
+A cluster is a set of keys around one key, the centre; a sample is one of these keys and represents the others.
 A pair is the (key, value) of one token, drawn with probability proportional to |v|^2; the reservoir holds the pairs. mu
 is the sum of |v|^2 over all tokens of a row. Numerator and denominator are those of softmax attention. A `Partial` is a
 result of attention: the mean of values and the log-mass (log-sum-exp of logits).
@@ -128,7 +128,7 @@ class SubGen(Method):
         """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
         s is the number of sampled pairs, t that of sampled keys per cluster; the error is that of `guarantee`. The
-        returned method has no budget and no cap on centres: their number depends on the keys alone.
+        returned method has no budget and no cap: the number of centres depends on the keys alone.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
@@ -202,8 +202,8 @@ def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
     The error is relative to ||softmax||_2 ||V||_F, for values V.
     Law: the larger of sqrt(9 / (s f)) for the numerator and sqrt(9 (R-1)^2 / (4 R t f)) for the denominator, by
     Chebyshev, each with failure probability f = failure / 2. `reach` bounds the difference between the logit of a key
-    and the logit of the centre of its cluster: R = exp(2 reach). For the operator norm of the values V instead of the
-    Frobenius norm, s pairs count as s / dv.
+    and the logit of the centre of its cluster: R = exp(2 reach). For an error relative to the operator norm
+    ||V||_op instead of ||V||_F, the argument s is the number of pairs divided by dv.
     """
     half, spread = failure / 2, math.exp(min(700.0, 2 * reach))
     return max(math.sqrt(9 / (s * half)), math.sqrt(9 * (spread - 1) ** 2 / (4 * spread * t * half)))

@@ -195,7 +195,7 @@ class WindowSampleState(Blocked[WindowSample]):
             self.slots.evict(leaving)
 
     def _extend(self, v: Tensor, newest: Tensor) -> None:
-        """Update the least and the largest value entry of each row so far with those of the newest tokens.
+        """Update each row's least and largest value entry so far by the entries of the newest tokens.
 
         v (rows, s, dv) are the values in all slots; newest (rows, s) marks the slots of the newest tokens.
         """

@@ -53,9 +53,9 @@ class Less(Summary):
 
     rank     R
     kernels  the safetensors file that `kvfloor train-less` wrote: one pair of networks per (layer, kv head), selected
-             for each row by its place in `Spec.places`; "builtin": the kernels shipped with the built-in model. A file
-             with a single pair serves every row. None: untrained networks, which give the evicted tokens almost no
-             weight.
+             for each row by the row's (layer, kv head), which a model's cache gives in the spec; "builtin": the kernels
+             shipped with the built-in model. A file with a single pair serves every row. None: untrained networks,
+             which give the evicted tokens almost no weight.
     A message (a saved state) holds the path of the kernels' file and a tag of its contents. Loading the message is
     refused once the file has changed.
     """
@@ -132,7 +132,8 @@ class Kernels:
         psi(k) = | x + (x key_mix) s2 |                        key_mix (P, R, R), s2 (P, R)
              x = |s1| gelu(gelu(k key_in) key_out)             key_in (P, d, h), key_out (P, h, R), s1 (P, R)
 
-    The maps take queries and keys as the cache receives them, after RoPE. The model's scale is learned in training.
+    The maps take queries and keys as the cache receives them, after RoPE. Neither is multiplied by
+    the model's scale of logits, which the maps learn in training.
     """
 
     query_in: Tensor

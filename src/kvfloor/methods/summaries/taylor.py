@@ -39,12 +39,13 @@ class Taylor(Summary):
     over the tokens suffices, and no token is kept.
     Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
     = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give the answer phi(q) S / phi(q) z. S and z are t (dv + 1)
-    float64 numbers per row. k and v of a token arrive together, so S is an exact sum, not a sketch. The method is
+    float64 numbers per row. A token's k and v arrive together, so phi(k) v^T is added to S exactly. The method is
     useful where |x| is below about 2.
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
             answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
-    radius  bound on |x|, for the guarantee below; the guarantee is withdrawn once a query or a key exceeds the bound
+    radius  bound on |scale| |q| |k|, and so on |x|, for the guarantee below; the guarantee is withdrawn once the
+            longest query and evicted key of a row exceed the bound
     Under a softcap c the series of exp(c tanh(x/c)) is used; a state whose series is not positive is refused. More
     than FEATURES_LIMIT = 10,000 features are refused with an error that names the numbers.
 
@@ -114,7 +115,10 @@ class Taylor(Summary):
 
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
-    """Return the guarantee `stated` with this epsilon, withdrawn (`holds` False) if epsilon is 1 or more."""
+    """Return a copy of an error bound with the error epsilon, marked as not holding if epsilon is 1 or more.
+
+    stated: the bound to copy.
+    """
     why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
     return replace(stated, epsilon=epsilon, holds=not why, why=why)
 
@@ -276,11 +280,11 @@ class TaylorState(SummaryState):
         return {"longest_key": length, "longest_query": length}
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Return the guarantee `stated` with the epsilon for r, the largest logit that can have occurred so far.
+        """Return the error bound with the epsilon for r, the largest logit that can have occurred so far.
 
-        r is the largest |scale| |q| |k| of a row's queries and evicted keys. If r exceeds the radius, the guarantee is
-        withdrawn (`holds` False). Epsilon includes the rounding error of sums over n tokens of t features of size at
-        most e^r, where weights are at least e^-r.
+        stated: the method's bound, which holds up to logits of size `radius`. r is the largest |scale| |q| |k| of a
+        row's queries and evicted keys. If r exceeds the radius, the bound is marked as not holding. Epsilon includes
+        the rounding error of sums over n tokens of t features of size at most e^r, where weights are at least e^-r.
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
         if r > self.radius * (1.0 + 1e-12):  # the rounding of a norm

@@ -22,7 +22,7 @@ from kvfloor.core.summary import Summary, SummaryState
 class ValueSum(Summary):
     """Summarise the evicted tokens by the sum and count of their values.
 
-    The summary takes dv + 1 numbers per row and has no error.
+    The summary takes dv + 1 numbers per row, and computes the law below without error.
     Law (Haris and Onak 2025, section 4, "sliding window with unmasked values"): logits outside the window (the held
     tokens) are 0 rather than -inf, so the c evicted tokens add c to the denominator and the sum of their values to the
     numerator. The paper's Algorithm 1 estimates this sum with a reservoir sample; keeping the sum is exact.

@@ -63,7 +63,7 @@ class SubGenTensor(Method):
     w_y are defined in the same way on the second side.
     delta1, delta2  cluster radius of the first and of the second keys (l2)
     t               sampled keys per cluster, on each side: a product of two clusters is estimated by t^2 pairs of keys
-    s               tokens kept per side with probability proportional to |v1|^2 and |v2|^2: s^2 pairs
+    s               tokens drawn per side, in proportion to |v1|^2 on the first and |v2|^2 on the second: s^2 pairs
     centres         cap on the clusters of a side; past it the guarantee is withdrawn
     block           at most the last `block - 1` tokens stay unclustered, as points of weight 1
     radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; failure probability

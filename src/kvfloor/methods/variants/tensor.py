@@ -39,12 +39,12 @@ class TensorAttention(Method):
     """Compute tensor attention over all pairs of the tokens that `store` keeps.
 
     The answer is exact with the exact store.
-    store   a method that keeps whole tokens: exact, or an eviction policy that drops the rest. The store
-            receives a token's two keys concatenated into one key of width 2d, and its two values into one value of
-            width 2dv; it receives no queries. A text such as "window@64" is parsed.
+    store   a method that keeps whole tokens: exact, or an eviction policy without a summary of the evicted tokens. The
+            store receives a token's two keys concatenated into one key of width 2d, and its two values into one value
+            of width 2dv; it receives no queries. A text such as "window@64" is parsed.
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2] of t tokens, queries of width d, and
     returns answers of width dv. The n^2 products are never stored: for n tokens the state holds 2n(d + dv) numbers, and
-    `State.read` computes the products of a block of pairs at a time.
+    a query is answered from the products of one block of pairs at a time.
     Raises ValueError for a store that does not keep whole tokens.
     """
 
@@ -64,7 +64,7 @@ class TensorAttention(Method):
 
     @property
     def kept(self) -> Method:
-        """Return `store`, the method that keeps the tokens, as a `Method`: a text is parsed on construction."""
+        """Return `store`, the method that keeps the tokens, as an object: a text was parsed on construction."""
         assert isinstance(self.store, Method)
         return self.store
 
@@ -97,7 +97,7 @@ class TensorAttention(Method):
 
 
 class TensorState(State[TensorAttention]):
-    """Hold the state of the method `TensorAttention.store`, which keeps the tokens.
+    """Hold the state of the method that keeps the tokens, the argument `store` of tensor attention.
 
     In this state a token's key is k1 and k2 concatenated along the width, (..., 2d), and its value is v1 and v2
     likewise.
@@ -143,7 +143,7 @@ class TensorState(State[TensorAttention]):
 
 @dataclass(frozen=True)
 class Points:
-    """Hold the points that fill one place, first or second, in pairs: k (rows, s, d), v (rows, s, dv).
+    """Hold the first points, or the second points, of all pairs (x, y) of points: k (rows, s, d), v (rows, s, dv).
 
     A point is a token with one of its keys and values, or a sample that represents many tokens. log_weight (rows, s)
     is the log of the number of tokens that a point represents, -inf for 0 tokens. If log_weight is None, each is 1.

@@ -1,0 +1,238 @@
+"""Compute the memory plan of a model at a context length, from its configuration alone.
+
+A line of the plan is one way to keep the cache: transformers' own, exact, quantised, or a method under a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from kvfloor import floors
+from kvfloor.core.budget import parse_budget, size_bytes
+from kvfloor.core.method import Method, standard_law
+from kvfloor.core.spec import DTYPES
+from kvfloor.hf.shapes import LayerShape, ModelShape, model_shape
+from kvfloor.methods.grammar import parse
+from kvfloor.models.configuration import configuration
+from kvfloor.models.load import BUILTIN
+from kvfloor.planning.states import held_bytes
+from kvfloor.splitting import shortened
+from kvfloor.validation import one_of, whole
+
+BASELINES = ("exact", "quant(bits=8)", "quant(bits=4)")
+METHODS, BUDGETS = ("sinks", "h2o"), ("25%",)
+STOCK = "stock"
+PLANNED_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Hold the bytes of one way to keep the cache of the whole batch.
+
+    method           the method with its budget; "stock" is transformers' own cache
+    budget_tokens    tokens per kv head; None where no budget bounds them
+    state_bytes      bytes of the compressed layers' states at the end of the context
+    cache_bytes      `state_bytes`, and the bytes of the layers that transformers' own classes keep
+    prompt_bytes     `cache_bytes` while the prompt is read: more for methods that compress it at its end
+    requests         requests of this context whose caches fit beside the weights; None without a memory size
+    longest_context  tokens of the longest context of one request that fits beside the weights, by proportion; None
+                     without a memory size, and for a cache that does not grow
+    grows            True if the cache grows with the context
+    """
+
+    method: str
+    budget_tokens: int | None
+    state_bytes: int
+    cache_bytes: int
+    prompt_bytes: int
+    requests: int | None
+    longest_context: int | None
+    grows: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Hold the memory that a model takes at a context length, in bytes.
+
+    trained_positions  positions that the model was trained for; None where the configuration does not say
+    compressed_layers  layers with attention over all tokens; window_layers: those with a sliding window
+    own_bytes          bytes of the other layers: sliding windows, convolution and linear states
+    floor_bytes        lower bound on the bytes of any method for worst-case keys and values (floor) of the whole batch,
+                       summed over the layers with a floor
+    floor_layers       number of these layers: full attention and sliding windows, without latent attention
+    """
+
+    model: str
+    model_type: str
+    dtype: str
+    context: int
+    batch: int
+    trained_positions: int | None
+    parameters: int
+    weights_bytes: int
+    memory_bytes: int | None
+    compressed_layers: int
+    window_layers: int
+    own_bytes: int
+    floor_bytes: int
+    floor_layers: int
+    lines: tuple[Line, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as a dict of JSON types, with the number of the dict's schema (version of its layout)."""
+        return {"schema": 1, **asdict(self), "lines": [asdict(line) for line in self.lines]}
+
+
+def plan(
+    model: str | Path = BUILTIN,
+    context: int = 8192,
+    *,
+    batch: int = 1,
+    memory: str | int | None = None,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[str] | None = None,
+    dtype: str = PLANNED_DTYPES[0],
+    config: PreTrainedConfig | None = None,
+) -> MemoryPlan:
+    """Return the memory plan of a model; no weights are loaded and nothing is generated.
+
+    model    "builtin", the name of a published model that was fetched before, a model's folder, or a config.json file
+    context  tokens of each request's prompt, which is read in one forward
+    batch    requests that share one cache
+    memory   bytes for weights and caches, or a text such as "24GiB"; None: not limited
+    methods  methods to plan besides transformers' own cache, exact, quant(bits=8) and quant(bits=4), which every plan
+             has; None: sinks and h2o
+    budgets  budgets for each of `methods` that has none of its own; None: 25% of the context. If `methods` is None too,
+             a method is left out where 25% has no room beside the tokens that the method never evicts
+    dtype    bfloat16, float16 or float32: of the weights, and of keys and values
+    config   the model's configuration, instead of the one of `model`
+    Raises ValueError for bad input, and for a memory that does not hold the weights.
+    """
+    whole("context", context)
+    whole("batch", batch)
+    one_of("dtype", dtype, PLANNED_DTYPES)
+    total = None if memory is None else _memory(memory)
+    chosen = _methods(METHODS if methods is None else methods, BUDGETS if budgets is None else budgets)
+    asked = methods is not None or budgets is not None
+    kind = DTYPES[dtype]
+    about: PreTrainedConfig = configuration(model) if config is None else config
+    shape = model_shape(about, kind, batch)
+    weights = shape.parameters * kind.itemsize
+    free = None if total is None else total - weights
+    if free is not None and free < 0:
+        raise ValueError(
+            f"the weights take {weights:,} bytes in {dtype}, and the memory has {total:,}: {-free:,} bytes are missing"
+        )
+    lines = [_line(STOCK, None, _stock(shape, context, kind.itemsize, batch), None, shape, context, batch, free)]
+    for method in chosen:
+        try:
+            sized, held = held_bytes(method, shape.compressed, context, kind, batch)
+        except ValueError:
+            if asked:
+                raise
+            continue  # a quarter of this context has no room beside the tokens that the method protects
+        tokens = sized.budget if isinstance(sized.budget, int) else None
+        sizes = (held.after, held.before)
+        lines.append(_line(str(method), tokens, sizes, method, shape, context, batch, free))
+    bounded = [layer for layer in (*shape.compressed, *shape.windows) if not layer.tied]
+    return MemoryPlan(
+        model=str(model),
+        model_type=about.model_type,
+        dtype=dtype,
+        context=context,
+        batch=batch,
+        trained_positions=_positions(about),
+        parameters=shape.parameters,
+        weights_bytes=weights,
+        memory_bytes=total,
+        compressed_layers=len(shape.compressed),
+        window_layers=len(shape.windows),
+        own_bytes=shape.own_bytes(context),
+        floor_bytes=sum(_floor(layer, context, batch) for layer in bounded),
+        floor_layers=len(bounded),
+        lines=tuple(lines),
+    )
+
+
+def _memory(memory: str | int) -> int:
+    total = size_bytes(memory) if isinstance(memory, str) else whole("memory", memory)
+    if not total:
+        raise ValueError(f"memory {shortened(str(memory))}: give a size such as 24GiB, 800MiB or 80GB")
+    return total
+
+
+def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
+    """Return the planned methods, the baselines first, each once.
+
+    Raises ValueError for a method that needs a budget where none is given, and for a method of another attention law
+    than the standard one (softmax of q.k).
+    """
+    sizes = [parse_budget(text) for text in budgets]
+    found = [parse(text) for text in BASELINES]
+    for text in methods:
+        method = standard_law(parse(text), "a plan")
+        if method.budget is not None or method.with_budget(2**20) is None:
+            found.append(method)
+        elif sizes:
+            found += [bounded for size in sizes if (bounded := method.with_budget(size)) is not None]
+        else:
+            raise ValueError(f"{method} has no budget, so nothing bounds it: write {method}@512, or give budgets")
+    return list({str(method): method for method in found}.values())
+
+
+def _stock(shape: ModelShape, context: int, itemsize: int, batch: int) -> tuple[int, int]:
+    """Return the bytes of the compressed layers' keys and values in transformers' own cache: a pair (size, size).
+
+    The two numbers are those after the prompt and while it is read, which are equal for this cache.
+    """
+    per_token = sum(layer.heads * (layer.d + (0 if layer.tied else layer.dv)) for layer in shape.compressed)
+    size = batch * context * per_token * itemsize
+    return size, size
+
+
+def _line(
+    name: str,
+    budget_tokens: int | None,
+    sizes: tuple[int, int],
+    method: Method | None,
+    shape: ModelShape,
+    context: int,
+    batch: int,
+    free: int | None,
+) -> Line:
+    """Build a line of the plan.
+
+    sizes   bytes of the compressed layers' states after the prompt, and while it is read
+    method  None for transformers' own cache
+    free    bytes that the weights leave; None: not limited
+    """
+    after, before = sizes
+    own = shape.own_bytes(context)
+    share = method is not None and isinstance(method.budget, str) and method.budget.endswith("%")
+    grows = method is None or share or not method.traits.constant_memory
+    requests = longest = None
+    if free is not None:
+        requests = free * batch // (after + own)
+        if grows:
+            widest = max([context, *(layer.window or 0 for layer in shape.windows)])
+            left = free * batch - shape.own_bytes(widest)
+            longest = max(0, left) * context // max(after, before)
+    return Line(name, budget_tokens, after, after + own, max(after, before) + own, requests, longest, grows)
+
+
+def _floor(layer: LayerShape, context: int, batch: int) -> int:
+    window = {} if layer.window is None else {"attention": "window", "window": layer.window}
+    return floors.space(context, layer.d, layer.dv, heads=layer.heads, layers=batch, **window).bytes
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    try:
+        found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    except RuntimeError:  # transformers raises it if a field varies from layer to layer
+        return None
+    return found if isinstance(found, int) else None

@@ -1,0 +1,83 @@
+"""Measure the bytes of a method's states after a number of tokens, on states of one and of two rows.
+
+A row is one (batch item, kv head) stream. All rows of a layer hold equally many tokens, so each row takes the same
+bytes, beside bytes that the state takes once. Two measurements give both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvfloor.core.budget import resolve
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+from kvfloor.hf.shapes import LayerShape
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Hold the bytes of a method's states: at the end of a prompt, before its compression, and after it."""
+
+    before: int
+    after: int
+
+
+def held_bytes(
+    method: Method, layers: tuple[LayerShape, ...], tokens: int, dtype: torch.dtype, batch: int
+) -> tuple[Method, StateBytes]:
+    """Return the method with its budget in tokens, and the bytes of its states in these layers.
+
+    The prompt of `tokens` tokens is read in one forward. A budget in bytes is for the states of all layers and the
+    whole batch. The returned method is that of the first layer. Raises ValueError for a budget that is too small.
+    """
+    known: dict[tuple[int | bool, ...], tuple[Method, StateBytes]] = {}
+    found = []
+    for layer in layers:
+        sizes = (layer.heads, layer.d, layer.dv, layer.g, layer.tied)
+        if sizes not in known:
+            rows = batch * layer.heads
+            sized = resolve(method, _spec(layer, dtype, rows), layers=len(layers), length=tokens, g=layer.g)
+            known[sizes] = (sized, _held(sized, layer, tokens, dtype, rows))
+        found.append(known[sizes])
+    return found[0][0], StateBytes(sum(held.before for _, held in found), sum(held.after for _, held in found))
+
+
+def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:
+    one = _measured(method, layer, tokens, dtype, 1)
+    if rows == 1:
+        return one
+    two = _measured(method, layer, tokens, dtype, 2)
+    more = rows - 1
+    return StateBytes(one.before + more * (two.before - one.before), one.after + more * (two.after - one.after))
+
+
+def _measured(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:
+    """Return the bytes of a state of 1 or 2 rows that holds `tokens` tokens.
+
+    A state of constant memory allocates all at its first token, so it is fed no more. Only the first token comes with
+    queries, because answering them all would take time that grows with the square of the context.
+    """
+    state = method.open(_spec(layer, dtype, rows))
+    first, *rest = (1,) if method.traits.constant_memory or tokens == 1 else (1, tokens - 1)
+    state.step(torch.zeros(rows, layer.g, first, layer.d, dtype=dtype), *_pair(state, layer, first))
+    for n in rest:
+        state.append(*_pair(state, layer, n))
+    before = state.nbytes
+    state.seal()
+    return StateBytes(before, state.nbytes)
+
+
+def _pair(state: State, layer: LayerShape, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values of n tokens for the state's rows: zeros, whose storage is that of one token."""
+    one = torch.zeros(1, 1, layer.d, dtype=state.spec.dtype).expand(state.spec.rows, n, layer.d)
+    if layer.tied:
+        return one, one
+    return one, torch.zeros(1, 1, layer.dv, dtype=state.spec.dtype).expand(state.spec.rows, n, layer.dv)
+
+
+def _spec(layer: LayerShape, dtype: torch.dtype, rows: int) -> Spec:
+    places = [(layer.layer, row % layer.heads) for row in range(rows)]
+    return Spec(rows, layer.d, layer.dv, layer.d**-0.5, dtype=dtype, places=places, tied=layer.tied)
