@@ -10,8 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvfloor.audit.format import counted
+
 SLOWER = 2.0
 """Time of a method's forward over that of the model's own attention, before any method was timed."""
+
+CLOSER = 9.0
+"""Time of what follows the rows (`audit/closer.py`) over that of one text's exact predictions."""
 
 
 @dataclass
@@ -21,6 +26,7 @@ class Clock:
     minutes      time limit of the audit, from `begin` on; None: no limit
     announce     called with one line of text: the expected time, before the work begins
     left_out     the texts and cells that did not fit, in words
+    reserved     seconds that are kept free for what follows the rows: errors by head and example answers
     per_token    seconds that all settings together took per token of the last text or cell; None: nothing was timed
     """
 
@@ -29,6 +35,7 @@ class Clock:
     begin: float = field(default_factory=time.perf_counter)
     left_out: list[str] = field(default_factory=list)
     per_token: float | None = None
+    reserved: float = 0.0
 
     def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int, must: bool = True) -> None:
         """Announce the expected time of all `pieces` texts, from the time of the exact cache on the first text.
@@ -41,8 +48,10 @@ class Clock:
         """
         one = exact_seconds * (1 + SLOWER * settings)
         self.per_token = one / tokens
+        self.reserved = CLOSER * exact_seconds
+        on = counted(pieces, "text")
         self.announce(
-            f"{settings} settings on {pieces} texts of {tokens:,} tokens: about {_minutes(one * pieces)}"
+            f"{settings} settings on {on} of {tokens:,} tokens: about {_minutes(one * pieces + self.reserved)}"
             + ("" if self.minutes is None else f", limited to {_minutes(60 * self.minutes)}")
         )
         if must and self.minutes is not None and one / 2 > self._left():
@@ -74,7 +83,7 @@ class Clock:
 
     def _left(self) -> float:
         assert self.minutes is not None
-        return 60 * self.minutes - (time.perf_counter() - self.begin)
+        return 60 * self.minutes - self.reserved - (time.perf_counter() - self.begin)
 
 
 def _minutes(seconds: float) -> str:

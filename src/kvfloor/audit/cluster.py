@@ -10,20 +10,24 @@ import re
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvfloor.audit.clock import Clock
+from kvfloor.audit.closer import Closer
 from kvfloor.audit.engine import exact_row
 from kvfloor.audit.grid import AnyRow, Asked, Grid, Pair, Place
 from kvfloor.audit.handout import Handout
 from kvfloor.audit.identity import differences, identity
 from kvfloor.audit.journal import Journal
+from kvfloor.audit.nats import TextRow
 from kvfloor.audit.plan import settings
+from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.rows import Row
 from kvfloor.audit.worker import Measured, Worker
 from kvfloor.models.load import find
 
@@ -67,6 +71,10 @@ class Remote:
         """Measure a setting on a place; `exact` is the row of the setting `exact` there, None for `exact` itself."""
         return self._worker.measure(place, setting, exact)
 
+    def look_closer(self, rows: list[Row], texts: list[TextRow], answer: Recommendation) -> Closer:
+        """Measure what explains an audit's result, given its rows."""
+        return self._worker.look_closer(rows, texts, answer, lambda text: None)
+
 
 class Cluster:
     """Measure with several workers of a Ray cluster, which is started on this machine unless one is named."""
@@ -98,6 +106,21 @@ class Cluster:
         except BaseException:
             self.close()
             raise
+
+    def look_closer(
+        self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
+    ) -> Closer:
+        """Measure what explains an audit's result, given its rows, on one worker."""
+        track("errors by head and example answers")
+        try:
+            return self._ray.get(self._first.look_closer.remote(list(rows), list(texts), answer))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except self._ray.exceptions.RayError as error:
+            raise ValueError(
+                f"the Ray worker died that measured errors by head ({type(error).__name__}): all rows are kept, and "
+                "the same command goes on from there"
+            ) from error
 
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""

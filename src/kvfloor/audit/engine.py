@@ -6,15 +6,18 @@ A setting is a method with its budget; a cell is a task at a context length unde
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from kvfloor.audit.clock import Clock
+from kvfloor.audit.closer import Closer
 from kvfloor.audit.grid import EXACT, AnyRow, Asked, Grid, Place
 from kvfloor.audit.journal import Journal
-from kvfloor.audit.nats import TextCell
+from kvfloor.audit.nats import TextCell, TextRow
+from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.rows import Row
 from kvfloor.audit.worker import Worker
 
 
@@ -32,6 +35,12 @@ class Engine(Protocol):
         `clock` leaves out the places that do not fit into the audit's time. `track` is called with a line of text
         before each measurement.
         """
+        ...
+
+    def look_closer(
+        self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
+    ) -> Closer:
+        """Measure what explains an audit's result, given its rows (`audit/closer.py`)."""
         ...
 
     def close(self) -> None:
@@ -82,6 +91,12 @@ class Here:
                 track(f"{place}: {setting}")
                 journal.add(worker.measure(place, setting, exact_row(journal, place, setting)))
             clock.took(time.perf_counter() - begin, max(1, tokens))
+
+    def look_closer(
+        self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
+    ) -> Closer:
+        """Measure what explains an audit's result, given its rows."""
+        return self._worker.look_closer(rows, texts, answer, track)
 
     def close(self) -> None:
         """Let go of the model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Header:
     chat         names of the tasks whose samples are in the model's chat template
     versions     name -> version of each program
     machine      the machine in words
+    hashes       file or text -> SHA-256 of what was measured: the model's weights, texts, prompts
     began        time at which the last start of the audit began, seconds since 1970
     seconds      time that earlier starts took
     racing       True if clear losers stopped early, and close calls read on (`audit/race.py`)
@@ -51,6 +52,7 @@ class Header:
     machine: str
     began: float
     seconds: float = 0.0
+    hashes: dict[str, str] = field(default_factory=dict)
     minutes: float | None = None
     racing: bool = False
     least_exact: float = 0.0

@@ -15,13 +15,16 @@ from typing import Any
 
 from kvfloor.audit.grid import EXACT, AnyRow, Pair, pair_of
 from kvfloor.audit.header import Header, read_header
-from kvfloor.audit.heads import HeadFloor
+from kvfloor.audit.heads import HeadFloor, with_cell
 from kvfloor.audit.nats import MOST_BYTES as MOST_TEXT_BYTES
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.records import line_of, read_growing, write_records
 from kvfloor.audit.rows import MOST_BYTES, Cell, Row
 from kvfloor.audit.worker import Measured
 from kvfloor.files import FolderLock, append_to, cut_to
+
+EXPLANATIONS = ("output_errors.jsonl", "text_floors.jsonl", "examples.jsonl")
+"""Files of what explains an audit's result (`audit/closer.py`), the last one written last."""
 
 TEXTS, ROWS, FLOORS = "nats.jsonl", "rows.jsonl", "floors.jsonl"
 _KINDS: dict[str, tuple[type, int, str]] = {
@@ -75,7 +78,7 @@ class Journal:
     def begin(self, header: Header) -> None:
         """Describe the audit that starts or goes on now. Rows of another audit are removed before that."""
         if self.header is None or self.header.identity != header.identity or not self.rows:
-            for name in _KINDS:  # before the description, so that no row is ever taken for one of the new audit
+            for name in (*_KINDS, *EXPLANATIONS):  # before the description: no row is taken for one of the new audit
                 (self.folder / name).unlink(missing_ok=True)
             self.rows, self.floors = {}, {}
         header.write(self.folder)
@@ -144,15 +147,21 @@ class Journal:
     def _take(self, records: Iterable[Any]) -> None:
         for record in records:
             if isinstance(record, HeadFloor):
+                assert isinstance(record.cell, Cell)
                 self.floors.setdefault(record.cell, []).append(record)
             else:
                 self.rows[pair_of(record)] = record
+
+
+def is_explained(folder: Path) -> bool:
+    """Return True if the files of what explains an audit's result are there."""
+    return (folder / EXPLANATIONS[-1]).exists()
 
 
 def read_part(folder: Path, name: str) -> tuple[list[Any], int]:
     """Read the records of one of a journal's files, and return them with the bytes of its whole lines."""
     kind, most, what = _KINDS[name]
     records, size = read_growing(folder / name, kind, most, name, what)
-    if kind is HeadFloor:  # a named tuple is written as a list
-        records = [replace(one, cell=Cell(*one.cell)) for one in records]
+    if kind is HeadFloor:
+        records = [with_cell(one) for one in records]
     return records, size

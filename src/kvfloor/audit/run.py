@@ -16,12 +16,13 @@ from kvfloor.audit.grid import Asked, Grid
 from kvfloor.audit.header import Header
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.identity import differences, identity, versions
-from kvfloor.audit.journal import Journal
+from kvfloor.audit.journal import Journal, is_explained
 from kvfloor.audit.limits import chat_notes, left_out, left_out_notes, without_left_out
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextCell, TextRow, summaries
 from kvfloor.audit.plan import chosen_tasks, settings
 from kvfloor.audit.prompts import read_prompts
+from kvfloor.audit.provenance import hashes_of
 from kvfloor.audit.race import Race, race
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.request import AuditRequest
@@ -32,6 +33,7 @@ from kvfloor.files import open_folder
 from kvfloor.models.load import find
 
 if TYPE_CHECKING:
+    from kvfloor.audit.closer import Closer
     from kvfloor.audit.engine import Engine
 
 Track = Callable[[int, str], None]
@@ -43,6 +45,7 @@ class Answer:
     """Hold the results of an audit: rows, kv heads' floors, recommendation, and what they come from.
 
     rows        one per setting (method with budget) and cell of the tasks; texts: one per setting and text
+    closer      errors by head and example answers; heads: the kv heads' floors
     left_out    the exact cache's row of each cell that was left out because of its score
     report      path of the HTML page, which `kvfloor.report.render` writes later
     shortfalls  a line for each row that misses a condition of `require`
@@ -52,6 +55,7 @@ class Answer:
     texts: list[TextRow]
     heads: list[Head]
     recommendation: Recommendation
+    closer: Closer
     report: Path
     shortfalls: tuple[str, ...]
     meta: Meta
@@ -69,7 +73,13 @@ class Answer:
         )
         nats = [asdict(found) for found in summaries(self.texts, self.recommendation.standard.racing)]
         weak = [row.cell._asdict() | {"exact_score": row.score} for row in self.left_out]
-        return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads], "left_out": weak}
+        return plain | {
+            "texts": nats,
+            "heads": [head.as_dict() for head in self.heads],
+            "output_errors": [asdict(one) for one in self.closer.error_maps],
+            "examples": [asdict(one) for one in self.closer.examples],
+            "left_out": weak,
+        }
 
 
 def _silent(text: str) -> None:
@@ -106,6 +116,8 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
 
     Raises ValueError if exact scores too low on every cell and no text was read, so that nothing is left to compare.
     """
+    from kvfloor.audit.closer import read_closer
+
     header = journal.about
     weak = left_out(journal.rows, header.least_exact)
     rows, texts = [row for row in journal.tasks if row.cell not in weak], journal.texts
@@ -120,12 +132,15 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
         machine=header.machine,
         duration_s=header.seconds,
         notes=(*header.notes, *chat_notes(header.chat), *notes),
+        hashes=header.hashes,
     )
-    by_head = heads([floor for found in journal.floors.values() for floor in found], rows)
     found = recommend(rows, texts=texts, kl_limit=kl_limit, racing=header.racing)
+    closer = read_closer(journal.folder, found)
+    floors = [floor for some in journal.floors.values() for floor in some]
+    by_head = heads([*floors, *closer.floors], [*rows, *closer.error_maps])
     report = journal.folder / "report.html"
     missed = (*shortfalls(required, rows), *uncovered(required, list(weak.values())))
-    return Answer(rows, texts, by_head, found, report, missed, meta, tuple(weak.values()))
+    return Answer(rows, texts, by_head, found, closer, report, missed, meta, tuple(weak.values()))
 
 
 def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condition, ...]]:
@@ -154,7 +169,8 @@ def _measure(
         announce(f"{_out(question)} has all of this measured: the report is made anew (--fresh measures again)")
         return _finish(question, journal, journal.about.notes)
     with closing(_engine(question, folder, known, lambda text: track(0, text))) as engine:
-        header = _header(question, plan, known, engine.grid, began, journal.seconds if journal.rows else 0.0)
+        seconds = journal.seconds if journal.rows else 0.0
+        header = _header(question, plan, known, engine.grid, hashes_of(question), began, seconds)
         if before is not None:
             names = ", ".join(differences(before.identity, known))
             announce(f"{_out(question)} has another audit (another {names}): its rows are removed")
@@ -167,7 +183,20 @@ def _measure(
         missing = journal.missing(asked(journal.rows))
         total = len(missing) + len({place for place, _ in missing})
         engine.measure(asked, journal, clock, lambda text: track(total, text))
-    return _finish(question, journal, clock.note())
+        count = _finish(question, journal, clock.note())
+        if question.shard is None:
+            _look_closer(question, engine, journal, lambda text: track(total, text))
+    return count
+
+
+def _look_closer(question: AuditRequest, engine: Engine, journal: Journal, track: Announce) -> None:
+    """Measure what explains the result, and write it beside the rows; nothing if there is nothing to compare."""
+    header = journal.about
+    weak = left_out(journal.rows, header.least_exact)
+    rows, texts = [row for row in journal.tasks if row.cell not in weak], journal.texts
+    if rows or texts:
+        found = recommend(rows, texts=texts, kl_limit=question.kl_limit, racing=header.racing)
+        engine.look_closer(rows, texts, found, track).write(journal.folder)
 
 
 def _engine(question: AuditRequest, folder: Path, known: dict[str, Any], track: Announce) -> Engine:
@@ -186,6 +215,7 @@ def _header(
     plan: Sequence[BudgetedMethod],
     known: dict[str, Any],
     grid: Grid,
+    hashes: dict[str, str],
     began: float,
     seconds: float,
 ) -> Header:
@@ -200,6 +230,7 @@ def _header(
         further=grid.further,
         racing=question.racing,
         least_exact=question.least_exact,
+        hashes=hashes,
         chat=grid.chat,
         versions=versions(),
         machine=f"{platform.machine()}, {_threads()} torch threads",
@@ -223,7 +254,7 @@ def _race(question: AuditRequest, header: Header) -> Race:
 def _is_done(question: AuditRequest, journal: Journal) -> bool:
     """Return True if the rows asked for are there, or those left out did not fit into the same minutes before."""
     header = journal.about
-    if header.racing != question.racing:
+    if header.racing != question.racing or (question.shard is None and not is_explained(journal.folder)):
         return False
     limited = question.shard is None and header.minutes is not None and question.minutes is not None
     same_end = limited and header.ended and header.minutes == question.minutes

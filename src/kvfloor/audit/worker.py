@@ -5,7 +5,7 @@ A setting is a method with its budget. A place is a text, or a cell of the tasks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from kvfloor.audit.chat import chosen_chat
+from kvfloor.audit.closer import Closer, look_closer
 from kvfloor.audit.grid import EXACT, AnyRow, Grid, Place
 from kvfloor.audit.heads import HeadFloor, head_floors
 from kvfloor.audit.measure import Bench, ExactOutcome, Prepared
@@ -20,6 +21,7 @@ from kvfloor.audit.nats import TextRow
 from kvfloor.audit.plan import Work, prompt_work, settings, task_work
 from kvfloor.audit.prompts import read_prompts
 from kvfloor.audit.reading import Reader, text_row
+from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Row
 from kvfloor.audit.texts import Excerpt, excerpts, further_excerpts
@@ -84,6 +86,16 @@ class Worker:
         if isinstance(found, Excerpt):
             return len(found.context) + len(found.continuation)
         return found.cell.context * len(found.items)
+
+    def look_closer(
+        self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
+    ) -> Closer:
+        """Measure what explains an audit's result, given its rows; arguments as in `audit/closer.py`."""
+        self._opened = None
+        plan = list(self._settings.values())
+        read = [one for one in self._places.values() if isinstance(one, Excerpt)]
+        work = [one for one in self._places.values() if isinstance(one, Work)]
+        return look_closer(self._bench, plan, read, work, rows, texts, answer, track)
 
     def open(self, place: Place) -> None:
         """Compute what all settings share on a place, unless it was the last one opened.

@@ -267,11 +267,15 @@ def _show(answer: Any, as_json: bool) -> None:
     from kvfloor.report.html import render
     from kvfloor.report.terminal import print_notes, print_report
 
-    render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts)
+    closer = answer.closer
+    render(
+        answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts,
+        closer.error_maps, closer.examples,
+    )  # fmt: skip
     if as_json:
         _print_json(answer.as_dict())
     else:
-        print_report(answer.rows, answer.recommendation, Console(), answer.texts)
+        print_report(answer.rows, answer.recommendation, Console(), answer.texts, closer.examples)
         print_notes(answer.meta.notes, Console())
         print(f"\nreport: {answer.report}")
     for line in answer.shortfalls:
