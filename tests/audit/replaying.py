@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kvfloor.audit.closer import Closer
 from kvfloor.audit.grid import AnyRow, Place
-from kvfloor.audit.journal import FLOORS, ROWS, TEXTS
+from kvfloor.audit.journal import FLOORS, ROWS, TEXTS, Measured
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.request import AuditRequest
-from kvfloor.audit.worker import Measured, Worker
+from kvfloor.audit.worker import Worker
 
 TIMES = ("seconds", "prefill_ms", "decode_ms_per_token")
 
@@ -36,6 +37,7 @@ class Replaying(Worker):
 
     made: ClassVar[dict[Any, Worker]] = {}
     kept: ClassVar[dict[Any, Measured]] = {}
+    closer: ClassVar[dict[Any, Closer]] = {}
     count = 0  # rows that were asked for
 
     def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
@@ -53,6 +55,12 @@ class Replaying(Worker):
         found, time = Replaying.kept[key], float(Replaying.count)
         changed = {"seconds": time} if isinstance(found.row, TextRow) else dict.fromkeys(TIMES[1:], time)
         return replace(found, row=replace(found.row, **changed))
+
+    def look_closer(self, *given: Any) -> Closer:
+        """Look closer once per test session and audit."""
+        if self._key not in Replaying.closer:
+            Replaying.closer[self._key] = super().look_closer(*given)
+        return Replaying.closer[self._key]
 
     def open(self, place: Place) -> None:
         """Open a place only if it is measured anew."""

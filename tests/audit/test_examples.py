@@ -27,6 +27,7 @@ from kvfloor.audit.rows import Cell
 from kvfloor.audit.texts import GENERATED, Excerpt, excerpts
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.models import load
+from kvfloor.tasks import Question
 from tests.audit.made_up import text_row
 
 CONTEXT, KEPT = 70, 20
@@ -154,7 +155,7 @@ def test_a_chat_model_is_asked_after_its_cache_was_sealed(
 
 
 def test_of_a_task_the_first_lost_sample_is_shown(bench: Bench, plain: Any, row: Any) -> None:
-    items = tuple(Item(f"the key{i} is {i} .", f"key{i}", str(i)) for i in range(32))
+    items = tuple(Item(f"the key{i} is {i} .", (Question(f"key{i}", str(i)),)) for i in range(32))
     work = Work(Cell("recall", 512, "after"), items)
     exact = row("exact", right=31, exact_right=31, n=32)
     small = row(SMALL, right=12, exact_right=31, n=32)

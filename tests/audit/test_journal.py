@@ -68,6 +68,7 @@ def killed_at(patch: pytest.MonkeyPatch, moment: int, torn: float) -> Callable[[
     patch.setattr(journal, "append_to", append)
     patch.setattr("kvfloor.audit.records.replace_file", replaced)
     patch.setattr("kvfloor.audit.header.replace_file", replaced)
+    patch.setattr("kvfloor.audit.examples.replace_file", replaced)
     return lambda: count
 
 
@@ -78,7 +79,7 @@ def test_an_audit_killed_at_any_write_goes_on_to_the_same_rows(
         writes = killed_at(patch, 0, 0)
         audit(tmp_path / "counted")
         last = writes()
-    assert last == 1 + 3 * 7 + 1 + 4  # the description; rows; floors; the files in order
+    assert last == 1 + 3 * 7 + 1 + 4 + 3  # the description; rows; floors; the files in order; what explains them
     monkeypatch.setattr("kvfloor.audit.run.identity", lambda *given: {"the same": 1})
     for moment in range(1, last + 1):
         for torn in (0.0, 0.6):
@@ -88,8 +89,9 @@ def test_an_audit_killed_at_any_write_goes_on_to_the_same_rows(
                 with pytest.raises(Killed):
                     audit(out)
             before = Replaying.count
-            audit(out)
+            again = audit(out)
             assert without_times(out) == whole, (moment, torn)
+            assert again.closer.examples and again.closer.error_maps
             rows = sum(write < moment for write in (*range(2, 16), *range(17, 24)))  # the floors are the 16th write
             assert Replaying.count - before == 21 - rows, (moment, torn)
 

@@ -12,11 +12,10 @@ from kvfloor.audit import engine
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.grid import AnyRow, Grid, Pair
 from kvfloor.audit.header import Header
-from kvfloor.audit.journal import Journal
+from kvfloor.audit.journal import Journal, Measured
 from kvfloor.audit.limits import left_out, without_left_out
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Cell
-from kvfloor.audit.worker import Measured
 from tests.cli.running import kvfloor
 
 RIDDLES = """

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvfloor.audit import engine
+from kvfloor.audit.closer import Closer
 from kvfloor.audit.grid import EXACT, Grid, Pair
 from kvfloor.audit.journal import FLOORS, ROWS, TEXTS
 from kvfloor.audit.merge import merge, unlike
@@ -58,11 +59,13 @@ def test_merged_parts_equal_one_audit(tmp_path: Path, n: int) -> None:
     folders = [tmp_path / f"part-{i}" for i in range(n, 0, -1)]
     merged = merge(folders, tmp_path / "merged", announce=said.append)
     assert without_times(tmp_path / "merged") == without_times(tmp_path / "whole") and said == []
-    assert merged.heads == one.heads and merged.recommendation.method == one.recommendation.method
+    assert merged.recommendation.method == one.recommendation.method
+    assert merged.closer == Closer() != one.closer  # a merge has no model
     assert merged.meta.versions == one.meta.versions and merged.meta.duration_s > 0
     before = Replaying.count
-    audit(tmp_path / "merged")
+    explained = audit(tmp_path / "merged")
     assert Replaying.count == before  # it is a whole audit
+    assert explained.heads == one.heads and explained.closer == one.closer
 
 
 def test_parts_one_after_the_other_in_one_folder_are_a_whole_audit(tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ from kvfloor.audit.engine import exact_row
 from kvfloor.audit.grid import AnyRow, Asked, Grid, Pair, Place
 from kvfloor.audit.handout import Handout
 from kvfloor.audit.identity import differences, identity
-from kvfloor.audit.journal import Journal
+from kvfloor.audit.journal import Journal, Measured
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.plan import settings
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Row
-from kvfloor.audit.worker import Measured, Worker
+from kvfloor.audit.worker import Worker
 from kvfloor.models.load import find
 
 MOST_DEATHS = 3

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from kvfloor.audit.nats import MOST_BYTES as MOST_TEXT_BYTES
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.records import line_of, read_growing, write_records
 from kvfloor.audit.rows import MOST_BYTES, Cell, Row
-from kvfloor.audit.worker import Measured
 from kvfloor.files import FolderLock, append_to, cut_to
 
 EXPLANATIONS = ("output_errors.jsonl", "text_floors.jsonl", "examples.jsonl")
@@ -32,6 +31,14 @@ _KINDS: dict[str, tuple[type, int, str]] = {
     ROWS: (Row, MOST_BYTES, "an audit row"),
     FLOORS: (HeadFloor, MOST_BYTES, "the floor of a kv head"),
 }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Hold one measured row. With the row of `exact` on a cell come the memory floors of the model's kv heads there."""
+
+    row: AnyRow
+    floors: tuple[HeadFloor, ...] = ()
 
 
 class Journal:

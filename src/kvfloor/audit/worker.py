@@ -15,7 +15,8 @@ from torch import Tensor
 from kvfloor.audit.chat import chosen_chat
 from kvfloor.audit.closer import Closer, look_closer
 from kvfloor.audit.grid import EXACT, AnyRow, Grid, Place
-from kvfloor.audit.heads import HeadFloor, head_floors
+from kvfloor.audit.heads import head_floors
+from kvfloor.audit.journal import Measured
 from kvfloor.audit.measure import Bench, ExactOutcome, Prepared
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.plan import Work, prompt_work, settings, task_work
@@ -27,14 +28,6 @@ from kvfloor.audit.rows import Row
 from kvfloor.audit.texts import Excerpt, excerpts, further_excerpts
 from kvfloor.hf import prepare
 from kvfloor.models import load
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Hold one measured row. With the row of `exact` on a cell come the memory floors of the model's kv heads there."""
-
-    row: AnyRow
-    floors: tuple[HeadFloor, ...] = ()
 
 
 @dataclass(frozen=True)
