@@ -92,6 +92,7 @@ bench: $(VENV)/.development
 # kvpress supports transformers 5.2 only, so both run in an environment of their own.
 peers: $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python bench/peers/kvpress_beside.py
+	$(PEERS)/bin/python bench/peers/parity.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(DOCS) out site

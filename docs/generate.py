@@ -2,8 +2,8 @@
 
 Generated: docs/methods.md (the registry's table), docs/cli.md (every command's help), docs/models.md (the results of
 the survey of model families, kept in docs/models/ by release; `make models` measures anew), docs/map.md (the first
-sentence of each module's docstring), docs/contract.md (signatures, docstrings and laws), docs/api/ (the public names,
-whose docstrings the site fills in).
+sentence of each module's docstring), docs/contract.md (signatures, docstrings and laws), docs/peers.md (kvpress beside
+kvfloor, from the table that `make peers` writes), docs/api/ (the public names, whose docstrings the site fills in).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from contract_page import contract_page
+from peers_page import peers_page
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_VERDICTS = {
@@ -28,7 +29,7 @@ OTHER_VERDICTS = {
     "not built": "Not compared: no tiny model without a network, other libraries or other inputs than text",
 }
 API = ("kvfloor", "kvfloor.hf", "kvfloor.floors", "kvfloor.game", "kvfloor.tasks")
-COMMANDS = ("audit", "floors", "break", "check", "methods", "plan", "tasks", "train-less")
+COMMANDS = ("audit", "merge", "floors", "break", "check", "methods", "plan", "tasks", "train-less")
 
 
 def methods_page() -> str:
@@ -164,6 +165,7 @@ def main() -> int:
         ROOT / "docs/models.md": models_page(),
         ROOT / "docs/map.md": map_page(),
         ROOT / "docs/contract.md": contract_page(),
+        ROOT / "docs/peers.md": peers_page(),
         **{ROOT / f"docs/api/{name.removeprefix('kvfloor.')}.md": api_page(name) for name in API},
     }
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

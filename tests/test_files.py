@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import signal
@@ -247,3 +248,31 @@ def test_anything_else_is_refused_in_one_line(tmp_path: Path, kind: str, told: s
         read_regular(named.get(kind, path), MOST, "notes")
     assert kind == "empty" or str(refused.value).startswith("cannot read the notes ")
     assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+# ---- digests and locks --------------------------------------------------------------------------------------------
+
+
+def test_a_digest_tells_small_files_byte_by_byte_and_large_ones_by_size_and_sample(tmp_path: Path) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"one")
+    assert files.sampled_digest(small) == hashlib.sha256(b"one").hexdigest()
+    content = bytearray(2**24 + 5000)
+    large.write_bytes(content)
+    digests = {files.sampled_digest(large)}
+    for place in (0, len(content) - 1):
+        large.write_bytes(content[:place] + b"x" + content[place + 1 :])
+        digests.add(files.sampled_digest(large))
+    large.write_bytes(content + b"\0")
+    digests.add(files.sampled_digest(large))
+    assert len(digests) == 4
+
+
+def test_a_folder_is_locked_for_one_at_a_time(tmp_path: Path) -> None:
+    first, second = files.FolderLock(tmp_path), files.FolderLock(tmp_path)
+    first.take()
+    with pytest.raises(ValueError, match="is in use by another process"):
+        second.take()
+    first.release()
+    second.take()
+    second.release()

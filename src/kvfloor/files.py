@@ -1,6 +1,7 @@
 """Write files whole or not at all, and read only regular files no larger than a stated size."""
 
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -10,6 +11,8 @@ from io import FileIO
 from pathlib import Path
 
 _PIECE_BYTES = 1 << 24
+_SAMPLES = 1024  # pieces of a large file that its digest covers, each of _SAMPLE_BYTES
+_SAMPLE_BYTES = 1 << 12
 _IRREGULAR = "it is a folder, a pipe or a device, not a regular file"
 
 
@@ -82,6 +85,95 @@ def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> byte
     if len(data) < size:
         raise cannot_read(path, what, f"it ended after {len(data)} of {size} bytes: is it being written?")
     return bytes(data)
+
+
+def sampled_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file of up to 16 MiB in hex digits, or of the size and a sample of a larger one.
+
+    The sample has evenly spaced pieces, the first and the last bytes among them, so that a model of many gigabytes is
+    told from another one in a moment. Raises ValueError for a path that is no regular file.
+    """
+    with open_regular(path, "file") as (stream, size):
+        if size <= _PIECE_BYTES:
+            return hashlib.sha256(read_exactly(stream, size, path, "file")).hexdigest()
+        whole = hashlib.sha256(f"{size} bytes".encode())
+        for piece in range(_SAMPLES):
+            stream.seek((size - _SAMPLE_BYTES) * piece // (_SAMPLES - 1))
+            whole.update(read_exactly(stream, _SAMPLE_BYTES, path, "file"))
+        return whole.hexdigest()
+
+
+def append_to(path: str | Path, data: bytes) -> None:
+    """Append `data` to a file, made if it is missing, and flush it to the disk.
+
+    Raises ValueError with one line naming the path and the reason, such as a full disk. The file then has the bytes
+    that it had before.
+    """
+    target = _replaceable(path)
+    try:
+        with open(target, "ab", buffering=0) as stream:
+            before = os.fstat(stream.fileno()).st_size
+            try:
+                _write_all(stream, data)
+                os.fsync(stream.fileno())
+            except BaseException:
+                os.ftruncate(stream.fileno(), before)
+                raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def cut_to(path: str | Path, size: int) -> None:
+    """Cut a file down to its first `size` bytes, if it has more. A missing file stays missing."""
+    try:
+        if os.path.exists(path) and os.path.getsize(path) > size:
+            os.truncate(path, size)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+class FolderLock:
+    """Keep other processes from using a folder, until `release` or the end of the process.
+
+    The lock is on a hidden file, which stays. Where the file system has no locks, `take` does nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Lock the folder. Raises ValueError where another process has it."""
+        try:
+            import fcntl
+        except ImportError:  # a system without this kind of lock
+            return
+        try:
+            self._descriptor = os.open(self.folder / ".kvfloor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ValueError(
+                f"{str(self.folder)!r} is in use by another process: wait for it, or choose another folder with --out"
+            ) from None
+        except OSError:
+            self.release()
+
+    def release(self) -> None:
+        """Unlock the folder."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _write_all(stream: FileIO, data: bytes) -> None:
+    """Write all of `data`, in as many calls as the system takes."""
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) or 0 :]
 
 
 def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> None:

@@ -19,6 +19,12 @@ MIN_SAMPLES = 32
 MIN_BLOCKS = 8
 """Require at least this many blocks of values for the interval of their mean."""
 
+_STAKES = np.array([1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4])
+"""Shares of the capital that `mean_exceeds` stakes: small ones for close calls, large ones for clear ones."""
+
+_BEYOND = 10
+"""Resamples that must lie beyond each end of an interval of a mean."""
+
 
 def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the two-sided confidence interval (low, high) for a share, given `right` of `n` independent samples.
@@ -82,13 +88,14 @@ def blocks(values: Sequence[float], size: int) -> list[tuple[float, int]]:
 
 
 def mean_interval(
-    observed: Sequence[tuple[float, int]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    observed: Sequence[tuple[float, int]], confidence: float = 0.95, resamples: int | None = None, seed: int = 0
 ) -> tuple[float, float, float]:
     """Return (mean, low, high): the mean of all values and its confidence interval, given the output of `blocks`.
 
     Values within a block may depend on each other; the blocks are resampled with replacement. The interval inverts the
     resampled t statistics (bootstrap-t), so its two sides may differ in length, as skewed values such as divergences
-    require. It has width 0 if all blocks have the same mean. Coverage is tested in `tests/audit/test_statistics.py`.
+    require. It has width 0 if all blocks have the same mean. With `resamples` None there are 2,000, or as many as put
+    ten of them beyond each end. Coverage is tested in `tests/audit/test_statistics.py`.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 12; blocks as one observation:
     Kuensch, Annals of Statistics 17 (1989).
@@ -98,6 +105,8 @@ def mean_interval(
     if len(observed) < MIN_BLOCKS:
         raise ValueError(f"an interval needs at least {MIN_BLOCKS} blocks of values, got {len(observed)}")
     sums, sizes = (np.array(column, dtype=np.float64) for column in zip(*observed, strict=True))
+    if resamples is None:
+        resamples = max(2000, math.ceil(2 * _BEYOND / (1 - confidence)))
     draws = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     mean, error = _ratio(sums, sizes)
     means, errors = _ratio(sums[draws], sizes[draws])
@@ -115,6 +124,40 @@ def _ratio(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     mean = sums.sum(-1) / total
     residual = sums - mean[..., None] * sizes
     return mean, np.sqrt((residual**2).sum(-1) * count / (count - 1)) / total
+
+
+def confidence_of_look(confidence: float, look: int) -> float:
+    """Return the confidence of the interval at the k-th look (k from 1) at data that grow between the looks.
+
+    The error 1 - confidence is divided as 1 / (k (k + 1)), which sums to 1 over all k. So all intervals together hold
+    with `confidence`, however many looks there are, and one may stop after any of them (union bound).
+    Raises ValueError for a confidence outside (0, 1) and a look below 1.
+    """
+    _quantile(confidence)
+    whole("look", look)
+    return 1 - (1 - confidence) / (look * (look + 1))
+
+
+def mean_exceeds(values: Sequence[float], limit: float, error: float) -> bool:
+    """Return True if it is shown that the mean of these non-negative values exceeds a limit.
+
+    The answer may be asked for after every value, and the first True may be taken: if each value's mean, given the
+    values before it, is at most `limit`, a True ever comes with a probability of at most `error`. No bound on the
+    values is assumed, and no number of values.
+
+    The values bet against the limit. A share s of the capital is staked on each value x, which multiplies the capital
+    by 1 + s (x / limit - 1); the mean capital over several shares s exceeds 1 / error at most that often.
+
+    Source: Ville's inequality; betting for means: Waudby-Smith and Ramdas, "Estimating means of bounded random
+    variables by betting", JRSS B 86 (2024), whose lower bounds need no upper bound on the values.
+    Raises ValueError for a negative value, a limit of 0 or less, and an error outside (0, 1).
+    """
+    error = within("error", error, 0.0, 1.0, low_open=True, high_open=True)
+    x = np.asarray(values, dtype=np.float64)
+    if not limit > 0 or not (x >= 0).all():
+        raise ValueError(f"limit {limit} must be above 0, and every value at least 0")
+    growth = np.log1p(_STAKES[:, None] * (x / limit - 1)).cumsum(1)
+    return bool((np.logaddexp.reduce(growth, 0) - math.log(len(_STAKES)) >= -math.log(error)).any())
 
 
 def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[int, int]:

@@ -7,7 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from kvfloor.statistics import blocks, mean_interval, paired_counts, paired_difference_interval, wilson_interval
+from kvfloor.statistics import (
+    blocks,
+    confidence_of_look,
+    mean_exceeds,
+    mean_interval,
+    paired_counts,
+    paired_difference_interval,
+    wilson_interval,
+)
 
 
 def test_wilson_covers_its_share_on_average() -> None:
@@ -107,3 +115,37 @@ def test_a_mean_of_equal_values_has_no_width() -> None:
     assert mean_interval([(6.0, 3), (4.0, 2)] * 4) == (2.0, 2.0, 2.0)
     with pytest.raises(ValueError, match="at least 8 blocks of values, got 7"):
         mean_interval([(1.0, 1)] * 7)
+
+
+def test_looks_share_the_error() -> None:
+    errors = [1 - confidence_of_look(0.95, look) for look in range(1, 10_000)]
+    assert errors[0] == pytest.approx(0.025) and errors == sorted(errors, reverse=True)
+    assert 0.04999 < sum(errors) <= 0.05
+    with pytest.raises(ValueError, match="look"):
+        confidence_of_look(0.95, 0)
+
+
+def test_a_mean_at_the_limit_is_rarely_said_to_exceed_it_however_often_one_looks() -> None:
+    rng, runs = np.random.default_rng(0), 1000
+    skewed = np.exp(1.2 * rng.normal(size=(runs, 200)) - 0.72)  # mean 1
+    rare = (rng.random((runs, 200)) < 0.02) * 50.0  # mean 1
+    dependent = np.ones((runs, 200))  # each value's mean given the ones before is 1
+    for k in range(1, 200):
+        dependent[:, k] = np.where(dependent[:, k - 1] > 1, 0.5 + rng.random(runs), 2.0 * rng.random(runs))
+    for values in (skewed, rare, dependent):
+        assert sum(mean_exceeds(row, 1.0, 0.05) for row in values) <= 0.065 * runs
+
+
+def test_a_mean_above_the_limit_is_found() -> None:
+    rng = np.random.default_rng(1)
+    for ratio, count in ((4.0, 16), (2.0, 48), (1.3, 400)):
+        values = np.exp(0.7 * rng.normal(size=(100, count)) - 0.245) * ratio
+        assert sum(mean_exceeds(row, 1.0, 0.01) for row in values) >= 90, ratio
+    assert mean_exceeds([0.05] * 8, 0.01, 0.01) and not mean_exceeds([0.01] * 500, 0.01, 0.01)
+    assert mean_exceeds([0.05] * 8 + [0.0] * 500, 0.01, 0.01)  # once shown, it stays shown
+
+
+def test_impossible_limits_are_refused() -> None:
+    for values, limit, error in (([-1.0], 1.0, 0.05), ([1.0], 0.0, 0.05), ([1.0], 1.0, 1.0)):
+        with pytest.raises(ValueError, match="must"):
+            mean_exceeds(values, limit, error)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from kvfloor.audit import engine
 from kvfloor.audit.clock import Clock
-from kvfloor.audit.measure import run_cells
-from kvfloor.audit.plan import Item, Work
+from kvfloor.audit.grid import AnyRow, Grid, Pair
+from kvfloor.audit.header import Header
+from kvfloor.audit.journal import Journal, Measured
+from kvfloor.audit.limits import left_out, without_left_out
+from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Cell
 from tests.cli.running import kvfloor
 
@@ -55,7 +60,8 @@ def test_zero_keeps_every_cell_and_nothing_left_is_one_line(tmp_path: Path) -> N
     run = kvfloor("audit", *QUICK, *asked)
     assert run.returncode == 2 and run.stdout == "" and len(run.stderr.strip().splitlines()) == 1
     assert "nothing is left to compare" in run.stderr and "riddle at 64 tokens" in run.stderr
-    assert not (tmp_path / "out/rows.jsonl").exists()
+    rows = (tmp_path / "out/rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["method"] for line in rows] == ["exact"]  # not measured again with another bar
     kept = kvfloor("audit", *QUICK, *asked, "--least-exact", "0", "--json")
     document = json.loads(kept.stdout)
     assert kept.returncode == 0 and {row["task"] for row in document["rows"]} == {"riddle"}
@@ -68,26 +74,39 @@ def test_a_bar_outside_0_to_1_is_refused(tmp_path: Path) -> None:
         assert run.returncode == 2 and "give a score from 0 (keep all cells) to 1" in run.stderr
 
 
-def test_a_left_out_cell_costs_the_exact_run_only() -> None:
+def test_a_left_out_cell_costs_the_exact_run_only(row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    cells = [Cell(task, 512, "after") for task in ("hard", "easy")]
+    settings = ("exact", "window@16", "h2o@16")
+
     class Told:
-        """A bench that only notes what it was asked to do; exact scores 0.4 on "hard"."""
+        """Notes what it is asked to measure; exact has 16 of 40 samples right on "hard"."""
 
-        def __init__(self) -> None:
-            self.ran: list[str] = []
+        grid = Grid(tuple(cells), settings)
 
-        def prepare(self, work):
-            self.task = work.cell.task
-            return type("Prepared", (), {"traces": []})
+        def __init__(self, *given: object) -> None:
+            pass
 
-        def run(self, method, prepared):
-            self.ran.append(f"{self.task} {method}")
+        def tokens(self, place: Cell) -> int:
+            return 1
 
-        def row(self, setting, prepared, outcome, exact):
-            return type("Row", (), {"score": 0.4 if self.task == "hard" else 0.5})
+        def open(self, place: Cell) -> None:
+            pass
 
-    settings = [type("Setting", (), {"text": name, "method": name}) for name in ("exact", "window@8", "h2o@8")]
-    work = [Work(Cell(task, 64, "after"), (Item("x", ()),)) for task in ("hard", "easy")]
-    bench = Told()
-    rows, _, weak = run_cells(bench, settings, work, lambda text: None, Clock(None, print), 0.5)  # type: ignore[arg-type]
-    assert bench.ran == ["hard exact", "easy exact", "easy window@8", "easy h2o@8"]
-    assert len(rows) == 3 and len(weak) == 1
+        def measure(self, place: Cell, setting: str, exact: object) -> Measured:
+            measured.append(f"{place.task} {setting}")
+            right = 16 if place.task == "hard" else 40
+            return Measured(row(setting, right, place.task, exact_right=right))
+
+    monkeypatch.setattr(engine, "Worker", Told)
+    identity: dict[str, object] = {}
+    header = Header("m", 0, identity, [(one, False, False) for one in settings], [], cells, [], {}, "", 0.0)
+    with Journal(tmp_path) as journal:
+        journal.begin(header)
+
+        def asked(rows: Mapping[Pair, AnyRow]) -> list[Pair]:
+            return without_left_out(header.grid.pairs, rows, 0.5)
+
+        engine.Here(AuditRequest(), tmp_path, print).measure(asked, journal, Clock(None, print), lambda text: None)
+        assert measured == ["hard exact", "easy exact", "easy window@16", "easy h2o@16"]
+        assert list(left_out(journal.rows, 0.5)) == cells[:1] and journal.missing(asked(journal.rows)) == []

@@ -9,7 +9,8 @@ import pytest
 
 from kvfloor.audit.plan import BASELINES, Item, prompt_work, settings, task_work
 from kvfloor.audit.prompts import read_prompts
-from kvfloor.audit.run import AuditRequest, run
+from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.run import run
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.grammar import parse
 from kvfloor.models import builtin_path

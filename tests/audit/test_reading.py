@@ -7,20 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from kvfloor.audit.clock import Clock
 from kvfloor.audit.nats import TextCell, figures
 from kvfloor.audit.plan import settings
-from kvfloor.audit.reading import Reader, read_excerpts
+from kvfloor.audit.reading import Reader, text_row
 from kvfloor.audit.texts import GENERATED, SHIPPED, Excerpt, check_scored, excerpts, text_of
 from kvfloor.hf import prepare
 from kvfloor.models import load
 from kvfloor.tasks.task import builtin_count
 
 CONTEXT, SCORED, KEPT = 90, 140, 40
-
-
-def silent(text: str) -> None:
-    del text
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +31,11 @@ def excerpt(loaded: tuple[Any, Any]) -> Excerpt:
 def test_exact_has_no_divergence_and_a_window_that_of_a_masked_model(loaded: tuple[Any, Any], excerpt: Excerpt) -> None:
     model = prepare(loaded[0])
     plan = settings([f"window(block=1)@{KEPT}"], ["16"])
-    rows = read_excerpts(Reader(model, 0), plan, [excerpt], silent, Clock(None, silent))
-    found = {row.method: row for row in rows}
+    reader = Reader(model, 0)
+    reference = reader.reference(excerpt)
+    reads = {one.text: (one, reader.read(one.method, excerpt, reference)) for one in plan}
+    size = reads["exact"][1].state_bytes
+    found = {text: text_row(one, excerpt, read, size, model) for text, (one, read) in reads.items()}
     assert max(found["exact"].kl) < 1e-6
     plain, _ = load()
     ids = torch.tensor([excerpt.context + excerpt.continuation])
@@ -90,26 +88,3 @@ def test_texts_come_from_the_package_the_generator_or_a_file(tmp_path: Any) -> N
     (tmp_path / "speech.txt").write_text("another")
     with pytest.raises(ValueError, match="two of the texts are named 'speech'"):
         excerpts(["speech", str(tmp_path / "speech.txt")], [1], 1, lambda text: [])
-
-
-def test_texts_beyond_the_minutes_are_left_out_and_named(loaded: tuple[Any, Any]) -> None:
-    model = prepare(loaded[0])
-    three = excerpts(GENERATED, [CONTEXT], SCORED, lambda text: loaded[1](text).input_ids)
-    said: list[str] = []
-    clock = Clock(1e9, said.append)
-    plan = settings(["window@16"], ["16"])[:2]
-    rows = read_excerpts(Reader(model, 0), plan, three, lambda text: _spend(clock, text), clock)
-    assert said[0].startswith("2 settings on 3 texts of 230 tokens: about ")
-    assert {row.text for row in rows} == {"mixture-0"}
-    assert clock.note() == (
-        "Left out to stay within 0 s: mixture-1, 90 tokens of context, 140 scored; "
-        "mixture-2, 90 tokens of context, 140 scored.",
-    )
-    with pytest.raises(ValueError, match=r"--minutes 1e-06 is too short: one text of 230 tokens under 2 settings"):
-        read_excerpts(Reader(model, 0), plan, three, silent, Clock(1e-6, silent))
-
-
-def _spend(clock: Clock, text: str) -> None:
-    """Use the time up once the first text is under way."""
-    if text.endswith("quant"):
-        clock.minutes = 1e-9

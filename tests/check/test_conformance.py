@@ -50,6 +50,7 @@ OPTIONS = (
     "raas(page=4,alpha=0.05)+value_sum@24:30:60",
     "ridge_leverage(sketch=6,kind=count,centre=True)@40",
     "ridge_leverage(sketch=6,over=held)@40",
+    "ridge_leverage(keys=unrotated)@40",
     "expected(heads=each)@24:40:32",
 )
 SELECTING = (

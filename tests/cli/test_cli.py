@@ -221,10 +221,14 @@ def test_audit_json_report_and_require(tmp_path: Path) -> None:
     assert run.returncode == 1, run.stderr
     assert "not met" in run.stderr
     document = json.loads(run.stdout)
-    assert set(document) == {
-        "schema", "model", "seed", "rows", "texts", "heads", "left_out", "recommendation", "report",
-    }  # fmt: skip
+    parts = {"rows", "texts", "heads", "output_errors", "examples", "left_out", "recommendation", "report"}
+    assert set(document) == {"schema", "model", "seed"} | parts
     assert all(row["parts"] == {"answer": row["score"]} for row in document["rows"]) and document["left_out"] == []
+    assert {one["method"] for one in document["output_errors"]} == {row["method"] for row in document["rows"]} - {
+        "exact"
+    }
+    assert [one["kind"] for one in document["examples"]] == ["text", "task"]
+    assert len(document["heads"]) == 8
     assert set(document["recommendation"]) == {"method", "why"}
     by_method = {row["method"]: row for row in document["rows"]}
     assert set(by_method) == {"exact", "quant", "quant(bits=4)", "random@24", "window@24", "sinks@24", "h2o@24"}
@@ -234,5 +238,6 @@ def test_audit_json_report_and_require(tmp_path: Path) -> None:
     assert {("h2o", "h2o", "24", False), ("quant(bits=4)", "quant", None, True), ("exact", "exact", None, True)} < parts
     report = (tmp_path / document["report"]).read_text(encoding="utf-8")
     assert "<script" not in report and "h2o@24" in report
-    lines = (tmp_path / "out/audit/rows.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == len(document["rows"])
+    for name, part in (("rows", "rows"), ("output_errors", "output_errors"), ("examples", "examples")):
+        lines = (tmp_path / f"out/audit/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(lines) == len(document[part])

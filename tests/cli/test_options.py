@@ -44,11 +44,13 @@ FOR_PYTHON_ALONE = {"hidden_seed", "isolated", "sides"}
 # What a command needs besides, and what stops it before any work once its options are read.
 BASES = {
     "audit": ({"--model": "/nowhere"}, "no model at"),
+    "merge": ({"/nowhere": None, "--out": "out"}, "holds no audit"),
     "floors": ({"--n": "8", "--d": "4"}, "impossible below"),
     "break": ({"nonsense@8": None}, "nonsense"),
     "plan": ({"--context": "8", "--model": "/nowhere"}, "no model at"),
 }
 FITTING = {  # what an option needs beside it
+    ("audit", "--workers"): {"--engine": "ray"},
     ("floors", "--epsilon"): {"--metric": "max"},
     ("floors", "--caches"): {"--attention": "tensor"},
     ("floors", "--ratio"): {"--attention": "visual"},
@@ -258,7 +260,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ('{"prompt": "' + "9" * 5 + '", "answer": ' + "9" * 9999 + "}", "line 1"),
         ("[" * 100_000, "line 1"),
         (r'{"prompt": "\ud800", "answer": "y"}', "surrogate"),
-        ("\x00", "line 1"),
+        ("\x00", "zero bytes"),
     ],
 )
 def test_hostile_prompts_are_named_by_their_line(line: str, told: str, tmp_path: Path) -> None:

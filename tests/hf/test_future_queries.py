@@ -76,6 +76,28 @@ def test_the_rotation_is_measured_where_a_policy_wants_it(family: str) -> None:
     assert ranked.applied is None and ranked.rotation is not None
 
 
+def test_leverage_is_that_of_the_keys_before_the_rotation_where_wanted() -> None:
+    """Against what the layers' own projections gave out; cached keys have another Gram matrix."""
+    model, heard = prepare(tiny("llama").eval()), []
+    method = "ridge_leverage(sketch=64,block=8,prefill=dense,keys={})@24"
+    before, after = (CompressedCache(model, method.format(keys)) for keys in ("unrotated", "cached"))
+    hooks = [
+        layer.self_attn.k_proj.register_forward_hook(lambda module, given, out: heard.append(out[0].double()))
+        for layer in model.model.layers  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
+    ]
+    fed(model, before, some(64))
+    for hook in hooks:
+        hook.remove()
+    fed(model, after, some(64))
+    for layer, other, out in zip(before.compressed, after.compressed, heard, strict=True):
+        state: Any = layer.state
+        rotated: Any = other.state
+        keys = out.view(64, state.spec.rows, -1).transpose(0, 1)
+        wanted = keys.transpose(1, 2) @ keys
+        torch.testing.assert_close(state.memory.gram.double(), wanted, rtol=1e-4, atol=1e-4)
+        assert float((rotated.memory.gram.double() - wanted).abs().max()) > 0.01 * float(wanted.abs().max())
+
+
 def test_a_model_without_a_rotation_is_served_by_the_queries_as_given() -> None:
     model = prepare(served("gpt2"))
     cache = fed(model, CompressedCache(model, METHOD), some(40))

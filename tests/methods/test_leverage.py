@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from kvfloor import Spec, parse
+from kvfloor.core.bounded import Bounded
 from kvfloor.core.policy import Held
+from kvfloor.core.rotation import Rotation
 from kvfloor.methods.policies.leverage import RidgeLeverage, leverage
 from tests.literal import Rule, Token, keeps_alike, run
 from tests.support import Draw, positions, wrong
@@ -202,3 +204,22 @@ def test_like_keys_gain_by_leaving_only_where_the_held_are_weighed(draw: Draw) -
 def test_keys_without_length_have_no_leverage() -> None:
     k = torch.zeros(1, 20, 4, dtype=torch.float64)
     assert positions(run(PLAIN, 8, None, k, k, block=4)) == [list(range(12, 20))]
+
+
+@pytest.mark.parametrize("over", ["seen", "held"])
+def test_keys_before_their_rotation_are_scored_where_the_rotation_is_known(draw: Draw, over: Any) -> None:
+    """Rotated keys under `keys=unrotated` leave the tokens that the bare keys leave; without `applied` they do not."""
+    rotation = Rotation((1.0, 0.3, 0.05))
+    bare = draw(2, 90, 6) * torch.linspace(0.2, 3.0, 6) + 1.0
+    turned = rotation.turned(bare, rotation.circle(torch.arange(90) + 7, bare.dtype))
+
+    def kept(k: Tensor, keys: Any, applied: Rotation | None) -> list[list[int]]:
+        policy = replace(PLAIN, over=over, centre=True, keys=keys)
+        spec = Spec(2, 6, 6, dtype=k.dtype, applied=applied)
+        state: Any = Bounded(policy, budget=24, block=7).open(spec)
+        state.append(k, k)
+        return positions(state)
+
+    wanted = kept(bare, "cached", None)
+    assert kept(turned, "unrotated", rotation) == wanted
+    assert kept(turned, "unrotated", None) == kept(turned, "cached", rotation) != wanted

@@ -40,7 +40,9 @@ class Snap(Rule):
         for token in held:
             near = range(token.position - self.policy.kernel // 2, token.position + self.policy.kernel // 2 + 1)
             around = [votes[p] for p in near if p in votes and p < seen - window] or [votes[token.position]]
-            heads = [max(x) if self.policy.pool == "max" else sum(x) / len(x) for x in zip(*around, strict=True)]
+            heads = [
+                max(x) if self.policy.pool == "max" else sum(x) / self.policy.kernel for x in zip(*around, strict=True)
+            ]
             worth.append(sum(heads) / g)
         return worth
 
@@ -112,6 +114,18 @@ def test_pooling_over_slots_instead_of_positions_is_rejected(draw: Draw) -> None
 
     assert agrees(Observation(**SMALL, decode="evict"), draw)
     assert not agrees(wrong(Observation, _pooled=pooled)(**SMALL, decode="evict"), draw)
+
+
+@pytest.mark.parametrize(("pool", "law"), [("avg", "avg_pool1d"), ("max", "max_pool1d")])
+def test_a_dense_prompt_is_pooled_as_in_the_papers_code(draw: Draw, pool: Any, law: str) -> None:
+    """Over slots in order, with zeros around, where every token before the window is held."""
+    policy = Observation(window=5, kernel=7, pool=pool)
+    q, k, v = draw(2, 3, 40, 8), draw(2, 40, 8), draw(2, 40, 8)
+    state = run(policy, 16, q, k, v, block=64, prefill="dense")
+    held, votes = state._held(None, 40), draw(2, 3, 40).abs()
+    found = policy._pooled(votes, held, held.seen - 5)[..., :35]
+    wanted = getattr(torch.nn.functional, law)(votes[..., :35], 7, 1, 3)
+    torch.testing.assert_close(found, wanted)
 
 
 # ---- the edges -------------------------------------------------------------------------------------------------

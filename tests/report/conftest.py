@@ -6,7 +6,9 @@ from typing import get_args
 
 import pytest
 
+from kvfloor.audit.examples import Answered, SideBySide
 from kvfloor.audit.meta import Meta
+from kvfloor.audit.output_errors import ErrorMap
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Protocol, Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
@@ -104,8 +106,26 @@ def synthetic_meta() -> Meta:
         versions={"kvfloor": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.7"},
         machine="2 cores, CPU",
         duration_s=161.0,
+        hashes={"model.safetensors": "ab" * 32},
         notes=("Contexts of 4,096 tokens were left out to stay within three minutes.",),
     )
+
+
+def synthetic_example(poison: str = "") -> SideBySide:
+    """Make the example of a text that a setting continues otherwise than exact from its third token on."""
+    exact = Answered("exact", (5, 6, 7), 3, f"one two three{poison}", "", "", True)
+    other = Answered(f"h2o@64{poison}", (5, 6, 8, 9), 2, f"one two{poison}", f" four{poison}", f" five{poison}", False)
+    same = Answered(f"quant{poison}", (5, 6, 7), 3, f"one two three{poison}", "", "", True)
+    return SideBySide(
+        "text", f"sea{poison}", 256, f"begin{poison}", f"ask{poison}", f"truth{poison}", exact, (other, same)
+    )
+
+
+def synthetic_maps(poison: str = "", layers: int = 30, heads: int = 3) -> list[ErrorMap]:
+    """Make the maps of two settings on a model of which every second layer has a compressed cache."""
+    table = tuple(tuple((layer + head) / 100 for head in range(heads)) for layer in range(layers))
+    numbers = tuple(range(1, 2 * layers, 2))
+    return [ErrorMap(f"{one}{poison}", f"sea{poison}", 256, 64, 1000, numbers, table) for one in ("h2o@64", "quant")]
 
 
 @pytest.fixture(scope="session")

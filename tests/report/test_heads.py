@@ -7,6 +7,8 @@ import torch
 
 from kvfloor.audit import heads
 from kvfloor.audit.heads import HeadFloor, head_floors
+from kvfloor.audit.nats import TextCell
+from kvfloor.audit.output_errors import ErrorMap
 from kvfloor.audit.rows import Cell
 from kvfloor.audit.traces import Trace
 
@@ -61,7 +63,7 @@ def test_long_contexts_are_left_out(orthogonal: Trace, monkeypatch: pytest.Monke
 
 
 def floor(cell: Cell, head: int, groups: int, size: int) -> HeadFloor:
-    return HeadFloor(cell, 0, head, 64, groups, size, size // 2, 8192)
+    return HeadFloor(cell, 0, head, 0, 64, groups, size, size // 2, 8192)
 
 
 def test_the_cheapest_setting_must_serve_the_head_on_every_cell(rows) -> None:
@@ -86,3 +88,23 @@ def test_the_largest_floor_over_the_cells_counts(rows) -> None:
     cells = sorted({row.cell for row in rows})[:2]
     found = heads.heads([floor(cells[0], 0, 4, 100), floor(cells[1], 0, 60, 900)], rows)[0]
     assert (found.floor_bytes, found.asked_floor_bytes, found.compressible) == (900, 450, False)
+
+
+def test_of_many_heads_some_are_measured_evenly_spread(orthogonal: Trace) -> None:
+    layers = [replace(orthogonal, layer=number) for number in (1, 4, 9)]
+    every = head_floors(CELL, layers)
+    assert [(one.layer, one.head, one.position) for one in every] == [
+        (layer, head, position) for position, layer in enumerate((1, 4, 9)) for head in (0, 1)
+    ]
+    some = head_floors(CELL, layers, most_work=3 * D**2)
+    assert some == [every[0], every[2], every[5]]
+    assert head_floors(CELL, layers, most_work=0) == [every[0], every[5]]
+
+
+def test_a_head_finds_its_errors_at_its_layers_place() -> None:
+    cell = TextCell("sea", 64, 8)
+    errors = ((0.5, 0.5), (0.5, 0.01))
+    found = heads.heads(
+        [HeadFloor(cell, 7, 1, 1, 64, 8, 100, 50, 8192)], [ErrorMap("h2o@8", *cell, 1000, (3, 7), errors)]
+    )
+    assert [(one.layer, one.head, one.best_method, one.best_bytes) for one in found] == [(7, 1, "h2o@8", 250)]

@@ -18,10 +18,13 @@ from kvfloor.audit.nats import divergence
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.rows import Row
 from kvfloor.report.decision import decision_chart
+from kvfloor.report.heatmap import heatmaps, ink
 from kvfloor.report.html import page, render
 from kvfloor.report.ladder import WORST, ladders
 from kvfloor.report.marks import marks
+from kvfloor.report.multiples import multiples
 from tests.audit.made_up import text_row
+from tests.report.conftest import synthetic_example, synthetic_maps
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -76,7 +79,15 @@ def hostile_page(rows: list[Row], meta: Meta, poison: str) -> str:
         for row in rows
     ]
     notes = tuple(note + poison for note in meta.notes)
-    dirty = replace(meta, model=poison, command=poison, machine=poison, notes=notes, versions={poison: poison})
+    dirty = replace(
+        meta,
+        model=poison,
+        command=poison,
+        machine=poison,
+        notes=notes,
+        versions={poison: poison},
+        hashes={poison: poison},
+    )
     texts = [
         replace(
             row,
@@ -86,7 +97,8 @@ def hostile_page(rows: list[Row], meta: Meta, poison: str) -> str:
         )
         for row in (text_row("exact"), text_row("h2o@64"))
     ]
-    return page(bad, recommend(bad), dirty) + page([], recommend([], texts=texts), dirty, texts=texts)
+    closer = {"error_maps": synthetic_maps(poison), "examples": [synthetic_example(poison)]}
+    return page(bad, recommend(bad), dirty) + page([], recommend([], texts=texts), dirty, texts=texts, **closer)
 
 
 @pytest.mark.parametrize("poison", HOSTILE, ids=range(len(HOSTILE)))
@@ -213,3 +225,49 @@ def test_texts_alone_make_a_page(meta: Meta) -> None:
     (line,) = re.findall(r"<tr class=\"use\">.*?</tr>", text, re.S)
     found = divergence([row for row in texts if row.method == "h2o@64"])
     assert f">{number_of_nats(found.kl)} ✓<" in line and f"{100 * found.same_top:.1f} %" in line
+
+
+def test_an_example_marks_the_first_token_that_differs_and_keeps_its_lines(meta: Meta) -> None:
+    texts = [text_row(one, "sea", nats=0.002, state_bytes=640) for one in ("exact", "h2o@64")]
+    one = replace(synthetic_example(), prompt_end="first line\nsecond <b>\x1b")
+    text = page([], recommend([], texts=texts), meta, texts=texts, examples=[one])
+    assert "<mark> four</mark> five" in text and text.count("<mark>") == 2  # one in the explanation
+    assert "first line\nsecond &lt;b&gt;\\u001b" in text
+    assert "The same as exact for 2 of 3 tokens." in text and "The same 3 tokens as exact." in text
+    assert ">truth</p>" in text and "Example answers" not in page([], recommend([], texts=texts), meta, texts=texts)
+
+
+def test_errors_on_a_text_are_drawn_at_the_models_own_layers(meta: Meta) -> None:
+    texts = [text_row(one, "sea", nats=0.002, state_bytes=640) for one in ("exact", "h2o@64")]
+    maps = synthetic_maps()
+    first, _ = heatmaps(maps)
+    assert [(one.layer, one.head, one.error) for one in first.tiles] == [
+        (2 * layer + 1, head, (layer + head) / 100) for layer in range(30) for head in range(3)
+    ]
+    assert [one.column for one in first.tiles[::3]] == list(range(30)) and first.overall == maps[0].output_error
+    assert first.labels == tuple((column, 2 * column + 1) for column in range(0, 30, 5))
+    text = page([], recommend([], texts=texts), meta, texts=texts, error_maps=maps)
+    assert "layer 59, kv head 2: 0.31" in text and text.count('<rect class="tile"') == 180
+    assert f'fill-opacity="{round(ink(0.31), 3)}"' in text
+    assert "256 tokens of context, and the next 64 tokens" in text
+
+
+def test_small_figures_share_their_axes_and_hold_every_row(few: list[Row], meta: Meta) -> None:
+    drawn = multiples(few, marks(few))
+    assert [one.title for one in drawn] == ["recall", "recall", "words", "words"]
+    assert len({(one.across.low, one.across.high, one.up.high) for one in drawn}) == 1
+    text = page(few, recommend(few), meta)
+    for one, cell in zip(
+        drawn, sorted({row.cell for row in few}, key=lambda c: (c.task, c.protocol != "visible")), strict=True
+    ):
+        rows = {(row.state_bytes, row.score, row.score_low, row.score_high) for row in few if row.cell == cell}
+        points = [datum for series in one.series for datum in series.data]
+        assert {(datum.x, datum.y, *datum.interval) for datum in (*points, one.exact)} == rows  # type: ignore[misc]
+        for datum in points:
+            assert f"translate({one.across.place(datum.x)} {one.up.place(datum.y)}) scale" in text
+
+
+def test_the_page_says_how_to_reproduce_it(few: list[Row], meta: Meta) -> None:
+    text = html.unescape(page(few, recommend(few), meta))
+    part = text[text.index("How to reproduce it") :]
+    assert meta.command in part and "ab" * 32 in part and "5.23.0" in part

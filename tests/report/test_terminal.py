@@ -11,6 +11,7 @@ from kvfloor.audit.recommend import recommend
 from kvfloor.audit.rows import Row
 from kvfloor.report.terminal import print_report
 from tests.audit.made_up import text_row
+from tests.report.conftest import synthetic_example
 
 
 def printed(rows: list[Row], width: int = 160) -> str:
@@ -47,3 +48,16 @@ def test_texts_are_a_table_of_their_own_at_eighty_columns() -> None:
     text = out.getvalue()
     assert "2 texts, 256 tokens of context, 640 scored" in text and "quant(bits=4)" in text
     assert "…" not in text and "No task was run" in text
+
+
+def test_the_first_example_is_shown_in_brief() -> None:
+    texts = [text_row(one, text, nats=0.0052) for one in ("exact", "h2o@64") for text in "ab"]
+    out = io.StringIO()
+    long = replace(synthetic_example(), prompt_end="word " * 40 + "last\x1b[31m\nline")
+    print_report(
+        [], recommend([], texts=texts), Console(file=out, width=100), texts, [long, synthetic_example("not shown")]
+    )
+    text = out.getvalue()
+    assert "Example, sea after 256 tokens: …" in text and "last\\u001b[31m line" in text and "\x1b" not in text
+    assert "exact: one two three" in text and "quant: the same 3 tokens" in text
+    assert "h2o@64: the same for 2 of 3, then “four five”" in text and "not shown" not in text.partition("Example")[2]

@@ -9,13 +9,14 @@ verdicts on a setting, to decide if the setting is safe.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from kvfloor.audit.nats import Divergence
+from kvfloor.audit.nats import Divergence, TextRow, block_means, divergence, looks
 from kvfloor.audit.rows import Row
-from kvfloor.statistics import paired_difference_interval
+from kvfloor.statistics import confidence_of_look, mean_exceeds, paired_difference_interval
 
 Verdict = Literal["falls", "open", "holds"]
 """`holds`: too large a loss is excluded. `falls`: a loss, or too large a divergence, is certain. `open`: neither."""
@@ -32,20 +33,23 @@ class Standard:
     confidence  of the whole recommendation, in (0.5, 1)
     methods     number of methods that share the allowed error 1 - confidence
     kl_limit    largest tolerated divergence, nats per token; None if no text was read
+    racing      True if the audit judged its settings after every text, and read on for close calls
     """
 
     margin: float
     confidence: float
     methods: int
     kl_limit: float | None = None
+    racing: bool = False
 
     @property
     def cell_confidence(self) -> float:
-        """Return the confidence level of the two-sided interval that decides the verdict "holds" on a row.
+        """Return the confidence level of the two-sided intervals that decide the verdict "holds".
 
-        It is the interval of the row's score minus the exact cache's score. The allowed error 1 - confidence is divided
-        equally among the methods. The interval's lower end, which alone decides the verdict, is wrong with the
-        probability (1 - confidence) / methods.
+        On a row, the interval is that of the row's score minus the exact cache's score, and its lower end alone decides
+        the verdict. On texts, it is that of a setting's divergence, and its upper end alone decides. The allowed error
+        1 - confidence is divided equally among the methods, so each of these ends is wrong with the probability
+        (1 - confidence) / methods.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
@@ -74,16 +78,24 @@ class Standard:
         """
         return "falls" if self.verdict(row) == "falls" else "holds"
 
-    def divergence_verdict(self, found: Divergence) -> Verdict:
-        """Judge a divergence against `kl_limit`: return "holds", "open" or "falls".
+    def judge_texts(self, rows: Sequence[TextRow]) -> tuple[Divergence, Verdict]:
+        """Return a setting's divergence, given its rows in the order of reading, and the verdict on it.
 
-        "holds" means that its confidence interval lies below the limit, "falls" that it lies above, and "open" that it
-        contains the limit. The interval must have the confidence level `cell_confidence`.
+        "holds": the interval lies below `kl_limit`. "falls": the mean of the blocks is shown to exceed `kl_limit`, by a
+        test that allows for any number of looks (`mean_exceeds`). "open": neither. The interval has `cell_confidence`;
+        in a race, a share of its error is left for later looks (`confidence_of_look`).
         """
         assert self.kl_limit is not None
-        if found.kl_high <= self.kl_limit:
-            return "holds"
-        return "falls" if found.kl_low > self.kl_limit else "open"
+        level = self.cell_confidence
+        found = divergence(rows, confidence_of_look(level, looks(rows)) if self.racing else level)
+        if self.exceeds(rows):
+            return found, "falls"
+        return found, "holds" if found.kl_high <= self.kl_limit else "open"
+
+    def exceeds(self, rows: Sequence[TextRow]) -> bool:
+        """Return True if a setting's rows show that its divergence exceeds the limit, whenever one looks."""
+        assert self.kl_limit is not None
+        return mean_exceeds(block_means(rows), self.kl_limit, (1 - self.cell_confidence) / 2)
 
     def samples_needed(self, margin: float) -> int:
         """Return the smallest number of samples per row with which a loss of `margin` can be excluded.

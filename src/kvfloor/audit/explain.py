@@ -67,6 +67,16 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
     return tuple(sentences)
 
 
+def closest_setting(answer: Recommendation) -> Judged | None:
+    """Return the verdict on the setting that is nearest to being safe; None if no setting was judged."""
+    return max(answer.judged, key=lambda one: (_room(one, answer.standard), -one.state_bytes), default=None)
+
+
+def next_smaller(answer: Recommendation, chosen: Judged) -> Judged | None:
+    """Return the verdict on the setting of the most bytes below the chosen one's; None if nothing is smaller."""
+    return next((one for one in reversed(answer.judged) if one.state_bytes < chosen.state_bytes), None)
+
+
 def _few_samples(standard: Standard, n: int) -> list[str]:
     """Return at most one sentence: a warning that n samples per cell are too few to exclude a small loss on tasks.
 
@@ -93,11 +103,9 @@ def _why_chosen(answer: Recommendation, chosen: Judged) -> str:
     else:
         sentences.append(_kept_on_texts(answer, chosen.divergence))
         sentences.append("No task shows a loss." if answer.exact else "No task was run.")
-    smaller = [one for one in answer.judged if one.state_bytes < chosen.state_bytes]
+    smaller = next_smaller(answer, chosen)
     if smaller:
-        sentences.append(
-            f"The next smaller setting is {smaller[-1].setting}: {_weakness(smaller[-1], answer.standard)}."
-        )
+        sentences.append(f"The next smaller setting is {smaller.setting}: {_weakness(smaller, answer.standard)}.")
     else:
         sentences.append("No smaller setting was audited.")
     return " ".join(sentences)
@@ -156,7 +164,8 @@ def _why_none(answer: Recommendation) -> str:
             "smaller budgets."
         )
     standard = answer.standard
-    closest = max(answer.judged, key=lambda one: (_room(one, standard), -one.state_bytes))
+    closest = closest_setting(answer)
+    assert closest is not None
     if all(one.verdict == "falls" for one in answer.judged):
         reason = "quality falls under every setting"
     elif closest.verdict == "holds":

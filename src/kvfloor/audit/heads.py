@@ -8,30 +8,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from kvfloor.audit.rows import Cell, Row
+from kvfloor.audit.nats import TextCell
+from kvfloor.audit.rows import Cell
 from kvfloor.audit.traces import Trace
-from kvfloor.floors.measured import causal_mass, readable_by, readable_within
+from kvfloor.floors.measured import Readable, causal_mass, readable_by, readable_within
 from kvfloor.hf.calibrate import ETA, P
 
 GOOD = 0.1  # largest relative l2 error of a head's output at which a setting counts as good for it
 COMPRESSIBLE = 0.25  # a head is called compressible if queries can read at most this share of the context's tokens
 MOST_TOKENS = 8192  # longer contexts are left out: the time to compute the floor grows with the square
+MOST_WORK = 2**25
+"""Number of kv heads times the square of the tokens that is measured at most on one cell; fewer heads are otherwise."""
+
+FEWEST_HEADS = 2  # measured on a cell, however many its tokens
+
+
+class Erring(Protocol):
+    """Require the fields of a setting's errors by head on one cell: those of `Row` and of `ErrorMap`.
+
+    A setting is a method with its budget; `state_bytes` are of the whole cache.
+    """
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def cell(self) -> Cell | TextCell: ...
+    @property
+    def state_bytes(self) -> int: ...
+    @property
+    def output_error_by_head(self) -> tuple[tuple[float, ...], ...]: ...
 
 
 @dataclass(frozen=True)
 class HeadFloor:
-    """Hold the read floors of one kv head on one recorded sample of a cell (task, context length, protocol).
+    """Hold the read floors of one kv head on one recorded sample of a cell (task, context length, protocol) or text.
 
     Bytes are of this head alone. A read floor is the bytes that any method must hold to answer given queries over the
     head's keys within the additive error ETA, with probability P, if the values are the worst possible in [-1, 1]. A
     group is one token, or several with nearly the same key; a query reads a group if its attention weight on the group
     is large enough to recover the group's value from the answer.
 
+    layer, head        number of the layer as the model counts it, and of the kv head in it
+    position           place of the layer among those whose cache is compressed, as in `Row.output_error_by_head`
     tokens             number of tokens of the context
     readable_groups    number of groups that can be read by some query whose norm is at most the largest recorded norm
     floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
@@ -39,14 +62,21 @@ class HeadFloor:
     exact_bytes        bytes of the context's keys and values
     """
 
-    cell: Cell
+    cell: Cell | TextCell
     layer: int
     head: int
+    position: int
     tokens: int
     readable_groups: int
     floor_bytes: int
     asked_floor_bytes: int
     exact_bytes: int
+
+
+def with_cell(read: HeadFloor) -> HeadFloor:
+    """Return a floor that was read from a file, where its cell, a named tuple, is written as a list."""
+    first, context, last = read.cell
+    return replace(read, cell=TextCell(first, context, last) if isinstance(last, int) else Cell(first, context, last))
 
 
 @dataclass(frozen=True)
@@ -82,26 +112,44 @@ class Head:
         return asdict(self)
 
 
-def head_floors(cell: Cell, traces: Sequence[Trace]) -> list[HeadFloor]:
-    """Return the memory floors of every kv head of every layer, as one list, on the first recorded sample of a cell.
+def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int = MOST_WORK) -> list[HeadFloor]:
+    """Return the memory floors of the kv heads of all layers, as one list, on the first recorded sample of a cell.
 
-    A cell is a task at a context length under a protocol. The list is empty for a context of more than MOST_TOKENS
-    tokens. `traces` hold the sample's queries, keys and values, one entry per layer.
+    A cell is a task at a context length under a protocol, or a text. The list is empty for a context of more than
+    MOST_TOKENS tokens. Where all heads would take too long, some are measured, evenly spread over the layers: as many
+    as `most_work` allows, which is their number times the square of the context's tokens.
+    `traces` hold the sample's queries, keys and values, one entry per layer.
     """
+    places = [(position, head) for position, trace in enumerate(traces) for head in range(trace.kv_heads)]
+    longest = max(trace.k.shape[1] - trace.asked for trace in traces)
     found = []
-    for layer, trace in enumerate(traces):
+    for position, head in _spread(places, max(FEWEST_HEADS, most_work // max(1, longest) ** 2)):
+        trace = traces[position]
         cut = trace.k.shape[1] - trace.asked
-        for head in range(trace.kv_heads):
-            before, after = trace.present[head, :cut], trace.present[head, cut:]
-            if int(before.sum()) > MOST_TOKENS:
-                return []
-            k, own = trace.k[head, :cut][before].float(), trace.k[head, cut:][after].float()
-            found.append(_floor(cell, layer, head, trace, k, trace.q[head, :, cut:][:, after].float(), own))
+        before, after = trace.present[head, :cut], trace.present[head, cut:]
+        if int(before.sum()) > MOST_TOKENS:
+            return []
+        k, own = trace.k[head, :cut][before].float(), trace.k[head, cut:][after].float()
+        asked = trace.q[head, :, cut:][:, after].float()
+        within, by = _floors(head, trace, k, asked, own)
+        width = (trace.k.shape[-1] + trace.v.shape[-1]) * trace.k.dtype.itemsize
+        # the recorded queries are among those of at most their length, so the larger of both floors holds for these
+        floor = max(within.bytes, by.bytes)
+        found.append(
+            HeadFloor(cell, trace.layer, head, position, len(k), within.groups, floor, by.bytes, len(k) * width)
+        )
     return found
 
 
-def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> HeadFloor:
-    """Return the floors of one kv head on a cell (task, context length, protocol), from its keys and queries.
+def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """Return all places if they are at most `most`, else `most` of them at equal distances, first and last included."""
+    if len(places) <= most:
+        return places
+    return [places[round(index * (len(places) - 1) / (most - 1))] for index in range(most)]
+
+
+def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> tuple[Readable, Readable]:
+    """Return two read floors of one kv head: for all queries of the recorded lengths, and for the recorded queries.
 
     trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
     k      (n, d)     keys of the context's n tokens
@@ -113,16 +161,13 @@ def _floor(cell: Cell, layer: int, head: int, trace: Trace, k: Tensor, asked: Te
     radius = trace.q[head][:, trace.present[head]].float().norm(dim=-1).max().item()
     within = readable_within(k, radius=radius, others="present", **law, **demand)
     by = readable_by(k, asked.flatten(0, 1), later_mass=causal_mass(asked, own, **law), **law, **demand)
-    width = (trace.k.shape[-1] + trace.v.shape[-1]) * trace.k.dtype.itemsize
-    # the recorded queries are among those of at most their length, so the larger of both floors holds for these
-    floor = max(within.bytes, by.bytes)
-    return HeadFloor(cell, layer, head, len(k), within.groups, floor, by.bytes, len(k) * width)
+    return within, by
 
 
-def heads(floors: Iterable[HeadFloor], rows: Sequence[Row]) -> list[Head]:
-    """Combine each kv head's floors with the audit's rows, into one `Head` per kv head, ordered by layer and head.
+def heads(floors: Iterable[HeadFloor], rows: Sequence[Erring]) -> list[Head]:
+    """Combine each kv head's floors with the settings' errors, into one `Head` per kv head, ordered by layer and head.
 
-    Heads without floors are left out.
+    `rows` are an audit's rows of tasks and its error maps of texts. Heads without floors are left out.
     """
     found: dict[tuple[int, int], list[HeadFloor]] = {}
     for floor in floors:
@@ -130,9 +175,9 @@ def heads(floors: Iterable[HeadFloor], rows: Sequence[Row]) -> list[Head]:
     return [_head(place, of_head, rows) for place, of_head in sorted(found.items())]
 
 
-def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Row]) -> Head:
+def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Erring]) -> Head:
     share = max(floor.readable_groups / floor.tokens for floor in floors)
-    best = _cheapest(place, {floor.cell for floor in floors}, rows)
+    best = _cheapest((floors[0].position, place[1]), {floor.cell for floor in floors}, rows)
     return Head(
         layer=place[0],
         head=place[1],
@@ -147,21 +192,24 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Ro
     )
 
 
-def _cheapest(place: tuple[int, int], cells: set[Cell], rows: Sequence[Row]) -> tuple[int, str, float] | None:
+def _cheapest(
+    place: tuple[int, int], cells: set[Cell | TextCell], rows: Sequence[Erring]
+) -> tuple[int, str, float] | None:
     """Return a kv head's cheapest good setting as (bytes per head, setting, largest error); None without a good one.
 
     A setting (method with budget) is good if the head's output error is at most GOOD on each of `cells` (task, context
-    length, protocol); the exact cache is left out. `place` is (layer, head). `rows` hold the measured errors and bytes:
-    the bytes are the largest over the cells, divided by the number of kv heads of all layers.
+    length, protocol, or a text); the exact cache is left out. `place` is (`HeadFloor.position`, head). `rows` hold the
+    measured errors and bytes. The bytes are the largest over the cells, divided by the number of kv heads of all
+    layers.
     """
-    layer, head = place
-    settings: dict[str, list[Row]] = {}
+    position, head = place
+    settings: dict[str, list[Erring]] = {}
     for row in rows:
         if row.cell in cells and row.method != "exact":
             settings.setdefault(row.method, []).append(row)
     serving = []
     for method, of_method in settings.items():
-        error = max(row.output_error_by_head[layer][head] for row in of_method)
+        error = max(row.output_error_by_head[position][head] for row in of_method)
         if len(of_method) == len(cells) and error <= GOOD:
             shape = of_method[0].output_error_by_head
             largest = max(row.state_bytes for row in of_method)

@@ -1,19 +1,34 @@
-"""Write the notes of a report about its cells: which were left out, and which are in the chat template."""
+"""Leave out the cells that the model itself cannot do, and write the notes of a report about its cells.
+
+A cell is a task at a context length under a protocol.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvfloor.audit.format import percent_text
-from kvfloor.audit.plan import Work
-from kvfloor.audit.rows import Row
+from kvfloor.audit.grid import EXACT, AnyRow, Pair
+from kvfloor.audit.rows import Cell, Row
+
+
+def left_out(rows: Mapping[Pair, AnyRow], least: float) -> dict[Cell, Row]:
+    """Return the cells where exact scores below `least`, each with exact's row."""
+    return {
+        row.cell: row
+        for (_, setting), row in rows.items()
+        if setting == EXACT and isinstance(row, Row) and row.score < least
+    }
+
+
+def without_left_out(pairs: Iterable[Pair], rows: Mapping[Pair, AnyRow], least: float) -> list[Pair]:
+    """Return the measurements without those on left-out cells; `exact` alone is measured there."""
+    weak = left_out(rows, least)
+    return [pair for pair in pairs if pair[0] not in weak or pair[1] == EXACT]
 
 
 def left_out_notes(weak: Sequence[Row], least: float) -> tuple[str, ...]:
-    """Return at most one sentence: the cells where exact scores below `least`, from their rows, and what to do.
-
-    A cell is a task at a context length under a protocol.
-    """
+    """Return at most one sentence: the cells where exact scores below `least`, from their rows, and what to do."""
     if not weak:
         return ()
     cells = "; ".join(f"{row.cell} ({percent_text(row.score)})" for row in weak)
@@ -23,7 +38,6 @@ def left_out_notes(weak: Sequence[Row], least: float) -> tuple[str, ...]:
     )
 
 
-def chat_notes(work: Sequence[Work]) -> tuple[str, ...]:
+def chat_notes(tasks: Sequence[str]) -> tuple[str, ...]:
     """Return at most one sentence: the tasks whose samples are in the model's chat template."""
-    tasks = dict.fromkeys(one.cell.task for one in work if one.chat)
     return (f"Asked in the model's chat template: {', '.join(tasks)}.",) if tasks else ()

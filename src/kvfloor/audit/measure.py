@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvfloor import floors
 from kvfloor.audit import traces
 from kvfloor.audit.chat import Template
-from kvfloor.audit.clock import Clock
-from kvfloor.audit.heads import HeadFloor, head_floors
 from kvfloor.audit.plan import Item, Work
 from kvfloor.audit.rows import Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
@@ -86,6 +84,13 @@ class Measurement:
     decode_ms_per_token: float | None
     output_tokens: float
     budget_tokens: int | None
+
+
+class ExactOutcome(NamedTuple):
+    """Hold what other settings are compared with on a cell: the exact cache's answers, right or wrong, and bytes."""
+
+    right: tuple[int, ...]
+    state_bytes: int
 
 
 class Bench:
@@ -188,7 +193,7 @@ class Bench:
             budget_tokens=budget if isinstance(budget, int) else None,
         )
 
-    def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: Measurement) -> Row:
+    def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: ExactOutcome) -> Row:
         """Build the row of a setting on a cell, from the setting's measurement and the exact cache's.
 
         A setting is a method with its budget; a cell is a task at a context length under a protocol. The error of the
@@ -241,44 +246,3 @@ class Bench:
         for question, tokens in zip(item.turns, told, strict=True):
             found |= question.shares(self.tokenizer.decode(tokens, skip_special_tokens=True), form)
         return found
-
-
-def run_cells(
-    bench: Bench,
-    settings: Sequence[BudgetedMethod],
-    work: Sequence[Work],
-    progress: Callable[[str], None],
-    clock: Clock,
-    least_exact: float = 0.0,
-) -> tuple[list[Row], list[HeadFloor], list[Row]]:
-    """Run every setting on every cell; return the rows, the kv heads' memory floors, and the left-out cells' rows.
-
-    A setting is a method with its budget; a cell is a task at a context length under a protocol, and its samples are a
-    `Work`. A row is one setting measured on one cell. A floor is the least bytes that any method needs for a kv head on
-    a cell. The exact cache comes first in `settings`, as the other settings are compared with it. A cell where it
-    scores below `least_exact` is left out: it has the row of the exact cache alone. `progress` is called with a line of
-    text before each measurement. `clock` leaves out the cells that do not fit into the audit's time.
-    """
-    rows, floors, weak = [], [], []
-    for one in work:
-        tokens = one.cell.context * len(one.items)
-        if not clock.fits(str(one.cell), tokens):
-            continue
-        begin = time.perf_counter()
-        name = f"{one.cell.task} {one.cell.context} {one.cell.protocol}"
-        prepared = bench.prepare(one)
-        first, *others = settings
-        progress(f"{name}: {first.text}")
-        exact = bench.run(first.method, prepared)
-        row = bench.row(first, prepared, exact, exact)
-        if row.score < least_exact:
-            weak.append(row)
-            continue
-        rows.append(row)
-        progress(f"{name}: floors of the heads")
-        floors += head_floors(one.cell, prepared.traces)
-        for setting in others:
-            progress(f"{name}: {setting.text}")
-            rows.append(bench.row(setting, prepared, bench.run(setting.method, prepared), exact))
-        clock.took(time.perf_counter() - begin, tokens)
-    return rows, floors, weak

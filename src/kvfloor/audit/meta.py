@@ -15,6 +15,7 @@ class Meta:
     machine     the machine in words
     duration_s  duration of the audit in seconds
     notes       further plain sentences, e.g. which cells were cut and why
+    hashes      file name -> SHA-256 of what was measured: the model's weights, texts, prompts
     """
 
     model: str
@@ -24,3 +25,4 @@ class Meta:
     machine: str = ""
     duration_s: float = 0.0
     notes: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)

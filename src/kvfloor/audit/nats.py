@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,13 @@ import torch
 from torch import Tensor
 
 from kvfloor.audit.records import read_records, write_records
-from kvfloor.statistics import blocks, mean_interval
+from kvfloor.statistics import blocks, confidence_of_look, mean_interval
 
 BLOCK_TOKENS = 64
 """Tokens whose mean is one observation of an interval: neighbouring tokens are not independent of each other."""
+
+FIRST_LOOK = 32
+"""Blocks of scored tokens that a setting must have before a race may call it safe: below, an interval is too rough."""
 
 MOST_BYTES = 2**30  # of a nats.jsonl
 _DIGITS = 8  # significant digits of a token's figures in the file
@@ -41,7 +45,7 @@ class TextCell(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Hold what is measured at each of t scored tokens.
+    """Hold what is measured at each scored token, i.e. each token of the continuation.
 
     kl          KL(p || q), nats: how far the method's distribution is from the exact one
     loss        -log q(token), nats; exact_loss: -log p(token)
@@ -85,10 +89,14 @@ class TextRow:
 
     Bytes are of the whole cache: all layers and heads of one sequence.
 
-    method                 the setting, budget included; `configuration`, `name`, `budget`, `baseline`: as in `Row`
+    method                 the setting as text, budget included; `configuration`: without its budget; `name`: without
+                           arguments too; `budget`: as the user gave it, None without one
+    baseline               True for the methods that every audit compares with
     budget_tokens          tokens kept per kv head after budget resolution; None for an unbounded method
     text                   the text's name; `context` and `continuation` count its tokens
-    kl .. same_top         one figure per scored token (`TokenFigures`)
+    kl                     KL(p || q) of each scored token, nats
+    loss, exact_loss       -log q(token) and -log p(token) of each scored token, nats
+    same_top               1 for each scored token where p and q have the same likeliest token, else 0
     state_bytes            bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
     exact_bytes            bytes of the exact cache at the end of the context, in the model's own dtype
     exact_16_bit_bytes     the same if its numbers had 16 bits
@@ -196,6 +204,20 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     )
 
 
+def block_means(rows: Iterable[TextRow]) -> list[float]:
+    """Return the mean KL of each block of BLOCK_TOKENS scored tokens, text by text, in nats per token."""
+    return [total / count for row in rows for total, count in blocks(row.kl, BLOCK_TOKENS)]
+
+
+def looks(rows: Iterable[TextRow]) -> int:
+    """Return how often a race has judged a setting that read these texts.
+
+    It is judged after each text, as soon as it has FIRST_LOOK blocks.
+    """
+    counts = accumulate(len(blocks(row.kl, BLOCK_TOKENS)) for row in rows)
+    return max(1, sum(count >= FIRST_LOOK for count in counts))
+
+
 @dataclass(frozen=True)
 class TextSummary:
     """Hold one line of an audit's table of texts: a setting (method with budget), its bytes and its divergence.
@@ -220,8 +242,11 @@ class TextSummary:
 _MEANS = ("state_bytes", "exact_bytes", "exact_16_bit_bytes", "floor_bytes", "token_id_bytes")
 
 
-def summaries(rows: Sequence[TextRow]) -> list[TextSummary]:
-    """Return one summary per setting, in the order of the rows."""
+def summaries(rows: Sequence[TextRow], racing: bool = False, confidence: float = 0.95) -> list[TextSummary]:
+    """Return one summary per setting, in the order of the rows.
+
+    With `racing`, each interval leaves a share of its error for later looks: one may have stopped after any text.
+    """
     groups: dict[str, list[TextRow]] = {}
     for row in rows:
         groups.setdefault(row.method, []).append(row)
@@ -234,14 +259,14 @@ def summaries(rows: Sequence[TextRow]) -> list[TextSummary]:
             peak_state_bytes=max(row.peak_state_bytes for row in group),
             **{name: sum(getattr(row, name) for row in group) / len(group) for name in _MEANS},
             seconds=sum(row.seconds for row in group),
-            figures=divergence(group),
+            figures=divergence(group, confidence_of_look(confidence, looks(group)) if racing else confidence),
         )
         for setting, group in groups.items()
     ]
 
 
 def write_text_rows(path: Path, rows: Iterable[TextRow]) -> None:
-    """Write the rows to a `nats.jsonl` at `path`, one per line, whole or not at all."""
+    """Write the rows as JSON lines (`nats.jsonl`) to `path`, one row per line, whole or not at all."""
     write_records(path, rows)
 
 

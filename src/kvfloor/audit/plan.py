@@ -157,7 +157,8 @@ def prompt_work(
     """Return the cells of a user's own samples, one per protocol, with `name` in place of a task's name.
 
     The cells' context length is that of the longest sample context, in tokens by `count`. A bare prompt has no separate
-    question, so only the protocol `visible` applies to it. `chat` decides if they are put into the chat template.
+    question, so only the protocol "visible" (compress the question with the context) applies to it. `chat` decides if
+    the samples are put into the model's chat template.
     """
     allowed = [p for p in dict.fromkeys(protocols) if p == "visible" or all(item.split for item in items)]
     wrapped = chat.takes(True)

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvfloor import floors
-from kvfloor.audit.clock import Clock
 from kvfloor.audit.measure import CHUNK_SLOTS
 from kvfloor.audit.nats import TextRow, TokenFigures, figures
 from kvfloor.audit.setting import BudgetedMethod
@@ -106,8 +105,8 @@ def _floor(spec: Spec, context: int) -> float:
     return floors.space(context, spec.d, spec.dv, heads=spec.rows).bytes
 
 
-def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact: Read, model: Any) -> TextRow:
-    """Build the row of a setting on an excerpt, from its reading and that of the setting `exact`."""
+def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact_bytes: int, model: Any) -> TextRow:
+    """Build the row of a setting on an excerpt, from its reading and the bytes that `exact` has after the context."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     cell, found = excerpt.cell, read.figures
     return TextRow(
@@ -126,41 +125,9 @@ def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact: Read,
         same_top=found.same_top,
         state_bytes=read.state_bytes,
         peak_state_bytes=read.peak_state_bytes,
-        exact_bytes=exact.state_bytes,
-        exact_16_bit_bytes=exact.state_bytes * 2 // model.dtype.itemsize,
+        exact_bytes=exact_bytes,
+        exact_16_bit_bytes=exact_bytes * 2 // model.dtype.itemsize,
         floor_bytes=read.floor_bytes,
         token_id_bytes=math.ceil(cell.context * math.log2(vocabulary) / 8),
         seconds=read.seconds,
     )
-
-
-def read_excerpts(
-    reader: Reader,
-    settings: Sequence[BudgetedMethod],
-    excerpts: Sequence[Excerpt],
-    progress: Callable[[str], None],
-    clock: Clock,
-) -> list[TextRow]:
-    """Read every excerpt under every setting, and return one row for each pair.
-
-    The setting `exact` comes first in `settings`, because every row also records exact's bytes. `progress` is called
-    with a line of text before each reading. `clock` leaves out the excerpts that do not fit into the audit's time.
-    """
-    rows: list[TextRow] = []
-    for excerpt in excerpts:
-        tokens = len(excerpt.context) + len(excerpt.continuation)
-        if rows and not clock.fits(str(excerpt.cell), tokens):
-            continue
-        begin = time.perf_counter()
-        progress(f"{excerpt.cell}: the exact predictions")
-        reference = reader.reference(excerpt)
-        if not rows:
-            clock.expect(time.perf_counter() - begin, tokens, len(settings), len(excerpts))
-        exact: Read | None = None
-        for setting in settings:
-            progress(f"{excerpt.cell}: {setting.text}")
-            read = reader.read(setting.method, excerpt, reference)
-            exact = read if exact is None else exact
-            rows.append(text_row(setting, excerpt, read, exact, reader.model))
-        clock.took(time.perf_counter() - begin, tokens)
-    return rows

@@ -27,11 +27,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfloor.audit.criterion import SEVERITY, Standard, Verdict
-from kvfloor.audit.nats import Divergence, TextRow, divergence
+from kvfloor.audit.nats import Divergence, TextRow
 from kvfloor.audit.rows import Cell, Row
 
 WEAK_EXACT_SCORE = 0.5
 """Score of exact below which a cell is called weak: little is left there for a method to lose."""
+
+MARGIN = 0.15
+"""Default of the largest tolerated loss on tasks, as a share of right answers."""
+
+CONFIDENCE = 0.95
+"""Default confidence of the whole recommendation."""
+
+UNJUDGED = ("exact", "random")
+"""Names of the methods that are never recommended: the reference and the control."""
 
 KL_LIMIT = 0.01
 """Default of the largest tolerated divergence, nats per token.
@@ -103,11 +112,12 @@ class Recommendation:
 
 def recommend(
     rows: Sequence[Row],
-    margin: float = 0.15,
-    confidence: float = 0.95,
+    margin: float = MARGIN,
+    confidence: float = CONFIDENCE,
     *,
     texts: Sequence[TextRow] = (),
     kl_limit: float = KL_LIMIT,
+    racing: bool = False,
 ) -> Recommendation:
     """Return the safe setting of fewest bytes, with the verdict on every candidate.
 
@@ -117,6 +127,9 @@ def recommend(
     recommended if every cell is weak, i.e. if exact itself scores below WEAK_EXACT_SCORE on each. The default margin of
     15 points suits a short audit: with n = 40 samples per cell and eight methods, a setting that loses no sample to
     exact is shown to lose less than 14 points. A tighter margin needs more samples.
+
+    With `racing`, a setting need not have read every text: clear losers stopped early and close calls read on
+    (`audit/race.py`). Intervals then allow for one look after every text.
 
     Raises ValueError if the rows hold no exact reference or a setting twice on one cell or text, or if margin,
     confidence or limit is out of range.
@@ -129,9 +142,9 @@ def recommend(
     exact_texts = {row.cell: row for row in texts if row.method == "exact"}
     if not exact and not exact_texts:
         raise ValueError("the rows hold no exact reference: audit with the method 'exact' too")
-    candidates = _candidates(rows, texts, exact, exact_texts)
+    candidates = _candidates(rows, texts, exact, exact_texts, racing)
     methods = len({one.method for one in candidates})
-    standard = Standard(margin, confidence, methods, kl_limit if exact_texts else None)
+    standard = Standard(margin, confidence, methods, kl_limit if exact_texts else None, racing)
     judged = _judge(candidates, standard)
     safe = [one for one in judged if one.believed]
     answer = Recommendation(
@@ -148,12 +161,16 @@ def recommend(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Hold a setting's rows: one per cell of the tasks, and one per text and context length."""
+    """Hold a setting's rows: one per cell of the tasks, and one per text and context length.
+
+    is_whole is False if a cell lacks, as the setting stopped in a race; then it is not safe, whatever its texts show.
+    """
 
     setting: str
     method: str
     rows: tuple[Row, ...]
     texts: tuple[TextRow, ...]
+    is_whole: bool
 
     @property
     def sized(self) -> tuple[Row, ...] | tuple[TextRow, ...]:
@@ -165,13 +182,13 @@ class _Candidate:
 
 
 def _candidates(
-    rows: Sequence[Row], texts: Sequence[TextRow], exact: dict[Cell, Row], exact_texts: dict
+    rows: Sequence[Row], texts: Sequence[TextRow], exact: dict[Cell, Row], exact_texts: dict, racing: bool
 ) -> list[_Candidate]:
     """Return the settings that may be recommended, with their rows.
 
     Such a setting (method with budget) is measured on every cell (task, context length, protocol) and text, takes fewer
-    bytes than exact, and is neither `exact` nor `random`. Raises ValueError if a setting has two rows on one cell or
-    text.
+    bytes than exact, and is neither `exact` nor `random`. In a race, one text is enough. Raises ValueError if a setting
+    has two rows on one cell or text.
     """
     settings: dict[str, dict] = defaultdict(dict)
     for row in (*rows, *texts):
@@ -186,9 +203,10 @@ def _candidates(
             first.configuration,
             tuple(row for row in cells.values() if isinstance(row, Row)),
             tuple(row for row in cells.values() if isinstance(row, TextRow)),
+            is_whole=exact.keys() <= cells.keys(),
         )
-        whole = cells.keys() == exact.keys() | exact_texts.keys()
-        if first.name not in ("exact", "random") and whole and one.mean("state_bytes") < one.mean("exact_bytes"):
+        enough = bool(one.texts) if racing else cells.keys() == exact.keys() | exact_texts.keys()
+        if first.name not in UNJUDGED and enough and one.mean("state_bytes") < one.mean("exact_bytes"):
             found.append(one)
     return found
 
@@ -198,9 +216,11 @@ def _judge(candidates: Sequence[_Candidate], standard: Standard) -> tuple[Judged
     judged: list[Judged] = []
     stopped: set[str] = set()
     for one in sorted(candidates, key=lambda one: (-one.mean("state_bytes"), one.setting)):
-        far = divergence(one.texts, standard.cell_confidence) if one.texts else None
+        far, on_texts = standard.judge_texts(one.texts) if one.texts else (None, None)
         weakest = min(one.rows, key=lambda row: _strength(row, standard), default=None)
-        verdict, decided_by = _verdict(far, weakest, standard)
+        verdict, decided_by = _verdict(on_texts, weakest, standard)
+        if verdict == "holds" and not one.is_whole:
+            verdict = "open"
         if verdict != "holds":
             stopped.add(one.method)
         judged.append(
@@ -226,15 +246,14 @@ def _strength(row: Row, standard: Standard) -> tuple[int, float, float, Cell]:
     return SEVERITY[standard.verdict(row)], row.score - row.exact_score, standard.lower_end(row), row.cell
 
 
-def _verdict(far: Divergence | None, weakest: Row | None, standard: Standard) -> tuple[Verdict, str]:
+def _verdict(on_texts: Verdict | None, weakest: Row | None, standard: Standard) -> tuple[Verdict, str]:
     """Return the worse of a setting's two verdicts, on texts and on tasks, and "texts" or "tasks" for its source.
 
-    far      the setting's divergence from exact on the texts; None if no text was read: tasks alone decide
-    weakest  its row with the worst verdict; None if no task was run
+    on_texts  the verdict on its divergence; None if no text was read: tasks alone decide
+    weakest   its row with the worst verdict; None if no task was run
     """
-    if far is None:
+    if on_texts is None:
         assert weakest is not None
         return standard.verdict(weakest), "tasks"
-    on_texts = standard.divergence_verdict(far)
     on_tasks: Verdict = "holds" if weakest is None else standard.shown_worse(weakest)
     return (on_tasks, "tasks") if SEVERITY[on_tasks] < SEVERITY[on_texts] else (on_texts, "texts")

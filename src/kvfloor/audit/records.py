@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +13,14 @@ from kvfloor.files import read_regular, replace_file
 R = TypeVar("R")
 
 
+def line_of(record: Any) -> str:
+    """Return a dataclass object as one line of JSON, with its line end."""
+    return json.dumps({field.name: getattr(record, field.name) for field in fields(record)}, allow_nan=False) + "\n"
+
+
 def write_records(path: Path, records: Iterable[Any]) -> None:
     """Write dataclass objects to `path`, one per line, whole or not at all."""
-    replace_file(path, "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records))
+    replace_file(path, "".join(map(line_of, records)))
 
 
 def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> list[R]:
@@ -25,8 +30,25 @@ def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, wha
     what       description of one line, such as "a row of an audit", for errors
     Raises ValueError naming the file, and the line that is not a row.
     """
+    return _records(path, read_regular(path, most_bytes, "rows"), kind, file_name, what)
+
+
+def read_growing(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> tuple[list[R], int]:
+    """Read the objects of a file that is written line by line, and return them with the bytes of its whole lines.
+
+    A last line without its end was cut off while it was written, and is left out. A missing file has no objects.
+    Arguments and errors are those of `read_records`.
+    """
+    if not path.exists():
+        return [], 0
+    data = read_regular(path, most_bytes, "rows")
+    whole = data[: data.rfind(b"\n") + 1]
+    return _records(path, whole, kind, file_name, what), len(whole)
+
+
+def _records(path: Path, data: bytes, kind: type[R], file_name: str, what: str) -> list[R]:
     try:
-        lines = read_regular(path, most_bytes, "rows").decode("utf-8").splitlines()
+        lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}; give a {file_name} that an audit wrote") from error
     records = []

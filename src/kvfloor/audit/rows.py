@@ -39,10 +39,10 @@ class Row:
 
     Bytes are of the whole cache: all layers and heads of one sequence. "exact" is the cache that keeps every token.
 
-    method                 the setting, budget included, as `str(method)` gives it
+    method                 the setting as text, budget included
     budget_tokens          tokens kept per kv head after budget resolution; None for an unbounded method
     task, context          the task's name; tokens of context
-    protocol               `visible` or `after`, see `Protocol`
+    protocol               "visible": a question is compressed with its context; "after": it follows the compression
     n                      samples, at least 32
     score                  share of exactly right answers, with its 95 % Wilson interval
                            `score_low`..`score_high`

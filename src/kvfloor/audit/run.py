@@ -1,137 +1,51 @@
-"""Run an audit from start to end: plan the work, measure it, recommend a setting, write `rows.jsonl`."""
+"""Run an audit from start to end: plan the work, measure it, recommend a setting, write the rows."""
 
 from __future__ import annotations
 
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvfloor.audit.chat import Wish, check_wish, chosen_chat
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
+from kvfloor.audit.grid import Asked, Grid
+from kvfloor.audit.header import Header
 from kvfloor.audit.heads import Head, heads
-from kvfloor.audit.limits import chat_notes, left_out_notes
+from kvfloor.audit.identity import differences, identity, versions
+from kvfloor.audit.journal import Journal, is_explained
+from kvfloor.audit.limits import chat_notes, left_out, left_out_notes, without_left_out
 from kvfloor.audit.meta import Meta
-from kvfloor.audit.nats import TextRow, summaries, write_text_rows
-from kvfloor.audit.plan import (
-    BUDGETS,
-    METHODS,
-    TASKS,
-    check_protocols,
-    chosen_tasks,
-    prompt_work,
-    settings,
-    task_work,
-)
+from kvfloor.audit.nats import TextCell, TextRow, summaries
+from kvfloor.audit.plan import chosen_tasks, settings
 from kvfloor.audit.prompts import read_prompts
-from kvfloor.audit.recommend import KL_LIMIT, WEAK_EXACT_SCORE, Recommendation, recommend
-from kvfloor.audit.require import conditions, shortfalls, uncovered
-from kvfloor.audit.rows import Row, document, write_rows
-from kvfloor.audit.texts import GENERATED, SHIPPED, check_scored, check_texts, excerpts
+from kvfloor.audit.provenance import hashes_of
+from kvfloor.audit.race import Race, race
+from kvfloor.audit.recommend import Recommendation, recommend
+from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.require import Condition, conditions, shortfalls, uncovered
+from kvfloor.audit.rows import Cell, Row, document
+from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.files import open_folder
-from kvfloor.models.load import BUILTIN
-from kvfloor.statistics import MIN_SAMPLES
+from kvfloor.models.load import find
 
-DEFAULT_SAMPLES = 40
-DEFAULT_CONTEXT = {True: 512, False: 1024}
-"""Tokens of context for the built-in model (True) and any other (False)."""
-_FEWEST_SCORED = 512
+if TYPE_CHECKING:
+    from kvfloor.audit.closer import Closer
+    from kvfloor.audit.engine import Engine
 
-
-@dataclass(frozen=True)
-class AuditRequest:
-    """Hold the arguments of an audit: every field has the command line's default.
-
-    model     "builtin" or a local folder
-    methods   texts of methods, without the baselines, which always run too
-    budgets   texts of budgets: tokens, shares or bytes; None: 64 and 192 tokens for the built-in model, a quarter and a
-              half of the context for any other
-    tasks     names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none for
-              any other
-    prompts   file of the user's own samples (`read_prompts`), used in place of tasks; None: tasks
-    texts     names or files of texts to compare next-token distributions on (`audit/texts.py`); None: the generated
-              ones for the built-in model, the shipped ones for any other
-    contexts  lengths of contexts in tokens; None: 512 for the built-in model, 1,024 for any other
-    continuation  number of tokens that are predicted after each text's context; None: as many as the longest context
-              has, at least 512
-    kl_limit  largest tolerated divergence, nats per token
-    accept_terms  True if the user accepts the terms of use of a published model
-    n         samples per row, at least 32
-    protocols "after": the question follows the compression; "visible": it is compressed with the context
-    require   conditions on the rows (`audit/require.py`), or None
-    out       folder for `rows.jsonl` and the report
-    command   command line that the report shows
-    allow_beyond  True if contexts may be longer than the positions that the model was trained for
-    minutes   time limit: texts and cells that do not fit are left out; None: no limit
-    chat      "on": put all samples into the model's chat template; "off": none; "auto": those of tasks whose questions
-              are put to an assistant, and of prompts, if the tokenizer has a template
-    least_exact  score of exact below which a cell is left out; 0: keep all cells
-    """
-
-    model: str = "builtin"
-    methods: Sequence[str] = METHODS
-    budgets: Sequence[str] | None = None
-    tasks: Sequence[str] | None = None
-    prompts: Path | None = None
-    texts: Sequence[str] | None = None
-    contexts: Sequence[int] | None = None
-    continuation: int | None = None
-    kl_limit: float = KL_LIMIT
-    accept_terms: bool = False
-    protocols: Sequence[str] = ("after",)
-    n: int = DEFAULT_SAMPLES
-    seed: int = 0
-    require: str | None = None
-    out: Path = Path("out/audit")
-    command: str = "kvfloor audit"
-    allow_beyond: bool = False
-    minutes: float | None = None
-    chat: Wish = "auto"
-    least_exact: float = WEAK_EXACT_SCORE
-
-    @property
-    def is_builtin(self) -> bool:
-        return self.model == BUILTIN
-
-    @property
-    def budget_texts(self) -> Sequence[str]:
-        """Return the budgets under which every method runs."""
-        return BUDGETS[self.is_builtin] if self.budgets is None else self.budgets
-
-    @property
-    def task_names(self) -> Sequence[str]:
-        """Return the names of the tasks to run; none if the user's own prompts are used in their place."""
-        if self.prompts is not None or (self.tasks is None and not self.is_builtin):
-            return ()
-        return TASKS if self.tasks is None else self.tasks
-
-    @property
-    def text_names(self) -> Sequence[str]:
-        """Return the names of the texts to read."""
-        if self.texts is not None:
-            return self.texts
-        return GENERATED if self.is_builtin else SHIPPED
-
-    @property
-    def context_lengths(self) -> Sequence[int]:
-        """Return the context lengths in tokens."""
-        return (DEFAULT_CONTEXT[self.is_builtin],) if self.contexts is None else self.contexts
-
-    @property
-    def scored(self) -> int:
-        """Return the number of tokens that are predicted after each text's context."""
-        return max(*self.context_lengths, _FEWEST_SCORED) if self.continuation is None else self.continuation
+Track = Callable[[int, str], None]
+Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold the results of an audit: rows, kv heads' floors, recommendation, and the request that they answer.
+    """Hold the results of an audit: rows, kv heads' floors, recommendation, and what they come from.
 
     rows        one per setting (method with budget) and cell of the tasks; texts: one per setting and text
+    closer      errors by head and example answers; heads: the kv heads' floors
     left_out    the exact cache's row of each cell that was left out because of its score
     report      path of the HTML page, which `kvfloor.report.render` writes later
     shortfalls  a line for each row that misses a condition of `require`
@@ -141,117 +55,232 @@ class Answer:
     texts: list[TextRow]
     heads: list[Head]
     recommendation: Recommendation
+    closer: Closer
     report: Path
     shortfalls: tuple[str, ...]
-    question: AuditRequest
     meta: Meta
     left_out: tuple[Row, ...] = ()
 
     def as_dict(self) -> dict:
         """Return the document of `kvfloor audit --json` as plain JSON types."""
         plain = document(
-            model=self.question.model,
-            seed=self.question.seed,
+            model=self.meta.model,
+            seed=self.meta.seed,
             rows=self.rows,
             method=self.recommendation.method,
             why=why(self.recommendation),
             report=str(self.report),
         )
-        nats = [asdict(found) for found in summaries(self.texts)]
+        nats = [asdict(found) for found in summaries(self.texts, self.recommendation.standard.racing)]
         weak = [row.cell._asdict() | {"exact_score": row.score} for row in self.left_out]
-        return plain | {"texts": nats, "heads": [head.as_dict() for head in self.heads], "left_out": weak}
+        return plain | {
+            "texts": nats,
+            "heads": [head.as_dict() for head in self.heads],
+            "output_errors": [asdict(one) for one in self.closer.error_maps],
+            "examples": [asdict(one) for one in self.closer.examples],
+            "left_out": weak,
+        }
 
 
 def _silent(text: str) -> None:
     del text
 
 
-def run(question: AuditRequest, track: Callable[[int, str], None], announce: Callable[[str], None] = _silent) -> Answer:
-    """Run the audit that is asked for, write its `rows.jsonl`, and return its results.
+def run(question: AuditRequest, track: Track, announce: Announce = _silent) -> Answer:
+    """Run the audit that is asked for, write its rows, and return its results.
+
+    Rows that are in the folder `question.out` already, of an audit that was stopped, are not measured again.
 
     `track(total, text)` is called before each of `total` measurements, which `text` names; total is 0 while the model
-    is loaded. `announce` is called with a line of text that tells the expected time. Raises ValueError with one
-    line for anything in `question` that cannot be done; nothing is written then.
+    is loaded. `announce` is called with lines of text that tell the expected time, and what was measured before. Raises
+    ValueError with one line for anything in `question` that cannot be done.
     """
-    begin = time.perf_counter()
-    if not question.kl_limit > 0:
-        raise ValueError(f"--kl-limit {question.kl_limit}: give a number of nats above 0, such as {KL_LIMIT}")
-    if question.minutes is not None and not question.minutes > 0:
-        raise ValueError(f"--minutes {question.minutes:g}: give a number above 0, or leave it out for no limit")
-    if question.n < MIN_SAMPLES:
-        raise ValueError(f"--n {question.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
-    if not 0 <= question.least_exact <= 1:
-        raise ValueError(f"--least-exact {question.least_exact:g}: give a score from 0 (keep all cells) to 1")
-    check_wish(question.chat)
-    check_protocols(question.protocols)
-    names = question.task_names
-    known = tuple(task.name for task in chosen_tasks(names)) if names else ()
-    plan = settings(question.methods, question.budget_texts)
-    tasks = known if question.prompts is None else (question.prompts.stem,)
-    required = () if question.require is None else conditions(question.require, plan, tasks)
-    items = None if question.prompts is None else read_prompts(question.prompts, question.n)
-    if not (tasks or question.text_names):
-        raise ValueError("an audit needs texts or tasks: leave --texts out, or name --tasks")
-    check_texts(question.text_names)
-    check_scored(len(question.text_names), question.scored, question.minutes is not None)
-    open_folder(question.out)
+    plan, required = _checked(question)
+    with Journal(open_folder(question.out)) as journal:
+        _measure(question, plan, journal, track, announce)
+        return answer(journal, question.kl_limit, required, question.command)
 
-    from kvfloor.audit.measure import Bench, run_cells
-    from kvfloor.audit.reading import Reader, read_excerpts
-    from kvfloor.hf import prepare
-    from kvfloor.models import load
 
-    model, tokenizer = load(question.model, question.accept_terms, lambda text: track(0, text))
-    bench = Bench(prepare(model), tokenizer, question.seed)
-    chat = chosen_chat(question.chat, bench.template, question.model)
-    contexts = question.context_lengths
-    read = excerpts(question.text_names, contexts, question.scored, bench.encode)
-    _require_positions(model, question, max(contexts) + (question.scored if read else 0))
-    if question.prompts is not None and items is not None:
-        work = prompt_work(question.prompts.stem, items, question.protocols, bench.count, chat)
-    else:
-        work = (
-            task_work(names, contexts, question.protocols, question.n, question.seed, bench.count, chat)
-            if names
-            else []
-        )
-    clock = Clock(question.minutes, announce, begin)
-    total = (len(plan) + 1) * (len(read) + len(work))
-    texts = read_excerpts(Reader(model, question.seed), plan, read, lambda text: track(total, text), clock)
-    rows, floors, weak = run_cells(bench, plan, work, lambda text: track(total, text), clock, question.least_exact)
+def measure_part(question: AuditRequest, track: Track, announce: Announce = _silent) -> int:
+    """Measure the part of an audit that `question.shard` names, and return its number of rows.
+
+    Arguments and errors are those of `run`.
+    """
+    plan, _ = _checked(question)
+    with Journal(open_folder(question.out)) as journal:
+        return _measure(question, plan, journal, track, announce)
+
+
+def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], command: str) -> Answer:
+    """Return the results of the rows in a journal: floors, recommendation, and where they miss a condition.
+
+    Raises ValueError if exact scores too low on every cell and no text was read, so that nothing is left to compare.
+    """
+    from kvfloor.audit.closer import read_closer
+
+    header = journal.about
+    weak = left_out(journal.rows, header.least_exact)
+    rows, texts = [row for row in journal.tasks if row.cell not in weak], journal.texts
+    notes = left_out_notes(list(weak.values()), header.least_exact)
     if not rows and not texts and weak:
-        raise ValueError(f"nothing is left to compare. {left_out_notes(weak, question.least_exact)[0]}")
-    by_head = heads(floors, rows)
-    answer = recommend(rows, texts=texts, kl_limit=question.kl_limit)
-    report = question.out / "report.html"
+        raise ValueError(f"nothing is left to compare. {notes[0]}")
     meta = Meta(
+        model=header.model,
+        seed=header.seed,
+        command=command,
+        versions=header.versions,
+        machine=header.machine,
+        duration_s=header.seconds,
+        notes=(*header.notes, *chat_notes(header.chat), *notes),
+        hashes=header.hashes,
+    )
+    found = recommend(rows, texts=texts, kl_limit=kl_limit, racing=header.racing)
+    closer = read_closer(journal.folder, found)
+    floors = [floor for some in journal.floors.values() for floor in some]
+    by_head = heads([*floors, *closer.floors], [*rows, *closer.error_maps])
+    report = journal.folder / "report.html"
+    missed = (*shortfalls(required, rows), *uncovered(required, list(weak.values())))
+    return Answer(rows, texts, by_head, found, closer, report, missed, meta, tuple(weak.values()))
+
+
+def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condition, ...]]:
+    """Return the settings and the parsed `require`. Raises ValueError for a request that cannot be measured."""
+    question.check()
+    plan = settings(question.methods, question.budget_texts)
+    if question.prompts is not None:
+        read_prompts(question.prompts, question.n)
+        tasks: tuple[str, ...] = (question.prompts.stem,)
+    else:
+        tasks = tuple(task.name for task in chosen_tasks(question.task_names)) if question.task_names else ()
+    return plan, () if question.require is None else conditions(question.require, plan, tasks)
+
+
+def _measure(
+    question: AuditRequest, plan: Sequence[BudgetedMethod], journal: Journal, track: Track, announce: Announce
+) -> int:
+    """Measure what the journal lacks, sort its files, and return the number of rows that were asked for."""
+    begin, began = time.perf_counter(), time.time()
+    folder = find(question.model, question.accept_terms, lambda text: track(0, text))
+    known = identity(question, plan, folder)
+    before = None
+    if question.fresh or not journal.resume(known):
+        before = journal.header
+    elif _is_done(question, journal):
+        announce(f"{_out(question)} has all of this measured: the report is made anew (--fresh measures again)")
+        return _finish(question, journal, journal.about.notes)
+    with closing(_engine(question, folder, known, lambda text: track(0, text))) as engine:
+        seconds = journal.seconds if journal.rows else 0.0
+        header = _header(question, plan, known, engine.grid, hashes_of(question), began, seconds)
+        if before is not None:
+            names = ", ".join(differences(before.identity, known))
+            announce(f"{_out(question)} has another audit (another {names}): its rows are removed")
+        elif journal.rows:
+            count = f"{len(journal.rows)} of {len(header.grid.pairs)} measurements"
+            announce(f"{_out(question)} has {count}: going on from there")
+        journal.begin(header)
+        asked = _asked(question, header)
+        clock = Clock(question.minutes, announce, begin)
+        missing = journal.missing(asked(journal.rows))
+        total = len(missing) + len({place for place, _ in missing})
+        engine.measure(asked, journal, clock, lambda text: track(total, text))
+        count = _finish(question, journal, clock.note())
+        if question.shard is None:
+            _look_closer(question, engine, journal, lambda text: track(total, text))
+    return count
+
+
+def _look_closer(question: AuditRequest, engine: Engine, journal: Journal, track: Announce) -> None:
+    """Measure what explains the result, and write it beside the rows; nothing if there is nothing to compare."""
+    header = journal.about
+    weak = left_out(journal.rows, header.least_exact)
+    rows, texts = [row for row in journal.tasks if row.cell not in weak], journal.texts
+    if rows or texts:
+        found = recommend(rows, texts=texts, kl_limit=question.kl_limit, racing=header.racing)
+        engine.look_closer(rows, texts, found, track).write(journal.folder)
+
+
+def _engine(question: AuditRequest, folder: Path, known: dict[str, Any], track: Announce) -> Engine:
+    """Return the engine that `question` names, with the model loaded."""
+    if question.engine == "ray":
+        from kvfloor.audit.cluster import Cluster
+
+        return Cluster(question, folder, known, track)
+    from kvfloor.audit.engine import Here
+
+    return Here(question, folder, track)
+
+
+def _header(
+    question: AuditRequest,
+    plan: Sequence[BudgetedMethod],
+    known: dict[str, Any],
+    grid: Grid,
+    hashes: dict[str, str],
+    began: float,
+    seconds: float,
+) -> Header:
+    """Describe the audit that begins now; `known` is its identity, `seconds` the time of earlier starts."""
+    return Header(
         model=question.model,
         seed=question.seed,
-        command=question.command,
-        versions={
-            "kvfloor": version("kvfloor"),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        identity=known,
+        settings=[(one.text, one.baseline, one.asked) for one in plan],
+        texts=[place for place in grid.places if isinstance(place, TextCell)],
+        cells=[place for place in grid.places if isinstance(place, Cell)],
+        further=grid.further,
+        racing=question.racing,
+        least_exact=question.least_exact,
+        hashes=hashes,
+        chat=grid.chat,
+        versions=versions(),
         machine=f"{platform.machine()}, {_threads()} torch threads",
-        duration_s=time.perf_counter() - begin,
-        notes=(*clock.note(), *chat_notes(work), *left_out_notes(weak, question.least_exact)),
+        began=began,
+        seconds=seconds,
     )
-    missed = [*shortfalls(required, rows), *uncovered(required, weak)]
-    write_rows(question.out / "rows.jsonl", rows)
-    write_text_rows(question.out / "nats.jsonl", texts)
-    return Answer(rows, texts, by_head, answer, report, tuple(missed), question, meta, tuple(weak))
 
 
-def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:
-    """Raise ValueError if the audit's longest input, of `longest` tokens, exceeds the model's trained positions."""
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(most, int) and longest > most and not question.allow_beyond:
-        raise ValueError(
-            f"contexts and continuations of {longest:,} tokens are longer than the {most:,} positions of the model "
-            f"{question.model!r}: give smaller ones, or pass --allow-beyond"
-        )
+def _asked(question: AuditRequest, header: Header) -> Asked:
+    """Return the function from the rows so far to the measurements that the audit asks for."""
+    if header.racing:
+        return _race(question, header).asked
+    pairs = header.grid.part(question.shard)
+    return lambda rows: without_left_out(pairs, rows, header.least_exact)
+
+
+def _race(question: AuditRequest, header: Header) -> Race:
+    return race(header.grid, [one.configuration for one in header.methods], question.kl_limit, header.least_exact)
+
+
+def _is_done(question: AuditRequest, journal: Journal) -> bool:
+    """Return True if the rows asked for are there, or those left out did not fit into the same minutes before."""
+    header = journal.about
+    if header.racing != question.racing or (question.shard is None and not is_explained(journal.folder)):
+        return False
+    limited = question.shard is None and header.minutes is not None and question.minutes is not None
+    same_end = limited and header.ended and header.minutes == question.minutes
+    return same_end or not journal.missing(_asked(question, header)(journal.rows))
+
+
+def _finish(question: AuditRequest, journal: Journal, notes: Sequence[str]) -> int:
+    """Bring the files into their last order, without places that lack a setting, and return the number of rows.
+
+    A part of an audit keeps all rows, as other parts may be measured in the same folder.
+    """
+    header = journal.about
+    pairs = _asked(question, header)(journal.rows)
+    if question.shard is None:
+        lacking = {place for place, _ in journal.missing(pairs)}
+        kept = [pair for pair in pairs if pair[0] not in lacking]
+        if header.racing and (told := _race(question, header).note(kept)) and told not in notes:
+            notes = (*notes, told)
+        journal.finish(kept, question.minutes, notes)
+    else:
+        journal.sort()
+    return len(pairs) - len(journal.missing(pairs))
+
+
+def _out(question: AuditRequest) -> str:
+    return repr(str(question.out))
 
 
 def _threads() -> int:

@@ -23,6 +23,9 @@ SHIPPED = ("speech", "novel", "facts")
 GENERATED = ("mixture-0", "mixture-1", "mixture-2")
 """Texts in the built-in model's own vocabulary: facts of several tasks among filler, unlike those of its training."""
 
+MOST_PASSAGES = 8
+"""Passages of one text that a race may read, the first included."""
+
 MOST_TEXT_BYTES = 2**27
 _GENERATED_FROM = 1_000_000  # index of the first generated text: far from the indices of any sample
 
@@ -82,6 +85,27 @@ def check_scored(texts: int, continuation: int, limited: bool) -> None:
         raise ValueError(
             f"--continuation {continuation}: too few scored tokens for an interval ({told}); give at least {least}"
         )
+
+
+def further_excerpts(
+    names: Sequence[str], contexts: Sequence[int], continuation: int, encode: Callable[[str], list[int]]
+) -> list[Excerpt]:
+    """Return the next passages of the texts, as far as they have tokens: the second of each, then the third, and so on.
+
+    A passage is as long as the longest context and the continuation together; it begins with the special tokens that
+    `encode` puts before every text. Generated texts have no further passages. There are at most MOST_PASSAGES a text.
+    """
+    found, head, length = [], encode(""), max(contexts) + continuation
+    bodies = {name: encode(text_of(name, length))[len(head) :] for name in names if name not in GENERATED}
+    for number in range(2, MOST_PASSAGES + 1):
+        for name, body in bodies.items():
+            begin = (number - 1) * length
+            ids = head + body[begin : begin + length - len(head)]
+            if len(ids) == length:
+                for context in dict.fromkeys(contexts):
+                    cell = TextCell(f"{Path(name).stem} ({number})", context, continuation)
+                    found.append(Excerpt(cell, ids[:context], ids[context : context + continuation]))
+    return found
 
 
 def excerpts(

@@ -24,7 +24,8 @@ from kvfloor.hf.recording import Recorder
 class Trace:
     """Hold one layer's recorded queries, keys and values on a few samples.
 
-    A row is one kv head on one sample; g is the size of the GQA group, and n the number of tokens, padding included.
+    A row is one kv head on one sample; g is the size of the GQA group, n the number of tokens, padding included, and d
+    and dv are the widths of a key and a value.
 
     q        (rows, g, n, d)               queries
     k, v     (rows, n, d), (rows, n, dv)   keys and values
@@ -74,7 +75,7 @@ def replay(trace: Trace, method: Method) -> Tensor:
 
     A row is one kv head on one sample; g is the size of the GQA group, and dv the width of a value. The context's
     tokens are appended first, and the state is sealed (its prompt ends) before these queries. The method's budget must
-    be in tokens, as `Bench.resolved` returns it.
+    be in tokens per kv head.
     """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]

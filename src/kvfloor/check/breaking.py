@@ -38,8 +38,8 @@ def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
     """Return {description: (state, call)} for every kind of call that changes a state; call(state) makes the call.
 
-    Each state is in the middle of a block. All have evicted tokens, except perhaps the one whose call is `seal`, which
-    marks the end of the prompt.
+    Each state is in the middle of a block. All have evicted tokens, except perhaps the one whose call marks the end of
+    the prompt (`seal`).
     """
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)

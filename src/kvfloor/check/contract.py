@@ -1,4 +1,8 @@
-"""Check a method's text and docstrings, and the shapes, dtypes and side effects of its state's calls."""
+"""Check a method's text and docstrings, and the shapes, dtypes and side effects of its state's calls.
+
+A state is a method's memory of its tokens; the spec has the sizes, dtype and constants that a state is opened for. A
+log-mass is the log-sum-exp of the logits.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +115,10 @@ def check_shapes(method: Method, at: Setting) -> None:
 
 
 def check_read_pure(method: Method, at: Setting) -> None:
-    """Require that `read` changes nothing, gives the same bits when repeated, and agrees with `attend`."""
+    """Require that `read` changes nothing, gives the same bits when repeated, and agrees with `attend`.
+
+    Both calls of a state answer queries without new tokens. Only `attend` lets the method learn from the queries.
+    """
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at)
     play(state, stream, stop=prompt_length(method) + 5)

@@ -21,7 +21,7 @@ class Injected(Exception):
 
 
 class Faults(TorchDispatchMode):
-    """Count the torch operations in a `with` block as `done`, and raise `Injected` after operation number `at`.
+    """Count the torch operations in a `with` block (in `done`), and raise `Injected` after operation number `at`.
 
     With `at` None the operations are only counted.
     """
@@ -85,8 +85,8 @@ class FaultTally:
 def broken_at(state: State, call: Call, points: Iterable[int]) -> FaultTally:
     """Make the call fail at each torch operation in `points`, each time on a clone of `state`, and count the outcomes.
 
-    as_before  the clone's bytes (`to_bytes`) equal those from before the call, and the call made again gives the same
-               bits as a call without failure
+    as_before  the clone's saved form (`to_bytes`) has the same bytes as before the call, and the call made again gives
+               the same bits as a call without failure
     refused    every public call on the clone raises BrokenState
     silent     a sentence for every other outcome
     """

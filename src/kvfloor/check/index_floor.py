@@ -23,8 +23,8 @@ def check_index_floor(method: Method, at: Setting) -> None:
 
     A short game tests the live state and one restored from the saved bytes: random bits are hidden in values, the
     tokens are appended, and the bits are recovered from the answers to spike queries, each of which attends to one
-    token. Only the bits that `judge` certifies are counted. In `kvfloor break` a fresh process answers from the saved
-    bytes alone.
+    token. Only certified bits are counted: those that the answers prove to be in the memory. `nbytes` is the size of
+    the live state in bytes. In `kvfloor break` a fresh process answers from the saved bytes alone.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)

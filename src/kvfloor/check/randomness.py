@@ -1,6 +1,7 @@
 """Check randomness: random draws depend on seed and row ids alone, and shared tensors on method and spec alone.
 
-A row is the stream of one kv head of one sequence. Its row id is a number in the spec that seeds its random draws.
+The spec has the sizes, dtype and constants that a state is opened for. A row is the stream of one kv head of one
+sequence. Its row id is a number in the spec that seeds its random draws.
 """
 
 from __future__ import annotations

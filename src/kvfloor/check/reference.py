@@ -1,7 +1,8 @@
 """Check that answers equal exact attention where a method claims it, and that its other claims (`Traits`) hold.
 
 The other claims are normalised weights, linearity in values and constant memory. A selector is the part of a method
-that picks, for each query, the held tokens to read. A slot is the place of one held token.
+that picks, for each query, the held tokens to read. A slot is the place of one held token. In shapes, rows are streams
+of one kv head, m queries per row, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def _row(state: State, *index: int) -> State:
 
 
 def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
-    """Return the length in bytes of each row's saved state (`to_bytes`) after each piece of the stream: [piece][row].
+    """Return the length in bytes of each row's saved state after each piece of the stream: [piece][row].
 
     Pieces have at most `method.block` tokens. The caller compares two calls with different streams: where a length
     differs, the row held another number of tokens.
@@ -88,7 +88,10 @@ def check_row_alone(method: Method, at: Setting) -> None:
 
 
 def check_select_rows(method: Method, at: Setting) -> None:
-    """Require that rows kept by `select_rows` continue as in the batch, and copies of a row become independent."""
+    """Require that rows kept by `select_rows` continue as in the batch, and copies of a row become independent.
+
+    The call `select_rows` of a state keeps the rows that are named, in the given order; a row may be named repeatedly.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     last = rows_of(method) - 1
     index, middle = [last, 0, last], stream.prompt + 5

@@ -26,8 +26,9 @@ _SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a contai
 def storages(state: State) -> tuple[dict[int, int], int]:
     """Return ({address: bytes} of every tensor storage that the state reaches, total bytes of all other objects).
 
-    The walk follows every attribute and container, and does not use `Memory`, the class that computes nbytes. The
-    method, specs and `state.shared` are left out, because a saved state need not contain them.
+    The walk follows every attribute and container, and does not use the class that computes nbytes (`Memory`). The
+    method, specs and `state.shared` (tensors that method and spec fix) are left out, because a saved state need not
+    contain them.
     """
     found: dict[int, int] = {}
     others, met = 0, {id(state.shared)}  # a part may hold the same dictionary

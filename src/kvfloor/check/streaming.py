@@ -30,7 +30,7 @@ def check_chunking(method: Method, at: Setting) -> None:
 
     The stream has at least 20 block ends and is tested with and without padding. It is cut at random; without padding
     it is also cut token by token at its start and after the prompt. The pieces lie at other memory addresses than the
-    stream. For a method of constant memory that holds whole tokens, the states' bytes (`to_bytes`) must be equal too.
+    stream. For a method of constant memory that holds whole tokens, the bytes of the saved states must be equal too.
     """
     spec, n = spec_for(method, at), long_stream_length(method)
     stream = stream_for(method, at, n=n)
@@ -67,7 +67,10 @@ def check_causality(method: Method, at: Setting) -> None:
 
 
 def check_queries_independent(method: Method, at: Setting) -> None:
-    """Require that the answer to a query does not depend on the other queries of the same `read`."""
+    """Require that the answer to a query does not depend on the other queries of the same `read`.
+
+    The call `read` of a state answers queries without new tokens.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     play(state, stream)

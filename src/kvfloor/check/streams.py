@@ -1,7 +1,8 @@
 """Draw seeded streams of tokens for the checks, feed them to states, and compare the tokens that states hold.
 
-A row is the stream of one kv head of one sequence. Its row id in the spec seeds its random draws. A method evicts
-tokens at block ends, which are the multiples of `Method.block` tokens. A slot is the place of one held token.
+The spec has the sizes, dtype and constants that a state is opened for. A row is the stream of one kv head of one
+sequence. Its row id in the spec seeds its random draws. A method evicts tokens at block ends, which are the multiples
+of `Method.block` tokens. A slot is the place of one held token.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _LONG = 1 << 20  # so many tokens that `capacity` has reached its bound, if it h
 class Stream:
     """Hold n tokens per row to feed to a state: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
 
-    g is the GQA group, i.e. query heads per row. The first `prompt` tokens are the prompt, after which `State.seal` is
-    called.
+    g is the GQA group, i.e. query heads per row, d and dv are the widths of a key and a value. The first `prompt`
+    tokens are the prompt. After them the state is sealed (`State.seal` marks the end of the prompt).
     """
 
     q: Tensor
@@ -140,7 +141,10 @@ def _off_boundary(x: Tensor) -> Tensor:
 
 
 def probes(spec: Spec, m: int = 5) -> Tensor:
-    """Draw m random queries per row for `State.read`, (rows, m, d), which belong to no stream."""
+    """Draw m random queries per row, (rows, m, d), which belong to no stream.
+
+    `State.read` answers such queries, as it takes queries without new tokens.
+    """
     source = torch.Generator().manual_seed(977 + spec.seed)
     return (2.0 * torch.randn(spec.rows, m, spec.d, generator=source)).to(spec.dtype)
 
@@ -175,8 +179,9 @@ def play(
 ) -> Tensor:
     """Feed tokens start .. stop - 1 of a stream to `state.step`, in pieces that end at `cuts`; return the outputs.
 
-    Outputs are (rows, g, stop - start, dv). `State.seal` is called where the prompt ends. `present` (rows, n) is True
-    at real tokens. `after(i)` is called after each piece, with the number i of tokens fed so far.
+    `state.step` appends tokens and answers their queries. Outputs are (rows, g, stop - start, dv). `State.seal` is
+    called where the prompt ends. `present` (rows, n) is True at real tokens. `after(i)` is called after each piece,
+    with the number i of tokens fed so far.
     """
     stop = stream.n if stop is None else stop
     edges = sorted({start, stop, *(c for c in (*cuts, stream.prompt) if start < c < stop)})
@@ -227,7 +232,7 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
     """Raise Broken unless states a and b have seen equally many tokens, hold the same ones and answer alike.
 
-    For a method of constant memory that keeps tokens in slots, the states' bytes (`to_bytes`) must be equal too. `what`
+    For a method of constant memory that keeps tokens in slots, the bytes of the saved states must be equal too. `what`
     names the two states in the error.
     """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")

@@ -145,11 +145,11 @@ def run_checks(
     """Test a method on every law that it claims, and return which laws passed, failed or were skipped.
 
     A law whose outcome may depend on the dtype is tested for all dtypes, otherwise for the first one; a law whose
-    outcome may depend on the GQA group is tested for all groups, otherwise for the last one. A law fails at its first
-    Broken or any other exception, whose message is recorded in `Outcome.failed`. Tensor attention (softmax over pairs
-    of tokens) needs two keys and two values per token. It is tested as standard attention: the stream gives the first
-    key and value in some tests, the second in others, and the remaining key and value are filled with 1
-    (`check/tensor_adapter.py`).
+    outcome may depend on the GQA group is tested for all groups, otherwise for the last one. A law fails at the first
+    exception: Broken, which a check raises for a broken law, or any other. The exception's message is recorded as the
+    reason. Tensor attention (softmax over pairs of tokens) needs two keys and two values per token. It is tested as
+    standard attention: the stream gives the first key and value in some tests, the second in others, and the remaining
+    key and value are filled with 1 (`check/tensor_adapter.py`).
     Raises ValueError if the method cannot be opened at all (for want of a budget, say).
     """
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law

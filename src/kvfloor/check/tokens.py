@@ -41,7 +41,10 @@ def _budgets(method: Method, rows: int) -> list[int] | None:
 
 
 def check_capacity(method: Method, at: Setting) -> None:
-    """Require that a row always holds at most `Method.capacity` tokens, and as many as its budget has room for."""
+    """Require that a row always holds at most `Method.capacity` tokens, and as many as its budget has room for.
+
+    `Method.capacity` returns the most tokens that a row can hold after the tokens given so far.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state, budgets = method.open(spec), _budgets(method, spec.rows)
 
@@ -207,9 +210,10 @@ def check_selector_subset(method: Method, at: Setting) -> None:
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Raise Broken unless a selector without an index skips the slots that a query may not see, but not all slots.
+    """Raise Broken unless the selector skips all slots that a query may not see, but does not skip every slot.
 
-    The slots that each query may not see, argument `hide` of `Selector.hide`, are drawn at random from `source`.
+    The selector keeps no index of the held keys. `state` holds tokens; q (rows, m, d) has m queries per row of width d.
+    The slots that each query may not see are drawn at random from `source`.
     """
     view = state.slots.view()
     width = view.k.shape[1]

@@ -21,9 +21,9 @@ from kvfloor.game import ARGUMENTS, BARRIERS
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return a wrapper of `command` whose signature has one command-line option per argument of a barrier.
 
-    `ARGUMENTS` holds the help texts of the barriers' arguments. The wrapper also takes a method, `--barrier`, `--out`
-    and `--json`. The wrapper calls `command` with `method`, `barrier`, `out`, `as_json` and `arguments`, a dict of the
-    options that were given.
+    The help text of an option comes from the table `kvfloor.game.ARGUMENTS`. The wrapper also takes a method,
+    `--barrier`, `--out` and `--json`. It passes these four values to `command` as the keyword arguments `method`,
+    `barrier`, `out` and `as_json`, and the barriers' options that were given as a dict, `arguments`.
     """
     names = [name for name in ARGUMENTS if any(name in barrier.arguments for barrier in BARRIERS.values())]
     parameters = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from kvfloor.cli.options import JSON, real, whole
 from kvfloor.floors import ATTENTIONS, METRICS
 from kvfloor.models.load import BUILTIN
 from kvfloor.models.packaged import PACKAGED
-from kvfloor.splitting import split_list
+from kvfloor.splitting import shortened, split_list
 from kvfloor.version import __version__
 
 _LONGEST = 2000  # characters of an error's line
@@ -32,9 +33,9 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class _Commands(TyperGroup):
-    """Find the subcommand that was called; build the options of `break` only if `break` was called.
+    """Find the subcommand that was called; build the options of `kvfloor break` only if it was called.
 
-    The options of `break` come from the table of barriers (lower-bound games), whose import is slow.
+    These options come from the table of barriers (lower-bound games), whose import is slow.
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -179,16 +180,28 @@ def audit(
     allow_beyond: Annotated[
         bool, typer.Option("--allow-beyond", help="Allow contexts longer than the model's trained positions.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the rows and report.html.")] = Path("out/audit"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the rows and report.html; a stopped audit goes on there.")
+    ] = Path("out/audit"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has measured already.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Measure the I-th of N parts only, for kvfloor merge.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local: in this process; ray: on a Ray cluster.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers; one per processor unless given.", **whole(1, 100_000))
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one started here, unless given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure each method's memory and right answers on a model, at each budget, beside the provable memory floor."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from kvfloor.audit.run import AuditRequest, run
-    from kvfloor.report.html import render
-    from kvfloor.report.terminal import print_notes, print_report
+    from kvfloor.audit.request import AuditRequest
+    from kvfloor.audit.run import measure_part, run
     from kvfloor.report.text import visible
 
     chosen: dict[str, Any] = {}
@@ -212,6 +225,11 @@ def audit(
         accept_terms=accept_terms,
         allow_beyond=allow_beyond,
         minutes=minutes,
+        fresh=fresh,
+        shard=None if shard is None else _shard(shard),
+        engine=engine,
+        workers=workers,
+        ray_address=ray_address,
         chat=chat,  # type: ignore[arg-type]
         least_exact=least_exact,
         **chosen,
@@ -226,18 +244,73 @@ def audit(
             started = progress.tasks[0].total is not None
             progress.update(bar, total=total or None, advance=1 if started else 0, description=visible(text))
 
-        answer = run(question, track, lambda text: stderr.print(text, markup=False, highlight=False))
-        render(answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts)
+        def announce(text: str) -> None:
+            stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        if question.shard is None:
+            answer = run(question, track, announce)
+        else:
+            count = measure_part(question, track, announce)
+    if question.shard is None:
+        _show(answer, as_json)
+    elif as_json:
+        i, n = question.shard
+        _print_json({"schema": 1, "part": i, "parts": n, "measurements": count, "out": str(out)})
+    else:
+        print(f"part {shard}: {count} measurements in {out}; when all are measured: kvfloor merge FOLDERS --out FOLDER")
+
+
+def _show(answer: Any, as_json: bool) -> None:
+    """Write the report of an audit, print its results, and exit with code 1 where a requirement is not met."""
+    from rich.console import Console
+
+    from kvfloor.report.html import render
+    from kvfloor.report.terminal import print_notes, print_report
+
+    closer = answer.closer
+    render(
+        answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts,
+        closer.error_maps, closer.examples,
+    )  # fmt: skip
     if as_json:
         _print_json(answer.as_dict())
     else:
-        print_report(answer.rows, answer.recommendation, Console(), answer.texts)
+        print_report(answer.rows, answer.recommendation, Console(), answer.texts, closer.examples)
         print_notes(answer.meta.notes, Console())
         print(f"\nreport: {answer.report}")
     for line in answer.shortfalls:
-        stderr.print(f"kvfloor: not met: {line}", markup=False, highlight=False)
+        print(f"kvfloor: not met: {line}", file=sys.stderr)
     if answer.shortfalls:
         raise typer.Exit(1)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if found is None:
+        raise ValueError(f"--shard {shortened(text)}: give I/N with I from 1 to N, such as 1/4")
+    return int(found[1]), int(found[2])
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="The --out folders of all parts of one audit.")],
+    out: Annotated[Path, typer.Option(help="Folder for all rows and report.html.")],
+    kl_limit: Annotated[
+        float, typer.Option(help="Largest safe divergence from exact, nats per token.", **real())
+    ] = 0.01,
+    require: Annotated[
+        str | None, typer.Option(help="Exit 1 unless this holds, e.g. 'h2o@192:recall.score>=0.9'.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge the parts of an audit that `kvfloor audit --shard` measured, and write the report of the whole."""
+    from kvfloor.audit.merge import merge as merged
+
+    def announce(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    answer = merged(folders, out, kl_limit=kl_limit, require=require, command=_command_line(), announce=announce)
+    _show(answer, as_json)
 
 
 def _contexts(text: str) -> tuple[int, ...]:

@@ -4,8 +4,9 @@ A state is a method's memory of its streams. A row is one (batch item, kv head) 
 tokens. A block is `block` consecutive tokens of a row; a block end comes after the last of them, and the open block is
 the tokens since the last block end. A slot is the place of one held token. A selector picks the held tokens that a
 query reads; a summary is a compressed form of evicted tokens. In shapes, r are rows (some rows only, where an argument
-`rows` selects them), g query heads per kv head, a new tokens, m queries, s slots. A `Partial` is a result of attention:
-the mean and the log-mass (log-sum-exp of logits).
+`rows` selects them), g query heads per kv head, a new tokens, m queries, s slots, d and dv the widths of a key and a
+value; count[r] is the count of row r. A `Partial` is a result of attention: the mean of values and the log-mass
+(log-sum-exp of logits).
 """
 
 from __future__ import annotations
@@ -348,9 +349,9 @@ class Blocked(State[M]):
         return Partial(part.mean.view(rows, m, self.spec.dv), part.log_mass.view(rows, m))
 
     def unread(self, q: Tensor) -> Tensor | None:
-        """Return a mask that is True for the slots that `read` skips for q (rows, m, d); None if it skips none.
+        """Return a mask, True for the slots that queries q (rows, m, d) skip; None if they read every slot.
 
-        The mask is bool (rows or 1, m or 1, s) over the s slots.
+        The queries come without new tokens (call `read`). The mask is bool (rows or 1, m or 1, s) over the s slots.
         """
         return self._left_unread(self._newest(q))
 

@@ -34,10 +34,10 @@ class Bounded(Method):
 
     policy    decides which held token is evicted   summary   stores evicted tokens in compressed form
     selector  picks the held tokens a query reads   budget    tokens per row (one number, or one per row)
-    block     tokens of a row between two evictions; 1 is the papers' rule: evict after every token. Larger blocks evict
-              `block` tokens at once.
+    block     tokens of a row between two evictions; 1, the rule of the policies' papers: evict after every token.
+              Larger blocks evict `block` tokens at once.
     prefill   "stream": the budget holds from the first token; "dense": every token is kept until the seal
-              (end of the prompt). None: `usual_prefill` of the policy.
+              (end of the prompt). None: the policy's default (`usual_prefill`).
     """
 
     name: ClassVar[str] = "bounded"
@@ -156,8 +156,8 @@ class Bounded(Method):
 class BoundedState(Watching):
     """Keep tokens in budget + block slots per row, allocated once; add more in a dense prefill and for spared tokens.
 
-    A dense prefill keeps every token until the seal (end of the prompt). Spared tokens are all tokens of the prompt, or
-    all after it, if `Policy.spares` names that part: they are kept and not counted in the budget.
+    A dense prefill keeps every token until the seal (end of the prompt). Spared tokens are kept and not counted in the
+    budget: all tokens of the prompt, or all after it, if the policy names that part (`Policy.spares`).
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -268,7 +268,7 @@ class BoundedState(Watching):
     def _limit(self) -> Tensor:
         """Return the most tokens (rows,) that each row may hold after an eviction: its budget plus its spared tokens.
 
-        Spared tokens are all tokens of the prompt, or all after it, if `Policy.spares` names that part.
+        Spared tokens are all tokens of the prompt, or all after it, if the policy names that part (`Policy.spares`).
         """
         if self.prompt is None:
             return self.budget

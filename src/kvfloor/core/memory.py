@@ -90,12 +90,12 @@ class Memory:
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
     def fields(self) -> dict[str, Any]:
-        """Return the `Field` (allowed values), by name, of each attribute that may change after the part was opened.
+        """Return the allowed values (a `Field` each), by name, of attributes that may change after the part was opened.
 
         The attributes are checked before a message (the bytes of `State.to_bytes`) is loaded. A part whose `export` has
         nested dicts returns nested dicts here as well. An attribute that is not named here is compared with the same
         attribute of a newly opened part: numbers are configuration and must be equal; tensors must have the same dtype
-        and shape (`Field.like`).
+        and shape, but an axis of size 0 in the new part may have any size (`Field.like`).
         """
         return {}
 
@@ -148,7 +148,10 @@ class Memory:
                 setattr(self, name, value.index_select(0, index.to(value.device)))
 
     def copied(self) -> Any:
-        """Return a copy that shares no storage with this part, except for attributes in PUBLIC (such as `shared`)."""
+        """Return a copy that shares no storage with this part, except for the attributes named in PUBLIC.
+
+        These do not count as memory, such as the tensors in `shared`, which method and spec fix.
+        """
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)
 
@@ -164,9 +167,9 @@ def _require_names(fields: Any, opened: dict[str, Any], where: str) -> None:
 def _require_field(declared: Any, opened: Any, value: Any, where: str, sizes: dict[str, int]) -> None:
     """Raise ValueError unless a saved `value` may replace `opened`, the same attribute of a newly opened part.
 
-    declared  the `Field` of the value, a dict of fields for a nested value, or None if the part declares none
+    declared  the allowed values (a `Field`), a dict of fields for a nested value, or None if the part declares none
     where     path of the value in the message, for the error
-    sizes     sizes found so far, as in `Field.require`
+    sizes     word in a field's shape -> the size that it stands for, as found so far; new words are added
     """
     if isinstance(declared, Field):
         declared.require(value, where, sizes)

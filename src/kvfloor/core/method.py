@@ -38,9 +38,10 @@ class Traits:
     value_linear    answers are linear in the values, for fixed keys and queries
     lossy_values    values are stored with an error even while no token was dropped
     block_causal    an answer may depend on later tokens of the query's own block
-    constant_memory `nbytes` of a state never grows after the state was opened
-    pins            `State.pin` keeps a span of tokens for good
-    turns           keys are held whole, so that `Spec.rotation` can rotate each to its rank among the held tokens
+    constant_memory the bytes of a state (`nbytes`) never grow after the state was opened
+    pins            a span of tokens can be protected from eviction for good (`State.pin`)
+    turns           keys are held whole, so that a rotation (RoPE, `Spec.rotation`) can rotate each to its token's rank,
+                    the index among the held tokens
     trained_for     (layers, kv heads, d) of the model that the method's parameters were trained for; None: any model
     """
 
@@ -123,14 +124,16 @@ class Method(ABC):
     def open(self, spec: Spec) -> State:
         """Return an empty state for the rows of `spec`.
 
-        Raises ValueError for a budget that is not in tokens (see `resolve`), or that the method cannot keep.
+        Raises ValueError for a budget that is a share or in bytes (`resolve` makes it tokens), and for one that the
+        method cannot keep.
         """
 
     @abstractmethod
     def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
         """Return the most whole tokens that a row can hold after n tokens; None if the method sets no bound.
 
-        prompt: tokens before `seal`, the end of the prompt (None: not sealed); pinned: tokens kept by `State.pin`.
+        prompt  number of tokens before the end of the prompt; None: the prompt has not ended
+        pinned  number of tokens that are protected from eviction for good
         """
 
     def with_budget(self, budget: Budget) -> Method | None:
@@ -146,7 +149,7 @@ class Method(ABC):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the error bound that is proved for this configuration, or None.
 
-        `State.guarantee` tests the bound's assumptions on the tokens that a state has seen.
+        A state tests the bound's assumptions on the tokens that it has seen (`State.guarantee`).
         """
         del spec
         return None
@@ -182,7 +185,10 @@ class Method(ABC):
         return self
 
     def from_bytes(self, data: bytes, device: str | torch.device = "cpu") -> State:
-        """Return the state that `State.to_bytes` packed; raise CorruptState (a ValueError) if the bytes are damaged."""
+        """Return the state that was saved as `data`; raise CorruptState (a ValueError) if the bytes are damaged.
+
+        `State.to_bytes` makes the bytes.
+        """
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to later
             header, fields = message.unpack(data)
             text = header.get("method")
@@ -197,11 +203,11 @@ class Method(ABC):
 
 
 def rebuilt(method: Method, plain: Any, fields: Any, device: str | torch.device) -> State:
-    """Return a state of `method` restored from `fields`, which `State.export` returned for the saved state.
+    """Return a state of `method` restored from `fields`, the saved state's attributes by name.
 
-    `plain` is the saved state's spec as a dict. Raises CorruptState if the fields are not those of this release's
-    state, or do not fit the method, the spec and each other: a message's digest detects damage, but not fields that
-    somebody changed together with the digest.
+    `plain` is the saved state's spec (sizes, dtype and constants) as a dict. Raises CorruptState if the fields are not
+    those of this release's state, or do not fit the method, the spec and each other: the saved state's digest detects
+    damage, but not fields that somebody changed together with the digest.
     """
     try:
         if plain["rows"] > _numbers(fields):  # before anything is allocated for so many rows

@@ -136,9 +136,10 @@ class Queries:
 
 
 class PolicyMemory(Memory, ABC):
-    """Store what a policy remembers of each row beyond its numbers per slot (`Policy.columns`).
+    """Store what a policy remembers of each row beyond its numbers per slot (columns).
 
-    All tensors have rows as first axis. `spec` is the spec of the state that this memory belongs to.
+    All tensors have rows as first axis. `spec` has the sizes, dtype and constants of the state of which this memory is
+    a part.
     """
 
     spec: Spec
@@ -185,7 +186,10 @@ class Policy(ABC):
 
     @property
     def usual_prefill(self) -> Literal["stream", "dense"]:
-        """Return the default of `Bounded.prefill`: evict during the prompt ("stream") or only at its end ("dense")."""
+        """Return when to evict in the prompt, by default: all along it ("stream") or only at its end ("dense").
+
+        This is the default of the argument `prefill` of `Bounded`.
+        """
         return "stream"
 
     @property
@@ -206,13 +210,17 @@ class Policy(ABC):
         return 0
 
     def protected(self, held: Held, last: Tensor) -> Tensor:
-        """Return a mask (r, s) of the slots that may not be evicted; last (r, 1) is each row's `protected_last`."""
+        """Return a mask (r, s), True for slots with a protected token, which is never evicted.
+
+        Protected are a row's first `protected_first` tokens and its last[r] newest tokens. last (r, 1) is the number
+        that `protected_last` returns for the row's budget.
+        """
         return (held.position < self.protected_first()) | (held.position >= held.seen - last)
 
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
         """Return the policy's empty memory for the rows of `spec`, or None if it keeps only numbers per slot (columns).
 
-        shared: the tensors that `Policy.shared` returned.
+        shared: the tensors, by name, that are fixed by policy and spec alone.
         """
         del spec, shared
         return None
@@ -261,7 +269,7 @@ class Guarded(Policy):
 
     sinks   first tokens that are never evicted; trained models give these much attention
     recent  newest tokens that are never evicted; if not given, 16, or a quarter of a budget below 64
-    The papers' plain rules are sinks=0, recent=0, block=1.
+    The rules as the policies' papers state them have sinks=0, recent=0 and block=1.
     """
 
     sinks: int = 4

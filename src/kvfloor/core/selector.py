@@ -4,7 +4,7 @@ The methods `Exact` (keeps all tokens) and `Bounded` (keeps at most a budget of 
 A row is one (batch item, kv head) stream, and a slot the place of one held token. An index is what a selector stores
 about the held keys to find the tokens of large logit. A query sees a slot if the causal mask allows it, and reads the
 slots that the selector chooses among these. In shapes, r are the rows of a call, m queries per row, g query heads per
-kv head, a new tokens, s slots.
+kv head, a new tokens, s slots, d the width of a key.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Chosen:
 class SelectorState(Memory, ABC):
     """Store a selector's index of the held tokens, which is updated whenever tokens enter or leave the slots.
 
-    `spec` is the state's spec. Rows are the first axis of every tensor; a subclass with other tensors defines its
-    own `select_rows`. Slots are chosen by float64 scores, and by slot number among equal scores, so that a choice does
-    not depend on the shape of the call.
+    `spec` has the sizes, dtype and constants that the index was opened for. Rows are the first axis of every tensor; a
+    subclass with other tensors defines its own `select_rows`, which keeps some of the rows. Slots are chosen by float64
+    scores, and by slot number among equal scores, so that a choice does not depend on the shape of the call.
     """
 
     spec: Spec
@@ -135,9 +135,10 @@ class Indexed(Selector):
         """
 
     def block(self) -> int | None:
-        """Return the block length that the index needs, in tokens between two calls of `close`; None: any will do.
+        """Return how many tokens of a row come between two updates of the index; None: any number will do.
 
-        `Exact` uses this block length; `Bounded` has one of its own.
+        The update is `SelectorState.close`. `Exact` calls it after so many tokens of a row; `Bounded` calls it after a
+        number of its own, at the end of each of its blocks.
         """
         return None
 

@@ -1,9 +1,10 @@
 """Store the held tokens of all rows in one arena: flat tensors of keys and values, with one stretch per row.
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token; a row's slots are numbered from 0. A
-column is a tensor with one number of the policy per slot. The rank of a token is its index among the tokens that its
-row holds, the oldest at 0. In shapes, r are the rows of a call, s or width slots per row, a new tokens, e tokens of any
-rows.
+column is a tensor that an eviction policy keeps, with one number per slot, such as a score of the slot's token. The
+rank of a token is its index among the tokens that its row holds, the oldest at 0. Letters in shapes: r is the number of
+rows of a call, s or width that of slots per row, a that of new tokens, e that of tokens chosen in any rows; d and dv
+are the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kvfloor.core.spec import Spec
 class View:
     """Hold the first s slots of r rows as batched tensors: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
 
-    A slot is the place of one held token. live marks the slots that hold a token; None: all do.
+    A slot is the place of one held token. live marks the slots that hold a token; None: all do. fetch returns position.
     """
 
     k: Tensor
@@ -273,7 +274,7 @@ class Slots(Arena):
         return sent
 
     def fields(self) -> dict[str, Any]:
-        """Return the dtype, shape and range that each saved tensor must have, name -> `Field`.
+        """Return the dtype, shape and range that each saved tensor must have, name -> `Field` (allowed values).
 
         Every tensor has one entry per held token.
         """

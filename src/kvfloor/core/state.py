@@ -5,7 +5,9 @@ A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A
 not padding; packed tokens have each row's real tokens first. To seal a state is to mark the end of the prompt, to pin
 tokens is to protect them from eviction, to forget tokens is to drop them on request. A token's position is its index in
 its row's stream; e tokens of any rows are named by two tensors (e,), their rows and their positions. A `Partial` is the
-result of attention: the mean of values under the softmax weights, and the log of the softmax mass.
+result of attention: the mean of values under the softmax weights, and the log of the softmax mass. The spec has the
+sizes, dtype and constants of a state. In shapes, d and dv are the widths of a key and a value, t tokens and m queries
+per row.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def _plain(call: Call) -> Call:
 
 
 def whole(call: Call) -> Call:
-    """Wrap the method `call` of a state so that it raises `BrokenState` if an earlier call on the state broke off.
+    """Wrap a state's method so that it raises the exception BrokenState if an earlier call on the state broke off.
 
     Otherwise the call runs outside autograd and outside inference mode, as under `_plain`. A call that is about to
     change the state sets `_underway` first, after it has checked its input. The wrapper clears `_underway` when the
@@ -95,8 +97,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group,
     queries of `read` (rows, m, d); present (rows, t), bool, is False for padding, None: all tokens are real.
     All public calls raise TypeError or ValueError on bad input and leave the state as it was. After any other exception
-    the state is either unchanged, or refuses every further call with `BrokenState`. A state that keeps whole tokens
-    (each with its own key and value) holds them in `slots`.
+    the state is either unchanged, or every further call raises the exception BrokenState. A state that keeps whole
+    tokens (each with its own key and value) holds them in `slots`.
     """
 
     slots: Slots | None = None
@@ -326,8 +328,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def pin(self, start: int, stop: int) -> None:
         """Keep the tokens start <= position < stop of every row for good; call it before they are evicted.
 
-        Raises ValueError if the method cannot pin (its trait `pins` is False), if the budget cannot hold all protected
-        tokens, and if some of the tokens are evicted already.
+        Raises ValueError if the method cannot pin (`pins` among its promises is False), if the budget cannot hold all
+        protected tokens, and if some of the tokens are evicted already.
         """
         whole_numbers = all(isinstance(end, int) and not isinstance(end, bool) for end in (start, stop))
         if not whole_numbers or not 0 <= start < stop:
@@ -351,7 +353,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def bytes_read(self) -> int:
         """Return the bytes that are read to answer one query per row, summed over all rows.
 
-        The default is `nbytes`; a variant that reads only a part of its memory returns less.
+        The default is all bytes of the state (`nbytes`); a variant that reads only a part of its memory returns less.
         """
         return self.nbytes
 
@@ -382,7 +384,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def to_bytes(self) -> bytes:
-        """Return the state as bytes, a message from which `Method.from_bytes` restores it.
+        """Return the state as bytes, a message from which the state can be restored (`Method.from_bytes`).
 
         The message has everything that is needed to answer queries and to append tokens, except the method and the
         tensors in `shared`, which are fixed by method and spec and made anew.

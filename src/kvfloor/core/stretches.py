@@ -50,8 +50,8 @@ class Stretches(Arena):
     def across(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         """Return each list's first `width` entries of the column `name`, for `rows`: (r, lists, width, ...).
 
-        rows None: all rows. Entries behind a list's last item are `fill` or arbitrary. Copies only if capacities differ
-        or `rows` is given.
+        rows None: all rows. Entries behind a list's last item are the constructor's `fill` or arbitrary. Copies only if
+        capacities differ or `rows` is given.
         """
         column = getattr(self, name)
         if self.stride and rows is None:
@@ -62,7 +62,8 @@ class Stretches(Arena):
         """Replace the lists of `rows` (r,) in the column `name` by `items` (r, lists, w, ...).
 
         A new list of rows[i] consists of the first held[i] of its w entries in `items`. Where the old list was longer,
-        the places behind the new one get `fill`. `self.held` is not changed.
+        the places behind the new one get the number `fill` of the constructor. `self.held`, the lengths of the lists,
+        is not changed.
         """
         column = getattr(self, name)
         width = int(torch.maximum(held, self.held[rows]).max())

@@ -53,13 +53,13 @@ class SummaryState(Memory, ABC):
         """
 
     def on_queries(self, q: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that came with tokens or by `attend`; zeros where a row has no query."""
+        """Record queries q (rows, g, a, d) that came with or without tokens; zeros where a row has no query."""
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
         """Return the error bound `stated`, withdrawn (`holds` False) once one of its assumptions has failed.
 
-        `stated` is the bound of the configuration, `Summary.guarantee`. The assumptions are tested on the tokens and
-        queries that the summary was given.
+        `stated` is the bound that is proved for the summary's configuration. The assumptions are tested on the tokens
+        and queries that the summary was given.
         """
         return stated
 
@@ -72,7 +72,7 @@ class Summary(ABC):
 
     @property
     def traits(self) -> Traits:
-        """Return the promises (`Traits`) that a method with this summary can keep about its answers."""
+        """Return the promises about its answers that a method with this summary can keep."""
         return Traits()
 
     @abstractmethod
@@ -82,8 +82,8 @@ class Summary(ABC):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return a bound on the error of answers that holds whichever tokens are evicted; None: no bound is proved.
 
-        A returned bound with `epsilon` 0 promises that answers have no error against the attention law named by
-        `Traits.reference`.
+        A returned bound with error 0 (`epsilon`) promises that answers follow the method's attention law exactly. The
+        law, softmax for example, is named by `Traits.reference`.
         """
         del spec
         return None
@@ -129,7 +129,8 @@ def equal_lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split the evicted tokens as `lots` does, but yield all rows with equally many tokens together.
 
     The r rows with c tokens each are yielded as (at, column, ...): at (r,) has the rows, and columns are (r, c, ...).
-    This makes fewer, larger operations; products and sums over tokens must then go through `core.rowwise`.
+    This makes fewer, larger operations; products and sums over tokens must then be computed row by row (module
+    `core.rowwise`), so that a row's result does not depend on the other rows.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     start = counts.cumsum(0) - counts

@@ -3,7 +3,8 @@
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A block is `block` consecutive tokens
 of a row, and the open block the tokens since the last block end. A selector picks the held tokens that a query reads; a
 summary is a compressed form of evicted tokens. A policy's memory (`PolicyMemory`) is what it keeps beside its numbers
-per slot. In shapes, r are the rows of a call, b tokens of a block, m queries, s slots, g query heads per kv head.
+per slot. In shapes, r are the rows of a call, b tokens of a block, m queries, s slots, g query heads per kv head, a new
+tokens, d the width of a key.
 """
 
 from __future__ import annotations
@@ -154,9 +155,9 @@ class Watching(Blocked["Bounded"]):
             self._show_block(every[(self.seen % self.block) == fill], fill)
 
     def _show_keys(self, rows: Tensor) -> None:
-        """Call the policy memory's `on_keys` for the newest `block` tokens of these rows, read from the slots.
+        """Pass the keys of the newest `block` tokens of these rows, read from the slots, to the policy's memory.
 
-        No eviction has moved these tokens yet.
+        The memory's call is `on_keys`. No eviction has moved these tokens yet.
         """
         if self.memory is None or not self.method.policy.wants_keys:
             return
@@ -166,10 +167,10 @@ class Watching(Blocked["Bounded"]):
         self.memory.on_keys(rows, self.slots.k[index], self.slots.position[index], live)
 
     def _show_block(self, rows: Tensor, fill: int) -> None:
-        """Call the policy's `on_queries` and `on_weights` for the queries of the last `fill` tokens of these rows.
+        """Pass the queries of the last `fill` tokens of these rows, and their attention weights, to the policy.
 
-        The last `fill` tokens are those since the last block end. The weights of a query are over the tokens that were
-        held when the query came.
+        The policy's calls are `on_queries` and `on_weights`. The last `fill` tokens are those since the last block end.
+        The weights of a query are over the tokens that were held when the query came.
         """
         rows = rows[self.asked[rows].any(1)]
         if self.queries is None or not len(rows):
@@ -190,8 +191,8 @@ class Watching(Blocked["Bounded"]):
 
         visible (r, b) is the number of slots, from the row's first on, that each query of `asked` sees. If the spec has
         a rotation, a query is first rotated to the rank that its own token had on arrival. A row's weights are computed
-        from its own queries and held tokens alone (`weights_by_tile`), so they round alike however the stream was cut
-        into calls and whichever rows are beside.
+        from its own queries and held tokens alone, in tiles (`core.tiles`), so they round alike however the stream was
+        cut into calls and whichever rows are beside.
         """
         policy, width = self.method.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows

@@ -46,9 +46,9 @@ def row_bits(n: int, dv: int, p: float) -> float:
 def token_ids(n: int, vocabulary: int) -> float:
     """Return the bits of `n` stored token ids, from which a fixed model can always recompute all keys and values.
 
-    Law: n log2(vocabulary). It may lie below the floor that `space` returns: the floors hold for attention as a data
-    structure, for which keys and values are arbitrary, not for a fixed model whose keys and values are functions of its
-    tokens.
+    Law: n log2(vocabulary). It may lie below a space floor (the bits that any method needs, `floors.space`): the floors
+    hold for attention as a data structure, for which keys and values are arbitrary, not for a fixed model whose keys
+    and values are functions of its tokens.
     """
     return whole("n", n, least=0) * math.log2(whole("vocabulary", vocabulary))
 

@@ -1,11 +1,14 @@
 """Compute the space floor (lower bound on any method's bits) of error guarantees in a norm.
 
-Such a guarantee is |z - A|_2 <= epsilon * size, for the answer z to exact attention A; size is a norm of the values;
-in two of the three cases it is multiplied by a norm of the softmax weights. In the hard instance, the stream of the
-proof, Alice hides values ±1, a row of dv signs per token. Bob, the receiver of a state, reads a row as the signs of the
-answer to a spike query, which puts nearly all softmax mass on the row's token. The guarantee allows a share rho of
-wrong signs per row. If it holds with probability p, a row gives p (dv - log2 B) - H2(p) bits, B the number of rows with
-at most rho dv wrong signs, H2 the binary entropy.
+Such a guarantee bounds the error of an answer z, whose exact value (attention) is A: |z - A|_2 <= epsilon * size. There
+are three, named by `metric`, V being the matrix of values, with one row v_i per token:
+    max         size = max |v_i|_2, the length of the longest value
+    frobenius   size = ||softmax||_2 ||V||_F, the length of the vector of softmax weights times the Frobenius norm of V
+    operator    size = ||softmax||_2 ||V||_op, the same with the operator norm of V
+In the hard instance, the stream of the proof, Alice hides values ±1, a row of dv signs per token. Bob, the receiver of
+a state, reads a row as the signs of the answer to a spike query, which puts nearly all softmax mass on the row's token.
+The guarantee allows a share rho of wrong signs per row. If it holds with probability p, a row gives p (dv - log2 B) -
+H2(p) bits, B the number of rows with at most rho dv wrong signs, H2 the binary entropy.
 docs/floors.md, "Other error guarantees", has the proofs.
 """
 
@@ -76,12 +79,12 @@ def ball_bits(dv: int, wrong: int) -> float:
 
 
 def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
-    """Return the least message length, in bits, from which each of `m` rows of `dv` bits is decoded with few errors.
+    """Return a lower bound on the length, in bits, of a message from which `m` rows of `dv` bits can be decoded.
 
-    Each row is decoded with at most `wrong` wrong bits with probability p.
+    With probability p, a row is decoded with at most `wrong` wrong bits.
     Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0, H2 the binary entropy. This is at least
-    m [p dv (1 - H2(rho)) - H2(p)] for rho = wrong/dv <= 1/2, and equals `row_bits` for wrong = 0. Derived here: Fano's
-    inequality with a list.
+    m [p dv (1 - H2(rho)) - H2(p)] for rho = wrong/dv <= 1/2, and is, for wrong = 0, the bound m (p dv - H2(p)) for rows
+    that are decoded without any error. Derived here: Fano's inequality with a list.
     """
     m, p = whole("m", m, least=0), within("p", p, 0.0, 1.0, low_open=True)
     return max(0.0, m * (p * (dv - ball_bits(dv, wrong)) - H2(p)))
@@ -103,16 +106,16 @@ def metric_space(
 ) -> Floor:
     """Return a lower bound on the bits that any streaming method must hold to meet an error guarantee at each step.
 
-    The guarantee bounds the l2 error of an answer by `epsilon` times the scale that `metric` names: max, frobenius or
-    operator (formulas in `wrong_share`). It must hold with probability `p` at each step.
+    The guarantee bounds the l2 error of an answer by `epsilon` times one of three sizes, chosen by `metric`: max,
+    frobenius or operator (formulas in `wrong_share`). It must hold with probability `p` at each step.
     Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), S the bits, rho the
     `wrong_share` of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else
     0. The hard instance is a stream of m tokens, with signs in w <= dv coordinates; m <= n, or m <= W - 1 under
     `window` = W.
-    The `leak` of `wrong_share` is x = m e^(-radius g), where `radius` is the largest logit, and g = `gap_known`(m, d)
-    the gap of m unit keys, 1 less the largest inner product of two keys: the query of a key leaves all other tokens,
-    the one that the receiver appends included, at most x times the softmax mass of the key. Without `radius`, x can be
-    made arbitrarily small.
+    The `leak` of `wrong_share` is x = m e^(-radius g), where `radius` is the largest logit, and g a gap that some m
+    unit keys in d dimensions have (`gap_known`), 1 less the largest inner product of two keys: the query of a key
+    leaves all other tokens, the one that the receiver appends included, at most x times the softmax mass of the key.
+    Without `radius`, x can be made arbitrarily small.
     `norm`: a measured operator norm that half of all n x dv sign matrices stay below.
     Raises ValueError naming the argument, what was given and what is allowed.
     """

@@ -16,10 +16,10 @@ def N_dr(d: int, r: float, eta: float) -> float:
     """Count the keys in `d` dimensions that spike queries of logit radius `r` can tell apart at relative error `eta`.
 
     A spike query puts nearly all softmax mass on one key. `r` = scale * max|q| * max|k| in nats.
-    Law: the largest whole m with m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and
-    theta <= pi/2 (so m <= (1-eta) e^r / 4); 1 where no m satisfies this; and at least min(2d, (1-eta) e^r / 4)
-    rounded down, as the keys may be some of the vectors ±e_i. It is a lower estimate of the true number, so the floor
-    built on it is valid.
+    Law: the largest whole m with m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and theta <= pi/2
+    (so m <= (1-eta) e^r / 4); 1 where no m satisfies this; and at least min(2d, (1-eta) e^r / 4) rounded down, as the
+    keys may be some of the unit vectors ±e_i of the axes. It is a lower estimate of the true number, so the floor built
+    on it is valid.
     Returns a whole number as a float, `inf` beyond e^700.
     d = 1 has no packing, only ±1. Derived here (docs/floors.md, "Bounded norms").
     """

@@ -42,8 +42,9 @@ def space(
     radius     bound on |logit|, not for visual
     heads, layers   number of KV heads and of layers, which multiply the bound
     Returns a `Floor`: the bound in bits, and memory sizes that suffice.
-    Laws: `standard.space`, `metric_space`, `tensor_space`, `visual_space`. The bound is over worst-case keys and
-    values: attention as a data structure. Raises ValueError naming the argument, what was given and what is allowed.
+    The laws are those of the functions for each case: `standard.space` (standard and window, entrywise), `metric_space`
+    (the other norms), `tensor_space` and `visual_space`. The bound is over worst-case keys and values: attention as a
+    data structure. Raises ValueError naming the argument, what was given and what is allowed.
     """
     counts = {"n": n, "d": d, "dv": dv, "window": window, "caches": caches, "heads": heads, "layers": layers}
     for name, value in counts.items():

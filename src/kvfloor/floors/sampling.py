@@ -1,9 +1,14 @@
-"""Compute the sizes of sampling methods: SubGen's constants and stored numbers, and lazy Gumbel sampling for d = 1.
+"""Compute the sizes of sampling methods: SubGen's constants and stored numbers, and lazy Gumbel sampling.
 
 SubGen (Zandieh et al. 2024) clusters keys online. It estimates attention as z / tau. The numerator z estimates
 sum_j exp(q.k_j) v_j from s sampled pairs of key and value. The denominator tau estimates sum_j exp(q.k_j) from t
 sampled keys per cluster.
-K and V are the matrices of the keys k_j and the values v_j, and a number is one stored float.
+Lazy Gumbel sampling (Haris & Onak 2025) draws a token with the probability of its softmax weight: the token of largest
+logit plus random Gumbel noise. It holds the tokens of largest logit, and of the others only the few whose noise is
+so large that they may win. If a key is one number (d = 1), the tokens of largest logit are those of the largest or
+smallest keys.
+K and V are the matrices of the keys k_j and the values v_j, q is a query, d and dv are the widths of a key and a value,
+and a number is one stored float.
 """
 
 import math
@@ -71,8 +76,8 @@ def subgen_plan(
     and `norm` (operator or frobenius) the norm of V.
     The plan is for `n` unit-ball keys and |q| <= `r`. delta is the cluster radius, s and t count sampled pairs and
     sampled keys per cluster. Half of `failure` goes to each of numerator z and denominator tau, t is the smaller of the
-    two forms of `subgen_t`, and centres the lesser of n and `greedy_centres`. delta is the best of 2^(-j/4), j from -4
-    to 40.
+    two forms of `subgen_t`, and centres the lesser of n and a bound on the centres of a greedy clustering of the unit
+    ball (`greedy_centres`). delta is the best of 2^(-j/4), j from -4 to 40.
     Returns None where s or every t overflows a float.
     """
     n, failure = whole("n", n), _failure(failure)

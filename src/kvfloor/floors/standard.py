@@ -2,7 +2,7 @@
 
 The proof is a game on a hard instance, a stream in which each key hides a row of dv values. Alice sends a method's
 state after the stream. Bob appends a token, and reads each row by a query that puts nearly all softmax mass on the
-row's key.
+row's key. d and dv are the widths of a key and a value.
 """
 
 import math
@@ -46,7 +46,8 @@ def space(
     Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m the number of tokens
     with hidden values that queries can read. m is the least of
         n
-        `N_dr`(d, radius, eta)  under `radius`, the largest scale * |q| * |k| in nats
+        `N_dr`(d, radius, eta)  under `radius`, the largest scale * |q| * |k| in nats: the number of keys that such
+                                queries can tell apart
         W - 1                   under `window` = W, as the appended token takes one place
         2                       for d = 1
     `heads` counts KV heads. The bound is over worst-case keys and values: attention as a data structure.

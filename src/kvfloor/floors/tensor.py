@@ -2,9 +2,10 @@
 
 The floor is a lower bound on the bits of any method.
 score(j1, j2) = sum_l q_l K1[j1, l] K2[j2, l], value(j1, j2) = V1[j1] * V2[j2] entry by entry (Alman and Song 2023).
-In the proofs, Alice hides rows (dv values each) in a stream, and Bob, the receiver of the state, reads each hidden row
-by a query at one pair. Four caches (`caches` = 4): K1, K2, V1, V2 arrive, token by token. Two caches: the n^2 products
-of keys arrive as the tokens of standard attention, each with a value of its own.
+d and dv are the widths of a key and a value. In the proofs, Alice hides rows (dv values each) in a stream, and Bob, the
+receiver of the state, reads each hidden row by a query at one pair. Four caches (`caches` = 4): K1, K2, V1, V2 arrive,
+token by token. Two caches: the n^2 products of keys arrive as the tokens of standard attention, each with a value of
+its own.
 """
 
 import math
@@ -88,12 +89,17 @@ def tensor_space(
 
     The bound is for `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within the
     factor.
-    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `tensor_rows`. With
-    `caches` = 4, tokens arrive with K1, K2, V1, V2; with 2, pairs arrive with values of their own, not products of
-    token values (else 2 n dv numbers describe all values).
-    Under `radius`, the largest |score| in nats, m counts only tokens whose keys such scores can tell apart. Two counts
-    are tried, and the one that gives more rows is used: the keys that standard attention can tell apart, and
-    `separable_keys`(floor(d/2), radius/2, x) of the n tokens, with x = sqrt(1 + eps_s) - 1 and eps_s of `separation`.
+    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m the number of hidden
+    rows that queries can read: without `radius`, m = `tensor_rows`(n, d). With `caches` = 4, tokens arrive with K1, K2,
+    V1, V2; with 2, pairs arrive with values of their own, not products of token values (else 2 n dv numbers describe
+    all values).
+    Under `radius`, the largest |score| in nats, fewer rows can be read. Let N(w, r, x) be a number of keys of width w,
+    at most n, each of which a query with scores up to r can read at a leak of at most x (`separable_keys`); the leak is
+    (softmax mass off the queried key)/(mass on it). With eps_s = (1-eta)/4, m is the larger of two counts:
+        N(d, radius, eps_s)  as in standard attention
+        2(h-1)               for d >= 4, or h^2 with two caches, with h = N(floor(d/2), radius/2, sqrt(1 + eps_s) - 1):
+                             the first half of the query's d coordinates picks the first token of the pair, the second
+                             half the second token
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
@@ -132,7 +138,8 @@ def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
     mass on this pair. The gap is 1 less the largest inner product of the (unit) keys of two pairs. The token that Bob,
     the receiver of the state, appends counts in the softmax. The keys are of the first kind that d allows:
         ±1 rows         for large d
-        (a, 1), (1, b)  K1 and K2, with products (a, b); each half of the query picks one half of the product
+        (a, 1), (1, b)  rows of K1 and K2, with products (a, b): a and b are unit keys of half the width d, one per
+                        token; the first half of the query's coordinates picks a, the second half b
         K2 = V2 = 1     also for Bob's token, as in standard attention with one zero token appended
     """
     mu = mu_tensor(n, d, caches=caches)
@@ -156,7 +163,10 @@ def _rows_within(n: int, d: int, caches: int, radius: float, ratio: float) -> in
 def _half_ratio(ratio: float) -> float:
     """Return the leak x that each half of a query may have, if the leak of the whole query is to be `ratio`.
 
-    A leak is (softmax mass on all other keys)/(mass on the queried key). Law: (1 + x)^2 = 1 + ratio.
+    The query reads a pair of tokens whose product key is (a, b): the first half of the query's coordinates picks a, the
+    second half b. A leak is (softmax mass on all other keys)/(mass on the queried key), for a half among the halves a
+    (or b) of all tokens, for the whole query among the product keys of all pairs.
+    Law: (1 + x)^2 = 1 + ratio, as scores of the halves add up and so their masses multiply.
     """
     return math.sqrt(1.0 + ratio) - 1.0
 

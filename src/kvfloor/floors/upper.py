@@ -1,6 +1,7 @@
 """List methods whose memory is known to suffice for attention, to compare with a floor (a lower bound on memory).
 
-A number is one stored float. Keys are public if the writer and the reader of a state both know them beforehand.
+A number is one stored float. Keys are public if the writer and the reader of a state both know them beforehand. d and
+dv are the widths of a key and a value.
 """
 
 import math
@@ -65,7 +66,7 @@ def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -
 
     `copies` is the number of heads times layers; `held` of the `n` tokens are attended to. `windowed` is True for a
     sliding window; then "window and running sum" is listed if older tokens exist, for the law in which they keep logit
-    0. For d = 1 without a window, lazy Gumbel sampling is listed too.
+    0. For d = 1 without a window, lazy Gumbel sampling is listed too: it draws tokens by their softmax weights.
     """
     slides = windowed and n > held
     proviso = "; old tokens leave the softmax" if slides else ""
@@ -94,7 +95,7 @@ def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: fl
 
     `copies` is the number of heads times layers. Moments are sums of monomials of the keys (`floors.taylor`). Logits
     are at most `radius`. `error` is eta of a guarantee within a factor 1±eta, or epsilon of a guarantee in a norm. The
-    list is empty at error 0 and for a radius above `LARGEST_RADIUS`.
+    list is empty at error 0 and for a radius above 10^6.
     """
     if error <= 0.0 or radius > LARGEST_RADIUS:
         return []
@@ -117,10 +118,10 @@ def sampled(
 ) -> list[Possible]:
     """List the memory of SubGen at its best cluster radius, for the operator or Frobenius norm; [] for other metrics.
 
-    SubGen clusters keys and samples tokens (`floors.sampling`). `copies` is the number of heads times layers. `metric`,
-    `epsilon` and `failure` are the norm, the error and the failure probability of the guarantee; queries q have |q| <=
-    `radius`. The operator norm is SubGen's own guarantee, the Frobenius norm BalanceKV's. The list is also empty for
-    epsilon outside (0, 1], for failure outside (0, 1), and where SubGen's sizes overflow a float.
+    SubGen clusters keys and samples tokens. `copies` is the number of heads times layers. `metric`, `epsilon` and
+    `failure` are the norm, the error and the failure probability of the guarantee; queries q have |q| <= `radius`. The
+    operator norm is SubGen's own guarantee, the Frobenius norm BalanceKV's. The list is also empty for epsilon outside
+    (0, 1], for failure outside (0, 1), and where SubGen's sizes overflow a float.
     """
     if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:
         return []

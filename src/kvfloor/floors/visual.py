@@ -122,9 +122,11 @@ def visual_space(
 
 
 def _readable(sides: Sequence[int], d: int, last_asks: bool) -> int:
-    """Count the tokens of a pyramid (`visual_rows`) whose hidden values queries can read.
+    """Count the tokens of a pyramid whose hidden values queries can read.
 
-    For d = 1 there are only two such tokens, with the largest and the smallest key.
+    `sides` are the sides of its maps, and d is the width of a key. If `last_asks`, the queries are those of the last
+    map, which then hides nothing; else they are those of a further map.
+    Law: all tokens that hide values (`visual_rows`); for d = 1 at most two, those of the largest and the smallest key.
     """
     rows = visual_rows(sides, last_asks=last_asks)
     return min(rows, 2) if d == 1 else rows

@@ -76,9 +76,10 @@ INSTANCES: dict[str, type[Instance]] = {
 def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
     """Play one barrier, the game of a memory theorem, against a method; return the result with its verdict.
 
-    `barrier` is a name in `BARRIERS`. `method` is a `Method` or the text of one: "h2o@16" is H2O with a budget of 16
+    `barrier` is a name in `BARRIERS`. `method` is a method object or its text: "h2o@16" is H2O with a budget of 16
     tokens.
-    `arguments` are those of the `play` function in the barrier's module, which explains them.
+    `arguments` are the barrier's own, such as n (tokens), d (width of a key) and seed. `ARGUMENTS` describes them in a
+    line each, the barrier's module in `instances` in full.
     Raises ValueError for an unknown barrier (listing all barriers), for an argument that the barrier does not take
     (listing the arguments that it takes), and for the errors of the barrier's own `play`.
     """
@@ -94,8 +95,8 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:
     """Play every barrier, the game of a memory theorem, against a method; return one result per barrier.
 
-    `method` is a `Method` or the text of one. Each barrier receives the entries of `arguments` that its `play` takes.
-    An n above the barrier's `most` is reduced to `most`.
+    `method` is a method object or its text, such as "h2o@16". Each barrier receives the entries of `arguments` that
+    its `play` takes. An n (tokens of a stream) above the largest that a barrier plays is reduced to that number.
     Raises ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """
     known = {name for barrier in BARRIERS.values() for name in barrier.arguments}

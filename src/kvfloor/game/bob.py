@@ -21,8 +21,8 @@ from kvfloor.methods.grammar import parse
 def main() -> None:
     """Answer the request on stdin, and end the process with an exit status.
 
-    Status 0: the answers are on stdout. `NOT_REBUILT`: the method or the instance cannot be rebuilt from the request.
-    1: the state cannot be restored from the message, or the restored state cannot answer.
+    Status 0: the answers are on stdout. 3 (`NOT_REBUILT`): the method or the instance cannot be rebuilt from the
+    request. 1: the state cannot be restored from the message, or the restored state cannot answer.
     """
     answer_stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -35,7 +35,7 @@ class MeasuredGame:
     only if its whole row is right.
 
     answered       share of answers within eta of exact attention in max norm. The floor assumes less: each answer is
-                   that close with probability p (eta and p are those of the floor's `Demand`)
+                   that close with probability p (eta and p are the accuracy that the floor demands)
     decoded        share of rows decoded right if the levels of groups decoded earlier are given, as in the proof
     worst_error    largest deviation of an answer from exact attention
     floor_bits     bits of the read floor

@@ -3,8 +3,8 @@
 In a game, Alice hides values in the state of a method and sends its bytes, the message, from which Bob decodes the
 values. The certified bits are the hidden bits that the message provably carries. `precision` plays the spike game (one
 hidden row per key) with ever finer values, `packings` the packing game (few dimensions, bounded logits) at several
-sizes and radii. These games restore the message in this process; the games of the report's table use an isolated
-process.
+widths of a key and several radii; the radius is the largest logit allowed. These games restore the message in this
+process; the games of the report's table use an isolated process.
 """
 
 from collections.abc import Sequence
@@ -51,8 +51,8 @@ class Packed:
 def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n: int = 128) -> list[Precision]:
     """Play the spike game at `n` tokens with ever finer values, to measure the precision that a method keeps.
 
-    Returns one record per entry of `bits`, the hidden bits per value. Certified bits per value (bits that the message
-    provably carries) fall below hidden bits per value where the method's precision ends.
+    `seed` gives the public keys. Returns one record per entry of `bits`, the hidden bits per value. Certified bits per
+    value (bits that the message provably carries) fall below hidden bits per value where the method's precision ends.
     """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
     return [Precision(game.bits, game.bits_per_value) for game in games]
@@ -66,10 +66,11 @@ def packings(
     n: int = 512,
     dv: int = 64,
 ) -> list[Packed]:
-    """Play the packing game at every dimension and logit radius, with at most `n` keys; return one record per game.
+    """Play the packing game at every key width and logit radius, with at most `n` keys; return one record per game.
 
-    The game hides a row of dv values under each key of a separable set: for each of them, a query with logits up to the
-    radius puts nearly all softmax mass on this key.
+    The widths are `dimensions`, and the radius is the largest logit allowed; `seed` gives the public keys. The game
+    hides a row of dv values under each key of a separable set: for each of them, a query with logits up to the radius
+    puts nearly all softmax mass on this key.
     """
     found = []
     for d in dimensions:

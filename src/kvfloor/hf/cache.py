@@ -44,7 +44,7 @@ class CompressedCache(Cache):
     Sliding-window, convolution and linear layers keep transformers' own storage.
 
     config    the model's configuration, or the model. Only with the prepared model can a method that predicts
-              later queries (`expected`) undo the rotary embedding, as its paper's law requires
+              later queries (the policy `expected`) undo the rotary embedding, as its paper's law requires
     method    a Method or its text, e.g. "h2o(recent=64)@512"; budgets in bytes are for the whole cache
     context   length in tokens; a budget such as "@25%" is a share of this length
     seed      seeds the method's own randomness
@@ -52,11 +52,11 @@ class CompressedCache(Cache):
     budgets   tokens per compressed layer and kv head, [[512, 128], [64, 64], ...], instead of the method's '@' budget;
               one number in a layer is for all its heads
     allocate  how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (more for
-              heads whose queries can tell more tokens apart, see `floor_shares`; needs the model, and `calibration`:
-              the token ids of a typical prompt), or multiples of the budget, in the form of `budgets`
+              heads whose queries can tell more tokens apart; needs the model, and `calibration`: the token ids of
+              a typical prompt, on which this is measured), or multiples of the budget, in the form of `budgets`
     pinned    spans [from, to) of token positions that are never evicted, e.g. [(0, 40)] for a system prompt; positions
               count a batch item's real tokens, pads excluded
-    on_evict  called with an `Eviction` whenever a layer evicts tokens
+    on_evict  called with an `Eviction` (layer, batch items, kv heads and positions) whenever a layer evicts tokens
     positions "stream": a token's rotary position is its place in the stream, evicted tokens counted. "cache": it is the
               token's rank among the tokens that its kv head still holds, so that no distance is longer than the budget
               and a stream goes on past the positions that the model was trained for (StreamingLLM). "cache" needs the
@@ -372,7 +372,8 @@ class CompressedCache(Cache):
         row_bytes               per row: measured bytes; their sum is state_bytes up to rounding
         state_bytes             bytes of the layer's state
         staged_bytes            bytes of keys and values that wait for the attention of a running forward
-        guarantee               the method's proved error bound for the tokens seen (fields of `Guarantee`), or None
+        guarantee               the method's proved error bound for the tokens seen (error, failure probability, norm,
+                                assumptions), or None
         """
         return [_entry(layer) for layer in self.compressed]
 
@@ -385,7 +386,7 @@ def _place(device: str | torch.device) -> torch.device:
 def _told(report: Callable[..., None], *args: Any) -> None:
     """Call `report(*args)` outside torch.compile's trace: a traced call would be compiled anew for every layer.
 
-    report: a function for bookkeeping, such as a method of `Passage`, which records how far a forward has got.
+    report: a function for bookkeeping, such as one that records which layers have stored a forward's tokens.
     """
     if torch.compiler.is_compiling():
         torch.compiler.disable(report)(*args)  # pyright: ignore[reportCallIssue]
@@ -464,10 +465,11 @@ def _rotations(positions: str, method: Method, model: PreTrainedModel | None) ->
 
 
 def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
-    """Return the rotary embedding of each compressed layer if the policy `wants_rotation`; None for positions="cache".
+    """Return the rotary embedding of each compressed layer if the policy needs it; None for positions="cache".
 
-    Returns None also if the policy does not want it, if no prepared model is given to measure the embeddings on, and if
-    the model's positions are not fixed rotations. A layer without a rotary embedding has None in the tuple.
+    Policies that predict later queries need it. Returns None also if the policy does not need it, if no prepared model
+    is given to measure the embeddings on, and if the model's positions are not fixed rotations. A layer without a
+    rotary embedding has None in the tuple.
     """
     policy = method.parts.policy
     if positions != "stream" or policy is None or not policy.wants_rotation or model is None or not is_prepared(model):

@@ -24,8 +24,8 @@ MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
 def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept: float = 0.5) -> Shares:
     """Return each kv head's share of a budget, one tuple per compressed layer, of mean 1 over all heads.
 
-    Law: share = kept + (1 - kept) * readable / mean readable. A head's `readable` is the number of groups of one or
-    more tokens of `prompt` whose value could be read back from the answers to the head's own queries
+    Law: share = kept + (1 - kept) * r / (mean of r over all heads), where r is the number of groups of one or more
+    tokens of `prompt` whose value could be read back from the answers to the head's own queries
     (`kvfloor.floors.measured.readable_by`).
     prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
              that keeps every token; the head's queries are those of the prompt's newest tokens

@@ -13,15 +13,16 @@ from kvfloor.hf.layer import CompressedLayer
 class HybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
     """Compress the attention's keys and values, and keep a linear or convolution state as transformers does.
 
-    transformers distinguishes cache layers by their class, so this class derives from both: `CompressedLayer` and
-    transformers' linear layer. Each method calls that of one base class, or of both.
+    transformers distinguishes cache layers by their class, so this class derives from both: kvfloor's layer
+    (`CompressedLayer`) and transformers' linear layer. Each method calls that of one base class, or of both.
     """
 
     def __init__(self, states: int, *args: Any) -> None:
         """Build the empty cache layer of one model layer.
 
         states   number of convolution and recurrent states that the model keeps in this layer
-        args     the arguments of `CompressedLayer`
+        args     as for a `CompressedLayer`: settings of the cache, the layer's two indices, byte counts, records of the
+                 newest forward and of pads, and the number of later layers that read its keys
         """
         CompressedLayer.__init__(self, *args)
         LinearAttentionLayer.__init__(self, number_of_states=states)

@@ -76,12 +76,12 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
     """Return the matrix (H, nope + dv, c) that maps a latent to every head's key and value. Call it once per forward.
 
     In shapes, c is the width of a latent, and nope that of a head's key without its rotary part.
-    module   the attention module, whose `kv_b_proj` is the map
+    module   the attention module, whose layer `kv_b_proj` is the map
     latent   (B, 1, n, c), with the key (B, H, n, .) and value (B, H, n, dv) that the module computed from it
-    If `kv_b_proj` is a plain linear layer without adapter or hook, the matrix is its weight. Any other `kv_b_proj` is
-    called on every unit vector, at every call, so that an adapter, a hook, and a quantised or offloaded weight take
-    effect as they are now; nothing is cached. It must be linear, so the matrix is checked on the newest token's key and
-    value. Raises ValueError if the matrix's key and value differ from the module's by more than rounding.
+    If that layer is plainly linear, without adapter or hook, the matrix is its weight. Any other layer is called on
+    every unit vector, at every call, so that an adapter, a hook, and a quantised or offloaded weight take effect as
+    they are now; nothing is cached. It must be linear, so the matrix is checked on the newest token's key and value.
+    Raises ValueError if the matrix's key and value differ from the module's by more than rounding.
     """
     project: nn.Module = module.kv_b_proj  # type: ignore[assignment]
     heads, dv = value.shape[1], value.shape[-1]

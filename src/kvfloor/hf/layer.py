@@ -398,8 +398,8 @@ class CompressedLayer(CacheLayerMixin):
         """Restore the layer as it was before an `answer` that failed, unless the state has changed since.
 
         state, batch   the layer's attributes from before the call
-        clocks         the state's `seen` and `sealed` (True after the end of the prompt) from before the call; None if
-                       there was no state
+        clocks         the state's token counts (`seen`), and True if the prompt had ended (`sealed`), from before the
+                       call; None if there was no state
         """
         asked = self.state
         if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):

@@ -23,8 +23,10 @@ def layers_served(config: PreTrainedConfig) -> int:
 def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer]]:
     """Return a cache that keeps every token exactly, and the list of its layers whose attention inputs can be recorded.
 
-    These are the full-attention layers. To record, set a layer's attribute `record` or `turn_back` to a function: every
-    later forward calls it with its queries, keys and values. `turn_back` returns the queries and keys to go on with.
+    These are the full-attention layers. To record, set one of two attributes of a layer to a function, which every
+    later forward then calls with its queries, keys and values:
+    record     is also given the scale and the softcap of logits, and returns nothing
+    turn_back  is also given the tokens' positions, and returns the queries and keys to go on with
     """
     opening = Opening(Exact(), layers_served(config))
     cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))
@@ -36,10 +38,10 @@ def cache_layers(
 ) -> list[Any]:
     """Return one cache layer per layer of the model.
 
-    A layer with full attention gets a `CompressedLayer`, or a `HybridLayer` if it also has the state of a convolution
-    or of linear attention. Every other layer gets transformers' own class.
-    All layers of one cache share its settings (opening), byte counts (meter), record of how far a forward has got
-    (passage) and list of pads (presence).
+    A layer with full attention gets kvfloor's class (`CompressedLayer`), or its variant with a linear state
+    (`HybridLayer`) if it also has the state of a convolution or of linear attention. Every other layer gets
+    transformers' own class. All layers of one cache share its settings (opening), byte counts (meter), record of how
+    far a forward has got (passage) and list of pads (presence).
     """
     layers: list[Any] = []
     for i, ((role, theirs), readers) in enumerate(zip(layer_roles(config), key_readers(config), strict=False)):

@@ -9,8 +9,9 @@ from typing import Any
 class LentKeys(dict[int, Any]):
     """Map a layer to its (keys, values), and drop the entry once every later layer that shares them has read it.
 
-    It takes the place of the cache's dict `shared_layers` (Gemma 3n, until transformers 5.3). A plain dict would hold a
-    whole prompt's keys and values, evicted ones too, until the next forward.
+    It takes the place of the dict `shared_layers`, an attribute of the cache in which a model leaves keys and values
+    for later layers (Gemma 3n, until transformers 5.3). A plain dict would hold a whole prompt's keys and values,
+    evicted ones too, until the next forward.
     """
 
     def __init__(self, readers: Sequence[int]) -> None:

@@ -195,7 +195,7 @@ class CompressedLM(TemplateLM):
         return [said[i] for i in range(len(requests))]
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the dict that lm-eval writes into its results: kvfloor's version, the method and `Usage.totals`."""
+        """Return the dict that lm-eval writes into its results: version, method, and totals of tokens and bytes."""
         return {"kvfloor": {"version": __version__, "method": str(self.method)} | self.usage.totals()}
 
     # ---- inside ------------------------------------------------------------------------------------------------

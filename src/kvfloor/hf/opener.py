@@ -38,7 +38,8 @@ class Opening:
     pinned     spans [from, to) of token positions that are never evicted
     rotations  None: keys come rotated and stay as they are. Otherwise one rotary embedding per compressed layer: keys
                come unrotated, and the state rotates each by its rank among the held tokens
-    applied    None, or one rotary embedding per compressed layer, by which keys come rotated (`Spec.applied`)
+    applied    None, or one rotary embedding per compressed layer, by which keys come rotated, for policies that
+           predict later queries
     Raises ValueError for settings in conflict.
     """
 

@@ -1,7 +1,7 @@
 """Save, restore, move and count the tensors of transformers' own cache layers.
 
-These are layers with a sliding window, a convolution or linear attention, and the linear half of a hybrid layer (one
-with attention beside a linear state).
+These are layers with a sliding window, a convolution or linear attention. In a hybrid layer, which has full attention
+beside a convolution or linear attention, only the part of the latter two is meant.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 def export(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Return attributes of a layer as a dict that `message.pack` can serialise.
+    """Return attributes of a layer as a dict that can be serialised: nested dicts of tensors and JSON values.
 
-    names: the attributes concerned; None: all. Raises TypeError naming an attribute that cannot be saved.
+    names: names of the attributes to return; None: all. Raises TypeError naming an attribute that cannot be saved.
     """
     chosen = vars(layer) if names is None else {name: getattr(layer, name) for name in names}
     return {name: _plain(value, f"{type(layer).__name__}.{name}") for name, value in chosen.items()}
@@ -26,8 +26,8 @@ def export(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
 def adopt(layer: Any, fields: dict[str, Any], device: torch.device, names: Iterable[str] | None = None) -> None:
     """Set on an empty layer the attributes that `export` returned for a layer of the same class, tensors on `device`.
 
-    names: the attributes concerned; None: all. Raises ValueError if `fields` lacks one of these attributes, or contains
-    the name of a method of the class.
+    names: names of the attributes that `fields` must hold; None: all that the empty layer has. Raises ValueError if
+    `fields` lacks one of these attributes, or contains the name of a method of the class.
     """
     missing = set(vars(layer) if names is None else names) - set(fields)
     if missing:
@@ -40,9 +40,9 @@ def adopt(layer: Any, fields: dict[str, Any], device: torch.device, names: Itera
 
 
 def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = None) -> None:
-    """Move the tensors of a layer to `device`, and set its attributes that name a device.
+    """Move the tensors of a layer to `device`, and replace by `device` each torch.device among its attributes.
 
-    names: the attributes concerned; None: all.
+    names: names of the attributes to move or replace; None: all.
     """
     for name in vars(layer) if names is None else names:
         value = getattr(layer, name)
@@ -55,9 +55,9 @@ def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = N
 
 
 def devices(layer: Any, names: Iterable[str] | None = None) -> set[torch.device]:
-    """Return the devices of a layer's tensors, and those that its attributes name, on which it makes later tensors.
+    """Return the devices of a layer's tensors, and each torch.device among the layer's attributes.
 
-    names: the attributes concerned; None: all.
+    The layer makes later tensors on the latter devices. names: names of the attributes to look at; None: all.
     """
     chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]
     values = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]
@@ -67,7 +67,7 @@ def devices(layer: Any, names: Iterable[str] | None = None) -> set[torch.device]
 def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
     """Return the bytes of the storages of a layer's tensors, each storage counted once.
 
-    names: the attributes concerned; None: all.
+    names: names of the attributes whose tensors are counted; None: all.
     """
     chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]
     tensors = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]
@@ -78,7 +78,7 @@ def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
 def blank(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
     """Return a deep copy of the attributes of an empty layer, from which `refresh` can empty the layer later.
 
-    names: the attributes concerned; None: all.
+    names: names of the attributes to copy; None: all.
     """
     return copy.deepcopy({name: getattr(layer, name) for name in (vars(layer) if names is None else names)})
 
@@ -86,9 +86,9 @@ def blank(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
 def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = None) -> None:
     """Make a layer empty again, even in the middle of an update, by setting its attributes to those of an empty layer.
 
-    empty: these attributes, name -> value, as `blank` returned them. names: the attributes to set; None: all, and then
-    attributes that are not in `empty` are deleted. A layer's own reset is not enough after a failure in the middle of
-    its update, and differs from release to release.
+    empty: the attributes of an empty layer, name -> value, as `blank` returned them. names: names of the attributes in
+    `empty`; None: all attributes, and then those of the layer that are not in `empty` are deleted. A layer's own reset
+    is not enough after a failure in the middle of its update, and differs from release to release.
     """
     for name in [name for name in vars(layer) if name not in empty] if names is None else ():
         delattr(layer, name)
@@ -98,8 +98,8 @@ def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = Non
 def count_changes(layer: Any) -> None:
     """Replace a layer's linear states that are inference-mode tensors by copies that count their in-place changes.
 
-    Linear states are those of convolutions and linear attention. The count (`Tensor._version`) shows later whether a
-    forward has updated the state.
+    Linear states are those of convolutions and linear attention. torch's count of a tensor's changes
+    (`Tensor._version`) shows later whether a forward has updated the state.
     """
     for states in (layer.conv_states, layer.recurrent_states):
         for index, state in states.items():

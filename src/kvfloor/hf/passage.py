@@ -6,8 +6,8 @@ ends. But a model makes the same requests (give keys, read or fill a linear stat
 request that is made a second time belongs to the next forward.
 
 Linear states are those of convolutions and of linear attention. Models may change them in place. Each tensor counts its
-in-place changes (`Tensor._version`). So if these counts differ between two layers of one class, the forward broke off
-between them.
+in-place changes (torch's `Tensor._version`). So if these counts differ between two layers of one class, the forward
+broke off between them.
 """
 
 from __future__ import annotations

@@ -158,10 +158,10 @@ class _Inputs:
 
 @dataclass
 class _Recorder:
-    """Record a layer's queries, keys and values when called as the layer's `turn_back` function.
+    """Record the queries, keys and values that a compressed layer passes to its function `turn_back`.
 
-    The layer goes on with the query and key that `turn_back` returns. A recorder returns them unchanged; the other
-    `turn_back` function, a `TurnBack`, undoes their rotation.
+    A layer calls the function in its attribute `turn_back` before attention, and goes on with the query and key that it
+    returns. A recorder, set there, returns them unchanged; a `TurnBack`, set there, undoes their rotation.
     place    (B,) position of the one token of each batch item (in this class, not the index of a layer)
     seen     the inputs of every call so far
     """

@@ -215,7 +215,8 @@ def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor 
     mask      a bool mask is converted; a mask of another dtype is returned unchanged. None stands for the causal mask
               if attention is causal and there are several queries, and this causal mask is converted. Otherwise None
               hides nothing, and None is returned
-    causal    True if attention is causal; if not given (None), the module's `is_causal` decides
+    causal    True if attention is causal; if not given (None), the module's attribute of that meaning, `is_causal`,
+              decides
     """
     n, slots = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -229,7 +230,7 @@ def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor 
 
 
 def prepare(model: Model) -> Model:
-    """Make `model` work with a `CompressedCache`; its results with every other cache stay the same. Returns `model`.
+    """Make `model` work with kvfloor's cache (`CompressedCache`), and return it; other caches give the same results.
 
     `model` may be wrapped (torch.compile, PEFT, DataParallel). Its configurations are replaced by copies, so that other
     models built from the same ones do not change. Raises TypeError if there is no transformers model in `model`, and
@@ -261,7 +262,7 @@ def prepare(model: Model) -> Model:
 
 
 def is_prepared(model: object) -> bool:
-    """Return True if `model` is, or wraps, a transformers model that works with a `CompressedCache` now."""
+    """Return True if `model` is, or wraps, a transformers model that works with kvfloor's `CompressedCache` now."""
     try:
         inner = unwrapped(model)
     except TypeError:

@@ -21,7 +21,7 @@ def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
     """Raise RuntimeError if the model has switched away from kvfloor's attention since it filled a layer.
 
     served_by: the attention module that called the layer last, None before the first call. Another attention function
-    would attend to the newest tokens alone, because the layer's `update` returns no others.
+    would attend to the newest tokens alone, because a compressed layer returns no others to the model.
     """
     module = None if served_by is None else served_by()
     config = getattr(module, "config", None)
@@ -45,7 +45,8 @@ class SwitchingRotation:
 
         length            tokens up to which the first angles are used
         angles_differ     False if the configuration uses the same angles on both sides
-        dropped_unasked   True if generate() replaces a cache without calling `get_seq_length`, which could raise
+        dropped_unasked   True if generate() replaces a cache without calling the cache's `get_seq_length` (slots fed so
+                          far), which could raise
         """
         self._length, self._angles_differ, self._dropped_unasked = length, angles_differ, dropped_unasked
 
@@ -73,7 +74,8 @@ class SwitchingRotation:
         """Raise ValueError if the model's generate() may later replace the cache without calling `get_seq_length`.
 
         In older transformers releases, generate() replaces the cache by a DynamicCache at the length where the rotary
-        angles change. seen: slots fed so far.
+        angles change. A call of `get_seq_length` (slots fed so far) could raise an error before that.
+        seen: the same number of slots.
         """
         if self._dropped_unasked and seen <= self._length:
             raise ValueError(
@@ -99,7 +101,8 @@ class SwitchingRotation:
 def _drops_unasked(config: PreTrainedConfig) -> bool:
     """Return True if this family's generate() decides to replace the cache without calling `get_seq_length`.
 
-    In older transformers releases, generate() decides by a position count of its own.
+    `get_seq_length` is the cache's count of slots fed. In older transformers releases, generate() decides by a position
+    count of its own.
     """
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     prepares = getattr(family, "prepare_inputs_for_generation", None)

@@ -172,7 +172,10 @@ def _restored(
 
 
 def _check_clocks(clocks: dict[str, Any], state: State | None) -> None:
-    """Raise ValueError if a layer's saved counters (`CompressedLayer.clocks`) are malformed or do not fit its state."""
+    """Raise ValueError if a layer's saved counters are malformed or do not fit its state.
+
+    The counters are the slots fed, the batch size, and True if the layer is filled.
+    """
     kinds = {name: type(value) for name, value in clocks.items()}
     if kinds != {"seen": int, "batch": int, "is_initialized": bool}:
         raise ValueError(f"a layer's clocks are {clocks!r}")

@@ -60,8 +60,8 @@ def _guarantee(name: str, part: type, method: Method) -> str:
     """Return the method's guarantee as text, "norm of the bounded error: theorem", or "none" if it has none.
 
     A theorem that holds only under assumptions is followed by the arguments of `part` that state these assumptions,
-    such as `radius` or `spread`. name, part: the registered name and its class; method: a method that contains the
-    part, with default arguments throughout.
+    such as `radius` (lengths of keys and queries) or `spread` (how far values differ). name, part: the registered name
+    and its class; method: a method that contains the part, with default arguments throughout.
     """
     spec = Spec(rows=1, d=4, dv=4)
     stated, given = method.guarantee(spec), ""

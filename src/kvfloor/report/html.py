@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvfloor.audit.examples import SideBySide
 from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.heads import ETA, GOOD, Head, summary
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextRow
+from kvfloor.audit.output_errors import ErrorMap
 from kvfloor.audit.plan import BASELINES
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.files import replace_file
-from kvfloor.report import divergence, heatmap, ladder, tables
+from kvfloor.report import divergence, heatmap, ladder, multiples, tables
 from kvfloor.report.chart import Chart
 from kvfloor.report.decision import decision_chart
 from kvfloor.report.environment import environment
@@ -30,16 +32,20 @@ def render(
     path: Path,
     by_head: Sequence[Head] = (),
     texts: Sequence[TextRow] = (),
+    error_maps: Sequence[ErrorMap] = (),
+    examples: Sequence[SideBySide] = (),
 ) -> None:
     """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
-    rows     one per setting (method with budget) and cell (task, context length, protocol)
-    answer   the recommended setting, with the verdict on every candidate
-    by_head  the kv heads' floors (the least bytes that any method needs), if they were measured
-    texts    one row per setting and text
+    rows        one per setting (method with budget) and cell (task, context length, protocol)
+    answer      the recommended setting, with the verdict on every candidate
+    by_head     the kv heads' floors (the least bytes that any method needs), if they were measured
+    texts       one row per setting and text
+    error_maps  the output error per layer and kv head of each setting on one text
+    examples    answers of exact and of the recommended setting
     Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
     """
-    replace_file(path, page(rows, answer, meta, by_head, texts))
+    replace_file(path, page(rows, answer, meta, by_head, texts, error_maps, examples))
 
 
 def page(
@@ -48,6 +54,8 @@ def page(
     meta: Meta,
     by_head: Sequence[Head] = (),
     texts: Sequence[TextRow] = (),
+    error_maps: Sequence[ErrorMap] = (),
+    examples: Sequence[SideBySide] = (),
 ) -> str:
     """Return the report of an audit as HTML text; raise ValueError where there is no row. Arguments as in `render`."""
     if not rows and not texts:
@@ -82,7 +90,14 @@ def page(
             speeds=tables.speeds(rows),
             figures=figures,
             marks=drawn,
-            heatmaps=heatmap.heatmaps(rows),
+            multiples=multiples.multiples(rows, drawn),
+            multiples_frame=multiples,
+            heatmaps=_recommended_first(heatmap.heatmaps([*rows, *error_maps]), answer),
+            error_maps=error_maps,
+            texts_context=max(
+                (row.context for row in texts if row.text in {one.text for one in error_maps}), default=0
+            ),
+            examples=examples,
             ladders=ladder.ladders(by_head),
             ladder_frame=ladder,
             heads=by_head,
@@ -92,6 +107,11 @@ def page(
             min_samples=MIN_SAMPLES,
         )
     )
+
+
+def _recommended_first(maps: Sequence[heatmap.Heatmap], answer: Recommendation) -> list[heatmap.Heatmap]:
+    """Return the maps with the recommended setting's first, the others by rising error."""
+    return sorted(maps, key=lambda one: (one.setting != answer.method, one.overall))
 
 
 def _last_component(model: str) -> str:

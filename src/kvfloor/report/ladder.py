@@ -35,7 +35,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Hold all that `ladder.html` draws for one figure: one line (rung) per kv head, and the axis's ticks."""
+    """Hold all that the template `ladder.html` draws for one figure: a line (rung) per kv head, and axis ticks."""
 
     height: float
     rungs: tuple[Rung, ...]

@@ -38,7 +38,7 @@ SHAPES = (
 class Mark:
     """Define the look of one curve: its colour and its marker.
 
-    colour    class of the style sheet, `s0`..`s7`
+    colour    class of the style sheet that sets one of eight colours, "s0" to "s7"
     shape     an SVG path, or "" for no marker
     baseline  True if the method is one that every audit compares with, drawn hollow and dashed
     """
@@ -66,7 +66,7 @@ def marks(rows: Sequence[Row | TextRow]) -> dict[str, Mark]:
 def nth_mark(index: int, name: str, baseline: bool = False) -> Mark:
     """Return mark number `index`, a colour and a marker; the first 64 differ in colour or marker.
 
-    name      name of the curve, kept as `Mark.name` for legend and tooltips
+    name      name of the curve, for legend and tooltips
     baseline  True for a mark that is drawn hollow and dashed
     """
     shape = SHAPES[(index + index // COLOURS) % len(SHAPES)]

@@ -44,7 +44,13 @@ class SettingScores:
 class Sizes:
     """Hold the bytes of one setting's cache at one context length, the largest over tasks and protocols.
 
-    The fields are those of `Row`.
+    state_bytes           bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
+    exact_bytes           bytes of the exact cache at the end of the same context
+    floor_bytes           lower bound on any method's bytes, for worst-case keys and values
+    token_id_bytes        bytes of the context's token ids, from which a model may recompute keys and values
+    bytes_read_per_token  bytes of state read to produce one token
+    The other fields: the setting, whether it is one that every audit compares with (`baseline`), tokens of context, and
+    tokens kept per kv head (None: unbounded).
     """
 
     setting: str
@@ -63,7 +69,10 @@ class Sizes:
 class Speed:
     """Hold one setting's times at one context length: medians over tasks and protocols. None: not measured.
 
-    The fields are those of `Row`.
+    prefill_ms           time to append the context
+    decode_ms_per_token  time of one decoding step
+    output_tokens        mean length of the answers, in tokens
+    The other fields: the setting, whether it is one that every audit compares with (`baseline`), tokens of context.
     """
 
     setting: str
@@ -92,9 +101,10 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...], tuple[SettingScores, ...]]:
-    """Return the audit's cells, sorted, and one line of scores per setting, in the order of `ordered`.
+    """Return the audit's cells, sorted, and one line of scores per setting.
 
-    `standard` gives the verdict on each score.
+    Lines go from exact over methods in the rows' order to baselines (methods that every audit compares with), and from
+    a method's largest setting in bytes down. `standard` gives the verdict on each score.
     """
     cells = tuple(sorted({row.cell for row in rows}))
     found = {(row.method, row.cell): row for row in rows}

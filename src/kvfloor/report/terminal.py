@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvfloor.audit.examples import SideBySide
 from kvfloor.audit.explain import cautions, what_breaks, why
 from kvfloor.audit.format import bytes_text, counted, number_of_nats, percent_text, points_text, smaller_text
 from kvfloor.audit.nats import TextRow
@@ -23,10 +24,16 @@ _VERDICTS = {"holds": "green", "breaks": "yellow", "cheats": "red"}
 _COLOURS = {"holds": "green", "open": "yellow", "falls": "red", None: "dim"}
 
 
-def print_report(rows: Sequence[Row], answer: Recommendation, console: Console, texts: Sequence[TextRow] = ()) -> None:
+def print_report(
+    rows: Sequence[Row],
+    answer: Recommendation,
+    console: Console,
+    texts: Sequence[TextRow] = (),
+    examples: Sequence[SideBySide] = (),
+) -> None:
     """Print a table of divergences on the texts, tables of scores on the tasks, and the recommendation.
 
-    There is one table of scores per context length and protocol.
+    There is one table of scores per context length and protocol. The first of `examples` follows in brief.
     """
     if texts and answer.standard.kl_limit is not None:
         console.print(_nats_table(texts, answer))
@@ -49,6 +56,34 @@ def print_report(rows: Sequence[Row], answer: Recommendation, console: Console, 
     console.print(_line("", why(answer)))
     for sentence in (*what_breaks(answer), *cautions(answer)):
         console.print(_line("- ", sentence))
+    for one in examples[:1]:
+        _print_example(one, console)
+
+
+def _print_example(one: SideBySide, console: Console) -> None:
+    """Print one line per answer: the first words, or from the first token on that differs from exact's."""
+    console.print()
+    console.print(_line(f"Example, {one.name} after {one.context:,} tokens: ", f"…{_brief(one.prompt_end, -60)}"))
+    if one.truth is not None:
+        console.print(_line("  right: " if one.kind == "task" else "  text: ", _brief(one.truth)))
+    console.print(_line("  exact: ", _brief(one.exact.agrees)))
+    for other in one.others:
+        count = len(one.exact.tokens)
+        if other.is_same:
+            console.print(_line(f"  {visible(other.setting)}: ", f"the same {counted(count, 'token')}"))
+        else:
+            said = _brief(other.differs + other.rest)
+            console.print(
+                _line(f"  {visible(other.setting)}: ", f"the same for {other.same} of {count}, then “{said}”")
+            )
+
+
+def _brief(text: str, most: int = 60) -> str:
+    """Return the first `most` characters of a text in one line; the last ones for a negative number."""
+    line = " ".join(text.split())
+    if len(line) <= abs(most):
+        return line
+    return f"{line[:most]}…" if most > 0 else line[most:]
 
 
 def print_notes(notes: Sequence[str], console: Console) -> None:
@@ -58,9 +93,10 @@ def print_notes(notes: Sequence[str], console: Console) -> None:
 
 
 def print_barriers(results: Sequence[Result]) -> None:
-    """Print a table with one line per game, then each game's verdict in words with its `Result.details`.
+    """Print a table with one line per game, then each game's verdict in words and numbers of its own.
 
-    A game plays a barrier, i.e. the hard instance of a memory theorem, against a method.
+    A game plays a barrier, i.e. the hard instance of a memory theorem, against a method. Its own numbers are those that
+    only games of its barrier have, such as the width of a window.
     """
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

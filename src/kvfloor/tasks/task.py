@@ -18,7 +18,7 @@ class Request:
 
     rng         the sample's own random generator
     length      largest number of tokens of the context, as `count` counts them
-    difficulty  size of the task, counted in its `Task.unit`, e.g. a number of pairs
+    difficulty  size of the task, counted in the task's unit, e.g. a number of pairs
     depth       where the asked fact goes: a share of the context, 0 first to 1 last; None: at random
     questions   largest number of questions to ask
     count       returns the number of tokens of a text
@@ -38,6 +38,8 @@ class Request:
 class Task:
     """Generate the samples of one task.
 
+    A sample is a context with questions about it. The facts are the sentences of the context that hold the answers.
+
     name             name on the command line
     about            one line for lists of tasks
     unit             what `difficulty` counts, such as "pairs"
@@ -46,8 +48,10 @@ class Task:
     make             makes the sample that a request asks for
     depth_moves      name of the fact, such as "the key", whose place in the context the caller can choose by the
                      argument `depth`; None if the facts are spread over the whole context and `depth` cannot be given
-    things           largest number of nouns that the task needs at its default difficulty; tasks in one context divide
-                     the lexicon's nouns in proportion to this number
+    things           largest number of nouns that the task's facts need at the default difficulty. Facts of several
+                     tasks can be mixed in one context (`mix`). Then each task gets nouns of its own from the lexicon
+                     (the words to draw from), so that no task's fact answers another task's question: this many nouns,
+                     or proportionally fewer if the lexicon has too few for all tasks
     chat             True if the questions are put to an assistant, so that they can be asked in a chat template; False
                      if the right answer continues the text of the question
     """
@@ -80,7 +84,7 @@ class Task:
         depth       share of the context, 0 first to 1 last, at which the asked fact stands; None: at random
         difficulty  size of the task, counted in its `unit`; the default for this length unless given
         questions   number of different questions; a task with fewer asks all it has
-        count       returns the number of tokens of a text; the built-in tokenizer's, BOS included, unless given
+        count       returns the number of tokens of a text; by default counted by the built-in tokenizer, BOS included
         lexicon     words and numbers to draw from
         Raises ValueError for a length in which the facts do not fit, and for arguments outside their limits.
         """

@@ -171,8 +171,8 @@ def train(
     material   texts that the model runs over
     method     the eviction policy with its budget, which decides the tokens that the kernels learn to replace
     say        called with each line of progress
-    The model is prepared by `kvfloor.hf.prepare`. A layer that `CompressedCache` does not compress gets the kernels of
-    the layer before it, or untrained ones if it is the first.
+    The model is prepared by `kvfloor.hf.prepare`. A layer without attention over all tokens, which a compressed
+    cache leaves to transformers, gets the kernels of the layer before it, or untrained ones if it is the first.
     Raises ValueError if the policy evicts (nearly) nothing from these texts.
     """
     compressed = {layer.index for layer in CompressedCache(model.config, "exact").compressed}

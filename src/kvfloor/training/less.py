@@ -94,9 +94,9 @@ def weights_tag(model: Any) -> str:
 def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> list[tuple[str, int, list[float]]]:
     """Measure each method's relative l2 error of the attention output against exact attention, on the given texts.
 
-    The error is taken on the tokens after each text's context (`Text.rest`). Returns one tuple per method: the
-    method written as text, the bytes of its empty state for one kv head, and a list of one error per layer, the mean
-    over the layer's kv heads.
+    The error is taken on the question and answer, the tokens after each text's context. Returns one tuple per method:
+    the method written as text, the bytes of its empty state for one kv head, and a list of one error per layer, the
+    mean over the layer's kv heads.
     """
     seen = traces.record(model, [text.context for text in material], [text.rest for text in material])
     d, dv, dtype = seen[0].k.shape[2], seen[0].v.shape[2], seen[0].k.dtype

@@ -91,11 +91,12 @@ def covering_curve(
     of a value. The memory meets error `epsilon` for queries q with |scale q| <= `radius`, except with probability
     `failure`; this `radius` bounds queries, and is no cluster radius.
     Law: `covering_number` centres, s = 9 dv / (epsilon^2 f) sampled pairs of key and value, and t sampled keys per
-    centre, with f = failure / 2. `subgen_t` at failure probability f gives two numbers, one if it is given the number
-    of centres and one if not; t is the smaller. `subgen_numbers` counts the floats in all. Where s or t is too large
-    for a float, the memory is that of keeping all n tokens.
+    centre, with f = failure / 2; t is the smaller of two numbers that suffice with failure probability f (`subgen_t`):
+    one by Chebyshev's bound, one by Chernoff's with the number of centres. Pairs, centres and keys are counted in
+    floats (`subgen_numbers`). Where s or t is too large for a float, the memory is that of keeping all n tokens.
     Guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op with probability 1 - failure, for a query fixed
-    before the stream; keys need not be short. Source: Zandieh et al. 2024 (SubGen); docs/floors.md, "Covering ceiling".
+    before the stream, V the matrix of the values; keys need not be short. Source: Zandieh et al. 2024 (SubGen);
+    docs/floors.md, "Covering ceiling".
     """
     dv, failure = whole("dv", dv), within("failure", failure, 0.0, 1.0, low_open=True, high_open=True)
     curves: list[list[Ceiling]] = [[] for _ in range(len(k))]

@@ -64,9 +64,10 @@ class Demand:
         """Return the number of levels that Bob can tell apart in the values of each group of tokens, int64.
 
         weights are the softmax weights of queries on their own groups of tokens, leaks those on groups decoded later.
-        Law: the largest whole L with (L - 1)(error + leak) < weight, in 1..`most_levels`. L equally spaced levels in
-        [-1, 1] lie 2/(L-1) apart. An answer divided by its weight errs by at most (error + leak)/weight. Rounding to
-        the nearest level is right if that error is below half a spacing.
+        Law: the largest whole L with (L - 1)(e + leak) < weight, in 1..`most_levels`. Here e is the allowed error of an
+        answer: eta plus the error of storing the values in `dtype`. L equally spaced levels in [-1, 1] lie 2/(L-1)
+        apart. An answer divided by its weight is off by at most (e + leak)/weight, so the level nearest to it is the
+        hidden one if that is below half a spacing.
         """
         ratio = weights.double() / (self.error + leaks.double())
         return torch.ceil(ratio * (1.0 - _SHAVE)).clamp(1.0, self._cap).to(torch.int64)

@@ -121,7 +121,8 @@ def readable_by(
 
     k, q         (n, d) stored keys; (m, d) queries, each of which the state must be able to answer
     later_mass   log of the softmax mass of a query on tokens after the stored ones, its own included: (m,), or one
-                 number; see `causal_mass`
+                 number; None: no such tokens. `causal_mass` computes it from recorded tokens
+    scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
     dtype        the values' number format
     most_levels  a further cap on L_g, or None
     Groups, their queries and their order come from a search. Any choice gives a valid floor, so a longer search can
@@ -158,7 +159,10 @@ def readable_within(
                    query tells apart, are read as one group
     later_mass  log of the softmax mass that every query sees beyond the stream, such as that of its own token; None: no
                 token is appended before the query
-    The other arguments, errors and source are those of `readable_by`.
+    eta, p      largest error of an answer in any of its dv values, and the probability that it is not exceeded
+    dtype       the values' number format; most_levels: a cap on the levels, or None
+    scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
+    Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".
     """
     k = matrix("k", k)
     demand, law = Demand(eta, p, dv, dtype, most_levels), logit_law(scale, softcap)
@@ -181,12 +185,13 @@ def readable_by_rows(
     k: Tensor, q: Tensor, *, present: Tensor | None = None, asked: Tensor | None = None,
     later_mass: Tensor | None = None, **demand: Any,
 ) -> list[Readable]:  # fmt: skip
-    """Apply `readable_by` to every row (stream of one kv head) of k (rows, n, d) and q (rows, m, d).
+    """Compute the read floor of every row (stream of one kv head) of k (rows, n, d), given its queries q (rows, m, d).
 
-    Returns one result per row. later_mass is (rows, m) or None. present (rows, n) and asked (rows, m), bool, mark the
-    real tokens and queries, which are not padding. `demand` holds the other arguments of `readable_by`. In the results,
-    `stream` and `asked` are indices into all tokens and queries of the row. Rows have independent values, so the bits
-    of all rows add up.
+    Returns the result of `readable_by` for each row. later_mass (rows, m) is the log of each query's softmax mass on
+    tokens after the stored ones, or None. present (rows, n) and asked (rows, m), bool, mark the real tokens and
+    queries, which are not padding. `demand` holds eta, dv, p, scale, softcap, dtype and most_levels, of which only eta
+    and dv are required. In the results, `stream` and `asked` are indices into all tokens and queries of the row. Rows
+    have independent values, so the bits of all rows add up.
     """
     rows = _rows("k", k)
     if _rows("q", q) != rows:
@@ -203,10 +208,11 @@ def readable_by_rows(
 def readable_within_rows(
     k: Tensor, *, radius: Tensor | float, present: Tensor | None = None, **demand: Any
 ) -> list[Readable]:
-    """Apply `readable_within` to every row (stream of one kv head) of k (rows, n, d); return one result per row.
+    """Compute the read floor for all short queries over every row (stream of one kv head) of keys k (rows, n, d).
 
-    radius is one number or (rows,); present (rows, n), bool, marks the real tokens, which are not padding. `demand`
-    holds the other arguments of `readable_within`.
+    Returns the result of `readable_within` for each row. radius, the greatest length of a query, is one number or
+    (rows,); present (rows, n), bool, marks the real tokens, which are not padding. `demand` holds eta, dv, p, scale,
+    softcap, others, later_mass, dtype and most_levels, of which only eta and dv are required.
     """
     rows = _rows("k", k)
     radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()

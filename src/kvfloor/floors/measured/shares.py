@@ -2,7 +2,8 @@
 
 The read floor is a lower bound on the bits of a state that answers queries. In its proof, a receiver (Bob)
 reconstructs ("decodes") hidden values of groups of tokens from the answers, one group after the other. Query g reads
-group g, and groups are numbered in the order of decoding.
+group g, and groups are numbered in the order of decoding. In shapes, G are groups, n keys and d the width of a key;
+scale and softcap define the logits.
 """
 
 import torch
@@ -34,8 +35,9 @@ def ordered_shares(
     (G,) float64, log of the softmax mass of query g on tokens outside the stream. Weights are shares of the mass on all
     n tokens and on those outside. The mass on a query's own group is always computed in float64, the mass on other
     tokens in float64 for small inputs only. For larger inputs the latter is computed in bfloat16 or float32, and
-    multiplied by exp(error), the factor that rounding may have taken from it (`Rounding`). So `weights` are at most the
-    true weights, and for every c >= 0 weights / (c + leaks) is at most its true value.
+    multiplied by exp(error), the factor that rounding may have taken from it, error the bound on a logit's rounding
+    (`Rounding`). So `weights` are at most the true weights, and for every c >= 0 weights / (c + leaks) is at most its
+    true value.
     """
     count, n, device = q.shape[0], k.shape[0], k.device
     if count == 0:
@@ -81,8 +83,10 @@ def ordered_shares(
 
 
 def _factors(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Factors, Rounding]:
-    """Return the factors of the logits, and the bounds on their rounding, in the shortest precision that suffices.
+    """Round queries and keys, whose products are the logits, to the shortest precision that suffices.
 
+    Returns the rounded queries (times `scale`), the rounded keys and the softcap as `Factors`, and bounds on the error
+    and the size of the logits computed from them, per query, as `Rounding`.
     Small inputs use float64. Larger ones may use float32 or bfloat16 where torch allows it, bfloat16 only if its
     rounding error is small enough.
     """

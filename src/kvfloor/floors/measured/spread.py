@@ -116,9 +116,9 @@ class Spread:
     """Search keys (n, d), float32, for streams in which a query per token reveals the token's hidden value.
 
     `candidates` yields the streams found, each with its tokens, its queries and its estimated bits (see the module). A
-    query reveals a value, or reads the token, if the answer to it tells levels of the value apart. The tokens of a
-    stream are its members, kept in the order of decoding: the order in which the proof's receiver (Bob) reconstructs
-    the hidden values.
+    query reveals a value, or reads the token, if its answer shows which of several possible numbers the value is. The
+    tokens of a stream are its members, kept in the order of decoding: the order in which the proof's receiver (Bob)
+    reconstructs the hidden values.
     radius          greatest length of a query
     scale, softcap  define the logits
     beyond          log of the softmax mass of further tokens that every query sees, or None
@@ -136,10 +136,12 @@ class Spread:
     def candidates(self) -> Iterator[Candidate]:
         """Yield proposed streams with their estimated floors, for the caller to compute the true floor of each.
 
-        Up to `FEW` tokens: one stream, the better of two that are grown by trying tokens in two orders.
-        More tokens: one stream is grown by comparing every pair of tokens, so that it leaves out near-duplicates which
-        a sample misses. Another stream may be yielded before it: all tokens that can be read while all tokens are in
-        the stream, as estimated by a sample. This one is yielded only if nearly all tokens can be read.
+        Up to 4,096 tokens (`FEW`): one stream, the better of two that are grown by trying tokens in two orders.
+        More tokens: one or two streams. The load of all tokens on each token is first estimated from at most 1,024 of
+        the tokens, evenly spaced. If by this estimate at least 90 % of the tokens can be read while all tokens are in
+        the stream, the first stream consists of all these readable tokens. The last stream, which is always yielded, is
+        grown token by token from loads computed without such an estimate, and so leaves out near-duplicates of tokens
+        that the 1,024 tokens miss.
         """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)
@@ -205,8 +207,9 @@ class Spread:
         """Arrange the members of a stream in a good order of decoding; return (estimated floor in bits, members).
 
         In this order the proof's receiver reconstructs the hidden values.
-        Up to `FEW` members: the given order or that of `by_damage`, whichever gives the larger floor. More members: by
-        the load that a sample of the members puts on each member, the least load first.
+        Up to 4,096 members (`FEW`): the given order or the order of damage (first the members that cost the others most
+        bits if decoded later), whichever gives the larger floor. More members: by the load that a sample of the members
+        puts on each member, the least load first.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)

@@ -36,8 +36,9 @@ def leak_ratio(bits: int, eta: float) -> float:
 def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
     """Decode answers (m, dv) to the hidden levels (m, dv), int64 in [0, 2^bits).
 
-    Level x stands for the value x / (2^bits - 1). Single bits are decoded by the threshold `tau` for relative error
-    `eta`, finer values by the nearest level. An answer that is not finite decodes as level 0.
+    Level x stands for the value x / (2^bits - 1). Single bits are decoded by a threshold (`tau`): the middle between
+    the largest answer to a hidden 0 and the least answer to a hidden 1, at relative error `eta`. Finer values are
+    decoded by the nearest level. An answer that is not finite decodes as level 0.
     """
     answers = torch.nan_to_num(answers.double(), nan=0.0, posinf=0.0, neginf=0.0)
     if bits == 1:

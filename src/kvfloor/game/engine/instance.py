@@ -108,7 +108,10 @@ class Instance(ABC):
         raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
 
     def details(self) -> dict[str, Any]:
-        """Return numbers about the instance for `Result.details`, name -> number, computed from public data alone."""
+        """Return numbers about the instance, name -> number, computed from public data alone.
+
+        The record of a game (`Result`) has them in its field `details`.
+        """
         return {}
 
     # ---- common to all barriers ----------------------------------------------------------------------------
@@ -169,7 +172,8 @@ def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> Publi
     """Return n public keys for an instance whose common fields (the dict that `agreed` returns) are `shared`.
 
     Without `family`, the key family whose smallest gap is largest is taken. A gap is a key's squared norm less its
-    largest inner product with another key. Errors are those of `PublicKeys.chosen`.
+    largest inner product with another key. Raises ValueError where there is no such family, or none with n keys that
+    queries separate.
     """
     return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
 

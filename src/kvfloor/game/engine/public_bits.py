@@ -92,9 +92,9 @@ class PublicBitsState(State[PublicBits]):
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """Return the fields that `to_bytes` packs, name -> value.
+        """Return the fields that the message, i.e. the bytes of the state, is packed from: name -> value.
 
-        The token count `seen` is among them as an int, so it goes into the header of the bytes and not into their
+        The token count `seen` is among them as an int, so it goes into the header of the message and not into its
         payload, because it is public.
         """
         return super().export() | {"seen": int(self.seen[0])}

@@ -1,7 +1,8 @@
 """Judge a game: compare the bits certified from the answers with the bytes of state and message, and give a verdict.
 
 In a game, Alice hides values in a method's state (the live state), and Bob restores a state from the message, i.e. the
-bytes of Alice's state. Certified bits are the hidden bits that the answers of a state prove it to carry.
+bytes of Alice's state. Certified bits are the number of hidden bits that a state carries for certain, as proved by its
+answers to queries.
 """
 
 import dataclasses
@@ -37,11 +38,13 @@ class Result:
                          restored from the message, or of the live state if none could be restored
     alpha                1 - alpha is the confidence of the certified bits
     message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
+    state_bytes          size of Alice's state
     floor_bits           bits that any method that answers within 1±eta must hold on this instance
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
                          answer differently, or no state could be restored from the message; breaks: row_success < 0.9;
                          else holds
-    certificate          name of the certificate with the largest gain (`certificates`)
+    certificate          way in which the certified bits were proved: hard, erasure, log-loss or sampled rows
+                         (`certificates`), the one that proves most
     details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
     hidden_seed          seed that repeats the run's hidden values
     """
@@ -90,8 +93,14 @@ def run(
 ) -> Result:
     """Play an instance against a method, and return the result with its verdict.
 
-    Most games' `play` functions end with this call. `seed` and `floor_bits` are recorded in the result. hidden_seed is
-    the seed of `Hidden`; the other arguments are those of `play_index`.
+    Most games' `play` functions end with this call.
+    method       a method or its text, or the word "optimum": the known method of least memory for the instance
+    instance     the public half of the game: keys, stream and queries
+    seed         seed of the public keys, recorded in the result
+    floor_bits   bits that any method needs on this instance, recorded in the result
+    hidden_seed  seed of the hidden values and of the sampled rows; None: fresh from the operating system
+    sampled      number of rows to query, drawn with replacement; None: every row once
+    isolated     True: Bob restores the state in a fresh process; False: in this process
     """
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     return conclude(played, instance, seed=seed, floor_bits=floor_bits)
@@ -108,9 +117,13 @@ def conclude(
 ) -> Result:
     """Judge the answers of Alice's live state and of the restored state, and return the result with its verdict.
 
-    `played` has the answers. The certified bits are compared with the bytes of the state and of the message. `seed` and
-    `floor_bits` are recorded in the result. `judge` replaces the usual decoder, `decode.judge`. `details` are added to
-    `instance.details()`.
+    `played` has the answers. The certified bits are compared with the bytes of the state and of the message.
+    seed        seed of the public keys, recorded in the result
+    floor_bits  lower bound on the bits that any method needs on this instance, recorded in the result
+    judge       replaces the usual decoder (`decode.judge`). That one decodes each answer to a level, i.e. one of the
+                2^bits values that Alice can hide, compares the levels with the hidden ones, and certifies bits by the
+                certificate (way of proof) that proves most
+    details     added to `instance.details()`, the instance's numbers
     """
     bits, eta = instance.bits, instance.eta
     total = instance.copies * instance.rows

@@ -81,7 +81,8 @@ class Codebook(KeyedInstance):
         Returns the certified bits, the share of value bits decoded wrong, and the lesser of two shares: of streamed
         keys decoded with all their bits, and of other keys decoded as missing. M is the number of codebook keys. levels
         (M, dv) are the hidden values as whole numbers of `bits` bits; present (M,) bool marks the keys that were
-        streamed. One log-loss certificate (`certificates.log_loss`) covers the choice of keys and their values.
+        streamed. One certificate covers the choice of keys and their values; it turns the probability that the
+        answers give to both into bits (`certificates.log_loss`).
         """
         believed = answers.double().mean(dim=1) > -0.5  # a marker answers -1, a streamed key at least 0
         right = believed == present
@@ -133,10 +134,20 @@ def play(
 ) -> Result:
     """Play the spike game with bits hidden in the keys too: Alice streams n keys, chosen in secret, of a public set.
 
-    `codebook` is the size of the public set, in n..16,384. Returns the certified bits, the sizes and the verdict
-    (`Result`). Its row_success is the lesser of two shares: of streamed keys decoded with all their bits, and of other
-    keys decoded as missing. Its bits_per_value leaves out the bits hidden in the keys. The other arguments are those of
-    `spike.play`. Raises ValueError naming the argument that is out of its domain.
+    method       a method or its text, such as "h2o@16"
+    codebook     size of the public set, in n..16,384
+    n, d, dv     number of streamed keys, width of a key, width of a value (dv = d by default)
+    bits         hidden bits per value, 1 to 24
+    eta          relative error that answers may have, in [0, 1)
+    seed         gives the public keys and, by a one-way derivation, the seed that the method receives
+    dtype        float32, float16 or bfloat16: type of the keys and values that the method receives
+    hidden_seed  repeats the hidden values; by default they are fresh from the operating system
+    family       name of the key family, by default the one whose keys are separated best
+    isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
+    Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
+    verdict. Its row_success is the lesser of two shares: of streamed keys decoded with all their bits, and of other
+    keys decoded as missing. Its bits_per_value leaves out the bits hidden in the keys. Raises ValueError naming the
+    argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n, codebook = whole("n", n), whole("codebook", codebook)

@@ -122,11 +122,17 @@ def play(
 ) -> Result:
     """Play the packing game against a method: few dimensions, bounded logits, one hidden bit per value.
 
-    dv       64 by default: with dv = d, few dimensions would hide few bits
-    radius   the largest logit, 32 by default. Each key of the set that is separable with such logits hides a row of dv
-             values, up to min(n, 2,048) keys
-    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
-    Raises ValueError naming the argument that is out of its domain.
+    method       a method or its text, such as "h2o@16"
+    n, d, dv     tokens of the stream, width of a key, width of a value; dv is 64 by default: with dv = d, few
+                 dimensions would hide few bits
+    radius       the largest logit, 32 by default. Each key of the set that is separable with such logits hides a row of
+                 dv values, up to min(n, 2,048) keys
+    eta          relative error that answers may have, in [0, 1)
+    seed         gives the public keys and, by a one-way derivation, the seed that the method receives
+    hidden_seed  repeats the hidden values; by default they are fresh from the operating system
+    isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
+    Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
+    verdict. Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=_DEFAULT_DV if dv is None else dv, bits=1, eta=eta, seed=seed)
     n, radius = whole("n", n), positive("radius", 32.0 if radius is None else radius)

@@ -40,7 +40,7 @@ _SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at whic
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probing(Instance):
-    """Make `copies` streams of n tokens, with one hidden bit each.
+    """Make a number `copies` of independent streams of n tokens, with one hidden bit each.
 
     Bit 1: all keys are zero, and the answer is 1. Bit 0: one heavy key takes nearly all softmax mass, and the answer is
     1/(n-1).
@@ -95,12 +95,20 @@ def play(
     """Play the time barrier against a method: one heavy key or none in each stream; values are single numbers.
 
     A heavy key takes nearly all softmax mass, and the hidden bit of a stream says whether there is one.
-    runs   independent streams, 256 by default, fewer where n d is large
-    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`),
-    with these `details`: `probes_per_query` (tokens that the method reads to answer one query), `bound` (on the success
-    of any method that has not read the keys on arrival), `floor_probes` (scores that any such method must read for
-    success p = 0.9: (2 - 1/p)(n - 1)), `adaptive` (the success of the method played is above `bound` with 99.9 %
-    confidence), and `readers`, the success of simple readers that look up scores q.k from an oracle that counts.
+    method       a method or its text, such as "h2o@16"
+    n, d         tokens of a stream, at least 16; width of a key
+    eta          relative error that answers may have, in [0, 1)
+    seed         gives the seed that the method receives and the choices of the readers that it is compared with
+    runs         independent streams, 256 by default, fewer where n d is large
+    hidden_seed  repeats the hidden bits and positions; by default they are fresh from the operating system
+    isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
+    Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
+    verdict. Its `details` include these numbers, in which success is the share of streams answered right:
+    probes_per_query  tokens that the method reads to answer one query
+    bound             largest success of a method that has not read the keys on arrival and reads as many tokens
+    floor_probes      scores that any such method must read for success p = 0.9: (2 - 1/p)(n - 1)
+    adaptive          True if the success of the method played is above `bound` with 99.9 % confidence
+    readers           success of simple readers, which look up scores q.k from an oracle that counts
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=1, bits=1, eta=eta, seed=seed)

@@ -80,8 +80,9 @@ class Sparse(KeyedInstance):
     def details(self) -> dict[str, Any]:
         """Measure the shares of scores Q K^T and of softmax weights near zero, on up to 512 rows of causal attention.
 
-        Returns name -> number. A score is near zero below 1e-3 of its row's largest score, a weight below 1e-3.
-        `least_top_weight` is the least, over these rows, of the largest weight in the row.
+        Q and K have the queries and keys as rows. Returns name -> number. A score is near zero below 1e-3 of its row's
+        largest score, a weight below 1e-3. `least_top_weight` is the least, over these rows, of the largest weight in
+        the row.
         """
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T
@@ -113,10 +114,20 @@ def play(
 ) -> Result:
     """Play the sparse game against a method: the spike game with one-sparse attention at every token, n at most 16,384.
 
-    One-sparse attention puts nearly all softmax mass on one token. The arguments are those of `spike.play`. Returns the
-    certified bits, the sizes and the verdict (`Result`), with these `details`: the share of entries of Q K^T below 1e-3
-    of the largest entry in their row, the share of softmax weights below 1e-3, and the least weight that any row puts
-    on its one token.
+    One-sparse attention puts nearly all softmax mass on one token.
+    method       a method or its text, such as "h2o@16"
+    n, d, dv     number of keys, width of a key, width of a value (dv = d by default)
+    bits         hidden bits per value, 1 to 24
+    eta          relative error that answers may have, in [0, 1)
+    seed         gives the public keys and, by a one-way derivation, the seed that the method receives
+    dtype        float32, float16 or bfloat16: type of the keys and values that the method receives
+    hidden_seed  repeats the hidden values; by default they are fresh from the operating system
+    family       name of the key family, by default the one whose keys are separated best
+    isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
+    Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
+    verdict. Its `details` have the share of entries of Q K^T below 1e-3 of the largest entry in their row, the share of
+    softmax weights below 1e-3, and the least weight that any row puts on its one token. Q and K have the queries and
+    keys as rows.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if whole("n", n) > _MOST_TOKENS:

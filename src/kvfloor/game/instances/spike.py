@@ -85,11 +85,11 @@ def play(
 ) -> Result:
     """Play the spike game against a method and certify the bits that its message, the bytes of its state, carries.
 
-    method       a method or its text, or the word "optimum": `PublicBits`, which stores only the packed hidden values
-                 and makes the floor tight
+    method       a method or its text, or the word "optimum": the smallest method (`PublicBits`), which stores only the
+                 packed hidden values and makes the floor tight
     n, d, dv     number of keys, width of a key, width of a value (dv = d by default)
     bits         hidden bits per value, 1 to 24: with many bits the certificate reads out the precision that a method
-                 keeps (`bits_per_value` of the result)
+                 keeps (the result's field bits_per_value)
     eta          relative error that answers may have, in [0, 1)
     heads        number of kv heads; heads * layers independent instances lie side by side in one state
     layers       number of layers
@@ -103,8 +103,9 @@ def play(
     codebook     size of a public set from which Alice chooses the n keys in secret, so that the keys hide bits too
                  (`kvfloor.game.instances.codebook`); None: all n public keys are streamed
     isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected
-    Returns the certified bits, the sizes in bytes and the verdict (`Result`). Raises ValueError naming the argument
-    that is out of its domain, or the reason that the method cannot be rebuilt.
+    Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
+    verdict. Raises ValueError naming the argument that is out of its domain, or the reason that the method cannot be
+    rebuilt.
     """
     if codebook is not None:
         if heads != 1 or layers != 1 or rows is not None:

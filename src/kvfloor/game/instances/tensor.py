@@ -173,12 +173,21 @@ def play(
 ) -> Result:
     """Play tensor attention, in which pairs of tokens are keys, against a method.
 
-    n        with two caches the number of pairs, i.e. the square of the number of tokens; with four caches the number
-             of tokens, up to 1,024 (if there are more than 512 hidden rows of dv values, 256 sampled rows are queried)
-    caches   4: the method keeps tokens and tensor attention reads pairs of them; 2: the products are streamed. By
-             default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
-    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
-    Raises ValueError naming the argument that is out of its domain.
+    method       a method or its text, such as "h2o@16"
+    n            with two caches the number of pairs, i.e. the square of the number of tokens; with four caches the
+                 number of tokens, up to 1,024 (if there are more than 512 hidden rows of dv values, 256 sampled rows
+                 are queried)
+    d, dv        width of a key, width of a value (dv = d by default)
+    caches       4: the method keeps tokens and tensor attention reads pairs of them; 2: the products are streamed. By
+                 default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
+    bits         hidden bits per value, 1 to 24
+    eta          relative error that answers may have, in [0, 1)
+    seed         gives the public keys and, by a one-way derivation, the seed that the method receives
+    dtype        float32, float16 or bfloat16: type of the keys and values that the method receives
+    hidden_seed  repeats the hidden values; by default they are fresh from the operating system
+    isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
+    Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
+    verdict. Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if caches not in (None, 2, 4):

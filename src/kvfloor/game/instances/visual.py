@@ -1,7 +1,8 @@
-"""Play the scale pyramid: all maps of an image hide bits, and the queries of one further map read them, all at once.
+"""Play the visual game: all maps of an image hide bits, and the queries of one further map read the bits, all at once.
 
-A map is one square scale of the image pyramid, whose tokens are appended together. Alice streams the maps, each token
-with a hidden row of dv values. Bob restores her state from its bytes and appends one more map, whose queries read the
+The game tests methods for visual autoregression, in which an image grows map by map. A map is one square scale of the
+image pyramid, whose tokens are appended together. Alice streams the maps into a state of the tested method; every token
+has a hidden row of dv values. Bob restores the state from its bytes and appends one more map, whose queries read the
 rows. Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv
 2503.14881) state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
 """
@@ -29,8 +30,8 @@ from kvfloor.validation import whole
 class Visual(KeyedInstance):
     """Stream the maps (scales) of an image pyramid with the given `sides`; every token hides a row of dv values.
 
-    Bob, who reads the rows from the state, adds one more map, as large as the last, of zero tokens with spike queries:
-    each gives one key nearly all softmax mass.
+    Bob, who reads the rows from the state, appends one more map, as large as the last. Its tokens have zero keys and
+    values, and spike queries: each gives the key of one hidden row nearly all softmax mass.
     """
 
     barrier: ClassVar[str] = "visual"
@@ -68,8 +69,8 @@ class Visual(KeyedInstance):
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         """Return the answers (m, dv), float32, for hidden rows `row` (m,), one map of queries at a time.
 
-        A map is zero tokens with spike queries, as many as the last map has tokens, appended to a fresh copy of the
-        state; a spike query gives the key of one hidden row nearly all softmax mass. `copy` is not used.
+        Each map has as many tokens as Alice's last map, with zero keys and values, and is appended to a fresh copy of
+        the state. Its spike queries each give the key of one hidden row nearly all softmax mass. `copy` is not used.
         """
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
         queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))
@@ -115,11 +116,21 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the scale pyramid against a method: all maps of an image hide bits, and one more map reads the bits at once.
+    """Play the visual game against a method: all maps of an image hide bits, and one more map reads the bits at once.
 
-    sides   sides of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
-    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
-    Raises ValueError naming the argument that is out of its domain.
+    method       a method or its text, such as "h2o@16"
+    n            largest number of tokens of all maps together, unless `sides` is given
+    d, dv        width of a key, width of a value (dv = d by default)
+    sides        sides of the square maps, in order; by default 1, 2, 4, ... with at most n tokens in all
+    bits         hidden bits per value, 1 to 24
+    eta          relative error that answers may have, in [0, 1)
+    seed         gives the public keys and, by a one-way derivation, the seed that the method receives
+    dtype        float32, float16 or bfloat16: type of the keys and values that the method receives
+    hidden_seed  repeats the hidden values; by default they are fresh from the operating system
+    family       name of the key family; by default the one in which a query along a key singles it out best
+    isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
+    Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
+    verdict. Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if sides is not None and not sides:

@@ -86,11 +86,20 @@ def play(
 ) -> Result:
     """Play the sliding window game against a method: zero tokens, then a window of tokens with hidden values.
 
-    window   number of tokens with hidden values, at the end of the n tokens, n/4 by default
-    append   True: Bob, who reads the hidden values, appends a zero token before each query, each time on a
-             fresh copy of the state
-    The other arguments are those of `spike.play`. Returns the certified bits, the sizes and the verdict (`Result`).
-    Raises ValueError naming the argument that is out of its domain.
+    method       a method or its text, such as "h2o@16"
+    n, d, dv     tokens of the stream, width of a key, width of a value (dv = d by default)
+    window       number of tokens with hidden values, at the end of the n tokens, n/4 by default
+    append       True: Bob, who reads the hidden values, appends a token with zero key and value before each query, each
+                 time on a fresh copy of the state
+    bits         hidden bits per value, 1 to 24
+    eta          relative error that answers may have, in [0, 1)
+    seed         gives the public keys and, by a one-way derivation, the seed that the method receives
+    dtype        float32, float16 or bfloat16: type of the keys and values that the method receives
+    hidden_seed  repeats the hidden values; by default they are fresh from the operating system
+    family       name of the key family, by default the one whose keys are separated best
+    isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
+    Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
+    verdict. Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n = whole("n", n)

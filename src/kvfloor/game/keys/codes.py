@@ -31,8 +31,9 @@ def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
     """Find (p, m) of the chirp code of n keys in d dimensions with the smallest inner products.
 
     Returns None where there is no such code.
-    p is the largest prime <= d/2 that gives n unit keys whose inner products are bounded below 1, and m the degree of
-    the polynomials mod p that make the keys (`chirp`).
+    Each of the n unit keys is made from one polynomial modulo a prime p (`chirp`). m is the degree of the polynomials,
+    the least with p^m >= n. p is the largest prime <= d/2 with p > m for which no two keys can have an inner product of
+    1: their inner products are at most (m-1)/sqrt(p), which must be less than 1.
     """
     for p in reversed(primes_up_to(d // 2)):
         m = digits_needed(n, p)
@@ -42,11 +43,12 @@ def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
 
 
 def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
-    """Find (p, b, m) of the one-hot Reed-Solomon code of n keys in d dimensions with the smallest inner products.
+    """Find (p, b, m) of the Reed-Solomon code of n keys in d dimensions with the smallest bound on inner products.
 
-    Returns None where there is no such code.
+    Returns None where there is no such code. The bound is (m-1)/b, on the inner product of any two keys.
     p is a prime, m the number of coefficients of the code's polynomials mod p, and b the number of points at which the
-    polynomials are evaluated.
+    polynomials are evaluated. A key is made from the b values of its polynomial, each in 0..p-1: every value becomes p
+    coordinates, all 0 but the one whose index is the value. So a key needs b p <= d coordinates.
     """
 
     def fitting() -> Iterator[tuple[int, int, int]]:
@@ -59,9 +61,10 @@ def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
 
 
 def chirp(n: int, d: int, seed: int = 0) -> Tensor:
-    """Make n unit keys (n, d), float64, of the chirp code: (cos, sin)(2 pi f(x)/p) / sqrt(p) at points x.
+    """Make n unit keys (n, d), float64, of the chirp code: cosines and sines of the values of a polynomial.
 
-    f(x) = a_1 x + ... + a_m x^m mod the prime p, one polynomial f per key, at the points x = 0..p-1.
+    Each key has one polynomial f(x) = a_1 x + ... + a_m x^m mod the prime p. Its coordinates are cos(2 pi f(x)/p) /
+    sqrt(p) at the points x = 0..p-1, then the sines in the same way, then zeros.
     Inner products of two keys are at most (m-1)/sqrt(p) (Weil). `seed` is not used: the code is explicit.
     Raises ValueError where no chirp code has n keys in d dimensions.
     """
@@ -81,11 +84,12 @@ def chirp(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
-    """Make n unit keys (n, d), float64, of a Reed-Solomon code: one-hot polynomial values at b points.
+    """Make n unit keys (n, d), float64, of a Reed-Solomon code: the values of a polynomial, each in one-hot form.
 
-    A key has one polynomial mod a prime p, whose value at each of the points 0..b-1 fills p coordinates: 1/sqrt(b) at
-    the value, else 0. Inner products of two keys lie in [0, (m-1)/b] for polynomials of m coefficients. `seed` is not
-    used: the code is explicit.
+    A key has one polynomial mod a prime p, which is evaluated at the points 0..b-1. Each of the b values, in 0..p-1,
+    becomes p coordinates of the key: 1/sqrt(b) at the index equal to the value, 0 at the others. Coordinates from b p
+    on are 0. Inner products of two keys lie in [0, (m-1)/b] for polynomials of m coefficients. `seed` is not used: the
+    code is explicit.
     Raises ValueError where no such code has n keys in d dimensions.
     """
     del seed

@@ -61,10 +61,12 @@ def promised_gaps(n: int, d: int) -> dict[str, float]:
 def best_family(n: int, d: int, seed: int = 0) -> str:
     """Return the name of the key family whose smallest gap is largest, among those that are cheap to make at (n, d).
 
-    The gap of a key is its squared norm less its largest inner product with another key. Explicit codes are compared by
-    the closed form of the gap. Random families are compared by the gap of keys that `seed` draws, beyond 16,384 keys by
-    a formula. Packing is a candidate for d = 2 and, up to 4,096 keys, for d <= 16, with its measured gap. Raises
-    ValueError where no family has n keys that queries can separate: for d = 1 and n > 2.
+    The gap of a key is its squared norm less its largest inner product with another key. The families chirp,
+    reed_solomon and hypercube are compared by the closed form of the gap. The random families sphere and rademacher are
+    compared by the gap of keys that `seed` draws, beyond 16,384 keys by a formula. The family packing chooses keys one
+    by one, each as far as possible from those before (for d = 2: equally spaced on a circle). It takes long to make, so
+    it is compared, by its measured gap, only for d = 2 and, up to 4,096 keys, for d <= 16. Raises ValueError where no
+    family has n keys that queries can separate: for d = 1 and n > 2.
     """
     gaps = promised_gaps(n, d)
     if n <= _MEASURED_UP_TO:

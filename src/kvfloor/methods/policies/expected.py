@@ -30,9 +30,10 @@ class Expected(Guarded):
     z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||. The token
     of lowest score is evicted. mu and Sigma are the mean and the covariance of the row's queries so far, taken before
     their rotation, and then rotated by the mean rotation of the next `horizon` positions. Queries of the first `sinks`
-    tokens are left out. The rotation is `Spec.applied`, which a model's cache measures if it is given the prepared
-    model, or `Spec.rotation`, whose positions are ranks among the held tokens. If neither is set, mu and Sigma are
-    those of the queries as given: for a rotary model this is a weaker law, as queries rotated to past positions stand
+    tokens are left out. The rotation is the one by which keys and queries come rotated (`Spec.applied`), which a
+    model's cache measures if it is given the prepared model, or the one that the state applies (`Spec.rotation`),
+    whose positions are ranks among the held tokens. If neither is known, mu and Sigma are those of the queries as
+    given: for a rotary model this is a weaker law, as queries rotated to past positions stand
     for future queries.
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)

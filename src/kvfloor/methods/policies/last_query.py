@@ -14,12 +14,14 @@ from kvfloor.core.rowwise import row_by_row, total
 
 @dataclass(frozen=True)
 class LastQuery(Guarded):
-    """Evict the token that the last query of each block attends to least.
+    """Evict the tokens that the last query of each block attends to least.
 
-    A block is the new tokens between two evictions.
+    A block is the new tokens between two evictions: 32 by default (`block`).
     Law (Oren et al. 2024, TOVA): after each block, score(token) = mean over the GQA group of softmax(q . k) over held
-    tokens, for the last query of the block; the token of lowest score is evicted. The paper's rule is
-    tova(sinks=0,recent=0,block=1): in a larger block, one last query decides all evictions at once.
+    tokens, q the last query of the block. The tokens of lowest score are evicted until the budget is met: up to `block`
+    tokens at once, all chosen by this one query. The paper's rule is tova(sinks=0,recent=0,block=1): once the budget is
+    full, each new token evicts one. The authors' code averages over all query heads of a layer, and evicts the same
+    token in all its kv heads. Here each kv head decides for itself.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     A token appended after the last query has no score yet, and is evicted after all tokens with a score. In a stream

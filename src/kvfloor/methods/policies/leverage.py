@@ -30,22 +30,25 @@ class RidgeLeverage(Guarded):
     """Evict the token whose key has the lowest ridge leverage score, without looking at queries.
 
     Law (after Compactor, 2025): score(token) = x' (X'X + lambda I)^-1 x with x = S'k and lambda = ridge tr(X'X) / d.
-    K has the keys k as rows, X the sketched keys x. S (d, sketch) is a random matrix fixed
-    by `Spec.seed`, with E SS' = I. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2 for all u in the span of
-    the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact k' (K'K + lambda I)^-1 k.
-    A Gaussian S satisfies this if sketch is of the order rank / e^2. With sketch >= d there is no S: x = k, and the
-    scores are exact.
+    K has the keys k as rows, X the sketched keys x; tr is the trace, I the unit matrix. S (d, sketch) is a random
+    matrix fixed by the spec's seed, and SS' is I on average. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2 for
+    all u in the span of the keys, every score lies within factors (1 - e)/(1 + e) and (1 + e)/(1 - e) of the exact k'
+    (K'K + lambda I)^-1 k. A Gaussian S satisfies this if sketch is of the order (rank of K) / e^2. With sketch >= d
+    there is no S: x = k, and the scores are exact.
     ridge    lambda, as a share of tr(X'X) / d, which is the mean eigenvalue of K'K or (if sketched) an estimate of it
     sketch   width of the sketched keys, 48; only their Gram matrix is stored
     kind     "gaussian", or "count": each key channel is added to one sketched channel with a random sign
     over     "seen": X has the keys of all tokens so far; "held": X has the keys of the held tokens only, so the score
              of a key rises as similar keys are evicted
     centre   subtract the mean of the keys first
+    keys     "cached": keys as the cache holds them, after the rotary embedding (RoPE); "unrotated": keys before it, as
+             in the paper. A model's cache has to be given the prepared model, so that it can measure `Spec.applied`;
+             without that, the keys are taken as cached
     sinks    first tokens that are never evicted: 4 by default
     recent   newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
-    Compactor scores the whole prompt once, with ridge_leverage(centre=True,sinks=8,recent=4,prefill=dense), on
-    keys before RoPE, and blends these scores with attention weights; here keys are taken as cached. Scores are float64,
-    the stored Gram matrix float32.
+    Compactor scores the whole prompt once, with
+    ridge_leverage(centre=True,keys=unrotated,sinks=8,recent=4,prefill=dense), and blends these scores with attention
+    weights. Scores are float64, the stored Gram matrix float32.
     """
 
     name: ClassVar[str] = "ridge_leverage"
@@ -57,6 +60,7 @@ class RidgeLeverage(Guarded):
     kind: Literal["gaussian", "count"] = "gaussian"
     over: Literal["seen", "held"] = "seen"
     centre: bool = False
+    keys: Literal["cached", "unrotated"] = "cached"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +69,10 @@ class RidgeLeverage(Guarded):
         literals(self)
         if not isinstance(self.centre, bool):
             raise ValueError(f"ridge_leverage: centre must be True or False, got {self.centre!r}")
+
+    @property
+    def wants_rotation(self) -> bool:
+        return self.keys == "unrotated"
 
     def shared(self, spec: Spec) -> dict[str, Tensor]:
         return {} if self.sketch >= spec.d else {"key sketch": self._sketch(spec)}
@@ -82,7 +90,10 @@ class RidgeLeverage(Guarded):
         return sketch.scatter(1, place.unsqueeze(1), sign.unsqueeze(1)).to(spec.device)
 
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> KeyGram | None:
-        return KeyGram(spec, min(self.sketch, spec.d), shared, self.centre) if self.over == "seen" else None
+        if self.over != "seen":
+            return None
+        kind = UnrotatedKeyGram if self.keys == "unrotated" else KeyGram
+        return kind(spec, min(self.sketch, spec.d), shared, self.centre)
 
     def priority(self, held: Held) -> Tensor:
         def scores(k: Tensor, *moments: Tensor) -> Tensor:
@@ -99,7 +110,19 @@ class RidgeLeverage(Guarded):
             return leverage(x, gram, self.ridge, held.spec.d)
 
         seen = () if self.over == "held" else held.memory.moments(held.rows)
-        return row_by_row(scores, held.k, beside=seen, held=held.count.flatten().tolist())
+        k = unrotated(held.k, held.position, held.spec) if self.keys == "unrotated" else held.k
+        return row_by_row(scores, k, beside=seen, held=held.count.flatten().tolist())
+
+
+def unrotated(k: Tensor, position: Tensor, spec: Spec) -> Tensor:
+    """Return the keys k (r, s, d) before the rotation `Spec.applied` by their positions (r, s), in the compute dtype.
+
+    Without `Spec.applied` the keys are returned as given.
+    """
+    if spec.applied is None:
+        return k
+    k = k.to(spec.compute_dtype)
+    return spec.applied.turned(k, spec.applied.circle(position, spec.compute_dtype), back=True)
 
 
 def sketched(k: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
@@ -176,3 +199,10 @@ class KeyGram(PolicyMemory):
         """
         mine = slice(None) if rows is None else rows.to(self.met.device)
         return self.gram[mine].double(), self.total[mine].double(), self.met[mine].unsqueeze(1)
+
+
+class UnrotatedKeyGram(KeyGram):
+    """Hold the Gram matrix of all sketched keys so far, each as it was before the rotation `Spec.applied`."""
+
+    def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
+        super().on_keys(rows, unrotated(k, position, self.spec), position, live)

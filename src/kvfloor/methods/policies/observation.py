@@ -33,7 +33,9 @@ class Observation(Policy):
     group. The window's own tokens stay. The rest of the budget goes to the other tokens with the highest votes.
     window   queries that vote, and newest tokens that stay: 32 (half of a budget below 64)
     kernel   positions that are pooled, an odd number; 1 pools nothing
-    pool     "max" or "avg" of the votes of the held tokens around a token
+    pool     "max" or "avg" of the votes of the held tokens around a token. In an average, each of the `kernel`
+             positions without a vote counts as 0, as in the paper's code: positions outside the prompt, in the window,
+             and of evicted tokens
     decode   "keep": tokens after the prompt are never evicted, so memory grows with the answer;
              "evict": each block of the answer is compressed like the prompt, by the last `window` queries so far
     sinks    first tokens that are never evicted; none by default, as in the paper
@@ -128,14 +130,14 @@ class Observation(Policy):
         """Return the pooled votes (r, g, s): for each slot, the maximum or mean of its own and the nearby votes.
 
         Nearby votes are those of held tokens at most kernel // 2 positions away. Only tokens before position `stop`
-        (r, 1) take part.
+        (r, 1) take part. A mean is the sum of these votes divided by `kernel`.
         """
         reach = self.kernel // 2
         voted = held.live & (held.position < stop)
         position = held.position.masked_fill(~voted, 1 << 62)
         position, order = position.sort(1)  # sorted, so that tokens close in position are close in this order
         votes = votes.gather(2, order.unsqueeze(1).expand_as(votes))
-        pooled, near = votes, torch.ones_like(position)
+        pooled = votes
         for shift in range(1, min(reach, position.shape[1] - 1) + 1):
             close = (position[:, shift:] - position[:, :-shift] <= reach) & (position[:, shift:] < 1 << 62)
             for to, of in ((slice(shift, None), slice(None, -shift)), (slice(None, -shift), slice(shift, None))):
@@ -146,18 +148,18 @@ class Observation(Policy):
                     )
                 else:
                     joined[..., to] += votes[..., of] * close.unsqueeze(1)
-                    near[:, to] += close
                 pooled = joined
         if self.pool == "avg":
-            pooled = pooled / near.unsqueeze(1)
+            pooled = pooled / self.kernel
         return torch.empty_like(pooled).scatter(2, order.unsqueeze(1).expand_as(pooled), pooled)
 
 
 class LastQueries(PolicyMemory):
     """Hold the last `window` queries of each row, q (rows, g, window, d), the newest last, and their positions.
 
-    The queries are held as given, before the rotation (RoPE) of `Spec.rotation`. An entry without a query has position
-    -1. The queries are dropped at the seal (end of the prompt), unless `for_good` is True (decode="evict").
+    The queries are held as given, before any rotation (RoPE) that the state itself applies. An entry without a query
+    has position -1. The queries are dropped at the seal (end of the prompt), unless `for_good` is True
+    (decode="evict").
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:

@@ -25,13 +25,15 @@ from kvfloor.validation import count
 class BestFirst(Indexed):
     """Read the k tokens of largest logit by branch and bound over pages.
 
-    The result equals that of `top_k`. Where keys have structure, it is found without reading every key.
+    The result equals that of the selector `top_k`, which reads every key. Where keys have structure, it is found
+    without reading every key.
     Law: branch and bound over the boxes of the selector `pages` (least and largest key entry per channel of a page),
     which bound the logits of the page's tokens. To visit a page is to compute the logits of its tokens. The newest page
     is visited first, then the other pages from the largest bound down, until the next bound is below the k-th best
     logit found. None of the unvisited pages then holds a better token, whatever the keys are. A token of large
-    logit among tokens of small logit is therefore never lost, unlike with halving (`hip`). Where keys have no structure
-    the bounds are loose and nearly all pages are visited. Ties are broken in favour of the newer token.
+    logit among tokens of small logit is therefore never lost, unlike with the selector `hip`, which halves intervals of
+    the stream. Where keys have no structure the bounds are loose and nearly all pages are visited. Ties are broken in
+    favour of the newer token.
     k      tokens read per query
     page   tokens per page, as in `pages`
     """

@@ -41,7 +41,8 @@ class Hierarchical(Indexed):
                  of each such span makes the choice, so a choice depends neither on later queries nor on how the
                  stream is split into calls
     refresh      number of decoded tokens that share a choice, after the seal
-    Each query of a GQA group has its own choice. `State.read` and `State.attend` choose anew for every query.
+    Each query of a GQA group has its own choice. Queries that come without new tokens (`State.read`, `State.attend`)
+    share no choice: each makes one of its own.
     """
 
     name: ClassVar[str] = "hip"

@@ -44,9 +44,9 @@ class ZCurve(Indexed):
     curve and the keys that are not merged into the curves yet (see `chunk`). The query reads the k candidates of
     largest exact logit. Ties are broken in favour of the newer token.
 
-    ZETA learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best
-    tokens are missed where d is large and keys have no clusters; `characterize.lib.recall` measures the share that is
-    read.
+    ZETA learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best tokens are
+    missed where d is large and keys have no clusters; the repository's
+    characterize/lib/recall.py measures the share that is read.
 
     k        tokens read per query
     curves   number of curves, each with its own random projection
@@ -221,8 +221,9 @@ class ZCurveState(SelectorState):
     def bytes_read(self, held: Tensor) -> int:
         """Return the bytes that one query per row reads, summed over the rows.
 
-        held (rows,) is the number of tokens that each row holds. On each curve, the query reads the codes
-        of a binary search and a window of slots. It also reads the keys of all candidates and the values of the k best.
+        held (rows,) is the number of tokens that each row holds. On each curve, the query reads the codes that a binary
+        search compares, and the slot numbers of the `window` keys around the place found. It also reads the keys of
+        all candidates and the values of the k best.
         """
         used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()

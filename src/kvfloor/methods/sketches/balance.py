@@ -43,11 +43,13 @@ class Balance(Method):
     numerator and the denominator of attention.
     A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
     Halving a level evicts half of the level's tokens and moves the other half up one level. The kept half is chosen so
-    that the sum of e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short (`self_balancing`).
-    Here e^{q} and e^{k} stand for feature vectors with inner product e^{q.k}, and const is a number appended to each
-    value. The paper halves separate sets of tokens, each through levels of its own (a tree): one set for each bucket
-    (part) of the numerator's tokens, and one set for the denominator. Here one set serves both, thanks to the
-    coordinate const: numerator and denominator have the same weights, so answers are convex combinations of values.
+    that the sum of e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short, by the walk in the
+    module `self_balancing`.
+    Here e^{q} and e^{k} stand for feature vectors with inner product e^{q.k}, and (v, const) is a value v with the
+    same number const appended to all. The paper halves separate sets of tokens, each through levels of its own (a
+    tree): one set for each bucket (part) of the numerator's tokens, and one set for the denominator. Here one set
+    serves both, thanks to the coordinate const: numerator and denominator have the same weights, so answers are convex
+    combinations of values.
     batch     number of tokens that makes a level full. A row halves levels at every batch-th token; newer tokens are
               read exactly. Without a budget every full level is halved, which leaves at most batch tokens per level
               and log2(n / batch) + 2 levels.
@@ -123,9 +125,9 @@ class Balance(Method):
     def traits(self) -> Traits:
         """Return the promises of this method.
 
-        `normalised` is True, because numerator and denominator have the same positive weights. `lossy_values` is True,
-        because held tokens do not all have weight 1 in answers. `value_linear` is False, because the choice of kept
-        tokens depends on the values.
+        normalised     True: answers are averages of values, as numerator and denominator have the same positive weights
+        lossy_values   True: values count with an error, as held tokens do not all have weight 1 in answers
+        value_linear   False: answers are not linear in the values, as the choice of kept tokens depends on the values
         """
         return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
 
@@ -173,7 +175,8 @@ class Balance(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance.
 
-        V is the matrix of all values, and softmax the vector of exact attention weights. `tree_error` derives epsilon.
+        V is the matrix of all values, and softmax the vector of exact attention weights. With probability 1 - `failure`
+        the bound holds for epsilon = sqrt(spread) x / (batch - y); the function `tree_error` derives x and y.
         radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
         spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
         horizon   bound on the tokens seen
@@ -212,7 +215,8 @@ class Balance(Method):
         """Return this method with the least even batch for error epsilon and failure probability delta, without budget.
 
         The error is that of `guarantee`; c is the safe threshold.
-        Law: x / (batch - y) <= epsilon / sqrt(spread), with x and y of `tree_error`.
+        Law: x / (batch - y) <= epsilon / sqrt(spread), where the error is at most x max |v| / (batch - y) in l2 norm
+        (`tree_error`).
         """
         if self.radius is None or self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
             return self

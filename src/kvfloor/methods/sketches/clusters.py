@@ -34,8 +34,8 @@ class Clusters(Memory):
 
     A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Once a
     row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance; beyond delta this sets
-    `overfull` (rows,) to True. Samples are uniform: sample i of a cluster is the key whose i-th random number, fixed by
-    the key's position, is smallest. So samples do not depend on how the stream is split into calls.
+    the row's flag `overfull` (rows,) to True. Samples are uniform: sample i of a cluster is the key whose i-th random
+    number, fixed by the key's position, is smallest. So samples do not depend on how the stream is split into calls.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:
@@ -71,8 +71,8 @@ class Clusters(Memory):
     def weighted(self, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the sampled keys (rows, width * t, d) of the first `width` clusters, and their log-weights.
 
-        width None: all clusters. A cluster of `count` keys has t samples, so each sample has the weight count / t. The
-        log-weights are (rows, width * t), float64, and -inf where there is no cluster.
+        width None: all clusters. The t samples of a cluster stand for all its keys, so each sample has the weight
+        (number of keys) / t. The log-weights are (rows, width * t), float64, and -inf where there is no cluster.
         """
         sample, size = self.sample[:, :width], self.count[:, :width]
         t = sample.shape[2]

@@ -5,9 +5,11 @@ shortens w is the more likely one. The threshold c sets how much more likely: a 
 coin. A step is clamped where the formula for the probability of a sign leaves [0, 1]. A walk needs only the matrix of
 the vectors' inner products. In shapes, r are rows, i.e. (batch item, kv head) streams, each with a walk of its own, and
 m vectors per row.
-`Balance` calls this: each vector stands for a token, and tokens of one sign are evicted. A level is the set of tokens
-of equal weight 2^l; halving a level evicts half of its tokens and moves the others to level l + 1. A level is full at
-`batch` tokens, and n is the number of tokens of the stream.
+The method `Balance` calls this: each vector stands for a token, and tokens of one sign are evicted. A level is the set
+of tokens of equal weight 2^l; halving a level evicts half of its tokens and moves the others to level l + 1. A level is
+full at `batch` tokens, and n is the number of tokens of the stream. The paper is Kochetkova et al. 2025, BalanceKV
+(arXiv 2502.07861). A random number is sigma-sub-Gaussian if its tails are no heavier than those of a normal number of
+standard deviation sigma.
 """
 
 from __future__ import annotations
@@ -30,16 +32,17 @@ def safe_threshold(steps: float, failure: float) -> float:
     -<w, x> / c times x, instead of by a sign times x, where |<w, x>| > c. The signed sum of this walk is
     sigma-sub-Gaussian in every fixed direction theta with sigma^2 = c^2 / (2c - 1): the noise of a step lies in an
     interval of length 2, so Hoeffding gives (theta.x)^2 / 2, and the mean step, towards 0, takes away at least as much.
-    Hence a step is clamped with probability 2 exp(1/2 - c) at most. The paper's 30 ln(n / failure) is safe as well, and
-    makes the walk nearly a fair coin.
+    Hence a step is clamped with probability 2 exp(1/2 - c) at most. The threshold 30 ln(n / failure) of the paper
+    (BalanceKV) is safe as well, and makes the walk nearly a fair coin.
     """
     return max(1.0, 0.5 + math.log(2.0 * steps / failure))
 
 
 def sub_gaussian(c: float) -> float:
-    """Return sigma, for which a walk's signed sum of vectors of length <= 1 is sigma-sub-Gaussian (`safe_threshold`).
+    """Return sigma, for which a walk's signed sum of vectors of length <= 1 is sigma-sub-Gaussian.
 
-    c is the walk's threshold, at least 1.
+    The sum is so in every fixed direction. c is the walk's threshold, at least 1. Law: c / sqrt(2c - 1), proved at
+    `safe_threshold`.
     """
     return c / math.sqrt(2.0 * c - 1.0)
 
@@ -59,14 +62,18 @@ def worst_growth(sharpness: float, centre: bool) -> float:
 def tree_error(dv: int, growth: float, constant: float, c: float, failure: float) -> tuple[float, float]:
     """Return (x, y) of the bound ||answer - attention||_2 <= x max |v| / (batch - y) for `Balance` with keep=pairs.
 
-    The bound holds for one fixed query with probability 1 - 2 failure, if no step of a walk is clamped. dv is the width
-    of a value v, and c the walk's threshold. growth is r^2 times `worst_growth`, where r is a bound on sqrt(|scale|)
-    |q| and sqrt(|scale|) |k|. a = constant is the square of the constant coordinate const of `Balance`, in units of max
-    |v|^2.
+    With keep=pairs, one of each two neighbouring tokens stays. The bound holds for one fixed query with probability
+    1 - 2 failure, if no step of a walk is clamped.
+    dv        width of a value v
+    growth    the error grows by a factor of at most e^growth with the lengths of keys and queries: g r^2, with g from
+              `worst_growth` and r a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
+    constant  a = const^2 / max |v|^2; the walk appends the number const to every value, to balance the denominator too
+    c         the walk's threshold
     Proof: e^{k} and e^{q} stand for feature vectors with inner product e^{q.k}. In a direction u, the error of
     numerator minus answer times denominator is the signed sum of e^{q.k} (v - answer).u. This sum is linear in the
-    walk's vectors e^{k} (v, const). Differences of two vectors are at most 2 |e^{k}| sqrt(1 + a) max |v| long. So one
-    halving of level l is sub-Gaussian with 4^l 4 sigma^2 |e^{q}|^2 |e^{k}|^2 (1 + a)^2 / a max |v|^2. Halvings are
+    walk's vectors e^{k} (v, const). Differences of two vectors are at most 2 |e^{k}| sqrt(1 + a) max |v| long. Let
+    sigma be the deviation of a walk over vectors of length <= 1 (`sub_gaussian`). So one halving of level l is
+    sub-Gaussian with 4^l 4 sigma^2 |e^{q}|^2 |e^{k}|^2 (1 + a)^2 / a max |v|^2 as its sigma^2. Halvings are
     martingale differences; their 4^l sum to 2 n^2 / batch^2, as level l has at most n / (2^l batch) halvings. A
     sub-Gaussian vector is no longer than its deviation times sqrt(dv) + sqrt(2 ln 1/failure) (Hsu, Kakade and Zhang
     2012). The denominator errs likewise.

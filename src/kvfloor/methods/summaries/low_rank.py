@@ -53,9 +53,9 @@ class Less(Summary):
 
     rank     R
     kernels  the safetensors file that `kvfloor train-less` wrote: one pair of networks per (layer, kv head), selected
-             for each row by its place in `Spec.places`; "builtin": the kernels shipped with the built-in model. A file
-             with a single pair serves every row. None: untrained networks, which give the evicted tokens almost no
-             weight.
+             for each row by the row's (layer, kv head), which a model's cache gives in the spec; "builtin": the kernels
+             shipped with the built-in model. A file with a single pair serves every row. None: untrained networks,
+             which give the evicted tokens almost no weight.
     A message (a saved state) holds the path of the kernels' file and a tag of its contents. Loading the message is
     refused once the file has changed.
     """

@@ -115,7 +115,10 @@ class Taylor(Summary):
 
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
-    """Return the guarantee `stated` with this epsilon, withdrawn (`holds` False) if epsilon is 1 or more."""
+    """Return a copy of an error bound with the error epsilon, marked as not holding if epsilon is 1 or more.
+
+    stated: the bound to copy.
+    """
     why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
     return replace(stated, epsilon=epsilon, holds=not why, why=why)
 
@@ -277,11 +280,11 @@ class TaylorState(SummaryState):
         return {"longest_key": length, "longest_query": length}
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Return the guarantee `stated` with the epsilon for r, the largest logit that can have occurred so far.
+        """Return the error bound with the epsilon for r, the largest logit that can have occurred so far.
 
-        r is the largest |scale| |q| |k| of a row's queries and evicted keys. If r exceeds the radius, the guarantee is
-        withdrawn (`holds` False). Epsilon includes the rounding error of sums over n tokens of t features of size at
-        most e^r, where weights are at least e^-r.
+        stated: the method's bound, which holds up to logits of size `radius`. r is the largest |scale| |q| |k| of a
+        row's queries and evicted keys. If r exceeds the radius, the bound is marked as not holding. Epsilon includes
+        the rounding error of sums over n tokens of t features of size at most e^r, where weights are at least e^-r.
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
         if r > self.radius * (1.0 + 1e-12):  # the rounding of a norm

@@ -29,12 +29,12 @@ _DRAWS_AT_ONCE = 1 << 20  # bounds the keys drawn in one product: rows x tokens 
 class ValueSample(Summary):
     """Summarise the evicted tokens by reservoir samples of their values, which estimate the mean value.
 
-    `value_sum` keeps the exact mean in less memory.
+    The summary `value_sum` keeps the exact mean in less memory.
     Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law the c evicted tokens
     have total weight c and contribute their mean value. In the paper an answer is one value: that of a token of
     the window (the held tokens), or one evicted value from a reservoir, drawn by weight. Here the window's attention is
     exact (Rao-Blackwell: the same mean, no more variance) and only the draw from the reservoir is repeated.
-    `window_sample` is the paper's own form.
+    The method `window_sample` has the paper's own form.
 
     copies    T: independent samples in a mean; 1 unless given
     groups    Q: number of such means, whose coordinatewise median is the answer; odd, 1 unless given
@@ -46,9 +46,10 @@ class ValueSample(Summary):
     Guarantee, for a stream fixed beforehand: with probability 1 - delta, the error of every coordinate of every answer,
     to any query at any time, is at most epsilon times the coordinate's exact value. Each mean is wrong by more than
     epsilon with probability <= 1/8 by Chebyshev, as a value's variance is at most spread times its squared mean. A
-    median of Q means is wrong by more with probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5). There are horizon *
-    dv such medians. (The paper has 3 instead of 8 and 12 ln instead of 2.5 ln, for means that fail with probability
-    1/3. These constants do not fit together: with 1/3, the exponent is Q / 17.)
+    median of Q means is wrong by more with probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5), KL the relative
+    entropy of two coins with these chances. There are horizon * dv such medians. (The paper has 3 instead of 8 and 12
+    ln instead of 2.5 ln, for means that fail with probability 1/3. These constants do not fit together: with 1/3, the
+    exponent is Q / 17.)
     """
 
     name: ClassVar[str] = "value_sample"

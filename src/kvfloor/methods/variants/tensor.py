@@ -44,7 +44,7 @@ class TensorAttention(Method):
             of width 2dv; it receives no queries. A text such as "window@64" is parsed.
     A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2] of t tokens, queries of width d, and
     returns answers of width dv. The n^2 products are never stored: for n tokens the state holds 2n(d + dv) numbers, and
-    `State.read` computes the products of a block of pairs at a time.
+    a query is answered from the products of one block of pairs at a time.
     Raises ValueError for a store that does not keep whole tokens.
     """
 
@@ -64,7 +64,7 @@ class TensorAttention(Method):
 
     @property
     def kept(self) -> Method:
-        """Return `store`, the method that keeps the tokens, as a `Method`: a text is parsed on construction."""
+        """Return `store`, the method that keeps the tokens, as an object: a text was parsed on construction."""
         assert isinstance(self.store, Method)
         return self.store
 
@@ -97,7 +97,7 @@ class TensorAttention(Method):
 
 
 class TensorState(State[TensorAttention]):
-    """Hold the state of the method `TensorAttention.store`, which keeps the tokens.
+    """Hold the state of the method that keeps the tokens, the argument `store` of tensor attention.
 
     In this state a token's key is k1 and k2 concatenated along the width, (..., 2d), and its value is v1 and v2
     likewise.

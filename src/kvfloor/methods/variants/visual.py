@@ -53,9 +53,9 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
     sides are the sides of the scales' square maps, coarse first. The coarse scales are the scales that `scale_budgets`
     keeps whole under the state's budget (the smallest one, if rows have different budgets). The policy chooses the
-    tokens of the finer scales; the number of tokens of a scale that the policy `random` keeps is, in expectation, the
-    number that `scale_budgets` returns. Raises ValueError for a state that cannot pin, that has seen tokens, or whose
-    policy protects so many other tokens that the coarse scales do not fit.
+    tokens of the finer scales; the number of tokens of a scale that random eviction (the policy `random`) keeps is, in
+    expectation, the number that `scale_budgets` returns. Raises ValueError for a state that cannot pin, that has seen
+    tokens, or whose policy protects so many other tokens that the coarse scales do not fit.
     """
     if not isinstance(state, BoundedState):
         raise ValueError(f"{state.method} has no budget to share out over scales: give an eviction policy")
@@ -94,7 +94,8 @@ class NextScale:
         """Append a scale's tokens k (rows, t, d), v (rows, t, dv) and return attention (rows, g, t, dv) of its queries.
 
         q (rows, g, t, d) are the queries; all of them see all t tokens of the scale. A policy that uses attention
-        weights receives these queries. Raises the errors of `State.append`; a refused input leaves the state unchanged.
+        weights receives these queries. Raises TypeError or ValueError for keys and values that the state
+        cannot append; a refused input leaves the state unchanged.
         """
         spec = self.state.spec
         if q.ndim != 4:

@@ -1,0 +1,108 @@
+"""Measure the settings of an audit on this machine, one text or cell after the other.
+
+A setting is a method with its budget; a cell is a task at a context length under a protocol.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from kvfloor.audit.clock import Clock
+from kvfloor.audit.closer import Closer
+from kvfloor.audit.grid import EXACT, AnyRow, Asked, Grid, Place
+from kvfloor.audit.journal import Journal
+from kvfloor.audit.nats import TextCell, TextRow
+from kvfloor.audit.recommend import Recommendation
+from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.rows import Row
+from kvfloor.audit.worker import Worker
+
+
+class Engine(Protocol):
+    """Measure pairs of place (text or cell) and setting, and record each row in a journal as soon as it is there."""
+
+    @property
+    def grid(self) -> Grid:
+        """Return the places and settings of the audit."""
+        ...
+
+    def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
+        """Measure what is asked for and the journal lacks.
+
+        `clock` leaves out the places that do not fit into the audit's time. `track` is called with a line of text
+        before each measurement.
+        """
+        ...
+
+    def look_closer(
+        self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
+    ) -> Closer:
+        """Measure what explains an audit's result, given its rows (`audit/closer.py`)."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        ...
+
+
+class Here:
+    """Measure with one model in this process. All settings of a place are measured before the next place begins."""
+
+    def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
+        """Load the model in `folder`; `track` is called with a line of text before each long step."""
+        self._worker = Worker(question, folder, track)
+
+    @property
+    def grid(self) -> Grid:
+        """Return the places and settings of the audit."""
+        return self._worker.grid
+
+    def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
+        """Measure what is asked for and the journal lacks; arguments as in `Engine`.
+
+        What is asked for may change with the rows of a place, so the next place is chosen after each.
+        """
+        worker, count, is_first = self._worker, len(self.grid.settings), not journal.rows
+        done: set[Place] = set()
+        while left := [pair for pair in journal.missing(asked(journal.rows)) if pair[0] not in done]:
+            place = left[0][0]
+            done.add(place)
+            todo = [setting for at, setting in left if at == place]
+            name = None if place in self.grid.further else str(place)
+            tokens = worker.tokens(place) * len(todo) // count
+            if not clock.fits(name, tokens):
+                continue
+            begin = time.perf_counter()
+            is_text = isinstance(place, TextCell)
+            track(f"{place}: {'the exact predictions' if is_text else 'samples and traces'}")
+            worker.open(place)
+            if is_text and clock.per_token is None:
+                texts = len({at for at, _ in left if isinstance(at, TextCell)})
+                seconds, must = time.perf_counter() - begin, is_first and len(todo) == count
+                clock.expect(seconds, worker.tokens(place), count, texts, must=must)
+                if not is_first and not clock.fits(name, tokens):
+                    continue
+            for setting in todo:
+                if (place, setting) not in asked(journal.rows):  # exact cannot do this cell
+                    break
+                track(f"{place}: {setting}")
+                journal.add(worker.measure(place, setting, exact_row(journal, place, setting)))
+            clock.took(time.perf_counter() - begin, max(1, tokens))
+
+    def look_closer(
+        self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
+    ) -> Closer:
+        """Measure what explains an audit's result, given its rows."""
+        return self._worker.look_closer(rows, texts, answer, track)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self._worker
+
+
+def exact_row(journal: Journal, place: Place, setting: str) -> AnyRow | None:
+    """Return the recorded row of `exact` that a setting's row is compared with; None for `exact` itself."""
+    return None if setting == EXACT else journal.rows[place, EXACT]

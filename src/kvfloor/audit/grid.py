@@ -1,0 +1,68 @@
+"""List what an audit measures: every setting (method with budget) on every text and every cell of the tasks.
+
+A cell is a task at a context length under a protocol. One measurement is a pair of a text or cell and a setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from kvfloor.audit.nats import TextCell, TextRow
+from kvfloor.audit.rows import Cell, Row
+
+Place: TypeAlias = TextCell | Cell
+AnyRow: TypeAlias = TextRow | Row
+Pair: TypeAlias = tuple[Place, str]
+
+Asked: TypeAlias = Callable[[Mapping[Pair, AnyRow]], Sequence[Pair]]
+"""Return the measurements that an audit asks for, given its rows so far."""
+
+EXACT = "exact"
+"""The setting that keeps every token. The others are compared with it, so it is measured first on every place."""
+
+
+def pair_of(row: AnyRow) -> Pair:
+    """Return the place (text or cell) and the setting of a measured row."""
+    return row.cell, row.method
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Hold the places and settings of an audit, in the order of its rows.
+
+    places    the texts, then the cells of the tasks
+    settings  texts of settings, `exact` first
+    chat      names of the tasks whose samples are in the model's chat template
+    further   more texts, which a race gives to close calls alone (`audit/race.py`)
+    """
+
+    places: tuple[Place, ...]
+    settings: tuple[str, ...]
+    further: tuple[TextCell, ...] = ()
+    chat: tuple[str, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Return every measurement, place by place, without those of further texts."""
+        return tuple((place, setting) for place in self.places for setting in self.settings)
+
+    @property
+    def all_pairs(self) -> tuple[Pair, ...]:
+        """Return every measurement, those of further texts last."""
+        return self.pairs + tuple((place, setting) for place in self.further for setting in self.settings)
+
+    def part(self, shard: tuple[int, int] | None) -> tuple[Pair, ...]:
+        """Return the i-th of n parts of the measurements for shard (i, n), or all measurements for None.
+
+        A part is one stretch of `pairs`. It also has `exact` on each of its places, as the other rows of the place are
+        compared with that.
+        """
+        if shard is None:
+            return self.pairs
+        i, n = shard
+        count = len(self.pairs)
+        own = self.pairs[count * (i - 1) // n : count * i // n]
+        needed = {(place, EXACT) for place, _ in own}.union(own)
+        return tuple(pair for pair in self.pairs if pair in needed)

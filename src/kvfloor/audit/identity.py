@@ -1,0 +1,103 @@
+"""Record what an audit's rows depend on, so that rows of another request are never taken for this one's."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import kvfloor
+from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.setting import BudgetedMethod
+from kvfloor.audit.texts import text_of
+from kvfloor.files import sampled_digest
+from kvfloor.models.load import DTYPE
+
+VERSIONS = ("kvfloor", "torch", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Return the version of each program that takes part in an audit."""
+    return {name: version(name) for name in VERSIONS} | {"python": platform.python_version()}
+
+
+def identity(question: AuditRequest, settings: Sequence[BudgetedMethod], folder: Path) -> dict[str, Any]:
+    """Return all that the rows of an audit depend on, as plain JSON types: names, numbers and SHA-256 digests.
+
+    settings  the methods with their budgets; folder: the model's files
+
+    Number and kind of processors are left out. They change times, and figures by rounding.
+    """
+    need = max(question.context_lengths) + question.scored
+    return {
+        "model": {path.name: sampled_digest(path) for path in _files(folder)},
+        "dtype": DTYPE,
+        "settings": {one.text: {"baseline": one.baseline, "files": _of_method(one.method)} for one in settings},
+        "texts": {Path(name).stem: _digest(text_of(name, need).encode()) for name in question.text_names},
+        "tasks": {name: _of_task(name) for name in question.task_names},
+        "prompts": None if question.prompts is None else [question.prompts.stem, sampled_digest(question.prompts)],
+        "contexts": list(question.context_lengths),
+        "continuation": question.scored if question.text_names else None,
+        "protocols": list(question.protocols),
+        "chat": question.chat,
+        "n": question.n,
+        "seed": question.seed,
+        "versions": {name: found for name, found in versions().items() if name in VERSIONS},
+        "code": _of_package(),
+    }
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return the names of the entries in which two identities differ."""
+    return [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a model's folder, without hidden ones and notes for people."""
+    return [
+        path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "." and path.suffix != ".md"
+    ]
+
+
+def _of_task(name: str) -> str | None:
+    """Return the digest of the user's module in `module:TASK`, or None for a built-in task."""
+    module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
+    source = getattr(module, "__file__", None)
+    return None if source is None else sampled_digest(Path(source))
+
+
+def _of_method(part: Any) -> list[str]:
+    """Return the digests of the user's modules and files that a method is made of, its parts included."""
+    return [sampled_digest(path) for path in sorted(set(_sources(part)))]
+
+
+def _sources(part: Any) -> Iterator[Path]:
+    module = type(part).__module__
+    source = getattr(sys.modules.get(module), "__file__", None)
+    if source is not None and not module.startswith("kvfloor."):
+        yield Path(source)
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            yield from _sources(value)
+        elif isinstance(value, str) and Path(value).is_file():
+            yield Path(value)
+
+
+def _of_package() -> str:
+    """Return the digest of kvfloor's own files: code, texts and the built-in model."""
+    root = Path(kvfloor.__file__).parent
+    whole = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and path.parent.name != "__pycache__":
+            whole.update(f"{path.relative_to(root)} {sampled_digest(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

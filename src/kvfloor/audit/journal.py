@@ -1,0 +1,174 @@
+"""Keep the rows of an audit in its folder while it runs: each is on the disk before the next one is measured.
+
+The folder has `audit.json`, `nats.jsonl` (rows of texts), `rows.jsonl` (rows of tasks) and `floors.jsonl` (memory
+floors of the kv heads). Rows are appended and flushed one by one, so a killed audit loses at most the row that it was
+measuring. At the end the files are written anew in the order of the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvfloor.audit.grid import EXACT, AnyRow, Pair, pair_of
+from kvfloor.audit.header import Header, read_header
+from kvfloor.audit.heads import HeadFloor, with_cell
+from kvfloor.audit.nats import MOST_BYTES as MOST_TEXT_BYTES
+from kvfloor.audit.nats import TextRow
+from kvfloor.audit.records import line_of, read_growing, write_records
+from kvfloor.audit.rows import MOST_BYTES, Cell, Row
+from kvfloor.files import FolderLock, append_to, cut_to
+
+EXPLANATIONS = ("output_errors.jsonl", "text_floors.jsonl", "examples.jsonl")
+"""Files of what explains an audit's result (`audit/closer.py`), the last one written last."""
+
+TEXTS, ROWS, FLOORS = "nats.jsonl", "rows.jsonl", "floors.jsonl"
+_KINDS: dict[str, tuple[type, int, str]] = {
+    TEXTS: (TextRow, MOST_TEXT_BYTES, "a row of an audit's texts"),
+    ROWS: (Row, MOST_BYTES, "an audit row"),
+    FLOORS: (HeadFloor, MOST_BYTES, "the floor of a kv head"),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Hold one measured row. With the row of `exact` on a cell come the memory floors of the model's kv heads there."""
+
+    row: AnyRow
+    floors: tuple[HeadFloor, ...] = ()
+
+
+class Journal:
+    """Hold the measured rows of an audit, in memory and in its folder, which no other audit may use meanwhile.
+
+    rows    the row of each pair of place (text or cell) and setting (method with budget)
+    floors  the floors of the kv heads on each cell that `exact` was measured on
+    header  the description of the audit that the folder holds; None: it holds none
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: dict[Pair, AnyRow] = {}
+        self.floors: dict[Cell, list[HeadFloor]] = {}
+        self.header: Header | None = None
+        self._lock = FolderLock(folder)
+
+    def __enter__(self) -> Journal:
+        """Lock the folder. Raises ValueError where another audit has it."""
+        self._lock.take()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def resume(self, identity: dict[str, Any]) -> bool:
+        """Read the rows in the folder, and return True, if they have this identity; else return False.
+
+        A line that was cut off while it was written is removed, and so are floors without the row of `exact`.
+        """
+        self.header = read_header(self.folder)
+        if self.header is None or self.header.identity != identity:
+            return False
+        for name in _KINDS:
+            records, size = read_part(self.folder, name)
+            cut_to(self.folder / name, size)
+            self._take(records)
+        kept = {cell: found for cell, found in self.floors.items() if (cell, EXACT) in self.rows}
+        if kept != self.floors:  # the audit ended between floors and their row: both are measured again
+            self.floors = kept
+            self._write_floors()
+        return True
+
+    def begin(self, header: Header) -> None:
+        """Describe the audit that starts or goes on now. Rows of another audit are removed before that."""
+        if self.header is None or self.header.identity != header.identity or not self.rows:
+            for name in (*_KINDS, *EXPLANATIONS):  # before the description: no row is taken for one of the new audit
+                (self.folder / name).unlink(missing_ok=True)
+            self.rows, self.floors = {}, {}
+        header.write(self.folder)
+        self.header = header
+
+    def missing(self, pairs: Iterable[Pair]) -> list[Pair]:
+        """Return the pairs of place and setting that have no row yet."""
+        return [pair for pair in pairs if pair not in self.rows]
+
+    def add(self, measured: Measured) -> None:
+        """Append a row to its file, after the floors that came with it, and flush both to the disk.
+
+        Raises ValueError with one line where the disk is full; the rows so far are kept.
+        """
+        row = measured.row
+        try:
+            if measured.floors:
+                append_to(self.folder / FLOORS, "".join(map(line_of, measured.floors)).encode())
+            append_to(self.folder / (TEXTS if isinstance(row, TextRow) else ROWS), line_of(row).encode())
+        except ValueError as error:
+            kept = f"{len(self.rows)} of {len(self.about.grid.pairs)} measurements are kept"
+            raise ValueError(f"{error} ({kept}: the same command goes on from there)") from error
+        self._take((*measured.floors, row))
+
+    def finish(self, kept: Collection[Pair], minutes: float | None, notes: Sequence[str]) -> None:
+        """Keep only the rows of the pairs `kept`, sort the files, and note that the audit ended by itself."""
+        self.rows = {pair: row for pair, row in self.rows.items() if pair in kept}
+        self.sort(ended=True, minutes=minutes, notes=tuple(notes))
+
+    def sort(self, **changes: Any) -> None:
+        """Write the files anew in the order of the report, and `audit.json` with changed fields."""
+        header = replace(self.about, seconds=self.seconds, **changes)
+        self.rows = {pair: self.rows[pair] for pair in header.grid.all_pairs if pair in self.rows}
+        self.floors = {cell: self.floors.get(cell, []) for cell in header.cells if (cell, EXACT) in self.rows}
+        write_records(self.folder / TEXTS, self.texts)
+        write_records(self.folder / ROWS, self.tasks)
+        self._write_floors()
+        self.header = replace(header, began=time.time())
+        self.header.write(self.folder)
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of all starts: a start ends with its last row, even if it was killed."""
+        last = [path.stat().st_mtime for path in (self.folder / TEXTS, self.folder / ROWS) if path.exists()]
+        return self.about.seconds + max(0.0, max(last, default=0.0) - self.about.began)
+
+    @property
+    def texts(self) -> list[TextRow]:
+        """Return the rows of the texts."""
+        return [row for row in self.rows.values() if isinstance(row, TextRow)]
+
+    @property
+    def tasks(self) -> list[Row]:
+        """Return the rows of the tasks' cells."""
+        return [row for row in self.rows.values() if isinstance(row, Row)]
+
+    @property
+    def about(self) -> Header:
+        """Return the description of the audit, which `resume` found or `begin` was given."""
+        assert self.header is not None
+        return self.header
+
+    def _write_floors(self) -> None:
+        write_records(self.folder / FLOORS, [floor for found in self.floors.values() for floor in found])
+
+    def _take(self, records: Iterable[Any]) -> None:
+        for record in records:
+            if isinstance(record, HeadFloor):
+                assert isinstance(record.cell, Cell)
+                self.floors.setdefault(record.cell, []).append(record)
+            else:
+                self.rows[pair_of(record)] = record
+
+
+def is_explained(folder: Path) -> bool:
+    """Return True if the files of what explains an audit's result are there."""
+    return (folder / EXPLANATIONS[-1]).exists()
+
+
+def read_part(folder: Path, name: str) -> tuple[list[Any], int]:
+    """Read the records of one of a journal's files, and return them with the bytes of its whole lines."""
+    kind, most, what = _KINDS[name]
+    records, size = read_growing(folder / name, kind, most, name, what)
+    if kind is HeadFloor:
+        records = [with_cell(one) for one in records]
+    return records, size

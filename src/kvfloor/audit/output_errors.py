@@ -1,0 +1,133 @@
+"""Map the error of the attention output per layer and kv head, on the first text that an audit reads.
+
+A setting is a method with its budget. The model runs once with an exact cache, and its queries, keys and values are
+recorded. Each setting then answers the recorded queries from the recorded keys and values.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfloor.audit import traces
+from kvfloor.audit.heads import HeadFloor, head_floors
+from kvfloor.audit.nats import TextCell, TextRow
+from kvfloor.audit.records import read_records, write_records
+from kvfloor.audit.setting import BudgetedMethod
+from kvfloor.audit.texts import Excerpt
+from kvfloor.core.budget import resolve
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
+
+ASKED = 64
+"""Tokens of the continuation whose attention outputs are compared."""
+
+MOST_RECORDED_BYTES = 2**30
+"""Bytes of queries, keys and values that are recorded at most; of a longer context only the beginning is."""
+
+MOST_FLOOR_WORK = 2**22
+"""`head_floors.most_work` for a text: 4 kv heads at 1,024 tokens take a hundredth of an audit's time."""
+
+MOST_BYTES = 2**28  # of an output_errors.jsonl
+
+
+@dataclass(frozen=True)
+class ErrorMap:
+    """Record one setting's relative error of the attention output per layer and kv head, on one text.
+
+    method        the setting (method with its budget)
+    text          the text's name
+    context       tokens of context that were recorded; fewer than the audit's context where these did not fit
+    continuation  tokens after the context whose queries were answered, with the method running on
+    state_bytes   bytes of the setting's cache at the end of the audit's context, as in its `TextRow`
+    layers        numbers of the layers whose cache is compressed, as the model counts them
+    output_error_by_head  ||answers - exact|| / ||exact|| of the attention output, same queries: (layers, kv heads)
+    """
+
+    method: str
+    text: str
+    context: int
+    continuation: int
+    state_bytes: int
+    layers: tuple[int, ...]
+    output_error_by_head: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.output_error_by_head) or not self.layers:
+            raise ValueError(f"errors of {self.method!r}: give one list of errors for each of the layers {self.layers}")
+
+    @property
+    def cell(self) -> TextCell:
+        return TextCell(self.text, self.context, self.continuation)
+
+    @property
+    def output_error(self) -> float:
+        """Return the mean error over all layers and kv heads."""
+        return statistics.fmean(error for layer in self.output_error_by_head for error in layer)
+
+
+def map_errors(
+    model: Any,
+    settings: Sequence[BudgetedMethod],
+    excerpt: Excerpt,
+    rows: Sequence[TextRow],
+    progress: Callable[[str], None],
+) -> tuple[list[ErrorMap], list[HeadFloor]]:
+    """Record the model on an excerpt; return every setting's error map, and the memory floors of the model's kv heads.
+
+    `rows` are the settings' rows on the same excerpt, of which the bytes are taken. The setting `exact`, whose error is
+    zero, gets no map. There are no floors if the context was too long to be recorded whole. `progress` is called with a
+    line of text before each step.
+    """
+    context, asked = _that_fit(model, excerpt)
+    progress(f"{excerpt.cell}: recording the attention's inputs")
+    recorded = traces.record(model, [context], [asked])
+    cell = TextCell(excerpt.cell.text, len(context), len(asked))
+    sizes = {row.method: row.state_bytes for row in rows if row.cell == excerpt.cell}
+    maps = []
+    for setting in settings:
+        if setting.text == "exact" or setting.text not in sizes:
+            continue
+        progress(f"{excerpt.cell}: {setting.text}, error by head")
+        errors = traces.errors(recorded, _in_tokens(setting.method, recorded, len(context)))
+        table = tuple(tuple(layer) for layer in errors)
+        layers = tuple(trace.layer for trace in recorded)
+        maps.append(ErrorMap(setting.text, *cell, sizes[setting.text], layers, table))
+    if len(context) < len(excerpt.context):
+        return maps, []
+    progress(f"{excerpt.cell}: floors of the heads")
+    return maps, head_floors(cell, recorded, MOST_FLOOR_WORK)
+
+
+def write_error_maps(path: Path, maps: Iterable[ErrorMap]) -> None:
+    """Write the maps to an `output_errors.jsonl` at `path`, one per line, whole or not at all."""
+    write_records(path, maps)
+
+
+def read_error_maps(path: Path) -> list[ErrorMap]:
+    """Read the maps that `write_error_maps` wrote. Raises ValueError naming the file and line that is not a map."""
+    return read_records(path, ErrorMap, MOST_BYTES, "output_errors.jsonl", "a map of output errors")
+
+
+def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
+    """Return the tokens to record: the context, or its beginning if it is too long, and the tokens after that."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    per_layer = width * (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads))
+    most = MOST_RECORDED_BYTES // (config.num_hidden_layers * per_layer * model.dtype.itemsize)
+    ids = excerpt.context + excerpt.continuation
+    cut = max(1, min(len(excerpt.context), most - ASKED))
+    return ids[:cut], ids[cut : cut + ASKED]
+
+
+def _in_tokens(method: Method, recorded: Sequence[traces.Trace], length: int) -> Method:
+    """Return the method with its budget in tokens per kv head, for a context of `length` tokens."""
+    trace = recorded[0]
+    places = [(trace.layer, head) for head in range(trace.kv_heads)]
+    d, dv = trace.k.shape[2], trace.v.shape[2]
+    spec = Spec(trace.kv_heads, d, dv, trace.scale, trace.softcap, trace.k.dtype, places=places)
+    return resolve(method, spec, layers=len(recorded), length=length, g=trace.q.shape[1])

@@ -1,0 +1,123 @@
+"""Spend an audit's minutes where they decide: clear losers stop early, and close calls read further texts.
+
+A setting is a method with its budget. A race goes through the texts one by one. After each, a setting whose divergence
+is shown to exceed the limit stops: it reads no further text and runs no task. When all texts are read and all tasks
+run, further passages of the texts are read by close calls only: settings whose verdict is open and could still change
+the recommendation. All decisions on a text follow from the rows of the places (texts and cells) before it, so an audit
+that was killed and goes on decides alike.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvfloor.audit.criterion import Standard
+from kvfloor.audit.format import counted
+from kvfloor.audit.grid import EXACT, AnyRow, Grid, Pair, Place
+from kvfloor.audit.limits import left_out
+from kvfloor.audit.nats import TextCell, TextRow
+from kvfloor.audit.recommend import CONFIDENCE, MARGIN, UNJUDGED, Judged, recommend
+from kvfloor.audit.rows import Row
+
+Rows = Mapping[Pair, AnyRow]
+
+
+@dataclass(frozen=True)
+class Race:
+    """Say which measurements a race asks for.
+
+    grid      the places in order, the settings, and the further texts
+    standard  the limit and the confidence by which a setting stops
+    least_exact  score of exact below which a cell is left out
+    """
+
+    grid: Grid
+    standard: Standard
+    least_exact: float = 0.0
+    _close: dict[Place, frozenset[str]] = field(default_factory=dict)
+
+    def asked(self, rows: Rows) -> list[Pair]:
+        """Return the measurements that the race asks for, given the rows so far, in the order of measuring.
+
+        Further texts are asked for one by one, when all before them is measured.
+        """
+        weak = left_out(rows, self.least_exact)
+        pairs: list[Pair] = []
+        read: dict[str, list[TextRow]] = {setting: [] for setting in self.grid.settings}
+        stopped: set[str] = set()
+        for place in self._places:
+            if place in self.grid.further:
+                if any(pair not in rows for pair in pairs):
+                    break
+                close = self._close_calls(place, {pair: row for pair, row in rows.items() if pair[0] not in weak})
+                here = [setting for setting in self.grid.settings if close and setting in (*close, EXACT)]
+            elif place in weak:
+                here = [EXACT]
+            else:
+                here = [setting for setting in self.grid.settings if setting not in stopped]
+            pairs += [(place, setting) for setting in here]
+            if isinstance(place, TextCell):
+                for setting in here:
+                    if isinstance(row := rows.get((place, setting)), TextRow):
+                        read[setting].append(row)
+                stopped |= {s for s in here if s != EXACT and read[s] and self.standard.exceeds(read[s])}
+        return pairs
+
+    def note(self, rows: Iterable[Pair]) -> str:
+        """Return a sentence on the settings that stopped early and those that read further texts; "" for none."""
+        texts = [(at, setting) for at, setting in rows if isinstance(at, TextCell)]
+        count = Counter(setting for _, setting in texts)
+        first = sum(setting == EXACT and at not in self.grid.further for at, setting in texts)
+        early = [f"{setting} ({n})" for setting, n in count.items() if n < first]
+        more = [f"{setting} ({n})" for setting, n in count.items() if n > first and setting != EXACT]
+        told = []
+        if early:
+            told.append(f"{', '.join(early)} stopped early, as their divergence certainly exceeds the limit")
+        if more:
+            told.append(f"{', '.join(more)} read further passages, as close calls")
+        return f"Of {counted(first, 'text')}, with the number read: {'; '.join(told)}." if told else ""
+
+    @property
+    def _places(self) -> tuple[Place, ...]:
+        return (*self.grid.places, *self.grid.further)
+
+    def _close_calls(self, place: Place, rows: Rows) -> frozenset[str]:
+        """Return the settings that a further text may bring into the recommendation, given the rows before it."""
+        if place not in self._close:
+            before = self._places[: self._places.index(place)]
+            known = [rows[at, setting] for at in before for setting in self.grid.settings if (at, setting) in rows]
+            self._close[place] = frozenset(close_calls(known, self.standard))
+        return self._close[place]
+
+
+def race(grid: Grid, configurations: Iterable[str], kl_limit: float, least_exact: float = 0.0) -> Race:
+    """Return the race over a grid; `configurations` are the methods without their budgets, which share the error."""
+    methods = len({text for text in configurations if text not in UNJUDGED})
+    return Race(grid, Standard(MARGIN, CONFIDENCE, methods, kl_limit, racing=True), least_exact)
+
+
+def close_calls(rows: Sequence[AnyRow], standard: Standard) -> list[str]:
+    """Return the settings with an open verdict that more texts may bring into the recommendation.
+
+    Such a setting has fewer bytes than the recommended one, or is a larger budget of a method with such a setting, as
+    no budget is believed whose larger ones do not hold. Nothing below a budget that falls can be recommended.
+    """
+    assert standard.kl_limit is not None
+    tasks = [row for row in rows if isinstance(row, Row)]
+    texts = [row for row in rows if isinstance(row, TextRow)]
+    found = recommend(tasks, texts=texts, kl_limit=standard.kl_limit, racing=True)
+    most = found.chosen.state_bytes if found.chosen else float("inf")
+    close: list[str] = []
+    for method in dict.fromkeys(one.method for one in found.judged):
+        hopeful = _until_one_falls([one for one in reversed(found.judged) if one.method == method])
+        if hopeful and hopeful[-1].state_bytes < most:
+            close += [one.setting for one in hopeful if one.verdict == "open"]
+    return close
+
+
+def _until_one_falls(budgets: Sequence[Judged]) -> list[Judged]:
+    """Return the first of the settings, which go from the largest budget down, before the first that falls."""
+    falling = next((i for i, one in enumerate(budgets) if one.verdict == "falls"), len(budgets))
+    return list(budgets[:falling])

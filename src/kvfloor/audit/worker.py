@@ -1,0 +1,140 @@
+"""Hold a loaded model with an audit's texts and samples, and measure one setting on one of them at a time.
+
+A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kvfloor.audit.chat import chosen_chat
+from kvfloor.audit.closer import Closer, look_closer
+from kvfloor.audit.grid import EXACT, AnyRow, Grid, Place
+from kvfloor.audit.heads import head_floors
+from kvfloor.audit.journal import Measured
+from kvfloor.audit.measure import Bench, ExactOutcome, Prepared
+from kvfloor.audit.nats import TextRow
+from kvfloor.audit.plan import Work, prompt_work, settings, task_work
+from kvfloor.audit.prompts import read_prompts
+from kvfloor.audit.reading import Reader, text_row
+from kvfloor.audit.recommend import Recommendation
+from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.rows import Row
+from kvfloor.audit.texts import Excerpt, excerpts, further_excerpts
+from kvfloor.hf import prepare
+from kvfloor.models import load
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Hold what all settings share on one place: the exact predictions of a text, or the samples of a cell."""
+
+    place: Place
+    reference: list[tuple[Tensor, Tensor]] | None = None
+    prepared: Prepared | None = None
+
+
+class Worker:
+    """Measure the settings of an audit with one model, place by place. `grid` holds the places and settings."""
+
+    def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
+        """Load the model in `folder`, and make the texts and samples that `question` asks for.
+
+        `track` is called with a line of text before each long step. Raises ValueError for a text that is too short, and
+        for contexts that are longer than the model's positions.
+        """
+        self._least_exact = question.least_exact
+        self._settings = {one.text: one for one in settings(question.methods, question.budget_texts)}
+        model, tokenizer = load(folder.absolute(), track=track)  # a folder "smollm2" is not the model of that name
+        self._bench = bench = Bench(prepare(model), tokenizer, question.seed)
+        self._reader = Reader(model, question.seed)
+        chat = chosen_chat(question.chat, bench.template, question.model)
+        contexts = question.context_lengths
+        read = excerpts(question.text_names, contexts, question.scored, bench.encode)
+        _require_positions(model, question, max(contexts) + (question.scored if read else 0))
+        work: list[Work] = []
+        if question.prompts is not None:
+            items = read_prompts(question.prompts, question.n)
+            work = prompt_work(question.prompts.stem, items, question.protocols, bench.count, chat)
+        elif question.task_names:
+            names, seed = question.task_names, question.seed
+            work = task_work(names, contexts, question.protocols, question.n, seed, bench.count, chat)
+        chatting = tuple(dict.fromkeys(one.cell.task for one in work if one.chat))
+        further: list[Excerpt] = []
+        if question.racing:
+            further = further_excerpts(question.text_names, contexts, question.scored, bench.encode)
+        self._places: dict[Place, Excerpt | Work] = {one.cell: one for one in (*read, *work, *further)}
+        places = tuple(one.cell for one in (*read, *work))
+        self.grid = Grid(places, tuple(self._settings), tuple(one.cell for one in further), chatting)
+        self._opened: _Opened | None = None
+
+    def tokens(self, place: Place) -> int:
+        """Return the number of tokens that one setting takes in on a place."""
+        found = self._places[place]
+        if isinstance(found, Excerpt):
+            return len(found.context) + len(found.continuation)
+        return found.cell.context * len(found.items)
+
+    def look_closer(
+        self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
+    ) -> Closer:
+        """Measure what explains an audit's result, given its rows; arguments as in `audit/closer.py`."""
+        self._opened = None
+        plan = list(self._settings.values())
+        read = [one for one in self._places.values() if isinstance(one, Excerpt)]
+        work = [one for one in self._places.values() if isinstance(one, Work)]
+        return look_closer(self._bench, plan, read, work, rows, texts, answer, track)
+
+    def open(self, place: Place) -> None:
+        """Compute what all settings share on a place, unless it was the last one opened.
+
+        On a text these are the exact predictions, on a cell the samples' token ids and the recorded traces (queries,
+        keys, values) of the first few samples.
+        """
+        if self._opened is not None and self._opened.place == place:
+            return
+        self._opened = None  # so that two places are never in memory together
+        found = self._places[place]
+        if isinstance(found, Excerpt):
+            self._opened = _Opened(place, reference=self._reader.reference(found))
+        else:
+            self._opened = _Opened(place, prepared=self._bench.prepare(found))
+
+    def measure(self, place: Place, setting: str, exact: AnyRow | None) -> Measured:
+        """Measure a setting on a place, which is opened if necessary.
+
+        `exact` is the row of the setting `exact` there; None while `exact` itself is measured.
+        """
+        self.open(place)
+        opened, found, one = self._opened, self._places[place], self._settings[setting]
+        assert opened is not None and (exact is None) == (setting == EXACT)
+        if isinstance(found, Excerpt):
+            assert opened.reference is not None and not isinstance(exact, Row)
+            read = self._reader.read(one.method, found, opened.reference)
+            size = read.state_bytes if exact is None else exact.state_bytes
+            return Measured(text_row(one, found, read, size, self._reader.model))
+        assert opened.prepared is not None and not isinstance(exact, TextRow)
+        outcome = self._bench.run(one.method, opened.prepared)
+        against = (
+            ExactOutcome(outcome.right, outcome.state_bytes)
+            if exact is None
+            else ExactOutcome(exact.outcomes, exact.state_bytes)
+        )
+        row = self._bench.row(one, opened.prepared, outcome, against)
+        floors = exact is None and row.score >= self._least_exact
+        return Measured(row, tuple(head_floors(found.cell, opened.prepared.traces)) if floors else ())
+
+
+def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:
+    """Raise ValueError if the audit's longest input, of `longest` tokens, exceeds the model's trained positions."""
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(most, int) and longest > most and not question.allow_beyond:
+        raise ValueError(
+            f"contexts and continuations of {longest:,} tokens are longer than the {most:,} positions of the model "
+            f"{question.model!r}: give smaller ones, or pass --allow-beyond"
+        )
