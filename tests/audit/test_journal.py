@@ -246,11 +246,27 @@ def test_texts_beyond_the_minutes_are_left_out_and_named_until_there_is_time(
     assert again.meta.notes == first.meta.notes and again.texts == first.texts
     before = Replaying.count
     more = run(small(out, minutes=2e9, continuation=512), lambda total, text: None)
-    assert {row.text for row in more.texts} == {"mixture-0", "mixture-1"} and more.rows
-    assert Replaying.count == before + len(more.texts) + len(more.rows) - 7  # what was there is not measured again
-    stopped = {row.method for row in more.texts} - {row.method for row in more.rows}
-    assert "exact" not in stopped and [note for note in more.meta.notes if "stopped early" in note]
-    whole = run(small(out, continuation=512), lambda total, text: None)
+    assert Replaying.count == before + 14 and len(more.texts) == 14 and len(more.rows) == 7 and more.meta.notes == ()
+
+
+def test_losers_stop_where_the_time_is_too_short_for_all_and_their_rows_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "has_room_for", lambda clock, tokens: tokens <= 2048)  # any one place
+    limited = {"minutes": 1e9, "continuation": 512}
+    first = run(small(tmp_path / "out", **limited), lambda total, text: None)
+    read = {row.method: sum(one.method == row.method for one in first.texts) for row in first.texts}
+    stopped = {setting for setting, count in read.items() if count == 1}
+    assert stopped >= {"h2o@16", "window@16"} and read["exact"] == read["quant"] == 2
+    assert {"exact", "quant"} <= {row.method for row in first.rows} <= set(read) - stopped
+    assert "h2o@16 (1)" in first.meta.notes[-1] and "stopped early" in first.meta.notes[-1]
+    verdicts = {one.setting: one.verdict for one in first.recommendation.judged}
+    assert verdicts["h2o@16"] == "falls" and verdicts["quant"] != "falls"
+    before = Replaying.count
+    again = run(small(tmp_path / "out", **limited), lambda total, text: None)
+    assert Replaying.count == before and again.texts == first.texts and again.meta.notes == first.meta.notes
+    whole = run(small(tmp_path / "out", continuation=512), lambda total, text: None)
+    assert Replaying.count == before + 21 - len(first.texts) - len(first.rows)
     assert len(whole.texts) == 14 and len(whole.rows) == 7 and whole.meta.notes == ()
 
 

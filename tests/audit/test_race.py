@@ -26,7 +26,9 @@ BYTES = {EXACT: 4000, "quant": 1500, "h2o@64": 1200, "h2o@32": 600, "sinks@64": 
 
 def started(*cells: Cell) -> Race:
     configurations = {setting.partition("@")[0] for setting in NATS}
-    return race(Grid((*FIRST, *cells), tuple(NATS), tuple(FURTHER)), configurations, 0.01, 0.5)
+    found = race(Grid((*FIRST, *cells), tuple(NATS), tuple(FURTHER)), configurations, 0.01, 0.5)
+    found.hurry()
+    return found
 
 
 def measured(pair: Pair) -> TextRow:
@@ -39,7 +41,7 @@ def measured(pair: Pair) -> TextRow:
 def ran(one: Race, make: Callable[[Pair], AnyRow] = measured) -> dict[Pair, AnyRow]:
     """Measure what a race asks for, until it asks for nothing more."""
     rows: dict[Pair, AnyRow] = {}
-    while left := [pair for pair in one.asked(rows) if pair not in rows]:
+    while left := [pair for pair in one(rows) if pair not in rows]:
         rows[left[0]] = make(left[0])
     return rows
 
@@ -57,6 +59,14 @@ def test_losers_stop_after_their_first_text_and_run_no_task(row) -> None:
     rows = ran(started(TASK), make)
     assert [setting for place, setting in rows if place == TASK] == [EXACT, "quant", "h2o@64"]
     assert "a (2)" in read(rows, "h2o@64")  # after the task
+
+
+def test_where_there_is_time_nobody_stops_before_the_texts_are_read() -> None:
+    one = started()
+    one.hurried = False
+    rows = ran(one)
+    assert all(read(rows, setting) == ["a", "b", "c"] for setting in ("h2o@32", "sinks@64", "random@64", "quant"))
+    assert "a (2)" in read(rows, "h2o@64") and "stopped" not in one.note(rows)
 
 
 def test_a_cell_that_exact_cannot_do_has_its_row_alone_and_does_not_end_the_race(row) -> None:
@@ -107,11 +117,11 @@ def test_a_larger_budget_is_read_on_for_a_smaller_one_that_needs_it() -> None:
 def test_decisions_follow_from_the_rows_before_them() -> None:
     one = started()
     rows = ran(one)
-    order = [pair for pair in one.asked(rows) if pair in rows]
-    assert started().asked(rows) == order
+    order = [pair for pair in one(rows) if pair in rows]
+    assert started()(rows) == order
     for count, pair in enumerate(order):  # as after a kill, with the rows before this one only
         some = {known: rows[known] for known in order[:count]}
-        left = [other for other in started().asked(some) if other not in some]
+        left = [other for other in started()(some) if other not in some]
         here = [other for other in order[count:] if other[0] == pair[0]]
         assert [other for other in left if other[0] == pair[0]] == here
 

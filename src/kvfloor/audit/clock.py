@@ -65,11 +65,15 @@ class Clock:
 
         name: None for a text that need not be read.
         """
-        if self.minutes is None or self.per_token is None or self.per_token * tokens <= self._left():
+        if self.has_room_for(tokens):
             return True
         if name is not None:
             self.left_out.append(name)
         return False
+
+    def has_room_for(self, tokens: int) -> bool:
+        """Return True if work on so many tokens, by all settings together, fits into the time left."""
+        return self.minutes is None or self.per_token is None or self.per_token * tokens <= self._left()
 
     def took(self, seconds: float, tokens: int) -> None:
         """Record the time of one text or cell under all settings, to estimate that of the next one."""

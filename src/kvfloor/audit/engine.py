@@ -68,6 +68,10 @@ class Here:
         worker, count, is_first = self._worker, len(self.grid.settings), not journal.rows
         done: set[Place] = set()
         while left := [pair for pair in journal.missing(asked(journal.rows)) if pair[0] not in done]:
+            rest = sum(worker.tokens(at) for at, _ in left if at not in self.grid.further) // count
+            if not clock.has_room_for(rest):
+                asked.hurry()
+                left = [pair for pair in journal.missing(asked(journal.rows)) if pair[0] not in done]
             place = left[0][0]
             done.add(place)
             todo = [setting for at, setting in left if at == place]

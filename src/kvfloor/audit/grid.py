@@ -5,9 +5,9 @@ A cell is a task at a context length under a protocol. One measurement is a pair
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from kvfloor.audit.nats import TextCell, TextRow
 from kvfloor.audit.rows import Cell, Row
@@ -16,8 +16,18 @@ Place: TypeAlias = TextCell | Cell
 AnyRow: TypeAlias = TextRow | Row
 Pair: TypeAlias = tuple[Place, str]
 
-Asked: TypeAlias = Callable[[Mapping[Pair, AnyRow]], Sequence[Pair]]
-"""Return the measurements that an audit asks for, given its rows so far."""
+
+class Asked(Protocol):
+    """Say which measurements an audit asks for."""
+
+    def __call__(self, rows: Mapping[Pair, AnyRow], /) -> Sequence[Pair]:
+        """Return the measurements that are asked for, given the rows so far, in the order of measuring."""
+        ...
+
+    def hurry(self) -> None:
+        """Note that not all of them fit into the audit's time. A race asks for fewer from now on."""
+        ...
+
 
 EXACT = "exact"
 """The setting that keeps every token. The others are compared with it, so it is measured first on every place."""

@@ -6,6 +6,7 @@ A cell is a task at a context length under a protocol.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from kvfloor.audit.format import percent_text
 from kvfloor.audit.grid import EXACT, AnyRow, Pair
@@ -25,6 +26,21 @@ def without_left_out(pairs: Iterable[Pair], rows: Mapping[Pair, AnyRow], least: 
     """Return the measurements without those on left-out cells; `exact` alone is measured there."""
     weak = left_out(rows, least)
     return [pair for pair in pairs if pair[0] not in weak or pair[1] == EXACT]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Ask for fixed measurements, but for those on left-out cells (`without_left_out`)."""
+
+    pairs: tuple[Pair, ...]
+    least_exact: float
+
+    def __call__(self, rows: Mapping[Pair, AnyRow], /) -> list[Pair]:
+        """Return the measurements that are asked for, given the rows so far."""
+        return without_left_out(self.pairs, rows, self.least_exact)
+
+    def hurry(self) -> None:
+        """Do nothing: what does not fit is left out place by place."""
 
 
 def left_out_notes(weak: Sequence[Row], least: float) -> tuple[str, ...]:

@@ -222,7 +222,8 @@ def looks(rows: Iterable[TextRow]) -> int:
 class TextSummary:
     """Hold one line of an audit's table of texts: a setting (method with budget), its bytes and its divergence.
 
-    Bytes are means over the texts, of a cache at the end of the context. `figures` has 95 % intervals.
+    Bytes are means over the texts, of a cache at the end of the context. `texts` counts the texts, `figures` has 95 %
+    intervals.
     """
 
     setting: str
@@ -236,6 +237,7 @@ class TextSummary:
     floor_bytes: float
     token_id_bytes: float
     seconds: float
+    texts: int
     figures: Divergence
 
 
@@ -259,6 +261,7 @@ def summaries(rows: Sequence[TextRow], racing: bool = False, confidence: float =
             peak_state_bytes=max(row.peak_state_bytes for row in group),
             **{name: sum(getattr(row, name) for row in group) / len(group) for name in _MEANS},
             seconds=sum(row.seconds for row in group),
+            texts=len(group),
             figures=divergence(group, confidence_of_look(confidence, looks(group)) if racing else confidence),
         )
         for setting, group in groups.items()

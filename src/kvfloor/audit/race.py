@@ -1,10 +1,10 @@
 """Spend an audit's minutes where they decide: clear losers stop early, and close calls read further texts.
 
-A setting is a method with its budget. A race goes through the texts one by one. After each, a setting whose divergence
-is shown to exceed the limit stops: it reads no further text and runs no task. When all texts are read and all tasks
-run, further passages of the texts are read by close calls only: settings whose verdict is open and could still change
-the recommendation. All decisions on a text follow from the rows of the places (texts and cells) before it, so an audit
-that was killed and goes on decides alike.
+A setting is a method with its budget. A race goes through the texts one by one. From the moment that the time is too
+short for all settings on all of them, a setting whose divergence is shown to exceed the limit stops: it reads no
+further text and runs no task. When all texts are read and all tasks run, further passages of the texts are read by
+close calls only: settings whose verdict is open and could still change the recommendation. These decisions follow from
+the rows of the places (texts and cells) before, so an audit that was killed and goes on decides alike.
 """
 
 from __future__ import annotations
@@ -24,21 +24,27 @@ from kvfloor.audit.rows import Row
 Rows = Mapping[Pair, AnyRow]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Race:
     """Say which measurements a race asks for.
 
     grid      the places in order, the settings, and the further texts
     standard  the limit and the confidence by which a setting stops
     least_exact  score of exact below which a cell is left out
+    hurried   True if the time is too short for all settings on all places
     """
 
     grid: Grid
     standard: Standard
     least_exact: float = 0.0
+    hurried: bool = False
     _close: dict[Place, frozenset[str]] = field(default_factory=dict)
 
-    def asked(self, rows: Rows) -> list[Pair]:
+    def hurry(self) -> None:
+        """Let clear losers stop from now on."""
+        self.hurried = True
+
+    def __call__(self, rows: Rows, /) -> list[Pair]:
         """Return the measurements that the race asks for, given the rows so far, in the order of measuring.
 
         Further texts are asked for one by one, when all before them is measured.
@@ -58,7 +64,7 @@ class Race:
             else:
                 here = [setting for setting in self.grid.settings if setting not in stopped]
             pairs += [(place, setting) for setting in here]
-            if isinstance(place, TextCell):
+            if self.hurried and isinstance(place, TextCell):
                 for setting in here:
                     if isinstance(row := rows.get((place, setting)), TextRow):
                         read[setting].append(row)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
-from kvfloor.audit.grid import Asked, Grid
+from kvfloor.audit.grid import Grid
 from kvfloor.audit.header import Header
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.identity import differences, identity, versions
 from kvfloor.audit.journal import Journal, is_explained
-from kvfloor.audit.limits import chat_notes, left_out, left_out_notes, without_left_out
+from kvfloor.audit.limits import Fixed, chat_notes, left_out, left_out_notes
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextCell, TextRow, summaries
 from kvfloor.audit.plan import chosen_tasks, settings
@@ -167,7 +167,7 @@ def _measure(
         before = journal.header
     elif _is_done(question, journal):
         announce(f"{_out(question)} has all of this measured: the report is made anew (--fresh measures again)")
-        return _finish(question, journal, journal.about.notes)
+        return len(journal.rows)
     with closing(_engine(question, folder, known, lambda text: track(0, text))) as engine:
         seconds = journal.seconds if journal.rows else 0.0
         header = _header(question, plan, known, engine.grid, hashes_of(question), began, seconds)
@@ -183,7 +183,7 @@ def _measure(
         missing = journal.missing(asked(journal.rows))
         total = len(missing) + len({place for place, _ in missing})
         engine.measure(asked, journal, clock, lambda text: track(total, text))
-        count = _finish(question, journal, clock.note())
+        count = _finish(question, journal, asked, clock.note())
         if question.shard is None:
             _look_closer(question, engine, journal, lambda text: track(total, text))
     return count
@@ -239,16 +239,12 @@ def _header(
     )
 
 
-def _asked(question: AuditRequest, header: Header) -> Asked:
-    """Return the function from the rows so far to the measurements that the audit asks for."""
+def _asked(question: AuditRequest, header: Header) -> Race | Fixed:
+    """Return what says which measurements the audit asks for."""
     if header.racing:
-        return _race(question, header).asked
-    pairs = header.grid.part(question.shard)
-    return lambda rows: without_left_out(pairs, rows, header.least_exact)
-
-
-def _race(question: AuditRequest, header: Header) -> Race:
-    return race(header.grid, [one.configuration for one in header.methods], question.kl_limit, header.least_exact)
+        configurations = [one.configuration for one in header.methods]
+        return race(header.grid, configurations, question.kl_limit, header.least_exact)
+    return Fixed(header.grid.part(question.shard), header.least_exact)
 
 
 def _is_done(question: AuditRequest, journal: Journal) -> bool:
@@ -261,22 +257,22 @@ def _is_done(question: AuditRequest, journal: Journal) -> bool:
     return same_end or not journal.missing(_asked(question, header)(journal.rows))
 
 
-def _finish(question: AuditRequest, journal: Journal, notes: Sequence[str]) -> int:
+def _finish(question: AuditRequest, journal: Journal, asked: Race | Fixed, notes: Sequence[str]) -> int:
     """Bring the files into their last order, without places that lack a setting, and return the number of rows.
 
     A part of an audit keeps all rows, as other parts may be measured in the same folder.
     """
-    header = journal.about
-    pairs = _asked(question, header)(journal.rows)
-    if question.shard is None:
-        lacking = {place for place, _ in journal.missing(pairs)}
-        kept = [pair for pair in pairs if pair[0] not in lacking]
-        if header.racing and (told := _race(question, header).note(kept)) and told not in notes:
-            notes = (*notes, told)
-        journal.finish(kept, question.minutes, notes)
-    else:
+    pairs = asked(journal.rows)
+    missing = journal.missing(pairs)
+    if question.shard is not None:
         journal.sort()
-    return len(pairs) - len(journal.missing(pairs))
+        return len(pairs) - len(missing)
+    lacking = {place for place, _ in missing}
+    kept = [pair for pair in journal.about.grid.all_pairs if pair in journal.rows and pair[0] not in lacking]
+    if isinstance(asked, Race) and (told := asked.note(kept)):
+        notes = (*notes, told)
+    journal.finish(kept, question.minutes, notes)
+    return len(kept)
 
 
 def _out(question: AuditRequest) -> str:

@@ -132,7 +132,8 @@ def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
     title = f"{count}, {texts[0].context:,} tokens of context, {texts[0].continuation:,} scored"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("setting", no_wrap=True)
-    for name in ("state", "smaller", "(16 bit)", "KL, nats", "95 %", "same top"):
+    racing = answer.standard.racing
+    for name in ("state", "smaller", "(16 bit)", "KL, nats", "95 %", "same top", *(["texts"] if racing else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for one, verdict, sign in judged_lines(texts, answer.standard):
         found = one.figures
@@ -144,6 +145,7 @@ def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
             Text(f"{number_of_nats(found.kl)} {sign}", style=_COLOURS[verdict]),
             f"{number_of_nats(found.kl_low)}..{number_of_nats(found.kl_high)}",
             f"{100 * found.same_top:.1f} %",
+            *([str(one.texts)] if racing else []),
         )
     return table
 
