@@ -261,7 +261,7 @@ def test_losers_stop_where_the_time_is_too_short_for_all_and_their_rows_are_kept
     assert {"exact", "quant"} <= {row.method for row in first.rows} <= set(read) - stopped
     assert "h2o@16 (1)" in first.meta.notes[-1] and "stopped early" in first.meta.notes[-1]
     verdicts = {one.setting: one.verdict for one in first.recommendation.judged}
-    assert verdicts["h2o@16"] == "falls" and verdicts["quant"] != "falls"
+    assert verdicts["window@16"] == "falls" and verdicts["quant"] != "falls"
     before = Replaying.count
     again = run(small(tmp_path / "out", **limited), lambda total, text: None)
     assert Replaying.count == before and again.texts == first.texts and again.meta.notes == first.meta.notes
