@@ -133,7 +133,7 @@ def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("setting", no_wrap=True)
     racing = answer.standard.racing
-    for name in ("state", "smaller", "(16 bit)", "KL, nats", "95 %", "same top", *(["texts"] if racing else [])):
+    for name in ("state", "smaller", "(16 bit)", "KL, nats", "95 %", "texts" if racing else "same top"):
         table.add_column(name, justify="right", no_wrap=True)
     for one, verdict, sign in judged_lines(texts, answer.standard):
         found = one.figures
@@ -144,8 +144,7 @@ def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
             smaller_text(one.exact_16_bit_bytes, one.state_bytes),
             Text(f"{number_of_nats(found.kl)} {sign}", style=_COLOURS[verdict]),
             f"{number_of_nats(found.kl_low)}..{number_of_nats(found.kl_high)}",
-            f"{100 * found.same_top:.1f} %",
-            *([str(one.texts)] if racing else []),
+            str(one.texts) if racing else f"{100 * found.same_top:.1f} %",
         )
     return table
 
