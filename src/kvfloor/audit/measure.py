@@ -24,6 +24,7 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.intake import Prompt
 from kvfloor.tasks.sample import apart
 
 CHUNK_SLOTS = 256  # slots per chunk of the prefill, so that the tokens of a call do not dominate the peak
@@ -50,12 +51,14 @@ class Prepared:
 
     work      the cell (task, context length, protocol) with its samples as text
     contexts  token ids of the prompt: the context and, in "visible", the question without its last token
+    prompt    feeds these to a cache
     turns     the questions that follow the end of the prompt, one after the other
     traces    one per layer
     """
 
     work: Work
     contexts: list[list[int]]
+    prompt: Prompt
     turns: list[Turn]
     traces: list[traces.Trace]
 
@@ -96,8 +99,11 @@ class ExactOutcome(NamedTuple):
 class Bench:
     """Measure settings (methods with budgets) on one prepared model with its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4) -> None:
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+    def __init__(
+        self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4, methods: Sequence[Method] = ()
+    ) -> None:
+        """Build the bench; `methods` are those to come, which may share a run of the model over a cell's prompts."""
+        self.model, self.tokenizer, self.seed, self._methods = model, tokenizer, seed, methods
         self._extra_tokens = extra_tokens  # an answer that goes on for these is wrong
         self.template = Template.of(tokenizer)
 
@@ -133,7 +139,8 @@ class Bench:
         spoken = [
             [token for turn in per_turn for token in turn.asks[i] + turn.answers[i]] for i in range(len(contexts))[few]
         ]
-        return Prepared(work, contexts, per_turn, traces.record(self.model, contexts[few], spoken))
+        prompt = Prompt(self.model, contexts, CHUNK_SLOTS, self._methods)
+        return Prepared(work, contexts, prompt, per_turn, traces.record(self.model, contexts[few], spoken))
 
     def _pieces(self, item: Item, chat: bool) -> list[list[int]]:
         """Return the token ids of a sample's context, and of what is fed before each of its answers."""
@@ -167,10 +174,10 @@ class Bench:
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
         cache = CompressedCache(self.model, method, seed=self.seed, requests=range(batch))
         dialogue = Dialogue.start(self.model, cache, batch)
+        seconds = prepared.prompt.feed(dialogue)
         begin = time.perf_counter()
-        dialogue.feed(prepared.contexts, CHUNK_SLOTS)
         cache.seal()
-        prefill_ms = (time.perf_counter() - begin) * 1e3
+        prefill_ms = (seconds + time.perf_counter() - begin) * 1e3
         state_bytes, bytes_read = cache.nbytes, cache.bytes_read
         said: list[list[list[int]]] = []
         steps_ms: list[float] = []

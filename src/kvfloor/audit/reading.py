@@ -26,6 +26,7 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.intake import Prompt
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,13 @@ class Read:
 class Reader:
     """Read excerpts with one model, which `kvfloor.hf.prepare` made ready for compressed caches."""
 
-    def __init__(self, model: Any, seed: int) -> None:
-        self.model, self.seed = model, seed
+    def __init__(self, model: Any, seed: int, methods: Sequence[Method] = ()) -> None:
+        """Build the reader; `methods` are those to come, which may share a run of the model over a context."""
+        self.model, self.seed, self._methods = model, seed, methods
+
+    def prompt(self, excerpt: Excerpt) -> Prompt:
+        """Return what feeds the excerpt's context to the cache of each method."""
+        return Prompt(self.model, [excerpt.context], CHUNK_SLOTS, self._methods)
 
     def reference(self, excerpt: Excerpt) -> list[tuple[Tensor, Tensor]]:
         """Return the continuation in pieces of c tokens, as (token ids (c,), the exact cache's logits (c, vocabulary)).
@@ -58,17 +64,24 @@ class Reader:
         float32, on the CPU.
         """
         dialogue = Dialogue.start(self.model, DynamicCache(config=self.model.config), 1)
-        return [(tokens.cpu(), logits.cpu()) for tokens, logits in self._predictions(dialogue, excerpt)]
+        alone = self.prompt(excerpt)
+        return [(tokens.cpu(), logits.cpu()) for tokens, logits in self._predictions(dialogue, excerpt, alone)]
 
-    def read(self, method: Method, excerpt: Excerpt, reference: Sequence[tuple[Tensor, Tensor]]) -> Read:
-        """Read an excerpt under a method, and compare its predictions with the exact cache's (`reference`)."""
+    def read(
+        self, method: Method, excerpt: Excerpt, reference: Sequence[tuple[Tensor, Tensor]], prompt: Prompt | None = None
+    ) -> Read:
+        """Read an excerpt under a method, and compare its predictions with the exact cache's (`reference`).
+
+        prompt: what feeds the context, from the method `prompt`; one for all methods saves runs of the model.
+        """
         begin = time.perf_counter()
         cache = CompressedCache(self.model, method, seed=self.seed, context=excerpt.cell.context)
         dialogue = Dialogue.start(self.model, cache, 1)
         sizes: list[int] = []
 
         def logits() -> Iterator[Tensor]:
-            for _, found in self._predictions(dialogue, excerpt, lambda: sizes.append(cache.nbytes)):
+            feeder = prompt or self.prompt(excerpt)
+            for _, found in self._predictions(dialogue, excerpt, feeder, lambda: sizes.append(cache.nbytes)):
                 yield found.cpu()
 
         found = figures([exact for _, exact in reference], logits(), [tokens for tokens, _ in reference])
@@ -85,14 +98,14 @@ class Reader:
 
     @torch.inference_mode()
     def _predictions(
-        self, dialogue: Dialogue, excerpt: Excerpt, sealed: Callable[[], object] = lambda: None
+        self, dialogue: Dialogue, excerpt: Excerpt, prompt: Prompt, sealed: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Feed the context, seal the cache (end of the prompt), and yield the continuation in pieces of c tokens.
 
         A piece is (token ids (c,), logits (c, vocabulary)): the ids are the text's own tokens, and each token's logits
         predict it from the tokens before. `sealed` is called after the seal.
         """
-        dialogue.feed([excerpt.context], CHUNK_SLOTS)
+        prompt.feed(dialogue)
         if isinstance(dialogue.cache, CompressedCache):
             dialogue.cache.seal()
         sealed()

@@ -54,7 +54,9 @@ class Row:
     token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
     bytes_read_per_token   bytes of state read to produce one token
     output_error           mean of `output_error_by_layer`
-    prefill_ms             time to append the context; `decode_ms_per_token` is None where no step was timed
+    prefill_ms             time to append the context; a method that compresses only at its end is filled from one
+                           run of the model, whose time is in each such method's figure
+    decode_ms_per_token    None where no step was timed
     output_tokens          mean length of the answers, in tokens
     configuration          the setting without its budget; `name`: without arguments too; `budget`: as the user gave
                            it, None without one

@@ -27,15 +27,20 @@ from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Row
 from kvfloor.audit.texts import Excerpt, excerpts, further_excerpts
 from kvfloor.hf import prepare
+from kvfloor.hf.intake import Prompt
 from kvfloor.models import load
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """Hold what all settings share on one place: the exact predictions of a text, or the samples of a cell."""
+    """Hold what all settings share on one place: the exact predictions of a text, or the samples of a cell.
+
+    prompt  feeds the context of the text; a cell's `prepared` has its own
+    """
 
     place: Place
     reference: list[tuple[Tensor, Tensor]] | None = None
+    prompt: Prompt | None = None
     prepared: Prepared | None = None
 
 
@@ -51,8 +56,9 @@ class Worker:
         self._least_exact = question.least_exact
         self._settings = {one.text: one for one in settings(question.methods, question.budget_texts)}
         model, tokenizer = load(folder.absolute(), track=track)  # a folder "smollm2" is not the model of that name
-        self._bench = bench = Bench(prepare(model), tokenizer, question.seed)
-        self._reader = Reader(model, question.seed)
+        methods = [one.method for one in self._settings.values()]
+        self._bench = bench = Bench(prepare(model), tokenizer, question.seed, methods=methods)
+        self._reader = Reader(model, question.seed, methods)
         chat = chosen_chat(question.chat, bench.template, question.model)
         contexts = question.context_lengths
         read = excerpts(question.text_names, contexts, question.scored, bench.encode)
@@ -101,7 +107,7 @@ class Worker:
         self._opened = None  # so that two places are never in memory together
         found = self._places[place]
         if isinstance(found, Excerpt):
-            self._opened = _Opened(place, reference=self._reader.reference(found))
+            self._opened = _Opened(place, self._reader.reference(found), self._reader.prompt(found))
         else:
             self._opened = _Opened(place, prepared=self._bench.prepare(found))
 
@@ -115,7 +121,7 @@ class Worker:
         assert opened is not None and (exact is None) == (setting == EXACT)
         if isinstance(found, Excerpt):
             assert opened.reference is not None and not isinstance(exact, Row)
-            read = self._reader.read(one.method, found, opened.reference)
+            read = self._reader.read(one.method, found, opened.reference, opened.prompt)
             size = read.state_bytes if exact is None else exact.state_bytes
             return Measured(text_row(one, found, read, size, self._reader.model))
         assert opened.prepared is not None and not isinstance(exact, TextRow)

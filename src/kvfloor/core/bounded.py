@@ -102,6 +102,22 @@ class Bounded(Method):
     def parts(self) -> Parts:
         return Parts(self.policy, self.summary, self.selector)
 
+    @property
+    def answers_prompt_exactly(self) -> bool:
+        """Return True if queries of the prompt attend to all its tokens: none is evicted before the prompt's end."""
+        return self.prefill == "dense" and isinstance(self.selector, Everything)
+
+    @property
+    def prompt_queries(self) -> int | None:
+        """Return how many of the prompt's newest queries decide what is kept at its end, if nothing is evicted before.
+
+        None: all of them do.
+        """
+        policy = self.policy
+        if policy.wants_weights or policy.wants_keys or not isinstance(self.summary, Drop):
+            return None
+        return policy.newest_queries if policy.wants_queries(sealed=False) else 0
+
     def open(self, spec: Spec) -> BoundedState:
         budgets = tokens(self.budget, spec.rows)
         for budget in budgets:

@@ -69,6 +69,8 @@ class Eviction:
     position: Tensor
 
 
+Law = tuple[float, float | None]  # the factor on q.k, and the cap on logits or None
+
 _MEASURED_EVERY = 32  # decoded tokens; a state remembers its own peak, so what it grew by in between is not missed
 _TAG = "kv_layer"  # the attribute by which a staged key tensor names its layer
 
@@ -123,6 +125,11 @@ class CompressedLayer(CacheLayerMixin):
         self._readers, self._waiting = readers, 0  # layers that share these keys; those still to come in this forward
         self._before: State | None = None
         self._unturned: Tensor | None = None  # this forward's keys as the state took them, while readers wait
+
+    @property
+    def has_readers(self) -> bool:
+        """Return True if later layers have no keys of their own and attend to this layer's."""
+        return self._readers > 0
 
     @staticmethod
     def of(key: Tensor) -> CompressedLayer | None:
@@ -326,6 +333,13 @@ class CompressedLayer(CacheLayerMixin):
         with precision.settled(query):
             return answer(query, key, value, padding, scale, softcap, sink, positions, lower).to(lower)
 
+    def append(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, law: Law) -> None:
+        """Append the staged keys and values as `answer` does, for queries whose answers nobody needs.
+
+        law: the factor on q.k, and the cap on logits or None.
+        """
+        self._answer(query, key, value, padding, *law, sink=None, positions=None, lower=None, attend=False)
+
     def _answer(
         self,
         query: Tensor,
@@ -337,10 +351,13 @@ class CompressedLayer(CacheLayerMixin):
         sink: Tensor | None,
         positions: Tensor | None,
         lower: torch.dtype | None,
+        attend: bool = True,
     ) -> Tensor:
         """Do `answer` for this layer's own queries: append the staged tokens, then attend.
 
-        lower: torch.autocast's dtype, None if it is off. An error before the state changed leaves the layer as it was.
+        lower    torch.autocast's dtype, None if it is off
+        attend   False to append only: the state never sees the queries, and the result is empty
+        An error before the state changed leaves the layer as it was.
         """
         batch, heads, n, _d = query.shape
         kv_heads, dv = key.shape[1], value.shape[-1]
@@ -377,7 +394,11 @@ class CompressedLayer(CacheLayerMixin):
             self._before, self._waiting = state.clone() if self._readers else None, self._readers
             if n == 1 and self.seen and not state.sealed:
                 state.seal()  # the first decoded token: the prompt is over
-            out = step_rows(state, query, key, value, present, sink)
+            if attend:
+                out = step_rows(state, query, key, value, present, sink)
+            else:
+                state.append(key.flatten(0, 1), value.flatten(0, 1), present)
+                out = query.new_empty(0)
             self._presence.commit(padding, self.seen, n, leaving)
             self.seen += n
             if n > 1 or self.seen % _MEASURED_EVERY == 0 or self._readers:

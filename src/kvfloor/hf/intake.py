@@ -1,0 +1,192 @@
+"""Run a prompt through the model once, and give it to every cache that compresses only at the prompt's end.
+
+Until its end such a cache keeps every token, so its layers receive the queries, keys and values that an exact cache's
+layers receive. A `Prompt` records these in one run of the model, and fills the other caches from the record. A slot is
+one column of the padded batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+
+from kvfloor.core.bounded import Bounded
+from kvfloor.core.exact import Exact
+from kvfloor.core.method import Method
+from kvfloor.hf.cache import CompressedCache
+from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.layer import Law
+
+MOST_BYTES = 2**30
+"""The largest record of one prompt. A longer prompt is run through the model for every cache."""
+
+
+def is_exact_in_the_prompt(method: Method) -> bool:
+    """Return True if a method keeps the whole prompt until its end, so that it can be filled from a record."""
+    return isinstance(method, Bounded) and method.answers_prompt_exactly
+
+
+class Prompt:
+    """Feed one prompt to many caches, with one run of the model for all that compress only at the prompt's end."""
+
+    def __init__(
+        self,
+        model: Any,
+        token_ids: Sequence[Sequence[int]],
+        chunk: int,
+        methods: Sequence[Method],
+        most: int = MOST_BYTES,
+    ) -> None:
+        """Prepare to feed one list of token ids per batch item, `chunk` slots per forward.
+
+        model    went through `kvfloor.hf.prepare`
+        methods  those to come; nothing is recorded unless one of them compresses at the prompt's end only
+        most     bytes of the largest record
+        """
+        self._model, self._token_ids, self._chunk, self._most = model, token_ids, chunk, most
+        self._waited_for = any(is_exact_in_the_prompt(method) for method in methods)
+        self._intake: Intake | None = None
+        self._seconds = 0.0  # of the run that was recorded
+
+    def feed(self, dialogue: Dialogue) -> float:
+        """Feed the prompt to a dialogue whose cache is empty, and return the seconds that this takes without a record.
+
+        For a cache that is filled from the record these are the seconds of the recorded run, and of the filling.
+        """
+        cache = dialogue.cache
+        method = cache.method if isinstance(cache, CompressedCache) else None
+        begin = time.perf_counter()
+        if method is not None and is_exact_in_the_prompt(method) and self._recorded():
+            assert self._intake is not None
+            begin = time.perf_counter()
+            self._intake.give(dialogue)
+            return self._seconds + time.perf_counter() - begin
+        if isinstance(method, Exact) and self._waited_for:
+            self._record(dialogue)
+        else:
+            dialogue.feed(self._token_ids, self._chunk)
+        return time.perf_counter() - begin
+
+    def _recorded(self) -> bool:
+        """Record the prompt, unless that was done before or failed; return True if there is a record."""
+        if self._waited_for:
+            self._record(Dialogue.start(self._model, CompressedCache(self._model, Exact()), len(self._token_ids)))
+        return self._intake is not None
+
+    def _record(self, dialogue: Dialogue) -> None:
+        begin = time.perf_counter()
+        self._intake = record_intake(dialogue, self._token_ids, self._chunk, self._most)
+        self._seconds, self._waited_for = time.perf_counter() - begin, False
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Hold what one layer received in one forward: q (batch, heads, n, d), k and v (batch, kv heads, n, .)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    law: Law
+
+
+@dataclass(frozen=True)
+class Intake:
+    """Hold a prompt as the layers of an exact cache received it.
+
+    pieces  per layer of the model, one entry per forward
+    mask    (batch, slots), 1 in slots of tokens and 0 in pads; logits: the model's, after the last slot
+    """
+
+    pieces: dict[int, list[_Piece]]
+    mask: Tensor
+    logits: Tensor
+
+    def give(self, dialogue: Dialogue) -> None:
+        """Fill the empty cache of a dialogue with the prompt, as `Dialogue.feed` would, without running the model.
+
+        Raises ValueError unless the cache is empty, of the same model, and its method keeps the whole prompt until its
+        end.
+        """
+        cache = dialogue.cache
+        if not (isinstance(cache, CompressedCache) and is_exact_in_the_prompt(cache.method)):
+            raise ValueError("a recorded prompt is for a method that keeps all of it until its end, such as snapkv@512")
+        if cache.get_seq_length() or {layer.index for layer in cache.compressed} != set(self.pieces):
+            raise ValueError("a recorded prompt is for an empty cache of the same model")
+        if any(layer.turn_back is not None for layer in cache.compressed):
+            raise ValueError('recorded keys are rotated: a cache with positions="cache" must run the model itself')
+        real, unasked = self.mask.bool(), self._unasked(cache.method)
+        for number, stop in enumerate(self._stops):
+            for layer in cache.compressed:
+                piece = self.pieces[layer.index][number]
+                keys, values = cache.update(piece.k, piece.v, layer.index)
+                if stop <= unasked:
+                    layer.append(piece.q, keys, values, real[:, :stop], piece.law)
+                else:
+                    layer.answer(piece.q, keys, values, real[:, :stop], *piece.law)
+        dialogue.mask, dialogue.logits = self.mask, self.logits
+
+    @property
+    def _stops(self) -> list[int]:
+        """Return the number of slots fed after each forward."""
+        return list(accumulate(piece.k.shape[2] for piece in next(iter(self.pieces.values()))))
+
+    def _unasked(self, method: Method) -> int:
+        """Return the number of slots from the first on whose queries do not decide what a method keeps."""
+        asked = method.prompt_queries if isinstance(method, Bounded) else None
+        if asked is None:
+            return 0
+        return self.mask.shape[1] - asked - (method.block if asked and isinstance(method, Bounded) else 0)
+
+
+class _Recorder:
+    """Keep what the layers of a cache receive, until it exceeds `most` bytes; then drop all of it."""
+
+    def __init__(self, cache: CompressedCache, most: int) -> None:
+        self.pieces: dict[int, list[_Piece]] = {layer.index: [] for layer in cache.compressed}
+        self._left = most
+        for layer in cache.compressed:
+            layer.record = self._into(layer.index)
+
+    @property
+    def is_over(self) -> bool:
+        return self._left < 0
+
+    def _into(self, index: int) -> Any:
+        def keep(q: Tensor, k: Tensor, v: Tensor, *law: Any) -> None:
+            self._left -= q.nbytes + k.nbytes + v.nbytes
+            if self.is_over:
+                self.pieces.clear()
+            else:
+                self.pieces[index].append(_Piece(q.clone(), k.clone(), v.clone(), law))  # type: ignore[arg-type]
+
+        return keep
+
+
+def record_intake(
+    dialogue: Dialogue, token_ids: Sequence[Sequence[int]], chunk: int, most: int = MOST_BYTES
+) -> Intake | None:
+    """Feed a prompt to a dialogue over an empty exact cache, as `Dialogue.feed` does, and return what was recorded.
+
+    Returns None if the record would exceed `most` bytes, and for a model with layers that cannot be filled from one:
+    layers with transformers' own storage (sliding windows, linear attention), layers that share their keys, and layers
+    whose key and value are one tensor (latent attention).
+    """
+    cache = dialogue.cache
+    assert isinstance(cache, CompressedCache)
+    plain = len(cache.compressed) == len(cache.layers) and not any(layer.has_readers for layer in cache.compressed)
+    recorder = _Recorder(cache, most) if plain else None
+    try:
+        dialogue.feed(token_ids, chunk)
+    finally:
+        for layer in cache.compressed:
+            layer.record = None
+    tied = any(layer.state is not None and layer.state.spec.tied for layer in cache.compressed)
+    if recorder is None or recorder.is_over or tied:
+        return None
+    assert dialogue.logits is not None
+    return Intake(recorder.pieces, dialogue.mask.clone(), dialogue.logits.clone())
