@@ -49,9 +49,9 @@ class WindowSample(Method):
              paper's window W is budget + 1
     copies   T: number of independent draws in a mean
     groups   Q: number of such means, whose coordinatewise median is the answer; odd
-    spread, horizon   for the guarantee (Theorem 24, corrected constants): values lie in [a, spread * a] for some a > 0,
-                      and at most `horizon` answers are given; epsilon = sqrt(8 spread / T) with probability
-                      1 - horizon dv exp(-Q / 2.5)
+    spread, horizon   for the guarantee (Theorem 24, corrected constants): if values lie in [a, spread * a] for some
+                      a > 0, and at most `horizon` answers are given, then the relative error of every coordinate is at
+                      most epsilon = sqrt(8 spread / T), with probability 1 - horizon dv exp(-Q / 2.5)
     `window+value_sample` has the same mean and no more variance; `window+value_sum` has no error, in less memory.
     """
 

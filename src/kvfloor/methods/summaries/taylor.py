@@ -44,10 +44,10 @@ class Taylor(Summary):
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
             answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
-    radius  bound on |scale| |q| |k|, and so on |x|, for the guarantee below; the guarantee is withdrawn once the
-            longest query and evicted key of a row exceed the bound
-    Under a softcap c the series of exp(c tanh(x/c)) is used; a state whose series is not positive is refused. More
-    than FEATURES_LIMIT = 10,000 features are refused with an error that names the numbers.
+    radius  bound on |scale| |q| |k|, and so on |x|, for the guarantee below, which no longer holds once the longest
+            query and the longest evicted key of a row exceed the bound. None: no guarantee
+    Under a softcap c the series of exp(c tanh(x/c)) is used; an even degree whose series is not positive for every x
+    raises ValueError, and so do more than FEATURES_LIMIT = 10,000 features (t).
 
     Guarantee: on |x| <= r the ratio p(x) e^-x is monotone on either side of 0 (its derivative is -e^-x x^g / g!), so
     the ratio lies between its values at -r, 0 and r. Let epsilon be the largest ratio divided by the least, minus
@@ -146,7 +146,10 @@ def _truncated(degree: int, x: float) -> float:
 
 
 def series(degree: int, cap: float | None) -> list[float]:
-    """Return the Taylor coefficients at 0 of exp(x), or of exp(cap tanh(x / cap)), from the constant up to `degree`."""
+    """Return the degree + 1 Taylor coefficients at 0 of exp(x), or of exp(cap tanh(x / cap)) under a softcap `cap`.
+
+    The constant comes first. cap None: no softcap.
+    """
     if cap is None:
         return [1.0 / math.factorial(j) for j in range(degree + 1)]
     bent, whole = [0.0] * (degree + 1), [1.0] + [0.0] * degree  # c tanh(x/c), and its exponential
@@ -282,9 +285,10 @@ class TaylorState(SummaryState):
     def guarantee(self, stated: Guarantee) -> Guarantee:
         """Return the error bound with the epsilon for r, the largest logit that can have occurred so far.
 
-        stated: the method's bound, which holds up to logits of size `radius`. r is the largest |scale| |q| |k| of a
-        row's queries and evicted keys. If r exceeds the radius, the bound is marked as not holding. Epsilon includes
-        the rounding error of sums over n tokens of t features of size at most e^r, where weights are at least e^-r.
+        stated: the method's bound, which holds for logits of size up to `radius`. r is |scale| times the largest norm
+        of a query times the largest norm of an evicted key, at its largest over the rows. If r exceeds the radius, the
+        bound is returned as not holding. Epsilon includes rounding errors, which grow with the number of tokens, the
+        number of features and e^(2r).
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
         if r > self.radius * (1.0 + 1e-12):  # the rounding of a norm

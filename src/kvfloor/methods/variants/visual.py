@@ -1,7 +1,8 @@
 """Stream an image from coarse to fine, one scale of tokens and queries at a time (visual autoregression).
 
 Scale k is a map of h_k x h_k tokens. Its queries attend to all earlier scales and their own scale (block-wise
-causal), and any Method stores the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
+causal). The earlier scales are in a KV cache, which any method of this library may compress. Law and setting: Cao, Li,
+Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
 A side is the number h_k of tokens along an edge of scale k's map. The first, small scales are the coarse ones. A row is
 one (batch item, kv head) stream; in shapes, t are tokens of one scale, g query heads per kv head, d and dv the widths
 of a key and a value.
