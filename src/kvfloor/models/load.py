@@ -76,7 +76,7 @@ def find(name_or_path: str | Path, accept_terms: bool = False, track: Callable[[
 def _check_folder(folder: Path) -> None:
     """Raise ValueError unless the folder holds a config.json, regular files and folders only, and no huge text file.
 
-    Huge means more than MOST_TEXT_BYTES, 256 MiB. Links to regular files count as files.
+    A text file is huge if it has more than MOST_TEXT_BYTES, 256 MiB.
     """
     try:
         if not (folder / "config.json").exists():

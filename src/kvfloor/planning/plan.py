@@ -41,8 +41,8 @@ class Line:
     budget_tokens    tokens per kv head; None where no budget bounds them
     state_bytes      bytes of the compressed layers' states at the end of the context
     cache_bytes      `state_bytes` plus the bytes of all other layers
-    prompt_bytes     most bytes before the prompt's end: more than `cache_bytes` for methods that read the whole prompt
-                     before they compress it
+    prompt_bytes     the most bytes at any time: more than `cache_bytes` for methods that read the whole prompt before
+                     they compress it
     requests         number of requests of this context whose caches fit beside the weights; None without a memory size
     longest_context  tokens of the longest context of one request that fits beside the weights, estimated from this
                      context's bytes in proportion; None without a memory size, and for a cache that does not grow

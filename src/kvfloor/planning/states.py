@@ -21,7 +21,7 @@ from kvfloor.hf.shapes import LayerShape
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Hold the bytes of a method's states at the end of a prompt: before and after the compression that is done there."""
+    """Hold the bytes of a method's states at the end of a prompt: before and after the compression at that time."""
 
     before: int
     after: int
