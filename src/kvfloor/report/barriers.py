@@ -59,7 +59,7 @@ def page(results: Sequence[Result], command: str) -> str:
 def plots(results: Sequence[Result]) -> list[Chart]:
     """Return one figure for each game that is a "spike", "packing" or "probing" game.
 
-    For "spike" and "packing" this plays a sweep against the method; for "probing" the result has all numbers.
+    For "spike" and "packing" this plays a sweep against the method; for "probing" the game's result has all numbers.
     """
     drawn = []
     for result in results:

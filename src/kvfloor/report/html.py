@@ -48,7 +48,7 @@ def render(
     texts       one row per setting and text
     error_maps  the output error per layer and kv head of each setting on one text
     examples    answers of exact and of the recommended setting
-    Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
+    Raises ValueError if both `rows` and `texts` are empty, if the rows mix models, and if the file cannot be written.
     """
     replace_file(path, page(rows, answer, meta, by_head, texts, error_maps, examples))
 

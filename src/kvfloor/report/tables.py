@@ -31,7 +31,10 @@ class CellScore:
 
 @dataclass(frozen=True)
 class SettingScores:
-    """Hold one line of the scoreboard: a setting and its score on every cell. Bytes are means over the cells."""
+    """Hold one line of the scoreboard: a setting and its score on every cell.
+
+    Bytes are means over the cells. baseline: True if every audit compares with the setting's method.
+    """
 
     setting: str
     baseline: bool
@@ -104,7 +107,7 @@ def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...
     """Return the audit's cells, sorted, and one line per setting with its score on each of these cells.
 
     exact comes first, then the methods in the rows' order, last the baselines (methods that every audit compares with).
-    A method's settings go from the largest bytes down. `standard` gives the verdict on each score.
+    A method's settings go from the largest bytes down. `standard` (tolerated loss and confidence) gives the verdicts.
     """
     cells = tuple(sorted({row.cell for row in rows}))
     found = {(row.method, row.cell): row for row in rows}

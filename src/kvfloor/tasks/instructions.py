@@ -1,6 +1,6 @@
 """Define the task "instructions": follow four instructions that were given before a long text.
 
-Each instruction is checked by itself, so a report shows which of them survive.
+Each instruction is checked by itself, so a report shows which of them are still followed after compression.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Define the task "ledger": answer questions about a state that a long stream of text goes on to change.
 
-The context says what some boxes hold. After it, further text streams in with changes, and a question about the current
-state follows each stretch: in turn for a box that never changed, and for one that did. Half of the length is stream.
+The context says what some boxes hold. After it, further text streams in with changes, in four stretches. After each
+comes a question what a box holds now, in turn for a box that never changed and for one that did. The stretches are half
+of the length.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Lexicon:
         return [Lexicon(tuple(things[a:b]), self.traits, self.pairs) for a, b in pairwise(ends)]
 
     def number(self, rng: random.Random, digits: int) -> str:
-        """Draw a number of `digits` random digits: two-digit groups of the lexicon, and a last single digit if odd."""
+        """Draw a number of `digits` random digits, from the lexicon's two-digit numbers; an odd last digit is free."""
         groups = "".join(rng.choice(self.pairs) for _ in range(digits // 2))
         return groups + (rng.choice("0123456789") if digits % 2 else "")
 

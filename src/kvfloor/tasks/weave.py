@@ -33,7 +33,7 @@ def weave(
 ) -> str:
     """Return a context of nearly `length` tokens, never more: all facts at random places among filler sentences.
 
-    threads  lists of sentences with facts, as in `Plot`
+    threads  lists of sentences with facts; the sentences of one list (a thread) keep their order
     count    returns the number of tokens of a text
     pinned   {i: depth} puts the first sentence of thread i at that share of the context (0 first, 1 last); the rest of
              the thread follows at random places after it

@@ -46,7 +46,8 @@ def run(
 
     name      "builtin", or the folder of a transformers model
     policy    an eviction policy with a budget in tokens, such as "sinks(4)@64"
-    prompts   file of JSON lines as for `kvfloor audit`; None: samples of the built-in tasks
+    prompts   file of JSON lines, each {"prompt", "answer"} or {"context", "question", "answer"}; None: samples of the
+              built-in tasks
     compared  number of texts, not used in training, to compare on; 0: return []
     recipe    the settings of the training
     say       called with each line of progress

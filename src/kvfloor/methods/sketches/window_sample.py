@@ -116,7 +116,7 @@ class WindowSample(Method):
 
 
 class WindowSampleState(Blocked[WindowSample]):
-    """Hold the slots of the window, one sampled older value per draw, and the extremes of all values so far.
+    """Hold the tokens of the window, one sampled older value per draw, and the least and largest value entry so far.
 
     The random number of a draw is fixed by (seed, row id, tokens seen, index of the draw). So all queries of a row that
     are answered after the same number of tokens share this random number, and a repeated query gets the same answer.

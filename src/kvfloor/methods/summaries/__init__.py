@@ -1,1 +1,1 @@
-"""Summarise the evicted tokens of a kv head in a few numbers, so that they still count in attention; one way a file."""
+"""Summarise the evicted tokens of a kv head in a few numbers that stand for them in attention, one summary per file."""

@@ -264,8 +264,8 @@ def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
 class LessState(SummaryState):
     """Hold the linear-attention state of each row: sums (rows, R, dv + 1), which are H with z as last column.
 
-    H = sum of psi(k) v^T and z = sum of psi(k), see `Less`. sums are in the compute dtype. `tag` is a number that
-    identifies the contents of the kernels' file.
+    H = sum of psi(k) v^T and z = sum of psi(k), over the row's evicted tokens. sums are in the compute dtype. `tag` is
+    a number that identifies the contents of the kernels' file.
     """
 
     def __init__(self, kernels: Kernels, places: list[tuple[int, int]], tag: int, spec: Spec) -> None:

@@ -115,10 +115,7 @@ class Taylor(Summary):
 
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
-    """Return a copy of an error bound with the error epsilon, marked as not holding if epsilon is 1 or more.
-
-    stated: the bound to copy.
-    """
+    """Return a copy of the error bound `stated` with the error epsilon; from 1 on, it is marked as not holding."""
     why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
     return replace(stated, epsilon=epsilon, holds=not why, why=why)
 
@@ -136,7 +133,7 @@ def relative_error(degree: int, r: float) -> float:
 def _truncated(degree: int, x: float) -> float:
     """Return p(x) e^-x, where p is the Taylor polynomial of e^x of this degree.
 
-    p is summed in rationals, because its terms cancel down to e^x for x < 0.
+    p is summed in exact rationals, because its terms nearly cancel for x < 0.
     """
     total = term = Fraction(1)
     for j in range(1, degree + 1):
@@ -162,7 +159,7 @@ def series(degree: int, cap: float | None) -> list[float]:
 
 @dataclass(frozen=True)
 class Monomials:
-    """Hold a table of the t monomials of degree <= g in d variables, from which features are computed one by one.
+    """Hold a table of the t monomials of degree <= g in d variables, from which features are computed.
 
     Monomial 0 is the constant. Every other monomial is the product of a monomial of one degree less and a variable:
     monomial[i] = monomial[parent[i-1]] * x[variable[i-1]] * factor[i-1], where x are the variables and `factor` is
@@ -216,7 +213,7 @@ def monomials(d: int, degree: int) -> Monomials:
 class TaylorState(SummaryState):
     """Hold the monomial sums of the evicted tokens, and the largest |k| and |q| of each row.
 
-    moments (rows, t, dv + 1), float64: S = sum of phi(k) v^T, with z = sum of phi(k) as last column, see `Taylor`.
+    moments (rows, t, dv + 1), float64: S = sum of phi(k) v^T, with z = sum of phi(k) as last column.
     longest_key (rows,) is the largest |k| of an evicted key, longest_query (rows,) the largest |q| of a query.
     """
 

@@ -61,7 +61,7 @@ def make(request: Request) -> Sample:
 
 
 def counts(total: int, kinds: int) -> list[int]:
-    """Return how often each of `kinds` words stands in a text of about `total` words: total / (zeta(2) rank^2)."""
+    """Return how often the words of rank 1 to `kinds` are in a text of some `total` words: total / (zeta(2) rank^2)."""
     return [int(total / (_ZETA_2 * rank * rank)) for rank in range(1, kinds + 1)]
 
 
