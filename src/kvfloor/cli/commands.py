@@ -1,6 +1,9 @@
 """Define the subcommands of `kvfloor`. Each subcommand imports its modules when it runs, so that `--help` is quick.
 
-Exit codes: 0 success; 1 a requirement or a conformance law does not hold; 2 bad input, reported in one line on stderr.
+A method is the configuration of a KV-cache compressor. The floor is the memory that any method needs in the worst case,
+by theorem. A law is a property that a method must keep; the conformance suite (`kvfloor check`) tests the laws.
+Exit codes: 0 success; 1 a requirement (`--require`) or a law does not hold; 2 bad input, reported in one line on
+stderr.
 """
 
 from __future__ import annotations
