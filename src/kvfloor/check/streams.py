@@ -108,7 +108,7 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return the prompt length to test a method with, in tokens; it exceeds what a row can hold.
+    """Return the prompt length to test a method with, in tokens: enough that a method with a budget must evict some.
 
     It is the most tokens that a row can hold (64 if unbounded), plus one block, plus 5. The 5 tokens let the prompt end
     inside a block.

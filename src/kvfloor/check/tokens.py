@@ -194,7 +194,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 
 
 def check_selector_subset(method: Method, at: Setting) -> None:
-    """Require that a selector reads visible tokens only, at least one per query, and evicted tokens have no effect."""
+    """Require that a selector reads visible tokens only, at least one per query; empty slots have no effect."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))

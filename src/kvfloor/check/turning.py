@@ -23,7 +23,7 @@ from kvfloor.core.spec import Spec
 
 
 def check_turns(method: Method, at: Setting) -> None:
-    """Require attention over held tokens with keys and queries rotated (RoPE) by their ranks among these tokens.
+    """Require attention over the held tokens, with keys and queries rotated (RoPE) by rank.
 
     A query has the rank of the newest held token.
     """

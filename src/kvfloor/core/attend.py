@@ -60,7 +60,7 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float 
 
     k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs are those of
     `attend`, in k's dtype where the fused kernel applies, otherwise in the compute dtype. The kernel is called by
-    torch's public function, because the overhead of `attend` would be a third of the time if keys are few.
+    torch's public function: with few keys, the overhead of `attend` would be a third of the time.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)

@@ -57,9 +57,9 @@ class Blocked(State[M]):
         """Handle the end of a block in these rows (None: all), for example by evicting tokens."""
 
     def _rest(self, q: Tensor) -> Partial | None:
-        """Return attention of q (rows, m, d) over memory outside the slots: a `Partial` (rows, m), or None without any.
+        """Return attention of q (rows, m, d) over memory outside the slots, such as a summary: a `Partial` (rows, m).
 
-        Such memory is, for example, a summary of evicted tokens.
+        None if there is no such memory.
         """
         del q
         return None
@@ -119,7 +119,7 @@ class Blocked(State[M]):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if the shortcut `_step_one` may answer a decode step that gives every row one token.
+        """Return True if a decode step that gives every row one token may take the shortcut `_step_one`.
 
         Every query must attend to all held tokens and nothing else. All rows must have seen equally many tokens, hold
         equally many, and have a free slot.

@@ -104,11 +104,11 @@ class _Usual:
 
 
 class Method(ABC):
-    """Define a way to cache tokens by a frozen configuration, from which states are opened.
+    """Define the frozen configuration of a KV cache, from which states (the caches themselves) are opened.
 
     traits   the method's promises
     budget   tokens per row, a share ("25%") or bytes ("64MiB"); None: no budget, or none chosen yet
-    block    tokens of a row between two evictions
+    block    number of a row's tokens between two evictions
     parts    the policy, summary and selector of a method that is composed of them
     Subclasses are frozen dataclasses, and final. Each attribute is a field or a property of the subclass; all but
     `traits` have a default where the subclass declares none.
@@ -247,7 +247,7 @@ def standard_law(method: Method, place: str) -> Method:
 def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
     """Return the text `name(arg=value, ...)` of a dataclass, with the arguments that differ from their defaults.
 
-    Arguments named in `skip` are left out.
+    An example is "h2o(recent=64)". Arguments named in `skip` are left out.
     """
     arguments = []
     for f in fields(config):
@@ -267,7 +267,7 @@ def _literal(value: Any) -> str:
 def budget_text(budget: Budget) -> str:
     """Return the text of a budget, as it follows the "@" in a method's text.
 
-    "512" tokens per row, "25%" of the context, "64MiB" for the whole cache, or "64:128", one number per row.
+    Examples: "512" tokens per row, "25%" of the context, "64MiB" for the whole cache, "64:128" with one number per row.
     """
     return ":".join(map(str, budget)) if isinstance(budget, tuple) else str(budget)
 

@@ -48,7 +48,8 @@ def row_keys(seed: int, row_ids: Tensor, purpose: str) -> Tensor:
 def uniform(keys: Tensor, counters: Tensor) -> Tensor:
     """Draw float64 numbers uniformly from (0, 1), one per element.
 
-    `keys` (see `row_keys`) and int64 `counters` are broadcast together. A draw is a function of its key and counter.
+    `keys`, as made by `row_keys`, and `counters` are int64 tensors that are broadcast together. A draw is a function of
+    its key and counter.
     """
     bits = _mix(_mix(keys + counters * _GOLDEN).bitwise_xor_(counters))
     return _shift(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)  # 52 bits: the half must not round up to 1

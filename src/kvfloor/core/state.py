@@ -163,11 +163,14 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if the shortcut `_step_one` may answer a decode step that gives every row one token."""
+        """Return True if a decode step that gives every row one token may take the shortcut `_step_one`."""
         return False
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
-        """Append and answer one token of every row, as `_step` does. Called only while `_steps_alone` is True."""
+        """Append one token to every row and answer its queries, as `_step` does.
+
+        Called only while `_steps_alone` is True.
+        """
         return self._step(k, v, q, torch.ones(self.spec.rows, dtype=torch.int64))
 
     def _attend(self, q: Tensor) -> Partial:
@@ -402,7 +405,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index` (r,), int64, in that order; repeats are allowed (beams). Rows keep their ids."""
+        """Keep the rows at `index` (r,), int64, in that order; repeats are allowed, as beam search needs them.
+
+        Each row keeps its row id, which seeds its random draws.
+        """
         try:
             index = torch.as_tensor(index)
             _require_dense(index, "index")

@@ -68,7 +68,7 @@ class SummaryState(Memory, ABC):
 
 
 class Summary(ABC):
-    """Define a form in which evicted tokens are kept compressed: a frozen configuration."""
+    """Define how evicted tokens are kept in compressed form: a frozen configuration, which opens a `SummaryState`."""
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
