@@ -108,10 +108,10 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return the prompt length to test a method with, in tokens: enough that a method with a budget must evict some.
+    """Return the prompt length to test a method with, in tokens: more than the budget, if there is one, has room for.
 
-    It is the most tokens that a row can hold (64 if unbounded), plus one block, plus 5. The 5 tokens let the prompt end
-    inside a block.
+    It is the most tokens that a row can hold besides the prompt (64 if unbounded), plus one block, plus 5. The 5 tokens
+    let the prompt end inside a block.
     """
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
