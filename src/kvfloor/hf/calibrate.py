@@ -1,8 +1,8 @@
 """Measure how many tokens each kv head tells apart on a calibration prompt, to divide a cache budget among the heads.
 
 A head tells tokens apart if the value of each could be recovered from the attention outputs of the head's own queries.
-A cache that answers these queries correctly must then store a separate value for each of the tokens. Tokens that every
-query weights alike form a group: only one common value of the group can be recovered. A compressed layer is a layer
+A cache that answers these queries correctly must then store a separate value for each of the tokens. Tokens that the
+queries do not separate can form a group, of which one common value could be recovered. A compressed layer is a layer
 with attention over all tokens, whose keys and values a kvfloor method keeps.
 """
 

@@ -50,11 +50,11 @@ class LayerShape:
 class ModelShape:
     """Hold the sizes of a model of one dtype and of its cache for one batch.
 
-    parameters   numbers in the weights; tied weights count once
-    compressed   the layers that a compressed cache compresses
+    parameters   number of entries in the weights; tied weights count once
+    compressed   the layers that a compressed cache compresses: those with attention over all tokens
     windows      the layers with a sliding window, which transformers' own classes keep
-    own_bytes    bytes, after a number of tokens, of all that transformers' own classes keep for the batch: sliding
-                 windows, convolution and linear states
+    own_bytes    function of the number of tokens fed: the bytes that transformers' own classes then keep for the batch
+                 (sliding windows, convolution and linear states)
     """
 
     parameters: int
@@ -130,9 +130,10 @@ def _refuse_encoder(model: Any) -> None:
 
 
 def _recorder(layer: CompressedLayer, found: dict[int, LayerShape]) -> Callable[..., Tensor]:
-    """Return a replacement of `layer.answer` that records the shapes in `found`, and returns an output of that shape.
+    """Return a replacement of `layer.answer` that records the layer's shapes in `found`, and returns an output of the right shape.
 
-    Queries of a later layer that reads this layer's keys come when nothing is staged, and are not recorded.
+    If nothing is staged (no keys came since the last call), the queries belong to a later layer that shares this
+    layer's keys. They are not recorded.
     """
 
     def answer(query: Tensor, key: Tensor, value: Tensor, *others: Any, **more: Any) -> Tensor:
@@ -159,11 +160,11 @@ def _windowed(index: int, layer: Any) -> LayerShape:
 
 
 def _own_bytes(config: PreTrainedConfig, cache: CompressedCache) -> Callable[[int], int]:
-    """Return a function of the number of tokens: the bytes that transformers' own layers then hold.
+    """Return a function of the number of tokens fed: the bytes that transformers' own layers then hold.
 
-    Linear states have the size that they have in `cache`, which the forward has filled. Layers with keys are fed that
-    many tokens on the meta device, the last one alone: until the first decoded token, the layer's tensors are views of
-    the whole prompt's.
+    Linear and convolution states have the size that they have in `cache`, which a forward has filled. To a layer with
+    keys, the function feeds that many tokens on the meta device, the last token in a forward of its own. This matters,
+    because a sliding window's tensors are views of the whole prompt's until the first decoded token.
     """
     fixed = 0
     for layer in cache.layers:
