@@ -130,7 +130,7 @@ def _refuse_encoder(model: Any) -> None:
 
 
 def _recorder(layer: CompressedLayer, found: dict[int, LayerShape]) -> Callable[..., Tensor]:
-    """Return a replacement of `layer.answer` that records the layer's shapes in `found`, and returns an output of the right shape.
+    """Return a substitute for `layer.answer` that records the layer's shapes in `found` and returns an empty output.
 
     If nothing is staged (no keys came since the last call), the queries belong to a later layer that shares this
     layer's keys. They are not recorded.
