@@ -128,7 +128,7 @@ def ignores_the_interface(model: nn.Module) -> bool:
 
 
 def own_cache_class(model: nn.Module | type[nn.Module]) -> str | None:
-    """Return the name of the cache class that this model's own file defines; None if it defines none.
+    """Return the name of the cache class defined in the Python file of this model's class; None if there is none.
 
     Such a model fills only that class, so a compressed cache cannot take its place.
     """

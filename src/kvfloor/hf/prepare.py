@@ -145,8 +145,8 @@ def _answered(
 def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call: dict[str, Any]) -> None:
     """Raise ValueError if a call asks for attention that a compressed layer cannot compute.
 
-    Refused are cross-attention, a mask that is 4-d or not causal, a position bias, attention to later tokens
-    (is_causal=False), and a request for attention weights.
+    Refused are cross-attention, a ready-made 4-d mask, a mask that is not causal, a position bias, attention to later
+    tokens (is_causal=False), and a request for attention weights.
     """
     config = getattr(module, "config", None)
     crossing = query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True)

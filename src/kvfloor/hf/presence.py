@@ -2,8 +2,8 @@
 
 A slot is one column of the padded batch. A mask (batch, slots) covers every slot, those of earlier forwards too. A pad
 is a slot that was masked out from the start. It was never stored, so a later mask cannot bring it back. If a later mask
-hides a token that was stored, every layer drops this token: generate() appends such tokens to batch items that have
-ended. The masks are compared once per forward, not per layer.
+hides a token that was stored, every layer drops this token: generate() appends such tokens (pad tokens) to batch items
+that have ended. The masks are compared once per forward, not per layer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Find the sizes of a model's weights and of its cache from the configuration alone, on torch's meta device.
 
 The meta device computes the shapes of tensors, and neither stores nor computes any number. So a forward of the model
-shows the keys, values and linear states of every layer, as the model itself makes them, without weights and at once.
-In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens.
+shows the keys, values and linear states of every layer, as the model itself makes them, without weights and in little
+time. In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def model_shape(config: PreTrainedConfig, dtype: torch.dtype, batch: int = 1) ->
     """Return the sizes of the causal language model of this configuration, with weights and cache of `dtype`.
 
     Raises ValueError for a configuration that no model can be built from, for a family that a compressed cache cannot
-    serve, for a model that keeps no keys, and for a model whose forward needs numbers, so that it cannot run on the
-    meta device.
+    serve, for a model that keeps no keys, and for a model that cannot run on the meta device because its forward reads
+    numbers from tensors.
     """
     model = _built(config, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())

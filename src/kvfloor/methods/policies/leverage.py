@@ -117,7 +117,7 @@ class RidgeLeverage(Guarded):
 
 
 def unrotated(k: Tensor, position: Tensor, spec: Spec) -> Tensor:
-    """Return the keys k (r, s, d) with the rotation `Spec.applied` undone, in the spec's compute dtype.
+    """Return the keys k (r, s, d) with the rotation `Spec.applied` undone, in float32 or wider.
 
     position (r, s) are the positions by which the keys are rotated. Without `Spec.applied` the keys are returned as
     given.

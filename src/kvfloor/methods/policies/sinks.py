@@ -17,7 +17,7 @@ class Sinks(Policy):
 
     Trained models give the first tokens much attention. In the paper (StreamingLLM), RoPE rotates each key by its rank
     among the tokens in the cache, instead of by its position in the text. Here this is a separate setting that works
-    with any policy: the `rotation` of the state's spec.
+    with any policy: `Spec.rotation`, or positions="cache" in a model's cache.
     """
 
     name: ClassVar[str] = "sinks"

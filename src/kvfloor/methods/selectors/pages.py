@@ -28,8 +28,8 @@ class Pages(Indexed):
     """Read the `pages` full pages of largest logit bound, and the newest page, which is still filling.
 
     Law (Tang et al. 2024, Quest): with low and high the least and largest entry per channel of a page's keys, no key
-    of the page has a larger q.k than  sum_j max(q_j low_j, q_j high_j).  Of pages with equal bounds the newer is
-                                       preferred.
+    of the page has a larger q.k than sum_j max(q_j low_j, q_j high_j). Of pages with equal bounds the newer one is
+    preferred.
     pages   pages read beside the newest one
     page    tokens per page: slots page*i .. page*(i+1) - 1. Under an eviction policy an emptied slot is
             filled by another token, and the bound of its page is recomputed.
