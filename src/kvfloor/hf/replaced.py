@@ -90,7 +90,7 @@ class SwitchingRotation:
             raise ValueError(self.told(seen))
 
     def told(self, seen: int) -> str:
-        """Return the error message for a cache with `seen` slots: why it cannot go past that length, and what to do instead."""
+        """Return the error message for a cache with `seen` slots: the obstacle, and what to do instead."""
         return (
             f"this model turns its keys by other angles above {self._length} tokens "
             f"(original_max_position_embeddings), so the {seen} in this cache do not go with more than that, and "

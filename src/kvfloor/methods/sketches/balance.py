@@ -218,10 +218,10 @@ class Balance(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Balance:
-        """Return this method with the least even `batch` for error epsilon and failure probability delta, and no `budget`.
+        """Return this method with the least even `batch` that gives error epsilon and failure probability delta.
 
-        The error is that of `guarantee`; c becomes the safe threshold. Returns the method unchanged if radius, spread
-        or horizon is not given.
+        The error is that of `guarantee`; c becomes the safe threshold and budget None. Returns the method unchanged if
+        radius, spread or horizon is not given.
         Law: x / (batch - y) <= epsilon / sqrt(spread), where the error is at most x max |v| / (batch - y) in l2 norm
         (`tree_error`).
         """
