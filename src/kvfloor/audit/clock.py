@@ -1,8 +1,8 @@
 """Keep an audit within its minutes: decide which texts and cells still fit, and name those that were left out.
 
-A setting is a method with its budget. Settings are measured on texts (next-token predictions) and on cells: a cell is a
-task at a context length under a protocol (question asked before or after the compression). An audit does whole texts
-and cells only, so that every setting is measured on the same ones.
+A setting is a method with its budget; the exact cache keeps every token. Settings are measured on texts (next-token
+predictions) and on cells: a cell is a task at a context length under a protocol (question asked before or after the
+compression). An audit does whole texts and cells only, so that every setting is measured on the same ones.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A setting is a method with its budget. Each answer is decoded greedily after the same prompt: the model reads the
 context under the setting, the cache is told that the prompt ends (`seal`), the question is fed if there is one, and the
-model answers. The exact cache keeps every token; here it is transformers' own cache.
+model answers. The exact cache keeps every token; here it is transformers' own cache. An excerpt is the context and the
+continuation that an audit reads of a text.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class Speaker:
         return self.bench.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def chat(self, excerpt: Excerpt) -> Prompt | None:
-        """Return the prompt that asks a chat model to summarise the context of an excerpt of a text.
+        """Return the prompt that asks a chat model to summarise the context of an excerpt.
 
         The result is None if the tokenizer has no chat template, if the template refuses or changes the context, and if
         the prompt with its answer is longer than the model's positions.
@@ -216,8 +217,8 @@ def shown_settings(answer: Recommendation) -> list[str]:
 def text_examples(speaker: Speaker, excerpt: Excerpt, progress: Callable[[str], None]) -> list[SideBySide]:
     """Continue an excerpt's context, and ask a chat model to summarise it; return one or two examples.
 
-    An excerpt is the context and the continuation that an audit reads of a text. The second example is left out if the
-    model has no usable chat template. `progress` is called with a line of text before each example.
+    The second example is left out if the model has no usable chat template. `progress` is called with a line of text
+    before each example.
     """
     progress(f"{excerpt.cell.text}: an example answer")
     most = min(MOST_TOKENS, len(excerpt.continuation))

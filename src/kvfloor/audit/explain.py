@@ -71,8 +71,8 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
 def closest_setting(answer: Recommendation) -> Judged | None:
     """Return the verdict on the setting that is nearest to being safe; None if no setting was judged.
 
-    It is the setting with the smallest possible loss, i.e. the upper confidence limit of its divergence, or of its loss
-    on its weakest cell if no text was read. Of two equal ones it is the one with fewer bytes.
+    It is the setting for which the upper confidence limit of its divergence is the smallest; if no text was read, that
+    of its loss on its weakest cell. Of two equal ones it is the one with fewer bytes.
     """
     return max(answer.judged, key=lambda one: (_room(one, answer.standard), -one.state_bytes), default=None)
 

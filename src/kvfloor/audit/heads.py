@@ -93,7 +93,7 @@ class Head:
     """Hold one kv head's largest floor over all cells and texts, and its cheapest setting that is good on all of them.
 
     readable_share     groups that queries can read, per token of the context; the largest over the cells
-    floor_bytes        read floor for all queries of the recorded lengths; the largest over the cells
+    floor_bytes        read floor for all queries up to the largest recorded norm; the largest over the cells
     asked_floor_bytes  read floor for the queries that were recorded after the context; the largest over the cells
     exact_bytes        bytes of the context's keys and values; the largest over the cells
     best_method        text of the cheapest good setting; None if only exact is good
@@ -158,7 +158,9 @@ def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
 
 
 def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> tuple[Readable, Readable]:
-    """Return two read floors of one kv head: for all queries of the recorded lengths, and for the recorded queries.
+    """Return two read floors of one kv head, the second for the recorded queries alone.
+
+    The first is for all queries whose norm is at most the largest recorded norm.
 
     trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
     k      (n, d)     keys of the context's n tokens

@@ -49,8 +49,8 @@ def merge(
     require   conditions on the rows, as in `kvfloor audit --require`; None: no conditions
     command   command line that the report shows
     announce  function that is called with a line of text if rows of another audit are removed from `out`
-    Raises ValueError with one line if a folder holds no audit or another one, if a measurement is missing, or if two
-    folders have different figures for one measurement.
+    Raises ValueError with one line if a folder holds no audit or a part of another one, if a measurement is missing, or
+    if two folders have different figures for one measurement.
     """
     if not kl_limit > 0:
         raise ValueError(f"--kl-limit {kl_limit}: give a number of nats above 0, such as {KL_LIMIT}")

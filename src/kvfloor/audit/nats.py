@@ -66,7 +66,7 @@ class TokenFigures:
 def figures(exact: Iterable[Tensor], method: Iterable[Tensor], tokens: Iterable[Tensor]) -> TokenFigures:
     """Return the figures of each scored token, from the logits of the exact cache and of a method on one text.
 
-    exact, method  logits (c, vocabulary) of each piece of c tokens
+    exact, method  logits (c, vocabulary) of each piece, a run of c scored tokens
     tokens         token ids (c,) of each piece; the pieces are the same in all three
     All sums are float64.
     """
@@ -110,7 +110,8 @@ class TextRow:
     exact_bytes            bytes of the exact cache at the end of the context, in the model's own dtype
     exact_16_bit_bytes     the same if its numbers had 16 bits
     floor_bytes            lower bound on any attention data structure's bytes, for worst-case keys and values
-    token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
+    token_id_bytes         bytes of the context's token ids, which a model could store instead and recompute the rest:
+                           context x log2(vocabulary) / 8
     seconds                time to read context and continuation
     """
 

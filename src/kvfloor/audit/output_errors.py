@@ -44,7 +44,7 @@ class ErrorMap:
     context               number of tokens of context that were recorded; fewer than the audit's context if that was too
                           long
     continuation          number of tokens after the context whose queries were answered, with the method running on
-    state_bytes           bytes of the setting's cache at the end of the audit's context, as in its `TextRow`
+    state_bytes           bytes of the setting's cache at the end of the audit's context
     layers                numbers of the layers whose cache is compressed, as the model counts them
     output_error_by_head  ||answers - exact|| / ||exact|| of the attention output, same queries: (layers, kv heads)
     """

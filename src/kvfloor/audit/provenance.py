@@ -24,8 +24,8 @@ _PIECE = 2**22  # bytes read at a time
 def model_hashes(name: str) -> dict[str, str]:
     """Return file name -> SHA-256 of a model's files of weights.
 
-    If the files of a folder have more than MOST_HASHED bytes together, a sentence with the size stands in place of the
-    SHA-256. name: "builtin", the name of a packaged model, a GGUF file or a folder.
+    name: "builtin", the name of a published model, a GGUF file or a folder. If the files of a folder have more than
+    MOST_HASHED bytes together, each has a sentence with its size in place of the SHA-256.
     """
     if name in PACKAGED:
         return {PACKAGED[name].file: PACKAGED[name].sha256}

@@ -100,7 +100,8 @@ class Reader:
         """Feed the context, seal the cache (end of the prompt), and yield the continuation in pieces of c tokens.
 
         A piece is (token ids (c,), logits (c, vocabulary)): the ids are the text's own tokens, and each token's logits
-        predict it from the tokens before. `sealed` is called after the seal.
+        predict it from the tokens before. `dialogue` holds the model with an empty cache. `sealed` is called after the
+        seal.
         """
         dialogue.feed([excerpt.context], CHUNK_SLOTS)
         if isinstance(dialogue.cache, CompressedCache):
@@ -111,7 +112,11 @@ class Reader:
 
 
 def _floor(spec: Spec, context: int) -> float:
-    """Return the worst-case floor in bytes of one layer, whose kv heads are the rows of `spec`."""
+    """Return a lower bound on the bytes that any method needs for one layer, for worst-case keys and values.
+
+    spec     sizes of the layer; its rows are the kv heads
+    context  number of tokens
+    """
     return floors.space(context, spec.d, spec.dv, heads=spec.rows).bytes
 
 

@@ -65,7 +65,8 @@ class Row:
     baseline               True for the settings that every audit compares with
     parts                  mean share, from 0 to 1, of each named part of the answers that was met; an answer is right
                            if all its parts are met in full
-    token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
+    token_id_bytes         bytes of the context's token ids, which a model could store instead and recompute the rest:
+                           context x log2(vocabulary) / 8
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
     outcomes               one 0 (wrong) or 1 (right) per sample, in the samples' order

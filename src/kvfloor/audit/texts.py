@@ -97,8 +97,8 @@ def further_excerpts(
 
     names, contexts, continuation  names of texts, context lengths, and number of scored tokens
     encode                         function that returns the token ids of a text
-    A passage is as long as the longest context and the continuation together, with the special tokens that `encode`
-    puts before every text at its begin. It gives one excerpt per context length. A text has at most MOST_PASSAGES
+    A passage is as long as the longest context and the continuation together. It starts with the special tokens that
+    `encode` puts before every text, and gives one excerpt per context length. A text has at most MOST_PASSAGES
     passages, the first included, and no more than its tokens allow. Generated texts have no further passages.
     """
     found, head, length = [], encode(""), max(contexts) + continuation

@@ -25,9 +25,9 @@ class Injected(Exception):
 
 
 class Faults(TorchDispatchMode):
-    """Count the torch operations inside a `with` block in `done`, and raise `Injected` right after number `at`.
+    """Count the torch operations inside a `with` block in `done`, and raise `Injected` after one of them.
 
-    With `at` None the operations are only counted.
+    at: number of that operation, from 1; None: only count.
     """
 
     def __init__(self, at: int | None = None) -> None:
@@ -124,8 +124,7 @@ def _verdict(trial: State, call: Call, before: bytes, answer: Tensor | None, aft
 
 
 def public_calls(state: State) -> dict[str, Callable[[], object]]:
-    """Return the public calls of a state that answer, append or copy, by name; each is ready to run with valid input.
-    """
+    """Return the public calls of a state that answer, append or copy, by name, each ready to run with valid input."""
     spec = state.spec
     like = {"dtype": spec.dtype, "device": spec.device}
     k, v = torch.ones(spec.rows, 1, state.key_width, **like), torch.ones(spec.rows, 1, state.value_width, **like)

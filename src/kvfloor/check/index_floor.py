@@ -2,7 +2,8 @@
 
 INDEX is the problem of answering for any one of n hidden bits from a message that was written before the question is
 known; the message needs about n bits. A method is a KV-cache compressor; its state is the cache of the tokens that it
-was given, empty when `Method.open` makes it.
+was given, empty when `Method.open` makes it. A check tests one law of docs/contract.md on a method under a setting `at`
+(dtype of the cache, size of the GQA group, seed), and raises `Broken` if the law fails.
 """
 
 from __future__ import annotations

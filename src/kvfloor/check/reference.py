@@ -4,9 +4,10 @@ A method is a KV-cache compressor; its state is the cache of the tokens that it 
 makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
 GQA group, seed), and raises `Broken` if the law fails. The other claims are normalised weights, linearity in values and
 constant memory. A selector is the part of a method that picks, for each query, the held tokens to read. A slot is the
-storage of one held token: key, value and position. In shapes, rows are streams of one kv head of one sequence, m is the
-number of queries per row, d and dv are the widths of a key and a value. Plain attention is softmax attention without
-compression, in the dtype of the cache.
+storage of one held token: key, value and position. "unmasked" is the attention law by which evicted tokens stay in the
+softmax with logit 0. In shapes, rows are streams of one kv head of one sequence, m is the number of queries per row, d
+and dv are the widths of a key and a value. Plain attention is softmax attention without compression, in the dtype of
+the cache.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
 
 
 def waits_whole(method: Method) -> bool:
-    """Return True if a state still holds the first token's own key and value, unchanged, just after it is appended.
+    """Return True if a state still holds the first token's own key and value just after the token is appended.
 
     A method that stores values inexactly may do so at once, or only later.
     """
@@ -115,8 +116,8 @@ class _Kept:
 def check_attends_to_held(method: Method, at: Setting) -> None:
     """Require exact attention over the held tokens that are read; "unmasked" methods add evicted ones at logit 0.
 
-    A held token is read unless the method's selector skips it for the query. "unmasked" is the attention law by which
-    evicted tokens stay in the softmax with logit 0; methods claim it in `Traits.reference`.
+    A held token is read unless the method's selector skips it for the query. A method claims the law "unmasked" in
+    `Traits.reference`.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
