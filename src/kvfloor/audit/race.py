@@ -46,7 +46,7 @@ class Race:
     _close: dict[Place, frozenset[str]] = field(default_factory=dict)
 
     def hurry(self) -> None:
-        """From now on, stop each setting whose divergence certainly exceeds the limit, as the time is too short."""
+        """Stop from now on each setting whose divergence certainly exceeds the limit, as the time is too short."""
         self.hurried = True
 
     def __call__(self, rows: Rows, /) -> list[Pair]:
