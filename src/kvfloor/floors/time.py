@@ -12,7 +12,8 @@ from kvfloor.validation import relative_error, whole, within
 def time_probes(n: int, p: float = 0.9, *, eta: float = 0.0, expected: bool = False) -> float:
     """Return the least number of scores q.k_l that a non-adaptive method must read to answer at the last token.
 
-    The stream has `n` tokens. A non-adaptive method fixes the positions l before the data. The answer must be within 1±eta with probability `p`.
+    The stream has `n` tokens. A non-adaptive method fixes the positions l before the data. The answer must be within
+    1±eta with probability `p`.
     Law, T the number of scores: T >= (2 - 1/p)(n-1) for a fixed T. If T is random, its expectation is at least
     (2p-1)(n-1) (`expected` = True). Both bounds are tight. The result is 0 for p <= 1/2, and for eta >= 1 - 2/n, where
     one answer can be right for both kinds of streams: all keys zero, or one heavy key that takes nearly all softmax
@@ -26,8 +27,8 @@ def time_probes(n: int, p: float = 0.9, *, eta: float = 0.0, expected: bool = Fa
 def time_operations(n: int, d: int, p: float = 0.9, *, eta: float = 0.0, expected: bool = False) -> float:
     """Return the least number of key coordinates that a non-adaptive method must read to answer at the last token.
 
-    The stream has `n` tokens. A non-adaptive method fixes which coordinates of which tokens it reads before the data. The answer must be within
-    1±eta with probability `p`.
+    The stream has `n` tokens of key width `d`. A non-adaptive method fixes which coordinates of which tokens it reads
+    before the data. The answer must be within 1±eta with probability `p`.
     Law: T >= (2 - 1/p)(n-1) d coordinates, or (2p-1)(n-1) d in expectation (`expected` = True). This is the law of
     `time_probes` with (n-1) d coordinates instead of n-1 scores. The one heavy key, of token i, is 2 ln(n-1) e_j with j
     uniform in {1..d}, and the query has 1 in every coordinate, so one coordinate of (n-1) d differs from zero. Derived
