@@ -17,11 +17,12 @@ def N_dr(d: int, r: float, eta: float) -> float:
     """Count the keys in `d` dimensions that spike queries of logit radius `r` can tell apart at relative error `eta`.
 
     A spike query puts nearly all softmax mass on one key. `r` = scale * max|q| * max|k| in nats.
-    Law: the largest whole m with m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and theta <= pi/2
-    (so m <= (1-eta) e^r / 4). If it is larger, min(2d, (1-eta) e^r / 4) rounded down, for keys among the vectors ±e_i
-    along the axes. At least 1; for d = 1 only ±1 count. It is a lower estimate of the true number, so that the floor
-    computed from it is valid.
-    Returns a whole number as a float, `inf` beyond e^700. Derived here (docs/floors.md, "Bounded norms").
+    Law: the largest of these numbers:
+        the largest whole m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and theta <= pi/2, for d >= 2
+        min(2d, (1-eta) e^r / 4) rounded down: so many of the vectors ±e_i along the axes
+        1
+    It is a lower estimate of the true number, so that the floor computed from it is valid. Returns a whole number as a
+    float, `inf` beyond e^700. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r, eta = whole("d", d), positive("r", r), relative_error(eta)
     return _count(d, r, math.log(4.0 / (1.0 - eta)))

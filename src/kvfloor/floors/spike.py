@@ -11,11 +11,12 @@ from kvfloor.validation import positive, relative_error, whole, within
 
 
 def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
-    """Return the length C at which the query q = C k_i leaves all other tokens `eps_s` times the softmax mass of key i.
+    """Return the factor C at which the query q = C k_i leaves all other tokens `eps_s` times the softmax mass of key i.
 
+    For a key of length 1, C is the length of the query.
     n_eff  number of keys: n_eff - 1 others compete with key i
     z      number of further tokens of logit 0 (an appended token, padding, tokens outside a window)
-    g      lower bound on the one-sided gap |k_i|^2 - max <k_i, k_j>
+    g      lower bound on the one-sided gap, |k_i|^2 less the largest <k_i, k_j>
     gamma  |k_i|^2
     Law: C = ln((n_eff - 1 + z) / eps_s) / min(g, gamma). Then the softmax weight of key i is at least 1/(1 + eps_s). C
     is 0 when there is no other token.

@@ -86,10 +86,13 @@ def visual_space(
     """Return a lower bound on the bits that any method of visual autoregression must hold after a pyramid of maps.
 
     n          side of the last map
-    sides      sides of the square maps, ascending, the last of them n; None: `pyramid`(n, ratio)
+    d, dv      width of a key, width of a value (d unless given)
+    sides      sides of the square maps, ascending, the last of them n; None: each side is the next larger one divided
+               by `ratio` and rounded down (`pyramid`)
     last_asks  True: no map follows; the queries of the last map read the other maps, and the last map hides nothing.
                False: a further map, as large as the last, asks
     p          probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention
+    heads, layers   number of kv heads and of layers, which multiply the bound
     Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m = `visual_rows`(sides,
     last_asks), and m <= 2 for d = 1. Keys and queries may be of any length.
     Raises ValueError naming the argument, what was given and what is allowed.

@@ -52,7 +52,9 @@ class MeasuredGame:
 
     @property
     def contradicts(self) -> bool:
-        """Return True if every answer was within eta yet the message is shorter than the floor: the floor is false."""
+        """Return True if every answer was within eta although the message is shorter than the floor; this disproves the
+        floor.
+        """
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
 

@@ -45,7 +45,7 @@ class CompressedCache(Cache):
     Sliding-window, convolution and linear layers keep transformers' own storage.
 
     config    the model's configuration, or the model. Give the prepared model for a method that predicts later queries
-              (the policy `expected`): it then works on keys without their rotary embedding, as in its paper
+              (such as the policy `expected`): it then works on keys without their rotary embedding, as in its paper
     method    a Method or its text, e.g. "h2o(recent=64)@512"; budgets in bytes are for the whole cache
     context   length in tokens; a budget such as "@25%" is a share of this length
     seed      seeds the method's own randomness

@@ -92,7 +92,8 @@ class Instance(ABC):
     def lift(self, method: Method) -> Method:
         """Return the method to play: the given one, or a wrapper of it where the game has its own attention law.
 
-        Raises ValueError for a method whose attention law does not fit the game.
+        Such a law is attention over pairs of tokens. Raises ValueError for a method whose attention law does not fit
+        the game.
         """
         return standard_law(method, f"barrier {self.barrier!r}")
 

@@ -108,7 +108,8 @@ def play(
     probes_per_query  tokens that the method reads to answer one query
     bound             largest success of a method that has not read the keys on arrival and reads as many tokens
     floor_probes      scores that any such method must read for success p = 0.9: (2 - 1/p)(n - 1)
-    adaptive          True if the success of the method played is above `bound` with 99.9 % confidence
+    adaptive          True if the success of the method played is above `bound` with 99.9 % confidence, so that it must
+                      have read the keys on arrival
     readers           success of simple readers, which look up scores q.k at positions chosen beforehand
     Raises ValueError naming the argument that is out of its domain.
     """

@@ -81,8 +81,8 @@ class Sparse(KeyedInstance):
         """Measure the shares of scores Q K^T and of softmax weights near zero, on up to 512 rows of causal attention.
 
         Returns name -> number. Q and K have the queries and keys as rows. A score is near zero if it is below 1e-3 of
-        its row's largest score, a weight if it is below 1e-3. `least_top_weight` is the largest weight of a row, at its
-        least over these rows.
+        its row's largest score, a weight if it is below 1e-3. `least_top_weight` is the least of the rows' largest
+        weights: 1 if every row puts all its weight on one token.
         """
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T

@@ -104,8 +104,8 @@ def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
 def _evaluate(n: int, p: int, m: int, points: Tensor, first_power: int) -> Tensor:
     """Evaluate the first n polynomials of m coefficients mod p at every entry of `points` (b,): (n, b) int64.
 
-    Polynomial number l has the base-p digits of l as coefficients. `first_power` is the power that the first of them
-    goes with.
+    Polynomial number l has the base-p digits of l as coefficients. The lowest digit is that of x^first_power, the next
+    that of x^(first_power + 1), and so on.
     """
     number, value, power = torch.arange(n), torch.zeros(n, len(points), dtype=torch.int64), points**first_power
     for _ in range(m):
