@@ -18,7 +18,7 @@ def N_dr(d: int, r: float, eta: float) -> float:
 
     A spike query puts nearly all softmax mass on one key. `r` = scale * max|q| * max|k| in nats.
     Law: the largest of these numbers:
-        the largest whole m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and theta <= pi/2, for d >= 2
+        for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r, theta <= pi/2
         min(2d, (1-eta) e^r / 4) rounded down: so many of the vectors ±e_i along the axes
         1
     It is a lower estimate of the true number, so that the floor computed from it is valid. Returns a whole number as a

@@ -52,8 +52,9 @@ class MeasuredGame:
 
     @property
     def contradicts(self) -> bool:
-        """Return True if every answer was within eta although the message is shorter than the floor; this disproves the
-        floor.
+        """Return True if every answer was within eta although the message is shorter than the floor.
+
+        Then the floor is false: it claims that no such message exists.
         """
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
