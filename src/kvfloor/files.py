@@ -17,11 +17,10 @@ _IRREGULAR = "it is a folder, a pipe or a device, not a regular file"
 
 
 def open_folder(folder: Path) -> Path:
-    """Return `folder`, created if it is missing, once a test file could be written and renamed in the folder.
+    """Create `folder` if it is missing, write and remove a test file in it, and return it.
 
-    The test file is removed. A command calls this first for its `--out`, so that an unwritable folder fails at once,
-    not at the end of a long run.
-    Raises ValueError with one line naming the folder and the reason.
+    A command calls this first for its `--out`, so that an unwritable folder fails at once, not at the end of a long
+    run. Raises ValueError with one line naming the folder and the reason.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,8 +51,9 @@ def read_regular(path: str | Path, most_bytes: int, what: str) -> bytes:
 def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
     """Open a regular file for reading, and yield (stream, size in bytes). Raises ValueError for anything else.
 
-    what: the kind of file, for errors. Opening a device may act on it, and opening a pipe waits for its writer, so the
-    path is checked first. Another file may take the path in between, so the opened file is checked again.
+    what: the kind of file, for errors, such as "prompts file". Opening a device may act on it, and opening a pipe waits
+    for its writer, so the path is checked first. Another file may take the path in between, so the opened file is
+    checked again.
     """
     path = named(path, what)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -88,10 +88,10 @@ def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> byte
 
 
 def sampled_digest(path: str | Path) -> str:
-    """Return the SHA-256 of a file of up to 16 MiB in hex digits, or of the size and a sample of a larger one.
+    """Return the SHA-256 of a file in hex digits; of a file above 16 MiB, that of its size and a sample of its bytes.
 
-    The sample has evenly spaced pieces, the first and the last bytes among them, so that a model of many gigabytes is
-    told from another one in a moment. Raises ValueError for a path that is no regular file.
+    The sample has evenly spaced pieces, the first and the last bytes among them. So a model of many gigabytes is told
+    from another one without reading all of it. Raises ValueError for a path that is no regular file.
     """
     with open_regular(path, "file") as (stream, size):
         if size <= _PIECE_BYTES:
@@ -133,7 +133,7 @@ def cut_to(path: str | Path, size: int) -> None:
 
 
 class FolderLock:
-    """Keep other processes from using a folder, until `release` or the end of the process.
+    """Keep other processes from using a folder, from `take` to `release` or the end of the process.
 
     The lock is on a hidden file, which stays. Where the file system has no locks, `take` does nothing.
     """
@@ -206,9 +206,9 @@ def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> N
 
 
 def _replaceable(path: str | Path) -> Path:
-    """Return the path to write to: `path`, or the file that it leads to if it is a symbolic link.
+    """Return the path of the file to replace: `path`, or the file that it leads to if it is a symbolic link.
 
-    Raises ValueError for a folder, a pipe or a device: no file may take their place.
+    Raises ValueError for a folder, a pipe or a device, which must not be replaced by a file.
     """
     path = named(path, "file to write")
     try:
@@ -226,7 +226,10 @@ def _replaceable(path: str | Path) -> Path:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush the folder's entries to the disk, so that a rename survives a crash, if the file system can do that."""
+    """Flush the folder's list of files to the disk, so that a rename survives a crash.
+
+    Nothing is done where the file system cannot do this.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

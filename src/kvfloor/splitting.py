@@ -1,7 +1,7 @@
-"""Split texts such as "h2o(recent=64)@512, window@256" at marks outside parentheses, brackets and quotes.
+"""Split texts such as "h2o(recent=64)@512, window@256" at separators outside parentheses, brackets and quotes.
 
-This text lists two methods, each with its budget after "@"; `recent=64` is an argument of the first. A mark is a text
-such as a comma or "@". Within parentheses or quotes it belongs to a method's argument, so it does not split.
+This text lists two methods, each with its budget after "@"; `recent=64` is an argument of the first. A comma or "@"
+within parentheses or quotes belongs to a method's argument, so it does not split the text.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ _SHOWN = 40  # characters of a refused text
 def outline(text: str) -> str:
     """Return `text` with "_" for every character of a quoted string, and every character within brackets of any kind.
 
-    The length is unchanged, so a mark found in the outline has the same index in the text. A quote that is never closed
-    and a parenthesis that was never opened are plain characters.
+    For example "h2o(recent=64)@512" becomes "h2o(_________)@512". The length is unchanged, so a separator found in the
+    result has the same index in the text. A quote that is never closed and a closing bracket that was never opened are
+    plain characters.
     """
     depth, kept = 0, []
     for c in _QUOTED.sub(lambda quoted: "_" * len(quoted[0]), text):
@@ -27,9 +28,9 @@ def outline(text: str) -> str:
 
 
 def split_once(text: str, mark: str) -> tuple[str, str, str]:
-    """Return (before, mark, after) at the first `mark` outside parentheses and quotes; (text, "", "") if there is none.
+    """Split `text` once, at the first separator `mark` outside parentheses and quotes: return (before, mark, after).
 
-    Surrounding spaces are stripped.
+    Spaces around before and after are stripped. Returns (text, "", "") if there is no such separator.
     """
     at = outline(text).find(mark)
     return (text, "", "") if at < 0 else (text[:at].strip(), mark, text[at + len(mark) :].strip())

@@ -46,7 +46,8 @@ def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float
 def clopper_pearson_limit(wrong: int, drawn: int, alpha: float) -> float:
     """Return an upper confidence limit on the share of wrong items, given `wrong` of `drawn` independent draws.
 
-    It is the largest e with Pr[Binomial(drawn, e) <= wrong] >= alpha, and holds with probability 1 - alpha.
+    The true share is at most this limit with probability 1 - alpha. The limit is the largest e with
+    Pr[Binomial(drawn, e) <= wrong] >= alpha.
 
     Source: Clopper and Pearson, "The use of confidence or fiducial limits", Biometrika 26 (1934).
     """
@@ -64,7 +65,7 @@ def clopper_pearson_limit(wrong: int, drawn: int, alpha: float) -> float:
 
 
 def _binomial_cdf(k: int, n: int, e: float) -> float:
-    """Return Pr[Binomial(n, e) <= k] for k < n. Terms are scaled by the largest, so that the sum does not underflow."""
+    """Return Pr[Binomial(n, e) <= k] for k < n. The terms are summed relative to the largest, against underflow."""
     if e <= 0.0:
         return 1.0
     if e >= 1.0:
@@ -90,12 +91,14 @@ def blocks(values: Sequence[float], size: int) -> list[tuple[float, int]]:
 def mean_interval(
     observed: Sequence[tuple[float, int]], confidence: float = 0.95, resamples: int | None = None, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return (mean, low, high): the mean of all values and its confidence interval, given the output of `blocks`.
+    """Return (mean, low, high): the mean of all values and its confidence interval, from the values' sums over blocks.
 
-    Values within a block may depend on each other; the blocks are resampled with replacement. The interval inverts the
-    resampled t statistics (bootstrap-t), so its two sides may differ in length, as skewed values such as divergences
-    require. It has width 0 if all blocks have the same mean. With `resamples` None there are 2,000, or as many as put
-    ten of them beyond each end. Coverage is tested in `tests/audit/test_statistics.py`.
+    observed   (sum of the values, number of values) of each block of successive values, as `blocks` returns them
+    resamples  number of bootstrap resamples; None: 2,000, or more at high confidence
+    Values within a block may depend on each other; whole blocks are resampled with replacement. The interval inverts
+    the resampled t statistics (bootstrap-t), so its two sides may differ in length, as skewed values such as
+    divergences require. It has width 0 if all blocks have the same mean. Coverage is tested in
+    `tests/audit/test_statistics.py`.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 12; blocks as one observation:
     Kuensch, Annals of Statistics 17 (1989).
@@ -116,9 +119,10 @@ def mean_interval(
 
 
 def _ratio(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean sum(sums) / sum(sizes) over the last axis of blocks (..., b), and its standard error.
+    """Return the mean of all values, sum(sums) / sum(sizes), and its standard error, both of shape (...).
 
-    The standard error is that of a ratio of two means, to first order (delta method).
+    sums and sizes (..., b) hold the sum and the number of values of each of b blocks. The standard error is that of a
+    ratio of two means, to first order (delta method).
     """
     count, total = sums.shape[-1], sizes.sum(-1)
     mean = sums.sum(-1) / total
@@ -127,10 +131,11 @@ def _ratio(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def confidence_of_look(confidence: float, look: int) -> float:
-    """Return the confidence of the interval at the k-th look (k from 1) at data that grow between the looks.
+    """Return the confidence that an interval must have at its k-th computation (look k, from 1) on growing data.
 
-    The error 1 - confidence is divided as 1 / (k (k + 1)), which sums to 1 over all k. So all intervals together hold
-    with `confidence`, however many looks there are, and one may stop after any of them (union bound).
+    With these confidences, all intervals together hold with probability `confidence`, however often one looks at the
+    data, so one may stop after any look. Look k gets the share 1 / (k (k + 1)) of the error 1 - confidence; these
+    shares sum to 1 (union bound).
     Raises ValueError for a confidence outside (0, 1) and a look below 1.
     """
     _quantile(confidence)
@@ -139,14 +144,15 @@ def confidence_of_look(confidence: float, look: int) -> float:
 
 
 def mean_exceeds(values: Sequence[float], limit: float, error: float) -> bool:
-    """Return True if it is shown that the mean of these non-negative values exceeds a limit.
+    """Return True if a sequential test shows that the mean of these non-negative values exceeds a limit.
 
-    The answer may be asked for after every value, and the first True may be taken: if each value's mean, given the
-    values before it, is at most `limit`, a True ever comes with a probability of at most `error`. No bound on the
-    values is assumed, and no number of values.
+    The test may be repeated after every new value, and the first True may be taken: if each value's expectation, given
+    the values before it, is at most `limit`, the probability that a True ever comes is at most `error`. The values need
+    no upper bound, and their number need not be fixed beforehand.
 
-    The values bet against the limit. A share s of the capital is staked on each value x, which multiplies the capital
-    by 1 + s (x / limit - 1); the mean capital over several shares s exceeds 1 / error at most that often.
+    The test is a bet against the limit. It starts with a capital of 1; each value x multiplies the capital by
+    1 + s (x / limit - 1), where s is the share of it that is staked. The result is True once the capital, averaged over
+    several s, has reached 1 / error.
 
     Source: Ville's inequality; betting for means: Waudby-Smith and Ramdas, "Estimating means of bounded random
     variables by betting", JRSS B 86 (2024), whose lower bounds need no upper bound on the values.
@@ -175,18 +181,18 @@ def paired_counts(outcomes: Sequence[int], reference: Sequence[int]) -> tuple[in
 
 
 def paired_difference_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval (low, high) of the difference of two shares of right answers, over `n` pairs.
+    """Return the two-sided confidence interval (low, high) of the difference of two shares of right answers.
 
-    It is two-sided. The difference is a method's share minus a reference's; a pair is one sample, answered by both.
+    The difference is a method's share minus a reference's, over `n` samples that both have answered.
 
-    gained, lost: the samples that only the method has right, and those that only the reference has right (discordant
-    pairs). The other pairs agree and enter by their number alone. The interval holds every difference D that Tango's
-    score test does not reject, with the discordant shares re-estimated under D. With no discordant pair it is
-    +-z^2 / (n + z^2), for z the normal quantile: +-0.107 at n = 32, never zero.
+    gained, lost: numbers of samples that only the method has right, and that only the reference has right. On all other
+    samples the two agree, so only their number matters. The interval holds every difference that Tango's score test
+    does not reject. If gained = lost = 0 it is +-z^2 / (n + z^2), with z the normal quantile: +-0.107 at n = 32 and
+    95 %, never zero.
 
     Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the
-    paired-sample design", Statistics in Medicine 17 (1998), 891-908. Coverage at n = 32 and 95 %, enumerated
-    over every outcome on a grid of discordant shares: 0.967 on average, 0.934 at worst
+    paired-sample design", Statistics in Medicine 17 (1998), 891-908. The interval covers the true difference, at n = 32
+    and 95 %, with probability 0.967 on average and 0.934 at worst over a grid of true shares of gained and lost
     (`tests/audit/test_statistics.py`).
     Raises ValueError where the counts or the confidence are impossible.
     """
@@ -206,10 +212,10 @@ def paired_difference_interval(gained: int, lost: int, n: int, confidence: float
 def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
     """Return Tango's score statistic for the hypothesis that two paired shares differ by `difference`.
 
-    A pair is one sample, answered by two methods. gained is the number of pairs, out of `n`, that only the first method
-    has right; lost is the number that only the second has right. The statistic is standard normal under the
-    hypothesis, and falls as `difference` grows. Its variance uses the maximum-likelihood shares of gained and lost
-    pairs among all shares with this difference.
+    Two methods have answered the same `n` samples. gained is the number that only the first has right, lost the number
+    that only the second has right; the difference is the first method's share minus the second's. Under the hypothesis
+    the statistic is approximately standard normal. It falls as `difference` grows. Its variance uses the most likely
+    shares of gained and lost samples that differ by `difference`.
     """
     deviation = gained - lost - n * difference
     a = 2 * n

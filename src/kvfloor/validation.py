@@ -60,7 +60,7 @@ def positive(name: str, value: Any) -> float:
 
 
 def relative_error(eta: float) -> float:
-    """Return `eta`, the relative error allowed in an answer, as a float; 0 is exact attention.
+    """Return `eta`, the relative error allowed in an attention output, as a float; 0 allows none.
 
     Raises ValueError unless it lies in [0, 1).
     """
@@ -75,7 +75,7 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
 
 
 def count(owner: str, least: int = 0, **values: Any) -> None:
-    """Raise ValueError if any of the given arguments is not a whole number >= `least`.
+    """Raise ValueError if any of `values`, arguments by name, is not a whole number >= `least`.
 
     owner: the method or command that has the arguments, named in the error.
     """
@@ -84,7 +84,7 @@ def count(owner: str, least: int = 0, **values: Any) -> None:
 
 
 def positives(owner: str, **values: Any) -> None:
-    """Raise ValueError if any of the given arguments is not a positive finite number.
+    """Raise ValueError if any of `values`, arguments by name, is not a positive finite number.
 
     owner: the method or command that has the arguments, named in the error.
     """

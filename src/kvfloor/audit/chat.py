@@ -1,4 +1,8 @@
-"""Put samples into a model's chat template: decide which ones, and split the rendered text where an audit needs it."""
+"""Put samples into a model's chat template: decide which ones, and split the rendered text where an audit needs it.
+
+A sample is a context with questions about it. An audit feeds the context and each question to the model separately, so
+the rendered conversation is cut where the context ends and where an answer is to be generated.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,21 @@ _MARK = "kvfloor8437mark"  # marks a place in a text while a template is rendere
 
 @dataclass(frozen=True)
 class Chat:
-    """Decide which samples are put into the chat template.
+    """Decide which tasks' samples are put into the model's chat template.
 
-    wish   "on": all, "off": none, "auto": those whose questions are put to an assistant
-    count  returns the number of tokens of a text in a user's turn, the template's own included; None: the tokenizer
-           has no template
+    wish   the user's choice. "on": all tasks; "off": none; "auto": the tasks whose questions are put to an assistant
+    count  function that returns the number of tokens of a text as a user's turn, with the template's own tokens; None
+           if the tokenizer has no template, so that nothing can be put into it
     """
 
     wish: Wish = "auto"
     count: Callable[[str], int] | None = None
 
     def takes(self, fits: bool) -> bool:
-        """Return True if a task is put into the template; `fits`: its questions are put to an assistant."""
+        """Return True if the samples of a task are put into the template.
+
+        fits: True if the task's questions are put to an assistant.
+        """
         return self.count is not None and (self.wish == "on" or (self.wish == "auto" and fits))
 
 
@@ -41,7 +48,13 @@ def check_wish(wish: str) -> None:
 
 
 def chosen_chat(wish: Wish, template: Template | None, model: str) -> Chat:
-    """Return the rule for samples under a wish; raise ValueError for "on" without a template."""
+    """Return the rule that decides which samples are put into the chat template.
+
+    wish      the user's choice: "auto", "on" or "off"
+    template  the tokenizer's chat template; None if it has none
+    model     the model's name, for the error
+    Raises ValueError for "on" without a template.
+    """
     if wish == "on" and template is None:
         raise ValueError(f"--chat on: the tokenizer of {model!r} has no chat template; use --chat off or another model")
     return Chat(wish, None if template is None else template.count)
@@ -49,7 +62,7 @@ def chosen_chat(wish: Wish, template: Template | None, model: str) -> Chat:
 
 @dataclass(frozen=True)
 class Template:
-    """Render conversations by a tokenizer's chat template, and split them into the pieces that an audit feeds."""
+    """Render conversations by a tokenizer's chat template, and cut them into the texts that an audit feeds in turn."""
 
     tokenizer: Any
 
@@ -59,10 +72,11 @@ class Template:
         return cls(tokenizer) if getattr(tokenizer, "chat_template", None) else None
 
     def first(self, context: str, question: Question) -> tuple[str, str]:
-        """Return the text up to the end of the context, and the text from there to the generated answer.
+        """Render a context with its first question, and return the text up to the context's end and the text after it.
 
-        Context and question are one user's turn; the answer's opening begins the assistant's turn. Raises ValueError if
-        the template changes a user's text.
+        Context and question form one turn of the user. The second text goes on to the place where the model generates
+        its answer: it has the question, the start of the assistant's turn, and `question.opening` (first words of the
+        answer that the model is given). Raises ValueError if the template changes the text of a user's turn.
         """
         ask = apart(question.ask)
         before, _, after = self._render([("user", f"{context}{_MARK}{ask}")]).partition(_MARK)
@@ -72,17 +86,21 @@ class Template:
         return before, after + question.opening.strip()
 
     def later(self, question: Question) -> str:
-        """Return the text between a generated answer and the next one: the end of the turn, then a user's turn."""
+        """Return the text to feed between a generated answer and the answer to the next question.
+
+        It ends the assistant's turn, asks the question in a turn of the user, and begins the next turn of the assistant
+        with `question.opening` (first words of the answer that the model is given).
+        """
         text = self._render([("user", "x"), ("assistant", _MARK), ("user", question.ask.strip())])
         return text[text.rindex(_MARK) + len(_MARK) :] + question.opening.strip()
 
     def count(self, text: str) -> int:
-        """Count the tokens of a text in a user's turn, with those of the template around it."""
+        """Count the tokens of a text as a user's turn, with the tokens that the template puts around it."""
         around = len(self._tokens(self._render([("user", "x")]))) - len(self._tokens("x"))
         return len(self._tokens(text)) + around
 
     def ends(self) -> list[int]:
-        """Return the id of the special token that ends an assistant's turn, if the template has one."""
+        """Return a list with the id of the special token that ends an assistant's turn; an empty list without one."""
         after = self._tokens(self.later(Question("x", "")).lstrip())[:1]
         return [token for token in after if token in self.tokenizer.added_tokens_decoder]
 

@@ -1,7 +1,8 @@
 """Keep an audit within its minutes: decide which texts and cells still fit, and name those that were left out.
 
-A cell is a task at a context length under a protocol. An audit does whole texts and cells only, so that every setting
-(method with budget) is measured on the same ones.
+A setting is a method with its budget; the exact cache keeps every token. Settings are measured on texts (next-token
+predictions) and on cells: a cell is a task at a context length under a protocol (question asked before or after the
+compression). An audit does whole texts and cells only, so that every setting is measured on the same ones.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from dataclasses import dataclass, field
 from kvfloor.audit.format import counted
 
 SLOWER = 2.0
-"""Time of a method's forward over that of the model's own attention, before any method was timed."""
+"""Assumed ratio of a method's time to that of the model's own attention, until the methods were timed."""
 
 CLOSER = 9.0
-"""Time of what follows the rows (`audit/closer.py`) over that of one text's exact predictions."""
+"""Assumed ratio of the time of errors by head and example answers to that of one text's exact predictions."""
 
 
 @dataclass
 class Clock:
     """Time the texts and cells of an audit, and decide which further ones fit into its time limit.
 
-    minutes      time limit of the audit, from `begin` on; None: no limit
-    announce     called with one line of text: the expected time, before the work begins
-    left_out     the texts and cells that did not fit, in words
-    reserved     seconds that are kept free for what follows the rows: errors by head and example answers
-    per_token    seconds that all settings together took per token of the last text or cell; None: nothing was timed
+    minutes    time limit of the audit, counted from `begin`; None: no limit
+    announce   function that is called with one line of text: the expected time, before the work begins
+    begin      start of the audit, a reading of `time.perf_counter`
+    left_out   names of the texts and cells that did not fit
+    reserved   seconds kept free for what is measured last: errors by head and example answers
+    per_token  seconds that all settings together took per token of the last text or cell; None: nothing was timed
     """
 
     minutes: float | None
@@ -38,13 +40,14 @@ class Clock:
     reserved: float = 0.0
 
     def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int, must: bool = True) -> None:
-        """Announce the expected time of all `pieces` texts, from the time of the exact cache on the first text.
+        """Estimate the time of all texts from the exact cache's time on the first one, and announce the estimate.
 
         exact_seconds  seconds that the exact cache's predictions on the first text took
         tokens         number of tokens of one text
         settings       number of settings that read each text
-        must           False if other texts are measured already, so that this one may be left out
-        Raises ValueError if not even one text fits into the time limit, and `must` is True.
+        pieces         number of texts to read
+        must           True if this text must be measured; False if rows of the audit exist, so that it may be left out
+        Raises ValueError if `must` is True and even half the estimate for one text exceeds the time left.
         """
         one = exact_seconds * (1 + SLOWER * settings)
         self.per_token = one / tokens
@@ -63,7 +66,7 @@ class Clock:
     def fits(self, name: str | None, tokens: int) -> bool:
         """Return True if a text or cell of `tokens` tokens fits into the time left; else add `name` to `left_out`.
 
-        name: None for a text that need not be read.
+        name: what the report calls the text or cell; None for an optional text, which is not reported when left out.
         """
         if self.has_room_for(tokens):
             return True
@@ -72,15 +75,21 @@ class Clock:
         return False
 
     def has_room_for(self, tokens: int) -> bool:
-        """Return True if work on so many tokens, by all settings together, fits into the time left."""
+        """Return True if all settings can be measured on `tokens` tokens in the time left.
+
+        The answer is True if the audit has no limit, and while nothing was timed yet.
+        """
         return self.minutes is None or self.per_token is None or self.per_token * tokens <= self._left()
 
     def took(self, seconds: float, tokens: int) -> None:
-        """Record the time of one text or cell under all settings, to estimate that of the next one."""
+        """Record the seconds that all settings took on one text or cell, to estimate the time of the next one.
+
+        tokens: number of tokens of that text or cell.
+        """
         self.per_token = seconds / tokens
 
     def note(self) -> tuple[str, ...]:
-        """Return a tuple of one sentence that names the texts and cells left out; it is empty if there are none."""
+        """Return one sentence that names the texts and cells left out, in a tuple; an empty tuple if there are none."""
         if not self.left_out or self.minutes is None:
             return ()
         return (f"Left out to stay within {_minutes(60 * self.minutes)}: {'; '.join(self.left_out)}.",)
@@ -91,5 +100,5 @@ class Clock:
 
 
 def _minutes(seconds: float) -> str:
-    """Write a time in minutes, or in seconds below two minutes."""
+    """Write a number of seconds as minutes, e.g. `5 min`; as seconds below two minutes, e.g. `90 s`."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

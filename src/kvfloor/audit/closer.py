@@ -1,7 +1,8 @@
-"""Look closer at an audit's result: errors by head on the first text, the heads' floors, and example answers.
+"""Measure what explains an audit's result: errors by head on the first text, the heads' floors, example answers.
 
-A setting is a method with its budget. All of this is measured once the recommended setting is known, and is small
-beside the audit: one text, one prompt per task.
+All of it is measured last, when the recommended setting is known, on one text and one prompt per task, so it takes
+little time. A setting is a method with its budget, e.g. `h2o@256`. A floor is a lower bound on the bytes that any
+method needs. `exact` is the cache that keeps every token.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from kvfloor.audit.texts import Excerpt
 
 @dataclass(frozen=True)
 class Closer:
-    """Hold what explains an audit's result beside its rows.
+    """Hold the measurements that explain an audit's result.
 
-    error_maps  the output error per layer and kv head of each setting, on the first text
-    floors      the floors of some kv heads, on the first text
-    examples    example answers of exact and of the recommended setting
+    error_maps  relative error of the attention output per layer and kv head, one map per setting, on the first text
+    floors      lower bounds on the bytes that some kv heads need, on the first text
+    examples    answers of `exact` and of the recommended setting to the same prompts
     """
 
     error_maps: tuple[ErrorMap, ...] = ()
@@ -46,7 +47,7 @@ class Closer:
     examples: tuple[SideBySide, ...] = ()
 
     def write(self, folder: Path) -> None:
-        """Write `output_errors.jsonl`, `text_floors.jsonl` and `examples.jsonl` into a folder."""
+        """Write the maps, floors and examples to `output_errors.jsonl`, `text_floors.jsonl` and `examples.jsonl`."""
         errors, floors, examples = (folder / name for name in EXPLANATIONS)
         write_error_maps(errors, self.error_maps)
         write_records(floors, self.floors)
@@ -54,9 +55,11 @@ class Closer:
 
 
 def read_closer(folder: Path, answer: Recommendation) -> Closer:
-    """Read what `Closer.write` wrote; nothing where the files are not there.
+    """Read the files that `Closer.write` wrote into a folder; return an empty `Closer` if they are missing.
 
-    Examples are left out if they show other settings than this recommendation asks for, as after another limit.
+    answer: the recommendation. An example is left out if it shows a setting other than the recommended one and its next
+    smaller one (the setting nearest to safe if none is recommended). That happens when the rows are judged anew under
+    another limit.
     """
     if not is_explained(folder):
         return Closer()
@@ -80,12 +83,15 @@ def look_closer(
     answer: Recommendation,
     progress: Callable[[str], None],
 ) -> Closer:
-    """Measure what explains an audit's result, on the same model.
+    """Measure errors by head and floors on the first text that was read, and example answers on texts and tasks.
 
-    plan, excerpts, work  the audit's settings, texts, and cells (task, context length, protocol) with their samples
-    rows, texts           the measured rows of cells and texts
-    answer                the recommendation, whose settings the examples show
-    `progress` is called with a line of text before each step.
+    bench        the model with its tokenizer
+    plan         the audit's settings
+    excerpts     its texts, as token ids of context and continuation
+    work         its cells (task, context length, protocol) with their samples
+    rows, texts  the measured rows of the cells, and those of the texts
+    answer       the recommendation, which decides the settings that the examples show
+    progress     function that is called with a line of text before each step
     """
     methods = {one.text: one.method for one in plan}
     speaker = Speaker(bench, {text: methods[text] for text in shown_settings(answer) if text in methods})

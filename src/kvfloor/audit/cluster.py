@@ -1,6 +1,9 @@
 """Measure the settings of an audit on a Ray cluster: each worker is a process with the model in its memory.
 
-The driver (this process) hands out one measurement at a time, and records each row that comes back.
+The driver (this process) hands out one measurement at a time, and records each row that comes back. A setting is a
+method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A measurement is a
+pair of place and setting, and its result is a row. The setting `exact` keeps every token; the others are compared with
+its rows. The identity of an audit is a dict of all that its rows depend on, such as file digests and versions.
 """
 
 from __future__ import annotations
@@ -39,14 +42,16 @@ _STORE_BYTES = 2**28  # of Ray's shared memory, when it is started here: rows ar
 
 
 class Remote:
-    """Measure in a process of the cluster, in which this object lives."""
+    """Measure settings inside a Ray worker, on calls from the driver."""
 
     def open(self, question: AuditRequest, known: dict[str, Any], folder: str, threads: int) -> Grid:
         """Load the model, and return the audit's places and settings.
 
-        known    the driver's identity of the audit, which this process must find too
-        folder   the driver's working folder, which relative paths refer to
-        threads  number of torch threads, as the driver has, so that figures are the same
+        question  the arguments of the audit
+        known     the identity of the audit as the driver found it
+        folder    the driver's working folder, to which relative paths refer
+        threads   number of torch threads, the same as in the driver, so that results have the same rounding
+        Raises ValueError if this process finds another identity, e.g. another version of torch.
         """
         from transformers.utils import logging
 
@@ -68,23 +73,38 @@ class Remote:
         return self._worker.grid
 
     def measure(self, place: Place, setting: str, exact: AnyRow | None) -> Measured:
-        """Measure a setting on a place; `exact` is the row of the setting `exact` there, None for `exact` itself."""
+        """Measure a setting on a place, and return its row.
+
+        exact: the row of `exact` on this place; None while `exact` itself is measured.
+        """
         return self._worker.measure(place, setting, exact)
 
     def look_closer(self, rows: list[Row], texts: list[TextRow], answer: Recommendation) -> Closer:
-        """Measure what explains an audit's result, given its rows."""
+        """Measure what explains the result: errors by kv head, the heads' memory floors, and example answers.
+
+        rows, texts  the measured rows of the cells, and those of the texts
+        answer       the recommendation that follows from these rows
+        """
         return self._worker.look_closer(rows, texts, answer, lambda text: None)
 
 
 class Cluster:
-    """Measure with several workers of a Ray cluster, which is started on this machine unless one is named."""
+    """Measure with several workers of a Ray cluster.
+
+    The cluster is a running one if an address is given (in the audit's arguments or RAY_ADDRESS), else it is started on
+    this machine.
+    """
 
     def __init__(
         self, question: AuditRequest, folder: Path, known: dict[str, Any], track: Callable[[str], None]
     ) -> None:
         """Start the workers, and wait until one of them has loaded the model.
 
-        known  the identity of the audit. Raises ValueError where Ray is missing, and where the cluster is too small.
+        question  the arguments of the audit
+        folder    not used: every worker finds the model on its own machine
+        known     the identity of the audit
+        track     function that is called with a line of text before a long step
+        Raises ValueError if Ray is missing or the cluster is too small.
         """
         del folder  # every worker finds the model on its own node
         self._ray = _ray()
@@ -110,7 +130,12 @@ class Cluster:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains an audit's result, given its rows, on one worker."""
+        """Measure errors by kv head, the heads' memory floors and example answers, on one worker.
+
+        rows, texts  the measured rows of the cells, and those of the texts
+        answer       the recommendation that follows from these rows
+        track        function that is called with a line of text before the work
+        """
         track("errors by head and example answers")
         try:
             return self._ray.get(self._first.look_closer.remote(list(rows), list(texts), answer))
@@ -135,10 +160,14 @@ class Cluster:
         return self._grid
 
     def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
-        """Measure what is asked for and the journal lacks; arguments as in `Engine`.
+        """Hand out every measurement that is asked for and not yet in the journal, and add each row to the journal.
 
-        A measurement whose worker died is given to another one. Raises ValueError after MOST_DEATHS deaths of its
-        workers.
+        asked    function that returns the measurements to make, given the rows so far
+        journal  the recorded rows
+        clock    not used: a cluster has no time limit
+        track    function that is called with a line of text before each measurement
+        A measurement whose worker died is given to another one. Raises ValueError after MOST_DEATHS deaths on one
+        measurement.
         """
         del clock  # no limit of minutes: `AuditRequest.check`
         handout = Handout(journal.missing(asked(journal.rows)), journal.rows)
@@ -168,7 +197,12 @@ class Cluster:
         self._jobs[worker.open.remote(*self._opening)] = worker, None
 
     def _finished(self) -> tuple[Any, Pair | None, Any]:
-        """Wait for a worker, and return (worker, its pair, its result); the result is None if the worker died."""
+        """Wait until a worker finishes or dies, and return (worker, its measurement, its result).
+
+        The measurement is None while the worker loaded the model. The result is None if the worker died; a new worker
+        is then started in its place. Raises the worker's own exception, and ValueError after MOST_DEATHS deaths on one
+        measurement.
+        """
         (future, *_), _ = self._ray.wait(list(self._jobs), num_returns=1)
         worker, pair = self._jobs.pop(future)
         try:
@@ -198,7 +232,11 @@ def _ray() -> Any:
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    """Connect to a running cluster, or start one on this machine if no address is given or in RAY_ADDRESS."""
+    """Connect to the Ray cluster at an address, or start one on this machine.
+
+    address: such as "host:port"; None: the one in the variable RAY_ADDRESS, or a new cluster here if that is not set.
+    Raises ValueError if the cluster cannot be reached.
+    """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     more = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
     try:
@@ -210,14 +248,20 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise OSError where nothing answers at an address of the form host:port: Ray itself would wait for minutes."""
+    """Raise OSError if nothing answers at an address of the form host:port, as Ray itself would wait for minutes.
+
+    An address of another form is not tried.
+    """
     found = re.fullmatch(r"(?:\[?)([^\]/]+?)(?:\]?):([0-9]{1,5})", address)
     if found is not None:
         socket.create_connection((found[1], int(found[2])), timeout=_SECONDS).close()
 
 
 def _count(ray: Any, workers: int | None, threads: int) -> int:
-    """Return the number of workers to start: `workers`, or as many as the cluster has processors for."""
+    """Return the number of workers to start: `workers`, or as many as the cluster has processors for.
+
+    threads: number of processors that each worker takes. Raises ValueError if the workers do not fit into the cluster.
+    """
     room = int(ray.cluster_resources().get("CPU", 0)) // threads
     if workers is None and room:
         return room

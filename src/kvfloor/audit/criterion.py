@@ -1,11 +1,16 @@
 """Judge a setting of an audit by its loss to the exact cache: in nats on texts, in right answers on tasks.
 
-A setting is a method with its budget. The exact cache keeps every token. A row is one setting measured on one cell: a
-task at a context length under a protocol (question asked before or after the compression). Its loss is the exact
-cache's score minus the row's score. A setting's divergence is its mean KL to the exact cache over the scored tokens of
-all texts. A verdict is "holds" (the tolerated loss or divergence is excluded), "falls" (on a task: a loss is certain;
-on texts: the divergence certainly exceeds the limit) or "open" (neither is shown). `audit/recommend.py` combines the
-verdicts on a setting, to decide if the setting is safe.
+A setting is a method with its budget. The exact cache keeps every token. A row is the result of one setting on one
+text, or on one cell: a task at a context length under a protocol (question asked before or after the compression). The
+loss on a cell is the exact cache's score (share of right answers) minus the row's score. A setting's divergence is its
+mean KL to the exact cache, in nats per token, over the scored tokens of all texts.
+
+A verdict is "holds" (the tolerated loss or divergence is excluded), "falls" (on a task: a loss is certain; on texts:
+the divergence certainly exceeds the limit) or "open" (neither is shown). `audit/recommend.py` combines the verdicts on
+a setting, to decide if the setting is safe.
+
+An audit with a time limit is a race: it judges a setting after each text, and settings with an open verdict may read
+more texts. Each such judgement is a look. The tests allow for any number of looks.
 """
 
 import math
@@ -30,10 +35,10 @@ class Standard:
     """Hold the tolerated loss and the confidence by which one audit's rows are judged.
 
     margin      largest tolerated loss of score (share of right answers) against the exact cache, in (0, 1)
-    confidence  of the whole recommendation, in (0.5, 1)
+    confidence  probability with which the whole recommendation is right, in (0.5, 1)
     methods     number of methods that share the allowed error 1 - confidence
     kl_limit    largest tolerated divergence, nats per token; None if no text was read
-    racing      True if the audit judged its settings after every text, and read on for close calls
+    racing      True if the settings were judged after every text, and undecided ones could read more
     """
 
     margin: float
@@ -44,46 +49,46 @@ class Standard:
 
     @property
     def cell_confidence(self) -> float:
-        """Return the confidence level of the two-sided intervals that decide the verdict "holds".
+        """Return the level of the two-sided confidence intervals by which one setting is judged.
 
-        On a row, the interval is that of the row's score minus the exact cache's score, and its lower end alone decides
-        the verdict. On texts, it is that of a setting's divergence, and its upper end alone decides. The allowed error
-        1 - confidence is divided equally among the methods, so each of these ends is wrong with the probability
-        (1 - confidence) / methods.
+        Only one end of an interval decides "holds": on a cell the lower end of (score - exact's score), on texts the
+        upper end of the divergence. The allowed error 1 - confidence is divided equally among the methods, so this end
+        may be wrong with probability (1 - confidence) / methods. Example: 0.95 and 5 methods give the level 0.98.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 
     def lower_end(self, row: Row) -> float:
         """Return the lower confidence limit of the row's score minus the exact cache's score.
 
-        A row is one setting (method with budget) measured on one cell (task, context length, protocol). A limit of -0.1
-        means that a loss of 10 points is not excluded, but any larger loss is.
+        A limit of -0.1 means that a loss of 10 points is not excluded, but any larger loss is.
         """
         return paired_difference_interval(row.gained, row.lost, row.n, self.cell_confidence)[0]
 
     def verdict(self, row: Row) -> Verdict:
-        """Judge one row: return "holds", "open" or "falls".
+        """Judge one row of a cell: return "holds", "open" or "falls".
 
-        "holds" means that a loss of `margin` to the exact cache is excluded, "falls" that a loss is certain (95 %), and
-        "open" that neither is shown. A row of the exact cache holds by definition.
+        "holds": a loss of more than `margin` to the exact cache is excluded, at `cell_confidence`. "falls": a loss is
+        certain, as the 95 % interval of the score's difference lies below 0. "open": neither. A row of the exact cache
+        holds by definition.
         """
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"
         return "falls" if row.diff_high < 0 else "open"
 
     def shown_worse(self, row: Row) -> Verdict:
-        """Judge one row where texts were read too: return "falls" if a loss is certain, else "holds".
+        """Judge one row of a cell, if texts were read too: return "falls" if a loss is certain, else "holds".
 
-        The texts show that a setting is safe; a row can only show that it is not.
+        Texts show small losses better than tasks do. So they decide if a setting is safe, and a row can only show that
+        it is not.
         """
         return "falls" if self.verdict(row) == "falls" else "holds"
 
     def judge_texts(self, rows: Sequence[TextRow]) -> tuple[Divergence, Verdict]:
-        """Return a setting's divergence, given its rows in the order of reading, and the verdict on it.
+        """Return a setting's divergence with its confidence interval, and the verdict on it.
 
-        "holds": the interval lies below `kl_limit`. "falls": the mean of the blocks is shown to exceed `kl_limit`, by a
-        test that allows for any number of looks (`mean_exceeds`). "open": neither. The interval has `cell_confidence`;
-        in a race, a share of its error is left for later looks (`confidence_of_look`).
+        "holds": the interval lies below `kl_limit`. "falls": the setting's mean KL is shown to exceed `kl_limit`
+        (`exceeds`). "open": neither. The interval's level is `cell_confidence`, or higher in a race, which keeps part
+        of the allowed error for later looks. `rows` are the setting's rows of the texts, in the order of reading.
         """
         assert self.kl_limit is not None
         level = self.cell_confidence
@@ -93,7 +98,11 @@ class Standard:
         return found, "holds" if found.kl_high <= self.kl_limit else "open"
 
     def exceeds(self, rows: Sequence[TextRow]) -> bool:
-        """Return True if a setting's rows show that its divergence exceeds the limit, whenever one looks."""
+        """Return True if a setting's rows of texts show that its divergence exceeds `kl_limit`.
+
+        A wrong True has at most the probability (1 - confidence) / methods, even if the test is repeated after every
+        text.
+        """
         assert self.kl_limit is not None
         return mean_exceeds(block_means(rows), self.kl_limit, (1 - self.cell_confidence) / 2)
 

@@ -1,6 +1,9 @@
 """Measure the settings of an audit on this machine, one text or cell after the other.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol.
+A setting is a method with its budget; a cell is a task at a context length under a protocol (question asked before or
+after the compression). A place is a text or a cell. A measurement is a pair of place and setting, and its result is a
+row, which is recorded in the journal (files in the audit's folder). The setting `exact` keeps every token; the others
+are compared with its rows.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from kvfloor.audit.worker import Worker
 
 
 class Engine(Protocol):
-    """Measure pairs of place (text or cell) and setting, and record each row in a journal as soon as it is there."""
+    """Define the interface of an engine: it makes the measurements, and records each row as soon as it is there."""
 
     @property
     def grid(self) -> Grid:
@@ -30,29 +33,39 @@ class Engine(Protocol):
         ...
 
     def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
-        """Measure what is asked for and the journal lacks.
+        """Make every measurement that is asked for and not yet in the journal, and add its row to the journal.
 
-        `clock` leaves out the places that do not fit into the audit's time. `track` is called with a line of text
-        before each measurement.
+        asked    function that returns the measurements to make, given the rows so far
+        journal  the recorded rows
+        clock    time limit, which leaves out places that do not fit
+        track    function that is called with a line of text before each measurement
         """
         ...
 
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains an audit's result, given its rows (`audit/closer.py`)."""
+        """Measure what explains the result: errors by kv head, the heads' memory floors, and example answers.
+
+        rows, texts  the measured rows of the cells, and those of the texts
+        answer       the recommendation that follows from these rows
+        track        function that is called with a line of text before each step
+        """
         ...
 
     def close(self) -> None:
-        """Give back what the engine holds."""
+        """Free the model, or the processes that hold it."""
         ...
 
 
 class Here:
-    """Measure with one model in this process. All settings of a place are measured before the next place begins."""
+    """Measure with one model in this process: all settings on one place, then the next place."""
 
     def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
-        """Load the model in `folder`; `track` is called with a line of text before each long step."""
+        """Load the model in `folder`, and make the texts and samples that `question`, the audit's arguments, asks for.
+
+        track: function that is called with a line of text before each long step.
+        """
         self._worker = Worker(question, folder, track)
 
     @property
@@ -61,9 +74,11 @@ class Here:
         return self._worker.grid
 
     def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
-        """Measure what is asked for and the journal lacks; arguments as in `Engine`.
+        """Make every measurement that is asked for and not yet in the journal, and add its row to the journal.
 
-        What is asked for may change with the rows of a place, so the next place is chosen after each.
+        `asked` returns the measurements to make, given the rows so far. It is called again before each place, as its
+        answer may depend on the rows of the places before. A place that does not fit into the time of `clock` is left
+        out. `track` is called with a line of text before each measurement.
         """
         worker, count, is_first = self._worker, len(self.grid.settings), not journal.rows
         done: set[Place] = set()
@@ -99,14 +114,19 @@ class Here:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains an audit's result, given its rows."""
+        """Measure what explains the result: errors by kv head, the heads' memory floors, and example answers.
+
+        rows, texts  the measured rows of the cells, and those of the texts
+        answer       the recommendation that follows from these rows
+        track        function that is called with a line of text before each step
+        """
         return self._worker.look_closer(rows, texts, answer, track)
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
         del self._worker
 
 
 def exact_row(journal: Journal, place: Place, setting: str) -> AnyRow | None:
-    """Return the recorded row of `exact` that a setting's row is compared with; None for `exact` itself."""
+    """Return the row of `exact` on a place, to compare a setting with; None if the setting is `exact` itself."""
     return None if setting == EXACT else journal.rows[place, EXACT]

@@ -1,8 +1,9 @@
 """Show example answers of the exact cache and of the recommended setting, side by side.
 
-A setting is a method with its budget. Each answer is decoded greedily after the same prompt: the context is taken in
-under the setting, the cache is sealed (end of the prompt), the question is fed if there is one, and the model answers.
-The reference is transformers' own cache, as in `audit/reading.py`.
+A setting is a method with its budget. Each answer is decoded greedily after the same prompt: the model reads the
+context under the setting, the cache is told that the prompt ends (`seal`), the question is fed if there is one, and the
+model answers. The exact cache keeps every token; here it is transformers' own cache. An excerpt is the context and the
+continuation that an audit reads of a text.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ Kind = Literal["text", "chat", "task"]
 
 @dataclass(frozen=True)
 class Answered:
-    """Hold one greedy answer, cut at its first token that differs from the exact cache's answer.
+    """Hold one greedy answer, compared with the exact cache's answer to the same prompt.
 
-    tokens   token ids of the answer
-    same     number of leading tokens that are the exact cache's
-    agrees   text of these tokens; differs: text of the first other token; rest: text of all after it
-    is_same  True if all tokens are the exact cache's; an answer that merely ends earlier is not the same
+    setting                the setting as text, e.g. `h2o@256`; "exact" for the exact cache
+    tokens                 token ids of the answer
+    same                   number of leading tokens that equal the exact cache's
+    agrees, differs, rest  the answer as text, in three pieces: the tokens that `same` counts, the first other token,
+                           and all tokens after it
+    is_same                True if all tokens are the exact cache's; an answer that merely ends earlier is not the same
     """
 
     setting: str
@@ -67,12 +70,13 @@ class SideBySide:
     kind        "text": a text is continued; "chat": a question about the text is put to a chat model; "task": a sample
                 of a task
     name        the text, or the cell (task, context length, protocol), in words
-    context     tokens of the context
+    context     number of tokens of the context
     prompt_end  the last characters of the context
     question    the question after the context; "" without one
     truth       the text's own continuation or the task's right answer; None where any answer may be right
-    exact       the exact cache's answer; others: those of the recommended setting and of the next smaller one, or of
-                the nearest setting where none is recommended
+    exact       the exact cache's answer
+    others      the answers of the recommended setting and of the next smaller one, or of the nearest to safe if none is
+                recommended
     """
 
     kind: Kind
@@ -87,20 +91,31 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold the tokens of one example: the context, at whose end the cache is sealed, and the question after it."""
+    """Hold one example's token ids: the context, after which the prompt ends, and the question that follows it.
+
+    `ask` is empty if the model is to continue the context.
+    """
 
     context: list[int]
     ask: list[int]
 
 
 class Speaker:
-    """Answer prompts greedily under given settings, and put the answers beside the exact cache's."""
+    """Answer prompts greedily under a few settings, and put the answers beside the exact cache's.
+
+    bench    the model with its tokenizer
+    methods  the method of each setting, by the setting's text
+    """
 
     def __init__(self, bench: Bench, methods: Mapping[str, Method]) -> None:
         self.bench, self.methods = bench, methods
 
     def example(self, kind: Kind, name: str, prompt: Prompt, truth: str | None, question: str, most: int) -> SideBySide:
-        """Return the example of a prompt, with answers of at most `most` tokens."""
+        """Decode the exact cache's answer to a prompt and those of the settings, and return them side by side.
+
+        kind, name, truth, question  fields of the result; for the kind "chat" only the first setting answers
+        most                         largest number of tokens of an answer
+        """
         exact = self.tokens(prompt, None, most)
         shown = list(self.methods)[: _CHAT_SETTINGS if kind == "chat" else None]
         others = {text: self.tokens(prompt, self.methods[text], most) for text in shown}
@@ -116,7 +131,10 @@ class Speaker:
         )
 
     def tokens(self, prompt: Prompt, method: Method | None, most: int) -> list[int]:
-        """Return the token ids of a greedy answer; method None: with transformers' own cache."""
+        """Return the token ids of a greedy answer of at most `most` tokens.
+
+        method None: the exact cache (transformers' own).
+        """
         bench = self.bench
         if method is None:
             cache = DynamicCache(config=bench.model.config)
@@ -140,7 +158,10 @@ class Speaker:
         return Answered(setting, tuple(tokens), same, whole[:start], whole[start:stop], whole[stop:], is_same)
 
     def _length_of_text(self, whole: str, tokens: Sequence[int], count: int) -> int:
-        """Return the number of characters that the first `count` tokens wholly determine."""
+        """Return how many characters of `whole`, the text of all tokens, follow from the first `count` tokens alone.
+
+        A token may end within a character. The part of such a character does not count.
+        """
         text = self._text(tokens[:count])
         return next(size for size in range(len(text), -1, -1) if whole.startswith(text[:size]))
 
@@ -148,7 +169,11 @@ class Speaker:
         return self.bench.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def chat(self, excerpt: Excerpt) -> Prompt | None:
-        """Return the prompt that asks a chat model to summarise an excerpt's context; None without a chat template."""
+        """Return the prompt that asks a chat model to summarise the context of an excerpt.
+
+        The result is None if the tokenizer has no chat template, if the template refuses or changes the context, and if
+        the prompt with its answer is longer than the model's positions.
+        """
         tokenizer = self.bench.tokenizer
         if getattr(tokenizer, "chat_template", None) is None:
             return None
@@ -171,7 +196,7 @@ class Speaker:
 
 
 def _end(text: str) -> str:
-    """Return the last characters of a text, from the beginning of a word on."""
+    """Return the last characters of a text, at most _END_CHARACTERS, from the beginning of a word on."""
     if len(text) <= _END_CHARACTERS:
         return text
     end = text[-_END_CHARACTERS:]
@@ -179,9 +204,10 @@ def _end(text: str) -> str:
 
 
 def shown_settings(answer: Recommendation) -> list[str]:
-    """Return the settings whose answers an example shows.
+    """Return the settings, as text, whose answers an example shows.
 
-    These are the recommended setting and the next smaller one; or the nearest to being safe, where none is recommended.
+    These are the recommended setting and the one with the next fewer bytes; if none is recommended, the one that is
+    nearest to being safe.
     """
     chosen = answer.chosen
     found = [closest_setting(answer)] if chosen is None else [chosen, next_smaller(answer, chosen)]
@@ -189,7 +215,11 @@ def shown_settings(answer: Recommendation) -> list[str]:
 
 
 def text_examples(speaker: Speaker, excerpt: Excerpt, progress: Callable[[str], None]) -> list[SideBySide]:
-    """Continue an excerpt's context, and ask a chat model to summarise it. `progress` is called before each example."""
+    """Continue an excerpt's context, and ask a chat model to summarise it; return one or two examples.
+
+    The second example is left out if the model has no usable chat template. `progress` is called with a line of text
+    before each example.
+    """
     progress(f"{excerpt.cell.text}: an example answer")
     most = min(MOST_TOKENS, len(excerpt.continuation))
     truth = speaker.bench.tokenizer.decode(excerpt.continuation[:most], skip_special_tokens=True)
@@ -204,10 +234,12 @@ def text_examples(speaker: Speaker, excerpt: Excerpt, progress: Callable[[str], 
 def task_examples(
     speaker: Speaker, work: Sequence[Work], rows: Sequence[Row], progress: Callable[[str], None]
 ) -> list[SideBySide]:
-    """Answer one sample of each of the first MOST_TASKS tasks that were measured.
+    """Answer one sample of each of the first MOST_TASKS tasks that were measured; return one example per task.
 
-    The sample is the first that exact answers right and the first shown setting answers wrong; the cell's first sample
-    where there is none. `progress` is called before each example.
+    The sample is the first in the task's first measured cell that exact answers right and the speaker's first setting
+    answers wrong; if there is none, the cell's first sample. A cell is a task at a context length under a protocol.
+    `work` holds the cells with their samples, `rows` the measured results. `progress` is called with a line of text
+    before each example.
     """
     measured = {row.cell for row in rows}
     cells: dict[str, Work] = {}
@@ -226,7 +258,11 @@ def task_examples(
 
 
 def _lost_sample(work: Work, rows: Sequence[Row], setting: str) -> int:
-    """Return the index of the first sample that exact answers right and the setting answers wrong; 0 without one."""
+    """Return the index of a cell's first sample that exact answers right and the setting wrong; 0 if there is none.
+
+    `work` is the cell (task, context length, protocol) with its samples, `rows` holds every setting's right and wrong
+    answers.
+    """
     outcomes = {row.method: row.outcomes for row in rows if row.cell == work.cell}
     pairs = zip(outcomes.get("exact", ()), outcomes.get(setting, ()), strict=False)
     return next((index for index, (exact, other) in enumerate(pairs) if exact and not other), 0)
@@ -238,7 +274,7 @@ def write_examples(path: Path, examples: Iterable[SideBySide]) -> None:
 
 
 def read_examples(path: Path) -> list[SideBySide]:
-    """Read the examples that `write_examples` wrote. Raises ValueError naming the file and line that is none."""
+    """Read the examples that `write_examples` wrote. Raises ValueError naming the file and a line that is not one."""
     read = read_records(path, SideBySide, _MOST_BYTES, "examples.jsonl", "an example")
     try:
         return [replace(one, exact=_read(one.exact), others=tuple(map(_read, one.others))) for one in read]

@@ -2,8 +2,9 @@
 
 A setting is a method with its budget; a cell is a task at a context length under a protocol (question asked before or
 after the compression). "Exact" is the cache that keeps every token. A loss is exact's score minus the setting's. A
-setting holds on a cell if the tolerated loss is excluded, and breaks there if a loss is certain. A divergence is a
-setting's mean KL to exact on texts. A setting is safe if it and every larger budget of its method hold.
+setting holds on a cell if a loss above the tolerated one is excluded, and breaks there if a loss is certain. A
+divergence is a setting's mean KL to exact on texts, in nats per token. A setting is safe if it and every larger budget
+of its method hold.
 """
 
 from collections import Counter, defaultdict
@@ -16,16 +17,16 @@ from kvfloor.audit.rows import Row
 
 
 def why(answer: Recommendation) -> str:
-    """Return one paragraph with the reason for the recommended setting, or the reason that none is recommended."""
+    """Return the reason for the recommended setting, or the reason that none is recommended, as one paragraph."""
     return _why_none(answer) if answer.chosen is None else _why_chosen(answer, answer.chosen)
 
 
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
     """Return sentences on where quality is lost: one on the task that breaks first, then one per method.
 
-    Each setting (method with budget) that certainly loses quality has a weakest cell. The task that breaks first is the
-    most frequent task of these cells. A method's sentence names its smallest safe setting, and the next smaller setting
-    with its weakest cell: the task, context length and protocol on which it breaks or is not shown to hold.
+    The task that breaks first is counted over the settings that certainly lose quality on tasks: it is most often the
+    task of their weakest cell. The first sentence is left out if no such setting exists. A method's sentence names its
+    smallest safe setting, and the largest setting that is not shown to hold, with its weakest cell or its divergence.
     """
     falling = Counter(
         one.weakest.task for one in answer.judged if one.weakest and (one.verdict, one.decided_by) == ("falls", "tasks")
@@ -44,8 +45,8 @@ def what_breaks(answer: Recommendation) -> tuple[str, ...]:
 def cautions(answer: Recommendation) -> tuple[str, ...]:
     """Return the limits of the audit's numbers, one sentence each.
 
-    The sentences warn of few samples, of a low score of exact itself, and of a recommended setting (method with budget)
-    whose peak bytes are no less than exact's bytes.
+    The sentences warn if no task was run, if samples are few, if exact itself scores low, and if the recommended
+    setting has a peak of bytes no less than exact's bytes.
     """
     sentences = []
     standard = answer.standard
@@ -68,12 +69,16 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
 
 
 def closest_setting(answer: Recommendation) -> Judged | None:
-    """Return the verdict on the setting that is nearest to being safe; None if no setting was judged."""
+    """Return the verdict on the setting that is nearest to being safe; None if no setting was judged.
+
+    It is the setting for which the upper confidence limit of its divergence is the smallest; if no text was read, that
+    of its loss on its weakest cell. Of two equal ones it is the one with fewer bytes.
+    """
     return max(answer.judged, key=lambda one: (_room(one, answer.standard), -one.state_bytes), default=None)
 
 
 def next_smaller(answer: Recommendation, chosen: Judged) -> Judged | None:
-    """Return the verdict on the setting of the most bytes below the chosen one's; None if nothing is smaller."""
+    """Return the verdict on the setting with the most bytes below those of `chosen`; None if nothing is smaller."""
     return next((one for one in reversed(answer.judged) if one.state_bytes < chosen.state_bytes), None)
 
 
@@ -179,7 +184,7 @@ def _why_none(answer: Recommendation) -> str:
 
 
 def _along_budgets(settings: list[Judged], standard: Standard) -> str:
-    """Name one method's smallest safe setting, and the first setting below it that is not safe, in one sentence.
+    """Name one method's smallest safe setting, and its largest setting that is not shown to hold, in one sentence.
 
     `settings` are the verdicts on the method's settings (the method with each budget), from the largest budget down.
     """
@@ -192,10 +197,10 @@ def _along_budgets(settings: list[Judged], standard: Standard) -> str:
 
 
 def _room(one: Judged, standard: Standard) -> float:
-    """Return a number that is larger for a setting that loses less quality, to find the one closest to safe.
+    """Return a number that is larger for a setting closer to safe: minus the largest loss that is not excluded.
 
-    It is minus the upper confidence limit of the divergence; without texts, the lower confidence limit of the score on
-    the weakest cell minus exact's score.
+    That loss is the upper confidence limit of the divergence; if no text was read, the upper confidence limit of
+    exact's score minus the setting's, on its weakest cell.
     """
     if one.divergence is not None:
         return -one.divergence.kl_high
@@ -204,7 +209,7 @@ def _room(one: Judged, standard: Standard) -> float:
 
 
 def _weakness(one: Judged, standard: Standard) -> str:
-    """Describe where a setting is weakest: its divergence on the texts, or its scores on its weakest cell."""
+    """Describe where a setting is weakest: its divergence if texts decided the verdict, else its weakest cell."""
     if one.decided_by == "texts":
         assert one.divergence is not None and standard.kl_limit is not None
         far = f"{nats_text(one.divergence.kl)} ({_interval(one.divergence)})"

@@ -1,6 +1,8 @@
 """List what an audit measures: every setting (method with budget) on every text and every cell of the tasks.
 
-A cell is a task at a context length under a protocol. One measurement is a pair of a text or cell and a setting.
+A cell is a task at a context length under a protocol (question asked before or after the compression). A place is a
+text or a cell. A measurement is a pair of place and setting; its result is a row. An audit with a time limit is a race:
+settings that clearly lose stop early, and undecided ones read further texts, i.e. more passages of the same texts.
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ Pair: TypeAlias = tuple[Place, str]
 
 
 class Asked(Protocol):
-    """Say which measurements an audit asks for."""
+    """Define the interface of a rule that says which measurements an audit asks for."""
 
     def __call__(self, rows: Mapping[Pair, AnyRow], /) -> Sequence[Pair]:
-        """Return the measurements that are asked for, given the rows so far, in the order of measuring."""
+        """Return the measurements that are asked for, given the rows so far, in the order of measuring.
+
+        The result includes those that have a row already.
+        """
         ...
 
     def hurry(self) -> None:
-        """Note that not all of them fit into the audit's time. A race asks for fewer from now on."""
+        """Tell the rule that the audit's time is too short for all measurements. A race asks for fewer from now on."""
         ...
 
 
@@ -43,9 +48,9 @@ class Grid:
     """Hold the places and settings of an audit, in the order of its rows.
 
     places    the texts, then the cells of the tasks
-    settings  texts of settings, `exact` first
+    settings  the settings as text, e.g. `h2o@256`; `exact` first
+    further   further texts, which undecided settings read in a race
     chat      names of the tasks whose samples are in the model's chat template
-    further   more texts, which a race gives to close calls alone (`audit/race.py`)
     """
 
     places: tuple[Place, ...]
@@ -55,19 +60,19 @@ class Grid:
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """Return every measurement, place by place, without those of further texts."""
+        """Return every measurement, place by place, but none on further texts."""
         return tuple((place, setting) for place in self.places for setting in self.settings)
 
     @property
     def all_pairs(self) -> tuple[Pair, ...]:
-        """Return every measurement, those of further texts last."""
+        """Return every measurement, place by place; those on further texts come last."""
         return self.pairs + tuple((place, setting) for place in self.further for setting in self.settings)
 
     def part(self, shard: tuple[int, int] | None) -> tuple[Pair, ...]:
-        """Return the i-th of n parts of the measurements for shard (i, n), or all measurements for None.
+        """Return the i-th of n parts of the measurements for shard (i, n), i from 1; all measurements for None.
 
-        A part is one stretch of `pairs`. It also has `exact` on each of its places, as the other rows of the place are
-        compared with that.
+        A part is a run of consecutive measurements, about 1/n of all. It also has `exact` on each of its places, as the
+        other rows of the place are compared with that.
         """
         if shard is None:
             return self.pairs

@@ -1,6 +1,7 @@
 """Decide which measurement of an audit a free worker takes next.
 
-A measurement is a pair of a place (text or cell) and a setting (method with budget).
+A measurement is a pair of a place (text or cell) and a setting (method with budget); its result is a row. A cell is a
+task at a context length under a protocol. The setting `exact` keeps every token.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from kvfloor.audit.grid import EXACT, Pair, Place
 class Handout:
     """Hand out measurements to workers, each of which keeps in memory what the settings of one place share.
 
-    A worker stays on its place while settings are left there. Then it takes a place that no worker is on, and at last
-    it helps on the place with most settings left. The first measurement of a place is that of `exact`; the others wait
-    until it is recorded, as their rows are compared with its row.
+    A worker stays on its place while settings are left there. Then it takes a place that no worker is on. If there is
+    none, it helps on the place with the most settings left. The first measurement on a place is that of `exact`. The
+    others wait until its row is recorded, as their rows are compared with it.
     """
 
     def __init__(self, pairs: Iterable[Pair], recorded: Iterable[Pair]) -> None:
-        """Take the pairs to measure, and those that are recorded already."""
+        """Take the measurements to hand out, `exact` first on its place, and those whose rows are recorded already."""
         self._left: dict[Place, list[str]] = {}
         for place, setting in pairs:
             self._left.setdefault(place, []).append(setting)
@@ -27,7 +28,10 @@ class Handout:
         self._on: dict[Hashable, Place] = {}
 
     def next(self, worker: Hashable) -> Pair | None:
-        """Return a measurement for a worker; None while there is none that it could begin."""
+        """Choose a measurement for a free worker, and take it off the list.
+
+        Return None if none can begin now: none is left, or all that are left wait for a row of `exact`.
+        """
         mine, taken = self._on.get(worker), set(self._on.values())
         able = [place for place, left in self._left.items() if left and (left[0] == EXACT or place in self._ready)]
         if not able:
@@ -37,18 +41,21 @@ class Handout:
         return place, self._left[place].pop(0)
 
     def done(self, pair: Pair) -> None:
-        """Note that the row of a pair is recorded."""
+        """Note that the row of a measurement is recorded; after `exact`, the other settings of its place can begin."""
         if pair[1] == EXACT:
             self._ready.add(pair[0])
 
     def keep(self, pairs: Iterable[Pair]) -> None:
-        """Hand out none but these measurements from now on."""
+        """Drop the measurements that are left and not among `pairs`, so that they are never handed out."""
         wanted = set(pairs)
         for place, left in self._left.items():
             left[:] = [setting for setting in left if (place, setting) in wanted]
 
     def lost(self, worker: Hashable, pair: Pair | None) -> None:
-        """Note that a worker died, and take back the measurement that it had."""
+        """Note that a worker died, and put the measurement that it had back on the list.
+
+        pair: that measurement; None if it had none.
+        """
         self._on.pop(worker, None)
         if pair is not None:
             self._left[pair[0]].insert(0, pair[1])

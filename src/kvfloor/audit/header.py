@@ -1,4 +1,8 @@
-"""Describe the audit in a folder (`audit.json`): what its rows depend on, what is to be measured, and when it ran."""
+"""Describe the audit in a folder (`audit.json`): what its rows depend on, what is to be measured, and when it ran.
+
+A setting is a method with its budget. A row is the result of one setting on one text or cell; a cell is a task at a
+context length under a protocol. A start is one run of the command: an audit that was stopped goes on in a later start.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +28,23 @@ _MOST_BYTES = 2**24
 class Header:
     """Hold what `audit.json` says about the rows beside it.
 
-    model, seed  as the user gave them
-    identity     all that the rows depend on (`audit/identity.py`)
-    settings     (text, True for a baseline, True if asked for) of each method with its budget
-    texts, cells  the places where each setting is measured
-    further      more texts, which close calls alone read
-    least_exact  score of exact below which a cell is left out; its row of exact is the only one then
-    chat         names of the tasks whose samples are in the model's chat template
-    versions     name -> version of each program
-    machine      the machine in words
-    hashes       file or text -> SHA-256 of what was measured: the model's weights, texts, prompts
-    began        time at which the last start of the audit began, seconds since 1970
-    seconds      time that earlier starts took
-    racing       True if clear losers stopped early, and close calls read on (`audit/race.py`)
-    minutes      time limit of the last start that ended by itself; None: no limit
-    ended        True if a start ended by itself; notes: sentences for the report, such as what was left out
+    model, seed   as the user gave them
+    identity      all that the rows depend on, such as file digests and versions (`audit/identity.py`)
+    settings      (text, True for a baseline, True if asked for) of each setting; every audit includes the baselines
+    texts, cells  the texts and cells on which each setting is measured
+    further       more passages of the texts, which are read by settings with an open verdict alone
+    least_exact   score of the exact cache below which a cell is left out; then only the exact cache is measured on it
+    chat          names of the tasks whose samples are in the model's chat template
+    versions      name -> version of each program
+    machine       the machine in words
+    hashes        file or text -> SHA-256 of what was measured: the model's weights, texts, prompts
+    began         time at which the last start began, seconds since 1970
+    seconds       time that earlier starts took
+    racing        True if settings that clearly lose stop early, and undecided ones read further texts
+    minutes       time limit of the last start that came to its end; None: no limit
+    ended         True if a start came to its end, instead of being stopped
+    notes         sentences for the report, such as what was left out
+    schema        version of the file's format
     """
 
     model: str
@@ -63,13 +69,13 @@ class Header:
 
     @property
     def grid(self) -> Grid:
-        """Return the places and settings of the audit."""
+        """Return what is to be measured: the texts, cells and settings, in the order of the rows."""
         settings = tuple(text for text, _, _ in self.settings)
         return Grid((*self.texts, *self.cells), settings, tuple(self.further), tuple(self.chat))
 
     @property
     def methods(self) -> list[BudgetedMethod]:
-        """Return the settings with their parsed methods."""
+        """Return the settings, with their texts parsed to methods."""
         return [BudgetedMethod(parse(text), baseline, asked) for text, baseline, asked in self.settings]
 
     def write(self, folder: Path) -> None:
@@ -78,7 +84,10 @@ class Header:
 
 
 def read_header(folder: Path) -> Header | None:
-    """Read the `audit.json` of a folder; None where there is none. Raises ValueError for one that cannot be read."""
+    """Read the `audit.json` of a folder; None if there is none. Raises ValueError if it cannot be read.
+
+    It cannot be read if another version of kvfloor wrote it in another format.
+    """
     path = folder / NAME
     if not path.exists():
         return None

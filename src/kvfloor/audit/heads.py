@@ -1,7 +1,15 @@
 """Compare three sizes in bytes for each kv head: its floor, its cheapest good setting and its exact cache.
 
-The floor is the least bytes that any method needs for a head's keys. A setting is a method with its budget; it is good
-for a head if the relative error of the head's attention output is at most GOOD. The exact cache keeps every token.
+The floor is a lower bound on the bytes that any method must hold to answer queries over the head's keys. A setting is a
+method with its budget; it is good for a head if the relative error of the head's attention output is at most 0.1
+(GOOD). The exact cache keeps every token. A cell is a task at a context length under a protocol (question asked before
+or after the compression). Floors are measured on one sample of a cell, or on a text.
+
+A group is one token, or several with nearly the same key. A query reads a group if its attention weight on the group is
+so large that the group's value can be recovered from the answer. A read floor is the bytes that any method must hold to
+answer given queries with an additive error of at most 0.25 (ETA) and probability 0.9 (P), if the values are the worst
+possible in [-1, 1]. A head is compressible if queries can read at most a quarter (COMPRESSIBLE) as many groups as the
+context has tokens.
 """
 
 from __future__ import annotations
@@ -29,9 +37,12 @@ FEWEST_HEADS = 2  # measured on a cell, however many its tokens
 
 
 class Erring(Protocol):
-    """Require the fields of a setting's errors by head on one cell: those of `Row` and of `ErrorMap`.
+    """Require the fields that `heads` reads from a setting's result on one cell or text.
 
-    A setting is a method with its budget; `state_bytes` are of the whole cache.
+    method                the setting as text
+    cell                  the cell or text
+    state_bytes           bytes of the setting's whole cache
+    output_error_by_head  relative error of the attention output: (layers, kv heads)
     """
 
     @property
@@ -46,17 +57,12 @@ class Erring(Protocol):
 
 @dataclass(frozen=True)
 class HeadFloor:
-    """Hold the read floors of one kv head on one recorded sample of a cell (task, context length, protocol) or text.
-
-    Bytes are of this head alone. A read floor is the bytes that any method must hold to answer given queries over the
-    head's keys within the additive error ETA, with probability P, if the values are the worst possible in [-1, 1]. A
-    group is one token, or several with nearly the same key; a query reads a group if its attention weight on the group
-    is large enough to recover the group's value from the answer.
+    """Hold the read floors of one kv head on one recorded sample of a cell, or on a text. Bytes are of this head alone.
 
     layer, head        number of the layer as the model counts it, and of the kv head in it
-    position           place of the layer among those whose cache is compressed, as in `Row.output_error_by_head`
+    position           index of the layer among those whose cache is compressed, as in `Row.output_error_by_head`
     tokens             number of tokens of the context
-    readable_groups    number of groups that can be read by some query whose norm is at most the largest recorded norm
+    readable_groups    number of groups that some query can read whose norm is at most the largest recorded norm
     floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
     asked_floor_bytes  read floor for the queries that were recorded after the context
     exact_bytes        bytes of the context's keys and values
@@ -74,25 +80,25 @@ class HeadFloor:
 
 
 def with_cell(read: HeadFloor) -> HeadFloor:
-    """Return a floor that was read from a file, where its cell, a named tuple, is written as a list."""
+    """Return a floor that was read from a JSON file, with its cell as a TextCell or a Cell again.
+
+    JSON knows no named tuples: there the cell is a plain list.
+    """
     first, context, last = read.cell
     return replace(read, cell=TextCell(first, context, last) if isinstance(last, int) else Cell(first, context, last))
 
 
 @dataclass(frozen=True)
 class Head:
-    """Hold one kv head's largest floor over all cells, and its cheapest setting that is good on every cell.
+    """Hold one kv head's largest floor over all cells and texts, and its cheapest setting that is good on all of them.
 
-    A cell is a task at a context length under a protocol. A setting (method with budget) is good for a head if the
-    relative error of the head's attention output is at most GOOD.
-
-    readable_share     groups that queries can read (`HeadFloor`) per token of the context, the largest over the cells
-    floor_bytes        bytes that any method needs (`HeadFloor`), the largest over the cells
-    asked_floor_bytes  the same for the queries that were recorded after the context
-    exact_bytes        bytes of the context's keys and values, the largest over the cells
-    best_method        text of the cheapest good setting; None where only exact is good
-    best_bytes         bytes per kv head of the cheapest good setting, the largest over the cells; None without one
-    best_error         output error of the cheapest good setting, the largest over the cells; None without one
+    readable_share     groups that queries can read, per token of the context; the largest over the cells
+    floor_bytes        read floor for all queries up to the largest recorded norm; the largest over the cells
+    asked_floor_bytes  read floor for the queries that were recorded after the context; the largest over the cells
+    exact_bytes        bytes of the context's keys and values; the largest over the cells
+    best_method        text of the cheapest good setting; None if only exact is good
+    best_bytes         bytes per kv head of the cheapest good setting; the largest over the cells; None without one
+    best_error         output error of the cheapest good setting; the largest over the cells; None without one
     compressible       True if readable_share is at most COMPRESSIBLE
     """
 
@@ -113,12 +119,12 @@ class Head:
 
 
 def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int = MOST_WORK) -> list[HeadFloor]:
-    """Return the memory floors of the kv heads of all layers, as one list, on the first recorded sample of a cell.
+    """Return the floors of the kv heads of all layers, as one list, on the first sample of a cell or on a text.
 
-    A cell is a task at a context length under a protocol, or a text. The list is empty for a context of more than
-    MOST_TOKENS tokens. Where all heads would take too long, some are measured, evenly spread over the layers: as many
-    as `most_work` allows, which is their number times the square of the context's tokens.
-    `traces` hold the sample's queries, keys and values, one entry per layer.
+    traces     the sample's queries, keys and values, one entry per layer
+    most_work  largest number of kv heads times the square of the context's tokens. If all heads would exceed it, fewer
+               are measured (at least FEWEST_HEADS), evenly spread over the layers
+    The list is empty for a context of more than MOST_TOKENS tokens.
     """
     places = [(position, head) for position, trace in enumerate(traces) for head in range(trace.kv_heads)]
     longest = max(trace.k.shape[1] - trace.asked for trace in traces)
@@ -142,14 +148,19 @@ def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int =
 
 
 def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
-    """Return all places if they are at most `most`, else `most` of them at equal distances, first and last included."""
+    """Return all (layer, head) places if they are at most `most`, else `most` of them, evenly spaced.
+
+    The first and the last are always included.
+    """
     if len(places) <= most:
         return places
     return [places[round(index * (len(places) - 1) / (most - 1))] for index in range(most)]
 
 
 def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> tuple[Readable, Readable]:
-    """Return two read floors of one kv head: for all queries of the recorded lengths, and for the recorded queries.
+    """Return two read floors of one kv head, the second for the recorded queries alone.
+
+    The first is for all queries whose norm is at most the largest recorded norm.
 
     trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
     k      (n, d)     keys of the context's n tokens
@@ -167,7 +178,7 @@ def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> t
 def heads(floors: Iterable[HeadFloor], rows: Sequence[Erring]) -> list[Head]:
     """Combine each kv head's floors with the settings' errors, into one `Head` per kv head, ordered by layer and head.
 
-    `rows` are an audit's rows of tasks and its error maps of texts. Heads without floors are left out.
+    rows: an audit's rows of cells and its error maps of texts. A head without floors is left out.
     """
     found: dict[tuple[int, int], list[HeadFloor]] = {}
     for floor in floors:
@@ -197,10 +208,9 @@ def _cheapest(
 ) -> tuple[int, str, float] | None:
     """Return a kv head's cheapest good setting as (bytes per head, setting, largest error); None without a good one.
 
-    A setting (method with budget) is good if the head's output error is at most GOOD on each of `cells` (task, context
-    length, protocol, or a text); the exact cache is left out. `place` is (`HeadFloor.position`, head). `rows` hold the
-    measured errors and bytes. The bytes are the largest over the cells, divided by the number of kv heads of all
-    layers.
+    A setting is good if the head's output error is at most GOOD on each of `cells` (cells and texts); the exact cache
+    is left out. `place` is the head's (`HeadFloor.position`, number). `rows` hold the measured errors and bytes. The
+    bytes are the largest over the cells, divided by the number of kv heads of all layers.
     """
     position, head = place
     settings: dict[str, list[Erring]] = {}
@@ -218,10 +228,7 @@ def _cheapest(
 
 
 def summary(found: Sequence[Head]) -> str:
-    """Name the compressible kv heads in one plain sentence.
-
-    A head is compressible if queries can read at most COMPRESSIBLE groups (`HeadFloor`) per token of the context.
-    """
+    """Name the compressible kv heads in one plain sentence."""
     if not found:
         return "No head's floor was measured."
     names = [f"layer {one.layer} head {one.head}" for one in found if one.compressible]

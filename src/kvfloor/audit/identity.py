@@ -1,4 +1,8 @@
-"""Record what an audit's rows depend on, so that rows of another request are never taken for this one's."""
+"""Record what an audit's rows depend on, so that rows of another request are never taken for this one's.
+
+A row is the result of one setting (method with its budget) on one text or task. The identity of an audit is a dict of
+all that its rows depend on; two audits with equal identities may share rows. A digest is a SHA-256 in hex digits.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,17 @@ VERSIONS = ("kvfloor", "torch", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Return the version of each program that takes part in an audit."""
+    """Return name -> version of kvfloor, torch, transformers and python."""
     return {name: version(name) for name in VERSIONS} | {"python": platform.python_version()}
 
 
 def identity(question: AuditRequest, settings: Sequence[BudgetedMethod], folder: Path) -> dict[str, Any]:
-    """Return all that the rows of an audit depend on, as plain JSON types: names, numbers and SHA-256 digests.
+    """Return the identity of an audit, as plain JSON types: names, numbers and digests.
 
-    settings  the methods with their budgets; folder: the model's files
-
-    Number and kind of processors are left out. They change times, and figures by rounding.
+    question  the arguments of the audit
+    settings  the methods with their budgets
+    folder    the model's files
+    Number and kind of processors are left out. They change the measured times, and the other figures by rounding alone.
     """
     need = max(question.context_lengths) + question.scored
     return {
@@ -53,26 +58,29 @@ def identity(question: AuditRequest, settings: Sequence[BudgetedMethod], folder:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return the names of the entries in which two identities differ."""
+    """Return the names of the entries in which two identities differ; an empty list if they are equal."""
     return [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files of a model's folder, without hidden ones and notes for people."""
+    """Return the files of a model's folder, sorted, without hidden ones and `.md` files."""
     return [
         path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "." and path.suffix != ".md"
     ]
 
 
 def _of_task(name: str) -> str | None:
-    """Return the digest of the user's module in `module:TASK`, or None for a built-in task."""
+    """Return the digest of the user's Python file that defines a task `module:TASK`; None for a built-in task."""
     module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
     source = getattr(module, "__file__", None)
     return None if source is None else sampled_digest(Path(source))
 
 
 def _of_method(part: Any) -> list[str]:
-    """Return the digests of the user's modules and files that a method is made of, its parts included."""
+    """Return the digests of the user's files that a method depends on: code from outside kvfloor, and data.
+
+    Data are files whose path is an argument of the method or of one of its parts.
+    """
     return [sampled_digest(path) for path in sorted(set(_sources(part)))]
 
 
@@ -90,7 +98,7 @@ def _sources(part: Any) -> Iterator[Path]:
 
 
 def _of_package() -> str:
-    """Return the digest of kvfloor's own files: code, texts and the built-in model."""
+    """Return one digest of all of kvfloor's own files: code, texts and the built-in model."""
     root = Path(kvfloor.__file__).parent
     whole = hashlib.sha256()
     for path in sorted(root.rglob("*")):

@@ -1,8 +1,10 @@
 """Keep the rows of an audit in its folder while it runs: each is on the disk before the next one is measured.
 
-The folder has `audit.json`, `nats.jsonl` (rows of texts), `rows.jsonl` (rows of tasks) and `floors.jsonl` (memory
-floors of the kv heads). Rows are appended and flushed one by one, so a killed audit loses at most the row that it was
-measuring. At the end the files are written anew in the order of the report.
+A place is a text, or a cell of the tasks (task, context length, protocol). A setting is a method with its budget. A row
+is the result of one setting on one place. The floor of a kv head is a lower bound on the bytes that any method needs
+for it. The folder has `audit.json` (description of the audit), `nats.jsonl` (rows of texts), `rows.jsonl` (rows of
+cells) and `floors.jsonl` (floors of the kv heads). Rows are appended and flushed one by one, so a killed audit loses at
+most the row that it was measuring. At the end the files are written anew in the order of the report.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from kvfloor.audit.rows import MOST_BYTES, Cell, Row
 from kvfloor.files import FolderLock, append_to, cut_to
 
 EXPLANATIONS = ("output_errors.jsonl", "text_floors.jsonl", "examples.jsonl")
-"""Files of what explains an audit's result (`audit/closer.py`), the last one written last."""
+"""Files that explain an audit's result: errors by head, floors on a text, example answers; written in this order."""
 
 TEXTS, ROWS, FLOORS = "nats.jsonl", "rows.jsonl", "floors.jsonl"
 _KINDS: dict[str, tuple[type, int, str]] = {
@@ -35,7 +37,7 @@ _KINDS: dict[str, tuple[type, int, str]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold one measured row. With the row of `exact` on a cell come the memory floors of the model's kv heads there."""
+    """Hold one measured row. With the row of `exact` on a cell come the floors of the model's kv heads there."""
 
     row: AnyRow
     floors: tuple[HeadFloor, ...] = ()
@@ -44,7 +46,7 @@ class Measured:
 class Journal:
     """Hold the measured rows of an audit, in memory and in its folder, which no other audit may use meanwhile.
 
-    rows    the row of each pair of place (text or cell) and setting (method with budget)
+    rows    the row of each pair of place and setting
     floors  the floors of the kv heads on each cell that `exact` was measured on
     header  the description of the audit that the folder holds; None: it holds none
     """
@@ -57,7 +59,7 @@ class Journal:
         self._lock = FolderLock(folder)
 
     def __enter__(self) -> Journal:
-        """Lock the folder. Raises ValueError where another audit has it."""
+        """Lock the folder. Raises ValueError if another process has locked it."""
         self._lock.take()
         return self
 
@@ -65,9 +67,10 @@ class Journal:
         self._lock.release()
 
     def resume(self, identity: dict[str, Any]) -> bool:
-        """Read the rows in the folder, and return True, if they have this identity; else return False.
+        """Read the rows in the folder if they belong to the audit of this identity; return True if they do.
 
-        A line that was cut off while it was written is removed, and so are floors without the row of `exact`.
+        identity: all that the audit's rows depend on, as plain JSON types. A line that was cut off while it was written
+        is removed, and so are floors without the row of `exact` that came with them.
         """
         self.header = read_header(self.folder)
         if self.header is None or self.header.identity != identity:
@@ -83,7 +86,10 @@ class Journal:
         return True
 
     def begin(self, header: Header) -> None:
-        """Describe the audit that starts or goes on now. Rows of another audit are removed before that."""
+        """Write the description of the audit that starts or goes on now to the folder.
+
+        If the folder has rows of another audit, they are removed first.
+        """
         if self.header is None or self.header.identity != header.identity or not self.rows:
             for name in (*_KINDS, *EXPLANATIONS):  # before the description: no row is taken for one of the new audit
                 (self.folder / name).unlink(missing_ok=True)
@@ -92,13 +98,13 @@ class Journal:
         self.header = header
 
     def missing(self, pairs: Iterable[Pair]) -> list[Pair]:
-        """Return the pairs of place and setting that have no row yet."""
+        """Return those of the given pairs of place and setting that have no row yet."""
         return [pair for pair in pairs if pair not in self.rows]
 
     def add(self, measured: Measured) -> None:
         """Append a row to its file, after the floors that came with it, and flush both to the disk.
 
-        Raises ValueError with one line where the disk is full; the rows so far are kept.
+        Raises ValueError with one line if they cannot be written, e.g. on a full disk; the rows so far are kept.
         """
         row = measured.row
         try:
@@ -111,12 +117,16 @@ class Journal:
         self._take((*measured.floors, row))
 
     def finish(self, kept: Collection[Pair], minutes: float | None, notes: Sequence[str]) -> None:
-        """Keep only the rows of the pairs `kept`, sort the files, and note that the audit ended by itself."""
+        """Keep only the rows of the pairs `kept`, sort the files, and note that the audit came to its end.
+
+        minutes  the audit's time limit; None: no limit
+        notes    sentences for the report
+        """
         self.rows = {pair: row for pair, row in self.rows.items() if pair in kept}
         self.sort(ended=True, minutes=minutes, notes=tuple(notes))
 
     def sort(self, **changes: Any) -> None:
-        """Write the files anew in the order of the report, and `audit.json` with changed fields."""
+        """Write the files anew in the order of the report, and `audit.json` with `changes` to its fields."""
         header = replace(self.about, seconds=self.seconds, **changes)
         self.rows = {pair: self.rows[pair] for pair in header.grid.all_pairs if pair in self.rows}
         self.floors = {cell: self.floors.get(cell, []) for cell in header.cells if (cell, EXACT) in self.rows}
@@ -128,7 +138,10 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Return the time of all starts: a start ends with its last row, even if it was killed."""
+        """Return the seconds that all runs of the audit's command took together.
+
+        A run counts up to its last row, even if it was killed later.
+        """
         last = [path.stat().st_mtime for path in (self.folder / TEXTS, self.folder / ROWS) if path.exists()]
         return self.about.seconds + max(0.0, max(last, default=0.0) - self.about.began)
 
@@ -139,12 +152,12 @@ class Journal:
 
     @property
     def tasks(self) -> list[Row]:
-        """Return the rows of the tasks' cells."""
+        """Return the rows of the cells."""
         return [row for row in self.rows.values() if isinstance(row, Row)]
 
     @property
     def about(self) -> Header:
-        """Return the description of the audit, which `resume` found or `begin` was given."""
+        """Return the description of the audit. Call `resume` or `begin` first."""
         assert self.header is not None
         return self.header
 
@@ -161,12 +174,15 @@ class Journal:
 
 
 def is_explained(folder: Path) -> bool:
-    """Return True if the files of what explains an audit's result are there."""
+    """Return True if the folder has the files that explain the result: errors by head, floors and examples."""
     return (folder / EXPLANATIONS[-1]).exists()
 
 
 def read_part(folder: Path, name: str) -> tuple[list[Any], int]:
-    """Read the records of one of a journal's files, and return them with the bytes of its whole lines."""
+    """Read the records of one of a journal's files, and return (records, bytes of the file's whole lines).
+
+    name: `nats.jsonl`, `rows.jsonl` or `floors.jsonl`. A last line that was cut off while it was written is left out.
+    """
     kind, most, what = _KINDS[name]
     records, size = read_growing(folder / name, kind, most, name, what)
     if kind is HeadFloor:

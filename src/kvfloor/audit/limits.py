@@ -1,6 +1,8 @@
 """Leave out the cells that the model itself cannot do, and write the notes of a report about its cells.
 
-A cell is a task at a context length under a protocol.
+A cell is a task at a context length under a protocol (question asked before or after the compression). It is left out
+if the exact cache, which keeps every token, scores (share of right answers) too low on it: then no loss could be seen.
+A place is a text or a cell; a measurement is a pair of place and setting (method with budget), and its result is a row.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from kvfloor.audit.rows import Cell, Row
 
 
 def left_out(rows: Mapping[Pair, AnyRow], least: float) -> dict[Cell, Row]:
-    """Return the cells where exact scores below `least`, each with exact's row."""
+    """Return the cells on which the exact cache scores below `least`, each with the exact cache's row.
+
+    rows: the rows so far, by measurement.
+    """
     return {
         row.cell: row
         for (_, setting), row in rows.items()
@@ -23,14 +28,21 @@ def left_out(rows: Mapping[Pair, AnyRow], least: float) -> dict[Cell, Row]:
 
 
 def without_left_out(pairs: Iterable[Pair], rows: Mapping[Pair, AnyRow], least: float) -> list[Pair]:
-    """Return the measurements without those on left-out cells; `exact` alone is measured there."""
+    """Return the measurements without those on left-out cells; there only the exact cache is measured.
+
+    A cell is left out if the exact cache's row, among the `rows` so far, has a score below `least`.
+    """
     weak = left_out(rows, least)
     return [pair for pair in pairs if pair[0] not in weak or pair[1] == EXACT]
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Ask for fixed measurements, but for those on left-out cells (`without_left_out`)."""
+    """Ask for a fixed list of measurements, without those on left-out cells.
+
+    pairs        the measurements
+    least_exact  score of the exact cache below which a cell is left out
+    """
 
     pairs: tuple[Pair, ...]
     least_exact: float
@@ -40,11 +52,16 @@ class Fixed:
         return without_left_out(self.pairs, rows, self.least_exact)
 
     def hurry(self) -> None:
-        """Do nothing: what does not fit is left out place by place."""
+        """Do nothing: the list stays as it is, and places at its end are left out one by one for lack of time."""
 
 
 def left_out_notes(weak: Sequence[Row], least: float) -> tuple[str, ...]:
-    """Return at most one sentence: the cells where exact scores below `least`, from their rows, and what to do."""
+    """Return at most one sentence: it names the left-out cells, and says what to do about them.
+
+    weak   the exact cache's row on each of these cells
+    least  score below which they were left out
+    The tuple is empty if no cell was left out.
+    """
     if not weak:
         return ()
     cells = "; ".join(f"{row.cell} ({percent_text(row.score)})" for row in weak)
@@ -55,5 +72,5 @@ def left_out_notes(weak: Sequence[Row], least: float) -> tuple[str, ...]:
 
 
 def chat_notes(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Return at most one sentence: the tasks whose samples are in the model's chat template."""
+    """Return at most one sentence: it names the tasks whose samples were put into the model's chat template."""
     return (f"Asked in the model's chat template: {', '.join(tasks)}.",) if tasks else ()

@@ -1,7 +1,9 @@
 """Measure the rows of an audit: run the model under each setting on each cell's samples, decoding greedily.
 
 A setting is a method with its budget; a cell is a task at a context length under a protocol: "visible" compresses a
-sample's question with its context, "after" asks it after the compression.
+sample's question with its context, "after" asks it after the compression. A sample is a context with questions about
+it. A row is the result of one setting on one cell. To seal a cache is to tell it that the prompt ends. A trace is one
+layer's queries, keys and values, recorded over context, question and right answer. The exact cache keeps every token.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ TRACED_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Turn:
-    """Hold one question to every sample of a cell.
+    """Hold one question to every sample of a cell, as token ids.
 
-    asks     token ids that are fed before the answer; of the first question in "visible", only its last token
-    answers  token ids of the right answers
+    asks     per sample, the tokens to feed before the answer is decoded: the question. Of the first question under
+             "visible" it is the last token alone, as the others were fed with the context
+    answers  per sample, the tokens of the right answer
     most     largest number of tokens to decode
     """
 
@@ -47,13 +50,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold a cell's samples as token ids, and the recorded traces (queries, keys, values) of the first few.
+    """Hold a cell's samples as token ids, and the traces of the first few samples.
 
-    work      the cell (task, context length, protocol) with its samples as text
-    contexts  token ids of the prompt: the context and, in "visible", the question without its last token
-    prompt    feeds these to a cache
+    work      the cell with its samples as text
+    contexts  per sample, the tokens of the prompt: the context and, under "visible", the question without its last
+              token
     turns     the questions that follow the end of the prompt, one after the other
-    traces    one per layer
+    traces    the traces of the first TRACED_SAMPLES samples, one entry per layer
     """
 
     work: Work
@@ -65,17 +68,19 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Record one setting's answers on the samples of a cell, with the bytes and times per sequence.
+    """Record one setting's answers on the samples of a cell, with the bytes and times per sample.
 
-    A setting is a method with its budget, a sequence one sample. Times are those of the whole batch, divided by its
-    number of sequences.
+    All samples run in one batch. Its times and bytes are divided by the number of samples.
 
-    right          one 0 (wrong) or 1 (right) per sample
-    parts          mean share of each named part of the answers that was met, from 0 to 1
-    state_bytes    bytes of the cache at the end of the context; peak_state_bytes: the most bytes at any moment
-    bytes_read     bytes of the cache that are read to produce one token
-    output_tokens  mean length of the answers, in tokens
-    budget_tokens  tokens kept per kv head; None if the budget is not one number
+    right                one 0 (wrong) or 1 (right) per sample
+    parts                mean share, from 0 to 1, of each named part of the answers that was met
+    state_bytes          bytes of the cache at the end of the context
+    peak_state_bytes     the most bytes of the cache at any moment
+    bytes_read           bytes of the cache that are read to produce one token
+    prefill_ms           milliseconds to read the context
+    decode_ms_per_token  median milliseconds of a decode step; None if no token was decoded
+    output_tokens        mean length of the answers, in tokens
+    budget_tokens        tokens kept per kv head; None if the budget is not one number
     """
 
     right: tuple[int, ...]
@@ -90,14 +95,22 @@ class Measurement:
 
 
 class ExactOutcome(NamedTuple):
-    """Hold what other settings are compared with on a cell: the exact cache's answers, right or wrong, and bytes."""
+    """Hold what other settings are compared with on a cell: the exact cache's answers and its bytes.
+
+    right        one 0 (wrong) or 1 (right) per sample
+    state_bytes  bytes of the cache at the end of the context, per sample
+    """
 
     right: tuple[int, ...]
     state_bytes: int
 
 
 class Bench:
-    """Measure settings (methods with budgets) on one prepared model with its tokenizer."""
+    """Measure settings on one prepared model with its tokenizer.
+
+    seed          seed of the random draws of methods
+    extra_tokens  number of tokens that an answer is decoded beyond the length of the right one, to see if it goes on
+    """
 
     def __init__(
         self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4, methods: Sequence[Method] = ()
@@ -116,12 +129,10 @@ class Bench:
         return len(self.encode(text))
 
     def prepare(self, work: Work) -> Prepared:
-        """Return a cell's samples as token ids, split at the end of the prompt, and the traces of the first few.
+        """Return a cell's samples as token ids, cut at the end of the prompt, with the traces of the first few.
 
-        The prompt, at whose end the cache is sealed, is the context under the protocol "after", and the context and the
-        question without its last token under "visible". A trace is one layer's queries, keys and values, recorded
-        over context, question and right answer. `work` is the cell (task, context length, protocol) and its samples as
-        text.
+        The prompt is the context under the protocol "after". Under "visible" it is the context and the question without
+        its last token, as feeding that token gives the first logits of the answer.
         """
         contexts = []
         per_turn: list[Turn] = [Turn([], [], 0) for _ in work.items[0].turns]
@@ -143,7 +154,10 @@ class Bench:
         return Prepared(work, contexts, prompt, per_turn, traces.record(self.model, contexts[few], spoken))
 
     def _pieces(self, item: Item, chat: bool) -> list[list[int]]:
-        """Return the token ids of a sample's context, and of what is fed before each of its answers."""
+        """Return the token ids of a sample's context, and those to feed before each of its answers.
+
+        chat: True if the sample is put into the model's chat template.
+        """
         first, *later = item.turns
         if not chat:
             context = self.tokenizer(item.context, verbose=False).input_ids
@@ -157,7 +171,7 @@ class Bench:
         """Return the method with its budget in tokens per kv head.
 
         A budget given as a share is that share of the cell's context length. A budget given in bytes is the size of the
-        whole cache of one sequence.
+        whole cache of one sample.
         """
         trace, layers = prepared.traces[0], len(prepared.traces)
         heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
@@ -168,8 +182,8 @@ class Bench:
     def run(self, method: Method, prepared: Prepared) -> Measurement:
         """Run a method on all samples of a cell in one batch, and return the answers, bytes and times.
 
-        The contexts are prefilled and the cache is sealed (end of the prompt). Then the questions are fed, and the
-        answers are decoded greedily.
+        The contexts are prefilled and the cache is sealed. Then each question is fed, and its answer is decoded
+        greedily.
         """
         batch, method = len(prepared.contexts), self.resolved(method, prepared)
         cache = CompressedCache(self.model, method, seed=self.seed, requests=range(batch))
@@ -201,10 +215,11 @@ class Bench:
         )
 
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: ExactOutcome) -> Row:
-        """Build the row of a setting on a cell, from the setting's measurement and the exact cache's.
+        """Build the row of a setting on a cell, and measure the error of the attention output for it.
 
-        A setting is a method with its budget; a cell is a task at a context length under a protocol. The error of the
-        attention output is measured here, on the recorded traces of `prepared`.
+        prepared  the cell's samples; the error is measured on their traces
+        outcome   the setting's answers, bytes and times
+        exact     the exact cache's answers and bytes
         """
         cell = prepared.work.cell
         by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
@@ -239,12 +254,18 @@ class Bench:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def _stops(self, chat: bool) -> set[int]:
-        """Return the ids of the tokens that end an answer."""
+        """Return the ids of the tokens that end an answer.
+
+        chat: True for samples in the chat template, where the end of the assistant's turn ends it too.
+        """
         found = {self.tokenizer.eos_token_id} - {None}
         return found | set(self.template.ends()) if chat and self.template else found
 
     def _shares(self, item: Item, told: Sequence[Sequence[int]]) -> dict[str, float]:
-        """Return how much of each part of a sample's answers the decoded tokens `told` (one list per turn) meet."""
+        """Return the share, from 0 to 1, of each named part of a sample's answers that the decoded tokens meet.
+
+        told: the decoded tokens, one list per question of the sample.
+        """
 
         def form(text: str) -> str:
             return self.tokenizer.decode(self._plain(apart(text)), skip_special_tokens=True)

@@ -1,4 +1,9 @@
-"""Merge the parts of an audit, which were measured in folders of their own, into one audit with a recommendation."""
+"""Merge the parts of an audit, which were measured in folders of their own, into one audit with a recommendation.
+
+A part is what one call of `kvfloor audit --shard I/N` measured. A setting is a method with its budget. A place is a
+text, or a cell of the tasks (task, context length, protocol). A measurement is a pair of place and setting, and its
+result is a row. A floor is a lower bound on the bytes that any method needs for a kv head.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +44,13 @@ def merge(
 ) -> Answer:
     """Merge the rows of an audit's parts into the folder `out`, and return the results of the whole.
 
-    folders  the `out` folders of `kvfloor audit --shard`
-    Raises ValueError with one line if a folder holds no audit or another one, if a measurement is missing, or if two
-    folders have different figures for one measurement.
+    folders   the `--out` folders of the parts
+    kl_limit  largest tolerated divergence from the exact cache, nats per token
+    require   conditions on the rows, as in `kvfloor audit --require`; None: no conditions
+    command   command line that the report shows
+    announce  function that is called with a line of text if rows of another audit are removed from `out`
+    Raises ValueError with one line if a folder holds no audit or a part of another one, if a measurement is missing, or
+    if two folders have different figures for one measurement.
     """
     if not kl_limit > 0:
         raise ValueError(f"--kl-limit {kl_limit}: give a number of nats above 0, such as {KL_LIMIT}")
@@ -78,7 +87,10 @@ def _header(folder: Path) -> Header:
 
 
 def _rows(folders: Sequence[Path]) -> dict[Pair, AnyRow]:
-    """Return the rows of all parts. Raises ValueError for a measurement whose figures differ from part to part."""
+    """Return the rows of all parts, by measurement.
+
+    Raises ValueError if two parts have different figures for one measurement.
+    """
     found: dict[Pair, AnyRow] = {}
     origin: dict[Pair, Path] = {}
     for folder in folders:
@@ -95,7 +107,10 @@ def _rows(folders: Sequence[Path]) -> dict[Pair, AnyRow]:
 
 
 def _floors(folders: Sequence[Path]) -> dict[Cell, list[HeadFloor]]:
-    """Return the floors of all parts, those of each cell from the first folder that has them."""
+    """Return the kv heads' floors of all parts, by cell.
+
+    The floors of a cell are those of the first folder that has them together with the exact cache's row on the cell.
+    """
     found: dict[Cell, list[HeadFloor]] = {}
     for folder in folders:
         measured = {pair_of(row) for row in read_part(folder, ROWS)[0]}
@@ -108,7 +123,10 @@ def _floors(folders: Sequence[Path]) -> dict[Cell, list[HeadFloor]]:
 
 
 def _require_all(whole: Header, rows: dict[Pair, AnyRow]) -> None:
-    """Raise ValueError naming the measurements of the audit that no part has."""
+    """Raise ValueError naming the measurements of the audit that no part has; return if there are none.
+
+    Cells on which the exact cache scores too low need the exact cache's row alone.
+    """
     pairs = without_left_out(whole.grid.pairs, rows, whole.least_exact)
     missing = [pair for pair in pairs if pair not in rows]
     if missing:
@@ -124,7 +142,10 @@ def _require_all(whole: Header, rows: dict[Pair, AnyRow]) -> None:
 
 
 def unlike(one: AnyRow, other: AnyRow) -> str | None:
-    """Return the name of the first field in which two rows differ by more than rounding; times are not compared."""
+    """Return the name of the first field in which two rows differ by more than rounding; None if they do not.
+
+    Measured times are not compared.
+    """
     for field in fields(one):
         if field.name not in TIMES and not _alike(getattr(one, field.name), getattr(other, field.name, None)):
             return field.name

@@ -14,7 +14,7 @@ class Meta:
     versions    name -> version of each program that took part (kvfloor, torch, transformers, python, ...)
     machine     the machine in words
     duration_s  duration of the audit in seconds
-    notes       further plain sentences, e.g. which cells were cut and why
+    notes       further plain sentences, e.g. which tasks were left out and why
     hashes      file name -> SHA-256 of what was measured: the model's weights, texts, prompts
     """
 

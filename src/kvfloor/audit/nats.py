@@ -2,8 +2,12 @@
 
 The model reads the first part of a text (the context) under the method, and the cache is sealed (end of the prompt).
 Then the model predicts each token of the rest (the continuation) from the true tokens before it, while the method keeps
-running. p is the exact cache's distribution of a token, q the method's. The definitions are those of llama.cpp's
-`--kl-divergence`, whose natural logarithms make nats.
+running. The tokens of the continuation are the scored tokens. p is the exact cache's distribution of a token, q the
+method's. The definitions are those of llama.cpp's `--kl-divergence`, whose natural logarithms make nats.
+
+A setting is a method with its budget. A block is a run of about BLOCK_TOKENS (64) scored tokens, whose mean is one
+observation of a confidence interval. An audit with a time limit is a race: it judges a setting after every text. Each
+such judgement is a look.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ BLOCK_TOKENS = 64
 """Tokens whose mean is one observation of an interval: neighbouring tokens are not independent of each other."""
 
 FIRST_LOOK = 32
-"""Blocks of scored tokens that a setting must have before a race may call it safe: below, an interval is too rough."""
+"""Blocks of scored tokens that a race needs to call a setting safe: with fewer, an interval is too rough."""
 
 MOST_BYTES = 2**30  # of a nats.jsonl
 _DIGITS = 8  # significant digits of a token's figures in the file
@@ -33,7 +37,7 @@ _TOKENS_AT_ONCE = 64
 
 
 class TextCell(NamedTuple):
-    """Identify a text, and how many of its tokens are the context and the scored continuation."""
+    """Identify a text, with the numbers of its tokens that are the context and the scored continuation."""
 
     text: str
     context: int
@@ -45,10 +49,11 @@ class TextCell(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Hold what is measured at each scored token, i.e. each token of the continuation.
+    """Hold what is measured at each scored token.
 
     kl          KL(p || q), nats: how far the method's distribution is from the exact one
-    loss        -log q(token), nats; exact_loss: -log p(token)
+    loss        -log q(token), nats
+    exact_loss  -log p(token), nats
     same_top    1 where p and q have the same likeliest token, else 0
     """
 
@@ -61,7 +66,7 @@ class TokenFigures:
 def figures(exact: Iterable[Tensor], method: Iterable[Tensor], tokens: Iterable[Tensor]) -> TokenFigures:
     """Return the figures of each scored token, from the logits of the exact cache and of a method on one text.
 
-    exact, method  logits (c, vocabulary) of each piece of c tokens
+    exact, method  logits (c, vocabulary) of each piece, a run of c scored tokens
     tokens         token ids (c,) of each piece; the pieces are the same in all three
     All sums are float64.
     """
@@ -85,23 +90,28 @@ def figures(exact: Iterable[Tensor], method: Iterable[Tensor], tokens: Iterable[
 
 @dataclass(frozen=True)
 class TextRow:
-    """Record one setting (method with its budget) measured on one text.
+    """Record one setting measured on one text.
 
     Bytes are of the whole cache: all layers and heads of one sequence.
 
-    method                 the setting as text, budget included; `configuration`: without its budget; `name`: without
-                           arguments too; `budget`: as the user gave it, None without one
-    baseline               True for the methods that every audit compares with
-    budget_tokens          tokens kept per kv head after budget resolution; None for an unbounded method
-    text                   the text's name; `context` and `continuation` count its tokens
+    method                 the setting as text, e.g. `h2o(recent=64)@256`
+    configuration          the setting without its budget, e.g. `h2o(recent=64)`
+    name                   the setting without budget and arguments, e.g. `h2o`
+    budget                 the budget as the user gave it; None without one
+    baseline               True for the settings that every audit compares with
+    budget_tokens          tokens kept per kv head; None if the budget is not one number
+    text                   the text's name
+    context, continuation  numbers of tokens of the context and of the scored continuation
     kl                     KL(p || q) of each scored token, nats
     loss, exact_loss       -log q(token) and -log p(token) of each scored token, nats
     same_top               1 for each scored token where p and q have the same likeliest token, else 0
-    state_bytes            bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
+    state_bytes            bytes at the end of the context
+    peak_state_bytes       the most bytes at any moment
     exact_bytes            bytes of the exact cache at the end of the context, in the model's own dtype
     exact_16_bit_bytes     the same if its numbers had 16 bits
     floor_bytes            lower bound on any attention data structure's bytes, for worst-case keys and values
-    token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
+    token_id_bytes         bytes of the context's token ids, which a model could store instead and recompute the rest:
+                           context x log2(vocabulary) / 8
     seconds                time to read context and continuation
     """
 
@@ -179,8 +189,8 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     """Summarise the rows of one setting, one per text.
 
     The intervals show how far the figures could move on other passages like these. They are computed by resampling the
-    blocks of BLOCK_TOKENS tokens of all texts together. Raises ValueError for rows of several settings, and for texts
-    with fewer blocks than an interval needs.
+    blocks of all texts together. Raises ValueError for rows of several settings, and for texts with fewer blocks than
+    an interval needs.
     """
     if len({row.method for row in rows}) != 1:
         raise ValueError("summarise the rows of one setting at a time")
@@ -205,14 +215,14 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
 
 
 def block_means(rows: Iterable[TextRow]) -> list[float]:
-    """Return the mean KL of each block of BLOCK_TOKENS scored tokens, text by text, in nats per token."""
+    """Return the mean KL of each block of scored tokens, text by text, in nats per token."""
     return [total / count for row in rows for total, count in blocks(row.kl, BLOCK_TOKENS)]
 
 
 def looks(rows: Iterable[TextRow]) -> int:
-    """Return how often a race has judged a setting that read these texts.
+    """Return the number of looks at a setting, given its rows in the order of reading; at least 1.
 
-    It is judged after each text, as soon as it has FIRST_LOOK blocks.
+    A race looks after each text, as soon as the texts so far have FIRST_LOOK blocks together.
     """
     counts = accumulate(len(blocks(row.kl, BLOCK_TOKENS)) for row in rows)
     return max(1, sum(count >= FIRST_LOOK for count in counts))
@@ -220,10 +230,10 @@ def looks(rows: Iterable[TextRow]) -> int:
 
 @dataclass(frozen=True)
 class TextSummary:
-    """Hold one line of an audit's table of texts: a setting (method with budget), its bytes and its divergence.
+    """Hold one line of an audit's table of texts: a setting, its bytes and its divergence from the exact cache.
 
-    Bytes are means over the texts, of a cache at the end of the context. `texts` counts the texts, `figures` has 95 %
-    intervals.
+    Bytes are means over the texts of a cache's bytes at the end of the context; `peak_state_bytes` is the largest peak.
+    `texts` is the number of texts, `seconds` the time of all of them. `figures` are taken over all scored tokens.
     """
 
     setting: str
@@ -247,7 +257,9 @@ _MEANS = ("state_bytes", "exact_bytes", "exact_16_bit_bytes", "floor_bytes", "to
 def summaries(rows: Sequence[TextRow], racing: bool = False, confidence: float = 0.95) -> list[TextSummary]:
     """Return one summary per setting, in the order of the rows.
 
-    With `racing`, each interval leaves a share of its error for later looks: one may have stopped after any text.
+    racing      True if the rows are those of a race. Then the intervals are wider, so that they hold with `confidence`
+                although a setting may have stopped reading after any text
+    confidence  level of the two-sided intervals
     """
     groups: dict[str, list[TextRow]] = {}
     for row in rows:
@@ -279,5 +291,5 @@ def read_text_rows(path: Path) -> list[TextRow]:
 
 
 def _short(column: Iterable[float]) -> tuple[float, ...]:
-    """Round each number to the digits that the file keeps."""
+    """Round each number to the significant digits that the file keeps (_DIGITS)."""
     return tuple(float(f"{x:.{_DIGITS}g}") for x in column)

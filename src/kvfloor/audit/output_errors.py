@@ -1,7 +1,8 @@
 """Map the error of the attention output per layer and kv head, on the first text that an audit reads.
 
-A setting is a method with its budget. The model runs once with an exact cache, and its queries, keys and values are
-recorded. Each setting then answers the recorded queries from the recorded keys and values.
+A setting is a method with its budget. The model runs once with an exact cache, which keeps every token, over the text's
+context and the first tokens of its continuation; its queries, keys and values are recorded. Each setting then answers
+the recorded queries of the continuation from the recorded keys and values.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ MOST_BYTES = 2**28  # of an output_errors.jsonl
 class ErrorMap:
     """Record one setting's relative error of the attention output per layer and kv head, on one text.
 
-    method        the setting (method with its budget)
-    text          the text's name
-    context       tokens of context that were recorded; fewer than the audit's context where these did not fit
-    continuation  tokens after the context whose queries were answered, with the method running on
-    state_bytes   bytes of the setting's cache at the end of the audit's context, as in its `TextRow`
-    layers        numbers of the layers whose cache is compressed, as the model counts them
+    method                the setting as text, e.g. `h2o@256`
+    text                  the text's name
+    context               number of tokens of context that were recorded; fewer than the audit's context if that was too
+                          long
+    continuation          number of tokens after the context whose queries were answered, with the method running on
+    state_bytes           bytes of the setting's cache at the end of the audit's context
+    layers                numbers of the layers whose cache is compressed, as the model counts them
     output_error_by_head  ||answers - exact|| / ||exact|| of the attention output, same queries: (layers, kv heads)
     """
 
@@ -78,9 +80,10 @@ def map_errors(
 ) -> tuple[list[ErrorMap], list[HeadFloor]]:
     """Record the model on an excerpt; return every setting's error map, and the memory floors of the model's kv heads.
 
-    `rows` are the settings' rows on the same excerpt, of which the bytes are taken. The setting `exact`, whose error is
-    zero, gets no map. There are no floors if the context was too long to be recorded whole. `progress` is called with a
-    line of text before each step.
+    An excerpt is the context and the continuation that an audit reads of a text. A floor is a lower bound on the bytes
+    that any method needs for a head. `rows` are the settings' rows on the same excerpt, of which the bytes are taken.
+    The setting `exact`, whose error is zero, gets no map. There are no floors if the context was too long to be
+    recorded whole. `progress` is called with a line of text before each step.
     """
     context, asked = _that_fit(model, excerpt)
     progress(f"{excerpt.cell}: recording the attention's inputs")
@@ -113,7 +116,10 @@ def read_error_maps(path: Path) -> list[ErrorMap]:
 
 
 def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
-    """Return the tokens to record: the context, or its beginning if it is too long, and the tokens after that."""
+    """Return the tokens to record: those of the context, and the ASKED tokens after them.
+
+    If the recorded tensors would exceed MOST_RECORDED_BYTES, only the beginning of the context is taken.
+    """
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -125,7 +131,10 @@ def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
 
 
 def _in_tokens(method: Method, recorded: Sequence[traces.Trace], length: int) -> Method:
-    """Return the method with its budget in tokens per kv head, for a context of `length` tokens."""
+    """Return the method with its budget in tokens per kv head, for a context of `length` tokens.
+
+    recorded: the traces, which give the numbers and sizes of layers and heads.
+    """
     trace = recorded[0]
     places = [(trace.layer, head) for head in range(trace.kv_heads)]
     d, dv = trace.k.shape[2], trace.v.shape[2]

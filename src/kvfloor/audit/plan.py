@@ -1,7 +1,7 @@
 """Plan an audit's work: the settings (methods x budgets, baselines always in) and the samples of each cell.
 
-A cell is a task at a context length under a protocol (when the question comes). A baseline is a method that every audit
-compares with.
+A setting is a method with its budget. A baseline is a setting that every audit compares with. A cell is a task at a
+context length under a protocol: "after" asks a sample's question after its context is compressed, "visible" before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BASELINES = {
     "window": "keeps the most recent tokens (recency)",
     "sinks": "keeps the first tokens and the most recent ones",
 }
-"""Map each method that every audit compares with to a description in words."""
+"""Describe in words each method that every audit compares with."""
 
 METHODS = ("h2o", "snapkv")
 BUDGETS = {True: ("64", "192"), False: ("25%", "50%")}
@@ -37,7 +37,7 @@ TASKS = ("recall", "passkey64", "vartrack", "registers")
 
 @dataclass(frozen=True)
 class Item:
-    """Hold one sample as text: its context, and the questions that are asked in one conversation about it."""
+    """Hold one sample as text: its context, and the questions about it that are asked in one conversation."""
 
     context: str
     turns: tuple[Question, ...]
@@ -54,7 +54,7 @@ class Item:
 
     @property
     def split(self) -> bool:
-        """Return True if the sample has a question apart from its context."""
+        """Return True if the sample has a question apart from its context; False for a bare prompt."""
         return bool(self.turns[0].ask)
 
 
@@ -73,9 +73,11 @@ class Work:
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMethod]:
     """Return the settings of an audit: every method under every budget, the baselines first, each setting once.
 
-    A method whose text has a budget runs under that budget alone. A method that takes no budget runs once. A baseline
-    that is also among `methods` is marked as a baseline and as asked for. Raises ValueError for an unknown method, and
-    for a budget smaller than the number of tokens that the method protects from eviction.
+    methods  texts of methods, e.g. `h2o`. One with a budget, e.g. `h2o@256`, runs under that budget alone; one that
+             takes no budget runs once
+    budgets  texts of budgets, e.g. `256`, `25%`, `64MiB`
+    A baseline that is also among `methods` is marked as a baseline and as asked for. Raises ValueError for an unknown
+    method, and for a budget smaller than the number of tokens that the method protects from eviction.
     """
     sizes: list[Budget] = [parse_budget(text) for text in budgets]
     if not sizes:
@@ -95,19 +97,17 @@ def _under(method: Method, sizes: Sequence[Budget], **marks: bool) -> list[Budge
 
 
 def check_protocols(protocols: Sequence[str]) -> None:
-    """Raise ValueError unless every name is a protocol ("after" or "visible") and there is at least one.
-
-    "after" asks a sample's question after its context is compressed, "visible" before.
-    """
+    """Raise ValueError unless every name is a protocol ("after" or "visible") and there is at least one."""
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown or not protocols:
         raise ValueError(f"protocol {(unknown or ['none'])[0]!r}: choose from {', '.join(PROTOCOLS)}")
 
 
 def chosen_tasks(names: Sequence[str]) -> list[Task]:
-    """Return the tasks of these names, each once: of the package, of a group, or a third party's as `module:TASK`.
+    """Return the tasks of these names, each once.
 
-    Raises ValueError for a name that is no task, for two tasks of one name, and for an empty list.
+    A name is that of a built-in task, of a group of tasks, or `module:TASK` for a task in the user's own module. Raises
+    ValueError for a name that is no task, for two tasks of one name, and for an empty list.
     """
     if not names:
         raise ValueError(f"an audit needs at least one task, for example --tasks {TASKS[0]}")
@@ -129,8 +129,11 @@ def task_work(
 ) -> list[Work]:
     """Return the cells of an audit (tasks x contexts x protocols) with `n` generated samples each.
 
-    Samples are the same for every protocol. `count` counts the tokens of a text. A sample's context has at most as many
-    tokens as the cell's context length. `chat` decides which tasks are put into the model's chat template.
+    tasks, contexts, protocols  names of tasks, context lengths in tokens, names of protocols
+    seed                        seed of the samples, which are the same for every protocol
+    count                       function that returns the number of tokens of a text; a sample's context has at most as
+                                many as the cell's context length
+    chat                        rule that decides which tasks are put into the model's chat template
     """
     work = []
     for task in chosen_tasks(tasks):
@@ -156,9 +159,10 @@ def prompt_work(
 ) -> list[Work]:
     """Return the cells of a user's own samples, one per protocol, with `name` in place of a task's name.
 
-    The cells' context length is that of the longest sample context, in tokens by `count`. A bare prompt has no separate
-    question, so only the protocol "visible" (compress the question with the context) applies to it. `chat` decides if
-    the samples are put into the model's chat template.
+    items  the samples
+    count  function that returns the number of tokens of a text; the cells' context length is that of the longest sample
+    chat   rule that decides if the samples are put into the model's chat template
+    If a sample is a bare prompt without a separate question, the one cell is that of the protocol "visible".
     """
     allowed = [p for p in dict.fromkeys(protocols) if p == "visible" or all(item.split for item in items)]
     wrapped = chat.takes(True)

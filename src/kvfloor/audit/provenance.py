@@ -22,7 +22,11 @@ _PIECE = 2**22  # bytes read at a time
 
 
 def model_hashes(name: str) -> dict[str, str]:
-    """Return file name -> SHA-256 of a model's files of weights; a file of a folder too large to hash has its size."""
+    """Return file name -> SHA-256 of a model's files of weights.
+
+    name: "builtin", the name of a published model, a GGUF file or a folder. If the files of a folder have more than
+    MOST_HASHED bytes together, each has a sentence with its size in place of the SHA-256.
+    """
     if name in PACKAGED:
         return {PACKAGED[name].file: PACKAGED[name].sha256}
     if is_gguf(Path(name)):
@@ -37,7 +41,7 @@ def model_hashes(name: str) -> dict[str, str]:
 def text_hashes(names: Sequence[str], tokens: int) -> dict[str, str]:
     """Return name -> SHA-256 of each text: of a file's bytes, or of a shipped or generated text in UTF-8.
 
-    tokens  number of tokens that the audit read of each, from which a generated text's length follows
+    tokens: number of tokens that the audit read of each text; a generated text is made as long as that.
     """
     packaged = (*SHIPPED, *GENERATED)
     return {
@@ -49,14 +53,17 @@ def text_hashes(names: Sequence[str], tokens: int) -> dict[str, str]:
 
 
 def hashes_of(question: AuditRequest) -> dict[str, str]:
-    """Return file or text -> SHA-256 of what an audit measures: the model's weights, the texts, the user's prompts."""
+    """Return file or text -> SHA-256 of what an audit measures: the model's weights, the texts, the user's prompts.
+
+    question: the arguments of the audit.
+    """
     longest = max(question.context_lengths) + question.scored
     texts = text_hashes(question.text_names, longest)
     return model_hashes(question.model) | texts | file_hash(question.prompts)
 
 
 def file_hash(path: Path | None) -> dict[str, str]:
-    """Return name -> SHA-256 of one file; nothing for None."""
+    """Return a dict with one entry, file name -> SHA-256; an empty dict for None."""
     return {} if path is None else {path.name: _of_file(path)}
 
 

@@ -1,10 +1,15 @@
 """Spend an audit's minutes where they decide: clear losers stop early, and close calls read further texts.
 
-A setting is a method with its budget. A race goes through the texts one by one. From the moment that the time is too
-short for all settings on all of them, a setting whose divergence is shown to exceed the limit stops: it reads no
-further text and runs no task. When all texts are read and all tasks run, further passages of the texts are read by
+A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A
+measurement is a pair of place and setting; its result is a row. A setting's divergence is its mean KL to the exact
+cache, which keeps every token. A verdict on a setting is "holds" (its divergence is shown to be below the limit and no
+task shows a loss), "falls" (its divergence certainly exceeds the limit, or a loss on a task is certain) or "open".
+
+A race is an audit with a time limit. It goes through the texts one by one. From the moment that the time is too short
+for all settings on all of them, a setting whose divergence certainly exceeds the limit stops: it reads no further text
+and runs no task. When all texts are read and all tasks run, further texts (more passages of the same texts) are read by
 close calls only: settings whose verdict is open and could still change the recommendation. These decisions follow from
-the rows of the places (texts and cells) before, so an audit that was killed and goes on decides alike.
+the rows alone, so an audit that was stopped and goes on decides alike.
 """
 
 from __future__ import annotations
@@ -28,10 +33,10 @@ Rows = Mapping[Pair, AnyRow]
 class Race:
     """Say which measurements a race asks for.
 
-    grid      the places in order, the settings, and the further texts
-    standard  the limit and the confidence by which a setting stops
-    least_exact  score of exact below which a cell is left out
-    hurried   True if the time is too short for all settings on all places
+    grid         the places in order, the settings, and the further texts
+    standard     the limit of the divergence and the confidence by which settings are judged
+    least_exact  score of the exact cache below which a cell is left out, i.e. measured with the exact cache alone
+    hurried      True if the time is too short for all settings on all places
     """
 
     grid: Grid
@@ -41,13 +46,14 @@ class Race:
     _close: dict[Place, frozenset[str]] = field(default_factory=dict)
 
     def hurry(self) -> None:
-        """Let clear losers stop from now on."""
+        """Stop from now on each setting whose divergence certainly exceeds the limit, as the time is too short."""
         self.hurried = True
 
     def __call__(self, rows: Rows, /) -> list[Pair]:
         """Return the measurements that the race asks for, given the rows so far, in the order of measuring.
 
-        Further texts are asked for one by one, when all before them is measured.
+        The result includes those that have a row already. It has a further text only if everything before that text is
+        measured.
         """
         weak = left_out(rows, self.least_exact)
         pairs: list[Pair] = []
@@ -72,7 +78,10 @@ class Race:
         return pairs
 
     def note(self, rows: Iterable[Pair]) -> str:
-        """Return a sentence on the settings that stopped early and those that read further texts; "" for none."""
+        """Return a sentence on the settings that stopped early and those that read further texts; "" if none did.
+
+        rows: the measurements that have a row.
+        """
         texts = [(at, setting) for at, setting in rows if isinstance(at, TextCell)]
         count = Counter(setting for _, setting in texts)
         first = sum(setting == EXACT and at not in self.grid.further for at, setting in texts)
@@ -90,7 +99,10 @@ class Race:
         return (*self.grid.places, *self.grid.further)
 
     def _close_calls(self, place: Place, rows: Rows) -> frozenset[str]:
-        """Return the settings that a further text may bring into the recommendation, given the rows before it."""
+        """Return the close calls that read the further text `place`, given the rows of the places before it.
+
+        The answer for a text is kept, so that it does not change while the text is read.
+        """
         if place not in self._close:
             before = self._places[: self._places.index(place)]
             known = [rows[at, setting] for at in before for setting in self.grid.settings if (at, setting) in rows]
@@ -99,7 +111,13 @@ class Race:
 
 
 def race(grid: Grid, configurations: Iterable[str], kl_limit: float, least_exact: float = 0.0) -> Race:
-    """Return the race over a grid; `configurations` are the methods without their budgets, which share the error."""
+    """Return the race over the places and settings of `grid`.
+
+    configurations  the settings without their budgets, e.g. `h2o(recent=64)`. The allowed error is divided by their
+                    number, not counting `exact` and `random`
+    kl_limit        largest tolerated divergence, nats per token
+    least_exact     score of the exact cache below which a cell is left out
+    """
     methods = len({text for text in configurations if text not in UNJUDGED})
     return Race(grid, Standard(MARGIN, CONFIDENCE, methods, kl_limit, racing=True), least_exact)
 
@@ -107,8 +125,9 @@ def race(grid: Grid, configurations: Iterable[str], kl_limit: float, least_exact
 def close_calls(rows: Sequence[AnyRow], standard: Standard) -> list[str]:
     """Return the settings with an open verdict that more texts may bring into the recommendation.
 
-    Such a setting has fewer bytes than the recommended one, or is a larger budget of a method with such a setting, as
-    no budget is believed whose larger ones do not hold. Nothing below a budget that falls can be recommended.
+    A setting can only be recommended if every larger budget of its method holds. So of each method, only the budgets
+    above the first that falls count, from the largest down. If the smallest of these has fewer bytes than the
+    recommended setting, those with an open verdict are close calls.
     """
     assert standard.kl_limit is not None
     tasks = [row for row in rows if isinstance(row, Row)]
@@ -124,6 +143,9 @@ def close_calls(rows: Sequence[AnyRow], standard: Standard) -> list[str]:
 
 
 def _until_one_falls(budgets: Sequence[Judged]) -> list[Judged]:
-    """Return the first of the settings, which go from the largest budget down, before the first that falls."""
+    """Return the settings before the first whose verdict is "falls".
+
+    budgets: the verdicts on one method's settings, from the largest budget down.
+    """
     falling = next((i for i, one in enumerate(budgets) if one.verdict == "falls"), len(budgets))
     return list(budgets[:falling])

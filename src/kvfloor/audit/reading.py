@@ -1,8 +1,9 @@
 """Read texts under every setting of an audit (method with budget), and compare the predictions with the exact cache's.
 
-The reference is transformers' own cache with the model's own attention, without kvfloor. So kvfloor's `exact` is
-measured against it like any other method. The reference's logits are computed once per excerpt (context and
-continuation) and used for all settings.
+An excerpt is the context and the continuation that an audit reads of a text; the scored tokens are those of the
+continuation. The reference is transformers' own cache with the model's own attention, without kvfloor. So kvfloor's
+`exact` is measured against it like any other method. The reference's logits are computed once per excerpt and used for
+all settings.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ from kvfloor.hf.intake import Prompt
 
 @dataclass(frozen=True)
 class Read:
-    """Record one setting's reading of an excerpt: its figures per scored token, the cache's bytes, and the time.
+    """Record one setting's reading of an excerpt.
 
-    state_bytes    bytes at the end of the context; peak_state_bytes: the most bytes at any moment
-    budget_tokens  tokens kept per kv head; None if the budget is not one number
-    floor_bytes    bytes that any method needs for worst-case keys and values of the context's length
+    figures           what is measured at each scored token: KL to the exact cache, losses, same likeliest token
+    state_bytes       bytes of the cache at the end of the context
+    peak_state_bytes  the most bytes of the cache at any moment
+    budget_tokens     tokens kept per kv head; None if the budget is not one number
+    floor_bytes       bytes that any method needs for worst-case keys and values of the context's length
+    seconds           time to read context and continuation
     """
 
     figures: TokenFigures
@@ -47,7 +51,10 @@ class Read:
 
 
 class Reader:
-    """Read excerpts with one model, which `kvfloor.hf.prepare` made ready for compressed caches."""
+    """Read excerpts with one model, which `kvfloor.hf.prepare` made ready for compressed caches.
+
+    seed: seed of the random draws of methods.
+    """
 
     def __init__(self, model: Any, seed: int, methods: Sequence[Method] = ()) -> None:
         """Build the reader; `methods` are those to come, which may share a run of the model over a context."""
@@ -70,9 +77,11 @@ class Reader:
     def read(
         self, method: Method, excerpt: Excerpt, reference: Sequence[tuple[Tensor, Tensor]], prompt: Prompt | None = None
     ) -> Read:
-        """Read an excerpt under a method, and compare its predictions with the exact cache's (`reference`).
+        """Read an excerpt under a method, and compare its predictions with the exact cache's.
 
-        prompt: what feeds the context, from the method `prompt`; one for all methods saves runs of the model.
+        reference  what the method `reference` returned for the same excerpt
+        prompt     what the method `prompt` returned for the same excerpt; given to every method, it saves runs of the
+                   model
         """
         begin = time.perf_counter()
         cache = CompressedCache(self.model, method, seed=self.seed, context=excerpt.cell.context)
@@ -103,7 +112,8 @@ class Reader:
         """Feed the context, seal the cache (end of the prompt), and yield the continuation in pieces of c tokens.
 
         A piece is (token ids (c,), logits (c, vocabulary)): the ids are the text's own tokens, and each token's logits
-        predict it from the tokens before. `sealed` is called after the seal.
+        predict it from the tokens before. `dialogue` holds the model with an empty cache. `sealed` is called after the
+        seal.
         """
         prompt.feed(dialogue)
         if isinstance(dialogue.cache, CompressedCache):
@@ -114,12 +124,21 @@ class Reader:
 
 
 def _floor(spec: Spec, context: int) -> float:
-    """Return the worst-case floor in bytes of one layer, whose kv heads are the rows of `spec`."""
+    """Return a lower bound on the bytes that any method needs for one layer, for worst-case keys and values.
+
+    spec     sizes of the layer; its rows are the kv heads
+    context  number of tokens
+    """
     return floors.space(context, spec.d, spec.dv, heads=spec.rows).bytes
 
 
 def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact_bytes: int, model: Any) -> TextRow:
-    """Build the row of a setting on an excerpt, from its reading and the bytes that `exact` has after the context."""
+    """Build the row of a setting on an excerpt, i.e. the record that an audit writes.
+
+    read         the setting's reading of the excerpt
+    exact_bytes  bytes of kvfloor's `exact` cache at the end of the context
+    model        gives the size of the vocabulary and the dtype
+    """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     cell, found = excerpt.cell, read.figures
     return TextRow(

@@ -53,18 +53,19 @@ On text that the exact model itself would write, a divergence of 0.01 raises the
 class Judged:
     """Record the verdict on one candidate setting over all texts and cells.
 
-    A setting is a method with its budget; a cell is a task at a context length under a protocol.
-
-    verdict                    the worse of the verdicts on texts and on cells: "holds" (too large a loss is excluded),
-                               "falls" (a loss, or too large a divergence, is certain) or "open" (neither is shown)
-    weakest                    the row (setting measured on one cell) with the worst verdict; None if no task was run
-    divergence                 how far the setting is from exact on the texts; None if no text was read. Its interval
-                               has the confidence by which the setting is judged
-    decided_by                 "texts" or "tasks": what gave the verdict
-    believed                   True if the setting and every larger budget of its method hold
-    state_bytes, exact_bytes   means over the texts, or over the cells if no text was read
-    exact_16_bit_bytes         bytes of an exact cache whose numbers have 16 bits; None if no text was read
-    peak_state_bytes           maximum over the texts or cells
+    setting                   the setting as text, e.g. `h2o(recent=64)@256`
+    method                    the setting without its budget, e.g. `h2o(recent=64)`
+    verdict                   the worse of the verdicts on texts and on cells: "holds" (too large a loss is excluded),
+                              "falls" (a loss, or too large a divergence, is certain) or "open" (neither is shown)
+    believed                  True if the setting and every larger budget of its method hold
+    state_bytes, exact_bytes  bytes of the setting and of exact at the end of the context; means over the texts, or over
+                              the cells if no text was read
+    peak_state_bytes          maximum over the texts or cells
+    weakest                   the row with the worst verdict; None if no task was run
+    divergence                how far the setting is from exact on the texts; None if no text was read. Its interval has
+                              the confidence by which the setting is judged
+    decided_by                "texts" or "tasks": what gave the verdict
+    exact_16_bit_bytes        bytes of an exact cache whose numbers have 16 bits; None if no text was read
     """
 
     setting: str
@@ -84,11 +85,11 @@ class Judged:
 class Recommendation:
     """Hold the recommended setting of an audit, and all candidates with their verdicts.
 
-    A candidate is a setting (method with budget) that was measured on every text and cell and saves bytes.
+    A candidate is a setting that saves bytes and was measured on every text and cell (in a race, on at least one text).
 
-    method    text of the recommended setting, or None if no setting is safe
+    method    text of the recommended setting; None if no setting is safe
     judged    the verdict on every candidate, from the fewest bytes up
-    exact     the rows of the exact cache, one per cell (task, context length, protocol)
+    exact     the rows of the exact cache, one per cell
     standard  limit, margin and confidence that every candidate was judged by
     texts     the rows of the exact cache, one per text and context length
     """
@@ -121,15 +122,19 @@ def recommend(
 ) -> Recommendation:
     """Return the safe setting of fewest bytes, with the verdict on every candidate.
 
-    With `texts`, a setting (method with budget) is safe if it and every larger budget of its method are shown to
-    diverge by less than `kl_limit` nats, at the given confidence, and no cell shows a loss. Without texts it is safe if
-    it and every larger budget of its method are shown to lose less than `margin` on every cell; then no setting is
-    recommended if every cell is weak, i.e. if exact itself scores below WEAK_EXACT_SCORE on each. The default margin of
-    15 points suits a short audit: with n = 40 samples per cell and eight methods, a setting that loses no sample to
-    exact is shown to lose less than 14 points. A tighter margin needs more samples.
-
-    With `racing`, a setting need not have read every text: clear losers stopped early and close calls read on
-    (`audit/race.py`). Intervals then allow for one look after every text.
+    rows, texts  the rows of all settings on the cells, and those on the texts
+    margin       largest tolerated loss of score on tasks; used if no text was read
+    confidence   confidence of the whole recommendation
+    kl_limit     largest tolerated divergence, nats per token; used if texts were read
+    racing       True if the rows are those of a race, i.e. an audit with a time limit, in which settings that clearly
+                 lose stopped early and undecided ones read further texts. Then a setting need not have read every text,
+                 and the intervals allow for a judgement after every text
+    With texts, a setting is safe if it and every larger budget of its method are shown to diverge by less than
+    `kl_limit`, and no cell shows a loss. Without texts it is safe if it and every larger budget of its method are shown
+    to lose less than `margin` on every cell; then no setting is recommended if exact itself scores below
+    WEAK_EXACT_SCORE on every cell. The default margin of 15 points suits a short audit: with n = 40 samples per cell
+    and eight methods, a setting that loses no sample to exact is shown to lose less than 14 points. A tighter margin
+    needs more samples.
 
     Raises ValueError if the rows hold no exact reference or a setting twice on one cell or text, or if margin,
     confidence or limit is out of range.
@@ -163,7 +168,10 @@ def recommend(
 class _Candidate:
     """Hold a setting's rows: one per cell of the tasks, and one per text and context length.
 
-    is_whole is False if a cell lacks, as the setting stopped in a race; then it is not safe, whatever its texts show.
+    setting   the setting as text
+    method    the setting without its budget
+    is_whole  True if the setting was measured on every cell. One that stopped early was not, and is never called safe,
+              whatever its texts show
     """
 
     setting: str
@@ -174,7 +182,7 @@ class _Candidate:
 
     @property
     def sized(self) -> tuple[Row, ...] | tuple[TextRow, ...]:
-        """Return the rows whose bytes stand for the setting: those of the texts, if any was read."""
+        """Return the rows whose bytes are compared with exact's: those of texts, or of cells if no text was read."""
         return self.texts or self.rows
 
     def mean(self, name: str) -> float:
@@ -186,9 +194,9 @@ def _candidates(
 ) -> list[_Candidate]:
     """Return the settings that may be recommended, with their rows.
 
-    Such a setting (method with budget) is measured on every cell (task, context length, protocol) and text, takes fewer
-    bytes than exact, and is neither `exact` nor `random`. In a race, one text is enough. Raises ValueError if a setting
-    has two rows on one cell or text.
+    Such a setting is measured on every cell and text (with `racing`, on at least one text), takes fewer bytes than
+    exact, and is neither `exact` nor `random`. `exact` and `exact_texts` are the exact cache's rows on the cells and on
+    the texts. Raises ValueError if a setting has two rows on one cell or text.
     """
     settings: dict[str, dict] = defaultdict(dict)
     for row in (*rows, *texts):
@@ -242,7 +250,7 @@ def _judge(candidates: Sequence[_Candidate], standard: Standard) -> tuple[Judged
 
 
 def _strength(row: Row, standard: Standard) -> tuple[int, float, float, Cell]:
-    """Return a key that sorts rows from the weakest up."""
+    """Return a sort key that puts the row with the worst verdict first, and of these the one with the largest loss."""
     return SEVERITY[standard.verdict(row)], row.score - row.exact_score, standard.lower_end(row), row.cell
 
 

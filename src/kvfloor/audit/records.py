@@ -26,15 +26,16 @@ def write_records(path: Path, records: Iterable[Any]) -> None:
 def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> list[R]:
     """Read the objects of the dataclass `kind` that `write_records` wrote; lists become tuples.
 
-    file_name  name that an audit gives such a file, for errors
-    what       description of one line, such as "a row of an audit", for errors
-    Raises ValueError naming the file, and the line that is not a row.
+    most_bytes  largest size of the file that is read
+    file_name   name that an audit gives such a file, for errors
+    what        description of one line, such as "a row of an audit", for errors
+    Raises ValueError naming the file, and the line that is not such an object.
     """
     return _records(path, read_regular(path, most_bytes, "rows"), kind, file_name, what)
 
 
 def read_growing(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> tuple[list[R], int]:
-    """Read the objects of a file that is written line by line, and return them with the bytes of its whole lines.
+    """Read a file that is written line by line, and return (its objects, the bytes of its whole lines).
 
     A last line without its end was cut off while it was written, and is left out. A missing file has no objects.
     Arguments and errors are those of `read_records`.

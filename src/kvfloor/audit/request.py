@@ -24,35 +24,39 @@ ENGINES = ("local", "ray")
 class AuditRequest:
     """Hold the arguments of an audit: every field has the command line's default.
 
-    model     "builtin" or a local folder
-    methods   texts of methods, without the baselines, which always run too
-    budgets   texts of budgets: tokens, shares or bytes; None: 64 and 192 tokens for the built-in model, a quarter and a
-              half of the context for any other
-    tasks     names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none for
-              any other
-    prompts   file of the user's own samples as JSON lines, used in place of tasks; None: tasks
-    texts     names or files of texts to compare next-token distributions on (`audit/texts.py`); None: the generated
-              ones for the built-in model, the shipped ones for any other
-    contexts  lengths of contexts in tokens; None: 512 for the built-in model, 1,024 for any other
+    A row is the result of one method under one budget on one text or cell; a cell is a task at a context length under a
+    protocol.
+
+    model         "builtin", a local folder, a GGUF file or the name of a published model
+    methods       texts of methods, e.g. `h2o`, without the baselines, which always run too
+    budgets       texts of budgets: tokens, shares or bytes; None: 64 and 192 tokens for the built-in model, a quarter
+                  and a half of the context for any other
+    tasks         names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none
+                  for any other
+    prompts       file of the user's own samples as JSON lines, used in place of tasks; None: tasks
+    texts         names or files of texts to compare next-token distributions on; None: the generated ones for the
+                  built-in model, the shipped ones for any other
+    contexts      lengths of contexts in tokens; None: 512 for the built-in model, 1,024 for any other
     continuation  number of tokens that are predicted after each text's context; None: as many as the longest context
-              has, at least 512
-    kl_limit  largest tolerated divergence, nats per token
+                  has, at least 512
+    kl_limit      largest tolerated divergence from the exact cache, nats per token
     accept_terms  True if the user accepts the terms of use of a published model
-    n         samples per row, at least 32
-    protocols "after": the question follows the compression; "visible": it is compressed with the context
-    require   conditions on the rows, such as "h2o@192:recall.score>=0.9" (`audit/require.py`), or None
-    out       folder for the rows and the report; rows that are in it already are not measured again
-    command   command line that the report shows
+    n             number of samples per cell, at least 32
+    seed          seed of the samples and of the methods' random draws
+    protocols     "after": the question follows the compression; "visible": it is compressed with the context
+    require       conditions on the rows, such as "h2o@192:recall.score>=0.9"; None: no conditions
+    out           folder for the rows and the report; rows that are in it already are not measured again
+    command       command line that the report shows
     allow_beyond  True if contexts may be longer than the positions that the model was trained for
-    minutes   time limit: texts and cells that do not fit are left out; None: no limit
-    fresh     True if rows that are in `out` already are measured again
-    shard     (i, n): measure the i-th of n parts only, 1 <= i <= n; None: measure everything
-    chat      "on": put all samples into the model's chat template; "off": none; "auto": those of tasks whose questions
-              are put to an assistant, and of prompts, if the tokenizer has a template
-    least_exact  score of exact below which a cell is left out; 0: keep all cells
-    engine    "local": this process measures; "ray": the workers of a Ray cluster do
-    workers   number of Ray workers; None: as many as the cluster has processors for
-    ray_address  address of a running Ray cluster; None: the one in RAY_ADDRESS, or one that is started here
+    minutes       time limit: texts and cells that do not fit are left out; None: no limit
+    fresh         True if rows that are in `out` already are measured again
+    shard         (i, n): measure the i-th of n parts only, 1 <= i <= n; None: measure everything
+    chat          "on": put all samples into the model's chat template; "off": none; "auto": those of tasks whose
+                  questions are put to an assistant, and of prompts, if the tokenizer has a template
+    least_exact   score of the exact cache below which a cell is left out; 0: keep all cells
+    engine        "local": this process measures; "ray": the workers of a Ray cluster do
+    workers       number of Ray workers; None: as many as the cluster has processors for
+    ray_address   address of a running Ray cluster; None: the one in RAY_ADDRESS, or one that is started here
     """
 
     model: str = "builtin"
@@ -116,7 +120,10 @@ class AuditRequest:
 
     @property
     def racing(self) -> bool:
-        """Return True if the audit spends its minutes where they decide (`audit/race.py`)."""
+        """Return True if the audit is a race, i.e. if it reads texts and has a time limit.
+
+        In a race, settings that clearly lose stop early, and undecided ones read further texts.
+        """
         return self.minutes is not None and bool(self.text_names)
 
     def check(self) -> None:

@@ -43,12 +43,15 @@ _CLAUSE = re.compile(
 
 @dataclass(frozen=True)
 class Clause:
-    """Hold one parsed condition of `--require`; `setting` and `task` are None where the text names none.
+    """Hold one parsed condition of `--require`.
 
-    every       True if the method is named without arguments, so that it stands for all its configurations
+    text        the clause as it was written
+    setting     the METHOD; None if the clause has none
+    every       True if the METHOD has no arguments, so that it stands for all its configurations
+    task        the TASK; None if the clause has none
     figure      name of the row's field that is compared
     comparison  one of >=, <=, >, <
-    bound       the number to compare with, in the field's unit
+    bound       the number to compare with, in the field's unit: 90% is 0.9, 1KiB is 1024
     """
 
     text: str
@@ -60,7 +63,10 @@ class Clause:
     bound: float
 
     def names(self, setting: BudgetedMethod) -> bool:
-        """Return True if the clause is about this setting (method with its budget) of the audit."""
+        """Return True if the clause is about this setting of the audit.
+
+        A clause without METHOD is about every setting that the user asked for.
+        """
         named = self.setting
         if named is None:
             return setting.asked
@@ -91,8 +97,8 @@ class Condition:
 def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[str]) -> tuple[Condition, ...]:
     """Parse the text of `--require` into conditions, for an audit of these settings and tasks.
 
-    A clause compares one field of a row, its figure, with a number. Raises ValueError naming the clause that does not
-    follow the grammar, with the grammar and the known figures, or the clause that is about no row of the audit.
+    Raises ValueError naming the clause that does not follow the grammar, with the grammar and the known figures, or the
+    clause that is about no row of the audit.
     """
     found = []
     for part in split_words(text.strip(), r"\s+and\s+") or [text]:
@@ -110,10 +116,7 @@ def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[
 
 
 def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str]:
-    """Return one line of text per row that misses a condition; an empty list if every condition holds.
-
-    A row is one setting (method with budget) measured on one task, context length and protocol.
-    """
+    """Return one line of text per row that misses a condition; an empty list if every condition holds."""
     lines = []
     for condition in conditions:
         clause = condition.clause
@@ -126,9 +129,10 @@ def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str
 
 
 def uncovered(conditions: Sequence[Condition], left_out: Sequence[Row]) -> list[str]:
-    """Return one line of text per condition and left-out cell that it is about: it was not shown to hold there.
+    """Return one line of text per condition and left-out cell that the condition is about.
 
-    left_out: the exact cache's row of each cell on which no other setting was measured.
+    A cell (task, context length, protocol) is left out if the exact cache scores too low on it: only the exact cache is
+    measured there, so a condition is not shown to hold. `left_out` has the exact cache's row of each such cell.
     """
     return [
         f"{condition.clause.text}: {row.cell} was left out, exact scores {row.score:.3g} there"

@@ -1,6 +1,7 @@
 """Hold the measured rows of an audit, and write them as `rows.jsonl` and as the `--json` document.
 
-A row is one setting (method with its budget) measured on one cell (task, context length, protocol).
+A row is the result of one setting (method with its budget) on one cell (task, context length, protocol). "exact" is the
+cache that keeps every token.
 """
 
 import math
@@ -21,7 +22,8 @@ MOST_BYTES = 2**28  # of a rows.jsonl
 class Cell(NamedTuple):
     """Identify a cell of an audit: a task, a context length in tokens, and a protocol.
 
-    All rows of a cell have the same samples, and are compared sample by sample.
+    The protocol is "visible" if a question is compressed with its context, "after" if it follows the compression. All
+    rows of a cell have the same samples, and are compared sample by sample.
     """
 
     task: str
@@ -35,38 +37,41 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Record one setting (method with its budget) measured on one cell (task, context length, protocol).
+    """Record one setting measured on one cell.
 
-    Bytes are of the whole cache: all layers and heads of one sequence. "exact" is the cache that keeps every token.
+    Bytes are of the whole cache: all layers and heads of one sequence.
 
-    method                 the setting as text, budget included
-    budget_tokens          tokens kept per kv head after budget resolution; None for an unbounded method
-    task, context          the task's name; tokens of context
+    method                 the setting as text, e.g. `h2o(recent=64)@256`
+    budget_tokens          tokens kept per kv head; None if the budget is not one number
+    task, context          the task's name; the number of tokens of context
     protocol               "visible": a question is compressed with its context; "after": it follows the compression
-    n                      samples, at least 32
-    score                  share of exactly right answers, with its 95 % Wilson interval
-                           `score_low`..`score_high`
+    n                      number of samples, at least 32
+    score                  share of exactly right answers
+    score_low, score_high  95 % Wilson interval of the score
     exact_score            the exact cache's share on the same samples
     diff_low, diff_high    95 % Tango interval of the paired difference score - exact_score
-    state_bytes            bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
+    state_bytes            bytes at the end of the context
+    peak_state_bytes       the most bytes at any moment
     exact_bytes            bytes of the exact cache at the end of the same context
     floor_bytes            lower bound on any attention data structure's bytes, for worst-case keys and values
-    token_id_bytes         context x log2(vocabulary) / 8: a model may store the token ids and recompute
-    bytes_read_per_token   bytes of state read to produce one token
+    bytes_read_per_token   bytes of the cache that are read to produce one token
     output_error           mean of `output_error_by_layer`
-    prefill_ms             time to append the context; a method that compresses only at its end is filled from one
-                           run of the model, whose time is in each such method's figure
-    decode_ms_per_token    None where no step was timed
+    prefill_ms             milliseconds to read the context, per sample; methods that compress only at its end share
+                           one run of the model, whose time is counted for each of them
+    decode_ms_per_token    median milliseconds to decode a token, per sample; None if no token was decoded
     output_tokens          mean length of the answers, in tokens
-    configuration          the setting without its budget; `name`: without arguments too; `budget`: as the user gave
-                           it, None without one
-    baseline               True for the methods that every audit compares with
+    configuration          the setting without its budget, e.g. `h2o(recent=64)`
+    name                   the setting without budget and arguments, e.g. `h2o`
+    budget                 the budget as the user gave it; None without one
+    baseline               True for the settings that every audit compares with
     parts                  mean share, from 0 to 1, of each named part of the answers that was met; an answer is right
                            if all its parts are met in full
+    token_id_bytes         bytes of the context's token ids, which a model could store instead and recompute the rest:
+                           context x log2(vocabulary) / 8
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
     outcomes               one 0 (wrong) or 1 (right) per sample, in the samples' order
-    gained, lost           number of samples that only this setting answers right; that only exact answers right
+    gained, lost           numbers of samples that only this setting answers right, and that only exact answers right
     """
 
     method: str
@@ -147,7 +152,7 @@ class Row:
 
     @property
     def below_floor(self) -> bool:
-        """Return True if the state has fewer bytes than the worst-case floor.
+        """Return True if the cache has fewer bytes than the worst-case floor (`floor_bytes`).
 
         This is possible, because the floor holds for the worst data, and the audited data may be easier.
         """
@@ -182,9 +187,12 @@ def measured_row(
 ) -> Row:
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
-    `exact_outcomes` are the exact cache's outcomes (0 or 1) on the same samples in the same order; for the exact
-    cache's own row, `exact_outcomes` equals `outcomes`. `parts` None: an answer has one part.
-    All other arguments except `setting` are fields of `Row`.
+    setting         the method with its budget
+    outcomes        one 0 (wrong) or 1 (right) per sample
+    exact_outcomes  the exact cache's outcomes on the same samples in the same order; for the exact cache's own row they
+                    are `outcomes` again
+    parts           mean share of each named part of the answers that was met; None: an answer has one part
+    All other arguments are fields of `Row`.
 
     Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
     number is not finite.
@@ -250,10 +258,10 @@ def read_rows(path: Path) -> list[Row]:
 def document(
     *, model: str, seed: int, rows: Iterable[Row], method: str | None, why: str, report: str
 ) -> dict[str, Any]:
-    """Build the one JSON document of `kvfloor audit --json`.
+    """Build the JSON document that `kvfloor audit --json` prints.
 
-    The document has the schema number, model, seed, rows, the recommended setting `method` with its reason `why`, and
-    the report's path. `method` is None where no setting is safe.
+    The document has a schema number, the model, the seed, the rows (fields in CONTRACT_FIELDS), the recommended setting
+    `method` with its reason `why`, and the report's path. `method` is None if no setting is safe.
     """
     return {
         "schema": SCHEMA,

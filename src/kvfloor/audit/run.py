@@ -1,4 +1,10 @@
-"""Run an audit from start to end: plan the work, measure it, recommend a setting, write the rows."""
+"""Run an audit from start to end: plan the work, measure it, recommend a setting, write the rows.
+
+A setting is a method with its budget; a cell is a task at a context length under a protocol. A place is a text or a
+cell. A measurement is a pair of place and setting, and its result is a row. The journal holds the rows, in memory and
+in files of the audit's folder. A cell is left out if the exact cache, which keeps every token, scores too low on it.
+The identity of an audit is a dict of all that its rows depend on.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +48,18 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold the results of an audit: rows, kv heads' floors, recommendation, and what they come from.
+    """Hold the results of an audit.
 
-    rows        one per setting (method with budget) and cell of the tasks; texts: one per setting and text
-    closer      errors by head and example answers; heads: the kv heads' floors
-    left_out    the exact cache's row of each cell that was left out because of its score
-    report      path of the HTML page, which `kvfloor.report.render` writes later
-    shortfalls  a line for each row that misses a condition of `require`
+    rows            the rows of the cells, one per setting and cell
+    texts           the rows of the texts, one per setting and text
+    heads           for each kv head its floor, i.e. a lower bound on the bytes that any method needs, and its cheapest
+                    good setting
+    recommendation  the recommended setting, and the verdict on every other one
+    closer          errors by head on the first text, and example answers
+    report          path of the HTML page, which `kvfloor.report.render` writes later
+    shortfalls      one line for each row that misses a condition of `--require`
+    meta            the source of the results: model, command, versions, machine
+    left_out        the exact cache's row of each cell that was left out
     """
 
     rows: list[Row]
@@ -89,10 +100,11 @@ def _silent(text: str) -> None:
 def run(question: AuditRequest, track: Track, announce: Announce = _silent) -> Answer:
     """Run the audit that is asked for, write its rows, and return its results.
 
-    Rows that are in the folder `question.out` already, of an audit that was stopped, are not measured again.
-
-    `track(total, text)` is called before each of `total` measurements, which `text` names; total is 0 while the model
-    is loaded. `announce` is called with lines of text that tell the expected time, and what was measured before. Raises
+    question  the arguments of the audit
+    track     function `track(total, text)` that is called before each of `total` measurements, which `text` names;
+              total is 0 while the model is loaded
+    announce  function that is called with lines of text that tell the expected time, and what was measured before
+    Rows that are in the folder `question.out` already, of an audit that was stopped, are not measured again. Raises
     ValueError with one line for anything in `question` that cannot be done.
     """
     plan, required = _checked(question)
@@ -104,7 +116,7 @@ def run(question: AuditRequest, track: Track, announce: Announce = _silent) -> A
 def measure_part(question: AuditRequest, track: Track, announce: Announce = _silent) -> int:
     """Measure the part of an audit that `question.shard` names, and return its number of rows.
 
-    Arguments and errors are those of `run`.
+    Shard (i, n) is the i-th of n parts; `kvfloor merge` joins them. Arguments and errors are those of `run`.
     """
     plan, _ = _checked(question)
     with Journal(open_folder(question.out)) as journal:
@@ -112,9 +124,12 @@ def measure_part(question: AuditRequest, track: Track, announce: Announce = _sil
 
 
 def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], command: str) -> Answer:
-    """Return the results of the rows in a journal: floors, recommendation, and where they miss a condition.
+    """Return the results that follow from the rows in a journal.
 
-    Raises ValueError if exact scores too low on every cell and no text was read, so that nothing is left to compare.
+    kl_limit  largest tolerated divergence from the exact cache, nats per token
+    required  the parsed conditions of `--require`
+    command   command line that the report shows
+    Raises ValueError if every cell is left out and no text was read, so that nothing is left to compare.
     """
     from kvfloor.audit.closer import read_closer
 
@@ -144,7 +159,10 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
 
 
 def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condition, ...]]:
-    """Return the settings and the parsed `require`. Raises ValueError for a request that cannot be measured."""
+    """Return the settings and the parsed conditions of `--require`.
+
+    Raises ValueError for a request that cannot be measured.
+    """
     question.check()
     plan = settings(question.methods, question.budget_texts)
     if question.prompts is not None:
@@ -158,7 +176,10 @@ def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condit
 def _measure(
     question: AuditRequest, plan: Sequence[BudgetedMethod], journal: Journal, track: Track, announce: Announce
 ) -> int:
-    """Measure what the journal lacks, sort its files, and return the number of rows that were asked for."""
+    """Measure what the journal lacks, write its files in their last order, and return the number of rows.
+
+    plan: the settings. The other arguments are those of `run`.
+    """
     begin, began = time.perf_counter(), time.time()
     folder = find(question.model, question.accept_terms, lambda text: track(0, text))
     known = identity(question, plan, folder)
@@ -190,7 +211,10 @@ def _measure(
 
 
 def _look_closer(question: AuditRequest, engine: Engine, journal: Journal, track: Announce) -> None:
-    """Measure what explains the result, and write it beside the rows; nothing if there is nothing to compare."""
+    """Measure what explains the result (errors by head, floors, example answers), and write it beside the rows.
+
+    Do nothing if every cell is left out and no text was read.
+    """
     header = journal.about
     weak = left_out(journal.rows, header.least_exact)
     rows, texts = [row for row in journal.tasks if row.cell not in weak], journal.texts
@@ -200,7 +224,12 @@ def _look_closer(question: AuditRequest, engine: Engine, journal: Journal, track
 
 
 def _engine(question: AuditRequest, folder: Path, known: dict[str, Any], track: Announce) -> Engine:
-    """Return the engine that `question` names, with the model loaded."""
+    """Return the engine that `question` names, with the model loaded: this process, or a Ray cluster.
+
+    folder  the model's files
+    known   the identity of the audit
+    track   function that is called with a line of text before each long step
+    """
     if question.engine == "ray":
         from kvfloor.audit.cluster import Cluster
 
@@ -219,7 +248,15 @@ def _header(
     began: float,
     seconds: float,
 ) -> Header:
-    """Describe the audit that begins now; `known` is its identity, `seconds` the time of earlier starts."""
+    """Return the description of the audit that begins now, for `audit.json`.
+
+    plan     the settings
+    known    the identity of the audit
+    grid     the places and settings
+    hashes   file or text -> SHA-256 of what is measured
+    began    time at which this start of the command began, seconds since 1970
+    seconds  time that earlier starts took
+    """
     return Header(
         model=question.model,
         seed=question.seed,
@@ -240,7 +277,11 @@ def _header(
 
 
 def _asked(question: AuditRequest, header: Header) -> Race | Fixed:
-    """Return what says which measurements the audit asks for."""
+    """Return the rule that says which measurements the audit asks for: a race, or a fixed list.
+
+    An audit of texts with a time limit is a race: settings that clearly lose stop early, and undecided ones read
+    further texts.
+    """
     if header.racing:
         configurations = [one.configuration for one in header.methods]
         return race(header.grid, configurations, question.kl_limit, header.least_exact)
@@ -248,7 +289,11 @@ def _asked(question: AuditRequest, header: Header) -> Race | Fixed:
 
 
 def _is_done(question: AuditRequest, journal: Journal) -> bool:
-    """Return True if the rows asked for are there, or those left out did not fit into the same minutes before."""
+    """Return True if nothing is left to measure.
+
+    Then all rows that are asked for are there, or an earlier start with the same time limit came to its end without the
+    others.
+    """
     header = journal.about
     if header.racing != question.racing or (question.shard is None and not is_explained(journal.folder)):
         return False
@@ -258,9 +303,10 @@ def _is_done(question: AuditRequest, journal: Journal) -> bool:
 
 
 def _finish(question: AuditRequest, journal: Journal, asked: Race | Fixed, notes: Sequence[str]) -> int:
-    """Bring the files into their last order, without places that lack a setting, and return the number of rows.
+    """Write the files in their last order, without places on which a setting is missing; return the number of rows.
 
-    A part of an audit keeps all rows, as other parts may be measured in the same folder.
+    A part of an audit (`question.shard`) keeps all rows, as other parts may be measured in the same folder. `asked` is
+    the rule that says which measurements are asked for, `notes` are sentences for the report.
     """
     pairs = asked(journal.rows)
     missing = journal.missing(pairs)

@@ -16,9 +16,9 @@ class BudgetedMethod:
 
     The texts are made here, and no later code takes them apart again.
 
-    method     the method, whose budget may be tokens, a share of the context, or bytes
-    baseline   True if every audit includes the setting, as a reference
-    asked      True if the user asked for the setting, by itself or as a method under the audit's budgets
+    method    the method, whose budget may be tokens, a share of the context, or bytes
+    baseline  True if every audit includes the setting, as a reference
+    asked     True if the user asked for the setting, by itself or as a method under the audit's budgets
     """
 
     method: Method

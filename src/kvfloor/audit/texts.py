@@ -1,6 +1,7 @@
 """Provide the texts that an audit reads: shipped public-domain ones, generated ones for the built-in model, or files.
 
-An excerpt is the first tokens of a text: a context, and the continuation whose tokens are predicted.
+An excerpt is a passage of a text: a context, and the continuation whose tokens are predicted (scored). Usually it is
+the text's beginning. A race, i.e. an audit with a time limit, may read further passages.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _GENERATED_FROM = 1_000_000  # index of the first generated text: far from the i
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Hold the tokens of one text that an audit reads: ids of the context, and of the scored continuation."""
+    """Hold one excerpt: its cell (name and numbers of tokens), and the token ids of its context and continuation."""
 
     cell: TextCell
     context: list[int]
@@ -40,7 +41,10 @@ class Excerpt:
 
 
 def check_texts(names: Sequence[str]) -> None:
-    """Raise ValueError for a name that is neither a text nor a file, and for two texts of one name."""
+    """Raise ValueError for a name that is neither a text of the package nor a file, and for two texts of one name.
+
+    Files are named without folder and ending: `a/x.txt` and `b/x.md` have one name.
+    """
     for name in names:
         if name not in (*SHIPPED, *GENERATED) and not Path(name).exists():
             raise ValueError(f"no text {name!r}: give a file, or one of {', '.join((*SHIPPED, *GENERATED))}")
@@ -52,9 +56,8 @@ def check_texts(names: Sequence[str]) -> None:
 def text_of(name: str, tokens: int) -> str:
     """Return the text of this name: a shipped one, a generated one, or the content of a file.
 
-    A generated text has at least `tokens` tokens of the built-in model's tokenizer.
-
-    Raises ValueError for a name that is neither a text nor a readable UTF-8 file.
+    A generated text is made so long that it has at least `tokens` tokens of the built-in model's tokenizer; other texts
+    are returned whole. Raises ValueError for a name that is neither a text nor a readable UTF-8 file.
     """
     if name in SHIPPED:
         return files("kvfloor.tasks").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
@@ -90,10 +93,13 @@ def check_scored(texts: int, continuation: int, limited: bool) -> None:
 def further_excerpts(
     names: Sequence[str], contexts: Sequence[int], continuation: int, encode: Callable[[str], list[int]]
 ) -> list[Excerpt]:
-    """Return the next passages of the texts, as far as they have tokens: the second of each, then the third, and so on.
+    """Return the next passages of the texts: the second of each text, then the third of each, and so on.
 
-    A passage is as long as the longest context and the continuation together; it begins with the special tokens that
-    `encode` puts before every text. Generated texts have no further passages. There are at most MOST_PASSAGES a text.
+    names, contexts, continuation  names of texts, context lengths, and number of scored tokens
+    encode                         function that returns the token ids of a text
+    A passage is as long as the longest context and the continuation together. It starts with the special tokens that
+    `encode` puts before every text, and gives one excerpt per context length. A text has at most MOST_PASSAGES
+    passages, the first included, and no more than its tokens allow. Generated texts have no further passages.
     """
     found, head, length = [], encode(""), max(contexts) + continuation
     bodies = {name: encode(text_of(name, length))[len(head) :] for name in names if name not in GENERATED}
@@ -111,9 +117,10 @@ def further_excerpts(
 def excerpts(
     names: Sequence[str], contexts: Sequence[int], continuation: int, encode: Callable[[str], list[int]]
 ) -> list[Excerpt]:
-    """Return the excerpt of each text at each context length; `encode` returns the token ids of a text.
+    """Return the excerpt at the beginning of each text, one per context length.
 
-    Raises ValueError for a text shorter than context and continuation, and for names that `check_texts` refuses.
+    encode: function that returns the token ids of a text. Raises ValueError for a text shorter than context and
+    continuation, and for names that `check_texts` refuses.
     """
     check_texts(names)
     found = []

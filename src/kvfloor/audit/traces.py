@@ -1,6 +1,7 @@
 """Measure the attention-output error of a method against exact attention, on the real queries of a model.
 
-An error is ||answers - exact|| / ||exact|| of the attention output.
+An error is ||answers - exact|| / ||exact|| of the attention output. A trace holds what one layer's attention was given
+on a few samples; a sample is a context with a question and its right answer.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ class Trace:
     A row is one kv head on one sample; g is the size of the GQA group, n the number of tokens, padding included, and d
     and dv are the widths of a key and a value.
 
-    q        (rows, g, n, d)               queries
-    k, v     (rows, n, d), (rows, n, dv)   keys and values
-    present  (rows, n)                     False on padding
-    asked                                  number of tokens at the end that are the question's and the answer's; the
-                                           tokens before them are the context's
-    exact    (rows, g, asked, dv)          outputs of exact attention on these last tokens
+    layer     number of the layer, as the model counts it
+    q         (rows, g, n, d), queries
+    k, v      (rows, n, d) and (rows, n, dv), keys and values
+    present   (rows, n), False on padding
+    scale     factor on q.k
+    softcap   c in c * tanh(logit / c); None: logits are not capped
+    kv_heads  number of kv heads of the layer
+    asked     number of tokens at the end that are the question's and the answer's; the tokens before them are the
+              context's
+    exact     (rows, g, asked, dv), outputs of exact attention on these last tokens
     """
 
     layer: int
@@ -50,7 +55,8 @@ class Trace:
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
     """Run the model with an exact cache over each context, question and right answer; return one trace per layer.
 
-    `contexts` and `asks` (question and answer) are token ids, one list per sample.
+    contexts  token ids of the contexts, one list per sample
+    asks      token ids of question and answer, one list per sample
     """
     cache = CompressedCache(model.config, "exact")
     seen = Recorder(cache.compressed)
@@ -71,11 +77,11 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
 
 def replay(trace: Trace, method: Method) -> Tensor:
-    """Return a method's attention outputs (rows, g, asked, dv), float32, for the last `asked` queries of a trace.
+    """Return a method's attention outputs for the last `asked` queries of a trace: (rows, g, asked, dv), float32.
 
-    A row is one kv head on one sample; g is the size of the GQA group, and dv the width of a value. The context's
-    tokens are appended first, and the state is sealed (its prompt ends) before these queries. The method's budget must
-    be in tokens per kv head.
+    The context's tokens are appended first, and the method's state is told that the prompt ends (`seal`) before these
+    queries. The method's budget must be in tokens per kv head. A row is one kv head on one sample; g is the size of the
+    GQA group, and dv the width of a value.
     """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
@@ -90,8 +96,7 @@ def replay(trace: Trace, method: Method) -> Tensor:
 def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:
     """Return a method's relative l2 error of the attention output, per layer and kv head: [layer][kv head].
 
-    An error is ||answers - exact|| / ||exact||. Norms run over the samples, the group's heads, the question's and
-    answer's tokens and the head width.
+    Norms run over the samples, the heads of the GQA group, the question's and answer's tokens and the head width.
     """
     table = []
     for trace in traces:

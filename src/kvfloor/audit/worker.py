@@ -1,6 +1,7 @@
 """Hold a loaded model with an audit's texts and samples, and measure one setting on one of them at a time.
 
-A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol).
+A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A row
+is the result of one setting on one place. The setting `exact` keeps every token; the others are compared with its rows.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from kvfloor.models import load
 
 @dataclass(frozen=True)
 class _Opened:
-    """Hold what all settings share on one place: the exact predictions of a text, or the samples of a cell.
+    """Hold what all settings share on one place: the exact cache's logits on a text, or the samples of a cell.
 
-    prompt  feeds the context of the text; a cell's `prepared` has its own
+    reference  on a text: the continuation's token ids with the exact cache's logits, in pieces; else None
+    prompt     on a text: what feeds the context to the cache of each setting; else None
     """
 
     place: Place
@@ -45,10 +47,13 @@ class _Opened:
 
 
 class Worker:
-    """Measure the settings of an audit with one model, place by place. `grid` holds the places and settings."""
+    """Measure the settings of an audit with one model, place by place.
+
+    grid: all places and settings of the audit.
+    """
 
     def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
-        """Load the model in `folder`, and make the texts and samples that `question` asks for.
+        """Load the model in `folder`, and make the texts and samples that `question`, the audit's arguments, asks for.
 
         `track` is called with a line of text before each long step. Raises ValueError for a text that is too short, and
         for contexts that are longer than the model's positions.
@@ -80,7 +85,10 @@ class Worker:
         self._opened: _Opened | None = None
 
     def tokens(self, place: Place) -> int:
-        """Return the number of tokens that one setting takes in on a place."""
+        """Return the number of tokens that one setting reads on a place, as a measure of the time that it takes.
+
+        On a text these are context and continuation, on a cell the contexts of all samples.
+        """
         found = self._places[place]
         if isinstance(found, Excerpt):
             return len(found.context) + len(found.continuation)
@@ -89,7 +97,12 @@ class Worker:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains an audit's result, given its rows; arguments as in `audit/closer.py`."""
+        """Measure what explains the result: errors by kv head, the heads' memory floors, and example answers.
+
+        rows, texts  the measured rows of the cells, and those of the texts
+        answer       the recommendation that follows from these rows
+        track        function that is called with a line of text before each step
+        """
         self._opened = None
         plan = list(self._settings.values())
         read = [one for one in self._places.values() if isinstance(one, Excerpt)]
@@ -97,10 +110,10 @@ class Worker:
         return look_closer(self._bench, plan, read, work, rows, texts, answer, track)
 
     def open(self, place: Place) -> None:
-        """Compute what all settings share on a place, unless it was the last one opened.
+        """Compute what all settings share on a place, and keep it until another place is opened.
 
-        On a text these are the exact predictions, on a cell the samples' token ids and the recorded traces (queries,
-        keys, values) of the first few samples.
+        On a text this is the exact cache's logits, on a cell the samples' token ids and the recorded queries, keys and
+        values of the first few samples.
         """
         if self._opened is not None and self._opened.place == place:
             return
@@ -112,9 +125,11 @@ class Worker:
             self._opened = _Opened(place, prepared=self._bench.prepare(found))
 
     def measure(self, place: Place, setting: str, exact: AnyRow | None) -> Measured:
-        """Measure a setting on a place, which is opened if necessary.
+        """Measure a setting on a place, which is opened first if necessary, and return its row.
 
-        `exact` is the row of the setting `exact` there; None while `exact` itself is measured.
+        exact: the row of the setting `exact` on this place; None while `exact` itself is measured. With the row of
+        `exact` on a cell come the floors of the kv heads, i.e. lower bounds on the bytes that any method needs; there
+        are none if `exact` scores too low.
         """
         self.open(place)
         opened, found, one = self._opened, self._places[place], self._settings[setting]

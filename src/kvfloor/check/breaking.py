@@ -1,6 +1,10 @@
 """Check that an exception in the middle of a call leaves a state unchanged, or makes it refuse further calls.
 
-A state is a method's memory of the tokens that it was given. A block is the run of tokens between two evictions.
+A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
+makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
+GQA group, seed), and raises `Broken` if the law fails. A block is the run of a row's tokens between two evictions; a
+row is the stream of one kv head of one sequence. A call here is a function of a state that makes one call on it, e.g.
+`lambda state: state.append(k, v)`.
 """
 
 from __future__ import annotations
@@ -28,8 +32,8 @@ def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
 
     most: largest number of failures, which are then spread evenly over the operations; None: fail at every operation.
 
-    Returns the number of failures by their outcome: the state is unchanged, or it refuses all calls, or neither, which
-    is a fault.
+    Returns the number of failures by outcome. Afterwards the state is unchanged, or it refuses all calls, or neither,
+    which is a fault.
     """
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))

@@ -1,7 +1,11 @@
 """Check a method's text and docstrings, and the shapes, dtypes and side effects of its state's calls.
 
-A state is a method's memory of its tokens; the spec has the sizes, dtype and constants that a state is opened for. A
-log-mass is the log-sum-exp of the logits.
+A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
+makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
+GQA group, seed), and raises `Broken` if the law fails. The spec has the sizes, dtype and constants that a state is
+opened for. A method's text, such as "h2o(recent=64)@512", names it, and `parse` reads it. A log-mass is the log-sum-exp
+of a query's logits. A state's calls: `append` takes in keys and values, `step` takes in tokens and answers their
+queries, `read` and `attend` answer queries without new tokens. The message is the saved state (`to_bytes`).
 """
 
 from __future__ import annotations
@@ -43,7 +47,11 @@ def check_text(method: Method, at: Setting) -> None:
 
 
 def check_documented(method: Method, at: Setting) -> None:
-    """Require that a method and its parts have docstrings, and that one of them names a source."""
+    """Require that a method and its parts have docstrings, and that one of them names a source.
+
+    The parts are its eviction policy, its summary of evicted tokens and its selector of the tokens to read. The source
+    is a paper, in the class attribute `paper`.
+    """
     del at
     parts = [method, *(part for part in method.parts if part is not None)]
     for part in parts:
@@ -56,7 +64,9 @@ def check_documented(method: Method, at: Setting) -> None:
 def check_guarantee(method: Method, at: Setting) -> None:
     """Require that a guarantee has error, probability, norm, quantifier and source, and a reason if it is withdrawn.
 
-    The law is tested on the method, and on a state after a stream of tokens. A method without guarantee passes.
+    A guarantee is a proved bound on the error of answers. A state withdraws it if the tokens contradict one of its
+    assumptions. The law is tested on the method, and on a state after a stream of tokens. A method without guarantee
+    passes.
     """
     state, spec = method.open(spec_for(method, at)), spec_for(method, at)
     play(state, stream_for(method, at))
@@ -71,7 +81,10 @@ def check_guarantee(method: Method, at: Setting) -> None:
 
 
 def check_empty(method: Method, at: Setting) -> None:
-    """Require that a read before any token gives mean 0 and log-mass -inf, and calls without tokens change nothing."""
+    """Require that a read before any token gives mean 0 and log-mass -inf, and calls without tokens change nothing.
+
+    Mean and log-mass are the two results of `read`: the weighted mean of the values, and the log-sum-exp of the logits.
+    """
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at, n=4)
     fresh = state.to_bytes()
@@ -117,7 +130,7 @@ def check_shapes(method: Method, at: Setting) -> None:
 def check_read_pure(method: Method, at: Setting) -> None:
     """Require that `read` changes nothing, gives the same bits when repeated, and agrees with `attend`.
 
-    Both calls of a state answer queries without new tokens. Only `attend` lets the method learn from the queries.
+    Only `attend` lets the method learn from the queries.
     """
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at)

@@ -1,4 +1,8 @@
-"""Raise an exception at a chosen torch operation inside a state's call, and record how the state behaves afterwards."""
+"""Raise an exception at a chosen torch operation inside a state's call, and record how the state behaves afterwards.
+
+A state is a method's memory of the tokens that it was given. A call is a function of a state that makes one call on it,
+e.g. `lambda state: state.append(k, v)`.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,9 @@ class Injected(Exception):
 
 
 class Faults(TorchDispatchMode):
-    """Count the torch operations in a `with` block (in `done`), and raise `Injected` after operation number `at`.
+    """Count the torch operations inside a `with` block in `done`, and raise `Injected` after one of them.
 
-    With `at` None the operations are only counted.
+    at: number of that operation, from 1; None: only count.
     """
 
     def __init__(self, at: int | None = None) -> None:
@@ -59,10 +63,11 @@ def spread_out(operations: int, most: int | None) -> list[int]:
 class FaultTally:
     """Count injected failures by their outcome.
 
-    as_before   the state (or cache) was as before the call, and the call made again succeeds
-    taken_in    the call was a model's forward, and its cache had already appended the call's tokens in every layer
-    refused     every further call raises BrokenState
-    silent      one sentence for each failure with any other outcome, which is a fault
+    as_before  the state (or cache) was as before the call, and the call made again succeeds
+    taken_in   only for a model's forward: its cache had already appended the forward's tokens in every layer, and goes
+               on
+    refused    every further call raises BrokenState
+    silent     one sentence for each failure with any other outcome, which is a fault
     """
 
     as_before: int = 0
@@ -119,7 +124,7 @@ def _verdict(trial: State, call: Call, before: bytes, answer: Tensor | None, aft
 
 
 def public_calls(state: State) -> dict[str, Callable[[], object]]:
-    """Return the public calls of a state that answer, append or copy, by name, each with valid input."""
+    """Return the public calls of a state that answer, append or copy, by name, each ready to run with valid input."""
     spec = state.spec
     like = {"dtype": spec.dtype, "device": spec.device}
     k, v = torch.ones(spec.rows, 1, state.key_width, **like), torch.ones(spec.rows, 1, state.value_width, **like)

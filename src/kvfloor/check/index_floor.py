@@ -1,4 +1,10 @@
-"""Check the INDEX lower bound: queries recover no more hidden bits from a method than its memory has bits."""
+"""Check the INDEX lower bound: queries recover no more hidden bits from a method than its memory has bits.
+
+INDEX is the problem of answering for any one of n hidden bits from a message that was written before the question is
+known; the message needs about n bits. A method is a KV-cache compressor; its state is the cache of the tokens that it
+was given, empty when `Method.open` makes it. A check tests one law of docs/contract.md on a method under a setting `at`
+(dtype of the cache, size of the GQA group, seed), and raises `Broken` if the law fails.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +27,11 @@ _ETA = 0.5
 def check_index_floor(method: Method, at: Setting) -> None:
     """Require that queries recover at most 8 bits per byte of `nbytes`, and of the saved state (`to_bytes`).
 
-    A short game tests the live state and one restored from the saved bytes: random bits are hidden in values, the
-    tokens are appended, and the bits are recovered from the answers to spike queries, each of which attends to one
-    token. Only certified bits are counted: those that the answers prove to be in the memory. `nbytes` is the size of
-    the live state in bytes. In `kvfloor break` a fresh process answers from the saved bytes alone.
+    `nbytes` is the size of the live state in bytes. A short game tests the live state and one restored from the saved
+    bytes: random bits are hidden in values, the tokens are appended, and the bits are recovered from the answers to
+    spike queries, each of which attends to one token. Only certified bits are counted: those that the answers prove to
+    be in the memory. A failure means that the state keeps memory that it does not count. `kvfloor break` plays the same
+    game more strictly: there a fresh process answers from the saved bytes alone.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)

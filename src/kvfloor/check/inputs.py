@@ -1,4 +1,11 @@
-"""Check that a state's calls refuse wrong input, and neither change nor keep the tensors that they are given."""
+"""Check that a state's calls refuse wrong input, and neither change nor keep the tensors that they are given.
+
+A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
+makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
+GQA group, seed), and raises `Broken` if the law fails. A state's calls: `append` takes in keys k and values v, `step`
+takes in tokens and answers their queries q, `read` and `attend` answer queries without new tokens. The mask `present`
+is False for padding.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +134,7 @@ def check_wrong_input(method: Method, at: Setting) -> None:
 
 
 def _nested(x: Tensor) -> Tensor:
-    """Return the rows of x, cut to unequal lengths, as a nested torch tensor, whose shape cannot be read."""
+    """Return the rows of x as a nested torch tensor, a type that has no single shape; every other row is cut by one."""
     rows = [row[: len(row) - i % 2] for i, row in enumerate(x)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nested tensors are a prototype
@@ -182,7 +189,7 @@ def check_inputs_untouched(method: Method, at: Setting) -> None:
 
 
 def _overwrite(x: Tensor) -> None:
-    """Write the number 3 into the whole storage behind x, also where x, as a view, does not reach."""
+    """Fill the whole storage behind x with the number 3, also the parts of it that x, as a view, does not show."""
     torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).fill_(3)
 
 
@@ -208,7 +215,10 @@ def _read(state: State, q: Tensor, k: Tensor, v: Tensor, present: Tensor) -> lis
 
 
 def check_input_forms(method: Method, at: Setting) -> None:
-    """Require that transposed, expanded, gradient-carrying and inference-mode inputs give the results of plain ones."""
+    """Require that transposed, expanded, gradient-carrying and inference-mode inputs give the results of plain ones.
+
+    Equal numbers in any memory layout must give equal answers and states, and answers must carry no gradient.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     middle = prompt_length(method)
     plain = method.open(spec)

@@ -1,4 +1,7 @@
-"""Define a check: a function that tests one law on a method under a setting, and raises `Broken` if the law fails."""
+"""Define a check: a function that tests one law on a method under a setting, and raises `Broken` if the law fails.
+
+A method is a KV-cache compressor. A law is a rule of docs/contract.md that its cache must obey.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Compute plain attention: in float64 as the truth, in the cache's dtype to measure how much rounding is normal."""
+"""Compute plain attention: in float64 as the truth, in the cache's dtype to measure how much rounding is normal.
+
+In shapes, rows are streams of one kv head of one sequence, g is the size of the GQA group, and d and dv are the widths
+of a key and a value. The spec has the sizes and constants of attention, such as the scale of the logits.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """Check randomness: random draws depend on seed and row ids alone, and shared tensors on method and spec alone.
 
-The spec has the sizes, dtype and constants that a state is opened for. A row is the stream of one kv head of one
-sequence. Its row id is a number in the spec that seeds its random draws.
+A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
+makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
+GQA group, seed), and raises `Broken` if the law fails. The spec has the sizes, dtype, seed and constants that a state
+is opened for. A row is the stream of one kv head of one sequence. Its row id is a number in the spec that, with the
+seed, determines its random draws.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from kvfloor.core.method import Method
 def check_seeded(method: Method, at: Setting) -> None:
     """Require that results depend on seed and row ids alone, and no global random generator is read or advanced.
 
-    A row is the stream of one kv head of one sequence. Its row id is a number in the spec that seeds its random draws.
+    The stream of tokens is the same in all runs. The global generators are those of torch and of Python.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     messages, outputs = [], []
@@ -61,7 +64,10 @@ def check_shared(method: Method, at: Setting) -> None:
 
 
 def check_clone(method: Method, at: Setting) -> None:
-    """Require that a clone shares no storage with its original and continues with the same bits."""
+    """Require that a clone shares no storage with its original and continues with the same bits.
+
+    A clone is the copy that the state's call `clone` returns.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     middle = stream.prompt + 5
     state = method.open(spec)

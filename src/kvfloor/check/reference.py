@@ -1,8 +1,13 @@
 """Check that answers equal exact attention where a method claims it, and that its other claims (`Traits`) hold.
 
-The other claims are normalised weights, linearity in values and constant memory. A selector is the part of a method
-that picks, for each query, the held tokens to read. A slot is the place of one held token. In shapes, rows are streams
-of one kv head, m queries per row, d and dv the widths of a key and a value.
+A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
+makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
+GQA group, seed), and raises `Broken` if the law fails. The other claims are normalised weights, linearity in values and
+constant memory. A selector is the part of a method that picks, for each query, the held tokens to read. A slot is the
+storage of one held token: key, value and position. "unmasked" is the attention law by which evicted tokens stay in the
+softmax with logit 0. In shapes, rows are streams of one kv head of one sequence, m is the number of queries per row, d
+and dv are the widths of a key and a value. Plain attention is softmax attention without compression, in the dtype of
+the cache.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from kvfloor.core.state import State
 
 
 def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
-    """Return a mask (rows, m, s), True for slots that the selector skips for q (rows, m, d); None if it skips none.
+    """Return a mask (rows, m, s), True where a query of q (rows, m, d) skips a slot; None if no query skips any.
 
     s is the number of tokens held by the fullest row.
     """
@@ -36,7 +41,10 @@ def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
 
 
 def waits_whole(method: Method) -> bool:
-    """Return True if the method keeps the first token whole, its key and value unchanged, just after it is appended."""
+    """Return True if a state still holds the first token's own key and value just after the token is appended.
+
+    A method that stores values inexactly may do so at once, or only later.
+    """
     state, stream = method.open(spec_for(method, Setting())), stream_for(method, Setting(), n=1)
     state.append(stream.k, stream.v)
     return all(len(row.position) == 1 for row in tokens_of(state)) and state.slots is not None
@@ -54,7 +62,12 @@ def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
 
 
 def check_reference(method: Method, at: Setting) -> None:
-    """Require exact attention until a token is evicted, up to 1.5 times plain attention's error in the same dtype."""
+    """Require exact attention until a token is evicted, up to 1.5 times plain attention's error in the same dtype.
+
+    The truth is attention in float64. The answers are compared up to the first token that the state no longer holds, or
+    that a query skips, with and without a softcap of the logits. A method that keeps whole tokens, and has a budget but
+    no selector, may lose its first token at most 15 tokens before the budget is used up.
+    """
     for softcap in (None, 4.0):
         spec, stream = replace(spec_for(method, at), softcap=softcap), stream_for(method, at)
         state, budget = method.open(spec), method.budget
@@ -103,8 +116,8 @@ class _Kept:
 def check_attends_to_held(method: Method, at: Setting) -> None:
     """Require exact attention over the held tokens that are read; "unmasked" methods add evicted ones at logit 0.
 
-    A held token is read unless the method's selector skips it for the query. "unmasked" is a value of
-    `Traits.reference`: the attention law by which evicted tokens keep logit 0.
+    A held token is read unless the method's selector skips it for the query. A method claims the law "unmasked" in
+    `Traits.reference`.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)

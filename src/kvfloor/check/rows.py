@@ -1,4 +1,10 @@
-"""Check that rows, the (batch item, kv head) streams that one state holds, are independent of each other."""
+"""Check that rows, the (batch item, kv head) streams that one state holds, are independent of each other.
+
+A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
+makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
+GQA group, seed), and raises `Broken` if the law fails. A row's row id is a number in the spec, the sizes and constants
+that a state is opened for; with the seed it determines the row's random draws.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +27,8 @@ def _row(state: State, *index: int) -> State:
 def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
     """Return the length in bytes of each row's saved state after each piece of the stream: [piece][row].
 
-    Pieces have at most `method.block` tokens. The caller compares two calls with different streams: where a length
-    differs, the row held another number of tokens.
+    Pieces have at most `method.block` tokens, the number between two evictions. The caller compares the results for two
+    streams: if a length differs, a row held another number of tokens.
     """
     state, sizes = method.open(spec_for(method, at)), []
 
@@ -49,8 +55,9 @@ def check_row_order(method: Method, at: Setting) -> None:
 def check_row_isolation(method: Method, at: Setting) -> None:
     """Require that other input in one row never changes a bit of another row's answers and memory.
 
-    If the row with other input then holds another number of tokens, matrix products over all rows change shape. In that
-    case the other rows' answers need to agree up to rounding only, while their memory must still have the same bits.
+    If the row with other input then holds another number of tokens, matrix products over all rows change shape, which
+    changes their rounding. In that case the other rows' answers need to agree up to rounding only, while their memory
+    must still have the same bits.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     changed, intruder = spec.rows - 1, stream_for(method, at, salt=1)
@@ -75,7 +82,7 @@ def check_row_isolation(method: Method, at: Setting) -> None:
 def check_row_alone(method: Method, at: Setting) -> None:
     """Require that a row keeps the same tokens in a state of its own as in a batch, under the same row id.
 
-    The answers must agree too. A row id is a number in the spec that seeds the row's random draws.
+    The answers must agree too.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
@@ -90,7 +97,8 @@ def check_row_alone(method: Method, at: Setting) -> None:
 def check_select_rows(method: Method, at: Setting) -> None:
     """Require that rows kept by `select_rows` continue as in the batch, and copies of a row become independent.
 
-    The call `select_rows` of a state keeps the rows that are named, in the given order; a row may be named repeatedly.
+    The call `select_rows` of a state keeps the rows that are named, in the given order, as beam search needs; a row may
+    be named repeatedly.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     last = rows_of(method) - 1

@@ -1,6 +1,9 @@
 """Check that `State.nbytes` counts all storage, and that saved states are restored exactly or refused.
 
-A message is the bytes of `State.to_bytes`, from which `Method.from_bytes` restores a state.
+A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
+makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
+GQA group, seed), and raises `Broken` if the law fails. A message is the bytes of `State.to_bytes`, from which
+`Method.from_bytes` restores a state.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ _SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a contai
 def storages(state: State) -> tuple[dict[int, int], int]:
     """Return ({address: bytes} of every tensor storage that the state reaches, total bytes of all other objects).
 
-    The walk follows every attribute and container, and does not use the class that computes nbytes (`Memory`). The
-    method, specs and `state.shared` (tensors that method and spec fix) are left out, because a saved state need not
-    contain them.
+    The walk follows every attribute and container, and does not use the code that computes nbytes. The method, specs
+    and `state.shared` (tensors that method and spec determine) are left out, because a saved state need not contain
+    them.
     """
     found: dict[int, int] = {}
     others, met = 0, {id(state.shared)}  # a part may hold the same dictionary
@@ -58,7 +61,10 @@ def storages(state: State) -> tuple[dict[int, int], int]:
 
 
 def check_nbytes(method: Method, at: Setting) -> None:
-    """Require that at every step nbytes equals the bytes of the tensors that an independent walk of the state finds."""
+    """Require that at every step nbytes equals the bytes of the tensors that an independent walk of the state finds.
+
+    nbytes may exceed them by the few bytes of numbers, flags and containers.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
 
@@ -73,7 +79,10 @@ def check_nbytes(method: Method, at: Setting) -> None:
 
 
 def check_message_round_trip(method: Method, at: Setting) -> None:
-    """Require that a state restored from its message (`to_bytes`) answers and continues with the same bits."""
+    """Require that a state restored from its message (`to_bytes`) answers and continues with the same bits.
+
+    It is restored several times in the course of one stream with padding, and after rows were selected.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     present = some_absent(stream, at.seed)
     live = method.open(spec)

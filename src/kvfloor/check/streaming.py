@@ -1,6 +1,9 @@
 """Check that answers do not depend on padding, later tokens, other queries, or how a stream is split into calls.
 
-A method evicts tokens at block ends, which are the multiples of `Method.block` tokens of a row.
+A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
+makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
+GQA group, seed), and raises `Broken` if the law fails. A method evicts tokens at block ends, which are the multiples of
+`Method.block` tokens of a row; a row is the stream of one kv head of one sequence.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from kvfloor.core.method import Method
 def check_chunking(method: Method, at: Setting) -> None:
     """Require that any split of a stream into calls keeps the same tokens and gives the same answers.
 
-    The stream has at least 20 block ends and is tested with and without padding. It is cut at random; without padding
-    it is also cut token by token at its start and after the prompt. The pieces lie at other memory addresses than the
-    stream. For a method of constant memory that holds whole tokens, the bytes of the saved states must be equal too.
+    The stream has at least 20 block ends and is tested with and without padding. It is cut at random places; without
+    padding it is also cut token by token at its start and after the prompt. The pieces lie at other memory addresses
+    than the stream, so that a dependence on memory alignment would show. For a method of constant memory that holds
+    whole tokens, the bytes of the saved states must be equal too.
     """
     spec, n = spec_for(method, at), long_stream_length(method)
     stream = stream_for(method, at, n=n)
@@ -50,7 +54,12 @@ def check_chunking(method: Method, at: Setting) -> None:
 
 
 def check_causality(method: Method, at: Setting) -> None:
-    """Require that later tokens do not change an earlier answer."""
+    """Require that later tokens do not change an earlier answer.
+
+    Answers of a long call are compared with those of its first tokens alone, and with those under other later tokens. A
+    method that claims `block_causal` may let a query see later tokens of its own block; there the block that is cut is
+    not compared.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     outputs = play(method.open(spec), stream)
     future = stream_for(method, at, salt=1)

@@ -1,8 +1,10 @@
-"""Draw seeded streams of tokens for the checks, feed them to states, and compare the tokens that states hold.
+"""Draw random token streams for the conformance checks, feed them to caches, and compare what the caches hold.
 
-The spec has the sizes, dtype and constants that a state is opened for. A row is the stream of one kv head of one
-sequence. Its row id in the spec seeds its random draws. A method evicts tokens at block ends, which are the multiples
-of `Method.block` tokens. A slot is the place of one held token.
+A method is the configuration of a KV-cache compressor. A state is the cache that a method opens for a spec: sizes,
+dtype and constants. A check tests one law that a method must keep, under a setting: dtype, GQA group size and seed. It
+raises Broken if the law fails.
+A row is the stream of one kv head of one sequence; its row id in the spec seeds its random draws. A block is
+`Method.block` consecutive tokens of a row; tokens are evicted at block ends. A slot is the place of one held token.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ _LONG = 1 << 20  # so many tokens that `capacity` has reached its bound, if it h
 
 @dataclass(frozen=True)
 class Stream:
-    """Hold n tokens per row to feed to a state: q (rows, g, n, d), k (rows, n, d), v (rows, n, dv).
+    """Hold a stream of n tokens per row: queries q (rows, g, n, d), keys k (rows, n, d) and values v (rows, n, dv).
 
-    g is the GQA group, i.e. query heads per row, d and dv are the widths of a key and a value. The first `prompt`
-    tokens are the prompt. After them the state is sealed (`State.seal` marks the end of the prompt).
+    g is the GQA group, i.e. query heads per row; d and dv are the widths of a key and a value. The first `prompt`
+    tokens are the prompt. Where they end, the state is told so by `State.seal`.
     """
 
     q: Tensor
@@ -48,13 +50,13 @@ class Stream:
         return replace(self, q=self.q[at], k=self.k[at], v=self.v[at])
 
     def with_tail(self, other: Stream, start: int) -> Stream:
-        """Return a stream with the tokens of this one before `start`, and those of `other` from there on."""
+        """Return a stream with this one's tokens before the index `start`, and the tokens of `other` from there on."""
         q = torch.cat([self.q[:, :, :start], other.q[:, :, start:]], 2)
         k = torch.cat([self.k[:, :start], other.k[:, start:]], 1)
         return replace(self, q=q, k=k, v=torch.cat([self.v[:, :start], other.v[:, start:]], 1))
 
     def packed(self, present: Tensor) -> Stream:
-        """Return the stream without the tokens where the mask `present` (n,) is False."""
+        """Return the stream without padding: in every row, only the tokens where the mask `present` (n,) is True."""
         prompt = int(present[: self.prompt].sum())
         return Stream(self.q[:, :, present], self.k[:, present], self.v[:, present], prompt)
 
@@ -66,7 +68,10 @@ def rows_of(method: Method) -> int:
 
 
 def of_rows(method: Method, index: Sequence[int]) -> Method:
-    """Return the method for the rows at `index`, with the budgets of these rows if each row has its own."""
+    """Return the method to open for the rows at `index` alone.
+
+    If the method has a budget per row, the budgets of these rows are kept. Otherwise the method is returned unchanged.
+    """
     budget = method.budget
     if not isinstance(budget, tuple):
         return method
@@ -75,7 +80,10 @@ def of_rows(method: Method, index: Sequence[int]) -> Method:
 
 
 def spec_for(method: Method, at: Setting) -> Spec:
-    """Return the spec to test a method with; its row ids differ from row indices, so that a mix-up would show."""
+    """Return the spec to test a method with.
+
+    Row ids differ from row indices, so that code which confuses them fails a check.
+    """
     rows, d = rows_of(method), width_of(method)
     ids = [11 + 5 * ((r + 1) % rows) for r in range(rows)]
     plain = Spec(rows=rows, d=d, dv=WIDTH, scale=d**-0.5, dtype=at.dtype, seed=at.seed, row_ids=ids)
@@ -88,9 +96,10 @@ def width_of(method: Method, otherwise: int = WIDTH) -> int:
 
 
 def placed(method: Method, spec: Spec) -> Spec:
-    """Return the spec with a (layer, kv head) place for every row, if the method has trained parameters.
+    """Return the spec with a (layer, kv head) of a model assigned to every row, if the method has trained parameters.
 
-    Rows are the heads of the first layer, then those of the next. Without trained parameters the spec is returned.
+    Trained parameters differ from head to head. Rows are the heads of the first layer, then those of the next. Without
+    trained parameters the spec is returned unchanged.
     """
     if method.traits.trained_for is None:
         return spec
@@ -99,28 +108,32 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return a prompt length in tokens: the most that a row can hold (64 if unbounded), plus one block, plus 5.
+    """Return the prompt length to test a method with, in tokens: more than the budget, if there is one, has room for.
 
-    The 5 tokens let the prompt end inside a block.
+    It is the most tokens that a row can hold besides the prompt (64 if unbounded), plus one block, plus 5. The 5 tokens
+    let the prompt end inside a block.
     """
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
 
 
 def stream_length(method: Method) -> int:
-    """Return a stream length in tokens: a prompt of `prompt_length`, and more than one block after it."""
+    """Return the stream length to test a method with, in tokens: the prompt (`prompt_length`), a block, and 14 more."""
     return prompt_length(method) + method.block + 14
 
 
 def long_stream_length(method: Method) -> int:
-    """Return a stream length in tokens with at least 20 block ends, and no less than `stream_length(method)`."""
+    """Return a longer stream length, in tokens: at least 20 whole blocks, and no less than `stream_length(method)`."""
     return max(stream_length(method), _BLOCK_ENDS * method.block + method.block // 2 + 1)
 
 
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
     """Draw a random stream of n tokens: normal queries and keys, uniform values in [-1, 1].
 
-    spec None: that of `spec_for`; n None: `stream_length(method)`. Another `salt` gives another stream.
+    at    the setting: dtype, GQA group size and seed
+    spec  None: the spec that `spec_for` returns
+    n     None: `stream_length(method)`
+    salt  another number gives another stream
     """
     spec = spec_for(method, at) if spec is None else spec
     n = stream_length(method) if n is None else n
@@ -135,15 +148,15 @@ def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | N
 def _off_boundary(x: Tensor) -> Tensor:
     """Return a copy of x whose memory address is unaligned, as that of a slice may be.
 
-    The copy starts three numbers into a larger storage.
+    The copy starts three elements into a larger storage.
     """
     return x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x)
 
 
 def probes(spec: Spec, m: int = 5) -> Tensor:
-    """Draw m random queries per row, (rows, m, d), which belong to no stream.
+    """Draw m random queries per row, (rows, m, d), that came with no token of a stream.
 
-    `State.read` answers such queries, as it takes queries without new tokens.
+    `State.read` answers such queries: it appends no tokens.
     """
     source = torch.Generator().manual_seed(977 + spec.seed)
     return (2.0 * torch.randn(spec.rows, m, spec.d, generator=source)).to(spec.dtype)
@@ -161,7 +174,10 @@ def some_absent(stream: Stream, seed: int) -> Tensor:
 
 
 def small_pieces(n: int) -> list[int]:
-    """Return the ends of pieces of 1 to 9 tokens that cut a stream of n tokens; the last end may lie beyond n."""
+    """Return token counts at which to cut a stream of n tokens into pieces of 1 to 9 tokens: 1, 2, 4, 9, 10, 19, ...
+
+    The last count is n or more.
+    """
     cuts, sizes = [], cycle((1, 1, 2, 5, 1, 9, 3))
     while sum(cuts[-1:]) < n:
         cuts.append(sum(cuts[-1:]) + next(sizes))
@@ -177,11 +193,14 @@ def play(
     present: Tensor | None = None,
     after: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Feed tokens start .. stop - 1 of a stream to `state.step`, in pieces that end at `cuts`; return the outputs.
+    """Feed the tokens start .. stop - 1 of a stream to a state, piece by piece; return the attention outputs.
 
-    `state.step` appends tokens and answers their queries. Outputs are (rows, g, stop - start, dv). `State.seal` is
-    called where the prompt ends. `present` (rows, n) is True at real tokens. `after(i)` is called after each piece,
-    with the number i of tokens fed so far.
+    Each piece goes to `State.step`, which appends its tokens and answers their queries. Outputs are
+    (rows, g, stop - start, dv). Where the prompt ends, `State.seal` is called.
+    stop     None: the end of the stream
+    cuts     indices of tokens before which a new piece begins
+    present  mask (rows, n), False for padding; None: no padding
+    after    called as `after(i)` after each piece, where i is the number of tokens fed so far
     """
     stop = stream.n if stop is None else stop
     edges = sorted({start, stop, *(c for c in (*cuts, stream.prompt) if start < c < stop)})
@@ -206,7 +225,7 @@ class Tokens:
 
 
 def tokens_of(state: State) -> list[Tokens]:
-    """Return the tokens in the slots of every row; an empty list for a state without slots."""
+    """Return the held tokens of every row, one `Tokens` per row; an empty list for a state that has no slots."""
     slots = state.slots
     if slots is None:
         return []
@@ -219,7 +238,10 @@ def tokens_of(state: State) -> list[Tokens]:
 
 
 def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> None:
-    """Raise Broken unless the rows of a and b hold the same tokens, bit for bit; `what` begins the error."""
+    """Raise Broken unless a and b, one `Tokens` per row each, have the same positions, keys and values, bit for bit.
+
+    `what` begins the error's message.
+    """
     require(len(a) == len(b), f"{what}: one holds {len(a)} rows of tokens, the other {len(b)}")
     for row, (one, two) in enumerate(zip(a, b, strict=True)):
         if not torch.equal(one.position, two.position):
@@ -230,10 +252,10 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 
 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
-    """Raise Broken unless states a and b have seen equally many tokens, hold the same ones and answer alike.
+    """Raise Broken unless states a and b have seen equally many tokens, hold the same tokens and answer alike.
 
-    For a method of constant memory that keeps tokens in slots, the bytes of the saved states must be equal too. `what`
-    names the two states in the error.
+    Answers may differ by the tolerance of the dtype. If the method's memory never grows and it keeps tokens in slots,
+    the saved states must also be equal byte for byte. `what` names the two states in the error.
     """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
     require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")

@@ -1,4 +1,9 @@
-"""List the laws of the contract as checks, and run them on a method."""
+"""Run the conformance suite on a method, the configuration of a KV-cache compressor: one check per law.
+
+A law is a property that every method must have (padding changes no answer), or one that a method may claim
+(its memory never grows). A check is a function that tests one law on a method, and raises Broken if the law fails. A
+setting is what a check varies: dtype, GQA group size and seed.
+"""
 
 from __future__ import annotations
 
@@ -142,14 +147,15 @@ def run_checks(
     groups: Sequence[int] = (1, 4),
     seed: int = 0,
 ) -> Outcome:
-    """Test a method on every law that it claims, and return which laws passed, failed or were skipped.
+    """Test a method on every law that applies to it, and return which laws passed, failed or were skipped.
 
-    A law whose outcome may depend on the dtype is tested for all dtypes, otherwise for the first one; a law whose
-    outcome may depend on the GQA group is tested for all groups, otherwise for the last one. A law fails at the first
-    exception: Broken, which a check raises for a broken law, or any other. The exception's message is recorded as the
-    reason. Tensor attention (softmax over pairs of tokens) needs two keys and two values per token. It is tested as
-    standard attention: the stream gives the first key and value in some tests, the second in others, and the remaining
-    key and value are filled with 1 (`check/tensor_adapter.py`).
+    dtypes  dtypes of the cache; a law whose outcome cannot depend on the dtype is tested for the first one only
+    groups  sizes of the GQA group; a law whose outcome cannot depend on the group is tested for the last one only
+    seed    seeds the streams and the method
+    A law fails at the first exception: Broken, or any other. The exception's message is recorded as the reason. A law
+    that the method does not claim is skipped.
+    Tensor attention (softmax over pairs of tokens, with two keys and two values per token) is tested as standard
+    attention: one key and one value of each token are given by the stream, the others are filled with 1 (class `Ones`).
     Raises ValueError if the method cannot be opened at all (for want of a budget, say).
     """
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law

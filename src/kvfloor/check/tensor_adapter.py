@@ -1,6 +1,7 @@
-"""Reduce tensor attention to standard attention by filling keys and values with 1, so that laws can be tested.
+"""Present a tensor-attention method as standard attention, so that the conformance checks can test it.
 
-Tensor attention is softmax over pairs of tokens; each token has two keys K1, K2 and two values V1, V2.
+Tensor attention is softmax over pairs of tokens; each token has two keys K1, K2 and two values V1, V2. The checks give
+one key and one value per token. The others are filled with 1.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from kvfloor.methods.grammar import parse
 
 @dataclass(frozen=True)
 class Ones(Method):
-    """Wrap a tensor-attention method `inner` as standard attention: fill one of its two keys and values with 1.
+    """Wrap a tensor-attention method `inner` as a method of standard attention: fill one key and one value with 1.
 
-    Tensor attention is softmax over pairs of tokens; a token has keys and values (K1, V1) and (K2, V2). `side` is 1 or
-    2: the stream's keys and values become (K1, V1) for 1, (K2, V2) for 2, and the other two are filled with 1. With
-    K2 = V2 = 1 tensor attention over n tokens equals standard attention on (K1, V1), but its softmax mass is n times
-    as large.
+    If `side` is 1, the stream gives K1 and V1, and K2 and V2 are filled with 1; if it is 2, the reverse. With K2 and V2
+    all ones, tensor attention over n tokens equals standard attention on (K1, V1), but its softmax mass is n times as
+    large.
     """
 
     name: ClassVar[str] = "ones"
@@ -40,7 +40,7 @@ class Ones(Method):
 
     @property
     def kept(self) -> Method:
-        """Return the tensor-attention method `inner`, typed as a Method; `__post_init__` has parsed a text."""
+        """Return `inner` as a Method object; if it was given as text, it was parsed on construction."""
         return cast(Method, self.inner)
 
     @property
@@ -73,9 +73,9 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Feed a stream to a tensor-attention state, each token's second key and value filled with 1; return its answers.
+    """Feed each token to a tensor-attention state, its other key and value filled with 1; return that state's answers.
 
-    For `side` 2 the first key and value are filled instead. The softmax mass is scaled to that of standard attention.
+    The softmax mass of an answer is scaled to that of standard attention.
     """
 
     def __init__(self, method: Ones, spec: Spec) -> None:
@@ -117,15 +117,15 @@ class OnesState(State[Ones]):
         self.inner.seal()
 
     def _counted_once(self, part: Partial) -> Partial:
-        """Return the partial (mean and log-mass of attention) with the mass divided by a token's number of partners.
+        """Divide the softmax mass of a tensor-attention result by the number of tokens that each token is paired with.
 
-        Tensor attention pairs each token with every token: with those held if tokens are kept whole, otherwise with all
-        tokens seen.
+        `part` is the result: the mean of values and the log of the softmax mass. A token is paired with each held token
+        if tokens are kept whole, otherwise with each token seen.
         """
         paired = self.seen if self.method.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))
 
 
 def beside_ones(method: Method) -> list[Method]:
-    """Return the methods to test for `method`: itself, or for tensor attention `Ones` of side 1 and of side 2."""
+    """Return the methods to test in place of `method`: both sides of `Ones` for tensor attention, otherwise itself."""
     return [method] if method.traits.reference != "tensor" else [Ones(method, 1), Ones(method, 2)]

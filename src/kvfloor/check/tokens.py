@@ -1,7 +1,9 @@
-"""Check the tokens that a state holds, their number and origin, and that evicted tokens enter the summary once.
+"""Check which tokens a cache holds and how many, and that every evicted token enters the summary once.
 
-A summary is the part of a method that absorbs evicted tokens. A selector is the part that picks, for each query, the
-held tokens to read; it may keep an index of the held keys. A slot is the place of one held token.
+A state is the cache of a method; a row is the stream of one kv head of one sequence. A slot is the place of one held
+token. A summary is the part of a method that absorbs evicted tokens in compressed form. A selector is the part that
+picks, for each query, the held tokens to read; it may keep an index of the held keys. A check requires a law, and
+raises Broken if the law fails.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def check_held_tokens(method: Method, at: Setting) -> None:
 
 
 def check_pinned(method: Method, at: Setting) -> None:
-    """Require that pinned tokens are never evicted, also not from a restored state, a clone or selected rows."""
+    """Require that tokens pinned by `State.pin` are never evicted, also after a reload, `clone` or `select_rows`."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     start, stop = 5, 6
@@ -172,9 +174,9 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 def _check_weight(state: State, stream: Stream, at: Setting) -> None:
     """Raise Broken unless a query of zeros gives every token, evicted or held, the unnormalised weight exp(0) = 1.
 
-    Only for methods of the "unmasked" law, by which evicted tokens keep logit 0. Held tokens that the selector skips
-    have no weight. All values are 1, so the answer must be 1. The mass (sum of the weights) must be the number of
-    tokens that are not skipped.
+    This is for methods of the "unmasked" law, by which evicted tokens keep logit 0. All values are 1, so the answer
+    must be 1. The softmax mass (sum of the weights) must be the number of tokens, less the held tokens that the
+    selector skips.
     """
     stream = replace(stream, v=torch.ones_like(stream.v))
     nothing = torch.zeros_like(probes(state.spec, 1))
@@ -192,7 +194,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 
 
 def check_selector_subset(method: Method, at: Setting) -> None:
-    """Require that a selector reads visible tokens only, at least one per query, and evicted tokens have no effect."""
+    """Require that a selector reads visible tokens only, at least one per query; empty slots have no effect."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
@@ -210,10 +212,10 @@ def check_selector_subset(method: Method, at: Setting) -> None:
 
 
 def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Raise Broken unless the selector skips all slots that a query may not see, but does not skip every slot.
+    """Raise Broken unless a selector without an index skips all slots that a query may not see, but never all slots.
 
-    The selector keeps no index of the held keys. `state` holds tokens; q (rows, m, d) has m queries per row of width d.
-    The slots that each query may not see are drawn at random from `source`.
+    `state` holds tokens; q (rows, m, d) has m queries per row of width d. The slots that each query may not see are
+    drawn at random from `source`.
     """
     view = state.slots.view()
     width = view.k.shape[1]
@@ -232,8 +234,8 @@ def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator)
 def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
     """Raise Broken unless a selector with an index chooses visible slots only: at least one per query, and none twice.
 
-    Each query sees all held slots but the newest few. The number of unseen slots is drawn from `source`; they were
-    filled since the last block end, where tokens may be evicted.
+    Each query of q (rows, m, d) may see all held slots but the newest few. How many are hidden is drawn from `source`:
+    none from before the last eviction.
     """
     held = state.slots.held.unsqueeze(1)
     newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))

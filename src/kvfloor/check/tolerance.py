@@ -1,6 +1,7 @@
-"""Require that two answers differ by at most a tolerance, which depends on the dtype.
+"""Require that two attention outputs differ by at most a tolerance, which depends on the dtype.
 
-The tolerances fit values of size at most 1, the only ones that a check draws.
+The tolerances fit values of size at most 1, the only ones that a check draws. A function `require_...` raises the
+exception Broken if its condition fails; its argument `what` begins the error's message.
 """
 
 from __future__ import annotations
@@ -37,16 +38,13 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _relatively_apart(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference between a and b, divided by |b| where that is more than 1."""
+    """Return the largest difference between a and b, each divided by |b| where |b| exceeds 1."""
     unit = _unit(b)
     return apart(a.to(torch.float64) / unit, b.to(torch.float64) / unit)
 
 
 def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size: float = 1.0) -> None:
-    """Raise Broken unless a and b agree within the dtype's tolerance times `size`, the typical size of their entries.
-
-    `what` begins the error's message, as in all functions of this module.
-    """
+    """Raise Broken unless a and b agree within the dtype's tolerance times `size`, the usual size of their entries."""
     require(a.shape == b.shape, f"{what}: the shapes are {tuple(a.shape)} and {tuple(b.shape)}")
     difference, allowed = _relatively_apart(a, b), AGREE[dtype] * size
     require(difference <= allowed, f"{what}: they differ by {difference:.3g}, allowed is {allowed:.3g}")
@@ -56,7 +54,6 @@ def require_accuracy(answer: Tensor, truth: Tensor, plain: Tensor, dtype: torch.
     """Raise Broken unless the error of `answer` is at most 1.5 times that of `plain` plus the dtype's rounding.
 
     An error is the largest difference from the float64 `truth`; `plain` is plain attention in the answer's dtype.
-    `what` begins the error's message.
     """
     size = max(_unit(truth).flatten().tolist(), default=1.0) if dtype.itemsize == 2 else 1.0
     error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + ROUNDING[dtype] * size

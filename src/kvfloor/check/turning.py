@@ -1,4 +1,8 @@
-"""Check methods that claim `Traits.turns`: keys and queries are RoPE-rotated by their ranks among the held tokens."""
+"""Check methods that rotate keys and queries (RoPE) by ranks instead of positions in the stream (`Traits.turns`).
+
+The rank of a token is its index among the held tokens of its row, the oldest at 0. A row is the stream of one kv head
+of one sequence.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,9 @@ from kvfloor.core.spec import Spec
 
 
 def check_turns(method: Method, at: Setting) -> None:
-    """Require attention over held tokens with keys and queries rotated (RoPE) by their ranks among these tokens.
+    """Require attention over the held tokens, with keys and queries rotated (RoPE) by rank.
 
-    The oldest held token has rank 0. A query has the rank of the newest held token.
+    A query has the rank of the newest held token.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     rotation = Rotation(tuple(5.0**-i for i in range(max(1, spec.d // 4))))
@@ -54,10 +58,10 @@ def check_turns(method: Method, at: Setting) -> None:
 def _attention(
     kept: tuple[Tensor, Tensor, Tensor, Tensor | None], spec: Spec, hide: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return plain attention of one row in `dtype`: outputs (m, dv) and log-masses (m,).
+    """Compute plain attention of one row in `dtype`: return outputs (m, dv), and the log-sum-exp of the logits, (m,).
 
-    kept: queries (m, d), keys (h, d), values (h, dv), and values (e, dv) of evicted tokens that keep logit 0, or None.
-    hide (m, h) marks the keys that a query does not see.
+    kept  queries (m, d), keys (h, d), values (h, dv), and values (e, dv) of evicted tokens that keep logit 0, or None
+    hide  (m, h) mask, True for the keys that a query does not see; None: it sees all
     """
     q, k, v, left = kept
     zero_logits = None if left is None else left.to(dtype)

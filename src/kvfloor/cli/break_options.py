@@ -1,7 +1,7 @@
 """Derive the command-line options of `kvfloor break` from the games that it can play.
 
-A barrier is a lower-bound theorem whose hard instance is played as a game against a method. Each barrier has a function
-`play`; an option is made for every argument of these functions.
+A barrier is a lower-bound theorem whose hard instance is played as a game against a KV-cache method. Each barrier has a
+function `play`. An option is made for every argument of these functions that is in the table `kvfloor.game.ARGUMENTS`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kvfloor.game import ARGUMENTS, BARRIERS
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return a wrapper of `command` whose signature has one command-line option per argument of a barrier.
 
-    The help text of an option comes from the table `kvfloor.game.ARGUMENTS`. The wrapper also takes a method,
-    `--barrier`, `--out` and `--json`. It passes these four values to `command` as the keyword arguments `method`,
-    `barrier`, `out` and `as_json`, and the barriers' options that were given as a dict, `arguments`.
+    The arguments and their help texts come from the table `kvfloor.game.ARGUMENTS`. The wrapper also takes a method,
+    `--barrier`, `--out` and `--json`. It calls `command` with the keyword arguments `method`, `barrier`, `out`,
+    `as_json` and `arguments`, a dict of the barriers' options that the user gave.
     """
     names = [name for name in ARGUMENTS if any(name in barrier.arguments for barrier in BARRIERS.values())]
     parameters = [

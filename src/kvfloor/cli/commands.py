@@ -1,6 +1,9 @@
 """Define the subcommands of `kvfloor`. Each subcommand imports its modules when it runs, so that `--help` is quick.
 
-Exit codes: 0 success; 1 a requirement or a conformance law does not hold; 2 bad input, reported in one line on stderr.
+A method is the configuration of a KV-cache compressor. The floor is the memory that any method needs in the worst case,
+by theorem. A law is a property that a method must keep; the conformance suite (`kvfloor check`) tests the laws.
+Exit codes: 0 success; 1 a requirement (`--require`) or a law does not hold; 2 bad input, reported in one line on
+stderr.
 """
 
 from __future__ import annotations
@@ -87,11 +90,11 @@ def main() -> None:
 
 
 def _wait_briefly() -> None:
-    """Make torch's waiting threads sleep after microseconds of spinning, unless the user's environment sets this.
+    """Set GOMP_SPINCOUNT, so that torch's waiting threads sleep after microseconds of spinning; keep a user's setting.
 
     If other programs run, a spinning thread takes the core from the thread that it waits for: beside two such programs
-    an audit took three times as long. Call this function before torch is imported. It affects the OpenMP runtime of
-    torch's wheels.
+    an audit took three times as long. Call this function before torch is imported. The variable is read by the OpenMP
+    runtime of torch's wheels.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPINS
@@ -433,7 +436,7 @@ def _number(value: Any) -> str:
 
 @app.command("break")
 def break_() -> None:
-    """Play lower-bound games against a method: hidden bits decoded from its memory, beside that memory's size."""
+    """Play lower-bound games against a method: count the hidden bits that its memory gives back, beside its size."""
     raise AssertionError("made with its options where it is called")
 
 
@@ -485,7 +488,10 @@ def check(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the built-in policies, summaries, selectors and whole methods; --json prints all columns."""
+    """List the built-in eviction policies, summaries of evicted tokens, selectors of tokens to read, and whole methods.
+
+    --json prints all columns.
+    """
     from kvfloor.methods.catalogue import rows
 
     table = rows()
@@ -578,7 +584,10 @@ def train_less(
     dropout: Annotated[float, typer.Option(help="Share of hidden units that are off in training.", **real())] = 0.3,
     seed: Annotated[int, typer.Option(help="Seed of samples, first weights and order.", **whole(0))] = 0,
 ) -> None:
-    """Train LESS's kernels for a model and a policy, and compare them with spending the same bytes on more tokens."""
+    """Train the kernels of LESS, a low-rank summary of evicted tokens, for a model and an eviction policy.
+
+    Then compare LESS with the policy alone, whose budget has more tokens for the same bytes.
+    """
     from kvfloor.training.fit import Recipe
     from kvfloor.training.less import run
 

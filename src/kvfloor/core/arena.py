@@ -1,8 +1,9 @@
-"""Store lists of items, such as the tokens that each row holds, in flat tensors, each list in its own stretch.
+"""Store many growing lists, such as each row's held tokens, in a few flat tensors: an arena.
 
-A row is one (batch item, kv head) stream. A stretch is a range of places, i.e. indices into the flat tensors, in which
-one list can grow. A list's capacity is the length of its stretch; a place is empty if no item is in it. In shapes, r
-are the rows of a call: those that an argument `rows` or `index` selects, or all.
+A row is one (batch item, kv head) stream. A place is an index into the flat tensors. Each list owns a range of
+consecutive places, its stretch, and its items fill the front of the stretch. A list's capacity is the length of its
+stretch; a place is empty if no item is in it. In shapes, r is the number of rows of a call: those that an argument
+`rows` or `index` selects, or all.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Arena(Memory):
 
     An item is one entry in each of the flat tensors that `_arrays` returns, which have shape (places, ...). Rows may
     differ in capacity, so that a smaller budget takes less memory. Counts and offsets live on the CPU, so that control
-    flow never waits for a device. A place without an item holds the number `fill`, or what a dropped item left there; a
-    message (the bytes of `State.to_bytes`) contains neither.
+    flow never waits for a device. A place without an item holds the number `fill`, or what a dropped item left there. A
+    saved state contains neither.
     """
 
     lists: int = 1
@@ -56,7 +57,7 @@ class Arena(Memory):
         return [(self, name, getattr(self, name)) for name in self._own]
 
     def _moved(self) -> None:
-        """Update the attributes that alias an item tensor, after all item tensors were replaced (e.g. by `resize`)."""
+        """Update attributes that are aliases of a flat tensor, after the flat tensors were replaced, as by `resize`."""
 
     @property
     def _places(self) -> int:
@@ -139,9 +140,9 @@ class Arena(Memory):
         self._moved()
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """Return the bytes of each row, (rows,): the row's own stretches, and an equal share of all other bytes.
+        """Return the bytes of each row, (rows,): those of its own stretches, and an equal share of all other bytes.
 
-        `rows` is the number of rows.
+        The argument `rows` is the number of rows.
         """
         arena_bytes = sum(x.untyped_storage().nbytes() for _, _, x in self._arrays())
         owned = arena_bytes * self.capacity.to(torch.float64) / max(1, int(self.capacity.sum()))
@@ -150,7 +151,7 @@ class Arena(Memory):
     # ---- as a part of a state --------------------------------------------------------------------------------------
 
     def _export(self, owner: Memory) -> dict[str, Any]:
-        """Return {attribute name: tensor with the entries of all items} for the tensors that the object `owner` holds.
+        """Return {attribute name: entries of all items} for the flat tensors that are attributes of the object `owner`.
 
         Empty places are left out.
         """
@@ -158,7 +159,7 @@ class Arena(Memory):
         return {name: x[live] for of, name, x in self._arrays() if of is owner}
 
     def export(self) -> dict[str, Any]:
-        """Return the counts, the capacities and the entries of all items, as a message (`State.to_bytes`) saves them.
+        """Return what a saved state keeps of this arena: the counts, the capacities and the entries of all items.
 
         Empty places are left out, so the left-over numbers of dropped items are never saved.
         """
@@ -177,9 +178,9 @@ class Arena(Memory):
         self._moved()
 
     def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:
-        """Look up one tensor of item entries, the attribute `name` of the object `owner`, in what `export` returned.
+        """Return the saved entries for one flat tensor, the attribute `name` of the object `owner`.
 
-        Returns None if `export` leaves this attribute out.
+        `fields` is what `export` returned. Returns None if `export` leaves this attribute out.
         """
         del owner
         return fields[name]

@@ -35,13 +35,16 @@ def attend(
     hide: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Return attention outputs (rows, m, dv) of queries q over keys k and values v, and their log-masses (rows, m).
+    """Compute softmax attention of queries q over keys k and values v: outputs (rows, m, dv) and log-masses (rows, m).
 
     An output is the mean of the values under softmax(scale q k^T + log_weight); its log-mass is the log-sum-exp of
-    these logits. Both are in the compute dtype. A softcap c turns scale q.k into c tanh(scale q.k / c).
-    q (rows, m, d), k (rows, s, d), v (rows, s, dv); log_weight (rows, s); hide (rows or 1, m or 1, s) bool, True where
-    a query does not see a key. A query that sees no key gets mean 0 and log-mass -inf. `backend="flash"` raises
-    ValueError where torch's fused CPU kernel does not apply; "auto" uses the kernel wherever it applies.
+    these logits. Both are in the compute dtype. A query that sees no key gets output 0 and log-mass -inf.
+    q, k, v     (rows, m, d), (rows, s, d), (rows, s, dv)
+    softcap     c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
+    log_weight  (rows, s), added to the logits; None: nothing is added
+    hide        bool (rows or 1, m or 1, s), True where a query does not see a key; None: all keys are seen
+    backend     "auto": torch's fused CPU kernel wherever it applies (`fused`); "flash": the kernel, or ValueError where
+                it does not apply; "eager": never the kernel
     """
     applies = fused(q, k, v, softcap)
     if backend == "flash" and not applies:
@@ -57,7 +60,7 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float 
 
     k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs are those of
     `attend`, in k's dtype where the fused kernel applies, otherwise in the compute dtype. The kernel is called by
-    torch's public function, because the overhead of `attend` would be a third of the time if keys are few.
+    torch's public function: with few keys, the overhead of `attend` would be a third of the time.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
@@ -95,10 +98,10 @@ def weigh(
     log_weight: Tensor | None = None,
     hide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute attention by the formula in `attend`, without the fused kernel, and return the weights too.
+    """Compute softmax attention without the fused kernel, and return the softmax weights (rows, m, s) too.
 
-    Arguments are those of `attend`. Returns outputs (rows, m, dv), log-masses (rows, m) and softmax weights
-    (rows, m, s), in the compute dtype.
+    Returns outputs (rows, m, dv), log-masses (rows, m) and the weights, in the compute dtype. The arguments are those
+    of `attend`: log_weight (rows, s) is added to the logits, hide is True where a query does not see a key.
     """
     dtype = compute_dtype(k.dtype)
     logits = torch.matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))
@@ -119,7 +122,10 @@ def weigh(
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
-    """Return True if torch's fused CPU attention kernel, which never stores the logits, applies to these tensors."""
+    """Return True if torch's fused CPU attention kernel, which never stores the logits, applies to these tensors.
+
+    It needs non-empty CPU tensors of one dtype, float32 or bfloat16, with d = dv, and no softcap.
+    """
     return (
         _FLASH is not None
         and softcap is None

@@ -2,11 +2,14 @@
 
 A state is a method's memory of its streams. A row is one (batch item, kv head) stream; its clock `seen` counts its
 tokens. A block is `block` consecutive tokens of a row; a block end comes after the last of them, and the open block is
-the tokens since the last block end. A slot is the place of one held token. A selector picks the held tokens that a
-query reads; a summary is a compressed form of evicted tokens. In shapes, r are rows (some rows only, where an argument
-`rows` selects them), g query heads per kv head, a new tokens, m queries, s slots, d and dv the widths of a key and a
-value; count[r] is the count of row r. A `Partial` is a result of attention: the mean of values and the log-mass
+the tokens since the last block end. A slot is the place of one held token.
+A selector picks the held tokens that a query reads; some selectors keep an index of the held keys. A summary is a
+compressed form of evicted tokens. A `Partial` is a result of attention: the mean of values and the log-mass
 (log-sum-exp of logits).
+A token's rank is its index among the held tokens of its row, the oldest at 0. If the spec (the state's sizes and
+constants) has a rotation, keys and queries are rotated (RoPE) to ranks, not to positions in the stream.
+In shapes, r are rows (some rows only, where an argument `rows` selects them), g query heads per kv head, a new tokens,
+m queries, s slots, d and dv the widths of a key and a value. take[r] and count[r] are numbers of tokens of row r.
 """
 
 from __future__ import annotations
@@ -54,21 +57,18 @@ class Blocked(State[M]):
         """Handle the end of a block in these rows (None: all), for example by evicting tokens."""
 
     def _rest(self, q: Tensor) -> Partial | None:
-        """Return attention of q (rows, m, d) over memory outside the slots: a `Partial` (rows, m), or None without any.
+        """Return attention of q (rows, m, d) over memory outside the slots, such as a summary: a `Partial` (rows, m).
 
-        Such memory is, for example, a summary of evicted tokens.
+        None if there is no such memory.
         """
         del q
         return None
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many new tokens of a row may be appended as one piece that passes over block ends.
+        """Return how many of a row's next `left` tokens may be appended in one piece, although blocks end inside it.
 
-        seen   number of tokens that the row saw before
-        left   number of new tokens still to append
-        Tokens that the open block has already are not counted. 0 means that no such piece is allowed: the caller then
-        appends at most the tokens that complete the open block. A variant returns more than 0 only if `_close` would do
-        nothing at the block ends inside the piece.
+        0 (the default) means none: the caller then stops at the next block end. A variant returns more only if `_close`
+        would do nothing at the block ends inside the piece. seen: number of tokens that the row saw before.
         """
         del seen, left
         return 0
@@ -88,7 +88,7 @@ class Blocked(State[M]):
         return False
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that were just answered, where evictions or a guarantee depend on queries.
+        """Record queries q (rows, g, a, d) that were just answered, if evictions or an error bound depend on queries.
 
         before  (rows,) tokens that a row held before the queries' own tokens were appended
         take    (rows,) a row's real queries are its first take[r]; the rest is padding
@@ -119,7 +119,7 @@ class Blocked(State[M]):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if the shortcut `_step_one` may answer a decode step that gives every row one token.
+        """Return True if a decode step that gives every row one token may take the shortcut `_step_one`.
 
         Every query must attend to all held tokens and nothing else. All rows must have seen equally many tokens, hold
         equally many, and have a free slot.
@@ -173,8 +173,8 @@ class Blocked(State[M]):
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
         """Append and answer as `_feed` does, for calls that give all rows the same number of tokens.
 
-        k, v and q are then cut by slices, without an index. seen: number of tokens that every row saw before. If rows
-        differ in it, each must get one token only, and `seen` may be the number of any row.
+        k, v and q are then cut by slices, without an index. seen: number of tokens that every row saw before. If each
+        row gets one token, rows may differ in this number, and any row's number will do.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -222,7 +222,7 @@ class Blocked(State[M]):
     def _circle(self, place: Tensor, below: int) -> Circle:
         """Return the RoPE cosines and sines (..., pairs) of the ranks `place` (...), in the compute dtype.
 
-        A rank is a token's index among the held tokens of its row, the oldest at 0; all ranks are below `below`.
+        pairs is the number of rotated pairs of a key's entries. All ranks are below `below`.
         """
         assert self.spec.rotation is not None
         return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
@@ -230,7 +230,7 @@ class Blocked(State[M]):
     def _turned(self, q: Tensor, place: Tensor, below: int) -> Tensor:
         """Rotate queries q (r, g, a, d) to the ranks `place` (r, a); return q itself if the spec has no rotation.
 
-        A rank is a token's index among the held tokens of its row, the oldest at 0; all ranks are below `below`.
+        All ranks are below `below`.
         """
         if self.spec.rotation is None:
             return q
@@ -239,7 +239,7 @@ class Blocked(State[M]):
     def _push(self, k: Tensor, v: Tensor, take: Tensor, bare: Tensor | None = None) -> Tensor:
         """Append the first take[r] tokens of row r to the slots; return the number of tokens held before, (rows,).
 
-        bare: the keys before rotation, if the spec has a rotation.
+        bare: the keys before they were rotated, if the spec has a rotation.
         """
         before = self.slots.held
         position = self.seen.unsqueeze(1)
@@ -263,8 +263,9 @@ class Blocked(State[M]):
                 self.selection.close(self.slots, rows)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Return causal attention of the newest tokens' queries over slots and `_rest`: a `Partial` (rows, g, a).
+        """Return causal attention of the newest tokens' queries over all memory, a `Partial` (rows, g, a).
 
+        The memory is the slots and what `_rest` covers.
         q       (rows, g, a, d) queries of the a newest tokens of each row, whose keys new_k (rows, a, d) and values
                 new_v (rows, a, dv) are in the slots already, behind the older tokens
         before  (rows,) number of these older tokens
@@ -297,10 +298,10 @@ class Blocked(State[M]):
         return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
-        """Return attention over all slots, under the causal mask and the selector's mask: a `Partial` (rows, g*a).
+        """Return causal attention over all slots, less those that a selector without an index hides: a `Partial`.
 
-        `flat` (rows, g*a, d) holds the queries of the a newest tokens of each row. These tokens are in the slots
-        already, behind before[r] older tokens in row r.
+        `flat` (rows, g*a, d) holds the queries of the a newest tokens of each row; the result is (rows, g*a). These
+        tokens are in the slots already, behind before[r] older tokens in row r.
         """
         m = flat.shape[1]
         view = self.slots.view()
@@ -358,18 +359,14 @@ class Blocked(State[M]):
     def _newest(self, q: Tensor) -> Tensor:
         """Rotate queries q (rows, m, d), given without new tokens, to the rank of the newest held token of their row.
 
-        A token's rank is its index among the held tokens, the oldest at 0. Without a rotation in the spec q is
-        returned.
+        Without a rotation in the spec, q is returned unchanged.
         """
         held = self.slots.held
         place = (held - 1).clamp_min(0).unsqueeze(1)
         return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
 
     def _left_unread(self, q: Tensor) -> Tensor | None:
-        """Return the mask of slots that queries q (rows, m, d), which are rotated already, do not read.
-
-        The mask is that of `unread`: bool (rows or 1, m or 1, s), or None if all slots are read.
-        """
+        """Return the mask that `unread` returns, for queries q (rows, m, d) that are rotated already."""
         view = self.slots.view()
         if self.selection is not None:
             return self._choose(q).unread(view.k.shape[1])

@@ -1,8 +1,9 @@
 """Define `Bounded`, which evicts whole tokens: one eviction loop for every policy, summary and selector.
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token. A priority is a policy's number for a
-held token; the token of lowest priority is evicted first. A protected token is one that the policy never evicts, a
-pinned token one that `State.pin` protects.
+A policy is a rule that decides which tokens to evict, a summary a compressed form of evicted tokens, and a selector a
+rule that picks the held tokens that a query reads. A row is one (batch item, kv head) stream, and a slot the place of
+one held token. A priority is a policy's number for a held token; the token of lowest priority is evicted first. A
+protected token is one that the policy never evicts, a pinned token one that `State.pin` protects.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ DEFAULT_BLOCK = 32
 class Bounded(Method):
     """Keep at most `budget` tokens per row after every `block`-th token, and at most `budget + block - 1` in between.
 
-    policy    decides which held token is evicted   summary   stores evicted tokens in compressed form
-    selector  picks the held tokens a query reads   budget    tokens per row (one number, or one per row)
-    block     tokens of a row between two evictions; 1, the rule of the policies' papers: evict after every token.
-              Larger blocks evict `block` tokens at once.
+    policy    the rule that decides which held token is evicted
+    summary   the compressed form of evicted tokens; `Drop`, the default, keeps nothing of them
+    selector  the rule that picks the held tokens a query reads; `Everything`, the default, reads all
+    budget    tokens per row: one number, or one per row; a share ("25%") or bytes ("64MiB") must be resolved first
+    block     number of a row's tokens between two evictions, which evict about `block` tokens at once; 1: evict after
+              every token, as the policies' papers do
     prefill   "stream": the budget holds from the first token; "dense": every token is kept until the seal
-              (end of the prompt). None: the policy's default (`usual_prefill`).
+              (end of the prompt). None: the policy's default (`usual_prefill`)
     """
 
     name: ClassVar[str] = "bounded"
@@ -170,10 +173,11 @@ class Bounded(Method):
 
 
 class BoundedState(Watching):
-    """Keep tokens in budget + block slots per row, allocated once; add more in a dense prefill and for spared tokens.
+    """Keep the held tokens in budget + block slots per row, allocated once.
 
-    A dense prefill keeps every token until the seal (end of the prompt). Spared tokens are kept and not counted in the
-    budget: all tokens of the prompt, or all after it, if the policy names that part (`Policy.spares`).
+    More slots are added in a dense prefill, which keeps every token until the seal (end of the prompt), and for spared
+    tokens. Spared tokens are kept and not counted in the budget: all tokens of the prompt, or all after it, if the
+    policy names that part (`Policy.spares`).
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:

@@ -12,9 +12,9 @@ class BrokenState(RuntimeError):
 
 
 def broken_state(call: str) -> BrokenState:
-    """Return the error of a state whose call of this name, e.g. "append", broke off or has not returned yet.
+    """Return the error to raise where a state is used after its call `call`, e.g. "append", broke off.
 
-    The latter happens if a callback of the call, or another thread, uses the state before the call has returned.
+    The error is raised also while that call still runs: a callback of the call, or another thread, has used the state.
     """
     return BrokenState(
         f"{call} broke off halfway (or has not returned yet), so this state is neither the old one nor the new one and "

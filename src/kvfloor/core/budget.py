@@ -1,7 +1,8 @@
 """Convert budgets, given as tokens, a share of the context, or bytes of the whole cache, to tokens per row.
 
-A row is one (batch item, kv head) stream. The context is the prompt; the cache has one state per layer. A protected
-token is one that the method's policy never evicts.
+A row is one (batch item, kv head) stream. The context is the prompt; the cache has one state per layer. A method is the
+configuration of a cache, the spec the sizes, dtype and constants of a layer's state. A protected token is one that the
+method's policy never evicts.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     layers   number of layers in the cache; each has one state for `spec`
     length   the context in tokens, needed for shares
     g        the GQA group: query heads per kv head (some policies keep queries)
-    Bytes count all that the states allocate: scores, positions, spare slots. Raises ValueError for a method that no
-    budget bounds, for a share without a length, and for bytes too few for one token.
+    A budget in tokens stays as it is. A budget in bytes counts all that the states allocate: scores, positions and
+    spare slots too. Raises ValueError for a method that no budget bounds, for a share without a length, and for bytes
+    too few for the smallest budget.
     """
     budget = method.budget
     if not isinstance(budget, str):

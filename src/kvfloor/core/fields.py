@@ -1,7 +1,7 @@
-"""Define the allowed values of each field of a message (a saved state), so that loading refuses all other values.
+"""Define the allowed values of each field of a saved state, so that loading refuses all other values.
 
-A part of a state is a `Memory` object: its attributes are tensors, numbers, or further parts. A field is one saved
-attribute of a part.
+A saved state is also called a message. A part of a state is a `Memory` object: its attributes are tensors, numbers, or
+further parts. A field is one saved attribute of a part.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ class Field:
 
     @classmethod
     def like(cls, x: Tensor) -> Field:
-        """Return the default field of a tensor that the part's class does not declare; x is its value in a new part.
+        """Return the field for a tensor attribute whose allowed values its class does not declare.
 
-        The new part is empty. A saved tensor must have the dtype and shape of x. An axis of size 0 in x grows with the
-        stream, and may have any size. Integers are counts or positions: they must lie in 0 .. MOST (2^48).
+        x is the attribute's value in a newly opened part, which holds no token. A saved tensor must have the dtype and
+        shape of x. An axis of size 0 in x grows with the stream, and may have any size. Integers are counts or
+        positions: they must lie in 0 .. MOST (2^48).
         """
         counts = x.dtype in (torch.int64, torch.int32, torch.int16)
         shape = tuple(size or None for size in x.shape)
@@ -49,7 +50,7 @@ class Field:
     def require(self, value: Any, where: str, sizes: dict[str, int]) -> None:
         """Raise ValueError unless this field allows `value`.
 
-        where   path of the field in the message, for the error
+        where   path of the field in the saved state, for the error
         sizes   word used in a shape -> the size that it stands for, as found so far; the sizes of other words are taken
                 from `value` and added
         """

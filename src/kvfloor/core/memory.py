@@ -1,12 +1,12 @@
 """Measure, copy and export the memory of a state by walking its attributes.
 
-No method declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts
-every storage once, and raises TypeError on any object whose size it cannot measure.
+No method declares its own size: `nbytes` walks the attributes of a state and everything they reach, counts every
+storage once, and raises TypeError on any object whose size it cannot measure.
 
 A state is a cache method's memory of its streams; a row is one (batch item, kv head) stream, a slot the place of one
 held token. A part of a state is a `Memory` object. A storage is the block of bytes behind one or several tensors. A
 newly opened part is one that was made, empty, from the method (configuration) and the spec (sizes and constants) alone.
-A message is the bytes of `State.to_bytes`, i.e. a saved state.
+A message is a saved state, the bytes that `State.to_bytes` returns. Its fields are the saved attributes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ SCALAR_BYTES = 8
 
 
 class Memory:
-    """Store a part of a state: its attributes are tensors, numbers, None, or further parts (`Memory`)."""
+    """Store a part of a state: its attributes are tensors, numbers, None, or further parts (`Memory`).
+
+    The attributes named in PUBLIC, such as `method` and `spec`, are neither counted as memory nor exported.
+    """
 
     peak = 0  # most bytes this part's own tensors took so far, set where storage is moved (old and new at once)
 
@@ -77,38 +80,38 @@ class Memory:
     def move(self, name: str, new: Tensor) -> None:
         """Replace the tensor attribute `name` by its copy `new` in other storage.
 
-        The bytes of both together are recorded as a peak.
+        The bytes of both together are recorded, for `peak_nbytes`.
         """
         self.peak = max(self.peak, self._own_bytes() + new.untyped_storage().nbytes())
         setattr(self, name, new)
 
     def export(self) -> dict[str, Any]:
-        """Return the attributes that a message (the bytes of `State.to_bytes`) saves, by name.
+        """Return the attributes that a saved state keeps of this part, by name.
 
         The values are tensors, numbers, None, or nested dicts of them, one dict for each part inside this one.
         """
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
     def fields(self) -> dict[str, Any]:
-        """Return the allowed values (a `Field` each), by name, of attributes that may change after the part was opened.
+        """Return the allowed values of the saved attributes that may change after the part was opened: {name: `Field`}.
 
-        The attributes are checked before a message (the bytes of `State.to_bytes`) is loaded. A part whose `export` has
-        nested dicts returns nested dicts here as well. An attribute that is not named here is compared with the same
-        attribute of a newly opened part: numbers are configuration and must be equal; tensors must have the same dtype
-        and shape, but an axis of size 0 in the new part may have any size (`Field.like`).
+        A saved state is checked against them before it is loaded. Where `export` returns nested dicts, so does this
+        method. An attribute that is not named here is compared with the same attribute of a newly opened part. A number
+        must be equal. A tensor must have the same dtype and shape, but an axis of size 0 in the new part may have any
+        size.
         """
         return {}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if the fields of a message (a saved state) contradict each other.
+        """Raise ValueError if the fields of a saved state contradict each other.
 
         Called after each single field was found to be allowed.
         """
 
     def require(self, fields: Any, where: str = "") -> None:
-        """Raise ValueError unless `fields` of a message (a saved state) can be loaded into this newly opened part.
+        """Raise ValueError unless the `fields` of a saved state can be loaded into this newly opened part by `adopt`.
 
-        `adopt` then loads them. where: path of this part in the message, for the error.
+        where: path of this part in the saved state, for the error.
         """
         opened, declared = self.export(), self.fields()
         sizes: dict[str, int] = {}
@@ -136,7 +139,10 @@ class Memory:
                 setattr(self, name, value)
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep only the rows at `index` (r,), in this order, repeats allowed. All tensors have rows as first axis."""
+        """Keep only the rows at `index` (r,), in this order, repeats allowed.
+
+        Parts whose tensors do not have rows as first axis override this.
+        """
         for name, value in vars(self).items():
             if name == "spec":
                 self.spec = value.select(index)
@@ -148,9 +154,9 @@ class Memory:
                 setattr(self, name, value.index_select(0, index.to(value.device)))
 
     def copied(self) -> Any:
-        """Return a copy that shares no storage with this part, except for the attributes named in PUBLIC.
+        """Return a copy of this part; only the attributes named in PUBLIC are the same objects in both.
 
-        These do not count as memory, such as the tensors in `shared`, which method and spec fix.
+        These do not count as memory. An example is the dictionary `shared`, whose tensors method and spec fix.
         """
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)
@@ -168,7 +174,7 @@ def _require_field(declared: Any, opened: Any, value: Any, where: str, sizes: di
     """Raise ValueError unless a saved `value` may replace `opened`, the same attribute of a newly opened part.
 
     declared  the allowed values (a `Field`), a dict of fields for a nested value, or None if the part declares none
-    where     path of the value in the message, for the error
+    where     path of the value in the saved state, for the error
     sizes     word in a field's shape -> the size that it stands for, as found so far; new words are added
     """
     if isinstance(declared, Field):

@@ -143,11 +143,10 @@ _FORGED = (
 
 
 def _header_end(start: bytes, size: int) -> int:
-    """Return the offset at which a message's safetensors header ends and its tensors begin.
+    """Return the offset in bytes at which a message's safetensors header ends and its tensors begin.
 
-    start: the first bytes of the message; size: its number of bytes.
-
-    Raises CorruptState if no message begins with these bytes, and OlderVersion for a message of format 1.
+    start: the first bytes of the message; size: its number of bytes. Raises CorruptState if no message begins with
+    these bytes or the header is longer than allowed, and OlderVersion for a message of format 1.
     """
     if size < _DIGEST.stop:
         raise CorruptState(f"a message has at least {_DIGEST.stop} bytes, this one {size}: truncated, or no message")
@@ -174,8 +173,8 @@ def _digest(data: bytes) -> bytes:
 def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return nested fields without their tensors, and put each tensor into `tensors`, keyed by its path.
 
-    A tensor's path is `path` followed by its names in the nested fields, with slashes between them. Each tensor becomes
-    dense, in storage of its own. Raises TypeError for a dtype that no message holds.
+    `path` begins the path of every tensor. Each tensor becomes dense, in storage of its own. Raises TypeError for a
+    dtype that no message holds.
     """
     plain: dict[str, Any] = {}
     for name, value in fields.items():

@@ -1,9 +1,10 @@
 """Define methods: the frozen configuration of a cache, its promises, and the text that names it.
 
-A state is the memory that a method keeps of its streams. A row is one (batch item, kv head) stream. A whole token is
-one whose own key and value are kept. A block is the tokens of a row between two evictions. A part of a method is its
-policy (chooses tokens to evict), summary (compressed form of evicted tokens) or selector (chooses the tokens that a
-query reads). A text such as "h2o(recent=64)@512" names a method; `parse` reads it.
+A state is the memory that a method keeps of its streams, opened for a spec (sizes, dtype and constants). A row is one
+(batch item, kv head) stream. A whole token is one whose own key and value are kept. A block is the tokens of a row
+between two evictions. A part of a method is its policy (chooses tokens to evict), summary (compressed form of evicted
+tokens) or selector (chooses the tokens that a query reads). A text such as "h2o(recent=64)@512" names a method; `parse`
+reads it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Traits:
     block_causal    an answer may depend on later tokens of the query's own block
     constant_memory the bytes of a state (`nbytes`) never grow after the state was opened
     pins            a span of tokens can be protected from eviction for good (`State.pin`)
-    turns           keys are held whole, so that a rotation (RoPE, `Spec.rotation`) can rotate each to its token's rank,
-                    the index among the held tokens
+    turns           keys and queries can be rotated (RoPE, `Spec.rotation`) by rank, the token's index among the held
+                    tokens, instead of position in the stream
     trained_for     (layers, kv heads, d) of the model that the method's parameters were trained for; None: any model
     """
 
@@ -60,9 +61,9 @@ class Traits:
 class Guarantee:
     """Record a proved bound on the error of answers, with the norm of the error and the assumptions.
 
-    epsilon, delta  error and failure probability
-    norm            the measure of the error
-    quantifier      the range of the probability ("every query", "one query fixed in advance", ...)
+    epsilon, delta  the error is at most epsilon, with probability at least 1 - delta
+    norm            the measure of the error, such as "max norm"
+    quantifier      the queries for which this holds ("every query", "one query fixed in advance", ...)
     assumptions     conditions on the stream, in words
     source          the theorem
     holds           False once an assumption failed on the tokens seen; `why` names it
@@ -87,7 +88,7 @@ class Parts(NamedTuple):
 
 
 class _Usual:
-    """Provide the default value of a `Method` attribute that a subclass does not declare.
+    """Give the instances of a `Method` subclass a default for an attribute that the subclass does not declare.
 
     Only instances have this value: if the class had it, a dataclass would use it as the default of the subclass's own
     field of that name.
@@ -103,11 +104,11 @@ class _Usual:
 
 
 class Method(ABC):
-    """Define a way to cache tokens by a frozen configuration, from which states are opened.
+    """Define the frozen configuration of a KV cache, from which states (the caches themselves) are opened.
 
     traits   the method's promises
     budget   tokens per row, a share ("25%") or bytes ("64MiB"); None: no budget, or none chosen yet
-    block    tokens of a row between two evictions
+    block    number of a row's tokens between two evictions
     parts    the policy, summary and selector of a method that is composed of them
     Subclasses are frozen dataclasses, and final. Each attribute is a field or a property of the subclass; all but
     `traits` have a default where the subclass declares none.
@@ -158,9 +159,9 @@ class Method(ABC):
         """Return this method in the least size that guarantees error `epsilon` with failure probability `delta`.
 
         A size is a number that fixes the memory, such as a sample count or a rank. Values that the theorem assumes,
-        such as a bound on the tokens seen, are taken from the method's own arguments; the error's norm and quantifier
-        are those of the method's `Guarantee`. Raises ValueError where there is no theorem, where an assumed value is
-        not given, and where no size is enough.
+        such as a bound on the tokens seen, are taken from the method's own arguments. The error's norm, and the queries
+        for which the bound holds, are those of the method's `Guarantee`. Raises ValueError where there is no theorem,
+        where an assumed value is not given, and where no size is enough.
         """
         if not (isinstance(epsilon, (int, float)) and isinstance(delta, (int, float)) and epsilon >= 0 <= delta < 1):
             raise ValueError(f"budget_for takes epsilon >= 0 and 0 <= delta < 1, got {epsilon!r} and {delta!r}")
@@ -177,9 +178,10 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return this method with sample counts or ranks that bound its error by epsilon with probability 1 - delta.
+        """Return this method in the least size, such as a sample count or a rank, that keeps its error at `epsilon`.
 
-        A method without such sizes returns itself. `budget_for` then checks the guarantee of the returned method.
+        The error may be larger with probability `delta`. A method without a size returns itself. The caller,
+        `budget_for`, checks the guarantee of the returned method.
         """
         del epsilon, delta, spec
         return self
@@ -231,9 +233,9 @@ def _numbers(fields: Any) -> int:
 
 
 def standard_law(method: Method, place: str) -> Method:
-    """Return `method` if it computes standard attention, over single tokens; raise ValueError if it does not.
+    """Return `method` if it computes standard attention, over single tokens; raise ValueError for tensor attention.
 
-    place: the caller that needs standard attention, for the error.
+    Tensor attention is softmax over pairs of tokens. place: the caller that needs standard attention, for the error.
     """
     if method.traits.reference == "tensor":
         raise ValueError(
@@ -245,7 +247,7 @@ def standard_law(method: Method, place: str) -> Method:
 def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
     """Return the text `name(arg=value, ...)` of a dataclass, with the arguments that differ from their defaults.
 
-    Arguments named in `skip` are left out.
+    An example is "h2o(recent=64)". Arguments named in `skip` are left out.
     """
     arguments = []
     for f in fields(config):
@@ -265,7 +267,7 @@ def _literal(value: Any) -> str:
 def budget_text(budget: Budget) -> str:
     """Return the text of a budget, as it follows the "@" in a method's text.
 
-    "512" tokens per row, "25%" of the context, "64MiB" for the whole cache, or "64:128", one number per row.
+    Examples: "512" tokens per row, "25%" of the context, "64MiB" for the whole cache, "64:128" with one number per row.
     """
     return ":".join(map(str, budget)) if isinstance(budget, tuple) else str(budget)
 

@@ -25,8 +25,8 @@ class Partial:
     mean      (..., dv)  zeros where the set is empty
     log_mass  (...)      natural log of the sum of exp(logit); -inf where the set is empty
 
-    Partials form a commutative monoid under `merge`, with `empty` as identity: attention over a disjoint
-    union of token sets is the merge of the partials over the parts.
+    Attention over the union of two disjoint sets of tokens is the `merge` of their two results. `merge` is commutative
+    and associative, and merging with `empty` changes nothing.
     """
 
     mean: Tensor
@@ -34,7 +34,7 @@ class Partial:
 
     @classmethod
     def empty(cls, *shape: int, dv: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Partial:
-        """Return the partial over no tokens, the identity of `merge`: mean 0 and log-mass -inf.
+        """Return the result of attention over no tokens: mean 0 and log-mass -inf.
 
         `shape` is the batch shape: all axes but dv.
         """
@@ -56,8 +56,8 @@ class Partial:
         """Compute softmax attention of q (rows, m, d) over k (rows, s, d), v (rows, s, dv): a partial (rows, m).
 
         Logits have the spec's scale and softcap.
-        log_weight (rows, s) is added to the logits: a token of log-weight log(c) counts as c equal tokens.
-        hide (rows or 1, m or 1, s), bool, marks the tokens that a query may not see.
+        log_weight  (rows, s), added to the logits: a token of log-weight log(c) counts as c equal tokens
+        hide        bool (rows or 1, m or 1, s), True for the tokens that a query may not see
         """
         return cls(*attend(q, k, v, spec.scale, spec.softcap, log_weight, hide))
 
@@ -70,11 +70,11 @@ class Partial:
         return cls(*attend_causal(q, k, v, spec.scale, spec.softcap))
 
     def shaped(self, *shape: int) -> Partial:
-        """Return this partial as a view whose batch axes (all but dv) have the shape `shape`."""
+        """Return this result as a view whose batch axes (all but dv) have the shape `shape`."""
         return Partial(self.mean.view(*shape, self.mean.shape[-1]), self.log_mass.view(shape))
 
     def merge(self, other: Partial) -> Partial:
-        """Return the partial over the union of two disjoint token sets; exact, commutative, associative."""
+        """Return the result of attention over the union of two disjoint token sets, in either order; exact."""
         top = torch.maximum(self.log_mass, other.log_mass)
         shift = torch.where(top == -torch.inf, torch.zeros_like(top), top)
         mine, theirs = torch.exp(self.log_mass - shift), torch.exp(other.log_mass - shift)

@@ -1,9 +1,13 @@
-"""Define the interface of an eviction policy, which `Bounded` calls.
+"""Define the interface of an eviction policy, which the method `Bounded` calls.
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token. A column is a policy's number per
-slot, e.g. a score. A block is `block` consecutive tokens of a row; evictions take place at its end. To spare a part of
-the stream is to keep it whole and not count it in the budget. In shapes, r are the rows of a call, s slots, b tokens of
-a block, g query heads per kv head (GQA group), d and dv the widths of a key and a value.
+A state is a cache of some rows; a row is one (batch item, kv head) stream, and a slot the place of one held token. A
+column is a policy's number per slot, e.g. a score. A block is `block` consecutive tokens of a row; evictions take place
+at its end. The seal is the end of the prompt. To spare a part of the stream is to keep it whole and not count it in the
+budget.
+A token's position is its index in its row's stream; its rank is its index among the tokens that the row holds now, the
+oldest at 0. If the spec (the state's sizes and constants) has a rotation, keys and queries are rotated (RoPE) by ranks.
+In shapes, r are the rows of a call, s slots, b tokens of a block, g query heads per kv head (GQA group), d and dv the
+widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -29,14 +33,19 @@ class Held:
 
     A slot is the place of one held token; slots without a token have arbitrary numbers.
 
-    position  (r, s)  arrival index of each slot's token    seen   (r, 1)  tokens of the row so far
-    columns   (r, s)  the policy's own numbers per slot     count  (r, 1)  slots 0 .. count - 1 hold a token
-    row_ids   (r,)    row ids, which seed random draws      budget (r, 1)  tokens per row
+    position  (r, s)  index of each slot's token in its row's stream
+    columns   (r, s)  the policy's own numbers per slot, by name
+    seen      (r, 1)  tokens of the row so far
+    row_ids   (r,)    row ids, which seed random draws
+    spec              sizes, dtype and constants of the state
+    count     (r, 1)  slots 0 .. count - 1 hold a token
+    budget    (r, 1)  tokens per row
+    fetch             function of "k" or "v" that returns the keys or values of all slots, (r, s, ...)
     rows      (r,)    indices of the rows in the state; None: all rows
     prompt    (r, 1)  tokens before the seal (end of the prompt), -1 until then; None unless the policy spares the
-                      prompt or the answer
-    memory    the policy's memory of all rows               shared  tensors fixed by (policy, spec) alone
-    fetch     function of "k" or "v" that returns the keys or values of all slots, (r, s, ...)
+              prompt or the answer
+    memory            the policy's memory of all rows, or None if it has only columns
+    shared            tensors fixed by (policy, spec) alone, by name
     """
 
     position: Tensor
@@ -54,7 +63,7 @@ class Held:
 
     @property
     def k(self) -> Tensor:
-        """Return the keys (r, s, d) that queries are multiplied with, rotated if the spec has a rotation.
+        """Return the keys (r, s, d) that queries are multiplied with; if the spec has a rotation, they are rotated.
 
         The keys are fetched on access. They are copied only if rows differ in capacity or this `Held` has not all rows
         of the state.
@@ -63,7 +72,7 @@ class Held:
 
     @property
     def v(self) -> Tensor:
-        """Return the values (r, s, dv). The values are fetched on access, as the keys are by `k`."""
+        """Return the values (r, s, dv), fetched on access as the keys are by `k`."""
         return self.fetch("v")
 
     @property
@@ -72,12 +81,11 @@ class Held:
         return torch.arange(self.position.shape[1], device=self.count.device) < self.count
 
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
-        """Rotate unrotated queries q (r, g, b, d) by the angles of their own tokens' present ranks.
+        """Rotate unrotated queries q (r, g, b, d), each to the present rank of the token that it came with.
 
-        A query's own token is the token that came with the query; position (r, b) is that token's index in the stream.
-        A token's rank is its index among the tokens that the row holds now, the oldest at 0. Ranks are counted back
-        from the newest token, so they are right only where no token after the query's own was evicted. This holds for
-        the newest tokens if the policy protects them. If the spec has no rotation, q is returned as it is.
+        position (r, b) is that token's index in the stream. The rank is counted back from the newest token: it is right
+        only if no token that came after the query's own was evicted. This holds for the newest tokens if the policy
+        protects them. If the spec has no rotation, q is returned as it is.
         """
         rotation = self.spec.rotation
         if rotation is None:
@@ -115,17 +123,16 @@ class Queries:
 
     @property
     def as_they_came(self) -> Tensor:
-        """Return the queries (r, g, b, d) before rotation.
+        """Return the queries (r, g, b, d) before rotation: the ones to store if they are read after later evictions.
 
-        A policy's memory stores the unrotated queries if it reads them after later evictions, since evictions change
-        the ranks that queries are rotated to.
+        An eviction changes ranks, and so the angles that a stored query must be rotated by.
         """
         return self.q if self.bare is None else self.bare
 
     def last(self) -> tuple[Queries, Tensor]:
-        """Return the last given query of each row, as Queries with b = 1, and that query's index (r, 1) in the block.
+        """Return the last given query of each row, as `Queries` with b = 1, and that query's index (r, 1) in the block.
 
-        Every row must have been given a query.
+        Every row must have a given query.
         """
         order = torch.arange(1, self.made.shape[1] + 1, device=self.made.device)
         place = (self.made * order).amax(1, keepdim=True) - 1
@@ -169,7 +176,7 @@ class PolicyMemory(Memory, ABC):
 
 
 class Policy(ABC):
-    """Define an eviction rule: the held token of lowest priority is evicted first, the older of equal ones.
+    """Define an eviction rule: the held token of lowest priority is evicted first, of equal ones the older one.
 
     Subclasses are frozen dataclasses: the rule's configuration.
     """
@@ -186,9 +193,9 @@ class Policy(ABC):
 
     @property
     def usual_prefill(self) -> Literal["stream", "dense"]:
-        """Return when to evict in the prompt, by default: all along it ("stream") or only at its end ("dense").
+        """Return when this policy evicts tokens of the prompt: block by block ("stream") or only at its end ("dense").
 
-        This is the default of the argument `prefill` of `Bounded`.
+        The argument `prefill` of `Bounded` overrides this.
         """
         return "stream"
 
@@ -218,15 +225,18 @@ class Policy(ABC):
         return (held.position < self.protected_first()) | (held.position >= held.seen - last)
 
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
-        """Return the policy's empty memory for the rows of `spec`, or None if it keeps only numbers per slot (columns).
+        """Return the policy's empty memory for the rows of `spec`, or None if it keeps only columns (numbers per slot).
 
-        shared: the tensors, by name, that are fixed by policy and spec alone.
+        shared: the state's tensors, by name, that method and spec alone fix, those returned by `shared` among them.
         """
         del spec, shared
         return None
 
     def shared(self, spec: Spec) -> dict[str, Tensor]:
-        """Return tensors by name that are fixed by policy and spec alone, such as a random projection."""
+        """Return the tensors, by name, that are fixed by policy and spec alone, such as a random projection.
+
+        They do not depend on the stream, so they do not count as memory.
+        """
         del spec
         return {}
 
@@ -245,8 +255,7 @@ class Policy(ABC):
     def on_queries(self, held: Held, queries: Queries) -> dict[str, Tensor]:
         """Return new values of the policy's columns, column name -> (r, s), given the queries of a block.
 
-        A column is one number per slot. A policy may also store the queries in its memory `held.memory`, at the rows
-        `held.rows`.
+        A policy may also store the queries in its memory `held.memory`, at the rows `held.rows`.
         """
         del held, queries
         return {}
@@ -254,10 +263,9 @@ class Policy(ABC):
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
         """Return new values of the policy's columns, column name -> (r, s), given a block's attention weights.
 
-        A column is one number per slot. weights (r, g, b, s) are the softmax weights of the block's queries over the
-        held tokens; the weights of a query that was not given are 0. A call may give only a part of the slots in
-        `held` and `weights`, and leave the rest to further calls. So a slot's numbers may depend on its own weights
-        only.
+        weights (r, g, b, s) are the softmax weights of the block's queries over the held tokens; the weights of a query
+        that was not given are 0. A call may pass only some of the slots, in both `held` and `weights`; further calls
+        pass the others. So a slot's new numbers may depend on the weights of that slot only.
         """
         del held, weights, queries
         return {}
@@ -267,9 +275,9 @@ class Policy(ABC):
 class Guarded(Policy):
     """Define a policy that protects the first tokens (attention sinks) and the newest tokens of each row from eviction.
 
-    sinks   first tokens that are never evicted; trained models give these much attention
-    recent  newest tokens that are never evicted; if not given, 16, or a quarter of a budget below 64
-    The rules as the policies' papers state them have sinks=0, recent=0 and block=1.
+    sinks   number of first tokens that are never evicted; trained models give these much attention
+    recent  number of newest tokens that are never evicted; None: 16, or a quarter of a budget below 64
+    sinks=0, recent=0 and block=1 give the rule as the policy's paper states it.
     """
 
     sinks: int = 4

@@ -1,9 +1,9 @@
 """Draw counter-based random numbers: each is a function of a key and a counter, never of earlier draws.
 
 A key is made from the seed, the row id (`Spec.row_ids`; a row is one stream of tokens) and the purpose of a draw. A
-counter is made, for example, from a token's position. So a draw depends neither on other rows nor on how a stream was
-cut into calls, and no random generator is read or advanced. A sample that keeps the items with the smallest draws
-(bottom-k sampling) is thus independent of these cuts.
+counter is made, for example, from a token's position. No random generator is read or advanced. So a draw depends
+neither on other rows nor on how a stream was split into calls, and neither does a sample that keeps the items with the
+smallest draws (bottom-k sampling).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Return int64 numbers shifted right by `bits`, with zeros in the free bits; torch's `>>` copies the sign bit."""
+    """Shift int64 numbers right by `bits` and fill with zeros; torch's `>>` would copy the sign bit."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
@@ -48,7 +48,8 @@ def row_keys(seed: int, row_ids: Tensor, purpose: str) -> Tensor:
 def uniform(keys: Tensor, counters: Tensor) -> Tensor:
     """Draw float64 numbers uniformly from (0, 1), one per element.
 
-    `keys` (see `row_keys`) and int64 `counters` are broadcast together. A draw is a function of its key and counter.
+    `keys`, as made by `row_keys`, and `counters` are int64 tensors that are broadcast together. A draw is a function of
+    its key and counter.
     """
     bits = _mix(_mix(keys + counters * _GOLDEN).bitwise_xor_(counters))
     return _shift(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)  # 52 bits: the half must not round up to 1

@@ -1,8 +1,8 @@
 """Rotate keys and queries by RoPE according to a token's rank among the held tokens, instead of its stream position.
 
-A place is the whole number that a rotation angle is proportional to, here a token's rank. A pair is two entries of a
-key or query that are rotated together. A `Circle` is two tensors (..., pairs): the cosine and the sine of each pair's
-angle at each place.
+The rank is the token's index among the held tokens of its row, the oldest at 0. A place is the whole number that a
+rotation angle is proportional to: a rank, or a position in the stream. A pair is two entries of a key or query that are
+rotated together. A `Circle` is two tensors (..., pairs): the cosine and the sine of each pair's angle at each place.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ Circle = tuple[Tensor, Tensor]  # cosine and sine of every pair's angle, (..., p
 class Rotation:
     """Rotate pairs of a vector's entries by angles proportional to a place (Su et al. 2021, RoPE, arXiv 2104.09864).
 
-    A vector's place is a whole number: in a state, the rank of the vector's token among the held tokens of the row.
     frequencies  radians per place, one number per pair
     start        index of the first rotated entry; two entries per pair are rotated, the others stay
     interleaved  True: pair i is the rotated entries 2i and 2i + 1; False: i and i + (number of pairs)
-    Law: at place p a pair (x, y) becomes (x cos a - y sin a, y cos a + x sin a). The angle a is the product of p and
-    the pair's frequency, rounded to float32 as in transformers. So `turned` rotates as the model does, and with `back`
+    At place p a pair (x, y) becomes (x cos a - y sin a, y cos a + x sin a), where the angle a is p times the pair's
+    frequency. As in transformers, a is rounded to float32. So `turned` rotates as the model does, and with `back` it
     undoes the model's rotation exactly, however large p is.
     """
 
@@ -55,8 +54,8 @@ class Rotation:
     def circle(self, place: Tensor, dtype: torch.dtype, below: int | None = None) -> Circle:
         """Return the cosines and sines (..., pairs) of the angles at each place (...), int64, in `dtype`.
 
-        below: an exclusive upper bound on the places, or None. Under a small bound, the cosines and sines are looked
-        up in a table; under a large bound or None, they are computed.
+        below: all places are less than this number; None: unknown. Under a small bound the cosines and sines are looked
+        up in a table, otherwise they are computed.
         """
         if below is None or below > _TABLE_PLACES:
             return self._computed(place, dtype)

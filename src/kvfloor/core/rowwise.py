@@ -41,13 +41,13 @@ def row_by_row(
     beside: Sequence[Tensor] = (),
     fill: float = 0.0,
 ) -> Tensor:
-    """Apply `work` to one row after another and stack the results: bits depend on a row's numbers and shape alone.
+    """Apply `work` to one row after another and stack the results, so that a row's bits depend on its numbers alone.
 
     columns  tensors (rows, ...), of which `work` is given one row at a time
     beside   further tensors (rows, ...), of which `work` is given one whole row at a time, whatever `held` is
     work     takes each column and each of `beside` as (1, ...), aligned, and returns (1, ...); it changes none of them
     held     if rows are of different length: `work` is given the first held[r] items of a column's second axis, and
-             returns as many along its result's last axis; the places after them get `fill`
+             returns as many along its result's last axis; the entries after them get `fill`
     """
     rows = columns[0].shape[0]
     if rows == 0 or (held is not None and columns[0].shape[1] == 0):
@@ -71,7 +71,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def total(x: Tensor, axis: int = -1) -> Tensor:
-    """Sum x along an axis by a fixed tree of additions, so that the other axes have no influence on the rounding."""
+    """Sum x along an axis in a fixed order of additions, so that rounding does not depend on the other axes."""
     x = x.movedim(axis, 0)
     n = x.shape[0]
     if n < 2:
@@ -93,7 +93,7 @@ def length(x: Tensor) -> Tensor:
 def logarithm(x: Tensor) -> Tensor:
     """Return the natural logarithm of positive float64 numbers, element by element, to a few units in the last place.
 
-    Law: log x = log m + k log 2, where x = m 2^k with m in [sqrt(1/2), sqrt(2)). log m is 2 artanh(s), by the power
+    It is log x = log m + k log 2, where x = m 2^k with m in [sqrt(1/2), sqrt(2)). log m is 2 artanh(s), by the power
     series of artanh, with s = (m - 1) / (m + 1).
     """
     fraction, exponent = torch.frexp(x)

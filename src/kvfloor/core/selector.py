@@ -42,8 +42,8 @@ class SelectorState(Memory, ABC):
     """Store a selector's index of the held tokens, which is updated whenever tokens enter or leave the slots.
 
     `spec` has the sizes, dtype and constants that the index was opened for. Rows are the first axis of every tensor; a
-    subclass with other tensors defines its own `select_rows`, which keeps some of the rows. Slots are chosen by float64
-    scores, and by slot number among equal scores, so that a choice does not depend on the shape of the call.
+    subclass with other tensors defines its own `select_rows`, which keeps some of the rows. The choice of slots goes by
+    float64 scores, and by slot number among equal scores, so it does not depend on how many queries or rows a call has.
     """
 
     spec: Spec
@@ -56,7 +56,7 @@ class SelectorState(Memory, ABC):
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         """Update the index after the tokens in the slots marked by the mask `leaving` (rows, width) were evicted.
 
-        Tokens from the end of each row have been moved into the emptied slots.
+        The slots changed as `Slots.evict` does it: tokens from the end of each row moved into the emptied slots.
         """
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
@@ -75,18 +75,17 @@ class SelectorState(Memory, ABC):
     def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
         """Choose the slots that each query of q (r, m, d) reads among the slots of its row that it sees.
 
-        Query j of row i sees slots 0 .. visible[i, j] - 1, for `visible` (r, m). Every query sees at least the slots
-        that held a token after the last eviction. rows (r,) are the queries' rows in the state; None: all. A query that
-        sees any slot reads at least one. The call changes nothing, and a query's choice does not depend on the other
-        queries.
+        visible (r, m): query j of row i sees slots 0 .. visible[i, j] - 1. These include all slots that held a token
+        after the last eviction. rows (r,): the queries' rows in the state; None: all. A query that sees any slot reads
+        at least one. The call changes nothing, and a query's choice does not depend on the other queries.
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
         """Choose the slots that the newest tokens' queries q (rows, g, a, d) read: `Chosen` with m = g * a.
 
-        visible (rows, a) is the number of slots that a query sees, that of its own token included; position (rows, a)
-        is that token's index in the stream, or -1 where the row has no such token. Unlike `choose`, this call may store
-        a choice in the index for later queries.
+        visible   (rows, a) number of slots that a query sees, that of its own token included
+        position  (rows, a) index of the query's own token in the stream, or -1 where the row has no such token
+        Unlike `choose`, this call may store a choice in the index for later queries.
         """
         del position
         return self.choose(q.flatten(1, 2), slots, visible.repeat(1, q.shape[1]))
@@ -135,10 +134,10 @@ class Indexed(Selector):
         """
 
     def block(self) -> int | None:
-        """Return how many tokens of a row come between two updates of the index; None: any number will do.
+        """Return how many tokens of a row come between two updates of the index (`SelectorState.close`).
 
-        The update is `SelectorState.close`. `Exact` calls it after so many tokens of a row; `Bounded` calls it after a
-        number of its own, at the end of each of its blocks.
+        None: any number. The method `Exact` uses this number. The method `Bounded` updates the index at the end of each
+        of its own blocks.
         """
         return None
 

@@ -1,10 +1,11 @@
 """Store the held tokens of all rows in one arena: flat tensors of keys and values, with one stretch per row.
 
-A row is one (batch item, kv head) stream, and a slot the place of one held token; a row's slots are numbered from 0. A
-column is a tensor that an eviction policy keeps, with one number per slot, such as a score of the slot's token. The
-rank of a token is its index among the tokens that its row holds, the oldest at 0. Letters in shapes: r is the number of
-rows of a call, s or width that of slots per row, a that of new tokens, e that of tokens chosen in any rows; d and dv
-are the widths of a key and a value.
+A row is one (batch item, kv head) stream. A slot is the place of one held token; a row's slots are numbered from 0 and
+lie in its stretch, a range of the flat tensors. A column is a tensor that an eviction policy keeps, with one number per
+slot, such as a score of the slot's token. The rank of a token is its index among the tokens that its row holds, the
+oldest at 0. If the spec (sizes and constants) has a rotation, keys are rotated (RoPE) to ranks.
+Letters in shapes: r is the number of rows of a call, s or width that of slots per row, a that of new tokens, e that of
+tokens chosen in any rows; d and dv are the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kvfloor.core.spec import Spec
 class View:
     """Hold the first s slots of r rows as batched tensors: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
 
-    A slot is the place of one held token. live marks the slots that hold a token; None: all do. fetch returns position.
+    live is True for slots that hold a token; None: all do. `fetch` is a function that returns position.
     """
 
     k: Tensor
@@ -43,14 +44,14 @@ class View:
 class Slots(Arena):
     """Store the held tokens of every row, packed at the front of the row's stretch of the arena.
 
-    A slot is the place of one token. A row's slots carry no order; `position` is the arrival index of each token. Rows
-    may differ in capacity, so that a smaller budget takes less memory, and in the number of tokens (`held`). `columns`
-    are per-slot numbers that a policy keeps, zero where a slot holds no token.
+    A row's slots carry no order; `position` is the arrival index of each token. Rows may differ in capacity, so that a
+    smaller budget takes less memory, and in the number of tokens (`held`). `columns` are per-slot numbers that a policy
+    keeps, zero where a slot holds no token.
 
-    Under `spec.rotation` k has the keys that queries read: each is rotated to the rank of its token among the tokens of
-    the row. An eviction changes the ranks of the tokens behind the evicted ones. Then k is rotated anew from `bare`,
-    the unrotated keys, so that no rounding builds up. `bare` is kept only if tokens can be lost (argument `lose`) or
-    the values are the keys (`spec.tied`).
+    If the spec has a rotation, `k` has the rotated keys, which queries read. An eviction changes the ranks of the
+    tokens behind the evicted ones. Then `k` is computed anew from `bare`, the unrotated keys, so that rounding errors
+    do not add up. `bare` is kept only if tokens can be evicted or forgotten (argument `lose`) or the values are the
+    keys (`spec.tied`).
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Slots(Arena):
 
     @property
     def _own(self) -> tuple[str, ...]:
-        """Return the names of the tensors with one entry per token; the policy's columns are left out.
+        """Return the names of the attributes that are tensors with one entry per token; policy columns are left out.
 
         If a token's value is its key (`spec.tied`), "k" stands for both.
         """
@@ -117,10 +118,10 @@ class Slots(Arena):
         return x[self._index(rows, width)]
 
     def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return a copy of chosen entries of a per-slot tensor x (slots, ...): (r, m, c, ...).
+        """Copy chosen entries of a tensor x (slots of all rows, ...): return (r, m, c, ...).
 
-        rows (r,) are the rows to read (None: all); `slot` (r, m, c), int64, names c slots of the row for each of its m
-        queries.
+        rows  (r,) rows to read; None: all
+        slot  (r, m, c), int64: c slots of the row for each of its m queries
         """
         offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
         index = (offset + slot).clamp_max(x.shape[0] - 1).flatten()
@@ -137,7 +138,7 @@ class Slots(Arena):
     def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor, bare: Tensor | None = None) -> None:
         """Append to each row r its first take[r] tokens of k (rows, a, d), v (rows, a, dv) and position (rows, a).
 
-        bare (rows, a, d): under a rotation, the keys before they were rotated to their ranks.
+        bare (rows, a, d): the keys before they were rotated; used only if the spec has a rotation.
         """
         a, at = k.shape[1], self.level if min(take.tolist()) == k.shape[1] else None
         if at is None or at + a > self.stride:
@@ -157,8 +158,8 @@ class Slots(Arena):
     def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
         """Append one token, which arrived at `position`, to every row: k (rows, 1, d), v (rows, 1, dv).
 
-        All rows must hold equally many tokens and have a free slot. bare (rows, 1, d): under a rotation, the unrotated
-        keys.
+        All rows must hold equally many tokens and have a free slot. bare (rows, 1, d): the keys before they were
+        rotated; used only if the spec has a rotation.
         """
         at = self.held.tolist()[0]
         self._table(self.k, at, at + 1).copy_(k)
@@ -206,7 +207,10 @@ class Slots(Arena):
             self._turn(None if bool(fewer.all()) else fewer.nonzero().squeeze(1))
 
     def _turn(self, rows: Tensor | None) -> None:
-        """Rotate the keys of `rows` (None: all) to the ranks that the keys' tokens have now."""
+        """Rotate the unrotated keys of `rows` (None: all) to the present ranks of their tokens, and store them in `k`.
+
+        Nothing is done if unrotated keys are not kept.
+        """
         bare, rotation = self.bare, self.spec.rotation
         held = self.held if rows is None else self.held[rows]
         width = int(held.max()) if len(held) else 0
@@ -226,7 +230,7 @@ class Slots(Arena):
             self.k[self._index(rows, width)[live]] = turned[live]
 
     def find(self, row: Tensor, position: Tensor) -> Tensor:
-        """Return a mask (rows, width), bool on the CPU, of the slots that hold e given tokens.
+        """Return a mask (rows, width), bool on the CPU, True for the slots that hold one of e given tokens.
 
         Token i is given by its row, row[i], and its arrival index in that row, position[i]. Tokens that are not held
         are ignored.
@@ -274,7 +278,7 @@ class Slots(Arena):
         return sent
 
     def fields(self) -> dict[str, Any]:
-        """Return the dtype, shape and range that each saved tensor must have, name -> `Field` (allowed values).
+        """Return the dtype, shape and range that each saved tensor must have: {name: `Field`}.
 
         Every tensor has one entry per held token.
         """
@@ -304,7 +308,7 @@ class Slots(Arena):
 
 
 class Columns(Memory):
-    """Store a policy's columns beside the keys and values: tensors (slots of all rows,) with one number per slot."""
+    """Store a policy's columns beside the keys and values: tensors (slots of all rows,), one number per slot each."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the columns, column name -> tensor (slots of all rows,)."""
@@ -314,7 +318,7 @@ class Columns(Memory):
 def require_positions(fields: dict[str, Any], seen: Tensor) -> None:
     """Raise ValueError if saved slots hold a token twice, or a token that the row has not seen yet.
 
-    fields  the saved fields of `Slots`
+    fields  what a saved state has of a `Slots`: positions and numbers of held tokens
     seen    (rows,) number of tokens that each row has seen: positions must be below it
     """
     row = torch.arange(len(seen)).repeat_interleave(fields["held"])

@@ -1,4 +1,7 @@
-"""Define the spec of a state, i.e. of a method's memory: sizes and constants, all independent of the stream."""
+"""Define the spec of a state, i.e. of a method's memory: sizes and constants, all independent of the stream.
+
+A row is one (batch item, kv head) stream of tokens.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +32,19 @@ class Spec:
     rows      independent streams held side by side (batch x kv head)
     d, dv     width of a key and of a value
     scale     the factor on q.k (the papers use 1, models d**-0.5)
-    softcap   c in c*tanh(logit/c), or None
+    softcap   c, for logits c*tanh(logit/c); None: no cap
+    dtype     of keys, values and queries
+    device    where they are
+    seed      seeds all random draws, together with the row ids
     row_ids   one identity per row, which seeds the row's random draws; 0, 1, 2, ... unless given
-    places    each row's place in a model, as (layer, kv head), for methods whose trained parameters differ from
-              head to head; None outside a model
-    tied      a token's value is its key: both are given as one tensor, and held once
-    rotation  None, or the rotation (RoPE) of keys and queries, which are then given unrotated. A token's key and query
-              are rotated by the token's rank among the tokens that its row holds, the oldest at 0
-    applied   the rotation (RoPE) by which keys and queries are already rotated when given, each by its token's position
-              in the stream plus any constant; None if there is none or if it is unknown. A state never applies this
-              rotation: policies that predict later queries read it. `applied` and `rotation` exclude each other
+    places    each row's (layer, kv head) in a model, for methods whose trained parameters differ from head to head;
+              None outside a model
+    tied      True: a token's value is its key; both are given as one tensor, and stored once
+    rotation  None, or the rotation (RoPE) that the state applies to keys and queries, which are then given unrotated.
+              They are rotated by the token's rank among the tokens that its row holds, the oldest at 0
+    applied   None, or the rotation (RoPE) by which keys and queries are already rotated when given, each by its token's
+              position in the stream plus any constant. The state does not apply it: policies that predict later queries
+              read it. None also if it is unknown. `applied` and `rotation` exclude each other
     Raises ValueError naming the field that is out of its domain.
     """
 

@@ -1,13 +1,15 @@
 """Define the state of a method, i.e. the memory of its streams of tokens.
 
-This module implements the checks of input, the padding, the clocks and the message (saved state) for all methods.
+This module implements the checks of input, the padding, the token counts and the saving for all methods.
 A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A call's real tokens are those that are
 not padding; packed tokens have each row's real tokens first. To seal a state is to mark the end of the prompt, to pin
 tokens is to protect them from eviction, to forget tokens is to drop them on request. A token's position is its index in
-its row's stream; e tokens of any rows are named by two tensors (e,), their rows and their positions. A `Partial` is the
-result of attention: the mean of values under the softmax weights, and the log of the softmax mass. The spec has the
-sizes, dtype and constants of a state. In shapes, d and dv are the widths of a key and a value, t tokens and m queries
-per row.
+its row's stream; e tokens of any rows are named by two tensors (e,), their rows and their positions. A message is a
+saved state, as bytes.
+A `Partial` is the result of attention: the mean of values under the softmax weights, and the log of the softmax mass.
+Its compute dtype is float32, or float64 for float64 tokens. The spec has the sizes, dtype and constants of a state. A
+policy is a method's rule of eviction; a summary is its compressed form of evicted tokens. In shapes, g is the GQA group
+(query heads per kv head), d and dv are the widths of a key and a value, t tokens and m queries per row.
 """
 
 from __future__ import annotations
@@ -60,9 +62,9 @@ def _plain(call: Call) -> Call:
 def whole(call: Call) -> Call:
     """Wrap a state's method so that it raises the exception BrokenState if an earlier call on the state broke off.
 
-    Otherwise the call runs outside autograd and outside inference mode, as under `_plain`. A call that is about to
-    change the state sets `_underway` first, after it has checked its input. The wrapper clears `_underway` when the
-    call returns; an exception leaves `_underway` set.
+    Otherwise the call runs outside autograd and outside inference mode, as under `_plain`. A call sets `_underway` to
+    its name after it has checked its input, just before it changes the state. The wrapper clears `_underway` when the
+    call returns; an exception leaves it set.
     """
 
     @wraps(call)
@@ -94,8 +96,9 @@ class State(Memory, Generic[M], metaclass=_Plain):
     A variant (subclass) implements `_append` and `_read`. It overrides `_step_partial` if it has a form that is faster
     than token by token. Before anything changes, `_require_tokens` refuses tokens that the variant cannot take, and
     `_require_group` a wrong number of queries per kv head.
-    Shapes: k (rows, t, d), v (rows, t, dv), queries of `step` and `attend` (rows, g, t, d) with g the GQA group,
-    queries of `read` (rows, m, d); present (rows, t), bool, is False for padding, None: all tokens are real.
+    Tokens are k (rows, t, d) and v (rows, t, dv). Queries are (rows, g, t, d) for `step`, (rows, g, m, d) for `attend`,
+    with g the GQA group, and (rows, m, d) for `read`. The mask `present` (rows, t), bool, is False for padding; None:
+    all tokens are real.
     All public calls raise TypeError or ValueError on bad input and leave the state as it was. After any other exception
     the state is either unchanged, or every further call raises the exception BrokenState. A state that keeps whole
     tokens (each with its own key and value) holds them in `slots`.
@@ -135,17 +138,17 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @abstractmethod
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        """Append the first take[r] tokens of row r to the memory, and add take (rows,) to `seen`."""
+        """Append the first take[r] tokens of each row r to the memory, and add take (rows,) to `seen`."""
 
     @abstractmethod
     def _read(self, q: Tensor) -> Partial:
         """Return attention of q (rows, m, d) over all tokens seen, a `Partial` (rows, m); change nothing."""
 
     def _step_partial(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Partial:
-        """Append the first take[r] tokens of row r, and answer each token's queries: a `Partial` (rows, g, t).
+        """Append the first take[r] tokens of each row r, and answer each token's queries: a `Partial` (rows, g, t).
 
-        A token's queries are answered right after it is appended. This token-by-token form is the law that faster
-        variants must reproduce.
+        A token's queries are answered right after it is appended, before the next token. Faster variants must give the
+        same answers as this token-by-token form.
         """
         out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
         for i in range(int(take.max())):
@@ -160,17 +163,20 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if the shortcut `_step_one` may answer a decode step that gives every row one token."""
+        """Return True if a decode step that gives every row one token may take the shortcut `_step_one`."""
         return False
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
-        """Append and answer one token of every row, as `_step` does. Called only while `_steps_alone` is True."""
+        """Append one token to every row and answer its queries, as `_step` does.
+
+        Called only while `_steps_alone` is True.
+        """
         return self._step(k, v, q, torch.ones(self.spec.rows, dtype=torch.int64))
 
     def _attend(self, q: Tensor) -> Partial:
         """Return attention of q (rows, g, m, d) over all tokens seen, as `_read` does: a `Partial` (rows, g*m).
 
-        A policy may learn from the queries.
+        An eviction policy may learn from the queries.
         """
         return self._read(q.flatten(1, 2))
 
@@ -184,7 +190,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """
 
     def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        """Raise ValueError if the method does not accept the first take[r] tokens of row r, for any r."""
+        """Raise ValueError if the method does not accept the tokens: the first take[r] of each row r."""
 
     def _select_rows(self, index: Tensor) -> None:
         """Keep only the rows at `index` (r,), in this order; `select_rows` has checked that these rows exist."""
@@ -244,10 +250,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
-        """Do `step`, but return outputs with their log-mass: a `Partial` (rows, g, t) in the compute dtype.
+        """Append tokens and answer their queries as `step` does, but return log-masses too: a `Partial` (rows, g, t).
 
-        The partial is empty (mean 0, log-mass -inf) where `present` is False. Use this call to merge further terms into
-        the answer, such as a sink's logit.
+        It is in the compute dtype, and empty (mean 0, log-mass -inf) where `present` is False. Use this call to merge
+        further terms into the answer, such as a sink's logit.
         """
         k, v, q, take, order = self._packed(k, v, q, present)
         if not any(take.tolist()):
@@ -266,9 +272,9 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def attend(self, q: Tensor) -> Tensor:
-        """Return the attention outputs (rows, g, m, dv) of q (rows, g, m, d), and append no token.
+        """Return the attention outputs (rows, g, m, dv) of q (rows, g, m, d) over the remembered tokens; append none.
 
-        A policy may learn from the queries.
+        An eviction policy may learn from the queries.
         """
         q = self._checked(q, "q", self.spec.d, axes=4, finite=True)
         if q.shape[1] < 1:
@@ -296,8 +302,9 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def forget(self, row: Tensor, position: Tensor) -> None:
         """Drop tokens, named by row (e,) and position (e,), int64: no later query attends to them.
 
-        Clocks do not change, and a policy keeps what it learnt from these tokens. A token that was evicted for good,
-        without a summary, is ignored. Raises ValueError, the state unchanged, where a token cannot be dropped.
+        The counts `seen` do not change, and a policy keeps what it learnt from these tokens. Tokens that were evicted
+        without a summary are ignored. Raises ValueError, the state unchanged, if a token cannot be dropped, e.g.
+        because a summary has absorbed it.
         """
         row, position = self._named(row, position)
         if row.numel():
@@ -338,7 +345,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def guarantee(self) -> Guarantee | None:
-        """Return the method's proved error bound, withdrawn (`holds` False) if the tokens seen break an assumption.
+        """Return the method's proved error bound, with `holds` False if the tokens seen break one of its assumptions.
 
         None if the method has no such bound.
         """
@@ -384,7 +391,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def to_bytes(self) -> bytes:
-        """Return the state as bytes, a message from which the state can be restored (`Method.from_bytes`).
+        """Return the state as bytes, a message from which `Method.from_bytes` restores it.
 
         The message has everything that is needed to answer queries and to append tokens, except the method and the
         tensors in `shared`, which are fixed by method and spec and made anew.
@@ -398,7 +405,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index` (r,), int64, in that order; repeats are allowed (beams). Rows keep their ids."""
+        """Keep the rows at `index` (r,), int64, in that order; repeats are allowed, as beam search needs them.
+
+        Each row keeps its row id, which seeds its random draws.
+        """
         try:
             index = torch.as_tensor(index)
             _require_dense(index, "index")
@@ -456,8 +466,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Check k, v, q and `present`; return k, v, q with each row's real tokens first and its padding last.
 
-        Also returned are the number of real tokens per row (rows,), and the order (rows, t) by which `_pack` moved the
-        tokens, which is None if all are real.
+        Two more things are returned: the number of real tokens per row (rows,), and the order (rows, t) by which
+        `_pack` moved the tokens, None if all are real.
         """
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         q = self._checked(q, "q", self.spec.d, axes=4)
@@ -470,8 +480,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Check that k, v, q and `present` fit together; return the real tokens per row (rows,), and a token order.
 
-        The order (rows, t) is the one by which `_pack` moves each row's real tokens to the front; it is None if all
-        tokens are real.
+        By this order (rows, t) `_pack` moves each row's real tokens to the front. It is None if all tokens are real.
         """
         rows, t = k.shape[:2]
         if v.shape[1] != t:
@@ -524,7 +533,10 @@ def _all_finite(x: Tensor) -> bool:
 
 
 def _one(k: Tensor, v: Tensor) -> bool:
-    """Return True if k and v are views of the same numbers in the same order, so that one copy can serve as both."""
+    """Return True if k and v are views of the same numbers, of the same shape and strides.
+
+    Then one copy can serve as both.
+    """
     return k is v or (k.data_ptr() == v.data_ptr() and k.shape == v.shape and k.stride() == v.stride())
 
 
@@ -536,9 +548,9 @@ def _pack(x: Tensor, order: Tensor) -> Tensor:
 def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
     """Undo `_pack`: move each answer back to the index that its token had in the call.
 
-    out (rows, g, t, w) has the answers to packed tokens, w numbers each; `order` is the one given to `_pack`. Row r has
-    take[r] real tokens; all other entries become `empty`, whatever was computed for padding. order None: no token was
-    moved, and `out` is returned.
+    out    (rows, g, t, w): the answers to packed tokens, w numbers each
+    take   (rows,): the number of real tokens of each row; the entries of padding become `empty`, whatever was computed
+    order  the order given to `_pack`; None: no token was moved, and `out` is returned
     """
     if order is None:
         return out

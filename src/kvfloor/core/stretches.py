@@ -1,8 +1,8 @@
-"""Store lists of items, one or more per row, each list in its own stretch of a flat arena.
+"""Store a selector's index as lists of items, one or more per row, in flat tensors.
 
-A row is one (batch item, kv head) stream. The lists are a selector's index: what the selector stores about the held
-keys, to find the keys of large logit. A place is an index into the flat tensors of the arena; a stretch is the range of
-places in which one list can grow. In shapes, r are the rows of a call.
+A row is one (batch item, kv head) stream. A selector picks the held tokens that a query reads; its index is what it
+stores about the held keys, to find the keys of large logit. A place is an index into the flat tensors; each list grows
+in its own stretch, a range of places. In shapes, r are the rows of a call.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Stretches(Arena):
     def across(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         """Return each list's first `width` entries of the column `name`, for `rows`: (r, lists, width, ...).
 
-        rows None: all rows. Entries behind a list's last item are the constructor's `fill` or arbitrary. Copies only if
-        capacities differ or `rows` is given.
+        rows None: all rows. Entries behind a list's last item are arbitrary. The entries are copied only if capacities
+        differ or `rows` is given.
         """
         column = getattr(self, name)
         if self.stride and rows is None:
@@ -62,8 +62,7 @@ class Stretches(Arena):
         """Replace the lists of `rows` (r,) in the column `name` by `items` (r, lists, w, ...).
 
         A new list of rows[i] consists of the first held[i] of its w entries in `items`. Where the old list was longer,
-        the places behind the new one get the number `fill` of the constructor. `self.held`, the lengths of the lists,
-        is not changed.
+        the places behind the new one get the number `fill`. The caller sets `self.held`, the lengths of the lists.
         """
         column = getattr(self, name)
         width = int(torch.maximum(held, self.held[rows]).max())

@@ -26,9 +26,9 @@ from kvfloor.core.spec import Spec
 class SummaryState(Memory, ABC):
     """Store a compressed form of evicted tokens, as tensors with rows as first axis.
 
-    `shared` maps names to tensors that are fixed by (method, spec) alone (trained kernels, tables). They are
-    public, so they do not count as memory. `Bounded` replaces `shared` by one dictionary for the whole state, so a
-    summary uses names in it that start with the summary's own name.
+    `shared` maps names to tensors that are fixed by method and spec alone, such as trained kernels and tables. They do
+    not depend on the stream, so they do not count as memory. `Bounded` replaces `shared` by one dictionary for the
+    whole state, so a summary's names in it start with the summary's own name.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -39,9 +39,9 @@ class SummaryState(Memory, ABC):
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         """Add evicted tokens to the summary, each once: row (e,) int64 ascending, k (e, d), v (e, dv), position (e,).
 
-        The tokens of one row in one call are a lot. A row's tokens come in the same lots however the caller cuts the
-        stream, but the cuts decide which other rows are in the call. So all numbers derived from tokens must be
-        computed row by row (`lots`).
+        The tokens of one row in one call are a lot. A row's tokens come in the same lots however the stream is split
+        into calls, but the split decides which rows share a call. So compute all numbers derived from tokens row by
+        row, from one lot at a time (`lots`).
         """
 
     @abstractmethod
@@ -53,10 +53,13 @@ class SummaryState(Memory, ABC):
         """
 
     def on_queries(self, q: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that came with or without tokens; zeros where a row has no query."""
+        """Record queries q (rows, g, a, d) that came with or without tokens; zeros where a row has no query.
+
+        A summary needs them only if its error bound assumes something about queries.
+        """
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Return the error bound `stated`, withdrawn (`holds` False) once one of its assumptions has failed.
+        """Return the error bound `stated`, with `holds` False once one of its assumptions has failed.
 
         `stated` is the bound that is proved for the summary's configuration. The assumptions are tested on the tokens
         and queries that the summary was given.
@@ -65,14 +68,14 @@ class SummaryState(Memory, ABC):
 
 
 class Summary(ABC):
-    """Define a form in which evicted tokens are kept compressed: a frozen configuration."""
+    """Define how evicted tokens are kept in compressed form: a frozen configuration, which opens a `SummaryState`."""
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
 
     @property
     def traits(self) -> Traits:
-        """Return the promises about its answers that a method with this summary can keep."""
+        """Return the promises (`Traits`) that a method with this summary can keep about its answers."""
         return Traits()
 
     @abstractmethod
@@ -82,8 +85,8 @@ class Summary(ABC):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return a bound on the error of answers that holds whichever tokens are evicted; None: no bound is proved.
 
-        A returned bound with error 0 (`epsilon`) promises that answers follow the method's attention law exactly. The
-        law, softmax for example, is named by `Traits.reference`.
+        An error bound of 0 (`epsilon`) promises that answers are exact under the attention law that the method
+        approximates (`Traits.reference`), softmax for example.
         """
         del spec
         return None
@@ -114,10 +117,11 @@ class Drop(Summary):
 def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split the evicted tokens of one `absorb` call by row: yield one lot (at, column, ...) per row.
 
-    row (e,) is each token's row, ascending; each column is (e, ...), such as the keys. at (1,) is the lot's row, and
-    its columns are (1, c, ...) for the c tokens of the row. A lot is contiguous, aligned like every other lot of c
-    tokens, and holds no other row's numbers. So any result computed from a lot has the same bits whichever rows are in
-    the call, on any BLAS and any instruction set.
+    row      (e,) row of each token, ascending
+    columns  (e, ...) each, such as the keys
+    at       (1,) row of the lot; its columns are (1, c, ...) for the c tokens of the row
+    A lot is contiguous, aligned like every other lot of c tokens, and holds no other row's numbers. So any result
+    computed from a lot has the same bits whichever rows are in the call, on any BLAS and any instruction set.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     pieces = [column.split(counts.tolist()) for column in columns]

@@ -30,17 +30,17 @@ def weights_by_tile(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the softmax weights (rows, m, tile) of q (rows, m, d) over k (rows, s, d), tile by tile.
 
-    The weights are in the compute dtype. The first pass finds each query's largest logit and its sum of exponentials;
-    the second turns each tile's logits into weights. So at most rows x m x tile weights exist at a time. Keys that fit
-    in one tile take one pass.
+    The first pass finds each query's largest logit and its sum of exponentials; the second turns each tile's logits
+    into weights. So at most rows x m x tile weights exist at a time. Keys that fit in one tile take one pass.
 
-    hide     function from a slice of keys to the mask of those that queries do not see, bool (rows or 1, m, keys)
+    hide     function from a slice of keys to a mask, bool (rows or 1, m, keys), True for keys that queries do not see
     clear    number of first keys that all queries see; `hide` is not called for them
     held     number of first keys of each row that its queries may see (None: all); the other keys have weight 0,
              whatever `hide` returns for them
     tile     number of keys in a tile (None: TILE_SLOTS)
-    Yields (at, weights), where the slice `at` names the keys of the tile. A query that sees no key has weight 0
-    everywhere. The bits of a row's weights depend on the row's own queries and held keys alone.
+    Yields (at, weights), where the slice `at` names the keys of the tile. Weights are in the compute dtype. A query
+    that sees no key has weight 0 everywhere. The bits of a row's weights depend on the row's own queries and held keys
+    alone.
     """
     tile = tile or TILE_SLOTS
     dtype, (rows, m, _), width = compute_dtype(k.dtype), q.shape, k.shape[1]

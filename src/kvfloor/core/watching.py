@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class Watching(Blocked["Bounded"]):
     """Answer queries from slots and a summary, and let the policy learn from queries, attention weights and keys.
 
-    A policy learns at block ends, in one matrix product of fixed shape over the block's buffered queries. So the
-    policy's decisions do not depend on how the stream was cut into calls.
+    A policy learns at block ends, from the block's buffered queries in one matrix product of fixed shape. So its
+    decisions do not depend on how the stream was split into calls.
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -55,7 +55,7 @@ class Watching(Blocked["Bounded"]):
 
     @property
     def learns_from_queries(self) -> bool:
-        """Return True if the policy learns from queries of the present stage: the prompt, or the tokens after it."""
+        """Return True if the policy learns from the queries of the present phase: the prompt, or what follows it."""
         return self.method.policy.wants_weights or self.method.policy.wants_queries(self.sealed)
 
     @property
@@ -129,12 +129,11 @@ class Watching(Blocked["Bounded"]):
     def _at_once(self, seen: int, left: int) -> int:
         """Return how many of a row's next `left` tokens may be appended in one piece, without a stop at block ends.
 
-        `seen` is the number of tokens that the row saw before. 0 means that no such piece is allowed: the caller then
-        appends at most the tokens that complete the open block. More than 0 is returned only in a dense prompt (nothing
-        is evicted before its end), without selector, for a policy that needs neither weights nor keys:
-            no queries needed            all `left` tokens
-            newest queries needed only   the tokens before those of the newest queries, in whole blocks; 0 unless the
-                                         open block is empty
+        `seen` is the number of tokens that the row saw before. 0 means none: the caller then stops at the next block
+        end. More than 0 is returned only in a dense prompt (nothing is evicted before its end), without selector, for a
+        policy that needs neither weights nor keys. If the policy needs no queries, all `left` tokens are allowed. If it
+        needs the newest queries only, the tokens before those of the newest queries are allowed, in whole blocks, but
+        none unless the open block is empty.
         """
         policy = self.method.policy
         if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
@@ -157,7 +156,7 @@ class Watching(Blocked["Bounded"]):
     def _show_keys(self, rows: Tensor) -> None:
         """Pass the keys of the newest `block` tokens of these rows, read from the slots, to the policy's memory.
 
-        The memory's call is `on_keys`. No eviction has moved these tokens yet.
+        They are passed to its method `on_keys`, before an eviction moves them.
         """
         if self.memory is None or not self.method.policy.wants_keys:
             return
@@ -190,9 +189,9 @@ class Watching(Blocked["Bounded"]):
         """Pass the queries `asked` of these rows to the policy, and store the numbers per slot that the policy returns.
 
         visible (r, b) is the number of slots, from the row's first on, that each query of `asked` sees. If the spec has
-        a rotation, a query is first rotated to the rank that its own token had on arrival. A row's weights are computed
-        from its own queries and held tokens alone, in tiles (`core.tiles`), so they round alike however the stream was
-        cut into calls and whichever rows are beside.
+        a rotation, each query is first rotated (RoPE) to the rank of its own token on arrival, i.e. the token's index
+        among the held ones. A row's weights are computed from its own queries and held tokens alone. So they round
+        alike however the stream was split into calls and whichever rows are in a call.
         """
         policy, width = self.method.policy, int(self.slots.capacity.max())
         every = None if len(rows) == self.spec.rows else rows
@@ -210,9 +209,8 @@ class Watching(Blocked["Bounded"]):
     def _observed(self, rows: Tensor | None, asked: Queries, visible: Tensor, width: int) -> dict[str, Tensor]:
         """Return the policy's new numbers per slot, column name -> (r, s), learnt from the queries' attention weights.
 
-        A column is a tensor with one number of the policy per slot. The weights are computed one range of slots at a
-        time. visible (r, b) is the number of slots, from the row's first on, that each query sees; width is the number
-        of slots to return numbers for.
+        The weights are computed for one range of slots after another. visible (r, b) is the number of slots, from the
+        row's first on, that each query sees; width is s, the number of slots to return numbers for.
         """
         r, g, b, d = asked.q.shape
         flat, held = asked.q.reshape(r, g * b, d), self._held(rows, width)

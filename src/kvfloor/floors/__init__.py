@@ -1,8 +1,9 @@
 """Compute floors: lower bounds on the memory that attention needs, each given by a theorem.
 
-Most users need `space` only, which returns the floor in bits, for a context length and head sizes. The other functions
-are the formulas behind `space`. docs/floors.md has the proofs, which share one game: Alice hides random bits in the
-values of a stream and sends the state, a method's memory. Bob reads the bits back by queries.
+Most users need `space` only. For a context length and head sizes, it returns a `Floor`, which holds the bound in bits.
+The other functions are the formulas behind `space`. docs/floors.md has the proofs. In each of them, random bits are
+hidden in the values of a stream of tokens, a method processes the stream, and queries of the method's state read the
+bits back. So the state must hold about as many bits as were hidden.
 """
 
 from kvfloor.floors.coherence import (

@@ -1,8 +1,12 @@
-"""Bound the inner products `mu_*` and one-sided gaps `gap_*` of families of n nearly orthogonal keys in d dimensions.
+"""Bound the inner products (`mu_*`) and the gaps (`gap_*`) of n keys in d dimensions that attention can tell apart.
 
-mu is an upper bound on the inner product of two different keys. The one-sided gap of key i is
-g_i = |k_i|^2 - max_{j != i} <k_i, k_j>. For unit keys, g >= 1 - mu. In a hard instance, the stream of a floor's proof,
-each key hides values, and a query along the key reads these values. Reading needs a positive gap, no more.
+The proofs of the memory floors use such keys: each key's value holds hidden bits, and a long query in the direction of
+one key reads the value of this key. The query can put nearly all softmax weight on its key if the key's gap is
+positive.
+    mu   an upper bound on the inner product of any two different keys, all of length 1
+    gap  |k_i|^2 less the largest inner product <k_i, k_j> with another key. If the query is k_i, every other logit is
+         lower than that of key i by at least the gap. For keys of length 1 the gap is at least 1 - mu. The gap of a set
+         of keys is the smallest of its keys' gaps
 """
 
 import math
@@ -11,22 +15,23 @@ from kvfloor.validation import whole, within
 
 
 def jl_dim_paper(n: int, eps: float) -> float:
-    """Return a dimension in which `n` Gaussian keys are nearly orthogonal: 12 ln n / (eps^2 - eps^3).
+    """Return a dimension in which `n` random Gaussian keys are nearly orthogonal: 12 ln n / (eps^2 - eps^3).
 
     In that dimension the inner products of all pairs of keys are within eps of 0 with probability 1 - 1/n.
-    Source: Haris & Onak (COLT 2025), Lemma 3 and Lemma 22. At eps = 0.1 the dimension is 1333 ln n, too large for real
-    heads, hence the other families.
+    At eps = 0.1 the dimension is 1333 ln n, too large for real heads. The other functions of this file give bounds for
+    keys that need fewer dimensions.
+    Source: Haris & Onak (COLT 2025), Lemma 3 and Lemma 22.
     """
     eps = within("eps", eps, 0.0, 1.0, low_open=True, high_open=True)
     return 12.0 * math.log(whole("n", n)) / (eps**2 - eps**3)
 
 
 def mu_rademacher(n: int, d: int, delta: float) -> float:
-    """Return an upper bound on the inner products of any two of `n` random keys in {±1/sqrt(d)}^d.
+    """Return an upper bound on the inner products of any two of `n` random keys whose coordinates are ±1/sqrt(d).
 
     The bound holds for all pairs of keys at once, except with probability at most `delta`.
-    Law: sqrt((4 ln n + 2 ln(1/(2 delta))) / d), Hoeffding's tail exp(-d t^2/2) over fewer than n^2/2 pairs. Derived
-    here.
+    Law: sqrt((4 ln n + 2 ln(1/(2 delta))) / d), by Hoeffding's bound exp(-d t^2/2) on the chance that one pair exceeds
+    t, summed over fewer than n^2/2 pairs. Derived here.
     """
     delta = within("delta", delta, 0.0, 1.0, low_open=True)
     bound = 4.0 * math.log(whole("n", n)) + 2.0 * math.log(1.0 / (2.0 * delta))
@@ -34,11 +39,11 @@ def mu_rademacher(n: int, d: int, delta: float) -> float:
 
 
 def mu_sphere(n: int, d: int) -> float:
-    """Return an upper bound on the inner products within some set of `n` unit keys in `d` dimensions.
+    """Return a bound mu such that some `n` unit keys in `d` dimensions have pairwise inner products of at most mu.
 
-    Such keys exist, as uniform random unit keys stay within the bound with positive probability.
-    Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, as a cap of angle theta <= pi/2 covers at most the share
-    sin(theta)^(d-1)/2 of the sphere. Derived here.
+    Independent uniform random unit keys stay within the bound with positive probability, so such keys exist.
+    Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, because the points within an angle theta <= pi/2 of a key cover at most
+    the share sin(theta)^(d-1)/2 of the sphere. Derived here.
     """
     n, d = whole("n", n), whole("d", d, least=2)
     return math.sqrt(max(0.0, 1.0 - (4.0 / n**2) ** (2.0 / (d - 1))))
@@ -47,8 +52,9 @@ def mu_sphere(n: int, d: int) -> float:
 def mu_chirp(p: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m keys of a chirp code: (m-1)/sqrt(p), Weil's bound.
 
-    Each key is made of one polynomial mod p (`kvfloor.game.keys.codes.chirp`). p is a prime, m < p the degree of the
-    polynomials, and d >= 2p the key width. Raises ValueError for p <= m.
+    Each key is made of its own polynomial f mod p: its coordinates are the cosines and sines of 2 pi f(x)/p at x =
+    0..p-1, over sqrt(p) (`kvfloor.game.keys.codes.chirp`). p is a prime, m < p the degree of the polynomials, and d >=
+    2p the key width. Raises ValueError for p <= m.
     """
     p, m = whole("p", p), whole("m", m)
     if p <= m:
@@ -67,29 +73,31 @@ def mu_reed_solomon(b: int, m: int) -> float:
 
 
 def gap_hypercube(d: int) -> float:
-    """Return the gap of all n <= 2^d sign vectors {±1/sqrt(d)}^d: exactly 2/d, as neighbours differ in one sign.
+    """Return the gap of the set of all 2^d sign vectors {±1/sqrt(d)}^d: exactly 2/d.
 
-    The gap of unit vectors is 1 less the largest inner product of two of the vectors.
+    The gap is 1 less the largest inner product of two of the vectors, which is that of two vectors that differ in one
+    sign.
     """
     return 2.0 / whole("d", d)
 
 
 def gap_circle(n: int) -> float:
-    """Return the gap of `n` equally spaced points of a circle: 1 - cos(2 pi / n).
+    """Return the gap of `n` equally spaced unit vectors in the plane: 1 - cos(2 pi / n).
 
-    The gap is 1 less the largest inner product of two points. It is positive for every n, so d = 2 has room for every
-    n.
+    The gap is 1 less the largest inner product of two of the vectors. It is positive for every n, so that d = 2
+    dimensions suffice for any number of keys.
     """
     n = whole("n", n, least=2)
     return 2.0 * math.sin(math.pi / n) ** 2
 
 
 def log_packing_count(d: int, gap: float) -> float:
-    """Return ln of a lower bound on how many unit keys with this `gap` exist in d >= 2 dimensions.
+    """Return ln of a number of unit keys with pairwise gaps of at least `gap` that surely exist in d >= 2 dimensions.
 
-    The gap is 1 less the largest inner product of two keys. Law: at least 2 / sin(theta)^(d-1) keys exist with
-    cos(theta) = 1 - gap, as caps of angle theta around a maximal packing cover the sphere. Beyond theta = pi/2 the cap
-    bound fails, so gap > 1 raises ValueError. Derived here.
+    The gap of two keys is 1 less their inner product, so it is 1 - cos(theta) for keys at an angle theta.
+    Law: at least 2 / sin(theta)^(d-1) keys exist with cos(theta) = 1 - gap. If no key can be added, every point of the
+    sphere lies within theta of a key, and the points within theta of one key cover at most the share sin(theta)^(d-1)/2
+    of the sphere. That share is a bound for theta <= pi/2 only, so gap > 1 raises ValueError. Derived here.
     """
     d = whole("d", d, least=2)
     gap = within("gap", gap, 0.0, 1.0, low_open=True)
@@ -97,9 +105,10 @@ def log_packing_count(d: int, gap: float) -> float:
 
 
 def gap_packing(n: int, d: int) -> float:
-    """Return a gap that some `n` unit keys in d >= 2 dimensions reach: 1 - sqrt(1 - (2/n)^(2/(d-1))).
+    """Return a gap that some `n` unit keys in d >= 2 dimensions are sure to reach: 1 - sqrt(1 - (2/n)^(2/(d-1))).
 
-    The gap is 1 less the largest inner product of two keys. This function inverts `log_packing_count`.
+    The gap is 1 less the largest inner product of two keys. This is the inverse of `log_packing_count`, which returns a
+    number of keys for a gap. It is 1 for n <= 2.
     """
     n, d = whole("n", n), whole("d", d, least=2)
     if n <= 2:
@@ -109,11 +118,11 @@ def gap_packing(n: int, d: int) -> float:
 
 
 def gap_known(n: int, d: int) -> float:
-    """Return the largest gap that this module's closed forms guarantee for `n` unit keys in `d` dimensions, at most 1.
+    """Return the largest gap that this file's formulas guarantee for some `n` unit keys in `d` dimensions, at most 1.
 
-    The gap is 1 less the largest inner product of two keys. It is 1 for n <= 2d, where the 2d unit vectors ±e_i of the
-    axes suffice. Otherwise it is the largest of three gaps: on a circle, in the hypercube, and of a maximal packing. It
-    is 0 when d = 1 and n > 2: no query can favour a key that lies between two other keys.
+    The gap is 1 less the largest inner product of two keys. It is 1 for n <= 2d, with keys among the 2d vectors ±e_i
+    along the axes. For d = 1 and n > 2 it is 0: there are only two unit keys. Otherwise it is the largest of three
+    gaps: of points on a circle, of sign vectors, and of `gap_packing`.
     """
     n, d = whole("n", n), whole("d", d)
     if n <= 2 * d:

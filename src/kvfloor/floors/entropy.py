@@ -1,6 +1,7 @@
-"""Bound the length of a message from which its receiver answers questions about hidden bits. Results are in bits.
+"""Bound the length of a message from which a receiver answers questions about hidden bits. Results are in bits.
 
-The message stands for the state of a method: Alice hides bits in a stream and sends the state to the receiver, Bob.
+In the memory floors, the message is the state of a method. The sender (Alice) hides random bits in the values of a
+stream, and sends the state of the method after the stream to the receiver (Bob).
 """
 
 import math
@@ -17,13 +18,14 @@ def H2(p: float) -> float:
 
 
 def index_bits(N: int, p: float) -> float:
-    """Return the least message length, in bits, from which a random one of `N` hidden bits is decoded (problem INDEX).
+    """Return the least length, in bits, of a message from which any one of `N` hidden bits can be decoded.
 
-    Law: S >= N (1 - H2(1-p)), where S is the length, H2 the binary entropy, and `p` the probability that this bit is
-    decoded right, over uniform hidden bits, index and public coins (random bits that Alice and Bob share). The bound is
-    0 for p <= 1/2, because guessing reaches that.
-    Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the
-    concavity of H2 (derived here: docs/floors.md, "INDEX").
+    The bit is decoded with probability `p`, on average over uniform hidden bits, the bit's position, and random bits
+    that sender and receiver share. The position is chosen after the message is sent (the problem INDEX).
+    Law: S >= N (1 - H2(1-p)), where S is the length and H2 the binary entropy. The bound is 0 for p <= 1/2, which
+    guessing reaches.
+    Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the concavity of
+    H2 (derived here: docs/floors.md, "INDEX").
     """
     N = whole("N", N, least=0)
     p = within("p", p, 0.0, 1.0)
@@ -31,11 +33,11 @@ def index_bits(N: int, p: float) -> float:
 
 
 def row_bits(n: int, dv: int, p: float) -> float:
-    """Return the least message length, in bits, from which `n` whole rows of `dv` hidden bits are decoded right.
+    """Return the least length, in bits, of a message from which `n` rows of `dv` hidden bits can be decoded.
 
-    Law: S >= n (p dv - H2(p)), clamped at 0, where S is the length, H2 the binary entropy, and `p` the probability
-    (average over the `n` rows) that a row is decoded without any error.
-    Source: Haris & Onak (COLT 2025), Remark 7, where the receiver (Bob) recovers a whole row; the constant is Fano's
+    `p` is the probability that a row is decoded without any wrong bit, on average over the rows.
+    Law: S >= n (p dv - H2(p)), and at least 0, where S is the length and H2 the binary entropy.
+    Source: Haris & Onak (COLT 2025), Remark 7, where the receiver recovers a whole row; the constant is Fano's
     inequality per row (derived here: docs/floors.md, "Whole rows").
     """
     n, dv = whole("n", n, least=0), whole("dv", dv)
@@ -46,15 +48,15 @@ def row_bits(n: int, dv: int, p: float) -> float:
 def token_ids(n: int, vocabulary: int) -> float:
     """Return the bits of `n` stored token ids, from which a fixed model can always recompute all keys and values.
 
-    Law: n log2(vocabulary). It may lie below a space floor (the bits that any method needs, `floors.space`): the floors
-    hold for attention as a data structure, for which keys and values are arbitrary, not for a fixed model whose keys
-    and values are functions of its tokens.
+    Law: n log2(vocabulary). This may be less than a space floor (`floors.space`, the bits that any method needs),
+    without contradiction: the floors are for arbitrary keys and values, and those of a fixed model are functions of its
+    tokens.
     """
     return whole("n", n, least=0) * math.log2(whole("vocabulary", vocabulary))
 
 
 def log2_choose(n: int, k: int) -> float:
-    """Return log2 of the number of k-subsets of n things, 0 <= k <= n: the bits that a secret subset holds.
+    """Return log2 of the number of ways to choose k of n things, 0 <= k <= n: the bits that a secret choice holds.
 
     Raises ValueError for k > n.
     """

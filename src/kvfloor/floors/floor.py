@@ -1,7 +1,7 @@
-"""Hold a memory floor: a lower bound on the bits of every method, and memory sizes that are known to suffice.
+"""Hold a memory floor: a lower bound on the bits that any method needs, beside memory sizes that are known to suffice.
 
-In the proof of a floor, Alice hides values in a stream of tokens and sends a method's state, and Bob reads the values
-back by queries of the state. Keys are public if Alice and Bob both know them beforehand.
+In the proof of a floor, hidden bits are stored as the values of a stream of tokens, and queries of a method's state
+read them back. Keys are "public" if they are fixed in advance, so that the state need not hold them.
 """
 
 import dataclasses
@@ -11,10 +11,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Possible:
-    """Hold a memory size, in bits, that is known to suffice for attention.
+    """Hold a memory size that is known to suffice for attention, to compare with a floor.
 
-    The method `name` answers with `bits` bits of memory if `condition` holds; `source` has the proof. `vacuous` is True
-    if the method keeps at least as many bits as all tokens take, so that nothing is saved.
+    name       the method that needs it
+    bits       its memory
+    condition  what must hold, such as a bound on the logits
+    source     the paper or page that has the proof
+    vacuous    True if the method keeps at least as many bits as all tokens take, so that it saves nothing
     """
 
     name: str
@@ -26,14 +29,19 @@ class Possible:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """Hold a space floor: the `bits` that any method needs to answer accurately with probability p.
+    """Hold a space floor: the bits that any method needs to answer attention accurately with probability p.
 
-    A row is the dv values of one answer; p is the probability that a whole row is within the accuracy that the floor
-    was computed for. `bytes` is `bits` in whole bytes. `upper_bits` suffices when the keys are public and the values
-    are single bits, so the floor is tight up to the factor p - H2(p)/dv, H2 the binary entropy.
-    `regime` names the case of the theorem that these sizes fall under, such as "near-orthogonal". `theorem` names the
-    theorem that gives `bits`. `constants` has every number that was used to compute `bits`, name -> number.
-    `possible` lists memory sizes that suffice, smallest first.
+    p is the probability that a whole row, the dv values of one answer, is within the error that the floor was computed
+    for.
+    bits        the floor
+    bytes       the floor in whole bytes, rounded up
+    upper_bits  memory that suffices if the keys are fixed in advance and each value is a single bit. Where the values
+                of all tokens can be read, `bits` is p - H2(p)/dv times it, with H2 the binary entropy, so the floor is
+                nearly the best possible
+    regime      the case of the theorem that these sizes fall under, such as "near-orthogonal"
+    theorem     the theorem that gives `bits`
+    constants   every number that was used to compute `bits`, name -> number
+    possible    memory sizes that suffice, smallest first
     """
 
     bits: float
@@ -55,8 +63,8 @@ class Floor:
     ) -> "Floor":
         """Return a floor of `bits`, with `bytes` computed from the bits and `possible` sorted by size.
 
-        The other arguments are fields of the floor. If `bits` is 0, the floor's regime is "vacuous (REGIME)", with the
-        given regime in place of REGIME.
+        The other arguments are fields of the floor. If `bits` is 0, the floor's regime becomes "vacuous (REGIME)", with
+        the given regime in place of REGIME.
         """
         return Floor(
             bits=bits,

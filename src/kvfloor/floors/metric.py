@@ -2,13 +2,13 @@
 
 Such a guarantee bounds the error of an answer z, whose exact value (attention) is A: |z - A|_2 <= epsilon * size. There
 are three, named by `metric`, V being the matrix of values, with one row v_i per token:
-    max         size = max |v_i|_2, the length of the longest value
-    frobenius   size = ||softmax||_2 ||V||_F, the length of the vector of softmax weights times the Frobenius norm of V
-    operator    size = ||softmax||_2 ||V||_op, the same with the operator norm of V
-In the hard instance, the stream of the proof, Alice hides values ±1, a row of dv signs per token. Bob, the receiver of
-a state, reads a row as the signs of the answer to a spike query, which puts nearly all softmax mass on the row's token.
-The guarantee allows a share rho of wrong signs per row. If it holds with probability p, a row gives p (dv - log2 B) -
-H2(p) bits, B the number of rows with at most rho dv wrong signs, H2 the binary entropy.
+    max        size = max |v_i|_2, the length of the longest value
+    frobenius  size = ||softmax||_2 ||V||_F, the length of the vector of softmax weights times the Frobenius norm of V
+    operator   size = ||softmax||_2 ||V||_op, the same with the operator norm of V
+In the proof, random signs ±1 are hidden in a stream as values: a row of dv signs per token. The receiver of a state
+reads a row as the signs of the answer to a query that puts nearly all softmax mass on the row's token. The guarantee
+leaves room for a share rho of wrong signs per row. If it holds with probability p, a row gives p (dv - log2 B) - H2(p)
+bits, B the number of rows of dv signs that differ from a given one in at most rho dv signs, H2 the binary entropy.
 docs/floors.md, "Other error guarantees", has the proofs.
 """
 
@@ -40,16 +40,17 @@ _THEOREMS = {
 def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0, norm: float | None = None) -> float:
     """Return an upper bound on the share rho of a row's dv signs that an answer within the guarantee gets wrong.
 
-    A row is the ±1 values of one of `m` hidden tokens, read by a query that puts nearly all softmax mass on this
-    token. The guarantee is |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F
-    (frobenius) or ||softmax||_2 ||V||_op (operator).
-    Law, with `leak` = x, (mass off the token)/(mass on the token), so that the weight on it is at least 1/(1+x):
-        max         epsilon^2 ((1+x)/(1-x))^2
-        frobenius   epsilon^2 m (1+x^2)/(1-x)^2
-        operator    epsilon^2 (B^2/dv) (1+x^2)/(1-x)^2
-    B is the operator norm of the m x dv matrix of signs: `norm`, or `sign_norm`(m, dv) if `norm` is None.
-    Each coordinate of the exact answer is at least (1-x)/(1+x) in size, so a wrong sign is an error of that size, and
-    ||softmax||_2^2 <= (1+x^2)/(1+x)^2. Infinite for leak >= 1. Derived here.
+    A row is the ±1 values of one of `m` hidden tokens, read by a query that puts nearly all softmax mass on this token.
+    metric   the guarantee: |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F (frobenius)
+             or ||softmax||_2 ||V||_op (operator)
+    leak     x = (softmax mass off the token)/(mass on the token)
+    norm     operator norm of the m x dv matrix of signs; None: `sign_norm`(m, dv)
+    Law, with B the operator norm:
+        max        epsilon^2 ((1+x)/(1-x))^2
+        frobenius  epsilon^2 m (1+x^2)/(1-x)^2
+        operator   epsilon^2 (B^2/dv) (1+x^2)/(1-x)^2
+    Each value of the exact answer is at least (1-x)/(1+x) in size, so a wrong sign is an error of at least that size,
+    and ||softmax||_2^2 <= (1+x^2)/(1+x)^2. The result is infinite for leak >= 1. Derived here.
     """
     one_of("metric", metric, NORMS)
     epsilon = within("epsilon", epsilon, 0.0, math.inf, high_open=True)
@@ -60,17 +61,16 @@ def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0,
 def sign_norm(m: int, dv: int) -> float:
     """Return an operator norm that at least half of all m x dv sign matrices do not exceed; about sqrt(m) + sqrt(dv).
 
+    A sign matrix has entries ±1.
     Law: B^2 = min(m dv, min over whole k of (2 min(m, dv))^(1/k) s^2 e^(2k/s^2)), B the norm, s = sqrt(m) + sqrt(dv).
-    For signs R and Gaussians G: E||R||^2k <= E tr(RR')^k <= E tr(GG')^k, as every monomial's mean is 0 or 1 for signs
-    and at least that for Gaussians; and tr(GG')^k <= min(m, dv) ||G||^2k, E e^(u||G||) <= e^(us + u^2/2) (Gordon;
-    Gaussian concentration), x^2k <= (2k/(eu))^2k e^(ux), u = 2k/s. Markov at 1/2. Derived here; the k used are the two
-    whole numbers next to the best real k, s sqrt(ln(2 min(m, dv))/2).
+    Of k, the two whole numbers next to the best real one, s sqrt(ln(2 min(m, dv))/2), are tried. Derived here:
+    docs/floors.md, "Other error guarantees", compares the moments of sign matrices with those of Gaussian matrices.
     """
     return math.sqrt(_squared_norm(whole("m", m), whole("dv", dv)))
 
 
 def ball_bits(dv: int, wrong: int) -> float:
-    """Return log2 of the number of strings of `dv` bits within Hamming distance `wrong` of a given string.
+    """Return log2 of the number of strings of `dv` bits that differ from a given string in at most `wrong` bits.
 
     The result is at most dv H2(wrong/dv) for wrong <= dv/2, H2 the binary entropy.
     """
@@ -79,12 +79,12 @@ def ball_bits(dv: int, wrong: int) -> float:
 
 
 def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
-    """Return a lower bound on the length, in bits, of a message from which `m` rows of `dv` bits can be decoded.
+    """Return the least length, in bits, of a message from which `m` rows of `dv` bits are decoded with few errors.
 
     With probability p, a row is decoded with at most `wrong` wrong bits.
-    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], clamped at 0, H2 the binary entropy. This is at least
-    m [p dv (1 - H2(rho)) - H2(p)] for rho = wrong/dv <= 1/2, and is, for wrong = 0, the bound m (p dv - H2(p)) for rows
-    that are decoded without any error. Derived here: Fano's inequality with a list.
+    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], and at least 0, H2 the binary entropy. For rho = wrong/dv <= 1/2
+    this is at least m [p dv (1 - H2(rho)) - H2(p)]. For wrong = 0 it is m (p dv - H2(p)), the bound for rows decoded
+    without any error. Derived here: Fano's inequality with a list.
     """
     m, p = whole("m", m, least=0), within("p", p, 0.0, 1.0, low_open=True)
     return max(0.0, m * (p * (dv - ball_bits(dv, wrong)) - H2(p)))
@@ -106,17 +106,21 @@ def metric_space(
 ) -> Floor:
     """Return a lower bound on the bits that any streaming method must hold to meet an error guarantee at each step.
 
-    The guarantee bounds the l2 error of an answer by `epsilon` times one of three sizes, chosen by `metric`: max,
-    frobenius or operator (formulas in `wrong_share`). It must hold with probability `p` at each step.
+    n, d, dv  tokens of the stream, width of a key, width of a value (d unless given)
+    metric    max, frobenius or operator: the size that the l2 error of an answer is compared with (see the module)
+    epsilon   the error is at most epsilon times that size
+    p         probability that the guarantee holds, at each step
+    radius    largest logit; None: no bound on logits
+    window    number of tokens of a sliding window, or None
+    norm      for the operator norm: a measured operator norm that half of all n x dv sign matrices stay below; None: a
+              proven one (`sign_norm`)
+    heads, layers   number of kv heads and of layers, which multiply the bound
     Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), S the bits, rho the
     `wrong_share` of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else
-    0. The hard instance is a stream of m tokens, with signs in w <= dv coordinates; m <= n, or m <= W - 1 under
-    `window` = W.
-    The `leak` of `wrong_share` is x = m e^(-radius g), where `radius` is the largest logit, and g a gap that some m
-    unit keys in d dimensions have (`gap_known`), 1 less the largest inner product of two keys: the query of a key
-    leaves all other tokens, the one that the receiver appends included, at most x times the softmax mass of the key.
-    Without `radius`, x can be made arbitrarily small.
-    `norm`: a measured operator norm that half of all n x dv sign matrices stay below.
+    0. The hard stream has m tokens, with signs in w <= dv coordinates; m <= n, or m <= window - 1.
+    The `leak` of `wrong_share` is x = m e^(-radius g), g a gap that some m unit keys in d dimensions have
+    (`gap_known`): 1 less the largest inner product of two keys. The query of a key leaves all other tokens together at
+    most x times the softmax mass of the key. Without `radius`, x can be made arbitrarily small.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
@@ -169,9 +173,10 @@ def metric_space(
 def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:
     """Find the number of rows m <= `most` and their width <= `dv` that make `noisy_row_bits` largest.
 
-    Returns (m, width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. With probability p,
-    a row is decoded with at most `wrong`(m, width) errors; `wrong` must not fall as m grows. For each width and number
-    of errors, the largest m whose `wrong` is at most this number is found by bisection, so the maximum is exact.
+    Returns (m, width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. `wrong`(m, width) is the
+    number of errors with which a row may be decoded, and must not fall as m grows; p is the probability that a row has
+    no more. For each width and number of errors, the largest m that `wrong` allows is found by bisection, so the
+    maximum is exact.
     """
     best = (0, 0, 0, 0.0)
     for width in range(dv, 0, -1):

@@ -1,7 +1,8 @@
-"""Count the keys that queries of bounded length can tell apart, if each query must give one key nearly all mass.
+"""Count the keys that queries of bounded length can tell apart: each query must give its key nearly all softmax mass.
 
-Such a query is a spike query: a multiple of its key. Mass is softmax mass. The logit radius is r = scale max|q| max|k|,
-in nats. The gap of unit keys is 1 less the largest inner product of two keys.
+Such a query is a spike query: a multiple of its key. The logit radius r = scale max|q| max|k| bounds the logits, in
+nats (natural logarithm, as in exp(logit)). The gap of unit keys is 1 less the largest inner product of two keys: the
+larger it is, the shorter a spike query may be.
 """
 
 import math
@@ -16,12 +17,12 @@ def N_dr(d: int, r: float, eta: float) -> float:
     """Count the keys in `d` dimensions that spike queries of logit radius `r` can tell apart at relative error `eta`.
 
     A spike query puts nearly all softmax mass on one key. `r` = scale * max|q| * max|k| in nats.
-    Law: the largest whole m with m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r and theta <= pi/2
-    (so m <= (1-eta) e^r / 4); 1 where no m satisfies this; and at least min(2d, (1-eta) e^r / 4) rounded down, as the
-    keys may be some of the unit vectors ±e_i of the axes. It is a lower estimate of the true number, so the floor built
-    on it is valid.
-    Returns a whole number as a float, `inf` beyond e^700.
-    d = 1 has no packing, only ±1. Derived here (docs/floors.md, "Bounded norms").
+    Law: the largest of these numbers:
+        for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r, theta <= pi/2
+        min(2d, (1-eta) e^r / 4) rounded down: so many of the vectors ±e_i along the axes
+        1
+    It is a lower estimate of the true number, so that the floor computed from it is valid. Returns a whole number as a
+    float, `inf` beyond e^700. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r, eta = whole("d", d), positive("r", r), relative_error(eta)
     return _count(d, r, math.log(4.0 / (1.0 - eta)))
@@ -32,7 +33,7 @@ def separable_keys(d: int, r: float, ratio: float) -> float:
 
     A spike query puts nearly all softmax mass on one key. Its leak, as a ratio, is (mass on all other keys)/(mass on
     the key).
-    Law: as `N_dr`, with gap ln(m / ratio) / r for m keys; N_dr(d, r, eta) is the case ratio = (1-eta)/4.
+    Law: that of `N_dr` with a gap of ln(m / ratio) / r for m keys; N_dr(d, r, eta) is the case ratio = (1-eta)/4.
     Derived here (docs/floors.md, "Bounded norms").
     """
     d, r = whole("d", d), positive("r", r)
@@ -46,10 +47,11 @@ def _count(d: int, r: float, offset: float) -> float:
 
 
 def _packed(d: int, r: float, offset: float) -> float:
-    """Return the largest number m of keys that a packing of the sphere gives at gap (ln m + offset)/r, or 0.
+    """Return the largest number m of keys that surely exist at gap (ln m + offset)/r in d dimensions, or 0.
 
-    The arguments are those of `_count`. The gap is 1 less the largest inner product of two keys. If m keys have
-    room, so have fewer: the largest m is found by bisection on ln m.
+    The gap is 1 less the largest inner product of two keys; `log_packing_count` says how many keys exist at a gap.
+    `offset` is ln(1/ratio), as in `_count`. Bisection on ln m finds the largest m, because if m keys exist, so do
+    fewer.
     """
 
     def feasible(log_m: float) -> bool:

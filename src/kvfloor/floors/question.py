@@ -31,20 +31,20 @@ def space(
     """Return a lower bound on the bits that any streaming method must hold to answer attention.
 
     n, d, dv   tokens of the stream, width of a key, width of a value (d unless given)
-    attention  standard; window (needs `window`, its number of tokens); tensor, where pairs of tokens are the keys
-               (`caches` 4: tokens arrive, 2: pairs arrive); or visual, where `n` is the side of the last map of an
-               image pyramid, and maps shrink by `ratio` (2): tokens are the sum of the squared sides.
-               A `window` given with "standard" means attention "window"
-    metric     norm of the error guarantee. entrywise: a factor 1±`eta` in every coordinate. max, frobenius, operator:
-               an l2 error of at most `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2 ||V||_op, V the
-               matrix of the values v_i (for standard and window only)
+    attention  standard; window, over the last `window` tokens (a `window` given with "standard" means the same);
+               tensor, where pairs of tokens are the keys (`caches` 4: tokens arrive, 2: pairs arrive); or visual, an
+               image pyramid of square maps, where `n` is the side of the last map, each earlier side is smaller by the
+               factor `ratio` (2), and a map has side^2 tokens
+    metric     the error guarantee. entrywise: each value of an answer is within a factor 1±`eta`. max, frobenius,
+               operator: the l2 error is at most `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2
+               ||V||_op, V the matrix of the values v_i (for standard and window only)
     p          probability that an answer meets the error guarantee
-    radius     bound on |logit|, not for visual
+    radius     bound on |logit|, not for visual; None: no bound
     heads, layers   number of KV heads and of layers, which multiply the bound
     Returns a `Floor`: the bound in bits, and memory sizes that suffice.
-    The laws are those of the functions for each case: `standard.space` (standard and window, entrywise), `metric_space`
-    (the other norms), `tensor_space` and `visual_space`. The bound is over worst-case keys and values: attention as a
-    data structure. Raises ValueError naming the argument, what was given and what is allowed.
+    The formulas are those of the functions for each case: `standard.space` (standard and window, entrywise),
+    `metric_space` (the other error guarantees), `tensor_space` and `visual_space`. The bound is for worst-case keys and
+    values, not for those of one model. Raises ValueError naming the argument, what was given and what is allowed.
     """
     counts = {"n": n, "d": d, "dv": dv, "window": window, "caches": caches, "heads": heads, "layers": layers}
     for name, value in counts.items():

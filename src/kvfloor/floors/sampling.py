@@ -1,14 +1,14 @@
 """Compute the sizes of sampling methods: SubGen's constants and stored numbers, and lazy Gumbel sampling.
 
-SubGen (Zandieh et al. 2024) clusters keys online. It estimates attention as z / tau. The numerator z estimates
-sum_j exp(q.k_j) v_j from s sampled pairs of key and value. The denominator tau estimates sum_j exp(q.k_j) from t
-sampled keys per cluster.
+SubGen (Zandieh et al. 2024) clusters keys online. It estimates attention as z / tau. The numerator z estimates sum_j
+exp(q.k_j) v_j from s sampled pairs of key and value. The denominator tau estimates sum_j exp(q.k_j) from t sampled keys
+per cluster.
 Lazy Gumbel sampling (Haris & Onak 2025) draws a token with the probability of its softmax weight: the token of largest
-logit plus random Gumbel noise. It holds the tokens of largest logit, and of the others only the few whose noise is
-so large that they may win. If a key is one number (d = 1), the tokens of largest logit are those of the largest or
+logit plus random Gumbel noise. It holds the tokens of largest logit, and of the others only the few whose noise is so
+large that they may win. If a key is one number (d = 1), the tokens of largest logit are those of the largest or
 smallest keys.
 K and V are the matrices of the keys k_j and the values v_j, q is a query, d and dv are the widths of a key and a value,
-and a number is one stored float.
+and a number is one stored float. `failure` is the probability that an error bound may be exceeded.
 """
 
 import math
@@ -23,10 +23,10 @@ def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator")
     """Return the number s of sampled pairs of key and value that keeps SubGen's numerator z accurate.
 
     The numerator estimates sum_j exp(q.k_j) v_j. Accurate means an error of at most (epsilon/3) |exp(Kq)|_2 ||V||,
-    except with probability `failure`; `norm` is the norm of V.
-    Law: 9 dv / (epsilon^2 failure) for the operator norm, as ||V||_F^2 <= dv ||V||_op^2; 9 / (epsilon^2 failure) for
-    `norm` = "frobenius". By Chebyshev from E|z - Ez|^2 = (||V||_F^2 |e^(Kq)|^2 - |Ez|^2)/s, for one fixed query. A
-    plain mean needs the factor 1/failure. Source: Zandieh et al. 2024 (SubGen); constants derived here.
+    except with probability `failure`; `norm` is the norm of V, "operator" or "frobenius".
+    Law: 9 dv / (epsilon^2 failure) for the operator norm, as ||V||_F^2 <= dv ||V||_op^2, and 9 / (epsilon^2 failure)
+    for the Frobenius norm, by Chebyshev's inequality, for one fixed query.
+    Source: Zandieh et al. 2024 (SubGen); constants derived here.
     """
     dv, epsilon, failure = whole("dv", dv), _accuracy(epsilon), _failure(failure)
     rank = dv if one_of("norm", norm, ("operator", "frobenius")) == "operator" else 1
@@ -38,11 +38,11 @@ def subgen_t(delta: float, r: float, epsilon: float, failure: float, *, centres:
 
     The denominator estimates sum_j exp(q.k_j). Accurate means an error of at most epsilon/3 of this sum, except with
     probability `failure`.
-    Law, with R = exp(2 delta r), keys within `delta` of their centre and |q| <= `r`:
-        9 (R-1)^2 / (4 R epsilon^2 failure)            Chebyshev on the sum of all clusters (the default)
-        27 R ln(2 centres / failure) / epsilon^2       Chernoff in each of the `centres` clusters, if they are given
-    `inf` where R overflows a float. Source: Zandieh et al. 2024 (SubGen); constants derived here: samples of mean u
-    in [a, R a] have variance at most u^2 (R-1)^2 / (4R), and a mean of at least 1/R of their largest value.
+    Law, with R = exp(2 delta r), keys within `delta` of their cluster's centre and |q| <= `r`:
+        9 (R-1)^2 / (4 R epsilon^2 failure)         by Chebyshev's inequality on the sum of all clusters (the default)
+        27 R ln(2 centres / failure) / epsilon^2    by Chernoff's in each of the `centres` clusters, if they are given
+    The result is `inf` where R overflows a float. R is the largest ratio of exp(q.k) of two keys of a cluster.
+    Source: Zandieh et al. 2024 (SubGen); constants derived here.
     """
     delta, r = positive("delta", delta), positive("r", r)
     epsilon, failure = _accuracy(epsilon), _failure(failure)
@@ -71,13 +71,13 @@ def subgen_plan(
 ) -> tuple[float, int, int, int] | None:
     """Find the sizes (delta, s, t, centres) with which SubGen guarantees error `epsilon` at the fewest stored numbers.
 
-    Guarantee: |z/tau - attention|_2 <= (2 epsilon/3)/(1 - epsilon/3) |softmax|_2 ||V|| <= epsilon |softmax|_2 ||V||
-    with probability 1 - `failure`, for epsilon <= 1 and one query fixed before the stream. z/tau is SubGen's answer,
-    and `norm` (operator or frobenius) the norm of V.
-    The plan is for `n` unit-ball keys and |q| <= `r`. delta is the cluster radius, s and t count sampled pairs and
-    sampled keys per cluster. Half of `failure` goes to each of numerator z and denominator tau, t is the smaller of the
-    two forms of `subgen_t`, and centres the lesser of n and a bound on the centres of a greedy clustering of the unit
-    ball (`greedy_centres`). delta is the best of 2^(-j/4), j from -4 to 40.
+    The guarantee is |answer - attention|_2 <= epsilon |softmax|_2 ||V|| with probability 1 - `failure`, for epsilon <=
+    1, one query fixed before the stream, |q| <= `r`, and `n` keys in the unit ball. `norm` (operator or frobenius) is
+    the norm of V.
+    delta    cluster radius, the best of 2^(-j/4), j from -4 to 40
+    s, t     numbers of sampled pairs, and of sampled keys per cluster. Half of `failure` goes to each of numerator and
+             denominator. t is the smaller of the two formulas of `subgen_t`
+    centres  the lesser of n and a bound on the centres of a greedy clustering of the unit ball (`greedy_centres`)
     Returns None where s or every t overflows a float.
     """
     n, failure = whole("n", n), _failure(failure)
@@ -97,12 +97,10 @@ def subgen_plan(
 def lazy_gumbel_tokens(n: int) -> float:
     """Return the expected number of tokens that lazy Gumbel sampling holds for one unbiased draw when d = 1: O(sqrt n).
 
-    `n` is the number of tokens. The draw is a random token, by the softmax of one query: the token of largest
-    logit plus Gumbel noise. Law: the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled keys
-    in expectation; never more than n.
-    Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; the constant is derived here: given the cutoff B that the
-    Gumbel noise of a remaining token must exceed, (n - k)(1 - exp(-e^-B)) <= (n - k) e^-B tokens are sampled, and B is
-    at least the largest of k Gumbels, so that e^-B is at most an exponential variable of mean 1/k.
+    `n` is the number of tokens of the stream. The draw is a random token, by the softmax of one query.
+    Law: the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled keys in expectation; never more
+    than n.
+    Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; docs/floors.md ("What is possible") derives the constant.
     """
     n = whole("n", n)
     k = math.isqrt(n - 1) + 1

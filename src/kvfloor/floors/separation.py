@@ -1,8 +1,8 @@
 """Bound the leak of a query so that answers with an error still tell hidden values apart.
 
-In the game of the floors, Alice hides values under keys, and Bob, the receiver of the state, reads each value by a
-spike query, which puts nearly all softmax mass on one key (the spiked key). The leak is the mass on all other tokens.
-The error of an answer is a relative one, a factor 1±eta, or an additive one.
+In the game of the floors, a sender hides values under keys, and a receiver reads each value by a spike query, which
+puts nearly all softmax mass on one key (the spiked key). The leak is the softmax mass on all other tokens. `eta` is the
+relative error of an answer: a factor between 1-eta and 1+eta.
 """
 
 from kvfloor.validation import relative_error, whole, within
@@ -11,18 +11,18 @@ from kvfloor.validation import relative_error, whole, within
 def eps_s(eta: float) -> float:
     """Return the ratio (softmax mass off the spiked key)/(mass on it) that the game allows: (1-eta)/4.
 
-    The spiked key is the one that the query aims at. The mass off it, as a share of all mass, is then eps_s/(1+eps_s).
-    Any ratio below (1-eta)/(1+eta) would separate hidden values (`eps_s_limit`); a quarter leaves room on both sides of
-    the threshold `tau` between hidden 0 and hidden 1. Derived here (docs/floors.md, "The spike").
+    The spiked key is the one that the query aims at. Any ratio below (1-eta)/(1+eta) would separate a hidden 0 from a
+    hidden 1 (`eps_s_limit`). A smaller one leaves room on both sides of the threshold `tau` between them. With ratio
+    eps_s, the share of all softmax mass off the key is eps_s/(1+eps_s). Derived here (docs/floors.md, "The spike").
     """
     return (1.0 - relative_error(eta)) / 4.0
 
 
 def eps_s_limit(eta: float) -> float:
-    """Return the least ratio (softmax mass off the spiked key)/(mass on it) at which a hidden bit can be undecidable.
+    """Return the smallest ratio (mass off the spiked key)/(mass on it) at which a hidden bit can be undecidable.
 
-    The spiked key is the one that the query aims at. Law: (1-eta)/(1+eta). From this ratio on, some answers within a
-    factor 1±eta are the same for a hidden 0 and a hidden 1.
+    Mass is softmax mass; the spiked key is the one that the query aims at. Law: (1-eta)/(1+eta). From this ratio on,
+    some answer is within a factor 1±eta both for a hidden 0 and for a hidden 1.
     """
     eta = relative_error(eta)
     return (1.0 - eta) / (1.0 + eta)
@@ -43,17 +43,17 @@ def tau(eta: float, leak: float) -> float:
 def level_eps_s(bits: int) -> float:
     """Return the ratio (mass off the spiked key)/(mass on it) that the game allows for `bits`-bit values: 2^-(bits+3).
 
-    Mass is softmax mass; the spiked key is the one that the query aims at. The mass off the key is then at most an
-    eighth of the spacing of 2^bits levels in [0, 1].
+    Mass is softmax mass; the spiked key is the one that the query aims at. A hidden value is one of 2^bits levels in
+    [0, 1]. The mass off the key is then at most an eighth of the spacing of the levels.
     """
     return 2.0 ** -(whole("bits", bits) + 3)
 
 
 def level_tolerance(bits: int) -> float:
-    """Return the additive error below which rounding an answer to 2^bits levels in [0, 1] finds the hidden level.
+    """Return the additive error below which rounding an answer to the nearest of 2^bits levels finds the hidden one.
 
-    Law: an error below 1/(2 (2^bits - 1)) - 2^-(bits+3), half the level spacing less the leak that `level_eps_s`
-    allows.
+    The levels are equally spaced in [0, 1].
+    Law: 1/(2 (2^bits - 1)) - 2^-(bits+3), half the spacing of the levels less the leak that `level_eps_s` allows.
     Derived here.
     """
     bits = whole("bits", bits)

@@ -1,8 +1,8 @@
 """Compute the length of a query that gives one key nearly all softmax mass. Logits are in nats, as in exp(q.k).
 
-Such a query, C times the key, is a spike query; `eps_s` is the ratio (mass off the key)/(mass on the key) that it
-leaves. The one-sided gap of key i is |k_i|^2 less the largest inner product <k_i, k_j> with another key. In the proofs,
-the receiver of a state (Bob) reads hidden values by spike queries.
+Such a query, C times the key, is a spike query. It is characterised by `eps_s`, the ratio (softmax mass off the
+key)/(mass on the key). The one-sided gap of key i is |k_i|^2 less the largest inner product <k_i, k_j> with another
+key. In the proofs of the floors, the receiver of a state reads hidden values by spike queries.
 """
 
 import math
@@ -11,13 +11,15 @@ from kvfloor.validation import positive, relative_error, whole, within
 
 
 def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
-    """Return the length C at which the query q = C k_i leaves all other tokens `eps_s` times the mass of key i.
+    """Return the factor C at which the query q = C k_i leaves all other tokens `eps_s` times the softmax mass of key i.
 
-    Mass is softmax mass.
-    Law: C = ln((n_eff - 1 + z) / eps_s) / min(g, gamma), for n_eff - 1 other keys with one-sided gap
-    |k_i|^2 - <k_i, k_j> >= g, z tokens of logit 0 (the token of the receiver of the state, padding, tokens outside a
-    window) and gamma = |k_i|^2. Then the softmax weight of key i is at least 1/(1 + eps_s). C is 0 when there is no
-    other token.
+    For a key of length 1, C is the length of the query.
+    n_eff  number of keys: n_eff - 1 others compete with key i
+    z      number of further tokens of logit 0 (an appended token, padding, tokens outside a window)
+    g      lower bound on the one-sided gap, |k_i|^2 less the largest <k_i, k_j>
+    gamma  |k_i|^2
+    Law: C = ln((n_eff - 1 + z) / eps_s) / min(g, gamma). Then the softmax weight of key i is at least 1/(1 + eps_s). C
+    is 0 when there is no other token.
     Source: the proof of Haris & Onak (COLT 2025), Theorems 6 and 8, made exact (docs/floors.md, "The spike").
     """
     others = whole("n_eff", n_eff) - 1 + whole("z", z, least=0)
@@ -29,9 +31,9 @@ def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
 def paper_C(n: int, eta: float, coherence: float) -> float:
     """Return the query length C of Haris & Onak's Theorem 8, for n keys of two-sided coherence `coherence`.
 
-    Two-sided coherence c means |<k_i,k_j>| <= c for all i != j and ||k_i|^2 - 1| <= c.
-    Law: (ln n + ln((1+eta)/(1-eta))) / (1 - 2 coherence), for relative error eta. The query must be strictly longer.
-    Source: Haris & Onak (COLT 2025), Theorem 8.
+    Two-sided coherence c means that |<k_i,k_j>| <= c for all i != j and that ||k_i|^2 - 1| <= c.
+    Law: (ln n + ln((1+eta)/(1-eta))) / (1 - 2 coherence), for relative error eta. The theorem needs a query that is
+    longer than C. Source: Haris & Onak (COLT 2025), Theorem 8.
     """
     eta = relative_error(eta)
     coherence = within("coherence", coherence, 0.0, 0.5, high_open=True)
@@ -43,11 +45,13 @@ def window_C(W: int, n: int, z: int, g: float, eps_s: float, gamma: float = 1.0)
 
     The query is C times one key of the window. It leaves all other tokens, the older ones included, at most `eps_s`
     times the softmax mass of this key.
-    Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma): half the ratio goes to the other W - 1 keys of
-    the window, half to the n - W + z tokens of logit 0: the n - W older ones and `z` more. g is the one-sided gap of
-    the keys (squared norm less the largest inner product with another key) and gamma their squared norm; ln 0 counts as
-    -inf. When `n` excludes the token that the receiver of the state appends before he asks, z = 2: this token, and the
-    row that it pushes out of the window.
+    W      number of keys in the window
+    n, z   n - W older tokens and `z` further tokens have logit 0
+    g      one-sided gap of the keys: squared norm less the largest inner product with another key
+    gamma  squared norm of the keys
+    Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma), with ln 0 as -inf: half the ratio for the
+    other W - 1 keys of the window, half for the tokens of logit 0. If the receiver of the state appends a token before
+    he asks, and `n` does not count it, z = 2: for this token and the one that it pushes out of the window.
     Source: Haris & Onak (COLT 2025), Theorem 25; its printed constant is too small (docs/floors.md, "Window").
     """
     W, n, z = whole("W", W), whole("n", n), whole("z", z, least=0)

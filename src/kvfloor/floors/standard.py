@@ -1,8 +1,8 @@
 """Compute the space floor (lower bound on any method's bits) of standard attention and of its sliding window.
 
-The proof is a game on a hard instance, a stream in which each key hides a row of dv values. Alice sends a method's
-state after the stream. Bob appends a token, and reads each row by a query that puts nearly all softmax mass on the
-row's key. d and dv are the widths of a key and a value.
+In the proof, each key of a stream carries a row of dv hidden values (the "hard instance"). Alice sends a method's state
+after the stream. Bob, the receiver, appends a token, and reads each row by a query that puts nearly all softmax mass on
+the row's key. d and dv are the widths of a key and a value.
 """
 
 import math
@@ -42,16 +42,15 @@ def space(
     """Return a lower bound on the bits that any streaming method must hold to answer attention within a factor 1±eta.
 
     The bound holds after `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within
-    the factor 1±eta.
-    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m the number of tokens
-    with hidden values that queries can read. m is the least of
+    the factor 1±eta. Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m the
+    number of tokens with hidden values that queries can read. m is the least of
         n
         `N_dr`(d, radius, eta)  under `radius`, the largest scale * |q| * |k| in nats: the number of keys that such
                                 queries can tell apart
         W - 1                   under `window` = W, as the appended token takes one place
-        2                       for d = 1
-    `heads` counts KV heads. The bound is over worst-case keys and values: attention as a data structure.
-    Raises ValueError naming the argument, what was given and what is allowed.
+        2                       for d = 1 without `radius`
+    `heads` counts KV heads. The bound is for worst-case keys and values, not for those of one model. Raises ValueError
+    naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
     dv = d if dv is None else whole("dv", dv)
@@ -101,12 +100,13 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 
 
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
-    """Return eps_s, tau, gap and C of the hard instance with `rows` distinct keys, as a dict of these names.
+    """Return numbers about the queries of the proof's hard instance with `rows` distinct keys, as a dict.
 
-    C is the length of a query that reads the hidden values of one key; the softmax includes the token that Bob appends.
-    eps_s is the ratio (softmax mass off the queried key)/(mass on it), tau the threshold in an answer between hidden 0
-    and 1, gap the smallest one-sided gap of the keys (squared norm less the largest inner product with another key).
-    `copied` is True if the `n` tokens repeat each key about n/rows times, as under a bound on norms; where n/rows is
+    eps_s  ratio (softmax mass off the queried key)/(mass on it)
+    tau    threshold in an answer between hidden 0 and 1
+    gap    smallest one-sided gap of the keys (squared norm less the largest inner product with another key)
+    C      length of a query that reads the hidden values of one key; the softmax includes the token that Bob appends
+    `copied` is True if the `n` tokens repeat each key about n/rows times, as under a bound on norms. Where n/rows is
     not whole, eps_s is larger by the factor ceil(n/rows)/floor(n/rows).
     """
     ratio = eps_s(eta)

@@ -1,6 +1,7 @@
 """Compute the memory of attention by moments: sums of monomials of the keys, which evaluate a Taylor polynomial of exp.
 
-Such attention keeps no tokens.
+Such attention keeps no tokens. For each monomial in the key's coordinates up to some degree, it keeps the sum over all
+tokens of monomial times value, and the sum of the monomial. Queries are answered from these sums.
 """
 
 import math
@@ -13,13 +14,13 @@ LARGEST_RADIUS = 1e6
 def taylor_degree(r: float, error: float) -> int:
     """Return the least degree of a Taylor polynomial of exp that answers attention within relative `error`.
 
-    Law: the least g with e^r r^(g+1) / (g+1)! <= error / (2 + error), for logits of size at most `r` nats.
-    Then every truncated weight is within a factor 1±b of its exponential, b = error/(2+error), and every normalised
-    weight within (1+b)/(1-b) = 1 + error: answers are (1±error)-approximations for values >= 0, and meet the max,
-    Frobenius and operator norm guarantees with epsilon = error for all values, for every query at once, with
-    certainty.
-    Derived here by Lagrange's remainder (docs/floors.md, "What is possible"). Real arithmetic: rounding needs
-    about 2 r / ln 2 bits more than the answer has.
+    Logits are at most `r` nats in size. For values >= 0, every value of an answer is within a factor 1±error. For all
+    values, answers meet the max, Frobenius and operator norm guarantees (`floors.metric`) with epsilon = error. This
+    holds for every query, with certainty, in real arithmetic; rounding needs about 2 r / ln 2 bits more than the answer
+    has.
+    Law: the least g with e^r r^(g+1) / (g+1)! <= b, b = error / (2 + error). By Lagrange's remainder, every exponential
+    is then within a factor 1±b, and every softmax weight within (1+b)/(1-b) = 1 + error. Derived here (docs/floors.md,
+    "What is possible").
     """
     r = within("r", r, 0.0, LARGEST_RADIUS, low_open=True)
     error = positive("error", error)
@@ -38,10 +39,10 @@ def taylor_degree(r: float, error: float) -> int:
 
 
 def taylor_numbers(d: int, dv: int, g: int) -> int:
-    """Count the numbers that moments to degree `g` take: (dv + 1) sums for each of the C(d+g, g) monomials of the key.
+    """Count the stored numbers of moments to degree `g`: dv + 1 sums for each of the C(d+g, g) monomials of the key.
 
-    One sum is kept per value coordinate, and one for the denominator. For d = 1 the count is (g + 1)(dv + 1): g + 1
-    moments.
+    For each monomial, one sum is kept per value coordinate, and one for the softmax denominator. For d = 1 the count is
+    (g + 1)(dv + 1): g + 1 moments.
     """
     d, dv, g = whole("d", d), whole("dv", dv), whole("g", g, least=0)
     return math.comb(d + g, g) * (dv + 1)

@@ -1,11 +1,12 @@
 """Compute the space floor of tensor attention: a token has two keys and two values, and every pair of tokens is a key.
 
-The floor is a lower bound on the bits of any method.
-score(j1, j2) = sum_l q_l K1[j1, l] K2[j2, l], value(j1, j2) = V1[j1] * V2[j2] entry by entry (Alman and Song 2023).
+The floor is a lower bound on the bits of any method. * is the product entry by entry.
+score(j1, j2) = sum_l q_l K1[j1, l] K2[j2, l], value(j1, j2) = V1[j1] * V2[j2] (Alman and Song 2023). The product key of
+a pair is K1[j1] * K2[j2].
 d and dv are the widths of a key and a value. In the proofs, Alice hides rows (dv values each) in a stream, and Bob, the
-receiver of the state, reads each hidden row by a query at one pair. Four caches (`caches` = 4): K1, K2, V1, V2 arrive,
-token by token. Two caches: the n^2 products of keys arrive as the tokens of standard attention, each with a value of
-its own.
+receiver of the state, reads each hidden row by a query that puts nearly all softmax mass on one pair.
+Four caches (`caches` = 4): K1, K2, V1, V2 arrive, token by token. Two caches: the n^2 product keys arrive as the tokens
+of standard attention, each with a value of its own.
 """
 
 import math
@@ -33,10 +34,11 @@ _THEOREMS = {
 def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
     """Return mu such that some ±1 keys have product keys K1[i] * K2[j] with inner products of at most mu d.
 
-    Random ±1 keys K1, K2 (n, d) stay within the bound with positive probability, so such keys exist.
-    Law: with four caches queries read 2(n-1) pairs, each against n^2 - 1 other pairs: sqrt((6 ln n + 2 ln 2)/d), by
-    Hoeffding over fewer than 2 n^3 inner products. With two caches queries read all n^2 pairs:
-    sqrt((8 ln n - 2 ln 2)/d) over fewer than n^4/2 inner products; 0 for n = 1. Derived here.
+    Random ±1 keys K1, K2 (n, d) stay within the bound with positive probability, so such keys exist. The bound is for
+    the pairs that queries read, against all other pairs.
+    Law: with four caches, 2(n-1) pairs are read: sqrt((6 ln n + 2 ln 2)/d), by Hoeffding's bound over fewer than 2 n^3
+    inner products. With two caches, all n^2 pairs are read: sqrt((8 ln n - 2 ln 2)/d), over fewer than n^4/2 inner
+    products; 0 for n = 1. Derived here.
     """
     n, d = whole("n", n), whole("d", d)
     pairs = 3.0 * math.log(n) + math.log(2.0) if _caches(caches) == 4 else 4.0 * math.log(n) - math.log(2.0)
@@ -88,14 +90,14 @@ def tensor_space(
     """Return a lower bound on the bits that any method must hold to answer tensor attention within a factor 1±eta.
 
     The bound is for `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within the
-    factor.
-    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m the number of hidden
-    rows that queries can read: without `radius`, m = `tensor_rows`(n, d). With `caches` = 4, tokens arrive with K1, K2,
-    V1, V2; with 2, pairs arrive with values of their own, not products of token values (else 2 n dv numbers describe
-    all values).
-    Under `radius`, the largest |score| in nats, fewer rows can be read. Let N(w, r, x) be a number of keys of width w,
-    at most n, each of which a query with scores up to r can read at a leak of at most x (`separable_keys`); the leak is
-    (softmax mass off the queried key)/(mass on it). With eps_s = (1-eta)/4, m is the larger of two counts:
+    factor. With `caches` = 4, tokens arrive with K1, K2, V1, V2. With 2, pairs arrive with arbitrary values of their
+    own, not with products of the values of tokens (else 2 n dv numbers would describe all values).
+    Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m the number of hidden
+    rows that queries can read. Without `radius`, m = `tensor_rows`(n, d).
+    Under `radius`, the largest |score| in nats, fewer rows can be read. The leak of a query is (softmax mass off the
+    queried key)/(mass on it). Let N(w, r, x) be a number of keys of width w, at most n, each of which a query with
+    scores up to r can read at a leak of at most x (`separable_keys`). With eps_s = (1-eta)/4, m is the larger of two
+    counts:
         N(d, radius, eps_s)  as in standard attention
         2(h-1)               for d >= 4, or h^2 with two caches, with h = N(floor(d/2), radius/2, sqrt(1 + eps_s) - 1):
                              the first half of the query's d coordinates picks the first token of the pair, the second
@@ -132,11 +134,11 @@ def tensor_space(
 
 
 def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
-    """Choose public keys, proven to exist, for a hard instance; return a dict of "keys" (their kind), "gap" and "C".
+    """Choose public keys, proven to exist, for the proof's stream; return a dict of "keys" (their kind), "gap" and "C".
 
     C is the length of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` of the softmax
-    mass on this pair. The gap is 1 less the largest inner product of the (unit) keys of two pairs. The token that Bob,
-    the receiver of the state, appends counts in the softmax. The keys are of the first kind that d allows:
+    mass on this pair. The token that Bob, the receiver of the state, appends counts in the softmax. The gap is 1 less
+    the largest inner product of the (unit) product keys of two pairs. The keys are of the first kind that d allows:
         ±1 rows         for large d
         (a, 1), (1, b)  rows of K1 and K2, with products (a, b): a and b are unit keys of half the width d, one per
                         token; the first half of the query's coordinates picks a, the second half b

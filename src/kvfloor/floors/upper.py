@@ -1,7 +1,7 @@
 """List methods whose memory is known to suffice for attention, to compare with a floor (a lower bound on memory).
 
-A number is one stored float. Keys are public if the writer and the reader of a state both know them beforehand. d and
-dv are the widths of a key and a value.
+A number is one stored float. Keys are "public" if they are fixed in advance, so that a state need not hold them. d and
+dv are the widths of a key and a value. `copies` is the number of kv heads times layers.
 """
 
 import math
@@ -26,17 +26,17 @@ def exact_bytes(tokens: int, d: int, dv: int, dtype: str = "fp16") -> int:
 
 
 def running_sum_numbers(W: int, d: int, dv: int) -> int:
-    """Count the numbers that exact attention over a window of `W` tokens holds when older tokens keep logit 0.
+    """Count the numbers that exact attention over a window of `W` tokens holds if older tokens keep logit 0.
 
-    Law: W (d + dv) for the window, dv for the sum of the values of older tokens, 1 for the count of older tokens.
-    Derived here: the answer is (sum + the window's weighted values) / (count + the window's mass).
+    Law: W (d + dv) for the window, dv for the sum of the values of older tokens, 1 for the count of older tokens. The
+    answer is (sum + weighted sum of the window's values) / (count + softmax mass of the window). Derived here.
     """
     W, d, dv = whole("W", W), whole("d", d), whole("dv", dv)
     return W * (d + dv) + dv + 1
 
 
 def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") -> list[Possible]:
-    """List memory sizes of exact attention in fp32, fp16 and bf16, at `numbers` stored numbers per head and layer.
+    """List the memory sizes of exact attention in fp32, fp16 and bf16, at `numbers` stored numbers per head and layer.
 
     `copies` is the number of heads times layers. The name of each entry begins with `name`, and its condition ends with
     `proviso`.
@@ -53,20 +53,23 @@ def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") ->
 
 
 def public_keys(copies: int, rows: int, dv: int) -> Possible:
-    """Return the memory that suffices for a floor's hard instance: one bit per value coordinate, as keys are public.
+    """Return the memory that suffices for the stream of a floor's proof: one bit per value coordinate.
 
-    The hard instance is the stream of the floor's proof, in which tokens hide rows of dv single-bit values. `copies` is
-    the number of heads times layers, `rows` the number of hidden rows per head and layer.
+    In that stream, tokens with public keys (fixed in advance, not stored) hide rows of dv single-bit values. `copies`
+    is the number of heads times layers, `rows` the number of hidden rows per head and layer.
     """
     return Possible("public keys", float(copies * rows * dv), "keys known to both sides, values of one bit", _DERIVED)
 
 
 def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -> list[Possible]:
-    """List memory sizes that suffice for standard attention at any error: exact caches, public keys, a window's sum.
+    """List memory sizes that suffice for standard attention at any error, to print beside a floor.
 
-    `copies` is the number of heads times layers; `held` of the `n` tokens are attended to. `windowed` is True for a
-    sliding window; then "window and running sum" is listed if older tokens exist, for the law in which they keep logit
-    0. For d = 1 without a window, lazy Gumbel sampling is listed too: it draws tokens by their softmax weights.
+    `copies` is the number of heads times layers; `held` of the `n` tokens are attended to. Listed are
+        exact caches            in fp32, fp16 and bf16
+        public keys             one bit per value, for keys that are fixed in advance
+        window and running sum  if `windowed` (a sliding window) and older tokens exist, for the attention law in which
+                                older tokens keep logit 0
+        lazy Gumbel             for d = 1 without a window: a method that draws tokens by their softmax weights
     """
     slides = windowed and n > held
     proviso = "; old tokens leave the softmax" if slides else ""
@@ -93,7 +96,7 @@ def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -
 def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: float) -> list[Possible]:
     """List the memory (one entry or none) of Taylor moments that answer attention over `n` tokens within `error`.
 
-    `copies` is the number of heads times layers. Moments are sums of monomials of the keys (`floors.taylor`). Logits
+    Moments are sums of monomials of the keys (`floors.taylor`). `copies` is the number of heads times layers. Logits
     are at most `radius`. `error` is eta of a guarantee within a factor 1±eta, or epsilon of a guarantee in a norm. The
     list is empty at error 0 and for a radius above 10^6.
     """
@@ -119,8 +122,8 @@ def sampled(
     """List the memory of SubGen at its best cluster radius, for the operator or Frobenius norm; [] for other metrics.
 
     SubGen clusters keys and samples tokens. `copies` is the number of heads times layers. `metric`, `epsilon` and
-    `failure` are the norm, the error and the failure probability of the guarantee; queries q have |q| <= `radius`. The
-    operator norm is SubGen's own guarantee, the Frobenius norm BalanceKV's. The list is also empty for epsilon outside
+    `failure` are the norm, the error and the failure probability of the guarantee; queries q have |q| <= `radius`.
+    SubGen itself guarantees the operator norm, BalanceKV the Frobenius norm. The list is also empty for epsilon outside
     (0, 1], for failure outside (0, 1), and where SubGen's sizes overflow a float.
     """
     if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:

@@ -1,9 +1,9 @@
 """Compute the space floor of visual autoregression, which predicts an image map by map, a whole map of queries at once.
 
 The floor is a lower bound on the bits of any method. The maps of an image pyramid grow in size: map k has h_k x h_k
-tokens, and h_k is the side of map k. The queries of map k attend to all maps up to and including map k (block-wise
-causal). In the proof, Alice hides rows of dv values under the tokens and sends a method's state. Bob, its receiver,
-reads the rows by the queries of a later map ("the asking map").
+tokens, and h_k is its side. The queries of map k attend to all maps up to and including map k (block-wise causal). In
+the proof, Alice hides a row of dv values under each token and sends a method's state. Bob, its receiver, reads the rows
+by the queries of a later map ("the asking map").
 """
 
 import math
@@ -40,8 +40,8 @@ def pyramid(n: int, ratio: float = 2.0) -> tuple[int, ...]:
 def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> float:
     """Count the tokens of maps of sides 1, a, a^2, .., n by the formula (a^2 n^2 - 1)/(a^2 - 1), with a = `ratio`.
 
-    `before_last` leaves out the last map: (n^2 - 1)/(a^2 - 1). Exact where n is a power of a whole ratio. Else the sum
-    over `pyramid` is the count to use, at most n^2 a^2/(a^2 - 1).
+    `before_last` leaves out the last map: (n^2 - 1)/(a^2 - 1). The formula is exact where n is a power of a whole
+    ratio. Otherwise, sum the squared sides of `pyramid` instead; that sum is at most n^2 a^2/(a^2 - 1).
     """
     n, ratio = whole("n", n), within("ratio", ratio, 1.0, math.inf, low_open=True, high_open=True)
     square = ratio**2
@@ -49,10 +49,10 @@ def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> 
 
 
 def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
-    """Count the tokens that hide values in a pyramid with maps of these sides: sum h_k^2, with h_k the side of map k.
+    """Count the tokens that hide values in a pyramid with maps of these sides: the sum of the squared sides.
 
-    `last_asks`: the queries of the last map read the hidden values of the other maps, and the last map hides nothing
-    and is not counted. Else the queries are those of a further map.
+    If `last_asks`, the queries of the last map read the values hidden in the other maps; the last map hides nothing and
+    is not counted. Otherwise the queries are those of a further map.
     """
     squares = [whole("side", side) ** 2 for side in sides]
     if not squares:
@@ -61,11 +61,11 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 
 
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
-    """Return the length of a query that reads one of `rows` unit keys, if the query's map has `asking` zero tokens.
+    """Return the length of a query that reads one of `rows` unit keys, if the query's own map has `asking` zero tokens.
 
     The query leaves all other tokens at most `eps_s` times the softmax mass of its key, if the keys' gap is at least
     `g`. The gap is 1 less the largest inner product of two keys.
-    Law: ln((rows - 1 + asking)/eps_s) / min(g, 1): the asking map's own tokens have logit 0. Derived here.
+    Law: ln((rows - 1 + asking)/eps_s) / min(g, 1), because the zero tokens have logit 0. Derived here.
     """
     return spike_C(rows, whole("asking", asking), g, 1.0, eps_s)
 
@@ -85,12 +85,16 @@ def visual_space(
 ) -> Floor:
     """Return a lower bound on the bits that any method of visual autoregression must hold after a pyramid of maps.
 
-    The last map is `n` x `n`. `p` is the probability that a whole row, the dv values of one answer, is within a factor
-    1±eta of attention.
-    Law: S >= heads layers m (p dv - H2(p)), clamped at 0: S the bits, H2 the binary entropy, m = `visual_rows`(sides,
-    last_asks), and m <= 2 for d = 1. `sides` are those of the square maps, ascending, the last of them n; by default
-    `pyramid`(n, ratio). `last_asks`: no map follows, so that the last map's queries read the other maps, and the last
-    map hides nothing. Else a further map, as large as the last, asks. Lengths of keys and queries are unbounded.
+    n          side of the last map
+    d, dv      width of a key, width of a value (d unless given)
+    sides      sides of the square maps, ascending, the last of them n; None: each side is the next larger one divided
+               by `ratio` and rounded down (`pyramid`)
+    last_asks  True: no map follows; the queries of the last map read the other maps, and the last map hides nothing.
+               False: a further map, as large as the last, asks
+    p          probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention
+    heads, layers   number of kv heads and of layers, which multiply the bound
+    Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m = `visual_rows`(sides,
+    last_asks), and m <= 2 for d = 1. Keys and queries may be of any length.
     Raises ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)

@@ -1,9 +1,9 @@
 """Play games ("barriers") on token streams against any KV-cache method; by a theorem, winning takes much memory.
 
-A barrier is the game of one theorem. Alice appends tokens with hidden values to the method's state and sends the
+A barrier is the game of one theorem. Alice appends tokens with random hidden values to the method's state and sends the
 bytes of the state, the message. Bob rebuilds the state from the message, queries it, and decodes the hidden values from
-the answers. Every barrier is a file of `instances` with an `Instance` (the public half: keys, Alice's stream, Bob's
-queries) and a function `play`. docs/floors.md has the proofs.
+the answers. If he decodes enough of them, the message must be long. Every barrier is a file of `instances` with an
+`Instance` (what Alice and Bob both know: keys, stream, queries) and a function `play`. docs/floors.md has the proofs.
 """
 
 import inspect
@@ -20,9 +20,11 @@ from kvfloor.game.keys.families import FAMILIES
 
 @dataclass(frozen=True)
 class Barrier:
-    """Hold one barrier, the game of a memory theorem: its `play`, a sentence about the game, and the largest n.
+    """Hold one barrier, the game of a memory theorem.
 
-    n is the number of tokens in a stream. The largest n is `most`; `play_all` reduces a larger n to it.
+    play   the function that plays it against a method
+    about  a sentence about the game
+    most   the largest number n of tokens in a stream; `play_all` reduces a larger n to it
     """
 
     play: Callable[..., Result]
@@ -76,12 +78,14 @@ INSTANCES: dict[str, type[Instance]] = {
 def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
     """Play one barrier, the game of a memory theorem, against a method; return the result with its verdict.
 
-    `barrier` is a name in `BARRIERS`. `method` is a method object or its text: "h2o@16" is H2O with a budget of 16
-    tokens.
-    `arguments` are the barrier's own, such as n (tokens), d (width of a key) and seed. `ARGUMENTS` describes them in a
-    line each, the barrier's module in `instances` in full.
-    Raises ValueError for an unknown barrier (listing all barriers), for an argument that the barrier does not take
-    (listing the arguments that it takes), and for the errors of the barrier's own `play`.
+    The verdict is "holds" (enough answers were right), "breaks" (too few were), or "cheats" (more was answered than the
+    bytes of the state can hold).
+    barrier    a name in `BARRIERS`, such as "spike"
+    method     a method object or its text: "h2o@16" is H2O with a budget of 16 tokens
+    arguments  the barrier's own, such as n (tokens), d (width of a key) and seed. `ARGUMENTS` describes them in a line
+               each, the barrier's module in `instances` in full
+    Raises ValueError for an unknown barrier, for an argument that the barrier does not take (either error lists what is
+    allowed), and for the errors of the barrier's own `play`.
     """
     if barrier not in BARRIERS:
         raise ValueError(f"barrier must be one of {', '.join(BARRIERS)}, got {barrier!r}")
@@ -95,9 +99,9 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:
     """Play every barrier, the game of a memory theorem, against a method; return one result per barrier.
 
-    `method` is a method object or its text, such as "h2o@16". Each barrier receives the entries of `arguments` that
-    its `play` takes. An n (tokens of a stream) above the largest that a barrier plays is reduced to that number.
-    Raises ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
+    `method` is a method object or its text, such as "h2o@16". Each barrier gets those entries of `arguments` that its
+    `play` takes. An n (tokens of a stream) above the largest that a barrier plays is reduced to that number. Raises
+    ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """
     known = {name for barrier in BARRIERS.values() for name in barrier.arguments}
     foreign = [name for name in arguments if name not in known]

@@ -1,4 +1,4 @@
-"""Play the game of the read floor: hide levels in the values of token groups, and decode the levels from a message.
+"""Play the game of the read floor: hide levels in the values of token groups, and decode them from a method's state.
 
 The read floor (`floors.measured`) is a lower bound on the bits that a state must hold to answer queries over given
 keys. In the game of its proof, Alice hides values in a method's state, and Bob restores the state and decodes them.
@@ -34,7 +34,7 @@ class MeasuredGame:
     Each group of tokens shares one row of dv hidden values, which one query reads. Shares are of groups; a group counts
     only if its whole row is right.
 
-    answered       share of answers within eta of exact attention in max norm. The floor assumes less: each answer is
+    answered       share of answers within eta of exact attention in every value. The floor assumes less: each answer is
                    that close with probability p (eta and p are the accuracy that the floor demands)
     decoded        share of rows decoded right if the levels of groups decoded earlier are given, as in the proof
     worst_error    largest deviation of an answer from exact attention
@@ -52,18 +52,23 @@ class MeasuredGame:
 
     @property
     def contradicts(self) -> bool:
-        """Return True if every answer was within eta yet the message is shorter than the floor: the floor is false."""
+        """Return True if every answer was within eta although the message is shorter than the floor.
+
+        Then the floor is false: it claims that no such message exists.
+        """
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
 
 def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> MeasuredGame:
     """Hide random levels in the values of `readable`'s token groups, send a method's state, and decode the levels.
 
-    `readable` is the read floor of the keys k (n, d); the tokens of `readable.stream` are appended to the state. Values
-    are stored in the format that the floor was computed for, which must be a format that states take. A state restored
-    from the message (the bytes of the first state) answers each group's query. Softmax mass on tokens outside the
-    stream (`readable.later_mass`) counts with value 0. `seed` draws the levels, uniformly. Returns the shares of right
-    answers and the sizes.
+    readable  the read floor of the keys k (n, d). Its groups hide the levels, and the tokens of `readable.stream` are
+              appended to the state, with values in the format that the floor was computed for
+    k         (n, d), the keys
+    seed      draws the levels, uniformly
+    A second state, restored from the message (the bytes of the first), answers each group's query. Softmax mass on
+    tokens outside the stream (`readable.later_mass`) counts with value 0. Returns the shares of right answers and the
+    sizes.
     """
     demand, groups, dv = readable.demand, readable.groups, readable.demand.dv
     keys = matrix("k", k)[readable.stream].to(demand.dtype)

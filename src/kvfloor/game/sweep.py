@@ -1,10 +1,11 @@
 """Play series of small games of growing difficulty, and record the bits certified for a method in each.
 
 In a game, Alice hides values in the state of a method and sends its bytes, the message, from which Bob decodes the
-values. The certified bits are the hidden bits that the message provably carries. `precision` plays the spike game (one
-hidden row per key) with ever finer values, `packings` the packing game (few dimensions, bounded logits) at several
-widths of a key and several radii; the radius is the largest logit allowed. These games restore the message in this
-process; the games of the report's table use an isolated process.
+values. The certified bits are the hidden bits that the message provably carries.
+precision  plays the spike game (one hidden row per key) with ever finer values
+packings   plays the packing game (few dimensions, bounded logits) at several widths of a key and several radii; the
+           radius is the largest logit allowed
+The message is restored in this process, which is quick, but would not detect data that a method keeps elsewhere.
 """
 
 from collections.abc import Sequence
@@ -22,9 +23,10 @@ RADII = (8.0, 16.0, 32.0, 64.0, 128.0)
 
 @dataclass(frozen=True)
 class Precision:
-    """Record one spike game (one hidden row per key): bits hidden per value, and bits certified per value.
+    """Record one spike game (one hidden row per key).
 
-    Certified bits are the bits that the message, i.e. the bytes of a method's state, provably carries.
+    hidden     bits hidden per value
+    certified  bits per value that the message, i.e. the bytes of a method's state, provably carries
     """
 
     hidden: int
@@ -33,12 +35,14 @@ class Precision:
 
 @dataclass(frozen=True)
 class Packed:
-    """Record one packing game at (d, radius): bits hidden, bits certified, and the closed-form floor for n tokens.
+    """Record one packing game, which hides a row of dv values under each key of a separable set.
 
-    d is the width of a key, radius the largest logit allowed. Keys are separable if each key has a query that puts
-    nearly all softmax mass on this key with no logit above radius. The game hides a row of dv values under each
-    separable key. Certified bits are bits that the message (the bytes of the state) provably carries; the floor is a
-    lower bound on the bits of any method that answers.
+    Keys are separable if each key has a query that puts nearly all softmax mass on this key with no logit above radius.
+    d               width of a key
+    radius          largest logit allowed
+    hidden_bits     number of hidden bits
+    certified_bits  bits that the message (the bytes of the state) provably carries
+    floor_bits      lower bound, by a formula, on the bits of any method that answers for n tokens
     """
 
     d: int
@@ -51,8 +55,10 @@ class Packed:
 def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n: int = 128) -> list[Precision]:
     """Play the spike game at `n` tokens with ever finer values, to measure the precision that a method keeps.
 
-    `seed` gives the public keys. Returns one record per entry of `bits`, the hidden bits per value. Certified bits per
-    value (bits that the message provably carries) fall below hidden bits per value where the method's precision ends.
+    bits  the numbers of hidden bits per value, one game each
+    seed  gives the public keys
+    Returns one record per game. Where the method's precision ends, certified bits per value (which the message provably
+    carries) fall below hidden bits per value.
     """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
     return [Precision(game.bits, game.bits_per_value) for game in games]

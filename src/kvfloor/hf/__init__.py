@@ -1,4 +1,4 @@
-"""Provide compressed caches for transformers' `generate()`. No other folder imports transformers' internals."""
+"""Provide compressed caches for transformers' `generate()`, and `prepare`, which makes a model able to use them."""
 
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.calibrate import floor_shares

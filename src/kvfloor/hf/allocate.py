@@ -1,9 +1,9 @@
 """Divide one token budget among the kv heads of all layers, in proportion to a table of shares.
 
-The budget is the mean number of tokens per kv head. Shares are multiples of it: among shares of mean 1, a head with
-share 1.5 gets 1.5 times the budget. The table has one tuple per compressed layer, with a share per kv head or one share
-for all heads. Shares may fall with depth (`pyramid`), be measured (`kvfloor.hf.calibrate`), or be given by the user.
-A compressed layer is one with attention over all tokens, whose cache a kvfloor method keeps.
+The budget is the mean number of tokens per kv head. A share is a multiple of it: a head with share 1.5 gets 1.5 times
+the budget, if the mean of all shares is 1. The table has one tuple per compressed layer, with a share per kv head or
+one share for all heads. Shares may fall with depth (`pyramid`), be measured (`kvfloor.hf.calibrate`), or be given by
+the user. A compressed layer is one with attention over all tokens, whose cache a kvfloor method keeps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PYRAMID_SLOPE = 20  # PyramidKV's beta: the deepest layer gets 1 / beta of the m
 def pyramid(layers: int) -> Shares:
     """Return a table of shares that fall linearly with depth: one tuple per layer with a single share, of mean 1.
 
-    layers: number of compressed layers. The share is for all kv heads of its layer.
+    layers: number of compressed layers. A layer's share holds for all its kv heads. The first layer gets 1.95, the last
+    0.05; a single layer gets 1.
     Source: Cai et al. 2024, PyramidKV, arXiv 2406.02069.
     """
     if layers == 1:
@@ -36,10 +37,10 @@ def pyramid(layers: int) -> Shares:
 
 
 def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number, ...]:
-    """Return one number (share, or budget in tokens) per kv head of a layer; repeat a single number for all.
+    """Return one number (share, or budget in tokens) per kv head of a layer; a single number is repeated for all heads.
 
     line: the layer's entry in a table of shares or of budgets, with one number or `kv_heads` numbers. place: the
-    layer's index in the table, for the error. Raises ValueError for any other count of numbers.
+    layer's index in the table, for the error message. Raises ValueError for any other count of numbers.
     """
     if len(line) not in (1, kv_heads):
         raise ValueError(
@@ -51,8 +52,9 @@ def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number,
 def spread(shares: Sequence[Sequence[float]], budget: int, least: int) -> list[tuple[int, ...]]:
     """Return the budget in tokens of every kv head, one tuple per layer, in proportion to `shares`.
 
-    shares: one sequence per layer, with one share per kv head. Every head gets at least `least` tokens, and the mean
-    over all heads is exactly `budget`. Raises ValueError if `budget` is less than `least`.
+    shares: one sequence per layer, with one share per kv head. Every head gets at least `least` tokens. The mean over
+    all heads is exactly `budget`, so the other heads get less where some are raised to `least`. Raises ValueError if
+    `budget` is less than `least`.
     """
     flat = torch.tensor([share for line in shares for share in line], dtype=torch.float64)
     total = budget * len(flat)

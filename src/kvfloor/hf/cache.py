@@ -1,8 +1,9 @@
 """Define CompressedCache, the bounded-memory cache that is passed to `generate(past_key_values=...)`.
 
 A compressed layer is a cache layer whose keys and values a kvfloor method keeps; its state is all that the method keeps
-of them. A slot is one column of the padded batch. A forward that broke off has passed its tokens to some layers only,
-and leaves the cache unusable.
+of them. A prepared model is one that went through `kvfloor.hf.prepare`, so that its attention can use such layers. A
+slot is one column of the padded batch. If a forward breaks off (by an error or an interrupt), some layers have its
+tokens and others have not: the cache is then unusable.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class CompressedCache(Cache):
 
     Sliding-window, convolution and linear layers keep transformers' own storage.
 
-    config    the model's configuration, or the model. Only with the prepared model can a method that predicts
-              later queries (the policy `expected`) undo the rotary embedding, as its paper's law requires
+    config    the model's configuration, or the model. Give the prepared model for a method that predicts later queries
+              (such as the policy `expected`): it then works on keys without their rotary embedding, as in its paper
     method    a Method or its text, e.g. "h2o(recent=64)@512"; budgets in bytes are for the whole cache
     context   length in tokens; a budget such as "@25%" is a share of this length
     seed      seeds the method's own randomness
@@ -52,8 +53,8 @@ class CompressedCache(Cache):
     budgets   tokens per compressed layer and kv head, [[512, 128], [64, 64], ...], instead of the method's '@' budget;
               one number in a layer is for all its heads
     allocate  how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (more for
-              heads whose queries can tell more tokens apart; needs the model, and `calibration`: the token ids of
-              a typical prompt, on which this is measured), or multiples of the budget, in the form of `budgets`
+              heads whose queries can tell more tokens apart; needs the model, and `calibration`: the token ids of a
+              typical prompt, on which this is measured), or a table like `budgets` of multiples of the budget
     pinned    spans [from, to) of token positions that are never evicted, e.g. [(0, 40)] for a system prompt; positions
               count a batch item's real tokens, pads excluded
     on_evict  called with an `Eviction` (layer, batch items, kv heads and positions) whenever a layer evicts tokens
@@ -61,7 +62,7 @@ class CompressedCache(Cache):
               token's rank among the tokens that its kv head still holds, so that no distance is longer than the budget
               and a stream goes on past the positions that the model was trained for (StreamingLLM). "cache" needs the
               prepared model, rotary positions, and a method that holds whole tokens
-    One cache serves one request (or one batch) at a time, on a model that went through `kvfloor.hf.prepare`.
+    One cache serves one request (or one batch) at a time, on a prepared model.
     Raises TypeError and ValueError naming the argument. Errors that need the model's keys to detect (a budget smaller
     than the tokens that must be kept, a table with a wrong number of heads) are raised in the first forward.
     """
@@ -166,7 +167,7 @@ class CompressedCache(Cache):
         return slots, offset
 
     def seal(self) -> None:
-        """Mark the end of the prompt now. Methods that compress the prompt as a whole, such as SnapKV, do so here.
+        """Mark the end of the prompt now: methods that compress the prompt as a whole, such as SnapKV, do so here.
 
         Without this call, the first one-token forward marks the end.
         """
@@ -176,7 +177,7 @@ class CompressedCache(Cache):
                     layer.state.seal()
 
     def to(self, device: str | torch.device) -> Self:
-        """Move all of the cache's tensors to `device`, after a model that has moved. Returns the cache.
+        """Move all of the cache's tensors to `device`, for a model that has been moved there. Returns the cache.
 
         Does nothing if every tensor is on `device` already, so accelerate's hooks may call it during a forward.
         """
@@ -209,9 +210,8 @@ class CompressedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Pass this forward's keys and values to layer `layer_idx`, and return the keys and values to attend to.
 
-        A compressed layer returns the new ones alone: kvfloor's attention function recognises them, appends them to
-        the layer, and attends to all that the layer holds.
-        Raises BrokenState if an earlier forward broke off.
+        A compressed layer returns the new ones alone. kvfloor's attention function recognises them, appends them to the
+        layer's state, and attends to all that the state holds. Raises BrokenState if an earlier forward broke off.
         """
         if isinstance(self.layers[layer_idx], CompressedLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -278,11 +278,11 @@ class CompressedCache(Cache):
             self.presence.select(indices)
 
     def crop(self, *args: Any) -> None:
-        """Raise ValueError, before any layer is changed: evicted tokens cannot come back, so nothing can be cropped."""
+        """Raise ValueError, before any layer is changed: evicted tokens cannot come back, so there is no cropping."""
         self.compressed[0].crop(*args)
 
     def reset(self) -> None:
-        """Empty all layers. A cache that became unusable when a forward broke off can be used again."""
+        """Empty all layers. A cache that a broken-off forward made unusable can then be used again."""
         with self._passage.anew():
             if hasattr(self, "shared_layers"):
                 self.shared_layers.clear()
@@ -295,11 +295,11 @@ class CompressedCache(Cache):
     # ---- saving and bytes ----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to `path`: whole or not at all, readable by its owner only (see `kvfloor.hf.saved`).
+        """Write the cache to the file `path`, which only its owner may read (format: `kvfloor.hf.saved`).
 
-        A symbolic link stays, and the file that it leads to is replaced. Raises ValueError while the cache is empty or
-        in the middle of a forward, and where `path` cannot be written. Raises TypeError where `path` is no path, and
-        BrokenState if a forward broke off halfway.
+        The file is written as a whole or not at all. If `path` is a symbolic link, the file that it leads to is
+        replaced. Raises ValueError while the cache is empty or in the middle of a forward, and where `path` cannot be
+        written. Raises TypeError where `path` is no path, and BrokenState if a forward broke off halfway.
         """
         save(self, path)
 
@@ -310,8 +310,9 @@ class CompressedCache(Cache):
         """Return the cache saved at `path`, to continue on `model`.
 
         model       a prepared model with the weights that filled the cache
-        method      the method that the cache was made with; needed only if a third party's class is part of it
-        most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes three times the file in memory
+        method      the method that the cache was made with; needed only if a class from outside kvfloor is part of it
+        most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes three times the file's size in
+                    memory
         Raises CorruptState, WrongModel, NewerVersion, OlderVersion or UnknownMethod, all ValueErrors, before anything
         is built. Raises ValueError for a path that cannot be read, or is a folder, a pipe or a device.
         """
@@ -323,10 +324,10 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that the compressed layers hold: their states, measured on the storages, and staged tensors.
+        """Return the bytes that the compressed layers hold: their states, and the keys and values of a running forward.
 
-        A state is all that the method keeps of one layer. Staged tensors are keys and values that a running forward has
-        passed in and its attention has not appended yet.
+        States are measured on the storages of their tensors. Keys and values count that the running forward has passed
+        in and its attention has not appended to the states yet ("staged" tensors).
         """
         return sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
 
@@ -334,7 +335,7 @@ class CompressedCache(Cache):
     def bytes(self) -> dict[str, int]:
         """Return the bytes held now, by kind.
 
-        hot     all compressed layers' states, measured on their storages
+        hot     the states of all compressed layers, measured on the storages of their tensors
         staged  keys and values of a running forward that its attention has not appended yet
         stock   tensors of the other layers (sliding windows, convolution and linear states)
         masks   the list of pads and masked-out slots, 16 bytes each
@@ -352,7 +353,7 @@ class CompressedCache(Cache):
     def peak_nbytes(self) -> int:
         """Return the most bytes that the compressed layers took at one time so far.
 
-        States, the copies made while they grow, and staged tensors count together.
+        Counted together are the states, the copies made while they grow, and the keys and values of a running forward.
         """
         return self._meter.peak_bytes
 
@@ -364,7 +365,7 @@ class CompressedCache(Cache):
     def report(self) -> list[dict[str, Any]]:
         """Return one dict of measurements per compressed layer.
 
-        Lists have one entry per row: the stream of one kv head of one batch item. An item's heads are adjacent.
+        Lists have one entry per row: the stream of one kv head of one batch item. The heads of an item are adjacent.
 
         layer, method, heads    index of the layer in the model, method with its budget in tokens, kv heads per item
         seen                    slots fed so far, pads included
@@ -379,12 +380,12 @@ class CompressedCache(Cache):
 
 
 def _place(device: str | torch.device) -> torch.device:
-    """Return `device` with its index: "cuda" becomes the current one, such as "cuda:0"."""
+    """Return `device` with its index: "cuda" becomes the current device, such as "cuda:0"."""
     return torch.empty(0, device=device).device
 
 
 def _told(report: Callable[..., None], *args: Any) -> None:
-    """Call `report(*args)` outside torch.compile's trace: a traced call would be compiled anew for every layer.
+    """Call `report(*args)` outside torch.compile's trace: if it were traced, every layer would be compiled anew.
 
     report: a function for bookkeeping, such as one that records which layers have stored a forward's tokens.
     """
@@ -442,9 +443,9 @@ def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...]
 def _rotations(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
     """Return the rotary embedding of each compressed layer for positions="cache"; None for positions="stream".
 
-    With "cache", keys are rotated by their rank among the held tokens (`CompressedCache`). A layer without a rotary
-    embedding has None in the tuple. Raises ValueError for any other value of `positions`, for a method that does not
-    hold keys whole, and for a model that is missing or not prepared.
+    With "cache", a key's rotary position is its rank among the held tokens. A layer without a rotary embedding has None
+    in the tuple. Raises ValueError for any other value of `positions`, for a method that does not hold keys whole, and
+    for a model that is missing or not prepared.
     """
     if positions not in ("stream", "cache"):
         raise ValueError(f'positions count in the "stream" or in the "cache", got {positions!r}')
@@ -465,11 +466,11 @@ def _rotations(positions: str, method: Method, model: PreTrainedModel | None) ->
 
 
 def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
-    """Return the rotary embedding of each compressed layer if the policy needs it; None for positions="cache".
+    """Return the rotary embedding that each layer's keys already have, if the method's policy needs to know it.
 
-    Policies that predict later queries need it. Returns None also if the policy does not need it, if no prepared model
-    is given to measure the embeddings on, and if the model's positions are not fixed rotations. A layer without a
-    rotary embedding has None in the tuple.
+    Policies that predict later queries need it. The result has one entry per compressed layer, None for a layer without
+    a rotary embedding. The result is None for positions="cache", if the policy does not need it, if no prepared model
+    is given to measure it on, and if the model's positions are not fixed rotations.
     """
     policy = method.parts.policy
     if positions != "stream" or policy is None or not policy.wants_rotation or model is None or not is_prepared(model):

@@ -1,7 +1,9 @@
-"""Measure how many tokens each kv head distinguishes on a calibration prompt, to divide a budget in proportion.
+"""Measure how many tokens each kv head tells apart on a calibration prompt, to divide a cache budget among the heads.
 
-A head distinguishes tokens if their values could be read back, one by one, from the answers to the head's own queries.
-So a memory that answers these queries must be able to return each of the values.
+A head tells tokens apart if the value of each could be recovered from the attention outputs of the head's own queries.
+A cache that answers these queries correctly must then store a separate value for each of the tokens. Tokens that the
+queries do not separate can form a group, of which one common value could be recovered. A compressed layer is a layer
+with attention over all tokens, whose keys and values a kvfloor method keeps.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
 
 
 def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept: float = 0.5) -> Shares:
-    """Return each kv head's share of a budget, one tuple per compressed layer, of mean 1 over all heads.
+    """Return each kv head's share of a cache budget: one tuple per compressed layer, with one share per kv head.
 
+    A share is a multiple of the budget per head; the mean of all shares is 1.
     Law: share = kept + (1 - kept) * r / (mean of r over all heads), where r is the number of groups of one or more
-    tokens of `prompt` whose value could be read back from the answers to the head's own queries
-    (`kvfloor.floors.measured.readable_by`).
+    tokens of `prompt` whose value could be recovered from the outputs of the head's own queries
+    (`kvfloor.floors.measured.readable_by`). A head with more such groups gets more.
     prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
              that keeps every token; the head's queries are those of the prompt's newest tokens
     kept     share of the mean budget that every head gets in any case. Few bytes are enough for a head that
@@ -50,9 +53,9 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
 
 
 def _readable(seen: Recorded) -> list[int]:
-    """Return, for each kv head of a layer, the number of groups of tokens that its newest queries can read, at least 1.
+    """Return, for each kv head of a layer, the number of groups of tokens that its newest queries tell apart (>= 1).
 
-    Queries can read a group (one or several tokens) if its value could be read back from their answers.
+    A group is one or several tokens whose common value could be recovered from the outputs of these queries.
     seen: the queries, keys and values of the layer on the calibration prompt.
     """
     q, k, v = seen.by_row

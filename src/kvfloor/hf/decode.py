@@ -1,8 +1,8 @@
-"""Decode greedily from a prepared model and a cache, step by step: feed a context, a question, read the answer.
+"""Decode greedily from a prepared model and a cache, step by step: feed a context, feed a question, decode the answer.
 
-This is a plain loop over the model's forward, instead of generate(). So an audit can time each part, read the cache in
-between, and feed the question after the context was compressed. Batch items of different length are left-padded; pads
-are never stored.
+This is a plain loop over the model's forward, instead of generate(). So an audit can time each step, inspect the cache
+in between, and feed the question after the context was compressed. Batch items of different length are left-padded;
+the cache never stores pads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Dialogue:
     def feed(self, token_ids: Sequence[Sequence[int]], chunk: int | None = None) -> None:
         """Feed one list of token ids per batch item to the model, left-padded, `chunk` slots per forward.
 
-        With chunk None, all tokens go into one forward.
+        With chunk None, all tokens go into one forward. A last chunk of a single slot joins the chunk before it,
+        because the cache takes a forward of one slot for the first decoded token.
         """
         batch, real = padded(token_ids)
         width = batch.shape[1]
@@ -87,8 +88,8 @@ class Dialogue:
     def answer(self, most: int, stop: int | Collection[int] | None) -> tuple[list[list[int]], list[float]]:
         """Decode greedily: return the new token ids per batch item, and the milliseconds of each decode step.
 
-        An item ends before its first token that is (among) `stop` (None: no such token), or after `most` tokens. Only
-        its tokens before the end enter the cache.
+        Call `feed` first. An item ends after `most` tokens, or before its first token that is (among) `stop`, which is
+        then not returned; stop None: no token ends it. Only the returned tokens enter the cache.
         """
         assert self.logits is not None
         batch = self.mask.shape[0]

@@ -75,9 +75,9 @@ def layer_roles(config: PreTrainedConfig) -> list[tuple[Role, Any]]:
 
 
 def key_readers(config: PreTrainedConfig) -> list[int]:
-    """Return, for each layer, how many later layers attend to its keys (Gemma 3n, Gemma 4); 0 for most models.
+    """Return, for each layer, the number of later layers that attend to this layer's keys (Gemma 3n, Gemma 4).
 
-    Those later layers have no keys of their own.
+    Those later layers have no keys of their own. In most models the number is 0 for every layer.
     """
     decoder = config.get_text_config(decoder=True)
     types = layer_types(config)
@@ -90,7 +90,7 @@ def key_readers(config: PreTrainedConfig) -> list[int]:
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Return the reason why no compressed cache can serve models of this configuration; None if there is none.
+    """Return the reason why a compressed cache cannot serve models of this configuration; None if it can.
 
     The reason is about the family as a whole. `layer_roles` checks the layers one by one.
     """
@@ -120,15 +120,15 @@ def _picks_tokens(decoder: PreTrainedConfig) -> bool:
 
 
 def ignores_the_interface(model: nn.Module) -> bool:
-    """Return True if no part of this model takes its attention function from transformers' registry.
+    """Return True if no part of this model takes its attention function from transformers' registry of such functions.
 
-    kvfloor's attention, which is registered there, would never be called.
+    kvfloor registers its own attention function there. Such a model would never call it.
     """
     return not any(hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS") for part in model.modules())
 
 
 def own_cache_class(model: nn.Module | type[nn.Module]) -> str | None:
-    """Return the name of the cache class that this model's own file defines; None if it defines none.
+    """Return the name of the cache class defined in the Python file of this model's class; None if there is none.
 
     Such a model fills only that class, so a compressed cache cannot take its place.
     """

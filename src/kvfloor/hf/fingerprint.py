@@ -1,6 +1,7 @@
 """Compute a digest of a model, so that a saved cache is loaded only for the model that filled it.
 
-The digest covers the class, the configuration, the active adapters and a sample of every weight.
+The digest covers the model's class, its configuration, the active adapters (such as LoRA) and a sample of the entries
+of every weight.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ _FIXED = (
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the model's {"model": class name, "adapters": names of active ones, "sha256": hex digest}.
+    """Return the model's {"model": class name, "adapters": names of the active ones, "sha256": hex digest}.
 
-    The same weights give the same digest on any device, offloaded to disk or not. These change the digest: another
-    dtype or quantisation, in which a cache would not continue bit for bit; an active or merged adapter, and its scaling
-    factor. These do not: an inactive adapter, and weight entries outside the sample. Raises ValueError naming a weight
-    whose numbers cannot be read.
+    The same weights give the same digest on any device, offloaded to disk or not. The digest changes with the dtype or
+    the quantisation, with an active or merged adapter, and with an adapter's scaling factor. It does not change with an
+    inactive adapter, or with weight entries outside the sample. Raises ValueError naming a weight whose numbers cannot
+    be read, such as one on the meta device.
     """
     adapters = adapters_of(model)
     config = model.config.get_text_config(decoder=True)

@@ -1,4 +1,4 @@
-"""Define the cache layer of models whose layers have attention beside a linear state (Falcon-H1, Zamba, Zaya)."""
+"""Define the cache layer for model layers with attention beside a linear state (Falcon-H1, Zamba, Zaya)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvfloor.hf.layer import CompressedLayer
 
 
 class HybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
-    """Compress the attention's keys and values, and keep a linear or convolution state as transformers does.
+    """Compress the attention's keys and values, and keep the layer's linear or convolution state as transformers does.
 
     transformers distinguishes cache layers by their class, so this class derives from both: kvfloor's layer
     (`CompressedLayer`) and transformers' linear layer. Each method calls that of one base class, or of both.
@@ -21,8 +21,9 @@ class HybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
         """Build the empty cache layer of one model layer.
 
         states   number of convolution and recurrent states that the model keeps in this layer
-        args     as for a `CompressedLayer`: settings of the cache, the layer's two indices, byte counts, records of the
-                 newest forward and of pads, and the number of later layers that read its keys
+        args     the arguments of a `CompressedLayer`, in this order: settings of the cache, index of the layer in the
+                 model, index among the compressed layers, byte counts, record of how far a forward has got, list of
+                 pads, and number of later layers that attend to this layer's keys
         """
         CompressedLayer.__init__(self, *args)
         LinearAttentionLayer.__init__(self, number_of_states=states)

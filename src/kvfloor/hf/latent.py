@@ -1,5 +1,6 @@
-"""Serve latent attention (MLA: DeepSeek, GLM, Kimi, Mistral 4), which derives all heads' keys from one latent vector.
+"""Let a compressed cache serve latent attention (MLA), where all heads' keys are computed from one latent vector.
 
+DeepSeek, GLM, Kimi and Mistral 4 have such attention.
 Where transformers caches latents, the cache's `update` receives a token's latent c and its rotary key r, one of each
 for all heads. The attention module's `expand_kv` then computes head h's key [K_h c, r] and value V_h c from the latents
 that `update` returns. A head's logit is [K_h' q, q_rot] . [c, r], where K_h' is the transpose of K_h, and q and q_rot
@@ -26,7 +27,7 @@ _newest = threading.local()  # what the last `update` of this thread returned, b
 
 
 def staged(keys: Tensor, values: Tensor) -> None:
-    """Remember, for this thread, the keys and values that a cache's `update` returned; see `awaited`.
+    """Remember, for this thread, the keys and values that a cache's `update` returned; `awaited` returns them later.
 
     A latent-attention module computes new tensors from these keys and values before it calls its attention function, so
     the function's arguments no longer show from which cache they came. Only weak references are kept.
@@ -35,9 +36,9 @@ def staged(keys: Tensor, values: Tensor) -> None:
 
 
 def awaited() -> tuple[Tensor, Tensor] | None:
-    """Return the (keys, values) that this thread's last `update` returned, while the model's forward is running.
+    """Return the (keys, values) that this thread's last cache `update` returned, as remembered by `staged`.
 
-    Returns None otherwise: a forward that ended or broke off has released the tensors.
+    Returns None if these tensors no longer exist, because the forward ended or failed.
     """
     pair = getattr(_newest, "pair", None)
     if pair is None:
@@ -51,7 +52,8 @@ def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -
 
     These queries and keys have the same logits as the module's own queries and per-head keys. In shapes, c, r and nope
     are the widths of a latent, of a rotary key, and of a head's key without rotation.
-    expansion  the matrix (H, nope + dv, c) from the function `expansion`
+    expansion  the matrix (H, nope + dv, c) that maps a latent to every head's key and value, from the function
+               `expansion`
     query      (B, H, n, nope + r): as the module computed it, its part without rotation first
     latent     (B, 1, n, c) and rotary (B, 1, n, r): as the module cached them
     """
@@ -63,9 +65,9 @@ def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -
 def values(expansion: Tensor, out: Tensor, dv: int) -> Tensor:
     """Return the heads' answers (B, n, H, dv), contiguous, from attention outputs over latents (B, n, H, c + r).
 
-    expansion: the matrix (H, nope + dv, c) from the function `expansion`. out: each head's weighted mean of [latent,
-    rotary key], of widths c and r. The answer is the latent part times the head's value matrix, the last dv rows of
-    `expansion`.
+    expansion: the matrix (H, nope + dv, c) that maps a latent to every head's key and value; its last dv rows are the
+    head's value matrix. out: each head's weighted mean of [latent, rotary key], of widths c and r. The answer is the
+    value matrix times the latent part of `out`.
     """
     of_latent = out[..., : expansion.shape[-1]].transpose(1, 2)  # (B, H, n, c)
     to_value = expansion[:, -dv:]
@@ -117,7 +119,7 @@ def is_plainly_linear(project: nn.Module) -> bool:
 
 
 def _alike(found: Tensor, right: Tensor) -> bool:
-    """Return True if `found` equals `right` up to rounding, that of quantised activations included.
+    """Return True if `found` equals `right` up to rounding, which may be that of quantised (8-bit) activations.
 
     The norm of the difference may be at most 5 % of the norm of `right`.
     """

@@ -1,9 +1,10 @@
-"""Implement one layer of a compressed cache: transformers' cache-layer protocol over a kvfloor state.
+"""Implement one layer of a compressed cache: transformers' cache-layer protocol, with a kvfloor state as its memory.
 
-A state is the memory of one method for the rows of one layer. A row is the stream of one (batch item, kv head). A
-slot is one column of the padded batch. Keys and values are staged from the layer's `update` until its `answer` appends
-them to the state. In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of new
-slots, d and dv the widths of a key and of a value.
+A state holds what one method keeps for the rows of one layer. A row is the stream of one (batch item, kv head). A
+slot is one column of the padded batch. The model passes a forward's keys and values to the layer's `update`. They are
+staged, i.e. noted but not stored, until `answer` receives the queries and appends them to the state. In shapes, B is
+the batch, H and Hkv the numbers of query heads and kv heads, n the number of new slots, d and dv the widths of a key
+and of a value.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from kvfloor.hf.rows import present_rows, step_rows
 class Meter:
     """Record the bytes held and the slots seen by each layer of a cache, and the peak of all layers' bytes together.
 
-    The peak includes staged tensors and temporary copies. Layers that never answered a query have no entry.
+    The peak includes staged tensors and temporary copies. A layer has no entry until its first attention call.
     """
 
     def __init__(self) -> None:
@@ -104,6 +105,7 @@ class CompressedLayer(CacheLayerMixin):
     ) -> None:
         """Build the empty cache layer of the model's layer `index`; `place` is its index among the compressed layers.
 
+        A compressed layer is one with attention over all tokens; layers of other kinds are not counted by `place`.
         All layers of one cache share its settings (opening), byte counts (meter), record of how far a forward has got
         (passage) and list of pads (presence). readers: number of later layers that attend to this layer's keys.
         """
@@ -133,7 +135,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @staticmethod
     def of(key: Tensor) -> CompressedLayer | None:
-        """Return the compressed layer whose `update` returned this key tensor; None if another cache returned it."""
+        """Return the compressed layer whose `update` returned this key tensor; None if it came from any other cache."""
         reference = getattr(key, _TAG, None)
         return None if reference is None else reference()
 
@@ -145,7 +147,7 @@ class CompressedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stage this forward's keys and values (B, Hkv, n, d), after RoPE, and return them marked as this layer's.
 
-        Nothing is stored yet: kvfloor's attention function recognises the mark and calls `answer`.
+        Nothing is stored yet. kvfloor's attention function recognises the mark on the keys and calls `answer`.
         """
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._stage)(key_states, value_states)  # pyright: ignore[reportCallIssue]
@@ -201,8 +203,8 @@ class CompressedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Return (slots, 0): the number of slots that the attention mask covers, and the index of the first of them.
 
-        Slots of earlier forwards are included. query_length: the number of new slots; before transformers 5.3, a tensor
-        of their positions.
+        The mask covers the slots of earlier forwards too. query_length: the number of new slots; before transformers
+        5.3, a tensor of their positions.
         """
         refuse_other_attention(self.served_by)
         n = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
@@ -231,7 +233,10 @@ class CompressedLayer(CacheLayerMixin):
         self._on_evict(Eviction(self.index, row // heads, row % heads, position))
 
     def clocks(self) -> dict[str, Any]:
-        """Return {"seen": slots fed, "batch": size, "is_initialized": bool}, which are saved beside the state."""
+        """Return the layer's counters, which are saved beside its state.
+
+        They are {"seen": slots fed so far, "batch": batch size, "is_initialized": True once keys came}.
+        """
         return {"seen": self.seen, "batch": self.batch, "is_initialized": self.is_initialized}
 
     def resume(self, state: State | None, clocks: dict[str, Any], model: torch.nn.Module) -> None:
@@ -323,7 +328,8 @@ class CompressedLayer(CacheLayerMixin):
         padding    bool (B, slots), True where a slot holds a real token; None if all do
         scale      the factor on q.k; softcap: the cap on logits, or None
         sink       one logit per query head (H,) that takes its share of the softmax and has no value; None without
-        positions  the model's positions (B or 1, n), needed only where the keys' rotation is undone (positions="cache")
+        positions  the positions (B or 1, n) by which the model rotated query and key. Needed only in a cache with
+                   positions="cache", which undoes this rotation before it stores keys
         If nothing is staged, the queries belong to a later layer that shares this layer's keys.
         """
         answer = self._answer if self.staged_bytes else self._answer_reader
@@ -419,8 +425,8 @@ class CompressedLayer(CacheLayerMixin):
         """Restore the layer as it was before an `answer` that failed, unless the state has changed since.
 
         state, batch   the layer's attributes from before the call
-        clocks         the state's token counts (`seen`), and True if the prompt had ended (`sealed`), from before the
-                       call; None if there was no state
+        clocks         from before the call: the state's token counts per row (`seen`), and True if the prompt had ended
+                       (`sealed`); None if there was no state
         """
         asked = self.state
         if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):

@@ -1,4 +1,4 @@
-"""Hold the keys and values that a layer shares with later layers, for the length of one forward."""
+"""Hold the keys and values that a layer shares with later layers, for the duration of one forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run lm-eval over a compressed cache: register the model class "kvfloor", and stand in for the command `lm_eval`.
+"""Run lm-eval with a compressed cache: register the model class "kvfloor", and stand in for the command `lm_eval`.
 
 lm-eval finds a third party's model class only once its module was imported, and its own command line has no option for
 that. So this module is a command line too: it registers the class, then runs `lm_eval` with the same arguments.
@@ -6,10 +6,10 @@ that. So this module is a command line too: it registers the class, then runs `l
     python -m kvfloor.hf.lm_eval --model kvfloor --model_args pretrained=builtin,method=h2o@512 \\
         --include_path tasks --tasks mine
 
-Measurement: all tokens of a request's context but the last are fed to a new cache as the prompt. Then `seal` marks the
-end of the prompt, and the last context token and the continuation are fed as decoded tokens. So every scored token is
-predicted from the tokens that the method kept, even if the method compresses only at the end of the prompt. Each
-request has a cache of its own.
+Each request has a cache of its own. All tokens of a request's context but the last are fed to this cache as the prompt.
+Then `seal` marks the end of the prompt, and the last context token and the continuation are fed as decoded tokens. So
+every scored token is predicted from the tokens that the method kept, even if the method compresses only at the end of
+the prompt.
 """
 
 # pyright: reportMissingImports=false
@@ -50,9 +50,10 @@ _MOST_NEW_TOKENS = 256  # where a task sets no number, as in lm-eval's own class
 class CompressedLM(TemplateLM):
     """Evaluate a local transformers model whose cache is compressed by a kvfloor method.
 
-    pretrained  "builtin", the folder of a transformers model, or a model
-    method      text such as "h2o(recent=64)@512"; with commas in it, give --model_args as JSON
-    context     length in tokens of which a budget such as "@25%" is a share
+    pretrained  "builtin" (kvfloor's own small model), the folder of a transformers model, or a model
+    method      text such as "h2o(recent=64)@512", i.e. the policy h2o with a budget of 512 tokens per kv head; with
+                commas in it, give --model_args as JSON
+    context     length in tokens; a budget such as "@25%" is a share of this length
     chunk       prompt tokens per forward, which bounds the memory that a long prompt takes
     seed        seeds the method's own randomness
     batch_size  requests per forward, left-padded; pads are never stored
@@ -163,9 +164,10 @@ class CompressedLM(TemplateLM):
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-probability of each whole text, in windows of `max_length` tokens, one cache per window.
+        """Return the log-probability of each whole text, scored in windows of `max_length` tokens.
 
-        The prompt of a window is one token. So nearly all of the text is predicted from tokens that the method kept.
+        Each window has a cache of its own. Only one token of a window is fed as the prompt. So nearly all of the text
+        is predicted from tokens that the method kept.
         """
         windows: list[tuple[Any, list[int], list[int]]] = []
         owner: list[int] = []
@@ -206,7 +208,7 @@ class CompressedLM(TemplateLM):
     def _batches(
         self, sizes: list[int], quiet: bool, title: str, alike: list[str] | None = None
     ) -> Iterator[list[int]]:
-        """Yield the request indices of one batch after another, longest requests first.
+        """Yield batches, each a list of request indices, with the longest requests first.
 
         sizes: tokens per request. alike: the generation options of each request, as text; requests share a batch only
         if their texts are equal. With `alike` None, any requests may share a batch.

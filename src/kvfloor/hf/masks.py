@@ -1,8 +1,9 @@
 """Represent the attention mask of a compressed layer by its rule and padding, and build its tensor only if used.
 
-A rule is transformers' function that decides which slots a query attends to. A slot is one column of the padded batch;
-a mask covers the slots of earlier forwards too. A compressed layer needs the padding alone. So the tensor (batch, 1,
-queries, slots) of a long cache is seldom built.
+A rule is transformers' function that decides which slots a query attends to, such as the causal one. A slot is one
+column of the padded batch; a mask covers the slots of earlier forwards too. A compressed layer needs only the padding.
+So the mask tensor (batch, 1, queries, slots), which is large for a long cache, is seldom built. A compressed layer is
+one whose keys and values a kvfloor method keeps.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class LazyMask:
 
     @property
     def plainly_causal(self) -> bool:
-        """Return True if each token attends to itself and all tokens before it and to nothing else, padding apart.
+        """Return True if each token attends to itself and all tokens before it and to nothing else, pads disregarded.
 
         A rule that lets image tokens attend to later ones is still causal for a text without images. So for any rule
         other than the causal one, the mask is built and compared with the causal mask, once for all layers.
@@ -77,7 +78,10 @@ class LazyMask:
 
     @property
     def padding(self) -> Tensor | None:
-        """Return bool (batch, slots), True in slots of real tokens, earlier forwards included; None if all are real."""
+        """Return the padding mask, bool (batch, slots), True in slots of real tokens; None if all are real.
+
+        It covers the slots of earlier forwards too.
+        """
         return self._moved(self._arguments.get("attention_mask"))
 
     def for_stock(self) -> Tensor | None:
@@ -198,12 +202,12 @@ def _made(x: Any) -> Any:
 
 
 def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | None:
-    """Return a forward's attention mask: a LazyMask for a compressed layer, else a tensor or None.
+    """Return a forward's attention mask: a `LazyMask` for a compressed layer, else a tensor or None.
 
-    This is the mask function that transformers calls.
-    before: name of the attention selected before kvfloor's. If it ends with "eager", a returned tensor has the form for
-    eager attention, otherwise the form for sdpa. kwargs: transformers' arguments for masks.
-    Raises TypeError if any of these arguments are passed by position (`args`).
+    None means that no mask is needed. This is the mask function that transformers calls, with its arguments for masks
+    in `kwargs`. before: name of the attention that the model used before kvfloor's. If it ends with "eager", a tensor
+    has the form for eager attention, otherwise the form for sdpa.
+    Raises TypeError if any mask arguments are passed by position (`args`).
     Raises ValueError, before any layer has changed, for a mask rule that a compressed layer cannot follow.
     """
     if args:
@@ -229,7 +233,7 @@ def _asked(form: Callable[..., Tensor | None], arguments: dict[str, Any]) -> Laz
 
 
 def refuse_other_rules(mask: LazyMask) -> None:
-    """Raise ValueError unless the mask is causal, with nothing added but padding."""
+    """Raise ValueError unless the mask is the causal mask, possibly with padding."""
     if not mask.plainly_causal:
         raise ValueError(
             "a compressed layer follows the plain causal rule, and this model's mask adds to it, as for images whose "

@@ -30,16 +30,17 @@ class Opening:
 
     method     the method; its budget is that of every kv head, unless `budgets` or `shares` is given
     layers     number of compressed layers
-    context    length in tokens of which a budget such as "@25%" is a share
+    context    length in tokens; a budget such as "@25%" is a share of this length
     seed       seeds the method's own randomness
-    requests   one id per batch item, which seeds that item's randomness together with `seed`
+    requests   one id per batch item, which seeds that item's randomness together with `seed`; None: 0, 1, 2, ...
     budgets    tokens per compressed layer and kv head, in place of the method's own budget
-    shares     multiples of the method's budget, per compressed layer and kv head
+    shares     multiples of the method's budget, per compressed layer and kv head; None: the same budget for all
     pinned     spans [from, to) of token positions that are never evicted
-    rotations  None: keys come rotated and stay as they are. Otherwise one rotary embedding per compressed layer: keys
-               come unrotated, and the state rotates each by its rank among the held tokens
-    applied    None, or one rotary embedding per compressed layer, by which keys come rotated, for policies that
-           predict later queries
+    rotations  None: the state stores keys as they are given. Otherwise one rotary embedding (RoPE) per compressed
+               layer: keys are given unrotated, and the state rotates each by its rank among the held tokens (the oldest
+               at 0)
+    applied    None, or one rotary embedding per compressed layer, by which the given keys are already rotated; policies
+               that predict later queries need it
     Raises ValueError for settings in conflict.
     """
 
@@ -82,7 +83,7 @@ class Opening:
         softcap: float | None,
         tied: bool = False,
     ) -> State:
-        """Open the empty state of one layer.
+        """Open the empty state of one layer, with its share of the budget.
 
         layer, place   index of the layer in the model, and among the compressed layers
         key, dv        a key tensor (B, Hkv, n, d), for its shape, dtype and device; width of a value

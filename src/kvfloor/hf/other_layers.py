@@ -1,7 +1,8 @@
 """Save, restore, move and count the tensors of transformers' own cache layers.
 
-These are layers with a sliding window, a convolution or linear attention. In a hybrid layer, which has full attention
-beside a convolution or linear attention, only the part of the latter two is meant.
+These are layers with a sliding window, a convolution or linear attention. A hybrid layer has full attention beside a
+convolution or linear attention. For such a layer, callers pass in `names` the attributes of the convolution or linear
+attention, so that only these are handled.
 """
 
 from __future__ import annotations
@@ -84,11 +85,12 @@ def blank(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
 
 
 def refresh(layer: Any, empty: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """Make a layer empty again, even in the middle of an update, by setting its attributes to those of an empty layer.
+    """Make a layer empty again, even after a failure in the middle of an update.
 
+    All attributes are set to those of an empty layer. A layer's own reset is not enough after such a failure, and
+    differs from release to release.
     empty: the attributes of an empty layer, name -> value, as `blank` returned them. names: names of the attributes in
-    `empty`; None: all attributes, and then those of the layer that are not in `empty` are deleted. A layer's own reset
-    is not enough after a failure in the middle of its update, and differs from release to release.
+    `empty`; None: all attributes, and then those of the layer that are not in `empty` are deleted.
     """
     for name in [name for name in vars(layer) if name not in empty] if names is None else ():
         delattr(layer, name)

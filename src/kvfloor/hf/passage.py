@@ -2,7 +2,7 @@
 
 A forward passes its tokens to one layer after the other. If it breaks off, some layers have stored them and others have
 not, and the cache is unusable. No layer can detect that alone, and a cache gets no signal when a forward begins or
-ends. But a model makes the same requests (give keys, read or fill a linear state) to each layer once per forward. So a
+ends. But a model makes the same requests (give keys, read or write a linear state) to each layer once per forward. So a
 request that is made a second time belongs to the next forward.
 
 Linear states are those of convolutions and of linear attention. Models may change them in place. Each tensor counts its
@@ -83,12 +83,12 @@ class Passage:
         self._open.add(layer)
 
     def passed_over(self, layer: int) -> bool:
-        """Return True if the recorded forward bypassed kvfloor's attention, False if it broke off.
+        """Return True if the newest forward bypassed kvfloor's attention, False if it broke off.
 
-        Call it when `layer` receives keys while the keys of some layer still wait for their attention call. If the
-        recorded forward has not given keys to `layer` yet, it went on past the missing call: True. If it has, the new
-        keys belong to another forward, and the recorded one broke off: False. If only one layer of the model stores
-        anything, the result is always True: the model is assumed not to use kvfloor's attention (not prepared).
+        Call it when `layer` receives keys while earlier keys still wait for their attention call. If `layer` has not
+        received keys in this forward before, the forward went on without that attention call: True. If it has, these
+        keys belong to a new forward, and the one before broke off: False. In a model with only one layer that stores
+        anything, both cases look alike, and the result is True.
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
@@ -140,7 +140,7 @@ class Passage:
     # ---- completed or broken --------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Close the record of the newest forward.
+        """Close the record of the newest forward, so that the next request begins a new record.
 
         Raises BrokenState, now and in later calls, if that forward broke off halfway.
         """
@@ -157,8 +157,9 @@ class Passage:
 
     @contextmanager
     def change(self, what: str) -> Iterator[None]:
-        """Guard a change of all layers outside a forward: an exception in the `with` block leaves the cache broken.
+        """Guard a change of all layers outside a forward.
 
+        An exception in the `with` block leaves the cache marked as broken.
         what: name of the change, for the error of later calls. Raises BrokenState if the newest forward broke off.
         """
         self.settle()
@@ -168,7 +169,11 @@ class Passage:
 
     @contextmanager
     def anew(self) -> Iterator[None]:
-        """Guard a reset of all layers, which repairs a broken cache: a completed `with` block begins a new record."""
+        """Guard a reset of all layers, which repairs a broken cache.
+
+        Once the `with` block completes, the cache is no longer marked as broken, and the record is empty. An exception
+        in the block leaves the cache marked as broken.
+        """
         self._broke = f"reset() broke off halfway: call it again, {_REMEDY.partition(', ')[2]}"
         yield
         self._broke = None
@@ -202,8 +207,9 @@ class Passage:
     def _half_filled(self, last: int) -> set[int]:
         """Return {last} if layer `last` still misses keys or updates of its linear states in this forward, else {}.
 
-        last: the last layer that the forward has reached. Something is missing there if `_changed(last)` differs from
-        `_changed` of an earlier layer of the same class (`kinds`). Earlier layers are complete: the forward left them.
+        last: the last layer that the forward has reached. Earlier layers are complete, because the forward has left
+        them. So something is missing in `last` if `_changed`, what the forward has stored in a layer, differs between
+        `last` and an earlier layer of the same class (`kinds`).
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]
@@ -212,10 +218,11 @@ class Passage:
         return {last}
 
     def _changed(self, layer: int) -> frozenset[tuple[str, int, int]]:
-        """Return (kind, index, number of in-place changes) of each linear state of the layer that this forward used.
+        """Return what this forward has stored in the layer: (kind, index, number of changes) of each tensor.
 
-        A model may change one state several times, head by head. A state that the model wrote anew gives the entry
-        ("new conv" or "new recurrent", index, 1), and keys that the layer received give the entry ("keys", 0, 1).
+        For a linear state that the model read, it is the number of in-place changes since; a model may change one state
+        several times, head by head. A state that the model wrote anew gives the entry ("new conv" or "new recurrent",
+        index, 1), and keys that the layer received give the entry ("keys", 0, 1).
         """
         often = {request: _version(state) - version for request, (state, version) in self._handed.items()}
         filled = {(f"new {kind}", index, 1) for at, kind, index in self._filled if at == layer}
@@ -223,10 +230,10 @@ class Passage:
         return frozenset(changed | filled | ({(_KEYS, 0, 1)} if (layer, _KEYS, 0) in self._made else set()))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for a copy: no record of the newest forward, but its error message if it has one.
+        """Return the attributes to copy or pickle, without the record of the newest forward.
 
-        There is an error if the forward broke off or still runs. A copy could not detect it later: detection compares
-        the tensors' counts of in-place changes, and the count of a copied tensor starts from 0.
+        If that forward broke off or still runs, its error message is included. The copy could not detect this later:
+        detection compares the tensors' counts of in-place changes, and the count of a copied tensor starts from 0.
         """
         plain = dict(self.__dict__)
         try:

@@ -1,12 +1,15 @@
 """Undo a model's rotary embedding, for positions="cache": find each layer's rotation, and rotate keys back.
 
-A rotary model rotates queries and keys by their position before a cache receives them. For positions="cache" they are
-rotated back here, and the state rotates them by the token's rank among the held tokens (`Spec.rotation`). A layer's
-rotation is measured, not known by family. One token is fed at several positions, one per batch item. A layer's key and
-query at each position must be those at position 0, rotated with the frequencies of one of the model's own rotary
-modules. A token alone attends to itself, so nothing but its rotation depends on its position. B is the batch, H and Hkv
-the numbers of query heads and kv heads, n the number of tokens, pairs the number of rotated pairs of entries. The place
-of a layer is its index among the compressed layers.
+A rotary model rotates queries and keys by their position before a cache receives them. A cache with positions="cache"
+stores keys without this rotation. When keys are read, the state rotates each by its token's rank among the held tokens
+instead (`Spec.rotation`).
+A layer's rotation is measured, not known by model family. One token is fed alone at several positions, one per batch
+item. A token alone attends only to itself, so nothing but its rotation depends on its position. The layer's key and
+query at each position must then equal those at position 0, rotated with the frequencies of one of the model's own
+rotary modules.
+B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens, pairs the number of rotated
+pairs of entries. A compressed layer is one whose keys and values a kvfloor method keeps; the place of a layer is its
+index among the compressed layers.
 """
 
 from __future__ import annotations
@@ -79,8 +82,8 @@ class TurnBack:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return query (B, H, n, d) and key (B, Hkv, n, d) without their rotation; value is not used.
 
-        positions: those by which the model rotated query and key, (B or 1, n) or (axes, B or 1, n), see `plain`.
-        Raises ValueError if positions is None.
+        positions: those by which the model rotated query and key: (B or 1, n), or (axes, B or 1, n) if the model gives
+        one position per axis, such as time, height and width. Raises ValueError if positions is None.
         """
         del value
         if positions is None:
@@ -108,8 +111,9 @@ def plain(positions: Tensor) -> Tensor:
 def rotations(model: PreTrainedModel) -> list[Rotation | None]:
     """Measure the rotary embedding of each compressed layer of a prepared model; None for a layer without one.
 
-    Runs one token through the model at a few positions, twice. Raises ValueError, naming the reason, for a model whose
-    positions are not fixed rotations (learned tables, frequencies that change with the length), and in training mode.
+    Feeds single tokens at a few positions to the model, in two forwards. Raises ValueError, naming the reason, for a
+    model whose positions are not fixed rotations (learned tables, frequencies that change with the length), and in
+    training mode.
     """
     name = type(model).__name__
     if model.training:
@@ -158,7 +162,7 @@ class _Inputs:
 
 @dataclass
 class _Recorder:
-    """Record the queries, keys and values that a compressed layer passes to its function `turn_back`.
+    """Record the queries, keys and values of a compressed layer, by standing in for its function `turn_back`.
 
     A layer calls the function in its attribute `turn_back` before attention, and goes on with the query and key that it
     returns. A recorder, set there, returns them unchanged; a `TurnBack`, set there, undoes their rotation.
@@ -219,8 +223,8 @@ def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
 def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[tuple[float, ...]]) -> Rotation | None:
     """Return the rotation by which a layer's recorded queries and keys were rotated; None if they are unrotated.
 
-    name: the model's name, for the error. index: the layer's index. seen: the layer's recorded inputs.
-    candidates: the frequency tuples to try. Raises ValueError, naming the model, if no tuple explains all inputs.
+    name: the model's name, for the error. index: the layer's index. seen: the layer's recorded inputs. candidates: the
+    frequency tuples to try. Raises ValueError, naming the model, if none of them gives the recorded queries and keys.
     """
     d = seen[0].key.shape[-1]
     for one in seen:
@@ -243,7 +247,7 @@ def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[
 
 
 def _explains(rule: Rotation | None, seen: _Inputs) -> bool:
-    """Return True if the recorded queries and keys at all positions are those at position 0, rotated by `rule`.
+    """Return True if `rule` rotates the recorded query and key at position 0 to those recorded at all other positions.
 
     rule None: queries and keys must be equal at all positions.
     """

@@ -2,7 +2,7 @@
 
 Under autocast, rotary keys come in float32 and values in bfloat16. A layer then stores autocast's own dtype, in which
 transformers' attention would compute. Without autocast it stores the dtype that holds both keys and values without
-loss. Later tokens are converted to the stored dtype: under autocast always, otherwise only if nothing is rounded.
+loss. Later tokens are converted to the stored dtype: under autocast always, otherwise only if this rounds nothing.
 Attention outputs have autocast's dtype if it is on, otherwise the query's.
 """
 
@@ -21,9 +21,9 @@ def lowered(x: Tensor) -> torch.dtype | None:
 
 
 def settled(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Return a context that turns torch.autocast off on the device of `x`.
+    """Return a context manager that turns torch.autocast off on the device of `x`.
 
-    A state computes in a wider dtype on purpose, which autocast would round.
+    A layer's attention deliberately computes in a wider dtype, which autocast would narrow.
     """
     return torch.autocast(x.device.type, enabled=False)
 

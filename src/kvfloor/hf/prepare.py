@@ -1,9 +1,10 @@
 """Make a model use kvfloor's attention function, which works with a compressed cache and with every other cache.
 
 Nothing is patched. For each attention that a part of the model had selected, such as "sdpa", an attention function and
-a mask function are added to transformers' own registries, and the model selects them by name (see `selection`). With a
-compressed cache, its layers compute the attention; with any other cache, the earlier attention does.
-`restore(model)` selects the earlier attention again.
+a mask function are added to transformers' own registries. The model's configuration then names them instead of the
+earlier attention. With a compressed cache, the cache's layers compute the attention; with any other cache, the earlier
+attention does. `restore(model)` selects the earlier attention again. In shapes, B is the batch, H the number of query
+heads, n the number of tokens, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ def attention(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Return `out` unchanged, as a result of `sources` in the autograd graph: its backward raises RuntimeError."""
+    """Pass `out` through unchanged, and raise RuntimeError if a backward pass reaches it.
+
+    In the autograd graph, the result depends on `sources`, so such a backward pass does not skip it silently.
+    """
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *sources: Tensor | None) -> Tensor:
@@ -80,8 +84,8 @@ def _latent(
 ) -> tuple[Tensor, Tensor | None]:
     """Return output and weights, as `attention` does, for a latent-attention module (MLA).
 
-    Such a module forms its keys from latents that a cache returned. If the latents come from a compressed layer, that
-    layer computes the attention; otherwise `_stock` does.
+    Such a module computes its keys from latents that a cache returned. If the latents come from a compressed layer,
+    that layer computes the attention; otherwise the attention selected before kvfloor's does.
     """
     pair = latent.awaited()
     layer = None if pair is None else CompressedLayer.of(pair[0])
@@ -99,8 +103,8 @@ def _compressed(
 ) -> tuple[Tensor, None]:
     """Return the attention (B, n, H, dv) that a compressed layer computes for its own keys, and None for the weights.
 
-    `attention`, which chooses this function, keeps it out of torch.compile's graph: the method's loop over blocks would
-    be traced once per block.
+    The caller `attention` excludes this function from torch.compile: compilation would trace the method's loop over
+    blocks of tokens once per block.
     """
     layer = CompressedLayer.of(key)
     assert layer is not None
@@ -120,8 +124,8 @@ def _answered(
 ) -> Tensor:
     """Return the attention (B, n, H, dv) of a compressed layer.
 
-    call: further arguments of the attention function. Raises ValueError, with the layer unchanged, if one of them or
-    the mask asks for attention that a compressed layer cannot compute.
+    call: further arguments of the attention function, by name. Raises ValueError, with the layer unchanged, if one of
+    them or the mask asks for attention that a compressed layer cannot compute.
     """
     try:
         _refuse(module, query, key, mask, call)
@@ -141,8 +145,8 @@ def _answered(
 def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call: dict[str, Any]) -> None:
     """Raise ValueError if a call asks for attention that a compressed layer cannot compute.
 
-    Refused are cross-attention, a mask that is 4-d or not causal, a position bias, attention to later tokens
-    (is_causal=False), and a request for attention weights.
+    Refused are cross-attention, a ready-made 4-d mask, a mask that is not causal, a position bias, attention to later
+    tokens (is_causal=False), and a request for attention weights.
     """
     config = getattr(module, "config", None)
     crossing = query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True)
@@ -184,10 +188,10 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return output and weights, as `attention` does, for keys from any other cache, by the earlier attention `over`.
+    """Return output and weights, as `attention` does, for keys from any other cache.
 
-    The family's own eager attention is used instead if sdpa cannot compute the call: with a cap on logits, with sinks,
-    or with weights requested.
+    The attention `over`, which the model had selected before, computes them. The family's own eager attention is used
+    instead if sdpa cannot compute the call: with a cap on logits, with sinks, or with weights requested.
     """
     if isinstance(mask, LazyMask):
         mask = mask.for_stock()
@@ -230,8 +234,9 @@ def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor 
 
 
 def prepare(model: Model) -> Model:
-    """Make `model` work with kvfloor's cache (`CompressedCache`), and return it; other caches give the same results.
+    """Make `model` work with kvfloor's cache (`CompressedCache`), and return it.
 
+    With any other cache, the model gives the same results as before.
     `model` may be wrapped (torch.compile, PEFT, DataParallel). Its configurations are replaced by copies, so that other
     models built from the same ones do not change. Raises TypeError if there is no transformers model in `model`, and
     ValueError for a family that cannot be served.

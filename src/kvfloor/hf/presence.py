@@ -1,9 +1,9 @@
 """Track which slots of a cache hold no token to attend to, by comparing the 2-d attention masks of its forwards.
 
-A slot is one column of the padded batch. A mask (batch, slots) covers every slot, those of earlier forwards too. A pad,
-masked out from the start, was never stored, so a later mask cannot bring it back. A token that was stored and is masked
-out by a later mask is dropped by every layer: generate() appends such tokens to batch items that have ended. A mask
-that repeats the known pads costs one count of its entries per forward, not per layer.
+A slot is one column of the padded batch. A mask (batch, slots) covers every slot, those of earlier forwards too. A pad
+is a slot that was masked out from the start. It was never stored, so a later mask cannot bring it back. If a later mask
+hides a token that was stored, every layer drops this token: generate() appends such tokens (pad tokens) to batch items
+that have ended. The masks are compared once per forward, not per layer.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Presence:
     def leaving(self, padding: Tensor | None, seen: int, batch: int) -> Tokens | None:
         """Return the stored tokens that this forward's mask hides for the first time; None if there are none.
 
-        padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards.
-        Tokens after a padded prompt may come without a mask, i.e. with padding None: earlier slots then stay as they
-        were, and all new slots are real.
         Returns, for e tokens, (batch item (e,), position (e,) among the item's stored tokens). Changes nothing. Raises
         ValueError if the mask is True for a slot that an earlier mask hid: the cache holds no token there.
+        padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards.
+        None: earlier slots stay as they were, and all new slots hold real tokens, as when tokens after a padded prompt
+        come without a mask. batch: the number of batch items.
         """
         if self.slots != seen:  # another layer of this forward has compared this mask already
             return self._leaving
@@ -67,7 +67,8 @@ class Presence:
     def commit(self, padding: Tensor | None, seen: int, n: int, leaving: Tokens | None) -> None:
         """Record the new pads and newly hidden tokens of a forward of n slots, after a layer has applied the mask.
 
-        padding, seen: as for method `leaving`. leaving: its result. Only the first call in a forward has an effect.
+        padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards.
+        leaving: the result of the method `leaving`. Only the first call in a forward has an effect.
         """
         if self.slots != seen:
             return
@@ -108,7 +109,7 @@ class Presence:
 
 
 def _selected(absent: Tensor, items: list[int]) -> Tensor:
-    """Return the (batch item, slot) pairs (e, 2) of the batch items `items`, renumbered by their places in `items`."""
+    """Return the (batch item, slot) pairs (e, 2) of the batch items `items`, renumbered by their indices in `items`."""
     parts = [absent[absent[:, 0] == item] for item in items]
     for place, part in enumerate(parts):
         part[:, 0] = place

@@ -40,7 +40,8 @@ class Recorded:
 class Recorder:
     """Copy the attention inputs of the compressed layers `layers` in every forward from now on; `of` returns them.
 
-    A new recorder of a layer replaces the earlier one.
+    A layer has one recorder at a time: a new one replaces the earlier one. A compressed layer is one with attention
+    over all tokens, whose keys and values a kvfloor method keeps.
     """
 
     def __init__(self, layers: Iterable[CompressedLayer]) -> None:

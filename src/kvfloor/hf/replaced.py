@@ -1,7 +1,7 @@
 """Refuse calls that would bypass a compressed cache.
 
-These are a forward in which another attention function reads the keys, and a generate() that would replace the cache by
-a DynamicCache.
+There are two kinds: a forward in which another attention function than kvfloor's reads the keys, and a generate() that
+would replace the cache by a DynamicCache.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SwitchingRotation:
         length            tokens up to which the first angles are used
         angles_differ     False if the configuration uses the same angles on both sides
         dropped_unasked   True if generate() replaces a cache without calling the cache's `get_seq_length` (slots fed so
-                          far), which could raise
+                          far), where an error could be raised in time
         """
         self._length, self._angles_differ, self._dropped_unasked = length, angles_differ, dropped_unasked
 
@@ -64,9 +64,10 @@ class SwitchingRotation:
         return cls(length, rope.get("rope_type", "default") != "default", reachable and _drops_unasked(config))
 
     def seen(self, slots: int) -> int:
-        """Return `slots` as an int that raises ValueError when generate() compares it with the length.
+        """Return `slots` as an int that raises ValueError if generate() is about to replace the cache.
 
-        slots: columns of the padded batch fed so far. generate() compares before it replaces the cache.
+        slots: columns of the padded batch fed so far. Before generate() replaces the cache, it compares this int with
+        the length at which the angles change. The error is raised by that comparison.
         """
         return _SlotsSeen(slots, self)
 
@@ -74,8 +75,8 @@ class SwitchingRotation:
         """Raise ValueError if the model's generate() may later replace the cache without calling `get_seq_length`.
 
         In older transformers releases, generate() replaces the cache by a DynamicCache at the length where the rotary
-        angles change. A call of `get_seq_length` (slots fed so far) could raise an error before that.
-        seen: the same number of slots.
+        angles change. Only a call of `get_seq_length` (slots fed so far) could raise an error just before that.
+        seen: the number of slots fed so far.
         """
         if self._dropped_unasked and seen <= self._length:
             raise ValueError(
@@ -89,7 +90,7 @@ class SwitchingRotation:
             raise ValueError(self.told(seen))
 
     def told(self, seen: int) -> str:
-        """Return the error message for a cache with `seen` slots: the obstacle, and the ways around it."""
+        """Return the error message for a cache with `seen` slots: the obstacle, and what to do instead."""
         return (
             f"this model turns its keys by other angles above {self._length} tokens "
             f"(original_max_position_embeddings), so the {seen} in this cache do not go with more than that, and "

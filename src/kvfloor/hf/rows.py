@@ -34,8 +34,8 @@ def step_rows(
 ) -> Tensor:
     """Append n tokens to a state, and return attention of their queries (B, H, n, d) as (B, n, H, dv), contiguous.
 
-    key, value (B, Hkv, n, .); present (B * Hkv, n), True for real tokens, or None; sink (H,), a logit without a value
-    for every query head, or None.
+    key, value: (B, Hkv, n, .). present: (B * Hkv, n), True for real tokens; None: all are real. sink: (H,), one logit
+    per query head that takes its share of the softmax and has no value; None without.
     """
     (batch, heads, n, d), kv_heads, dv = query.shape, key.shape[1], value.shape[-1]
     g = heads // kv_heads

@@ -1,8 +1,9 @@
 """Save a compressed cache to a file and load it again, to continue bit for bit as the original would have.
 
-The file is a message (`kvfloor.core.message`): a JSON header and tensors. The header holds the method, the arguments of
-the cache's constructor, the model's fingerprint and the class of each layer. The tensors are each layer's state, under
-the layer's index. A name in the file never causes loading to import a module.
+The file has a JSON header and tensors. The header holds the method, the arguments of the cache's constructor, a digest
+of the model (its fingerprint), and the class of each layer. The tensors are those of each layer, under the layer's
+index. A name in the file never causes loading to import a module. A compressed layer is one whose keys and values a
+kvfloor method keeps; its state is all that the method keeps of them.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ class WrongModel(ValueError):
 
 
 class UnknownMethod(ValueError):
-    """Report that the method named in a saved cache cannot be constructed: unknown here, or a third party's class."""
+    """Report that the method named in a saved cache cannot be built: it is unknown here, or a third party's class."""
 
 
 def save(cache: CompressedCache, path: str | Path) -> None:
     """Write `cache` to the file `path`, readable by its owner only (mode 0600).
 
-    After a failure, `path` holds what it held before. Where `path` is a symbolic link, the file that it leads to is
+    If saving fails, `path` holds what it held before. Where `path` is a symbolic link, the file that it leads to is
     replaced and the link stays. While saving, about twice the saved bytes are needed in memory.
-    Raises ValueError for an empty cache, for one in the middle of a forward, for one whose model is gone, and for a
-    path that cannot be written. Raises TypeError where `path` is no path, and BrokenState for a cache in which a
-    forward broke off.
+    Raises ValueError for an empty cache, for one in the middle of a forward, for one whose model was deleted, and for a
+    path that cannot be written. Raises TypeError where `path` is no path, and BrokenState if a forward passed its
+    tokens to some layers of the cache only.
     """
     path = named(path, _WHAT)
     cache.check_whole()
@@ -93,8 +94,9 @@ def load(
 
     method       the method of the cache, needed only if a third party's class is part of it
     most_bytes   a larger file is refused unread
-    Raises CorruptState for a file that is damaged, truncated or no saved cache; OlderVersion, NewerVersion, WrongModel
-    and UnknownMethod as their names say. Raises ValueError for a file that cannot be read or has more than
+    Raises CorruptState for a file that is damaged, truncated or no saved cache; OlderVersion or NewerVersion for a file
+    whose format an older or newer release wrote; WrongModel if another model filled the cache; UnknownMethod if the
+    method named in the file cannot be built. Raises ValueError for a file that cannot be read or has more than
     `most_bytes`, and for a model that is not prepared. Raises TypeError where path, model or method has another type.
     """
     path = named(path, _WHAT)
@@ -199,9 +201,10 @@ def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
 
 
 def _method(text: str, given: Method | None) -> Method:
-    """Return the method that `text` describes, or raise UnknownMethod.
+    """Return the method that `text`, from the saved cache, describes, or raise UnknownMethod.
 
-    given: the user's method or None. A third party's class (module:Class) is accepted only if `given` names it too.
+    given: the method that the user passed, or None. A third party's class (module:Class) is accepted only if `given`
+    names it too.
     """
     if given is not None and str(given) == text:
         return given

@@ -1,8 +1,8 @@
 """Find the sizes of a model's weights and of its cache from the configuration alone, on torch's meta device.
 
 The meta device computes the shapes of tensors, and neither stores nor computes any number. So a forward of the model
-shows the keys, values and linear states of every layer, as the model itself makes them, without weights and at once.
-In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens.
+shows the keys, values and linear states of every layer, as the model itself makes them, without weights and in little
+time. In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class LayerShape:
 class ModelShape:
     """Hold the sizes of a model of one dtype and of its cache for one batch.
 
-    parameters   numbers in the weights; tied weights count once
-    compressed   the layers that a compressed cache compresses
+    parameters   number of entries in the weights; tied weights count once
+    compressed   the layers that a compressed cache compresses: those with attention over all tokens
     windows      the layers with a sliding window, which transformers' own classes keep
-    own_bytes    bytes, after a number of tokens, of all that transformers' own classes keep for the batch: sliding
-                 windows, convolution and linear states
+    own_bytes    function of the number of tokens fed: the bytes that transformers' own classes then keep for the batch
+                 (sliding windows, convolution and linear states)
     """
 
     parameters: int
@@ -67,8 +67,8 @@ def model_shape(config: PreTrainedConfig, dtype: torch.dtype, batch: int = 1) ->
     """Return the sizes of the causal language model of this configuration, with weights and cache of `dtype`.
 
     Raises ValueError for a configuration that no model can be built from, for a family that a compressed cache cannot
-    serve, for a model that keeps no keys, and for a model whose forward needs numbers, so that it cannot run on the
-    meta device.
+    serve, for a model that keeps no keys, and for a model that cannot run on the meta device because its forward reads
+    numbers from tensors.
     """
     model = _built(config, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -130,9 +130,10 @@ def _refuse_encoder(model: Any) -> None:
 
 
 def _recorder(layer: CompressedLayer, found: dict[int, LayerShape]) -> Callable[..., Tensor]:
-    """Return a replacement of `layer.answer` that records the shapes in `found`, and returns an output of that shape.
+    """Return a substitute for `layer.answer` that records the layer's shapes in `found` and returns an empty output.
 
-    Queries of a later layer that reads this layer's keys come when nothing is staged, and are not recorded.
+    If nothing is staged (no keys came since the last call), the queries belong to a later layer that shares this
+    layer's keys. They are not recorded.
     """
 
     def answer(query: Tensor, key: Tensor, value: Tensor, *others: Any, **more: Any) -> Tensor:
@@ -159,11 +160,11 @@ def _windowed(index: int, layer: Any) -> LayerShape:
 
 
 def _own_bytes(config: PreTrainedConfig, cache: CompressedCache) -> Callable[[int], int]:
-    """Return a function of the number of tokens: the bytes that transformers' own layers then hold.
+    """Return a function of the number of tokens fed: the bytes that transformers' own layers then hold.
 
-    Linear states have the size that they have in `cache`, which the forward has filled. Layers with keys are fed that
-    many tokens on the meta device, the last one alone: until the first decoded token, the layer's tensors are views of
-    the whole prompt's.
+    Linear and convolution states have the size that they have in `cache`, which a forward has filled. To a layer with
+    keys, the function feeds that many tokens on the meta device, the last token in a forward of its own. This matters,
+    because a sliding window's tensors are views of the whole prompt's until the first decoded token.
     """
     fixed = 0
     for layer in cache.layers:

@@ -9,7 +9,7 @@ from kvfloor.hf.cache import CompressedCache
 
 
 class Usage:
-    """Add up sequences, tokens per kv head and bytes of caches, each recorded at the end of its use."""
+    """Add up sequences, tokens per kv head and bytes of many caches, each recorded once, at the end of its use."""
 
     def __init__(self) -> None:
         self._sequences = self._most_seen = self._most_held = 0
@@ -34,10 +34,10 @@ class Usage:
         """Return the totals over all recorded caches, JSON-ready.
 
         sequences                            number of batch items
-        most_tokens_seen, most_tokens_held   maxima over kv heads
-        state_bytes                          sum over caches: bytes of the states when recorded
-        exact_bytes                          sum over caches: bytes that an exact cache of the same tokens would take
-        peak_bytes                           maximum over caches
+        most_tokens_seen, most_tokens_held   the largest number of tokens that one kv head was fed, and that one held
+        state_bytes                          sum over caches: bytes of the compressed layers' memory when recorded
+        exact_bytes                          sum over caches: bytes of the same layers in a cache that keeps every token
+        peak_bytes                           the largest peak of bytes of any one cache
         """
         return {
             "sequences": self._sequences,

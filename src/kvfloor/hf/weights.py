@@ -1,6 +1,7 @@
 """Read the weights of a model: on a device, offloaded to disk by accelerate, or packed by a quantiser.
 
-Also find the adapters that change the effect of the weights, added by PEFT or by transformers' integration of PEFT.
+Also find the adapters (such as LoRA) that change the effect of the weights, added by PEFT or by transformers'
+integration of PEFT.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ def adapters_of(model: nn.Module) -> Adapters:
 def stored(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of every parameter and persistent buffer that the model computes with, sorted by name.
 
-    Weights of inactive adapters are left out. In a layer wrapped by an adapter, weights have the names that
-    they have without it. A quantised weight is yielded in parts. Raises ValueError naming a weight that cannot be read.
+    Weights of inactive adapters are left out. In a layer wrapped by an adapter, weights have the names that they would
+    have without the adapter. A quantised weight is yielded as several tensors, such as its codes and scales. Raises
+    ValueError naming a weight that cannot be read.
     """
     whole, plain = model.state_dict(keep_vars=True), {}
     for name in whole:
@@ -122,7 +124,7 @@ def _hooks(module: nn.Module) -> Iterable[Any]:
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, dense tensor) of a weight: one pair, or one for each part of a quantised weight.
+    """Yield (name, dense tensor) of a weight: one pair, or one for each part of a quantised weight, such as its scales.
 
     A part that is no tensor, such as a float, is yielded as an empty tensor whose name contains its value. Raises
     ValueError if the weight cannot be read.

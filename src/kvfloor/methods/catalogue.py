@@ -1,8 +1,9 @@
 """Describe every registered method in words, for `kvfloor methods` and the generated docs.
 
-A method is a way to cache tokens. It is whole, or made of parts: a policy (chooses tokens to evict), a summary
-(compressed form of evicted tokens) and a selector (chooses the tokens that a query reads). A guarantee is a proved
-error bound; traits are a method's promises.
+A method is a way to cache tokens. It is either a whole method, such as `exact`, or composed of parts: a policy (chooses
+the tokens to evict), a summary (keeps a compressed form of evicted tokens) and a selector (chooses the held tokens that
+a query reads). A guarantee is a proved error bound; traits are the properties that a method promises, such as constant
+memory.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ def _first_sentence(text: str) -> str:
 def _guarantee(name: str, part: type, method: Method) -> str:
     """Return the method's guarantee as text, "norm of the bounded error: theorem", or "none" if it has none.
 
-    A theorem that holds only under assumptions is followed by the arguments of `part` that state these assumptions,
-    such as `radius` (lengths of keys and queries) or `spread` (how far values differ). name, part: the registered name
-    and its class; method: a method that contains the part, with default arguments throughout.
+    Some theorems hold only under assumptions, which arguments of `part` state, such as `radius` (bound on the lengths
+    of keys and queries) or `spread` (how far values differ). The text then ends with "given" and the names of these
+    arguments. name, part: the registered name and its class; method: a method that contains the part, with default
+    arguments.
     """
     spec = Spec(rows=1, d=4, dv=4)
     stated, given = method.guarantee(spec), ""

@@ -32,8 +32,9 @@ _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's argume
 def parse(text: str) -> Method:
     """Return the method that a text such as "h2o(recent=64)+value_sum@512" describes.
 
-    `str(method)` parses back to an equal method. Raises ValueError naming the part that is unknown, malformed or out
-    of place, and the parts that are allowed.
+    In this example, h2o is a policy, value_sum a summary, and 512 the budget in tokens per kv head.
+    `str(method)` parses back to an equal method. Raises ValueError naming the part of the text that is unknown,
+    malformed or not allowed at its place, and what is allowed there.
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a method is text such as 'h2o(recent=64)@512', got {text!r}")

@@ -1,7 +1,8 @@
 """Register every method, policy, summary and selector in one table, and look a part up by its name.
 
-A part is a policy, summary, selector or whole method. The choices of the command line, the docs' tables, the tests that
-run for every method and the report all follow from `TABLE`. A part may also be written `module:Class`, which is
+A part is a policy (chooses the tokens to evict), a summary (keeps a compressed form of evicted tokens), a selector
+(chooses the held tokens that a query reads) or a whole method. The choices of the command line, the docs' tables and
+the tests that run for every method all follow from `TABLE`. A part may also be given as `module:Class`, which is
 imported, so that third parties can add parts.
 """
 
@@ -115,7 +116,10 @@ VARIANTS: dict[str, str] = {
 
 
 def kind(part: type) -> str:
-    """Return the kind of a part: "method", "policy", "summary" or "selector"."""
+    """Return the kind of a part's class: "method", "policy", "summary" or "selector".
+
+    Raises ValueError for any other class.
+    """
     for name, base in KINDS.items():
         if issubclass(part, base):
             return name

@@ -12,7 +12,7 @@ from kvfloor.models.packaged import PACKAGED, kept
 
 
 def configuration(name_or_path: str | Path = BUILTIN) -> Any:
-    """Return a model's transformers configuration. Nothing is downloaded, and no code beside it is run.
+    """Return a model's transformers configuration. Nothing is downloaded, and no code of the model's folder is run.
 
     name_or_path  "builtin", the name of a published model, such as "smollm2", that was fetched before, a model's
                   folder, or a config.json file

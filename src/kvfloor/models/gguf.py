@@ -40,9 +40,10 @@ def folder_of(file_name: str, digest: str) -> Path:
 def converted(path: Path, track: Callable[[str], None], expected: str | None = None) -> Path:
     """Return the folder of the GGUF file's model in float32, with its tokenizer, after converting it if necessary.
 
-    `track` is called with a line of text before each long step. Raises ValueError for a file that is not GGUF, whose
-    SHA-256 is not `expected` (None: any), or that has an architecture that transformers cannot read, where the packages
-    gguf and accelerate are missing, and where the cache cannot be written.
+    `track` is called with a line of text before each long step. Raises ValueError if
+    - the file is not GGUF, or its SHA-256 is not `expected` (None: any)
+    - transformers cannot read its architecture, or one of the packages gguf and accelerate is missing
+    - the user's cache folder cannot be written.
     """
     track(f"reading {path.name}")
     with open_regular(path, "GGUF file") as (stream, _):

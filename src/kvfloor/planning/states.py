@@ -1,7 +1,9 @@
 """Measure the bytes of a method's states after a number of tokens, on states of one and of two rows.
 
-A row is one (batch item, kv head) stream. All rows of a layer hold equally many tokens, so each row takes the same
-bytes, beside bytes that the state takes once. Two measurements give both.
+A state is what a method keeps of one layer's tokens. A row is one (batch item, kv head) stream of them. All rows of a
+layer hold equally many tokens, so each row takes the same bytes; a state also takes some bytes once, for all rows. The
+sizes with one and with two rows give both numbers, and so the size with any number of rows. Some methods compress a
+prompt only at its end.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from kvfloor.hf.shapes import LayerShape
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Hold the bytes of a method's states: at the end of a prompt, before its compression, and after it."""
+    """Hold the bytes of a method's states at the end of a prompt: before and after the compression at that time."""
 
     before: int
     after: int
@@ -28,10 +30,11 @@ class StateBytes:
 def held_bytes(
     method: Method, layers: tuple[LayerShape, ...], tokens: int, dtype: torch.dtype, batch: int
 ) -> tuple[Method, StateBytes]:
-    """Return the method with its budget in tokens, and the bytes of its states in these layers.
+    """Return the method with its budget in tokens, and the bytes of its states summed over these layers.
 
     The prompt of `tokens` tokens is read in one forward. A budget in bytes is for the states of all layers and the
-    whole batch. The returned method is that of the first layer. Raises ValueError for a budget that is too small.
+    whole batch together. Where layers have different shapes, a budget can come to different numbers of tokens; the
+    returned method has the first layer's number. Raises ValueError for a budget that is too small.
     """
     known: dict[tuple[int | bool, ...], tuple[Method, StateBytes]] = {}
     found = []
@@ -55,10 +58,10 @@ def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, ro
 
 
 def _measured(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:
-    """Return the bytes of a state of 1 or 2 rows that holds `tokens` tokens.
+    """Return the bytes of a new state that has received `tokens` tokens of all zeros; rows is 1 or 2.
 
-    A state of constant memory allocates all at its first token, so it is fed no more. Only the first token comes with
-    queries, because answering them all would take time that grows with the square of the context.
+    A state of constant memory allocates everything at its first token, so it receives no more. Only the first token
+    comes with queries, because answering them all would take time that grows with the square of the context.
     """
     state = method.open(_spec(layer, dtype, rows))
     first, *rest = (1,) if method.traits.constant_memory or tokens == 1 else (1, tokens - 1)
@@ -71,7 +74,7 @@ def _measured(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype
 
 
 def _pair(state: State, layer: LayerShape, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values of n tokens for the state's rows: zeros, whose storage is that of one token."""
+    """Return keys and values of n tokens for the state's rows: all zeros, expanded from one token to save memory."""
     one = torch.zeros(1, 1, layer.d, dtype=state.spec.dtype).expand(state.spec.rows, n, layer.d)
     if layer.tied:
         return one, one

@@ -1,4 +1,4 @@
-"""Render an audit's rows as one self-contained HTML page and as tables for the terminal."""
+"""Render the results of an audit as one self-contained HTML page and as tables for the terminal."""
 
 from kvfloor.audit.meta import Meta
 from kvfloor.report.html import render

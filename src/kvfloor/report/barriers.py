@@ -1,7 +1,9 @@
 """Render the page of `kvfloor break --out`: every game played against a method, and sweeps of harder games.
 
-A barrier is the hard instance of a memory theorem, and a game plays it against the method. A sweep is a series of
-games of growing difficulty; it shows the difficulty at which the method's curve leaves the curve of the theorem.
+A game hides random bits in the tokens that a method appends to its state, rebuilds the state from its bytes, and
+decodes the bits from the answers to queries. The certified bits are those that the answers prove to be in the state. A
+barrier is one kind of game, such as "spike"; a theorem says how many bytes any method needs to win it. A sweep is a
+series of games of growing difficulty; it shows the difficulty at which the method's curve leaves the theorem's curve.
 """
 
 from collections.abc import Sequence
@@ -20,20 +22,18 @@ _PLAIN = (str, int, float, bool)
 
 
 def render(results: Sequence[Result], command: str, path: Path) -> None:
-    """Write the HTML page of the games `results`, all of one method, to `path`, whole or not at all.
+    """Write the HTML page on the games `results`, all of one method, to `path`, whole or not at all.
 
-    The call first plays the sweeps, which are series of games of growing difficulty. `command` is the command line that
-    the page shows.
+    The call first plays the sweeps. `command` is the command line that the page shows.
     Raises ValueError where there is no result or the file cannot be written.
     """
     replace_file(path, page(results, command))
 
 
 def page(results: Sequence[Result], command: str) -> str:
-    """Play the sweeps, and return the page of the games `results`, all of one method, as HTML text.
+    """Play the sweeps, and return the page on the games `results`, all of one method, as HTML text.
 
-    Sweeps are series of games of growing difficulty. `command` is the command line that the page shows. Raises
-    ValueError where there is no game.
+    `command` is the command line that the page shows. Raises ValueError if `results` is empty.
     """
     if not results:
         raise ValueError("there is nothing to report: play at least one barrier")
@@ -57,9 +57,9 @@ def page(results: Sequence[Result], command: str) -> str:
 
 
 def plots(results: Sequence[Result]) -> list[Chart]:
-    """Play the sweep of each barrier that has a parameter to sweep, and return one figure for each.
+    """Return one figure for each game that is a "spike", "packing" or "probing" game.
 
-    A barrier is the hard instance of a memory theorem; a sweep is a series of games of growing difficulty.
+    For "spike" and "packing" this plays a sweep against the method; for "probing" the game's result has all numbers.
     """
     drawn = []
     for result in results:

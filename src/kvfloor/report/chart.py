@@ -47,7 +47,8 @@ class Axis:
     places any other number at the lower end. At both ends a margin of `room` times the span is added.
 
     base        a logarithmic axis has ticks at powers of this number, 2 or 10
-    most_ticks  most ticks of a logarithmic axis        write  returns the label of a tick's number
+    most_ticks  largest number of ticks of a logarithmic axis
+    write       returns the label of a tick's number
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Chart:
     label       text in place of the figure, for screen readers
     x_name      label of the horizontal axis
     across, up  horizontal and vertical axis
+    captions    lines of text below the figure
     rules       vertical lines
     level       a point whose y is drawn as a line across the figure, with its interval as a band
     """

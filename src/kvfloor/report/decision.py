@@ -1,8 +1,9 @@
 """Draw quality against bytes for one cell: each method's settings, the exact cache, the floor and the token ids.
 
-A cell is a task at a context length under a protocol; a setting is a method with its budget. The floor is a lower
-bound for the worst case: every method takes at least that many bytes on some input. The token ids of the context are
-all that a model must store if it recomputes the keys and values.
+A setting is a method with its budget. A cell is a task at a context length under a protocol (question asked before or
+after the compression). A row is one setting measured on one cell; the exact cache, which keeps every token, has a row
+too. The floor is a lower bound for the worst case: every method takes at least that many bytes on some input. The token
+ids of the context are all that a model must store if it recomputes the keys and values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,8 @@ _PROTOCOLS = {"visible": "Question visible while compressing", "after": "Questio
 def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
     """Make the figure of score (y) against bytes (x, log scale) for one task, context length and protocol.
 
-    rows   the cell's measured rows: one per setting (method with budget), and one of the exact cache
-    marks  maps each method (a setting without its budget) to its colour and shape
+    rows   all rows of one cell
+    marks  maps each method (a setting without its budget) to its colour and shape; each method is one curve
     """
     exact = next(row for row in rows if row.method == "exact")
     others = sorted((row for row in rows if row is not exact), key=lambda row: (row.state_bytes, row.method))
@@ -62,9 +63,10 @@ def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
 
 
 def note_below_floor(row: Row) -> str:
-    """Return the note on a row with fewer bytes than the floor.
+    """Return a sentence for a row that takes fewer bytes than the floor.
 
-    The note does not call such a row impossible, as the floor is a bound for the worst case.
+    It says that this task's data is easier than the worst case, for which the floor holds; and, if so, that the row's
+    score is certainly lower than the exact cache's.
     """
     return BELOW_FLOOR_AND_FALLS if row.diff_high < 0 else BELOW_FLOOR
 
@@ -96,7 +98,10 @@ def _datum(row: Row, shift: float) -> Datum:
 
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return one line for each note on settings with fewer bytes than the floor, naming these settings."""
+    """Return the lines below the figure that name the settings with fewer bytes than the floor, by `note_below_floor`.
+
+    There is a line for the settings that score lower than exact, and one for all others; each only if it has settings.
+    """
     named: dict[str, list[str]] = {}
     for row in rows:
         if row.below_floor:

@@ -1,7 +1,8 @@
 """Draw the divergence from exact against bytes, and list it, for every setting that was run on the audit's texts.
 
 A setting is a method with its budget. Its divergence is the mean KL(p || q) in nats per token, where q is the setting's
-next-token distribution and p that of the exact cache, which keeps every token.
+next-token distribution and p that of the exact cache, which keeps every token. A row is one setting on one text: the
+model reads the first part of the text (the context), and the tokens of the rest are scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,8 @@ LEAST = 1e-6
 def divergence_chart(lines: Sequence[TextSummary], marks: Mapping[str, Mark], limit: float, title: str) -> Chart:
     """Make the figure of divergence (y, log scale) against bytes (x, log scale).
 
-    lines  one summary per setting, `exact` among them
-    marks  maps each method (a setting without its budget) to its colour and shape
+    lines  one summary (mean divergence and bytes) per setting; `exact` may be among them and is not drawn
+    marks  maps each method (a setting without its budget) to its colour and shape; each method is one curve
     limit  the largest tolerated divergence, drawn as a line across the figure
     """
     shown = sorted((one for one in lines if one.setting != "exact"), key=lambda one: one.state_bytes)
@@ -54,7 +55,10 @@ def divergence_chart(lines: Sequence[TextSummary], marks: Mapping[str, Mark], li
 
 
 def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> list[Chart]:
-    """Return one figure per context length of the texts."""
+    """Return one figure of divergence against bytes for each context length of the texts, the shortest first.
+
+    marks and limit are the curves' looks by method, and the largest tolerated divergence.
+    """
     found = []
     for context in sorted({row.context for row in rows}):
         some = [row for row in rows if row.context == context]
@@ -65,10 +69,10 @@ def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> 
 
 
 def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[TextSummary, Verdict | None, str]]:
-    """Return the lines of the divergence table: per setting, its summary, the verdict on its divergence, and a sign.
+    """Return the lines of the divergence table, from the smallest divergence up: (summary, verdict, sign) per setting.
 
-    The sign stands for the verdict: ✓ for "holds", ? for "open", ✗ for "falls". The lines go from the smallest
-    divergence up. `exact` has no verdict.
+    The verdict is "holds" if the divergence is shown to be within the limit of `standard`, "falls" if it is shown to
+    exceed the limit, else "open". Its sign is ✓, ✗ or ?. `exact` has no verdict and no sign: (summary, None, "").
     """
     lines = []
     for one in sorted(summaries(rows, standard.racing), key=lambda one: one.figures.kl):

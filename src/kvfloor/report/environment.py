@@ -1,6 +1,7 @@
-"""Define the template environment of all report pages.
+"""Define the jinja2 environment of all report pages.
 
-Every field is escaped, control characters are replaced by their `\\u` codes, and an undefined field is an error.
+In the HTML pages every field is escaped, control characters are replaced by their `\\u` codes, and an undefined field
+is an error.
 """
 
 from functools import cache
@@ -17,7 +18,7 @@ from kvfloor.report.text import visible
 
 @cache
 def environment() -> Environment:
-    """Return the jinja2 environment for this folder's templates, with the filters that write numbers."""
+    """Return the jinja2 environment for this folder's templates; its filters write numbers, e.g. bytes as "64 KiB"."""
     made = Environment(
         loader=PackageLoader("kvfloor", "report"),
         autoescape=True,

@@ -1,7 +1,8 @@
 """Draw the attention-output error per layer and kv head, one map per setting (a method with its budget).
 
-An error is averaged over the tasks, context lengths and protocols of an audit, and the text whose attention was
-recorded.
+The error is the relative l2 error of a head's attention output against the exact cache, which keeps every token. It was
+measured for each setting on the cells of an audit (task, context length, protocol), and on one text; a map shows the
+mean of these errors.
 """
 
 import math
@@ -19,9 +20,10 @@ _ALL_LABELS = 12  # layers up to which a map labels each of them and has room fo
 
 @dataclass(frozen=True)
 class Tile:
-    """Hold one square of a map: a layer and kv head, its mean error, and the strength in [0, 1] of its colour.
+    """Hold one square of a map: a layer and kv head, with its mean error.
 
-    column  place of the layer on the map, from the left
+    column  place of the layer on the map, from the left, counted from 0
+    ink     strength of the square's colour, from 0 (none) to 1 (full)
     """
 
     column: int
@@ -35,8 +37,9 @@ class Tile:
 class Heatmap:
     """Hold the map of one setting (method with budget): one tile (square) per layer and kv head.
 
-    overall  mean of the errors of all layers, over all rows of the setting
+    overall  the setting's error, averaged over layers and over everything that it was measured on
     layers   the layers' numbers, from the left
+    heads    number of kv heads per layer
     """
 
     setting: str
@@ -47,21 +50,21 @@ class Heatmap:
 
     @property
     def labels(self) -> tuple[tuple[int, int], ...]:
-        """Return (column, layer's number) of the columns that have a label: all of a few, else every fifth."""
+        """Return (column, layer's number) for the columns with a label: all of at most 12, else every fifth."""
         step = 1 if len(self.layers) <= _ALL_LABELS else 5
         return tuple((column, layer) for column, layer in enumerate(self.layers) if column % step == 0)
 
     @property
     def numbered(self) -> bool:
-        """Return True if the tiles are few enough to show their errors in digits."""
+        """Return True if the map has at most 12 layers: its tiles then have room for their errors in digits."""
         return len(self.layers) <= _ALL_LABELS
 
 
 def heatmaps(rows: Sequence[Row | ErrorMap]) -> tuple[Heatmap, ...]:
-    """Return one map per setting, in the rows' order; the setting `exact`, whose error is zero, gets none.
+    """Return one map per setting, in the order of `rows`; the setting `exact`, whose error is zero, gets none.
 
-    Errors are averaged over the setting's rows, one per cell (task, context length, protocol), and its map on a text.
-    Raises ValueError where a setting's rows differ in their number of layers or kv heads.
+    rows: the measured errors by layer and head, of one setting each: a `Row` on a cell, an `ErrorMap` on a text. Raises
+    ValueError where those of one setting differ in their number of layers or kv heads.
     """
     settings: dict[str, list[Row | ErrorMap]] = {}
     for row in rows:

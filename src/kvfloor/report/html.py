@@ -1,4 +1,8 @@
-"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped."""
+"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped.
+
+A setting is a method with its budget. A row is one setting measured on one cell, i.e. a task at a context length under
+a protocol (question asked before or after the compression). `exact` is the cache that keeps every token.
+"""
 
 import json
 import re
@@ -37,13 +41,14 @@ def render(
 ) -> None:
     """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
-    rows        one per setting (method with budget) and cell (task, context length, protocol)
+    rows        one per setting and cell
     answer      the recommended setting, with the verdict on every candidate
+    meta        the source of the numbers: model, command, versions, machine
     by_head     the kv heads' floors (the least bytes that any method needs), if they were measured
     texts       one row per setting and text
     error_maps  the output error per layer and kv head of each setting on one text
     examples    answers of exact and of the recommended setting
-    Raises ValueError where there is no row, the rows mix models, or the file cannot be written.
+    Raises ValueError if both `rows` and `texts` are empty, if the rows mix models, and if the file cannot be written.
     """
     replace_file(path, page(rows, answer, meta, by_head, texts, error_maps, examples))
 
@@ -57,7 +62,17 @@ def page(
     error_maps: Sequence[ErrorMap] = (),
     examples: Sequence[SideBySide] = (),
 ) -> str:
-    """Return the report of an audit as HTML text; raise ValueError where there is no row. Arguments as in `render`."""
+    """Return the report of an audit as HTML text.
+
+    rows        one per setting and cell
+    answer      the recommended setting, with the verdict on every candidate
+    meta        the source of the numbers: model, command, versions, machine
+    by_head     the kv heads' floors (the least bytes that any method needs), if they were measured
+    texts       one row per setting and text
+    error_maps  the output error per layer and kv head of each setting on one text
+    examples    answers of exact and of the recommended setting
+    Raises ValueError if both `rows` and `texts` are empty.
+    """
     if not rows and not texts:
         raise ValueError("there is nothing to report: give at least the rows of 'exact'")
     drawn = marks([*rows, *texts])
@@ -122,11 +137,10 @@ def _last_component(model: str) -> str:
 def _pasted_setting(rows: Sequence[Row | TextRow], answer: Recommendation) -> dict[str, Any] | None:
     """Return a dict with the recommended setting, to paste into Python; None where no setting is recommended.
 
-    A setting is a method with its budget. The dict has two keys:
-    literal  the setting as a quoted string, its budget in tokens
-    share    the budget if it is a share of the context, else None
-    A cache that is opened for a stream of unknown length takes no share. So `literal` has instead the largest
-    number of tokens that the share came to in the audit.
+    literal  the setting as a quoted string, such as '"h2o@512"'; a budget that is a share of the context is replaced by
+             the largest number of tokens that it came to in the audit, as a cache for a stream of unknown length cannot
+             take a share
+    share    the budget that was replaced, such as "25%"; None if none was
     """
     chosen = [row for row in rows if row.method == answer.method]
     if answer.method is None or not chosen:

@@ -1,7 +1,8 @@
 """Draw the floor, the cheapest good setting and the exact cache of every kv head on one logarithmic axis of bytes.
 
-A setting is a method with its budget; it is good for a head if the head's output error stays small.
-A floor is the least bytes that any method needs for a head's keys.
+A setting is a method with its budget. It is good for a head if the relative error of the head's attention output is
+small on everything that was measured. A floor is the least bytes that any method needs for a head's keys. The exact
+cache keeps every token.
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,12 @@ WORST = 10
 
 @dataclass(frozen=True)
 class Rung:
-    """Hold one kv head's coordinates along the axis of bytes, and its tooltip.
+    """Hold one kv head's line in the figure: its name, page coordinates, and tooltip `words`.
 
-    floor, best, exact  x coordinates of its floor, its cheapest good setting (or None) and the exact cache
+    y                   page coordinate of the line, downwards
+    floor, best, exact  x coordinates of its floor, its cheapest good setting and the exact cache; best is None if only
+                        exact is good
+    compressible        True if queries can tell apart only a small share of the head's tokens
     """
 
     name: str

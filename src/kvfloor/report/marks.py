@@ -50,10 +50,10 @@ class Mark:
 
 
 def marks(rows: Sequence[Row | TextRow]) -> dict[str, Mark]:
-    """Map each method, with its arguments but without its budget, to a mark, in the rows' order with baselines last.
+    """Map each method, with its arguments but without its budget, to its colour and marker (a `Mark`).
 
-    A mark is a colour and a marker; the first 64 differ. Baselines are the methods that every audit compares with.
-    `exact` is left out, as every figure has a mark for it.
+    Methods are in the rows' order, with baselines (the methods that every audit compares with) last. The marks of the
+    first 64 methods differ. The exact cache is left out: its mark is the same in every figure.
     """
     methods: dict[str, bool] = {}
     for row in rows:

@@ -1,6 +1,8 @@
 """Draw one small figure of score against bytes per cell, all on the same axes, to be compared side by side.
 
-A cell is a task at a context length under a protocol; a setting is a method with its budget.
+A cell is a task at a context length under a protocol (question asked before or after the compression). A setting is a
+method with its budget. A row is one setting measured on one cell. The setting `exact` keeps every token. The floor is a
+lower bound for the worst case: every method takes at least that many bytes on some input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +20,13 @@ LEFT, RIGHT, TOP, BOTTOM = 42, 240, 12, 148
 
 @dataclass(frozen=True)
 class Multiple:
-    """Hold all that `multiples.html` draws for one cell: its axes, its curves, exact's score, and the floor's place.
+    """Hold all that the template `multiples.html` draws for one cell.
 
-    exact  exact's score with its interval; floor: x coordinate of the worst-case floor
+    label       text in place of the figure, for screen readers
+    across, up  horizontal axis (bytes) and vertical axis (score)
+    series      one curve per method; its points are the settings
+    exact       the score of `exact`, with its confidence interval
+    floor       x coordinate of the floor on the page
     """
 
     title: str
@@ -39,7 +45,10 @@ class Multiple:
 
 
 def multiples(rows: Sequence[Row], marks: Mapping[str, Mark]) -> tuple[Multiple, ...]:
-    """Return one small figure per cell, ordered by task. All have one axis of bytes, and scores from 0 to 100 %."""
+    """Return one small figure per cell, ordered by task. All have the same axis of bytes, and scores from 0 to 100 %.
+
+    marks: maps each method (a setting without its budget) to the colour and shape of its curve.
+    """
     if not rows:
         return ()
     sizes = [size for row in rows for size in (row.state_bytes, row.exact_bytes, row.floor_bytes)]

@@ -1,4 +1,9 @@
-"""Tabulate the parts of answers: the share that each setting met of each part, where a task's answers have several."""
+"""Tabulate scores by part of the answer, for tasks whose answers consist of several parts.
+
+A part is a named demand on an answer, such as "first word"; an answer meets a share of it, from 0 to 1. A setting is a
+method with its budget. A cell is a task at a context length under a protocol (question asked before or after the
+compression). A row is one setting measured on one cell.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +14,7 @@ from kvfloor.report.tables import ordered
 
 @dataclass(frozen=True)
 class PartTable:
-    """Hold the table of one cell: the parts' names, and per setting (method with budget) a share of each, 0 to 1."""
+    """Hold the table of one cell: the parts' names, and one line (setting, mean share met of each part) per setting."""
 
     cell: Cell
     names: tuple[str, ...]
@@ -17,7 +22,10 @@ class PartTable:
 
 
 def part_tables(rows: Sequence[Row]) -> tuple[PartTable, ...]:
-    """Return a table for each cell whose answers have several parts, or a part of several demands."""
+    """Return one table per cell, sorted by cell; cells in which a table would only repeat the scores get none.
+
+    Those are the cells with a single part whose mean share is every setting's share of right answers.
+    """
     tables = []
     for cell in sorted({row.cell for row in rows}):
         some = [row for row in ordered(rows) if row.cell == cell]

@@ -1,4 +1,4 @@
-"""Print a memory plan as pairs and one table of 80 columns."""
+"""Print the memory plan of a model: a few named facts, then a table of at most 80 columns, one line per cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from kvfloor.report.text import visible
 
 
 def print_plan(plan: MemoryPlan, console: Console) -> None:
-    """Print the weights, the floor, one line per way to keep the cache, and what is not counted."""
+    """Print model, weights and floor, a table with one line per way to keep the cache, and notes.
+
+    The floor is a lower bound on any method's bytes for worst-case keys and values.
+    """
     for name, words in _pairs(plan):
         console.print(Text(f"{name:<9}", style="bold") + Text(visible(words)))
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

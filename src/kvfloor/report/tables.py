@@ -31,7 +31,10 @@ class CellScore:
 
 @dataclass(frozen=True)
 class SettingScores:
-    """Hold one line of the scoreboard: a setting and its score on every cell. Bytes are means over the cells."""
+    """Hold one line of the scoreboard: a setting and its score on every cell.
+
+    Bytes are means over the cells. baseline: True if every audit compares with the setting's method.
+    """
 
     setting: str
     baseline: bool
@@ -71,7 +74,7 @@ class Speed:
 
     prefill_ms           time to append the context
     decode_ms_per_token  time of one decoding step
-    output_tokens        mean length of the answers, in tokens
+    output_tokens        mean length of a row's answers, in tokens
     The other fields: the setting, whether it is one that every audit compares with (`baseline`), tokens of context.
     """
 
@@ -84,7 +87,7 @@ class Speed:
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows ordered by setting: exact first, then methods in the rows' order, baselines last.
+    """Return the rows sorted by setting: exact first, then the methods in the given rows' order, last the baselines.
 
     Each method's settings go from the largest bytes down. Baselines are the methods that every audit compares with.
     """
@@ -101,10 +104,10 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...], tuple[SettingScores, ...]]:
-    """Return the audit's cells, sorted, and one line of scores per setting.
+    """Return the audit's cells, sorted, and one line per setting with its score on each of these cells.
 
-    Lines go from exact over methods in the rows' order to baselines (methods that every audit compares with), and from
-    a method's largest setting in bytes down. `standard` gives the verdict on each score.
+    exact comes first, then the methods in the rows' order, last the baselines (methods that every audit compares with).
+    A method's settings go from the largest bytes down. `standard` (tolerated loss and confidence) gives the verdicts.
     """
     cells = tuple(sorted({row.cell for row in rows}))
     found = {(row.method, row.cell): row for row in rows}

@@ -1,4 +1,10 @@
-"""Print the audit as tables; control characters in names cannot colour or steer the terminal."""
+"""Print the results of an audit, and of games against a method, as tables in the terminal.
+
+Control characters in names are escaped, so that they cannot colour or steer the terminal. A setting is a method with
+its budget. A row is one setting measured on one task at a context length under a protocol (question asked before or
+after the compression). `exact` is the cache that keeps every token. A divergence is a mean KL to exact in nats per
+token.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +39,10 @@ def print_report(
 ) -> None:
     """Print a table of divergences on the texts, tables of scores on the tasks, and the recommendation.
 
-    There is one table of scores per context length and protocol. The first of `examples` follows in brief.
+    rows      one per setting, task, context length and protocol; one table per context length and protocol
+    answer    the recommended setting, with the verdict on every candidate
+    texts     one row per setting and text; none: no table of divergences
+    examples  answers of exact and of other settings to one prompt; the first is printed, cut to a line per answer
     """
     if texts and answer.standard.kl_limit is not None:
         console.print(_nats_table(texts, answer))
@@ -61,7 +70,11 @@ def print_report(
 
 
 def _print_example(one: SideBySide, console: Console) -> None:
-    """Print one line per answer: the first words, or from the first token on that differs from exact's."""
+    """Print the end of an example's prompt, the right answer if there is one, exact's answer, and the other settings'.
+
+    Of another setting's answer the text is printed from the first token on that differs from exact's answer. Each text
+    is cut to 60 characters.
+    """
     console.print()
     console.print(_line(f"Example, {one.name} after {one.context:,} tokens: ", f"…{_brief(one.prompt_end, -60)}"))
     if one.truth is not None:
@@ -79,7 +92,7 @@ def _print_example(one: SideBySide, console: Console) -> None:
 
 
 def _brief(text: str, most: int = 60) -> str:
-    """Return the first `most` characters of a text in one line; the last ones for a negative number."""
+    """Return a text in one line, cut to its first `most` characters; if `most` is negative, to its last -most."""
     line = " ".join(text.split())
     if len(line) <= abs(most):
         return line
@@ -93,10 +106,11 @@ def print_notes(notes: Sequence[str], console: Console) -> None:
 
 
 def print_barriers(results: Sequence[Result]) -> None:
-    """Print a table with one line per game, then each game's verdict in words and numbers of its own.
+    """Print a table with one line per game played against a method, then each game's verdict in words.
 
-    A game plays a barrier, i.e. the hard instance of a memory theorem, against a method. Its own numbers are those that
-    only games of its barrier have, such as the width of a window.
+    A game hides random bits in a method's state and decodes them from its answers; by a theorem this takes much memory.
+    There are several kinds of games, the barriers. The numbers that only games of one barrier have, such as the width
+    of a window, follow the verdict.
     """
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -116,9 +130,9 @@ def print_barriers(results: Sequence[Result]) -> None:
 
 
 def details_text(details: Mapping[str, Any]) -> str:
-    """Return `details`, the numbers that only games of one barrier have, as one line: "name value, name value".
+    """Return the facts `details` of a game as one line: "name value, name value". Only numbers and texts are written.
 
-    Values that are lists are left out; the JSON document and the page show them.
+    Lists are left out; the JSON document and the page show them.
     """
     shown = {name: value for name, value in details.items() if isinstance(value, (str, int, float))}
     return ", ".join(

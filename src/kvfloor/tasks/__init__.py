@@ -1,6 +1,7 @@
 """Generate seeded recall tasks with exact answers, offline: `lookup(name).generate(seed, index, length) -> Sample`.
 
-A sample is a context of `length` tokens, at least one question about it, and each question's only right answer.
+A sample is a context of nearly `length` tokens, and at least one question about it. Each question has a right answer
+and the checks that score a generated one.
 """
 
 from .checks import AnswerCheck, BeginsWith, Contains, JsonField, Lines, Matches, Part, SameWords

@@ -1,8 +1,9 @@
 """Check a generated answer: each check returns the share of its demands that the answer meets, from 0 to 1.
 
 A part is a check with a name. A question has one part or more, and an answer is right if it meets every part in full.
-References are compared in the form that the tokenizer would decode them to (`Form`), because a tokenizer may change
-letters and spaces.
+In the methods `share`, `said` is the generated text, and `form` returns a text as the model's tokenizer would encode
+and decode it. The right words are put into this form before they are compared, because a tokenizer may change letters
+and spaces.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 Form = Callable[[str], str]
-"""Return a text as the tokenizer would decode it."""
+"""Function from a text to the text that the tokenizer makes of it when it encodes and decodes it."""
 
 
 class AnswerCheck(Protocol):
-    """Compare a generated answer with what is demanded."""
+    """Define what every check has: the method `share`, which scores a generated answer."""
 
     def share(self, said: str, form: Form) -> float:
         """Return the share of the demands that `said` meets, from 0 to 1."""
@@ -27,7 +28,7 @@ class AnswerCheck(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Hold a check under the name by which a report lists it."""
+    """Hold a check and the name that a report lists it by, such as "first word"."""
 
     name: str
     check: AnswerCheck
@@ -57,9 +58,9 @@ class BeginsWith:
 
 @dataclass(frozen=True)
 class Contains:
-    """Demand that the answer contains each reference, upper or lower case: RULER's score, a share of the references.
+    """Demand that the answer contains each of the texts `references`, in upper or lower case, as RULER does.
 
-    enough  number of references that are enough for the full share; None: all
+    The share is the number of references found, divided by `enough` and at most 1. enough None: all references.
     """
 
     references: tuple[str, ...]
@@ -85,7 +86,7 @@ class Matches:
 
 @dataclass(frozen=True)
 class Lines:
-    """Demand exactly `count` lines, empty ones aside."""
+    """Demand that the answer has exactly `count` lines; empty lines are not counted."""
 
     count: int
 
@@ -96,10 +97,10 @@ class Lines:
 
 @dataclass(frozen=True)
 class JsonField:
-    """Demand a value in the first JSON object of the answer.
+    """Demand that the first JSON object in the answer has a certain value at a certain place.
 
-    path   keys from the object down to the value, e.g. ("arguments", "city")
-    value  the demanded value as JSON text; it must agree in type too, so that "7" is not 7
+    path   the place: keys from the object down to the value, e.g. ("arguments", "city")
+    value  the value as JSON text; the type must agree too, so that the string "7" is not the number 7
     """
 
     path: tuple[str, ...]
@@ -116,7 +117,7 @@ class JsonField:
 
 
 def json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects in a text, from left to right, whatever stands between them."""
+    """Yield the JSON objects in a text as dicts, from left to right; text between them is skipped."""
     decoder, at = json.JSONDecoder(), text.find("{")
     while at >= 0:
         try:
@@ -129,5 +130,5 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _canonical(value: Any) -> str:
-    """Write a JSON value such that equal values, in type too, give equal texts."""
+    """Write a value as JSON with sorted keys: two values give the same text if they are equal and of the same type."""
     return json.dumps(value, sort_keys=True)

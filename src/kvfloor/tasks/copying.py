@@ -11,10 +11,10 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, words: int, lexicon: Lexicon) -> Plot:
-    """Draw the marked passage, the only fact of the sample, and the question that asks to repeat the passage.
+    """Draw the passage of one sample, such as "begin passage fox hen fox end passage.", and the question to repeat it.
 
-    The passage's number of words is random, from 2/3 of `words` to `words`. Each word is drawn from the lexicon with
-    replacement.
+    The passage's number of words is random, from 2/3 of `words` to `words`. Each word is drawn from the lexicon's nouns
+    with replacement.
     """
     n = rng.randint(max(1, words * 2 // 3), words)
     passage = " ".join(rng.choice(lexicon.things) for _ in range(n))

@@ -1,4 +1,8 @@
-"""Find how many units of haystack (words, sentences, documents) fit into a number of tokens."""
+"""Find how many units of haystack (words, sentences, documents) fit into a number of tokens.
+
+A haystack is text in which a task's facts are hidden. In this file `count` returns the number of tokens of a text,
+special tokens such as BOS included.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +17,29 @@ SLACK = 0.003  # share of the room that may stay empty, so that a long text is c
 
 
 def reserved(questions: tuple[Question, ...], count: Count) -> int:
-    """Return the number of tokens that questions, openings and generated answers take, all in one conversation.
+    """Return the number of tokens that these questions and their generated answers take, asked in one conversation.
 
-    count: returns the number of tokens of a text, with the special tokens that `count("")` has. Every question has a
-    limit of generated tokens (`most`).
+    An answer counts with its opening (first words that the model is given) and its limit of generated tokens (`most`).
     """
     empty = count("")
     return sum(count(one.lead) - empty + (one.most or 0) for one in questions) + empty * (len(questions) - 1)
 
 
 def fill(build: Callable[[int], str], length: int, count: Count, least: int, what: str) -> str:
-    """Return `build(n)` for the n that `fitting` finds. Arguments as there."""
+    """Return nearly the longest of the texts `build(n)` that has at most `length` tokens.
+
+    build  returns a text of n units of haystack, at least `least`; its tokens grow about in proportion to n
+    what   the units in words, for the error
+    Raises ValueError if not even the text of `least` units fits.
+    """
     return build(fitting(build, length, count, least, what))
 
 
 def fitting(build: Callable[[int], str], length: int, count: Count, least: int, what: str) -> int:
     """Return nearly the largest n for which the text `build(n)` has at most `length` tokens.
 
-    build  returns a text of n units, at least `least`; its tokens grow about in proportion to n
-    what   the units and their task in words, for the error
+    build  returns a text of n units of haystack, at least `least`; its tokens grow about in proportion to n
+    what   the units in words, for the error
     Raises ValueError if not even the text of `least` units fits.
     """
     low, tokens = least, count(build(least))

@@ -1,4 +1,4 @@
-"""Hide sentences with facts in a haystack: among the sentences of an essay, or between lines."""
+"""Hide sentences with facts (needles) in a longer text (the haystack): among an essay's sentences, or between lines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FEWEST_WORDS = 40
 
 
 def in_essay(request: Request, head: str, facts: list[str], questions: tuple[Question, ...]) -> str:
-    """Return a context: `head`, then an essay with the facts among its sentences, at most 40 of them.
+    """Return a context: the text `head`, then an essay with the sentences `facts` among its own, at most 40 facts.
 
-    Context, questions and generated answers together have at most the requested length. Raises ValueError if the length
-    is too small for that.
+    Context, questions and generated answers together have nearly `request.length` tokens, never more. Raises ValueError
+    if the length is too small for that.
     """
     rest = request.rng.getrandbits(64)
 
@@ -31,7 +31,10 @@ def in_essay(request: Request, head: str, facts: list[str], questions: tuple[Que
 
 
 def among_sentences(rng: random.Random, sentences: list[str], needles: list[str]) -> list[str]:
-    """Return the sentences with each needle at a depth of its own, drawn from DEPTHS."""
+    """Return the sentences with the needles among them, in order, at different depths drawn from DEPTHS.
+
+    A depth is a share of the sentences in percent, 0 first to 100 last. There are 40 depths, so at most 40 needles.
+    """
     places = sorted(int(len(sentences) * depth / 100) for depth in rng.sample(DEPTHS, len(needles)))
     out = []
     for (start, stop), needle in zip(pairwise([0, *places]), needles, strict=True):
@@ -40,7 +43,7 @@ def among_sentences(rng: random.Random, sentences: list[str], needles: list[str]
 
 
 def between_lines(rng: random.Random, lines: list[str], needles: list[str]) -> list[str]:
-    """Return the lines with the needles before different random ones of them, in order."""
+    """Return the lines with the needles among them, in order, each before another random line."""
     places = sorted(rng.sample(range(len(lines)), len(needles)))
     out = []
     for (start, stop), needle in zip(pairwise([0, *places]), needles, strict=True):

@@ -1,6 +1,6 @@
 """Define the task "instructions": follow four instructions that were given before a long text.
 
-Each instruction is checked by itself, so a report shows which of them survive.
+Each instruction is checked by itself, so a report shows which of them are still followed after compression.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MOST = 96
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: the instructions, an essay, and the question that they are for."""
+    """Return a sample: four instructions for an answer, then an essay, and a question about it that they apply to."""
     rng = request.rng
     first, last, named = rng.sample(request.lexicon.things, 3)
     number, lines = rng.randint(1000, 9999), rng.randint(3, 5)

@@ -1,7 +1,8 @@
 """Define the task "ledger": answer questions about a state that a long stream of text goes on to change.
 
-The context says what some boxes hold. After it, further text streams in with changes, and a question about the current
-state follows each stretch: in turn for a box that never changed, and for one that did. Half of the length is stream.
+The context says what some boxes hold. After it, further text streams in with changes, in four stretches. After each
+comes a question what a box holds now, in turn for a box that never changed and for one that did. The stretches are half
+of the length.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ HEAD = "Read the following text, and keep in mind what each box holds.\n\n"
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: an essay with the first state, and four turns of further essay with changes and a question."""
+    """Return a sample: an essay that says what each box holds, and four turns, each more essay with a question.
+
+    Among the essay's sentences in each turn are three that change what a box holds. request.difficulty: number of
+    boxes. Raises ValueError if the length is too small.
+    """
     rng = request.rng
     boxes = [f"the {trait} box" for trait in rng.sample(request.lexicon.traits, request.difficulty)]
     things = iter(rng.sample(request.lexicon.things, request.difficulty + STRETCHES * CHANGES))
@@ -63,7 +68,10 @@ def make(request: Request) -> Sample:
 
 
 def question(text: str, name: str, box: str, thing: str) -> Question:
-    """Return a turn: more text, then the question for the box, whose part in the report is called `name`."""
+    """Return a turn: more `text`, then the question what the box holds, whose right answer is `thing`.
+
+    name: the name of this answer in reports, such as "kept 1" or "changed 2".
+    """
     return Question(
         ask=f"\n\n{text}\n\nWhat does {box} hold now?",
         answer=thing,

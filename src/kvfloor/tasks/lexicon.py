@@ -102,7 +102,7 @@ class Lexicon:
     pairs: tuple[str, ...] = PAIRS
 
     def shrink(self, symbols: int) -> Lexicon:
-        """Return a lexicon with the first `symbols` entries of each pool: nouns, adjectives and numbers.
+        """Return a lexicon with the first `symbols` nouns, adjectives and numbers only.
 
         The training of the built-in model starts with such a lexicon. Raises ValueError if `symbols` is less than 1.
         """
@@ -120,7 +120,7 @@ class Lexicon:
         return [Lexicon(tuple(things[a:b]), self.traits, self.pairs) for a, b in pairwise(ends)]
 
     def number(self, rng: random.Random, digits: int) -> str:
-        """Draw a number of `digits` random digits: two-digit groups, then a single digit if the count is odd."""
+        """Draw a number of `digits` random digits, from the lexicon's two-digit numbers; an odd last digit is free."""
         groups = "".join(rng.choice(self.pairs) for _ in range(digits // 2))
         return groups + (rng.choice("0123456789") if digits % 2 else "")
 

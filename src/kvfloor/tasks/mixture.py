@@ -27,6 +27,7 @@ def mix(
                  no task's fact answers another task's question
     seed, index  decide all random choices
     count        returns the number of tokens of a text
+    lexicon      words and numbers to draw from
     Raises ValueError for a task that cannot be mixed, and where the facts do not fit.
     """
     rng = stream("mixture", seed, index)

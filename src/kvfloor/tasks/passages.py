@@ -1,4 +1,7 @@
-"""Read the public-domain texts of the package as haystacks: words, sentences and facts."""
+"""Read the public-domain texts that the package ships: a speech, a novel, and facts of the World Factbook.
+
+Tasks hide their own sentences in the speech and the novel, and take single words and facts from the texts.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ MOST_ANSWER = 40  # characters of a fact that is short enough to ask for
 
 @lru_cache(maxsize=4)
 def shipped(name: str) -> str:
-    """Return the text `name` of the package: "speech", "novel" or "facts"."""
+    """Return the shipped text called `name`: "speech", "novel" or "facts"."""
     return files("kvfloor.tasks").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
 
 
@@ -26,7 +29,10 @@ def essay_words() -> tuple[str, ...]:
 
 
 def essay(words: int) -> list[str]:
-    """Return the sentences of the first `words` words of the essays, which repeat when they are too short."""
+    """Return the first `words` words of the speech and the novel, split into sentences; the last may be cut short.
+
+    After their end the two texts repeat.
+    """
     source = essay_words()
     text = " ".join((source * (words // len(source) + 1))[:words])
     return _SENTENCE_END.split(text) if text else []
@@ -40,9 +46,10 @@ def plain_words() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def facts() -> tuple[tuple[str, str, str, str], ...]:
-    """Return the facts as (country, section, label, fact), without the longest.
+    """Return the facts as tuples (country, section, label, fact).
 
-    A country's name stands alone between empty lines, or first in the file; a section's name is above its facts.
+    An example is ("Switzerland", "Geography", "Climate", "temperate, but varies with altitude; ..."). Facts of more
+    than 300 characters are left out.
     """
     found, country, section = [], "", ""
     for block in shipped("facts").split("\n\n"):
@@ -58,7 +65,10 @@ def facts() -> tuple[tuple[str, str, str, str], ...]:
 
 @lru_cache(maxsize=1)
 def asked_facts() -> tuple[tuple[str, str, str, str], ...]:
-    """Return the facts that can be asked for: short ones whose country and label name no other fact."""
+    """Return the facts that a question can ask for, as tuples (country, section, label, fact).
+
+    These are facts of at most 40 characters without parentheses, whose country and label name no other fact.
+    """
     names = [(country, label) for country, _, label, _ in facts()]
     return tuple(
         one

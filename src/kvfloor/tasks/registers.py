@@ -16,10 +16,10 @@ JITTER = 0.2  # a period varies by this share: the next write is not known from 
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: lines "r3 = 47." up to the requested length, and a question for all current values.
+    """Return a sample: assignments "r3 = 47." up to the requested length, and a question for all current values.
 
-    The question ends in "r0 =", so the answer is the value of r0 and then the other registers, as in "47 r1 = 12 ...".
-    Raises ValueError if the length has no place for two lines per register.
+    request.difficulty: number of registers. The question ends in "r0 =", so the answer is the value of r0 and then the
+    other registers, as in "47 r1 = 12 ...". Raises ValueError if the length has no room for two lines per register.
     """
     rng, k = request.rng, request.difficulty
     empty = request.count("")
@@ -42,10 +42,10 @@ def make(request: Request) -> Sample:
 
 
 def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
-    """Return the register that each line assigns to, in order of the lines.
+    """Draw the register that each line assigns to, in order of the lines.
 
-    Each register is assigned to at roughly regular intervals with random jitter. The numbers of assignments come from
-    `speeds`, and are given to the registers in random order.
+    Each register is assigned to at roughly regular intervals, with random jitter. The numbers of assignments grow
+    geometrically from one register to the next, and it is random which register has which number.
     """
     times: list[tuple[float, str]] = []
     for name, writes in zip(rng.sample(names, len(names)), speeds(len(names), lines), strict=True):

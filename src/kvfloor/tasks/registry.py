@@ -31,14 +31,17 @@ GROUPS: dict[str, tuple[Task, ...]] = {
     "ruler": RULER,
     "assistant": (TOOL_CALL, INSTRUCTIONS, TURNS_TASK, LEDGER),
 }
-"""Map each group's name to its tasks. The tasks of "ruler" and "assistant" are in plain English, for any tokenizer."""
+"""Map each group's name to its tasks. Those of "ruler" and "assistant" are in plain English, for any tokenizer."""
 
 EVERY: dict[str, Task] = {task.name: task for group in GROUPS.values() for task in group}
 """Map the name of every task of the package to it."""
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Return the names with each group's name replaced by its tasks' names, and "all" by those of "builtin"."""
+    """Return the task names for a list of names of tasks and groups: a group's name gives all its tasks' names.
+
+    "all" means the group "builtin". Any other name is returned as it is.
+    """
     groups = GROUPS | {"all": GROUPS["builtin"]}
     return [one for name in names for one in ([task.name for task in groups[name]] if name in groups else [name])]
 

@@ -26,7 +26,7 @@ class Question:
 
     @property
     def scored_parts(self) -> tuple[Part, ...]:
-        """Return the parts by which an answer is scored: `parts`, or one that demands the answer's words."""
+        """Return the checks by which an answer is scored: `parts`, or without any, one for the words of `answer`."""
         return self.parts or (Part("answer", SameWords(self.answer)),)
 
     @property
@@ -35,9 +35,9 @@ class Question:
         return apart(self.ask) + apart(self.opening)
 
     def shares(self, said: str, form: Form) -> dict[str, float]:
-        """Return the share of its demands that the generated text `said` meets, for each part.
+        """Return {name of part: share of its demands that the generated text `said` meets, from 0 to 1}.
 
-        form: returns a text as the tokenizer would decode it.
+        form: returns a text as the tokenizer would encode and decode it, for right words to be compared in that form.
         """
         return {part.name: part.check.share(said, form) for part in self.scored_parts}
 
@@ -60,12 +60,12 @@ class Sample:
         return self.questions if self.in_turn else self.questions[:1]
 
     def prompt(self, which: int = 0) -> str:
-        """Return the context with its question number `which`, a prompt for greedy decoding."""
+        """Return the context with its question number `which` (from 0) appended, as a prompt for greedy decoding."""
         return self.context + self.questions[which].lead
 
 
 def apart(text: str) -> str:
-    """Return a text that is to follow another one: after a space, unless it is empty or begins with white space."""
+    """Return `text` with a space before it, to follow another text; unchanged if empty or if it begins with a space."""
     return text if not text or text[0].isspace() else f" {text}"
 
 

@@ -26,7 +26,10 @@ _HEAD = (
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: the tool, a text with all facts of `difficulty` deliveries, and the demand for one call."""
+    """Return a sample: the tool's description, a text with facts on several deliveries, and the demand for one call.
+
+    request.difficulty: number of deliveries. Raises ValueError if the length is too small.
+    """
     rng = request.rng
     people = rng.sample(PEOPLE, request.difficulty)
     goods = rng.sample(request.lexicon.things, request.difficulty)

@@ -1,6 +1,7 @@
 """Define the task "turns": answer three questions about one context, one after the other in one conversation.
 
-The cache was compressed before the first question, and later questions ask for other facts than it.
+Each question asks for another fact of the context, and the cache was compressed before. So it may lack facts that a
+later question needs, even if it has those of the first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ MOST = 16
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: an essay with `difficulty` facts among its sentences, and questions for three of them."""
+    """Return a sample: an essay with several facts among its sentences, and questions for three of them.
+
+    request.difficulty: number of facts. Raises ValueError if the length is too small.
+    """
     rng = request.rng
     keys = list(islice(different(rng, "words"), request.difficulty))
     codes = {key: number(rng) for key in keys}

@@ -17,10 +17,11 @@ CHAINS = 4
 
 
 def plot(rng: random.Random, hops: int, lexicon: Lexicon) -> Plot:
-    """Draw chains of `hops` assignments after "let fox = 4821.", and a question about each chain's last variable.
+    """Draw four chains of assignments, and for each a question about the chain's last variable.
 
-    The answer spells out the chain back to the number: "fox = 4821" completes "hen =". Raises ValueError if the lexicon
-    has too few nouns.
+    A chain begins with "let fox = 4821." and goes on with `hops` assignments such as "let hen = fox.". The answer
+    spells out the chain back to the number: "fox = 4821" completes "hen =". There are fewer chains if the lexicon has
+    too few nouns. Raises ValueError if it has too few for one.
     """
     chains = min(CHAINS, len(lexicon.things) // (hops + 1))
     if chains < 1:

@@ -19,7 +19,8 @@ GIVE_UP = 8  # sentences in a row that did not fit before the rest of the room i
 class Plot:
     """Hold a task's facts and questions before the facts are placed in a context.
 
-    threads    lists of sentences; the sentences of one thread keep their order in the context, while threads mix freely
+    threads    lists of sentences with facts; the sentences of one list (a thread) keep their order in the context,
+               those of different threads mix freely
     questions  pairs (question, index of the thread that answers it)
     """
 
@@ -32,7 +33,7 @@ def weave(
 ) -> str:
     """Return a context of nearly `length` tokens, never more: all facts at random places among filler sentences.
 
-    threads  lists of sentences with facts, as in `Plot`
+    threads  lists of sentences with facts; the sentences of one list (a thread) keep their order
     count    returns the number of tokens of a text
     pinned   {i: depth} puts the first sentence of thread i at that share of the context (0 first, 1 last); the rest of
              the thread follows at random places after it
@@ -85,12 +86,12 @@ def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[
 
 
 def interleave(facts: list[tuple[float, str]], sizes: list[int], filler: list[tuple[str, int]]) -> str:
-    """Return facts and filler as one text, each fact at its share of the text's tokens.
+    """Return facts and filler as one text, with each fact at a given place.
 
-    facts   (share from 0 to 1, sentence), in order of shares
+    facts   (place, sentence), sorted by place; a place is the share of the text's tokens before the fact, 0 to 1
     sizes   number of tokens of each fact
     filler  (sentence, number of tokens)
-    A fact goes before the first filler sentence at which the text so far has reached the fact's share.
+    Places are met as nearly as whole filler sentences allow.
     """
     total = sum(sizes) + sum(size for _, size in filler)
     ahead = list(accumulate(sizes, initial=0))

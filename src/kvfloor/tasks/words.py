@@ -11,8 +11,8 @@ SHORTEST = 16  # words below which the first two ranks can come up equally often
 def make(request: Request) -> Sample:
     """Return a sample: a shuffled list of words, and the question for the most frequent one.
 
-    Counts fall as 1/rank, so the asked word is about twice as frequent as the next one. Raises ValueError if the length
-    or the lexicon is too small.
+    request.difficulty: number of other words. Counts fall as 1/rank, so the asked word is about twice as frequent as
+    the next one. Raises ValueError if the length or the lexicon is too small.
     """
     rng, things = request.rng, request.lexicon.things
     if len(things) < 2:
@@ -33,9 +33,9 @@ def make(request: Request) -> Sample:
 
 
 def zipf(total: int, kinds: int) -> list[int]:
-    """Return the counts of `kinds` words that sum to `total` and fall as 1/rank, most frequent first.
+    """Return how often each of `kinds` words comes in a list of `total` words: counts that fall as 1/rank.
 
-    Counts are rounded by largest remainders. The last words may get 0.
+    The most frequent word is first. Rounded counts sum to `total` (largest remainders); the last words may get 0.
     """
     mass = sum(1 / rank for rank in range(1, kinds + 1))
     shares = [total / (mass * rank) for rank in range(1, kinds + 1)]

@@ -63,12 +63,11 @@ class Recipe:
 def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
     """Return attention outputs (P, g, m, dv) with the kernels' low-rank state in place of the evicted tokens.
 
-    kernels  two small networks per kv head: one maps keys that are summed up in the state, one maps queries that read
-             the state
+    kernels  the networks phi and psi of each kv head
     given    one text in one layer, with queries of m tokens and g query heads for each of P kv heads
     dropout  share of the networks' hidden units that are off
-    Each query reads the state of the tokens that were evicted before it, merged with exact attention over the tokens
-    still held.
+    The output of a query is exact attention over the tokens still held, merged with the state's answer for the tokens
+    that were evicted before the query.
     """
     heads, g, m, _ = given.q.shape
     psi = kernels.psi(given.k, dropout)
@@ -111,9 +110,9 @@ def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def loss_of(kernels: Kernels, given: Lesson, weight: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Return the sum of squared errors of one layer's output on one text, against exact attention: a scalar.
+    """Return the squared error of one layer's output on one text, against exact attention, summed to a scalar.
 
-    weight: the output projection, as for `mixed`.
+    weight: the output projection (model's hidden size, P * g * dv), applied to both outputs; None: not applied.
     """
     return mixed(answers(kernels, given, dropout) - given.exact, weight).square().sum()
 
@@ -123,11 +122,12 @@ def fit(
 ) -> Kernels:
     """Train one layer's kernels by Adam on the squared error of the layer's output, and return the best ones.
 
-    lessons   the texts in this layer; the last tenth is kept out of training
-    weight    the output projection of the layer, or None
+    lessons   the texts in this layer; the last tenth, at least one, is kept out of training
+    weight    the output projection of the layer (model's hidden size, P * g * dv); None: the error is that of the
+              heads' outputs before the projection
     start     the untrained kernels
     say       called at the end with one line: the error before and after training
-    The best kernels are those of the epoch with the least error on the last tenth.
+    The best kernels are those with the least error on the last tenth, after any epoch or before the first.
     """
     kept_back = max(1, len(lessons) // 10)
     seen, unseen = lessons[:-kept_back], lessons[-kept_back:]
@@ -168,12 +168,13 @@ def train(
 ) -> dict[str, Tensor]:
     """Train kernels for every layer of a prepared model, and return {name: tensor (layers, kv heads, ...)} for a file.
 
+    model      a model that `kvfloor.hf.prepare` has prepared for compressed caches
     material   texts that the model runs over
     method     the eviction policy with its budget, which decides the tokens that the kernels learn to replace
     say        called with each line of progress
-    The model is prepared by `kvfloor.hf.prepare`. A layer without attention over all tokens, which a compressed
-    cache leaves to transformers, gets the kernels of the layer before it, or untrained ones if it is the first.
-    Raises ValueError if the policy evicts (nearly) nothing from these texts.
+    A layer without attention over all tokens (such as a sliding window) is never compressed. It gets copies of the
+    kernels of the layer before it, or untrained ones if there is none, so that the file has kernels for each layer up
+    to the last compressed one. Raises ValueError if the policy evicts (nearly) nothing from these texts.
     """
     compressed = {layer.index for layer in CompressedCache(model.config, "exact").compressed}
     layers: list[Kernels] = []

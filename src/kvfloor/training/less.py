@@ -46,13 +46,14 @@ def run(
 
     name      "builtin", or the folder of a transformers model
     policy    an eviction policy with a budget in tokens, such as "sinks(4)@64"
-    prompts   file of JSON lines as for `kvfloor audit`; None: samples of the built-in tasks
+    prompts   file of JSON lines, each {"prompt", "answer"} or {"context", "question", "answer"}; None: samples of the
+              built-in tasks
     compared  number of texts, not used in training, to compare on; 0: return []
     recipe    the settings of the training
     say       called with each line of progress
-    Returns (method, bytes per kv head, mean output error per layer) for three methods, the last two equal in bytes:
-    the policy alone, the policy with a larger budget, and the policy with the kernels. Raises ValueError with one line
-    for an argument that cannot be used.
+    Returns a tuple (method as text, bytes per kv head, one mean error of the attention output per layer) for each of
+    three methods: the policy alone, the policy with a larger budget, and the policy with the kernels. The last two take
+    equal memory. Raises ValueError for an argument that cannot be used.
     """
     method = parse(policy)
     if not isinstance(method, Bounded) or not isinstance(method.budget, int):
@@ -81,9 +82,9 @@ def run(
 
 
 def weights_tag(model: Any) -> str:
-    """Return a digest of a model's weights, 16 hex digits, which the kernels' file records.
+    """Return a digest of a model's weights, 16 hex digits of a SHA-256, to be recorded in the kernels' file.
 
-    Kernels fit only the weights that they were trained for.
+    It tells for which weights the kernels were trained; they fit no others.
     """
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
@@ -94,9 +95,9 @@ def weights_tag(model: Any) -> str:
 def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> list[tuple[str, int, list[float]]]:
     """Measure each method's relative l2 error of the attention output against exact attention, on the given texts.
 
-    The error is taken on the question and answer, the tokens after each text's context. Returns one tuple per method:
-    the method written as text, the bytes of its empty state for one kv head, and a list of one error per layer, the
-    mean over the layer's kv heads.
+    Each text has a context, which the method compresses, and a rest (question and answer), on whose queries the error
+    is measured. Returns one tuple per method: the method written as text, the bytes of its empty state for one kv head,
+    and a list of one error per layer, the mean over the layer's kv heads.
     """
     seen = traces.record(model, [text.context for text in material], [text.rest for text in material])
     d, dv, dtype = seen[0].k.shape[2], seen[0].v.shape[2], seen[0].k.dtype

@@ -1,8 +1,10 @@
 """Prepare the training data of LESS's kernels: evicted tokens, later queries and exact attention, layer by layer.
 
-A lesson is one text in one layer of a model. An eviction policy has run over the text, so that the evicted tokens are
-known. The prompt is the context of a text; `State.seal` marks its end. In shapes, a row is one kv head, P the number of
-kv heads, g of query heads per kv head; d and dv are the widths of a key and a value.
+LESS (Dong et al. 2024) replaces the evicted tokens of a KV cache by a low-rank state; its kernels are small networks
+that map keys and queries to this state. A lesson is one text in one layer of a model. An eviction policy has run over
+the text, so that the evicted tokens are known. The prompt is the context of a text; some policies evict at its end. In
+shapes, a row is one kv head, P the number of kv heads, g of query heads per kv head; d and dv are the widths of a key
+and a value.
 """
 
 from __future__ import annotations
@@ -61,7 +63,10 @@ class Lesson:
 
 
 def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
-    """Return one `Text` per item: token ids of its context, then of its question with the right answer."""
+    """Tokenize items: return, for each, the token ids of its context and those of its first question with the answer.
+
+    An item is a context with at least one question and its right answer.
+    """
 
     def plain(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -105,11 +110,11 @@ def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple
 
 
 def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
-    """Return the time (rows, n) at which the policy `method` evicts each token, counted in tokens appended by then.
+    """Return the time (rows, n) at which the eviction policy `method` evicts each token of a text.
 
-    The time is n + 1 for a token that is never evicted. `prompt` is the number of tokens after which the state is
-    sealed. q (rows, g, n, d), k (rows, n, d) and v (rows, n, dv) are one layer's stream of n tokens: a row per kv head,
-    g query heads each.
+    The time is the number of tokens that the policy had received by then, and n + 1 for a token that is never evicted.
+    The first `prompt` tokens are the prompt. q (rows, g, n, d), k (rows, n, d) and v (rows, n, dv) are one layer's
+    queries, keys and values.
     """
     state = replace(method, summary=Drop()).open(spec)
     assert isinstance(state, BoundedState)

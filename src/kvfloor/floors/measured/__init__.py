@@ -1,7 +1,7 @@
 """Measure memory floors on given keys and queries: the bits that *this* model's attention needs, by theorem.
 
-`readable_by` and `readable_within` return floors: lower bounds on the bits that any method must hold.
-`gaussian_reference` and `covering_curve` return figures to compare a floor with, which bound nothing themselves.
+`readable_by` and `readable_within` return floors: lower bounds on the bits that the state of any method must hold.
+`gaussian_reference` and `covering_curve` return figures to compare a floor with; they are no lower bounds.
 docs/floors.md ("Readable tokens", "Gaussian reference", "Covering ceiling") has the proofs and their limits.
 """
 

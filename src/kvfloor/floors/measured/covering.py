@@ -1,8 +1,9 @@
 """Measure the covering ceiling: the memory that SubGen needs on given keys, at a given cluster radius.
 
-SubGen (Zandieh et al. 2024) clusters keys online: a key farther than a radius delta from all centres so far becomes a
-centre. It keeps a sample of t keys near each centre, and one sample of s pairs of key and value from the whole stream.
-Memory is counted in numbers, i.e. stored floats.
+SubGen (Zandieh et al. 2024) is a method that clusters keys online and greedily: a key farther than a radius delta from
+all centres so far becomes a centre. It keeps a random sample of t keys near each centre, and one random sample of s
+pairs of key and value from the whole stream. Memory is counted in numbers, i.e. stored floats. A row is the stream of
+one kv head.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _TOKENS_AT_ONCE = 512
 def greedy_cover(k: Tensor, delta: float) -> Tensor:
     """Return the indices (c,) of the keys that online greedy clustering of k (n, d) makes centres, in order of arrival.
 
-    Law: a token farther than `delta` (l2) from every centre so far becomes a centre, as in SubGen. The
-    result is that of distances computed directly, token by token. Only pairs whose distance is clearly below or above
-    `delta` are decided by matrix products.
+    A key farther than `delta` (l2) from every centre so far becomes a centre, as in SubGen. The result is the same as
+    if every distance were computed directly, key by key. Faster matrix products decide the pairs of keys whose distance
+    is clearly below or above `delta`, and the other distances are computed directly.
     """
     k, delta = matrix("k", k), positive("delta", delta)
     k = k if k.dtype == torch.float64 else k.float()
@@ -48,10 +49,7 @@ def greedy_cover(k: Tensor, delta: float) -> Tensor:
 
 
 def covering_number(k: Tensor, delta: float) -> Tensor:
-    """Count the centres of a greedy clustering, at radius `delta`, of each row's keys k (rows, n, d): (rows,) int64.
-
-    A row is the stream of one kv head.
-    """
+    """Count the centres of a greedy clustering, at radius `delta`, of each row's keys k (rows, n, d): (rows,) int64."""
     if not isinstance(k, Tensor) or k.ndim != 3:
         raise ValueError(f"k must be a tensor (rows, n, d), got {getattr(k, 'shape', type(k).__name__)}")
     return torch.tensor([len(greedy_cover(row, delta)) for row in k])
@@ -59,13 +57,14 @@ def covering_number(k: Tensor, delta: float) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """Hold the memory that SubGen's guarantee takes at cluster radius `delta`, for one row of keys.
+    """Hold the memory that SubGen's error guarantee takes at cluster radius `delta`, for one row of keys.
 
-    A row is the stream of one kv head.
     centres  number of cluster centres
-    s, t     number of sampled pairs of key and value, number of sampled keys per centre
+    s        number of sampled pairs of key and value
+    t        number of sampled keys per centre
     numbers  number of floats stored in all
-    vacuous  True where s or t reaches the number n of tokens, or where keeping every token takes no more numbers
+    vacuous  True if SubGen saves nothing: s or t is at least the number of tokens, or keeping every token takes no more
+             floats than `numbers`
     """
 
     delta: float
@@ -87,16 +86,17 @@ def covering_curve(
 ) -> list[list[Ceiling]]:
     """Return the memory of SubGen at every cluster radius in `deltas`, for each row of keys k (rows, n, d).
 
-    The result has one list per row, with one `Ceiling` per radius; a row is the stream of one kv head. dv is the width
-    of a value. The memory meets error `epsilon` for queries q with |scale q| <= `radius`, except with probability
-    `failure`; this `radius` bounds queries, and is no cluster radius.
-    Law: `covering_number` centres, s = 9 dv / (epsilon^2 f) sampled pairs of key and value, and t sampled keys per
-    centre, with f = failure / 2; t is the smaller of two numbers that suffice with failure probability f (`subgen_t`):
-    one by Chebyshev's bound, one by Chernoff's with the number of centres. Pairs, centres and keys are counted in
-    floats (`subgen_numbers`). Where s or t is too large for a float, the memory is that of keeping all n tokens.
-    Guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op with probability 1 - failure, for a query fixed
-    before the stream, V the matrix of the values; keys need not be short. Source: Zandieh et al. 2024 (SubGen);
-    docs/floors.md, "Covering ceiling".
+    Returns one list per row, with one `Ceiling` per cluster radius.
+    dv       width of a value
+    epsilon  error of the guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op, for a query fixed before
+             the stream, V the matrix of the values; keys may have any length
+    radius   bound on the queries of the guarantee, |scale q| <= radius; no cluster radius
+    failure  probability that the error may be larger
+    Law: `covering_number` centres, s = 9 dv / (epsilon^2 f) sampled pairs and t sampled keys per centre, with f =
+    failure / 2. t is the smaller of two sufficient numbers (`subgen_t`), one by Chebyshev's inequality and one by
+    Chernoff's. `subgen_numbers` counts the floats. Where s or t is too large for a float, the memory is that of keeping
+    all n tokens.
+    Source: Zandieh et al. 2024 (SubGen); docs/floors.md, "Covering ceiling".
     """
     dv, failure = whole("dv", dv), within("failure", failure, 0.0, 1.0, low_open=True, high_open=True)
     curves: list[list[Ceiling]] = [[] for _ in range(len(k))]
@@ -120,8 +120,8 @@ def _ceiling(delta: float, centres: int, s: float, t: float, n: int, d: int, dv:
 def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, delta: float, band: float) -> Tensor:
     """Mark the keys of k (b, d) that lie within `delta` of one of the centres (c, d): (b,) bool.
 
-    norms (b,) and centre_norms (c,) hold squared lengths. Squared distances within `band` of delta^2 are computed
-    again, directly.
+    norms (b,) and centre_norms (c,) hold squared lengths. Matrix products give the squared distances. Those within
+    `band` of delta^2, where rounding could decide, are computed again directly.
     """
     if len(centres) == 0:
         return torch.zeros_like(norms, dtype=torch.bool)
@@ -137,9 +137,10 @@ def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, de
 def _first_come(k: Tensor, delta: float) -> Tensor:
     """Mark the keys of k (b, d) that become centres of a greedy clustering at radius `delta`: (b,) bool.
 
-    Keys come in order of arrival, and no older centre lies within delta of any key of k. A key becomes a centre if no
-    earlier centre lies within delta. This rule is applied to all keys at once until nothing changes: every pass settles
-    at least one more key, in order of arrival, and the rule has one solution.
+    Keys are in order of arrival. A key becomes a centre if no earlier centre lies within delta; the caller has removed
+    the keys near centres found before. The rule is applied to all keys at once, again and again until nothing changes.
+    Every pass settles at least one more key, and only one set of centres satisfies the rule, so this is the sequential
+    result.
     """
     near = (_distances(k, k) <= delta).tril(-1).float()
     opens = torch.ones(len(k), dtype=torch.bool, device=k.device)

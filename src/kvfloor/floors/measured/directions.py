@@ -1,16 +1,16 @@
 """Search for queries of bounded length that each put as much softmax weight as possible on one key.
 
-The queries are proposals for `readable_within`, which computes a lower bound on the memory of attention. The bound is
-valid for any queries, and better queries only raise it.
-    rivals   the keys whose softmax mass a query for another key has to outweigh: all keys of the stream, or a sample
+The queries are proposals for `readable_within`, which computes a lower bound on the memory of attention. That bound is
+valid for any queries; better queries only raise it.
+    rivals   keys whose softmax mass a query for another key has to outweigh: all keys of the stream, or a sample
     lead     logit of the query's own key, less the log of the softmax mass of the rivals and of tokens `beyond`
-    beyond   further tokens that every query sees, outside the stream
-
+    beyond   further tokens that every query sees, outside the stream; the argument is the log of their softmax mass
+    radius   the greatest length |q| of a query
 The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is concave in q, so every local maximum
 over a ball is global. If the rivals were Gaussian with mean mu and covariance C, the maximum would lie at
-    q = (scale C + lambda I)^-1 (k_i - mu),   lambda >= 0 the least with |q| <= radius.
-The search starts at this q, then replaces mu by the rivals' mean under the query's own softmax: a Newton step in which
-C stands for the curvature.
+    q = (scale C + lambda I)^-1 (k_i - mu),   with the least lambda >= 0 that gives |q| <= radius.
+The search starts at this q. Each refinement is an approximate Newton step: mu becomes the mean of the rivals weighted
+by their softmax weights under the current query, and C is kept in place of the true curvature.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding 
 
 
 class Ball:
-    """Search for queries of length at most `radius` that favour one key each over given rival keys (c, d).
+    """Search for queries of length at most `radius`, each for one key, against the softmax mass of rival keys (c, d).
 
     scale and softcap define the logits. `beyond` is the log of the softmax mass of further tokens that every query
-    sees, or None. `few` True (few keys): the rivals are kept in float32; False: in bfloat16 where that is faster. The
-    covariance of the rivals stands for the curvature in the search.
+    sees, or None. `few` is True if there are few keys: the rivals are then kept in float32, else in bfloat16 where that
+    is faster.
     """
 
     def __init__(
@@ -55,9 +55,10 @@ class Ball:
     def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
         """Return for each key (n, d) a query (n, d) that puts much softmax weight on it, against the rivals.
 
-        place (n,) is the key's index among the rivals, or -1 if it is not one. The query is the best of these: the
-        direction from the rivals' mean to the key; the best query if the rivals were Gaussian; `first` (n, d) if given;
-        the direction of the key, if there is mass `beyond`; and `steps` refinements of the best of these.
+        place (n,) is the key's index among the rivals, or -1 if it is not one. The search starts from several queries:
+        the longest in the direction from the rivals' mean to the key, the best if the rivals were Gaussian, `first` (n,
+        d) if given, and the longest in the direction of the key if there is mass `beyond`. The best of these is refined
+        `steps` times, and the best query found is returned.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):
@@ -91,9 +92,10 @@ class Ball:
         return aim * (self.radius / aim.norm(dim=1, keepdim=True).clamp_min(1e-30))
 
     def _longest(self, aim: Tensor) -> Tensor:
-        """Return the vector q = (C + lambda I)^-1 a of length at most `radius` for each row a of `aim` (n, d): (n, d).
+        """Return for each row a of `aim` (n, d) the vector q = (C + lambda I)^-1 a of length at most `radius`: (n, d).
 
-        C is the covariance of the rivals times scale^2. Each row has its own lambda >= 0, the least with |q| <= radius.
+        C is the covariance of the rivals times scale^2. Each row has its own lambda >= 0: the least for which |q| <=
+        radius.
         """
         along = aim @ self._vectors
         shift = torch.zeros_like(along[:, :1])
@@ -131,8 +133,8 @@ def _better(best: Tensor, lead: Tensor, query: Tensor, found: Tensor) -> tuple[T
 def towards_each(k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None) -> Tensor:
     """Return for every key of k (n, d) a query (n, d) of length at most `radius` that puts much softmax weight on it.
 
-    A key's rivals are all other keys, or a sample where there are many. scale and softcap define the logits. `beyond`
-    is the log of the softmax mass of further tokens that every query sees, or None.
+    A key's rivals are all other keys, or a sample of them where there are more than 4,096. scale and softcap define the
+    logits. `beyond` is the log of the softmax mass of further tokens that every query sees, or None.
     """
     everything = torch.arange(len(k), device=k.device)
     return with_rivals(k, everything, radius, scale, softcap, beyond)
@@ -144,9 +146,9 @@ def with_rivals(
 ) -> Tensor:  # fmt: skip
     """Return for every key of k (n, d) a query (n, d) that puts much weight on it, against the rival keys k[rivals].
 
-    rivals (c,) are indices into k; where there are many keys, a sample of the rivals is used. Queries have length at
-    most `radius`. scale and softcap define the logits. `beyond` is the log of the softmax mass of further tokens that
-    every query sees, or None. `first` (n, d) holds queries to improve on, or is None.
+    rivals (c,) are indices into k; for more than 4,096 keys, a sample of at most 1,024 rivals is used. Queries have
+    length at most `radius`. scale and softcap define the logits. `beyond` is the log of the softmax mass of further
+    tokens that every query sees, or None. `first` (n, d) holds queries to improve on, or is None.
     """
     few = len(k) <= FEW
     if not few:
@@ -158,5 +160,5 @@ def with_rivals(
 
 
 def thinned(tokens: Tensor) -> Tensor:
-    """Return at most `SAMPLE` of the token indices, evenly spaced."""
+    """Return at most 1,024 of the token indices, evenly spaced."""
     return tokens[:: max(1, -(-len(tokens) // SAMPLE))]

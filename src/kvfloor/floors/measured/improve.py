@@ -1,16 +1,17 @@
 """Improve a choice of token groups, each read by one query, given all softmax weights of the queries on the tokens.
 
-The choice serves the read floor, a lower bound on the bits of a state that answers the queries. In its proof, a
-receiver (Bob) reconstructs ("decodes") hidden values from the answers.
+The choice serves the read floor, a lower bound on the bits of a state that answers the queries. In its proof, values
+are hidden in the stream, and a receiver (Bob) reconstructs ("decodes") them from the answers to the queries.
     group   tokens that share one hidden row of values, read by one query
-    order   Bob decodes one group after the other; groups that he has decoded no longer disturb his next answers
+    order   Bob decodes one group after the other. From each answer he subtracts the contribution of the groups already
+            decoded, so that these no longer disturb it
     weight  softmax weight w that the query of a group puts on the group
     leak    softmax weight l that the query of a group puts on all groups decoded later
     levels  number L of values that Bob can tell apart in a group
-    error   allowed error of an answer (`Demand.error`), not counting the leak
-    pairs   matrix (G, G) of the softmax weight of query j on group k, rows and columns in the order of decoding
-Rounds of reordering groups, pruning groups and reassigning tokens maximise the sum over groups of
-log2(1 + w / (error + l)), a smooth stand-in for log2 L.
+    demand  the accuracy required of answers; demand.error is the allowed error of an answer, not counting the leak
+    pairs   matrix (G, G): softmax weight of the query of group j on group k, groups in the order of decoding
+Each round reorders the groups, drops groups, and assigns tokens anew to queries, so as to raise the sum over groups of
+log2(1 + w / (error + l)), a smooth stand-in for the bits log2 L of a group.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ _GAIN = 1e-3  # bits that dropping a group must gain
 
 
 class Choice(NamedTuple):
-    """Hold a choice of token groups: the queries that read a group, and the query that reads each token.
+    """Hold a choice of token groups: for each token the query that reads it, and the order in which groups are decoded.
 
-    order   (G,) indices of queries, in the order in which the proof's receiver (Bob) decodes the queries' groups, i.e.
-            reconstructs their hidden values
-    reader  (n,) the query that reads each token, or -1 for none
+    order   (G,) indices of queries, one per group: Bob decodes the groups (reconstructs their hidden values) in this
+            order
+    reader  (n,) the query that reads each token, -1 for none; the tokens of one query are its group
     """
 
     order: Tensor
@@ -42,19 +43,19 @@ class Choice(NamedTuple):
 
 
 def promised(pairs: Tensor, demand: Demand) -> Tensor:
-    """Return the estimated bits (G,) that each group of tokens adds to the read floor.
+    """Return the bits (G,) that each group adds to the read floor, estimated from the search's own softmax weights.
 
-    pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding. The weight on later
-    groups counts as leak: an error of the answer that the later groups' hidden values cause.
+    pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding. The weight of a query
+    on the groups decoded later counts as its leak: an error of the answer, caused by their hidden values.
     """
     return demand.bits(pairs.diagonal(), pairs.triu(1).sum(1))
 
 
 def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
-    """Return the softmax weight (M, M) of query j on all tokens that query k reads.
+    """Return the softmax weight (M, M) of each query j on all the tokens that query k reads.
 
-    weights (M, n) are the softmax weights of the M queries on the n single tokens.
-    reader (n,) holds the query, as an index 0..M-1, that reads each token, -1 for none.
+    weights (M, n) are the softmax weights of the M queries on the n single tokens. reader (n,) holds the query, as an
+    index 0..M-1, that reads each token, -1 for none.
     """
     count, n = weights.shape
     column = torch.where(reader < 0, count, reader)
@@ -63,10 +64,10 @@ def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
 
 
 def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tuple[float, Choice]:
-    """Improve a choice of groups for at most `rounds` rounds; return (estimated bits, choice) of the best found.
+    """Improve a choice of groups for at most `rounds` rounds; return (estimated bits, choice) of the best one found.
 
-    weights (M, n) are the softmax weights of the M queries on all n tokens. `choice.order` may contain queries without
-    a group: tokens may be assigned to these queries.
+    weights (M, n) are the softmax weights of the M queries on all n tokens. `choice.order` may contain queries that
+    read no token yet; tokens may be assigned to them.
     """
     order, reader = choice
     best, most = Choice(order[:0], reader), 0.0
@@ -92,12 +93,13 @@ def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tu
 
 
 def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
-    """Return an order of decoding, as indices (G,): first the groups that cost other groups most if decoded later.
+    """Return a good order of decoding (G,): first the groups that would disturb other groups most if decoded later.
 
-    Decoding reconstructs the hidden values of one group after the other; a decoded group no longer disturbs later
-    answers. pairs (G, G) holds the softmax weight of query j on group k. Decoding group k before group j gains group j
-    log2(1 + pairs_jk / c_j) bits, where c_j = error + half of the weight that query j puts on other groups. A group's
-    score is the bits that it costs other groups, minus the bits that they cost it; the largest score comes first.
+    The order is given as indices of groups. Decoding reconstructs the hidden values of one group after the other; a
+    decoded group no longer disturbs later answers. pairs (G, G) holds the softmax weight of query j on group k. If
+    group k is decoded after group j, it costs group j about log2(1 + pairs_jk / c_j) bits, where c_j = error + half of
+    the weight that query j puts on other groups. Groups are sorted by the bits that they cost others minus the bits
+    that others cost them, largest first.
     """
     others = pairs - torch.diag(pairs.diagonal())
     cost = torch.log2(1.0 + others / (demand.error + 0.5 * others.sum(1, keepdim=True)))
@@ -108,10 +110,10 @@ def pruned(pairs: Tensor, demand: Demand) -> Tensor:
     """Drop the groups that cost other groups more bits than they add; return the positions (m,) of the groups kept.
 
     pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding; positions are indices
-    into pairs. The values of a dropped group are 0, so that it disturbs no answer. Groups whose weight is too small to
-    be read even without a leak are dropped first. The harm of a group is the bits that other groups gain without it,
-    minus its own bits. Then, repeatedly, half of the groups without bits are dropped, or where all groups have bits, a
-    quarter of the groups with positive harm: the most harmful ones.
+    into pairs. The tokens of a dropped group get the value 0, so that it disturbs no answer.
+    First, groups whose weight is too small to be read even without a leak are dropped. The harm of a group is the bits
+    that other groups gain without it, minus its own bits. Then, repeatedly, half of the groups that add no bits are
+    dropped; if all add bits, a quarter of the groups of positive harm is dropped, the most harmful ones.
     """
     places = (demand.bits(pairs.diagonal(), torch.zeros_like(pairs[:, 0])) > 0.0).nonzero()[:, 0]
     for _ in range(_PRUNINGS):
@@ -141,12 +143,12 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
     """Return for each token the query (n,) that should read it, or -1 for none, by a linear estimate of the bits.
 
-    The objective is F, the sum over groups g of log2(1 + w_g / (error + l_g)): w_g is the weight of query g on its own
+    The objective is F, the sum over groups g of log2(1 + w_g / (error + l_g)). w_g is the weight of query g on its own
     group, l_g its weight on groups decoded later. weights (M, n) are the queries' weights on tokens, `order` (G,) the
     queries in the order of decoding, pairs (G, G) their weights on groups.
-    Law: F is linearised at the given choice. If query g reads a token on which each query h puts weight a_h, F changes
-    by a_g dF/dw_g + (sum of a_h dF/dl_h over the queries h decoded before g). The g of the largest change is returned,
-    and -1 if no change is positive. The derivatives by l_h are negative: they are the cost of the leak.
+    Law: if query g reads a token on which each query h puts weight a_h, F changes to first order by a_g dF/dw_g plus
+    the sum of a_h dF/dl_h over the queries h decoded before g. The second term is the cost of the leak, and is
+    negative. The query of the largest change is returned, and -1 if no change is positive.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

@@ -23,7 +23,7 @@ _MOST = 2**53  # whole numbers up to which float64 counts
 def grain(dtype: torch.dtype) -> float:
     """Return the largest rounding error of a number in [-1, 1] in `dtype`: 2^-25 for float32, 2^-9 for bfloat16.
 
-    The read floor adds it to the error that answers may have.
+    In the read floor this error is added to the error that answers may have.
     """
     return torch.finfo(dtype).eps / 4.0
 
@@ -32,12 +32,12 @@ def grain(dtype: torch.dtype) -> float:
 class Demand:
     """Hold the accuracy required of attention's answers, and the number format of the values.
 
-    eta          additive error in max norm, in [0, 1), for values in [-1, 1]
-    p            chance that a whole row, the dv values of one answer, is within eta
+    eta          largest error of a value of an answer, in [0, 1), for values in [-1, 1]
+    p            probability that a whole row, the dv values of one answer, is within eta
     dv           width of a value
-    dtype        number format of the values; its rounding adds to eta
-    most_levels  a cap on the levels, i.e. on the equally spaced values that are hidden, such as 16 for 4-bit values;
-                 eta and the rounding bound the levels too
+    dtype        number format of the values; its rounding error is added to eta
+    most_levels  a cap on the number of equally spaced levels that a hidden value can take, such as 16 for 4-bit values;
+                 None: no cap besides eta and the rounding
     """
 
     eta: float
@@ -57,34 +57,41 @@ class Demand:
 
     @property
     def error(self) -> float:
-        """Return eta plus `grain`(dtype): the allowed error of an answer, against the answer for unrounded values."""
+        """Return eta plus the largest rounding error of a value in `dtype`: the allowed error of an answer.
+
+        The answer is compared with exact attention over the values before rounding.
+        """
         return self.eta + grain(self.dtype)
 
     def levels(self, weights: Tensor, leaks: Tensor) -> Tensor:
         """Return the number of levels that Bob can tell apart in the values of each group of tokens, int64.
 
-        weights are the softmax weights of queries on their own groups of tokens, leaks those on groups decoded later.
-        Law: the largest whole L with (L - 1)(e + leak) < weight, in 1..`most_levels`. Here e is the allowed error of an
-        answer: eta plus the error of storing the values in `dtype`. L equally spaced levels in [-1, 1] lie 2/(L-1)
-        apart. An answer divided by its weight is off by at most (e + leak)/weight, so the level nearest to it is the
-        hidden one if that is below half a spacing.
+        weights are the softmax weights of queries on their own groups of tokens, leaks those on groups decoded later;
+        both have the same shape, and so has the result.
+        Law: the largest whole L with (L - 1)(e + leak) < weight, in 1..`most_levels`, where e is the allowed error of
+        an answer: eta plus the rounding error of the values. L equally spaced levels in [-1, 1] lie 2/(L-1) apart. Bob
+        divides the answer by the weight, and is then off by at most (e + leak)/weight. If that is less than half a
+        spacing, the nearest level is the hidden one.
         """
         ratio = weights.double() / (self.error + leaks.double())
         return torch.ceil(ratio * (1.0 - _SHAVE)).clamp(1.0, self._cap).to(torch.int64)
 
     def bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return the bits that each group of tokens adds to the read floor, float64, for the arguments of `levels`.
+        """Return the bits that each group of tokens adds to the read floor, float64.
 
-        Law: p dv log2 L - H2(p), with L of `levels` and H2 the binary entropy; clamped at 0, and 0 for a single level.
+        weights and leaks are those of `levels`: each query's softmax weight on its own group, and on groups decoded
+        later.
+        Law: p dv log2 L - H2(p), with L from `levels` and H2 the binary entropy; at least 0, and 0 for L = 1.
         """
         levels = self.levels(weights, leaks)
         bits = self.p * self.dv * torch.log2(levels.double()) - H2(self.p)
         return bits.clamp_min(0.0).masked_fill(levels < 2, 0.0)
 
     def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return an estimate of `bits`, computed in the dtype of `weights`: fast, and good enough for searching groups.
+        """Return an estimate of `bits` in the dtype of `weights`: faster, and accurate enough for the search of groups.
 
-        weights and leaks are those of `levels`.
+        weights and leaks are those of `levels`: each query's softmax weight on its own group, and on groups decoded
+        later.
         """
         levels = torch.ceil(weights / (self.error + leaks)).clamp_(1.0, self._cap)
         bits = torch.log2(levels).mul_(self.p * self.dv).sub_(H2(self.p)).clamp_min_(0.0)

@@ -18,7 +18,10 @@ _FLOAT32_UNIT = 2.0**-24
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Hold the factors of the logits in one precision: queries times the scale (m, d), keys (n, d), and the softcap."""
+    """Hold what logits are computed from: queries times the scale (m, d), keys (n, d), and the softcap.
+
+    Queries and keys have one dtype, whose precision the logits are computed in.
+    """
 
     q: Tensor
     k: Tensor
@@ -30,7 +33,7 @@ class Factors:
         return Factors((q.double() * scale).to(dtype), k.to(dtype), softcap)
 
     def logits(self, queries: slice | Tensor, tokens: slice | Tensor) -> Tensor:
-        """Return the logits (b, t) of the b given queries on the t given tokens.
+        """Return the logits (b, t) of the queries on the tokens at the given indices.
 
         bfloat16 factors give float32 logits.
         """
@@ -40,19 +43,20 @@ class Factors:
 
     @property
     def sum_unit(self) -> float:
-        """Return the unit roundoff (half an eps) of the sums of products, and of all that is computed from the logits.
+        """Return the unit roundoff (half of eps) of the sums in a dot product and of later steps of the computation.
 
-        It is that of the factors' dtype, or of float32 for bfloat16 factors, as these are summed in float32.
+        It is that of the factors' dtype, but that of float32 for bfloat16 factors, whose products are summed in
+        float32.
         """
         return _FLOAT32_UNIT if self.q.dtype == torch.bfloat16 else torch.finfo(self.q.dtype).eps / 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """Hold bounds on the logits computed in one precision, per query (m,), float64.
+    """Hold bounds on the logits of each query, computed in one precision; both are (m,) float64.
 
-    error  largest deviation of a computed logit from the true one, whatever the key
-    reach  largest size of a logit
+    error  largest difference of a computed logit from the true one, over all keys
+    reach  largest absolute value of a logit
     """
 
     error: Tensor
@@ -63,11 +67,12 @@ class Rounding:
         """Bound the rounding error and the size of the logits that `factors` give, per query, as a `Rounding`.
 
         `factors` were made from q (m, d), k (n, d) and scale. With u the unit roundoff of the sums (float32's for
-        bfloat16), q' and k' the rounded factors, q the unrounded query times scale, and |.| l2 norms, the error is
+        bfloat16), q' and k' the rounded factors, q here the unrounded query times scale, and |.| l2 norms, the error is
+        at most the sum of
             |q - q'| |k| + |q'| |k - k'|      the factors' own rounding, measured
-            + (d + 2) u |q'| |k'|             the sum, in any order (Cauchy-Schwarz)
-            + unit(dtype) |q'| |k'|           the rounding of the result
-            + 8 u softcap                     the cap, whose slope is at most 1
+            (d + 2) u |q'| |k'|               the sum over coordinates, in any order (Cauchy-Schwarz)
+            unit(dtype) |q'| |k'|             the rounding of the result, unit(dtype) the unit roundoff of the factors
+            8 u softcap                       the softcap, whose slope is at most 1
         """
         short_q, short_k = factors.q.double(), factors.k.double()
         lost_q, lost_k = (q.double() * scale - short_q).norm(dim=1), (k.double() - short_k).norm(dim=1).max()
@@ -80,7 +85,7 @@ class Rounding:
         return Rounding(error * 1.001, reach * 1.001)
 
     def of_sums(self, unit: float, terms: int) -> Tensor:
-        """Bound |log(computed / true)| for a sum of `terms` exponentials of logits, per query: (m,).
+        """Bound |log(computed / true)| for a sum of `terms` exponentials of a query's logits: (m,), one per query.
 
         `unit` is the unit roundoff of the sum.
         """
@@ -96,7 +101,7 @@ def logits(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
 def short_products(device: torch.device) -> bool:
     """Return True if `device` is a CPU where oneDNN multiplies bfloat16 matrices fast and sums in float32.
 
-    On a GPU float32 is fast enough, and sums of bfloat16 products may be accumulated in lower precision.
+    Returns False for a GPU: float32 is fast enough there, and bfloat16 products may be summed in lower precision.
     """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     mkldnn = torch.backends.mkldnn
@@ -104,8 +109,8 @@ def short_products(device: torch.device) -> bool:
 
 
 def rough_dtype(device: torch.device, few: bool) -> torch.dtype:
-    """Choose a precision for the logits of a search: float32 for few tokens, bfloat16 for many where that is faster.
+    """Choose the precision of a search's logits: float32 for few tokens, bfloat16 for many where that is faster.
 
-    `few` is True for few tokens, as the caller counts them.
+    `few` is True if the caller counts its tokens as few.
     """
     return torch.bfloat16 if not few and short_products(device) else torch.float32

@@ -43,7 +43,7 @@ class Readable:
     """Hold a read floor: after the tokens of `stream`, any method that meets `demand` holds at least `bits` bits.
 
     `demand` is the accuracy required of answers. Groups of tokens are numbered in the order in which Bob decodes them.
-    The module defines group, weight, leak, grain and Bob.
+    The module defines group, weight, leak, levels, grain and Bob.
 
     stream      (n,) int64, the tokens of the stream, as indices into the given keys, in order
     group       (n,) int64, the group of each token of the stream, -1 for tokens whose values are 0
@@ -51,12 +51,12 @@ class Readable:
     asked       (G,) int64, the source of each query: an index into the given queries, or for `readable_within` the
                 token of the given keys for which the query was made
     weights     (G,) float64, softmax weight of query g on group g, at most the true weight
-    leaks       (G,) float64, softmax weight of query g on the groups decoded after g; in weights and leaks, the mass on
-                other tokens is rounded up
-    levels      (G,) int64, with (levels - 1)(eta + grain + leak) < weight, eta of `demand`, for these weights and
-                leaks, hence for the true ones
+    leaks       (G,) float64, softmax weight of query g on the groups decoded after g, rounded so that the floor cannot
+                rise
+    levels      (G,) int64, the number of levels in each group: (levels - 1)(eta + grain + leak) < weight, eta of
+                `demand`
     later_mass  (G,) float64 or None, log of the softmax mass of query g on tokens outside the stream
-    scale, softcap   of the logits
+    scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
     """
 
     bits: float
@@ -120,14 +120,13 @@ def readable_by(
     values, given these keys: it is no claim about recorded values.
 
     k, q         (n, d) stored keys; (m, d) queries, each of which the state must be able to answer
-    later_mass   log of the softmax mass of a query on tokens after the stored ones, its own included: (m,), or one
-                 number; None: no such tokens. `causal_mass` computes it from recorded tokens
+    later_mass   log of the softmax mass of a query on tokens after the stored ones, its own token included: (m,), or
+                 one number; None: no such tokens. `causal_mass` computes it from recorded tokens
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
     dtype        the values' number format
     most_levels  a further cap on L_g, or None
-    Groups, their queries and their order come from a search. Any choice gives a valid floor, so a longer search can
-    only raise it.
-    Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".
+    A search chooses the groups, their queries and their order. Any choice gives a valid floor; a better one, a higher
+    floor. Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".
     """
     k = matrix("k", k)
     q = matrix("q", q, k.shape[1])
@@ -152,15 +151,16 @@ def readable_within(
 ) -> Readable:
     """Return a lower bound on the bits of a state that answers all queries of length at most `radius` over keys of `k`.
 
-    k (n, d) holds the keys from which the stream is made. Law: as `readable_by`, for the best queries found within the
-    radius. `others` says whether keys that no query reads are in the stream:
+    k (n, d) holds the keys from which the stream is made. The bound is that of `readable_by`, for the best queries
+    found within the radius. `others` says whether keys that no query reads are in the stream:
         "absent"   the floor is for a stream of only those tokens that some query reads: fewer than the given keys
-        "present"  all given keys are in the stream, with value 0 where they are not read; near-duplicates, which no
+        "present"  all given keys are in the stream, with value 0 where they are not read. Near-duplicates, which no
                    query tells apart, are read as one group
-    later_mass  log of the softmax mass that every query sees beyond the stream, such as that of its own token; None: no
-                token is appended before the query
+    later_mass  log of the softmax mass that every query sees beyond the stream, such as that of its own token; None:
+                the queries see the stream only
     eta, p      largest error of an answer in any of its dv values, and the probability that it is not exceeded
-    dtype       the values' number format; most_levels: a cap on the levels, or None
+    dtype       the values' number format
+    most_levels  a cap on the number of levels, or None
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
     Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".
     """
@@ -188,10 +188,10 @@ def readable_by_rows(
     """Compute the read floor of every row (stream of one kv head) of k (rows, n, d), given its queries q (rows, m, d).
 
     Returns the result of `readable_by` for each row. later_mass (rows, m) is the log of each query's softmax mass on
-    tokens after the stored ones, or None. present (rows, n) and asked (rows, m), bool, mark the real tokens and
-    queries, which are not padding. `demand` holds eta, dv, p, scale, softcap, dtype and most_levels, of which only eta
-    and dv are required. In the results, `stream` and `asked` are indices into all tokens and queries of the row. Rows
-    have independent values, so the bits of all rows add up.
+    tokens after the stored ones, or None. present (rows, n) and asked (rows, m), bool, are True for real tokens and
+    queries and False for padding; None: no padding. `demand` holds eta, dv, p, scale, softcap, dtype and most_levels,
+    of which only eta and dv are required. In the results, `stream` and `asked` are indices into all tokens and queries
+    of the row. Rows have independent values, so the bits of all rows add up.
     """
     rows = _rows("k", k)
     if _rows("q", q) != rows:
@@ -211,8 +211,8 @@ def readable_within_rows(
     """Compute the read floor for all short queries over every row (stream of one kv head) of keys k (rows, n, d).
 
     Returns the result of `readable_within` for each row. radius, the greatest length of a query, is one number or
-    (rows,); present (rows, n), bool, marks the real tokens, which are not padding. `demand` holds eta, dv, p, scale,
-    softcap, others, later_mass, dtype and most_levels, of which only eta and dv are required.
+    (rows,). present (rows, n), bool, is True for real tokens and False for padding; None: no padding. `demand` holds
+    eta, dv, p, scale, softcap, others, later_mass, dtype and most_levels, of which only eta and dv are required.
     """
     rows = _rows("k", k)
     radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()
@@ -225,7 +225,7 @@ def readable_within_rows(
 
 
 def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand) -> Readable:
-    """Compute the read floor of the groups that a search finds for the queries q, with all keys k in the stream.
+    """Compute the read floor for the queries q when all keys k are in the stream, from groups that a search finds.
 
     `law` is (scale, softcap). `later` (m,) is the log of each query's softmax mass on tokens outside the stream, or
     None.
@@ -292,9 +292,10 @@ def _rows(name: str, value: Tensor) -> int:
 
 
 def _marked(name: str, mask: Tensor | None, like: Tensor, row: int) -> Tensor:
-    """Return the indices (t,) that the bool `mask` marks in row `row`, or all indices if the mask is None.
+    """Return the indices (t,) of the True entries of row `row` of `mask`, or all indices if `mask` is None.
 
-    Raises ValueError with `name` unless the mask is bool of shape `like`.shape[:2].
+    `like` has the shape (rows, n, d) of the keys or queries that are marked. Raises ValueError with `name` unless the
+    mask is bool of shape (rows, n).
     """
     if mask is None:
         return torch.arange(like.shape[1], device=like.device)

@@ -1,6 +1,7 @@
 """Compute the read floor of a recorded stream of keys and queries that is cut in two at a token.
 
-The read floor is a lower bound on the bits that a state at the cut must hold to answer the queries after the cut.
+The read floor is a lower bound on the bits that a state must hold after the tokens before the cut, to answer the
+queries that come after the cut.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ def causal_mass(
 ) -> Tensor:
     """Return the log of each query's softmax mass on the tokens from a cut up to its own token: (g * t,) float64.
 
-    The log mass is the log-sum-exp of the logits. The read floor (`readable_by`) takes it as its argument
-    `later_mass`, the mass on tokens that come after the stored ones. scale and softcap define the logits. q (g, t, d)
-    holds the queries of a GQA group at the t tokens after the cut, g per token; k (t, d) the keys of the same tokens;
-    present (t,) bool marks real tokens, which are not padding. The query at token i sees tokens 0..i of the t. The
-    result is in the order of q.reshape(g * t, d). It is -inf where a query sees no real token.
+    The log mass is the log-sum-exp of the logits. `readable_by`, which computes the read floor, takes it as its
+    argument `later_mass`: the mass on tokens that come after the stored ones.
+    q        (g, t, d), the queries at the t tokens after the cut, g per token (a GQA group); the query at token i sees
+             tokens 0..i of the t
+    k        (t, d), the keys of the same tokens
+    present  (t,) bool, True for real tokens, False for padding; None: no padding
+    scale, softcap   define the logits
+    The result is in the order of q.reshape(g * t, d). It is -inf where a query sees no real token.
     """
     g, t, d = q.shape
     everything = slice(None)
@@ -45,17 +49,19 @@ def readable_after(
     softcap: float | None = None,
     **demand: Any,
 ) -> list[Readable]:
-    """Compute the read floor of each row of a recorded stream that is cut in two after `cut` tokens.
+    """Compute the read floor of each row of a recorded stream: of the first `cut` tokens, for all queries after them.
 
     Returns the result of `readable_by` for each row. A row is the stream of one kv head. The first `cut` tokens are
     stored, and all later queries are asked. Each later query also attends to its own token and to the tokens between
     the cut and its own.
 
-    q (rows, g, n, d), g queries per token (a GQA group), k (rows, n, d); present (rows, n) bool marks real tokens,
-    which are not padding; scale and softcap define the logits; `demand` holds eta, dv, p, dtype and most_levels, of
-    which only eta and dv are required. In the results `asked` indexes a row's later queries, flattened as
-    q[row, :, cut:].reshape(-1, d), and `stream` indexes the row's tokens. Bits of rows add up, because the values of
-    different rows are independent.
+    q        (rows, g, n, d), with g queries per token (a GQA group)
+    k        (rows, n, d)
+    present  (rows, n) bool, True for real tokens, False for padding; None: no padding
+    scale, softcap   define the logits
+    demand   holds eta, dv, p, dtype and most_levels, of which only eta and dv are required
+    In the results `asked` indexes a row's later queries, flattened as q[row, :, cut:].reshape(-1, d), and `stream`
+    indexes the row's tokens. Bits of rows add up, because the values of different rows are independent.
     """
     if q.ndim != 4 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[1:]:
         raise ValueError(f"q must be (rows, g, n, d) and k (rows, n, d), got {tuple(q.shape)} and {tuple(k.shape)}")
@@ -82,9 +88,9 @@ def readable_after(
 def longest_query(q: Tensor, present: Tensor | None = None) -> Tensor:
     """Return the length (rows,), float64, of each row's longest query.
 
-    Given this length as `radius`, `readable_within_rows` computes the read floor for all queries that are no longer
-    than those recorded. A row is the stream of one kv head. q (rows, g, n, d) has g
-    queries per token (a GQA group); present (rows, n), bool, marks the real tokens, which are not padding.
+    Given as `radius` to `readable_within_rows`, it makes the read floor one for all queries no longer than those
+    recorded. A row is the stream of one kv head. q (rows, g, n, d) has g queries per token (a GQA group). present
+    (rows, n), bool, is True for real tokens and False for padding; None: no padding.
     """
     length = q.double().norm(dim=-1)
     if present is not None:

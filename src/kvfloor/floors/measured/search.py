@@ -1,10 +1,13 @@
 """Search groups of tokens, the query that reads each group, and their order of decoding, for `readable_by`.
 
-`readable_by` computes the read floor, a lower bound on the bits of a state that answers given queries. In its proof, a
-receiver (Bob) reconstructs ("decodes") hidden values from the answers, one group of tokens after the other.
+`readable_by` computes the read floor, a lower bound on the bits of a state that answers given queries. In its proof,
+values are hidden in the stream, and a receiver (Bob) reconstructs ("decodes") them from the answers, one group of
+tokens after the other.
     group           tokens that share one hidden row of values, read by one query
+    weight          softmax weight of a query on a token or on its group
     leak            softmax weight that the query of a group puts on groups that Bob decodes later
-    near tokens     tokens on which a query puts at least a given share of its largest softmax weight
+    near tokens     tokens on which a query's weight is at least a given share (such as 0.2) of its largest weight
+    demand          the accuracy required of answers
     estimated bits  the floor that a choice of groups would give, before rounding is accounted for
 The search only proposes groups. Any disjoint groups in any order give a valid floor, which `readable.py` computes from
 weights that it bounds again. So the search decides the size of the floor, never its validity. Groups depend on keys and
@@ -39,11 +42,11 @@ _PASSES = 16  # most iterations that settle which queries of a block are chosen
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Hold the softmax weights of a block of b queries on the n stored tokens, as the factors `softmax` and `share`.
+    """Hold the softmax weights of b queries on the n stored tokens: `softmax` times `share`.
 
     queries  (b,) indices of the queries
     softmax  (b, n), the softmax over the stored tokens alone
-    share    (b,), the softmax mass on stored tokens over the mass on all tokens that the query sees
+    share    (b,), the part of a query's softmax mass that is on stored tokens, of the mass on all tokens that it sees
     """
 
     queries: Tensor
@@ -60,12 +63,12 @@ class Block:
         return self.softmax >= share * self.softmax.amax(1, keepdim=True)
 
     def at(self, places: Tensor) -> Block:
-        """Return a block of c of this block's queries: those at the indices `places` (c,) in the block."""
+        """Return a block of c of this block's queries, those at the indices `places` (c,) within the block."""
         return Block(self.queries[places], self.softmax[places], self.share[places])
 
 
 class Sight:
-    """Compute the softmax weights of m queries on n stored tokens, in a precision that suffices for searching.
+    """Compute the softmax weights of m queries on n stored tokens, in a precision that is good enough for the search.
 
     scale and softcap define the logits of queries q (m, d) on keys k (n, d). later_mass (m,) is the log of the softmax
     mass on further tokens that each query sees, or None.
@@ -102,8 +105,8 @@ class Sight:
 def find_groups(sight: Sight, demand: Demand) -> Choice:
     """Return the choice of token groups, queries and order of decoding with the largest estimated read floor.
 
-    It is the best over a few settings of the search, and has no groups if no query can read any token. `sight` gives
-    the softmax weights, and `demand` is the accuracy required of the answers.
+    It is the best of several searches, each with another minimal share for near tokens. It has no groups if no query
+    can read any token. `sight` gives the softmax weights, and `demand` is the accuracy required of the answers.
     """
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)
@@ -128,8 +131,8 @@ def find_groups(sight: Sight, demand: Demand) -> Choice:
 def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Iterator[tuple[float, Choice]]:
     """Improve a choice of groups from up to three starts; yield (estimated bits, improved choice) of each start.
 
-    `pool` holds the indices of the queries that may read tokens. A start is an order of decoding, given as
-    queries of the pool. In the up to three starts, the queries that have no group yet come first, last, or not at all.
+    `pool` holds the indices of the queries that may read tokens. A start is an order of decoding of queries of the
+    pool: the queries that have no group yet come first, or last, or are left out.
     """
     weights = sight.rows(pool).weights
     place = torch.full((sight.m + 1,), -1, device=sight.device)
@@ -150,9 +153,9 @@ def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Ite
 def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
     """Rank the queries (m,), best first, by how little other queries attend to the tokens that a query would read.
 
-    A query would read its near tokens: those with at least `share` of its largest weight. The score is w / (u + error):
-    w is the weight that the query puts on these tokens, u the total weight that all other queries put on them, and
-    error the allowed error of an answer.
+    A query would read its near tokens, those with at least `share` of its largest weight. The score is w / (u + error):
+    w is the weight that the query puts on these tokens, u the total weight that all other queries put on them
+    (estimated from a sample of the queries), and error the allowed error of an answer.
     """
     step = max(1, sight.m // _SAMPLED_QUERIES)
     asked = sum(block.share @ block.softmax for block in sight.blocks(sight.all()[::step])) * float(step)
@@ -165,13 +168,13 @@ def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
 
 
 def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tuple[float, Choice]:
-    """Form groups greedily: each query of `candidates` in turn reads the near tokens that no other query reads yet.
+    """Form groups greedily: each query of `candidates` in turn reads its near tokens that no other query reads yet.
 
-    Returns the estimated bits of the choice and the choice. `candidates` holds indices of queries; queries whose group
-    would add no bits are skipped. Near tokens have at least `share` of the query's largest weight. The group formed
-    first is the last that Bob decodes: a group that is decoded earlier adds no leak to the groups decoded after it.
-    Candidates are handled in blocks. Within a block, a candidate loses tokens to earlier candidates that are chosen,
-    and leaks weight to their groups; an iteration settles which candidates are chosen.
+    Returns (estimated bits, choice). `candidates` holds indices of queries; queries whose group would add no bits are
+    skipped. Near tokens have at least `share` of the query's largest weight. The group formed first is the one that Bob
+    decodes last, so that a new group, which is decoded before all groups so far, adds no leak to them. Candidates are
+    handled in blocks. Within a block, a candidate loses tokens to earlier candidates that are chosen, and leaks weight
+    to their groups; an iteration settles which candidates are chosen.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0

@@ -1,9 +1,9 @@
-"""Bound the softmax weights of groups of tokens, for the read floor, so that rounding cannot raise the floor.
+"""Bound the softmax weights of groups of tokens, for the read floor, so that rounding errors cannot raise the floor.
 
-The read floor is a lower bound on the bits of a state that answers queries. In its proof, a receiver (Bob)
-reconstructs ("decodes") hidden values of groups of tokens from the answers, one group after the other. Query g reads
-group g, and groups are numbered in the order of decoding. In shapes, G are groups, n keys and d the width of a key;
-scale and softcap define the logits.
+The read floor is a lower bound on the bits of a state that answers queries. In its proof, values are hidden in the
+stream, and a receiver (Bob) reconstructs ("decodes") them from the answers, one group of tokens after the other. Query
+g reads group g, and groups are numbered in the order of decoding. In shapes, G is the number of groups, n of keys, and
+d the width of a key; scale and softcap define the logits.
 """
 
 import torch
@@ -30,14 +30,15 @@ def ordered_shares(
 ) -> tuple[Tensor, Tensor]:
     """Bound the softmax weight of each query on its own group of tokens, and on all groups decoded later.
 
-    Returns (weights, leaks), two (G,) float64 in [0, 1], rounded so that the floor cannot rise. Query g reads group g
-    of the G groups of tokens. q (G, d); k (n, d); group (n,) int64 in [-1, G), -1 for tokens in no group; later_mass
-    (G,) float64, log of the softmax mass of query g on tokens outside the stream. Weights are shares of the mass on all
-    n tokens and on those outside. The mass on a query's own group is always computed in float64, the mass on other
-    tokens in float64 for small inputs only. For larger inputs the latter is computed in bfloat16 or float32, and
-    multiplied by exp(error), the factor that rounding may have taken from it, error the bound on a logit's rounding
-    (`Rounding`). So `weights` are at most the true weights, and for every c >= 0 weights / (c + leaks) is at most its
-    true value.
+    Returns (weights, leaks), two (G,) float64 in [0, 1], rounded so that the floor cannot rise: `weights` are at most
+    the true weights, and for every c >= 0 weights / (c + leaks) is at most its true value.
+    q           (G, d), query g reads group g
+    k           (n, d), the keys of the stream
+    group       (n,) int64 in [-1, G), the group of each token, -1 for tokens in no group
+    later_mass  (G,) float64, log of the softmax mass of query g on tokens outside the stream, or None
+    Weights are shares of the mass on all n tokens and on those outside. The mass on a query's own group is computed in
+    float64. The mass on other tokens is computed in float64 for small inputs, else in bfloat16 or float32. It is then
+    multiplied by the factor that rounding may have taken from it, exp of a bound on the rounding errors of the logits.
     """
     count, n, device = q.shape[0], k.shape[0], k.device
     if count == 0:
@@ -85,10 +86,9 @@ def ordered_shares(
 def _factors(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Factors, Rounding]:
     """Round queries and keys, whose products are the logits, to the shortest precision that suffices.
 
-    Returns the rounded queries (times `scale`), the rounded keys and the softcap as `Factors`, and bounds on the error
-    and the size of the logits computed from them, per query, as `Rounding`.
-    Small inputs use float64. Larger ones may use float32 or bfloat16 where torch allows it, bfloat16 only if its
-    rounding error is small enough.
+    Returns `Factors`, the rounded queries (times `scale`), the rounded keys and the softcap, and `Rounding`, bounds per
+    query on the error and the size of the logits computed from them. Small inputs use float64. Larger ones may use
+    float32 or bfloat16 where torch allows it, bfloat16 only if its rounding error is small enough.
     """
     allowed = [torch.float64]
     if len(q) * k.numel() > _WIDE_UP_TO:
@@ -122,10 +122,10 @@ def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, s
 
 
 def _pieces(inside: int, beyond: int, n: int) -> list[tuple[int, int]]:
-    """Cut n tokens, sorted by group, into index ranges low .. high - 1 of bounded length; return the pairs (low, high).
+    """Cut n tokens, sorted by group, into index ranges of bounded length; return them as pairs (low, high).
 
-    The ranges serve a few queries. The tokens of the groups that these queries read have the indices `inside` ..
-    `beyond` - 1. Each range lies entirely before, within or after these tokens.
+    Index high is excluded. The ranges serve a few queries, whose own groups are the tokens `inside` .. `beyond` - 1.
+    Each range lies entirely before, within or after these tokens.
     """
     pieces = []
     for low, high in ((0, inside), (inside, beyond), (beyond, n)):

@@ -1,7 +1,8 @@
-"""Compute the Gaussian reference: the bits of attention's answers at a given error, if the values were Gaussian.
+"""Compute the Gaussian reference: the fewest bits that describe attention's answers, if the values were Gaussian.
 
-It is the rate-distortion function of the answers A V, A the attention matrix and V the values. It is a reference to
-compare measurements with, never a lower bound for recorded data: see `gaussian_reference`.
+It is the rate-distortion function of the answers A V, with A the attention matrix (softmax weights) and V the values:
+the fewest bits for a given squared error. It is a figure to compare measurements with, never a lower bound for recorded
+values, which are not Gaussian.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from kvfloor.validation import positive, within
 
 @dataclasses.dataclass(frozen=True)
 class GaussianReference:
-    """Hold the bits that Gaussian answers take at total squared error `distortion`, by reverse water-filling.
+    """Hold the fewest bits that describe answers to a total squared error `distortion`, if the answers are Gaussian.
 
-    Components are the independent Gaussians into which the answers decompose.
-    level       theta, the squared error of each component that takes bits; a component of less variance takes none
+    The answers decompose into independent Gaussian components. Every component whose variance is above a common level
+    is described to a squared error of that level; the others take no bits (reverse water-filling).
+    bits        the number of bits, in all components
+    distortion  the squared error, summed over all components
+    level       the common level, theta
     variance    total variance of the answers: the squared error of guessing their mean
     sent        number of components that take bits: those of variance above `level`
     components  number of components with positive variance
@@ -42,7 +46,7 @@ def attention_matrix(
     """Return the softmax weights (m, n), float64, of queries q (m, d) on stored keys k (n, d).
 
     scale and softcap define the logits. later_mass (m,), or one number, is the log of a query's softmax mass on tokens
-    after the stored ones; with it, the weights of a query sum to less than 1.
+    after the stored ones. That mass counts in the softmax, so the weights of a query on stored keys sum to less than 1.
     """
     k = matrix("k", k)
     q = matrix("q", q, k.shape[1])
@@ -78,9 +82,9 @@ def value_spread(values: Tensor) -> Tensor:
 def gaussian_rate(variances: Tensor, distortion: float) -> GaussianReference:
     """Return the bits that independent Gaussians of these variances take at total squared error `distortion`.
 
-    Law: the rate-distortion function 1/2 sum max(0, log2(variance / theta)) bits, with theta chosen so that
-    sum min(theta, variance) = distortion; 0 if distortion is the total variance or more, infinite at distortion 0.
-    Reverse water-filling (Shannon; Kolmogorov).
+    Law: the rate-distortion function 1/2 sum max(0, log2(variance / theta)) bits, with theta chosen so that sum
+    min(theta, variance) = distortion. The bits are 0 if distortion is the total variance or more, and infinite at
+    distortion 0. This is reverse water-filling (Shannon; Kolmogorov).
     """
     distortion = within("distortion", distortion, 0.0, math.inf)
     if not bool(torch.isfinite(variances).all()) or bool((variances < 0).any()):
@@ -111,18 +115,20 @@ def gaussian_reference(
     mean_squared: float | None = None,
     relative: float | None = None,
 ) -> GaussianReference:
-    """Return the bits that the answers a V take at a given error, if the rows of V were independent Gaussians.
+    """Return the fewest bits that describe the answers a V at a given error, if rows of V were independent Gaussians.
 
-    Law, for rows N(mean, Sigma): R_A(D), `gaussian_rate` of the variances sigma_i^2 lambda_j at distortion D. The
-    sigma_i are the singular values of the attention matrix `a` (m, n), the lambda_j the eigenvalues of Sigma. `spread`
-    (dv,) holds these eigenvalues; without it, Sigma is the covariance of `values` (n, dv). One error must be given:
+    `a` (m, n) is the attention matrix. All rows of V have one mean and one covariance Sigma. Give one of
+        values  (n, dv): Sigma is their covariance
+        spread  (dv,): the eigenvalues of Sigma
+    and one error:
         distortion    D, the expected squared error summed over all m dv entries
         mean_squared  D / (m dv)
-        relative      sqrt(D) / ||a V||_F, V the `values`; without them, ||a V||_F^2 is its expectation at mean 0
-    For Gaussian values it is a lower bound on the bits of any state, whether or not the state's writer or reader is
-    given `a`. For values of another law it bounds nothing: values of the same covariance can take fewer bits. Hence it
-    is a reference, never a floor of recorded data. Raises ValueError naming the argument. Source: derived,
-    docs/floors.md, "Gaussian reference".
+        relative      sqrt(D) / ||a V||_F, V the `values`; for `spread`, ||a V||_F^2 is its expectation at mean 0
+    Law: `gaussian_rate` of the variances sigma_i^2 lambda_j at distortion D, with sigma_i the singular values of `a`
+    and lambda_j the eigenvalues of Sigma.
+    For Gaussian values this is a lower bound on the bits of any state, even if `a` is known beforehand. For other
+    values it is no bound: values of the same covariance can take fewer bits. Raises ValueError naming the argument.
+    Source: derived, docs/floors.md, "Gaussian reference".
     """
     a = matrix("a", a)
     if (values is None) == (spread is None):

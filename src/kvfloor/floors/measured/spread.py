@@ -1,16 +1,19 @@
 """Search for a stream of keys, each of which has a short query that reads it: `readable_within(others="absent")`.
 
 `readable_within` computes the read floor, a lower bound on the bits of a state that answers all short queries. In its
-proof, a receiver (Bob) reconstructs ("decodes") the hidden value of one token after the other from the answers; tokens
-that he has decoded no longer disturb his next answers. So tokens are kept in an order of decoding, which has nothing to
-do with their order in the stream.
+proof, a value is hidden in each token, and a receiver (Bob) reconstructs ("decodes") one after the other from the
+answers. Tokens that he has decoded no longer disturb his next answers. So tokens are kept in an order of decoding,
+which has nothing to do with their order in the stream. A query "reads" a token if its answer gives bits of the hidden
+value.
     members         the tokens of the stream that is being built; all other tokens are left out of it
     ratio R_ij      exp(logit_ij - logit_ii) under the query of token i: softmax mass on token j over that on token i
     load            sum of the ratios R_ij over a set of tokens j
     weight          softmax weight of the query of token i on token i: 1 / (1 + sum of R_ij over the other members)
     leak            the weight of token i times the sum of R_ij over the members that Bob decodes after token i
-    estimated bits  the read floor of a stream, in bits, by the search's own softmax weights, whose rounding errors are
-                    not accounted for; `readable.py` bounds the weights anew and computes the true floor
+    damage          how much a token disturbs the queries of other tokens
+    demand          the accuracy required of answers
+    estimated bits  the read floor of a stream, by the search's own softmax weights, whose rounding errors are not
+                    accounted for; `readable.py` bounds the weights anew and computes the true floor
 The search only proposes streams. A stream grows from the last decoded token to the first: a token that is decoded
 earlier adds no leak to the tokens decoded after it, and only shrinks their weights.
 """
@@ -70,7 +73,10 @@ class Pull:
         return pull
 
     def load(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return the load of `others` on each i of `tokens`, (t,): the sum of the ratios R_ij over j in `others`."""
+        """Return the load of `others` on each i of `tokens`, (t,): the sum of the ratios R_ij over all j in `others`.
+
+        R_ij is the softmax mass on token j over that on token i, under the query of token i.
+        """
         total = torch.zeros_like(self._own[tokens])
         for row in range(0, len(tokens), _TOKENS_AT_ONCE):
             rows = slice(row, row + _TOKENS_AT_ONCE)
@@ -79,9 +85,9 @@ class Pull:
         return total
 
     def damage(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Return how much each token j of `others` (o,) disturbs the queries of `tokens` (t,): (o,), one sum per j.
+        """Return how much each token j of `others` (o,) disturbs the queries of `tokens` (t,): (o,), larger is worse.
 
-        The sum is of min(R_ij, 1) over all i of `tokens`, R_ij the ratios of `on`.
+        The damage of j is the sum of min(R_ij, 1) over all i of `tokens`, with the ratios R_ij of `on`.
         """
         total = torch.zeros_like(self._own[others])
         for rows in tokens.split(_TOKENS_AT_ONCE):
@@ -89,7 +95,7 @@ class Pull:
         return total
 
     def pairs(self, members: Tensor) -> Tensor:
-        """Return the softmax weights (G, G) of the members' queries on the members of a stream.
+        """Return the softmax weights (G, G) of each member's query on every member of a stream.
 
         `members` (G,) are the tokens of the stream. The softmax also counts the mass `beyond` of further tokens, so
         that the weights of a query sum to at most 1.
@@ -102,7 +108,8 @@ class Pull:
 class Candidate(NamedTuple):
     """Hold a proposed stream of tokens, each read by one query, and the estimated read floor of this stream.
 
-    tokens  (G,) in the order of decoding, i.e. in which the proof's receiver (Bob) reconstructs their hidden values
+    tokens  (G,) in the order of decoding: Bob, the receiver in the proof, reconstructs their hidden values in this
+            order
     q       (G, d), the query that reads each token
     bits    estimated floor, in bits
     """
@@ -115,10 +122,9 @@ class Candidate(NamedTuple):
 class Spread:
     """Search keys (n, d), float32, for streams in which a query per token reveals the token's hidden value.
 
-    `candidates` yields the streams found, each with its tokens, its queries and its estimated bits (see the module). A
-    query reveals a value, or reads the token, if its answer shows which of several possible numbers the value is. The
-    tokens of a stream are its members, kept in the order of decoding: the order in which the proof's receiver (Bob)
-    reconstructs the hidden values.
+    A query reveals a value, or reads the token, if its answer shows which of several possible numbers the value is.
+    `candidates` yields the streams found. The tokens of a stream are its members, kept in the order in which the
+    receiver of the proof (Bob) reconstructs their values, the order of decoding.
     radius          greatest length of a query
     scale, softcap  define the logits
     beyond          log of the softmax mass of further tokens that every query sees, or None
@@ -134,14 +140,13 @@ class Spread:
         self._all = torch.arange(k.shape[0], device=k.device)
 
     def candidates(self) -> Iterator[Candidate]:
-        """Yield proposed streams with their estimated floors, for the caller to compute the true floor of each.
+        """Yield one or two proposed streams with their estimated floors; the caller computes the true floor of each.
 
-        Up to 4,096 tokens (`FEW`): one stream, the better of two that are grown by trying tokens in two orders.
-        More tokens: one or two streams. The load of all tokens on each token is first estimated from at most 1,024 of
-        the tokens, evenly spaced. If by this estimate at least 90 % of the tokens can be read while all tokens are in
-        the stream, the first stream consists of all these readable tokens. The last stream, which is always yielded, is
-        grown token by token from loads computed without such an estimate, and so leaves out near-duplicates of tokens
-        that the 1,024 tokens miss.
+        Up to 4,096 tokens: one stream, the better of two that are grown by trying tokens in two orders.
+        More tokens: first, if at least 90 % of the tokens seem readable while all tokens are in the stream, the stream
+        of all readable tokens. This is estimated from at most 1,024 of the tokens, evenly spaced. Last, always, a
+        stream that is grown token by token from loads computed on all its members. It leaves out near-duplicates, which
+        the estimate can miss.
         """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)
@@ -159,9 +164,9 @@ class Spread:
         yield self._best(pull, (load.argsort(),))
 
     def _best(self, pull: Pull, orders: tuple[Tensor, ...]) -> Candidate:
-        """Return the stream with the largest estimated floor, over several orders in which tokens are tried as members.
+        """Return the stream with the largest estimated floor, over several orders of trying tokens as members.
 
-        For each order, a stream is grown by adding tokens in this order, and then revised in rounds.
+        For each of the given `orders`, a stream is grown by adding tokens in this order, and then revised in rounds.
         """
         best = Candidate(self._all[:0], self.k[:0], 0.0)
         for order in orders:
@@ -179,8 +184,8 @@ class Spread:
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
         """Search for a query per token that reads this token, against the softmax mass of the tokens `rivals` (r,).
 
-        `rivals` are indices of tokens. Returns a `Pull`, which has the n queries and computes their ratios R_ij for all
-        tokens i and j. `first` (n, d) holds queries to improve on, or is None.
+        `rivals` are indices of tokens. Returns a `Pull`, which holds the n queries and computes the ratios R_ij of
+        softmax masses under them. `first` (n, d) holds queries to improve on, or is None.
         """
         scale, softcap, beyond = self._law
         q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
@@ -206,10 +211,9 @@ class Spread:
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
         """Arrange the members of a stream in a good order of decoding; return (estimated floor in bits, members).
 
-        In this order the proof's receiver reconstructs the hidden values.
-        Up to 4,096 members (`FEW`): the given order or the order of damage (first the members that cost the others most
-        bits if decoded later), whichever gives the larger floor. More members: by the load that a sample of the members
-        puts on each member, the least load first.
+        Up to 4,096 members: the given order, or the order that puts first the members that would cost the others most
+        bits if decoded later, whichever gives the larger floor. More members: the least load first, estimated from a
+        sample of the members.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)
@@ -224,10 +228,10 @@ class Spread:
         return float(self.demand.bits(own, own * load / 2.0).sum()), members[load.argsort()]
 
     def _grown(self, pull: Pull, order: Tensor, members: Tensor) -> Tensor:
-        """Extend a stream of `members`: try other tokens in the given `order`, add those that a query can still read.
+        """Extend a stream of `members`: try other tokens in the given order, and add those that a query can still read.
 
         A query can read a token if the answer gives bits of the token's hidden value. Returns all members in the order
-        of decoding (in which hidden values are reconstructed): the added tokens come before the given members.
+        of decoding, in which hidden values are reconstructed. The added tokens come before the given members.
         """
         new = torch.ones_like(self._all, dtype=torch.bool)
         new[members] = False

@@ -1,7 +1,8 @@
 """Query a state for hidden rows, either as it is or after appending a token to a copy of it.
 
-A state is the memory that a method keeps of its streams, with one batch row per stream. A hidden row is the dv values
-that one query reads. The given state is never changed. Queries are asked a part at a time, so that memory is bounded.
+A state is the memory that a method keeps of its streams; it holds several independent streams side by side. A hidden
+row is the dv values that one query reads. The given state is never changed. Queries are asked in batches, so that
+memory is bounded.
 """
 
 import torch
@@ -16,7 +17,7 @@ _FORK_BYTES = 2**28  # bytes that copies of the state may take at once
 def by_reading(state: State, copy: Tensor, queries: Tensor) -> Tensor:
     """Return a state's answers (m, dv), float32, to queries (m, d), without appending a token.
 
-    copy (m,) holds, for each query, the index of the stream that it is for (one of the independent copies of the game).
+    copy (m,) holds, for each query, the index of the stream that it is for.
     """
     rows, m = state.spec.rows, len(queries)
     order = torch.argsort(copy, stable=True)
@@ -35,10 +36,9 @@ def by_appending(
 ) -> Tensor:
     """Return the answers (m, dv), float32, to queries (m, d), each asked after one token was appended to the state.
 
-    Each query and its token have a copy of the state of their own.
-    copy (m,) holds, for each query, the index of the stream that it is for (one of the independent copies of the game).
-    k (m, d) and v (m, dv) are the appended tokens, zero unless given. The theorems in which the receiver (Bob)
-    continues the stream before he asks need this form.
+    Each query has a fresh copy of the state, to which its own token is appended. copy (m,) holds, for each query, the
+    index of the stream that it is for. k (m, d) and v (m, dv) are the keys and values of the appended tokens, zero
+    unless given. Theorems in which the receiver (Bob) continues the stream before he asks need this form.
     """
     spec = state.spec
     k = queries.new_zeros(len(queries), spec.d) if k is None else k

@@ -1,14 +1,14 @@
 """Certify how many bits one message carries, from the values that its receiver decoded. All results are in bits.
 
 Alice hides values X in a method's state and sends the state as a message of S bits; Bob decodes X from it. X is uniform
-and independent of everything public. A certificate turns one decoding of X into a gain: a number T with
-Pr_X[T >= S + t] <= 2^-t for every message of S bits. So S >= T - log2(1/alpha) with confidence 1 - alpha from a single
-run, and taking the best of k certificates lowers this bound by log2 k.
-A decoder may use the message and public randomness only. Whoever computes a certificate also has X. If X is used to
-choose the rows to leave out (erasures), a threshold or a width, the bound is lowered by log2 of the number of possible
-choices. Derived here; docs/floors.md ("Certificates") has the proofs.
-The message length is taken as public; where a method's length depends on the values, add log2 of the number of
-possible lengths.
+and independent of everything public. A certificate turns one decoding of X into a number T, its gain, which rarely
+exceeds S: Pr_X[T >= S + t] <= 2^-t for every message of S bits. So from a single run S >= T - log2(1/alpha) with
+confidence 1 - alpha. Taking the best of k certificates lowers this bound by log2 k.
+The decoder may use the message and public randomness only. The certificate is then computed with knowledge of X. If X
+is used to choose anything (rows to leave out, a threshold, a width), the bound is lowered by log2 of the number of
+possible choices. Derived here; docs/floors.md ("Certificates") has the proofs.
+The message length is taken as public; where a method's length depends on the values, add log2 of the number of possible
+lengths.
 """
 
 import math
@@ -24,11 +24,11 @@ ALPHA = 2.0**-20
 
 
 def hard(bits: int, wrong: int) -> float:
-    """Return the gain T, in bits, of decoding `bits` hidden bits when `wrong` of these bits are decoded wrong.
+    """Return the gain T, in bits, of decoding `bits` hidden bits of which `wrong` are decoded wrong.
 
     T - log2(1/alpha) is a lower bound on the message's length at confidence 1 - alpha.
-    Law: bits (1 - H2(wrong/bits)), H2 the binary entropy; 0 for a wrong share of 1/2 or more. For a share rho < 1/2, at
-    most 2^(bits H2(rho)) strings differ from the decoded one in a share rho of their bits or less. Raises ValueError
+    Law: bits (1 - H2(wrong/bits)), H2 the binary entropy; 0 for a wrong share of 1/2 or more. The reason: at most
+    2^(bits H2(rho)) strings differ from the decoded one in a share rho < 1/2 of their bits or less. Raises ValueError
     where wrong > bits.
     """
     bits, wrong = whole("bits", bits, least=0), whole("wrong", wrong, least=0)
@@ -38,13 +38,14 @@ def hard(bits: int, wrong: int) -> float:
 
 
 def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
-    """Return the gain T, in bits, of the rows that the decoder trusts: `hard` on the bits of these rows alone.
+    """Return the gain T, in bits, of the rows that the decoder trusts: that of `hard` on the bits of these rows alone.
 
     A row is the dv hidden values that one query reads. T - log2(1/alpha) is a lower bound on the message's length at
     confidence 1 - alpha.
     row_bits  hidden bits per row
-    wrong     (m,) wrong bits of every row
-    trusted   (m,) bool, a function of the answers only; choosing it by `wrong` makes the certificate false
+    wrong     (m,) number of wrong bits of every row
+    trusted   (m,) bool, True for the rows that count. It must be chosen from the answers only: chosen by `wrong`, it
+              makes the certificate false
     """
     return hard(row_bits * int(trusted.sum()), int(wrong[trusted].sum()))
 
@@ -52,10 +53,11 @@ def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
 def log_loss(gains: Sequence[float]) -> float:
     """Return the gain T, in bits, of the best of several predictors, less log2 of their number.
 
-    A predictor is a probability mass function p over the L levels of a hidden value x. `gains` holds the gain of each
-    predictor: the sum of log2 L + log2 p(x) over all hidden values. The answers alone must fix p, and p must sum to 1
-    over all levels. Choosing the best of len(gains) predictors by looking at X costs log2 of that number. The
-    lower bound on the message's length at confidence 1 - alpha is T - log2(1/alpha). Raises ValueError without a gain.
+    A predictor assigns, from the answers alone, a probability p(x) to each of the L levels that a hidden value x can
+    have; the p(x) sum to 1. Its gain is the sum of log2 L + log2 p(x) over the true hidden values, and `gains` holds
+    the gains of all predictors. log2 of their number is the price of choosing the best one by looking at the hidden
+    values. The lower bound on the message's length at confidence 1 - alpha is T - log2(1/alpha). Raises ValueError
+    without a gain.
     """
     if not gains:
         raise ValueError("gains must hold the gain of at least one predictor, got none")
@@ -66,7 +68,7 @@ def certified(gains: Sequence[float], alpha: float = ALPHA) -> float:
     """Return the bits that a message certifiably carries at confidence 1 - alpha, given the gains of all certificates.
 
     A gain is what `hard`, `erasure` or `log_loss` returns.
-    Law: max(gains) - log2 len(gains) - log2(1/alpha), clamped at 0. Raises ValueError without a gain.
+    Law: max(gains) - log2 len(gains) - log2(1/alpha), and at least 0. Raises ValueError without a gain.
     """
     alpha = within("alpha", alpha, 0.0, 1.0, low_open=True)
     if not gains:
@@ -78,11 +80,10 @@ def certified_from_sample(n: int, row_bits: int, wrong: int, drawn: int, alpha: 
     """Return the bits that a message about `n` rows certifiably carries at confidence 1 - alpha, by a sample of rows.
 
     A row is the dv hidden values that one query reads, `row_bits` bits. Of `drawn` rows, drawn with replacement,
-    `wrong` were decoded with an error.
-    Law: n (row_bits (1-e) - H2(e)) - log2(2/alpha), H2 the binary entropy, e the upper Clopper-Pearson limit on the
-    share of wrong rows at alpha/2. The limit and the certificate together fail with probability at most alpha. Draw the
-    rows after the message is fixed, from entropy that the method never sees. The result is 0 for e >= 1 - 2^-row_bits,
-    the error rate of guessing.
+    `wrong` were decoded with an error. Draw the rows after the message is fixed, from entropy that the method never
+    sees.
+    Law: n (row_bits (1-e) - H2(e)) - log2(2/alpha), and at least 0, H2 the binary entropy, e the upper Clopper-Pearson
+    limit on the share of wrong rows at alpha/2. The result is 0 for e >= 1 - 2^-row_bits, the error rate of guessing.
     """
     n, row_bits = whole("n", n), whole("row_bits", row_bits)
     e = clopper_pearson_limit(wrong, drawn, alpha / 2.0)

@@ -36,9 +36,9 @@ def leak_ratio(bits: int, eta: float) -> float:
 def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
     """Decode answers (m, dv) to the hidden levels (m, dv), int64 in [0, 2^bits).
 
-    Level x stands for the value x / (2^bits - 1). Single bits are decoded by a threshold (`tau`): the middle between
-    the largest answer to a hidden 0 and the least answer to a hidden 1, at relative error `eta`. Finer values are
-    decoded by the nearest level. An answer that is not finite decodes as level 0.
+    Level x stands for the value x / (2^bits - 1). Single bits are decoded by a threshold (`tau`), the middle between
+    the largest answer to a hidden 0 and the least answer to a hidden 1 at relative error `eta`. Values of more bits are
+    decoded as the nearest level. An answer that is not finite decodes as level 0.
     """
     answers = torch.nan_to_num(answers.double(), nan=0.0, posinf=0.0, neginf=0.0)
     if bits == 1:
@@ -48,12 +48,12 @@ def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
 
 
 def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Find the rows of answers (m, dv) that look like the values of one token.
+    """Find the rows of answers (m, dv) that look like the values of one token, not like an average of many.
 
-    Returns which rows are trusted, (m,) bool, and the decoded levels of all rows, (m, dv) int64: level x stands for the
-    value x / (2^bits - 1). A row of single bits is first divided by its largest answer (sampling methods return answers
-    scaled). A trusted row is finite, large enough, close to levels, and not the flat average that is left of an evicted
-    token.
+    Returns (trusted, levels): which rows are trusted, (m,) bool, and the decoded levels of all rows, (m, dv) int64,
+    where level x stands for the value x / (2^bits - 1). A trusted row is finite, large enough, close to levels, and not
+    flat: the answer for an evicted token is the flat average of the other tokens. For single bits, a row is first
+    divided by its largest answer, because methods that sample tokens return scaled answers.
     """
     answers = answers.double()
     finite = torch.isfinite(answers).all(dim=1)
@@ -72,7 +72,7 @@ def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def wrong_bits(decoded: Tensor, hidden: Tensor, bits: int) -> Tensor:
     """Count the bits in which decoded and hidden levels (m, dv) differ, per row: (m,).
 
-    Levels are written in the Gray code, in which neighbouring levels differ in one bit.
+    The `bits` bits of a level are those of its Gray code, in which neighbouring levels differ in one bit.
     """
     differing = (decoded ^ (decoded >> 1)) ^ (hidden ^ (hidden >> 1))
     return sum(((differing >> place) & 1).sum(dim=1) for place in range(bits))  # type: ignore[return-value]
@@ -82,8 +82,8 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
     """Mark the rows (m,), bool, of answers (m, dv) that a method of relative error eta could have returned.
 
     hidden (m, dv) has the hidden levels. For single bits, the whole row must decode to its hidden levels. For values of
-    more bits, every coordinate must lie in [(1-eta) a, (1+eta) b], up to float32 rounding: a and b are the least and
-    the largest number that exact attention gives for the hidden value if the query leaks at most `leak_ratio` to
+    more bits, every answer must lie in [(1-eta) a, (1+eta) b], up to float32 rounding. Here a and b are the least and
+    the largest number that exact attention can give for the hidden value, if the query leaks at most `leak_ratio` to
     other tokens.
     """
     if bits == 1:
@@ -114,11 +114,12 @@ class Decoded:
 def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_from: int | None = None) -> Decoded:
     """Compare answers (m, dv) with the hidden levels (m, dv), and certify the bits that a state's message carries.
 
-    Returns the certified bits and the shares decoded right or wrong (`Decoded`). The message is the bytes of the state.
-    eta is the relative error that answers may have. A row is the dv values that one query reads. If every row was asked
-    once, in order, the best of the hard, erasure and log-loss certificates counts (`certificates`). `sampled_from` = n
-    means that the m rows were drawn with replacement from n; then the share of whole rows decoded right gives the
-    certificate.
+    A row is the dv values that one query reads. The message is the bytes of the state.
+    eta           relative error that answers may have
+    sampled_from  None: every row was asked once, in order, and the best of the hard, erasure and log-loss certificates
+                  counts. A number n: the m rows were drawn with replacement from n, and the share of rows decoded right
+                  as a whole gives the certificate
+    Returns the certified bits, and the shares of bits decoded wrong and of rows answered right (`Decoded`).
     """
     m, dv = hidden.shape
     decoded = nearest_levels(answers, bits, eta)

@@ -31,7 +31,7 @@ _TOKENS_AT_ONCE = 1024
 def derived_seed(purpose: str, seed: int | str) -> int:
     """Derive a seed for one purpose from a run's seed: 63 bits of SHA-256 over "kvfloor/barriers/v1/PURPOSE/SEED".
 
-    `purpose` is a name such as "keys". Random numbers for different purposes are unrelated.
+    `purpose` is a name such as "keys". Seeds for different purposes are unrelated, and do not reveal the run's seed.
     """
     digest = hashlib.sha256(f"kvfloor/barriers/v1/{purpose}/{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -43,10 +43,13 @@ class Instance(ABC):
 
     Alice appends the streams' tokens to a method's state. A hidden row is the values that one of Bob's queries reads
     back. Each barrier (the game of one memory theorem) implements `rows`, `length`, `stream` and `answers`. All fields
-    are public and plain: Bob's process receives all fields as JSON, and nothing else about the instance.
+    are public: Bob's process receives them as JSON, and nothing else about the instance.
     d, dv, dtype           width of a key, width of a value, number format of both
+    bits                   bits per hidden value
     eta                    relative error that answers may have
-    key_seed, method_seed  derived from the run's seed (`derived_seed`); neither that seed nor hidden values follow
+    key_seed, method_seed  seeds of the public keys and of the method, derived from the run's seed (`derived_seed`).
+                           They reveal neither that seed nor hidden values
+    copies                 number of independent streams, which stand for kv heads and layers
     """
 
     barrier: ClassVar[str]
@@ -69,17 +72,14 @@ class Instance(ABC):
     @property
     @abstractmethod
     def length(self) -> int:
-        """Return the number of tokens that Alice appends per stream; tokens that Bob appends are not counted.
-
-        Bob, who receives the state, may append a token before each query.
-        """
+        """Return the number of tokens that Alice appends per stream; a token that Bob appends is not counted."""
 
     @abstractmethod
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield Alice's tokens in order, in pieces: keys (copies, t, d) and values (copies, t, dv).
+        """Yield Alice's tokens in order, in pieces of t tokens: keys (copies, t, d) and values (copies, t, dv).
 
-        t is the number of tokens in a piece, `copies` the number of streams. values (copies, rows, dv) are the hidden
-        values, as numbers in [0, 1]. `hidden` draws the secret token positions, in games with such positions.
+        `copies` is the number of streams. values (copies, rows, dv) are the hidden values, as numbers in [0, 1].
+        `hidden` draws the secret token positions, in games that have such positions.
         """
 
     @abstractmethod
@@ -92,25 +92,26 @@ class Instance(ABC):
     def lift(self, method: Method) -> Method:
         """Return the method to play: the given one, or a wrapper of it where the game has its own attention law.
 
-        Raises ValueError for a method whose attention law does not fit the game.
+        Such a law is attention over pairs of tokens. Raises ValueError for a method whose attention law does not fit
+        the game.
         """
         return standard_law(method, f"barrier {self.barrier!r}")
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
         """Append one piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), to the state.
 
-        No query is asked while tokens arrive. Games in which Alice queries too override this method.
+        Here no query is asked while tokens arrive. Games in which Alice queries too override this method.
         """
         state.append(k, v)
 
     def optimum(self) -> Method:
-        """Return the method of least memory that answers this instance; raise ValueError where none is known."""
+        """Return the smallest method known to answer this instance; raise ValueError where none is known."""
         raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
 
     def details(self) -> dict[str, Any]:
         """Return numbers about the instance, name -> number, computed from public data alone.
 
-        The record of a game (`Result`) has them in its field `details`.
+        The record of a game (`Result`) shows them in its field `details`.
         """
         return {}
 
@@ -129,10 +130,10 @@ class Instance(ABC):
         return Spec(rows=self.copies, d=self.d, dv=self.dv, scale=1.0, seed=self.method_seed, dtype=DTYPES[self.dtype])
 
     def feed(self, state: State, levels: Tensor, hidden: Hidden) -> None:
-        """Append all of Alice's tokens to the state in order, then seal the state: the prompt ends there.
+        """Append all of Alice's tokens to the state in order, then seal the state, which marks the end of the prompt.
 
         levels (copies * rows, dv) are the hidden levels: level x becomes the value x / (2^bits - 1). `hidden` draws the
-        secret token positions, in games with such positions.
+        secret token positions, in games that have such positions.
         """
         values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):
@@ -151,7 +152,10 @@ class Instance(ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyedInstance(Instance):
-    """Define an instance whose tokens have the keys of one public family, such as random signs or a code."""
+    """Define an instance whose tokens have public keys of one family, such as random signs or a code.
+
+    public  the family, number and seed of the keys, from which Alice and Bob make the same keys
+    """
 
     public: PublicKeys
 
@@ -171,9 +175,10 @@ class KeyedInstance(Instance):
 def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
     """Return n public keys for an instance whose common fields (the dict that `agreed` returns) are `shared`.
 
-    Without `family`, the key family whose smallest gap is largest is taken. A gap is a key's squared norm less its
-    largest inner product with another key. Raises ValueError where there is no such family, or none with n keys that
-    queries separate.
+    family  name of a key family; None: the family whose worst key is best to single out, i.e. whose smallest gap is
+            largest
+    The gap of a key is its squared norm less its largest inner product with another key. Raises ValueError where there
+    is no such family, or none with n keys of positive gap.
     """
     return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
 
@@ -181,9 +186,10 @@ def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> Publi
 def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: str = "float32") -> dict[str, Any]:
     """Check the arguments that all instances share, and return them as fields of an instance: name -> value.
 
-    Two seeds derived from `seed` take its place in the result: key_seed and method_seed. d and dv are the widths of a
-    key and a value (dv is d unless given), bits the hidden bits per value, and eta the relative error that answers may
-    have.
+    d, dv  widths of a key and a value; dv is d unless given
+    bits   hidden bits per value
+    eta    relative error that answers may have
+    seed   the run's seed; in the result, two seeds derived from it take its place: key_seed and method_seed
     Raises ValueError naming the argument that is out of its domain.
     """
     d = whole("d", d)

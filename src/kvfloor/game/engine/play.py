@@ -40,8 +40,10 @@ class Played:
     """Record one game: the hidden levels, the answers of Alice's and Bob's states, and the sizes in bytes.
 
     A hidden level is a whole number x in [0, 2^bits). `live` has the answers of the state that Alice filled, `restored`
-    those of the state that Bob restored from the message (the bytes of Alice's state). `restored` is None if Bob
-    could not answer from the message; then `why` gives the reason.
+    those of the state that Bob restored from the message (the bytes of Alice's state). `restored` is None if Bob could
+    not answer from the message; `why` then gives the reason. `sampled` is True if only some rows were queried,
+    `payload_bytes` is the size of the message without its header and digest, and `hidden_seed` repeats the hidden
+    values.
     """
 
     method: str
@@ -88,12 +90,14 @@ def play_index(
 ) -> Played:
     """Play one game: hide values in a state, send its bytes, and query both the state and its restored copy.
 
-    Returns the answers and sizes (`Played`). The message is the bytes of the state. Every hidden row (the dv values
-    that one query reads) is queried, or `sampled` rows that are drawn with replacement after the message is fixed.
-    `hidden` draws the hidden values and these rows. The public data for Bob's process (method, `sys.path`, instance)
-    are fixed before the first value is streamed. `method` may be the word "optimum": then the instance's smallest known
-    method plays. If `isolated` is False, the message is restored in this process. Raises ValueError for a method that
-    cannot be opened or rebuilt.
+    method    a method or its text; the word "optimum" stands for the smallest method known for the instance
+    instance  the public half of the game. All public data for Bob's process (method, `sys.path`, instance) are fixed
+              before the first value is streamed
+    hidden    draws the hidden values, and the rows to query if `sampled` is given
+    sampled   number of hidden rows (the dv values that one query reads) to query, drawn with replacement after the
+              message (the bytes of the state) is fixed; None: every row once
+    isolated  True: a fresh process restores the message; False: this process does
+    Returns the answers and sizes (`Played`). Raises ValueError for a method that cannot be opened or rebuilt.
     """
     started = time.perf_counter()
     if method == OPTIMUM:
@@ -141,8 +145,8 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
     """Return all public data that Bob's process receives, as JSON types: method, instance and process settings.
 
     `sys.path` of this process is sent only for a method defined outside this package, so that its module is found. The
-    environment variables that are sent lead Bob's process to its libraries and choose its CPU instructions. They are
-    read here, before the first value is streamed, so that no method can hide values in them.
+    environment variables that are sent tell Bob's process where its libraries are and which CPU instructions to use.
+    They are read here, before the first value is streamed, so that no method can hide values in them.
     """
     third_party = ":" in text.split("@")[0]
     return {
@@ -158,9 +162,9 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
 def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
     """Return Bob's answers, of shape `shape`, from a new interpreter: (answers, ""), or (None, reason) if it fails.
 
-    The interpreter is isolated, in an empty directory, with the request's environment. It receives the request (the
-    public data) and the message (the bytes of Alice's state) on stdin, and nothing else. Raises ValueError where the
-    interpreter cannot rebuild the method or the instance.
+    The interpreter runs isolated (`python -I`), in an empty directory, with the request's environment. It receives the
+    request (the public data) and the message (the bytes of Alice's state) on stdin, and nothing else. Raises ValueError
+    where the interpreter cannot rebuild the method or the instance.
     """
     package = importlib.util.find_spec("kvfloor")
     assert package is not None and package.origin is not None

@@ -6,11 +6,11 @@ bound on the bits that a state carries.
     level      hidden value x of 0..2^bits-1
     predictor  rule that gives, from the answers of the state alone, a probability to every level of every hidden value
     gain       log2 of a ratio: the probability given to the true levels, over the probability of guessing them
-    belief     probability that the prediction of a row (the dv values that one query reads) is used, not a guess
+    belief     weight in [0, 1] of a row's prediction (for the dv values that one query reads); the rest is a guess
 Every distribution here sums to 1 over all levels by construction. Level x gets the mass between x - 1/2 and x + 1/2 of
 a logistic distribution around the answer, and the two end levels get its tails too. A uniform distribution over all
-levels is then mixed in. A row's distribution is a mixture of the product over its entries and of pure guessing. No
-distribution depends on the hidden values, which only select the entry that is scored.
+levels is then mixed in. A row's distribution is a mixture of the product over its values and of pure guessing. No
+distribution depends on the hidden values; they only select which probability is scored.
 """
 
 import math
@@ -25,10 +25,10 @@ _EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
 
 
 def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
-    """Return log2 of the probability that a logistic distribution around the answer `centre` gives to `level`.
+    """Return log2 of the probability of `level`, predicted by a logistic distribution around the answer `centre`.
 
     `centre`, `level` and the result have one shape. Levels are 0..2^bits-1, and the answers are in units of the level
-    spacing. `width` is the scale of the logistic, and `uniform_share` the share of the uniform distribution over all
+    spacing. `width` is the scale of the logistic, and `uniform_share` the share of a uniform distribution over all
     levels that is mixed in.
     """
     top = 2**bits - 1
@@ -53,13 +53,13 @@ def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
 def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
     """Return the gain, in bits, of each predictor in a fixed public list, for answers and hidden levels (m, dv).
 
-    A predictor gives a probability p(x) to every hidden level x, from the answers alone. Its gain is the sum of
-    bits + log2 p(x) over the hidden levels. The predictors are all combinations of
+    A predictor gives a probability p(x) to every hidden level x, from the answers alone. Its gain is the sum of bits +
+    log2 p(x) over the hidden levels. The predictors are all combinations of
         scaling        two: the answers as they are, or divided by the largest answer of their row
         width          scale of the logistic distribution, from 1/64 of a level to half the range
         uniform share  two values
-        belief         probability that a row's prediction is used instead of a guess, in five ways: high for the rows
-                       that `trusted` (m,), bool, marks and low for the others; or one of four values for all rows
+        belief         weight of a row's prediction against a guess, in five ways: high for rows where `trusted` (m,) is
+                       True and low for the others; or one of four values for all rows
     """
     m = hidden.shape[0]
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]

@@ -1,9 +1,10 @@
 """Measure the share of right answers of readers that look up scores q.k one by one, counting each look-up (probe).
 
-The instance is that of the time barrier (docs/floors.md, "Time"). Token 0 of n tokens has value n, all others 0. Either
-all keys are zero (the answer is 1), or one other token has a heavy key, which takes nearly all softmax mass (the answer
-is 1/(n-1)). Scores are the logits q.k of one fixed query q. A run is one such stream, with a heavy key at even odds. A
-reader that has not read the score of the heavy key cannot distinguish the two cases.
+A reader is a rule that chooses which scores to look up. The streams are those of the time barrier (docs/floors.md,
+"Time"). Token 0 of n tokens has value n, all others 0. Either all keys are zero (the answer is 1), or one other token
+has a heavy key, which takes nearly all softmax mass (the answer is 1/(n-1)). Scores are the logits q.k of one fixed
+query q. A run is one such stream, with a heavy key at even odds. A reader that has not looked up the score of the heavy
+key cannot distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from kvfloor.statistics import wilson_interval
 
 
 class ScoreOracle:
-    """Return scores q.k_l of `runs` streams of n tokens on request, and count the requests (`probes`) per stream."""
+    """Return scores q.k_l of `runs` streams of n tokens on request, and count the look-ups (`probes`) per stream."""
 
     def __init__(self, n: int, place: Tensor, planted: Tensor) -> None:
         """Store the position of the heavy key of each stream; a stream has at most one.
 
-        A heavy key takes nearly all softmax mass. place (runs,) is the position in 1..n-1; planted (runs,), bool, is
+        A heavy key takes nearly all softmax mass. place (runs,) is its position in 1..n-1; planted (runs,), bool, is
         False where a stream has no heavy key.
         """
         self._n, self._place, self._planted = n, place, planted
         self.probes = torch.zeros(len(place), dtype=torch.int64)
 
     def score(self, index: Tensor) -> Tensor:
-        """Return the scores (runs, t) of tokens `index` (runs, t), each in [0, n); every entry counts as one probe."""
+        """Return the scores (runs, t) of the tokens `index` (runs, t) in [0, n); every entry counts as one probe."""
         self.probes += index.shape[1]
         heavy = (index == self._place.unsqueeze(1)) & self._planted.unsqueeze(1)
         return torch.where(heavy, 2.0 * math.log(self._n - 1), 0.0)
@@ -42,8 +43,8 @@ class ScoreOracle:
 def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
     """Choose `probes` distinct random tokens of 1..n-1 to look up in each run: (runs, probes) int64.
 
-    Every token is equally likely. No choice is better: every token but 0 has the heavy key equally often, token 0
-    never. All runs share one random order of the tokens, and each run reads on from its own random position in it.
+    Every token is equally likely. No choice is better, because the heavy key is equally likely at each of these tokens.
+    All runs share one random order of the tokens, and each run starts at its own random position in it.
     """
     order = 1 + torch.randperm(n - 1, generator=generator)
     start = torch.randint(n - 1, (runs, 1), generator=generator)
@@ -70,9 +71,9 @@ _SCORES_AT_ONCE = 2**22
 class ReaderSuccess:
     """Record the share `success` of runs (streams) in which a reader answered right, with its 95 % interval low..high.
 
-    reader  name of the rule that chooses the scores that the reader looks up
+    reader  name of the rule that chooses the scores to look up
     probes  number of scores that the reader looked up per run
-    bound   largest success, with this number of probes, of any reader that has not read the keys on arrival
+    bound   largest expected success, with this number of probes, of any reader that has not read the keys on arrival
     """
 
     reader: str
@@ -85,9 +86,10 @@ class ReaderSuccess:
 
 
 def success_bound(n: int, probes: float) -> float:
-    """Return the largest share of right answers of a reader that looks up `probes` scores and reads no arriving key.
+    """Return the largest chance of a right answer of a reader that looks up `probes` scores and reads no arriving key.
 
-    One of n tokens has a heavy key, which takes nearly all softmax mass, or none has, with even odds.
+    One of n tokens has a heavy key, which takes nearly all softmax mass, or none has, with even odds. The reader says
+    which.
     Law: (1 + T/(n-1))/2 for T probes, at most 1.
     """
     return (1.0 + min(1.0, probes / (n - 1))) / 2.0
@@ -96,9 +98,9 @@ def success_bound(n: int, probes: float) -> float:
 def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -> list[ReaderSuccess]:
     """Measure the success of every reader at each number of `probes`, on `runs` streams with a heavy key at even odds.
 
-    A heavy key takes nearly all softmax mass of a stream of n tokens, and a reader has to say whether there is one.
-    Returns one record per reader and number of probes. `hidden` draws the streams, `seed` the readers' choices. The
-    last record is of a reader that indexes the keys as they arrive, and needs one probe.
+    A reader says whether a stream of n tokens has a heavy key, which takes nearly all softmax mass. Returns one record
+    per reader and number of probes. `hidden` draws the streams, `seed` the readers' choices. The last record is of a
+    reader that reads the keys as they arrive: it remembers the position of the longest key, and needs one probe.
     """
     place, planted = 1 + hidden.places(n - 1, runs), hidden.levels(runs, 1, 1)[:, 0] == 0
     points = []

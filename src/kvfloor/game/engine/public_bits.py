@@ -23,11 +23,11 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True)
 class PublicBits(Method):
-    """Store exactly n dv times `bits` bits for n tokens whose keys are public: a key family, n and a seed define them.
+    """Store only the hidden levels of n tokens with public keys, packed into n dv times `bits` bits per stream.
 
-    The method accepts only a stream of exactly these keys, in order, with values on the 2^bits levels of [0, 1]. The
-    payload of the message has as many bits as the floor at p = 1, where every answer must be right. Other keys
-    raise ValueError.
+    `family`, `n` and `key_seed` define the keys, so they need no memory. The method accepts only a stream of exactly
+    these keys, in order, with values on the 2^bits levels of [0, 1]; other keys raise ValueError. The message without
+    its header has as many bits as the floor at p = 1, where every answer must be right.
     """
 
     name: ClassVar[str] = "public_bits"
@@ -64,7 +64,7 @@ class PublicBitsState(State[PublicBits]):
         self.packed = torch.zeros(spec.rows, size, dtype=torch.uint8)
 
     def _levels(self) -> np.ndarray[Any, Any]:
-        """Return all levels as bits: (rows, n, dv, bits) of 0 and 1, most significant first. A row is one stream."""
+        """Return all levels as bits 0 and 1: (rows, n, dv, bits), most significant bit first. A row is one stream."""
         plan, spec = self.method, self.spec
         flat = np.unpackbits(self.packed.numpy(), axis=1, count=plan.n * spec.dv * plan.bits)
         return flat.reshape(spec.rows, plan.n, spec.dv, plan.bits)
@@ -92,10 +92,10 @@ class PublicBitsState(State[PublicBits]):
         return Partial.over(q, keys, values, self.spec)
 
     def export(self) -> dict[str, Any]:
-        """Return the fields that the message, i.e. the bytes of the state, is packed from: name -> value.
+        """Return the fields from which the message, i.e. the bytes of the state, is packed: name -> value.
 
-        The token count `seen` is among them as an int, so it goes into the header of the message and not into its
-        payload, because it is public.
+        The token count `seen` is among them as an int. So it goes into the header of the message, because it is public,
+        and does not count as hidden information.
         """
         return super().export() | {"seen": int(self.seen[0])}
 

@@ -1,8 +1,8 @@
 """Judge a game: compare the bits certified from the answers with the bytes of state and message, and give a verdict.
 
 In a game, Alice hides values in a method's state (the live state), and Bob restores a state from the message, i.e. the
-bytes of Alice's state. Certified bits are the number of hidden bits that a state carries for certain, as proved by its
-answers to queries.
+bytes of Alice's state. Certified bits are the number of hidden bits that a state surely carries, as its answers to
+queries prove. A method that certifies more bits than its bytes can hold keeps data elsewhere: it "cheats".
 """
 
 import dataclasses
@@ -28,23 +28,24 @@ Verdict = Literal["holds", "breaks", "cheats"]
 class Result:
     """Record one game and its verdict. Sizes are in bytes, information in bits.
 
-    n                    hidden rows per stream, a row being the dv values that one query reads; hidden_bits counts all
-                         streams
+    n                    hidden rows per stream, a row being the dv values that one query reads
+    hidden_bits          bits hidden in all streams together
     certified_bits       bits that the message (the bytes of Alice's state) provably carries
     live_certified_bits  bits that Alice's own state (the live state) provably carries
     bits_per_value       certified bits per hidden value: the precision that the method keeps, at most `bits`
     bit_error            share of hidden bits decoded wrong
-    row_success          share of rows answered within a factor 1±eta; row_success and bit_error are of the state
+    row_success          share of rows answered within a factor 1±eta. row_success and bit_error are of the state
                          restored from the message, or of the live state if none could be restored
     alpha                1 - alpha is the confidence of the certified bits
     message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
     state_bytes          size of Alice's state
-    floor_bits           bits that any method that answers within 1±eta must hold on this instance
+    floor_bits           bits that any method must hold that answers within 1±eta on this instance
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
                          answer differently, or no state could be restored from the message; breaks: row_success < 0.9;
                          else holds
-    certificate          way in which the certified bits were proved: hard, erasure, log-loss or sampled rows
-                         (`certificates`), the one that proves most
+    why                  the reason for the verdict, in words
+    certificate          way of proof of the certified bits (`certificates`), the one that proves most: hard, erasure,
+                         log-loss or sampled rows
     details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
     hidden_seed          seed that repeats the run's hidden values
     """
@@ -93,9 +94,8 @@ def run(
 ) -> Result:
     """Play an instance against a method, and return the result with its verdict.
 
-    Most games' `play` functions end with this call.
     method       a method or its text, or the word "optimum": the known method of least memory for the instance
-    instance     the public half of the game: keys, stream and queries
+    instance     what Alice and Bob both know of the game: keys, stream and queries
     seed         seed of the public keys, recorded in the result
     floor_bits   bits that any method needs on this instance, recorded in the result
     hidden_seed  seed of the hidden values and of the sampled rows; None: fresh from the operating system
@@ -117,13 +117,13 @@ def conclude(
 ) -> Result:
     """Judge the answers of Alice's live state and of the restored state, and return the result with its verdict.
 
-    `played` has the answers. The certified bits are compared with the bytes of the state and of the message.
+    The certified bits are compared with the bytes of the state and of the message.
+    played      the game's answers and sizes
     seed        seed of the public keys, recorded in the result
     floor_bits  lower bound on the bits that any method needs on this instance, recorded in the result
-    judge       replaces the usual decoder (`decode.judge`). That one decodes each answer to a level, i.e. one of the
-                2^bits values that Alice can hide, compares the levels with the hidden ones, and certifies bits by the
-                certificate (way of proof) that proves most
-    details     added to `instance.details()`, the instance's numbers
+    judge       decoder for games that need another one than `decode.judge`: it compares answers with the hidden values
+                and returns the certified bits and the shares of right answers. None: `decode.judge`
+    details     added to `instance.details()`, the instance's numbers, in the result
     """
     bits, eta = instance.bits, instance.eta
     total = instance.copies * instance.rows

@@ -1,4 +1,4 @@
-"""Draw the game's secrets (hidden values, secret places, sampled rows) from a seed that the method never receives.
+"""Draw the game's secrets (hidden values, secret positions, sampled rows) from a seed that the method never receives.
 
 In the game, Alice hides values in a method's state, and Bob decodes the values from the message, the state's bytes. A
 hidden row is the dv values that one query reads; a level is a hidden value, a whole number of `bits` bits.
@@ -14,9 +14,9 @@ from torch import Tensor
 class Hidden:
     """Draw the values that Alice hides and the rows to query, so that neither a method nor Bob can foresee them.
 
-    All draws are SHAKE-256 over a domain-separated string with `seed`; by default the seed is 128 fresh bits from the
-    operating system. A given seed repeats a run. The method receives neither the seed nor any data from which the seed
-    derives.
+    seed  None: 128 fresh bits from the operating system; a given seed repeats a run
+    Every draw is SHAKE-256 over a text that contains its purpose and `seed`, so draws for different purposes are
+    unrelated. The method receives neither the seed nor any data from which the seed derives.
     """
 
     def __init__(self, seed: int | str | None = None) -> None:
@@ -30,7 +30,7 @@ class Hidden:
     def rows(self, n: int, count: int) -> Tensor:
         """Draw the indices of `count` hidden rows to query, (count,) int64, uniformly from [0, n) with replacement.
 
-        Call it after the message is fixed.
+        Call it after the message is fixed, so that the message cannot depend on the draw.
         """
         return self._whole("rows", count) % n
 

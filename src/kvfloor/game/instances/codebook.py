@@ -1,11 +1,12 @@
 """Play the spike game with bits hidden in the keys too: Alice streams a secret choice of n keys of a public codebook.
 
 In the spike game, Alice hides a row of dv values under each key of a stream and sends the bytes of a method's state.
-Bob restores the state, and reads each row by a spike query, which gives one key nearly all softmax mass. The codebook
-has M public keys. The choice of n of these hides log2 C(M, n) more bits than the values alone, where C(M, n) is the
-binomial coefficient: about n log2(2.718 M / n) bits. Bob queries every key of the codebook. Before each query he
-appends a marker, a token with a slightly shorter copy of the queried key and value -1. If the key was streamed, it
-outweighs the marker; if not, the marker outweighs all other keys (docs/floors.md, "Bits in the keys"; derived).
+Bob restores the state, and reads each row by a spike query, which gives one key nearly all softmax mass. Here the keys
+come from a public codebook of M keys. The choice of n of these hides log2 C(M, n) bits besides those of the values,
+where C(M, n) is the binomial coefficient: about n log2(2.718 M / n) bits.
+Bob queries every key of the codebook. Before each query he appends a marker, a token with a slightly shorter copy of
+the queried key and value -1. If the key was streamed, it outweighs the marker. If not, the marker outweighs all other
+keys, and the answer is near -1 (docs/floors.md, "Bits in the keys"; derived).
 """
 
 import dataclasses
@@ -78,11 +79,13 @@ class Codebook(KeyedInstance):
     def judge(self, answers: Tensor, levels: Tensor, present: Tensor) -> Decoded:
         """Certify which keys were streamed, and their values, from the answers (M, dv) to one query per codebook key.
 
-        Returns the certified bits, the share of value bits decoded wrong, and the lesser of two shares: of streamed
-        keys decoded with all their bits, and of other keys decoded as missing. M is the number of codebook keys. levels
-        (M, dv) are the hidden values as whole numbers of `bits` bits; present (M,) bool marks the keys that were
-        streamed. One certificate covers the choice of keys and their values; it turns the probability that the
-        answers give to both into bits (`certificates.log_loss`).
+        M is the number of codebook keys. levels (M, dv) are the hidden values as whole numbers of `bits` bits; present
+        (M,) bool is True for the keys that were streamed. Returns a `Decoded` of
+            certified_bits  of the choice of keys and their values together, by one log-loss certificate: it turns the
+                            probability that the answers give to both into bits (`certificates.log_loss`)
+            bit_error       share of value bits decoded wrong
+            row_success     the lesser of two shares: of streamed keys decoded with all their bits, and of other keys
+                            decoded as missing
         """
         believed = answers.double().mean(dim=1) > -0.5  # a marker answers -1, a streamed key at least 0
         right = believed == present
@@ -168,13 +171,14 @@ def play(
 
 
 def subset_bits(codebook: int, n: int, p: float) -> float:
-    """Return a lower bound on the bits of a message from which the members of a secret set of keys are decoded.
+    """Return the least length, in bits, of a message from which the members of a secret set of keys are decoded.
 
     The set has n of the M keys of a public codebook; M is `codebook`. A share p >= 1/2 of the set's keys must be
     decoded as members, and a share p of the other keys as non-members.
-    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), clamped at 0, with f = n/M and H2 the binary entropy.
-    The factor of M is the entropy that remains of one key's membership once its decoding is known, as over a binary
-    channel with error 1-p. As entropy is concave, M times it bounds the entropy of all keys together.
+    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), and at least 0, with f = n/M and H2 the binary
+    entropy. The factor of M is the entropy that is left of one key's membership after its decoding, which is like a bit
+    sent over a binary channel with error 1-p. As entropy is concave, M times it bounds the entropy left of all keys
+    together.
     """
     f = n / codebook
     left_open = H2(f) + H2(p) - H2(f * p + (1.0 - f) * (1.0 - p))

@@ -1,13 +1,14 @@
-"""Play the packing game: few dimensions, logits of at most r, and the largest set of keys found to be separable.
+"""Play the packing game: few dimensions, logits of at most r, and as many keys as can be told apart under these limits.
 
 Alice hides a row of dv bits under every key of a stream of n tokens, and Bob, who restores her state from its bytes,
 reads each row by one query. Keys are separable if, for each of them, a query with logits of at most r puts nearly all
-softmax mass on this key. The stream is the hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r,
-eta)) bits, where N is the number of keys of width d that are separable at relative error eta, H2 is the binary entropy,
-and p is the probability that a row is answered right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris &
-Onak, COLT 2025, Theorem 1 and Corollary 9). The closed form of N is a lower estimate. The game builds its keys, so it
-may find more keys and hide more rows. Each of its m keys is streamed n/m times with its value: repeating all tokens
-alike changes no answer.
+softmax mass on this key.
+The stream is the hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r, eta)) bits. N is the
+number of keys of width d that are separable at relative error eta, H2 the binary entropy, and p the probability that a
+row is answered right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and
+Corollary 9). The formula for N is a lower estimate. The game builds its keys, so it may find more keys and hide more
+rows. Each of its m keys is streamed n/m times (rounded down) with its value; repeating all tokens alike changes no
+answer.
 """
 
 import dataclasses
@@ -83,9 +84,9 @@ def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tu
     Returns the family and the number m of keys. Keys are separable if, for each of them, a query leaves all other
     tokens together at most eps_s = (1-eta)/4 times the softmax mass on this key. The others are m tokens: m - 1 keys
     and one token that Bob may append.
-    Law: ln(m / eps_s) / gap <= radius; the left side is the length of the query. The gap of a key is its squared norm
-    less its largest inner product with another key; the smallest gap of the keys that `key_seed` gives counts.
-    One key is always separable.
+    Law: keys of unit norm are separable if ln(m / eps_s) / gap <= radius. The left side is the length of the query. The
+    gap is the smallest, over all keys that `key_seed` gives, of the squared norm of a key less its largest inner
+    product with another key. One key is always separable.
     """
     best = ("sphere", 1)
     names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
@@ -123,10 +124,10 @@ def play(
     """Play the packing game against a method: few dimensions, bounded logits, one hidden bit per value.
 
     method       a method or its text, such as "h2o@16"
-    n, d, dv     tokens of the stream, width of a key, width of a value; dv is 64 by default: with dv = d, few
+    n, d, dv     tokens of the stream, width of a key, width of a value; dv is 64 by default, because with dv = d few
                  dimensions would hide few bits
-    radius       the largest logit, 32 by default. Each key of the set that is separable with such logits hides a row of
-                 dv values, up to min(n, 2,048) keys
+    radius       the largest logit, 32 by default. Every key that can be singled out with such logits hides a row of dv
+                 values, up to min(n, 2,048) keys
     eta          relative error that answers may have, in [0, 1)
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system

@@ -1,11 +1,12 @@
 """Play the time barrier: a method that does not read the keys on arrival must read Omega(n) scores for the last answer.
 
+A bit that Alice hides chooses the case of each stream: all keys zero, or one heavy key, which takes nearly all softmax
+mass, at a secret position. Bob decodes the bit from a method's answer, given from the message (the bytes of the
+method's state). The bytes that the method reads per query are counted. The method's success is compared with that of
+simple readers: rules that choose positions beforehand and look up the scores q.k there, which are counted.
 The game is of Haris & Onak (COLT 2025), Theorems 19 and 26, on a corrected family of streams. In the printed family,
 answers separate the two cases only at relative errors below 1/3, and each case has its own query (docs/floors.md,
-"Time"). A bit that Alice hides chooses the case of each stream: all keys zero, or one heavy key, which takes nearly all
-softmax mass, at a secret position. Bob decodes the bit from a method's answer, given from the message (the bytes of the
-method's state), and the bytes that the method reads per query are counted. The method's success is compared with that
-of simple readers, which look up scores q.k from an oracle that counts them.
+"Time").
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ _SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at whic
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probing(Instance):
-    """Make a number `copies` of independent streams of n tokens, with one hidden bit each.
+    """Make `copies` independent streams of n tokens, with one hidden bit each.
 
     Bit 1: all keys are zero, and the answer is 1. Bit 0: one heavy key takes nearly all softmax mass, and the answer is
     1/(n-1).
@@ -98,7 +99,7 @@ def play(
     method       a method or its text, such as "h2o@16"
     n, d         tokens of a stream, at least 16; width of a key
     eta          relative error that answers may have, in [0, 1)
-    seed         gives the seed that the method receives and the choices of the readers that it is compared with
+    seed         gives the seed that the method receives, and the positions that the simple readers look up
     runs         independent streams, 256 by default, fewer where n d is large
     hidden_seed  repeats the hidden bits and positions; by default they are fresh from the operating system
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
@@ -107,8 +108,9 @@ def play(
     probes_per_query  tokens that the method reads to answer one query
     bound             largest success of a method that has not read the keys on arrival and reads as many tokens
     floor_probes      scores that any such method must read for success p = 0.9: (2 - 1/p)(n - 1)
-    adaptive          True if the success of the method played is above `bound` with 99.9 % confidence
-    readers           success of simple readers, which look up scores q.k from an oracle that counts
+    adaptive          True if the success of the method played is above `bound` with 99.9 % confidence, so that it must
+                      have read the keys on arrival
+    readers           success of simple readers, which look up scores q.k at positions chosen beforehand
     Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=1, bits=1, eta=eta, seed=seed)

@@ -1,11 +1,11 @@
 """Play the spike game with every attention row concentrated on one token (one-sparse); the floor stays the same.
 
 In the spike game, Alice hides a row of values under each public key, and Bob reads each row by a spike query, which
-gives one key nearly all softmax mass. Haris & Onak (COLT 2025), Corollary 16: the floor stays the same if nearly all
-attention scores are negligible, unless the method is told which. The scores of the spike game are that sparse already:
-Alice asks nothing there, so her queries and scores are 0. In the sparse game, Alice asks the spike query q_t = C k_t at
-every token t, k_t its key and C the length of the query. So every softmax row, hers and Bob's, has nearly all its mass
-on one token. Queries that do not depend on the hidden bits change nothing in the proof (docs/floors.md).
+gives one key nearly all softmax mass. By Haris & Onak (COLT 2025), Corollary 16, the floor stays the same if nearly all
+attention scores are negligible, unless the method is told which. In the plain spike game Alice asks no queries. Here
+she asks the spike query q_t = C k_t at every token t, k_t its key and C the length of the query. So every softmax row,
+hers and Bob's, has nearly all its mass on one token. Her queries do not depend on the hidden bits, so the proof is
+unchanged (docs/floors.md).
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _MOST_TOKENS = 16_384
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(KeyedInstance):
-    """Stream n public keys; Alice queries each token's key as it is appended, Bob queries all keys at the end.
+    """Stream n public keys; Alice asks each token's spike query as she appends it, and Bob asks all of them at the end.
 
     Alice hides a row of dv values under each key, and Bob decodes the rows from the answers.
     """
@@ -67,7 +67,7 @@ class Sparse(KeyedInstance):
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
         """Append a piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), each token with its spike query.
 
-        The spike query q_t = C k_t of token t gives the token's own key nearly all softmax mass, so eviction policies
+        The spike query q_t = C k_t of token t gives the token's own key nearly all softmax mass. So eviction policies
         observe softmax weights that are nearly one-sparse.
         """
         start = int(state.seen[0])
@@ -80,9 +80,9 @@ class Sparse(KeyedInstance):
     def details(self) -> dict[str, Any]:
         """Measure the shares of scores Q K^T and of softmax weights near zero, on up to 512 rows of causal attention.
 
-        Q and K have the queries and keys as rows. Returns name -> number. A score is near zero below 1e-3 of its row's
-        largest score, a weight below 1e-3. `least_top_weight` is the least, over these rows, of the largest weight in
-        the row.
+        Returns name -> number. Q and K have the queries and keys as rows. A score is near zero if it is below 1e-3 of
+        its row's largest score, a weight if it is below 1e-3. `least_top_weight` is the least of the rows' largest
+        weights: 1 if every row puts all its weight on one token.
         """
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T
@@ -125,9 +125,8 @@ def play(
     family       name of the key family, by default the one whose keys are separated best
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
-    verdict. Its `details` have the share of entries of Q K^T below 1e-3 of the largest entry in their row, the share of
-    softmax weights below 1e-3, and the least weight that any row puts on its one token. Q and K have the queries and
-    keys as rows.
+    verdict. Its `details` have three numbers about sparsity: the share of scores q.k below 1e-3 of the largest in their
+    row, the share of softmax weights below 1e-3, and the least weight that any row puts on its one token.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if whole("n", n) > _MOST_TOKENS:

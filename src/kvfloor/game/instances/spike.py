@@ -3,7 +3,7 @@
 Alice hides the rows (dv values each) in the state of a method. Bob restores the state from its bytes, the message, and
 decodes the rows from the answers to the queries. The stream is the hard instance of Haris & Onak (COLT 2025), Theorems
 6 (eta = 0) and 8, with exact constants (docs/floors.md). Independent copies of the game in one state stand for kv heads
-and layers (the direct sum).
+and layers: their floors add up.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ ROWS_SAMPLED = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spike(KeyedInstance):
-    """Stream n public keys of one family, each with a hidden row of dv values; Bob queries without appending."""
+    """Stream n public keys of one family, each with a hidden row of dv values; Bob appends no token before he asks."""
 
     barrier: ClassVar[str] = "spike"
     n: int
@@ -86,10 +86,10 @@ def play(
     """Play the spike game against a method and certify the bits that its message, the bytes of its state, carries.
 
     method       a method or its text, or the word "optimum": the smallest method (`PublicBits`), which stores only the
-                 packed hidden values and makes the floor tight
+                 packed hidden values. It shows that the floor cannot be much higher
     n, d, dv     number of keys, width of a key, width of a value (dv = d by default)
-    bits         hidden bits per value, 1 to 24: with many bits the certificate reads out the precision that a method
-                 keeps (the result's field bits_per_value)
+    bits         hidden bits per value, 1 to 24. With many bits, the result's field bits_per_value is the precision that
+                 a method keeps
     eta          relative error that answers may have, in [0, 1)
     heads        number of kv heads; heads * layers independent instances lie side by side in one state
     layers       number of layers
@@ -97,8 +97,8 @@ def play(
     rows         how many hidden rows (dv values of one key) to ask, drawn with replacement; by default 2,048 if there
                  are more than 16,384, else every row once
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
-    hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive
-                 from anything that the method sees, also where hidden_seed equals seed
+    hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive from
+                 anything that the method sees, also where hidden_seed equals seed
     family       name of the key family, by default the one whose keys are separated best at (n, d)
     codebook     size of a public set from which Alice chooses the n keys in secret, so that the keys hide bits too
                  (`kvfloor.game.instances.codebook`); None: all n public keys are streamed

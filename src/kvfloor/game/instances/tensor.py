@@ -1,12 +1,13 @@
 """Play tensor attention, in which every pair of tokens is a key, so that no cache of pairs or of tokens can be small.
 
 Alice hides rows of dv values in the stream, and Bob, who restores her state from its bytes, reads each row by a query
-at one pair.
-Four caches: a token has a key in K1 and in K2, and a value in V1 and in V2; 2(n-1) rows are hidden. Token 0 has
-values 1; the other tokens hide the rows X1 in V1 and X2 in V2. The query at pair (i, 0) reads X1[i], and the query at
-pair (0, i) reads X2[i].
+that puts nearly all softmax mass on one pair of tokens.
+Four caches: a token has a key in each of K1 and K2, and a value in each of V1 and V2. The key and the value of a pair
+(i, j) are the entry-by-entry products K1[i] * K2[j] and V1[i] * V2[j]. 2(n-1) rows are hidden. Token 0 has values 1;
+the other tokens hide the rows X1 in V1 and X2 in V2. The query at pair (i, 0) reads X1[i], and that at pair (0, i)
+reads X2[i].
 Two caches: the n^2 products of a key of K1 and a key of K2 are streamed as keys, with arbitrary values; n^2 rows are
-hidden. Any Method plays it, as the pairs are ordinary tokens.
+hidden. Any method can play, because the pairs are ordinary tokens.
 Chen et al. 2025 (arXiv 2503.11108) claim Omega(nd) and Omega(n^2 d); instances and constants: docs/floors.md.
 """
 
@@ -46,7 +47,7 @@ _LENGTH_STEP = 64.0
 class FourCaches(Instance):
     """Stream n tokens with two keys of signs ±1 and two values each, for tensor attention over pairs of tokens.
 
-    The two values of each token 1..n-1 are hidden rows of dv values.
+    The two values of each token 1..n-1 are hidden rows of dv values; token 0 has values 1.
     """
 
     barrier: ClassVar[str] = "tensor"
@@ -72,7 +73,7 @@ class FourCaches(Instance):
         return k1.to(DTYPES[self.dtype]), k2.to(DTYPES[self.dtype])
 
     def lift(self, method: Method) -> Method:
-        """Wrap a method of standard attention: tokens get two keys and two values, and queries attend to token pairs.
+        """Wrap a method of standard attention, so that tokens have two keys and two values and queries attend to pairs.
 
         A method of tensor attention is returned as it is.
         """
@@ -88,9 +89,9 @@ class FourCaches(Instance):
     def aimed(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the keys of the rows' pairs.
 
-        A spike query gives one pair of tokens nearly all softmax mass. The gap is 1 - s/d, where s is the largest
-        inner product of the pair's key with that of any of the n^2 - 1 other pairs. Raises ValueError where a gap is
-        not positive.
+        A spike query gives one pair of tokens nearly all softmax mass. The gap of a pair is 1 - s/d, where s is the
+        largest inner product of the pair's key with the key of any other of the n^2 pairs. Raises ValueError where a
+        gap is not positive.
         """
         k1, k2 = (k.double() for k in self.keys)
         token = row % (self.n - 1) + 1
@@ -175,11 +176,11 @@ def play(
 
     method       a method or its text, such as "h2o@16"
     n            with two caches the number of pairs, i.e. the square of the number of tokens; with four caches the
-                 number of tokens, up to 1,024 (if there are more than 512 hidden rows of dv values, 256 sampled rows
-                 are queried)
+                 number of tokens, up to 1,024. With four caches and more than 512 hidden rows of dv values, 256 sampled
+                 rows are queried
     d, dv        width of a key, width of a value (dv = d by default)
-    caches       4: the method keeps tokens and tensor attention reads pairs of them; 2: the products are streamed. By
-                 default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
+    caches       4: the method keeps tokens, and queries attend to pairs of them; 2: the pairs are streamed as tokens.
+                 By default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other
     bits         hidden bits per value, 1 to 24
     eta          relative error that answers may have, in [0, 1)
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives

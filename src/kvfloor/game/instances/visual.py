@@ -3,8 +3,9 @@
 The game tests methods for visual autoregression, in which an image grows map by map. A map is one square scale of the
 image pyramid, whose tokens are appended together. Alice streams the maps into a state of the tested method; every token
 has a hidden row of dv values. Bob restores the state from its bytes and appends one more map, whose queries read the
-rows. Visual autoregression must remember every token of every map: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv
-2503.14881) state Omega(n^2 d) for a last map of n x n. Instance and constants, derived: docs/floors.md.
+rows, each by putting nearly all softmax mass on one token.
+By Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881), visual autoregression needs Omega(n^2 d) memory for a last
+map of n x n: every token of every map must be remembered. Instance and constants, derived: docs/floors.md.
 """
 
 import dataclasses
@@ -69,8 +70,9 @@ class Visual(KeyedInstance):
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         """Return the answers (m, dv), float32, for hidden rows `row` (m,), one map of queries at a time.
 
-        Each map has as many tokens as Alice's last map, with zero keys and values, and is appended to a fresh copy of
-        the state. Its spike queries each give the key of one hidden row nearly all softmax mass. `copy` is not used.
+        A map of Bob has as many tokens as Alice's last map, with zero keys and values, and is appended to a fresh copy
+        of the state. Each of its queries gives the key of one hidden row nearly all softmax mass. `copy` is not used:
+        there is one stream.
         """
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
         queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))

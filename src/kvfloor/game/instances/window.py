@@ -1,11 +1,11 @@
-"""Play the sliding window: n - W zero tokens, then W tokens with hidden values, read with the old tokens masked or not.
+"""Play the sliding window game: n - W zero tokens, then W tokens with hidden values; W is the width of the window.
 
-Alice streams the tokens, and Bob, who restores her state from its bytes, reads each hidden row (the dv values of a
-coded token, i.e. one with hidden values) by a query. The game is of Haris & Onak (COLT 2025), Theorems 17 and 25, with
-a corrected constant (docs/floors.md). W is the width of the window. The zero tokens have logit 0. A masked window
-leaves them out of the softmax; an unmasked window and full attention count them. The query is so long that its key
-outweighs them. If Bob appends a token before he asks (append=True, the published order), this token pushes the oldest
-coded token out of the window, so W - 1 rows are hidden; if he only asks, W rows are.
+Alice streams the tokens. Bob restores her state from its bytes, and reads each hidden row (the dv values of one of the
+last tokens) by a query. The zero tokens have logit 0. A masked window leaves them out of the softmax; an unmasked
+window and full attention count them. The query is so long that its key outweighs them in either case.
+If Bob appends a token before he asks (append=True, as published), this token pushes the oldest of the W tokens out of
+the window, so W - 1 rows are hidden. If he only asks, W rows are. The game is of Haris & Onak (COLT 2025), Theorems 17
+and 25, with a corrected constant (docs/floors.md).
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowInstance(KeyedInstance):
-    """Stream n - W zero tokens, then W coded tokens, i.e. tokens with hidden values; W is `window`.
+    """Stream n - W zero tokens, then W tokens with public keys and hidden values; W is `window`.
 
-    Where Bob, the receiver of the state, appends a token before he asks (`append`), this token pushes the first
-    coded token out of the window, so that token hides nothing.
+    append  True: Bob, the receiver of the state, appends a token before he asks. It pushes the first of the W tokens
+            out of the window, so that token has value 0 and hides nothing
     """
 
     barrier: ClassVar[str] = "window"

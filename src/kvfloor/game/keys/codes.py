@@ -28,12 +28,11 @@ def digits_needed(n: int, p: int) -> int:
 
 
 def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
-    """Find (p, m) of the chirp code of n keys in d dimensions with the smallest inner products.
+    """Find (p, m) of the chirp code of n keys in d dimensions with the smallest bound on inner products, or None.
 
-    Returns None where there is no such code.
-    Each of the n unit keys is made from one polynomial modulo a prime p (`chirp`). m is the degree of the polynomials,
-    the least with p^m >= n. p is the largest prime <= d/2 with p > m for which no two keys can have an inner product of
-    1: their inner products are at most (m-1)/sqrt(p), which must be less than 1.
+    Each of the n unit keys is made from its own polynomial of degree m modulo a prime p (`chirp`). p is tried from the
+    largest prime <= d/2 downwards. m is the least degree with p^m >= n. The first p is returned for which p > m and the
+    bound (m-1)/sqrt(p) on the inner product of two keys is less than 1. Returns None where there is no such code.
     """
     for p in reversed(primes_up_to(d // 2)):
         m = digits_needed(n, p)
@@ -45,10 +44,10 @@ def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
 def reed_solomon_parameters(n: int, d: int) -> tuple[int, int, int] | None:
     """Find (p, b, m) of the Reed-Solomon code of n keys in d dimensions with the smallest bound on inner products.
 
-    Returns None where there is no such code. The bound is (m-1)/b, on the inner product of any two keys.
     p is a prime, m the number of coefficients of the code's polynomials mod p, and b the number of points at which the
-    polynomials are evaluated. A key is made from the b values of its polynomial, each in 0..p-1: every value becomes p
-    coordinates, all 0 but the one whose index is the value. So a key needs b p <= d coordinates.
+    polynomials are evaluated. The bound, on the inner product of two keys, is (m-1)/b. A key has p coordinates per
+    point: all 0 but the one whose index is the polynomial's value, in 0..p-1. So a key needs b p <= d coordinates.
+    Returns None where there is no such code.
     """
 
     def fitting() -> Iterator[tuple[int, int, int]]:
@@ -105,7 +104,8 @@ def reed_solomon(n: int, d: int, seed: int = 0) -> Tensor:
 def _evaluate(n: int, p: int, m: int, points: Tensor, first_power: int) -> Tensor:
     """Evaluate the first n polynomials of m coefficients mod p at every entry of `points` (b,): (n, b) int64.
 
-    The l-th polynomial has the base-p digits of l as coefficients. Its lowest power is `first_power`.
+    Polynomial number l has the base-p digits of l as coefficients. The lowest digit is that of x^first_power, the next
+    that of x^(first_power + 1), and so on.
     """
     number, value, power = torch.arange(n), torch.zeros(n, len(points), dtype=torch.int64), points**first_power
     for _ in range(m):

@@ -36,7 +36,8 @@ def sphere(n: int, d: int, seed: int = 0) -> Tensor:
 def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
     """List the first n of the 2^s sign vectors on s = max(1, ceil(log2 n)) coordinates as keys (n, d), float64.
 
-    The gap (1 less the largest inner product of two keys) is 2/s. `seed` is not used. Raises ValueError when d < s.
+    The signs are ±1/sqrt(s), and further coordinates are 0. The gap (1 less the largest inner product of two keys) is
+    2/s. `seed` is not used. Raises ValueError when d < s.
     """
     del seed
     signs = max(1, math.ceil(math.log2(n)))
@@ -51,19 +52,19 @@ def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
 def jl(n: int, d: int, seed: int = 0) -> Tensor:
     """Draw the keys (n, d), float64, of Haris & Onak (COLT 2025): Gaussian entries of variance 1/d.
 
-    The keys are a Johnson-Lindenstrauss image of n unit vectors, and not of unit norm. The paper's theorem needs
-    d >= `jl_dimension(n)`; below that, the gap (squared norm less largest inner product with another key) can be
-    negative.
+    These are n orthogonal unit vectors after a random (Johnson-Lindenstrauss) projection to d dimensions; their norms
+    are only near 1. The paper's theorem needs d >= `jl_dimension(n)`. Below that, the gap (squared norm less largest
+    inner product with another key) can be negative.
     Source: Haris & Onak (COLT 2025), Lemma 3.
     """
     return torch.randn(n, d, generator=_random(seed), dtype=torch.float64) / math.sqrt(d)
 
 
 def jl_dimension(n: int, eps: float = 0.1) -> int:
-    """Return the dimension that Haris & Onak (COLT 2025) require of n `jl` keys.
+    """Return the dimension that Haris & Onak (COLT 2025) require for n Gaussian keys (`jl`).
 
-    In this dimension, all inner products of two keys are within eps of 0 with probability 1 - 1/n; the paper takes
-    eps = 0.1.
+    In this dimension, all inner products of two keys are within eps of 0 with probability 1 - 1/n; the paper takes eps
+    = 0.1.
     """
     return math.ceil(jl_dim_paper(n, eps))
 
@@ -71,8 +72,8 @@ def jl_dimension(n: int, eps: float = 0.1) -> int:
 def packing(n: int, d: int, seed: int = 0) -> Tensor:
     """Choose n unit keys (n, d), float64, greedily: each is the random candidate farthest from all keys chosen before.
 
-    For d = 2 the optimum is known, n equally spaced points of the circle; for d = 1 only ±1 exist.
-    Raises ValueError for d = 1 and n > 2.
+    For d = 2 the best choice is known and taken: n equally spaced points of the circle. For d = 1 there are only the
+    keys ±1. Raises ValueError for d = 1 and n > 2.
     """
     if d == 1:
         return hypercube(n, d)

@@ -20,7 +20,8 @@ _PRODUCTS_AT_ONCE = 2**24
 def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
     """Return the gaps |k_i|^2 - max_{j != i} <k_i, k_j> of the keys with indices `rows`, or of all keys: (m,) float64.
 
-    keys (n, d) has any float type. If n = 1, the gap is |k|^2. Time n m d for m rows, memory bounded by chunks.
+    keys (n, d) has any float type. If n = 1, the gap is |k|^2. The time is proportional to n m d for m rows; products
+    are computed in chunks, so that memory is bounded.
     """
     keys = keys.double()
     n = keys.shape[0]
@@ -38,11 +39,11 @@ def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def promised_gaps(n: int, d: int) -> dict[str, float]:
-    """Return a lower bound on the smallest gap of n keys in d dimensions for each key family: name -> bound.
+    """Return a proven lower bound on the smallest gap of n keys in d dimensions for each key family: name -> bound.
 
     The gap of a key is its squared norm less its largest inner product with another key. Families without n keys in d
-    dimensions, or without a proven bound, are left out. The bounds are the families' closed forms. For random families,
-    the bound holds with probability at least 1/2 (rademacher) or above 0 (sphere).
+    dimensions, or without a proven bound, are left out. For random families, the bound holds with probability at least
+    1/2 (rademacher) or above 0 (sphere).
     """
     gaps: dict[str, float] = {}
     if chirp_code := chirp_parameters(n, d):
@@ -61,12 +62,13 @@ def promised_gaps(n: int, d: int) -> dict[str, float]:
 def best_family(n: int, d: int, seed: int = 0) -> str:
     """Return the name of the key family whose smallest gap is largest, among those that are cheap to make at (n, d).
 
-    The gap of a key is its squared norm less its largest inner product with another key. The families chirp,
-    reed_solomon and hypercube are compared by the closed form of the gap. The random families sphere and rademacher are
-    compared by the gap of keys that `seed` draws, beyond 16,384 keys by a formula. The family packing chooses keys one
-    by one, each as far as possible from those before (for d = 2: equally spaced on a circle). It takes long to make, so
-    it is compared, by its measured gap, only for d = 2 and, up to 4,096 keys, for d <= 16. Raises ValueError where no
-    family has n keys that queries can separate: for d = 1 and n > 2.
+    The gap of a key is its squared norm less its largest inner product with another key. Families are compared by
+        chirp, reed_solomon, hypercube  the formula for the gap
+        sphere, rademacher              the measured gap of the keys that `seed` draws, beyond 16,384 keys a formula
+        packing                         the measured gap. Keys are chosen one by one, each as far as possible from those
+                                        before, which takes long; so it is compared only for d = 2 and, up to 4,096
+                                        keys, for d <= 16
+    Raises ValueError where no family has n keys that queries can separate: for d = 1 and n > 2.
     """
     gaps = promised_gaps(n, d)
     if n <= _MEASURED_UP_TO:

@@ -25,7 +25,10 @@ _LENGTH_STEP = 64.0  # query lengths are rounded up to 1/64, so that float noise
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """Define n keys of width d by a family and a public seed, from which Alice and Bob make the same table of keys."""
+    """Define n keys of width d by a family and a public seed, from which Alice and Bob make the same table of keys.
+
+    family  name of the rule that makes the keys, such as "chirp" or "sphere"
+    """
 
     family: str
     n: int
@@ -38,7 +41,7 @@ class PublicKeys:
         """Return public keys of the given family, or, if None, of the family whose smallest gap is largest at (n, d).
 
         The gap is a key's squared norm less its largest inner product with another key. Raises ValueError where there
-        is no such family, or none with n keys that queries separate.
+        is no such family, or none with n keys of positive gap.
         """
         if family is None:
             return cls(best_family(n, d, seed), n, d, seed, dtype)
@@ -59,8 +62,9 @@ class PublicKeys:
         """Return the spike queries (m, d) of the keys with indices `rows` (m,), and the gaps (m,) of these keys.
 
         A spike query is a multiple of its key that gives this key nearly all softmax mass. The gap is the key's squared
-        norm less its largest inner product with another key. `spec` gives the scale and the dtype of the queries.
-        `length`(gap, squared norm) returns the factor C of the query C k / scale of a key k.
+        norm less its largest inner product with another key.
+        spec    gives the scale and the dtype of the queries
+        length  called with (gap, squared norm) of a key; returns the factor C of the query C k / scale of the key k
         """
         return aim(self.table, rows, spec, length)
 
@@ -68,10 +72,13 @@ class PublicKeys:
 def aim(keys: Tensor, rows: Tensor, spec: Spec, length: Callable[[float, float], float]) -> tuple[Tensor, Tensor]:
     """Return the spike query C_i k_i / scale of each key i of `rows` (m,), as (m, d), and the gaps (m,) of these keys.
 
-    A spike query gives its key nearly all softmax mass. keys is (n, d); `spec` gives the scale and the dtype of the
-    queries. `length` is called with (gap, squared norm) of a key, the gap cut to at most the squared norm, and returns
-    C_i. The gap is the key's squared norm less its largest inner product with another key. Raises ValueError where a
-    gap is not positive, so that no query singles the key out.
+    A spike query gives its key nearly all softmax mass. The gap is the key's squared norm less its largest inner
+    product with another key.
+    keys    (n, d), all keys
+    spec    gives the scale and the dtype of the queries
+    length  called with (gap, squared norm) of key i, the gap cut to at most the squared norm; returns C_i, which is
+            rounded up to a multiple of 1/64
+    Raises ValueError where a gap is not positive, so that no query singles the key out.
     """
     gaps = one_sided_gaps(keys, rows)
     if not bool((gaps > 0.0).all()):

@@ -2,8 +2,11 @@
 
 In this file a row is one (batch item, kv head) stream; its queries are those of the g query heads of the GQA group.
 N(mu, Sigma) is the Gaussian that is fitted to the row's past queries; k' is the transpose of k. A rotation is a rotary
-embedding (RoPE). In shapes, rows are all rows of a state, r those of one call, h the Gaussians per row, d is the width
-of a key.
+embedding (RoPE), which rotates pairs of a key's entries. A spec (`Spec`) has the sizes and constants of a state, among
+them up to one of two rotations: `applied`, by which keys and queries are already rotated when given, by position in the
+stream; or `rotation`, by which the state rotates them itself, by rank among the held tokens. In shapes, rows are all
+rows of a state, r those of one call, h the Gaussians per row, d is the width of a key, pairs the number of rotated
+pairs.
 """
 
 from __future__ import annotations
@@ -30,20 +33,19 @@ class Expected(Guarded):
     z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||. The token
     of lowest score is evicted. mu and Sigma are the mean and the covariance of the row's queries so far, taken before
     their rotation, and then rotated by the mean rotation of the next `horizon` positions. Queries of the first `sinks`
-    tokens are left out. The rotation is the one by which keys and queries come rotated (`Spec.applied`), which a
-    model's cache measures if it is given the prepared model, or the one that the state applies (`Spec.rotation`),
-    whose positions are ranks among the held tokens. If neither is known, mu and Sigma are those of the queries as
-    given: for a rotary model this is a weaker law, as queries rotated to past positions stand
-    for future queries.
+    tokens are left out. The rotation is that of the spec (`applied` or `rotation`); a model's cache that is given the
+    prepared model measures it. If no rotation is known, mu and Sigma are those of the queries as given. For a rotary
+    model this is a weaker law, because queries rotated to past positions then stand for future queries.
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
-    epsilon   weight of the value's norm for a token that receives no attention. Shares of attention sum to 1, so 0.01
-              among hundreds of tokens ranks most of them by their values' norms, and 0 by their attention
+    epsilon   weight of the value's norm for a token that receives no attention. Shares of attention sum to 1. So among
+              hundreds of tokens, epsilon = 0.01 ranks most tokens by their values' norms; 0 gives a token without
+              attention the score 0
     horizon   future positions whose rotations are averaged
     sinks     first tokens that are never evicted: 4 by default
     recent    newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
-    A stream without queries has z = 1: the tokens with the smallest value norms are evicted. Logits are taken without
-    the spec's softcap. Statistics and scores are float32 (float64 for a float64 cache).
+    Without queries, z = 1 for every token, so the tokens with the smallest value norms are evicted. Logits are taken
+    without the spec's softcap. Statistics and scores are float32 (float64 for a float64 cache).
     """
 
     name: ClassVar[str] = "expected"
@@ -63,7 +65,10 @@ class Expected(Guarded):
             raise ValueError(f"expected: epsilon must be a number >= 0, got {self.epsilon!r}")
 
     def shared(self, spec: Spec) -> dict[str, Tensor]:
-        """Return the mean cosine and sine (pairs,) of the rotation over the positions 0 .. horizon - 1."""
+        """Return the mean cosine and sine, (pairs,) each, of the rotation over the positions 0 .. horizon - 1.
+
+        The result maps "horizon_cos" and "horizon_sin" to them; it is empty if no rotation is known.
+        """
         rotation = _rotation(spec)
         if rotation is None:
             return {}
@@ -119,17 +124,17 @@ class Expected(Guarded):
 
 
 def _rotation(spec: Spec) -> Rotation | None:
-    """Return the rotary embedding of the keys in the products q.k; None if they have none or it is unknown."""
+    """Return the rotation that keys have when multiplied with queries; None if there is none or it is unknown."""
     return spec.applied if spec.rotation is None else spec.rotation
 
 
 class QueryMoments(PolicyMemory):
-    """Hold the mean and covariance of each row's queries so far, updated by one block of tokens at a time.
+    """Hold the mean and covariance of each row's queries so far, updated by one block of new tokens at a time.
 
     count   (rows,) number of queries in each mean
     mean    (rows, h, d); h is 1 if the query heads of a GQA group are pooled, otherwise their number g
     spread  (rows, h, d, d) sum of (q - mean)(q - mean)', i.e. the covariance times `count`
-    The update (Chan et al. 1979) subtracts no large sums, so no digits cancel.
+    The update (Chan et al. 1979) avoids cancellation: it never subtracts one large sum from another.
     """
 
     def __init__(self, spec: Spec, pooled: bool) -> None:

@@ -1,8 +1,9 @@
 """Keep keys that are spread out, so that every key has a kept key near it (greedy k-center).
 
-In this file a row is one (batch item, kv head) stream; a slot is the place of one held token. Farthest-first traversal
-picks keys one after the other, each time the key that is farthest (l2) from all picked keys; the picked keys are the
-centres. In shapes, r are rows, s slots, d the width of a key.
+In this file a row is one (batch item, kv head) stream; a slot is the place of one held token. The answer is all tokens
+after the prompt, and a block is the new tokens between two evictions. Farthest-first traversal picks keys one after
+the other, each time the key that is farthest (l2) from all picked keys; the picked keys are the centres. In shapes, r
+are rows, s slots, d the width of a key.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class FarthestKey(Guarded):
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     decode  "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;
             "keep": tokens after the prompt are never evicted, as in the experiments
-    Prefill is dense by default, i.e. tokens are first evicted at the end of the prompt, as the experiments clustered
-    offline; with `prefill=stream` tokens are evicted after each block of the prompt. Evicted tokens have no weight:
-    the clusters' sizes and samples, which the method `subgen` holds, are not kept. Each kept token costs one pass over
-    the held keys.
+    By default tokens are first evicted at the end of the prompt (`prefill=dense`), as in the experiments; with
+    `prefill=stream` tokens are evicted after each block of the prompt. Evicted tokens have no weight: unlike the method
+    `subgen`, this policy does not keep the clusters' sizes and samples. Each kept token costs one pass over the held
+    keys.
     """
 
     name: ClassVar[str] = "k_center"

@@ -18,15 +18,15 @@ class HeavyHitters(Policy):
     """Evict the token that has received the least attention so far.
 
     Source: Zhang et al. 2023, H2O, Algorithm 1 with the heavy/recent split of section 5.
-    score   "sum":   the paper's running sum of softmax weights over held tokens
-            "mean":  the sum divided by the token's age in tokens, so that age is no advantage
+    score   "sum":   the paper's running sum of the softmax weights that a held token has received
+            "mean":  this sum divided by the number of tokens since the token came, so that age is no advantage
             "decay": a running sum multiplied by `decay` at every query
     recent  newest tokens that are never evicted; half the budget unless given
     sinks   first tokens that are never evicted; 4 unless given
-    group   reduction of the weights over a GQA group's queries: "mean" or "max"
-    Scores are float32 whatever the cache's dtype: bfloat16 sums stall at 256. With prefill=dense (no eviction before
-    the end of the prompt) the scores are the column sums of the prompt's whole attention matrix, computed for a block
-    of queries and a tile of keys at a time.
+    group   how the weights from the queries of a GQA group are combined: "mean" or "max"
+    Scores are float32 whatever the cache's dtype: in bfloat16, a sum of weights would stop growing at 256. With
+    prefill=dense (no eviction before the end of the prompt) the scores are the column sums of the prompt's whole
+    attention matrix, computed for a block of queries and a tile of keys at a time.
     """
 
     name: ClassVar[str] = "h2o"

@@ -16,9 +16,8 @@ from kvfloor.core.rowwise import row_by_row
 class KeyDifference(Guarded):
     """Evict the token whose key is most similar to the mean key direction, without looking at queries.
 
-    A block is the new tokens between two evictions.
     Law (Park et al. 2025, KeyDiff): score(token) = -cos(k, m), where m is the mean of k / ||k|| over all tokens held
-    at the end of a block. The token of lowest score is evicted.
+    at the end of a block. The token of lowest score is evicted. A block is the new tokens between two evictions.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     The paper's rule is keydiff(sinks=0,recent=0).

@@ -19,9 +19,10 @@ class KeyNorm(Guarded):
     with short keys tend to receive most of the attention.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
+    block   new tokens between two evictions. A token's score never changes, so the block length matters only because
+            the newest tokens are protected
     The paper's rule is knorm(sinks=0,recent=0,block=1).
-    Norms are float32 whatever the cache's dtype. A token's score never changes, so the block length (the
-    number of new tokens between two evictions) matters only through the newest tokens, which are protected.
+    Norms are float32 whatever the cache's dtype.
     """
 
     name: ClassVar[str] = "knorm"

@@ -2,8 +2,9 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A sketched key is x =
 S'k, the key k projected to fewer channels by the matrix S. X is the matrix with the sketched keys as rows, and X'X its
-Gram matrix; ' is the transpose. r, s, w and d in shapes are rows, slots, and the widths of a sketched and of a whole
-key.
+Gram matrix; ' is the transpose. A rotation is a rotary embedding (RoPE); `Spec.applied` is the rotation by which keys
+are already rotated when a state gets them, None if unknown. r, s, w and d in shapes are rows, slots, and the widths of
+a sketched and of a whole key.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _ROUNDING = 1e-4  # of float32 sums, as a share of the trace
 class RidgeLeverage(Guarded):
     """Evict the token whose key has the lowest ridge leverage score, without looking at queries.
 
+    A low score means that the key is nearly a linear combination of the other keys.
     Law (after Compactor, 2025): score(token) = x' (X'X + lambda I)^-1 x with x = S'k and lambda = ridge tr(X'X) / d.
     K has the keys k as rows, X the sketched keys x; tr is the trace, I the unit matrix. S (d, sketch) is a random
     matrix fixed by the spec's seed, and SS' is I on average. Where (1 - e) ||u||^2 <= ||S'u||^2 <= (1 + e) ||u||^2 for
@@ -36,14 +38,14 @@ class RidgeLeverage(Guarded):
     (K'K + lambda I)^-1 k. A Gaussian S satisfies this if sketch is of the order (rank of K) / e^2. With sketch >= d
     there is no S: x = k, and the scores are exact.
     ridge    lambda, as a share of tr(X'X) / d, which is the mean eigenvalue of K'K or (if sketched) an estimate of it
-    sketch   width of the sketched keys, 48; only their Gram matrix is stored
-    kind     "gaussian", or "count": each key channel is added to one sketched channel with a random sign
+    sketch   width of the sketched keys: 48 by default; only their Gram matrix is stored
+    kind     of S: "gaussian", or "count": each key channel is added to one sketched channel with a random sign
     over     "seen": X has the keys of all tokens so far; "held": X has the keys of the held tokens only, so the score
              of a key rises as similar keys are evicted
-    centre   subtract the mean of the keys first
+    centre   True: the mean of the keys is subtracted first
     keys     "cached": keys as the cache holds them, after the rotary embedding (RoPE); "unrotated": keys before it, as
-             in the paper. A model's cache has to be given the prepared model, so that it can measure `Spec.applied`;
-             without that, the keys are taken as cached
+             in the paper. For this, a model's cache must be given the prepared model, so that it can measure the
+             rotation (`Spec.applied`); otherwise the keys are taken as cached
     sinks    first tokens that are never evicted: 4 by default
     recent   newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     Compactor scores the whole prompt once, with
@@ -115,9 +117,10 @@ class RidgeLeverage(Guarded):
 
 
 def unrotated(k: Tensor, position: Tensor, spec: Spec) -> Tensor:
-    """Return the keys k (r, s, d) before the rotation `Spec.applied` by their positions (r, s), in the compute dtype.
+    """Return the keys k (r, s, d) with the rotation `Spec.applied` undone, in float32 or wider.
 
-    Without `Spec.applied` the keys are returned as given.
+    position (r, s) are the positions by which the keys are rotated. Without `Spec.applied` the keys are returned as
+    given.
     """
     if spec.applied is None:
         return k
@@ -202,7 +205,7 @@ class KeyGram(PolicyMemory):
 
 
 class UnrotatedKeyGram(KeyGram):
-    """Hold the Gram matrix of all sketched keys so far, each as it was before the rotation `Spec.applied`."""
+    """Hold the Gram matrix of all sketched keys so far, each rotated back (`Spec.applied`) before sketching."""
 
     def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
         super().on_keys(rows, unrotated(k, position, self.spec), position, live)

@@ -2,10 +2,11 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of
 the prompt, and the answer is all tokens after the seal. A page is `page` consecutive tokens of the answer; the newest
-page is being filled. A query needs a page if the query's estimated attention weight for the page exceeds `alpha`
-or, with `top`, is among the largest of the query's estimates. A page's timestamp is the position of the last query that
-needed the page. In shapes, r are rows, s slots, b query tokens, p pages, g query heads per kv head, d the width of a
-key. A query's own token is the token that came with the query.
+page is being filled. A page's number counts the pages of the stream from 0, the oldest. A query needs a page if the
+query's estimated attention weight for the page exceeds `alpha` or, with `top`, is among the largest of the query's
+estimates. A page's timestamp is the position of the last query that needed the page. A query's own token is the token
+that came with the query; its own page is the page of that token. In shapes, r are rows, s slots, b query tokens, p
+pages, g query heads per kv head, d the width of a key.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Milestones(Policy):
     largest entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of
     the page (Quest). A query's estimate for a page is softmax(scale bound) over all pages visible to the query; the
     largest estimate among the queries of a GQA group counts for all of them. If this estimate exceeds `alpha`, the
-    page's timestamp becomes the query's position. The page with the oldest timestamp is evicted, and the older page
-    among equals. The oldest tokens of a page are evicted first, as many as the budget requires.
+    page's timestamp becomes the query's position. The page with the oldest timestamp is evicted; of several such pages,
+    the oldest. The oldest tokens of a page are evicted first, as many as the budget requires.
     page     tokens per page
     alpha    estimate above which a page counts as needed
     top      instead of alpha: this share of the pages counts as needed, largest estimates first (the paper uses 0.5)
@@ -48,7 +49,8 @@ class Milestones(Policy):
              from the first token on
     sinks    first tokens of the stream that are never evicted; the page being filled is never evicted either
     Each row (kv head) has timestamps and evictions of its own. Bounds are recomputed from the held keys at the end of
-    each block, so only a timestamp per token is stored. Without queries the oldest page is evicted.
+    each block (the new tokens between two evictions), so only a timestamp per token is stored. Without queries the
+    oldest page is evicted.
     """
 
     name: ClassVar[str] = "raas"
@@ -128,10 +130,8 @@ class Milestones(Policy):
     def _held_pages(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
         """Return the p pages with at least one held token, oldest first, as three tensors (index, number, slots).
 
-        A row with fewer pages than p has the number `_NO_PAGE` for each missing page.
-
         index   (r, s) for each slot, the place of its token's page among the p pages
-        number  (r, p) number of each page, see `_page`
+        number  (r, p) number of each page; `_NO_PAGE` for missing pages in a row that has fewer than p
         slots   (r, p, page) slots of each page's tokens; a page that is not full repeats its first slot
         """
         page = self._page(held.position, held).masked_fill(~held.live, _NO_PAGE)
@@ -178,7 +178,7 @@ class Milestones(Policy):
     def _filling(self, held: Held, queries: Queries) -> tuple[Tensor, Tensor]:
         """Return the least and the largest entry per channel, (r, b, d) each, of the keys in each query's own page.
 
-        A query's own page is the page of its own token. Tokens of the page that came after this token are left out.
+        Tokens of the page that came after the query's own token are left out.
         """
         r, b = queries.position.shape
         start, first = self._start(held), self._page(queries.position[:, :1], held)

@@ -36,13 +36,14 @@ class Observation(Policy):
     pool     "max" or "avg" of the votes of the held tokens around a token. In an average, each of the `kernel`
              positions without a vote counts as 0, as in the paper's code: positions outside the prompt, in the window,
              and of evicted tokens
-    decode   "keep": tokens after the prompt are never evicted, so memory grows with the answer;
-             "evict": each block of the answer is compressed like the prompt, by the last `window` queries so far
+    decode   "keep": tokens after the prompt are never evicted, so memory grows with the answer (all tokens after the
+             prompt); "evict": each block of the answer is compressed like the prompt, by the last `window` queries so
+             far
     sinks    first tokens that are never evicted; none by default, as in the paper
-    Prefill is dense by default (no eviction before the seal); with `prefill=stream` each block of the prompt is
-    compressed in turn. A prompt within the budget stays whole. Tokens appended without queries add no votes; without
-    any vote the oldest tokens are evicted, as by the policy `window`. Votes are float32 whatever the cache's dtype, and
-    are computed tile by tile.
+    By default nothing is evicted before the seal (`prefill=dense`); with `prefill=stream` each block of the prompt,
+    i.e. the new tokens between two evictions, is compressed in turn. A prompt within the budget stays whole. Tokens
+    appended without queries add no votes; without any vote the oldest tokens are evicted, as by the policy `window`.
+    Votes are float32 whatever the cache's dtype, and are computed for one tile of keys at a time.
     """
 
     name: ClassVar[str] = "snapkv"

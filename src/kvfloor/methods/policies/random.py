@@ -19,7 +19,7 @@ class Random(Policy):
     Each token has a uniform random number, fixed by the seed, the token's (batch item, kv head) stream and its position
     there; the tokens with the largest numbers stay. The kept set is therefore a uniform sample without replacement of
     all tokens seen (a bottom-k sample, Cohen and Kaplan 2007), however the stream is split into calls. The first
-    `sinks` and the newest `recent` tokens can be protected; both numbers are 0 by default.
+    `sinks` and the newest `recent` tokens are never evicted; both numbers are 0 by default.
     """
 
     name: ClassVar[str] = "random"

@@ -16,8 +16,8 @@ class Sinks(Policy):
     """Evict the oldest token, except a row's first `count` tokens (attention sinks).
 
     Trained models give the first tokens much attention. In the paper (StreamingLLM), RoPE rotates each key by its rank
-    among the tokens in the cache instead of its position in the text; here the spec's `rotation` makes a state do so
-    under any policy.
+    among the tokens in the cache, instead of by its position in the text. Here this is a separate setting that works
+    with any policy: `Spec.rotation`, or positions="cache" in a model's cache.
     """
 
     name: ClassVar[str] = "sinks"

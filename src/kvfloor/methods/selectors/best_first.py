@@ -23,19 +23,19 @@ from kvfloor.validation import count
 
 @dataclass(frozen=True)
 class BestFirst(Indexed):
-    """Read the k tokens of largest logit by branch and bound over pages.
+    """Read the k tokens of largest logit, found by branch and bound over pages of tokens.
 
     The result equals that of the selector `top_k`, which reads every key. Where keys have structure, it is found
     without reading every key.
-    Law: branch and bound over the boxes of the selector `pages` (least and largest key entry per channel of a page),
-    which bound the logits of the page's tokens. To visit a page is to compute the logits of its tokens. The newest page
-    is visited first, then the other pages from the largest bound down, until the next bound is below the k-th best
-    logit found. None of the unvisited pages then holds a better token, whatever the keys are. A token of large
-    logit among tokens of small logit is therefore never lost, unlike with the selector `hip`, which halves intervals of
-    the stream. Where keys have no structure the bounds are loose and nearly all pages are visited. Ties are broken in
-    favour of the newer token.
+    Law: a query's logit bound on a page (the largest logit with any key in the page's box) is at least the logit of
+    each token in the page. To visit a page is to compute the logits of its tokens. The newest page is visited first,
+    then the other pages from the largest bound down, until the next bound is below the k-th best logit found. None of
+    the unvisited pages then holds a better token, whatever the keys are. So a token of large logit among tokens of
+    small logit is never lost, unlike with the selector `hip`, which halves intervals of the stream. Where keys have no
+    structure the bounds are loose and nearly all pages are visited. Of tokens with equal logits the newer one is
+    preferred.
     k      tokens read per query
-    page   tokens per page, as in `pages`
+    page   tokens per page
     """
 
     name: ClassVar[str] = "best_first"
@@ -54,7 +54,7 @@ class BestFirst(Indexed):
 class BestFirstState(SelectorState):
     """Hold the box of every full page: the least and largest entry per channel of its keys.
 
-    A search changes no part of the state.
+    The newest page, which is still filling, has no box. A search changes no part of the state.
     """
 
     def __init__(self, spec: Spec, slots: Slots, method: BestFirst) -> None:
@@ -78,10 +78,10 @@ class BestFirstState(SelectorState):
         return self.search(q, slots, visible, rows)[0]
 
     def search(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> tuple[Chosen, Tensor]:
-        """Return the slots that each query of q (r, m, d) reads, and the number (r, m), int64, of visited pages.
+        """Return the slots that each query of q (r, m, d) reads, and the number (r, m), int64, of pages that it visits.
 
-        The arguments and the first result are those of `choose`: a query sees the first visible (r, m) slots of its
-        row, and rows (r,) are the indices of the queries' rows (None: all).
+        The slots are given as by `choose`: up to k slots per query, and a mask that is True for padding entries. A
+        query sees the first visible (r, m) slots of its row. rows (r,) are the indices of the queries' rows; None: all.
         """
         (r, m, _), k, size, device = q.shape, self.method.k, self.method.page, q.device
         visible = visible.to(device).expand(r, m)
@@ -116,7 +116,8 @@ class BestFirstState(SelectorState):
         """Return the pages in the order in which queries visit them: logit bounds and page numbers, (r*m, pages) each.
 
         newest (r, m) is the page of the newest token that a query sees. This page comes first, with the bound inf; the
-        other pages follow from the largest bound down. Entries without a page have the bound -inf and the number -1.
+        other pages follow from the largest bound down. A query that sees fewer pages than others has the bound -inf and
+        the number -1 in its last entries.
         """
         bound = self.pages.bounds(q, newest, rows).flip(-1)
         order = bound.argsort(dim=-1, descending=True, stable=True)

@@ -1,10 +1,10 @@
 """Read the tokens found by halving intervals of the stream repeatedly, by the logits at their centres (HiP).
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A key block is
-`key_block` consecutive tokens; an interval [low, high) is a range of block numbers, whose centre block stands for it. A
-choice is the list of key blocks that queries read; queries of one span of positions share a choice. The seal is the end
-of the prompt. In shapes, r are rows, m queries per row, g query heads per kv head, c entries per query, d the width of
-a key; an argument `rows` (r,) has the indices of these rows (None: all).
+`key_block` consecutive tokens. An interval [low, high) is a range of block numbers; its centre block stands for it. A
+choice is the list of key blocks that a query reads. The positions of the stream are cut into spans, and the queries of
+one span share a choice. The seal is the end of the prompt. In shapes, r are rows, m queries per row, g query heads per
+kv head, c entries per query, d the width of a key; an argument `rows` (r,) has the indices of these rows (None: all).
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ _KEY_NUMBERS_AT_ONCE = 2**22
 class Hierarchical(Indexed):
     """Read about k of n tokens, found by log2(n / k) rounds of halving the stream instead of by n logits.
 
-    Law (Lee et al. 2024, HiP attention): between `sinks` and the newest `window` tokens the stream is cut into blocks
-    of `key_block` tokens, and the blocks into k / key_block equal intervals. Each round splits every interval into two
-    halves, scores each half by the largest logit in its centre block, and keeps the best-scored 50 % of all halves.
-    Rounds end when every interval is one block. The query reads the sinks, the remaining blocks, and all newer tokens.
-    Every token is read while there are at most k / key_block blocks. Beyond that a token of large logit among tokens of
-    small logit is found only if it lies in a centre block: there is no guarantee.
+    Law (Lee et al. 2024, HiP attention): between the first `sinks` and the newest `window` tokens the stream is cut
+    into blocks of `key_block` tokens, and the blocks into k / key_block equal intervals. Each round splits every
+    interval into two halves, scores each half by the largest logit in its centre block, and keeps the best-scored 50 %
+    of all halves. Rounds end when every interval is one block. The query reads the sinks, the remaining blocks, and all
+    newer tokens. Every token is read while there are at most k / key_block blocks. Beyond that a token of large logit
+    among tokens of small logit is found only if it lies in a centre block: there is no guarantee.
 
+    k            tokens read per query, besides the sinks and the newest tokens
+    key_block    tokens per key block
+    sinks        first tokens, which every query reads
+    window       newest tokens, which every query reads
     query_block  number of positions whose queries share a choice, before the seal (end of the prompt). The first query
                  of each such span makes the choice, so a choice depends neither on later queries nor on how the
                  stream is split into calls
@@ -71,11 +75,12 @@ class HierarchicalState(SelectorState):
 
     k, key_block, query_block and refresh are the settings of `Hierarchical`: about k tokens are read, in blocks of
     key_block tokens; queries of query_block positions in the prompt, or of refresh positions after it, share a choice.
-    block    (rows, g, k / key_block) blocks of the current choice, ascending, -1 beyond the last; None before a choice
+    block    (rows, g, k / key_block) blocks of the current choice, ascending, -1 for unused entries; None before a
+             choice
     blocks   (rows,) number of blocks that the choice was made from: all tokens after these blocks are read
     span     (rows,) index of the span of positions that share the current choice; -1: none
-    order    the slots of each row from the oldest to the newest token; None if no token is ever evicted, as slots
-             then are in order
+    order    the slots of each row from the oldest to the newest token; None if no token is ever evicted, because slots
+             are then in order of age anyway
     """
 
     def __init__(self, spec: Spec, slots: Slots, method: Hierarchical, in_order: bool) -> None:
@@ -186,7 +191,10 @@ class HierarchicalState(SelectorState):
         return self.method.k // self.method.key_block
 
     def _blocks(self, visible: Tensor) -> Tensor:
-        """Return the number of whole key blocks between sinks and window, per query that sees `visible` tokens."""
+        """Return the number of whole key blocks between sinks and window, for queries that see `visible` tokens each.
+
+        The sinks are a row's first tokens, the window its newest ones.
+        """
         return (visible - self.method.sinks - self.method.window).clamp_min(0) // self.method.key_block
 
     def _descend(self, q: Tensor, slots: Slots, blocks: Tensor, rows: Tensor | None) -> Tensor:
@@ -259,10 +267,10 @@ class HierarchicalState(SelectorState):
     def bytes_read(self, held: Tensor) -> int:
         """Return the bytes that one query per row reads, summed over the rows.
 
-        held (rows,) is the number of tokens that each row holds. The result is an average over the queries that share a
-        choice. One of them makes the choice by rounds of halving, and all of them read the chosen tokens. Each round
-        reads the keys of 2 k / key_block centre blocks. Bytes read from this state are added: the current choice and,
-        if tokens may be evicted, the entries of `order` for the tokens read.
+        held (rows,) is the number of tokens that each row holds. The queries of one span share a choice: one of them
+        makes it by rounds of halving, and all of them read the chosen tokens. The result is an average over these
+        queries. Each round reads the keys of 2 k / key_block centre blocks. Bytes read from this state are added: the
+        current choice and, if tokens may be evicted, the entries of `order` for the tokens read.
         """
         method, number = self.method, self.spec.dtype.itemsize
         share = method.refresh if self.sealed else method.query_block

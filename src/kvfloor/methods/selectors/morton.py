@@ -12,7 +12,7 @@ def cells(x: Tensor, bits: int) -> Tensor:
     """Return the index of the cell that holds each coordinate of x: int64 in [0, 2**bits), of x's shape.
 
     Cells are the intervals between quantiles of the standard normal, so a standard normal coordinate is in each with
-    the same probability. The grid is fixed in advance: with a range taken from the data, later tokens would change the
+    the same probability. The grid is fixed in advance. If its range came from the data, later tokens would change the
     Morton codes of earlier ones.
     """
     share = 0.5 * (1.0 + torch.erf(x.to(torch.float64) / math.sqrt(2.0)))

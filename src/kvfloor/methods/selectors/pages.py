@@ -28,7 +28,8 @@ class Pages(Indexed):
     """Read the `pages` full pages of largest logit bound, and the newest page, which is still filling.
 
     Law (Tang et al. 2024, Quest): with low and high the least and largest entry per channel of a page's keys, no key
-    of the page has a larger q.k than  sum_j max(q_j low_j, q_j high_j).  Ties are broken in favour of the newer page.
+    of the page has a larger q.k than sum_j max(q_j low_j, q_j high_j). Of pages with equal bounds the newer one is
+    preferred.
     pages   pages read beside the newest one
     page    tokens per page: slots page*i .. page*(i+1) - 1. Under an eviction policy an emptied slot is
             filled by another token, and the bound of its page is recomputed.
@@ -141,7 +142,8 @@ class PagesState(SelectorState):
     def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
         """Return upper bounds (r, m, pages), float64, on the scaled q.k of each page's keys for queries q (r, m, d).
 
-        newest (r, m) is the page of the newest token that a query sees. This page and later pages have the bound -inf.
+        newest (r, m) is the page of the newest token that a query sees. This page, which has no box yet, and later
+        pages have the bound -inf.
         """
         most = int(newest.max()) if newest.numel() else 0
         low, high = (self.boxes.across(name, rows, most)[:, 0].double() for name in ("low", "high"))

@@ -1,4 +1,4 @@
-"""Read the k held tokens of largest logit by a scan of all keys: the oracle for selectors that scan fewer keys."""
+"""Read the k held tokens of largest logit by a scan of all keys: the reference for selectors that scan fewer keys."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from kvfloor.validation import count
 class TopK(Selector):
     """Read the k held tokens of largest logit, after a scan of every key.
 
-    All keys are read, so the selector saves reads of values only. k: tokens read per query. Tokens tied at the k-th
-    logit are all read.
+    All keys are read, so the selector saves reads of values only. k: tokens read per query. If several tokens have the
+    k-th largest logit, all of them are read.
     """
 
     name: ClassVar[str] = "top_k"

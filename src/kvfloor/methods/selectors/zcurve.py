@@ -1,10 +1,11 @@
 """Read the keys of largest logit among those near the query on Z-order curves of random projections (ZETA).
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A curve is a sorted
-order of keys: a key's place on the curve is its Morton code, an integer computed from a 3-dimensional projection of the
-key. A key is merged when it is inserted into the sorted lists of all curves; newer keys wait outside the lists. A
-candidate is a token whose exact logit is computed. In shapes, r are rows, s vectors or m queries per row, c candidates
-per query, d the width of a key; an argument `rows` (r,) has the indices of these rows (None: all).
+list of keys. A key's place on the curve is its Morton code, an integer computed from a 3-dimensional projection of the
+key; keys that are close mostly have close codes. New keys wait outside the lists until they are merged, i.e. inserted
+into the sorted lists of all curves. A candidate is a token whose exact logit is computed. In shapes, r are rows, s
+vectors or m queries per row, c candidates per query, d the width of a key; an argument `rows` (r,) has the indices of
+these rows (None: all).
 """
 
 from __future__ import annotations
@@ -42,17 +43,18 @@ class ZCurve(Indexed):
     of the standard normal. Each of the `curves` curves has its own P and its own shift of the grid, because a single
     curve puts some near neighbours far apart. The candidates are the `window` keys around the query's own place on each
     curve and the keys that are not merged into the curves yet (see `chunk`). The query reads the k candidates of
-    largest exact logit. Ties are broken in favour of the newer token.
+    largest exact logit. Of candidates with equal logits the newer one is preferred.
 
-    ZETA learns queries and keys of 3 numbers. Here 3 numbers replace d numbers, so most of the true best tokens are
-    missed where d is large and keys have no clusters; the repository's
-    characterize/lib/recall.py measures the share that is read.
+    ZETA trains queries and keys of 3 numbers. Here the 3 numbers are a random projection of d numbers. So most of the
+    true best tokens are missed where d is large and keys have no clusters; the repository's characterize/lib/recall.py
+    measures the share that is read.
 
     k        tokens read per query
     curves   number of curves, each with its own random projection
     window   keys of each curve that are candidates
-    chunk    new keys wait unsorted, and are all candidates, until `chunk` of them are merged into the curves; under
-             an eviction policy keys are merged at the end of each of its blocks instead
+    chunk    new keys wait unsorted, and are all candidates, until there are `chunk` of them and they are merged into
+             the curves; under an eviction policy keys are merged at the end of each block (the new tokens between two
+             evictions) instead
     """
 
     name: ClassVar[str] = "zeta"
@@ -110,10 +112,10 @@ class ZCurveState(SelectorState):
             self.sorted.resize(slots.capacity)
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Raise ValueError unless the lists of codes in a message (a saved state) fit its slots.
+        """Raise ValueError unless the lists of codes in a saved state fit the saved slots.
 
-        The n codes of a curve must be in ascending order and belong to the first n slots of the row, n at most the
-        number of held tokens. `fields` are the saved fields of this state, and `slots` those of the slots.
+        The n codes of a curve must be in ascending order and belong to the first n slots of the row, where n is at most
+        the number of held tokens. `fields` are the saved fields of this state, and `slots` those of the slots.
         """
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")

@@ -1,1 +1,1 @@
-"""Store a stream as a sketch (samples, clusters, codes) instead of as whole tokens, one method per file."""
+"""Store a stream as a sketch (samples, clusters, quantised codes) instead of as whole tokens, one method per file."""

@@ -1,10 +1,12 @@
 """Evict half of the tokens repeatedly, chosen by a self-balancing walk, and double the others' weight (BalanceKV).
 
-In this file a row is one (batch item, kv head) stream, and a slot the place of one held token.
+In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A block is
+`block` consecutive tokens of a row; levels are halved at the end of a block only.
 A level is the set of a row's tokens of equal weight 2^l; new tokens are at level 0. Halving a level evicts about half
 of its tokens and moves the rest up to level l + 1, at double weight.
-A walk gives every token of the level a random sign, such that the signed sum of the tokens stays short; the signs
-decide which half is evicted. A step of a walk is clamped where the rule would give a sign a probability outside [0, 1].
+A walk takes the tokens of a level one by one and gives each a random sign, such that the signed sum of the tokens'
+feature vectors stays short; the signs decide which half is evicted. The walk's threshold c sets how strongly a sign is
+drawn towards a short sum. A step of a walk is clamped where the rule would give a sign a probability outside [0, 1].
 A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of logits). In shapes, r are the
 rows of a call, m queries per row, s slots, d and dv the widths of a key and a value; n is the number of tokens seen.
 """
@@ -42,35 +44,35 @@ class Balance(Method):
     Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, here with one set of kept tokens for the
     numerator and the denominator of attention.
     A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
-    Halving a level evicts half of the level's tokens and moves the other half up one level. The kept half is chosen so
-    that the sum of e^{k} (v, const) over kept tokens minus the sum over dropped tokens is short, by the walk in the
-    module `self_balancing`.
+    Halving a level evicts half of the level's tokens and moves the other half up one level. The walk chooses the kept
+    half so that the sum of e^{k} (v, const) over kept tokens minus the sum over evicted tokens is short.
     Here e^{q} and e^{k} stand for feature vectors with inner product e^{q.k}, and (v, const) is a value v with the
-    same number const appended to all. The paper halves separate sets of tokens, each through levels of its own (a
-    tree): one set for each bucket (part) of the numerator's tokens, and one set for the denominator. Here one set
-    serves both, thanks to the coordinate const: numerator and denominator have the same weights, so answers are convex
-    combinations of values.
-    batch     number of tokens that makes a level full. A row halves levels at every batch-th token; newer tokens are
-              read exactly. Without a budget every full level is halved, which leaves at most batch tokens per level
-              and log2(n / batch) + 2 levels.
+    number const appended, the same for all tokens. The paper halves separate sets of tokens, each through levels of its
+    own: one set for each part of the numerator's tokens, and one set for the denominator. Here one set serves both,
+    thanks to the coordinate const: numerator and denominator have the same weights, so answers are convex combinations
+    of values.
+    batch     number of tokens that makes a level full. Without a budget, a row halves every full level at each batch-th
+              token, and newer tokens are read exactly. This leaves at most batch tokens per level and
+              log2(n / batch) + 2 levels.
     budget    upper bound on tokens per row at all times. At the end of each block, the budget must have room for the
               next block; a block has (budget - sinks - recent) / 8 tokens, rounded down, or `batch` if that is less.
               While there is no room, the oldest tokens of one level are halved, at most four blocks of them: halving
               few at once keeps the held tokens' weights similar. The level halved is the l with the largest (number
               of tokens) / 4^l, because halving level l adds 4^l to the squared error however many tokens are halved.
               Where every level has one token, a fair coin drops the token of the lowest level or doubles its weight.
-    keep      pairs: of each two tokens of the level that are next to each other in age, one stays, so weights add up
-              to n; smaller: the paper's rule, by which the tokens of the rarer sign in the walk stay, which loses a
+    keep      "pairs": of each two tokens of the level that are next to each other in age, one stays, so weights add up
+              to n; "smaller": the paper's rule, by which the tokens of the rarer sign in the walk stay, which loses a
               little mass each time
     c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for
               `horizon` and `failure`, at which the guarantee holds. The paper's code has 1/8.
-    constant  square of the constant coordinate `const`, in units of the largest |v|^2 of the tokens halved; the
-              paper's code has 0.025, and the error bound of the guarantee is smallest at 1
-    sharpness exponent of the walk's kernel exp(sharpness |scale| k.k'); the paper has 1, and a smaller exponent lets
-              more distant keys balance each other
-    centre    subtract the level's mean key in the walk; answers always use the original keys
+    constant  const^2, in units of the largest |v|^2 of the tokens halved; the paper's code has 0.025, and the error
+              bound of the guarantee is smallest at 1
+    sharpness factor in the walk's kernel exp(sharpness |scale| k.k'); the paper has 1, and a smaller factor lets more
+              distant keys balance each other
+    centre    True: the level's mean key is subtracted in the walk; answers always use the original keys
     sinks, recent   numbers of first and newest tokens that are never halved
-    radius, spread, horizon, failure   assumptions of the guarantee, see `guarantee`
+    radius, spread, horizon, failure   assumptions of the guarantee: bound on the lengths of keys and queries, bound on
+              max |v|^2 / mean |v|^2, bound on the tokens seen, and failure probability (see the method `guarantee`)
     The paper's algorithm is balance(keep=smaller,centre=False,sharpness=1,c=None,horizon=n,sinks=0,recent=0).
     """
 
@@ -123,7 +125,7 @@ class Balance(Method):
 
     @property
     def traits(self) -> Traits:
-        """Return the promises of this method.
+        """Return the promises of this method. It is bounded in memory only with a budget (`constant_memory`).
 
         normalised     True: answers are averages of values, as numerator and denominator have the same positive weights
         lossy_values   True: values count with an error, as held tokens do not all have weight 1 in answers
@@ -142,7 +144,8 @@ class Balance(Method):
     def threshold(self) -> float:
         """Return the walk's threshold: c, or if c is None the safe threshold for `horizon` tokens.
 
-        The walks over all levels together take at most n steps for n tokens with keep=pairs, and 2n with keep=smaller.
+        At the safe threshold, steps are rarely clamped. It is computed for the number of steps of all walks together:
+        at most n for n tokens with keep="pairs", and 2n with keep="smaller".
         """
         if self.c is not None:
             return self.c
@@ -176,13 +179,16 @@ class Balance(Method):
         """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance.
 
         V is the matrix of all values, and softmax the vector of exact attention weights. With probability 1 - `failure`
-        the bound holds for epsilon = sqrt(spread) x / (batch - y); the function `tree_error` derives x and y.
+        the bound holds for epsilon = sqrt(spread) x / (batch - y). The numbers x and y do not depend on the tokens; the
+        function `tree_error` derives them.
         radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
         spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
         horizon   bound on the tokens seen
-        The bound needs keep=pairs without a budget and without softcap, and c at least the safe threshold. There is no
-        guarantee otherwise: the paper's theorem for keep=smaller does not state its constants. Every answer errs by at
-        most 2 max|v|, so an epsilon of 2 sqrt(spread) or more is vacuous.
+        The bound needs keep="pairs" without a budget and without softcap, and c at least the safe threshold. There is
+        no guarantee otherwise: the paper's theorem for keep="smaller" does not state its constants. Every answer errs
+        by at most 2 max|v|, so an epsilon of 2 sqrt(spread) or more says nothing. Returns None if radius,
+        spread or horizon is not given, or if keep, budget or softcap rule the bound out. If c is too small or epsilon
+        says nothing, the result has holds=False.
         """
         if self.radius is None or self.spread is None or self.horizon is None:
             return None
@@ -212,9 +218,10 @@ class Balance(Method):
         )
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Balance:
-        """Return this method with the least even batch for error epsilon and failure probability delta, without budget.
+        """Return this method with the least even `batch` that gives error epsilon and failure probability delta.
 
-        The error is that of `guarantee`; c is the safe threshold.
+        The error is that of `guarantee`; c becomes the safe threshold and budget None. Returns the method unchanged if
+        radius, spread or horizon is not given.
         Law: x / (batch - y) <= epsilon / sqrt(spread), where the error is at most x max |v| / (batch - y) in l2 norm
         (`tree_error`).
         """
@@ -262,8 +269,8 @@ class BalanceState(Blocked[Balance]):
     def _weighted(self, q: Tensor, width: int, hide: Tensor | None) -> Partial:
         """Return the attention of q (rows, m, d) over the first `width` slots, with weight 2^level for each token.
 
-        Returns a `Partial` (rows, m). hide, which broadcasts to (rows, m, width), is True for slots that a query does
-        not see; None: a query sees all slots.
+        Returns a `Partial` (rows, m). hide is broadcast to (rows, m, width), True for slots that a query does not see;
+        None: a query sees all slots.
         """
         view = self.slots.view(width=width)
         log_weight = self.slots.column("level", None, width).to(self.spec.compute_dtype) * math.log(2.0)
@@ -301,8 +308,8 @@ class BalanceState(Blocked[Balance]):
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the level to halve in each of `rows`, the number of tokens to halve, and a mask of slots.
 
-        Level and number are (r,); the number is 0 if no level is due. The mask (r, s), bool, is True for the slots of
-        the tokens of that level that are neither sinks nor recent.
+        Level and number are (r,); the number is 0 if a row needs no halving now. The mask (r, s), bool, is True for the
+        slots of the tokens of that level that are neither sinks nor recent.
         """
         plan, seen = self.method, self.seen[rows].unsqueeze(1)
         view = self.slots.view(rows)

@@ -1,6 +1,7 @@
 """Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn in proportion to |v|^2.
 
-In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
+In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row. New
+tokens are kept whole, each in a slot, and go into clusters and pairs at the next block end.
 A cluster is a set of keys around one key, the centre; a sample is one of these keys and represents the others.
 A pair is the (key, value) of one sampled token, and mu is the sum of |v|^2 over all tokens of its row.
 The random number of a token is fixed by the token's position in the stream, not drawn anew. In shapes, r are the rows
@@ -85,8 +86,8 @@ class Clusters(Memory):
         Old centres are the centres from before this call. One search compares all b keys with the old centres. The keys
         that have no old centre within delta are then taken in order: while the cap permits, each becomes a centre
         unless a new centre is within delta. Finally every key joins the nearest of the old centres and of the new
-        centres that come no later in the stream than the key. `purpose` is a text that sets the random draws of these
-        samples apart from all other draws.
+        centres that come no later in the stream than the key. position (r, b): the keys' positions in the stream.
+        purpose: a text that sets the random draws of these samples apart from all other draws.
         """
         used = self.used[rows]
         self._grow(int(used.max()) + k.shape[1])
@@ -116,9 +117,9 @@ class Clusters(Memory):
     def _open(wide: Tensor, uncovered: Tensor, room: Tensor, delta: float) -> Tensor:
         """Return a mask (r, b) of the keys that become new centres, at most room (r,) per row.
 
-        wide (r, b, d) are the keys in float32 or wider; uncovered (r, b) marks the keys that have no centre from before
-        this call within delta. An uncovered key becomes a centre unless an earlier key that became one lies within
-        delta.
+        wide (r, b, d) are the keys in float32 or wider; uncovered (r, b) is True for keys that have no centre from
+        before this call within delta. The uncovered keys are taken in order, and one becomes a centre unless a new
+        centre is within delta.
         """
         most = int(uncovered.sum(1).max())
         order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age
@@ -165,9 +166,9 @@ class Reservoir(Memory):
     """Hold s sampled (key, value) pairs per row, k (s, d) and v (s, dv), drawn with probability proportional to |v|^2.
 
     Each pair is an independent draw of a token with probability |v|^2 / mu, where mu is the sum of all |v|^2. A slot is
-    the place of one pair. Every token has an exponential random number of rate |v|^2 for each slot, Exp(1) / |v|^2, and
-    the slot keeps the token with the smallest number. The draws are fixed by the token's position, so pairs do not
-    depend on how the stream is split into calls.
+    here the place of one pair. Every token has an exponential random number of rate |v|^2 for each slot, Exp(1) /
+    |v|^2, and the slot keeps the token with the smallest number. The draws are fixed by the token's position, so pairs
+    do not depend on how the stream is split into calls.
     """
 
     def __init__(self, spec: Spec, s: int) -> None:
@@ -238,7 +239,7 @@ class Reservoir(Memory):
 def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Evict the b = `block` tokens that each of `rows` holds in its slots, and return these tokens, oldest first.
 
-    Returns k (r, b, d), v (r, b, dv) and position (r, b).
+    `slots` has the new tokens of a row since its last block end. Returns k (r, b, d), v (r, b, dv) and position (r, b).
     """
     view = slots.view(rows, block)
     order = view.position.argsort(1)
@@ -253,10 +254,11 @@ def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block: int) -> None:
-    """Raise ValueError unless the slots and clusters of a message (a saved state) together have every token seen.
+    """Raise ValueError unless the slots and clusters of a saved state together have every token seen.
 
     The slots must hold the tokens since the last block end, and the clusters all earlier tokens. fields are the saved
-    fields of the state, parts the saved fields of each `Clusters` in it.
+    fields of the state, parts the saved fields of each `Clusters` in it. A block end comes after every `block`-th
+    token.
     """
     require_equal(fields["slots"]["held"], fields["seen"] % block, "tokens of the open block")
     for keys in parts:

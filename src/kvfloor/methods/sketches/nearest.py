@@ -14,10 +14,10 @@ _MEASURED_AT_ONCE = 2**18  # pairs whose distance is taken directly at a time
 def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the l2 distance to the nearest allowed point and its index, both (r, b), for vectors x (r, b, d).
 
-    allowed (r, b or 1, c) marks which of the points (r, c, d) count; the distance is inf where no point is allowed. One
-    matrix product gives rough distances, which rule out all points except a few within rounding error of the nearest.
-    The distances to these few are computed directly. The result equals that of computing all distances directly,
-    whatever the shapes. The first of equally near points is returned.
+    points (r, c, d) are the points of each row; allowed (r, b or 1, c) is True for the points that count. The distance
+    is inf where no point is allowed. One matrix product gives rough distances, which rule out all points except a few
+    within rounding error of the nearest. The distances to these few are computed directly. The result equals that of
+    computing all distances directly, whatever the shapes. The first of equally near points is returned.
     """
     (r, b, _d), c = x.shape, points.shape[1]
     apart = x.new_full((r * b,), torch.inf)

@@ -1,8 +1,8 @@
 """Quantise the keys and values of every token to a few bits per number, as a baseline for eviction (KIVI).
 
 In this file a row is one (batch item, kv head) stream. A group is `group` consecutive tokens of a row, which are
-quantised together; a code is the small integer that stands for a number; a slot is the place of one token that is held
-whole.
+quantised together; a code is the small integer that stands for a number; a slot is the place of one token whose key and
+value are kept unquantised.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Quantized(Method):
     """Quantise keys per channel over groups of `group` tokens, and values per token.
 
     Quantisation is asymmetric and rounds to nearest, after KIVI (Liu et al. 2024, arXiv 2402.02750). The newest
-    tokens, up to group - 1 of them, stay unquantised.
+    tokens, up to group - 1 of them, stay unquantised. No token is evicted, so memory grows with the stream.
     bits: 8, 4 or 2 per number. The offset and step of the codes are kept in the cache's own dtype.
     """
 
@@ -104,9 +104,10 @@ class QuantizedState(Blocked[Quantized]):
 
 
 class Codes(Memory):
-    """Hold the codes of all keys or of all values of full groups, with an offset and a step per channel or per token.
+    """Hold the quantised keys, or the quantised values, of full groups: codes with an offset and a step.
 
-    A number is offset + step * code; the numbers are (rows, groups, group, width), with the width of a key or value.
+    There is one offset and step per channel of a group (keys) or per token (values). The number that a code stands for
+    is offset + step * code. The numbers are (rows, groups, group, width), with the width of a key or value.
     packed     (rows, groups, group, bytes) uint8: the codes of the width axis, one or more per byte
     low, step  offset and step: (rows, groups, 1, width) per channel, or (rows, groups, group, 1) per token
     """
@@ -124,7 +125,7 @@ class Codes(Memory):
         return {name: Field(x.dtype, (x.shape[0], "groups", *x.shape[2:])) for name, x in tensors.items()}
 
     def write(self, rows: Tensor, at: Tensor, x: Tensor) -> None:
-        """Quantise x (r, group, width) and store it in `rows` (r,): x[i] becomes group number at[i] of row rows[i]."""
+        """Quantise x (r, group, width) and store it: x[i] becomes group number at[i] of row rows[i]."""
         self._grow(int(at.max()) + 1)
         x = x.to(compute_dtype(x.dtype))
         axis = 1 if self.per_channel else 2

@@ -7,9 +7,10 @@ the vectors' inner products. In shapes, r are rows, i.e. (batch item, kv head) s
 m vectors per row.
 The method `Balance` calls this: each vector stands for a token, and tokens of one sign are evicted. A level is the set
 of tokens of equal weight 2^l; halving a level evicts half of its tokens and moves the others to level l + 1. A level is
-full at `batch` tokens, and n is the number of tokens of the stream. The paper is Kochetkova et al. 2025, BalanceKV
-(arXiv 2502.07861). A random number is sigma-sub-Gaussian if its tails are no heavier than those of a normal number of
-standard deviation sigma.
+full at `batch` tokens, and n is the number of tokens of the stream. e^{q} and e^{k} stand for feature vectors of a
+query q and a key k, with inner product e^{q.k}. The paper is Kochetkova et al. 2025, BalanceKV (arXiv 2502.07861). A
+random number is sigma-sub-Gaussian if its tails are no heavier than those of a normal number of standard deviation
+sigma.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ Keep = Literal["pairs", "smaller"]
 
 
 def safe_threshold(steps: float, failure: float) -> float:
-    """Return c = 1/2 + ln(2 steps / failure), at least 1: a threshold at which `walk` rarely clamps a step.
+    """Return c = 1/2 + ln(2 steps / failure), at least 1: a threshold at which a walk rarely clamps a step.
 
-    A step of `walk` is clamped if the formula for the probability of its sign leaves [0, 1]. For every c of at least
-    this value, with probability 1 - failure none of the `steps` steps is clamped.
+    For every c of at least this value, with probability 1 - failure none of the `steps` steps is clamped.
     Proof: let w be the signed sum so far and x the next vector, |x| <= 1 and c >= 1. Take the walk that moves by
     -<w, x> / c times x, instead of by a sign times x, where |<w, x>| > c. The signed sum of this walk is
     sigma-sub-Gaussian in every fixed direction theta with sigma^2 = c^2 / (2c - 1): the noise of a step lies in an
@@ -39,19 +39,20 @@ def safe_threshold(steps: float, failure: float) -> float:
 
 
 def sub_gaussian(c: float) -> float:
-    """Return sigma, for which a walk's signed sum of vectors of length <= 1 is sigma-sub-Gaussian.
+    """Return the sigma for which a walk's signed sum of vectors of length <= 1 is sigma-sub-Gaussian.
 
-    The sum is so in every fixed direction. c is the walk's threshold, at least 1. Law: c / sqrt(2c - 1), proved at
+    This holds in every fixed direction. c is the walk's threshold, at least 1. Law: sigma = c / sqrt(2c - 1), proved at
     `safe_threshold`.
     """
     return c / math.sqrt(2.0 * c - 1.0)
 
 
 def worst_growth(sharpness: float, centre: bool) -> float:
-    """Return g of the factor exp(g r^2) by which the error of `Balance` grows with the length r of keys and queries.
+    """Return g, where the error bound of `Balance` grows as exp(g r^2) with the length r of keys and queries.
 
-    Both terms x and y of `tree_error` have this factor. r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. The
-    walk's kernel is exp(sharpness |scale| k.k'); `centre` is True if the mean key is subtracted in the walk.
+    r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. `sharpness` is the factor in the walk's kernel
+    exp(sharpness |scale| k.k'); `centre` is True if the mean key is subtracted in the walk. Both terms x and y of
+    `tree_error` have the factor exp(g r^2).
     Law: with h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and
     the denominator of attention over n tokens is at least n e^{-r^2}. If keys are centred, |k - mean| can be 2r, and
     the factor e^{q.mean} comes on top.
@@ -60,15 +61,16 @@ def worst_growth(sharpness: float, centre: bool) -> float:
 
 
 def tree_error(dv: int, growth: float, constant: float, c: float, failure: float) -> tuple[float, float]:
-    """Return (x, y) of the bound ||answer - attention||_2 <= x max |v| / (batch - y) for `Balance` with keep=pairs.
+    """Return (x, y) of the bound ||answer - attention||_2 <= x max |v| / (batch - y) for `Balance` with keep="pairs".
 
-    With keep=pairs, one of each two neighbouring tokens stays. The bound holds for one fixed query with probability
+    With keep="pairs", one of each two neighbouring tokens stays. The bound holds for one fixed query with probability
     1 - 2 failure, if no step of a walk is clamped.
     dv        width of a value v
     growth    the error grows by a factor of at most e^growth with the lengths of keys and queries: g r^2, with g from
               `worst_growth` and r a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
     constant  a = const^2 / max |v|^2; the walk appends the number const to every value, to balance the denominator too
     c         the walk's threshold
+    failure   half of the probability that the bound does not hold
     Proof: e^{k} and e^{q} stand for feature vectors with inner product e^{q.k}. In a direction u, the error of
     numerator minus answer times denominator is the signed sum of e^{q.k} (v - answer).u. This sum is linear in the
     walk's vectors e^{k} (v, const). Differences of two vectors are at most 2 |e^{k}| sqrt(1 + a) max |v| long. Let
@@ -87,10 +89,13 @@ def tree_error(dv: int, growth: float, constant: float, c: float, failure: float
 def gram(k: Tensor, v: Tensor, live: Tensor, scale: float, constant: float, centre: bool) -> Tensor:
     """Return the kernel matrix K of the walk, i.e. the inner products of its m vectors per row: (r, m, m) float64.
 
+    Each vector stands for a token with key k and value v.
     K(i, j) = exp(|scale| (k_i.k_j - max |k|^2)) (v_i.v_j / max |v|^2 + constant), at most 1 + constant, with the maxima
-    over the row's tokens. The walk compares inner products with the largest of them, so no factor common to the row
-    changes a sign. k (r, m, d), v (r, m, dv); live (r, m) marks the tokens; all other entries are zero.
-    centre   subtract the mean key first, which divides exp(q.k) by the same number for all keys of a query
+    over the row's tokens. The signs depend only on ratios of inner products, so the division by the maxima changes no
+    sign. k (r, m, d), v (r, m, dv); live (r, m) is True for the tokens of each row; K is 0 elsewhere.
+    scale, constant  numbers in the law of K; constant is const^2 / max |v|^2, with const the number appended to values
+    centre           True: subtract the mean key first, which divides exp(q.k) by the same number for all keys of a
+                     query
     """
     there = live.unsqueeze(-1)
     k = k.to(torch.float64).masked_fill(~there, 0.0)
@@ -142,16 +147,16 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
 
 
 def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose by `walk` which vectors to keep: masks (r, m) of those to keep and to drop, and clamped steps (r,).
+    """Choose by `walk` which vectors to keep: masks (r, m) of those to keep and to drop, and counts (r,).
 
-    Only the first count[r] of row r's m vectors take part, and m is even. products (r, m, m) are the vectors' inner
-    products, zero beyond the count; draws (r, m) are uniform random numbers, one per vector; c is the threshold of
-    `walk`. keep is one of:
-    pairs    of each two neighbours one stays, so exactly half stay, each with probability 1/2. `walk`, with even=True,
-             gives a sign to each difference of two neighbours: the first stays for +, the second for -. If count[r] is
-             odd, the last vector is in neither mask.
-    smaller  the paper's rule: `walk`, with even=False, gives a sign to each vector, and the vectors of the rarer sign
-             stay, or the vectors of sign + if both signs are equally frequent
+    The counts are the numbers of clamped steps. Only the first count[r] of row r's m vectors take part, and m is even.
+    products (r, m, m) are the vectors' inner products, zero beyond the count; draws (r, m) are uniform random numbers,
+    one per vector; c is the threshold of `walk`. keep is one of:
+    "pairs"    of each two neighbours one stays, so exactly half stay, each with probability 1/2. `walk`, with
+               even=True, gives a sign to each difference of two neighbours: the first stays for +, the second for -. If
+               count[r] is odd, the last vector is in neither mask.
+    "smaller"  the paper's rule: `walk`, with even=False, gives a sign to each vector, and the vectors of the rarer sign
+               stay, or the vectors of sign + if both signs are equally frequent
     """
     place = torch.arange(products.shape[1], device=products.device)
     if keep == "pairs":

@@ -1,10 +1,13 @@
 """Estimate the softmax denominator from samples of key clusters, the numerator from a value reservoir (SubGen).
 
-In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row.
-A cluster is a set of keys around one key, the centre; a sample is one of these keys and represents the others.
-A pair is the (key, value) of one token, drawn with probability proportional to |v|^2; the reservoir holds the pairs. mu
-is the sum of |v|^2 over all tokens of a row. Numerator and denominator are those of softmax attention. A `Partial` is a
-result of attention: the mean of values and the log-mass (log-sum-exp of logits).
+In this file a row is one (batch item, kv head) stream. The denominator of softmax attention is the sum of exp(logit)
+over all tokens, the numerator the sum of exp(logit) v.
+A cluster is a set of keys around one key, its centre. A sample is a randomly drawn key of a cluster, which represents
+the cluster's other keys too. A pair is the (key, value) of one token, drawn with probability proportional to |v|^2; the
+reservoir holds the drawn pairs. mu is the sum of |v|^2 over all tokens of a row.
+Tokens enter clusters and reservoir `block` at a time: a block end comes after every `block`-th token of a row. The
+newer tokens are held whole. A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of
+logits).
 """
 
 from __future__ import annotations
@@ -48,16 +51,16 @@ class SubGen(Method):
 
     Keys are clustered online: a key within `delta` of the nearest centre joins it, any other key becomes a centre.
     Each cluster keeps `t` uniform samples of its keys; `s` (key, value) pairs are kept with probability
-    proportional to |v|^2. The answer is z / tau with
+    proportional to |v|^2. The answer is z / tau, where q.k is a logit (scale included), with
         z   = sum over the s pairs of  mu / (s |v|^2) * exp(q.k) * v        (mu: sum of all |v|^2)
         tau = sum over clusters of     n' / t * sum over its samples of exp(q.k)   (n': keys in the cluster)
     delta    cluster radius in key space (l2)
-    centres  cap on the clusters; past it a key joins its nearest centre whatever the distance, and the guarantee
-             is withdrawn. None: as many as the stream needs.
+    centres  largest number of clusters per row; None: as many as the stream needs. Once it is reached, a key joins its
+             nearest centre at any distance; if that is more than delta, the error bound (`guarantee`) no longer holds.
     block    at most the last `block - 1` tokens stay unclustered and are read exactly; 1 is the paper's rule.
-             Whatever the block, the clusters equal the clusters of sequential clustering, token by token.
-    radius, failure   bound on |q| * scale, and failure probability, for `guarantee`
-    budget   tokens per row instead of s and centres: half of it for the pairs, half for the clusters.
+             With any block, the clusters are those of clustering token by token.
+    radius, failure   for `guarantee`: bound on |q| * scale, and failure probability
+    budget   memory in tokens per row, from which s and centres follow: half is for the pairs, half for the clusters.
     """
 
     name: ClassVar[str] = "subgen"
@@ -88,7 +91,10 @@ class SubGen(Method):
         return Traits(normalised=False, value_linear=False, lossy_values=True, constant_memory=capped)
 
     def sizes(self) -> tuple[int, int | None]:
-        """Return the number s of sampled pairs and the cap on centres (None: no cap), from the budget if given."""
+        """Return (s, cap): the number of sampled pairs, and the largest number of clusters (None: no limit), per row.
+
+        Both follow from the budget if there is one.
+        """
         return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
 
     def open(self, spec: Spec) -> SubGenState:
@@ -128,7 +134,8 @@ class SubGen(Method):
         """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
         s is the number of sampled pairs, t that of sampled keys per cluster; the error is that of `guarantee`. The
-        returned method has no budget and no cap: the number of centres depends on the keys alone.
+        returned method has no budget and no limit on clusters: the number of centres depends on the keys alone.
+        Returns the method unchanged without a radius, or if epsilon is not in (0, 1).
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
@@ -199,11 +206,11 @@ class SubGenState(Blocked[SubGen]):
 def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
     """Return the error epsilon of SubGen with s sampled pairs and t samples per cluster.
 
-    The error is relative to ||softmax||_2 ||V||_F, for values V.
-    Law: the larger of sqrt(9 / (s f)) for the numerator and sqrt(9 (R-1)^2 / (4 R t f)) for the denominator, by
-    Chebyshev, each with failure probability f = failure / 2. `reach` bounds the difference between the logit of a key
-    and the logit of the centre of its cluster: R = exp(2 reach). For an error relative to the operator norm
-    ||V||_op instead of ||V||_F, the argument s is the number of pairs divided by dv.
+    With probability 1 - failure, ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F, for the matrix V of all
+    values. `reach` bounds the difference between the logit of a key and the logit of its cluster's centre.
+    Law (Chebyshev): with R = exp(2 reach) and f = failure / 2, epsilon is the larger of sqrt(9 / (s f)), from the
+    numerator, and sqrt(9 (R-1)^2 / (4 R t f)), from the denominator. Each of the two fails with probability f.
+    For the operator norm ||V||_op in place of ||V||_F, pass the number of pairs divided by dv as s.
     """
     half, spread = failure / 2, math.exp(min(700.0, 2 * reach))
     return max(math.sqrt(9 / (s * half)), math.sqrt(9 * (spread - 1) ** 2 / (4 * spread * t * half)))
@@ -212,9 +219,9 @@ def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
 def ratio(z: Partial, log_tau: Tensor) -> Partial:
     """Return the answer numerator / tau as a `Partial` of mass tau, where tau estimates attention's denominator.
 
-    z is the weighted attention over the sampled pairs, a `Partial`: z's mean times z's mass estimates the numerator.
-    log_tau is the log of tau, of the shape of z.log_mass. Where clusters are wider than delta, z's mass can exceed tau
-    without bound; the factor z's mass / tau is limited to e^60, so the answer stays finite.
+    z is the weighted attention over the sampled pairs: z's mean times exp(z's log-mass) estimates the numerator.
+    log_tau is the log of tau, of the shape of z.log_mass. Where clusters are wider than delta, exp(z's log-mass) / tau
+    has no bound; this factor is limited to e^60, so that the answer stays finite.
     """
     share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))
     return Partial(z.mean * torch.where(log_tau == -torch.inf, 0.0, share).unsqueeze(-1), log_tau)

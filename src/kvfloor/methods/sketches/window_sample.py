@@ -49,9 +49,9 @@ class WindowSample(Method):
              paper's window W is budget + 1
     copies   T: number of independent draws in a mean
     groups   Q: number of such means, whose coordinatewise median is the answer; odd
-    spread, horizon   for the guarantee (Theorem 24, corrected constants): values lie in [a, spread * a] for some a > 0,
-                      and at most `horizon` answers are given; epsilon = sqrt(8 spread / T) with probability
-                      1 - horizon dv exp(-Q / 2.5)
+    spread, horizon   for the guarantee (Theorem 24, corrected constants): if values lie in [a, spread * a] for some
+                      a > 0, and at most `horizon` answers are given, then the relative error of every coordinate is at
+                      most epsilon = sqrt(8 spread / T), with probability 1 - horizon dv exp(-Q / 2.5)
     `window+value_sample` has the same mean and no more variance; `window+value_sum` has no error, in less memory.
     """
 
@@ -116,7 +116,7 @@ class WindowSample(Method):
 
 
 class WindowSampleState(Blocked[WindowSample]):
-    """Hold the slots of the window, one sampled older value per draw, and the extremes of all values so far.
+    """Hold the tokens of the window, one sampled older value per draw, and the least and largest value entry so far.
 
     The random number of a draw is fixed by (seed, row id, tokens seen, index of the draw). So all queries of a row that
     are answered after the same number of tokens share this random number, and a repeated query gets the same answer.

@@ -1,1 +1,1 @@
-"""Summarise the evicted tokens in a few numbers, one form per file."""
+"""Summarise the evicted tokens of a kv head in a few numbers that stand for them in attention, one summary per file."""

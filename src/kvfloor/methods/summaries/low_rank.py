@@ -47,15 +47,15 @@ class Less(Summary):
     Law (Dong et al. 2024): the state is H = sum of psi(k) v^T and z = sum of psi(k) over the evicted tokens of a row.
     The evicted tokens add phi(q) H to the numerator and phi(q) z to the denominator of attention, so psi(k).phi(q)
     replaces exp(scale q.k). phi and psi are small networks with non-negative outputs (`Kernels`), trained for
-    one model and policy by `kvfloor train-less`. The mass is never negative, and the answer is a convex combination of
-    the evicted values. The state is R (dv + 1) float32 numbers per row: with R = 8, the memory of about 4 tokens. A
-    fair comparison is the same policy with that many more tokens. There is no guarantee.
+    one model and eviction policy by `kvfloor train-less`. So the evicted tokens' own answer, phi(q) H / phi(q) z, is a
+    convex combination of their values. The state is R (dv + 1) float32 numbers per row: with R = 8, as much memory as
+    4 tokens in float32. A fair comparison is the same policy with that many more tokens. There is no guarantee.
 
     rank     R
-    kernels  the safetensors file that `kvfloor train-less` wrote: one pair of networks per (layer, kv head), selected
-             for each row by the row's (layer, kv head), which a model's cache gives in the spec; "builtin": the kernels
-             shipped with the built-in model. A file with a single pair serves every row. None: untrained networks,
-             which give the evicted tokens almost no weight.
+    kernels  the safetensors file that `kvfloor train-less` wrote, with one pair of networks per (layer, kv head); a row
+             uses the pair of its own layer and kv head. A file with a single pair serves every row. "builtin": the
+             kernels shipped with the built-in model. None: untrained networks, which give the evicted tokens almost no
+             weight.
     A message (a saved state) holds the path of the kernels' file and a tag of its contents. Loading the message is
     refused once the file has changed.
     """
@@ -97,8 +97,8 @@ class Less(Summary):
     def open(self, spec: Spec) -> LessState:
         """Return an empty summary with the trained feature maps (kernels) of every row.
 
-        Raises ValueError if the kernels were trained for another head width, or if the file has none for a row's place
-        in the model (layer, kv head).
+        Raises ValueError if the kernels were trained for another head width, or if the file has none for the layer and
+        kv head of a row.
         """
         if self.kernels is None:
             return LessState(Kernels.untrained(1, spec.d, self.rank, UNTRAINED_HIDDEN, seed=0), [(0, 0)], 0, spec)
@@ -165,9 +165,9 @@ class Kernels:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def of(self, head: Tensor) -> Kernels:
-        """Return the feature maps of the kv heads with the indices head (r,), one per index.
+        """Return r pairs of feature maps: those of the kv heads whose indices are in `head` (r,), in that order.
 
-        If there is only one pair of maps, it serves every index and is not copied.
+        If these kernels have only one pair, it is returned r times, as views without a copy.
         """
         if self.s1.shape[0] == 1:
             return Kernels(*(x.expand(len(head), *x.shape[1:]) for x in self.tensors().values()))
@@ -176,7 +176,7 @@ class Kernels:
     def one(self, place: int) -> Kernels:
         """Return the feature maps of the kv head with index `place`, in contiguous tensors aligned to 64 bytes.
 
-        Aligned tensors make products round alike in every call.
+        Matrix products of aligned tensors round alike in every call.
         """
         return Kernels(*(aligned(x[place : place + 1]) for x in self.tensors().values()))
 
@@ -212,8 +212,9 @@ class KernelFile:
 def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
     """Read the trained feature maps from a safetensors file.
 
-    Results are cached. `stamp` differs between versions of the file, so that a changed file is read anew. Raises
-    ValueError that describes the fault of the file.
+    Results are cached by path and `stamp`. The caller passes as `stamp` numbers that change with the file, such as its
+    time of change and its size, so that a changed file is read anew. Raises ValueError if the file is damaged or holds
+    no such maps.
     """
     del stamp
     try:
@@ -263,8 +264,8 @@ def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
 class LessState(SummaryState):
     """Hold the linear-attention state of each row: sums (rows, R, dv + 1), which are H with z as last column.
 
-    H = sum of psi(k) v^T and z = sum of psi(k), see `Less`. sums are in the compute dtype. `tag` is a number that
-    identifies the contents of the kernels' file.
+    H = sum of psi(k) v^T and z = sum of psi(k), over the row's evicted tokens. sums are in the compute dtype. `tag` is
+    a number that identifies the contents of the kernels' file.
     """
 
     def __init__(self, kernels: Kernels, places: list[tuple[int, int]], tag: int, spec: Spec) -> None:

@@ -158,9 +158,10 @@ class MomentsState(SummaryState):
     def _growth(self, centre: Tensor, variance: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
         """Return log E[e^y] and E[(dy/dx) e^y] / E[e^y], each (rows, m), for the logit x ~ N(centre, variance).
 
-        y = x, or y = c tanh(x / c) under a softcap c. centre, variance and largest are (rows, m). `largest`
-        bounds |x| for every evicted key. So under a softcap |x| is limited to `largest`. Without a softcap log E[e^y]
-        is limited to `largest`, and the second result shrinks accordingly.
+        y = x, or y = c tanh(x / c) under a softcap c. The first result is the log of an evicted token's mean weight;
+        the second is the factor on scale cov(v, k) q in the numerator. centre, variance and largest are (rows, m);
+        `largest` bounds |x| for every evicted key. Under a softcap |x| is limited to `largest`. Without a softcap
+        log E[e^y] is limited to `largest`, and the second result shrinks by the same factor as variance / 2.
         """
         cap = self.spec.softcap
         if cap is None:

@@ -44,10 +44,10 @@ class Taylor(Summary):
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
             answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
-    radius  bound on |scale| |q| |k|, and so on |x|, for the guarantee below; the guarantee is withdrawn once the
-            longest query and evicted key of a row exceed the bound
-    Under a softcap c the series of exp(c tanh(x/c)) is used; a state whose series is not positive is refused. More
-    than FEATURES_LIMIT = 10,000 features are refused with an error that names the numbers.
+    radius  bound on |scale| |q| |k|, and so on |x|, for the guarantee below, which no longer holds once the longest
+            query and the longest evicted key of a row exceed the bound. None: no guarantee
+    Under a softcap c the series of exp(c tanh(x/c)) is used; an even degree whose series is not positive for every x
+    raises ValueError, and so do more than FEATURES_LIMIT = 10,000 features (t).
 
     Guarantee: on |x| <= r the ratio p(x) e^-x is monotone on either side of 0 (its derivative is -e^-x x^g / g!), so
     the ratio lies between its values at -r, 0 and r. Let epsilon be the largest ratio divided by the least, minus
@@ -115,10 +115,7 @@ class Taylor(Summary):
 
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
-    """Return a copy of an error bound with the error epsilon, marked as not holding if epsilon is 1 or more.
-
-    stated: the bound to copy.
-    """
+    """Return a copy of the error bound `stated` with the error epsilon; from 1 on, it is marked as not holding."""
     why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
     return replace(stated, epsilon=epsilon, holds=not why, why=why)
 
@@ -136,7 +133,7 @@ def relative_error(degree: int, r: float) -> float:
 def _truncated(degree: int, x: float) -> float:
     """Return p(x) e^-x, where p is the Taylor polynomial of e^x of this degree.
 
-    p is summed in rationals, because its terms cancel down to e^x for x < 0.
+    p is summed in exact rationals, because its terms nearly cancel for x < 0.
     """
     total = term = Fraction(1)
     for j in range(1, degree + 1):
@@ -146,7 +143,10 @@ def _truncated(degree: int, x: float) -> float:
 
 
 def series(degree: int, cap: float | None) -> list[float]:
-    """Return the Taylor coefficients at 0 of exp(x), or of exp(cap tanh(x / cap)), from the constant up to `degree`."""
+    """Return the degree + 1 Taylor coefficients at 0 of exp(x), or of exp(cap tanh(x / cap)) under a softcap `cap`.
+
+    The constant comes first. cap None: no softcap.
+    """
     if cap is None:
         return [1.0 / math.factorial(j) for j in range(degree + 1)]
     bent, whole = [0.0] * (degree + 1), [1.0] + [0.0] * degree  # c tanh(x/c), and its exponential
@@ -159,7 +159,7 @@ def series(degree: int, cap: float | None) -> list[float]:
 
 @dataclass(frozen=True)
 class Monomials:
-    """Hold a table of the t monomials of degree <= g in d variables, from which features are computed one by one.
+    """Hold a table of the t monomials of degree <= g in d variables, from which features are computed.
 
     Monomial 0 is the constant. Every other monomial is the product of a monomial of one degree less and a variable:
     monomial[i] = monomial[parent[i-1]] * x[variable[i-1]] * factor[i-1], where x are the variables and `factor` is
@@ -213,7 +213,7 @@ def monomials(d: int, degree: int) -> Monomials:
 class TaylorState(SummaryState):
     """Hold the monomial sums of the evicted tokens, and the largest |k| and |q| of each row.
 
-    moments (rows, t, dv + 1), float64: S = sum of phi(k) v^T, with z = sum of phi(k) as last column, see `Taylor`.
+    moments (rows, t, dv + 1), float64: S = sum of phi(k) v^T, with z = sum of phi(k) as last column.
     longest_key (rows,) is the largest |k| of an evicted key, longest_query (rows,) the largest |q| of a query.
     """
 
@@ -282,9 +282,10 @@ class TaylorState(SummaryState):
     def guarantee(self, stated: Guarantee) -> Guarantee:
         """Return the error bound with the epsilon for r, the largest logit that can have occurred so far.
 
-        stated: the method's bound, which holds up to logits of size `radius`. r is the largest |scale| |q| |k| of a
-        row's queries and evicted keys. If r exceeds the radius, the bound is marked as not holding. Epsilon includes
-        the rounding error of sums over n tokens of t features of size at most e^r, where weights are at least e^-r.
+        stated: the method's bound, which holds for logits of size up to `radius`. r is |scale| times the largest norm
+        of a query times the largest norm of an evicted key, at its largest over the rows. If r exceeds the radius, the
+        bound is returned as not holding. Epsilon includes rounding errors, which grow with the number of tokens, the
+        number of features and e^(2r).
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
         if r > self.radius * (1.0 + 1e-12):  # the rounding of a norm

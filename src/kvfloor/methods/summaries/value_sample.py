@@ -31,9 +31,9 @@ class ValueSample(Summary):
 
     The summary `value_sum` keeps the exact mean in less memory.
     Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law the c evicted tokens
-    have total weight c and contribute their mean value. In the paper an answer is one value: that of a token of
-    the window (the held tokens), or one evicted value from a reservoir, drawn by weight. Here the window's attention is
-    exact (Rao-Blackwell: the same mean, no more variance) and only the draw from the reservoir is repeated.
+    have total weight c and contribute their mean value. In the paper an answer is one value, drawn by weight: the value
+    of a token of the window (the held tokens), or one evicted value from a reservoir. Here attention over the window is
+    exact (Rao-Blackwell: the same mean, no more variance), and samples only estimate the mean of the evicted values.
     The method `window_sample` has the paper's own form.
 
     copies    T: independent samples in a mean; 1 unless given

@@ -1,7 +1,7 @@
 """Summarise the evicted tokens by the sum of their values, each with logit 0.
 
-With the policy `window` this is exactly the unmasked sliding window of Haris and Onak 2025. A row is one (batch item,
-kv head) stream, and dv the width of a value.
+With the policy `window`, which keeps the newest tokens, this is exactly the unmasked sliding window of Haris and Onak
+2025. A row is one (batch item, kv head) stream, and dv the width of a value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Estimate tensor attention from key clusters and sampled (key, value) pairs, combined in all pairs (SubGen).
+"""Estimate tensor attention, which is over pairs of tokens, from key clusters and sampled (key, value) pairs (SubGen).
 
 Every token has two keys and two values. A side of the cache is (K1, V1) or (K2, V2). Tensor attention is over token
 pairs (j1, j2): the key and value of j1 are taken from the first side, those of j2 from the second.
@@ -64,11 +64,13 @@ class SubGenTensor(Method):
     delta1, delta2  cluster radius of the first and of the second keys (l2)
     t               sampled keys per cluster, on each side: a product of two clusters is estimated by t^2 pairs of keys
     s               tokens drawn per side, in proportion to |v1|^2 on the first and |v2|^2 on the second: s^2 pairs
-    centres         cap on the clusters of a side; past it the guarantee is withdrawn
+    centres         largest number of clusters of a side; None: as many as the stream needs. Once it is reached, a key
+                    joins its nearest centre at any distance, and the error bound may no longer hold
     block           at most the last `block - 1` tokens stay unclustered, as points of weight 1
     radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; failure probability
-    budget          tokens per row instead of s and centres: half of it for the pairs, half for the clusters
-    A state takes k (rows, a, 2d) = [k1, k2] and v (rows, a, 2dv) = [v1, v2] of a new tokens, as `tensor` does.
+    budget          memory in tokens per row, from which s and centres follow: half for the pairs, half for the clusters
+    A state takes keys (rows, a, 2d) and values (rows, a, 2dv) of `a` new tokens: k1 and k2 of a token concatenated, and
+    likewise v1 and v2.
     """
 
     name: ClassVar[str] = "subgen_tensor"
@@ -104,9 +106,9 @@ class SubGenTensor(Method):
         )
 
     def sizes(self) -> tuple[int, int | None]:
-        """Return the number s of sampled pairs and the cap on centres (None: no cap) of each side.
+        """Return (s, cap) of each side, per row: the number of sampled pairs, and the largest number of clusters.
 
-        Both follow from the budget if there is one.
+        cap None: no limit. Both follow from the budget if there is one.
         """
         return (self.s, self.centres) if self.budget is None else shared_out(self.budget, self.block, self.t)
 
@@ -161,9 +163,11 @@ class SubGenTensor(Method):
         return self.largest * (self.delta1 + self.delta2)
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGenTensor:
-        """Return this method with s and t for error epsilon and failure probability delta, without cap or budget.
+        """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
-        The error is that of `guarantee`. Without a cap, the number of centres depends on the keys alone.
+        s is the number of sampled pairs, t that of sampled keys per cluster; the error is that of `guarantee`. The
+        returned method has no budget and no limit on clusters: their number depends on the keys alone. Returns the
+        method unchanged without a radius, or if epsilon is not in (0, 1).
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
@@ -271,7 +275,7 @@ class SubGenTensorState(Blocked[SubGenTensor]):
 
         The query of a token attends to all token pairs (j1, j2) in which neither j1 nor j2 is newer than that token.
         This set differs from token to token, so one token is computed at a time. before (rows,) is the number of older
-        tokens that came since the last block end. new_k and new_v are in the slots already, and are not used.
+        tokens that came since the last block end. new_k and new_v are not used: the state holds these tokens already.
         """
         parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
         return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))

@@ -38,13 +38,13 @@ _LOGITS_AT_ONCE = 2**22
 class TensorAttention(Method):
     """Compute tensor attention over all pairs of the tokens that `store` keeps.
 
-    The answer is exact with the exact store.
+    The answer is exact if `store` keeps every token.
     store   a method that keeps whole tokens: exact, or an eviction policy without a summary of the evicted tokens. The
             store receives a token's two keys concatenated into one key of width 2d, and its two values into one value
             of width 2dv; it receives no queries. A text such as "window@64" is parsed.
-    A state takes k (rows, t, 2d) = [k1, k2] and v (rows, t, 2dv) = [v1, v2] of t tokens, queries of width d, and
-    returns answers of width dv. The n^2 products are never stored: for n tokens the state holds 2n(d + dv) numbers, and
-    a query is answered from the products of one block of pairs at a time.
+    A state takes keys (rows, t, 2d) and values (rows, t, 2dv) of t tokens, so concatenated, and queries of width d; it
+    returns answers of width dv. The products of all n^2 pairs are never stored: for n tokens the state holds
+    2n(d + dv) numbers, and a query is answered from the products of one block of pairs at a time.
     Raises ValueError for a store that does not keep whole tokens.
     """
 
@@ -64,7 +64,7 @@ class TensorAttention(Method):
 
     @property
     def kept(self) -> Method:
-        """Return `store`, the method that keeps the tokens, as an object: a text was parsed on construction."""
+        """Return the argument `store`, the method that keeps the tokens, as a `Method` (never as text)."""
         assert isinstance(self.store, Method)
         return self.store
 
@@ -143,10 +143,11 @@ class TensorState(State[TensorAttention]):
 
 @dataclass(frozen=True)
 class Points:
-    """Hold the first points, or the second points, of all pairs (x, y) of points: k (rows, s, d), v (rows, s, dv).
+    """Hold s points per row, which are paired with other points: keys k (rows, s, d) and values v (rows, s, dv).
 
-    A point is a token with one of its keys and values, or a sample that represents many tokens. log_weight (rows, s)
-    is the log of the number of tokens that a point represents, -inf for 0 tokens. If log_weight is None, each is 1.
+    A point is a token with one of its two keys and values, or a sample that represents many tokens. Tensor attention is
+    over all pairs (x, y), with x of one `Points` (first keys and values) and y of another (second ones). log_weight
+    (rows, s) is the log of the number of tokens that a point represents, -inf for 0; None: each represents 1 token.
     """
 
     k: Tensor

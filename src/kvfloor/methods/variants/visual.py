@@ -1,7 +1,8 @@
 """Stream an image from coarse to fine, one scale of tokens and queries at a time (visual autoregression).
 
 Scale k is a map of h_k x h_k tokens. Its queries attend to all earlier scales and their own scale (block-wise
-causal), and any Method stores the past. Law and setting: Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
+causal). The earlier scales are in a KV cache, which any method of this library may compress. Law and setting: Cao, Li,
+Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
 A side is the number h_k of tokens along an edge of scale k's map. The first, small scales are the coarse ones. A row is
 one (batch item, kv head) stream; in shapes, t are tokens of one scale, g query heads per kv head, d and dv the widths
 of a key and a value.
@@ -51,10 +52,10 @@ def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[
 def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
     """Pin the tokens of an image's coarse scales against eviction, and return the number of pinned scales.
 
-    sides are the sides of the scales' square maps, coarse first. The coarse scales are the scales that `scale_budgets`
-    keeps whole under the state's budget (the smallest one, if rows have different budgets). The policy chooses the
-    tokens of the finer scales; the number of tokens of a scale that random eviction (the policy `random`) keeps is, in
-    expectation, the number that `scale_budgets` returns. Raises ValueError for a state that cannot pin, that has seen
+    sides are the sides of the scales' square maps, coarse first. The coarse scales are as many of the first scales as
+    fit into `share` of the state's budget (the smallest one, if rows have different budgets). The eviction policy
+    chooses among the tokens of the finer scales; random eviction (the policy `random`) keeps of each finer scale a
+    number in proportion to its tokens, in expectation. Raises ValueError for a state that cannot pin, that has seen
     tokens, or whose policy protects so many other tokens that the coarse scales do not fit.
     """
     if not isinstance(state, BoundedState):

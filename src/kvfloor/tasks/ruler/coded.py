@@ -1,8 +1,8 @@
-"""Define RULER's frequent words (fwe): the three most frequent coded words of a text, after a noise word.
+"""Define RULER's task fwe (frequent words): name the three most frequent coded words of a text.
 
-Coded words have six random letters. The word of rank k stands in proportion to 1/k^2; rank 1 is the noise word "...",
-and ranks 2 to 4 are asked. The number of different words is the length over 50. Templates and parameters are those of
-https://github.com/NVIDIA/RULER.
+A coded word is six random letters. The frequency of the word of rank k is in proportion to 1/k^2. Rank 1 is the noise
+word "...", which the question says to ignore; ranks 2 to 4 are asked. The number of different words is about the
+length in tokens divided by 50. Templates and parameters are those of https://github.com/NVIDIA/RULER.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _ZETA_2 = math.pi**2 / 6
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: the shuffled coded words, and the question for the three most frequent ones."""
+    """Return a sample: the shuffled coded words, and the question for the three most frequent ones.
+
+    Raises ValueError if the requested length is too small.
+    """
     rng = request.rng
     found: dict[str, None] = {NOISE_WORD: None}
     while len(found) < max(ASKED + 2, (request.length - MOST) // 50):
@@ -58,7 +61,7 @@ def make(request: Request) -> Sample:
 
 
 def counts(total: int, kinds: int) -> list[int]:
-    """Return how often each of `kinds` words stands in a text of about `total` words: total / (zeta(2) rank^2)."""
+    """Return how often the words of rank 1 to `kinds` are in a text of some `total` words: total / (zeta(2) rank^2)."""
     return [int(total / (_ZETA_2 * rank * rank)) for rank in range(1, kinds + 1)]
 
 

@@ -1,8 +1,8 @@
-"""Define RULER's common words (cwe): ten words that stand in a numbered list more often than all others.
+"""Define RULER's task cwe (common words): name the ten words that are in a numbered list more often than all others.
 
-Each common word stands 30 times and every other one 3 times, or 6 times and once in lengths below 4,096 tokens. A
-worked example with a shorter list stands first. Templates and parameters are those of https://github.com/NVIDIA/RULER;
-the words are those of this package's texts.
+Each common word is in the list 30 times and every other one 3 times; in contexts below 4,096 tokens, 6 times and once.
+A worked example with a shorter list and its answer comes first. Templates and parameters are those of
+https://github.com/NVIDIA/RULER; the words are those of this package's texts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _HEAD = (
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: the worked example, then the list."""
+    """Return a sample: the worked example, then the list, and the question for its ten common words.
+
+    Raises ValueError if the requested length is too small.
+    """
     rng, short = request.rng, request.length < SHORT
     pool = plain_words()
     shown = rng.sample(pool, 20 if short else 40)
@@ -49,19 +52,19 @@ def make(request: Request) -> Sample:
 
 
 def numbered(rng: random.Random, words: list[str], often: int, seldom: int) -> str:
-    """Return the shuffled list "1. fox 2. hen ...": the first words `often` times each, the others `seldom` times."""
+    """Return a shuffled list "1. fox 2. hen ...": the first ten words `often` times each, the others `seldom` times."""
     entries = words[:COMMON] * often + words[COMMON:] * seldom
     rng.shuffle(entries)
     return in_order(entries)
 
 
 def in_order(words: list[str]) -> str:
-    """Return "1. fox 2. hen ..."."""
+    """Return the words as a numbered list in one line: "1. fox 2. hen ..."."""
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
 
 def question(words: list[str]) -> Question:
-    """Return the question for the common words."""
+    """Return the question for the common words, whose right answer is `words`."""
     return Question(
         ask="\nQuestion: What are the 10 most common words in the above list?",
         answer=in_order(words),

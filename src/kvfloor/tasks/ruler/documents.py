@@ -1,8 +1,8 @@
-"""Define RULER's question answering (qa): a question whose answer is in one of many numbered documents.
+"""Define RULER's task qa (question answering): answer a question from one of many numbered documents.
 
-The template is that of https://github.com/NVIDIA/RULER. Its questions are from SQuAD and HotpotQA; here they ask for
-facts of the World Factbook on two countries, and a document is one fact. The same fact of the other country is always
-among the distractors. Distractors repeat in lengths for which there are too few.
+The template is that of https://github.com/NVIDIA/RULER. RULER's questions are from SQuAD and HotpotQA; here they ask
+for facts of the World Factbook on two countries, and a document is one fact. The other documents are distractors; one
+of them is the other country's fact with the same label. Distractors repeat in contexts for which there are too few.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _ORDER = (
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: the documents in random order, and the question that one of them answers."""
+    """Return a sample: the documents in random order, and the question that one of them answers.
+
+    Raises ValueError if the requested length is too small.
+    """
     rng = request.rng
     asked = rng.choice(asked_facts())
     country, _, label, fact = asked
@@ -50,7 +53,7 @@ def make(request: Request) -> Sample:
 
 
 def document(fact: tuple[str, str, str, str]) -> str:
-    """Return the text of a fact's document: country and section, then the fact."""
+    """Return the document of one fact (country, section, label, text): "country: section", and below "label: text"."""
     country, section, label, text = fact
     return f"{country}: {section}\n{label}: {text}"
 

@@ -1,4 +1,4 @@
-"""Draw the keys and values of needles: adjective-noun pairs, seven-digit numbers, UUIDs."""
+"""Draw the keys and values of needles (hidden facts "KEY is VALUE"): word pairs, seven-digit numbers, UUIDs."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def uuid4(rng: random.Random) -> str:
 
 
 KINDS = {"words": word_key, "numbers": number, "uuids": uuid4}
-"""Map RULER's names of kinds to the functions that draw a key or value of that kind."""
+"""Map each kind of keys and values, as RULER calls it, to the function that draws one."""
 
 
 def different(rng: random.Random, kind: str) -> Iterator[str]:
-    """Yield keys or values of a kind without end, none of them twice."""
+    """Yield random keys or values of one kind ("words", "numbers" or "uuids") without end, none of them twice."""
     seen: set[str] = set()
     while True:
         one = KINDS[kind](rng)

@@ -1,7 +1,8 @@
-"""Define RULER's eight needle tasks (niah): "One of the special magic numbers for KEY is: VALUE." in a haystack.
+"""Define RULER's eight needle tasks (niah): recall facts (needles) that are hidden in a longer text (the haystack).
 
-The haystack is a repeated paragraph ("noise"), the text of essays ("essay"), or further needles ("needle"). Needles
-stand in an essay at random ones of 40 equally spaced depths from 0 to 100 %, and between random lines of the others.
+A needle is the sentence "One of the special magic numbers for KEY is: VALUE.". The haystack is a repeated paragraph
+("noise"), the text of essays ("essay"), or further needles ("needle"). In essays, needles are put at random ones of 40
+equally spaced depths from 0 to 100 %; in the other haystacks, between random lines.
 The parameters are those of https://github.com/NVIDIA/RULER, `scripts/synthetic.yaml`. Two things differ: the essays are
 the public-domain texts of this package, and no key is drawn twice, so that a question has one answer.
 """
@@ -32,8 +33,8 @@ class Needles:
 
     haystack      "noise", "essay" or "needle"
     key, value    kinds of keys and values: "words", "numbers" or "uuids"
-    keys, values  number of keys; number of needles, each with its own value, per key
-    asked         number of keys that the question asks for
+    keys, values  number of hidden keys; number of needles, each with its own value, per key
+    asked         number of keys that the question asks for; if it is more than `keys`, as many keys are hidden
     """
 
     haystack: str
@@ -73,7 +74,7 @@ class Needles:
         return Sample(context, (question,))
 
     def _question(self, asked: list[str], answers: tuple[str, ...]) -> tuple[Question, str]:
-        """Return the question for the asked keys, and the text before the haystack."""
+        """Return the question for the keys `asked`, whose values are `answers`, and the text before the haystack."""
         query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
         one = len(answers) == 1
         kind = self.value[:-1] if one else self.value
@@ -94,7 +95,7 @@ class Needles:
 
 
 def niah(name: str, about: str, make: Needles) -> Task:
-    """Return the task of a published needle test."""
+    """Return the `Task` of one of RULER's needle tests, called `name`, whose samples `make` makes."""
     return Task(name, about, "test", 1, 1, lambda length: 1, make, chat=True)
 
 

@@ -1,7 +1,8 @@
-"""Define RULER's variable tracking (vt): one chain of five names with one value, between repeats of a paragraph.
+"""Define RULER's task vt (variable tracking): name all variables that have one value through a chain of assignments.
 
-"VAR ABCDE = 12345", "VAR FGHIJ = VAR ABCDE", ...: all names with the value are asked. A worked example with names of
-three letters stands first. Templates and parameters are those of https://github.com/NVIDIA/RULER.
+A chain is five assignments "VAR ABCDE = 12345", "VAR FGHIJ = VAR ABCDE", ..., hidden between repeats of a paragraph
+(noise lines). A worked example with names of three letters and its answer comes first. Templates and parameters are
+those of https://github.com/NVIDIA/RULER.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _LEAST = 5  # lines: as many as the chain has assignments
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: the worked example, then the chain's assignments between random lines, in order."""
+    """Return a sample: the worked example, then noise lines with the chain's assignments in order, and the question.
+
+    Raises ValueError if the requested length is too small.
+    """
     rng, count = request.rng, request.count
     shown, shown_names, shown_value = chain(rng, 3)
     room = min(EXAMPLE_TOKENS, request.length // 2)
@@ -40,7 +44,10 @@ def make(request: Request) -> Sample:
 
 
 def chain(rng: random.Random, letters: int) -> tuple[list[str], list[str], str]:
-    """Draw a chain: its assignments in order, its different names of so many letters, and its value of five digits."""
+    """Draw a chain and return (assignments in order, the five variables' names, the value of five digits).
+
+    letters: number of letters in a name. The names are different.
+    """
     found: dict[str, None] = {}
     while len(found) <= HOPS:
         found["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
@@ -50,14 +57,17 @@ def chain(rng: random.Random, letters: int) -> tuple[list[str], list[str], str]:
 
 
 def lined(rng: random.Random, assignments: list[str]) -> Callable[[int], str]:
-    """Return a function from a number of noise lines to the task's text with the assignments between them."""
+    """Return a function that takes a number n and returns the task's text: n noise lines with the assignments between.
+
+    The assignments keep their order; their random places are the same in every call with the same n.
+    """
     rest = rng.getrandbits(64)
     head = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
     return lambda n: head + "\n".join(between_lines(random.Random(rest), [NOISE] * n, assignments))
 
 
 def question(names: list[str], value: str) -> Question:
-    """Return the question for the names that have the value."""
+    """Return the question for all variables that have the value `value`; the right answer is `names`."""
     return Question(
         ask=f"\nQuestion: Find all variables that are assigned the value {value} in the text above.",
         answer=" ".join(names),
