@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvfloor.core.bounded import Bounded
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.intake import Prompt, is_exact_in_the_prompt, record_intake
+from kvfloor.hf.intake import SharedPrompt, is_exact_in_the_prompt, record_intake
 from kvfloor.methods.grammar import parse
 from survey.tiny import tiny_model
 from tests.hf.conftest import served
@@ -41,8 +41,8 @@ def opened(model: PreTrainedModel, method: str, batch: int = len(LENGTHS), **mor
     return Dialogue.start(model, CompressedCache(model, method, seed=3, **more), batch)
 
 
-def prompt(model: PreTrainedModel, methods: tuple[str, ...], **more: Any) -> Prompt:
-    return Prompt(model, contexts(), CHUNK, [parse(method) for method in methods], **more)
+def prompt(model: PreTrainedModel, methods: tuple[str, ...], **more: Any) -> SharedPrompt:
+    return SharedPrompt(model, contexts(), CHUNK, [parse(method) for method in methods], **more)
 
 
 @contextmanager

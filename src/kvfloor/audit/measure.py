@@ -26,7 +26,7 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.intake import Prompt
+from kvfloor.hf.intake import SharedPrompt
 from kvfloor.tasks.sample import apart
 
 CHUNK_SLOTS = 256  # slots per chunk of the prefill, so that the tokens of a call do not dominate the peak
@@ -61,7 +61,7 @@ class Prepared:
 
     work: Work
     contexts: list[list[int]]
-    prompt: Prompt
+    prompt: SharedPrompt
     turns: list[Turn]
     traces: list[traces.Trace]
 
@@ -150,7 +150,7 @@ class Bench:
         spoken = [
             [token for turn in per_turn for token in turn.asks[i] + turn.answers[i]] for i in range(len(contexts))[few]
         ]
-        prompt = Prompt(self.model, contexts, CHUNK_SLOTS, self._methods)
+        prompt = SharedPrompt(self.model, contexts, CHUNK_SLOTS, self._methods)
         return Prepared(work, contexts, prompt, per_turn, traces.record(self.model, contexts[few], spoken))
 
     def _pieces(self, item: Item, chat: bool) -> list[list[int]]:

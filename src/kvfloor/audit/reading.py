@@ -27,7 +27,7 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.intake import Prompt
+from kvfloor.hf.intake import SharedPrompt
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Reader:
         """Build the reader; `methods` are those to come, which may share a run of the model over a context."""
         self.model, self.seed, self._methods = model, seed, methods
 
-    def prompt(self, excerpt: Excerpt) -> Prompt:
+    def prompt(self, excerpt: Excerpt) -> SharedPrompt:
         """Return what feeds the excerpt's context to the cache of each method."""
-        return Prompt(self.model, [excerpt.context], CHUNK_SLOTS, self._methods)
+        return SharedPrompt(self.model, [excerpt.context], CHUNK_SLOTS, self._methods)
 
     def reference(self, excerpt: Excerpt) -> list[tuple[Tensor, Tensor]]:
         """Return the continuation in pieces of c tokens, as (token ids (c,), the exact cache's logits (c, vocabulary)).
@@ -75,7 +75,11 @@ class Reader:
         return [(tokens.cpu(), logits.cpu()) for tokens, logits in self._predictions(dialogue, excerpt, alone)]
 
     def read(
-        self, method: Method, excerpt: Excerpt, reference: Sequence[tuple[Tensor, Tensor]], prompt: Prompt | None = None
+        self,
+        method: Method,
+        excerpt: Excerpt,
+        reference: Sequence[tuple[Tensor, Tensor]],
+        prompt: SharedPrompt | None = None,
     ) -> Read:
         """Read an excerpt under a method, and compare its predictions with the exact cache's.
 
@@ -107,7 +111,7 @@ class Reader:
 
     @torch.inference_mode()
     def _predictions(
-        self, dialogue: Dialogue, excerpt: Excerpt, prompt: Prompt, sealed: Callable[[], object] = lambda: None
+        self, dialogue: Dialogue, excerpt: Excerpt, prompt: SharedPrompt, sealed: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Feed the context, seal the cache (end of the prompt), and yield the continuation in pieces of c tokens.
 

@@ -28,7 +28,7 @@ from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Row
 from kvfloor.audit.texts import Excerpt, excerpts, further_excerpts
 from kvfloor.hf import prepare
-from kvfloor.hf.intake import Prompt
+from kvfloor.hf.intake import SharedPrompt
 from kvfloor.models import load
 
 
@@ -42,7 +42,7 @@ class _Opened:
 
     place: Place
     reference: list[tuple[Tensor, Tensor]] | None = None
-    prompt: Prompt | None = None
+    prompt: SharedPrompt | None = None
     prepared: Prepared | None = None
 
 

@@ -1,7 +1,7 @@
 """Run a prompt through the model once, and give it to every cache that compresses only at the prompt's end.
 
 Until its end such a cache keeps every token, so its layers receive the queries, keys and values that an exact cache's
-layers receive. A `Prompt` records these in one run of the model, and fills the other caches from the record. A slot is
+layers receive. A `SharedPrompt` records these in one run of the model, and fills the other caches from the record. A slot is
 one column of the padded batch.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -31,7 +31,7 @@ def is_exact_in_the_prompt(method: Method) -> bool:
     return isinstance(method, Bounded) and method.answers_prompt_exactly
 
 
-class Prompt:
+class SharedPrompt:
     """Feed one prompt to many caches, with one run of the model for all that compress only at the prompt's end."""
 
     def __init__(
@@ -49,7 +49,8 @@ class Prompt:
         most     bytes of the largest record
         """
         self._model, self._token_ids, self._chunk, self._most = model, token_ids, chunk, most
-        self._waited_for = any(is_exact_in_the_prompt(method) for method in methods)
+        filled = [method for method in methods if is_exact_in_the_prompt(method)]
+        self._waited_for, self._asked = bool(filled), _most_asked(filled)
         self._intake: Intake | None = None
         self._seconds = 0.0  # of the run that was recorded
 
@@ -80,7 +81,7 @@ class Prompt:
 
     def _record(self, dialogue: Dialogue) -> None:
         begin = time.perf_counter()
-        self._intake = record_intake(dialogue, self._token_ids, self._chunk, self._most)
+        self._intake = record_intake(dialogue, self._token_ids, self._chunk, self._most, self._asked)
         self._seconds, self._waited_for = time.perf_counter() - begin, False
 
 
@@ -92,6 +93,14 @@ class _Piece:
     k: Tensor
     v: Tensor
     law: Law
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in (self.q, self.k, self.v))
+
+    def without_queries(self) -> _Piece:
+        """Return the piece with every query replaced by the first one, which is held once."""
+        return replace(self, q=self.q[:, :, :1].clone().expand_as(self.q))
 
 
 @dataclass(frozen=True)
@@ -137,18 +146,33 @@ class Intake:
 
     def _unasked(self, method: Method) -> int:
         """Return the number of slots from the first on whose queries do not decide what a method keeps."""
-        asked = method.prompt_queries if isinstance(method, Bounded) else None
-        if asked is None:
-            return 0
-        return self.mask.shape[1] - asked - (method.block if asked and isinstance(method, Bounded) else 0)
+        asked = _most_asked([method])
+        return 0 if asked is None else self.mask.shape[1] - asked
 
 
-class _Recorder:
-    """Keep what the layers of a cache receive, until it exceeds `most` bytes; then drop all of it."""
+def _most_asked(methods: Sequence[Method]) -> int | None:
+    """Return how many of the newest slots have all the queries that decide what these methods keep; None: all slots.
 
-    def __init__(self, cache: CompressedCache, most: int) -> None:
+    The queries are counted from the end of an eviction block, which may end earlier than the prompt.
+    """
+    most = 0
+    for method in methods:
+        assert isinstance(method, Bounded)
+        if method.prompt_queries is None:
+            return None
+        most = max(most, method.prompt_queries + method.block if method.prompt_queries else 0)
+    return most
+
+
+class _IntakeRecorder:
+    """Keep what the layers of a cache receive, until it exceeds `most` bytes; then drop all of it.
+
+    asked: number of newest slots whose queries are kept; None: all.
+    """
+
+    def __init__(self, cache: CompressedCache, most: int, asked: int | None) -> None:
         self.pieces: dict[int, list[_Piece]] = {layer.index: [] for layer in cache.compressed}
-        self._left = most
+        self._left, self._asked = most, asked
         for layer in cache.compressed:
             layer.record = self._into(layer.index)
 
@@ -158,19 +182,40 @@ class _Recorder:
 
     def _into(self, index: int) -> Any:
         def keep(q: Tensor, k: Tensor, v: Tensor, *law: Any) -> None:
-            self._left -= q.nbytes + k.nbytes + v.nbytes
+            if self.is_over:
+                return
+            pieces = self.pieces[index]
+            pieces.append(_Piece(q.clone(), k.clone(), v.clone(), law))  # type: ignore[arg-type]
+            self._left -= pieces[-1].nbytes
+            if self._asked is not None:
+                self._drop_queries(pieces, self._asked)
             if self.is_over:
                 self.pieces.clear()
-            else:
-                self.pieces[index].append(_Piece(q.clone(), k.clone(), v.clone(), law))  # type: ignore[arg-type]
 
         return keep
 
+    def _drop_queries(self, pieces: list[_Piece], asked: int) -> None:
+        """Drop the queries of the pieces of one layer that end before its newest `asked` slots."""
+        after = 0
+        for number in range(len(pieces) - 1, -1, -1):
+            piece, before = pieces[number], pieces[number].nbytes
+            if after >= asked:
+                pieces[number] = piece.without_queries()
+                self._left += before - pieces[number].nbytes
+            after += piece.k.shape[2]
+
 
 def record_intake(
-    dialogue: Dialogue, token_ids: Sequence[Sequence[int]], chunk: int, most: int = MOST_BYTES
+    dialogue: Dialogue,
+    token_ids: Sequence[Sequence[int]],
+    chunk: int,
+    most: int = MOST_BYTES,
+    asked: int | None = None,
 ) -> Intake | None:
     """Feed a prompt to a dialogue over an empty exact cache, as `Dialogue.feed` does, and return what was recorded.
+
+    asked: number of newest slots whose queries are recorded; None: all. A cache whose method needs more of them must
+    not be filled.
 
     Returns None if the record would exceed `most` bytes, and for a model with layers that cannot be filled from one:
     layers with transformers' own storage (sliding windows, linear attention), layers that share their keys, and layers
@@ -179,7 +224,7 @@ def record_intake(
     cache = dialogue.cache
     assert isinstance(cache, CompressedCache)
     plain = len(cache.compressed) == len(cache.layers) and not any(layer.has_readers for layer in cache.compressed)
-    recorder = _Recorder(cache, most) if plain else None
+    recorder = _IntakeRecorder(cache, most, asked) if plain else None
     try:
         dialogue.feed(token_ids, chunk)
     finally:
