@@ -1,8 +1,8 @@
 """Run a prompt through the model once, and give it to every cache that compresses only at the prompt's end.
 
 Until its end such a cache keeps every token, so its layers receive the queries, keys and values that an exact cache's
-layers receive. A `SharedPrompt` records these in one run of the model, and fills the other caches from the record. A slot is
-one column of the padded batch.
+layers receive. A `SharedPrompt` records these in one run of the model, and fills the other caches from the record. A
+slot is one column of the padded batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from kvfloor.hf.decode import Dialogue
 from kvfloor.hf.layer import Law
 
 MOST_BYTES = 2**30
-"""The largest record of one prompt. A longer prompt is run through the model for every cache."""
+
+
+@dataclass
+class Room:
+    """Count the bytes that the records of some prompts may still take together.
+
+    A prompt whose record does not fit is run through the model for every cache.
+    """
+
+    left: int = MOST_BYTES
 
 
 def is_exact_in_the_prompt(method: Method) -> bool:
@@ -40,15 +49,16 @@ class SharedPrompt:
         token_ids: Sequence[Sequence[int]],
         chunk: int,
         methods: Sequence[Method],
-        most: int = MOST_BYTES,
+        room: Room | None = None,
     ) -> None:
         """Prepare to feed one list of token ids per batch item, `chunk` slots per forward.
 
         model    went through `kvfloor.hf.prepare`
         methods  those to come; nothing is recorded unless one of them compresses at the prompt's end only
-        most     bytes of the largest record
+        room     bytes that the record may take, unless other prompts with the same room have taken them; MOST_BYTES
+                 unless given
         """
-        self._model, self._token_ids, self._chunk, self._most = model, token_ids, chunk, most
+        self._model, self._token_ids, self._chunk, self._room = model, token_ids, chunk, room or Room()
         filled = [method for method in methods if is_exact_in_the_prompt(method)]
         self._waited_for, self._asked = bool(filled), _most_asked(filled)
         self._intake: Intake | None = None
@@ -81,7 +91,7 @@ class SharedPrompt:
 
     def _record(self, dialogue: Dialogue) -> None:
         begin = time.perf_counter()
-        self._intake = record_intake(dialogue, self._token_ids, self._chunk, self._most, self._asked)
+        self._intake = record_intake(dialogue, self._token_ids, self._chunk, self._room, self._asked)
         self._seconds, self._waited_for = time.perf_counter() - begin, False
 
 
@@ -165,20 +175,16 @@ def _most_asked(methods: Sequence[Method]) -> int | None:
 
 
 class _IntakeRecorder:
-    """Keep what the layers of a cache receive, until it exceeds `most` bytes; then drop all of it.
+    """Keep what the layers of a cache receive, until it takes more than there is room for; then drop all of it.
 
     asked: number of newest slots whose queries are kept; None: all.
     """
 
-    def __init__(self, cache: CompressedCache, most: int, asked: int | None) -> None:
+    def __init__(self, cache: CompressedCache, room: Room, asked: int | None) -> None:
         self.pieces: dict[int, list[_Piece]] = {layer.index: [] for layer in cache.compressed}
-        self._left, self._asked = most, asked
+        self._room, self._taken, self._asked, self.is_over = room, 0, asked, False
         for layer in cache.compressed:
             layer.record = self._into(layer.index)
-
-    @property
-    def is_over(self) -> bool:
-        return self._left < 0
 
     def _into(self, index: int) -> Any:
         def keep(q: Tensor, k: Tensor, v: Tensor, *law: Any) -> None:
@@ -186,13 +192,23 @@ class _IntakeRecorder:
                 return
             pieces = self.pieces[index]
             pieces.append(_Piece(q.clone(), k.clone(), v.clone(), law))  # type: ignore[arg-type]
-            self._left -= pieces[-1].nbytes
+            self._take(pieces[-1].nbytes)
             if self._asked is not None:
                 self._drop_queries(pieces, self._asked)
-            if self.is_over:
-                self.pieces.clear()
+            if self._room.left < 0:
+                self.drop()
 
         return keep
+
+    def drop(self) -> None:
+        """Drop everything, give its room back, and keep nothing more."""
+        self.is_over = True
+        self.pieces.clear()
+        self._take(-self._taken)
+
+    def _take(self, nbytes: int) -> None:
+        self._taken += nbytes
+        self._room.left -= nbytes
 
     def _drop_queries(self, pieces: list[_Piece], asked: int) -> None:
         """Drop the queries of the pieces of one layer that end before its newest `asked` slots."""
@@ -201,7 +217,7 @@ class _IntakeRecorder:
             piece, before = pieces[number], pieces[number].nbytes
             if after >= asked:
                 pieces[number] = piece.without_queries()
-                self._left += before - pieces[number].nbytes
+                self._take(pieces[number].nbytes - before)
             after += piece.k.shape[2]
 
 
@@ -209,7 +225,7 @@ def record_intake(
     dialogue: Dialogue,
     token_ids: Sequence[Sequence[int]],
     chunk: int,
-    most: int = MOST_BYTES,
+    room: Room,
     asked: int | None = None,
 ) -> Intake | None:
     """Feed a prompt to a dialogue over an empty exact cache, as `Dialogue.feed` does, and return what was recorded.
@@ -217,21 +233,26 @@ def record_intake(
     asked: number of newest slots whose queries are recorded; None: all. A cache whose method needs more of them must
     not be filled.
 
-    Returns None if the record would exceed `most` bytes, and for a model with layers that cannot be filled from one:
+    Returns None if there is too little room for the record, and for a model with layers that cannot be filled from one:
     layers with transformers' own storage (sliding windows, linear attention), layers that share their keys, and layers
     whose key and value are one tensor (latent attention).
     """
     cache = dialogue.cache
     assert isinstance(cache, CompressedCache)
     plain = len(cache.compressed) == len(cache.layers) and not any(layer.has_readers for layer in cache.compressed)
-    recorder = _IntakeRecorder(cache, most, asked) if plain else None
+    recorder = _IntakeRecorder(cache, room, asked) if plain else None
     try:
         dialogue.feed(token_ids, chunk)
+    except BaseException:
+        if recorder is not None:
+            recorder.drop()
+        raise
     finally:
         for layer in cache.compressed:
             layer.record = None
-    tied = any(layer.state is not None and layer.state.spec.tied for layer in cache.compressed)
-    if recorder is None or recorder.is_over or tied:
+    if recorder is not None and any(layer.state is not None and layer.state.spec.tied for layer in cache.compressed):
+        recorder.drop()
+    if recorder is None or recorder.is_over:
         return None
     assert dialogue.logits is not None
     return Intake(recorder.pieces, dialogue.mask.clone(), dialogue.logits.clone())
