@@ -4,6 +4,7 @@ A setting is a method with its budget; a cell is a task at a context length unde
 sample's question with its context, "after" asks it after the compression. A sample is a context with questions about
 it. A row is the result of one setting on one cell. To seal a cache is to tell it that the prompt ends. A trace is one
 layer's queries, keys and values, recorded over context, question and right answer. The exact cache keeps every token.
+A task may check an answer in several parts, each named, e.g. "first word"; each check gives a share from 0 to 1.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Prepared:
     work      the cell with its samples as text
     contexts  per sample, the tokens of the prompt: the context and, under "visible", the question without its last
               token
+    prompt    object that feeds these tokens to the cache of each setting
     turns     the questions that follow the end of the prompt, one after the other
     traces    the traces of the first samples, TRACED_SAMPLES at most, one entry per layer
     batches   the samples that run together, with what feeds their prompts to the cache of each setting
@@ -77,7 +79,7 @@ class Measurement:
     The times and bytes of a batch of samples are divided by their number.
 
     right                one 0 (wrong) or 1 (right) per sample
-    parts                mean share, from 0 to 1, of each named part of the answers that was met
+    parts                name of each part of the answers -> share, from 0 to 1, that its check gave; mean over samples
     state_bytes          bytes of the cache at the end of the context
     peak_state_bytes     the most bytes of the cache at any moment
     bytes_read           bytes of the cache that are read to produce one token
@@ -140,7 +142,7 @@ def _batches(lengths: Sequence[int], token_bytes: int) -> list[range]:
 
 
 class Bench:
-    """Measure settings on one prepared model with its tokenizer.
+    """Measure settings on one model, which went through `kvfloor.hf.prepare`, with its tokenizer.
 
     seed          seed of the random draws of methods
     extra_tokens  number of tokens that an answer is decoded beyond the length of the right one, to see if it goes on
@@ -149,7 +151,11 @@ class Bench:
     def __init__(
         self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4, methods: Sequence[Method] = ()
     ) -> None:
-        """Build the bench; `methods` are those to come, which may share a run of the model over a cell's prompts."""
+        """Build the bench.
+
+        methods: those that will be measured. Where several of them compress only at the prompt's end, the model runs
+        over a cell's prompts once for all of these, unless a record of the run would be too large.
+        """
         self.model, self.tokenizer, self.seed, self._methods = model, tokenizer, seed, methods
         self._extra_tokens = extra_tokens  # an answer that goes on for these is wrong
         self.template = Template.of(tokenizer)
@@ -312,7 +318,7 @@ class Bench:
         return found | set(self.template.ends()) if chat and self.template else found
 
     def _shares(self, item: Item, told: Sequence[Sequence[int]]) -> dict[str, float]:
-        """Return the share, from 0 to 1, of each named part of a sample's answers that the decoded tokens meet.
+        """Check a sample's decoded answers part by part: return part's name -> share, 1 if the answer meets it in full.
 
         told: the decoded tokens, one list per question of the sample.
         """

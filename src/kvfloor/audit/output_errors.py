@@ -129,7 +129,7 @@ def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
 def _in_tokens(method: Method, recorded: Sequence[traces.Trace], length: int) -> Method:
     """Return the method with its budget in tokens per kv head, for a context of `length` tokens.
 
-    recorded: the traces, which give the numbers and sizes of layers and heads.
+    recorded: the recorded queries, keys and values, one entry per layer, for the numbers and sizes of the heads.
     """
     trace = recorded[0]
     places = [(trace.layer, head) for head in range(trace.kv_heads)]
