@@ -59,7 +59,6 @@ class Prepared:
     work      the cell with its samples as text
     contexts  per sample, the tokens of the prompt: the context and, under "visible", the question without its last
               token
-    prompt    object that feeds these tokens to the cache of each setting
     turns     the questions that follow the end of the prompt, one after the other
     traces    the traces of the first samples, TRACED_SAMPLES at most, one entry per layer
     batches   the samples that run together, with what feeds their prompts to the cache of each setting
