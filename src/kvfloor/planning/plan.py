@@ -1,8 +1,9 @@
 """Compute the memory plan of a model at a context length, from its configuration alone.
 
-A line of the plan is one way to keep the cache: transformers' own, exact, quantised, or a method under a budget.
-Compressed layers are the layers with attention over all tokens, whose cache a method replaces. A state is what a method
-keeps of one compressed layer's tokens. In all other layers (sliding windows, convolutions, linear attention)
+A line of the plan is one way to keep the cache: transformers' own classes, this library's exact cache (which keeps
+every token), a quantised one, or a compression method under a budget. A `ModelShape` has the sizes of the model's
+layers. Compressed layers are the layers with attention over all tokens, whose cache a method replaces. A state is what
+a method keeps of one compressed layer's tokens. In all other layers (sliding windows, convolutions, linear attention)
 transformers' own classes keep the past, whatever the line.
 """
 
@@ -195,7 +196,8 @@ def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
 def _stock(shape: ModelShape, context: int, itemsize: int, batch: int) -> tuple[int, int]:
     """Return the bytes of the compressed layers' keys and values in transformers' own cache, twice: (size, size).
 
-    The first number is the size after the prompt's end, the second the size just before it; this cache has both equal.
+    A method that compresses the prompt at its end has two sizes, after and before that; here they are equal.
+    context: tokens per request; itemsize: bytes of a number; batch: requests.
     """
     per_token = sum(layer.heads * (layer.d + (0 if layer.tied else layer.dv)) for layer in shape.compressed)
     size = batch * context * per_token * itemsize
@@ -214,10 +216,12 @@ def _line(
 ) -> Line:
     """Build a line of the plan.
 
-    name    the method as text
-    sizes   bytes of the compressed layers' states: (after the prompt's end, just before it)
-    method  None for transformers' own cache
-    free    bytes of memory that the weights leave; None: not limited
+    name           the method as text
+    budget_tokens  tokens per kv head that the method may keep; None: any number
+    sizes          bytes of the compressed layers' states: (after the prompt's end, just before it)
+    method         None for transformers' own cache
+    context        tokens per request; batch: requests
+    free           bytes of memory that the weights leave; None: not limited
     """
     after, before = sizes
     own = shape.own_bytes(context)

@@ -60,8 +60,8 @@ def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, ro
 def _measured(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:
     """Return the bytes of a new state that has received `tokens` tokens of all zeros; rows is 1 or 2.
 
-    A state of constant memory allocates everything at its first token, so it receives no more. Only the first token
-    comes with queries, because answering them all would take time that grows with the square of the context.
+    A state of constant memory allocates everything at its first token, so it receives that token alone. Only the first
+    token comes with queries, because answering them all would take time that grows with the square of the context.
     """
     state = method.open(_spec(layer, dtype, rows))
     first, *rest = (1,) if method.traits.constant_memory or tokens == 1 else (1, tokens - 1)

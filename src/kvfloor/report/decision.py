@@ -65,8 +65,8 @@ def decision_chart(rows: Sequence[Row], marks: Mapping[str, Mark]) -> Chart:
 def note_below_floor(row: Row) -> str:
     """Return a sentence for a row that takes fewer bytes than the floor.
 
-    It says that this task's data is easier than the worst case, for which the floor holds; and, if so, that the row's
-    score is certainly lower than the exact cache's.
+    The sentence says that this task's data is easier than the worst case, for which the floor holds. If the row's score
+    is shown to be lower than the exact cache's, the sentence says this too.
     """
     return BELOW_FLOOR_AND_FALLS if row.diff_high < 0 else BELOW_FLOOR
 
@@ -98,9 +98,10 @@ def _datum(row: Row, shift: float) -> Datum:
 
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the lines below the figure that name the settings with fewer bytes than the floor, by `note_below_floor`.
+    """Return the lines of text below the figure: they name the settings that take fewer bytes than the floor.
 
-    There is a line for the settings that score lower than exact, and one for all others; each only if it has settings.
+    One line is for the settings that are shown to score lower than exact, one for all others. A line without settings
+    is left out.
     """
     named: dict[str, list[str]] = {}
     for row in rows:

@@ -71,8 +71,10 @@ def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> 
 def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[TextSummary, Verdict | None, str]]:
     """Return the lines of the divergence table, from the smallest divergence up: (summary, verdict, sign) per setting.
 
-    The verdict is "holds" if the divergence is shown to be within the limit of `standard`, "falls" if it is shown to
-    exceed the limit, else "open". Its sign is ✓, ✗ or ?. `exact` has no verdict and no sign: (summary, None, "").
+    The summary has the setting's mean divergence and bytes. `standard` holds the largest tolerated divergence (the
+    limit) and the confidence of the verdicts. The verdict is "holds" if the divergence is shown to be within the limit,
+    "falls" if it is shown to exceed the limit, else "open". Its sign is ✓, ✗ or ?. `exact` has no verdict and no sign:
+    (summary, None, "").
     """
     lines = []
     for one in sorted(summaries(rows, standard.racing), key=lambda one: one.figures.kl):

@@ -2,6 +2,9 @@
 
 A setting is a method with its budget. A row is one setting measured on one cell, i.e. a task at a context length under
 a protocol (question asked before or after the compression). `exact` is the cache that keeps every token.
+A candidate is a setting that takes fewer bytes than exact. Its verdict says whether its loss of quality against exact
+is shown to be tolerable ("holds"), shown to be too large ("falls"), or neither ("open"). The recommended setting is the
+candidate of fewest bytes that the audit shows to be safe.
 """
 
 import json
@@ -137,9 +140,9 @@ def _last_component(model: str) -> str:
 def _pasted_setting(rows: Sequence[Row | TextRow], answer: Recommendation) -> dict[str, Any] | None:
     """Return a dict with the recommended setting, to paste into Python; None where no setting is recommended.
 
-    literal  the setting as a quoted string, such as '"h2o@512"'; a budget that is a share of the context is replaced by
-             the largest number of tokens that it came to in the audit, as a cache for a stream of unknown length cannot
-             take a share
+    literal  the setting as a quoted string, such as '"h2o@512"'. A budget that is a share of the context is replaced by
+             the largest number of tokens that it came to in the audit, because a cache for a stream of unknown length
+             cannot take a share
     share    the budget that was replaced, such as "25%"; None if none was
     """
     chosen = [row for row in rows if row.method == answer.method]

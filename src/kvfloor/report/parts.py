@@ -22,9 +22,10 @@ class PartTable:
 
 
 def part_tables(rows: Sequence[Row]) -> tuple[PartTable, ...]:
-    """Return one table per cell, sorted by cell; cells in which a table would only repeat the scores get none.
+    """Return one table per cell, sorted by cell, with the mean share met of each part by each setting.
 
-    Those are the cells with a single part whose mean share is every setting's share of right answers.
+    A cell gets no table where it would only repeat the scores: where there is a single part, and each setting's mean
+    share of it equals the setting's score (its share of right answers).
     """
     tables = []
     for cell in sorted({row.cell for row in rows}):

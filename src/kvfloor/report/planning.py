@@ -1,4 +1,4 @@
-"""Print the memory plan of a model: a few named facts, then a table of at most 80 columns, one line per cache."""
+"""Print the memory plan of a model: a few named facts, then a table with a line per kind of cache."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Control characters in names are escaped, so that they cannot colour or steer the terminal. A setting is a method with
 its budget. A row is one setting measured on one task at a context length under a protocol (question asked before or
 after the compression). `exact` is the cache that keeps every token. A divergence is a mean KL to exact in nats per
-token.
+token. A candidate is a setting that takes fewer bytes than exact; its verdict says whether its loss of quality against
+exact is shown to be tolerable ("holds"), shown to be too large ("falls"), or neither ("open").
 """
 
 from collections.abc import Mapping, Sequence

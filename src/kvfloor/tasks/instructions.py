@@ -14,7 +14,10 @@ MOST = 96
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: four instructions for an answer, then an essay, and a question about it that they apply to."""
+    """Return a sample: four instructions for an answer, then an essay, and a question about it that they apply to.
+
+    The request has the random generator and the largest number of tokens. Raises ValueError if that is too small.
+    """
     rng = request.rng
     first, last, named = rng.sample(request.lexicon.things, 3)
     number, lines = rng.randint(1000, 9999), rng.randint(3, 5)

@@ -1,8 +1,8 @@
 """Define the task "ledger": answer questions about a state that a long stream of text goes on to change.
 
-The context says what some boxes hold. After it, further text streams in with changes, in four stretches. After each
-comes a question what a box holds now, in turn for a box that never changed and for one that did. The stretches are half
-of the length.
+The context says what some boxes hold. After it, further text with changes streams in, in four stretches. After each
+stretch comes a question what a box holds now: alternately for a box that never changed and for one that has just
+changed. The four stretches make up half of the whole text.
 """
 
 from __future__ import annotations

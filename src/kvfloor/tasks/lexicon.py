@@ -120,7 +120,10 @@ class Lexicon:
         return [Lexicon(tuple(things[a:b]), self.traits, self.pairs) for a, b in pairwise(ends)]
 
     def number(self, rng: random.Random, digits: int) -> str:
-        """Draw a number of `digits` random digits, from the lexicon's two-digit numbers; an odd last digit is free."""
+        """Draw a number of `digits` random digits: two-digit numbers of the lexicon, one after the other.
+
+        If `digits` is odd, the last digit is drawn from 0 to 9.
+        """
         groups = "".join(rng.choice(self.pairs) for _ in range(digits // 2))
         return groups + (rng.choice("0123456789") if digits % 2 else "")
 

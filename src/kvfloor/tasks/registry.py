@@ -1,4 +1,7 @@
-"""List the tasks and their groups, and look a task up by its name, or by `module:TASK` in the user's own code."""
+"""List the tasks and their groups, and look a task up by its name, or by `module:TASK` in the user's own code.
+
+A group is a named list of tasks, such as "ruler".
+"""
 
 from __future__ import annotations
 

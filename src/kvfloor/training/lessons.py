@@ -114,7 +114,7 @@ def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, pro
 
     The time is the number of tokens that the policy had received by then, and n + 1 for a token that is never evicted.
     The first `prompt` tokens are the prompt. q (rows, g, n, d), k (rows, n, d) and v (rows, n, dv) are one layer's
-    queries, keys and values.
+    queries, keys and values; `spec` holds the sizes and constants of the layer's cache.
     """
     state = replace(method, summary=Drop()).open(spec)
     assert isinstance(state, BoundedState)

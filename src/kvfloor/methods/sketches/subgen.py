@@ -7,7 +7,7 @@ the cluster's other keys too. A pair is the (key, value) of one token, drawn wit
 reservoir holds the drawn pairs. mu is the sum of |v|^2 over all tokens of a row.
 Tokens enter clusters and reservoir `block` at a time: a block end comes after every `block`-th token of a row. The
 newer tokens are held whole. A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of
-logits).
+logits). A `Spec` holds the sizes and constants of a cache, among them d and dv, the widths of a key and of a value.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SubGen(Method):
     block    at most the last `block - 1` tokens stay unclustered and are read exactly; 1 is the paper's rule.
              With any block, the clusters are those of clustering token by token.
     radius, failure   for `guarantee`: bound on |q| * scale, and failure probability
-    budget   memory in tokens per row, from which s and centres follow: half is for the pairs, half for the clusters.
+    budget   memory per row, counted in tokens; s and centres follow from it: half for the pairs, half for the clusters
     """
 
     name: ClassVar[str] = "subgen"
@@ -133,9 +133,11 @@ class SubGen(Method):
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGen:
         """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
-        s is the number of sampled pairs, t that of sampled keys per cluster; the error is that of `guarantee`. The
-        returned method has no budget and no limit on clusters: the number of centres depends on the keys alone.
-        Returns the method unchanged without a radius, or if epsilon is not in (0, 1).
+        s is the number of sampled pairs, t that of sampled keys per cluster. The error is the epsilon in
+        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op, for one query fixed in advance. The argument delta
+        is not the cluster radius, which stays as it is. The returned method has no budget and no limit on clusters.
+        Returns the method unchanged without a radius, or if epsilon is not in (0, 1). Raises ValueError where the
+        number of samples overflows.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
@@ -206,22 +208,24 @@ class SubGenState(Blocked[SubGen]):
 def chebyshev(s: float, t: int, reach: float, failure: float) -> float:
     """Return the error epsilon of SubGen with s sampled pairs and t samples per cluster.
 
-    With probability 1 - failure, ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F, for the matrix V of all
-    values. `reach` bounds the difference between the logit of a key and the logit of its cluster's centre.
+    With probability 1 - failure, ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F, where V is the matrix of
+    all values and softmax the vector of exact attention weights. `reach` bounds the difference between the logit
+    of a key and the logit of its cluster's centre.
     Law (Chebyshev): with R = exp(2 reach) and f = failure / 2, epsilon is the larger of sqrt(9 / (s f)), from the
     numerator, and sqrt(9 (R-1)^2 / (4 R t f)), from the denominator. Each of the two fails with probability f.
-    For the operator norm ||V||_op in place of ||V||_F, pass the number of pairs divided by dv as s.
+    For the bound with the operator norm ||V||_op in place of ||V||_F, pass as s the number of pairs divided by dv.
     """
     half, spread = failure / 2, math.exp(min(700.0, 2 * reach))
     return max(math.sqrt(9 / (s * half)), math.sqrt(9 * (spread - 1) ** 2 / (4 * spread * t * half)))
 
 
 def ratio(z: Partial, log_tau: Tensor) -> Partial:
-    """Return the answer numerator / tau as a `Partial` of mass tau, where tau estimates attention's denominator.
+    """Divide an estimate of attention's numerator by tau, an estimate of its denominator.
 
-    z is the weighted attention over the sampled pairs: z's mean times exp(z's log-mass) estimates the numerator.
-    log_tau is the log of tau, of the shape of z.log_mass. Where clusters are wider than delta, exp(z's log-mass) / tau
-    has no bound; this factor is limited to e^60, so that the answer stays finite.
+    z        attention over the sampled pairs, weighted so that z.mean * exp(z.log_mass) estimates the numerator
+    log_tau  the log of tau, of the shape of z.log_mass
+    Returns a `Partial` with the quotient as mean and log_tau as log-mass. The factor exp(z.log_mass) / tau is limited
+    to e^60, so that the answer stays finite: it could be any number if some cluster is wider than its radius delta.
     """
     share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))
     return Partial(z.mean * torch.where(log_tau == -torch.inf, 0.0, share).unsqueeze(-1), log_tau)

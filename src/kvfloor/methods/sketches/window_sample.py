@@ -4,7 +4,8 @@ In this file a row is one (batch item, kv head) stream. The window is the newest
 Unmasked window attention gives every older token the logit 0 instead of -inf, i.e. the weight 1. A draw is one randomly
 chosen token, whose value is the answer or enters a mean of several draws. The reservoir holds the drawn values of older
 tokens. A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of logits). In shapes, m
-are queries per row, s slots (places of held tokens), d and dv the widths of a key and a value.
+are queries per row, s slots (places of held tokens), d and dv the widths of a key and a value. A `Spec` holds the sizes
+and constants of a cache, such as these widths and the seed.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class WindowSample(Method):
     spread, horizon   for the guarantee (Theorem 24, corrected constants): if values lie in [a, spread * a] for some
                       a > 0, and at most `horizon` answers are given, then the relative error of every coordinate is at
                       most epsilon = sqrt(8 spread / T), with probability 1 - horizon dv exp(-Q / 2.5)
-    `window+value_sample` has the same mean and no more variance; `window+value_sum` has no error, in less memory.
+    Two other methods also estimate unmasked window attention, by exact attention over the window and a summary of the
+    older tokens: `window+value_sample` has the same mean and no more variance, and `window+value_sum` has no
+    error and takes less memory.
     """
 
     name: ClassVar[str] = "window_sample"
@@ -118,10 +121,10 @@ class WindowSample(Method):
 class WindowSampleState(Blocked[WindowSample]):
     """Hold the tokens of the window, one sampled older value per draw, and the least and largest value entry so far.
 
-    The random number of a draw is fixed by (seed, row id, tokens seen, index of the draw). So all queries of a row that
-    are answered after the same number of tokens share this random number, and a repeated query gets the same answer.
-    Each answer alone has the distribution that `WindowSample` states. Answers that share random numbers depend on
-    one another; the guarantee still holds, as it is a union bound over answers.
+    The random number of a draw is fixed by the seed, the identity number of the row, the number of tokens seen and the
+    index of the draw. So all queries of a row that are answered after the same number of tokens share this random
+    number, and a repeated query gets the same answer. Answers that share random numbers depend on one another; the
+    method's guarantee still holds, as it is a union bound over answers.
     """
 
     def __init__(self, method: WindowSample, spec: Spec) -> None:

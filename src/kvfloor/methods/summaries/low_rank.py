@@ -3,7 +3,8 @@
 In this file a row is one (batch item, kv head) stream. A kernel is a trained feature map, i.e. a small network that
 maps a query (phi) or a key (psi) to R non-negative numbers, its features; kernels come in pairs (phi, psi), one pair
 per kv head. In shapes, P are kv heads or rows, m queries and c keys of each, d, h and R the widths of a head, of a
-kernel's hidden layer and of its features.
+kernel's hidden layer and of its features; dv is the width of a value. A `Spec` holds the sizes and constants of a cache
+and, in a model, each row's layer and kv head.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Less(Summary):
     replaces exp(scale q.k). phi and psi are small networks with non-negative outputs (`Kernels`), trained for
     one model and eviction policy by `kvfloor train-less`. So the evicted tokens' own answer, phi(q) H / phi(q) z, is a
     convex combination of their values. The state is R (dv + 1) float32 numbers per row: with R = 8, as much memory as
-    4 tokens in float32. A fair comparison is the same policy with that many more tokens. There is no guarantee.
+    4 tokens in float32. To compare fairly, let the same policy without this summary keep that many more tokens. There
+    is no guarantee.
 
     rank     R
     kernels  the safetensors file that `kvfloor train-less` wrote, with one pair of networks per (layer, kv head); a row
@@ -185,7 +187,7 @@ class Kernels:
         return F.gelu(torch.bmm(_hidden(q, self.query_in, dropout), self.query_out)).abs()
 
     def psi(self, k: Tensor, dropout: float = 0.0) -> Tensor:
-        """Return features (P, c, R) >= 0 of keys (P, c, d)."""
+        """Return features (P, c, R) >= 0 of keys (P, c, d); training drops a share `dropout` of the hidden units."""
         x = F.gelu(torch.bmm(_hidden(k, self.key_in, dropout), self.key_out)) * self.s1.abs().unsqueeze(1)
         return (x + torch.bmm(x, self.key_mix) * self.s2.unsqueeze(1)).abs()
 

@@ -1,7 +1,9 @@
 """Summarise the evicted tokens by exact sums of monomials of their keys, for a truncated exponential (Taylor).
 
 In this file a row is one (batch item, kv head) stream. The features phi(u) of a vector u are its t monomials up to
-degree g, scaled so that phi(q).phi(k) is the Taylor polynomial of e^(q.k) of degree g.
+degree g, scaled so that phi(q).phi(k) is the Taylor polynomial of e^(q.k) of degree g. A `Spec` holds the sizes and
+constants of a cache, among them the number of rows, d and dv (the widths of a key and of a value), and the softcap on
+logits.
 """
 
 from __future__ import annotations
@@ -39,13 +41,12 @@ class Taylor(Summary):
     over the tokens suffices, and no token is kept.
     Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
     = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give the answer phi(q) S / phi(q) z. S and z are t (dv + 1)
-    float64 numbers per row. A token's k and v arrive together, so phi(k) v^T is added to S exactly. The method is
-    useful where |x| is below about 2.
+    float64 numbers per row. The method is useful where |x| is below about 2.
 
     degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
             answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
-    radius  bound on |scale| |q| |k|, and so on |x|, for the guarantee below, which no longer holds once the longest
-            query and the longest evicted key of a row exceed the bound. None: no guarantee
+    radius  r of the guarantee below, which holds as long as |scale| |q| |k| <= radius for the longest query and the
+            longest evicted key of each row. None: no guarantee
     Under a softcap c the series of exp(c tanh(x/c)) is used; an even degree whose series is not positive for every x
     raises ValueError, and so do more than FEATURES_LIMIT = 10,000 features (t).
 
@@ -115,7 +116,7 @@ class Taylor(Summary):
 
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
-    """Return a copy of the error bound `stated` with the error epsilon; from 1 on, it is marked as not holding."""
+    """Return a copy of the error bound `stated` with the error epsilon, marked as not holding if epsilon >= 1."""
     why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
     return replace(stated, epsilon=epsilon, holds=not why, why=why)
 

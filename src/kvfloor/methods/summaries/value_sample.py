@@ -2,7 +2,8 @@
 
 In this file a row is one (batch item, kv head) stream, and dv the width of a value. The unmasked law gives every
 evicted token the logit 0 instead of -inf, i.e. the weight 1. A draw, or sample, is the value of one randomly chosen
-evicted token. An answer is the median of Q means, each of T draws.
+evicted token. An answer is the median of Q means (the argument `groups`), each of T draws (`copies`). A `Spec` holds
+the sizes and constants of a cache, such as dv and the seed.
 """
 
 from __future__ import annotations
@@ -179,9 +180,10 @@ class ValueSampleState(SummaryState):
     value  (rows, T Q, dv) sampled values
     key    (rows, T Q) sampling key of each sampled value
     count  (rows,) number of evicted tokens
-    A sampling key is a uniform random number fixed by (seed, row id, position, i), for slot i of the T Q samples. Slot
-    i keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all evicted tokens,
-    independent of the other slots, and the same however the stream is split into calls.
+    A sampling key is a uniform random number, one for each evicted token and each slot of the T Q samples. It is fixed
+    by the seed, the identity number of the row, the token's position in the stream, and the index i of the slot. Slot i
+    keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all evicted tokens, independent
+    of the other slots, and the same however the stream is split into calls.
     """
 
     def __init__(self, summary: ValueSample, spec: Spec) -> None:

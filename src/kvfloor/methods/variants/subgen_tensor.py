@@ -6,7 +6,8 @@ A point is what stands for tokens of one side: a whole token, a sample of a key 
 i.e. key and value of one token, drawn with probability proportional to |v|^2. A point has a weight, the number of
 tokens that it stands for. A row is one (batch item, kv head) stream. A block end comes after every `block`-th token of
 a row; newer tokens are held whole. A `Partial` is a result of attention: the mean of values and the log-mass
-(log-sum-exp of logits).
+(log-sum-exp of logits). A state is what the method keeps of a stream. A `Spec` holds the sizes and constants of a
+cache, among them d and dv, the widths of one key and of one value.
 A side becomes two sets of points: samples of its key clusters, whose weights sum to the number n of tokens, and its
 sampled (key, value) pairs. Denominator and numerator are each one sum over the product of two such sets, one per side,
 so neither the n^2 token pairs nor clusters of token pairs are ever stored. After Zandieh et al. 2024, who sketch
@@ -68,7 +69,7 @@ class SubGenTensor(Method):
                     joins its nearest centre at any distance, and the error bound may no longer hold
     block           at most the last `block - 1` tokens stay unclustered, as points of weight 1
     radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; failure probability
-    budget          memory in tokens per row, from which s and centres follow: half for the pairs, half for the clusters
+    budget          memory per row, counted in tokens; s and centres follow: half for the pairs, half for the clusters
     A state takes keys (rows, a, 2d) and values (rows, a, 2dv) of `a` new tokens: k1 and k2 of a token concatenated, and
     likewise v1 and v2.
     """
@@ -165,9 +166,10 @@ class SubGenTensor(Method):
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGenTensor:
         """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
-        s is the number of sampled pairs, t that of sampled keys per cluster; the error is that of `guarantee`. The
-        returned method has no budget and no limit on clusters: their number depends on the keys alone. Returns the
-        method unchanged without a radius, or if epsilon is not in (0, 1).
+        s is the number of sampled pairs, t that of sampled keys per cluster. The error is the epsilon in
+        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F, for one query fixed in advance. delta is
+        not a cluster radius. The returned method has no budget and no limit on clusters. Returns the method unchanged
+        without a radius, or if epsilon is not in (0, 1). Raises ValueError where the number of samples overflows.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
@@ -273,6 +275,7 @@ class SubGenTensorState(Blocked[SubGenTensor]):
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
 
+        g is the number of query heads per kv head, a the number of these tokens.
         The query of a token attends to all token pairs (j1, j2) in which neither j1 nor j2 is newer than that token.
         This set differs from token to token, so one token is computed at a time. before (rows,) is the number of older
         tokens that came since the last block end. new_k and new_v are not used: the state holds these tokens already.

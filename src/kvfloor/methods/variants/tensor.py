@@ -8,7 +8,8 @@ Each token j has two keys, K1[j] and K2[j], and two values, V1[j] and V2[j]:
 Law: Alman and Song 2023 (arXiv 2310.04064), D^-1 exp(Q (K1 (x) K2)^T) (V1 (x) V2) with (x) the column-wise Kronecker
 (Khatri-Rao) product. With K2 = V2 = 1 it is standard attention on (K1, V1).
 In shapes, rows are (batch item, kv head) streams, m queries per row, d and dv the widths of one key and of one value. A
-`Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of scores).
+`Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of scores). A state is what a
+method keeps of a stream of tokens. A `Spec` holds the sizes and constants of a cache, such as `scale`.
 """
 
 from __future__ import annotations
@@ -97,10 +98,10 @@ class TensorAttention(Method):
 
 
 class TensorState(State[TensorAttention]):
-    """Hold the state of the method that keeps the tokens, the argument `store` of tensor attention.
+    """Hold the tokens that tensor attention is over, in the state of another method.
 
-    In this state a token's key is k1 and k2 concatenated along the width, (..., 2d), and its value is v1 and v2
-    likewise.
+    This method is the argument `store` of `TensorAttention`, and decides which tokens are kept. In its state a token's
+    key is k1 and k2 concatenated along the width, (..., 2d), and its value is v1 and v2 likewise, (..., 2dv).
     """
 
     def __init__(self, method: TensorAttention, spec: Spec) -> None:

@@ -5,7 +5,8 @@ causal). The earlier scales are in a KV cache, which any method of this library 
 Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
 A side is the number h_k of tokens along an edge of scale k's map. The first, small scales are the coarse ones. A row is
 one (batch item, kv head) stream; in shapes, t are tokens of one scale, g query heads per kv head, d and dv the widths
-of a key and a value.
+of a key and a value. A `State` is the compressed cache that a method keeps of the tokens; to pin a token is to forbid
+the method to evict it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
 
 
 class NextScale:
-    """Feed the scales of an image to the state of any method, one scale at a time, and compute their attention.
+    """Feed the scales of an image to a state (a method's compressed cache), one at a time, and compute their attention.
 
     The queries of a scale attend to the tokens that the state holds and to the whole scale itself, before the state may
     evict any of the scale's tokens: every token can be read by its own scale, whatever the budget. During the

@@ -1,7 +1,7 @@
 """Generate the synthetic tasks of RULER (Hsieh et al., 2024) by their published definitions, for any tokenizer.
 
-The generated answer's tokens count in a sample's length. A sample's score in RULER is the share of the references that
-the answer contains.
+The length of a sample is that of the context, the question and the generated answer together. A sample's score in RULER
+is the share of the references (the right words or numbers) that the answer contains.
 """
 
 from .coded import CODED_WORDS

@@ -27,7 +27,7 @@ _ZETA_2 = math.pi**2 / 6
 def make(request: Request) -> Sample:
     """Return a sample: the shuffled coded words, and the question for the three most frequent ones.
 
-    Raises ValueError if the requested length is too small.
+    The request has the random generator and the largest number of tokens; raises ValueError if that is too small.
     """
     rng = request.rng
     found: dict[str, None] = {NOISE_WORD: None}

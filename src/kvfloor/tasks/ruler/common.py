@@ -30,7 +30,7 @@ _HEAD = (
 def make(request: Request) -> Sample:
     """Return a sample: the worked example, then the list, and the question for its ten common words.
 
-    Raises ValueError if the requested length is too small.
+    The request has the random generator and the largest number of tokens; raises ValueError if that is too small.
     """
     rng, short = request.rng, request.length < SHORT
     pool = plain_words()

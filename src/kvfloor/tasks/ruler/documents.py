@@ -24,7 +24,7 @@ _ORDER = (
 def make(request: Request) -> Sample:
     """Return a sample: the documents in random order, and the question that one of them answers.
 
-    Raises ValueError if the requested length is too small.
+    The request has the random generator and the largest number of tokens; raises ValueError if that is too small.
     """
     rng = request.rng
     asked = rng.choice(asked_facts())

@@ -33,8 +33,9 @@ class Needles:
 
     haystack      "noise", "essay" or "needle"
     key, value    kinds of keys and values: "words", "numbers" or "uuids"
-    keys, values  number of hidden keys; number of needles, each with its own value, per key
-    asked         number of keys that the question asks for; if it is more than `keys`, as many keys are hidden
+    keys          number of hidden keys; at least `asked` keys are hidden
+    values        number of needles per key, each with a value of its own
+    asked         number of keys whose values the question asks for
     """
 
     haystack: str
@@ -95,7 +96,10 @@ class Needles:
 
 
 def niah(name: str, about: str, make: Needles) -> Task:
-    """Return the `Task` of one of RULER's needle tests, called `name`, whose samples `make` makes."""
+    """Return the `Task` of one of RULER's needle tests, called `name`, whose samples `make` makes.
+
+    about: one line that describes the task in lists of tasks.
+    """
     return Task(name, about, "test", 1, 1, lambda length: 1, make, chat=True)
 
 

@@ -27,7 +27,7 @@ _LEAST = 5  # lines: as many as the chain has assignments
 def make(request: Request) -> Sample:
     """Return a sample: the worked example, then noise lines with the chain's assignments in order, and the question.
 
-    Raises ValueError if the requested length is too small.
+    The request has the random generator and the largest number of tokens; raises ValueError if that is too small.
     """
     rng, count = request.rng, request.count
     shown, shown_names, shown_value = chain(rng, 3)
