@@ -1,4 +1,4 @@
-"""Measure how far each method's predictions diverge from exact ones at each budget, on the built-in model and on SmolLM2.
+"""Measure how far each method's predictions diverge from exact ones at each budget, on both models.
 
     python -m characterize.nats_by_budget [PART ...] [--out DIR]
 
@@ -95,8 +95,8 @@ PARTS = {
     for part in (
         Part(
             "builtin",
-            384,
-            128,
+            512,
+            256,
             ("mixture-0", "mixture-1", "mixture-2"),
             ((EVICTORS, ("12.5%", "25%", "50%")), ((*OTHERS, *SHORT), ("25%",))),
         ),
