@@ -3,12 +3,12 @@
     python -m characterize.nats_by_budget [PART ...] [--out DIR]
 
 The script runs `kvfloor audit` on texts alone: a context is taken in under the method and sealed, then the continuation
-is predicted token by token while the method keeps running. A part is a model with a context length; all parts run unless
-some are named. Each row of the table gives the bytes of the cache at the context's end, of exact ones with it, and the
-mean KL divergence in nats per token with its 95 % interval over blocks of 64 tokens. A method without a budget (codes,
-selectors) has one row. Afterwards the rank correlation of each pair of parts is printed, over the settings that both
-have. On two idle cores SmolLM2 takes 25 minutes at 2,048 tokens and as long at 7,168; the built-in model two minutes.
-With --out, rows that are in the folder are not measured again.
+is predicted token by token while the method keeps running. A part is a model with a context length; all parts run
+unless some are named. Each row of the table gives the bytes of the cache at the context's end, of exact ones with it,
+and the mean KL divergence in nats per token with its 95 % interval over blocks of 64 tokens. A method without a budget
+(codes, selectors) has one row. Afterwards the rank correlation of each two parts is printed, over the settings that
+both have. On two idle cores SmolLM2 takes 25 minutes at 2,048 tokens and as long at 7,168; the built-in model two
+minutes. With --out, rows that are in the folder are not measured again.
 """
 
 from __future__ import annotations
