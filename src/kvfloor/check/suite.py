@@ -128,7 +128,12 @@ _OF_THE_METHOD = {"text", "documented"}  # checks of the method itself, without 
 
 @dataclass
 class Outcome:
-    """Record which laws a method passed, failed and skipped, by check name; failures and skips with the reason."""
+    """Record the checks that a method passed or failed, and those skipped because it does not claim their law.
+
+    method           the method as text
+    passed           names of checks
+    failed, skipped  one dict per check: its name ("check") and the reason ("why")
+    """
 
     method: str
     passed: list[str] = field(default_factory=list)
@@ -151,12 +156,12 @@ def run_checks(
 
     dtypes  dtypes of the cache; a law whose outcome cannot depend on the dtype is tested for the first one only
     groups  sizes of the GQA group; a law whose outcome cannot depend on the group is tested for the last one only
-    seed    seeds the streams and the method
+    seed    seeds the random token streams that the method is given, and the method's own random draws
     A law fails at the first exception: Broken, or any other. The exception's message is recorded as the reason. A law
     that the method does not claim is skipped.
     Tensor attention (softmax over pairs of tokens, with two keys and two values per token) is tested as standard
     attention: one key and one value of each token are given by the stream, the others are filled with 1 (class `Ones`).
-    Raises ValueError if the method cannot be opened at all (for want of a budget, say).
+    Raises ValueError if no cache can be made from the configuration at all (for want of a budget, say).
     """
     method.open(spec_for(method, Setting()))  # an impossible configuration is the caller's error, not a broken law
     outcome, sides = Outcome(str(method)), beside_ones(method)

@@ -117,10 +117,10 @@ class OnesState(State[Ones]):
         self.inner.seal()
 
     def _counted_once(self, part: Partial) -> Partial:
-        """Divide the softmax mass of a tensor-attention result by the number of tokens that each token is paired with.
+        """Divide the softmax mass of a tensor-attention result by the number of pairs in which each token counts.
 
-        `part` is the result: the mean of values and the log of the softmax mass. A token is paired with each held token
-        if tokens are kept whole, otherwise with each token seen.
+        `part` is the result: the mean of values and the log of the softmax mass. The number of pairs is the number of
+        held tokens; if the method stores values with an error (`Traits.lossy_values`), that of all tokens seen.
         """
         paired = self.seen if self.method.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))

@@ -1,9 +1,10 @@
 """Check which tokens a cache holds and how many, and that every evicted token enters the summary once.
 
-A state is the cache of a method; a row is the stream of one kv head of one sequence. A slot is the place of one held
-token. A summary is the part of a method that absorbs evicted tokens in compressed form. A selector is the part that
-picks, for each query, the held tokens to read; it may keep an index of the held keys. A check requires a law, and
-raises Broken if the law fails.
+A method is the configuration of a cache, a state the cache itself; a row is the stream of one kv head of one sequence.
+A slot is the place of one held token. A summary is the part of a method that absorbs evicted tokens in compressed form.
+A selector is the part that picks, for each query, the held tokens to read; it may keep an index of the held keys.
+A check requires a law, i.e. a property that every method must have, and raises Broken if the law fails. Its `Setting`
+is the cache's dtype, the size of the GQA group and the seed; it draws a random stream of tokens (`Stream`) itself.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ def _budgets(method: Method, rows: int) -> list[int] | None:
 
 
 def check_capacity(method: Method, at: Setting) -> None:
-    """Require that a row always holds at most `Method.capacity` tokens, and as many as its budget has room for.
+    """Require that a row holds at most `Method.capacity` tokens, and at least its budget, or all tokens if fewer came.
 
-    `Method.capacity` returns the most tokens that a row can hold after the tokens given so far.
+    `Method.capacity` returns the most tokens that a row can hold after the number of tokens given so far. A method
+    without a budget in tokens has no least number.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state, budgets = method.open(spec), _budgets(method, spec.rows)
@@ -174,9 +176,9 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 def _check_weight(state: State, stream: Stream, at: Setting) -> None:
     """Raise Broken unless a query of zeros gives every token, evicted or held, the unnormalised weight exp(0) = 1.
 
-    This is for methods of the "unmasked" law, by which evicted tokens keep logit 0. All values are 1, so the answer
-    must be 1. The softmax mass (sum of the weights) must be the number of tokens, less the held tokens that the
-    selector skips.
+    This is for methods of "unmasked" attention, in which evicted tokens keep logit 0. The values of `stream` are
+    replaced by 1, so the answer must be 1. The softmax mass (sum of the weights) must be the number of tokens, less the
+    held tokens that the selector skips.
     """
     stream = replace(stream, v=torch.ones_like(stream.v))
     nothing = torch.zeros_like(probes(state.spec, 1))
@@ -194,7 +196,10 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 
 
 def check_selector_subset(method: Method, at: Setting) -> None:
-    """Require that a selector reads visible tokens only, at least one per query; empty slots have no effect."""
+    """Require that a selector reads only tokens that a query may see, at least one, and that empty slots do nothing.
+
+    Overwriting slots that hold no token must not change any answer.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)
     play(state, stream, present=some_absent(stream, at.seed))
@@ -232,10 +237,11 @@ def _check_hiding(selector: Any, state: Any, q: Tensor, source: torch.Generator)
 
 
 def _check_choosing(state: Any, q: Tensor, source: torch.Generator) -> None:
-    """Raise Broken unless a selector with an index chooses visible slots only: at least one per query, and none twice.
+    """Raise Broken unless a selector with an index chooses slots that a query may see, at least one and none twice.
 
-    Each query of q (rows, m, d) may see all held slots but the newest few. How many are hidden is drawn from `source`:
-    none from before the last eviction.
+    `state` holds tokens; q (rows, m, d) has m queries per row of width d. Some of a row's newest tokens are hidden from
+    each query, all others are visible. The number of hidden tokens is drawn from `source`, at most the number of tokens
+    that came since the last eviction.
     """
     held = state.slots.held.unsqueeze(1)
     newest = torch.minimum(held, (state.seen % state.block).unsqueeze(1).clamp_min(1))

@@ -51,9 +51,10 @@ def require_agreement(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, size:
 
 
 def require_accuracy(answer: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Raise Broken unless the error of `answer` is at most 1.5 times that of `plain` plus the dtype's rounding.
+    """Raise Broken if `answer` has an error above a limit: 1.5 times the error of `plain`, plus the dtype's rounding.
 
-    An error is the largest difference from the float64 `truth`; `plain` is plain attention in the answer's dtype.
+    An error is the largest difference from `truth`, which was computed in float64. `plain` is what plain attention
+    gives in `dtype`, the dtype of the cache.
     """
     size = max(_unit(truth).flatten().tolist(), default=1.0) if dtype.itemsize == 2 else 1.0
     error, allowed = apart(answer, truth), TIMES_PLAIN * apart(plain, truth) + ROUNDING[dtype] * size

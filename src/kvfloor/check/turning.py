@@ -1,7 +1,8 @@
-"""Check methods that rotate keys and queries (RoPE) by ranks instead of positions in the stream (`Traits.turns`).
+"""Check a method that promises to rotate keys and queries (RoPE) by ranks instead of positions in the stream.
 
-The rank of a token is its index among the held tokens of its row, the oldest at 0. A row is the stream of one kv head
-of one sequence.
+A method is the configuration of a cache; its promise is `Traits.turns`. A row is the stream of one kv head of one
+sequence. The rank of a token is its index among the held tokens of its row, the oldest at 0. A `Setting` is the
+conditions of a check: the cache's dtype, the size of the GQA group and the seed.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from kvfloor.core.spec import Spec
 
 
 def check_turns(method: Method, at: Setting) -> None:
-    """Require attention over the held tokens, with keys and queries rotated (RoPE) by rank.
+    """Require that answers are attention over the held tokens, with keys and queries rotated (RoPE) by rank.
 
-    A query has the rank of the newest held token.
+    A query has the rank of the newest held token. Raises Broken if an answer is wrong by more than rounding.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     rotation = Rotation(tuple(5.0**-i for i in range(max(1, spec.d // 4))))
@@ -61,6 +62,7 @@ def _attention(
     """Compute plain attention of one row in `dtype`: return outputs (m, dv), and the log-sum-exp of the logits, (m,).
 
     kept  queries (m, d), keys (h, d), values (h, dv), and values (e, dv) of evicted tokens that keep logit 0, or None
+    spec  gives the scale and the softcap of the logits
     hide  (m, h) mask, True for the keys that a query does not see; None: it sees all
     """
     q, k, v, left = kept

@@ -199,7 +199,12 @@ def audit(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure each method's memory and right answers on a model, at each budget, beside the provable memory floor."""
+    """Measure each method's memory and right answers on a model, at each budget, beside the provable memory floor.
+
+    The baselines are the exact cache (all tokens), all tokens at 8 and at 4 bits, and three simple evictions: random,
+    window and sinks. A cell is a task at a context length under a protocol (--protocols); a row is the result of one
+    method under one budget on one cell or text.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -264,7 +269,11 @@ def audit(
 
 
 def _show(answer: Any, as_json: bool) -> None:
-    """Write the report of an audit, print its results, and exit with code 1 where a requirement is not met."""
+    """Write the HTML report of an audit, print its results, and exit with code 1 if a requirement is not met.
+
+    answer: the results, as `kvfloor.audit.run.run` returns them. as_json: print them as one JSON document instead of
+    tables.
+    """
     from rich.console import Console
 
     from kvfloor.report.html import render
@@ -366,7 +375,15 @@ def floors(
     layers: Annotated[int, typer.Option(help="Layers.", **whole())] = 1,
     as_json: Json = False,
 ) -> None:
-    """Compute the memory that attention needs in the worst case, by theorem, beside the memory known to suffice."""
+    """Compute the memory that attention needs in the worst case, by theorem, beside the memory known to suffice.
+
+    --attention: standard; window, over the last --window tokens; tensor, where pairs of tokens are the keys; visual,
+    which predicts an image as a pyramid of square maps, each map larger than the one before.
+
+    --metric, the error that answers may have: entrywise, each of their numbers has a relative error of at most eta;
+    max, the L2 error is at most epsilon times the norm of the largest value; frobenius or operator, at most epsilon
+    times this norm of the matrix of values times the L2 norm of the softmax weights.
+    """
     from kvfloor.floors import space
 
     floor = space(
@@ -436,7 +453,11 @@ def _number(value: Any) -> str:
 
 @app.command("break")
 def break_() -> None:
-    """Play lower-bound games against a method: count the hidden bits that its memory gives back, beside its size."""
+    """Play lower-bound games against a method: count the hidden bits that its memory gives back, beside its size.
+
+    A game hides random bits in the values of a token stream, and queries the method's memory to read them back. By a
+    theorem, a memory that gives back enough of them must be large.
+    """
     raise AssertionError("made with its options where it is called")
 
 

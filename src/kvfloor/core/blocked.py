@@ -82,8 +82,8 @@ class Blocked(State[M]):
     def _plainly_read(self) -> bool:
         """Return True if a query attends to all held tokens and nothing else: no selector, no summary.
 
-        Such a state may answer a decode step by the shortcut `_step_one`, which passes the step's queries to
-        `_on_query`.
+        Such a state may take a decode step in a faster form, `_step_one`, which passes the step's queries to
+        `_on_query` instead of `_on_queries`.
         """
         return False
 
@@ -95,7 +95,10 @@ class Blocked(State[M]):
         """
 
     def _on_query(self, q: Tensor, seen: int) -> None:
-        """Record queries q (rows, g, 1, d) that `_step_one` just answered; every row saw `seen` tokens before."""
+        """Record the queries q (rows, g, 1, d) of a decode step that just gave every row one token.
+
+        seen: number of tokens that every row saw before the step.
+        """
 
     # ---- written once --------------------------------------------------------------------------------------
 
@@ -119,7 +122,7 @@ class Blocked(State[M]):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if a decode step that gives every row one token may take the shortcut `_step_one`.
+        """Return True if a decode step that gives every row one token may take the faster form `_step_one`.
 
         Every query must attend to all held tokens and nothing else. All rows must have seen equally many tokens, hold
         equally many, and have a free slot.
@@ -171,10 +174,13 @@ class Blocked(State[M]):
         return out
 
     def _feed_in_step(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor, seen: int) -> Partial | None:
-        """Append and answer as `_feed` does, for calls that give all rows the same number of tokens.
+        """Append each row's first tokens, equally many in all rows, and return the answers to their queries.
 
-        k, v and q are then cut by slices, without an index. seen: number of tokens that every row saw before. If each
-        row gets one token, rows may differ in this number, and any row's number will do.
+        q is (rows, g, t, d), k (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q.
+        count  (rows,) number of these tokens, the same in every row; the rest is padding, whose answers are empty
+        seen   number of tokens that every row saw before. If each row gets one token, rows may differ in this number,
+               and any row's number will do
+        This is the fast form of `_feed`: the tokens are cut at block ends by slices, without an index per row.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -202,8 +208,9 @@ class Blocked(State[M]):
     def _take(self, k: Tensor, v: Tensor, q: Tensor | None, take: Tensor) -> Partial | None:
         """Append the first take[r] tokens of row r and return the answers to their queries q (rows, g, a, d).
 
-        The answers are a `Partial` (rows, g, a); None without q. The tokens of a row lie within one block, unless
-        `_at_once` allows more. `_close` is called afterwards for the rows whose block is complete.
+        The answers are a `Partial` (rows, g, a); None without q. The tokens of a row must lie within one block, or may
+        go beyond its end if nothing is evicted there (`_at_once`). `_close` is called afterwards for the rows whose
+        block is complete.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
@@ -265,7 +272,7 @@ class Blocked(State[M]):
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Return causal attention of the newest tokens' queries over all memory, a `Partial` (rows, g, a).
 
-        The memory is the slots and what `_rest` covers.
+        The memory is the slots and what is outside them, such as a summary.
         q       (rows, g, a, d) queries of the a newest tokens of each row, whose keys new_k (rows, a, d) and values
                 new_v (rows, a, dv) are in the slots already, behind the older tokens
         before  (rows,) number of these older tokens
@@ -352,7 +359,7 @@ class Blocked(State[M]):
     def unread(self, q: Tensor) -> Tensor | None:
         """Return a mask, True for the slots that queries q (rows, m, d) skip; None if they read every slot.
 
-        The queries come without new tokens (call `read`). The mask is bool (rows or 1, m or 1, s) over the s slots.
+        The queries come without new tokens, and unrotated. The mask is bool (rows or 1, m or 1, s) over the s slots.
         """
         return self._left_unread(self._newest(q))
 
@@ -366,7 +373,10 @@ class Blocked(State[M]):
         return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
 
     def _left_unread(self, q: Tensor) -> Tensor | None:
-        """Return the mask that `unread` returns, for queries q (rows, m, d) that are rotated already."""
+        """Return a mask, True for the slots that queries q (rows, m, d) skip; None if they read every slot.
+
+        The queries are rotated already if the spec has a rotation. The mask is bool (rows or 1, m or 1, s).
+        """
         view = self.slots.view()
         if self.selection is not None:
             return self._choose(q).unread(view.k.shape[1])

@@ -36,7 +36,8 @@ class Bounded(Method):
     policy    the rule that decides which held token is evicted
     summary   the compressed form of evicted tokens; `Drop`, the default, keeps nothing of them
     selector  the rule that picks the held tokens a query reads; `Everything`, the default, reads all
-    budget    tokens per row: one number, or one per row; a share ("25%") or bytes ("64MiB") must be resolved first
+    budget    tokens per row: one number, or one per row. A share ("25%") or bytes ("64MiB") may be given too, but
+              must be converted to tokens (`core.budget.resolve`) before a cache is opened
     block     number of a row's tokens between two evictions, which evict about `block` tokens at once; 1: evict after
               every token, as the policies' papers do
     prefill   "stream": the budget holds from the first token; "dense": every token is kept until the seal

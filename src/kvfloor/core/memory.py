@@ -105,7 +105,7 @@ class Memory:
     def require_sound(self, fields: dict[str, Any]) -> None:
         """Raise ValueError if the fields of a saved state contradict each other.
 
-        Called after each single field was found to be allowed.
+        It is called last, when every field by itself has an allowed value.
         """
 
     def require(self, fields: Any, where: str = "") -> None:
@@ -154,9 +154,10 @@ class Memory:
                 setattr(self, name, value.index_select(0, index.to(value.device)))
 
     def copied(self) -> Any:
-        """Return a copy of this part; only the attributes named in PUBLIC are the same objects in both.
+        """Return an independent copy of this part, which shares only the attributes named in PUBLIC with it.
 
-        These do not count as memory. An example is the dictionary `shared`, whose tensors method and spec fix.
+        The shared attributes do not count as memory: for example the method, the spec, and tensors that are fixed by
+        the two alone.
         """
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)

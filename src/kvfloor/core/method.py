@@ -31,9 +31,9 @@ Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one n
 
 @dataclass(frozen=True)
 class Traits:
-    """Record the promises of a method; `kvfloor check` tests each promise where a method claims it.
+    """Record what a method promises and what it does not; `kvfloor check` tests each promise that a method makes.
 
-    reference       the attention law that is approximated: "softmax", "unmasked" (evicted tokens keep logit 0), or
+    reference       the kind of attention that is approximated: "softmax", "unmasked" (evicted tokens keep logit 0), or
                     "tensor" (softmax over pairs of tokens)
     normalised      answers are convex combinations of the given values (they stay in their hull)
     value_linear    answers are linear in the values, for fixed keys and queries

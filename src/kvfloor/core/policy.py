@@ -72,7 +72,7 @@ class Held:
 
     @property
     def v(self) -> Tensor:
-        """Return the values (r, s, dv), fetched on access as the keys are by `k`."""
+        """Return the values (r, s, dv) of the slots, fetched on access."""
         return self.fetch("v")
 
     @property
@@ -83,9 +83,9 @@ class Held:
     def turned(self, q: Tensor, position: Tensor) -> Tensor:
         """Rotate unrotated queries q (r, g, b, d), each to the present rank of the token that it came with.
 
-        position (r, b) is that token's index in the stream. The rank is counted back from the newest token: it is right
-        only if no token that came after the query's own was evicted. This holds for the newest tokens if the policy
-        protects them. If the spec has no rotation, q is returned as it is.
+        position (r, b) is that token's index in the stream. If the spec has no rotation, q is returned as it is.
+        The rank is computed as if every token after the query's own were still held. So use this method only for the
+        queries of the newest tokens, and only if the policy protects these from eviction.
         """
         rotation = self.spec.rotation
         if rotation is None:
@@ -227,7 +227,7 @@ class Policy(ABC):
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
         """Return the policy's empty memory for the rows of `spec`, or None if it keeps only columns (numbers per slot).
 
-        shared: the state's tensors, by name, that method and spec alone fix, those returned by `shared` among them.
+        shared: tensors, by name, that are fixed by method and spec alone; the policy's own (method `shared`) are in it.
         """
         del spec, shared
         return None
@@ -245,9 +245,9 @@ class Policy(ABC):
         """Return the priority (r, s) of each slot's token: the token of lowest priority is evicted first."""
 
     def wants_queries(self, sealed: bool) -> bool:
-        """Return True if `on_queries` needs the queries of each block.
+        """Return True if the policy learns from queries, so that `on_queries` must be given those of each block.
 
-        sealed: False for the queries of the prompt, True for those after it.
+        sealed: False asks about the queries of the prompt, True about those after it.
         """
         del sealed
         return False
@@ -277,7 +277,8 @@ class Guarded(Policy):
 
     sinks   number of first tokens that are never evicted; trained models give these much attention
     recent  number of newest tokens that are never evicted; None: 16, or a quarter of a budget below 64
-    sinks=0, recent=0 and block=1 give the rule as the policy's paper states it.
+    With sinks=0, recent=0, and an eviction after every token (`block` of `Bounded` = 1), the rule is the one that the
+    policy's paper states.
     """
 
     sinks: int = 4

@@ -1,9 +1,9 @@
 """Draw counter-based random numbers: each is a function of a key and a counter, never of earlier draws.
 
 A key is made from the seed, the row id (`Spec.row_ids`; a row is one stream of tokens) and the purpose of a draw. A
-counter is made, for example, from a token's position. No random generator is read or advanced. So a draw depends
-neither on other rows nor on how a stream was split into calls, and neither does a sample that keeps the items with the
-smallest draws (bottom-k sampling).
+counter is made, for example, from a token's position. No random generator is read or advanced. So a draw does not
+depend on other rows, or on how a stream was split into calls. The same holds for a random sample of tokens made by
+keeping those with the smallest draws (bottom-k sampling).
 """
 
 from __future__ import annotations
@@ -56,11 +56,17 @@ def uniform(keys: Tensor, counters: Tensor) -> Tensor:
 
 
 def exponential(keys: Tensor, counters: Tensor) -> Tensor:
-    """Draw float64 Exp(1) numbers from keys and counters, as `uniform` does."""
+    """Draw float64 numbers from the exponential distribution Exp(1), one per element of keys and counters.
+
+    `keys`, as made by `row_keys`, and `counters` are int64 tensors that are broadcast together.
+    """
     return -logarithm(uniform(keys, counters))
 
 
 def normal(keys: Tensor, counters: Tensor) -> Tensor:
-    """Draw float64 standard normal numbers from keys and counters, as `uniform` does (Box and Muller 1958)."""
+    """Draw float64 standard normal numbers (Box and Muller 1958), one per element of keys and counters.
+
+    `keys`, as made by `row_keys`, and `counters` are int64 tensors that are broadcast together.
+    """
     length, angle = uniform(keys, 2 * counters), uniform(keys, 2 * counters + 1)
     return torch.sqrt(-2.0 * torch.log(length)) * torch.cos(2.0 * torch.pi * angle)

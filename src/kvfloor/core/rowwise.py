@@ -4,7 +4,7 @@ A matrix product, a factorisation, a reduction or an exponential may round the s
 on the number's place in a batch, on how many rows are beside it, on how storage is aligned and on how threads share the
 work. Two forms of computation always round a number alike:
     row by row   the same call on tensors of the same shape, contiguous and aligned alike, one row at a time
-    by elements  additions, multiplications, divisions and square roots: each rounds once, anywhere in a tensor alike
+    by elements  additions, multiplications, divisions and square roots: each rounds once, alike anywhere in a tensor
 Any number that enters a state, or decides which tokens stay, is computed in one of these forms.
 """
 

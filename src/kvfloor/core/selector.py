@@ -56,7 +56,7 @@ class SelectorState(Memory, ABC):
     def evict(self, slots: Slots, leaving: Tensor) -> None:
         """Update the index after the tokens in the slots marked by the mask `leaving` (rows, width) were evicted.
 
-        The slots changed as `Slots.evict` does it: tokens from the end of each row moved into the emptied slots.
+        `slots` has changed already: tokens from the end of each row have moved into the emptied slots.
         """
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
@@ -75,9 +75,11 @@ class SelectorState(Memory, ABC):
     def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
         """Choose the slots that each query of q (r, m, d) reads among the slots of its row that it sees.
 
-        visible (r, m): query j of row i sees slots 0 .. visible[i, j] - 1. These include all slots that held a token
-        after the last eviction. rows (r,): the queries' rows in the state; None: all. A query that sees any slot reads
-        at least one. The call changes nothing, and a query's choice does not depend on the other queries.
+        visible  (r, m): query j of row i sees slots 0 .. visible[i, j] - 1; only tokens that came after the last
+                 eviction may be hidden from it
+        rows     (r,): the queries' rows in the state; None: all
+        A query that sees any slot reads at least one. The call changes nothing, and a query's choice does not depend on
+        the other queries.
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
@@ -85,7 +87,7 @@ class SelectorState(Memory, ABC):
 
         visible   (rows, a) number of slots that a query sees, that of its own token included
         position  (rows, a) index of the query's own token in the stream, or -1 where the row has no such token
-        Unlike `choose`, this call may store a choice in the index for later queries.
+        The call may store a choice in the index for later queries.
         """
         del position
         return self.choose(q.flatten(1, 2), slots, visible.repeat(1, q.shape[1]))

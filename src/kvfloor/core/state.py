@@ -62,9 +62,9 @@ def _plain(call: Call) -> Call:
 def whole(call: Call) -> Call:
     """Wrap a state's method so that it raises the exception BrokenState if an earlier call on the state broke off.
 
-    Otherwise the call runs outside autograd and outside inference mode, as under `_plain`. A call sets `_underway` to
-    its name after it has checked its input, just before it changes the state. The wrapper clears `_underway` when the
-    call returns; an exception leaves it set.
+    Otherwise the call runs, outside autograd and outside inference mode. The attribute `_underway` names a call that
+    broke off: every call sets it to its own name just before it changes the state, after the check of its input. The
+    wrapper clears it when the call returns; an exception leaves it set.
     """
 
     @wraps(call)
@@ -163,20 +163,20 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if a decode step that gives every row one token may take the shortcut `_step_one`."""
+        """Return True if a decode step that gives every row one token may be taken by the faster form `_step_one`."""
         return False
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
-        """Append one token to every row and answer its queries, as `_step` does.
+        """Append one token to every row and return the outputs (rows, g, 1, dv) of its queries q (rows, g, 1, d).
 
-        Called only while `_steps_alone` is True.
+        Called only while `_steps_alone` is True. A variant overrides it with a faster form.
         """
         return self._step(k, v, q, torch.ones(self.spec.rows, dtype=torch.int64))
 
     def _attend(self, q: Tensor) -> Partial:
-        """Return attention of q (rows, g, m, d) over all tokens seen, as `_read` does: a `Partial` (rows, g*m).
+        """Return attention of q (rows, g, m, d) over all tokens seen: a `Partial` (rows, g*m).
 
-        An eviction policy may learn from the queries.
+        Unlike `_read`, it may change the state: an eviction policy may learn from the queries.
         """
         return self._read(q.flatten(1, 2))
 
@@ -250,10 +250,11 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def step_partial(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None = None) -> Partial:
-        """Append tokens and answer their queries as `step` does, but return log-masses too: a `Partial` (rows, g, t).
+        """Append tokens and return outputs and log-masses of their queries: a `Partial` (rows, g, t).
 
-        It is in the compute dtype, and empty (mean 0, log-mass -inf) where `present` is False. Use this call to merge
-        further terms into the answer, such as a sink's logit.
+        Token i attends to every token up to and including itself. The result is in the compute dtype, and empty (mean
+        0, log-mass -inf) where `present` is False. Use this call instead of `step` to merge further terms into the
+        answer, such as a sink's logit.
         """
         k, v, q, take, order = self._packed(k, v, q, present)
         if not any(take.tolist()):
@@ -295,7 +296,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def require_forgettable(self, row: Tensor, position: Tensor) -> None:
-        """Raise the error that `forget` would raise for these tokens, if any; change nothing."""
+        """Raise ValueError if one of these tokens, named by row (e,) and position (e,), cannot be dropped by `forget`.
+
+        The call changes nothing.
+        """
         self._named(row, position)
 
     @whole
@@ -445,7 +449,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _one_token(self, k: Tensor, v: Tensor, q: Tensor) -> bool:
         """Return True if a fast check shows that k, v and q are valid and have one token of every row.
 
-        After False, `_packed` checks the input in full and names what is wrong, if anything.
+        False means that the check is not sure: the input must then be checked in full.
         """
         spec, dense = self.spec, torch.strided
         for x in (k, v, q):
@@ -466,8 +470,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Check k, v, q and `present`; return k, v, q with each row's real tokens first and its padding last.
 
-        Two more things are returned: the number of real tokens per row (rows,), and the order (rows, t) by which
-        `_pack` moved the tokens, None if all are real.
+        Two more things are returned: the number of real tokens per row (rows,), and the order (rows, t), which has for
+        each place after the move the token's index before it; None if all tokens are real and none was moved.
         """
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         q = self._checked(q, "q", self.spec.d, axes=4)
@@ -480,7 +484,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Check that k, v, q and `present` fit together; return the real tokens per row (rows,), and a token order.
 
-        By this order (rows, t) `_pack` moves each row's real tokens to the front. It is None if all tokens are real.
+        The order (rows, t) lists each row's token indices, the real tokens first. It is None if all tokens are real.
         """
         rows, t = k.shape[:2]
         if v.shape[1] != t:
@@ -546,11 +550,11 @@ def _pack(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
-    """Undo `_pack`: move each answer back to the index that its token had in the call.
+    """Move each answer back from its packed place to the index that its token had in the call.
 
     out    (rows, g, t, w): the answers to packed tokens, w numbers each
     take   (rows,): the number of real tokens of each row; the entries of padding become `empty`, whatever was computed
-    order  the order given to `_pack`; None: no token was moved, and `out` is returned
+    order  (rows, t): index in the call of each packed token; None: no token was moved, and `out` is returned
     """
     if order is None:
         return out

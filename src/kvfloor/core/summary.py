@@ -130,11 +130,14 @@ def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def equal_lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split the evicted tokens as `lots` does, but yield all rows with equally many tokens together.
+    """Split the evicted tokens of one `absorb` call by row, and yield all rows with equally many tokens together.
 
-    The r rows with c tokens each are yielded as (at, column, ...): at (r,) has the rows, and columns are (r, c, ...).
-    This makes fewer, larger operations; products and sums over tokens must then be computed row by row (module
-    `core.rowwise`), so that a row's result does not depend on the other rows.
+    row      (e,) row of each token, ascending
+    columns  (e, ...) each, such as the keys
+    Yields (at, column, ...) once for each number c of tokens: at (r,) has the r rows with c tokens, and columns are
+    (r, c, ...). This makes fewer, larger operations than `lots`, which yields one row at a time. Products and sums over
+    tokens must then be computed row by row (module `core.rowwise`), so that a row's result does not depend on the other
+    rows.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     start = counts.cumsum(0) - counts

@@ -129,11 +129,12 @@ class Watching(Blocked["Bounded"]):
     def _at_once(self, seen: int, left: int) -> int:
         """Return how many of a row's next `left` tokens may be appended in one piece, without a stop at block ends.
 
-        `seen` is the number of tokens that the row saw before. 0 means none: the caller then stops at the next block
-        end. More than 0 is returned only in a dense prompt (nothing is evicted before its end), without selector, for a
-        policy that needs neither weights nor keys. If the policy needs no queries, all `left` tokens are allowed. If it
-        needs the newest queries only, the tokens before those of the newest queries are allowed, in whole blocks, but
-        none unless the open block is empty.
+        seen: number of tokens that the row saw before. The result is 0, i.e. the caller stops at the next block end,
+        after the prompt, if tokens are evicted before the prompt's end, if there is a selector, or if the policy needs
+        attention weights or keys. Otherwise it depends on the queries that the policy needs:
+            none                all `left` tokens
+            the newest n only   whole blocks of the tokens that come before the last n; 0 if the open block has tokens
+            all                 0
         """
         policy = self.method.policy
         if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
