@@ -65,8 +65,8 @@ def mu_chirp(p: int, m: int) -> float:
 def mu_reed_solomon(b: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m one-hot Reed-Solomon keys: (m-1)/b.
 
-    Each key is made of its own polynomial mod a prime p. At each of b points, the polynomial's value, in 0..p-1, becomes
-    p coordinates of the key: 1/sqrt(b) at the index equal to the value, 0 at the others. m is the number of
+    Each key is made of its own polynomial mod a prime p. At each of b points, the polynomial's value, in 0..p-1,
+    becomes p coordinates of the key: 1/sqrt(b) at the index equal to the value, 0 at the others. m is the number of
     coefficients of a polynomial, b <= p, and d >= b p is the key width (`kvfloor.game.keys.codes.reed_solomon`). Two
     polynomials of degree below m agree on at most m - 1 of the b points.
     """

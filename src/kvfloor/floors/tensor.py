@@ -142,7 +142,7 @@ def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
         signs   for large d. All keys are ±1. The query is C/d times the product key of the pair. The gap is 1 less the
                 largest inner product of the product keys of two pairs, over d
         halves  for d >= 4. K1 has rows (a, 1), K2 has rows (1, b), so products are (a, b); a and b are unit keys of
-                half the width d. The query is (C a, C b). The gap is 1 less the largest inner product of two keys a
+                half the width d. The query is (C a, C b). The gap is 1 less the largest inner product of two a (or b)
         K2 = 1  for smaller d. K2 and V2 are 1, also for Bob's token: this is standard attention with the unit keys K1.
                 The query is C times a key. The gap is 1 less the largest inner product of two keys
     """
