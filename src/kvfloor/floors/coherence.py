@@ -65,9 +65,10 @@ def mu_chirp(p: int, m: int) -> float:
 def mu_reed_solomon(b: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m one-hot Reed-Solomon keys: (m-1)/b.
 
-    Each key is made of one polynomial mod a prime p (`kvfloor.game.keys.codes.reed_solomon`). m is the number of
-    coefficients of a polynomial, b <= p the number of points at which the polynomials are evaluated, and d >= b p the
-    key width. Two polynomials of degree below m agree on at most m - 1 of the b points.
+    Each key is made of its own polynomial mod a prime p. At each of b points, the polynomial's value, in 0..p-1,
+    becomes p coordinates of the key: 1/sqrt(b) at the index equal to the value, 0 at the others. m is the number of
+    coefficients of a polynomial, b <= p, and d >= b p is the key width (`kvfloor.game.keys.codes.reed_solomon`). Two
+    polynomials of degree below m agree on at most m - 1 of the b points.
     """
     return (whole("m", m) - 1) / whole("b", b)
 
@@ -122,7 +123,7 @@ def gap_known(n: int, d: int) -> float:
 
     The gap is 1 less the largest inner product of two keys. It is 1 for n <= 2d, with keys among the 2d vectors ±e_i
     along the axes. For d = 1 and n > 2 it is 0: there are only two unit keys. Otherwise it is the largest of three
-    gaps: of points on a circle, of sign vectors, and of `gap_packing`.
+    gaps: of n points on a circle, of sign vectors (for n <= 2^d), and of keys packed on the sphere (`gap_packing`).
     """
     n, d = whole("n", n), whole("d", d)
     if n <= 2 * d:

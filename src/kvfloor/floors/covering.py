@@ -27,8 +27,9 @@ def covering_balls(delta: float, d: int) -> float:
 def clusters(delta: float, d: int) -> float:
     """Return an upper bound on the number of clusters of diameter `delta` that points of the unit ball need.
 
-    The diameter is the largest distance of two points of a cluster. Law: (1 + 4/delta)^d, and 1 from delta = 2 on,
-    because a ball of radius delta/2 has diameter delta. Derived here. Haris & Onak (COLT 2025), Lemma 14, uses balls of
+    The diameter is the largest distance of two points of a cluster. The clusters are balls of radius delta/2, whose
+    diameter is delta.
+    Law: (1 + 4/delta)^d, and 1 from delta = 2 on. Derived here. Haris & Onak (COLT 2025), Lemma 14, uses balls of
     radius delta, whose diameter is 2 delta (docs/floors.md, "Covering").
     """
     return covering_balls(positive("delta", delta) / 2.0, d)

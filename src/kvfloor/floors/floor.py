@@ -35,9 +35,9 @@ class Floor:
     for.
     bits        the floor
     bytes       the floor in whole bytes, rounded up
-    upper_bits  memory that suffices if the keys are fixed in advance and each value is a single bit. Where the values
-                of all tokens can be read, `bits` is p - H2(p)/dv times it, with H2 the binary entropy, so the floor is
-                nearly the best possible
+    upper_bits  memory that suffices if the keys are fixed in advance and each value is a single bit. If queries can
+                read the values of all tokens, bits / upper_bits is p - H2(p)/dv, H2 the binary entropy: the floor is
+                then nearly the best possible
     regime      the case of the theorem that these sizes fall under, such as "near-orthogonal"
     theorem     the theorem that gives `bits`
     constants   every number that was used to compute `bits`, name -> number

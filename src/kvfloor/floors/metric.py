@@ -173,10 +173,11 @@ def metric_space(
 def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:
     """Find the number of rows m <= `most` and their width <= `dv` that make `noisy_row_bits` largest.
 
-    Returns (m, width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. `wrong`(m, width) is the
-    number of errors with which a row may be decoded, and must not fall as m grows; p is the probability that a row has
-    no more. For each width and number of errors, the largest m that `wrong` allows is found by bisection, so the
-    maximum is exact.
+    `noisy_row_bits` is the least length of a message from which rows of bits are decoded with few errors. Returns (m,
+    width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. `wrong`(m, width) is the number of
+    errors with which a row may be decoded, and must not fall as m grows; p is the probability that a row has no more.
+    For each width and number of errors, the largest m that `wrong` allows is found by bisection, so the maximum is
+    exact.
     """
     best = (0, 0, 0, 0.0)
     for width in range(dv, 0, -1):

@@ -33,15 +33,22 @@ def separable_keys(d: int, r: float, ratio: float) -> float:
 
     A spike query puts nearly all softmax mass on one key. Its leak, as a ratio, is (mass on all other keys)/(mass on
     the key).
-    Law: that of `N_dr` with a gap of ln(m / ratio) / r for m keys; N_dr(d, r, eta) is the case ratio = (1-eta)/4.
-    Derived here (docs/floors.md, "Bounded norms").
+    Law: the largest of these numbers:
+        for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(m / ratio)/r, theta <= pi/2
+        min(2d, ratio e^r) rounded down: so many of the vectors ±e_i along the axes
+        1
+    It is a lower estimate of the true number. `N_dr`(d, r, eta) is the case ratio = (1-eta)/4. Derived here
+    (docs/floors.md, "Bounded norms").
     """
     d, r = whole("d", d), positive("r", r)
     return _count(d, r, -math.log(within("ratio", ratio, 0.0, 1.0, low_open=True, high_open=True)))
 
 
 def _count(d: int, r: float, offset: float) -> float:
-    """Return the number of keys of `separable_keys`(d, r, ratio), given `offset`, the natural logarithm of 1/ratio."""
+    """Count the keys in `d` dimensions that spike queries of logit radius `r` can tell apart at a leak <= e^-offset.
+
+    A leak is (softmax mass on all other keys)/(mass on the query's own key). The law is that of `separable_keys`.
+    """
     packed = _packed(d, r, offset) if d >= 2 else 0.0
     return max(1.0, packed, min(2.0 * d, _whole_exp(r - offset)))  # ±e_i have gap 1
 
@@ -49,9 +56,9 @@ def _count(d: int, r: float, offset: float) -> float:
 def _packed(d: int, r: float, offset: float) -> float:
     """Return the largest number m of keys that surely exist at gap (ln m + offset)/r in d dimensions, or 0.
 
-    The gap is 1 less the largest inner product of two keys; `log_packing_count` says how many keys exist at a gap.
-    `offset` is ln(1/ratio), as in `_count`. Bisection on ln m finds the largest m, because if m keys exist, so do
-    fewer.
+    At this gap, a query of logit radius r leaves the other keys at most e^-offset times the softmax mass of its own
+    key. `log_packing_count` says how many keys exist at a gap. Bisection on ln m finds the largest m, because if m keys
+    exist, so do fewer.
     """
 
     def feasible(log_m: float) -> bool:

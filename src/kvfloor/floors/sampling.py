@@ -78,7 +78,7 @@ def subgen_plan(
     s, t     numbers of sampled pairs, and of sampled keys per cluster. Half of `failure` goes to each of numerator and
              denominator. t is the smaller of the two formulas of `subgen_t`
     centres  the lesser of n and a bound on the centres of a greedy clustering of the unit ball (`greedy_centres`)
-    Returns None where s or every t overflows a float.
+    Returns None where s, or t at every cluster radius, overflows a float.
     """
     n, failure = whole("n", n), _failure(failure)
     pairs = subgen_s(dv, epsilon, failure / 2.0, norm=norm)

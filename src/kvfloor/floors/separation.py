@@ -11,9 +11,10 @@ from kvfloor.validation import relative_error, whole, within
 def eps_s(eta: float) -> float:
     """Return the ratio (softmax mass off the spiked key)/(mass on it) that the game allows: (1-eta)/4.
 
-    The spiked key is the one that the query aims at. Any ratio below (1-eta)/(1+eta) would separate a hidden 0 from a
-    hidden 1 (`eps_s_limit`). A smaller one leaves room on both sides of the threshold `tau` between them. With ratio
-    eps_s, the share of all softmax mass off the key is eps_s/(1+eps_s). Derived here (docs/floors.md, "The spike").
+    The spiked key is the one that the query aims at. At any ratio below (1-eta)/(1+eta), the answers to a hidden 0 and
+    to a hidden 1 differ (`eps_s_limit`). The smaller ratio (1-eta)/4 keeps both away from the threshold `tau` between
+    them. With ratio eps_s, the share of all softmax mass off the key is eps_s/(1+eps_s). Derived here (docs/floors.md,
+    "The spike").
     """
     return (1.0 - relative_error(eta)) / 4.0
 

@@ -106,8 +106,9 @@ def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, 
     tau    threshold in an answer between hidden 0 and 1
     gap    smallest one-sided gap of the keys (squared norm less the largest inner product with another key)
     C      length of a query that reads the hidden values of one key; the softmax includes the token that Bob appends
-    `copied` is True if the `n` tokens repeat each key about n/rows times, as under a bound on norms. Where n/rows is
-    not whole, eps_s is larger by the factor ceil(n/rows)/floor(n/rows).
+    `copied` is True if the `n` tokens repeat each key about n/rows times, as they do under a bound on norms. Where
+    n/rows is not whole, some keys occur once more than others, and eps_s is ceil(n/rows)/floor(n/rows) times the ratio
+    for equally frequent keys.
     """
     ratio = eps_s(eta)
     gap = gap_known(rows, d)

@@ -62,7 +62,7 @@ def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
 
     A hidden row is dv values that one query reads.
         d >= 4, four caches  2(n-1) rows: V1[i] is read at pair (i, 0) and V2[i] at pair (0, i), for all tokens i but 0;
-                             V1[0] and V2[0] are 1. At least n rows (see d >= 2)
+                             V1[0] and V2[0] are 1. For n = 1, one row
         d >= 4, two caches   n^2 rows, one per pair
         d >= 2               n rows, as in standard attention: K2 = V2 = 1
         d = 1                min(n, 2) rows, as in standard attention
@@ -136,13 +136,15 @@ def tensor_space(
 def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
     """Choose public keys, proven to exist, for the proof's stream; return a dict of "keys" (their kind), "gap" and "C".
 
-    C is the length of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` of the softmax
-    mass on this pair. The token that Bob, the receiver of the state, appends counts in the softmax. The gap is 1 less
-    the largest inner product of the (unit) product keys of two pairs. The keys are of the first kind that d allows:
-        ±1 rows         for large d
-        (a, 1), (1, b)  rows of K1 and K2, with products (a, b): a and b are unit keys of half the width d, one per
-                        token; the first half of the query's coordinates picks a, the second half b
-        K2 = V2 = 1     also for Bob's token, as in standard attention with one zero token appended
+    C is the factor of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` times the
+    softmax mass of this pair. The token that Bob, the receiver of the state, appends counts in the softmax. The keys
+    are of the first kind that n and d allow:
+        signs   for large d. All keys are ±1. The query is C/d times the product key of the pair. The gap is 1 less the
+                largest inner product of the product keys of two pairs, over d
+        halves  for d >= 4. K1 has rows (a, 1), K2 has rows (1, b), so products are (a, b); a and b are unit keys of
+                half the width d. The query is (C a, C b). The gap is 1 less the largest inner product of two a (or b)
+        K2 = 1  for smaller d. K2 and V2 are 1, also for Bob's token: this is standard attention with the unit keys K1.
+                The query is C times a key. The gap is 1 less the largest inner product of two keys
     """
     mu = mu_tensor(n, d, caches=caches)
     if mu < 1.0:
@@ -165,10 +167,10 @@ def _rows_within(n: int, d: int, caches: int, radius: float, ratio: float) -> in
 def _half_ratio(ratio: float) -> float:
     """Return the leak x that each half of a query may have, if the leak of the whole query is to be `ratio`.
 
-    The query reads a pair of tokens whose product key is (a, b): the first half of the query's coordinates picks a, the
-    second half b. A leak is (softmax mass on all other keys)/(mass on the queried key), for a half among the halves a
-    (or b) of all tokens, for the whole query among the product keys of all pairs.
-    Law: (1 + x)^2 = 1 + ratio, as scores of the halves add up and so their masses multiply.
+    The query reads a pair of tokens whose product key is (a, b): its first half singles out a among the first halves of
+    all product keys, its second half b among the second halves. A leak is (softmax mass on all other keys)/(mass on the
+    queried key).
+    Law: (1 + x)^2 = 1 + ratio. The score of a pair is the sum of the scores of its halves, so masses multiply.
     """
     return math.sqrt(1.0 + ratio) - 1.0
 

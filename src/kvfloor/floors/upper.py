@@ -122,9 +122,9 @@ def sampled(
     """List the memory of SubGen at its best cluster radius, for the operator or Frobenius norm; [] for other metrics.
 
     SubGen clusters keys and samples tokens. `copies` is the number of heads times layers. `metric`, `epsilon` and
-    `failure` are the norm, the error and the failure probability of the guarantee; queries q have |q| <= `radius`.
-    SubGen itself guarantees the operator norm, BalanceKV the Frobenius norm. The list is also empty for epsilon outside
-    (0, 1], for failure outside (0, 1), and where SubGen's sizes overflow a float.
+    `failure` are the norm, the error and the failure probability of the guarantee; queries q have |q| <= `radius`. The
+    list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and where SubGen's sizes overflow a
+    float.
     """
     if metric == "max" or not 0.0 < epsilon <= 1.0 or not 0.0 < failure < 1.0:
         return []

@@ -144,10 +144,10 @@ class CompressedCache(Cache):
     def __bool__(self) -> bool:
         """Return True if the cache has layers, filled or not.
 
-        Raises ValueError if generate() may later replace this cache by a DynamicCache, as it does for a model that
-        changes its rotary angles at some length (Phi-3). Newer transformers releases compare `get_seq_length` with that
-        length before they replace a cache, and the comparison raises the error. Older releases do not compare, so the
-        error is raised here, as long as the cache has not passed that length.
+        Raises ValueError for a model that changes its rotary angles at some length (Phi-3), under an older transformers
+        release, unless the cache has passed that length. There, generate() would replace this cache by a DynamicCache
+        at that length without a call to this class. In newer releases it first calls `get_seq_length`, whose result
+        raises the error when it is compared with that length.
         """
         if self._rotation is not None:
             self._rotation.refuse_unasked(int(super().get_seq_length()))
@@ -319,15 +319,15 @@ class CompressedCache(Cache):
         return outside_inference(load, cls, path, model, method, most_bytes)
 
     def resume(self, peak_bytes: int) -> None:
-        """Set `peak_nbytes` to at least `peak_bytes`, the peak of the saved cache that this one continues."""
+        """Set `peak_nbytes` to `peak_bytes` if it is lower; `peak_bytes` is the peak of the cache that was saved."""
         self._meter.peak_bytes = max(self._meter.peak_bytes, peak_bytes)
 
     @property
     def nbytes(self) -> int:
         """Return the bytes that the compressed layers hold: their states, and the keys and values of a running forward.
 
-        States are measured on the storages of their tensors. Keys and values count that the running forward has passed
-        in and its attention has not appended to the states yet ("staged" tensors).
+        The bytes of a state are those of its tensors' storages. Of a running forward, only the keys and values count
+        that its attention has not appended to a state yet ("staged" tensors).
         """
         return sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
 
@@ -466,11 +466,12 @@ def _rotations(positions: str, method: Method, model: PreTrainedModel | None) ->
 
 
 def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
-    """Return the rotary embedding that each layer's keys already have, if the method's policy needs to know it.
+    """Return the rotary embedding that each layer's stored keys have, if the method's policy needs to know it.
 
     Policies that predict later queries need it. The result has one entry per compressed layer, None for a layer without
-    a rotary embedding. The result is None for positions="cache", if the policy does not need it, if no prepared model
-    is given to measure it on, and if the model's positions are not fixed rotations.
+    a rotary embedding. None is returned instead of a tuple for other policies; for positions="cache", where keys are
+    stored without their rotation; without a prepared model to measure the embedding on; and for a model whose positions
+    are not fixed rotations.
     """
     policy = method.parts.policy
     if positions != "stream" or policy is None or not policy.wants_rotation or model is None or not is_prepared(model):

@@ -1,7 +1,12 @@
-"""Measure memory floors on given keys and queries: the bits that *this* model's attention needs, by theorem.
+"""Measure memory floors on given keys and queries: lower bounds, by theorem, on the bits that any method must hold.
 
-`readable_by` and `readable_within` return floors: lower bounds on the bits that the state of any method must hold.
-`gaussian_reference` and `covering_curve` return figures to compare a floor with; they are no lower bounds.
+Floors, for keys of a given model instead of the worst keys:
+    readable_by         the bits needed to answer given queries over given keys
+    readable_within     the same for all queries up to a given length, over keys chosen from the given ones
+    readable_after      the same for a recorded stream, cut at a token: the queries after the cut are answered
+Figures to compare a floor with, which are no lower bounds for the given values:
+    gaussian_reference  the fewest bits that describe attention's answers, if the values were Gaussian
+    covering_curve      the memory of SubGen, a method that clusters keys ("covering ceiling")
 docs/floors.md ("Readable tokens", "Gaussian reference", "Covering ceiling") has the proofs and their limits.
 """
 

@@ -90,7 +90,7 @@ def covering_curve(
     dv       width of a value
     epsilon  error of the guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op, for a query fixed before
              the stream, V the matrix of the values; keys may have any length
-    radius   bound on the queries of the guarantee, |scale q| <= radius; no cluster radius
+    radius   bound on the queries of the guarantee, |scale q| <= radius (it is not a cluster radius)
     failure  probability that the error may be larger
     Law: `covering_number` centres, s = 9 dv / (epsilon^2 f) sampled pairs and t sampled keys per centre, with f =
     failure / 2. t is the smaller of two sufficient numbers (`subgen_t`), one by Chebyshev's inequality and one by

@@ -31,11 +31,11 @@ _INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding 
 
 
 class Ball:
-    """Search for queries of length at most `radius`, each for one key, against the softmax mass of rival keys (c, d).
+    """Search for queries of length at most `radius` that each put much softmax weight on one key, against rival keys.
 
-    scale and softcap define the logits. `beyond` is the log of the softmax mass of further tokens that every query
-    sees, or None. `few` is True if there are few keys: the rivals are then kept in float32, else in bfloat16 where that
-    is faster.
+    `rivals` (c, d) are the keys whose softmax mass such a query has to outweigh. scale and softcap define the logits.
+    `beyond` is the log of the softmax mass of further tokens that every query sees, or None. `few` is True if there are
+    few keys: the rivals are then kept in float32, else in bfloat16 where that is faster.
     """
 
     def __init__(

@@ -112,8 +112,9 @@ def pruned(pairs: Tensor, demand: Demand) -> Tensor:
     pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding; positions are indices
     into pairs. The tokens of a dropped group get the value 0, so that it disturbs no answer.
     First, groups whose weight is too small to be read even without a leak are dropped. The harm of a group is the bits
-    that other groups gain without it, minus its own bits. Then, repeatedly, half of the groups that add no bits are
-    dropped; if all add bits, a quarter of the groups of positive harm is dropped, the most harmful ones.
+    that other groups gain without it, minus its own bits. Then rounds follow. If some groups add no bits, the more
+    harmful half of these is dropped; else the most harmful quarter of the groups of positive harm. The rounds end when
+    no such group is left, or after a fixed number.
     """
     places = (demand.bits(pairs.diagonal(), torch.zeros_like(pairs[:, 0])) > 0.0).nonzero()[:, 0]
     for _ in range(_PRUNINGS):

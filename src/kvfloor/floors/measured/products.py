@@ -43,10 +43,9 @@ class Factors:
 
     @property
     def sum_unit(self) -> float:
-        """Return the unit roundoff (half of eps) of the sums in a dot product and of later steps of the computation.
+        """Return the unit roundoff (half of eps) of the format in which the sums of dot products are computed.
 
-        It is that of the factors' dtype, but that of float32 for bfloat16 factors, whose products are summed in
-        float32.
+        Logits are processed further in this format too. It is the factors' dtype, but float32 for bfloat16 factors.
         """
         return _FLOAT32_UNIT if self.q.dtype == torch.bfloat16 else torch.finfo(self.q.dtype).eps / 2.0
 
@@ -109,8 +108,8 @@ def short_products(device: torch.device) -> bool:
 
 
 def rough_dtype(device: torch.device, few: bool) -> torch.dtype:
-    """Choose the precision of a search's logits: float32 for few tokens, bfloat16 for many where that is faster.
+    """Choose the precision of a search's logits: bfloat16 for many tokens on a device where it is faster, else float32.
 
-    `few` is True if the caller counts its tokens as few.
+    `few` is True if there are so few tokens that float32 is fast enough.
     """
     return torch.bfloat16 if not few and short_products(device) else torch.float32

@@ -10,6 +10,7 @@ answers. Keys and queries are public.
     leak    softmax weight that the query of a group puts on all groups decoded later, an error that Bob cannot remove
     levels  number of equally spaced values in [-1, 1] that Bob can tell apart in the group's values
     grain   largest rounding error of a number in [-1, 1] in the values' format (`levels.grain`)
+    demand  accuracy required of answers (eta, p), and the width, format and most levels of the values (`Demand`)
 Fano's inequality bounds the bits of each group. Groups hide independent rows, so the bits of all groups add up by the
 chain rule (docs/floors.md, "Readable tokens").
 """
@@ -187,11 +188,11 @@ def readable_by_rows(
 ) -> list[Readable]:  # fmt: skip
     """Compute the read floor of every row (stream of one kv head) of k (rows, n, d), given its queries q (rows, m, d).
 
-    Returns the result of `readable_by` for each row. later_mass (rows, m) is the log of each query's softmax mass on
-    tokens after the stored ones, or None. present (rows, n) and asked (rows, m), bool, are True for real tokens and
-    queries and False for padding; None: no padding. `demand` holds eta, dv, p, scale, softcap, dtype and most_levels,
-    of which only eta and dv are required. In the results, `stream` and `asked` are indices into all tokens and queries
-    of the row. Rows have independent values, so the bits of all rows add up.
+    Returns one `Readable` per row, as `readable_by` does for one. later_mass (rows, m) is the log of each query's
+    softmax mass on tokens after the stored ones, or None. present (rows, n) and asked (rows, m), bool, are True for
+    real tokens and queries and False for padding; None: no padding. `demand` holds eta, dv, p, scale, softcap, dtype
+    and most_levels, of which only eta and dv are required. In the results, `stream` and `asked` are indices into all
+    tokens and queries of the row. Rows have independent values, so the bits of all rows add up.
     """
     rows = _rows("k", k)
     if _rows("q", q) != rows:
@@ -210,9 +211,10 @@ def readable_within_rows(
 ) -> list[Readable]:
     """Compute the read floor for all short queries over every row (stream of one kv head) of keys k (rows, n, d).
 
-    Returns the result of `readable_within` for each row. radius, the greatest length of a query, is one number or
-    (rows,). present (rows, n), bool, is True for real tokens and False for padding; None: no padding. `demand` holds
-    eta, dv, p, scale, softcap, others, later_mass, dtype and most_levels, of which only eta and dv are required.
+    Returns one `Readable` per row, as `readable_within` does for one. radius, the greatest length of a query, is one
+    number or (rows,). present (rows, n), bool, is True for real tokens and False for padding; None: no padding.
+    `demand` holds eta, dv, p, scale, softcap, others, later_mass, dtype and most_levels, of which only eta and dv are
+    required.
     """
     rows = _rows("k", k)
     radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()

@@ -51,9 +51,9 @@ def readable_after(
 ) -> list[Readable]:
     """Compute the read floor of each row of a recorded stream: of the first `cut` tokens, for all queries after them.
 
-    Returns the result of `readable_by` for each row. A row is the stream of one kv head. The first `cut` tokens are
-    stored, and all later queries are asked. Each later query also attends to its own token and to the tokens between
-    the cut and its own.
+    Returns one `Readable` per row: the floor in bits, and the groups of tokens and the queries that prove it. A row is
+    the stream of one kv head. The first `cut` tokens are stored, and all later queries are asked. Each later query also
+    attends to its own token and to the tokens between the cut and its own.
 
     q        (rows, g, n, d), with g queries per token (a GQA group)
     k        (rows, n, d)
@@ -88,9 +88,9 @@ def readable_after(
 def longest_query(q: Tensor, present: Tensor | None = None) -> Tensor:
     """Return the length (rows,), float64, of each row's longest query.
 
-    Given as `radius` to `readable_within_rows`, it makes the read floor one for all queries no longer than those
-    recorded. A row is the stream of one kv head. q (rows, g, n, d) has g queries per token (a GQA group). present
-    (rows, n), bool, is True for real tokens and False for padding; None: no padding.
+    `readable_within_rows`, called with this length as `radius`, computes the read floor for all queries up to it. A row
+    is the stream of one kv head. q (rows, g, n, d) has g queries per token (a GQA group). present (rows, n), bool, is
+    True for real tokens and False for padding; None: no padding.
     """
     length = q.double().norm(dim=-1)
     if present is not None:

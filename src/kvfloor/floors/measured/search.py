@@ -42,11 +42,12 @@ _PASSES = 16  # most iterations that settle which queries of a block are chosen
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Hold the softmax weights of b queries on the n stored tokens: `softmax` times `share`.
+    """Hold the softmax weights of b queries on the n stored tokens, as a product: `softmax` times `share`.
 
+    A query may see further tokens besides the stored ones.
     queries  (b,) indices of the queries
     softmax  (b, n), the softmax over the stored tokens alone
-    share    (b,), the part of a query's softmax mass that is on stored tokens, of the mass on all tokens that it sees
+    share    (b,), the share of a query's softmax mass that is on the stored tokens; the rest is on further tokens
     """
 
     queries: Tensor
@@ -105,7 +106,7 @@ class Sight:
 def find_groups(sight: Sight, demand: Demand) -> Choice:
     """Return the choice of token groups, queries and order of decoding with the largest estimated read floor.
 
-    It is the best of several searches, each with another minimal share for near tokens. It has no groups if no query
+    It is the best of several searches, which differ in the share that defines near tokens. It has no groups if no query
     can read any token. `sight` gives the softmax weights, and `demand` is the accuracy required of the answers.
     """
     small = sight.m * sight.n <= _RANKED_UP_TO
@@ -173,8 +174,8 @@ def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tu
     Returns (estimated bits, choice). `candidates` holds indices of queries; queries whose group would add no bits are
     skipped. Near tokens have at least `share` of the query's largest weight. The group formed first is the one that Bob
     decodes last, so that a new group, which is decoded before all groups so far, adds no leak to them. Candidates are
-    handled in blocks. Within a block, a candidate loses tokens to earlier candidates that are chosen, and leaks weight
-    to their groups; an iteration settles which candidates are chosen.
+    handled in blocks. Within a block, a candidate loses tokens to the earlier candidates that are chosen, and leaks
+    weight to their groups. So the choice is computed anew from the last one, until it no longer changes.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0

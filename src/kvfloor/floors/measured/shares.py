@@ -112,7 +112,10 @@ def _mass(factors: Factors, asked: slice, tokens: slice, shift: Tensor | None) -
 
 
 def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, softcap: float | None) -> Tensor:
-    """Return the logit of every token from `start` on under the query of the token's own group: (t,), float64."""
+    """Return the logit of every token from `start` on under the query of the token's own group: (t,), float64.
+
+    group (n,) is the group of each token of k (n, d); row g of q (G, d) is the query of group g.
+    """
     parts = [k.new_zeros(0, dtype=torch.float64)]
     for low in range(start, k.shape[0], _TOKENS_AT_ONCE):
         here = slice(low, low + _TOKENS_AT_ONCE)
@@ -124,8 +127,8 @@ def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, s
 def _pieces(inside: int, beyond: int, n: int) -> list[tuple[int, int]]:
     """Cut n tokens, sorted by group, into index ranges of bounded length; return them as pairs (low, high).
 
-    Index high is excluded. The ranges serve a few queries, whose own groups are the tokens `inside` .. `beyond` - 1.
-    Each range lies entirely before, within or after these tokens.
+    Index high is excluded. The tokens `inside` .. `beyond` - 1 are those of the own groups of a few queries. Each range
+    lies entirely before these tokens (in groups decoded earlier), within them, or after them (decoded later).
     """
     pieces = []
     for low, high in ((0, inside), (inside, beyond), (beyond, n)):

@@ -1,4 +1,4 @@
-"""Search for a stream of keys, each of which has a short query that reads it: `readable_within(others="absent")`.
+"""Search for a stream of keys, each with a short query that reads it, for `readable_within(others="absent")`.
 
 `readable_within` computes the read floor, a lower bound on the bits of a state that answers all short queries. In its
 proof, a value is hidden in each token, and a receiver (Bob) reconstructs ("decodes") one after the other from the
@@ -7,6 +7,7 @@ which has nothing to do with their order in the stream. A query "reads" a token 
 value.
     members         the tokens of the stream that is being built; all other tokens are left out of it
     ratio R_ij      exp(logit_ij - logit_ii) under the query of token i: softmax mass on token j over that on token i
+    pull            one query per token, with the ratios R_ij under these queries (`Pull`)
     load            sum of the ratios R_ij over a set of tokens j
     weight          softmax weight of the query of token i on token i: 1 / (1 + sum of R_ij over the other members)
     leak            the weight of token i times the sum of R_ij over the members that Bob decodes after token i
@@ -87,7 +88,8 @@ class Pull:
     def damage(self, tokens: Tensor, others: Tensor) -> Tensor:
         """Return how much each token j of `others` (o,) disturbs the queries of `tokens` (t,): (o,), larger is worse.
 
-        The damage of j is the sum of min(R_ij, 1) over all i of `tokens`, with the ratios R_ij of `on`.
+        The damage of j is the sum of min(R_ij, 1) over all i of `tokens`. R_ij is the softmax mass on token j over that
+        on token i, under the query of token i.
         """
         total = torch.zeros_like(self._own[others])
         for rows in tokens.split(_TOKENS_AT_ONCE):

@@ -38,10 +38,12 @@ def hard(bits: int, wrong: int) -> float:
 
 
 def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
-    """Return the gain T, in bits, of the rows that the decoder trusts: that of `hard` on the bits of these rows alone.
+    """Return the gain T, in bits, of the rows that the decoder trusts; the other rows are not counted.
 
     A row is the dv hidden values that one query reads. T - log2(1/alpha) is a lower bound on the message's length at
     confidence 1 - alpha.
+    Law: b (1 - H2(w/b)), with b the hidden bits in trusted rows, w those of them that are decoded wrong, and H2 the
+    binary entropy; 0 for w >= b/2.
     row_bits  hidden bits per row
     wrong     (m,) number of wrong bits of every row
     trusted   (m,) bool, True for the rows that count. It must be chosen from the answers only: chosen by `wrong`, it

@@ -6,6 +6,11 @@ In the game, Alice hides values in a method's state and sends its bytes; Bob res
     leak     softmax mass on tokens other than the one that the query aims at
     message  the bytes of the state that Alice sends
     gain     bits that the message is shown to carry, before the allowance for chance is subtracted (`certificates`)
+A certificate is a rule that turns one decoding into bits that the message provably carries. There are four:
+    hard          counts the wrong bits of all rows
+    erasure       counts the wrong bits of trusted rows only: those whose answers look reliable
+    log-loss      scores the probabilities that the answers give to the hidden levels
+    sampled rows  counts the wrong rows in a random sample of rows
 Decoding uses the answers and the public sizes of the game only.
 """
 
@@ -100,7 +105,7 @@ class Decoded:
     """Record the decoding of one set of answers of a state.
 
     certified_bits  bits that the message (the bytes of the state) certifiably carries
-    certificate     name of the certificate that proves these bits: hard, erasure, log-loss or sampled rows
+    certificate     name of the rule that proves these bits, as in the module: hard, erasure, log-loss or sampled rows
     bit_error       share of hidden bits decoded wrong
     row_success     share of rows (the dv values that one query reads) answered within the allowed relative error
     """

@@ -90,10 +90,10 @@ class Instance(ABC):
         """
 
     def lift(self, method: Method) -> Method:
-        """Return the method to play: the given one, or a wrapper of it where the game has its own attention law.
+        """Return the method to play: the given one, unless the game is not about standard attention.
 
-        Such a law is attention over pairs of tokens. Raises ValueError for a method whose attention law does not fit
-        the game.
+        The game of attention over pairs of tokens returns a wrapper of the method. Raises ValueError for a method whose
+        kind of attention does not fit the game.
         """
         return standard_law(method, f"barrier {self.barrier!r}")
 
@@ -165,7 +165,7 @@ class KeyedInstance(Instance):
 
     @property
     def keys(self) -> Tensor:
-        """Return the public keys (n, d), in the spec's dtype."""
+        """Return the public keys (n, d), in the instance's dtype."""
         return self.public.table
 
     def details(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Measure the share of right answers of readers that look up scores q.k one by one, counting each look-up (probe).
 
-A reader is a rule that chooses which scores to look up. The streams are those of the time barrier (docs/floors.md,
+A reader is a rule that chooses which scores to look up. The streams are those of the time game (docs/floors.md,
 "Time"). Token 0 of n tokens has value n, all others 0. Either all keys are zero (the answer is 1), or one other token
 has a heavy key, which takes nearly all softmax mass (the answer is 1/(n-1)). Scores are the logits q.k of one fixed
 query q. A run is one such stream, with a heavy key at even odds. A reader that has not looked up the score of the heavy

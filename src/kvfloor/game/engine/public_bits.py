@@ -94,8 +94,8 @@ class PublicBitsState(State[PublicBits]):
     def export(self) -> dict[str, Any]:
         """Return the fields from which the message, i.e. the bytes of the state, is packed: name -> value.
 
-        The token count `seen` is among them as an int. So it goes into the header of the message, because it is public,
-        and does not count as hidden information.
+        The token count `seen` is among them as one int, because it is the same for all streams. Ints go into the
+        message's header, which is not counted as hidden information; this count is public.
         """
         return super().export() | {"seen": int(self.seen[0])}
 

@@ -2,7 +2,8 @@
 
 In a game, Alice hides values in a method's state (the live state), and Bob restores a state from the message, i.e. the
 bytes of Alice's state. Certified bits are the number of hidden bits that a state surely carries, as its answers to
-queries prove. A method that certifies more bits than its bytes can hold keeps data elsewhere: it "cheats".
+queries prove. A method that certifies more bits than its bytes can hold keeps data elsewhere: it "cheats". Otherwise a
+game "holds" if enough answers are right, and "breaks" if too few are.
 """
 
 import dataclasses
@@ -44,9 +45,10 @@ class Result:
                          answer differently, or no state could be restored from the message; breaks: row_success < 0.9;
                          else holds
     why                  the reason for the verdict, in words
-    certificate          way of proof of the certified bits (`certificates`), the one that proves most: hard, erasure,
-                         log-loss or sampled rows
-    details              numbers of this barrier: key family, window, scales, probes, measured sparsity ...
+    certificate          how the certified bits are proved: hard (from the number of wrong bits), erasure (the same, in
+                         trusted rows only), log-loss (from the probabilities that the answers give to the hidden
+                         values) or sampled rows (from the wrong rows in a sample); of the first three, the best
+    details              further numbers of this kind of game: key family, window, scales, probes, measured sparsity ...
     hidden_seed          seed that repeats the run's hidden values
     """
 
@@ -119,6 +121,7 @@ def conclude(
 
     The certified bits are compared with the bytes of the state and of the message.
     played      the game's answers and sizes
+    instance    what Alice and Bob both know of the game: keys, stream and queries
     seed        seed of the public keys, recorded in the result
     floor_bits  lower bound on the bits that any method needs on this instance, recorded in the result
     judge       decoder for games that need another one than `decode.judge`: it compares answers with the hidden values

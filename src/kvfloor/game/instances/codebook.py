@@ -148,9 +148,10 @@ def play(
     family       name of the key family, by default the one whose keys are separated best
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
-    verdict. Its row_success is the lesser of two shares: of streamed keys decoded with all their bits, and of other
-    keys decoded as missing. Its bits_per_value leaves out the bits hidden in the keys. Raises ValueError naming the
-    argument that is out of its domain.
+    verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
+    Its row_success is the lesser of two shares: of streamed keys decoded with all their bits, and of other keys decoded
+    as missing. Its bits_per_value leaves out the bits hidden in the keys. Raises ValueError naming the argument that is
+    out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n, codebook = whole("n", n), whole("codebook", codebook)

@@ -133,7 +133,8 @@ def play(
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
-    verdict. Raises ValueError naming the argument that is out of its domain.
+    verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
+    Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=_DEFAULT_DV if dv is None else dv, bits=1, eta=eta, seed=seed)
     n, radius = whole("n", n), positive("radius", 32.0 if radius is None else radius)

@@ -1,4 +1,4 @@
-"""Play the time barrier: a method that does not read the keys on arrival must read Omega(n) scores for the last answer.
+"""Play the time game: a method that does not read the keys on arrival must read Omega(n) scores for the last answer.
 
 A bit that Alice hides chooses the case of each stream: all keys zero, or one heavy key, which takes nearly all softmax
 mass, at a secret position. Bob decodes the bit from a method's answer, given from the message (the bytes of the
@@ -93,7 +93,7 @@ def play(
     hidden_seed: int | str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the time barrier against a method: one heavy key or none in each stream; values are single numbers.
+    """Play the time game against a method: one heavy key or none in each stream; values are single numbers.
 
     A heavy key takes nearly all softmax mass, and the hidden bit of a stream says whether there is one.
     method       a method or its text, such as "h2o@16"
@@ -104,7 +104,8 @@ def play(
     hidden_seed  repeats the hidden bits and positions; by default they are fresh from the operating system
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
-    verdict. Its `details` include these numbers, in which success is the share of streams answered right:
+    verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
+    Its `details` include these numbers, in which success is the share of streams answered right:
     probes_per_query  tokens that the method reads to answer one query
     bound             largest success of a method that has not read the keys on arrival and reads as many tokens
     floor_probes      scores that any such method must read for success p = 0.9: (2 - 1/p)(n - 1)

@@ -125,8 +125,9 @@ def play(
     family       name of the key family, by default the one whose keys are separated best
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
-    verdict. Its `details` have three numbers about sparsity: the share of scores q.k below 1e-3 of the largest in their
-    row, the share of softmax weights below 1e-3, and the least weight that any row puts on its one token.
+    verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
+    Its `details` have three numbers about sparsity: the share of scores q.k below 1e-3 of the largest in their row, the
+    share of softmax weights below 1e-3, and the least weight that any row puts on its one token.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if whole("n", n) > _MOST_TOKENS:

@@ -104,8 +104,8 @@ def play(
                  (`kvfloor.game.instances.codebook`); None: all n public keys are streamed
     isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
-    verdict. Raises ValueError naming the argument that is out of its domain, or the reason that the method cannot be
-    rebuilt.
+    verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
+    Raises ValueError naming the argument that is out of its domain, or the reason that the method cannot be rebuilt.
     """
     if codebook is not None:
         if heads != 1 or layers != 1 or rows is not None:

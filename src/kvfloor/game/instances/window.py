@@ -99,7 +99,8 @@ def play(
     family       name of the key family, by default the one whose keys are separated best
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
-    verdict. Raises ValueError naming the argument that is out of its domain.
+    verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
+    Raises ValueError naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n = whole("n", n)
