@@ -65,7 +65,8 @@ def merge(
             )
     whole = headers[0]
     tasks = tuple(dict.fromkeys(cell.task for cell in whole.cells))
-    required = () if require is None else conditions(require, whole.methods, tasks)
+    texts = tuple(dict.fromkeys(cell.text for cell in whole.texts))
+    required = () if require is None else conditions(require, whole.methods, tasks, texts)
     rows, floors = _rows(folders), _floors(folders)
     _require_all(whole, rows)
     with Journal(open_folder(out)) as journal:

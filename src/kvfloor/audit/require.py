@@ -4,15 +4,17 @@ Grammar, with the word `and` between clauses:
 
     clause = [METHOD ":"] [TASK "."] FIGURE (">=" | "<=" | ">" | "<") NUMBER
     FIGURE = a figure of a row: score, score_low, diff_low, state_bytes, decode_ms_per_token, ...
+             or of the table of texts: kl, kl_high, same_top, loss_change, state_bytes, ...
     NUMBER = a decimal number, optionally followed by %, KiB, MiB or GiB
 
-e.g. `h2o@256:recall.score>=0.9 and h2o@256:diff_low>=-15%`.
+e.g. `h2o@256:recall.score>=0.9 and h2o@256:diff_low>=-15%`, or `snapkv@50%:kl_high<=0.02`.
 
 METHOD is a setting (a method with its budget) in any spelling that `methods/grammar.py` parses. A METHOD without
 arguments means every configuration (`h2o@256` means `h2o(recent=64)@256` too); a METHOD without a budget means every
 budget. A clause without METHOD is about the settings that were asked for, not the baselines beside them; a clause
 without TASK is about every task. A clause must hold on every row that it is about; a row is one setting measured on one
-task, context length and protocol.
+task, context length and protocol. A figure of the table of texts is one setting's over all texts. Bytes are in both: a
+clause about them is about the rows, and without TASK about the texts too.
 
 Exit codes: 0 if every clause holds, 1 if one does not, 2 (ValueError here, before any measurement) for text that is no
 condition or covers no row. A clause without rows is an error, because it would always hold.
@@ -22,8 +24,9 @@ import math
 import operator
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from kvfloor.audit.nats import Divergence, TextSummary
 from kvfloor.audit.rows import CONTRACT_FIELDS, Row
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.grammar import parse
@@ -31,6 +34,8 @@ from kvfloor.splitting import outline, split_words
 
 _WORDS = ("method", "task", "protocol", "configuration", "name", "budget", "baseline", "parts")
 FIGURES = tuple(name for name in CONTRACT_FIELDS if name not in _WORDS)
+_NATS = (*(field.name for field in fields(Divergence)), "perplexity_ratio")
+TEXT_FIGURES = (*_NATS, *(field.name for field in fields(TextSummary) if field.name in FIGURES))
 
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _UNITS = {"": 1.0, "%": 0.01, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
@@ -73,58 +78,78 @@ class Clause:
         alike = named.name == setting.name if self.every else named.configuration == setting.configuration
         return alike and named.budget in (None, setting.budget)
 
-    def holds(self, row: Row) -> bool:
-        """Return True if the row's field `figure` meets the clause's bound.
+    def value(self, measured: Row | TextSummary) -> float | None:
+        """Return the figure that is compared, of a row or of one setting over all texts; None if it is not measured."""
+        if isinstance(measured, TextSummary) and self.figure in _NATS:
+            return getattr(measured.figures, self.figure)
+        return getattr(measured, self.figure)
 
-        A field that is None (not measured) does not meet it.
-        """
-        value = getattr(row, self.figure)
+    def holds(self, measured: Row | TextSummary) -> bool:
+        """Return True if the figure is measured and meets the clause's bound."""
+        value = self.value(measured)
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Hold a clause, with the settings (as written in rows) and the tasks that the clause is about."""
+    """Hold a clause, with the settings (as written in rows) and the tasks that the clause is about.
+
+    texts: True if the clause is about the settings' figures over all texts.
+    """
 
     clause: Clause
     methods: frozenset[str]
     tasks: frozenset[str]
+    texts: bool = False
 
-    def is_about(self, row: Row) -> bool:
-        return row.method in self.methods and row.task in self.tasks
+    def is_about(self, measured: Row | TextSummary) -> bool:
+        if isinstance(measured, TextSummary):
+            return self.texts and measured.setting in self.methods
+        return measured.method in self.methods and measured.task in self.tasks
 
 
-def conditions(text: str, settings: Sequence[BudgetedMethod], tasks: Collection[str]) -> tuple[Condition, ...]:
-    """Parse the text of `--require` into conditions, for an audit of these settings and tasks.
+def conditions(
+    text: str, settings: Sequence[BudgetedMethod], tasks: Collection[str], texts: Collection[str] = ()
+) -> tuple[Condition, ...]:
+    """Parse the text of `--require` into conditions, for an audit of these settings, tasks and texts.
 
     Raises ValueError naming the clause that does not follow the grammar, with the grammar and the known figures, or the
-    clause that is about no row of the audit.
+    clause that is about nothing that the audit measures.
     """
     found = []
     for part in split_words(text.strip(), r"\s+and\s+") or [text]:
         clause = _parse_clause(part)
         methods = frozenset(one.text for one in settings if clause.names(one))
-        about = frozenset(task for task in tasks if clause.task in (None, task))
-        if not methods or not about:
+        about = frozenset(task for task in tasks if clause.figure in FIGURES and clause.task in (None, task))
+        of_texts = bool(texts) and clause.figure in TEXT_FIGURES and clause.task is None
+        if not methods or not (about or of_texts):
             raise ValueError(
                 f"{clause.text!r} is about no row: the settings asked for are "
                 f"{', '.join(one.text for one in settings if one.asked) or 'none'}; the baselines are "
-                f"{', '.join(one.text for one in settings if one.baseline)}; the tasks are {', '.join(tasks)}"
+                f"{', '.join(one.text for one in settings if one.baseline)}; the tasks are {', '.join(tasks) or 'none'}; "
+                f"the texts are {', '.join(texts) or 'none'}, whose figures are {', '.join(TEXT_FIGURES)}"
             )
-        found.append(Condition(clause, methods, about))
+        found.append(Condition(clause, methods, about, of_texts))
     return tuple(found)
 
 
-def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row]) -> list[str]:
-    """Return one line of text per row that misses a condition; an empty list if every condition holds."""
+def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row], texts: Sequence[TextSummary] = ()) -> list[str]:
+    """Return one line of text per row, and per setting over all texts, that misses a condition.
+
+    The list is empty if every condition holds. `texts` has one summary per setting that read texts.
+    """
     lines = []
     for condition in conditions:
         clause = condition.clause
-        for row in rows:
-            if condition.is_about(row) and not clause.holds(row):
-                value = getattr(row, clause.figure)
+        for measured in (*rows, *texts):
+            if condition.is_about(measured) and not clause.holds(measured):
+                value = clause.value(measured)
                 found = "not measured" if value is None else f"{value:,.6g}"
-                lines.append(f"{clause.text}: {row.method} on {row.cell} has {clause.figure} {found}")
+                where = f"{measured.method} on {measured.cell}" if isinstance(measured, Row) else measured.setting
+                lines.append(f"{clause.text}: {where} has {clause.figure} {found}")
+        if condition.texts:
+            missing = condition.methods - {one.setting for one in texts}
+            lines += [f"{clause.text}: {setting} has read no text" for setting in sorted(missing)]
     return lines
 
 
@@ -144,11 +169,11 @@ def uncovered(conditions: Sequence[Condition], left_out: Sequence[Row]) -> list[
 
 def _parse_clause(text: str) -> Clause:
     match = _CLAUSE.fullmatch(outline(text))
-    if match is None or match["figure"] not in FIGURES or not math.isfinite(float(match["number"])):
+    if match is None or match["figure"] not in (*FIGURES, *TEXT_FIGURES) or not math.isfinite(float(match["number"])):
         raise ValueError(
             f"{text!r} is no condition: write [METHOD:][TASK.]FIGURE>=NUMBER, e.g. "
             "'h2o@256:recall.score>=0.9', with "
-            f">=, <=, > or < and a figure of {', '.join(FIGURES)}"
+            f">=, <=, > or < and a figure of {', '.join(dict.fromkeys((*FIGURES, *TEXT_FIGURES)))}"
         )
     method, task = (text[match.start(group) : match.end(group)].strip() or None for group in ("method", "task"))
     unit = next(factor for name, factor in _UNITS.items() if name.lower() == match["unit"].lower())

@@ -154,7 +154,8 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
     floors = [floor for some in journal.floors.values() for floor in some]
     by_head = heads([*floors, *closer.floors], [*rows, *closer.error_maps])
     report = journal.folder / "report.html"
-    missed = (*shortfalls(required, rows), *uncovered(required, list(weak.values())))
+    read = summaries(texts, header.racing)
+    missed = (*shortfalls(required, rows, read), *uncovered(required, list(weak.values())))
     return Answer(rows, texts, by_head, found, closer, report, missed, meta, tuple(weak.values()))
 
 
@@ -170,7 +171,7 @@ def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condit
         tasks: tuple[str, ...] = (question.prompts.stem,)
     else:
         tasks = tuple(task.name for task in chosen_tasks(question.task_names)) if question.task_names else ()
-    return plan, () if question.require is None else conditions(question.require, plan, tasks)
+    return plan, () if question.require is None else conditions(question.require, plan, tasks, question.text_names)
 
 
 def _measure(
