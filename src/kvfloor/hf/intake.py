@@ -1,8 +1,9 @@
 """Run a prompt through the model once, and give it to every cache that compresses only at the prompt's end.
 
-Until its end such a cache keeps every token, so its layers receive the queries, keys and values that an exact cache's
-layers receive. A `SharedPrompt` records these in one run of the model, and fills the other caches from the record. A slot is
-one column of the padded batch.
+An exact cache is one that never drops a token. Until the prompt's end, the caches above drop none either, so their
+layers receive the same queries, keys and values as an exact cache's. A `SharedPrompt` records these in one run of the
+model, and fills the caches from the record. A slot is one column of the padded batch. A piece of the record (`_Piece`)
+is what one layer received in one forward.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ class SharedPrompt:
     ) -> None:
         """Prepare to feed one list of token ids per batch item, `chunk` slots per forward.
 
-        model    went through `kvfloor.hf.prepare`
-        methods  those to come; nothing is recorded unless one of them compresses at the prompt's end only
-        most     bytes of the largest record
+        model    the model, as `kvfloor.hf.prepare` returned it
+        methods  methods of all caches that will be fed. The prompt is recorded only if at least one of them keeps the
+                 whole prompt until its end and compresses it then
+        most     bytes that the record may take; if it needs more, the model runs for every cache
         """
         self._model, self._token_ids, self._chunk, self._most = model, token_ids, chunk, most
         filled = [method for method in methods if is_exact_in_the_prompt(method)]
@@ -55,9 +57,10 @@ class SharedPrompt:
         self._seconds = 0.0  # of the run that was recorded
 
     def feed(self, dialogue: Dialogue) -> float:
-        """Feed the prompt to a dialogue whose cache is empty, and return the seconds that this takes without a record.
+        """Feed the prompt to a dialogue whose cache is empty, by the model or from the record; return the seconds.
 
-        For a cache that is filled from the record these are the seconds of the recorded run, and of the filling.
+        For a cache that is filled from the record, they are the seconds of the model's recorded run plus those of the
+        filling. So they can be compared with the seconds of a cache to which the model fed the prompt.
         """
         cache = dialogue.cache
         method = cache.method if isinstance(cache, CompressedCache) else None
@@ -87,7 +90,10 @@ class SharedPrompt:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Hold what one layer received in one forward: q (batch, heads, n, d), k and v (batch, kv heads, n, .)."""
+    """Hold what one layer received in one forward: q (batch, heads, n, d), k and v (batch, kv heads, n, .).
+
+    law: the factor on q.k, and the cap on logits or None.
+    """
 
     q: Tensor
     k: Tensor
@@ -99,7 +105,10 @@ class _Piece:
         return sum(x.untyped_storage().nbytes() for x in (self.q, self.k, self.v))
 
     def without_queries(self) -> _Piece:
-        """Return the piece with every query replaced by the first one, which is held once."""
+        """Return a piece that takes less memory, for methods that do not need its queries.
+
+        All queries are replaced by the first one, stored once, so that q keeps its shape.
+        """
         return replace(self, q=self.q[:, :, :1].clone().expand_as(self.q))
 
 
@@ -116,10 +125,11 @@ class Intake:
     logits: Tensor
 
     def give(self, dialogue: Dialogue) -> None:
-        """Fill the empty cache of a dialogue with the prompt, as `Dialogue.feed` would, without running the model.
+        """Fill the empty cache of a dialogue with the prompt, without running the model.
 
-        Raises ValueError unless the cache is empty, of the same model, and its method keeps the whole prompt until its
-        end.
+        The dialogue's cache, mask and logits are then as if the model had been fed the prompt. Raises ValueError if the
+        cache is not empty, is of another model or stores keys without their rotation (positions="cache"), and if its
+        method may evict tokens before the prompt's end.
         """
         cache = dialogue.cache
         if not (isinstance(cache, CompressedCache) and is_exact_in_the_prompt(cache.method)):
@@ -141,19 +151,20 @@ class Intake:
 
     @property
     def _stops(self) -> list[int]:
-        """Return the number of slots fed after each forward."""
+        """Return, for each recorded forward, the number of slots fed in it and in all forwards before it."""
         return list(accumulate(piece.k.shape[2] for piece in next(iter(self.pieces.values()))))
 
     def _unasked(self, method: Method) -> int:
-        """Return the number of slots from the first on whose queries do not decide what a method keeps."""
+        """Return how many of the oldest slots have queries that the method does not need to decide what it keeps."""
         asked = _most_asked([method])
         return 0 if asked is None else self.mask.shape[1] - asked
 
 
 def _most_asked(methods: Sequence[Method]) -> int | None:
-    """Return how many of the newest slots have all the queries that decide what these methods keep; None: all slots.
+    """Return how many of the newest slots have queries that these methods need, to decide what they keep; None: all.
 
-    The queries are counted from the end of an eviction block, which may end earlier than the prompt.
+    A method evicts at the end of a block, a fixed number of new tokens. The newest block may end up to one block before
+    the prompt does, so the number is that of the needed queries plus one block. It is 0 if no queries are needed.
     """
     most = 0
     for method in methods:
@@ -165,9 +176,10 @@ def _most_asked(methods: Sequence[Method]) -> int | None:
 
 
 class _IntakeRecorder:
-    """Keep what the layers of a cache receive, until it exceeds `most` bytes; then drop all of it.
+    """Record what the compressed layers of a cache receive; drop all of it once the record exceeds `most` bytes.
 
-    asked: number of newest slots whose queries are kept; None: all.
+    pieces  per layer, one `_Piece` per forward, oldest first
+    asked   number of newest slots whose queries are recorded; None: all
     """
 
     def __init__(self, cache: CompressedCache, most: int, asked: int | None) -> None:
@@ -195,7 +207,10 @@ class _IntakeRecorder:
         return keep
 
     def _drop_queries(self, pieces: list[_Piece], asked: int) -> None:
-        """Drop the queries of the pieces of one layer that end before its newest `asked` slots."""
+        """Drop the queries of each piece that has none of the newest `asked` slots.
+
+        pieces: the pieces of one layer, oldest first.
+        """
         after = 0
         for number in range(len(pieces) - 1, -1, -1):
             piece, before = pieces[number], pieces[number].nbytes
@@ -212,10 +227,13 @@ def record_intake(
     most: int = MOST_BYTES,
     asked: int | None = None,
 ) -> Intake | None:
-    """Feed a prompt to a dialogue over an empty exact cache, as `Dialogue.feed` does, and return what was recorded.
+    """Feed a prompt to a dialogue over an empty exact cache, and return what the cache's layers received.
 
-    asked: number of newest slots whose queries are recorded; None: all. A cache whose method needs more of them must
-    not be filled.
+    token_ids  one list per batch item
+    chunk      slots per forward
+    most       bytes that the record may take
+    asked      number of newest slots whose queries are recorded; None: all. A cache whose method needs the queries of
+               more slots must not be filled from the record
 
     Returns None if the record would exceed `most` bytes, and for a model with layers that cannot be filled from one:
     layers with transformers' own storage (sliding windows, linear attention), layers that share their keys, and layers
