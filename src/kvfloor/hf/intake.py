@@ -1,6 +1,6 @@
 """Run a prompt through the model once, and give it to every cache that compresses only at the prompt's end.
 
-An exact cache is one that never drops a token. Until the prompt's end, the caches above drop none either, so their
+An exact cache is one that never drops a token. Until the prompt's end, the other caches drop none either, so their
 layers receive the same queries, keys and values as an exact cache's. A `SharedPrompt` records these in one run of the
 model, and fills the caches from the record. A slot is one column of the padded batch. A piece of the record (`_Piece`)
 is what one layer received in one forward.
@@ -57,9 +57,9 @@ class SharedPrompt:
         self._seconds = 0.0  # of the run that was recorded
 
     def feed(self, dialogue: Dialogue) -> float:
-        """Feed the prompt to a dialogue whose cache is empty, by the model or from the record; return the seconds.
+        """Feed the prompt to a dialogue whose cache is empty, by the model or from the record, and return the seconds.
 
-        For a cache that is filled from the record, they are the seconds of the model's recorded run plus those of the
+        For a cache that is filled from the record, the seconds are those of the model's recorded run plus those of the
         filling. So they can be compared with the seconds of a cache to which the model fed the prompt.
         """
         cache = dialogue.cache
@@ -128,8 +128,8 @@ class Intake:
         """Fill the empty cache of a dialogue with the prompt, without running the model.
 
         The dialogue's cache, mask and logits are then as if the model had been fed the prompt. Raises ValueError if the
-        cache is not empty, is of another model or stores keys without their rotation (positions="cache"), and if its
-        method may evict tokens before the prompt's end.
+        cache is not empty, is of a model with other layers or stores keys without their rotation (positions="cache"),
+        and if its method may evict tokens before the prompt's end.
         """
         cache = dialogue.cache
         if not (isinstance(cache, CompressedCache) and is_exact_in_the_prompt(cache.method)):
@@ -155,16 +155,17 @@ class Intake:
         return list(accumulate(piece.k.shape[2] for piece in next(iter(self.pieces.values()))))
 
     def _unasked(self, method: Method) -> int:
-        """Return how many of the oldest slots have queries that the method does not need to decide what it keeps."""
+        """Return the number of oldest slots whose queries have no influence on what a method keeps."""
         asked = _most_asked([method])
         return 0 if asked is None else self.mask.shape[1] - asked
 
 
 def _most_asked(methods: Sequence[Method]) -> int | None:
-    """Return how many of the newest slots have queries that these methods need, to decide what they keep; None: all.
+    """Return the number of newest slots whose queries may influence what these methods keep; None: all slots.
 
-    A method evicts at the end of a block, a fixed number of new tokens. The newest block may end up to one block before
-    the prompt does, so the number is that of the needed queries plus one block. It is 0 if no queries are needed.
+    A method decides at the end of a block, i.e. of a fixed number of new tokens, by a number of queries before it. The
+    last block may end up to one block before the prompt does, so the result is that number plus one block, for the
+    method that needs most. It is 0 if no method needs queries.
     """
     most = 0
     for method in methods:

@@ -221,7 +221,7 @@ class Passage:
     def _changed(self, layer: int) -> frozenset[tuple[str, int, int]]:
         """Return what this forward has stored in the layer: (kind, index, number of changes) of each tensor.
 
-        For a linear state that the model read, it is the number of in-place changes since; a model may change one state
+        For a linear state that the model read, the number counts the changes since then; a model may change one state
         several times, head by head. A state that the model wrote anew gives the entry ("new conv" or "new recurrent",
         index, 1), and keys that the layer received give the entry ("keys", 0, 1).
         """

@@ -190,7 +190,7 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the attention output (B, n, H, dv), and the weights or None, for keys that are not kvfloor's.
+    """Return the attention output (B, n, H, dv), and the weights or None, for keys from any other cache or from none.
 
     The attention `over`, which the model had selected before, computes them. The family's own eager attention is used
     instead if sdpa cannot compute the call: with a cap on logits, with sinks, or with weights requested.

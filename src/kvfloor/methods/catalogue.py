@@ -61,9 +61,9 @@ def _first_sentence(text: str) -> str:
 def _guarantee(name: str, part: type, method: Method) -> str:
     """Return the method's guarantee as text, or "none" if it has none.
 
-    The text is "norm: theorem", i.e. the norm in which the error is bounded, and the source of the proof. Some theorems hold only under assumptions,
-    which arguments of `part` state, such as `radius` (bound on the lengths of keys and queries) or `spread` (how far
-    values differ). The text then ends with "given" and the names of these arguments.
+    The text is "norm: theorem", i.e. the norm in which the error is bounded, and the source of the proof. Some theorems
+    hold only under assumptions, which arguments of `part` state, such as `radius` (bound on the lengths of keys and
+    queries) or `spread` (how far values differ). The text then ends with "given" and the names of these arguments.
     name, part: the registered name and its class; method: a method that contains the part, with default arguments.
     """
     spec = Spec(rows=1, d=4, dv=4)

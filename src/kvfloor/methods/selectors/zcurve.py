@@ -115,7 +115,7 @@ class ZCurveState(SelectorState):
         """Raise ValueError unless the lists of codes in a saved state fit the saved slots.
 
         The n codes of a curve must be in ascending order and belong to the first n slots of the row, where n is at most
-        the number of held tokens. `fields` are the saved fields of this state, and `slots` those of the slots.
+        the number of held tokens. `fields` are the saved fields of this state, `slots` those of the `Slots`.
         """
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
