@@ -1,40 +1,33 @@
-"""Print the README's table of methods from an audit's rows: `python docs/readme_table.py out/methods/rows.jsonl`."""
+"""Print the README's table of methods from an audit of texts: `python docs/readme_table.py out/methods/nats.jsonl`."""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvfloor.audit.format import number_of_nats
+from kvfloor.audit.nats import TextRow, read_text_rows, summaries
 from kvfloor.methods.catalogue import rows as catalogue
 
-TASKS = ("recall", "passkey64", "vartrack", "registers")
 
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return one line per setting: its paper, mean bytes, share of right answers by task, and guarantee."""
+def table(rows: Sequence[TextRow]) -> str:
+    """Return one line per setting, the smallest divergence first: paper, bytes, divergence from exact, guarantee."""
     known = {row["name"]: row for row in catalogue()}
-    settings: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for row in rows:
-        settings[row["method"]][row["task"]] = row
     lines = [
-        f"| method | paper | bytes | {' | '.join(TASKS)} | guarantee |",
-        f"|---|---|--:|{'--:|' * len(TASKS)}---|",
+        "| method | paper | bytes | KL, nats | 95 % | same top token | guarantee |",
+        "|---|---|--:|--:|--:|--:|---|",
     ]
-    for setting, cells in sorted(settings.items(), key=lambda item: -_kibibytes(item[1])):
-        parts = [known[name] for name in re.split(r"[+|]", re.sub(r"\([^)]*\)|@.*", "", setting))]
+    for one in sorted(summaries(rows), key=lambda one: one.figures.kl):
+        parts = [known[name] for name in re.split(r"[+|]", re.sub(r"\([^)]*\)|@.*", "", one.setting))]
         papers = "; ".join(_paper(part["paper"]) for part in parts if part["name"] != "exact" or len(parts) == 1)
-        scores = " | ".join(f"{cells[task]['score']:.0%}" for task in TASKS)
-        text = setting.replace("|", "\\|")
-        lines.append(f"| `{text}` | {papers} | {_kibibytes(cells):,.0f} KiB | {scores} | {_guarantee(parts)} |")
+        found, text = one.figures, one.setting.replace("|", "\\|")
+        interval = f"{number_of_nats(found.kl_low)} to {number_of_nats(found.kl_high)}"
+        cells = (f"`{text}`", papers, f"{one.state_bytes / 2**20:,.1f} MiB", number_of_nats(found.kl), interval)
+        lines.append(f"| {' | '.join(cells)} | {found.same_top:.1%} | {_guarantee(parts)} |")
     return "\n".join(lines)
-
-
-def _kibibytes(cells: dict[str, dict[str, Any]]) -> float:
-    return sum(cell["state_bytes"] for cell in cells.values()) / len(cells) / 1024
 
 
 def _paper(text: str) -> str:
@@ -54,8 +47,7 @@ def _guarantee(parts: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
-    print(table(rows))
+    print(table(read_text_rows(Path(sys.argv[1]))))
 
 
 if __name__ == "__main__":

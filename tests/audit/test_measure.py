@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvfloor import models, parse, tasks
-from kvfloor.audit import traces
+from kvfloor.audit import measure, traces
 from kvfloor.audit.measure import Bench
 from kvfloor.audit.plan import Item, Work, task_work
 from kvfloor.audit.rows import Cell
@@ -125,3 +125,40 @@ def test_a_byte_budget_is_of_one_sequence_and_a_share_of_the_context(bench: Benc
     outcome = bench.run(parse("window@512KiB"), prepared)
     assert 0.9 * 524288 < outcome.state_bytes <= 524288
     assert bench.run(parse("window@25%"), prepared).budget_tokens == CONTEXT // 4
+
+
+@pytest.mark.parametrize("method", ["random@48", "snapkv@48", "exact"])
+def test_batches_answer_as_one_batch_does(
+    bench: Bench, work: Work, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample draws by its own number, so `random` would answer otherwise if every batch counted from 0."""
+    together = bench.run(parse(method), bench.prepare(work))
+    monkeypatch.setattr(measure, "BATCH_BYTES", 5 * CONTEXT * 4096)  # 4,096 bytes a token: 4 layers, 2 heads, 128
+    prepared = bench.prepare(work)
+    assert [len(samples) for samples, _ in prepared.batches] == [4, 5, 4, 5, 4, 5, 5]
+    apart = bench.run(parse(method), prepared)
+    assert apart.right == together.right and apart.parts == together.parts
+    assert abs(apart.state_bytes - together.state_bytes) < 0.02 * together.state_bytes
+
+
+@pytest.mark.parametrize(("lengths", "most"), [([10] * 40, 7), ([10, 3, 500], 1), ([100], 50), ([1] * 9, 9)])
+def test_batches_cover_the_samples_in_order_and_fit(
+    lengths: list[int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "BATCH_BYTES", most * max(lengths) * 8)
+    cut = measure._batches(lengths, 8)
+    assert [i for samples in cut for i in samples] == list(range(len(lengths)))
+    assert min(map(len, cut)) >= 1 and max(map(len, cut)) <= most
+    assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+def test_fewer_samples_are_traced_where_one_takes_much(
+    bench: Bench, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(bench.prepare(work).traces[0].k) == 4 * 2
+    one = traces.token_bytes(bench.model) * CONTEXT
+    recorded = sum(x.nbytes for trace in bench.prepare(work).traces for x in (trace.q, trace.k, trace.v))
+    assert 4 * one <= recorded < 4.5 * one  # the question and its answer are recorded too
+    for room, samples in ((2 * one, 2), (one // 2, 1)):
+        monkeypatch.setattr(measure, "TRACED_BYTES", room)
+        assert len(bench.prepare(work).traces[0].k) == samples * 2

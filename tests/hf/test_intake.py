@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvfloor.core.bounded import Bounded
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.intake import SharedPrompt, is_exact_in_the_prompt, record_intake
+from kvfloor.hf.intake import Room, SharedPrompt, is_exact_in_the_prompt, record_intake
 from kvfloor.methods.grammar import parse
 from survey.tiny import tiny_model
 from tests.hf.conftest import served
@@ -122,12 +122,27 @@ def test_exact_records_on_its_way_but_only_for_somebody(prepared: PreTrainedMode
 
 
 def test_a_record_too_large_is_not_kept(prepared: PreTrainedModel) -> None:
-    shared, own = prompt(prepared, DENSE, most=10_000), opened(prepared, DENSE[0])
+    room = Room(left=10_000)
+    shared, own = prompt(prepared, DENSE, room=room), opened(prepared, DENSE[0])
     mine = opened(prepared, DENSE[0])
     shared.feed(opened(prepared, "exact"))
     shared.feed(mine)
     own.feed(contexts(), CHUNK)
-    assert differences(mine, own) == []
+    assert differences(mine, own) == [] and room.left == 10_000
+
+
+def test_prompts_share_room(prepared: PreTrainedModel) -> None:
+    """Of two prompts with room for one record, the second is run through the model for each method."""
+    needed = Room()
+    prompt(prepared, DENSE[:2], room=needed).feed(opened(prepared, "exact"))
+    room = Room(left=2 * (Room().left - needed.left) - 1)
+    for runs in (0, 1):
+        shared = prompt(prepared, DENSE[:2], room=room)
+        shared.feed(opened(prepared, "exact"))
+        dialogue = opened(prepared, DENSE[0])
+        with counted(prepared) as forwards:
+            shared.feed(dialogue)
+        assert sum(forwards) == runs * max(LENGTHS)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3n_text", "deepseek_v3", "lfm2", "gpt_oss"])
@@ -149,7 +164,7 @@ def test_other_families_get_a_record_or_run(family: str) -> None:
 def test_a_cache_that_cannot_be_filled_is_refused(
     prepared: PreTrainedModel, method: str, more: dict[str, Any], told: str
 ) -> None:
-    record = record_intake(opened(prepared, "exact"), contexts(), CHUNK)
+    record = record_intake(opened(prepared, "exact"), contexts(), CHUNK, Room())
     assert record is not None
     with pytest.raises(ValueError, match=told):
         record.give(opened(prepared, method, **more))

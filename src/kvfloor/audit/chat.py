@@ -22,7 +22,8 @@ _MARK = "kvfloor8437mark"  # marks a place in a text while a template is rendere
 class Chat:
     """Decide which tasks' samples are put into the model's chat template.
 
-    wish   the user's choice. "on": all tasks; "off": none; "auto": the tasks whose questions are put to an assistant
+    wish   the user's choice. "on": all tasks; "off": none; "auto": the tasks whose questions ask an assistant for an
+           answer; the questions of the other tasks are unfinished texts, which the answer continues
     count  function that returns the number of tokens of a text as a user's turn, with the template's own tokens; None
            if the tokenizer has no template, so that nothing can be put into it
     """
@@ -33,7 +34,7 @@ class Chat:
     def takes(self, fits: bool) -> bool:
         """Return True if the samples of a task are put into the template.
 
-        fits: True if the task's questions are put to an assistant.
+        fits: True if the task's questions ask an assistant for an answer, False if the answer continues their text.
         """
         return self.count is not None and (self.wish == "on" or (self.wish == "auto" and fits))
 

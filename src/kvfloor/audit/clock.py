@@ -46,7 +46,7 @@ class Clock:
         tokens         number of tokens of one text
         settings       number of settings that read each text
         pieces         number of texts to read
-        must           True if this text must be measured; False if rows of the audit exist, so that it may be left out
+        must           True if the audit has no rows yet, so that the first text is needed; False if it may be left out
         Raises ValueError if `must` is True and even half the estimate for one text exceeds the time left.
         """
         one = exact_seconds * (1 + SLOWER * settings)

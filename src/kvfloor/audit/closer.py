@@ -1,8 +1,10 @@
 """Measure what explains an audit's result: errors by head on the first text, the heads' floors, example answers.
 
 All of it is measured last, when the recommended setting is known, on one text and one prompt per task, so it takes
-little time. A setting is a method with its budget, e.g. `h2o@256`. A floor is a lower bound on the bytes that any
-method needs. `exact` is the cache that keeps every token.
+little time. A setting is a method with its budget, e.g. `h2o@256`; a cell is a task at a context length under a
+protocol; a row is the result of one setting on one text or cell. A setting is safe if the rows show that it loses
+little quality; the safe setting of fewest bytes is recommended. A floor is a lower bound on the bytes that any method
+needs for a kv head. `exact` is the cache that keeps every token.
 """
 
 from __future__ import annotations
@@ -57,9 +59,9 @@ class Closer:
 def read_closer(folder: Path, answer: Recommendation) -> Closer:
     """Read the files that `Closer.write` wrote into a folder; return an empty `Closer` if they are missing.
 
-    answer: the recommendation. An example is left out if it shows a setting other than the recommended one and its next
-    smaller one (the setting nearest to safe if none is recommended). That happens when the rows are judged anew under
-    another limit.
+    answer: the recommendation. It may differ from the one at the time of writing, if the rows were judged anew under
+    another limit. Examples that do not fit it are left out: those that show any setting but the recommended one and the
+    one with the next fewer bytes (if none is recommended: any setting but the one nearest to safe).
     """
     if not is_explained(folder):
         return Closer()

@@ -80,7 +80,9 @@ class Remote:
         return self._worker.measure(place, setting, exact)
 
     def look_closer(self, rows: list[Row], texts: list[TextRow], answer: Recommendation) -> Closer:
-        """Measure what explains the result: errors by kv head, the heads' memory floors, and example answers.
+        """Measure what explains the result: attention errors and floors by kv head, and example answers.
+
+        A floor is a lower bound on the bytes that any method needs for the head.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows
@@ -130,7 +132,9 @@ class Cluster:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure errors by kv head, the heads' memory floors and example answers, on one worker.
+        """Measure attention errors and floors by kv head, and example answers, on one worker.
+
+        A floor is a lower bound on the bytes that any method needs for the head.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows

@@ -45,7 +45,9 @@ class Engine(Protocol):
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains the result: errors by kv head, the heads' memory floors, and example answers.
+        """Measure what explains the result: attention errors and floors by kv head, and example answers.
+
+        A floor is a lower bound on the bytes that any method needs for the head.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows
@@ -114,7 +116,9 @@ class Here:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains the result: errors by kv head, the heads' memory floors, and example answers.
+        """Measure what explains the result: attention errors and floors by kv head, and example answers.
+
+        A floor is a lower bound on the bytes that any method needs for the head.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows

@@ -3,7 +3,9 @@
 A setting is a method with its budget. Each answer is decoded greedily after the same prompt: the model reads the
 context under the setting, the cache is told that the prompt ends (`seal`), the question is fed if there is one, and the
 model answers. The exact cache keeps every token; here it is transformers' own cache. An excerpt is the context and the
-continuation that an audit reads of a text.
+continuation that an audit reads of a text. A cell is a task at a context length under a protocol (question asked before
+or after the compression). A setting is safe if the audit shows that it loses little quality; the safe setting of fewest
+bytes is recommended.
 """
 
 from __future__ import annotations
@@ -75,8 +77,8 @@ class SideBySide:
     question    the question after the context; "" without one
     truth       the text's own continuation or the task's right answer; None where any answer may be right
     exact       the exact cache's answer
-    others      the answers of the recommended setting and of the next smaller one, or of the nearest to safe if none is
-                recommended
+    others      the answers of the recommended setting and of the one with the next fewer bytes; if none is recommended,
+                that of the setting nearest to safe
     """
 
     kind: Kind
@@ -236,10 +238,9 @@ def task_examples(
 ) -> list[SideBySide]:
     """Answer one sample of each of the first MOST_TASKS tasks that were measured; return one example per task.
 
-    The sample is the first in the task's first measured cell that exact answers right and the speaker's first setting
-    answers wrong; if there is none, the cell's first sample. A cell is a task at a context length under a protocol.
-    `work` holds the cells with their samples, `rows` the measured results. `progress` is called with a line of text
-    before each example.
+    The sample is the first in the task's first measured cell that exact answers right and the first setting of
+    `speaker.methods` answers wrong; if there is none, the cell's first sample. `work` holds the cells with their
+    samples, `rows` the measured results. `progress` is called with a line of text before each example.
     """
     measured = {row.cell for row in rows}
     cells: dict[str, Work] = {}

@@ -4,7 +4,8 @@ A setting is a method with its budget; a cell is a task at a context length unde
 after the compression). "Exact" is the cache that keeps every token. A loss is exact's score minus the setting's. A
 setting holds on a cell if a loss above the tolerated one is excluded, and breaks there if a loss is certain. A
 divergence is a setting's mean KL to exact on texts, in nats per token. A setting is safe if it and every larger budget
-of its method hold.
+of its method hold. Its weakest cell is that of the worst verdict, and of several such cells that of the largest loss. A
+`Judged` is the verdict on one setting; a `Standard` has the tolerated loss and divergence, and the confidence.
 """
 
 from collections import Counter, defaultdict
@@ -24,9 +25,9 @@ def why(answer: Recommendation) -> str:
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
     """Return sentences on where quality is lost: one on the task that breaks first, then one per method.
 
-    The task that breaks first is counted over the settings that certainly lose quality on tasks: it is most often the
-    task of their weakest cell. The first sentence is left out if no such setting exists. A method's sentence names its
-    smallest safe setting, and the largest setting that is not shown to hold, with its weakest cell or its divergence.
+    Each setting that certainly loses quality on tasks has a weakest cell. The task to which most of these cells belong
+    breaks first. The sentence on it is left out if no setting certainly loses. A method's sentence names its smallest
+    safe setting, and the largest setting that is not shown to hold, with its weakest cell or its divergence.
     """
     falling = Counter(
         one.weakest.task for one in answer.judged if one.weakest and (one.verdict, one.decided_by) == ("falls", "tasks")
@@ -85,7 +86,8 @@ def next_smaller(answer: Recommendation, chosen: Judged) -> Judged | None:
 def _few_samples(standard: Standard, n: int) -> list[str]:
     """Return at most one sentence: a warning that n samples per cell are too few to exclude a small loss on tasks.
 
-    The list is empty if n is enough for the tolerated loss, and that loss is at most 5 points.
+    It warns if n samples cannot exclude even the tolerated loss, or if the tolerated loss is above 5 points, which is
+    not small. Otherwise the list is empty.
     """
     if n < standard.samples_needed(standard.margin):
         needed = standard.samples_needed(standard.margin)
@@ -119,7 +121,8 @@ def _why_chosen(answer: Recommendation, chosen: Judged) -> str:
 def _saved(answer: Recommendation, chosen: Judged) -> str:
     """Write a sentence that compares the recommended setting's bytes with those of exact.
 
-    Exact's bytes are those in the model's dtype, and also those at 16 bits if they differ and texts were read.
+    Exact's bytes are those of its numbers in the model's dtype. If texts were read and the dtype does not have 16 bits,
+    the sentence also compares with an exact cache of 16-bit numbers.
     """
     times = f"{smaller_text(chosen.exact_bytes, chosen.state_bytes)} smaller"
     of = counted(len(answer.texts or answer.exact), "text" if answer.texts else "cell")

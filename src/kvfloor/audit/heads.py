@@ -62,7 +62,7 @@ class HeadFloor:
     layer, head        number of the layer as the model counts it, and of the kv head in it
     position           index of the layer among those whose cache is compressed, as in `Row.output_error_by_head`
     tokens             number of tokens of the context
-    readable_groups    number of groups that some query can read whose norm is at most the largest recorded norm
+    readable_groups    number of groups each of which can be read by some query of at most the largest recorded norm
     floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
     asked_floor_bytes  read floor for the queries that were recorded after the context
     exact_bytes        bytes of the context's keys and values
@@ -158,14 +158,13 @@ def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
 
 
 def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> tuple[Readable, Readable]:
-    """Return two read floors of one kv head, the second for the recorded queries alone.
+    """Return two read floors of one kv head: for all queries up to the largest recorded norm, and for the asked ones.
 
-    The first is for all queries whose norm is at most the largest recorded norm.
-
+    head              number of the kv head in its layer
     trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
     k      (n, d)     keys of the context's n tokens
     asked  (g, t, d)  queries of the t tokens after the context, for the g query heads of the kv head
-    own    (t, d)     keys of these t tokens
+    own    (t, d)     keys of these t tokens, which also take a share of the asked queries' attention
     """
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
     demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
@@ -178,7 +177,7 @@ def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> t
 def heads(floors: Iterable[HeadFloor], rows: Sequence[Erring]) -> list[Head]:
     """Combine each kv head's floors with the settings' errors, into one `Head` per kv head, ordered by layer and head.
 
-    rows: an audit's rows of cells and its error maps of texts. A head without floors is left out.
+    rows: the settings' results on cells and on texts, with their errors by head. A head without floors is left out.
     """
     found: dict[tuple[int, int], list[HeadFloor]] = {}
     for floor in floors:

@@ -79,7 +79,7 @@ def _of_task(name: str) -> str | None:
 def _of_method(part: Any) -> list[str]:
     """Return the digests of the user's files that a method depends on: code from outside kvfloor, and data.
 
-    Data are files whose path is an argument of the method or of one of its parts.
+    part: the method. Data are files whose path is an argument of the method or of one of its parts.
     """
     return [sampled_digest(path) for path in sorted(set(_sources(part)))]
 

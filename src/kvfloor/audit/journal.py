@@ -1,10 +1,11 @@
 """Keep the rows of an audit in its folder while it runs: each is on the disk before the next one is measured.
 
 A place is a text, or a cell of the tasks (task, context length, protocol). A setting is a method with its budget. A row
-is the result of one setting on one place. The floor of a kv head is a lower bound on the bytes that any method needs
-for it. The folder has `audit.json` (description of the audit), `nats.jsonl` (rows of texts), `rows.jsonl` (rows of
-cells) and `floors.jsonl` (floors of the kv heads). Rows are appended and flushed one by one, so a killed audit loses at
-most the row that it was measuring. At the end the files are written anew in the order of the report.
+is the result of one setting on one place. The setting `exact` keeps every token. The floor of a kv head is a lower
+bound on the bytes that any method needs for it. The folder has `audit.json` (description of the audit), `nats.jsonl`
+(rows of texts), `rows.jsonl` (rows of cells) and `floors.jsonl` (floors of the kv heads). Rows are appended and flushed
+one by one, so a killed audit loses at most the row that it was measuring. At the end the files are written anew in the
+order of the report.
 """
 
 from __future__ import annotations

@@ -52,7 +52,10 @@ class Fixed:
         return without_left_out(self.pairs, rows, self.least_exact)
 
     def hurry(self) -> None:
-        """Do nothing: the list stays as it is, and places at its end are left out one by one for lack of time."""
+        """Do nothing when told that time is short: the list stays as it is.
+
+        The audit then leaves out places that do not fit, one by one.
+        """
 
 
 def left_out_notes(weak: Sequence[Row], least: float) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ A setting is a method with its budget; a cell is a task at a context length unde
 sample's question with its context, "after" asks it after the compression. A sample is a context with questions about
 it. A row is the result of one setting on one cell. To seal a cache is to tell it that the prompt ends. A trace is one
 layer's queries, keys and values, recorded over context, question and right answer. The exact cache keeps every token.
+A task may check an answer in several parts, each named, e.g. "first word"; each check gives a share from 0 to 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from kvfloor import floors
@@ -26,11 +28,13 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.intake import SharedPrompt
+from kvfloor.hf.intake import Room, SharedPrompt
 from kvfloor.tasks.sample import apart
 
 CHUNK_SLOTS = 256  # slots per chunk of the prefill, so that the tokens of a call do not dominate the peak
 TRACED_SAMPLES = 4
+TRACED_BYTES = 2**29  # the most that the traces of a cell may take, unless one sample needs more
+BATCH_BYTES = 2**29  # the most that the exact cache of a batch may take, unless one sample needs more
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,27 @@ class Prepared:
     work      the cell with its samples as text
     contexts  per sample, the tokens of the prompt: the context and, under "visible", the question without its last
               token
+    prompt    object that feeds these tokens to the cache of each setting
     turns     the questions that follow the end of the prompt, one after the other
-    traces    the traces of the first TRACED_SAMPLES samples, one entry per layer
+    traces    the traces of the first samples, TRACED_SAMPLES at most, one entry per layer
+    batches   the samples that run together, with what feeds their prompts to the cache of each setting
     """
 
     work: Work
     contexts: list[list[int]]
-    prompt: SharedPrompt
     turns: list[Turn]
     traces: list[traces.Trace]
+    batches: list[tuple[range, SharedPrompt]]
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Record one setting's answers on the samples of a cell, with the bytes and times per sample.
 
-    All samples run in one batch. Its times and bytes are divided by the number of samples.
+    The times and bytes of a batch of samples are divided by their number.
 
     right                one 0 (wrong) or 1 (right) per sample
-    parts                mean share, from 0 to 1, of each named part of the answers that was met
+    parts                name of each part of the answers -> share, from 0 to 1, that its check gave; mean over samples
     state_bytes          bytes of the cache at the end of the context
     peak_state_bytes     the most bytes of the cache at any moment
     bytes_read           bytes of the cache that are read to produce one token
@@ -105,8 +111,38 @@ class ExactOutcome(NamedTuple):
     state_bytes: int
 
 
+class _Run(NamedTuple):
+    """Hold what one batch of samples gave: the decoded tokens per sample and turn, and sums over the samples.
+
+    steps_ms  milliseconds of each decoding step, divided by the number of samples
+    """
+
+    said: list[list[list[int]]]
+    state_bytes: float
+    peak_state_bytes: float
+    bytes_read: float
+    prefill_ms: float
+    steps_ms: list[float]
+
+
+def _token_bytes(recorded: Sequence[traces.Trace]) -> int:
+    """Return the bytes of a token's keys and values in all layers of the exact cache."""
+    return sum(one.kv_heads * (one.k.shape[2] + one.v.shape[2]) * one.k.element_size() for one in recorded)
+
+
+def _batches(lengths: Sequence[int], token_bytes: int) -> list[range]:
+    """Divide samples with prompts of these lengths in tokens into batches whose exact caches take BATCH_BYTES at most.
+
+    The batches follow one another and differ by at most one sample in size. Each has at least one sample.
+    """
+    most = max(1, BATCH_BYTES // (max(lengths) * token_bytes))
+    count = -(-len(lengths) // most)
+    cuts = [len(lengths) * i // count for i in range(count + 1)]
+    return [range(start, stop) for start, stop in pairwise(cuts)]
+
+
 class Bench:
-    """Measure settings on one prepared model with its tokenizer.
+    """Measure settings on one model, which went through `kvfloor.hf.prepare`, with its tokenizer.
 
     seed          seed of the random draws of methods
     extra_tokens  number of tokens that an answer is decoded beyond the length of the right one, to see if it goes on
@@ -115,7 +151,11 @@ class Bench:
     def __init__(
         self, model: Any, tokenizer: Any, seed: int, extra_tokens: int = 4, methods: Sequence[Method] = ()
     ) -> None:
-        """Build the bench; `methods` are those to come, which may share a run of the model over a cell's prompts."""
+        """Build the bench.
+
+        methods: those that will be measured. Where several of them compress only at the prompt's end, the model runs
+        over a cell's prompts once for all of these, unless a record of the run would be too large.
+        """
         self.model, self.tokenizer, self.seed, self._methods = model, tokenizer, seed, methods
         self._extra_tokens = extra_tokens  # an answer that goes on for these is wrong
         self.template = Template.of(tokenizer)
@@ -146,12 +186,19 @@ class Bench:
                 answer = self._plain(apart(question.answer))
                 most = len(answer) + self._extra_tokens if question.most is None else question.most
                 per_turn[i] = Turn([*turn.asks, ask], [*turn.answers, answer], max(turn.most, most))
-        few = slice(0, TRACED_SAMPLES)
-        spoken = [
-            [token for turn in per_turn for token in turn.asks[i] + turn.answers[i]] for i in range(len(contexts))[few]
+        few = self._traced(contexts)
+        spoken = [[token for turn in per_turn for token in turn.asks[i] + turn.answers[i]] for i in range(few)]
+        recorded, room = traces.record(self.model, contexts[:few], spoken), Room()
+        batches = [
+            (samples, SharedPrompt(self.model, [contexts[i] for i in samples], CHUNK_SLOTS, self._methods, room))
+            for samples in _batches([len(context) for context in contexts], _token_bytes(recorded))
         ]
-        prompt = SharedPrompt(self.model, contexts, CHUNK_SLOTS, self._methods)
-        return Prepared(work, contexts, prompt, per_turn, traces.record(self.model, contexts[few], spoken))
+        return Prepared(work, contexts, per_turn, recorded, batches)
+
+    def _traced(self, contexts: Sequence[Sequence[int]]) -> int:
+        """Return the number of samples, of a cell's prompts, whose queries, keys and values are recorded as traces."""
+        length = max(len(context) for context in contexts[:TRACED_SAMPLES])
+        return max(1, min(len(contexts), TRACED_SAMPLES, TRACED_BYTES // (length * traces.token_bytes(self.model))))
 
     def _pieces(self, item: Item, chat: bool) -> list[list[int]]:
         """Return the token ids of a sample's context, and those to feed before each of its answers.
@@ -180,15 +227,35 @@ class Bench:
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
     def run(self, method: Method, prepared: Prepared) -> Measurement:
-        """Run a method on all samples of a cell in one batch, and return the answers, bytes and times.
+        """Run a method on all samples of a cell, batch by batch, and return the answers, bytes and times.
 
         The contexts are prefilled and the cache is sealed. Then each question is fed, and its answer is decoded
         greedily.
         """
-        batch, method = len(prepared.contexts), self.resolved(method, prepared)
-        cache = CompressedCache(self.model, method, seed=self.seed, requests=range(batch))
+        method = self.resolved(method, prepared)
+        runs = [self._run(method, prepared, samples, prompt) for samples, prompt in prepared.batches]
+        said = [told for run in runs for told in run.said]
+        shares = [self._shares(item, told) for item, told in zip(prepared.work.items, said, strict=True)]
+        budget, n = method.budget, len(said)
+        steps_ms = [ms for run in runs for ms in run.steps_ms]
+        return Measurement(
+            right=tuple(int(all(share == 1 for share in one.values())) for one in shares),
+            parts={name: statistics.fmean(one[name] for one in shares) for name in shares[0]},
+            state_bytes=math.ceil(sum(run.state_bytes for run in runs) / n),
+            peak_state_bytes=math.ceil(sum(run.peak_state_bytes for run in runs) / n),
+            bytes_read=sum(run.bytes_read for run in runs) / n,
+            prefill_ms=sum(run.prefill_ms for run in runs) / n,
+            decode_ms_per_token=statistics.median(steps_ms) if steps_ms else None,
+            output_tokens=statistics.fmean(sum(map(len, told)) for told in said),
+            budget_tokens=budget if isinstance(budget, int) else None,
+        )
+
+    def _run(self, method: Method, prepared: Prepared, samples: range, prompt: SharedPrompt) -> _Run:
+        """Run a method, whose budget is in tokens, on the samples of one batch."""
+        batch = len(samples)
+        cache = CompressedCache(self.model, method, seed=self.seed, requests=samples)
         dialogue = Dialogue.start(self.model, cache, batch)
-        seconds = prepared.prompt.feed(dialogue)
+        seconds = prompt.feed(dialogue)
         begin = time.perf_counter()
         cache.seal()
         prefill_ms = (seconds + time.perf_counter() - begin) * 1e3
@@ -196,23 +263,12 @@ class Bench:
         said: list[list[list[int]]] = []
         steps_ms: list[float] = []
         for turn in prepared.turns:
-            dialogue.feed(turn.asks, CHUNK_SLOTS)
+            dialogue.feed([turn.asks[i] for i in samples], CHUNK_SLOTS)
             tokens, times = dialogue.answer(turn.most, self._stops(prepared.work.chat))
             said.append(tokens)
-            steps_ms += times
-        shares = [self._shares(item, told) for item, *told in zip(prepared.work.items, *said, strict=True)]
-        budget = method.budget
-        return Measurement(
-            right=tuple(int(all(share == 1 for share in one.values())) for one in shares),
-            parts={name: statistics.fmean(one[name] for one in shares) for name in shares[0]},
-            state_bytes=math.ceil(state_bytes / batch),
-            peak_state_bytes=math.ceil(cache.peak_nbytes / batch),
-            bytes_read=bytes_read / batch,
-            prefill_ms=prefill_ms / batch,
-            decode_ms_per_token=statistics.median(steps_ms) / batch if steps_ms else None,
-            output_tokens=statistics.fmean(sum(map(len, told)) for told in zip(*said, strict=True)),
-            budget_tokens=budget if isinstance(budget, int) else None,
-        )
+            steps_ms += [ms / batch for ms in times]
+        by_sample = [list(told) for told in zip(*said, strict=True)]
+        return _Run(by_sample, state_bytes, cache.peak_nbytes, bytes_read, prefill_ms, steps_ms)
 
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: ExactOutcome) -> Row:
         """Build the row of a setting on a cell, and measure the error of the attention output for it.
@@ -262,7 +318,7 @@ class Bench:
         return found | set(self.template.ends()) if chat and self.template else found
 
     def _shares(self, item: Item, told: Sequence[Sequence[int]]) -> dict[str, float]:
-        """Return the share, from 0 to 1, of each named part of a sample's answers that the decoded tokens meet.
+        """Check a sample's decoded answers part by part: return part's name -> share, 1 if the answer meets it in full.
 
         told: the decoded tokens, one list per question of the sample.
         """

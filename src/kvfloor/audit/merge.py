@@ -2,7 +2,8 @@
 
 A part is what one call of `kvfloor audit --shard I/N` measured. A setting is a method with its budget. A place is a
 text, or a cell of the tasks (task, context length, protocol). A measurement is a pair of place and setting, and its
-result is a row. A floor is a lower bound on the bytes that any method needs for a kv head.
+result is a row. A floor is a lower bound on the bytes that any method needs for a kv head. The exact cache keeps every
+token.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ def _floors(folders: Sequence[Path]) -> dict[Cell, list[HeadFloor]]:
 def _require_all(whole: Header, rows: dict[Pair, AnyRow]) -> None:
     """Raise ValueError naming the measurements of the audit that no part has; return if there are none.
 
+    whole  the audit's description, which lists its places and settings
+    rows   the rows of all parts
     Cells on which the exact cache scores too low need the exact cache's row alone.
     """
     pairs = without_left_out(whole.grid.pairs, rows, whole.least_exact)

@@ -120,11 +120,7 @@ def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
 
     If the recorded tensors would exceed MOST_RECORDED_BYTES, only the beginning of the context is taken.
     """
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    per_layer = width * (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads))
-    most = MOST_RECORDED_BYTES // (config.num_hidden_layers * per_layer * model.dtype.itemsize)
+    most = MOST_RECORDED_BYTES // traces.token_bytes(model)
     ids = excerpt.context + excerpt.continuation
     cut = max(1, min(len(excerpt.context), most - ASKED))
     return ids[:cut], ids[cut : cut + ASKED]
@@ -133,7 +129,7 @@ def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
 def _in_tokens(method: Method, recorded: Sequence[traces.Trace], length: int) -> Method:
     """Return the method with its budget in tokens per kv head, for a context of `length` tokens.
 
-    recorded: the traces, which give the numbers and sizes of layers and heads.
+    recorded: the recorded queries, keys and values, one entry per layer, for the numbers and sizes of the heads.
     """
     trace = recorded[0]
     places = [(trace.layer, head) for head in range(trace.kv_heads)]

@@ -113,8 +113,8 @@ class Race:
 def race(grid: Grid, configurations: Iterable[str], kl_limit: float, least_exact: float = 0.0) -> Race:
     """Return the race over the places and settings of `grid`.
 
-    configurations  the settings without their budgets, e.g. `h2o(recent=64)`. The allowed error is divided by their
-                    number, not counting `exact` and `random`
+    configurations  the settings without their budgets, e.g. `h2o(recent=64)`. The probability of a wrong verdict that
+                    is allowed for the whole audit is divided by their number, not counting `exact` and `random`
     kl_limit        largest tolerated divergence, nats per token
     least_exact     score of the exact cache below which a cell is left out
     """
@@ -125,9 +125,12 @@ def race(grid: Grid, configurations: Iterable[str], kl_limit: float, least_exact
 def close_calls(rows: Sequence[AnyRow], standard: Standard) -> list[str]:
     """Return the settings with an open verdict that more texts may bring into the recommendation.
 
-    A setting can only be recommended if every larger budget of its method holds. So of each method, only the budgets
-    above the first that falls count, from the largest down. If the smallest of these has fewer bytes than the
-    recommended setting, those with an open verdict are close calls.
+    A setting can only be recommended if every larger budget of its method holds. So, from each method's largest budget
+    down, only the settings before the first that falls can still be recommended. If the smallest of them has fewer
+    bytes than the recommended setting, or if none is recommended yet, those of them with an open verdict are returned.
+
+    rows      the measured rows of the texts and cells
+    standard  gives the limit of the divergence
     """
     assert standard.kl_limit is not None
     tasks = [row for row in rows if isinstance(row, Row)]

@@ -57,11 +57,19 @@ class Reader:
     """
 
     def __init__(self, model: Any, seed: int, methods: Sequence[Method] = ()) -> None:
-        """Build the reader; `methods` are those to come, which may share a run of the model over a context."""
+        """Build the reader.
+
+        methods: those that will be measured. Where several of them compress only at the context's end, the model runs
+        over a context once for all of these, unless a record of the run would be too large.
+        """
         self.model, self.seed, self._methods = model, seed, methods
 
     def prompt(self, excerpt: Excerpt) -> SharedPrompt:
-        """Return what feeds the excerpt's context to the cache of each method."""
+        """Return an object that feeds the excerpt's context to each cache, whichever its method.
+
+        If some of the reader's `methods` compress only at the context's end, it records one run of the model, and fills
+        their caches from the record. For any other cache the model runs again.
+        """
         return SharedPrompt(self.model, [excerpt.context], CHUNK_SLOTS, self._methods)
 
     def reference(self, excerpt: Excerpt) -> list[tuple[Tensor, Tensor]]:
@@ -83,9 +91,9 @@ class Reader:
     ) -> Read:
         """Read an excerpt under a method, and compare its predictions with the exact cache's.
 
-        reference  what the method `reference` returned for the same excerpt
-        prompt     what the method `prompt` returned for the same excerpt; given to every method, it saves runs of the
-                   model
+        reference  result of `Reader.reference` for this excerpt: the continuation with the exact cache's logits
+        prompt     result of `Reader.prompt` for this excerpt: feeds the context to the cache. The same object given to
+                   several calls saves runs of the model; None: this call makes its own
         """
         begin = time.perf_counter()
         cache = CompressedCache(self.model, method, seed=self.seed, context=excerpt.cell.context)
@@ -116,8 +124,8 @@ class Reader:
         """Feed the context, seal the cache (end of the prompt), and yield the continuation in pieces of c tokens.
 
         A piece is (token ids (c,), logits (c, vocabulary)): the ids are the text's own tokens, and each token's logits
-        predict it from the tokens before. `dialogue` holds the model with an empty cache. `sealed` is called after the
-        seal.
+        predict it from the tokens before. `dialogue` holds the model with an empty cache, `prompt` feeds it the
+        excerpt's context. `sealed` is called after the seal.
         """
         prompt.feed(dialogue)
         if isinstance(dialogue.cache, CompressedCache):
@@ -130,7 +138,7 @@ class Reader:
 def _floor(spec: Spec, context: int) -> float:
     """Return a lower bound on the bytes that any method needs for one layer, for worst-case keys and values.
 
-    spec     sizes of the layer; its rows are the kv heads
+    spec     sizes of the layer: widths of key and value, and its number of rows, which are the kv heads
     context  number of tokens
     """
     return floors.space(context, spec.d, spec.dv, heads=spec.rows).bytes

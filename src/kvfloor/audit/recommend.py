@@ -19,7 +19,8 @@ Many cells and settings are tested, and three rules keep the probability of a wr
 - **Methods.** The 5 % are divided by the number of tested methods (Bonferroni).
 
 `exact` is the reference and `random` the control; neither is recommended. A candidate must be measured on every cell
-and must save bytes.
+and must save bytes. A `Standard` has the limit, the margin and the confidence. By these it judges a setting's rows: the
+verdict is "holds" (too large a loss is excluded), "falls" (a loss, or too large a divergence, is certain) or "open".
 """
 
 from collections import defaultdict
@@ -257,8 +258,10 @@ def _strength(row: Row, standard: Standard) -> tuple[int, float, float, Cell]:
 def _verdict(on_texts: Verdict | None, weakest: Row | None, standard: Standard) -> tuple[Verdict, str]:
     """Return the worse of a setting's two verdicts, on texts and on tasks, and "texts" or "tasks" for its source.
 
+    If both are equally bad, the source is "texts".
+
     on_texts  the verdict on its divergence; None if no text was read: tasks alone decide
-    weakest   its row with the worst verdict; None if no task was run
+    weakest   its row with the worst verdict on a cell; None if no task was run
     """
     if on_texts is None:
         assert weakest is not None

@@ -1,4 +1,4 @@
-"""Hold the arguments of an audit, and refuse those that cannot be measured before a model is loaded."""
+"""Hold the arguments of an audit, and refuse those that are out of range, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ class AuditRequest:
     minutes       time limit: texts and cells that do not fit are left out; None: no limit
     fresh         True if rows that are in `out` already are measured again
     shard         (i, n): measure the i-th of n parts only, 1 <= i <= n; None: measure everything
-    chat          "on": put all samples into the model's chat template; "off": none; "auto": those of tasks whose
-                  questions are put to an assistant, and of prompts, if the tokenizer has a template
+    chat          "on": put all samples into the model's chat template; "off": none; "auto": if the tokenizer has a
+                  template, the user's own prompts, and the samples of tasks whose questions ask an assistant for an
+                  answer instead of leaving a text to be continued
     least_exact   score of the exact cache below which a cell is left out; 0: keep all cells
     engine        "local": this process measures; "ray": the workers of a Ray cluster do
     workers       number of Ray workers; None: as many as the cluster has processors for

@@ -64,8 +64,9 @@ class Row:
     name                   the setting without budget and arguments, e.g. `h2o`
     budget                 the budget as the user gave it; None without one
     baseline               True for the settings that every audit compares with
-    parts                  mean share, from 0 to 1, of each named part of the answers that was met; an answer is right
-                           if all its parts are met in full
+    parts                  name of each part of the answers -> share, from 0 to 1, that its check gave; mean over the
+                           samples. A task may check an answer in several parts, e.g. "first word"; the answer is right
+                           if each has the share 1
     token_id_bytes         bytes of the context's token ids, which a model could store instead and recompute the rest:
                            context x log2(vocabulary) / 8
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
@@ -191,7 +192,8 @@ def measured_row(
     outcomes        one 0 (wrong) or 1 (right) per sample
     exact_outcomes  the exact cache's outcomes on the same samples in the same order; for the exact cache's own row they
                     are `outcomes` again
-    parts           mean share of each named part of the answers that was met; None: an answer has one part
+    parts           name of each part in which the task checks an answer -> mean share of its check, from 0 to 1; None:
+                    an answer has one part
     All other arguments are fields of `Row`.
 
     Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a

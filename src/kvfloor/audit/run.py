@@ -53,7 +53,7 @@ class Answer:
     rows            the rows of the cells, one per setting and cell
     texts           the rows of the texts, one per setting and text
     heads           for each kv head its floor, i.e. a lower bound on the bytes that any method needs, and its cheapest
-                    good setting
+                    good setting, i.e. one whose error of the head's attention output is small on every cell and text
     recommendation  the recommended setting, and the verdict on every other one
     closer          errors by head on the first text, and example answers
     report          path of the HTML page, which `kvfloor.report.render` writes later
@@ -176,9 +176,12 @@ def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condit
 def _measure(
     question: AuditRequest, plan: Sequence[BudgetedMethod], journal: Journal, track: Track, announce: Announce
 ) -> int:
-    """Measure what the journal lacks, write its files in their last order, and return the number of rows.
+    """Measure what the journal lacks, write its files in the order of the report, and return the number of rows.
 
-    plan: the settings. The other arguments are those of `run`.
+    question  the arguments of the audit
+    plan      the settings
+    track     function `track(total, text)` that is called before each of `total` measurements, which `text` names
+    announce  function that is called with a line of text that tells what was measured before
     """
     begin, began = time.perf_counter(), time.time()
     folder = find(question.model, question.accept_terms, lambda text: track(0, text))
@@ -280,7 +283,7 @@ def _asked(question: AuditRequest, header: Header) -> Race | Fixed:
     """Return the rule that says which measurements the audit asks for: a race, or a fixed list.
 
     An audit of texts with a time limit is a race: settings that clearly lose stop early, and undecided ones read
-    further texts.
+    further texts. `header` is the description of the audit.
     """
     if header.racing:
         configurations = [one.configuration for one in header.methods]
@@ -289,10 +292,10 @@ def _asked(question: AuditRequest, header: Header) -> Race | Fixed:
 
 
 def _is_done(question: AuditRequest, journal: Journal) -> bool:
-    """Return True if nothing is left to measure.
+    """Return True if nothing is left to measure in the journal's folder.
 
-    Then all rows that are asked for are there, or an earlier start with the same time limit came to its end without the
-    others.
+    That is so if all rows that are asked for are there. It is also so if rows are missing, but an earlier start with
+    the same time limit came to its end: they did not fit into the time.
     """
     header = journal.about
     if header.racing != question.racing or (question.shard is None and not is_explained(journal.folder)):
@@ -303,10 +306,11 @@ def _is_done(question: AuditRequest, journal: Journal) -> bool:
 
 
 def _finish(question: AuditRequest, journal: Journal, asked: Race | Fixed, notes: Sequence[str]) -> int:
-    """Write the files in their last order, without places on which a setting is missing; return the number of rows.
+    """Write the files in the order of the report, and return the number of rows.
 
-    A part of an audit (`question.shard`) keeps all rows, as other parts may be measured in the same folder. `asked` is
-    the rule that says which measurements are asked for, `notes` are sentences for the report.
+    Rows of a place on which a setting is missing are left out. A part of an audit (`question.shard`) keeps all rows, as
+    other parts may be measured in the same folder. `asked` is the rule that says which measurements are asked for,
+    `notes` are sentences for the report.
     """
     pairs = asked(journal.rows)
     missing = journal.missing(pairs)

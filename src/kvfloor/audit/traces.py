@@ -52,6 +52,15 @@ class Trace:
     exact: Tensor  # exact attention's answers to the last `asked` queries: (rows, g, asked, dv), float32
 
 
+def token_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes that the queries, keys and values of one token take in the traces of all layers."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return config.num_hidden_layers * width * (heads + 2 * kv_heads) * model.dtype.itemsize
+
+
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
     """Run the model with an exact cache over each context, question and right answer; return one trace per layer.
 

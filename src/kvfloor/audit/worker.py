@@ -37,7 +37,8 @@ class _Opened:
     """Hold what all settings share on one place: the exact cache's logits on a text, or the samples of a cell.
 
     reference  on a text: the continuation's token ids with the exact cache's logits, in pieces; else None
-    prompt     on a text: what feeds the context to the cache of each setting; else None
+    prompt     on a text: object that feeds the context to the cache of each setting; else None
+    prepared   on a cell: its samples as token ids; else None
     """
 
     place: Place
@@ -97,7 +98,9 @@ class Worker:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains the result: errors by kv head, the heads' memory floors, and example answers.
+        """Measure what explains the result: attention errors and floors by kv head, and example answers.
+
+        A floor is a lower bound on the bytes that any method needs for the head.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows
@@ -112,8 +115,8 @@ class Worker:
     def open(self, place: Place) -> None:
         """Compute what all settings share on a place, and keep it until another place is opened.
 
-        On a text this is the exact cache's logits, on a cell the samples' token ids and the recorded queries, keys and
-        values of the first few samples.
+        On a text these are the exact cache's logits, on a cell the samples' token ids and the recorded queries, keys
+        and values of the first few samples.
         """
         if self._opened is not None and self._opened.place == place:
             return

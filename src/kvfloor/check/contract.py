@@ -64,9 +64,9 @@ def check_documented(method: Method, at: Setting) -> None:
 def check_guarantee(method: Method, at: Setting) -> None:
     """Require that a guarantee has error, probability, norm, quantifier and source, and a reason if it is withdrawn.
 
-    A guarantee is a proved bound on the error of answers. A state withdraws it if the tokens contradict one of its
-    assumptions. The law is tested on the method, and on a state after a stream of tokens. A method without guarantee
-    passes.
+    A guarantee is a proved bound on the error of answers; its quantifier says for which queries it holds, e.g. "every
+    query". A state withdraws it if the tokens contradict one of its assumptions. The law is tested on the method, and
+    on a state after a stream of tokens. A method without guarantee passes.
     """
     state, spec = method.open(spec_for(method, at)), spec_for(method, at)
     play(state, stream_for(method, at))

@@ -65,8 +65,8 @@ def check_reference(method: Method, at: Setting) -> None:
     """Require exact attention until a token is evicted, up to 1.5 times plain attention's error in the same dtype.
 
     The truth is attention in float64. The answers are compared up to the first token that the state no longer holds, or
-    that a query skips, with and without a softcap of the logits. A method that keeps whole tokens, and has a budget but
-    no selector, may lose its first token at most 15 tokens before the budget is used up.
+    that a query skips, with and without a softcap of the logits. If a method has a budget of b tokens and no selector,
+    and does not claim to store values inexactly, it must hold all of its first b - 15 tokens.
     """
     for softcap in (None, 4.0):
         spec, stream = replace(spec_for(method, at), softcap=softcap), stream_for(method, at)

@@ -57,8 +57,8 @@ def check_causality(method: Method, at: Setting) -> None:
     """Require that later tokens do not change an earlier answer.
 
     Answers of a long call are compared with those of its first tokens alone, and with those under other later tokens. A
-    method that claims `block_causal` may let a query see later tokens of its own block; there the block that is cut is
-    not compared.
+    method that claims `block_causal` may let a query see later tokens of its own block. If the first tokens end inside
+    a block, its answers in that block are not compared.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     outputs = play(method.open(spec), stream)

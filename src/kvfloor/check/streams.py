@@ -110,8 +110,8 @@ def placed(method: Method, spec: Spec) -> Spec:
 def prompt_length(method: Method) -> int:
     """Return the prompt length to test a method with, in tokens: more than the budget, if there is one, has room for.
 
-    It is the most tokens that a row can hold besides the prompt (64 if unbounded), plus one block, plus 5. The 5 tokens
-    let the prompt end inside a block.
+    It is the most tokens that a row can hold of a long stream without a prompt (64 if the method sets no bound), plus
+    one block, plus 5. The 5 tokens let the prompt end inside a block.
     """
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)

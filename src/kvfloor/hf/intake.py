@@ -24,7 +24,16 @@ from kvfloor.hf.decode import Dialogue
 from kvfloor.hf.layer import Law
 
 MOST_BYTES = 2**30
-"""The largest record of one prompt. A longer prompt is run through the model for every cache."""
+
+
+@dataclass
+class Room:
+    """Count the bytes that the records of some prompts may still take together.
+
+    A prompt whose record does not fit is run through the model for every cache.
+    """
+
+    left: int = MOST_BYTES
 
 
 def is_exact_in_the_prompt(method: Method) -> bool:
@@ -41,16 +50,17 @@ class SharedPrompt:
         token_ids: Sequence[Sequence[int]],
         chunk: int,
         methods: Sequence[Method],
-        most: int = MOST_BYTES,
+        room: Room | None = None,
     ) -> None:
         """Prepare to feed one list of token ids per batch item, `chunk` slots per forward.
 
         model    the model, as `kvfloor.hf.prepare` returned it
         methods  methods of all caches that will be fed. The prompt is recorded only if at least one of them keeps the
                  whole prompt until its end and compresses it then
-        most     bytes that the record may take; if it needs more, the model runs for every cache
+        room     bytes left for this record and those of other prompts with the same room; by default MOST_BYTES for
+                 this one alone. If they do not suffice, the model runs for every cache
         """
-        self._model, self._token_ids, self._chunk, self._most = model, token_ids, chunk, most
+        self._model, self._token_ids, self._chunk, self._room = model, token_ids, chunk, room or Room()
         filled = [method for method in methods if is_exact_in_the_prompt(method)]
         self._waited_for, self._asked = bool(filled), _most_asked(filled)
         self._intake: Intake | None = None
@@ -84,7 +94,7 @@ class SharedPrompt:
 
     def _record(self, dialogue: Dialogue) -> None:
         begin = time.perf_counter()
-        self._intake = record_intake(dialogue, self._token_ids, self._chunk, self._most, self._asked)
+        self._intake = record_intake(dialogue, self._token_ids, self._chunk, self._room, self._asked)
         self._seconds, self._waited_for = time.perf_counter() - begin, False
 
 
@@ -177,21 +187,17 @@ def _most_asked(methods: Sequence[Method]) -> int | None:
 
 
 class _IntakeRecorder:
-    """Record what the compressed layers of a cache receive; drop all of it once the record exceeds `most` bytes.
+    """Record what the compressed layers of a cache receive; drop all of it once there is no room left.
 
     pieces  per layer, one `_Piece` per forward, oldest first
     asked   number of newest slots whose queries are recorded; None: all
     """
 
-    def __init__(self, cache: CompressedCache, most: int, asked: int | None) -> None:
+    def __init__(self, cache: CompressedCache, room: Room, asked: int | None) -> None:
         self.pieces: dict[int, list[_Piece]] = {layer.index: [] for layer in cache.compressed}
-        self._left, self._asked = most, asked
+        self._room, self._taken, self._asked, self.is_over = room, 0, asked, False
         for layer in cache.compressed:
             layer.record = self._into(layer.index)
-
-    @property
-    def is_over(self) -> bool:
-        return self._left < 0
 
     def _into(self, index: int) -> Any:
         def keep(q: Tensor, k: Tensor, v: Tensor, *law: Any) -> None:
@@ -199,13 +205,23 @@ class _IntakeRecorder:
                 return
             pieces = self.pieces[index]
             pieces.append(_Piece(q.clone(), k.clone(), v.clone(), law))  # type: ignore[arg-type]
-            self._left -= pieces[-1].nbytes
+            self._take(pieces[-1].nbytes)
             if self._asked is not None:
                 self._drop_queries(pieces, self._asked)
-            if self.is_over:
-                self.pieces.clear()
+            if self._room.left < 0:
+                self.drop()
 
         return keep
+
+    def drop(self) -> None:
+        """Drop the record, give back the bytes that it took of the room, and record nothing more."""
+        self.is_over = True
+        self.pieces.clear()
+        self._take(-self._taken)
+
+    def _take(self, nbytes: int) -> None:
+        self._taken += nbytes
+        self._room.left -= nbytes
 
     def _drop_queries(self, pieces: list[_Piece], asked: int) -> None:
         """Drop the queries of each piece that has none of the newest `asked` slots.
@@ -217,7 +233,7 @@ class _IntakeRecorder:
             piece, before = pieces[number], pieces[number].nbytes
             if after >= asked:
                 pieces[number] = piece.without_queries()
-                self._left += before - pieces[number].nbytes
+                self._take(pieces[number].nbytes - before)
             after += piece.k.shape[2]
 
 
@@ -225,32 +241,37 @@ def record_intake(
     dialogue: Dialogue,
     token_ids: Sequence[Sequence[int]],
     chunk: int,
-    most: int = MOST_BYTES,
+    room: Room,
     asked: int | None = None,
 ) -> Intake | None:
     """Feed a prompt to a dialogue over an empty exact cache, and return what the cache's layers received.
 
     token_ids  one list per batch item
     chunk      slots per forward
-    most       bytes that the record may take
+    room       bytes that the record may take; those taken are subtracted from it
     asked      number of newest slots whose queries are recorded; None: all. A cache whose method needs the queries of
                more slots must not be filled from the record
 
-    Returns None if the record would exceed `most` bytes, and for a model with layers that cannot be filled from one:
+    Returns None if there is too little room for the record, and for a model with layers that cannot be filled from one:
     layers with transformers' own storage (sliding windows, linear attention), layers that share their keys, and layers
     whose key and value are one tensor (latent attention).
     """
     cache = dialogue.cache
     assert isinstance(cache, CompressedCache)
     plain = len(cache.compressed) == len(cache.layers) and not any(layer.has_readers for layer in cache.compressed)
-    recorder = _IntakeRecorder(cache, most, asked) if plain else None
+    recorder = _IntakeRecorder(cache, room, asked) if plain else None
     try:
         dialogue.feed(token_ids, chunk)
+    except BaseException:
+        if recorder is not None:
+            recorder.drop()
+        raise
     finally:
         for layer in cache.compressed:
             layer.record = None
-    tied = any(layer.state is not None and layer.state.spec.tied for layer in cache.compressed)
-    if recorder is None or recorder.is_over or tied:
+    if recorder is not None and any(layer.state is not None and layer.state.spec.tied for layer in cache.compressed):
+        recorder.drop()
+    if recorder is None or recorder.is_over:
         return None
     assert dialogue.logits is not None
     return Intake(recorder.pieces, dialogue.mask.clone(), dialogue.logits.clone())
