@@ -31,10 +31,10 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     tokens of `prompt` whose value could be recovered from the outputs of the head's own queries
     (`kvfloor.floors.measured.readable_by`). A head with more such groups gets more.
     prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
-             that keeps every token; the head's queries are those of the prompt's newest tokens
-    kept     share of the mean budget that every head gets in any case. Few bytes are enough for a head that
-             distinguishes few tokens, but only with a method that finds these tokens. Where such a head averages over
-             many tokens, eviction loses most of them
+             that keeps every token; the head's queries are those of the prompt's newest 256 tokens
+    kept     share of the mean budget that every head gets in any case. With 0, a head that distinguishes few tokens
+             gets very little. That is enough only for a method that finds these tokens; if the head averages over many
+             tokens, eviction loses most of them
     Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """
     if not 0 <= kept <= 1:

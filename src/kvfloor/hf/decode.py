@@ -88,8 +88,9 @@ class Dialogue:
     def answer(self, most: int, stop: int | Collection[int] | None) -> tuple[list[list[int]], list[float]]:
         """Decode greedily: return the new token ids per batch item, and the milliseconds of each decode step.
 
-        Call `feed` first. An item ends after `most` tokens, or before its first token that is (among) `stop`, which is
-        then not returned; stop None: no token ends it. Only the returned tokens enter the cache.
+        Call `feed` first. An item ends after `most` tokens, or at its first stop token, which is not returned.
+        stop: the id of the stop token, several such ids, or None for no stop token. Only the returned tokens enter the
+        cache.
         """
         assert self.logits is not None
         batch = self.mask.shape[0]

@@ -1,8 +1,9 @@
 """Run a prompt through the model once, and give it to every cache that compresses only at the prompt's end.
 
-Until its end such a cache keeps every token, so its layers receive the queries, keys and values that an exact cache's
-layers receive. A `SharedPrompt` records these in one run of the model, and fills the other caches from the record. A
-slot is one column of the padded batch.
+An exact cache is one that never drops a token. Until the prompt's end, the other caches drop none either, so their
+layers receive the same queries, keys and values as an exact cache's. A `SharedPrompt` records these in one run of the
+model, and fills the caches from the record. A slot is one column of the padded batch. A piece of the record (`_Piece`)
+is what one layer received in one forward.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ class SharedPrompt:
     ) -> None:
         """Prepare to feed one list of token ids per batch item, `chunk` slots per forward.
 
-        model    went through `kvfloor.hf.prepare`
-        methods  those to come; nothing is recorded unless one of them compresses at the prompt's end only
-        room     bytes that the record may take, unless other prompts with the same room have taken them; MOST_BYTES
-                 unless given
+        model    the model, as `kvfloor.hf.prepare` returned it
+        methods  methods of all caches that will be fed. The prompt is recorded only if at least one of them keeps the
+                 whole prompt until its end and compresses it then
+        room     bytes left for this record and those of other prompts with the same room; by default MOST_BYTES for
+                 this one alone. If they do not suffice, the model runs for every cache
         """
         self._model, self._token_ids, self._chunk, self._room = model, token_ids, chunk, room or Room()
         filled = [method for method in methods if is_exact_in_the_prompt(method)]
@@ -65,9 +67,10 @@ class SharedPrompt:
         self._seconds = 0.0  # of the run that was recorded
 
     def feed(self, dialogue: Dialogue) -> float:
-        """Feed the prompt to a dialogue whose cache is empty, and return the seconds that this takes without a record.
+        """Feed the prompt to a dialogue whose cache is empty, by the model or from the record, and return the seconds.
 
-        For a cache that is filled from the record these are the seconds of the recorded run, and of the filling.
+        For a cache that is filled from the record, the seconds are those of the model's recorded run plus those of the
+        filling. So they can be compared with the seconds of a cache to which the model fed the prompt.
         """
         cache = dialogue.cache
         method = cache.method if isinstance(cache, CompressedCache) else None
@@ -97,7 +100,10 @@ class SharedPrompt:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Hold what one layer received in one forward: q (batch, heads, n, d), k and v (batch, kv heads, n, .)."""
+    """Hold what one layer received in one forward: q (batch, heads, n, d), k and v (batch, kv heads, n, .).
+
+    law: the factor on q.k, and the cap on logits or None.
+    """
 
     q: Tensor
     k: Tensor
@@ -109,7 +115,10 @@ class _Piece:
         return sum(x.untyped_storage().nbytes() for x in (self.q, self.k, self.v))
 
     def without_queries(self) -> _Piece:
-        """Return the piece with every query replaced by the first one, which is held once."""
+        """Return a piece that takes less memory, for methods that do not need its queries.
+
+        All queries are replaced by the first one, stored once, so that q keeps its shape.
+        """
         return replace(self, q=self.q[:, :, :1].clone().expand_as(self.q))
 
 
@@ -126,10 +135,11 @@ class Intake:
     logits: Tensor
 
     def give(self, dialogue: Dialogue) -> None:
-        """Fill the empty cache of a dialogue with the prompt, as `Dialogue.feed` would, without running the model.
+        """Fill the empty cache of a dialogue with the prompt, without running the model.
 
-        Raises ValueError unless the cache is empty, of the same model, and its method keeps the whole prompt until its
-        end.
+        The dialogue's cache, mask and logits are then as if the model had been fed the prompt. Raises ValueError if the
+        cache is not empty, is of a model with other layers or stores keys without their rotation (positions="cache"),
+        and if its method may evict tokens before the prompt's end.
         """
         cache = dialogue.cache
         if not (isinstance(cache, CompressedCache) and is_exact_in_the_prompt(cache.method)):
@@ -151,19 +161,21 @@ class Intake:
 
     @property
     def _stops(self) -> list[int]:
-        """Return the number of slots fed after each forward."""
+        """Return, for each recorded forward, the number of slots fed in it and in all forwards before it."""
         return list(accumulate(piece.k.shape[2] for piece in next(iter(self.pieces.values()))))
 
     def _unasked(self, method: Method) -> int:
-        """Return the number of slots from the first on whose queries do not decide what a method keeps."""
+        """Return the number of oldest slots whose queries have no influence on what a method keeps."""
         asked = _most_asked([method])
         return 0 if asked is None else self.mask.shape[1] - asked
 
 
 def _most_asked(methods: Sequence[Method]) -> int | None:
-    """Return how many of the newest slots have all the queries that decide what these methods keep; None: all slots.
+    """Return the number of newest slots whose queries may influence what these methods keep; None: all slots.
 
-    The queries are counted from the end of an eviction block, which may end earlier than the prompt.
+    A method decides at the end of a block, i.e. of a fixed number of new tokens, by a number of queries before it. The
+    last block may end up to one block before the prompt does, so the result is that number plus one block, for the
+    method that needs most. It is 0 if no method needs queries.
     """
     most = 0
     for method in methods:
@@ -175,9 +187,10 @@ def _most_asked(methods: Sequence[Method]) -> int | None:
 
 
 class _IntakeRecorder:
-    """Keep what the layers of a cache receive, until it takes more than there is room for; then drop all of it.
+    """Record what the compressed layers of a cache receive; drop all of it once there is no room left.
 
-    asked: number of newest slots whose queries are kept; None: all.
+    pieces  per layer, one `_Piece` per forward, oldest first
+    asked   number of newest slots whose queries are recorded; None: all
     """
 
     def __init__(self, cache: CompressedCache, room: Room, asked: int | None) -> None:
@@ -201,7 +214,7 @@ class _IntakeRecorder:
         return keep
 
     def drop(self) -> None:
-        """Drop everything, give its room back, and keep nothing more."""
+        """Drop the record, give back the bytes that it took of the room, and record nothing more."""
         self.is_over = True
         self.pieces.clear()
         self._take(-self._taken)
@@ -211,7 +224,10 @@ class _IntakeRecorder:
         self._room.left -= nbytes
 
     def _drop_queries(self, pieces: list[_Piece], asked: int) -> None:
-        """Drop the queries of the pieces of one layer that end before its newest `asked` slots."""
+        """Drop the queries of each piece that has none of the newest `asked` slots.
+
+        pieces: the pieces of one layer, oldest first.
+        """
         after = 0
         for number in range(len(pieces) - 1, -1, -1):
             piece, before = pieces[number], pieces[number].nbytes
@@ -228,10 +244,13 @@ def record_intake(
     room: Room,
     asked: int | None = None,
 ) -> Intake | None:
-    """Feed a prompt to a dialogue over an empty exact cache, as `Dialogue.feed` does, and return what was recorded.
+    """Feed a prompt to a dialogue over an empty exact cache, and return what the cache's layers received.
 
-    asked: number of newest slots whose queries are recorded; None: all. A cache whose method needs more of them must
-    not be filled.
+    token_ids  one list per batch item
+    chunk      slots per forward
+    room       bytes that the record may take; those taken are subtracted from it
+    asked      number of newest slots whose queries are recorded; None: all. A cache whose method needs the queries of
+               more slots must not be filled from the record
 
     Returns None if there is too little room for the record, and for a model with layers that cannot be filled from one:
     layers with transformers' own storage (sliding windows, linear attention), layers that share their keys, and layers

@@ -240,9 +240,11 @@ class CompressedLayer(CacheLayerMixin):
         return {"seen": self.seen, "batch": self.batch, "is_initialized": self.is_initialized}
 
     def resume(self, state: State | None, clocks: dict[str, Any], model: torch.nn.Module) -> None:
-        """Continue a saved layer: set its state, and its counters as `clocks` returned them.
+        """Continue a saved layer: set its state and its counters.
 
-        model: the model that filled the saved layer.
+        state   the saved state; None if the layer was empty
+        clocks  the saved counters: slots fed ("seen"), batch size ("batch"), True once keys came ("is_initialized")
+        model   the model that filled the saved layer
         """
         self.state, self.served_by = state, weakref.ref(model)
         self.seen, self.batch, self.is_initialized = clocks["seen"], clocks["batch"], clocks["is_initialized"]
@@ -340,9 +342,11 @@ class CompressedLayer(CacheLayerMixin):
             return answer(query, key, value, padding, scale, softcap, sink, positions, lower).to(lower)
 
     def append(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, law: Law) -> None:
-        """Append the staged keys and values as `answer` does, for queries whose answers nobody needs.
+        """Append the staged keys and values (B, Hkv, n, .), without attention: nobody needs the queries' answers.
 
-        law: the factor on q.k, and the cap on logits or None.
+        query    (B, H, n, d), for its shape and dtype; what the layer keeps must not depend on these queries
+        padding  bool (B, slots), True where a slot holds a real token; None if all do
+        law      the factor on q.k, and the cap on logits or None
         """
         self._answer(query, key, value, padding, *law, sink=None, positions=None, lower=None, attend=False)
 
@@ -359,10 +363,15 @@ class CompressedLayer(CacheLayerMixin):
         lower: torch.dtype | None,
         attend: bool = True,
     ) -> Tensor:
-        """Do `answer` for this layer's own queries: append the staged tokens, then attend.
+        """Append the staged keys and values (B, Hkv, n, .), and return this layer's own attention output (B, n, H, dv).
 
-        lower    torch.autocast's dtype, None if it is off
-        attend   False to append only: the state never sees the queries, and the result is empty
+        query           (B, H, n, d)
+        padding         bool (B, slots), True where a slot holds a real token; None if all do
+        scale, softcap  the factor on q.k, and the cap on logits or None
+        sink            one logit per query head (H,) that takes its share of the softmax and has no value, or None
+        positions       the positions by which the model rotated query and key; needed only to undo this rotation
+        lower           torch.autocast's dtype, None if it is off
+        attend          False to append only: the state never sees the queries, and the result is empty
         An error before the state changed leaves the layer as it was.
         """
         batch, heads, n, _d = query.shape
@@ -450,10 +459,17 @@ class CompressedLayer(CacheLayerMixin):
         positions: Tensor | None,
         lower: torch.dtype | None,
     ) -> Tensor:
-        """Do `answer` for a later layer that attends to this layer's keys: queries (B, H, m, d) of the newest m tokens.
+        """Return the attention output (B, m, H, dv) of a later layer that attends to this layer's keys.
 
         The queries attend to a copy of the state from before this forward, with this forward's tokens appended to the
         copy. So queries of later layers have no influence on the tokens that this layer keeps.
+        query           (B, H, m, d), of the newest m of the forward's n tokens
+        key, value      (B, Hkv, n, .), as this layer received them
+        padding         bool (B, slots), True where a slot holds a real token; None if all do
+        scale, softcap  not used: the state has its own
+        sink            one logit per query head (H,) that takes its share of the softmax and has no value, or None
+        positions       the positions by which the model rotated query and key; needed only to undo this rotation
+        lower           torch.autocast's dtype, None if it is off
         """
         del scale, softcap  # as the state was opened for
         if self._before is None:

@@ -53,7 +53,7 @@ class CompressedLM(TemplateLM):
     pretrained  "builtin" (kvfloor's own small model), the folder of a transformers model, or a model
     method      text such as "h2o(recent=64)@512", i.e. the policy h2o with a budget of 512 tokens per kv head; with
                 commas in it, give --model_args as JSON
-    context     length in tokens; a budget such as "@25%" is a share of this length
+    context     length in tokens of which a budget such as "@25%" is a share
     chunk       prompt tokens per forward, which bounds the memory that a long prompt takes
     seed        seeds the method's own randomness
     batch_size  requests per forward, left-padded; pads are never stored

@@ -30,7 +30,7 @@ class Opening:
 
     method     the method; its budget is that of every kv head, unless `budgets` or `shares` is given
     layers     number of compressed layers
-    context    length in tokens; a budget such as "@25%" is a share of this length
+    context    length in tokens of which a budget such as "@25%" is a share
     seed       seeds the method's own randomness
     requests   one id per batch item, which seeds that item's randomness together with `seed`; None: 0, 1, 2, ...
     budgets    tokens per compressed layer and kv head, in place of the method's own budget

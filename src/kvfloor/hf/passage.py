@@ -39,8 +39,8 @@ Request = tuple[int, str, int]  # layer, kind of tensor read or given, index amo
 class Passage:
     """Record which layers of a cache have stored the tokens of the newest forward.
 
-    kinds   per layer: the class that holds its linear states, None without such states. A forward changes the linear
-            states of all layers of one class in the same way
+    kinds   per layer: name of the class that holds its linear states, None without such states. A forward changes the
+            linear states of all layers of one class in the same way
     keeps   per layer: True if a forward must store something in it
     """
 
@@ -85,10 +85,11 @@ class Passage:
     def passed_over(self, layer: int) -> bool:
         """Return True if the newest forward bypassed kvfloor's attention, False if it broke off.
 
-        Call it when `layer` receives keys while earlier keys still wait for their attention call. If `layer` has not
-        received keys in this forward before, the forward went on without that attention call: True. If it has, these
-        keys belong to a new forward, and the one before broke off: False. In a model with only one layer that stores
-        anything, both cases look alike, and the result is True.
+        Call it when `layer` receives keys, before `begin_keys`, while keys given before (to any layer) still wait for
+        kvfloor's attention. If the newest forward has given no keys to `layer` yet, it is still running and has left
+        the waiting keys behind: True. If it has, the new keys begin the next forward, and the newest one ended with
+        keys waiting: False. In a model with only one layer that stores anything, the two cases look alike, and the
+        result is True.
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
@@ -205,11 +206,11 @@ class Passage:
         )
 
     def _half_filled(self, last: int) -> set[int]:
-        """Return {last} if layer `last` still misses keys or updates of its linear states in this forward, else {}.
+        """Return {last} if layer `last` has not stored all that this forward brings it, otherwise the empty set.
 
-        last: the last layer that the forward has reached. Earlier layers are complete, because the forward has left
-        them. So something is missing in `last` if `_changed`, what the forward has stored in a layer, differs between
-        `last` and an earlier layer of the same class (`kinds`).
+        last: the last layer that the forward has reached. It is compared with the earlier layers whose linear states
+        have the same class (`kinds`): these are complete, because the forward has left them. If other keys or updates
+        were stored in `last` than in them, something is missing. A layer without linear states gives the empty set.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]
@@ -220,7 +221,7 @@ class Passage:
     def _changed(self, layer: int) -> frozenset[tuple[str, int, int]]:
         """Return what this forward has stored in the layer: (kind, index, number of changes) of each tensor.
 
-        For a linear state that the model read, it is the number of in-place changes since; a model may change one state
+        For a linear state that the model read, the number counts the changes since then; a model may change one state
         several times, head by head. A state that the model wrote anew gives the entry ("new conv" or "new recurrent",
         index, 1), and keys that the layer received give the entry ("keys", 0, 1).
         """

@@ -31,9 +31,9 @@ def settled(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def one_dtype(
     held: torch.dtype | None, lower: torch.dtype | None, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value in one dtype: the one that a state already stores, or the one for a new state.
+    """Return query, key and value in one dtype: the one that a layer already stores, or the one that it will store.
 
-    held: the stored dtype, None if there is no state yet. lower: autocast's dtype, None if it is off. If key and value
+    held: the stored dtype, None if the layer is empty. lower: autocast's dtype, None if it is off. If key and value
     are the same tensor, so are those returned. Outside autocast, raises ValueError if keys or values would be rounded.
     """
     given = torch.promote_types(key.dtype, value.dtype)

@@ -64,9 +64,11 @@ def attention(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Pass `out` through unchanged, and raise RuntimeError if a backward pass reaches it.
+    """Mark an attention output, so that a backward pass that reaches it raises RuntimeError.
 
-    In the autograd graph, the result depends on `sources`, so such a backward pass does not skip it silently.
+    Called with the output and the inputs that require a gradient (query, key, value, sinks), it returns the output
+    unchanged. The result depends on these inputs in the autograd graph. Otherwise a backward pass would stop at the
+    output without an error.
     """
 
     @staticmethod
@@ -82,7 +84,7 @@ class _NoGradient(torch.autograd.Function):
 def _latent(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return output and weights, as `attention` does, for a latent-attention module (MLA).
+    """Return the attention output (B, n, H, dv) of a latent-attention module (MLA), and its weights or None.
 
     Such a module computes its keys from latents that a cache returned. If the latents come from a compressed layer,
     that layer computes the attention; otherwise the attention selected before kvfloor's does.
@@ -188,7 +190,7 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return output and weights, as `attention` does, for keys from any other cache.
+    """Return the attention output (B, n, H, dv), and the weights or None, for keys from any other cache or from none.
 
     The attention `over`, which the model had selected before, computes them. The family's own eager attention is used
     instead if sdpa cannot compute the call: with a cap on logits, with sinks, or with weights requested.

@@ -68,7 +68,8 @@ class Presence:
         """Record the new pads and newly hidden tokens of a forward of n slots, after a layer has applied the mask.
 
         padding: bool (batch, slots), True in slots to attend to; the first `seen` slots are from earlier forwards.
-        leaving: the result of the method `leaving`. Only the first call in a forward has an effect.
+        leaving: batch items and positions of the newly hidden tokens, as the method `leaving` returned them, or None.
+        Only the first call in a forward has an effect.
         """
         if self.slots != seen:
             return
@@ -93,7 +94,10 @@ class Presence:
         return {"pads": self.pads, "hidden": self.hidden}
 
     def adopt(self, fields: dict[str, Tensor], slots: int) -> None:
-        """Replace all entries by the tensors that `export` returned, for a cache to which `slots` slots were fed."""
+        """Replace all entries by those of a saved cache, to which `slots` slots were fed.
+
+        fields: {"pads", "hidden"}, tensors of (batch item, slot) pairs (e, 2).
+        """
         self.reset()
         self.slots, self.pads, self.hidden = slots, fields["pads"], fields["hidden"]
 

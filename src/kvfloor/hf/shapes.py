@@ -162,9 +162,10 @@ def _windowed(index: int, layer: Any) -> LayerShape:
 def _own_bytes(config: PreTrainedConfig, cache: CompressedCache) -> Callable[[int], int]:
     """Return a function of the number of tokens fed: the bytes that transformers' own layers then hold.
 
-    Linear and convolution states have the size that they have in `cache`, which a forward has filled. To a layer with
-    keys, the function feeds that many tokens on the meta device, the last token in a forward of its own. This matters,
-    because a sliding window's tensors are views of the whole prompt's until the first decoded token.
+    Linear and convolution states are counted as they are in `cache`, which a forward has filled: their size does not
+    depend on the number of tokens. For a layer with keys, the function feeds all tokens to an empty layer on the meta
+    device: all but the last one in one step, as a prompt, and the last one in a second step. Until this second step, a
+    sliding window's tensors would be views of the whole prompt's keys and values, and count as many bytes as these.
     """
     fixed = 0
     for layer in cache.layers:

@@ -23,10 +23,11 @@ _ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # examples of 
 def rows() -> list[dict[str, Any]]:
     """Return one dict per registered method, policy, summary and selector: the rows of the table of methods.
 
-    The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory, traits,
-    aliases. The values are text, except traits and aliases, which are lists of text. Variants come last: methods
-    for another attention law than softmax attention, which cannot serve as a model's cache. Variants that need an
-    argument (one without a default) are left out: only the experiments of `kvfloor.game` use them.
+    The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory
+    ("constant", "constant under a budget" or "grows with the stream"), traits, aliases. The values are text, except
+    traits and aliases, which are lists of text. Variants come last: methods that cannot serve as a model's cache,
+    because they compute another attention than softmax attention. Variants with an argument that has no default are
+    left out: only the experiments of `kvfloor.game` use them.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]
@@ -58,12 +59,12 @@ def _first_sentence(text: str) -> str:
 
 
 def _guarantee(name: str, part: type, method: Method) -> str:
-    """Return the method's guarantee as text, "norm of the bounded error: theorem", or "none" if it has none.
+    """Return the method's guarantee as text, or "none" if it has none.
 
-    Some theorems hold only under assumptions, which arguments of `part` state, such as `radius` (bound on the lengths
-    of keys and queries) or `spread` (how far values differ). The text then ends with "given" and the names of these
-    arguments. name, part: the registered name and its class; method: a method that contains the part, with default
-    arguments.
+    The text is "norm: theorem", i.e. the norm in which the error is bounded, and the source of the proof. Some theorems
+    hold only under assumptions, which arguments of `part` state, such as `radius` (bound on the lengths of keys and
+    queries) or `spread` (how far values differ). The text then ends with "given" and the names of these arguments.
+    name, part: the registered name and its class; method: a method that contains the part, with default arguments.
     """
     spec = Spec(rows=1, d=4, dv=4)
     stated, given = method.guarantee(spec), ""

@@ -2,9 +2,10 @@
 
 In this file a row is one (batch item, kv head) stream; its queries are those of the g query heads of the GQA group.
 N(mu, Sigma) is the Gaussian that is fitted to the row's past queries; k' is the transpose of k. A rotation is a rotary
-embedding (RoPE), which rotates pairs of a key's entries. A spec (`Spec`) has the sizes and constants of a state, among
-them up to one of two rotations: `applied`, by which keys and queries are already rotated when given, by position in the
-stream; or `rotation`, by which the state rotates them itself, by rank among the held tokens. In shapes, rows are all
+embedding (RoPE), which rotates pairs of a key's entries. A state is the memory of a method. A spec (`Spec`) has its
+sizes and constants, among them up to one of two rotations: `applied`, by which keys and queries are already rotated
+when given, by position in the stream; or `rotation`, by which the state rotates them itself, by rank among the held
+tokens. `Held` is what a policy may read about the held tokens of a call's rows. In shapes, rows are all
 rows of a state, r those of one call, h the Gaussians per row, d is the width of a key, pairs the number of rotated
 pairs.
 """

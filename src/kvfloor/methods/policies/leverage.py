@@ -205,7 +205,7 @@ class KeyGram(PolicyMemory):
 
 
 class UnrotatedKeyGram(KeyGram):
-    """Hold the Gram matrix of all sketched keys so far, each rotated back (`Spec.applied`) before sketching."""
+    """Hold the Gram matrix of all sketched keys so far; before sketching, their rotation `Spec.applied` is undone."""
 
     def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
         super().on_keys(rows, unrotated(k, position, self.spec), position, live)

@@ -6,7 +6,9 @@ page is being filled. A page's number counts the pages of the stream from 0, the
 query's estimated attention weight for the page exceeds `alpha` or, with `top`, is among the largest of the query's
 estimates. A page's timestamp is the position of the last query that needed the page. A query's own token is the token
 that came with the query; its own page is the page of that token. In shapes, r are rows, s slots, b query tokens, p
-pages, g query heads per kv head, d the width of a key.
+pages, g query heads per kv head, d the width of a key. `Held` is what a policy may read about the held tokens of a
+call's rows, among it their keys and positions; `Queries` is the queries of one block of new tokens, with their
+positions.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of
 the prompt. The window is the last `window` tokens of the prompt, whose queries vote: a token's vote is the attention
 weight that it receives from these queries. In shapes, r are rows, s slots, w queries of the window, g query heads per
-kv head, d the width of a key.
+kv head, d the width of a key. `Held` is what a policy may read about the held tokens of a call's rows, among it their
+keys and positions.
 """
 
 from __future__ import annotations

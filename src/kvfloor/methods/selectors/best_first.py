@@ -2,8 +2,9 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page`
 neighbouring slots; a page's box is the least and largest entry per channel of its keys. The logit bound of a page is
-the largest logit that a query can have with any key in the box. r, m, c and d in shapes are rows, queries per row,
-candidate tokens per query and the width of a key.
+the largest logit that a query can have with any key in the box. `Slots` is the store of all held keys and values, by
+row and slot. `Chosen` is the slots that each query reads, with a mask that is True for padding entries. r, m, c and d
+in shapes are rows, queries per row, candidate tokens per query and the width of a key.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class BestFirstState(SelectorState):
     def search(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> tuple[Chosen, Tensor]:
         """Return the slots that each query of q (r, m, d) reads, and the number (r, m), int64, of pages that it visits.
 
-        The slots are given as by `choose`: up to k slots per query, and a mask that is True for padding entries. A
-        query sees the first visible (r, m) slots of its row. rows (r,) are the indices of the queries' rows; None: all.
+        The slots are those of the k largest logits, or of all visible tokens if these are fewer. A query sees the first
+        visible (r, m) slots of its row. rows (r,) are the indices of the queries' rows; None: all.
         """
         (r, m, _), k, size, device = q.shape, self.method.k, self.method.page, q.device
         visible = visible.to(device).expand(r, m)

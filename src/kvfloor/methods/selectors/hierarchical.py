@@ -3,8 +3,10 @@
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A key block is
 `key_block` consecutive tokens. An interval [low, high) is a range of block numbers; its centre block stands for it. A
 choice is the list of key blocks that a query reads. The positions of the stream are cut into spans, and the queries of
-one span share a choice. The seal is the end of the prompt. In shapes, r are rows, m queries per row, g query heads per
-kv head, c entries per query, d the width of a key; an argument `rows` (r,) has the indices of these rows (None: all).
+one span share a choice. The seal is the end of the prompt. `Slots` is the store of all held keys and values, by row
+and slot. `Chosen` is the slots that each query reads, with a mask that is True for padding entries. In shapes, r are
+rows, m queries per row, g query heads per kv head, c entries per query, d the width of a key; an argument `rows` (r,)
+has the indices of these rows (None: all).
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ class HierarchicalState(SelectorState):
     def _number(self, slots: Slots, first: Tensor, slot: Tensor) -> None:
         """Set entries first[r] .. slots.held[r] - 1 of row r's `order`: entry i becomes slot[r, i].
 
-        Entry i of a row is the slot of the row's i-th oldest token.
+        slots.held[r] is the number of tokens that row r holds. Entry i is the slot of the row's i-th oldest token.
         """
         assert self.order is not None
         width = slot.shape[1]

@@ -2,8 +2,8 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page`
 neighbouring slots; a page's box is the least and largest entry per channel of its keys. The logit bound of a page is
-the largest logit that a query can have with any key in the box. r, m and d in shapes are rows, queries per row and the
-width of a key.
+the largest logit that a query can have with any key in the box. `Slots` is the store of all held keys and values, by
+row and slot. r, m and d in shapes are rows, queries per row and the width of a key.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ class PagesState(SelectorState):
     def unread_logit(self, q: Tensor, visible: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return upper bounds on the largest logit and on the log-sum-exp of the logits of all unread tokens.
 
-        Both are (r, m), float64, one bound per query of q (r, m, d). A query sees the first visible (r, m) slots; the
-        tokens outside the slots that `choose` returns are unread. The bounds are -inf where every token is read. The
-        bounds hold for logits in exact arithmetic, with the spec's scale and softcap.
+        Both are (r, m), float64, one bound per query of q (r, m, d). A query sees the first visible (r, m) slots, and
+        reads those that `choose` selects for it; the tokens in the others are unread. The bounds are -inf where every
+        token is read. They hold for logits in exact arithmetic, with the scale and softcap of the state.
         """
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
         bound = self.bounds(q, newest, rows)

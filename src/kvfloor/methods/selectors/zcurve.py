@@ -3,9 +3,9 @@
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A curve is a sorted
 list of keys. A key's place on the curve is its Morton code, an integer computed from a 3-dimensional projection of the
 key; keys that are close mostly have close codes. New keys wait outside the lists until they are merged, i.e. inserted
-into the sorted lists of all curves. A candidate is a token whose exact logit is computed. In shapes, r are rows, s
-vectors or m queries per row, c candidates per query, d the width of a key; an argument `rows` (r,) has the indices of
-these rows (None: all).
+into the sorted lists of all curves. A candidate is a token whose exact logit is computed. `Slots` is the store of all
+held keys and values, by row and slot. In shapes, r are rows, s vectors or m queries per row, c candidates per query, d
+the width of a key; an argument `rows` (r,) has the indices of these rows (None: all).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class ZCurveState(SelectorState):
         """Raise ValueError unless the lists of codes in a saved state fit the saved slots.
 
         The n codes of a curve must be in ascending order and belong to the first n slots of the row, where n is at most
-        the number of held tokens. `fields` are the saved fields of this state, and `slots` those of the slots.
+        the number of held tokens. `fields` are the saved fields of this state, `slots` those of the `Slots`.
         """
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
@@ -138,8 +138,8 @@ class ZCurveState(SelectorState):
     def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
         """Merge the keys in slots first[r] .. held[r] - 1 of each of `rows` into the sorted lists of every curve.
 
-        first[r] is the number of keys that row r's old lists have, all of which stay; with 0, the old lists are dropped
-        and built anew from all held keys.
+        held[r] is the number of tokens that row r holds. first[r] is the number of keys that row r's old lists have,
+        all of which stay; with 0, the old lists are dropped and built anew from all held keys.
         """
         held, device = slots.held[rows], slots.k.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))

@@ -67,8 +67,8 @@ class Balance(Method):
               `horizon` and `failure`, at which the guarantee holds. The paper's code has 1/8.
     constant  const^2, in units of the largest |v|^2 of the tokens halved; the paper's code has 0.025, and the error
               bound of the guarantee is smallest at 1
-    sharpness factor in the walk's kernel exp(sharpness |scale| k.k'); the paper has 1, and a smaller factor lets more
-              distant keys balance each other
+    sharpness factor in exp(sharpness |scale| k.k'), by which two tokens' inner product in the walk depends on their
+              keys k and k'; the paper has 1, and a smaller factor lets more distant keys balance each other
     centre    True: the level's mean key is subtracted in the walk; answers always use the original keys
     sinks, recent   numbers of first and newest tokens that are never halved
     radius, spread, horizon, failure   assumptions of the guarantee: bound on the lengths of keys and queries, bound on

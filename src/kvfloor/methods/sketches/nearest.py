@@ -43,7 +43,8 @@ def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
     """Return the triples (row, index in x, index in points) of every point that may be the nearest to a vector of x.
 
     The e triples are sorted, and are returned as three tensors (e,): rows, indices in x, indices in points.
-    x, points and allowed are those of `nearest`.
+    x (r, b, d): b vectors per row; points (r, c, d): c points per row; allowed (r, b or 1, c): True for points that
+    count.
     Distances are computed by one matrix product. A point is left out only if its distance is above the smallest one by
     more than the product's rounding error. So the nearest allowed point of every vector is included.
     """

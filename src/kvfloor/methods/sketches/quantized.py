@@ -139,7 +139,7 @@ class Codes(Memory):
     def decode(self, groups: int, spec: Spec) -> Tensor:
         """Return the dequantised numbers of every row's first `groups` groups: (rows, groups * group, width).
 
-        The result has the spec's dtype.
+        spec: sizes and constants of the state; the result has the dtype in it, that of the cache.
         """
         code = self.packed[:, :groups]
         if self.bits < 8:

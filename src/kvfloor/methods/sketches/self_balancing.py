@@ -50,9 +50,10 @@ def sub_gaussian(c: float) -> float:
 def worst_growth(sharpness: float, centre: bool) -> float:
     """Return g, where the error bound of `Balance` grows as exp(g r^2) with the length r of keys and queries.
 
-    r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. `sharpness` is the factor in the walk's kernel
-    exp(sharpness |scale| k.k'); `centre` is True if the mean key is subtracted in the walk. Both terms x and y of
-    `tree_error` have the factor exp(g r^2).
+    r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. The error bound is x max |v| / (batch - y), where x and y
+    both have the factor exp(g r^2); the function `tree_error` computes them. In the walk, the inner product of two
+    tokens' vectors has the factor exp(sharpness |scale| k.k') with their keys k and k'; `centre` is True if the mean
+    key is subtracted first.
     Law: with h = sharpness, e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and e^{h |k|^2 / 2}, and
     the denominator of attention over n tokens is at least n e^{-r^2}. If keys are centred, |k - mean| can be 2r, and
     the factor e^{q.mean} comes on top.
