@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from kvfloor.audit.nats import TextSummary, summaries
 from kvfloor.audit.plan import settings
 from kvfloor.audit.require import conditions, shortfalls
 from kvfloor.models import builtin_path
+from tests.audit.made_up import text_row
 
 TASKS = ("recall", "kv")
+TEXTS = ("speech", "novel")
 
 
 def about(text: str, methods: list[str], budgets: tuple[str, ...] = ("64",)) -> set[str]:
@@ -120,3 +123,43 @@ def test_a_condition_about_nothing_is_refused(text: str, methods: list[str]) -> 
 def test_a_condition_on_an_unknown_method_names_it() -> None:
     with pytest.raises(ValueError, match="did you mean 'window'"):
         about("windw@64:score>=0", ["h2o"])
+
+
+@pytest.fixture
+def texts() -> list[TextSummary]:
+    return summaries([text_row("exact"), *(text_row("h2o@64", text, seed) for seed, text in enumerate(TEXTS))])
+
+
+def missed_with_texts(text: str, rows: list, texts: list[TextSummary]) -> list[str]:
+    found = conditions(text, settings(["h2o"], ["64"]), TASKS, TEXTS)
+    return shortfalls(found, rows, texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("kl<=0.02", 0),
+        ("h2o@64:kl_high<=0.02 and same_top>=50%", 0),
+        ("kl<=0.001", 1),
+        ("exact:kl<=0", 0),
+        ("perplexity_ratio<=1.001", 1),
+        ("kl<=0.001 and score>=0.95", 2),
+        ("state_bytes<=1500", 1),  # the row has 2,048 bytes, the texts 1,000
+        ("state_bytes<=500", 2),
+        ("recall.state_bytes<=500", 1),
+        ("random:kl<=1", 1),  # a baseline that read no text
+    ],
+)
+def test_figures_of_the_texts_are_required_too(rows: list, texts: list[TextSummary], text: str, count: int) -> None:
+    assert len(missed_with_texts(text, rows, texts)) == count
+
+
+def test_a_figure_of_texts_needs_texts_and_no_task() -> None:
+    for texts, text in (((), "kl<=1"), (TEXTS, "recall.kl<=1")):
+        with pytest.raises(ValueError, match="about no row"):
+            conditions(text, settings(["h2o"], ["64"]), TASKS, texts)
+
+
+def test_an_audit_of_texts_alone_can_be_required_about_bytes(texts: list[TextSummary]) -> None:
+    found = conditions("state_bytes<=1000", settings(["h2o"], ["64"]), (), TEXTS)
+    assert shortfalls(found, [], texts) == []

@@ -174,6 +174,20 @@ def test_a_cache_that_cannot_be_filled_is_refused(
         record.give(fed)
 
 
+def test_a_method_that_was_not_announced_is_not_given_too_few_queries(prepared: PreTrainedModel) -> None:
+    """The record is for SnapKV's newest queries; a dense H2O, which learns from all, is served by the model."""
+    shared = prompt(prepared, (DENSE[0],))
+    shared.feed(opened(prepared, "exact"))
+    mine, own = opened(prepared, "h2o(prefill=dense,block=4)@20"), opened(prepared, "h2o(prefill=dense,block=4)@20")
+    shared.feed(mine)
+    own.feed(contexts(), CHUNK)
+    assert differences(mine, own) == []
+    record = record_intake(opened(prepared, "exact"), contexts(), CHUNK, Room(), asked=12)
+    assert record is not None
+    with pytest.raises(ValueError, match="more queries than the newest 12"):
+        record.give(opened(prepared, "h2o(prefill=dense,block=4)@20"))
+
+
 @pytest.mark.parametrize(
     ("text", "exact"),
     [(text, True) for text in DENSE] + [("exact", False), ("h2o@64", False), ("snapkv|top_k(k=2)@64", False)],

@@ -126,8 +126,9 @@ def conditions(
             raise ValueError(
                 f"{clause.text!r} is about no row: the settings asked for are "
                 f"{', '.join(one.text for one in settings if one.asked) or 'none'}; the baselines are "
-                f"{', '.join(one.text for one in settings if one.baseline)}; the tasks are {', '.join(tasks) or 'none'}; "
-                f"the texts are {', '.join(texts) or 'none'}, whose figures are {', '.join(TEXT_FIGURES)}"
+                f"{', '.join(one.text for one in settings if one.baseline)}; the tasks are "
+                f"{', '.join(tasks) or 'none'}; the texts are {', '.join(texts) or 'none'}, whose "
+                f"figures are {', '.join(TEXT_FIGURES)}"
             )
         found.append(Condition(clause, methods, about, of_texts))
     return tuple(found)

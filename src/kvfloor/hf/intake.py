@@ -74,11 +74,10 @@ class SharedPrompt:
         """
         cache = dialogue.cache
         method = cache.method if isinstance(cache, CompressedCache) else None
+        intake = self._recorded() if method is not None and is_exact_in_the_prompt(method) else None
         begin = time.perf_counter()
-        if method is not None and is_exact_in_the_prompt(method) and self._recorded():
-            assert self._intake is not None
-            begin = time.perf_counter()
-            self._intake.give(dialogue)
+        if intake is not None and method is not None and intake.serves(method):
+            intake.give(dialogue)
             return self._seconds + time.perf_counter() - begin
         if isinstance(method, Exact) and self._waited_for:
             self._record(dialogue)
@@ -86,11 +85,11 @@ class SharedPrompt:
             dialogue.feed(self._token_ids, self._chunk)
         return time.perf_counter() - begin
 
-    def _recorded(self) -> bool:
-        """Record the prompt, unless that was done before or failed; return True if there is a record."""
+    def _recorded(self) -> Intake | None:
+        """Record the prompt, unless that was done before or failed; return the record, None if there is none."""
         if self._waited_for:
             self._record(Dialogue.start(self._model, CompressedCache(self._model, Exact()), len(self._token_ids)))
-        return self._intake is not None
+        return self._intake
 
     def _record(self, dialogue: Dialogue) -> None:
         begin = time.perf_counter()
@@ -128,22 +127,33 @@ class Intake:
 
     pieces  per layer of the model, one entry per forward
     mask    (batch, slots), 1 in slots of tokens and 0 in pads; logits: the model's, after the last slot
+    asked   number of newest slots whose queries are held; None: all
     """
 
     pieces: dict[int, list[_Piece]]
     mask: Tensor
     logits: Tensor
+    asked: int | None
+
+    def serves(self, method: Method) -> bool:
+        """Return True if a cache of this method can be filled: it keeps the whole prompt, and its queries are held."""
+        if not is_exact_in_the_prompt(method):
+            return False
+        asked = _most_asked([method])
+        return self.asked is None or (asked is not None and asked <= self.asked)
 
     def give(self, dialogue: Dialogue) -> None:
         """Fill the empty cache of a dialogue with the prompt, without running the model.
 
         The dialogue's cache, mask and logits are then as if the model had been fed the prompt. Raises ValueError if the
         cache is not empty, is of a model with other layers or stores keys without their rotation (positions="cache"),
-        and if its method may evict tokens before the prompt's end.
+        if its method may evict tokens before the prompt's end, and if the queries that its method needs are not held.
         """
         cache = dialogue.cache
         if not (isinstance(cache, CompressedCache) and is_exact_in_the_prompt(cache.method)):
             raise ValueError("a recorded prompt is for a method that keeps all of it until its end, such as snapkv@512")
+        if not self.serves(cache.method):
+            raise ValueError(f"{cache.method} needs more queries than the newest {self.asked} that were recorded")
         if cache.get_seq_length() or {layer.index for layer in cache.compressed} != set(self.pieces):
             raise ValueError("a recorded prompt is for an empty cache of the same model")
         if any(layer.turn_back is not None for layer in cache.compressed):
@@ -274,4 +284,4 @@ def record_intake(
     if recorder is None or recorder.is_over:
         return None
     assert dialogue.logits is not None
-    return Intake(recorder.pieces, dialogue.mask.clone(), dialogue.logits.clone())
+    return Intake(recorder.pieces, dialogue.mask.clone(), dialogue.logits.clone(), asked)
