@@ -31,6 +31,7 @@ def text_row(
         "state_bytes": 1000,
         "peak_state_bytes": 2000,
         "exact_bytes": 4000,
+        "state_16_bit_bytes": 600,
         "exact_16_bit_bytes": 2000,
         "floor_bytes": 300,
         "token_id_bytes": 100,

@@ -91,7 +91,7 @@ def test_a_task_is_brought_as_module_and_name() -> None:
 @pytest.mark.usefixtures("paired")
 def test_a_condition_names_a_brought_task_by_its_own_name(tmp_path: Path) -> None:
     asked = AuditRequest(tasks=("paired_task:PAIRED",), require="recall.score>=0.5", out=tmp_path)
-    with pytest.raises(ValueError, match=r"is about no row: .*the tasks are couples$"):
+    with pytest.raises(ValueError, match=r"is about no row: .*the tasks are couples;"):
         run(asked, lambda total, text: None)
 
 

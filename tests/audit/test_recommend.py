@@ -95,7 +95,7 @@ def texts(**nats: float) -> list[TextRow]:
 def test_where_texts_were_read_nats_decide() -> None:
     answer = recommend([], texts=texts(h2o_64=0.02, h2o_128=0.002, window_32=0.5))
     assert answer.method == "h2o@128"
-    assert "within the limit of 0.01" in why(answer) and "exact at 16 bits" in why(answer)
+    assert "within the limit of 0.01" in why(answer) and "3.1x smaller, and 3.3x in a 16-bit model" in why(answer)
     assert "The next smaller setting is h2o@64: it diverges by 0.0" in why(answer)
     assert [one.verdict for one in answer.judged] == ["falls", "falls", "holds"]
     assert any(line.startswith("h2o@128 holds; h2o@64: it diverges") for line in what_breaks(answer))

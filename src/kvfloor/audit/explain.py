@@ -8,6 +8,7 @@ of its method hold. Its weakest cell is that of the worst verdict, and of severa
 `Judged` is the verdict on one setting; a `Standard` has the tolerated loss and divergence, and the confidence.
 """
 
+import math
 from collections import Counter, defaultdict
 
 from kvfloor.audit.criterion import Standard
@@ -121,17 +122,24 @@ def _why_chosen(answer: Recommendation, chosen: Judged) -> str:
 def _saved(answer: Recommendation, chosen: Judged) -> str:
     """Write a sentence that compares the recommended setting's bytes with those of exact.
 
-    Exact's bytes are those of its numbers in the model's dtype. If texts were read and the dtype does not have 16 bits,
-    the sentence also compares with an exact cache of 16-bit numbers.
+    Bytes are those in the model's dtype. If texts were read and the dtype does not have 16 bits, the sentence also
+    compares what both would hold if it had, and a second one names the smallest safe setting then, if it is another.
     """
     times = f"{smaller_text(chosen.exact_bytes, chosen.state_bytes)} smaller"
     of = counted(len(answer.texts or answer.exact), "text" if answer.texts else "cell")
-    halved = chosen.exact_16_bit_bytes
-    if halved is not None and halved != chosen.exact_bytes:
-        times += f", and {smaller_text(halved, chosen.state_bytes)} smaller than exact at 16 bits"
+    halved, exact_halved, more = chosen.state_16_bit_bytes, chosen.exact_16_bit_bytes, ""
+    if halved is not None and exact_halved is not None and exact_halved != chosen.exact_bytes:
+        times += f", and {smaller_text(exact_halved, halved)} in a 16-bit model"
+        safe = [(one.state_16_bit_bytes or math.inf, one.setting) for one in answer.judged if one.believed]
+        size, least = min(safe)
+        if least != chosen.setting and size < halved:
+            more = (
+                f" In a 16-bit model {least} is the smallest safe setting, with {bytes_text(size)} where "
+                f"{chosen.setting} holds {bytes_text(halved)}."
+            )
     return (
         f"{chosen.setting} holds {bytes_text(chosen.state_bytes)} where exact holds {bytes_text(chosen.exact_bytes)}, "
-        f"{times} (mean of {of})."
+        f"{times} (mean of {of}).{more}"
     )
 
 

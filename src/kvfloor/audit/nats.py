@@ -108,7 +108,8 @@ class TextRow:
     state_bytes            bytes at the end of the context
     peak_state_bytes       the most bytes at any moment
     exact_bytes            bytes of the exact cache at the end of the context, in the model's own dtype
-    exact_16_bit_bytes     the same if its numbers had 16 bits
+    state_16_bit_bytes     bytes at the end of the context if the model's dtype had 16 bits; `exact_16_bit_bytes` those
+                           of the exact cache
     floor_bytes            lower bound on any attention data structure's bytes, for worst-case keys and values
     token_id_bytes         bytes of the context's token ids, which a model could store instead and recompute the rest:
                            context x log2(vocabulary) / 8
@@ -131,6 +132,7 @@ class TextRow:
     state_bytes: int
     peak_state_bytes: int
     exact_bytes: int
+    state_16_bit_bytes: int
     exact_16_bit_bytes: int
     floor_bytes: int
     token_id_bytes: int
@@ -243,6 +245,7 @@ class TextSummary:
     state_bytes: float
     peak_state_bytes: int
     exact_bytes: float
+    state_16_bit_bytes: float
     exact_16_bit_bytes: float
     floor_bytes: float
     token_id_bytes: float
@@ -251,7 +254,7 @@ class TextSummary:
     figures: Divergence
 
 
-_MEANS = ("state_bytes", "exact_bytes", "exact_16_bit_bytes", "floor_bytes", "token_id_bytes")
+_MEANS = ("state_bytes", "exact_bytes", "state_16_bit_bytes", "exact_16_bit_bytes", "floor_bytes", "token_id_bytes")
 
 
 def summaries(rows: Sequence[TextRow], racing: bool = False, confidence: float = 0.95) -> list[TextSummary]:

@@ -27,6 +27,7 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.held import bytes_at_16_bits
 from kvfloor.hf.intake import SharedPrompt
 
 
@@ -37,6 +38,7 @@ class Read:
     figures           what is measured at each scored token: KL to the exact cache, losses, same likeliest token
     state_bytes       bytes of the cache at the end of the context
     peak_state_bytes  the most bytes of the cache at any moment
+    state_16_bit_bytes  bytes at the end of the context if the model's dtype had 16 bits
     budget_tokens     tokens kept per kv head; None if the budget is not one number
     floor_bytes       bytes that any method needs for worst-case keys and values of the context's length
     seconds           time to read context and continuation
@@ -45,6 +47,7 @@ class Read:
     figures: TokenFigures
     state_bytes: int
     peak_state_bytes: int
+    state_16_bit_bytes: int
     budget_tokens: int | None
     floor_bytes: int
     seconds: float
@@ -100,9 +103,12 @@ class Reader:
         dialogue = Dialogue.start(self.model, cache, 1)
         sizes: list[int] = []
 
+        def weigh() -> None:
+            sizes.extend((math.ceil(cache.nbytes), self._at_16_bits(cache, excerpt.cell.context)))
+
         def logits() -> Iterator[Tensor]:
             feeder = prompt or self.prompt(excerpt)
-            for _, found in self._predictions(dialogue, excerpt, feeder, lambda: sizes.append(cache.nbytes)):
+            for _, found in self._predictions(dialogue, excerpt, feeder, weigh):
                 yield found.cpu()
 
         found = figures([exact for _, exact in reference], logits(), [tokens for tokens, _ in reference])
@@ -110,12 +116,21 @@ class Reader:
         budget = getattr(states[0].method, "budget", None) if states else None
         return Read(
             found,
-            state_bytes=math.ceil(sizes[0]),
+            state_bytes=sizes[0],
+            state_16_bit_bytes=sizes[1],
             peak_state_bytes=math.ceil(cache.peak_nbytes),
             budget_tokens=budget if isinstance(budget, int) else None,
             floor_bytes=math.ceil(sum(_floor(state.spec, excerpt.cell.context) for state in states)),
             seconds=time.perf_counter() - begin,
         )
+
+    def _at_16_bits(self, cache: CompressedCache, tokens: int) -> int:
+        """Return what the cache would hold if the model's dtype had 16 bits, after a context of `tokens` tokens."""
+        if self.model.dtype.itemsize == 2:
+            return math.ceil(cache.nbytes)
+        heads = self.model.config.get_text_config(decoder=True).num_attention_heads
+        states = [layer.state for layer in cache.compressed if layer.state is not None]
+        return bytes_at_16_bits(states, [heads // state.spec.rows for state in states], tokens)
 
     @torch.inference_mode()
     def _predictions(
@@ -144,14 +159,13 @@ def _floor(spec: Spec, context: int) -> float:
     return floors.space(context, spec.d, spec.dv, heads=spec.rows).bytes
 
 
-def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact_bytes: int, model: Any) -> TextRow:
+def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact: tuple[int, int], vocabulary: int) -> TextRow:
     """Build the row of a setting on an excerpt, i.e. the record that an audit writes.
 
     read         the setting's reading of the excerpt
-    exact_bytes  bytes of kvfloor's `exact` cache at the end of the context
-    model        gives the size of the vocabulary and the dtype
+    exact        bytes of kvfloor's `exact` cache at the end of the context, in the model's dtype and at 16 bits
+    vocabulary   number of the model's token ids
     """
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     cell, found = excerpt.cell, read.figures
     return TextRow(
         method=setting.text,
@@ -169,8 +183,9 @@ def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact_bytes:
         same_top=found.same_top,
         state_bytes=read.state_bytes,
         peak_state_bytes=read.peak_state_bytes,
-        exact_bytes=exact_bytes,
-        exact_16_bit_bytes=exact_bytes * 2 // model.dtype.itemsize,
+        exact_bytes=exact[0],
+        state_16_bit_bytes=read.state_16_bit_bytes,
+        exact_16_bit_bytes=exact[1],
         floor_bytes=read.floor_bytes,
         token_id_bytes=math.ceil(cell.context * math.log2(vocabulary) / 8),
         seconds=read.seconds,

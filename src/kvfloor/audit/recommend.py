@@ -66,7 +66,8 @@ class Judged:
     divergence                how far the setting is from exact on the texts; None if no text was read. Its interval has
                               the confidence by which the setting is judged
     decided_by                "texts" or "tasks": what gave the verdict
-    exact_16_bit_bytes        bytes of an exact cache whose numbers have 16 bits; None if no text was read
+    state_16_bit_bytes        bytes of the setting if the model's dtype had 16 bits, and `exact_16_bit_bytes` those of
+                              exact; None if no text was read
     """
 
     setting: str
@@ -79,6 +80,7 @@ class Judged:
     weakest: Row | None
     divergence: Divergence | None = None
     decided_by: str = "tasks"
+    state_16_bit_bytes: float | None = None
     exact_16_bit_bytes: float | None = None
 
 
@@ -244,6 +246,7 @@ def _judge(candidates: Sequence[_Candidate], standard: Standard) -> tuple[Judged
                 weakest=weakest,
                 divergence=far,
                 decided_by=decided_by,
+                state_16_bit_bytes=one.mean("state_16_bit_bytes") if one.texts else None,
                 exact_16_bit_bytes=one.mean("exact_16_bit_bytes") if one.texts else None,
             )
         )

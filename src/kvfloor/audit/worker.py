@@ -140,8 +140,12 @@ class Worker:
         if isinstance(found, Excerpt):
             assert opened.reference is not None and not isinstance(exact, Row)
             read = self._reader.read(one.method, found, opened.reference, opened.prompt)
-            size = read.state_bytes if exact is None else exact.state_bytes
-            return Measured(text_row(one, found, read, size, self._reader.model))
+            sizes = (
+                (read if exact is None else exact).state_bytes,
+                (read if exact is None else exact).state_16_bit_bytes,
+            )
+            vocabulary = self._reader.model.config.get_text_config(decoder=True).vocab_size
+            return Measured(text_row(one, found, read, sizes, vocabulary))
         assert opened.prepared is not None and not isinstance(exact, TextRow)
         outcome = self._bench.run(one.method, opened.prepared)
         against = (

@@ -20,11 +20,11 @@ from kvfloor import floors
 from kvfloor.core.budget import parse_budget, size_bytes
 from kvfloor.core.method import Method, standard_law
 from kvfloor.core.spec import DTYPES
+from kvfloor.hf.held import held_bytes
 from kvfloor.hf.shapes import LayerShape, ModelShape, model_shape
 from kvfloor.methods.grammar import parse
 from kvfloor.models.configuration import configuration
 from kvfloor.models.load import BUILTIN
-from kvfloor.planning.states import held_bytes
 from kvfloor.splitting import shortened
 from kvfloor.validation import one_of, whole
 

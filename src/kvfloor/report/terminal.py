@@ -156,7 +156,7 @@ def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
             Text(visible(one.setting), style="dim" if one.baseline else ""),
             bytes_text(one.state_bytes),
             smaller_text(one.exact_bytes, one.state_bytes),
-            smaller_text(one.exact_16_bit_bytes, one.state_bytes),
+            smaller_text(one.exact_16_bit_bytes, one.state_16_bit_bytes),
             Text(f"{number_of_nats(found.kl)} {sign}", style=_COLOURS[verdict]),
             f"{number_of_nats(found.kl_low)}..{number_of_nats(found.kl_high)}",
             str(one.texts) if racing else f"{100 * found.same_top:.1f} %",

@@ -8,7 +8,9 @@ prompt only at its end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,27 +60,53 @@ def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, ro
 
 
 def _measured(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:
-    """Return the bytes of a new state that has received `tokens` tokens of all zeros; rows is 1 or 2.
+    return zeros_held(method, _spec(layer, dtype, rows), layer.g, tokens)
 
+
+def zeros_held(method: Method, spec: Spec, g: int, tokens: int) -> StateBytes:
+    """Return the bytes of a new state whose every row has received `tokens` tokens of all zeros.
+
+    spec  sizes, dtype and constants of the state; g: query heads per kv head
     A state of constant memory allocates everything at its first token, so it receives that token alone. Only the first
     token comes with queries, because answering them all would take time that grows with the square of the context.
     """
-    state = method.open(_spec(layer, dtype, rows))
+    state = method.open(spec)
     first, *rest = (1,) if method.traits.constant_memory or tokens == 1 else (1, tokens - 1)
-    state.step(torch.zeros(rows, layer.g, first, layer.d, dtype=dtype), *_pair(state, layer, first))
+    state.step(torch.zeros(spec.rows, g, first, spec.d, dtype=spec.dtype, device=spec.device), *_pair(spec, first))
     for n in rest:
-        state.append(*_pair(state, layer, n))
+        state.append(*_pair(spec, n))
     before = state.nbytes
     state.seal()
     return StateBytes(before, state.nbytes)
 
 
-def _pair(state: State, layer: LayerShape, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values of n tokens for the state's rows: all zeros, expanded from one token to save memory."""
-    one = torch.zeros(1, 1, layer.d, dtype=state.spec.dtype).expand(state.spec.rows, n, layer.d)
-    if layer.tied:
+def bytes_at_16_bits(states: Sequence[State], g: Sequence[int], tokens: int) -> int:
+    """Return the bytes that these states would hold if their dtype had 16 bits, after a prompt of `tokens` tokens.
+
+    g: query heads per kv head, one number per state.
+    Keys, values and what else is stored in the state's dtype shrink; codes, positions and scores do not. The bytes of
+    every state are scaled by what states of both dtypes hold of as many tokens of all zeros.
+    """
+    known: dict[tuple[object, ...], float] = {}
+    total = 0.0
+    for state, group in zip(states, g, strict=True):
+        spec = state.spec
+        sizes = (str(state.method), spec.rows, spec.d, spec.dv, spec.tied, spec.dtype, group)
+        if sizes not in known:
+            of_16_bits = replace(spec, dtype=torch.bfloat16) if spec.dtype.itemsize > 2 else spec
+            now, then = (zeros_held(state.method, one, group, tokens).after for one in (spec, of_16_bits))
+            known[sizes] = then / now
+        total += state.nbytes * known[sizes]
+    return math.ceil(total)
+
+
+def _pair(spec: Spec, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values of n tokens for the spec's rows: all zeros, expanded from one token to save memory."""
+    kind = {"dtype": spec.dtype, "device": spec.device}
+    one = torch.zeros(1, 1, spec.d, **kind).expand(spec.rows, n, spec.d)
+    if spec.tied:
         return one, one
-    return one, torch.zeros(1, 1, layer.dv, dtype=state.spec.dtype).expand(state.spec.rows, n, layer.dv)
+    return one, torch.zeros(1, 1, spec.dv, **kind).expand(spec.rows, n, spec.dv)
 
 
 def _spec(layer: LayerShape, dtype: torch.dtype, rows: int) -> Spec:
