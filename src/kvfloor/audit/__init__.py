@@ -1,5 +1,5 @@
-"""Measure the memory cost and the lost quality of every method at every budget, on one model and its tasks.
+"""Measure the memory cost and the lost quality of KV-cache compressors at several budgets, on one model.
 
-A method is a KV-cache compressor. Its cost is the bytes of its cache; its loss is measured against a cache that keeps
-every token.
+A method is a KV-cache compressor. A budget limits its cache, e.g. to 256 tokens per kv head. The cost is the bytes of
+the cache. The loss is measured on texts and tasks, against a cache that keeps every token.
 """

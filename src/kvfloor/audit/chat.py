@@ -1,7 +1,8 @@
-"""Put samples into a model's chat template: decide which ones, and split the rendered text where an audit needs it.
+"""Put samples into a model's chat template: decide for which tasks, and cut the rendered text for an audit.
 
 A sample is a context with questions about it. An audit feeds the context and each question to the model separately, so
-the rendered conversation is cut where the context ends and where an answer is to be generated.
+the rendered conversation is cut where the context ends and where an answer is to be generated. A `Question` has the
+text to ask (`ask`), and in `opening` the first words of the answer, if the model is given these.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class Template:
         """Render a context with its first question, and return the text up to the context's end and the text after it.
 
         Context and question form one turn of the user. The second text goes on to the place where the model generates
-        its answer: it has the question, the start of the assistant's turn, and `question.opening` (first words of the
-        answer that the model is given). Raises ValueError if the template changes the text of a user's turn.
+        its answer: it has the question, the start of the assistant's turn, and the answer's first words that the model
+        is given. Raises ValueError if the template changes the text of a user's turn.
         """
         ask = apart(question.ask)
         before, _, after = self._render([("user", f"{context}{_MARK}{ask}")]).partition(_MARK)
@@ -89,8 +90,8 @@ class Template:
     def later(self, question: Question) -> str:
         """Return the text to feed between a generated answer and the answer to the next question.
 
-        It ends the assistant's turn, asks the question in a turn of the user, and begins the next turn of the assistant
-        with `question.opening` (first words of the answer that the model is given).
+        It ends the assistant's turn, asks `question` in a turn of the user, and begins the next turn of the assistant
+        with the answer's first words that the model is given.
         """
         text = self._render([("user", "x"), ("assistant", _MARK), ("user", question.ask.strip())])
         return text[text.rindex(_MARK) + len(_MARK) :] + question.opening.strip()

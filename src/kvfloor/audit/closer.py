@@ -1,10 +1,12 @@
-"""Measure what explains an audit's result: errors by head on the first text, the heads' floors, example answers.
+"""Measure what explains an audit's result: attention errors and floors by kv head on one text, example answers.
 
 All of it is measured last, when the recommended setting is known, on one text and one prompt per task, so it takes
-little time. A setting is a method with its budget, e.g. `h2o@256`; a cell is a task at a context length under a
-protocol; a row is the result of one setting on one text or cell. A setting is safe if the rows show that it loses
-little quality; the safe setting of fewest bytes is recommended. A floor is a lower bound on the bytes that any method
-needs for a kv head. `exact` is the cache that keeps every token.
+little time. An attention error is the relative error of the attention output to that of the exact cache. A setting is a
+method with its budget, e.g. `h2o@256`; a cell is a task at a context length under a protocol; a row is the result of
+one setting on one text or cell. A setting is safe if the rows show that it loses little quality; the safe setting of
+fewest bytes is recommended. The setting nearest to safe is the one whose possible loss (upper confidence limit) is the
+smallest. A floor is a lower bound on the bytes that any method needs for a kv head. `exact` is the cache that keeps
+every token.
 """
 
 from __future__ import annotations
@@ -60,8 +62,8 @@ def read_closer(folder: Path, answer: Recommendation) -> Closer:
     """Read the files that `Closer.write` wrote into a folder; return an empty `Closer` if they are missing.
 
     answer: the recommendation. It may differ from the one at the time of writing, if the rows were judged anew under
-    another limit. Examples that do not fit it are left out: those that show any setting but the recommended one and the
-    one with the next fewer bytes (if none is recommended: any setting but the one nearest to safe).
+    another limit. An example fits it if it shows, beside `exact`, only the recommended setting and the one with the
+    next fewer bytes, or, if none is recommended, only the setting nearest to safe. Other examples are left out.
     """
     if not is_explained(folder):
         return Closer()
@@ -85,7 +87,9 @@ def look_closer(
     answer: Recommendation,
     progress: Callable[[str], None],
 ) -> Closer:
-    """Measure errors by head and floors on the first text that was read, and example answers on texts and tasks.
+    """Measure attention errors and floors by kv head on the first text that was read, and example answers.
+
+    The examples are on that text and on a few tasks.
 
     bench        the model with its tokenizer
     plan         the audit's settings

@@ -80,9 +80,10 @@ class Remote:
         return self._worker.measure(place, setting, exact)
 
     def look_closer(self, rows: list[Row], texts: list[TextRow], answer: Recommendation) -> Closer:
-        """Measure what explains the result: attention errors and floors by kv head, and example answers.
+        """Measure and return what explains the result: attention errors and floors by kv head, and example answers.
 
-        A floor is a lower bound on the bytes that any method needs for the head.
+        The errors are those of the attention output. A floor is a lower bound on the bytes that any method needs for
+        the head.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows
@@ -132,9 +133,10 @@ class Cluster:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure attention errors and floors by kv head, and example answers, on one worker.
+        """Measure attention errors and floors by kv head, and example answers, on one worker, and return them.
 
-        A floor is a lower bound on the bytes that any method needs for the head.
+        The errors are those of the attention output. A floor is a lower bound on the bytes that any method needs for
+        the head.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows
@@ -170,8 +172,8 @@ class Cluster:
         journal  the recorded rows
         clock    not used: a cluster has no time limit
         track    function that is called with a line of text before each measurement
-        A measurement whose worker died is given to another one. Raises ValueError after MOST_DEATHS deaths on one
-        measurement.
+        A measurement whose worker died is given to another worker. Raises ValueError if 3 workers (MOST_DEATHS) died on
+        one measurement.
         """
         del clock  # no limit of minutes: `AuditRequest.check`
         handout = Handout(journal.missing(asked(journal.rows)), journal.rows)
@@ -203,9 +205,9 @@ class Cluster:
     def _finished(self) -> tuple[Any, Pair | None, Any]:
         """Wait until a worker finishes or dies, and return (worker, its measurement, its result).
 
-        The measurement is None while the worker loaded the model. The result is None if the worker died; a new worker
-        is then started in its place. Raises the worker's own exception, and ValueError after MOST_DEATHS deaths on one
-        measurement.
+        The measurement is None if the worker was loading the model. The result is None if the worker died; a new worker
+        is then started in its place. Raises the worker's own exception, and ValueError if 3 workers (MOST_DEATHS) died
+        on one measurement, or while they were loading the model.
         """
         (future, *_), _ = self._ray.wait(list(self._jobs), num_returns=1)
         worker, pair = self._jobs.pop(future)
@@ -252,9 +254,9 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise OSError if nothing answers at an address of the form host:port, as Ray itself would wait for minutes.
+    """Raise OSError if nothing answers at an address of the form host:port.
 
-    An address of another form is not tried.
+    Without this check, Ray would wait for minutes before it fails. An address of another form is not tried.
     """
     found = re.fullmatch(r"(?:\[?)([^\]/]+?)(?:\]?):([0-9]{1,5})", address)
     if found is not None:

@@ -5,12 +5,12 @@ text, or on one cell: a task at a context length under a protocol (question aske
 loss on a cell is the exact cache's score (share of right answers) minus the row's score. A setting's divergence is its
 mean KL to the exact cache, in nats per token, over the scored tokens of all texts.
 
-A verdict is "holds" (the tolerated loss or divergence is excluded), "falls" (on a task: a loss is certain; on texts:
-the divergence certainly exceeds the limit) or "open" (neither is shown). `audit/recommend.py` combines the verdicts on
-a setting, to decide if the setting is safe.
+A verdict is "holds" (a loss or divergence above the tolerated one is excluded), "falls" (on a task: a loss is certain;
+on texts: the divergence certainly exceeds the tolerated one) or "open" (neither is shown). `audit/recommend.py`
+combines the verdicts on a setting, to decide if the setting is safe.
 
 An audit with a time limit is a race: it judges a setting after each text, and settings with an open verdict may read
-more texts. Each such judgement is a look. The tests allow for any number of looks.
+more texts. Each such judgement is a look. A race's intervals are wide enough to hold after any number of looks.
 """
 
 import math
@@ -86,9 +86,9 @@ class Standard:
     def judge_texts(self, rows: Sequence[TextRow]) -> tuple[Divergence, Verdict]:
         """Return a setting's divergence with its confidence interval, and the verdict on it.
 
-        "holds": the interval lies below `kl_limit`. "falls": the setting's mean KL is shown to exceed `kl_limit`
-        (`exceeds`). "open": neither. The interval's level is `cell_confidence`, or higher in a race, which keeps part
-        of the allowed error for later looks. `rows` are the setting's rows of the texts, in the order of reading.
+        "holds": the interval lies below `kl_limit`. "falls": a test shows that the divergence exceeds `kl_limit`.
+        "open": neither. The interval's level is `cell_confidence`. In a race it is higher, as part of the allowed error
+        is kept for later looks. `rows` are the setting's rows of the texts, in the order of reading.
         """
         assert self.kl_limit is not None
         level = self.cell_confidence
@@ -100,8 +100,8 @@ class Standard:
     def exceeds(self, rows: Sequence[TextRow]) -> bool:
         """Return True if a setting's rows of texts show that its divergence exceeds `kl_limit`.
 
-        A wrong True has at most the probability (1 - confidence) / methods, even if the test is repeated after every
-        text.
+        The probability that the answer is True although the divergence does not exceed the limit is at most
+        (1 - confidence) / methods, even if the test is repeated after every text.
         """
         assert self.kl_limit is not None
         return mean_exceeds(block_means(rows), self.kl_limit, (1 - self.cell_confidence) / 2)

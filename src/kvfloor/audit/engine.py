@@ -25,7 +25,7 @@ from kvfloor.audit.worker import Worker
 
 
 class Engine(Protocol):
-    """Define the interface of an engine: it makes the measurements, and records each row as soon as it is there."""
+    """Define the interface of an engine, which makes an audit's measurements and records each row at once."""
 
     @property
     def grid(self) -> Grid:
@@ -45,9 +45,10 @@ class Engine(Protocol):
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains the result: attention errors and floors by kv head, and example answers.
+        """Measure and return what explains the result: attention errors and floors by kv head, and example answers.
 
-        A floor is a lower bound on the bytes that any method needs for the head.
+        The errors are those of the attention output. A floor is a lower bound on the bytes that any method needs for
+        the head.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows
@@ -116,9 +117,10 @@ class Here:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains the result: attention errors and floors by kv head, and example answers.
+        """Measure and return what explains the result: attention errors and floors by kv head, and example answers.
 
-        A floor is a lower bound on the bytes that any method needs for the head.
+        The errors are those of the attention output. A floor is a lower bound on the bytes that any method needs for
+        the head.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows

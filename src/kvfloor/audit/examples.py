@@ -5,7 +5,8 @@ context under the setting, the cache is told that the prompt ends (`seal`), the 
 model answers. The exact cache keeps every token; here it is transformers' own cache. An excerpt is the context and the
 continuation that an audit reads of a text. A cell is a task at a context length under a protocol (question asked before
 or after the compression). A setting is safe if the audit shows that it loses little quality; the safe setting of fewest
-bytes is recommended.
+bytes is recommended. The setting nearest to safe is the one whose possible loss (upper confidence limit) is the
+smallest.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class SideBySide:
     truth       the text's own continuation or the task's right answer; None where any answer may be right
     exact       the exact cache's answer
     others      the answers of the recommended setting and of the one with the next fewer bytes; if none is recommended,
-                that of the setting nearest to safe
+                the answer of the setting nearest to safe, i.e. of the one whose possible loss is the smallest
     """
 
     kind: Kind
@@ -115,8 +116,13 @@ class Speaker:
     def example(self, kind: Kind, name: str, prompt: Prompt, truth: str | None, question: str, most: int) -> SideBySide:
         """Decode the exact cache's answer to a prompt and those of the settings, and return them side by side.
 
-        kind, name, truth, question  fields of the result; for the kind "chat" only the first setting answers
-        most                         largest number of tokens of an answer
+        kind      "text": a text is continued; "chat": a question about the text is put to a chat model, and of the
+                  settings only the first answers; "task": a sample of a task
+        name      the text, or the cell, in words
+        prompt    token ids of the context and of the question
+        truth     the text's own continuation or the task's right answer; None where any answer may be right
+        question  the question as text; "" without one
+        most      largest number of tokens of an answer
         """
         exact = self.tokens(prompt, None, most)
         shown = list(self.methods)[: _CHAT_SETTINGS if kind == "chat" else None]
@@ -133,9 +139,9 @@ class Speaker:
         )
 
     def tokens(self, prompt: Prompt, method: Method | None, most: int) -> list[int]:
-        """Return the token ids of a greedy answer of at most `most` tokens.
+        """Return the token ids of a greedy answer of at most `most` tokens to a prompt.
 
-        method None: the exact cache (transformers' own).
+        method: the method that compresses the cache; None: the exact cache.
         """
         bench = self.bench
         if method is None:
@@ -160,9 +166,9 @@ class Speaker:
         return Answered(setting, tuple(tokens), same, whole[:start], whole[start:stop], whole[stop:], is_same)
 
     def _length_of_text(self, whole: str, tokens: Sequence[int], count: int) -> int:
-        """Return how many characters of `whole`, the text of all tokens, follow from the first `count` tokens alone.
+        """Return the number of characters of `whole` that the first `count` tokens fix. `whole` is all tokens' text.
 
-        A token may end within a character. The part of such a character does not count.
+        If these tokens end in the middle of a character's bytes, that character is not counted.
         """
         text = self._text(tokens[:count])
         return next(size for size in range(len(text), -1, -1) if whole.startswith(text[:size]))
@@ -174,7 +180,7 @@ class Speaker:
         """Return the prompt that asks a chat model to summarise the context of an excerpt.
 
         The result is None if the tokenizer has no chat template, if the template refuses or changes the context, and if
-        the prompt with its answer is longer than the model's positions.
+        the prompt with its answer has more tokens than the model has positions.
         """
         tokenizer = self.bench.tokenizer
         if getattr(tokenizer, "chat_template", None) is None:
@@ -206,10 +212,10 @@ def _end(text: str) -> str:
 
 
 def shown_settings(answer: Recommendation) -> list[str]:
-    """Return the settings, as text, whose answers an example shows.
+    """Return the settings, as text, whose answers an example shows under the recommendation `answer`.
 
     These are the recommended setting and the one with the next fewer bytes; if none is recommended, the one that is
-    nearest to being safe.
+    nearest to safe. The list is empty if no setting was judged.
     """
     chosen = answer.chosen
     found = [closest_setting(answer)] if chosen is None else [chosen, next_smaller(answer, chosen)]
@@ -236,7 +242,7 @@ def text_examples(speaker: Speaker, excerpt: Excerpt, progress: Callable[[str], 
 def task_examples(
     speaker: Speaker, work: Sequence[Work], rows: Sequence[Row], progress: Callable[[str], None]
 ) -> list[SideBySide]:
-    """Answer one sample of each of the first MOST_TASKS tasks that were measured; return one example per task.
+    """Answer one sample of each of the first tasks that were measured, at most 4 (MOST_TASKS): one example per task.
 
     The sample is the first in the task's first measured cell that exact answers right and the first setting of
     `speaker.methods` answers wrong; if there is none, the cell's first sample. `work` holds the cells with their

@@ -4,8 +4,9 @@ A setting is a method with its budget; a cell is a task at a context length unde
 after the compression). "Exact" is the cache that keeps every token. A loss is exact's score minus the setting's. A
 setting holds on a cell if a loss above the tolerated one is excluded, and breaks there if a loss is certain. A
 divergence is a setting's mean KL to exact on texts, in nats per token. A setting is safe if it and every larger budget
-of its method hold. Its weakest cell is that of the worst verdict, and of several such cells that of the largest loss. A
-`Judged` is the verdict on one setting; a `Standard` has the tolerated loss and divergence, and the confidence.
+of its method hold. A setting's weakest cell is the one with the worst verdict; of several such cells, the one with the
+largest loss. A `Judged` is the verdict on one setting. A `Recommendation` is the recommended setting, with the verdicts
+on all settings. A `Standard` has the tolerated loss and divergence, and the confidence.
 """
 
 import math
@@ -48,7 +49,7 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
     """Return the limits of the audit's numbers, one sentence each.
 
     The sentences warn if no task was run, if samples are few, if exact itself scores low, and if the recommended
-    setting has a peak of bytes no less than exact's bytes.
+    setting takes, at its peak, as many bytes as exact or more.
     """
     sentences = []
     standard = answer.standard
@@ -73,8 +74,8 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
 def closest_setting(answer: Recommendation) -> Judged | None:
     """Return the verdict on the setting that is nearest to being safe; None if no setting was judged.
 
-    It is the setting for which the upper confidence limit of its divergence is the smallest; if no text was read, that
-    of its loss on its weakest cell. Of two equal ones it is the one with fewer bytes.
+    It is the setting whose divergence has the smallest upper confidence limit. If no text was read, it is the one whose
+    loss on its weakest cell has the smallest upper confidence limit. Of equal ones, the one with the fewest bytes wins.
     """
     return max(answer.judged, key=lambda one: (_room(one, answer.standard), -one.state_bytes), default=None)
 

@@ -1,8 +1,9 @@
 """List what an audit measures: every setting (method with budget) on every text and every cell of the tasks.
 
 A cell is a task at a context length under a protocol (question asked before or after the compression). A place is a
-text or a cell. A measurement is a pair of place and setting; its result is a row. An audit with a time limit is a race:
-settings that clearly lose stop early, and undecided ones read further texts, i.e. more passages of the same texts.
+text or a cell. A measurement is a pair of place and setting; its result is a row. The setting `exact` keeps every
+token; the others are compared with it. An audit with a time limit is a race: settings that clearly lose stop early, and
+undecided ones read further texts, i.e. more passages of the same texts.
 """
 
 from __future__ import annotations

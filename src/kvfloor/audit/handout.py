@@ -20,7 +20,11 @@ class Handout:
     """
 
     def __init__(self, pairs: Iterable[Pair], recorded: Iterable[Pair]) -> None:
-        """Take the measurements to hand out, `exact` first on its place, and those whose rows are recorded already."""
+        """Take the measurements to hand out.
+
+        pairs     the measurements; `exact` comes first among those of a place
+        recorded  measurements whose rows are recorded already; if `exact` is among them, its place need not wait for it
+        """
         self._left: dict[Place, list[str]] = {}
         for place, setting in pairs:
             self._left.setdefault(place, []).append(setting)

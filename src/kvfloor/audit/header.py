@@ -1,7 +1,8 @@
 """Describe the audit in a folder (`audit.json`): what its rows depend on, what is to be measured, and when it ran.
 
 A setting is a method with its budget. A row is the result of one setting on one text or cell; a cell is a task at a
-context length under a protocol. A start is one run of the command: an audit that was stopped goes on in a later start.
+context length under a protocol. The exact cache keeps every token; the settings are compared with it. A start is one
+run of the command: an audit that was stopped goes on in a later start.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Header:
     identity      all that the rows depend on, such as file digests and versions (`audit/identity.py`)
     settings      (text, True for a baseline, True if asked for) of each setting; every audit includes the baselines
     texts, cells  the texts and cells on which each setting is measured
-    further       more passages of the texts, which are read by settings with an open verdict alone
-    least_exact   score of the exact cache below which a cell is left out; then only the exact cache is measured on it
+    further       more passages of the texts, which only settings that are still undecided read
+    least_exact   score of the exact cache on a cell below which no other setting is measured on that cell
     chat          names of the tasks whose samples are in the model's chat template
     versions      name -> version of each program
     machine       the machine in words

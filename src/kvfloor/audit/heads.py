@@ -6,10 +6,10 @@ method with its budget; it is good for a head if the relative error of the head'
 or after the compression). Floors are measured on one sample of a cell, or on a text.
 
 A group is one token, or several with nearly the same key. A query reads a group if its attention weight on the group is
-so large that the group's value can be recovered from the answer. A read floor is the bytes that any method must hold to
-answer given queries with an additive error of at most 0.25 (ETA) and probability 0.9 (P), if the values are the worst
-possible in [-1, 1]. A head is compressible if queries can read at most a quarter (COMPRESSIBLE) as many groups as the
-context has tokens.
+so large that the group's value can be recovered from the answer. A read floor is a lower bound on the bytes that any
+method must hold to answer given queries with an additive error of at most 0.25 (ETA) and probability 0.9 (P), if the
+values are the worst possible in [-1, 1]. A head is compressible if queries can read at most a quarter (COMPRESSIBLE) as
+many groups as the context has tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FEWEST_HEADS = 2  # measured on a cell, however many its tokens
 
 
 class Erring(Protocol):
-    """Require the fields that `heads` reads from a setting's result on one cell or text.
+    """Define the fields that this file uses of a setting's result on one cell or text.
 
     method                the setting as text
     cell                  the cell or text
@@ -62,7 +62,7 @@ class HeadFloor:
     layer, head        number of the layer as the model counts it, and of the kv head in it
     position           index of the layer among those whose cache is compressed, as in `Row.output_error_by_head`
     tokens             number of tokens of the context
-    readable_groups    number of groups each of which can be read by some query of at most the largest recorded norm
+    readable_groups    number of groups that some query can read, if a query's norm is at most the largest recorded one
     floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
     asked_floor_bytes  read floor for the queries that were recorded after the context
     exact_bytes        bytes of the context's keys and values
@@ -80,9 +80,9 @@ class HeadFloor:
 
 
 def with_cell(read: HeadFloor) -> HeadFloor:
-    """Return a floor that was read from a JSON file, with its cell as a TextCell or a Cell again.
+    """Return a floor that was read from a JSON file, with its `cell` as a named tuple again.
 
-    JSON knows no named tuples: there the cell is a plain list.
+    JSON has plain lists only. The named tuple is a `TextCell` for a text, and a `Cell` for a cell of a task.
     """
     first, context, last = read.cell
     return replace(read, cell=TextCell(first, context, last) if isinstance(last, int) else Cell(first, context, last))
@@ -121,6 +121,7 @@ class Head:
 def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int = MOST_WORK) -> list[HeadFloor]:
     """Return the floors of the kv heads of all layers, as one list, on the first sample of a cell or on a text.
 
+    cell       the cell or text that was recorded
     traces     the sample's queries, keys and values, one entry per layer
     most_work  largest number of kv heads times the square of the context's tokens. If all heads would exceed it, fewer
                are measured (at least FEWEST_HEADS), evenly spread over the layers
@@ -159,6 +160,8 @@ def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
 
 def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> tuple[Readable, Readable]:
     """Return two read floors of one kv head: for all queries up to the largest recorded norm, and for the asked ones.
+
+    A `Readable` has the floor as `bytes`, and the number of groups that these queries can read as `groups`.
 
     head              number of the kv head in its layer
     trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
@@ -208,8 +211,10 @@ def _cheapest(
     """Return a kv head's cheapest good setting as (bytes per head, setting, largest error); None without a good one.
 
     A setting is good if the head's output error is at most GOOD on each of `cells` (cells and texts); the exact cache
-    is left out. `place` is the head's (`HeadFloor.position`, number). `rows` hold the measured errors and bytes. The
-    bytes are the largest over the cells, divided by the number of kv heads of all layers.
+    is left out. The bytes are the largest over the cells, divided by the number of kv heads of all layers.
+
+    place  (index of the head's layer among those whose cache is compressed, number of the head in the layer)
+    rows   the settings' results, with the measured errors and bytes
     """
     position, head = place
     settings: dict[str, list[Erring]] = {}

@@ -1,4 +1,4 @@
-"""Record what an audit's rows depend on, so that rows of another request are never taken for this one's.
+"""Record what an audit's rows depend on, so that an audit never uses rows that were measured for a different one.
 
 A row is the result of one setting (method with its budget) on one text or task. The identity of an audit is a dict of
 all that its rows depend on; two audits with equal identities may share rows. A digest is a SHA-256 in hex digits.

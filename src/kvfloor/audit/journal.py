@@ -87,7 +87,7 @@ class Journal:
         return True
 
     def begin(self, header: Header) -> None:
-        """Write the description of the audit that starts or goes on now to the folder.
+        """Write `header`, the description of the audit that starts or goes on now, to the folder.
 
         If the folder has rows of another audit, they are removed first.
         """
@@ -127,7 +127,7 @@ class Journal:
         self.sort(ended=True, minutes=minutes, notes=tuple(notes))
 
     def sort(self, **changes: Any) -> None:
-        """Write the files anew in the order of the report, and `audit.json` with `changes` to its fields."""
+        """Write the files anew in the order of the report, and `audit.json` with the fields in `changes` replaced."""
         header = replace(self.about, seconds=self.seconds, **changes)
         self.rows = {pair: self.rows[pair] for pair in header.grid.all_pairs if pair in self.rows}
         self.floors = {cell: self.floors.get(cell, []) for cell in header.cells if (cell, EXACT) in self.rows}

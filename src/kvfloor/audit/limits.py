@@ -1,4 +1,4 @@
-"""Leave out the cells that the model itself cannot do, and write the notes of a report about its cells.
+"""Leave out the cells that the model cannot do even with the exact cache, and write a report's sentences on cells.
 
 A cell is a task at a context length under a protocol (question asked before or after the compression). It is left out
 if the exact cache, which keeps every token, scores (share of right answers) too low on it: then no loss could be seen.
@@ -38,7 +38,7 @@ def without_left_out(pairs: Iterable[Pair], rows: Mapping[Pair, AnyRow], least: 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Ask for a fixed list of measurements, without those on left-out cells.
+    """Define the rule that asks for a fixed list of measurements, without those on left-out cells.
 
     pairs        the measurements
     least_exact  score of the exact cache below which a cell is left out

@@ -61,7 +61,7 @@ class Prepared:
               token
     turns     the questions that follow the end of the prompt, one after the other
     traces    the traces of the first samples, TRACED_SAMPLES at most, one entry per layer
-    batches   the samples that run together, with what feeds their prompts to the cache of each setting
+    batches   indices of the samples that run together, with an object that feeds their prompts to a setting's cache
     """
 
     work: Work
@@ -111,9 +111,11 @@ class ExactOutcome(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Hold what one batch of samples gave: the decoded tokens per sample and turn, and sums over the samples.
+    """Hold the results of one batch of samples. Bytes are those of all its samples together.
 
-    steps_ms  milliseconds of each decoding step, divided by the number of samples
+    said        the decoded tokens of each sample, one list per question
+    prefill_ms  milliseconds to read the prompts of all samples
+    steps_ms    milliseconds of each decoding step, divided by the number of samples
     """
 
     said: list[list[list[int]]]
@@ -141,7 +143,7 @@ def _batches(lengths: Sequence[int], token_bytes: int) -> list[range]:
 
 
 class Bench:
-    """Measure settings on one model, which went through `kvfloor.hf.prepare`, with its tokenizer.
+    """Measure settings on one model with its tokenizer. `kvfloor.hf.prepare` made it ready for compressed caches.
 
     seed          seed of the random draws of methods
     extra_tokens  number of tokens that an answer is decoded beyond the length of the right one, to see if it goes on
@@ -195,14 +197,18 @@ class Bench:
         return Prepared(work, contexts, per_turn, recorded, batches)
 
     def _traced(self, contexts: Sequence[Sequence[int]]) -> int:
-        """Return the number of samples, of a cell's prompts, whose queries, keys and values are recorded as traces."""
+        """Return how many of a cell's samples are recorded as traces: 1 to TRACED_SAMPLES, as the memory allows.
+
+        contexts: token ids of the prompt, per sample.
+        """
         length = max(len(context) for context in contexts[:TRACED_SAMPLES])
         return max(1, min(len(contexts), TRACED_SAMPLES, TRACED_BYTES // (length * traces.token_bytes(self.model))))
 
     def _pieces(self, item: Item, chat: bool) -> list[list[int]]:
-        """Return the token ids of a sample's context, and those to feed before each of its answers.
+        """Return a list of token ids: those of a sample's context, then those to feed before each of its answers.
 
-        chat: True if the sample is put into the model's chat template.
+        item  the sample
+        chat  True if the sample is put into the model's chat template
         """
         first, *later = item.turns
         if not chat:
@@ -217,7 +223,7 @@ class Bench:
         """Return the method with its budget in tokens per kv head.
 
         A budget given as a share is that share of the cell's context length. A budget given in bytes is the size of the
-        whole cache of one sample.
+        whole cache of one sample. `prepared` has the cell and its samples.
         """
         trace, layers = prepared.traces[0], len(prepared.traces)
         heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
@@ -250,7 +256,12 @@ class Bench:
         )
 
     def _run(self, method: Method, prepared: Prepared, samples: range, prompt: SharedPrompt) -> _Run:
-        """Run a method, whose budget is in tokens, on the samples of one batch."""
+        """Run a method, whose budget is in tokens, on one batch: prefill, seal, then feed and answer each question.
+
+        prepared  the cell with its samples
+        samples   indices of the batch's samples
+        prompt    object that feeds the prompts of these samples to the cache
+        """
         batch = len(samples)
         cache = CompressedCache(self.model, method, seed=self.seed, requests=samples)
         dialogue = Dialogue.start(self.model, cache, batch)
@@ -317,9 +328,12 @@ class Bench:
         return found | set(self.template.ends()) if chat and self.template else found
 
     def _shares(self, item: Item, told: Sequence[Sequence[int]]) -> dict[str, float]:
-        """Check a sample's decoded answers part by part: return part's name -> share, 1 if the answer meets it in full.
+        """Check a sample's decoded answers part by part, and return a dict: name of the part -> share from 0 to 1.
 
-        told: the decoded tokens, one list per question of the sample.
+        The share is 1 if the answer passes the part's check in full.
+
+        item  the sample
+        told  the decoded tokens, one list per question of the sample
         """
 
         def form(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Describe the audit run that a report's rows come from."""
+"""Describe the audit from which a report's numbers come."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

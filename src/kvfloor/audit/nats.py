@@ -110,8 +110,8 @@ class TextRow:
     exact_bytes            bytes of the exact cache at the end of the context, in the model's own dtype
     state_16_bit_bytes     bytes at the end of the context if the model's dtype had 16 bits; `exact_16_bit_bytes` those
                            of the exact cache
-    floor_bytes            lower bound on any attention data structure's bytes, for worst-case keys and values
-    token_id_bytes         bytes of the context's token ids, which a model could store instead and recompute the rest:
+    floor_bytes            lower bound on the bytes that any method needs, for worst-case keys and values
+    token_id_bytes         bytes of the context's token ids, from which the model could recompute the cache:
                            context x log2(vocabulary) / 8
     seconds                time to read context and continuation
     """
@@ -224,7 +224,7 @@ def block_means(rows: Iterable[TextRow]) -> list[float]:
 def looks(rows: Iterable[TextRow]) -> int:
     """Return the number of looks at a setting, given its rows in the order of reading; at least 1.
 
-    A race looks after each text, as soon as the texts so far have FIRST_LOOK blocks together.
+    A race judges a setting after each text, but not before the texts read so far have FIRST_LOOK blocks together.
     """
     counts = accumulate(len(blocks(row.kl, BLOCK_TOKENS)) for row in rows)
     return max(1, sum(count >= FIRST_LOOK for count in counts))

@@ -81,9 +81,10 @@ def map_errors(
     """Record the model on an excerpt; return every setting's error map, and the memory floors of the model's kv heads.
 
     An excerpt is the context and the continuation that an audit reads of a text. A floor is a lower bound on the bytes
-    that any method needs for a head. `rows` are the settings' rows on the same excerpt, of which the bytes are taken.
-    The setting `exact`, whose error is zero, gets no map. There are no floors if the context was too long to be
-    recorded whole. `progress` is called with a line of text before each step.
+    that any method needs for a head. `rows` are the settings' results on the texts; those on this excerpt give the
+    bytes. A setting without a row on it gets no map. The setting `exact`, whose error is zero, gets no map. There are
+    no floors if the context was too long to be recorded whole. `progress` is called with a line of text before each
+    step.
     """
     context, asked = _that_fit(model, excerpt)
     progress(f"{excerpt.cell}: recording the attention's inputs")
@@ -116,7 +117,7 @@ def read_error_maps(path: Path) -> list[ErrorMap]:
 
 
 def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
-    """Return the tokens to record: those of the context, and the ASKED tokens after them.
+    """Return the tokens to record: those of the context, and the next 64 (ASKED), whose queries are answered.
 
     If the recorded tensors would exceed MOST_RECORDED_BYTES, only the beginning of the context is taken.
     """
@@ -129,7 +130,7 @@ def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
 def _in_tokens(method: Method, recorded: Sequence[traces.Trace], length: int) -> Method:
     """Return the method with its budget in tokens per kv head, for a context of `length` tokens.
 
-    recorded: the recorded queries, keys and values, one entry per layer, for the numbers and sizes of the heads.
+    recorded: the recorded queries, keys and values, one entry per layer. Only their number of heads and sizes are used.
     """
     trace = recorded[0]
     places = [(trace.layer, head) for head in range(trace.kv_heads)]

@@ -106,8 +106,9 @@ def check_protocols(protocols: Sequence[str]) -> None:
 def chosen_tasks(names: Sequence[str]) -> list[Task]:
     """Return the tasks of these names, each once.
 
-    A name is that of a built-in task, of a group of tasks, or `module:TASK` for a task in the user's own module. Raises
-    ValueError for a name that is no task, for two tasks of one name, and for an empty list.
+    A name is that of a built-in task, e.g. "recall"; of a group of tasks, e.g. "ruler"; or `module:TASK` for a task in
+    the user's own module. Raises ValueError for a name that is no task, for two tasks of one name, and for an empty
+    list.
     """
     if not names:
         raise ValueError(f"an audit needs at least one task, for example --tasks {TASKS[0]}")
@@ -162,7 +163,7 @@ def prompt_work(
     items  the samples
     count  function that returns the number of tokens of a text; the cells' context length is that of the longest sample
     chat   rule that decides if the samples are put into the model's chat template
-    If a sample is a bare prompt without a separate question, the one cell is that of the protocol "visible".
+    If a sample is a bare prompt without a separate question, only one cell is returned, with the protocol "visible".
     """
     allowed = [p for p in dict.fromkeys(protocols) if p == "visible" or all(item.split for item in items)]
     wrapped = chat.takes(True)

@@ -1,4 +1,7 @@
-"""Define the protocols of an audit: a sample's question comes before its context is compressed, or afterwards."""
+"""Define the two protocols of an audit, which differ in when a sample's question is asked.
+
+"visible": the question is part of the context that is compressed. "after": it follows the compression.
+"""
 
 from typing import Literal
 

@@ -123,14 +123,14 @@ def race(grid: Grid, configurations: Iterable[str], kl_limit: float, least_exact
 
 
 def close_calls(rows: Sequence[AnyRow], standard: Standard) -> list[str]:
-    """Return the settings with an open verdict that more texts may bring into the recommendation.
+    """Return the close calls: the settings with an open verdict that could still change the recommendation.
 
-    A setting can only be recommended if every larger budget of its method holds. So, from each method's largest budget
-    down, only the settings before the first that falls can still be recommended. If the smallest of them has fewer
-    bytes than the recommended setting, or if none is recommended yet, those of them with an open verdict are returned.
+    A setting can be recommended only if it and every larger budget of its method hold. So a method's hopeful settings
+    are those above its largest budget that falls; all of them, if none falls. If one of these has fewer bytes than the
+    recommended setting, or if none is recommended yet, the hopeful settings with an open verdict are close calls.
 
     rows      the measured rows of the texts and cells
-    standard  gives the limit of the divergence
+    standard  holds the largest tolerated divergence; its other fields are not used
     """
     assert standard.kl_limit is not None
     tasks = [row for row in rows if isinstance(row, Row)]

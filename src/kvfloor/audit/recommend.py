@@ -18,9 +18,10 @@ Many cells and settings are tested, and three rules keep the probability of a wr
   (fixed-sequence test: Maurer, Hothorn and Lehmacher, 1995).
 - **Methods.** The 5 % are divided by the number of tested methods (Bonferroni).
 
-`exact` is the reference and `random` the control; neither is recommended. A candidate must be measured on every cell
-and must save bytes. A `Standard` has the limit, the margin and the confidence. By these it judges a setting's rows: the
-verdict is "holds" (too large a loss is excluded), "falls" (a loss, or too large a divergence, is certain) or "open".
+`exact` is the reference and `random`, which keeps random tokens, the control; neither is recommended. A candidate must
+be measured on every cell and must save bytes. A `Standard` has the limit, the margin and the confidence. By these it
+judges a setting's rows: the verdict is "holds" (too large a loss is excluded), "falls" (a loss, or too large a
+divergence, is certain) or "open".
 """
 
 from collections import defaultdict
@@ -93,7 +94,7 @@ class Recommendation:
     method    text of the recommended setting; None if no setting is safe
     judged    the verdict on every candidate, from the fewest bytes up
     exact     the rows of the exact cache, one per cell
-    standard  limit, margin and confidence that every candidate was judged by
+    standard  largest tolerated divergence and loss of score, and the confidence, by which candidates were judged
     texts     the rows of the exact cache, one per text and context length
     """
 

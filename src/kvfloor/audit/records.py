@@ -1,4 +1,7 @@
-"""Write dataclasses as JSON lines, one object with all fields per line, and read them again."""
+"""Write dataclass objects as JSON lines, one object with all its fields per line, and read them again.
+
+"Whole or not at all" means that a failed write leaves the file as it was.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def write_records(path: Path, records: Iterable[Any]) -> None:
 
 
 def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> list[R]:
-    """Read the objects of the dataclass `kind` that `write_records` wrote; lists become tuples.
+    """Read a file of objects of the dataclass `kind`, one per line; lists in it become tuples.
 
     most_bytes  largest size of the file that is read
     file_name   name that an audit gives such a file, for errors
@@ -38,7 +41,12 @@ def read_growing(path: Path, kind: type[R], most_bytes: int, file_name: str, wha
     """Read a file that is written line by line, and return (its objects, the bytes of its whole lines).
 
     A last line without its end was cut off while it was written, and is left out. A missing file has no objects.
-    Arguments and errors are those of `read_records`.
+
+    kind        dataclass of the objects
+    most_bytes  largest size of the file that is read
+    file_name   name that an audit gives such a file, for errors
+    what        description of one line, such as "a row of an audit", for errors
+    Raises ValueError naming the file, and the line that is not such an object.
     """
     if not path.exists():
         return [], 0

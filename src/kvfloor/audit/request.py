@@ -28,7 +28,7 @@ class AuditRequest:
     protocol.
 
     model         "builtin", a local folder, a GGUF file or the name of a published model
-    methods       texts of methods, e.g. `h2o`, without the baselines, which always run too
+    methods       texts of methods, e.g. `h2o`; the baselines, e.g. `exact`, `window` and `random`, always run too
     budgets       texts of budgets: tokens, shares or bytes; None: 64 and 192 tokens for the built-in model, a quarter
                   and a half of the context for any other
     tasks         names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none

@@ -9,7 +9,7 @@ Grammar, with the word `and` between clauses:
 
 e.g. `h2o@256:recall.score>=0.9 and h2o@256:diff_low>=-15%`, or `snapkv@50%:kl_high<=0.02`.
 
-METHOD is a setting (a method with its budget) in any spelling that `methods/grammar.py` parses. A METHOD without
+METHOD is a setting (a method with its budget) in any spelling that `--methods` accepts. A METHOD without
 arguments means every configuration (`h2o@256` means `h2o(recent=64)@256` too); a METHOD without a budget means every
 budget. A clause without METHOD is about the settings that were asked for, not the baselines beside them; a clause
 without TASK is about every task. A clause must hold on every row that it is about; a row is one setting measured on one

@@ -53,7 +53,7 @@ class Row:
     state_bytes            bytes at the end of the context
     peak_state_bytes       the most bytes at any moment
     exact_bytes            bytes of the exact cache at the end of the same context
-    floor_bytes            lower bound on any attention data structure's bytes, for worst-case keys and values
+    floor_bytes            lower bound on the bytes that any method needs, for worst-case keys and values
     bytes_read_per_token   bytes of the cache that are read to produce one token
     output_error           mean of `output_error_by_layer`
     prefill_ms             milliseconds to read the context, per sample; methods that compress only at its end share
@@ -67,7 +67,7 @@ class Row:
     parts                  name of each part of the answers -> share, from 0 to 1, that its check gave; mean over the
                            samples. A task may check an answer in several parts, e.g. "first word"; the answer is right
                            if each has the share 1
-    token_id_bytes         bytes of the context's token ids, which a model could store instead and recompute the rest:
+    token_id_bytes         bytes of the context's token ids, from which the model could recompute the cache:
                            context x log2(vocabulary) / 8
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
@@ -262,8 +262,9 @@ def document(
 ) -> dict[str, Any]:
     """Build the JSON document that `kvfloor audit --json` prints.
 
-    The document has a schema number, the model, the seed, the rows (fields in CONTRACT_FIELDS), the recommended setting
-    `method` with its reason `why`, and the report's path. `method` is None if no setting is safe.
+    The document has a schema number, the model, the seed, the rows, the recommended setting `method` with its reason
+    `why`, and the report's path. `method` is None if no setting is safe. A row has the fields that scripts may rely on
+    (CONTRACT_FIELDS).
     """
     return {
         "schema": SCHEMA,

@@ -160,9 +160,9 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
 
 
 def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condition, ...]]:
-    """Return the settings and the parsed conditions of `--require`.
+    """Return an audit's settings and the parsed conditions of its `--require`; no conditions without one.
 
-    Raises ValueError for a request that cannot be measured.
+    Raises ValueError if something in `question`, the arguments of the audit, cannot be measured.
     """
     question.check()
     plan = settings(question.methods, question.budget_texts)
@@ -295,8 +295,8 @@ def _asked(question: AuditRequest, header: Header) -> Race | Fixed:
 def _is_done(question: AuditRequest, journal: Journal) -> bool:
     """Return True if nothing is left to measure in the journal's folder.
 
-    That is so if all rows that are asked for are there. It is also so if rows are missing, but an earlier start with
-    the same time limit came to its end: they did not fit into the time.
+    That is so if all rows that are asked for are there. It is also so if rows are missing, but an earlier run of the
+    command with the same time limit came to its end: these rows did not fit into the time.
     """
     header = journal.about
     if header.racing != question.racing or (question.shard is None and not is_explained(journal.folder)):

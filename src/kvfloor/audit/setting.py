@@ -14,8 +14,6 @@ from kvfloor.core.summary import Drop
 class BudgetedMethod:
     """Hold a setting: a parsed method with its budget, and the texts that name it.
 
-    The texts are made here, and no later code takes them apart again.
-
     method    the method, whose budget may be tokens, a share of the context, or bytes
     baseline  True if every audit includes the setting, as a reference
     asked     True if the user asked for the setting, by itself or as a method under the audit's budgets
@@ -42,9 +40,10 @@ class BudgetedMethod:
 
     @cached_property
     def name(self) -> str:
-        """Return the method's parts without their arguments, e.g. `h2o` or `sinks+less|pages`.
+        """Return the names of the method's parts without arguments, e.g. `h2o` or `sinks+less|pages`.
 
-        `+` precedes the summary of evicted tokens, `|` the selector of the held tokens that a query reads.
+        First comes the eviction policy or the whole method, after `+` the part that summarises evicted tokens, and
+        after `|` the part that selects which kept tokens a query reads.
         """
         policy, summary, selector = self.method.parts
         name = part_name(policy or self.method)
