@@ -27,8 +27,8 @@ def _row(state: State, *index: int) -> State:
 def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
     """Feed a stream to a new state piece by piece; return how many bytes each row has when saved: [piece][row].
 
-    A piece has at most `method.block` tokens, the number between two evictions. If the results for two
-    streams differ, some row held another number of tokens in one of them at the end of a piece.
+    A piece has at most `method.block` tokens, the number between two evictions. If the results for two streams differ,
+    some row held more tokens at the end of a piece of one stream than of the other.
     """
     state, sizes = method.open(spec_for(method, at)), []
 

@@ -29,9 +29,9 @@ class Arena(Memory):
     """Store `lists` lists per row; a list of row i has held[i] items, at the front of a stretch of capacity[i] places.
 
     For example, the held tokens of a row are a list, and a token is an item. Each item has one entry in each flat
-    tensor, i.e. each tensor (places, ...) that `_arrays` returns. Rows may differ in capacity, so that a smaller budget takes less memory. Counts and offsets live on the CPU, so that control
-    flow never waits for a device. A place without an item holds the number `fill`, or what a dropped item left there. A
-    saved state contains neither.
+    tensor, i.e. each tensor (places, ...) that `_arrays` returns. Rows may differ in capacity, so that a smaller budget
+    takes less memory. Counts and offsets live on the CPU, so that control flow never waits for a device. A place
+    without an item holds the number `fill`, or what a dropped item left there. A saved state contains neither.
     """
 
     lists: int = 1

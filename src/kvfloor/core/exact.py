@@ -27,7 +27,7 @@ _QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
 
 @dataclass(frozen=True)
 class Exact(Method):
-    """Keep all keys and values; a query attends exactly to the tokens that `selector` chooses, by default to all."""
+    """Keep all keys and values; a query attends exactly to the tokens that a selector chooses, by default to all."""
 
     name: ClassVar[str] = "exact"
     paper: ClassVar[str] = "Vaswani et al. 2017"
